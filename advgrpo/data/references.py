@@ -1,0 +1,202 @@
+"""The reference pictures of every prompt: the positives the adversary learns from."""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from advgrpo.errors import UserError
+
+T = TypeVar("T")
+
+
+class ReferenceSet:
+    """Reference pictures in a folder, indexed by a JSON file `{prompt: [files relative to the folder]}`.
+
+    Made by `ReferenceSet.load`, which decodes every picture once so that a bad one is found before training starts.
+    """
+
+    def __init__(self, folder: Path, files: dict[str, list[Path]]) -> None:
+        self.folder = folder
+        self._files = files
+        self._content_keys: dict[Path, str] = {}
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, prompts: list[str], index: str = "references.json", min_size: int = 16
+    ) -> "ReferenceSet":
+        """Read the index and check the pictures of `prompts`; other entries of the index are left alone.
+
+        Args:
+            folder: holds the index and the pictures.
+            prompts: the prompts that need references.
+            index: file name of the index inside `folder`.
+            min_size: the smallest width and height, in pixels, that a picture may have.
+
+        Raises:
+            UserError: missing folder, index or file; an index of another shape; a prompt without references; a picture
+                that is unreadable, truncated, not RGB or too small.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"reference folder {folder} does not exist; it must hold the pictures and {index}")
+        entries = _read_index(folder / index)
+        _check_coverage(entries, prompts, folder / index)
+        files = {prompt: [folder / name for name in entries[prompt]] for prompt in prompts}
+        distinct = list(dict.fromkeys(file for group in files.values() for file in group))
+        _check_pictures(distinct, min_size)
+        return cls(folder, files)
+
+    def files(self, prompt: str) -> list[Path]:
+        """The reference files of `prompt`, in the order of the index.
+
+        Raises:
+            UserError: `prompt` was not among the prompts given to `load`, so its pictures were never checked.
+        """
+        if prompt not in self._files:
+            raise UserError(f"no references were loaded for prompt {prompt!r}{_nearest(prompt, self._files)}")
+        return list(self._files[prompt])
+
+    def load_images(self, files: list[Path], size: tuple[int, int] | None = None) -> Tensor:
+        """Decode pictures to a float32 tensor `[n, 3, H, W]` in [0, 1], on the CPU.
+
+        Args:
+            files: at least one picture.
+            size: (H, W) to resize to (bicubic, antialiased; the aspect ratio is not kept). None keeps the pictures' own
+                size, which must then be one.
+
+        Raises:
+            UserError: a picture can no longer be read.
+            ValueError: no files, or pictures of different sizes without `size`.
+        """
+        if not files:
+            raise ValueError("files is empty; at least one picture is needed")
+        images = [_to_tensor(_open_picture(file)) for file in files]
+        if size is not None:
+            images = [_resize(image, size) for image in images]
+        for file, image in zip(files, images):
+            if image.shape != images[0].shape:
+                raise ValueError(
+                    f"{files[0]} is {_size(images[0])} but {file} is {_size(image)}; pass size=(height, width)"
+                )
+        return torch.stack(images)
+
+    def content_key(self, file: Path) -> str:
+        """SHA-256 of the file's bytes in hex: the key under which its features may be cached. Read once per file."""
+        if file not in self._content_keys:
+            self._content_keys[file] = hashlib.sha256(file.read_bytes()).hexdigest()
+        return self._content_keys[file]
+
+
+def _read_index(path: Path) -> dict[str, list[str]]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_repeated_key)
+    except FileNotFoundError:
+        raise UserError(f"reference index {path} does not exist; write {{prompt: [files]}} there as JSON") from None
+    except _RepeatedKeyError as error:
+        raise UserError(f"reference index {path}: prompt {error.args[0]!r} appears twice; merge its lists") from None
+    except ValueError as error:  # both bad JSON and bad UTF-8
+        raise UserError(f"reference index {path} is not JSON ({error}); expected {{prompt: [files]}}") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"reference index {path} holds a {type(entries).__name__}; expected {{prompt: [files]}}")
+    for prompt, names in entries.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"reference index {path}: the value of {prompt!r} must be a list of file names, got {names!r}"
+            )
+        for name in names:
+            pure = PurePosixPath(name)
+            if not name or pure.is_absolute() or ".." in pure.parts:
+                raise UserError(f"reference index {path}: {name!r} of {prompt!r} must be a path inside {path.parent}")
+    return entries
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _no_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON keeps the last of two equal keys in silence, and half of the prompt's references would be gone."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _RepeatedKeyError(key)
+        result[key] = value
+    return result
+
+
+def _check_coverage(entries: dict[str, list[str]], prompts: list[str], index: Path) -> None:
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not entries.get(prompt)]
+    if missing:
+        others = f" ({len(missing) - 1} other prompts have none either)" if len(missing) > 1 else ""
+        nearest = _nearest(missing[0], [prompt for prompt, names in entries.items() if names])
+        raise UserError(f"prompt {missing[0]!r} has no references in {index}{nearest}{others}; add pictures for it")
+
+
+def _nearest(prompt: str, keys: Iterable[str]) -> str:
+    close = difflib.get_close_matches(prompt, list(keys), n=1, cutoff=0.6)
+    return f"; the nearest prompt there is {close[0]!r}" if close else ""
+
+
+def _check_pictures(files: list[Path], min_size: int) -> None:
+    def complaint(file: Path) -> str | None:
+        try:
+            picture = _open_picture(file)
+        except UserError as error:
+            return str(error)
+        if min(picture.size) < min_size:
+            width, height = picture.size
+            return f"reference picture {file} is {width}x{height} pixels; the smaller side must be at least {min_size}"
+        return None
+
+    complaints = [text for text in _map_in_threads(complaint, files) if text is not None]
+    if complaints:
+        others = f" ({len(complaints) - 1} other pictures are unusable too)" if len(complaints) > 1 else ""
+        raise UserError(complaints[0] + others)
+
+
+def _map_in_threads(function: Callable[[Path], T], files: list[Path]) -> list[T]:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
+        return list(pool.map(function, files))
+
+
+def _open_picture(file: Path) -> Image.Image:
+    """Decode one picture completely, upright as its EXIF orientation says."""
+    try:
+        with Image.open(file) as picture:
+            picture.load()  # open() reads the header only: a truncated file shows itself here
+            mode = picture.mode
+            upright = ImageOps.exif_transpose(picture)
+    except FileNotFoundError:
+        raise UserError(f"reference picture {file} does not exist; correct the index or add the file") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, ...
+        raise UserError(f"reference picture {file} is unreadable or truncated ({error}); replace the file") from None
+    if mode != "RGB":
+        remedy = f"""python -c "from PIL import Image; Image.open({str(file)!r}).convert('RGB').save({str(file)!r})\""""
+        raise UserError(f"reference picture {file} has mode {mode}, not RGB; convert it: {remedy}")
+    return upright
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    """-> float32 [3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(255).contiguous()
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    resized = torch.nn.functional.interpolate(image[None], size=tuple(size), mode="bicubic", antialias=True)
+    return resized[0].clamp_(0, 1)  # bicubic overshoots at edges
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-1]}x{image.shape[-2]}"
