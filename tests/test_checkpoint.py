@@ -1,0 +1,314 @@
+"""Checkpoints are whole or absent, and come back bit for bit."""
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from advgrpo import checkpoint
+from advgrpo.checkpoint import (
+    flatten_state,
+    latest_checkpoint,
+    load_checkpoint,
+    pack_optimizer,
+    save_checkpoint,
+    unflatten_state,
+    unpack_optimizer,
+)
+from advgrpo.errors import UserError
+
+STATE = {"iteration": 3, "rates": [0.1, 1e-300, -0.0], "nested": {"flag": True, "none": None, "name": "ü"}}
+
+
+def some_tensors():
+    base = torch.randn(6, 4)
+    return {
+        "float": torch.randn(3, 5),
+        "bfloat16": torch.randn(7).bfloat16(),
+        "nan": torch.tensor([float("nan"), -0.0, float("inf")]),
+        "rng": torch.get_rng_state(),
+        "step": torch.tensor(3.0),
+        "bool": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 4),
+        "view": base[1:3],
+        "other view of it": base[2:].t(),
+        "parameter": torch.nn.Parameter(torch.randn(2)),
+    }
+
+
+def same_bits(a, b):
+    flat = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)
+
+
+def test_round_trip_is_bit_for_bit(tmp_path):
+    tensors = some_tensors()
+    path = save_checkpoint(tmp_path / "run" / "checkpoints", 123, tensors, STATE, keep=2)
+    assert path == tmp_path / "run" / "checkpoints" / "iteration-000123"
+    loaded, state = load_checkpoint(path)
+    assert loaded.keys() == tensors.keys()
+    assert all(same_bits(loaded[name], tensors[name]) for name in tensors)
+    assert state == STATE
+    assert math.copysign(1, state["rates"][2]) == -1
+    assert {file.name for file in path.iterdir()} == {"tensors.safetensors", "state.json", "manifest.json"}
+    assert all(file.stat().st_mode & 0o777 == 0o644 for file in path.iterdir())
+
+
+def test_the_newest_are_kept(tmp_path):
+    for iteration in (1, 9, 10, 11):
+        save_checkpoint(tmp_path, iteration, {}, {}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iteration-000010", "iteration-000011"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "iteration-000011"
+
+
+def test_order_is_numeric_past_six_digits(tmp_path):
+    for iteration in (999_999, 1_000_000):
+        save_checkpoint(tmp_path, iteration, {}, {}, keep=5)
+    assert latest_checkpoint(tmp_path).name == "iteration-1000000"
+
+
+def test_resuming_from_further_back_drops_the_abandoned_future(tmp_path):
+    for iteration in (1, 2, 3):
+        save_checkpoint(tmp_path, iteration, {}, {"run": "first"}, keep=3)
+    save_checkpoint(tmp_path, 2, {}, {"run": "second"}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["iteration-000002"]
+    assert load_checkpoint(latest_checkpoint(tmp_path))[1] == {"run": "second"}
+
+
+def test_no_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path / "none") is None
+    (tmp_path / ".iteration-000004.tmp").mkdir()
+    (tmp_path / "iteration-best").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_leftovers_of_a_kill_are_cleaned_up(tmp_path):
+    leftover = tmp_path / ".iteration-000004.tmp"
+    leftover.mkdir()
+    (leftover / "tensors.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, 4, {}, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["iteration-000004"]
+
+
+@pytest.mark.parametrize("state", [{"a": (1, 2)}, {1: 2}, {"a": float("nan")}, {"a": object()}, {"a": {2: 1}}])
+def test_state_that_json_would_alter_is_refused(tmp_path, state):
+    with pytest.raises(ValueError, match="state"):
+        save_checkpoint(tmp_path / "new", 1, {}, state, keep=1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="keep=0"):
+        save_checkpoint(tmp_path, 1, {}, {}, keep=0)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def edit_manifest(**changes):
+    def edit(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "message"),
+    [
+        ("tensors.safetensors", truncate, "tensors.safetensors is truncated"),
+        ("tensors.safetensors", flip, "tensors.safetensors was altered"),
+        ("tensors.safetensors", Path.unlink, "tensors.safetensors is missing"),
+        ("state.json", truncate, "state.json is truncated"),
+        ("manifest.json", truncate, "manifest.json cannot be read"),
+        ("manifest.json", Path.unlink, "manifest.json cannot be read"),
+        ("manifest.json", edit_manifest(format="other"), "foreign checkpoint"),
+        ("manifest.json", edit_manifest(version=99), "version 99, this program reads 1"),
+        ("manifest.json", edit_manifest(files={}), "does not list"),
+        ("manifest.json", lambda path: path.write_text("[]"), "foreign checkpoint"),
+    ],
+)
+def test_damage_is_found_and_the_previous_checkpoint_named(tmp_path, file, spoil, message):
+    for iteration in (5, 6, 7):
+        save_checkpoint(tmp_path, iteration, some_tensors(), STATE, keep=3)
+    damaged = tmp_path / "iteration-000006"
+    spoil(damaged / file)
+    with pytest.raises(UserError, match=message) as error:
+        load_checkpoint(damaged)
+    assert f"resume from {tmp_path / 'iteration-000005'} instead" in str(error.value)
+    load_checkpoint(tmp_path / "iteration-000005")
+
+
+def test_missing_and_foreign_folders(tmp_path):
+    with pytest.raises(UserError, match="does not exist; there is no earlier checkpoint"):
+        load_checkpoint(tmp_path / "iteration-000001")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, code):
+    tensors = some_tensors()
+    save_checkpoint(tmp_path, 1, tensors, STATE, keep=1)
+
+    def full(path):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(checkpoint, "_fsync", full)
+    with pytest.raises(UserError, match=r"disk full while writing checkpoint .*iteration-000001 is intact"):
+        save_checkpoint(tmp_path, 2, tensors, STATE, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["iteration-000001"]
+    assert same_bits(load_checkpoint(tmp_path / "iteration-000001")[0]["float"], tensors["float"])
+
+
+# RLIMIT_FSIZE makes a real write fail, inside safetensors' own code, without needing a disk to fill.
+FULL_DISK = """
+import resource, signal, sys, torch
+from pathlib import Path
+from advgrpo.checkpoint import save_checkpoint
+from advgrpo.errors import UserError
+root = Path(sys.argv[1])
+save_checkpoint(root, 1, {"a": torch.ones(10)}, {}, keep=1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    save_checkpoint(root, 2, {"a": torch.ones(100_000)}, {}, keep=1)
+except UserError as error:
+    print(error)
+"""
+
+
+def run(program, *args, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, args)], stdout=subprocess.PIPE, text=True, cwd=Path.cwd(), **kwargs
+    )
+
+
+def test_a_write_that_really_fails(tmp_path):
+    output, _ = run(FULL_DISK, tmp_path).communicate(timeout=60)
+    assert "disk full while writing checkpoint" in output
+    assert [p.name for p in tmp_path.iterdir()] == ["iteration-000001"]
+    load_checkpoint(tmp_path / "iteration-000001")
+
+
+ENDLESS_SAVES = """
+import sys, torch
+from pathlib import Path
+from advgrpo.checkpoint import save_checkpoint
+for i in range(10**6):
+    save_checkpoint(Path(sys.argv[1]), i, {"a": torch.full((100_000,), float(i))}, {"i": i}, keep=2)
+    print(i, flush=True)
+"""
+
+
+def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
+    process = run(ENDLESS_SAVES, tmp_path)
+    assert process.stdout.readline().strip() == "0"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    printed = ["0", *process.stdout.read().split()]
+    process.wait()
+    tensors, state = load_checkpoint(latest_checkpoint(tmp_path))
+    assert state["i"] >= int(printed[-1])
+    assert torch.equal(tensors["a"], torch.full((100_000,), float(state["i"])))
+    save_checkpoint(tmp_path, state["i"] + 1, {}, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == [f"iteration-{state['i'] + 1:06d}"]
+
+
+def test_unwritable_root(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_checkpoint(tmp_path / "file", 1, {}, {}, keep=1)
+
+
+def test_nested_state_round_trip():
+    tensor = torch.randn(3)
+    state = {"a": [1, (2.5, None)], 3: {"t": tensor, "inf": float("-inf")}, "s": "x", "b": True, "empty": {}, "l": []}
+    tensors, rest = flatten_state(state, "root")
+    assert list(tensors) == ["root.3.t"]
+    back = unflatten_state(tensors, json.loads(json.dumps(rest, allow_nan=False)))
+    assert back.pop(3) == {"t": tensor, "inf": float("-inf")}
+    state.pop(3)
+    assert back == state
+    assert type(back["a"][1]) is tuple
+
+
+def test_flatten_refuses_what_it_cannot_give_back():
+    with pytest.raises(TypeError, match=r"a\.b is a set"):
+        flatten_state({"a": {"b": {1}}})
+    with pytest.raises(ValueError, match=r"two tensors are named 'a\.b'"):
+        flatten_state({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}})
+    with pytest.raises(ValueError, match="reserved key '__tuple__'"):
+        flatten_state({"__tuple__": 1})
+    with pytest.raises(UserError, match="no tensor 'a'"):
+        unflatten_state({}, flatten_state({"a": torch.ones(1)})[1])
+
+
+def make_model_and_optimizer(kind, width=4):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Linear(width, 1))
+    groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[1].parameters(), "lr": 1 / 3}]
+    return model, kind(groups)
+
+
+def step(model, optimizer, seed):
+    optimizer.zero_grad()
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+OPTIMIZERS = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.5, 0.999), amsgrad=True),
+    "adamw fused": lambda groups: torch.optim.AdamW(groups, fused=True),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_continues_bit_for_bit(tmp_path, kind):
+    model, optimizer = make_model_and_optimizer(OPTIMIZERS[kind])
+    for seed in range(3):
+        step(model, optimizer, seed)
+    tensors, rest = pack_optimizer(optimizer, "opt")
+    model_tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    path = save_checkpoint(tmp_path, 3, {**tensors, **model_tensors}, {"opt": rest}, keep=1)
+
+    resumed, fresh = make_model_and_optimizer(OPTIMIZERS[kind])
+    loaded, state = load_checkpoint(path)
+    resumed.load_state_dict({name: loaded[f"model.{name}"] for name in resumed.state_dict()})
+    unpack_optimizer(fresh, loaded, state["opt"])
+    assert fresh.param_groups[1]["lr"] == 1 / 3
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(resumed, fresh, seed)
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
+    assert flatten_state(fresh.state_dict())[1] == flatten_state(optimizer.state_dict())[1]
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, optimizer = make_model_and_optimizer(OPTIMIZERS["adamw"])
+    step(model, optimizer, 0)
+    packed = pack_optimizer(optimizer)
+    with pytest.raises(UserError, match=r"the parameter is torch\.float32"):
+        unpack_optimizer(make_model_and_optimizer(OPTIMIZERS["adamw"], width=5)[1], *packed)
+    with pytest.raises(UserError, match="4 parameters, this run has 2"):
+        unpack_optimizer(torch.optim.AdamW(torch.nn.Linear(3, 4).parameters()), *packed)
+    with pytest.raises(UserError, match="does not fit"):
+        unpack_optimizer(torch.optim.AdamW(model.parameters()), *packed)
+    with pytest.raises(UserError, match=r"the parameter is torch\.bfloat16"):
+        unpack_optimizer(torch.optim.AdamW([{"params": m.bfloat16().parameters()} for m in model]), *packed)
