@@ -1,0 +1,121 @@
+"""What the affine Gaussian step, its log-probability and the policy loss share: checks, guidance, mean, reduction.
+
+    v = (1-g)·u + g·c        μ = a·x + b·v        d = x_next - μ
+    gaussian:       log p = -mean(d²)/(2s²) - log s - ½·log 2π      (Flow-GRPO averages over the elements of an image)
+    squared_error:  log p = -mean(d²)                               (Flow-CPS and the released Adv-GRPO)
+
+The mean over elements is a fixed tree: element e is added to lane e % LANES in order of e, then neighbouring lanes are
+added pairwise. It depends on nothing but the number of elements, so a log-prob is the same to the bit whatever else
+is in the batch, and the three ops agree with each other to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .._runtime import can_look_at
+
+LIKELIHOODS = ("gaussian", "squared_error")
+HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
+LANES = 4096
+
+
+def check_step_inputs(
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    coefficients: torch.Tensor,
+    uncond_velocity: torch.Tensor | None,
+    guidance_scale: float,
+    likelihood: str | None,
+    **same_shape: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments of a step fit together; `same_shape` are further [B, ...] float tensors."""
+    if latents.dim() < 2 or latents.numel() == 0:
+        raise ValueError(f"latents must be a non-empty [B, ...] tensor, got shape {tuple(latents.shape)}")
+    for name, tensor in {"velocity": velocity, "uncond_velocity": uncond_velocity, **same_shape}.items():
+        if tensor is not None and (tensor.shape != latents.shape or not tensor.is_floating_point()):
+            raise ValueError(
+                f"{name} must be floating point of latents' shape {tuple(latents.shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    if latents.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"latents must be float32 (bfloat16 moves the policy ratio off 1), got {latents.dtype}")
+    batch = latents.shape[0]
+    if coefficients.shape not in ((3,), (batch, 3)) or coefficients.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"coefficients must be float32 [3] or [{batch}, 3] (a, b, s), "
+            f"got {coefficients.dtype} {tuple(coefficients.shape)}"
+        )
+    if coefficients.device != latents.device:
+        raise ValueError(f"coefficients are on {coefficients.device}, latents on {latents.device}: move the table once")
+    if uncond_velocity is None and guidance_scale != 1.0:
+        raise ValueError(f"guidance_scale={guidance_scale} needs uncond_velocity")
+    if likelihood not in (*LIKELIHOODS, None):
+        raise ValueError(f"likelihood must be one of {LIKELIHOODS} or None, got {likelihood!r}")
+
+
+def check_rows(batch: int, **rows: torch.Tensor) -> None:
+    """Raise ValueError unless every tensor is a floating point [B]."""
+    for name, tensor in rows.items():
+        if tensor.shape != (batch,) or not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point [{batch}], got {tensor.dtype} {tuple(tensor.shape)}")
+
+
+def check_has_density(coefficients: torch.Tensor, likelihood: str) -> None:
+    """A gaussian log-prob needs s > 0. Checked where it costs no device sync; on a GPU such a row comes out NaN."""
+    if likelihood == "gaussian" and can_look_at(coefficients) and bool((coefficients[..., 2] == 0).any()):
+        raise ValueError("coefficients have s = 0 (an ODE step), which has no gaussian log-prob: leave that step out")
+
+
+def per_row(coefficients: torch.Tensor, ndim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Columns (a, b, s) shaped to broadcast over a [B, ...] tensor of `ndim` dimensions."""
+    columns = coefficients.to(dtype).reshape(-1, 3).unbind(1)
+    return tuple(column.view(-1, *[1] * (ndim - 1)) for column in columns)
+
+
+def guided_velocity(
+    velocity: torch.Tensor, uncond_velocity: torch.Tensor | None, guidance_scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Classifier-free guidance in `dtype`: (1-g)·u + g·c, or c alone without an unconditional velocity."""
+    if uncond_velocity is None:
+        return velocity.to(dtype)
+    return (1.0 - guidance_scale) * uncond_velocity.to(dtype) + guidance_scale * velocity.to(dtype)
+
+
+def step_mean(
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    coefficients: torch.Tensor,
+    uncond_velocity: torch.Tensor | None,
+    guidance_scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """μ = a·x + b·v in `dtype`, of latents' shape."""
+    a, b, _ = per_row(coefficients, latents.dim(), dtype)
+    return a * latents.to(dtype) + b * guided_velocity(velocity, uncond_velocity, guidance_scale, dtype)
+
+
+def row_log_prob(difference: torch.Tensor, coefficients: torch.Tensor, likelihood: str) -> torch.Tensor:
+    """Log-prob per element [B] of difference = x_next - μ; NaN in gaussian rows with s = 0."""
+    mean_square = tree_mean(difference.square().flatten(1))
+    if likelihood == "squared_error":
+        return -mean_square
+    s = coefficients.double().reshape(-1, 3)[:, 2]  # float64: vectorised and scalar float32 logs differ in the last bit
+    log_normalizer = (torch.log(s) + HALF_LOG_TWO_PI).to(mean_square.dtype)
+    return -mean_square * (0.5 / (s * s)).to(mean_square.dtype) - log_normalizer
+
+
+def tree_mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean over dim 1 of [B, N] by the fixed tree of the module docstring; written with elementwise adds only."""
+    count = values.shape[1]
+    lanes = min(LANES, 1 << (count - 1).bit_length())
+    rows = -(-count // lanes)
+    lane_sums, *rest = torch.nn.functional.pad(values, (0, rows * lanes - count)).unflatten(1, (rows, lanes)).unbind(1)
+    for row in rest:
+        lane_sums = lane_sums + row
+    while lane_sums.shape[1] > 1:
+        left, right = lane_sums.unflatten(1, (-1, 2)).unbind(2)
+        lane_sums = left + right
+    return lane_sums[:, 0] / count

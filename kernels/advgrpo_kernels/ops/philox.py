@@ -1,0 +1,126 @@
+"""Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+A draw is a pure function of (seed, stream, sample id, step, element): no state, so noise does not depend on how a
+batch is split, on the number of ranks or on what was drawn before. The Triton kernels use the same mapping:
+
+    key     = (seed low 32 bits, seed high 32 bits XOR stream)
+    counter = (element // 4, step, sample id low 32 bits, sample id high 32 bits)
+    element e takes word e % 4 of the four 32-bit words of its counter
+
+Normals come from Box-Muller on the word pairs (0, 1) and (2, 3), cosine and sine both used, so no word is wasted:
+`u = w·2⁻³² + 2⁻³³` lies in (0, 1], `sqrt(-2 ln u0)·(cos 2πu1, sin 2πu1)`; the tail ends at sqrt(2·33·ln 2) = 6.76 σ.
+Integers agree to the bit between backends; normals to the last places of the log, sine and cosine in use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["NOISE_STREAM", "PATCH_STREAM", "philox_normal", "philox_permutation", "philox_words"]
+
+# Streams separate draws of different purpose under one run seed.
+NOISE_STREAM = 0
+PATCH_STREAM = 0x50415443
+
+MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+_MASK = 0xFFFFFFFF
+
+
+def philox_normal(
+    shape: Sequence[int],
+    *,
+    seed: int | torch.Tensor,
+    sample_ids: torch.Tensor,
+    step: int | torch.Tensor = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Standard normal noise, float32 of `shape` = [B, ...]; row i depends only on (seed, sample_ids[i], step).
+
+    Args:
+        shape: sizes including the batch B = len(sample_ids).
+        seed: any integer, taken modulo 2⁶⁴, or an int64 tensor of one element.
+        sample_ids: int64 [B], e.g. the global index of each image in the iteration.
+        step: integer modulo 2³² or a tensor of one element, e.g. the sampler's step.
+        device: where the noise is made; default is the device of `sample_ids`.
+    """
+    shape = tuple(shape)
+    if not shape or shape[0] != sample_ids.numel():
+        raise ValueError(f"shape {shape} must begin with the number of sample_ids, {sample_ids.numel()}")
+    sample_ids = sample_ids.to(device or sample_ids.device)
+    count = math.prod(shape[1:])
+    words = philox_words(count, seed=seed, sample_ids=sample_ids, step=step, stream=NOISE_STREAM)
+    uniform = words.to(torch.float32) * 2.0**-32 + 2.0**-33
+    u0, u1 = uniform.unflatten(-1, (-1, 2)).unbind(-1)
+    radius, angle = torch.sqrt(-2.0 * torch.log(u0)), (2.0 * math.pi) * u1
+    normal = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return normal.flatten(1)[:, :count].reshape(shape)
+
+
+def philox_permutation(
+    population: int,
+    count: int,
+    *,
+    seed: int | torch.Tensor,
+    sample_ids: torch.Tensor,
+    step: int | torch.Tensor = 0,
+    stream: int = PATCH_STREAM,
+) -> torch.Tensor:
+    """`count` of range(population) without replacement, in random order, per row: int64 [B, count].
+
+    Element j gets the 32-bit word of its counter as a sort key; the `count` smallest keys are taken in order of the
+    key, equal keys in order of j. Every ordered subset is equally likely.
+    """
+    keys = philox_words(population, seed=seed, sample_ids=sample_ids, step=step, stream=stream)[:, :population]
+    return torch.argsort(keys, dim=1, stable=True)[:, :count]
+
+
+def philox_words(
+    count: int,
+    *,
+    seed: int | torch.Tensor,
+    sample_ids: torch.Tensor,
+    step: int | torch.Tensor = 0,
+    stream: int = NOISE_STREAM,
+) -> torch.Tensor:
+    """Random 32-bit words as int64 in [0, 2³²): [B, 4·ceil(count/4)], the mapping of the module docstring."""
+    if sample_ids.dim() != 1 or sample_ids.dtype != torch.int64:
+        raise ValueError(f"sample_ids must be int64 [B], got {sample_ids.dtype} {tuple(sample_ids.shape)}")
+    device = sample_ids.device
+    seed, step = as_int64(seed, device), as_int64(step, device)
+    block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device).expand(len(sample_ids), -1)
+    ids = sample_ids[:, None]
+    counter = (block, (step & _MASK).expand_as(block), ids & _MASK, (ids >> 32) & _MASK)
+    key = (seed & _MASK, ((seed >> 32) & _MASK) ^ stream)
+    return torch.stack(_rounds(counter, key), dim=-1).flatten(1)
+
+
+def as_int64(value: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A 0-d int64 tensor holding `value` modulo 2⁶⁴; tensors of one element are taken as they are."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_floating_point():
+            raise ValueError(f"seed and step tensors must hold one integer, got {value.dtype} {tuple(value.shape)}")
+        return value.reshape(()).to(device=device, dtype=torch.int64)
+    return torch.full((), wrap_int64(value), dtype=torch.int64, device=device)
+
+
+def wrap_int64(value: int) -> int:
+    """`value` modulo 2⁶⁴ in the signed range that an int64 can hold."""
+    return ((int(value) + 2**63) % 2**64) - 2**63
+
+
+def _rounds(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Ten Philox rounds on 32-bit values held in int64; products wrap modulo 2⁶⁴, which keeps all their bits."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+        c0 = ((product_1 >> 32) & _MASK) ^ c1 ^ k0
+        c2 = ((product_0 >> 32) & _MASK) ^ c3 ^ k1
+        c1, c3 = product_1 & _MASK, product_0 & _MASK
+        k0, k1 = (k0 + WEYL_0) & _MASK, (k1 + WEYL_1) & _MASK
+    return c0, c1, c2, c3

@@ -1,0 +1,127 @@
+"""Philox as a generator (known answers) and its normals as a distribution.
+
+Planted bugs that turned this file red: nine rounds instead of ten, the sine of a pair replaced by its cosine
+(independence of neighbours), `u1` used without 2π, the high half of the sample id dropped.
+"""
+
+import math
+
+import pytest
+import torch
+
+from advgrpo_kernels import philox_normal, philox_permutation, philox_words
+from advgrpo_kernels.ops.philox import _rounds, as_int64
+
+# Random123's kat_vectors for philox4x32-10: counter, key, result.
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def ids(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def kolmogorov_distance(sample: torch.Tensor) -> float:
+    """sup |F_n - Φ| times sqrt(n): above 1.95 with probability 1e-3 for a true normal sample."""
+    ordered = sample.double().flatten().sort().values
+    n = len(ordered)
+    normal_cdf = 0.5 * (1 + torch.erf(ordered / math.sqrt(2)))
+    upper = (torch.arange(1, n + 1, dtype=torch.float64) / n - normal_cdf).max()
+    lower = (normal_cdf - torch.arange(n, dtype=torch.float64) / n).max()
+    return max(upper.item(), lower.item()) * math.sqrt(n)
+
+
+def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Sample correlation in units of its standard error 1/sqrt(n)."""
+    return (x.double() * y.double()).mean().item() * math.sqrt(x.numel())
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_known_answers(counter, key, expected):
+    counter, key = (tuple(torch.tensor(int(word, 16)) for word in text.split()) for text in (counter, key))
+    assert " ".join(f"{int(word):08x}" for word in _rounds(counter, key)) == expected
+
+
+def test_the_mapping_of_elements_and_keys_is_the_documented_one():
+    seed, sample, step = 0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3
+    words = philox_words(12, seed=seed, sample_ids=ids(sample), step=step)
+    counter = [torch.tensor(value) for value in (2, step, sample & 0xFFFFFFFF, sample >> 32)]
+    block = _rounds(tuple(counter), (torch.tensor(0xA4093822), torch.tensor(0x299F31D0)))
+    assert words[0, 8:12].tolist() == [int(word) for word in block]
+
+
+def test_noise_is_standard_normal():
+    noise = philox_normal((4, 50_000), seed=11, sample_ids=ids(0, 1, 2, 3), step=2)
+    n = noise.numel()
+    for power, moment, variance in [(1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)]:
+        z = (noise.double().pow(power).mean().item() - moment) / math.sqrt(variance / n)
+        assert abs(z) < 4, f"moment {power} is {z:.1f} standard errors off"
+    assert kolmogorov_distance(noise) < 1.95
+    assert torch.isfinite(noise).all()
+
+
+def test_every_word_of_a_block_is_normal_and_independent_of_its_neighbours():
+    lanes = philox_normal((2, 80_000), seed=3, sample_ids=ids(5, 6)).unflatten(1, (-1, 4)).flatten(0, 1)
+    for i in range(4):
+        assert kolmogorov_distance(lanes[:, i]) < 1.95
+        for j in range(i):
+            assert abs(correlation(lanes[:, i], lanes[:, j])) < 4
+            assert abs(correlation(lanes[:, i] ** 2 - 1, lanes[:, j] ** 2 - 1)) < 8  # variance of each factor is 2
+
+
+def test_ids_steps_and_seeds_are_independent():
+    shape = (1, 40_000)
+    base = philox_normal(shape, seed=1, sample_ids=ids(1), step=1)
+    others = {
+        "seed": philox_normal(shape, seed=2, sample_ids=ids(1), step=1),
+        "high half of the seed": philox_normal(shape, seed=1 + 2**32, sample_ids=ids(1), step=1),
+        "sample id": philox_normal(shape, seed=1, sample_ids=ids(2), step=1),
+        "high half of the id": philox_normal(shape, seed=1, sample_ids=ids(1 + 2**32), step=1),
+        "step": philox_normal(shape, seed=1, sample_ids=ids(1), step=2),
+        "id and step exchanged": philox_normal(shape, seed=1, sample_ids=ids(2), step=0),
+        "shifted by one": torch.roll(base, 1),
+    }
+    for name, other in others.items():
+        assert abs(correlation(base, other)) < 4, name
+
+
+@pytest.mark.parametrize("width", [1, 3, 7, 64, 1001])
+def test_a_row_does_not_depend_on_the_batch(width):
+    whole = philox_normal((5, width), seed=7, sample_ids=ids(9, 4, 2**40, 0, -1), step=3)
+    for row, sample in enumerate((9, 4, 2**40, 0, -1)):
+        assert torch.equal(whole[row], philox_normal((1, width), seed=7, sample_ids=ids(sample), step=3)[0])
+    assert torch.equal(
+        whole[:, : width // 2], philox_normal((5, width // 2), seed=7, sample_ids=ids(9, 4, 2**40, 0, -1), step=3)
+    )
+
+
+def test_seed_and_step_may_be_tensors_and_any_integer():
+    args = {"sample_ids": ids(0, 1)}
+    expected = philox_normal((2, 9), seed=-5, step=2**32 + 3, **args)
+    assert torch.equal(expected, philox_normal((2, 9), seed=torch.tensor([-5]), step=torch.tensor(3), **args))
+    assert torch.equal(expected, philox_normal((2, 9), seed=2**64 - 5, step=3, **args))
+
+
+def test_permutation_is_uniform_without_replacement():
+    rows, population, count = 4000, 7, 3
+    drawn = philox_permutation(population, count, seed=1, sample_ids=torch.arange(rows))
+    assert drawn.shape == (rows, count)
+    assert all(len(set(row)) == count for row in drawn.tolist())
+    cells = torch.bincount(drawn[:, 0] * 49 + drawn[:, 1] * 7 + drawn[:, 2], minlength=343)
+    cells = cells[cells > 0]
+    assert len(cells) == 7 * 6 * 5  # every ordered triple occurs
+    expected = rows / len(cells)
+    chi_square = ((cells - expected) ** 2 / expected).sum().item()
+    assert abs(chi_square - 209) < 4 * math.sqrt(2 * 209)
+
+
+def test_bad_arguments_raise():
+    with pytest.raises(ValueError, match="must begin with the number of sample_ids"):
+        philox_normal((3, 4), seed=0, sample_ids=ids(0, 1))
+    with pytest.raises(ValueError, match="sample_ids must be int64"):
+        philox_words(4, seed=0, sample_ids=torch.tensor([1.0]))
+    with pytest.raises(ValueError, match="must hold one integer"):
+        as_int64(torch.tensor([1, 2]), torch.device("cpu"))
