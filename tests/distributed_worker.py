@@ -1,0 +1,147 @@
+"""The jobs that test_distributed.py starts.
+
+`torchrun distributed_worker.py SCENARIO FOLDER` is one rank of one job. `python distributed_worker.py --fork FOLDER
+SCENARIO ...` runs several jobs of two ranks at once, without torchrun (which would end a job's other ranks itself as soon
+as one ends), importing torch only once. Rank r's standard error goes to FOLDER/SCENARIO.r.stderr, its exit code to .code.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from advgrpo import distributed
+from advgrpo.distributed import Distributed
+from advgrpo.errors import UserError
+
+# The scenarios wait for these limits to pass; the defaults would take half a minute each.
+distributed.POLL_SECONDS = 0.2
+distributed.SILENCE_SECONDS = 5.0
+distributed.GRACE_SECONDS = 2.0
+
+
+def collectives(job: Distributed, folder: Path) -> None:
+    """Every collective once; each rank writes what it got, rank 0 also as tensors."""
+    rank = job.rank
+    result = {"place": [rank, job.world_size, str(job.device), job.is_main]}
+    rows = torch.arange(3 * (rank + 1), dtype=torch.float64).view(rank + 1, 3) + 100 * rank
+    result["all_gather"] = job.all_gather(rows).tolist()
+    result["bfloat16"] = job.all_gather(torch.full((2,), rank + 0.5).bfloat16()).float().tolist()
+    result["bool"] = job.all_gather(torch.tensor([rank == 1])).tolist()
+    result["empty"] = list(job.all_gather(torch.zeros(0, 2)).shape)
+    result["some empty"] = job.all_gather(torch.full((rank, 2), 7)).tolist()
+    tensors = [torch.full((2, 2), rank + 1.0).t(), torch.nn.Parameter(torch.tensor([0.5])), torch.ones(3).bfloat16()]
+    job.all_reduce_sum(tensors)
+    result["all_reduce"] = [tensor.tolist() for tensor in tensors]
+    result["sum"] = job.sum_scalars({"a": 0.1 * (rank + 1), "b": 1})
+    result["json"] = job.gather_json({"rank": rank, "text": "ü" * rank})
+    result["broadcast"] = job.broadcast_json(["from", rank], source=1)
+    job.barrier()
+    gathered = job.gather_tensors_to_main({"x": torch.full((rank, 2), 3), f"only {rank}": torch.tensor(1.5 + rank)})
+    result["to main"] = [{name: t.tolist() for name, t in part.items()} for part in gathered]
+    result["mismatch"] = mismatch(job)
+    with job.monitored("slow start"):
+        time.sleep(4 * rank)  # longer than the collective timeout
+    result["after"] = job.all_gather(torch.tensor([rank])).tolist()
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+
+
+def mismatch(job: Distributed) -> str:
+    try:
+        job.all_gather(torch.zeros(1, 2 + job.rank))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def raises(job: Distributed, folder: Path) -> None:
+    """Rank 1 fails while rank 0 waits for it in a collective."""
+    if job.rank == 1:
+        raise OSError("the picture store is on fire")
+    job.all_reduce_sum([torch.ones(1)])
+
+
+def user_error(job: Distributed, folder: Path) -> None:
+    if job.rank == 1:
+        raise UserError("prompts=none.txt does not exist")
+    with job.monitored("load the prompts"):
+        pass
+
+
+def busy(job: Distributed, folder: Path) -> None:
+    """Rank 1 fails while rank 0's main thread never looks, as if it waited inside NCCL."""
+    if job.rank == 1:
+        raise OSError("the picture store is on fire")
+    time.sleep(600)
+
+
+def killed(job: Distributed, folder: Path) -> None:
+    """Rank 1 dies without a word while rank 0 waits outside of the process group."""
+    if job.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with job.monitored("nothing"):
+        pass
+
+
+def hangs(job: Distributed, folder: Path) -> None:
+    """Rank 1 lives but never calls the collective."""
+    if job.rank == 1:
+        time.sleep(600)
+    job.all_gather(torch.ones(1))
+
+
+def early(job: Distributed, folder: Path) -> None:
+    """Rank 0 is done long before rank 1, whose process needs the store that rank 0 hosts."""
+    if job.rank == 1:
+        time.sleep(2)
+        job._store.add("still there", 1)
+    print("done", file=sys.stderr)
+
+
+def main(scenario: str, folder: str) -> int:
+    job = Distributed.start("cpu", timeout_seconds=3.0)
+    try:
+        with job.guard():
+            globals()[scenario](job, Path(folder))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+    finally:
+        job.close()
+    return 0
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def become_a_rank(folder: str, scenarios: list[str]) -> str:
+    """Fork every rank of every job. Returns in the ranks, with their scenario; the parent waits for them and exits."""
+    ranks = {}
+    for scenario in scenarios:
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+        for rank in range(2):
+            path = f"{folder}/{scenario}.{rank}"
+            pid = os.fork()
+            if pid == 0:
+                os.environ.update(job, RANK=str(rank), LOCAL_RANK=str(rank))
+                os.dup2(os.open(f"{path}.stderr", os.O_WRONLY | os.O_CREAT), 2)
+                return scenario
+            ranks[pid] = path
+    while ranks:
+        pid, status = os.wait()
+        Path(f"{ranks.pop(pid)}.code").write_text(str(os.waitstatus_to_exitcode(status)))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--fork":
+        sys.exit(main(become_a_rank(sys.argv[2], sys.argv[3:]), sys.argv[2]))
+    sys.exit(main(*sys.argv[1:]))

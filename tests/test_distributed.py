@@ -1,0 +1,190 @@
+"""Collectives between real processes, and what the others say when one of them fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from advgrpo.distributed import Distributed
+from advgrpo.errors import UserError
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+ROOT = Path(__file__).parents[1]
+LIMIT_SECONDS = 60
+SCENARIOS = ("raises", "user_error", "busy", "killed", "hangs", "early")
+
+
+def clean_environment():
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    return {key: value for key, value in env.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def run_torchrun(scenario, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER]
+    return subprocess.run(
+        [*command, scenario, folder], env=clean_environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collectives")
+    done = run_torchrun("collectives", folder)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_place(results):
+    assert [r["place"] for r in results] == [[0, 2, "cpu", True], [1, 2, "cpu", False]]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_gathers_are_in_rank_order(results, rank):
+    result = results[rank]
+    assert result["all_gather"] == [[0, 1, 2], [100, 101, 102], [103, 104, 105]]
+    assert result["bfloat16"] == [0.5, 0.5, 1.5, 1.5]
+    assert result["bool"] == [False, True]
+    assert result["empty"] == [0, 2]
+    assert result["some empty"] == [[7, 7]]
+    assert result["json"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ü"}]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sums_and_broadcast(results, rank):
+    result = results[rank]
+    assert result["all_reduce"] == [[[3.0, 3.0], [3.0, 3.0]], [1.0], [2.0, 2.0, 2.0]]
+    assert result["sum"] == {"a": 0.1 + 0.2, "b": 2}
+    assert result["broadcast"] == ["from", 1]
+
+
+def test_only_rank_0_gets_the_gathered_tensors(results):
+    assert results[0]["to main"] == [{"x": [], "only 0": 1.5}, {"x": [[3, 3]], "only 1": 2.5}]
+    assert results[1]["to main"] == []
+
+
+def test_ranks_that_disagree_on_a_shape_are_told(results):
+    assert "rank 1 passed another dtype or shape than rank 0: torch.float32 [n, [2]]" in results[0]["mismatch"]
+    assert "rank 0 passed another dtype or shape than rank 1: torch.float32 [n, [3]]" in results[1]["mismatch"]
+
+
+def test_monitored_work_may_outlast_the_collective_timeout(results):
+    assert [r["after"] for r in results] == [[0, 1], [0, 1]]
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """How every rank of every failing job ended: scenario -> [(exit code, standard error) of rank 0, of rank 1]."""
+    folder = tmp_path_factory.mktemp("ends")
+    command = [sys.executable, WORKER, "--fork", folder, *SCENARIOS]
+    process = subprocess.Popen(command, env=clean_environment(), start_new_session=True)
+    try:
+        process.wait(LIMIT_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a rank that outlived the limit
+    files = {scenario: [folder / f"{scenario}.{rank}" for rank in range(2)] for scenario in SCENARIOS}
+    return {
+        scenario: [
+            (int(f.with_name(f.name + ".code").read_text()), f.with_name(f.name + ".stderr").read_text()) for f in group
+        ]
+        for scenario, group in files.items()
+    }
+
+
+def test_a_failing_rank_ends_the_others_with_its_error(ends):
+    (code0, text0), (code1, text1) = ends["raises"]
+    assert code0 == code1 == 1
+    assert "OSError: the picture store is on fire" in text1
+    assert "RankFailure: rank 1 failed with this error" in text0
+    assert 'raise OSError("the picture store is on fire")' in text0, "the traceback of the other rank"
+
+
+def test_a_failing_rank_ends_a_torchrun_job(tmp_path):
+    done = run_torchrun("raises", tmp_path)
+    assert done.returncode != 0
+    assert "[rank 0] ending because rank 1 failed: OSError: the picture store is on fire" in done.stderr
+
+
+def test_a_user_error_stays_one(ends):
+    (code0, text0), (code1, text1) = ends["user_error"]
+    assert code0 == code1 == UserError.EXIT_CODE
+    assert "error: prompts=none.txt does not exist\n" in text1
+    assert "error: prompts=none.txt does not exist (found on rank 1)\n" in text0
+    assert "Traceback" not in text0 + text1
+
+
+def test_a_rank_that_cannot_raise_is_ended(ends):
+    code0, text0 = ends["busy"][0]
+    assert code0 == 1
+    assert "rank 1 failed with this error" in text0
+    assert "OSError: the picture store is on fire" in text0
+
+
+def test_a_killed_rank_is_noticed(ends):
+    (code0, text0), (code1, _) = ends["killed"]
+    assert code1 == -signal.SIGKILL
+    assert code0 == 1
+    assert "rank 1 has given no sign of life for 5 s" in text0
+
+
+def test_a_hanging_rank_runs_into_the_timeout(ends):
+    (code0, text0), (code1, text1) = ends["hangs"]
+    assert code0 == code1 == 1
+    assert "CollectiveError: all_gather failed on rank 0" in text0
+    assert "ending because rank 0 failed: advgrpo.distributed.CollectiveError: all_gather failed on rank 0" in text1
+
+
+def test_rank_0_outlives_the_others_use_of_its_store(ends):
+    assert ends["early"] == [(0, "done\n"), (0, "done\n")]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return Distributed.start("cpu")
+
+
+def test_one_process_needs_no_setup(alone):
+    assert (alone.rank, alone.world_size, alone.is_main, alone.device) == (0, 1, True, torch.device("cpu"))
+    tensor = torch.randn(3, 2)
+    assert torch.equal(alone.all_gather(tensor), tensor)
+    alone.all_reduce_sum([tensor])
+    assert alone.sum_scalars({"a": 0.5}) == {"a": 0.5}
+    assert alone.gather_json([1]) == [[1]]
+    assert alone.broadcast_json({"a": 1}) == {"a": 1}
+    assert torch.equal(alone.gather_tensors_to_main({"x": tensor})[0]["x"], tensor)
+    alone.barrier()
+    with pytest.raises(KeyError), alone.guard(), alone.monitored("work"):
+        raise KeyError("unchanged")
+    alone.close()
+
+
+def test_bad_tensors(alone):
+    with pytest.raises(ValueError, match="without dimensions"):
+        alone.all_gather(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"tensors\[1\] is torch\.float64"):
+        alone.all_reduce_sum([torch.ones(1), torch.ones(1).double()])
+
+
+def test_bad_places(monkeypatch):
+    with pytest.raises(UserError, match="device='tpu' must be auto, cpu or cuda"):
+        Distributed.start("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        Distributed.start("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="local rank 1 has no GPU, this machine has 1"):
+        Distributed.start("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "")
+    with pytest.raises(UserError, match="LOCAL_RANK='' must be a number"):
+        Distributed.start("cpu")
