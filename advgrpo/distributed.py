@@ -21,6 +21,7 @@ store: as long as every rank shows signs of life, however long it takes.
 """
 
 import atexit
+import faulthandler
 import hashlib
 import json
 import os
@@ -83,7 +84,7 @@ class _Failure:
     def as_exception(self) -> Exception:
         if self.is_user_error:
             return UserError(f"{self.details} (found on rank {self.rank})")
-        return RankFailure(f"rank {self.rank} failed with this error:\n{self.details}")
+        return RankFailure(f"rank {self.rank} failed with this error:\n{self.details.rstrip()}")
 
 
 class Distributed:
@@ -367,13 +368,14 @@ class _Watch(threading.Thread):
             try:
                 self.failure = self._look()
             except dist.DistError as error:
-                lost = f"rank {self._rank} lost the job's store ({error}): rank 0's machine or torchrun has ended"
+                lost = f"rank {self._rank} lost the job's store, which ends with rank 0 or torchrun ({error})"
                 self.failure = _Failure(0, 0, lost, lost)
             if self.failure is None and self._stopped.wait(POLL_SECONDS):
                 return
         self._acknowledge()
         if not self._stopped.wait(GRACE_SECONDS):
-            _tell(self._rank, str(self.failure.as_exception()))
+            _tell(self._rank, f"{self.failure.as_exception()}\nThis rank did not end by itself and was here:")
+            faulthandler.dump_traceback(file=sys.__stderr__)
             _exit_now(self.failure.exit_code)
 
     def stop(self) -> None:
@@ -421,8 +423,8 @@ class _Watch(threading.Thread):
             self._neighbour_beat, self._neighbour_seen = beat, now
         elif now - self._neighbour_seen > SILENCE_SECONDS:
             text = (
-                f"rank {self._neighbour} has given no sign of life for {SILENCE_SECONDS:.0f} s and left no error: "
-                "killed, out of memory, or its machine is gone"
+                f"it has given no sign of life for {SILENCE_SECONDS:.0f} s and left no error "
+                "(killed, out of memory, or its machine is gone)"
             )
             return self._publish(_Failure(self._neighbour, self._rank, text, text))
         return None

@@ -1,8 +1,9 @@
 """The jobs that test_distributed.py starts.
 
-`torchrun distributed_worker.py SCENARIO FOLDER` is one rank of one job. `python distributed_worker.py --fork FOLDER
-SCENARIO ...` runs several jobs of two ranks at once, without torchrun (which would end a job's other ranks itself as soon
-as one ends), importing torch only once. Rank r's standard error goes to FOLDER/SCENARIO.r.stderr, its exit code to .code.
+`torchrun distributed_worker.py SCENARIO FOLDER` is one rank of one job.
+`python distributed_worker.py --fork FOLDER SCENARIO ...` runs several jobs of two ranks at once, with one import of
+torch and without torchrun, which would end a job's other ranks itself as soon as one ends. Rank r's standard error goes
+to FOLDER/SCENARIO.r.stderr, its exit code to FOLDER/SCENARIO.r.code.
 """
 
 import json

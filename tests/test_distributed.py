@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_a_killed_rank_is_noticed(ends):
     (code0, text0), (code1, _) = ends["killed"]
     assert code1 == -signal.SIGKILL
     assert code0 == 1
-    assert "rank 1 has given no sign of life for 5 s" in text0
+    assert "rank 1 failed with this error:\n[rank0]: it has given no sign of life for 5 s" in text0
 
 
 def test_a_hanging_rank_runs_into_the_timeout(ends):
@@ -138,6 +139,7 @@ def test_a_hanging_rank_runs_into_the_timeout(ends):
     assert code0 == code1 == 1
     assert "CollectiveError: all_gather failed on rank 0" in text0
     assert "ending because rank 0 failed: advgrpo.distributed.CollectiveError: all_gather failed on rank 0" in text1
+    assert re.search(r'distributed_worker.py", line \d+ in hangs', text1), "where the hanging rank was"
 
 
 def test_rank_0_outlives_the_others_use_of_its_store(ends):
