@@ -1,0 +1,243 @@
+"""What a run says about itself while it runs: metrics.jsonl, TensorBoard, wandb on request, and a progress bar.
+
+Only rank 0 says anything, and nothing here is ever read back to decide how training goes on.
+"""
+
+import importlib
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from advgrpo.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+Scalar = float | int | str | None
+
+# metric -> (label, format) on the progress bar
+_SHOWN = {
+    "reward_generated": ("r_gen", "{:+.3f}"),
+    "reward_reference": ("r_ref", "{:+.3f}"),
+    "adversary_accuracy": ("adversary", "{:.0%}"),
+    "images_per_second": ("images/s", "{:.1f}"),
+}
+
+
+class Tracker:
+    """Records one dictionary of metrics per iteration. A context manager; on ranks other than 0 it does nothing.
+
+    Args:
+        output_dir: the run's folder; gets `metrics.jsonl` and `tensorboard/`.
+        total_iterations: where the progress bar ends.
+        start_iteration: the first iteration this process runs. Records of it and of later ones, left by the process
+            that is resumed, are removed, so that the files become those of a run that never stopped.
+        is_main: whether this is rank 0.
+        tensorboard: write TensorBoard event files.
+        wandb_project: name of a Weights & Biases project to report to; None leaves wandb alone, not even imported.
+        config: what wandb shows as the run's configuration.
+        console: where progress goes; a live bar on a terminal, else one line per iteration.
+
+    Raises:
+        UserError: the folder cannot be written, `metrics.jsonl` is damaged, or tensorboard or wandb is wanted and
+            missing.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        total_iterations: int,
+        start_iteration: int = 0,
+        is_main: bool = True,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.is_main = is_main
+        self._file = self._tensorboard = self._wandb = self._progress = None
+        if not is_main:
+            return
+        output_dir = Path(output_dir)
+        self._file = _open_metrics(output_dir / METRICS_FILE, start_iteration)
+        if tensorboard:
+            module = _require("torch.utils.tensorboard", "tensorboard")
+            # purge_step hides the abandoned records of a resumed run, which event files cannot drop.
+            self._tensorboard = module.SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
+        if wandb_project is not None:
+            self._wandb = _start_wandb(wandb_project, output_dir, start_iteration, config)
+        self._progress = _ProgressLine(console or Console(), total_iterations, start_iteration)
+
+    def log(self, metrics: Mapping[str, Scalar]) -> None:
+        """Record one iteration; `metrics` holds its number from 0 as "iteration", and Python scalars.
+
+        Non-finite numbers are written as null: JSON has none, and Python's bare NaN breaks other readers.
+
+        Raises:
+            ValueError: no "iteration".
+            TypeError: a value that is no Python scalar (a tensor would synchronise with the GPU at every call).
+        """
+        if not self.is_main:
+            return
+        record = {key: _plain(key, value) for key, value in metrics.items()}
+        if not isinstance(record.get("iteration"), int):
+            raise ValueError(f'metrics must hold an integer "iteration", got {metrics.get("iteration")!r}')
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "iteration"}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, record["iteration"])
+            self._tensorboard.flush()  # a killed run keeps what it logged
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["iteration"])
+        self._progress.show(record)
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the progress bar; on rank 0 only."""
+        if self.is_main:
+            self._progress.say(text)
+
+    def close(self) -> None:
+        """Flush and close everything. May be called twice."""
+        if self._progress is not None:
+            self._progress.close()
+        for part, finish in ((self._file, "close"), (self._tensorboard, "close"), (self._wandb, "finish")):
+            if part is not None:
+                getattr(part, finish)()
+        self._file = self._tensorboard = self._wandb = self._progress = None
+        self.is_main = False
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in file order. A last line cut off by a kill is left out.
+
+    Raises:
+        UserError: a missing file, or a damaged line elsewhere (named by its number).
+    """
+    return [record for _, record in _read_metrics(Path(path))]
+
+
+def _read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: not the folder of a run") from None
+    lines.pop()  # what follows the last newline: nothing, or a record that was cut off
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["iteration"] + 0
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{path}, line {number} is not a metrics record: {line[:80]!r}; repair or remove it"
+            ) from None
+        records.append((line, record))
+    return records
+
+
+def _open_metrics(path: Path, start_iteration: int) -> Any:
+    kept = (
+        [line for line, record in _read_metrics(path) if record["iteration"] < start_iteration] if path.exists() else []
+    )
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another output directory") from error
+
+
+def _plain(key: str, value: Scalar) -> Scalar:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    raise TypeError(f"metric {key!r} is a {type(value).__name__}; convert it to a Python scalar first")
+
+
+def _require(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{package} is switched on but not installed: pip install {package}, or switch it off"
+        ) from error
+
+
+def _start_wandb(project: str, output_dir: Path, start_iteration: int, config: Mapping[str, Any] | None) -> Any:
+    """A resumed run continues its own wandb run, whose id is kept in the output folder."""
+    wandb = _require("wandb", "wandb")
+    id_file = output_dir / "wandb_run_id"
+    if start_iteration == 0 or not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    return wandb.init(
+        project=project, dir=str(output_dir), id=id_file.read_text(), resume="allow", config=dict(config or {})
+    )
+
+
+class _ProgressLine:
+    """A live bar on a terminal; elsewhere (logs, CI) one plain line per iteration."""
+
+    def __init__(self, console: Console, total: int, start: int) -> None:
+        self._console = console
+        self._total, self._start = total, start
+        self._began = time.monotonic()
+        self._bar = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("iteration {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Progress(*columns, console=console, refresh_per_second=2)
+            self._task = self._bar.add_task("starting", total=total, completed=start)
+            self._bar.start()
+
+    def show(self, record: Mapping[str, Scalar]) -> None:
+        done = record["iteration"] + 1
+        parts = [
+            f"{label} {form.format(record[key])}"
+            for key, (label, form) in _SHOWN.items()
+            if isinstance(record.get(key), (int, float))
+        ]
+        parts.append(f"{self._time_left(done)} left")
+        if self._bar is None:
+            self.say(f"iteration {done}/{self._total}  " + "  ".join(parts))
+        else:
+            self._bar.update(self._task, completed=done, description="  ".join(parts))
+
+    def say(self, text: str) -> None:
+        # soft_wrap and no markup: log lines stay whole, and "[...]" in a prompt is text.
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _time_left(self, done: int) -> str:
+        """From the mean over this process's iterations: their durations differ (evaluations, adversary updates)."""
+        seconds = (time.monotonic() - self._began) / max(1, done - self._start) * max(0, self._total - done)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}"

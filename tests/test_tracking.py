@@ -1,0 +1,153 @@
+"""metrics.jsonl, TensorBoard and the progress line."""
+
+import io
+import json
+import sys
+import types
+
+import pytest
+import torch
+from rich.console import Console
+
+from advgrpo.errors import UserError
+from advgrpo.tracking import Tracker, load_metrics
+
+
+def record(iteration, **more):
+    return {"iteration": iteration, "reward_generated": 0.1 * iteration, "reward_reference": 1 / 3, **more}
+
+
+def track(folder, iterations, *, start=0, total=10, console=None, **options):
+    console = console or Console(file=io.StringIO())
+    options.setdefault("tensorboard", False)
+    with Tracker(folder, total_iterations=total, start_iteration=start, console=console, **options) as tracker:
+        for i in iterations:
+            tracker.log(record(i))
+    return console.file.getvalue()
+
+
+def test_one_object_per_iteration_at_once(tmp_path):
+    with Tracker(
+        tmp_path / "run", total_iterations=3, tensorboard=False, console=Console(file=io.StringIO())
+    ) as tracker:
+        for i in range(3):
+            tracker.log(record(i))
+            assert load_metrics(tmp_path / "run" / "metrics.jsonl") == [record(k) for k in range(i + 1)]
+
+
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
+    track(tmp_path / "whole", range(6))
+    track(tmp_path / "parts", range(5))
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 5, "rew')  # killed in the middle of a line
+    track(tmp_path / "parts", range(3, 6), start=3)
+    whole, parts = (tmp_path / name / "metrics.jsonl" for name in ("whole", "parts"))
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_non_finite_numbers_are_null(tmp_path):
+    with Tracker(tmp_path, total_iterations=1, tensorboard=False, console=Console(file=io.StringIO())) as tracker:
+        tracker.log(record(0, kl=float("nan"), grad_norm=float("-inf"), adversary_loss=None, flag=True))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    read = json.loads(text, parse_constant=pytest.fail)
+    assert (read["kl"], read["grad_norm"], read["adversary_loss"], read["flag"]) == (None, None, None, True)
+
+
+def test_bad_records(tmp_path):
+    with Tracker(tmp_path, total_iterations=1, tensorboard=False, console=Console(file=io.StringIO())) as tracker:
+        with pytest.raises(TypeError, match="metric 'loss' is a Tensor"):
+            tracker.log(record(0, loss=torch.tensor(1.0)))
+        with pytest.raises(ValueError, match='integer "iteration", got None'):
+            tracker.log({"loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_only_rank_0_writes(tmp_path):
+    output = track(tmp_path / "run", range(3), is_main=False)
+    assert output == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_and_unwritable_files(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\nnonsense\n{"iteration": 2}\n')
+    with pytest.raises(UserError, match="line 2 is not a metrics record: 'nonsense'"):
+        track(tmp_path, [], start=2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        track(tmp_path / "file", [])
+    with pytest.raises(UserError, match="does not exist"):
+        load_metrics(tmp_path / "none.jsonl")
+
+
+def test_plain_lines_without_a_terminal(tmp_path):
+    output = track(tmp_path, range(2), total=12).splitlines()
+    assert len(output) == 2
+    assert output[1].startswith("iteration 2/12  r_gen +0.100  r_ref +0.333  0:0")
+    assert output[1].endswith(" left")
+
+
+def test_a_line_shows_every_figure_and_the_time_left(tmp_path, monkeypatch):
+    clock = iter([100.0, 160.0])
+    monkeypatch.setattr("advgrpo.tracking.time.monotonic", lambda: next(clock))
+    console = Console(file=io.StringIO())
+    tracker = Tracker(tmp_path, total_iterations=100, start_iteration=4, tensorboard=False, console=console)
+    tracker.log(record(5, adversary_accuracy=0.875, images_per_second=12.34))  # two iterations took 60 s: 94 x 30 s
+    tracker.say("[saved] checkpoint")
+    assert console.file.getvalue() == (
+        "iteration 6/100  r_gen +0.500  r_ref +0.333  adversary 88%  images/s 12.3  0:47:00 left\n[saved] checkpoint\n"
+    )
+
+
+def test_a_live_bar_on_a_terminal(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    output = track(tmp_path, range(3), total=3, console=console)
+    assert "iteration 3/3" in output
+    assert "r_gen +0.200" in output
+    assert "\x1b[" in output
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    track(tmp_path, range(4), tensorboard=True)
+    track(tmp_path, range(2, 5), start=2, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["reward_generated", "reward_reference"]
+    assert [event.step for event in events.Scalars("reward_generated")] == [0, 1, 2, 3, 4]
+
+
+class FakeWandb(types.ModuleType):
+    def __init__(self):
+        super().__init__("wandb")
+        self.calls = []
+
+    def init(self, **options):
+        self.calls.append(("init", options))
+        return self
+
+    def log(self, numbers, step):
+        self.calls.append(("log", step, numbers))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+def test_wandb_continues_its_run(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    track(tmp_path, [0], wandb_project="p", config={"seed": 1})
+    track(tmp_path, [1], start=1, wandb_project="p")
+    inits = [call[1] for call in fake.calls if call[0] == "init"]
+    assert inits[0]["project"] == "p"
+    assert inits[0]["config"] == {"seed": 1}
+    assert inits[0]["id"] == inits[1]["id"]
+    assert ("log", 1, {"reward_generated": 0.1, "reward_reference": 1 / 3}) in fake.calls
+    assert fake.calls[-1] == ("finish",)
+
+
+def test_wandb_is_touched_only_when_configured(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails, as if it were not installed
+    track(tmp_path, [0])
+    with pytest.raises(UserError, match="pip install wandb"):
+        track(tmp_path, [0], wandb_project="p")
