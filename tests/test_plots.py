@@ -1,0 +1,134 @@
+"""Curves and grids show what they were given, where it belongs."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from advgrpo import plots
+from advgrpo.plots import draw_curves, draw_grid
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def record(i, **more):
+    return {
+        "iteration": i,
+        "reward_generated": float(i),
+        "reward_reference": 2.0,
+        "adversary_updates": 10 * (i % 2),
+        **more,
+    }
+
+
+def panels(metrics):
+    return {axes.get_title(): axes for axes in plots._curves_figure(metrics).axes}
+
+
+def test_rewards_in_one_panel_with_the_adversary_marked():
+    axes = panels([record(i, reward_std=0.5) for i in range(6)])["Adversarial reward: generated against references"]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["generated (r_gen)"] == [[i, i] for i in range(6)]
+    assert lines["references (r_ref)"] == [[i, 2] for i in range(6)]
+    assert [x for x, _ in lines["adversary trained"]] == [1, 3, 5]
+    assert axes.get_ylabel()
+    assert axes.get_xlabel() == "iteration"
+    assert axes.get_legend() is not None
+
+
+def test_a_panel_per_quantity_that_has_values():
+    metrics = [record(i, grad_norm=0.1, adversary_accuracy=None, adversary_loss=float("nan")) for i in range(4)]
+    metrics[0] |= {"eval_dino_similarity": 0.5}
+    metrics[3] |= {"eval_dino_similarity": 0.75, "eval_judge_accuracy": 0.5}
+    found = panels(metrics)
+    assert sorted(found) == [
+        "Adversarial reward: generated against references",
+        "Held-out prompts: dino similarity",
+        "Held-out prompts: judge accuracy",
+        "Policy gradient norm",
+    ]
+    assert found["Held-out prompts: dino similarity"].lines[0].get_xydata().tolist() == [[0, 0.5], [3, 0.75]]
+
+
+def test_all_panels_are_saved_as_a_readable_png(tmp_path):
+    every = {"adversary_loss": 1.0, "adversary_accuracy": 0.5, "grad_norm": 0.0, "log_prob_drift_max": 0.0}
+    draw_curves([record(i, **every, pre_update_clip_fraction=0.0) for i in range(3)], tmp_path / "curves.png")
+    picture = Image.open(tmp_path / "curves.png")
+    assert picture.width > 1200
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_curves([{"iteration": 0, "reward_generated": float("nan")}], tmp_path / "curves.png")
+
+
+def solid(n, colour, height=32, width=32):
+    return torch.tensor(colour).float().div(255).view(1, 3, 1, 1).expand(n, 3, height, width)
+
+
+def count(path, colour):
+    return int((np.array(Image.open(path)) == colour).all(axis=-1).sum())
+
+
+def columns_of(path, colour):
+    return np.flatnonzero((np.array(Image.open(path)) == colour).all(axis=-1).any(axis=0))
+
+
+def test_blocks_stand_side_by_side_and_small_pictures_grow(tmp_path):
+    path = tmp_path / "grid.png"
+    row = [("base", solid(2, RED)), ("final", solid(1, GREEN)), ("references", solid(3, BLUE, 64, 64))]
+    draw_grid([("a red star", row), ("a blue star", row)], path)
+    assert [count(path, colour) for colour in (RED, GREEN, BLUE)] == [2 * n * 64 * 64 for n in (2, 1, 3)]
+    assert columns_of(path, RED).max() < columns_of(path, GREEN).min()
+    assert columns_of(path, GREEN).max() < columns_of(path, BLUE).min()
+
+
+def test_enlarging_keeps_hard_pixels_and_reducing_keeps_the_ratio(tmp_path):
+    path = tmp_path / "grid.png"
+    checks = torch.zeros(1, 3, 24, 24)
+    checks[:, 0, ::2] = 1
+    checks[:, 1, 1::2] = 1
+    draw_grid([("stripes", [("one", checks)])], path)
+    assert count(path, RED) == count(path, GREEN) == 72 * 72 // 2  # factor 3, the first to reach 64
+    draw_grid([("large", [("one", solid(1, RED, 400, 800))])], path, max_size=200)
+    assert count(path, RED) == 100 * 200
+
+
+def test_values_outside_the_range_are_clipped(tmp_path):
+    draw_grid([("x", [("one", solid(1, RED) * 3 - 1)])], tmp_path / "grid.png")
+    assert count(tmp_path / "grid.png", RED) == 64 * 64
+
+
+def test_long_captions_are_wrapped_inside_the_picture(tmp_path):
+    font = plots._font(14)
+    text = "a small red star on the left of a blue background " * 4 + "x" * 200
+    lines = plots._wrap(text, font, 200)
+    assert len(lines) > 5
+    assert max(font.getlength(line) for line in lines) <= 200
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    row = [("one", solid(1, RED))]
+    draw_grid([(text, row)], tmp_path / "long.png")
+    draw_grid([("", row)], tmp_path / "none.png")
+    long, none = (Image.open(tmp_path / name) for name in ("long.png", "none.png"))
+    assert long.width == none.width
+    assert long.height > none.height + 5 * 14
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "rows is empty"),
+        (
+            [("a", [("x", torch.zeros(1, 3, 8, 8))]), ("b", [("y", torch.zeros(1, 3, 8, 8))])],
+            r"row 'b' has blocks \['y'\]",
+        ),
+        ([("a", [("x", torch.zeros(3, 8, 8))])], r"row 'a', block 'x': expected float \[n, 3, H, W\]"),
+        ([("a", [("x", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))])], "expected float"),
+        ([("a", [("x", torch.zeros(0, 3, 8, 8))])], "expected float"),
+        ([("a", [("x", torch.full((1, 3, 8, 8), float("nan")))])], "not finite"),
+    ],
+)
+def test_bad_rows(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        draw_grid(rows, tmp_path / "grid.png")
