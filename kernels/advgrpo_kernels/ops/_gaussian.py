@@ -12,14 +12,113 @@ is in the batch, and the three ops agree with each other to the bit.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
-from .._runtime import can_look_at
+from .._runtime import HAS_TRITON, can_look_at
 
 LIKELIHOODS = ("gaussian", "squared_error")
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
+LIKELIHOOD_CODES = {None: 0, "gaussian": 1, "squared_error": 2}  # LIKELIHOOD in the kernels
 LANES = 4096
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    GAUSSIAN: tl.constexpr = tl.constexpr(LIKELIHOOD_CODES["gaussian"])
+
+    @triton.jit
+    def load_coefficients(coefficients_ptr, row, coefficients_stride):
+        """(a, b, s) of a row; stride 0 for one triple shared by the batch."""
+        base = coefficients_ptr + row * coefficients_stride
+        a = tl.load(base).to(tl.float32)
+        b = tl.load(base + 1).to(tl.float32)
+        s = tl.load(base + 2).to(tl.float32)
+        return a, b, s
+
+    @triton.jit
+    def load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets, mask, GUIDED: tl.constexpr):
+        """x, c and u as stored (u is c without guidance); 0 where masked."""
+        x = tl.load(latents_ptr + offsets, mask=mask, other=0.0)
+        c = tl.load(velocity_ptr + offsets, mask=mask, other=0.0)
+        u = tl.load(uncond_ptr + offsets, mask=mask, other=0.0) if GUIDED else c
+        return x, c, u
+
+    @triton.jit
+    def mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED: tl.constexpr):
+        """μ = a·x + b·((1-g)·u + g·c); explicit fma, so every kernel rounds alike whatever the compiler fuses."""
+        v = c.to(tl.float32)
+        if GUIDED:
+            v = tl.fma(v, guidance_scale, u.to(tl.float32) * uncond_scale)
+        return tl.fma(x, a, v * b)
+
+    @triton.jit
+    def tree_sum(lanes):
+        """Sum of [LANES] by adding neighbours: adds of two values, so no register layout can change the result."""
+        for _ in tl.static_range(12):
+            if lanes.shape[0] > 1:
+                lanes = tl.sum(tl.reshape(lanes, (lanes.shape[0] // 2, 2)), axis=1)
+        return tl.sum(lanes, axis=0)
+
+    @triton.jit
+    def log_prob_of(square_sum, count, s, LIKELIHOOD: tl.constexpr):
+        mean_square = tl.div_rn(square_sum, count.to(tl.float32))
+        log_prob = -mean_square
+        if LIKELIHOOD == GAUSSIAN:
+            log_normalizer = tl.log(s) + 0.9189385332046727
+            log_prob = tl.fma(-mean_square, tl.div_rn(0.5, s * s), -log_normalizer)
+        return log_prob
+
+    @triton.jit
+    def kl_of(square_sum, count, s, LIKELIHOOD: tl.constexpr):
+        kl = tl.div_rn(square_sum, count.to(tl.float32))
+        if LIKELIHOOD == GAUSSIAN:
+            kl = kl * tl.div_rn(0.5, s * s)
+        return kl
+
+    @triton.jit
+    def mean_square_gradient(difference, s, N, LIKELIHOOD: tl.constexpr):
+        """d log p/dμ = d/(s²·N) (gaussian) or 2d/N (squared_error); the same slope serves the KL, with -d."""
+        slope = 2.0
+        if LIKELIHOOD == GAUSSIAN:
+            slope = tl.div_rn(1.0, s * s)
+        return difference * tl.div_rn(slope, N.to(tl.float32))
+
+    @triton.jit
+    def store_velocity_gradients(
+        velocity_grad_ptr, uncond_grad_ptr, offsets, mask, grad, guidance_scale, uncond_scale, GUIDED: tl.constexpr
+    ):
+        """Split dL/dv into dL/dc = g·dL/dv and dL/du = (1-g)·dL/dv and store both in their dtypes."""
+        if GUIDED:
+            uncond_grad = (grad * uncond_scale).to(uncond_grad_ptr.dtype.element_ty)
+            tl.store(uncond_grad_ptr + offsets, uncond_grad, mask=mask)
+            grad = grad * guidance_scale
+        tl.store(velocity_grad_ptr + offsets, grad.to(velocity_grad_ptr.dtype.element_ty), mask=mask)
+
+
+class Tiling(NamedTuple):
+    """How the N elements of an image are cut: `tiles` tiles of `lanes` elements, `warps` warps per program."""
+
+    lanes: int
+    tiles: int
+    warps: int
+
+
+def tiling(count: int) -> Tiling:
+    """Eight elements per thread: one 128-bit load of bf16, two of float32."""
+    lanes = min(LANES, max(16, 1 << (count - 1).bit_length()))
+    return Tiling(lanes, -(-count // lanes), max(1, lanes // 256))
+
+
+def velocity_gradients(
+    velocity: torch.Tensor, uncond_velocity: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised gradients of both velocities; the second is empty without guidance (custom ops return no None)."""
+    contiguous = {"memory_format": torch.contiguous_format}
+    uncond_grad = velocity.new_empty(0) if uncond_velocity is None else torch.empty_like(uncond_velocity, **contiguous)
+    return torch.empty_like(velocity, **contiguous), uncond_grad
 
 
 def check_step_inputs(

@@ -12,7 +12,8 @@ and, with w_i = -A_i·ratio_i/B where the unclipped branch is the larger one and
     dL/dμ = w·2(x_next-μ)/N     + β/B·2(μ-μ_ref)/N           squared_error
     dL/dc = g·b·dL/dμ,  dL/du = (1-g)·b·dL/dμ
 
-The forward computes the loss and this gradient; the backward scales it by the incoming scalar.
+The forward computes the loss and this gradient, in two launches on a GPU; the backward scales it by the incoming
+scalar. `torch.autograd.backward(velocity, result.velocity_grad)` spares even that.
 
 Shapes: B images, N = elements per image. latents, velocities, next_latents, reference_mean [B, ...]; the rest [B].
 """
@@ -23,10 +24,208 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import pick_backend
-from ._gaussian import check_has_density, check_rows, check_step_inputs, per_row, row_log_prob, step_mean, tree_mean
+from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from ._gaussian import (
+    LIKELIHOOD_CODES,
+    check_has_density,
+    check_rows,
+    check_step_inputs,
+    per_row,
+    row_log_prob,
+    step_mean,
+    tiling,
+    tree_mean,
+    velocity_gradients,
+)
+from .gaussian_log_prob import launch_log_prob
 
 __all__ = ["PolicyLoss", "clipped_policy_loss", "clipped_policy_loss_ref"]
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from ._gaussian import (
+        load_coefficients,
+        load_step,
+        mean_of,
+        mean_square_gradient,
+        store_velocity_gradients,
+        tree_sum,
+    )
+
+    @triton.jit
+    def _clip_rows(log_prob, old_log_prob, advantages, clip_range, adv_clip):
+        """ratio, loss per row and its derivative by log_prob."""
+        ratio = tl.exp(log_prob - old_log_prob)
+        advantages = tl.minimum(tl.maximum(advantages, -adv_clip), adv_clip)
+        unclipped = -advantages * ratio
+        clipped = -advantages * tl.minimum(tl.maximum(ratio, 1.0 - clip_range), 1.0 + clip_range)
+        flows = (unclipped >= clipped) & (advantages != 0.0)
+        loss = tl.where(advantages == 0.0, 0.0, tl.maximum(unclipped, clipped))
+        return ratio, loss, tl.where(flows, unclipped, 0.0)
+
+    @triton.jit
+    def _clipped_policy_loss_kernel(
+        latents_ptr,
+        velocity_ptr,
+        uncond_ptr,
+        next_ptr,
+        reference_mean_ptr,
+        coefficients_ptr,
+        log_prob_ptr,
+        kl_rows_ptr,
+        old_log_prob_ptr,
+        advantages_ptr,
+        velocity_grad_ptr,
+        uncond_grad_ptr,
+        ratio_ptr,
+        loss_ptr,
+        clip_fraction_ptr,
+        kl_ptr,
+        B,
+        N,
+        coefficients_stride,
+        guidance_scale,
+        uncond_scale,
+        clip_range,
+        adv_clip,
+        kl_weight,
+        GUIDED: tl.constexpr,
+        HAS_REFERENCE: tl.constexpr,
+        LIKELIHOOD: tl.constexpr,
+        ROWS: tl.constexpr,
+        LANES: tl.constexpr,
+    ):
+        row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        a, b, s = load_coefficients(coefficients_ptr, row, coefficients_stride)
+        element = tile * LANES + tl.arange(0, LANES)
+        mask = element < N
+        offsets = row * N + element
+        x, c, u = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets, mask, GUIDED)
+        mean = mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED)
+        log_prob, old = tl.load(log_prob_ptr + row), tl.load(old_log_prob_ptr + row).to(tl.float32)
+        advantage = tl.load(advantages_ptr + row).to(tl.float32)
+        ratio, _, weight = _clip_rows(log_prob, old, advantage, clip_range, adv_clip)
+        difference = tl.load(next_ptr + offsets, mask=mask, other=0.0) - mean
+        pull = weight * difference
+        if HAS_REFERENCE:
+            reference = tl.load(reference_mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            pull = tl.fma(mean - reference, kl_weight, pull)
+        grad = mean_square_gradient(pull, s, N, LIKELIHOOD) * tl.div_rn(b, B.to(tl.float32))
+        store_velocity_gradients(
+            velocity_grad_ptr, uncond_grad_ptr, offsets, mask, grad, guidance_scale, uncond_scale, GUIDED
+        )
+        if tile == 0:
+            tl.store(ratio_ptr + row, ratio)
+            if row == 0:
+                i = tl.arange(0, ROWS)
+                valid = i < B
+                log_probs = tl.load(log_prob_ptr + i, mask=valid, other=0.0)
+                olds = tl.load(old_log_prob_ptr + i, mask=valid, other=0.0).to(tl.float32)
+                advantages = tl.load(advantages_ptr + i, mask=valid, other=0.0).to(tl.float32)
+                ratios, losses, _ = _clip_rows(log_probs, olds, advantages, clip_range, adv_clip)
+                outside = (valid & (tl.abs(ratios - 1.0) > clip_range)).to(tl.float32)
+                kl = 0.0
+                if HAS_REFERENCE:
+                    kl = tl.div_rn(tree_sum(tl.load(kl_rows_ptr + i, mask=valid, other=0.0)), B.to(tl.float32))
+                loss = tl.div_rn(tree_sum(tl.where(valid, losses, 0.0)), B.to(tl.float32))
+                tl.store(loss_ptr, tl.fma(kl, kl_weight, loss))
+                tl.store(clip_fraction_ptr, tl.div_rn(tree_sum(outside), B.to(tl.float32)))
+                tl.store(kl_ptr, kl)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::clipped_policy_loss", mutates_args=())
+def _clipped_policy_loss_op(
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    uncond_velocity: torch.Tensor | None,
+    next_latents: torch.Tensor,
+    coefficients: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    reference_mean: torch.Tensor | None,
+    guidance_scale: float,
+    likelihood: str,
+    clip_range: float,
+    adv_clip: float,
+    kl_weight: float,
+    use_triton: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fields of PolicyLoss in order; the last is empty without guidance."""
+    step = (latents, velocity, uncond_velocity, next_latents, reference_mean, coefficients)
+    step = tuple(None if tensor is None else tensor.contiguous() for tensor in step)
+    compute = _launch if use_triton else _closed_form
+    rows = (old_log_prob.contiguous(), advantages.contiguous())
+    return compute(step, rows, guidance_scale, likelihood, clip_range, adv_clip, kl_weight)
+
+
+def _launch(step, rows, guidance_scale, likelihood, clip_range, adv_clip, kl_weight) -> tuple[torch.Tensor, ...]:
+    latents, velocity, uncond, _, reference, coefficients = step
+    code = LIKELIHOOD_CODES[likelihood]
+    log_prob, kl_rows = launch_log_prob(*step, guidance_scale, code)
+    grads = velocity_gradients(velocity, uncond)
+    ratio, (loss, clip_fraction, kl) = torch.empty_like(log_prob), (log_prob.new_empty(()) for _ in range(3))
+    batch, count = latents.shape[0], latents[0].numel()
+    lanes, tiles, warps = tiling(count)
+    sizes = (batch, count, 3 if coefficients.dim() == 2 else 0)
+    settings = (guidance_scale, 1.0 - guidance_scale, clip_range, adv_clip, kl_weight)
+    with device_guard(latents):
+        _clipped_policy_loss_kernel[(batch, tiles)](
+            *(*step, log_prob, kl_rows, *rows),
+            *(*grads, ratio, loss, clip_fraction, kl),
+            *(*sizes, *settings),
+            GUIDED=uncond is not None,
+            HAS_REFERENCE=reference is not None,
+            LIKELIHOOD=code,
+            ROWS=max(2, triton.next_power_of_2(batch)),
+            LANES=lanes,
+            num_warps=warps,
+        )
+    return loss, log_prob, ratio, clip_fraction, kl, *grads
+
+
+def _closed_form(step, rows, guidance_scale, likelihood, clip_range, adv_clip, kl_weight) -> tuple[torch.Tensor, ...]:
+    """The same in PyTorch operations."""
+    latents, velocity, uncond, next_latents, reference, coefficients = step
+    mean = step_mean(latents, velocity, coefficients, uncond, guidance_scale, torch.float32)
+    difference = next_latents.float() - mean
+    log_prob = row_log_prob(difference, coefficients, likelihood)
+    ratio, per_row_loss, weight = _clip(log_prob, *rows, clip_range, adv_clip)
+    kl = _kl(mean, reference, coefficients, likelihood).mean()
+    _, b, s = per_row(coefficients.expand(latents.shape[0], 3), latents.dim(), torch.float32)
+    pull = weight.view_as(b) * difference
+    if kl_weight:
+        pull = pull + kl_weight * (mean - reference.float())
+    slope = 1.0 / (s * s) if likelihood == "gaussian" else 2.0
+    grad = pull * (b * slope / latents.numel())
+    loss = per_row_loss.mean() + kl_weight * kl
+    if uncond is None:
+        grads = grad.to(velocity.dtype), velocity.new_empty(0)
+    else:
+        grads = (grad * guidance_scale).to(velocity.dtype), (grad * (1.0 - guidance_scale)).to(uncond.dtype)
+    return loss, log_prob, ratio, _clip_fraction(ratio, clip_range), kl, *grads
+
+
+@_clipped_policy_loss_op.register_fake
+def _(latents, velocity, uncond_velocity, *_):
+    log_prob = latents.new_empty(latents.shape[0], dtype=torch.float32)
+    loss, clip_fraction, kl = (log_prob.new_empty(()) for _ in range(3))
+    grads = velocity_gradients(velocity, uncond_velocity)
+    return loss, log_prob, torch.empty_like(log_prob), clip_fraction, kl, *grads
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.guided = inputs[2] is not None
+    ctx.save_for_backward(*output[-2:])
+
+
+def _backward(ctx, grad_loss, *_):
+    velocity_grad, uncond_grad = ctx.saved_tensors
+    return None, velocity_grad * grad_loss, uncond_grad * grad_loss if ctx.guided else None, *[None] * 11
+
+
+_clipped_policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class PolicyLoss(NamedTuple):
@@ -37,6 +236,8 @@ class PolicyLoss(NamedTuple):
     ratio: torch.Tensor  # [B] float32, exp(log_prob - old_log_prob)
     clip_fraction: torch.Tensor  # scalar float32, share of rows with |ratio - 1| > clip_range
     kl: torch.Tensor  # scalar float32, mean KL to reference_mean before kl_weight; 0 without a reference
+    velocity_grad: torch.Tensor | None  # dloss/dvelocity in its shape and dtype, for callers without autograd
+    uncond_velocity_grad: torch.Tensor | None  # likewise; None without uncond_velocity
 
 
 def clipped_policy_loss(
@@ -87,11 +288,14 @@ def clipped_policy_loss(
     check_rows(latents.shape[0], old_log_prob=old_log_prob, advantages=advantages)
     check_has_density(coefficients, likelihood)
     _check_scalars(clip_range, adv_clip, kl_weight, reference_mean)
-    if pick_backend(backend, latents, velocity) == "triton":
-        raise NotImplementedError("clipped_policy_loss has no Triton kernel yet: use backend='torch' or 'auto'")
-    tensors = (velocity, uncond_velocity, latents, next_latents, coefficients, old_log_prob, advantages, reference_mean)
-    settings = (guidance_scale, likelihood, clip_range, adv_clip, kl_weight)
-    return PolicyLoss(*_ClosedForm.apply(*tensors, *settings))
+    use_triton = pick_backend(backend, latents, velocity) == "triton"
+    loss, *details, velocity_grad, uncond_grad = _clipped_policy_loss_op(
+        *(latents.float(), velocity, uncond_velocity, next_latents.float(), coefficients),
+        *(old_log_prob.detach(), advantages, reference_mean),
+        *(guidance_scale, likelihood, clip_range, adv_clip, kl_weight, use_triton),
+    )
+    grads = velocity_grad.detach(), None if uncond_velocity is None else uncond_grad.detach()
+    return PolicyLoss(loss, *(value.detach() for value in details), *grads)
 
 
 def clipped_policy_loss_ref(
@@ -118,55 +322,7 @@ def clipped_policy_loss_ref(
     kl = _kl(mean, reference_mean, coefficients, likelihood).mean()
     loss = per_row_loss.mean() + kl_weight * kl
     clip_fraction = _clip_fraction(ratio, clip_range)
-    return PolicyLoss(loss, log_prob.detach(), ratio.detach(), clip_fraction, kl.detach())
-
-
-class _ClosedForm(torch.autograd.Function):
-    """The PyTorch path: loss and closed-form gradient in the forward, a scale in the backward."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        velocity,
-        uncond_velocity,
-        latents,
-        next_latents,
-        coefficients,
-        old_log_prob,
-        advantages,
-        reference_mean,
-        guidance_scale,
-        likelihood,
-        clip_range,
-        adv_clip,
-        kl_weight,
-    ):
-        mean = step_mean(latents, velocity, coefficients, uncond_velocity, guidance_scale, torch.float32)
-        difference = next_latents.float() - mean
-        log_prob = row_log_prob(difference, coefficients, likelihood)
-        ratio, per_row_loss, weight = _clip(log_prob, old_log_prob, advantages, clip_range, adv_clip)
-        kl = _kl(mean, reference_mean, coefficients, likelihood).mean()
-        loss = per_row_loss.mean() + kl_weight * kl
-
-        _, b, s = per_row(coefficients.expand(latents.shape[0], 3), latents.dim(), torch.float32)
-        curvature = 1.0 / (s * s) if likelihood == "gaussian" else 2.0
-        grad = (weight / latents.shape[0]).view_as(b) * difference
-        if kl_weight:
-            grad = grad + (kl_weight / latents.shape[0]) * (mean - reference_mean.float())
-        grad = grad * (b * curvature / latents[0].numel())
-        uncond_scale = 1.0 - guidance_scale
-        ctx.save_for_backward(
-            (grad if uncond_velocity is None else grad * guidance_scale).to(velocity.dtype),
-            None if uncond_velocity is None else (grad * uncond_scale).to(uncond_velocity.dtype),
-        )
-        statistics = (log_prob, ratio, _clip_fraction(ratio, clip_range), kl)
-        ctx.mark_non_differentiable(*statistics)
-        return loss, *statistics
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *scaled, *[None] * 11
+    return PolicyLoss(loss, log_prob.detach(), ratio.detach(), clip_fraction, kl.detach(), None, None)
 
 
 def _clip(
@@ -182,7 +338,8 @@ def _clip(
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     flows = (unclipped >= clipped) & (advantages != 0)
-    return ratio, torch.maximum(unclipped, clipped), torch.where(flows, unclipped, 0.0)
+    loss = torch.where(advantages == 0, 0.0, torch.maximum(unclipped, clipped))  # a ratio of inf must not give 0·inf
+    return ratio, loss, torch.where(flows, unclipped, 0.0)
 
 
 def _clip_fraction(ratio: torch.Tensor, clip_range: float) -> torch.Tensor:

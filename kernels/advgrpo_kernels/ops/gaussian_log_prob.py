@@ -10,10 +10,228 @@ from __future__ import annotations
 
 import torch
 
-from .._runtime import pick_backend
-from ._gaussian import check_has_density, check_step_inputs, row_log_prob, step_mean
+from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from ._gaussian import (
+    LIKELIHOOD_CODES,
+    check_has_density,
+    check_step_inputs,
+    row_log_prob,
+    step_mean,
+    tiling,
+    velocity_gradients,
+)
 
-__all__ = ["gaussian_log_prob", "gaussian_log_prob_ref"]
+__all__ = ["gaussian_log_prob", "gaussian_log_prob_ref", "launch_log_prob"]
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from ._gaussian import (
+        kl_of,
+        load_coefficients,
+        load_step,
+        log_prob_of,
+        mean_of,
+        mean_square_gradient,
+        store_velocity_gradients,
+        tree_sum,
+    )
+
+    @triton.jit
+    def _gaussian_log_prob_kernel(
+        latents_ptr,
+        velocity_ptr,
+        uncond_ptr,
+        next_ptr,
+        reference_mean_ptr,
+        coefficients_ptr,
+        log_prob_ptr,
+        kl_ptr,
+        N,
+        coefficients_stride,
+        guidance_scale,
+        uncond_scale,
+        GUIDED: tl.constexpr,
+        HAS_REFERENCE: tl.constexpr,
+        LIKELIHOOD: tl.constexpr,
+        TILES: tl.constexpr,
+        LANES: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        a, b, s = load_coefficients(coefficients_ptr, row, coefficients_stride)
+        element = tl.arange(0, LANES)
+        offsets = row * N + element
+        x, c, u = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets, element < N, GUIDED)
+        square_sums = tl.zeros((LANES,), tl.float32)
+        kl_sums = tl.zeros((LANES,), tl.float32)
+        for tile in range(TILES):
+            mask = element < N
+            x_next = tl.load(next_ptr + offsets, mask=mask, other=0.0)
+            # One program per image leaves no other program on the SM to hide latency: load the next tile first.
+            ahead = (element + LANES < N) & (tile + 1 < TILES)
+            x_ahead, c_ahead, u_ahead = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets + LANES, ahead, GUIDED)
+            mean = mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED)
+            difference = tl.where(mask, x_next - mean, 0.0)
+            square_sums = tl.fma(difference, difference, square_sums)
+            if HAS_REFERENCE:
+                reference = tl.load(reference_mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                drift = tl.where(mask, mean - reference, 0.0)
+                kl_sums = tl.fma(drift, drift, kl_sums)
+            x, c, u = x_ahead, c_ahead, u_ahead
+            element += LANES
+            offsets += LANES
+        tl.store(log_prob_ptr + row, log_prob_of(tree_sum(square_sums), N, s, LIKELIHOOD))
+        if HAS_REFERENCE:
+            tl.store(kl_ptr + row, kl_of(tree_sum(kl_sums), N, s, LIKELIHOOD))
+
+    @triton.jit
+    def _gaussian_log_prob_bwd_kernel(
+        latents_ptr,
+        velocity_ptr,
+        uncond_ptr,
+        next_ptr,
+        coefficients_ptr,
+        grad_log_prob_ptr,
+        velocity_grad_ptr,
+        uncond_grad_ptr,
+        N,
+        coefficients_stride,
+        guidance_scale,
+        uncond_scale,
+        GUIDED: tl.constexpr,
+        LIKELIHOOD: tl.constexpr,
+        LANES: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        a, b, s = load_coefficients(coefficients_ptr, row, coefficients_stride)
+        element = tl.program_id(1) * LANES + tl.arange(0, LANES)
+        mask = element < N
+        offsets = row * N + element
+        x, c, u = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets, mask, GUIDED)
+        x_next = tl.load(next_ptr + offsets, mask=mask, other=0.0)
+        difference = x_next - mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED)
+        upstream = tl.load(grad_log_prob_ptr + row).to(tl.float32) * b
+        grad = mean_square_gradient(difference, s, N, LIKELIHOOD) * upstream
+        store_velocity_gradients(
+            velocity_grad_ptr, uncond_grad_ptr, offsets, mask, grad, guidance_scale, uncond_scale, GUIDED
+        )
+
+
+def launch_log_prob(
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    uncond: torch.Tensor | None,
+    next_latents: torch.Tensor,
+    reference_mean: torch.Tensor | None,
+    coefficients: torch.Tensor,
+    guidance_scale: float,
+    likelihood: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log_prob [B], KL to reference_mean [B], empty without one) in one launch; contiguous tensors only."""
+    batch, count = latents.shape[0], latents[0].numel()
+    log_prob = latents.new_empty(batch, dtype=torch.float32)
+    kl = log_prob.new_empty(0 if reference_mean is None else batch)
+    lanes, tiles, warps = tiling(count)
+    with device_guard(latents):
+        _gaussian_log_prob_kernel[(batch,)](
+            latents,
+            velocity,
+            uncond,
+            next_latents,
+            reference_mean,
+            coefficients,
+            log_prob,
+            kl,
+            count,
+            3 if coefficients.dim() == 2 else 0,
+            guidance_scale,
+            1.0 - guidance_scale,
+            GUIDED=uncond is not None,
+            HAS_REFERENCE=reference_mean is not None,
+            LIKELIHOOD=likelihood,
+            TILES=tiles,
+            LANES=lanes,
+            num_warps=warps,
+        )
+    return log_prob, kl
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gaussian_log_prob", mutates_args=())
+def _gaussian_log_prob_op(
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    uncond_velocity: torch.Tensor | None,
+    next_latents: torch.Tensor,
+    coefficients: torch.Tensor,
+    guidance_scale: float,
+    likelihood: int,
+) -> torch.Tensor:
+    latents, velocity, next_latents = latents.contiguous(), velocity.contiguous(), next_latents.contiguous()
+    uncond = None if uncond_velocity is None else uncond_velocity.contiguous()
+    args = (latents, velocity, uncond, next_latents, None, coefficients.contiguous(), guidance_scale, likelihood)
+    return launch_log_prob(*args)[0]
+
+
+@_gaussian_log_prob_op.register_fake
+def _(latents, *_):
+    return latents.new_empty(latents.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gaussian_log_prob_backward", mutates_args=())
+def _gaussian_log_prob_backward_op(
+    grad_log_prob: torch.Tensor,
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    uncond_velocity: torch.Tensor | None,
+    next_latents: torch.Tensor,
+    coefficients: torch.Tensor,
+    guidance_scale: float,
+    likelihood: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients by velocity and uncond_velocity (empty without guidance) in one launch."""
+    velocity_grad, uncond_grad = velocity_gradients(velocity, uncond_velocity)
+    batch, count = latents.shape[0], latents[0].numel()
+    lanes, tiles, warps = tiling(count)
+    with device_guard(latents):
+        _gaussian_log_prob_bwd_kernel[(batch, tiles)](
+            latents.contiguous(),
+            velocity.contiguous(),
+            None if uncond_velocity is None else uncond_velocity.contiguous(),
+            next_latents.contiguous(),
+            coefficients.contiguous(),
+            grad_log_prob.contiguous(),
+            velocity_grad,
+            uncond_grad,
+            count,
+            3 if coefficients.dim() == 2 else 0,
+            guidance_scale,
+            1.0 - guidance_scale,
+            GUIDED=uncond_velocity is not None,
+            LIKELIHOOD=likelihood,
+            LANES=lanes,
+            num_warps=warps,
+        )
+    return velocity_grad, uncond_grad
+
+
+@_gaussian_log_prob_backward_op.register_fake
+def _(grad_log_prob, latents, velocity, uncond_velocity, *_):
+    return velocity_gradients(velocity, uncond_velocity)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.guidance_scale, ctx.likelihood = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_log_prob):
+    grads = _gaussian_log_prob_backward_op(grad_log_prob, *ctx.saved_tensors, ctx.guidance_scale, ctx.likelihood)
+    velocity_grad, uncond_grad = grads
+    return None, velocity_grad, None if ctx.saved_tensors[2] is None else uncond_grad, None, None, None, None
+
+
+_gaussian_log_prob_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def gaussian_log_prob(
@@ -49,7 +267,10 @@ def gaussian_log_prob(
     )
     check_has_density(coefficients, likelihood)
     if pick_backend(backend, latents, velocity) == "triton":
-        raise NotImplementedError("gaussian_log_prob has no Triton kernel yet: use backend='torch' or 'auto'")
+        latents, next_latents, code = latents.float(), next_latents.float(), LIKELIHOOD_CODES[likelihood]
+        return _gaussian_log_prob_op(
+            latents, velocity, uncond_velocity, next_latents, coefficients, guidance_scale, code
+        )
     return gaussian_log_prob_ref(
         latents,
         velocity,

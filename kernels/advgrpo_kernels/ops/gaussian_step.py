@@ -14,11 +14,154 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import can_look_at, pick_backend
-from ._gaussian import check_step_inputs, per_row, row_log_prob, step_mean
-from .philox import philox_normal
+from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, device_guard, pick_backend
+from ._gaussian import LIKELIHOOD_CODES, check_step_inputs, per_row, row_log_prob, step_mean, tiling
+from .philox import philox_normal, split_integer
+
+if HAS_TRITON:
+    from ._gaussian import load_coefficients, load_step, log_prob_of, mean_of, tree_sum
+    from .philox import normal_block
 
 __all__ = ["GaussianStep", "gaussian_step", "gaussian_step_ref"]
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    # Codes of NOISE; without noise the kernel has no random numbers at all.
+    ABSENT: tl.constexpr = tl.constexpr(0)
+    GIVEN: tl.constexpr = tl.constexpr(1)
+    DRAWN: tl.constexpr = tl.constexpr(2)
+
+    @triton.jit(do_not_specialize=["seed", "step"])
+    def _gaussian_step_kernel(
+        latents_ptr,
+        velocity_ptr,
+        uncond_ptr,
+        noise_ptr,
+        coefficients_ptr,
+        sample_ids_ptr,
+        seed,
+        step,
+        next_ptr,
+        mean_ptr,
+        log_prob_ptr,
+        N,
+        coefficients_stride,
+        guidance_scale,
+        uncond_scale,
+        GUIDED: tl.constexpr,
+        NOISE: tl.constexpr,
+        LIKELIHOOD: tl.constexpr,
+        STORE_MEAN: tl.constexpr,
+        SEED_IN_MEMORY: tl.constexpr,
+        STEP_IN_MEMORY: tl.constexpr,
+        TILES: tl.constexpr,
+        LANES: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        a, b, s = load_coefficients(coefficients_ptr, row, coefficients_stride)
+        if NOISE == DRAWN:
+            seed_ = tl.load(seed) if SEED_IN_MEMORY else tl.full((), seed, tl.int64)
+            step_ = tl.load(step) if STEP_IN_MEMORY else tl.full((), step, tl.int64)
+            sample_id = row if sample_ids_ptr is None else tl.load(sample_ids_ptr + row)
+        square_sums = tl.zeros((LANES,), tl.float32)
+        first = tl.program_id(1) * TILES * LANES
+        element = first + tl.arange(0, LANES)
+        offsets = row * N + element
+        x, c, u = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets, element < N, GUIDED)
+        for tile in range(TILES):
+            mask = element < N
+            # One program per image leaves no other program on the SM to hide latency: load the next tile first.
+            ahead = (element + LANES < N) & (tile + 1 < TILES)
+            x_ahead, c_ahead, u_ahead = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets + LANES, ahead, GUIDED)
+            mean = mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED)
+            if NOISE == GIVEN:
+                z = tl.load(noise_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                x_next = tl.fma(z, s, mean)
+            elif NOISE == DRAWN:
+                x_next = tl.fma(normal_block(seed_, step_, sample_id, first, LANES), s, mean)
+            else:
+                x_next = mean + tl.where(s == 0.0, 0.0, float("nan"))
+            tl.store(next_ptr + offsets, x_next, mask=mask)
+            if STORE_MEAN:
+                tl.store(mean_ptr + offsets, mean, mask=mask)
+            if LIKELIHOOD > 0:
+                difference = tl.where(mask, x_next - mean, 0.0)
+                square_sums = tl.fma(difference, difference, square_sums)
+            x, c, u = x_ahead, c_ahead, u_ahead
+            first += LANES
+            element += LANES
+            offsets += LANES
+        if LIKELIHOOD > 0:
+            tl.store(log_prob_ptr + row, log_prob_of(tree_sum(square_sums), N, s, LIKELIHOOD))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gaussian_step", mutates_args=())
+def _gaussian_step_op(
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    coefficients: torch.Tensor,
+    uncond_velocity: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    step: torch.Tensor | None,
+    seed_value: int,
+    step_value: int,
+    draw: bool,
+    guidance_scale: float,
+    likelihood: int,
+    return_mean: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(next_latents, log_prob, mean); what was not asked for comes back empty. Seed and step: tensor, else value."""
+    latents, velocity, coefficients = latents.contiguous(), velocity.contiguous(), coefficients.contiguous()
+    uncond, noise, ids = (None if t is None else t.contiguous() for t in (uncond_velocity, noise, sample_ids))
+    next_latents, log_prob, mean = _outputs(latents, likelihood, return_mean)
+    batch, count = latents.shape[0], latents[0].numel()
+    lanes, tiles, warps = tiling(count)
+    # A log-prob is reduced by one program per image; without one every tile is its own program.
+    grid, tiles_per_program = ((batch, 1), tiles) if likelihood else ((batch, tiles), 1)
+    with device_guard(latents):
+        _gaussian_step_kernel[grid](
+            latents,
+            velocity,
+            uncond,
+            noise,
+            coefficients,
+            ids,
+            seed_value if seed is None else seed,
+            step_value if step is None else step,
+            next_latents,
+            mean,
+            log_prob,
+            count,
+            3 if coefficients.dim() == 2 else 0,
+            guidance_scale,
+            1.0 - guidance_scale,
+            GUIDED=uncond is not None,
+            NOISE=2 if draw else int(noise is not None),
+            LIKELIHOOD=likelihood,
+            STORE_MEAN=return_mean,
+            SEED_IN_MEMORY=seed is not None,
+            STEP_IN_MEMORY=step is not None,
+            TILES=tiles_per_program,
+            LANES=lanes,
+            num_warps=warps,
+        )
+    return next_latents, log_prob, mean
+
+
+@_gaussian_step_op.register_fake
+def _(latents, velocity, coefficients, uncond_velocity, noise, sample_ids, seed, step, *settings):
+    return _outputs(latents, settings[-2], settings[-1])
+
+
+def _outputs(latents: torch.Tensor, likelihood: int, return_mean: bool) -> tuple[torch.Tensor, ...]:
+    next_latents = torch.empty_like(latents, dtype=torch.float32, memory_format=torch.contiguous_format)
+    log_prob = latents.new_empty(latents.shape[0] if likelihood else 0, dtype=torch.float32)
+    return next_latents, log_prob, torch.empty_like(next_latents) if return_mean else next_latents.new_empty(0)
 
 
 class GaussianStep(NamedTuple):
@@ -75,9 +218,27 @@ def gaussian_step(
         deterministic = not has_noise
     if deterministic:
         noise, seed, likelihood = None, None, None
-    if pick_backend(backend, latents, velocity) == "triton":
-        raise NotImplementedError("gaussian_step has no Triton kernel yet: use backend='torch' or 'auto'")
     with torch.no_grad():
+        if pick_backend(backend, latents, velocity) == "triton":
+            seed_tensor, seed_value = split_integer(seed)
+            step_tensor, step_value = split_integer(step)
+            next_latents, log_prob, mean = _gaussian_step_op(
+                latents.float(),
+                velocity,
+                coefficients,
+                uncond_velocity,
+                noise,
+                sample_ids,
+                seed_tensor,
+                step_tensor,
+                seed_value,
+                step_value,
+                seed is not None,
+                guidance_scale,
+                LIKELIHOOD_CODES[likelihood],
+                return_mean,
+            )
+            return GaussianStep(next_latents, log_prob if likelihood else None, mean if return_mean else None)
         if seed is not None:
             ids = torch.arange(latents.shape[0], device=latents.device) if sample_ids is None else sample_ids
             noise = philox_normal(latents.shape, seed=seed, sample_ids=ids, step=step, device=latents.device)

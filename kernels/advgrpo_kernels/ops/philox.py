@@ -19,6 +19,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .._runtime import HAS_TRITON
+
 __all__ = ["NOISE_STREAM", "PATCH_STREAM", "philox_normal", "philox_permutation", "philox_words"]
 
 # Streams separate draws of different purpose under one run seed.
@@ -29,6 +31,44 @@ MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 _MASK = 0xFFFFFFFF
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def philox_block(seed, stream, block, step, sample_id):
+        """Four uint32 words for each entry of `block` (int32 tensor); the counter and key of the module docstring."""
+        zero = block * 0
+        key = seed.to(tl.uint64) ^ (tl.full((), stream, tl.uint64) << 32)
+        low = (sample_id & 0xFFFFFFFF).to(tl.uint32)
+        high = ((sample_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        counter_step = (step.to(tl.int64) & 0xFFFFFFFF).to(tl.uint32)
+        return tl.philox(key, block, zero + counter_step, zero + low, zero + high)
+
+    @triton.jit
+    def interleave4(w0, w1, w2, w3):
+        """[w0[0], w1[0], w2[0], w3[0], w0[1], ...]."""
+        pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        return tl.reshape(pairs, (4 * w0.shape[0],))
+
+    @triton.jit
+    def box_muller(w0, w1):
+        """Two standard normals from two uint32 words."""
+        u0 = w0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+        u1 = w1.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+        radius = tl.sqrt(-2.0 * tl.log(u0))
+        angle = 6.283185307179586 * u1
+        return radius * tl.cos(angle), radius * tl.sin(angle)
+
+    @triton.jit
+    def normal_block(seed, step, sample_id, first, COUNT: tl.constexpr):
+        """Normals of elements first .. first + COUNT - 1 (first and COUNT multiples of 4), float32 [COUNT]."""
+        block = first // 4 + tl.arange(0, COUNT // 4)
+        w0, w1, w2, w3 = philox_block(seed, 0, block, step, sample_id)
+        z0, z1 = box_muller(w0, w1)
+        z2, z3 = box_muller(w2, w3)
+        return interleave4(z0, z1, z2, z3)
 
 
 def philox_normal(
@@ -106,6 +146,13 @@ def as_int64(value: int | torch.Tensor, device: torch.device) -> torch.Tensor:
             raise ValueError(f"seed and step tensors must hold one integer, got {value.dtype} {tuple(value.shape)}")
         return value.reshape(()).to(device=device, dtype=torch.int64)
     return torch.full((), wrap_int64(value), dtype=torch.int64, device=device)
+
+
+def split_integer(value: int | torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """(tensor, 0) or (None, integer): how a custom op takes a number that may live in device memory."""
+    if isinstance(value, torch.Tensor):
+        return as_int64(value, value.device), 0
+    return None, wrap_int64(value or 0)
 
 
 def wrap_int64(value: int) -> int:
