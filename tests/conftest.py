@@ -19,7 +19,7 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed() -> None:
     torch.manual_seed(0)
 
 
@@ -35,3 +35,57 @@ def _poison_empty(monkeypatch):
             return out.fill_(float("nan")) if plain and not torch.compiler.is_compiling() else out
 
         monkeypatch.setattr(torch, name, guarded)
+
+
+@pytest.fixture(scope="session")
+def unit_pipeline(tmp_path_factory) -> str:
+    """An untrained SD3 pipeline of width 64 with 2 blocks, the first with dual attention: seconds, not minutes."""
+    from advgrpo.tiny import architecture
+    from advgrpo.tiny.assets import save_half_precision
+
+    pipe = architecture.pipeline(seed=0, width=64, layers=2, dual_layers=1)
+    pipe.vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
+    with torch.no_grad():  # an untrained MMDiT outputs zeros: give its last layer something to say
+        generator = torch.Generator().manual_seed(1)
+        for parameter in pipe.transformer.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("models") / "pipeline"
+    save_half_precision(pipe, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def unit_backbone(tmp_path_factory) -> str:
+    """An untrained DINOv2 of width 64 with 2 layers."""
+    from advgrpo.tiny import architecture
+    from advgrpo.tiny.assets import save_half_precision
+
+    folder = tmp_path_factory.mktemp("models") / "backbone"
+    save_half_precision(architecture.backbone(seed=0, width=64, layers=2), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def unit_config(unit_pipeline, unit_backbone, tmp_path):
+    """A run of seconds: 2 groups of 4, untrained models, shipped prompts and references, own caches."""
+    from advgrpo import config
+
+    settings = {
+        "iterations": 2,
+        "output_dir": str(tmp_path / "run"),
+        "model": {"path": unit_pipeline, "lora": {"rank": 4, "alpha": 8}},
+        "data": {"cache_dir": str(tmp_path / "cache")},
+        "rollout": {"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 4, "num_steps": 4},
+        "adversary": {
+            "backbone": unit_backbone,
+            "hidden_size": 16,
+            "num_patches": 8,
+            "updates_per_iteration": 2,
+            "warmup_updates": 2,
+            "batch_size": 6,
+            "replay_capacity": 16,
+        },
+        "evaluation": {"every": 0, "images_per_prompt": 1, "num_steps": 2, "grid_prompts": 2},
+        "output": {"checkpoint_every": 0, "tensorboard": False},
+    }
+    return config.build(config.merge(config.read_preset("tiny"), settings), "unit_config")

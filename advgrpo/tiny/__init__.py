@@ -1,0 +1,38 @@
+"""The embedded default: a tiny SD3 pipeline, a tiny DINOv2, and references, shipped with the package.
+
+The paths work in stock diffusers and transformers:
+
+    StableDiffusion3Pipeline.from_pretrained(pipeline_dir())
+    Dinov2Model.from_pretrained(backbone_dir())
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_ASSETS = Path(__file__).parent / "assets"
+
+
+def pipeline_dir() -> Path:
+    """Folder of the tiny SD3 pipeline in diffusers format."""
+    return _ASSETS / "pipeline"
+
+
+def backbone_dir() -> Path:
+    """Folder of the tiny Dinov2Model."""
+    return _ASSETS / "backbone"
+
+
+def reference_dir() -> Path:
+    """Folder of crisp reference pictures with references.json: {prompt: [files]} for both prompt lists."""
+    return _ASSETS / "references"
+
+
+def prompts_file() -> Path:
+    """Training prompts, one per line."""
+    return _ASSETS / "prompts.txt"
+
+
+def held_out_prompts_file() -> Path:
+    """Evaluation prompts, one per line: combinations that are not among the training prompts."""
+    return _ASSETS / "held_out_prompts.txt"

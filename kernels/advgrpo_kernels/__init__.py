@@ -8,6 +8,7 @@ from .ops.coefficients import ddim_coefficients, transition_coefficients
 from .ops.gaussian_log_prob import gaussian_log_prob, gaussian_log_prob_ref
 from .ops.gaussian_step import GaussianStep, gaussian_step, gaussian_step_ref
 from .ops.group_advantages import Advantages, group_advantages, group_advantages_ref
+from .ops.hinge_head_loss import HingeHeadLoss, hinge_head_loss
 from .ops.patches import PatchSample, sample_patches, sample_patches_ref
 from .ops.philox import philox_normal, philox_permutation, philox_words
 from .ops.score_features import FeatureScore, score_features, score_features_ref
@@ -16,6 +17,7 @@ __all__ = [
     "Advantages",
     "FeatureScore",
     "GaussianStep",
+    "HingeHeadLoss",
     "PatchSample",
     "PolicyLoss",
     "clipped_policy_loss",
@@ -27,6 +29,7 @@ __all__ = [
     "gaussian_step_ref",
     "group_advantages",
     "group_advantages_ref",
+    "hinge_head_loss",
     "philox_normal",
     "philox_permutation",
     "philox_words",

@@ -1,0 +1,177 @@
+"""Training the discriminator: when it is due, on which pictures, and what it remembers.
+
+Every draw is keyed by (seed, purpose, iteration, update) over global picture numbers, and gradients are summed over
+processes, so the head's losses do not depend on how many processes share the work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import rng
+from .config import AdversarySection
+from .types import Features
+
+
+@dataclass
+class Due:
+    """What this iteration trains."""
+
+    head_updates: int
+    generator: bool
+
+
+def due(config: AdversarySection, iteration: int, generated: float, reference: float, optimizer_steps: int) -> Due:
+    """The schedule (METHOD section 6): `generated` and `reference` are mean rewards before any head update."""
+    updates = config.updates_per_iteration
+    if config.schedule == "never":
+        return Due(0, True)
+    if config.schedule == "always":
+        return Due(updates, True)
+    if config.schedule == "when_fooled":
+        return Due(updates if generated > reference else 0, True)
+    if config.schedule == "ratio":
+        per_iteration = config.ratio * optimizer_steps
+        return Due(math.floor((iteration + 1) * per_iteration) - math.floor(iteration * per_iteration), True)
+    if config.schedule == "alternate":
+        trains_generator = iteration % config.alternate_period == config.alternate_period - 1
+        return Due(0 if trains_generator else updates, trains_generator)
+    raise ValueError(f"adversary.schedule: unknown {config.schedule!r}")
+
+
+class ReplayBuffer:
+    """A ring of older generations' features, the same on every process.
+
+    An iteration adds at most an eighth of the capacity, so the buffer always spans several iterations.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.size = 0  # filled slots
+        self.cursor = 0  # next slot to write
+        self.cls: torch.Tensor | None = None  # [capacity, D]
+        self.patches: torch.Tensor | None = None  # [capacity, n, D]
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def per_iteration(self) -> int:
+        return math.ceil(self.capacity / 8)
+
+    def add(self, features: Features) -> None:
+        if self.capacity == 0:
+            return
+        if self.cls is None:
+            self.cls = features.cls.new_zeros(self.capacity, features.cls.shape[1])
+            self.patches = features.patches.new_zeros(self.capacity, *features.patches.shape[1:])
+        slots = (self.cursor + torch.arange(len(features), device=self.cls.device)) % self.capacity
+        self.cls[slots], self.patches[slots] = features.cls, features.patches
+        self.cursor = (self.cursor + len(features)) % self.capacity
+        self.size = min(self.capacity, self.size + len(features))
+
+    def rows(self, index: torch.Tensor) -> Features:
+        return Features(self.cls.index_select(0, index), self.patches.index_select(0, index))
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """Tensors and counters for a checkpoint."""
+        tensors = {} if self.cls is None else {"cls": self.cls, "patches": self.patches}
+        return tensors, {"size": self.size, "cursor": self.cursor}
+
+    def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int], device: torch.device) -> None:
+        self.size, self.cursor = counters["size"], counters["cursor"]
+        if tensors:
+            self.cls, self.patches = tensors["cls"].to(device), tensors["patches"].to(device)
+
+
+@dataclass
+class HeadBatch:
+    """This process's pictures of one iteration, as the head's training sees them."""
+
+    image_ids: torch.Tensor  # [B] int64, global
+    generated: Features  # of those pictures
+    reference: Features  # the reference paired with each of them
+    total: int  # pictures of the iteration over all processes
+
+
+class HeadTrainer:
+    """Runs the head updates of an iteration.
+
+    `reduce` sums a list of tensors over processes in place; `rank` and `world_size` split replayed negatives.
+    """
+
+    def __init__(self, adversary, *, reduce: Callable[[list[torch.Tensor]], None], rank: int, world_size: int):
+        self.adversary, self.config, self.seed = adversary, adversary.config, adversary.seed
+        self.reduce, self.rank, self.world_size = reduce, rank, world_size
+        self.replay = ReplayBuffer(self.config.replay_capacity)
+
+    def train(self, batch: HeadBatch, iteration: int, updates: int, purpose: str = "head") -> list[float]:
+        """Run head updates; returns the loss before each of them."""
+        losses = [self._update(batch, iteration, number, purpose) for number in range(updates)]
+        return torch.stack(losses).tolist() if losses else []
+
+    @torch.no_grad()
+    def evaluate(self, batch: HeadBatch, iteration: int) -> tuple[float, float]:
+        """Head loss and accuracy on this iteration's pictures, before any update of the iteration."""
+        reference, generated = self._choose(batch, torch.arange(len(batch.image_ids)), iteration, 0, "evaluate")
+        result = self.adversary.head_loss(reference, generated, total=batch.total)
+        values = torch.stack([result.loss, result.accuracy])
+        self.reduce([values])
+        loss, accuracy = values.tolist()
+        return loss, accuracy
+
+    def remember(self, generated: Features, iteration: int, gather: Callable[[torch.Tensor], torch.Tensor],
+                 image_ids: torch.Tensor, total: int) -> None:  # fmt: skip
+        """Add some of this iteration's generations to the replay buffer, the same ones on every process.
+
+        `gather` concatenates tensors over processes; `image_ids` are this process's.
+        """
+        if self.config.replay_capacity == 0:
+            return
+        draw = torch.randperm(total, generator=rng.generator(self.seed, "replay_add", iteration))
+        picked = draw[: min(total, self.replay.per_iteration)]
+        local = torch.isin(image_ids.cpu(), picked).nonzero().flatten().to(generated.cls.device)
+        seed = rng.derive_seed(self.seed, "replay_patches", iteration)
+        chosen = self.adversary.chosen_patches(generated.rows(local), image_ids[local], seed)
+        ids = gather(image_ids[local])
+        order = ids.argsort()
+        self.replay.add(Features(gather(chosen.cls)[order], gather(chosen.patches)[order]))
+
+    def _update(self, batch: HeadBatch, iteration: int, number: int, purpose: str) -> torch.Tensor:
+        generator = rng.generator(self.seed, f"{purpose}_batch", iteration, number)
+        count = min(self.config.batch_size, batch.total)
+        replayed = min(int(self.config.replay_share * count), count - 1) if len(self.replay) else 0
+        order = torch.randperm(batch.total, generator=generator)[:count]
+        slots = torch.randint(max(len(self.replay), 1), (replayed,), generator=generator)
+
+        on_this_process = torch.isin(batch.image_ids.cpu(), order).nonzero().flatten()
+        reference, _ = self._choose(batch, on_this_process, iteration, number, purpose)
+        fresh = torch.isin(batch.image_ids.cpu(), order[replayed:]).nonzero().flatten()
+        _, generated = self._choose(batch, fresh, iteration, number, purpose)
+        if replayed:
+            mine = slots[self.rank :: self.world_size].to(generated.cls.device)
+            generated = Features.cat([generated, self.replay.rows(mine)])
+
+        optimizer = self.adversary.optimizer
+        optimizer.zero_grad(set_to_none=False)
+        loss = self.adversary.head_loss(reference, generated, total=count).loss
+        loss.backward()
+        gradients = [p.grad for p in self.adversary.head.values()]
+        loss = loss.detach().clone().reshape(1)
+        self.reduce([*gradients, loss])
+        optimizer.step()
+        return loss[0]
+
+    def _choose(self, batch: HeadBatch, rows: torch.Tensor, iteration: int, number: int, purpose: str):
+        """Reference and generated features of local rows, with random patches keyed by global picture number."""
+        rows = rows.to(batch.generated.cls.device)
+        ids = batch.image_ids[rows]
+        sides = []
+        for side, features in (("reference", batch.reference), ("generated", batch.generated)):
+            seed = rng.derive_seed(self.seed, f"{purpose}_{side}_patches", iteration, number)
+            sides.append(self.adversary.chosen_patches(features.rows(rows), ids, seed))
+        return sides

@@ -1,0 +1,365 @@
+"""The run's configuration: typed, nested, and strict.
+
+Defaults are the paper's values on SD3.5-medium (METHOD section 8); presets/*.yaml and `--config FILE` override them,
+flags override both. Unknown keys are errors that name the nearest key; checks across fields name the field to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import UserError
+
+PRESETS_PACKAGE = "advgrpo.presets"
+LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class LoraSection(_Section):
+    """Low-rank adapters of the transformer."""
+
+    rank: Positive = 32
+    """Rank r of every adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 64
+    """Strength: the update is (alpha / rank) * B @ A."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """Initialisation of A; B starts at zero, so training starts from the base model."""
+    targets: tuple[str, ...] = LORA_TARGETS
+    """Module-name suffixes that get an adapter (METHOD section 8: the eight attention projections)."""
+    blocks: Literal["all"] | Positive = "all"
+    """"all", or only the last N transformer blocks."""
+
+
+class ModelSection(_Section):
+    """The generator being trained."""
+
+    path: str = "stabilityai/stable-diffusion-3.5-medium"
+    """Diffusers pipeline: folder, hub id, or "tiny" for the shipped one."""
+    resolution: Positive = 512
+    """Height and width of the pictures in pixels."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Weights and activations of the frozen base; adapters and latents are float32 always."""
+    train: Literal["lora", "full"] = "lora"
+    """"full" trains every transformer weight: it learns faster and forgets more (a warning is printed)."""
+    lora: LoraSection = LoraSection()
+    max_sequence_length: Positive = 128
+    """Tokens of the T5 prompt (SD3 models; 1 where the pipeline has no T5)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more work, far less memory."""
+
+
+class DataSection(_Section):
+    """Prompts and reference pictures."""
+
+    prompts: str = ""
+    """Training prompts: one per line, or JSONL with a "prompt" key; "tiny" for the shipped ones."""
+    held_out_prompts: str = ""
+    """Prompts for evaluation only; empty switches evaluation off."""
+    references: str = ""
+    """Folder with references.json: {prompt: [picture files]}; must cover both prompt lists; "tiny" for the shipped."""
+    min_reference_size: Positive = 256
+    """Smallest accepted side of a reference picture, in pixels."""
+    cache_dir: str = "~/.cache/advgrpo"
+    """Where text embeddings and reference features are kept, keyed by content hash."""
+
+
+class WindowSection(_Section):
+    """The steps that are stochastic and trained on."""
+
+    steps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Fixed steps such as 0 1; when unset, `size` steps are drawn anew every iteration."""
+    size: Positive = 2
+    """Number of steps drawn when `steps` is unset."""
+    noise_range: tuple[Fraction, Fraction] = (0.5, 1.0)
+    """Share of the schedule to draw from: 1.0 is the noisiest step, 0.5-1.0 the noisier half."""
+
+
+class RolloutSection(_Section):
+    """Sampling of one iteration's pictures."""
+
+    prompts_per_iteration: Positive = 48
+    """Groups per iteration over all processes."""
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """Pictures per prompt; fewer than 8 learn slowly."""
+    micro_batch: Positive = 8
+    """Pictures computed at once; divides group_size or is a multiple of it. Training uses the same tiles."""
+    num_steps: Positive = 10
+    """Sampler steps."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    """Classifier-free guidance in sampling and training; 1 switches it off."""
+    dynamics: Literal["flow_cps", "flow_sde", "dance_sde"] = "flow_cps"
+    """Stochastic sampler on the window's steps (METHOD section 2)."""
+    noise_level: Annotated[float, Field(gt=0)] = 0.8
+    """Noise level eta on the window's steps."""
+    likelihood: Literal["squared_error", "gaussian"] = "squared_error"
+    """Log-probability: Flow-CPS drops constants and variance (squared_error), Flow-GRPO keeps them (gaussian)."""
+    window: WindowSection = WindowSection()
+
+
+class AdvantageSection(_Section):
+    """Group-relative advantages (METHOD section 4)."""
+
+    std: Literal["group", "global", "none"] = "group"
+    """Normalise by the group's standard deviation, the iteration's, or not at all."""
+    eps: Annotated[float, Field(gt=0)] = 1e-4
+    clip: Annotated[float, Field(gt=0)] = 5.0
+    """Advantages are clipped to +-clip."""
+
+
+class UpdateSection(_Section):
+    """The generator's optimizer and loss (METHOD section 5)."""
+
+    clip_range: Annotated[float, Field(gt=0)] = 1e-5
+    """PPO clip epsilon on the likelihood ratio."""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight beta of the KL to the adapter-disabled model."""
+    optimizer_windows: Positive = 2
+    """Optimizer steps per iteration: the rollout is cut into this many parts."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's eps; LoRA gradients can be this small, in which case a smaller eps speeds learning up."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Moving average of the adapters, stepped once per optimizer step; evaluated and exported."""
+    max_log_prob_drift: Annotated[float, Field(ge=0)] = 0.0
+    """Largest |log p - log p_old| tolerated before the first optimizer step; METHOD section 5 wants exactly 0."""
+
+
+class AdversarySection(_Section):
+    """The learned reward: a head on frozen DINOv2 features (METHOD section 6)."""
+
+    kind: Literal["dino"] = "dino"
+    backbone: str = "facebook/dinov2-large"
+    """Dinov2Model folder or hub id; "tiny" for the shipped one."""
+    image_size: Positive = 518
+    """Pictures are resized to this before the backbone."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the frozen backbone; the head is float32."""
+    hidden_size: Positive = 512
+    """Width of the head."""
+    num_patches: Positive = 64
+    """Random patches scored per picture."""
+    reward_weights: tuple[float, float] = (0.7, 0.3)
+    """Weights of the global (cls) and local (patches) score in the reward."""
+    loss_weights: tuple[float, float] = (0.7, 0.3)
+    """Weights of the global and local hinge loss."""
+    normalize: Literal["never", "always", "reward_only"] = "never"
+    """L2-normalised features; "reward_only" reproduces the released code's mismatch."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.5, 0.999)
+    schedule: Literal["when_fooled", "always", "ratio", "never", "alternate"] = "when_fooled"
+    """When the head trains: when generations outscore references (eq. 7), always, at a fixed ratio of head updates to
+    optimizer steps, never, or alternating with the generator as the released code does."""
+    updates_per_iteration: Positive = 10
+    """Head updates in an iteration in which it trains."""
+    ratio: Annotated[float, Field(gt=0)] = 10.0
+    """Head updates per optimizer step of the generator; used by schedule "ratio"."""
+    alternate_period: Annotated[int, Field(ge=2)] = 10
+    """Schedule "alternate": of this many iterations only the last trains the generator."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Head updates on the first rollout before its rewards are used: a random head is a random reward."""
+    batch_size: Positive = 64
+    """Generated pictures, and as many references, per head update."""
+    replay_capacity: Annotated[int, Field(ge=0)] = 1024
+    """Older generations kept as negatives."""
+    replay_share: Fraction = 0.25
+    """Share of each head batch drawn from the replay buffer once it holds anything."""
+    cached_patches: Positive = 256
+    """Patch features kept per reference (a random subset when the backbone has more)."""
+
+
+class EvaluationSection(_Section):
+    """Held-out evaluation: fixed prompts, fixed noise, exported (EMA) weights."""
+
+    every: Annotated[int, Field(ge=0)] = 50
+    """Iterations between evaluations; 0 evaluates only before and after training."""
+    images_per_prompt: Positive = 4
+    """Pictures per held-out prompt before and after training."""
+    during_images_per_prompt: Positive = 1
+    """Pictures per held-out prompt while training."""
+    num_steps: Positive = 40
+    guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    metrics: tuple[Literal["dino_similarity", "rule_accuracy"], ...] = ("dino_similarity",)
+    """dino_similarity to the prompt's own references; rule_accuracy needs captions of the tiny world."""
+    grid_prompts: Positive = 6
+    """Prompts shown in the sample grids."""
+
+
+class OutputSection(_Section):
+    """Checkpoints and logs."""
+
+    checkpoint_every: Annotated[int, Field(ge=0)] = 20
+    """Iterations between checkpoints; one is written at the end and on interruption in any case."""
+    keep_checkpoints: Positive = 2
+    tensorboard: bool = True
+    wandb_project: str = ""
+    """Log to Weights & Biases under this project when set (needs `pip install wandb`)."""
+
+
+class Config(_Section):
+    """Adv-GRPO training."""
+
+    iterations: Positive = 1000
+    """Iterations: one rollout, head updates when due, and the generator's optimizer steps."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Every random draw derives from it."""
+    output_dir: str = "runs/advgrpo"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    fast: bool = True
+    """Use every fast path this machine supports; --no-fast is the plain eager path with the same losses."""
+    collective_timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds after which a process that waits for a failed one gives up."""
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    rollout: RolloutSection = RolloutSection()
+    advantage: AdvantageSection = AdvantageSection()
+    update: UpdateSection = UpdateSection()
+    adversary: AdversarySection = AdversarySection()
+    evaluation: EvaluationSection = EvaluationSection()
+    output: OutputSection = OutputSection()
+
+    @property
+    def images_per_iteration(self) -> int:
+        return self.rollout.prompts_per_iteration * self.rollout.group_size
+
+
+def preset_names() -> list[str]:
+    folder = resources.files("advgrpo") / "presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; UserError for a missing file, a syntax error or anything that is not a mapping."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror or error}; pass an existing YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config file {path}: want a mapping of settings, got {type(content).__name__}")
+    return content
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    if name not in preset_names():
+        raise UserError(f"unknown preset {name!r}{_nearest(name, preset_names())}")
+    return read_yaml(Path(str(resources.files("advgrpo") / "presets" / f"{name}.yaml")))
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `override` laid over it, nested mappings merged key by key."""
+    merged = dict(base)
+    for key, value in override.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _fields_at(location: tuple) -> list[str]:
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = field.annotation if field else None
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
+
+
+def build(settings: dict[str, Any], source: str) -> Config:
+    """A checked Config; UserError naming each wrong field, its value and, for unknown keys, the nearest known one."""
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            location = problem["loc"]
+            name = ".".join(str(part) for part in location)
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"unknown key {name!r}{_nearest(str(location[-1]), _fields_at(location[:-1]))}")
+            else:
+                lines.append(f"{name} = {problem['input']!r}: {problem['msg']}")
+        raise UserError(f"{source}: " + "; ".join(lines)) from error
+
+
+def load(preset: str | None = None, file: Path | None = None) -> Config:
+    """Preset (default "tiny", or the file's own `preset:` key), with the file's settings laid over it."""
+    settings = read_yaml(file) if file else {}
+    name = preset or settings.pop("preset", "tiny")
+    settings.pop("preset", None)
+    source = str(file) if file else f"preset {name}"
+    return build(merge(read_preset(name), settings), source)
+
+
+def dump(config: Config) -> str:
+    """YAML that `load(file=...)` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def check(config: Config, world_size: int) -> None:
+    """Checks across fields; UserError names the field to change."""
+    rollout, window = config.rollout, config.rollout.window
+    group, micro, steps = rollout.group_size, rollout.micro_batch, rollout.num_steps
+    if group % micro and micro % group:
+        raise UserError(
+            f"rollout.group_size = {group} is not divisible by rollout.micro_batch = {micro} (nor the other way round); "
+            f"choose a micro_batch that divides {group}"
+        )
+    images, parts = config.images_per_iteration, world_size * config.update.optimizer_windows
+    if images % (micro * parts):
+        raise UserError(
+            f"prompts_per_iteration x group_size = {images} pictures cannot be cut into micro-batches of {micro} for "
+            f"{config.update.optimizer_windows} optimizer_windows on {world_size} processes; make "
+            f"rollout.prompts_per_iteration x group_size a multiple of {micro * parts}"
+        )
+    last = steps - 1 if rollout.dynamics == "flow_cps" else steps  # flow_cps adds no noise on the last step
+    if window.steps is not None:
+        outside = [s for s in window.steps if s >= last]
+        if outside or not window.steps or len(set(window.steps)) != len(window.steps):
+            raise UserError(
+                f"rollout.window.steps = {list(window.steps)}: want distinct steps within 0..{last - 1} "
+                f"(num_steps = {steps}, dynamics {rollout.dynamics})"
+            )
+    elif len(eligible_steps(config)) < window.size:
+        raise UserError(
+            f"rollout.window: noise_range {list(window.noise_range)} of {steps} steps holds "
+            f"{len(eligible_steps(config))} usable steps, fewer than size = {window.size}; widen noise_range"
+        )
+    for name in ("prompts", "references"):
+        if not getattr(config.data, name):
+            raise UserError(f"data.{name} is empty: pass --data.{name} PATH")
+    if config.model.resolution % 8:
+        raise UserError(f"model.resolution = {config.model.resolution}: want a multiple of 8")
+
+
+def eligible_steps(config: Config) -> list[int]:
+    """Steps a random window may contain: those whose share of the schedule left lies in (low, high]."""
+    rollout = config.rollout
+    low, high = rollout.window.noise_range
+    last = rollout.num_steps - 1 if rollout.dynamics == "flow_cps" else rollout.num_steps
+    return [i for i in range(last) if low < 1 - i / rollout.num_steps <= high]

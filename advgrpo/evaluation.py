@@ -1,0 +1,99 @@
+"""Held-out evaluation: fixed prompts, fixed noise, plain ODE sampling, independent metrics.
+
+Pictures are keyed by (seed, prompt number, picture number), so base, intermediate and final model are compared on the
+same noise, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from . import rng
+from .config import Config
+from .data.reference_features import ReferenceFeatures
+from .distributed import Distributed
+from .policy.base import Policy
+from .policy.dynamics import step_table
+from .policy.sampler import Sampler
+
+_STRIDE = 1000  # picture k of prompt p has id p * _STRIDE + k
+
+
+@dataclass
+class Evaluator:
+    policy: Policy
+    adversary: object  # offers features()
+    references: ReferenceFeatures
+    prompts: list[str]
+    config: Config
+    distributed: Distributed
+    of_base: bool = False  # evaluate the frozen base instead of the trained weights
+
+    def base(self) -> Evaluator:
+        """The same evaluation of the frozen base model."""
+        return replace(self, of_base=True)
+
+    def run(self, images_per_prompt: int) -> dict[str, float]:
+        """Means over all held-out pictures, keyed "eval_<metric>"; the same on every process."""
+        mine = self.prompts[self.distributed.rank :: self.distributed.world_size]
+        numbers = range(self.distributed.rank, len(self.prompts), self.distributed.world_size)
+        scores = {name: [] for name in self.config.evaluation.metrics}
+        for prompt, number in zip(mine, numbers):
+            images = self.pictures([prompt] * images_per_prompt, self._ids(number, images_per_prompt))
+            for name, values in scores.items():
+                values.append(_METRICS[name](self, images, prompt))
+        result = {}
+        for name, values in scores.items():
+            local = torch.cat(values).double() if values else torch.zeros(0, dtype=torch.float64)
+            result[f"eval_{name}"] = self.distributed.all_gather(local).mean().item()
+        return result
+
+    def grid_pictures(self, columns: int = 4) -> list[tuple[str, torch.Tensor]]:
+        """(prompt, pictures [columns, 3, H, W]) of the grid's prompts, always from the same noise; rank 0 calls it."""
+        chosen = self.prompts[: self.config.evaluation.grid_prompts]
+        return [
+            (prompt, self.pictures([prompt] * columns, self._ids(number, columns)).cpu())
+            for number, prompt in enumerate(chosen)
+        ]
+
+    @torch.no_grad()
+    def pictures(self, prompts: list[str], ids: torch.Tensor) -> torch.Tensor:
+        """[n, 3, H, W] of n prompts in micro-batches, with the evaluation's steps and guidance."""
+        evaluation = self.config.evaluation
+        table = step_table(self.policy, evaluation.num_steps)
+        merged = self.policy.merged and not self.of_base
+        if merged:
+            self.policy.merge()
+        sampler = Sampler(self.policy, evaluation.guidance_scale, "gaussian", share_prefix=True, merged=merged)
+        images = []
+        for start in range(0, len(prompts), self.config.rollout.micro_batch):
+            part = slice(start, start + self.config.rollout.micro_batch)
+            row = torch.arange(len(prompts[part]), device=self.policy.device)
+            initial = sampler.initial_latents(rng.derive_seed(self.config.seed, "evaluation"), ids[part])
+            with self.policy.reference() if self.of_base else contextlib.nullcontext():
+                latents, _ = sampler.run(table, self.policy.encode(prompts[part]), initial, row)
+            images.append(self.policy.decode(latents))
+        return torch.cat(images)
+
+    def _ids(self, number: int, count: int) -> torch.Tensor:
+        return number * _STRIDE + torch.arange(count)
+
+    def _dino_similarity(self, images: torch.Tensor, prompt: str) -> torch.Tensor:
+        return similarity(self.adversary.features(images).cls, self.references.prompt(prompt).cls)
+
+    def _rule_accuracy(self, images: torch.Tensor, prompt: str) -> torch.Tensor:
+        from .tiny.judge import judge
+
+        return judge(images.cpu(), [prompt] * len(images)).correct.float()
+
+
+_METRICS = {"dino_similarity": Evaluator._dino_similarity, "rule_accuracy": Evaluator._rule_accuracy}
+
+
+def similarity(cls: torch.Tensor, reference_cls: torch.Tensor) -> torch.Tensor:
+    """[B] mean cosine of features [B, D] to those of the prompt's own references [n, D], as the paper reports it."""
+    return (F.normalize(cls, dim=-1) @ F.normalize(reference_cls, dim=-1).T).mean(1)

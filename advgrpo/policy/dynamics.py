@@ -1,0 +1,42 @@
+"""Schedules and windows as tables: which step is stochastic, and the coefficients (a, b, s) of every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from advgrpo_kernels import transition_coefficients
+
+from .. import rng
+from ..config import Config, RolloutSection, eligible_steps
+from .base import Policy
+
+
+@dataclass
+class StepTable:
+    """One trajectory's plan, on the policy's device."""
+
+    timesteps: torch.Tensor  # [T] float32
+    coefficients: torch.Tensor  # [T, 3] float32: x_next = a x + b v + s z
+    window: tuple[int, ...]  # stochastic steps, ascending; empty for plain sampling
+
+
+def step_table(policy: Policy, num_steps: int, window: tuple[int, ...] = (), *, rollout: RolloutSection | None = None):
+    """ODE steps everywhere but on `window`, where the rollout's dynamics add noise."""
+    sigmas, timesteps = policy.schedule(num_steps)
+    if window:
+        levels = [rollout.noise_level if i in window else 0.0 for i in range(num_steps)]
+        coefficients = transition_coefficients(sigmas.tolist(), dynamics=rollout.dynamics, noise_level=levels)
+    else:
+        coefficients = transition_coefficients(sigmas.tolist(), dynamics="ode", noise_level=0.0)
+    return StepTable(timesteps.to(policy.device), coefficients.to(policy.device), window)
+
+
+def window_steps(config: Config, iteration: int) -> tuple[int, ...]:
+    """This iteration's stochastic steps: the fixed ones, or drawn from the noise range."""
+    window = config.rollout.window
+    if window.steps is not None:
+        return tuple(sorted(window.steps))
+    steps = eligible_steps(config)
+    order = torch.randperm(len(steps), generator=rng.generator(config.seed, "window", iteration))
+    return tuple(sorted(steps[i] for i in order[: window.size].tolist()))

@@ -1,0 +1,146 @@
+"""The DINO adversary (METHOD section 6): frozen DINOv2 features and a small head that learns.
+
+Features are computed once per picture and serve the reward, the head's training and the similarity metric alike; there
+is one preprocessing and one head forward (`score_features`).
+
+Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; features cls [B, D], patches [B, P, D].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from advgrpo_kernels import hinge_head_loss, sample_patches, score_features
+from transformers import Dinov2Model
+
+from .. import rng
+from ..config import AdversarySection
+from ..errors import UserError
+from ..types import Features
+
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+def backbone_folder(path: str) -> str:
+    if path != "tiny":
+        return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+    from ..tiny import backbone_dir
+
+    return str(backbone_dir())
+
+
+class DinoBackbone:
+    """A frozen Dinov2Model with the one preprocessing used everywhere."""
+
+    def __init__(self, path: str, *, image_size: int, dtype: str, device: torch.device):
+        self.folder = backbone_folder(path)
+        try:
+            model = Dinov2Model.from_pretrained(self.folder, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            raise UserError(f"adversary.backbone = {path!r} cannot be loaded as a Dinov2Model: {error}") from error
+        if image_size % model.config.patch_size:
+            raise UserError(
+                f"adversary.image_size = {image_size} is not a multiple of the backbone's patch size "
+                f"{model.config.patch_size}"
+            )
+        self.model = model.to(device).requires_grad_(False).eval()
+        self.image_size, self.device = image_size, device
+        self.width: int = model.config.hidden_size
+        self.num_patches = (image_size // model.config.patch_size) ** 2
+        self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
+
+    @property
+    def cache_key(self) -> str:
+        """What reference features depend on, beside the picture."""
+        config = self.model.config
+        weights = next(self.model.parameters()).float().sum().item()
+        return f"{config.hidden_size}:{config.num_hidden_layers}:{config.patch_size}:{self.image_size}:" + (
+            f"{self.model.dtype}:{weights!r}"
+        )
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] in [0, 1] -> bicubic to image_size, ImageNet mean and standard deviation."""
+        images = images.to(self.device, torch.float32)
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return (images - self._mean) / self._std
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> Features:
+        tokens = self.model(self.preprocess(images).to(self.model.dtype)).last_hidden_state
+        return Features(tokens[:, 0].float(), tokens[:, 1:].float())
+
+
+class DinoAdversary:
+    """The learned reward: scores features and trains its head on references against generations."""
+
+    def __init__(self, config: AdversarySection, *, device: torch.device, seed: int):
+        self.config, self.seed = config, seed
+        self.backbone = DinoBackbone(
+            config.backbone, image_size=config.image_size, dtype=config.dtype, device=device
+        )
+        if config.num_patches > min(self.backbone.num_patches, config.cached_patches):
+            raise UserError(
+                f"adversary.num_patches = {config.num_patches} exceeds the backbone's {self.backbone.num_patches} "
+                f"patches or adversary.cached_patches = {config.cached_patches}"
+            )
+        self.head = _init_head(self.backbone.width, config.hidden_size, seed, device)
+        self.optimizer = torch.optim.Adam(self.head.values(), lr=config.learning_rate, betas=config.betas)
+
+    def features(self, images: torch.Tensor) -> Features:
+        """Frozen features of pictures: compute them once and pass them to everything below."""
+        return self.backbone.features(images)
+
+    @torch.no_grad()
+    def score(self, features: Features, sample_ids: torch.Tensor, *, purpose: str, iteration: int):
+        """FeatureScore of each picture; its random patches are keyed by (purpose, iteration, sample id)."""
+        seed = rng.derive_seed(self.seed, f"{purpose}_patches", iteration)
+        indices = sample_patches(features.patches, self.config.num_patches, seed=seed, sample_ids=sample_ids).indices
+        return score_features(
+            features.cls,
+            features.patches,
+            indices,
+            self.head,
+            weights=self.config.reward_weights,
+            normalize=self.config.normalize != "never",
+        )
+
+    def head_loss(self, reference: Features, generated: Features, *, total: int | None = None):
+        """HingeHeadLoss on features whose patches are already the chosen ones."""
+        return hinge_head_loss(
+            reference.cls,
+            reference.patches,
+            generated.cls,
+            generated.patches,
+            self.head,
+            weights=self.config.loss_weights,
+            normalize=self.config.normalize == "always",
+            total=total,
+        )
+
+    def chosen_patches(self, features: Features, sample_ids: torch.Tensor, seed: int) -> Features:
+        """The features with `num_patches` random patches each, keyed by (seed, sample id)."""
+        sample = sample_patches(features.patches, self.config.num_patches, seed=seed, sample_ids=sample_ids)
+        return Features(features.cls, sample.patches)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.head.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.head.items():
+                parameter.copy_(state[name])
+
+
+def _init_head(width: int, hidden: int, seed: int, device: torch.device) -> dict[str, torch.nn.Parameter]:
+    """Linear(D, H) -> GELU -> Linear(H, 1) with torch.nn.Linear's default initialisation, seeded."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.derive_seed(seed, "head_init"))
+        first, second = torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, 1)
+    tensors = {"w1": first.weight, "b1": first.bias, "w2": second.weight, "b2": second.bias}
+    return {name: torch.nn.Parameter(t.detach().to(device)) for name, t in tensors.items()}

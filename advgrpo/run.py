@@ -1,0 +1,362 @@
+"""A training run: what it needs before work starts, its loop, and what it leaves in the output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import checkpoint as checkpoints
+from . import config as configuration
+from .config import Config
+from .data.prompts import load_prompts
+from .data.reference_features import ReferenceFeatures
+from .data.references import ReferenceSet
+from .distributed import Distributed
+from .errors import UserError
+from .evaluation import Evaluator
+from .fast import FastPaths
+from .plots import draw_curves, draw_grid
+from .policy.sd3 import SD3Policy
+from .rewards import adversary_class
+from .tracking import METRICS_FILE, Tracker, load_metrics
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+# Settings a resumed run may change; any other difference would make it another run.
+_FREE_TO_CHANGE = ("iterations", "output_dir", "device", "collective_timeout", "output", "evaluation.every")
+
+
+def tiny_paths(config: Config) -> dict[str, str]:
+    """data.* with "tiny" replaced by the shipped files."""
+    from . import tiny
+
+    shipped = {
+        "prompts": tiny.prompts_file,
+        "held_out_prompts": tiny.held_out_prompts_file,
+        "references": tiny.reference_dir,
+    }
+    return {
+        name: str(path()) if getattr(config.data, name) == "tiny" else getattr(config.data, name)
+        for name, path in shipped.items()
+    }
+
+
+class Data:
+    """Prompts and references, read and checked before any model is loaded."""
+
+    def __init__(self, config: Config):
+        paths = tiny_paths(config)
+        self.prompts = [p.text for p in load_prompts(paths["prompts"])]
+        held_out = paths["held_out_prompts"]
+        self.held_out = [p.text for p in load_prompts(held_out)] if held_out else []
+        both = set(self.prompts) & set(self.held_out)
+        if both:
+            raise UserError(
+                f"data.held_out_prompts shares {len(both)} prompts with data.prompts, first {min(both)!r}; remove them, "
+                "or evaluation measures memory"
+            )
+        if "rule_accuracy" in config.evaluation.metrics:
+            _check_captions(self.held_out)
+        self.references = ReferenceSet.load(
+            paths["references"], self.prompts + self.held_out, min_size=config.data.min_reference_size
+        )
+
+
+def _check_captions(prompts: list[str]) -> None:
+    from .tiny.shapes import Scene
+
+    for prompt in prompts:
+        try:
+            Scene.parse(prompt)
+        except ValueError as error:
+            raise UserError(f"evaluation.metrics: rule_accuracy judges the tiny world only; {error}") from error
+
+
+def prepare_output(folder: Path) -> None:
+    """Create the output folder and prove that it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir = {str(folder)!r} is not writable: {error.strerror or error}") from error
+
+
+class Run:
+    """Builds every part from the config and drives the iterations; only rank 0 writes."""
+
+    def __init__(self, config: Config, distributed: Distributed, *, resume: bool, console: Console):
+        self.config, self.distributed, self.console = config, distributed, console
+        self.folder = Path(config.output_dir)
+        configuration.check(config, distributed.world_size)
+        data = Data(config)
+        saved = self._find_checkpoint() if resume else None
+        if distributed.is_main:
+            prepare_output(self.folder)
+            if not resume and (self.folder / METRICS_FILE).exists():
+                raise UserError(
+                    f"output_dir = {config.output_dir!r} already holds a run; continue it with --resume "
+                    f"{config.output_dir}, or choose another --output-dir"
+                )
+        fast = FastPaths.choose(config.fast, device=distributed.device, lora=config.model.train == "lora")
+        if distributed.is_main:
+            fast.print(console)
+        with distributed.monitored("load the models"):
+            self.trainer, self.evaluator = self._build(data, fast)
+        self.base: dict[str, float] = {}
+        self.samples: dict[str, list] = {}
+        if saved is not None:
+            self._restore(*saved)
+        self._stop_signal: str | None = None
+
+    # -- building -------------------------------------------------------------------------------------------------------
+
+    def _build(self, data: Data, fast: FastPaths) -> tuple[Trainer, Evaluator]:
+        config, distributed = self.config, self.distributed
+        cache = Path(config.data.cache_dir).expanduser()
+        policy = SD3Policy(
+            config.model, device=distributed.device, cache_dir=cache, seed=config.seed, merged=fast.merged_lora
+        )
+        adversary = adversary_class(config.adversary.kind)(
+            config.adversary, device=distributed.device, seed=config.seed
+        )
+        mine = ["", *data.prompts, *data.held_out][distributed.rank :: distributed.world_size]
+        missing = policy.text_cache.missing(mine)
+        if missing:
+            self.console.print(f"encoding {len(missing)} prompts into {cache}")
+            policy.text_cache.fill(missing)
+        references = ReferenceFeatures(data.references, adversary, cache, config.adversary.cached_patches)
+        trainer = Trainer(
+            config,
+            policy=policy,
+            adversary=adversary,
+            references=references,
+            prompts=data.prompts,
+            distributed=distributed,
+            fast=fast,
+        )
+        return trainer, Evaluator(policy, adversary, references, data.held_out, config, distributed)
+
+    # -- the loop -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to config.iterations; on SIGINT or SIGTERM save a checkpoint and return."""
+        config, trainer, main = self.config, self.trainer, self.distributed.is_main
+        if main:
+            (self.folder / "config.yaml").write_text(configuration.dump(config))
+        tracker = Tracker(
+            self.folder,
+            total_iterations=config.iterations,
+            start_iteration=trainer.iteration,
+            is_main=main,
+            tensorboard=config.output.tensorboard,
+            wandb_project=config.output.wandb_project or None,
+            config=config.model_dump(mode="json"),
+            console=self.console,
+        )
+        if not self.base:
+            self.base = self._evaluate_base()
+        self._draw_base()
+        with tracker, self._signals():
+            while trainer.iteration < config.iterations:
+                metrics = trainer.iterate()
+                done = trainer.iteration
+                if done < config.iterations and config.evaluation.every and done % config.evaluation.every == 0:
+                    metrics |= self._evaluate(config.evaluation.during_images_per_prompt)
+                    self._draw_samples(f"iteration-{done:06d}")
+                tracker.log(metrics)
+                stopping = any(self.distributed.gather_json(self._stop_signal is not None))
+                every = config.output.checkpoint_every
+                if stopping or done == config.iterations or (every and done % every == 0):
+                    self.save()
+                if stopping:
+                    break
+        if trainer.iteration < config.iterations:
+            self.console.print(
+                f"stopped by {self._stop_signal or 'a signal on another rank'} after {trainer.iteration} iterations; "
+                f"continue with --resume {self.folder}"
+            )
+            return
+        self._finish()
+
+    def _evaluate(self, images_per_prompt: int) -> dict[str, float]:
+        if not self.evaluator.prompts:
+            return {}
+        with self.trainer.ema.swap(), self.distributed.monitored("evaluate"):
+            return self.evaluator.run(images_per_prompt)
+
+    def _evaluate_base(self) -> dict[str, float]:
+        """The base model: adapters are disabled, so a resumed or LoRA-started run measures the same thing."""
+        if not self.evaluator.prompts:
+            return {}
+        self.console.print(f"evaluating the base model on {len(self.evaluator.prompts)} held-out prompts")
+        with self.distributed.monitored("evaluate the base model"):
+            return self.evaluator.base().run(self.config.evaluation.images_per_prompt)
+
+    def _finish(self) -> None:
+        """Export, final evaluation, pictures and summary."""
+        final = self._evaluate(self.config.evaluation.images_per_prompt)
+        self._draw_samples("final")
+        if not self.distributed.is_main:
+            return
+        self.export()
+        rows = load_metrics(self.folder / METRICS_FILE)
+        draw_curves(_with_ends(rows, self.base, final), self.folder / "curves.png")
+        summary = summarize(self.config, rows, self.base, final)
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        for name in final:
+            self.console.print(f"{name.removeprefix('eval_')}: base {self.base[name]:.4f} -> final {final[name]:.4f}")
+        self.console.print(f"wrote {self.folder}/lora, samples/, curves.png, summary.json")
+
+    def export(self) -> None:
+        """OUT/lora (or OUT/transformer after full fine-tuning) with the averaged weights."""
+        with self.trainer.ema.swap():
+            name = "lora" if self.config.model.train == "lora" else "transformer"
+            self.trainer.policy.export(self.folder / name)
+
+    # -- pictures -------------------------------------------------------------------------------------------------------
+
+    def _draw_base(self) -> None:
+        if not self.distributed.is_main or not self.evaluator.prompts:
+            return
+        self.samples["base"] = self.evaluator.base().grid_pictures()
+        self._write_grid("base", ["base"])
+
+    def _draw_samples(self, name: str) -> None:
+        if not self.distributed.is_main or not self.evaluator.prompts:
+            return
+        with self.trainer.ema.swap():
+            self.samples["trained"] = self.evaluator.grid_pictures()
+        self._write_grid(name, ["base", "trained"])
+
+    def _write_grid(self, name: str, columns: list[str]) -> None:
+        rows = []
+        for number, (prompt, _) in enumerate(self.samples["base"]):
+            blocks = [(column, self.samples[column][number][1]) for column in columns]
+            files = self.evaluator.references.references.files(prompt)[:4]
+            size = blocks[0][1].shape[-2:]
+            references = self.evaluator.references.references.load_images(files, size=tuple(size))
+            rows.append((prompt, [*blocks, ("references", references)]))
+        (self.folder / "samples").mkdir(exist_ok=True)
+        draw_grid(rows, self.folder / "samples" / f"{name}.png")
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint; everything in it is the same on every process, so rank 0 alone writes."""
+        with self.distributed.monitored("save a checkpoint"):
+            if not self.distributed.is_main:
+                return
+            tensors, state = self.trainer.state()
+            state |= {"config": self.config.model_dump(mode="json"), "base": self.base}
+            checkpoints.save_checkpoint(
+                self.folder / "checkpoints", self.trainer.iteration, tensors, state, self.config.output.keep_checkpoints
+            )
+
+    def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict]:
+        path = checkpoints.latest_checkpoint(self.folder / "checkpoints")
+        if path is None:
+            raise UserError(f"--resume {self.folder}: no checkpoint in {self.folder / 'checkpoints'}")
+        tensors, state = checkpoints.load_checkpoint(path)
+        if not isinstance(state.get("config"), dict) or "trainer" not in state:
+            raise UserError(f"--resume {self.folder}: {path} was not written by advgrpo.train")
+        different = _differences(state["config"], self.config.model_dump(mode="json"))
+        if different:
+            raise UserError(
+                f"--resume {self.folder}: the checkpoint was made with other settings: {'; '.join(different)}. Leave "
+                f"them as they were, or start a new run (only {', '.join(_FREE_TO_CHANGE)} may change)"
+            )
+        return tensors, state
+
+    def _restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
+        self.trainer.load(tensors, state)
+        self.base = state["base"]
+        self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}")
+        if self.trainer.iteration >= self.config.iterations:
+            raise UserError(
+                f"--resume {self.folder}: iteration {self.trainer.iteration} of {self.config.iterations} is done already; "
+                "raise --iterations to go on"
+            )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the current iteration; a second one ends it at once."""
+
+        def remember(number, _frame):
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = signal.Signals(number).name
+            self.console.print(f"{self._stop_signal}: saving after this iteration (again to stop at once)")
+
+        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _differences(saved: dict, current: dict, prefix: str = "") -> list[str]:
+    """Settings that differ and may not, as "name: old -> new"."""
+    found = []
+    for key in sorted(saved.keys() | current.keys()):
+        name = f"{prefix}{key}"
+        old, new = saved.get(key), current.get(key)
+        if name in _FREE_TO_CHANGE or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{name}.")
+        else:
+            found.append(f"{name}: {old!r} -> {new!r}")
+    return found
+
+
+def _with_ends(rows: list[dict], base: dict[str, float], final: dict[str, float]) -> list[dict]:
+    """The metrics with base and final evaluation at their two ends, for the curves."""
+    if not base:
+        return rows
+    return [{"iteration": 0, **base}, *rows, {"iteration": len(rows), **final}]
+
+
+def summarize(config: Config, rows: list[dict], base: dict[str, float], final: dict[str, float]) -> dict:
+    """What OUT/summary.json holds: held-out metrics before and after, speed, versions, seed."""
+    import diffusers
+    import peft
+    import transformers
+
+    seconds = sum(r["seconds"] for r in rows)
+    return {
+        "seed": config.seed,
+        "iterations": len(rows),
+        "base": {name.removeprefix("eval_"): value for name, value in base.items()},
+        "final": {name.removeprefix("eval_"): value for name, value in final.items()},
+        "images_per_second": len(rows) * config.images_per_iteration / seconds,
+        "iterations_per_second": len(rows) / seconds,
+        "training_seconds": seconds,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+    }

@@ -1,0 +1,25 @@
+"""Writing the shipped weights: fp16 safetensors under the stock file names, readable by everyone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+
+def save_half_precision(model, folder: Path) -> None:
+    """Save a diffusers pipeline or a transformers model with fp16 weights that load as float32.
+
+    The stock file names carry no variant suffix and the text encoders' configs say float32, so plain
+    `from_pretrained(folder)` gives float32 modules. safetensors writes mode 0600; packages need 0644.
+    """
+    half = copy.deepcopy(model).to(torch.float16)
+    parts = getattr(half, "components", {"": half})
+    half.save_pretrained(folder)
+    for name, part in parts.items():
+        config = folder / name / "config.json"
+        if config.exists():
+            config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)

@@ -1,0 +1,50 @@
+"""Draw the reference set: 8 crisp pictures per prompt, prompt lists, and references.json.
+
+    python -m advgrpo.tiny.build_references --output advgrpo/tiny/assets
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .shapes import Scene, render, split_prompts
+
+
+def write_pictures(folder: Path, prompts: list[str], per_prompt: int, generator: torch.Generator) -> dict[str, list]:
+    """PNG files folder/NNN-K.png; returns {prompt: [file names]}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {}
+    for number, prompt in enumerate(prompts):
+        pictures = render([Scene.parse(prompt)] * per_prompt, generator)
+        names = [f"{number:03d}-{k}.png" for k in range(per_prompt)]
+        for name, picture in zip(names, pictures):
+            pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / name, optimize=True)
+        index[prompt] = names
+    return index
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="assets folder to write into")
+    parser.add_argument("--train", type=int, default=96, help="training prompts")
+    parser.add_argument("--held-out", type=int, default=48, help="evaluation prompts")
+    parser.add_argument("--per-prompt", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    train, held_out = split_prompts(args.train, args.held_out)
+    generator = torch.Generator().manual_seed(args.seed)
+    index = write_pictures(args.output / "references", train + held_out, args.per_prompt, generator)
+    (args.output / "references" / "references.json").write_text(json.dumps(index, indent=1) + "\n")
+    (args.output / "prompts.txt").write_text("".join(f"{p}\n" for p in train))
+    (args.output / "held_out_prompts.txt").write_text("".join(f"{p}\n" for p in held_out))
+    print(f"wrote {len(train)} + {len(held_out)} prompts with {args.per_prompt} references each to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""The iteration of METHOD section 7, readable top to bottom; nothing here knows a particular model or reward."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from advgrpo_kernels import group_advantages
+
+from . import rng
+from .adversary import Due, HeadBatch, HeadTrainer, due
+from .checkpoint import pack_optimizer, unpack_optimizer
+from .config import Config
+from .data.prompts import GroupSampler
+from .data.reference_features import ReferenceFeatures
+from .distributed import Distributed
+from .ema import Ema
+from .evaluation import similarity
+from .fast import FastPaths
+from .policy.base import Policy
+from .policy.dynamics import StepTable, step_table, window_steps
+from .policy.sampler import Sampler
+from .policy.update import DriftError, Updater, UpdateStats
+from .types import Features, Rollout, Tile, TileRollout
+
+
+@dataclass
+class Scored:
+    """Rewards of an iteration; `local` lists follow this process's pictures, `rewards` is indexed by image id."""
+
+    features: Features  # [B local] generated
+    reference: Features  # [B local] the reference paired with each picture
+    rewards: torch.Tensor  # [B global] float32
+    reference_rewards: torch.Tensor  # [B global] float32
+    dino_similarity: float  # mean over all pictures
+
+
+@dataclass
+class Phases:
+    """Seconds of each phase of an iteration."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def measure(self, name: str, device: torch.device) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+class Trainer:
+    """Owns everything an iteration touches; `iterate` runs one and returns its metrics."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        policy: Policy,
+        adversary,
+        references: ReferenceFeatures,
+        prompts: list[str],
+        distributed: Distributed,
+        fast: FastPaths,
+    ):
+        self.config, self.policy, self.adversary = config, policy, adversary
+        self.references, self.prompts, self.distributed = references, prompts, distributed
+        rollout = config.rollout
+        self.groups = GroupSampler(len(prompts), rollout.prompts_per_iteration, config.seed)
+        self.sampler = Sampler(
+            policy, rollout.guidance_scale, rollout.likelihood, share_prefix=fast.share_prefix, merged=fast.merged_lora
+        )
+        self.updater = Updater(policy, config, reduce=distributed.all_reduce_sum, fused=fast.fused_optimizer)
+        self.head_trainer = HeadTrainer(
+            adversary, reduce=distributed.all_reduce_sum, rank=distributed.rank, world_size=distributed.world_size
+        )
+        self.ema = Ema(list(policy.trainable_parameters()), config.update.ema_decay)
+        self.iteration = 0  # the next one to run
+
+    # -- one iteration --------------------------------------------------------------------------------------------------
+
+    def iterate(self) -> dict[str, float]:
+        """Rollout, rewards, head updates, generator update. Returns the metrics of METHOD section 7's log line."""
+        iteration, phases, device = self.iteration, Phases(), self.policy.device
+        started = time.perf_counter()
+        window = window_steps(self.config, iteration)
+        table = step_table(self.policy, self.config.rollout.num_steps, window, rollout=self.config.rollout)
+        with phases.measure("sample", device):
+            rollout = self.rollout(table, iteration)
+        with phases.measure("score", device):
+            features, reference = self.features(rollout, iteration)
+        batch = HeadBatch(
+            rollout.image_ids.to(device), features, reference, total=self.config.images_per_iteration
+        )
+        with phases.measure("adversary", device):
+            if iteration == 0 and self.config.adversary.warmup_updates:
+                self.head_trainer.train(batch, iteration, self.config.adversary.warmup_updates, purpose="head_warmup")
+        with phases.measure("score", device):
+            scored = self.score(rollout, features, reference, iteration)
+        with phases.measure("adversary", device):
+            plan, head_metrics = self.train_head(batch, scored, iteration)
+        with phases.measure("update", device):
+            update_metrics = self.update(rollout, scored, table) if plan.generator else _NO_UPDATE
+        self.iteration += 1
+        seconds = time.perf_counter() - started
+        return {
+            "iteration": iteration,
+            **_reward_metrics(scored, self.config.rollout.group_size),
+            **head_metrics,
+            **update_metrics,
+            "dino_similarity": scored.dino_similarity,
+            "images_per_second": self.config.images_per_iteration / seconds,
+            "seconds": seconds,
+            **{f"seconds_{name}": value for name, value in phases.seconds.items()},
+        }
+
+    def tiles(self, iteration: int) -> list[Tile]:
+        """This process's tiles, in order of optimizer window. Which tiles exist does not depend on the processes."""
+        rollout = self.config.rollout
+        size, micro = rollout.group_size, rollout.micro_batch
+        prompt_of_group = self.groups.next(iteration)
+        windows = self.config.update.optimizer_windows
+        per_window = self.config.images_per_iteration // (micro * windows)
+        share = per_window // self.distributed.world_size
+        mine = []
+        for window in range(windows):
+            first = window * per_window + self.distributed.rank * share
+            for number in range(first, first + share):
+                ids = torch.arange(number * micro, (number + 1) * micro)
+                group_ids = ids // size
+                groups = group_ids.unique()
+                prompts = [self.prompts[prompt_of_group[g]] for g in groups.tolist()]
+                mine.append(Tile(ids, group_ids, prompts, groups, torch.searchsorted(groups, group_ids), window))
+        return mine
+
+    def rollout(self, table: StepTable, iteration: int) -> Rollout:
+        """Sample this process's pictures; draws are keyed by group and picture number, not by tile."""
+        seed = self.config.seed
+        initial_seed = rng.derive_seed(seed, "initial_noise", iteration)
+        noise_seed = rng.derive_seed(seed, "step_noise", iteration)
+        self.policy.merge()
+        rollouts = []
+        for tile in self.tiles(iteration):
+            latents, steps = self.sampler.run(
+                table,
+                self.policy.encode(tile.prompts),
+                self.sampler.initial_latents(initial_seed, tile.prompt_groups),
+                tile.row.to(self.policy.device),
+                noise_seed=noise_seed,
+                image_ids=tile.image_ids.to(self.policy.device),
+            )
+            rollouts.append(TileRollout(tile, steps, self.policy.decode(latents)))
+        return Rollout(rollouts, table.window)
+
+    # -- rewards and adversary ------------------------------------------------------------------------------------------
+
+    def features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
+        """Backbone features of every picture, computed once, and of one reference per picture, from the cache."""
+        generated = Features.cat([self.adversary.features(t.images) for t in rollout.tiles])
+        draw = torch.rand(
+            self.config.images_per_iteration, generator=rng.generator(self.config.seed, "reference", iteration)
+        )
+        rows = []
+        for prompt, image_id in zip(rollout.prompts, rollout.image_ids.tolist()):
+            candidates = self.references.prompt(prompt)
+            pick = int(draw[image_id] * len(candidates))
+            rows.append(candidates.rows(torch.tensor([pick], device=candidates.cls.device)))
+        return generated, Features.cat(rows)
+
+    def score(self, rollout: Rollout, generated: Features, reference: Features, iteration: int) -> Scored:
+        """Rewards of generations and references under the head as it stands, gathered over processes."""
+        ids = rollout.image_ids.to(generated.cls.device)
+        reward = self.adversary.score(generated, ids, purpose="reward", iteration=iteration).reward
+        reference_reward = self.adversary.score(reference, ids, purpose="reference", iteration=iteration).reward
+        similar = torch.cat(
+            [
+                similarity(generated.cls[i : i + 1], self.references.prompt(prompt).cls)
+                for i, prompt in enumerate(rollout.prompts)
+            ]
+        )
+        columns = torch.stack([reward, reference_reward, similar], dim=1)
+        by_id = self.distributed.all_gather(columns)[self.distributed.all_gather(ids).argsort()]
+        _check_finite(by_id[:, 0], rollout, self.config)
+        return Scored(generated, reference, by_id[:, 0], by_id[:, 1], by_id[:, 2].mean().item())
+
+    def train_head(self, batch: HeadBatch, scored: Scored, iteration: int) -> tuple[Due, dict[str, float]]:
+        """Head updates when the schedule says so; generations are remembered for later iterations either way."""
+        loss, accuracy = self.head_trainer.evaluate(batch, iteration)
+        plan = due(
+            self.config.adversary,
+            iteration,
+            scored.rewards.mean().item(),
+            scored.reference_rewards.mean().item(),
+            self.config.update.optimizer_windows,
+        )
+        self.head_trainer.train(batch, iteration, plan.head_updates)
+        self.head_trainer.remember(
+            batch.generated, iteration, self.distributed.all_gather, batch.image_ids, batch.total
+        )
+        return plan, {"adversary_loss": loss, "adversary_accuracy": accuracy, "adversary_updates": plan.head_updates}
+
+    # -- generator ------------------------------------------------------------------------------------------------------
+
+    def update(self, rollout: Rollout, scored: Scored, table: StepTable) -> dict[str, float]:
+        """Advantages, then one optimizer step and one EMA step per optimizer window."""
+        config = self.config
+        image_ids = torch.arange(config.images_per_iteration, device=scored.rewards.device)
+        result = group_advantages(
+            scored.rewards,
+            image_ids // config.rollout.group_size,
+            std=config.advantage.std,
+            eps=config.advantage.eps,
+            clip=config.advantage.clip,
+        )
+        windows = config.update.optimizer_windows
+        stats, norms = [], []
+        for window in range(windows):
+            tiles = [t for t in rollout.tiles if t.tile.optimizer_window == window]
+            total = config.images_per_iteration // windows
+            part = self.updater.accumulate(tiles, result.advantages, table, total=total, watch_kl=window == 0)
+            if window == 0:
+                self._check_on_policy(part)
+            norms.append(self.updater.step())
+            self.ema.step()
+            stats.append(part)
+        return self._update_metrics(stats, norms, float(result.zero_std_fraction))
+
+    def _check_on_policy(self, stats: UpdateStats) -> None:
+        drift = max(self.distributed.gather_json(stats.max_drift()))
+        bound = self.config.update.max_log_prob_drift
+        if not drift <= bound:
+            raise DriftError(
+                f"iteration {self.iteration}: log-probabilities moved by {drift:.3e} before any optimizer step "
+                f"(update.max_log_prob_drift = {bound:g}). Rollout and update must run the same forward; raise the bound "
+                "only if you know why they differ"
+            )
+
+    def _update_metrics(self, stats: list[UpdateStats], norms: list[float], zero_std: float) -> dict[str, float]:
+        sums = [self.distributed.sum_scalars(s.sums()) for s in stats]
+        pairs = sum(s["pairs"] for s in sums)
+        kl_pairs = sum(s["kl_pairs"] for s in sums)
+        return {
+            "zero_std_fraction": zero_std,
+            "policy_loss": sum(s["loss"] for s in sums) / pairs,
+            "kl": sum(s["kl"] for s in sums) / kl_pairs,
+            "ratio_mean": sum(s["ratio"] for s in sums) / pairs,
+            "clip_fraction": sum(s["clipped"] for s in sums) / pairs,
+            "pre_update_clip_fraction": sums[0]["clipped"] / sums[0]["pairs"],
+            "log_prob_drift_max": max(self.distributed.gather_json(stats[0].max_drift())),
+            "grad_norm": sum(norms) / len(norms),
+        }
+
+
+    # -- state ----------------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Everything the next iteration depends on, as tensors and JSON; the same on every process."""
+        optimizer_tensors, optimizer_state = pack_optimizer(self.updater.optimizer, "optimizer")
+        head_tensors, head_state = pack_optimizer(self.adversary.optimizer, "head_optimizer")
+        replay_tensors, replay_state = self.head_trainer.replay.state()
+        tensors = {
+            **{f"policy.{name}": p.detach() for name, p in self.policy.trainable_parameters()},
+            **{f"ema.{name}": t for name, t in self.ema.state_dict().items()},
+            **{f"head.{name}": t for name, t in self.adversary.state_dict().items()},
+            **{f"replay.{name}": t for name, t in replay_tensors.items()},
+            **optimizer_tensors,
+            **head_tensors,
+            "rng.torch": torch.get_rng_state(),
+        }
+        state = {
+            "iteration": self.iteration,
+            "optimizer": optimizer_state,
+            "head_optimizer": head_state,
+            "replay": replay_state,
+        }
+        return tensors, {"trainer": state}
+
+    def load(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
+        """Continue from `state()`'s result as if never stopped."""
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        weights, state = part("policy."), state["trainer"]
+        with torch.no_grad():
+            for name, parameter in self.policy.trainable_parameters():
+                parameter.copy_(weights[name])
+        self.ema.load_state_dict(part("ema."))
+        self.adversary.load_state_dict(part("head."))
+        unpack_optimizer(self.updater.optimizer, tensors, state["optimizer"])
+        unpack_optimizer(self.adversary.optimizer, tensors, state["head_optimizer"])
+        self.head_trainer.replay.load(part("replay."), state["replay"], self.policy.device)
+        torch.set_rng_state(tensors["rng.torch"])
+        self.iteration = state["iteration"]
+
+
+# An iteration that trains only the head (schedule "alternate") has no generator metrics.
+_NO_UPDATE: dict[str, float | None] = dict.fromkeys(
+    (
+        "zero_std_fraction",
+        "policy_loss",
+        "kl",
+        "ratio_mean",
+        "clip_fraction",
+        "pre_update_clip_fraction",
+        "log_prob_drift_max",
+        "grad_norm",
+    )
+)
+
+
+def _reward_metrics(scored: Scored, group_size: int) -> dict[str, float]:
+    return {
+        "reward_generated": scored.rewards.mean().item(),
+        "reward_reference": scored.reference_rewards.mean().item(),
+        "reward_std": scored.rewards.view(-1, group_size).std(dim=1, correction=0).mean().item(),
+    }
+
+
+def _check_finite(rewards: torch.Tensor, rollout: Rollout, config: Config) -> None:
+    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    if not bad:
+        return
+    local = dict(zip(rollout.image_ids.tolist(), rollout.prompts))
+    named = next((f"prompt {local[i]!r}" for i in bad if i in local), f"group {bad[0] // config.rollout.group_size}")
+    raise FloatingPointError(
+        f"the reward of {len(bad)} pictures is not finite, first that of {named} (picture {bad[0]}): {rewards[bad[0]]}. "
+        "No score is made up for it; check the reward model and its precision (adversary.dtype)"
+    )

@@ -1,0 +1,102 @@
+"""What flows between the parts of an iteration.
+
+Shapes: B pictures of this process in an iteration, M pictures of a tile, P different prompts of a tile (M = P * rows
+per prompt), C x H x W latents, T sampler steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Conditioning:
+    """Text embeddings, one row per prompt."""
+
+    text: torch.Tensor  # [P, L, D], the model's dtype
+    pooled: torch.Tensor  # [P, E]
+
+    def rows(self, index: torch.Tensor) -> Conditioning:
+        return Conditioning(self.text.index_select(0, index), self.pooled.index_select(0, index))
+
+    def to(self, device: torch.device) -> Conditioning:
+        return Conditioning(self.text.to(device), self.pooled.to(device))
+
+
+@dataclass
+class Tile:
+    """The unit of computation: rollout and update run the same tiles, so their batch shapes agree bit for bit."""
+
+    image_ids: torch.Tensor  # [M] int64, global: group * group_size + member
+    group_ids: torch.Tensor  # [M] int64, position of the group in the iteration
+    prompts: list[str]  # P texts
+    prompt_groups: torch.Tensor  # [P] int64, the group each prompt row stands for
+    row: torch.Tensor  # [M] int64 into prompts
+    optimizer_window: int  # which optimizer step of the iteration trains on it
+
+    @property
+    def captions(self) -> list[str]:
+        """[M] the prompt of every picture."""
+        return [self.prompts[i] for i in self.row.tolist()]
+
+
+@dataclass
+class WindowStep:
+    """One stochastic step: everything the update needs to repeat it."""
+
+    step: int
+    latents: torch.Tensor  # [M, C, H, W] float32, or [P, C, H, W] where the rows of a prompt are still identical
+    next_latents: torch.Tensor  # [M, C, H, W] float32
+    log_prob: torch.Tensor  # [M] float32, under the weights that sampled
+    shared: bool  # latents hold one row per prompt
+
+
+@dataclass
+class TileRollout:
+    tile: Tile
+    steps: list[WindowStep]
+    images: torch.Tensor  # [M, 3, H, W] float32 in [0, 1]
+
+
+@dataclass
+class Rollout:
+    """One iteration's pictures of this process."""
+
+    tiles: list[TileRollout]
+    window: tuple[int, ...]
+
+    @property
+    def images(self) -> torch.Tensor:
+        return torch.cat([t.images for t in self.tiles])
+
+    @property
+    def image_ids(self) -> torch.Tensor:
+        return torch.cat([t.tile.image_ids for t in self.tiles])
+
+    @property
+    def group_ids(self) -> torch.Tensor:
+        return torch.cat([t.tile.group_ids for t in self.tiles])
+
+    @property
+    def prompts(self) -> list[str]:
+        return [caption for t in self.tiles for caption in t.tile.captions]
+
+
+@dataclass
+class Features:
+    """Frozen backbone features of pictures."""
+
+    cls: torch.Tensor  # [B, D] float32
+    patches: torch.Tensor  # [B, P, D] float32
+
+    def __len__(self) -> int:
+        return len(self.cls)
+
+    def rows(self, index: torch.Tensor) -> Features:
+        return Features(self.cls.index_select(0, index), self.patches.index_select(0, index))
+
+    @staticmethod
+    def cat(parts: list[Features]) -> Features:
+        return Features(torch.cat([p.cls for p in parts]), torch.cat([p.patches for p in parts]))

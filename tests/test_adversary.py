@@ -1,0 +1,230 @@
+"""The DINO adversary: golden vectors of the released code, schedules, replay, and one set of features for everything.
+
+Bugs planted while writing, each seen red: sign of the generated hinge; loss weights swapped with reward weights; L2
+normalisation left on in head training; replay slots not wrapped; references drawn by local instead of global number.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from advgrpo import config
+from advgrpo.adversary import HeadBatch, HeadTrainer, ReplayBuffer, due
+from advgrpo.config import AdversarySection
+from advgrpo.errors import UserError
+from advgrpo.rewards.dino import DinoAdversary
+from advgrpo.types import Features
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "dino_adv_grpo.npz")
+
+
+def golden(name: str) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(GOLDEN[name]))
+
+
+def make_adversary(unit_backbone: str, **changes) -> DinoAdversary:
+    settings = {"backbone": unit_backbone, "image_size": 32, "dtype": "float32", "hidden_size": 16, "num_patches": 8}
+    section = AdversarySection(**{**settings, **changes})
+    return DinoAdversary(section, device=torch.device("cpu"), seed=0)
+
+
+@pytest.fixture
+def released(unit_backbone) -> DinoAdversary:
+    """The released variant with the recorded head: L2 in the reward, none in training, loss weights 1 : 0.3."""
+    adversary = make_adversary(unit_backbone, normalize="reward_only", loss_weights=(1.0, 0.3))
+    head = {"w1": golden("w0_before"), "b1": golden("w1_before"), "w2": golden("w2_before"), "b2": golden("w3_before")}
+    adversary.head = {name: torch.nn.Parameter(t.clone()) for name, t in head.items()}
+    adversary.optimizer = torch.optim.Adam(adversary.head.values(), lr=1e-4, betas=(0.5, 0.999))
+    return adversary
+
+
+def split_tokens(tokens: torch.Tensor) -> Features:
+    return Features(tokens[:, 0], tokens[:, 1:])
+
+
+def gathered(side: str, indices: str) -> Features:
+    features = split_tokens(golden(side))
+    index = golden(indices)[:, :, None].expand(-1, -1, features.patches.shape[2])
+    return Features(features.cls, features.patches.gather(1, index))
+
+
+def test_head_loss_gradients_and_adam_step_match_the_released_code(released):
+    result = released.head_loss(gathered("real", "patch_idx_d_real"), gathered("fake", "patch_idx_d_fake"))
+    assert result.loss.item() == pytest.approx(float(GOLDEN["d_loss"]), abs=1e-6)
+    assert result.accuracy.item() == pytest.approx(float(GOLDEN["d_acc"]))
+    result.loss.backward()
+    for i, name in enumerate(("w1", "b1", "w2", "b2")):
+        torch.testing.assert_close(released.head[name].grad, golden(f"w{i}_grad"), rtol=1e-4, atol=1e-7)
+    released.optimizer.step()
+    for i, name in enumerate(("w1", "b1", "w2", "b2")):
+        torch.testing.assert_close(released.head[name].detach(), golden(f"w{i}_after"), rtol=0, atol=1e-6)
+
+
+def test_reward_matches_the_released_code(released, monkeypatch):
+    import advgrpo.rewards.dino as module
+
+    for side in ("fake", "real"):
+        drawn = golden(f"patch_idx_reward_{side}")
+        monkeypatch.setattr(
+            module, "sample_patches", lambda *a, drawn=drawn, **k: type("Drawn", (), {"indices": drawn})
+        )
+        score = released.score(split_tokens(golden(side)), torch.arange(8), purpose="reward", iteration=0)
+        torch.testing.assert_close(score.reward, golden(f"reward_{side}"), rtol=1e-5, atol=1e-6)
+
+
+def test_released_normalisation_applies_to_the_reward_only(released):
+    scaled = split_tokens(golden("fake") * 3)
+    plain = released.score(split_tokens(golden("fake")), torch.arange(8), purpose="reward", iteration=0)
+    torch.testing.assert_close(
+        released.score(scaled, torch.arange(8), purpose="reward", iteration=0).reward, plain.reward
+    )
+    real, fake = gathered("real", "patch_idx_d_real"), gathered("fake", "patch_idx_d_fake")
+    tripled = Features(fake.cls * 3, fake.patches * 3)
+    assert abs(released.head_loss(real, tripled).loss - released.head_loss(real, fake).loss) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "generated", "reference", "updates", "generator"),
+    [
+        ("when_fooled", 1.0, 0.0, 10, True),
+        ("when_fooled", 0.0, 0.0, 0, True),
+        ("when_fooled", 0.0, 1.0, 0, True),
+        ("always", 0.0, 1.0, 10, True),
+        ("never", 1.0, 0.0, 0, True),
+        ("alternate", 0.0, 0.0, 10, False),
+    ],
+)
+def test_schedules(schedule, generated, reference, updates, generator):
+    plan = due(AdversarySection(schedule=schedule), 0, generated, reference, optimizer_steps=2)
+    assert (plan.head_updates, plan.generator) == (updates, generator)
+
+
+def test_alternate_trains_the_generator_in_the_last_iteration_of_a_period():
+    section = AdversarySection(schedule="alternate", alternate_period=10)
+    trained = [i for i in range(30) if due(section, i, 0.0, 0.0, optimizer_steps=2).generator]
+    assert trained == [9, 19, 29]
+
+
+@pytest.mark.parametrize("ratio", [10.0, 0.3, 1.75])
+def test_ratio_is_kept_over_iterations(ratio):
+    section = AdversarySection(schedule="ratio", ratio=ratio)
+    updates = [due(section, i, 0.0, 0.0, optimizer_steps=2).head_updates for i in range(100)]
+    assert sum(updates) == int(100 * 2 * ratio)
+    assert max(updates) - min(updates) <= 1
+
+
+def test_replay_is_a_ring():
+    buffer = ReplayBuffer(5)
+    for number in range(4):
+        features = Features(torch.full((2, 3), float(number)), torch.full((2, 4, 3), float(number)))
+        buffer.add(features)
+    assert len(buffer) == 5
+    assert sorted(buffer.cls[:, 0].tolist()) == [1.0, 2.0, 2.0, 3.0, 3.0]
+    assert torch.equal(buffer.cls[:, 0], buffer.patches[:, 0, 0])
+
+
+def head_batch(ids: torch.Tensor) -> HeadBatch:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randn(2, 12, 65, 64, generator=generator)
+    return HeadBatch(ids, split_tokens(tokens[0][ids]), split_tokens(tokens[1][ids] + 0.5), total=12)
+
+
+def test_two_processes_take_the_steps_of_one(unit_backbone):
+    """Two shares of the batch, gradients summed by hand, give the same heads and losses as the whole batch."""
+    alone = HeadTrainer(make_adversary(unit_backbone, batch_size=8), reduce=lambda t: None, rank=0, world_size=1)
+    whole = head_batch(torch.arange(12))
+    expected = []
+    for iteration in range(3):
+        expected += alone.train(whole, iteration, 2)
+        alone.remember(whole.generated, iteration, lambda t: t, whole.image_ids, 12)
+
+    import threading
+
+    barrier, shared, results = threading.Barrier(2), {}, {}
+    adversaries = [make_adversary(unit_backbone, batch_size=8) for _ in range(2)]
+
+    def run(rank: int, ids: torch.Tensor) -> None:
+        def exchange(value):
+            shared[rank] = value
+            barrier.wait()
+            both = [shared[0], shared[1]]
+            barrier.wait()
+            return both
+
+        def reduce(tensors):
+            copies = exchange([t.clone() for t in tensors])
+            for tensor, a, b in zip(tensors, *copies):
+                tensor.copy_(a + b)
+
+        trainer = HeadTrainer(adversaries[rank], reduce=reduce, rank=rank, world_size=2)
+        batch, losses = head_batch(ids), []
+        for iteration in range(3):
+            losses += trainer.train(batch, iteration, 2)
+            trainer.remember(batch.generated, iteration, lambda t: torch.cat(exchange(t)), batch.image_ids, 12)
+        results[rank] = (losses, trainer.adversary.state_dict(), trainer.replay.cls)
+
+    shares = [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([5, 6, 7, 8, 9, 10, 11])]
+    threads = [threading.Thread(target=run, args=(r, ids)) for r, ids in enumerate(shares)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for losses, head, replay in results.values():
+        assert losses == pytest.approx(expected, abs=1e-6)
+        torch.testing.assert_close(replay, alone.replay.cls)
+        for name in ("w1", "b1", "w2"):  # b2's gradient cancels to rounding noise, of which Adam takes the sign
+            torch.testing.assert_close(head[name], alone.adversary.state_dict()[name], rtol=0, atol=1e-5)
+
+
+def test_head_learns_to_tell_references_from_generations(unit_backbone):
+    trainer = HeadTrainer(make_adversary(unit_backbone, learning_rate=1e-2), reduce=lambda t: None, rank=0, world_size=1)
+    batch = head_batch(torch.arange(12))
+    before = trainer.evaluate(batch, 0)
+    trainer.train(batch, 0, 200)
+    after = trainer.evaluate(batch, 0)
+    assert after[0] < 0.5 * before[0]
+    assert after[1] == 1.0
+
+
+def test_features_do_not_depend_on_the_rest_of_the_batch(unit_backbone):
+    adversary = make_adversary(unit_backbone)
+    images = torch.rand(6, 3, 48, 48)
+    whole = adversary.features(images)
+    torch.testing.assert_close(adversary.features(images[2:3]).cls, whole.cls[2:3], rtol=1e-5, atol=1e-5)
+    assert whole.patches.shape == (6, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"backbone": "no/such/model"}, "adversary.backbone = 'no/such/model' cannot be loaded"),
+        ({"image_size": 30}, "adversary.image_size = 30 is not a multiple of the backbone's patch size 4"),
+        ({"num_patches": 65}, "adversary.num_patches = 65 exceeds the backbone's 64"),
+    ],
+)
+def test_bad_settings_are_named(unit_backbone, changes, expected):
+    with pytest.raises(UserError) as error:
+        make_adversary(unit_backbone, **changes)
+    assert expected in str(error.value)
+
+
+def test_reference_features_are_cached_and_equal_fresh_ones(unit_backbone, tmp_path):
+    from advgrpo.data.reference_features import ReferenceFeatures
+    from advgrpo.data.references import ReferenceSet
+    from advgrpo.run import tiny_paths
+
+    prompts = open(tiny_paths(config.load("tiny"))["prompts"]).read().splitlines()[:2]
+    references = ReferenceSet.load(tiny_paths(config.load("tiny"))["references"], prompts)
+    adversary = make_adversary(unit_backbone)
+    first = ReferenceFeatures(references, adversary, tmp_path, max_patches=16).prompt(prompts[0])
+    calls = []
+    adversary.features = lambda images: calls.append(images)
+    cached = ReferenceFeatures(references, adversary, tmp_path, max_patches=16).prompt(prompts[0])
+    assert not calls
+    assert torch.equal(first.cls, cached.cls)
+    assert torch.equal(first.patches, cached.patches)
+    assert first.patches.shape == (8, 16, 64)
+    images = references.load_images(references.files(prompts[0]))
+    assert torch.equal(make_adversary(unit_backbone).features(images).cls, cached.cls)
