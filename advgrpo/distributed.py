@@ -274,7 +274,7 @@ class Distributed:
         except BaseException as error:
             if self.world_size == 1 or (isinstance(error, SystemExit) and not error.code):
                 raise
-            cause = _Failure.of(error, self.rank)
+            cause = self._watch.report(error)
             if self.device.type == "cuda":
                 # NCCL's teardown at exit waits for kernels that wait for the rank that is gone.
                 atexit.register(_exit_now, cause.exit_code)
