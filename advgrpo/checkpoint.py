@@ -118,12 +118,11 @@ def _write_files(folder: Path, iteration: int, tensors: dict[str, Tensor], state
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that own their storage: safetensors refuses views of a shared one."""
+    """Contiguous CPU tensors in storages of their own: safetensors refuses tied tensors and overlapping views."""
     result, storages = {}, set()
     for name, tensor in tensors.items():
         stored = tensor.detach().to("cpu").contiguous()
-        storage = stored.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != stored.nbytes:
+        if stored.untyped_storage().data_ptr() in storages:
             stored = stored.clone()
         storages.add(stored.untyped_storage().data_ptr())
         result[name] = stored

@@ -39,7 +39,9 @@ def some_tensors():
         "bool": torch.tensor([True, False]),
         "empty": torch.zeros(0, 4),
         "view": base[1:3],
-        "other view of it": base[2:].t(),
+        "overlapping view": base[2:],
+        "transposed view": base.t(),
+        "tied": base,
         "parameter": torch.nn.Parameter(torch.randn(2)),
     }
 

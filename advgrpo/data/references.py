@@ -173,9 +173,8 @@ def _open_picture(file: Path) -> Image.Image:
     """Decode one picture completely, upright as its EXIF orientation says."""
     try:
         with Image.open(file) as picture:
-            picture.load()  # open() reads the header only: a truncated file shows itself here
             mode = picture.mode
-            upright = ImageOps.exif_transpose(picture)
+            upright = ImageOps.exif_transpose(picture)  # decodes all of it; open() reads the header only
     except FileNotFoundError:
         raise UserError(f"reference picture {file} does not exist; correct the index or add the file") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, ...
