@@ -1,4 +1,7 @@
-"""The clipped policy loss: closed-form gradient against autograd, recordings of the public implementation, edges."""
+"""The clipped policy loss: closed-form gradient against autograd, recordings of the public implementation, edges.
+
+Planted bugs that turned this file red: PLANTED_LOSS
+"""
 
 import math
 from pathlib import Path
@@ -7,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from advgrpo_kernels import clipped_policy_loss, clipped_policy_loss_ref, gaussian_step
+from advgrpo_kernels import clipped_policy_loss, clipped_policy_loss_ref, gaussian_log_prob, gaussian_step
+from advgrpo_kernels.ops.clipped_policy_loss import _clipped_policy_loss_op
+from advgrpo_kernels.testing import assert_error_within_budget
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COEFFICIENTS = torch.tensor([0.97, -0.11, 0.3])
@@ -27,7 +32,7 @@ def problem(batch=6, shape=(3, 5, 7), dtype=torch.float32, spread=2e-4):
 def gradients(function, inputs, uncond, **settings):
     velocity, uncond = inputs[1].detach().requires_grad_(), uncond.detach().requires_grad_()
     result = function(inputs[0], velocity, *inputs[2:], uncond_velocity=uncond, **settings)
-    return result, torch.autograd.grad(3.0 * result.loss, (velocity, uncond))
+    return result, torch.autograd.grad(2.0 * result.loss, (velocity, uncond))
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "squared_error"])
@@ -111,3 +116,120 @@ def test_bad_arguments_raise():
         clipped_policy_loss(*inputs, clip_range=0.0)
     with pytest.raises(ValueError, match="needs reference_mean"):
         clipped_policy_loss(*inputs, clip_range=1e-4, kl_weight=0.1)
+
+
+gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+
+
+def to_device(inputs, device):
+    return tuple(tensor.to(device) for tensor in inputs)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4500,)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("likelihood", "kl_weight"), [("gaussian", 0.04), ("squared_error", 0.04), ("gaussian", 0.0)])
+def test_triton_loss_and_gradients_within_error_budget(shape, dtype, likelihood, kl_weight, device):
+    """clip_range 0.1 keeps the branch taken away from rounding: inside it the loss is smooth in the velocities."""
+    inputs, uncond, reference = problem(batch=4, shape=shape, dtype=dtype)
+    if likelihood == "squared_error":
+        inputs = (*inputs[:4], inputs[4] * 0 - 0.09, inputs[5])
+    *inputs, uncond, reference = to_device((*inputs, uncond, reference), device)
+    settings = {"clip_range": 1e-1, "guidance_scale": 2.5, "likelihood": likelihood}
+    settings |= {"reference_mean": reference if kl_weight else None, "kl_weight": kl_weight}
+    got, got_grads = gradients(clipped_policy_loss, inputs, uncond, backend="triton", **settings)
+    eager, eager_grads = gradients(clipped_policy_loss_ref, inputs, uncond, **settings)
+    double = [tensor.double() for tensor in inputs]
+    true, true_grads = gradients(
+        clipped_policy_loss_ref, double, uncond.double(), compute_dtype=torch.float64, **settings
+    )
+    for name in ("loss", "log_prob", "ratio", "clip_fraction", "kl"):
+        values = (getattr(result, name).detach() for result in (got, eager, true))
+        assert_error_within_budget(*values, name=name)
+    for name, *values in zip(("velocity", "uncond_velocity"), got_grads, eager_grads, true_grads):
+        assert_error_within_budget(*values, name=f"grad of {name}")
+    assert torch.equal(2.0 * got.velocity_grad, got_grads[0])
+
+
+@pytest.mark.parametrize("clip_range", [1e-4, 1e-5])
+def test_triton_takes_the_branches_of_the_reference(clip_range, device):
+    """Offsets of old log-probs on both sides of the clip, none within rounding of it."""
+    inputs, uncond, _ = problem()
+    *inputs, uncond = to_device((*inputs, uncond), device)
+    guidance = {"uncond_velocity": uncond, "guidance_scale": 2.5}
+    old = gaussian_log_prob(*inputs[:4], **guidance) + 3 * clip_range * torch.linspace(-1, 1, 6, device=device)
+    settings = {"clip_range": clip_range, "guidance_scale": 2.5}
+    got, got_grads = gradients(clipped_policy_loss, (*inputs[:4], old, inputs[5]), uncond, backend="triton", **settings)
+    want, want_grads = gradients(
+        clipped_policy_loss, (*inputs[:4], old, inputs[5]), uncond, backend="torch", **settings
+    )
+    assert torch.equal(got.clip_fraction, want.clip_fraction)
+    assert 0 < want.clip_fraction < 1
+    for value, expected in zip(got_grads, want_grads):
+        assert torch.equal(value.flatten(1).any(1), expected.flatten(1).any(1))
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_ratio_is_exactly_one_before_the_first_update(dtype, device):
+    latents, velocity, uncond = torch.randn(3, 3, 2, 37, 29, device=device)
+    velocity, uncond, coefficients = velocity.to(dtype), uncond.to(dtype), COEFFICIENTS.to(device)
+    guidance = {"uncond_velocity": uncond, "guidance_scale": 4.5, "backend": "triton"}
+    taken = gaussian_step(latents, velocity, coefficients, seed=5, **guidance)
+    advantages = torch.tensor([1.0, -1.0, 0.0], device=device)
+    args = (latents, velocity, taken.next_latents, coefficients, taken.log_prob, advantages)
+    result = clipped_policy_loss(*args, clip_range=1e-5, **guidance)
+    assert torch.equal(result.log_prob, taken.log_prob)
+    assert torch.equal(result.ratio, torch.ones(3, device=device))
+    assert result.clip_fraction == 0
+    assert torch.count_nonzero(result.velocity_grad[2]) == 0
+    assert torch.count_nonzero(result.velocity_grad[0]) > 0
+
+
+def test_triton_rows_do_not_depend_on_the_batch(device):
+    inputs, uncond, _ = problem()
+    *inputs, uncond = to_device((*inputs, uncond), device)
+    settings = {"guidance_scale": 2.5, "clip_range": 1e-1, "backend": "triton"}
+    whole, whole_grads = gradients(clipped_policy_loss, inputs, uncond, **settings)
+    rows = slice(1, 3)  # 6 and 2 rows: gradients differ by the exact factor 3 up to one rounding
+    part = (*(tensor[rows] for tensor in inputs[:3]), inputs[3], *(tensor[rows] for tensor in inputs[4:]))
+    few, few_grads = gradients(clipped_policy_loss, part, uncond[rows], **settings)
+    assert torch.equal(whole.log_prob[rows], few.log_prob)
+    assert torch.equal(whole.ratio[rows], few.ratio)
+    torch.testing.assert_close(3 * whole_grads[0][rows], few_grads[0], rtol=1e-6, atol=0)
+
+
+def test_triton_zero_advantage_gives_exactly_zero_gradient(device):
+    inputs, uncond, _ = problem()
+    *inputs, uncond = to_device((*inputs[:4], inputs[4] - 200.0, inputs[5] * 0, uncond), device)
+    result, grads = gradients(
+        clipped_policy_loss, inputs, uncond, clip_range=1e-4, guidance_scale=2.5, backend="triton"
+    )
+    assert result.loss == 0
+    assert all(torch.count_nonzero(grad) == 0 for grad in grads)
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+def test_opcheck(use_triton, device):
+    inputs, uncond, reference = problem(batch=2)
+    latents, velocity, next_latents, coefficients, old, advantages = to_device(inputs, device)
+    args = (latents, velocity.requires_grad_(), uncond.to(device).requires_grad_(), next_latents, coefficients)
+    settings = (2.5, "gaussian", 1e-1, 5.0, 0.1, use_triton)
+    torch.library.opcheck(_clipped_policy_loss_op, (*args, old, advantages, reference.to(device), *settings))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_compiles_without_graph_break(backend, device):
+    inputs, _, _ = problem(batch=2)
+    latents, velocity, *rest = to_device(inputs, device)
+
+    def function(velocity):
+        return clipped_policy_loss(latents, velocity, *rest, clip_range=1e-1, backend=backend).loss * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    grads = []
+    for run in (function, compiled):
+        leaf = velocity.clone().requires_grad_()
+        run(leaf).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)

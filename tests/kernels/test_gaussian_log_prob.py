@@ -1,4 +1,7 @@
-"""The transition's log-probability and its gradient by the velocities."""
+"""The transition's log-probability and its gradient by the velocities.
+
+Planted bugs that turned this file red: PLANTED_LOGP
+"""
 
 from pathlib import Path
 
@@ -6,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from advgrpo_kernels import gaussian_log_prob, gaussian_log_prob_ref, transition_coefficients
+from advgrpo_kernels import gaussian_log_prob, gaussian_log_prob_ref, gaussian_step, transition_coefficients
+from advgrpo_kernels.ops.gaussian_log_prob import _gaussian_log_prob_op
+from advgrpo_kernels.testing import assert_within_budget
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDINGS = {
@@ -73,3 +78,83 @@ def test_a_step_without_density_raises():
         gaussian_log_prob(latents, latents, latents, torch.tensor([1.0, -0.1, 0.0]))
     with pytest.raises(ValueError, match="next_latents must be floating point of latents' shape"):
         gaussian_log_prob(latents, latents, latents[:1], torch.tensor([1.0, -0.1, 0.1]))
+
+
+gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+COEFFICIENTS = torch.tensor([0.97, -0.11, 0.3])
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 4, 5, 5), (2, 9001)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("likelihood", ["gaussian", "squared_error"])
+def test_triton_forward_and_backward_within_error_budget(shape, dtype, likelihood, device):
+    latents, next_latents = torch.randn(2, *shape, device=device)
+    coefficients = (COEFFICIENTS * torch.linspace(0.8, 1.2, shape[0])[:, None]).to(device)
+
+    def call(function, **settings):
+        def of_velocities(velocity, uncond, **more):
+            guidance = {"uncond_velocity": uncond, "guidance_scale": 3.3, "likelihood": likelihood}
+            return function(latents, velocity, next_latents, coefficients, **guidance, **settings, **more)
+
+        return of_velocities
+
+    velocities = list(torch.randn(2, *shape, device=device).to(dtype))
+    upstream = torch.randn(shape[0], device=device)
+    assert_within_budget(call(gaussian_log_prob, backend="triton"), call(gaussian_log_prob_ref), velocities, upstream)
+
+
+def test_triton_without_guidance(device):
+    latents, velocity, next_latents = torch.randn(3, 2, 3, 50, device=device)
+    velocity = velocity.half().requires_grad_()
+    args = (latents, velocity, next_latents, COEFFICIENTS.to(device))
+    results = []
+    for backend in ("triton", "torch"):
+        log_prob = gaussian_log_prob(*args, backend=backend)
+        results.append((log_prob, *torch.autograd.grad(log_prob.sum(), velocity)))
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "squared_error"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_log_prob_has_the_bits_of_the_step(likelihood, dtype, device):
+    latents, velocity, uncond = torch.randn(3, 2, 3, 41, 43, device=device)
+    velocity, uncond, coefficients = velocity.to(dtype), uncond.to(dtype), COEFFICIENTS.to(device)
+    settings = {"uncond_velocity": uncond, "guidance_scale": 4.5, "likelihood": likelihood, "backend": "triton"}
+    taken = gaussian_step(latents, velocity, coefficients, seed=3, **settings)
+    again = gaussian_log_prob(latents, velocity, taken.next_latents, coefficients.expand(2, 3), **settings)
+    assert torch.equal(taken.log_prob, again)
+    settings["uncond_velocity"] = uncond[1:]
+    alone = gaussian_log_prob(latents[1:], velocity[1:], taken.next_latents[1:], coefficients, **settings)
+    assert torch.equal(taken.log_prob[1:], alone)
+
+
+def test_triton_row_without_density_is_nan(device):
+    latents = torch.randn(2, 8, device=device)
+    coefficients = torch.tensor([[1.0, -0.1, 0.0], [1.0, -0.1, 0.5]], device=device)
+    log_prob = _gaussian_log_prob_op(latents, latents, None, latents - 0.1 * latents, coefficients, 1.0, 1)
+    assert not torch.isfinite(log_prob[0])
+    assert torch.isfinite(log_prob[1])
+
+
+def test_opcheck(device):
+    latents, velocity, uncond, next_latents = torch.randn(4, 2, 3, 5, device=device)
+    velocities = (velocity.requires_grad_(), uncond.requires_grad_())
+    torch.library.opcheck(_gaussian_log_prob_op, (latents, *velocities, next_latents, COEFFICIENTS.to(device), 2.0, 1))
+
+
+def test_compiles_without_graph_break(device):
+    latents, velocity, next_latents = torch.randn(3, 2, 3, 5, device=device)
+    coefficients = COEFFICIENTS.to(device)
+
+    def function(velocity):
+        return gaussian_log_prob(latents, velocity, next_latents, coefficients, backend="triton").sin().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    grads = []
+    for run in (function, compiled):
+        leaf = velocity.clone().requires_grad_()
+        run(leaf).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)

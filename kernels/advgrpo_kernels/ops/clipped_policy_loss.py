@@ -13,7 +13,8 @@ and, with w_i = -A_i·ratio_i/B where the unclipped branch is the larger one and
     dL/dc = g·b·dL/dμ,  dL/du = (1-g)·b·dL/dμ
 
 The forward computes the loss and this gradient, in two launches on a GPU; the backward scales it by the incoming
-scalar. `torch.autograd.backward(velocity, result.velocity_grad)` spares even that.
+scalar, after the gradient was rounded to the velocity's dtype: exact for powers of two, one more rounding otherwise.
+`torch.autograd.backward(velocity, result.velocity_grad)` spares even that.
 
 Shapes: B images, N = elements per image. latents, velocities, next_latents, reference_mean [B, ...]; the rest [B].
 """
@@ -216,6 +217,7 @@ def _(latents, velocity, uncond_velocity, *_):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # six launches of zeros for outputs nobody differentiates
     ctx.guided = inputs[2] is not None
     ctx.save_for_backward(*output[-2:])
 

@@ -1,9 +1,11 @@
 """Hinge loss of the adversarial head on frozen features (arXiv 2511.20256, eqs. 12-14).
 
     L = λ_g·½[mean relu(1 - h(ref_cls)) + mean relu(1 + h(gen_cls))]
-      + λ_l·½[mean relu(1 - h(ref_j))   + mean relu(1 + h(gen_j))]       j over the chosen patches, each with its own hinge
+      + λ_l·½[mean relu(1 - h(ref_j))   + mean relu(1 + h(gen_j))]       j over the chosen patches, a hinge each
 
 References are positives, generations negatives; h is the head of `score_features`, with the same normalisation.
+
+On a GPU: two launches forward, one backward, whose incoming scalar is read from device memory.
 
 Shapes:   B pictures on each side, n chosen patches, D feature width. cls [B, D], patches [B, n, D].
 Numerics: float32 inside; features are constants, gradients go to the head only.
@@ -16,10 +18,129 @@ from typing import NamedTuple
 
 import torch
 
+from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from ._head import Rows, head_tensors, launch_head_gradients, launch_rows
 from .patches import l2_normalize
 from .score_features import _head_scores
 
-__all__ = ["HingeHeadLoss", "hinge_head_loss"]
+__all__ = ["HingeHeadLoss", "hinge_head_loss", "hinge_head_loss_ref"]
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _hinge_kernel(
+        scores_ptr,
+        score_grads_ptr,
+        loss_ptr,
+        accuracy_ptr,
+        B,
+        B2,
+        n,
+        count,
+        count2,
+        global_weight,
+        local_weight,
+        TILES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        losses = tl.zeros((BLOCK,), tl.float32)
+        right = tl.zeros((BLOCK,), tl.float32)
+        for tile in range(TILES):
+            row = tile * BLOCK + tl.arange(0, BLOCK)
+            valid = row < (B + B2) * (n + 1)
+            generated = row >= B * (n + 1)
+            is_cls = (row - tl.where(generated, B * (n + 1), 0)) < tl.where(generated, B2, B)
+            sign = tl.where(generated, -1.0, 1.0)
+            share = tl.div_rn(0.5, tl.where(generated, count2, count).to(tl.float32))
+            weight = share * tl.where(is_cls, global_weight, tl.div_rn(local_weight, n.to(tl.float32)))
+            signed = sign * tl.load(scores_ptr + row, mask=valid, other=0.0)
+            margin = 1.0 - signed
+            losses += tl.where(valid & ((margin > 0.0) | (margin != margin)), margin * weight, 0.0)
+            right += tl.where(valid & is_cls & (signed > 0.0), share, 0.0)
+            tl.store(score_grads_ptr + row, tl.where(margin > 0.0, -sign * weight, 0.0), mask=valid)
+        tl.store(loss_ptr, tl.sum(losses, axis=0))
+        tl.store(accuracy_ptr, tl.sum(right, axis=0))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::hinge_head_loss", mutates_args=())
+def _hinge_head_loss_op(
+    reference_cls: torch.Tensor,
+    reference_patches: torch.Tensor,
+    generated_cls: torch.Tensor,
+    generated_patches: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    global_weight: float,
+    local_weight: float,
+    normalize: bool,
+    total: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, accuracy; hidden, feature factors and d loss/d score for the backward); total 0 is each side's own."""
+    rows = _rows(reference_cls, reference_patches, generated_cls, generated_patches)
+    head = tuple(tensor.contiguous() for tensor in (w1, b1, w2, b2))
+    scores, hidden, inverse_norm = launch_rows(rows, head, normalize=normalize, store_hidden=True)
+    B, B2, n, _, _ = rows.sizes()
+    score_grads, loss, accuracy = torch.empty_like(scores), scores.new_empty(()), scores.new_empty(())
+    with device_guard(w1):
+        _hinge_kernel[(1,)](
+            *(scores, score_grads, loss, accuracy, B, B2, n, total or B, total or B2, global_weight, local_weight),
+            TILES=triton.cdiv(scores.numel(), 1024),
+            BLOCK=1024,
+            num_warps=4,
+        )
+    return loss, accuracy, hidden, inverse_norm, score_grads
+
+
+@_hinge_head_loss_op.register_fake
+def _(reference_cls, reference_patches, generated_cls, generated_patches, w1, *_):
+    R = (reference_cls.shape[0] + generated_cls.shape[0]) * (reference_patches.shape[1] + 1)
+    return w1.new_empty(()), w1.new_empty(()), w1.new_empty(R, w1.shape[0]), w1.new_empty(R), w1.new_empty(R)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::hinge_head_loss_backward", mutates_args=())
+def _hinge_head_loss_backward_op(
+    grad_loss: torch.Tensor,
+    reference_cls: torch.Tensor,
+    reference_patches: torch.Tensor,
+    generated_cls: torch.Tensor,
+    generated_patches: torch.Tensor,
+    w2: torch.Tensor,
+    hidden: torch.Tensor,
+    inverse_norm: torch.Tensor,
+    score_grads: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of w1, b1, w2, b2 in one launch."""
+    rows = _rows(reference_cls, reference_patches, generated_cls, generated_patches)
+    return launch_head_gradients(rows, w2.contiguous(), hidden, inverse_norm, score_grads, grad_loss.contiguous())
+
+
+@_hinge_head_loss_backward_op.register_fake
+def _(grad_loss, reference_cls, reference_patches, generated_cls, generated_patches, w2, *_):
+    H, D = w2.shape[1], reference_cls.shape[1]
+    return w2.new_empty(H, D), w2.new_empty(H), w2.new_empty(1, H), w2.new_empty(1)
+
+
+def _rows(cls: torch.Tensor, patches: torch.Tensor, cls2: torch.Tensor, patches2: torch.Tensor) -> Rows:
+    dtype = patches.dtype
+    cls, patches, cls2, patches2 = (tensor.to(dtype).contiguous() for tensor in (cls, patches, cls2, patches2))
+    return Rows(cls, patches, None, cls2, patches2)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], inputs[6], *output[2:])
+
+
+def _backward(ctx, grad_loss, *_):
+    grads = _hinge_head_loss_backward_op(grad_loss, *ctx.saved_tensors)
+    return *[None] * 4, *grads, *[None] * 4
+
+
+_hinge_head_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class HingeHeadLoss(NamedTuple):
@@ -39,6 +160,7 @@ def hinge_head_loss(
     weights: tuple[float, float] = (0.7, 0.3),
     normalize: bool = False,
     total: int | None = None,
+    backend: str = "auto",
 ) -> HingeHeadLoss:
     """Head loss on chosen patches; see the module docstring.
 
@@ -59,17 +181,39 @@ def hinge_head_loss(
     ):
         if cls.dim() != 2 or patches.dim() != 3 or (patches.shape[0], patches.shape[2]) != cls.shape:
             raise ValueError(
-                f"want {name}_cls [B, D] and {name}_patches [B, n, D], got {tuple(cls.shape)} and {tuple(patches.shape)}"
+                f"want {name}_cls [B, D] and {name}_patches [B, n, D], "
+                f"got {tuple(cls.shape)} and {tuple(patches.shape)}"
             )
     if reference_patches.shape[1] != generated_patches.shape[1]:
         raise ValueError(f"patches per picture differ: {reference_patches.shape[1]} and {generated_patches.shape[1]}")
+    features = (reference_cls, reference_patches, generated_cls, generated_patches)
+    if pick_backend(backend, *features) == "triton":
+        mix = (float(weights[0]), float(weights[1]), normalize, total or 0)
+        outputs = _hinge_head_loss_op(*(tensor.detach() for tensor in features), *head_tensors(head), *mix)
+        return HingeHeadLoss(outputs[0], outputs[1].detach())
+    return hinge_head_loss_ref(*features, head, weights=weights, normalize=normalize, total=total)
+
+
+def hinge_head_loss_ref(
+    reference_cls: torch.Tensor,
+    reference_patches: torch.Tensor,
+    generated_cls: torch.Tensor,
+    generated_patches: torch.Tensor,
+    head: Mapping[str, torch.Tensor],
+    *,
+    weights: tuple[float, float] = (0.7, 0.3),
+    normalize: bool = False,
+    total: int | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> HingeHeadLoss:
+    """Plain PyTorch, differentiable in the head by autograd; results in `compute_dtype`."""
     sides = ((1.0, reference_cls, reference_patches), (-1.0, generated_cls, generated_patches))
     losses, right = [], []
     for sign, cls, patches in sides:
-        features = torch.cat([cls[:, None].float(), patches.float()], dim=1).detach()
+        features = torch.cat([cls[:, None].to(compute_dtype), patches.to(compute_dtype)], dim=1).detach()
         scores = _head_scores(l2_normalize(features) if normalize else features, head)
         hinge = torch.relu(1 - sign * scores)
         count = 2 * (len(cls) if total is None else total)
         losses.append((weights[0] * hinge[:, 0].sum() + weights[1] * hinge[:, 1:].mean(1).sum()) / count)
-        right.append((sign * scores[:, 0].detach() > 0).float().sum() / count)
+        right.append((sign * scores[:, 0].detach() > 0).to(compute_dtype).sum() / count)
     return HingeHeadLoss(losses[0] + losses[1], right[0] + right[1])

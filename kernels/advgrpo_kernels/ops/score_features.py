@@ -18,10 +18,142 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import pick_backend
+from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from ._head import Rows, head_tensors, launch_head_gradients, launch_rows
 from .patches import check_indices, l2_normalize
 
 __all__ = ["FeatureScore", "score_features", "score_features_ref"]
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _mix_kernel(
+        scores_ptr, reward_ptr, global_ptr, local_ptr, B, n, global_weight, local_weight, BLOCK: tl.constexpr
+    ):
+        image = tl.program_id(0)
+        i = tl.arange(0, BLOCK)
+        patch_scores = tl.load(scores_ptr + B + image * n + i, mask=i < n, other=0.0)
+        local_score = tl.div_rn(tl.sum(patch_scores, axis=0), n.to(tl.float32))
+        global_score = tl.load(scores_ptr + image)
+        tl.store(global_ptr + image, global_score)
+        tl.store(local_ptr + image, local_score)
+        tl.store(reward_ptr + image, tl.fma(global_score, global_weight, local_score * local_weight))
+
+    @triton.jit
+    def _mix_bwd_kernel(
+        reward_grad_ptr,
+        global_grad_ptr,
+        local_grad_ptr,
+        score_grads_ptr,
+        B,
+        n,
+        global_weight,
+        local_weight,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        valid = row < B * (n + 1)
+        is_cls = row < B
+        image = tl.where(is_cls, row, (row - B) // n)
+        of_cls = tl.zeros((BLOCK,), tl.float32)
+        of_patch = tl.zeros((BLOCK,), tl.float32)
+        if reward_grad_ptr is not None:
+            reward_grad = tl.load(reward_grad_ptr + image, mask=valid, other=0.0)
+            of_cls, of_patch = reward_grad * global_weight, reward_grad * local_weight
+        if global_grad_ptr is not None:
+            of_cls += tl.load(global_grad_ptr + image, mask=valid, other=0.0)
+        if local_grad_ptr is not None:
+            of_patch += tl.load(local_grad_ptr + image, mask=valid, other=0.0)
+        tl.store(score_grads_ptr + row, tl.where(is_cls, of_cls, tl.div_rn(of_patch, n.to(tl.float32))), mask=valid)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::score_features", mutates_args=())
+def _score_features_op(
+    cls: torch.Tensor,
+    patches: torch.Tensor,
+    indices: torch.Tensor | None,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    global_weight: float,
+    local_weight: float,
+    normalize: bool,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(reward, global, local [B]; hidden and feature factors for the backward, empty unless `keep`), two launches."""
+    rows = _rows(cls, patches, indices)
+    head = tuple(tensor.contiguous() for tensor in (w1, b1, w2, b2))
+    scores, hidden, inverse_norm = launch_rows(rows, head, normalize=normalize, store_hidden=keep)
+    B, _, n, _, _ = rows.sizes()
+    outputs = tuple(scores.new_empty(B) for _ in range(3))
+    with device_guard(cls):
+        _mix_kernel[(B,)](
+            *(scores, *outputs, B, n, global_weight, local_weight), BLOCK=triton.next_power_of_2(n), num_warps=4
+        )
+    return *outputs, hidden, inverse_norm
+
+
+@_score_features_op.register_fake
+def _(cls, patches, indices, w1, b1, w2, b2, global_weight, local_weight, normalize, keep):
+    B, n = cls.shape[0], patches.shape[1] if indices is None else indices.shape[1]
+    R = B * (n + 1) if keep else 0
+    scores = tuple(w1.new_empty(B) for _ in range(3))
+    return *scores, w1.new_empty((R, w1.shape[0]) if keep else 0), w1.new_empty(R)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::score_features_backward", mutates_args=())
+def _score_features_backward_op(
+    reward_grad: torch.Tensor | None,
+    global_grad: torch.Tensor | None,
+    local_grad: torch.Tensor | None,
+    cls: torch.Tensor,
+    patches: torch.Tensor,
+    indices: torch.Tensor | None,
+    w2: torch.Tensor,
+    hidden: torch.Tensor,
+    inverse_norm: torch.Tensor,
+    global_weight: float,
+    local_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of w1, b1, w2, b2 in two launches."""
+    rows = _rows(cls, patches, indices)
+    B, _, n, _, _ = rows.sizes()
+    score_grads = hidden.new_empty(B * (n + 1))
+    grads = tuple(None if grad is None else grad.contiguous() for grad in (reward_grad, global_grad, local_grad))
+    with device_guard(cls):
+        _mix_bwd_kernel[(triton.cdiv(B * (n + 1), 1024),)](
+            *(*grads, score_grads, B, n, global_weight, local_weight), BLOCK=1024, num_warps=4
+        )
+    return launch_head_gradients(rows, w2.contiguous(), hidden, inverse_norm, score_grads, None)
+
+
+@_score_features_backward_op.register_fake
+def _(reward_grad, global_grad, local_grad, cls, patches, indices, w2, *_):
+    H, D = w2.shape[1], cls.shape[1]
+    return w2.new_empty(H, D), w2.new_empty(H), w2.new_empty(1, H), w2.new_empty(1)
+
+
+def _rows(cls: torch.Tensor, patches: torch.Tensor, indices: torch.Tensor | None) -> Rows:
+    indices = None if indices is None else indices.contiguous()
+    return Rows(cls.to(patches.dtype).contiguous(), patches.contiguous(), indices)
+
+
+def _setup_context(ctx, inputs, output):
+    cls, patches, indices, _, _, w2, _, *ctx.weights, _, keep = inputs
+    ctx.set_materialize_grads(False)
+    if keep:
+        ctx.save_for_backward(cls, patches, indices, w2, *output[3:])
+
+
+def _backward(ctx, reward_grad, global_grad, local_grad, *_):
+    grads = _score_features_backward_op(reward_grad, global_grad, local_grad, *ctx.saved_tensors, *ctx.weights)
+    return None, None, None, *grads, *[None] * 4
+
+
+_score_features_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class FeatureScore(NamedTuple):
@@ -57,7 +189,12 @@ def score_features(
     """
     _check(cls, patches, indices, head)
     if pick_backend(backend, cls, patches) == "triton":
-        raise NotImplementedError("score_features has no Triton kernel yet: use backend='torch' or 'auto'")
+        parameters = head_tensors(head)
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters)
+        scores = _score_features_op(
+            cls.detach(), patches.detach(), indices, *parameters, float(weights[0]), float(weights[1]), normalize, keep
+        )
+        return FeatureScore(*scores[:3])
     return score_features_ref(cls, patches, indices, head, weights=weights, normalize=normalize)
 
 

@@ -1,0 +1,88 @@
+"""The head's hinge loss: kernel against autograd of the reference. The recorded training step is in the reward's tests.
+
+Planted bugs that turned this file red: PLANTED_HINGE
+"""
+
+import pytest
+import torch
+from advgrpo_kernels import hinge_head_loss
+from advgrpo_kernels.ops.hinge_head_loss import _hinge_head_loss_op, hinge_head_loss_ref
+from advgrpo_kernels.testing import assert_within_budget
+
+NAMES = ("w1", "b1", "w2", "b2")
+gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+
+
+def make_head(D, H, device):
+    """Scores spread over both sides of the hinge's corners at -1 and 1."""
+    shapes = {"w1": (H, D), "b1": (H,), "w2": (1, H), "b2": (1,)}
+    scales = {"w1": D**-0.5, "b1": 0.1, "w2": 4 * H**-0.5, "b2": 0.1}
+    return {name: torch.randn(shape, device=device) * scales[name] for name, shape in shapes.items()}
+
+
+def make_features(B, B2, n, D, device, dtype=torch.float32):
+    shapes = ((B, D), (B, n, D), (B2, D), (B2, n, D))
+    return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("B", "B2", "n", "D", "H"), [(1, 1, 1, 3, 2), (3, 3, 5, 20, 24), (2, 3, 67, 40, 70)])
+def test_triton_loss_and_gradients_within_error_budget(dtype, normalize, B, B2, n, D, H, device):
+    features = make_features(B, B2, n, D, device, dtype)
+
+    def call(function, **settings):
+        def of_head(*parameters, **more):
+            head = dict(zip(NAMES, parameters))
+            return function(*features, head, normalize=normalize, **settings, **more).loss
+
+        return of_head
+
+    parameters = list(make_head(D, H, device).values())
+    triton = call(hinge_head_loss, backend="triton")
+    assert_within_budget(triton, call(hinge_head_loss_ref), parameters, torch.tensor(0.7, device=device))
+
+
+@pytest.mark.parametrize("total", [None, 8])
+def test_triton_accuracy_total_and_weights(total, device):
+    features, head = make_features(3, 3, 5, 12, device), make_head(12, 10, device)
+    settings = {"weights": (1.0, 0.3), "total": total}
+    got = hinge_head_loss(*features, head, backend="triton", **settings)
+    expected = hinge_head_loss(*features, head, backend="torch", **settings)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.accuracy, expected.accuracy)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_non_finite_features_give_a_non_finite_loss(backend, device):
+    features, head = make_features(2, 2, 3, 12, device), make_head(12, 10, device)
+    features[3][1, 2, 5] = float("nan")
+    assert not torch.isfinite(hinge_head_loss(*features, head, backend=backend).loss)
+
+
+def test_opcheck(device):
+    features, head = make_features(2, 2, 3, 12, device), make_head(12, 10, device)
+    parameters = tuple(tensor.requires_grad_() for tensor in head.values())
+    torch.library.opcheck(_hinge_head_loss_op, (*features, *parameters, 0.7, 0.3, True, 0))
+
+
+def test_compiles_without_graph_break(device):
+    features = make_features(2, 2, 3, 12, device)
+    head = {name: tensor.requires_grad_() for name, tensor in make_head(12, 10, device).items()}
+
+    def function(head):
+        return hinge_head_loss(*features, head, backend="triton").loss * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(run(head), list(head.values())) for run in (function, compiled)]
+    for value, expected in zip(*grads):
+        assert torch.equal(value, expected)
+
+
+def test_bad_arguments_raise(device):
+    features, head = make_features(2, 2, 3, 12, device), make_head(12, 10, device)
+    with pytest.raises(ValueError, match="want generated_cls"):
+        hinge_head_loss(*features[:2], features[2][:1], features[3], head)
+    with pytest.raises(ValueError, match="patches per picture differ"):
+        hinge_head_loss(*features[:3], features[3][:, :2], head)
