@@ -67,6 +67,38 @@ if HAS_TRITON:
         return ratio, loss, tl.where(flows, unclipped, 0.0)
 
     @triton.jit
+    def _store_statistics(
+        log_prob_ptr,
+        kl_rows_ptr,
+        old_log_prob_ptr,
+        advantages_ptr,
+        loss_ptr,
+        clip_fraction_ptr,
+        kl_ptr,
+        B,
+        clip_range,
+        adv_clip,
+        kl_weight,
+        HAS_REFERENCE: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        i = tl.arange(0, ROWS)
+        valid = i < B
+        log_prob = tl.load(log_prob_ptr + i, mask=valid, other=0.0)
+        old = tl.load(old_log_prob_ptr + i, mask=valid, other=0.0).to(tl.float32)
+        advantages = tl.load(advantages_ptr + i, mask=valid, other=0.0).to(tl.float32)
+        ratio, losses, _ = _clip_rows(log_prob, old, advantages, clip_range, adv_clip)
+        batch = B.to(tl.float32)
+        kl = 0.0
+        if HAS_REFERENCE:
+            kl = tl.div_rn(tree_sum(tl.load(kl_rows_ptr + i, mask=valid, other=0.0)), batch)
+        loss = tl.div_rn(tree_sum(tl.where(valid, losses, 0.0)), batch)
+        outside = (valid & (tl.abs(ratio - 1.0) > clip_range)).to(tl.float32)
+        tl.store(loss_ptr, tl.fma(kl, kl_weight, loss))
+        tl.store(clip_fraction_ptr, tl.div_rn(tree_sum(outside), batch))
+        tl.store(kl_ptr, kl)
+
+    @triton.jit
     def _clipped_policy_loss_kernel(
         latents_ptr,
         velocity_ptr,
@@ -120,20 +152,21 @@ if HAS_TRITON:
         if tile == 0:
             tl.store(ratio_ptr + row, ratio)
             if row == 0:
-                i = tl.arange(0, ROWS)
-                valid = i < B
-                log_probs = tl.load(log_prob_ptr + i, mask=valid, other=0.0)
-                olds = tl.load(old_log_prob_ptr + i, mask=valid, other=0.0).to(tl.float32)
-                advantages = tl.load(advantages_ptr + i, mask=valid, other=0.0).to(tl.float32)
-                ratios, losses, _ = _clip_rows(log_probs, olds, advantages, clip_range, adv_clip)
-                outside = (valid & (tl.abs(ratios - 1.0) > clip_range)).to(tl.float32)
-                kl = 0.0
-                if HAS_REFERENCE:
-                    kl = tl.div_rn(tree_sum(tl.load(kl_rows_ptr + i, mask=valid, other=0.0)), B.to(tl.float32))
-                loss = tl.div_rn(tree_sum(tl.where(valid, losses, 0.0)), B.to(tl.float32))
-                tl.store(loss_ptr, tl.fma(kl, kl_weight, loss))
-                tl.store(clip_fraction_ptr, tl.div_rn(tree_sum(outside), B.to(tl.float32)))
-                tl.store(kl_ptr, kl)
+                _store_statistics(
+                    log_prob_ptr,
+                    kl_rows_ptr,
+                    old_log_prob_ptr,
+                    advantages_ptr,
+                    loss_ptr,
+                    clip_fraction_ptr,
+                    kl_ptr,
+                    B,
+                    clip_range,
+                    adv_clip,
+                    kl_weight,
+                    HAS_REFERENCE,
+                    ROWS,
+                )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::clipped_policy_loss", mutates_args=())

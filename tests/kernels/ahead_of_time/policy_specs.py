@@ -1,0 +1,177 @@
+"""The ops of sampler, policy loss, advantages and reward at SD3.5-medium's and DINOv2's shapes."""
+
+from spec import Spec
+
+OPS = "advgrpo_kernels.ops."
+STEP = {"latents_ptr": "*fp32", "velocity_ptr": "*bf16", "uncond_ptr": "*bf16", "coefficients_ptr": "*fp32"}
+SCALARS = {"N": "i32:16", "coefficients_stride": "i32", "guidance_scale": "fp32", "uncond_scale": "fp32"}
+TILE = {"LANES": 4096, "GUIDED": True}  # N = 16·64·64: 16 tiles of 4096
+
+
+def pointers(names: str, kind: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), kind)
+
+
+def gaussian_step(name: str, velocity: str, constants: dict, **more: str) -> Spec:
+    types = STEP | SCALARS | {"velocity_ptr": velocity, "next_ptr": "*fp32", "log_prob_ptr": "*fp32"}
+    types |= {"seed": "i32", "step": "i32"} | more
+    if not constants["GUIDED"]:
+        del types["uncond_ptr"]
+    absent = {key: None for key in ("noise_ptr", "mean_ptr", "sample_ids_ptr", "uncond_ptr") if key not in types}
+    in_memory = {f"{key.upper()}_IN_MEMORY": types[key].startswith("*") for key in ("seed", "step")}
+    return Spec(
+        name=name,
+        kernel=OPS + "gaussian_step:_gaussian_step_kernel",
+        types=types,
+        constants=constants | in_memory | absent,
+        warps=16,
+        vector_loads=sum(key in types for key in ("latents_ptr", "velocity_ptr", "uncond_ptr", "noise_ptr")),
+        vector_stores=1 + constants["STORE_MEAN"],
+    )
+
+
+GRAPH = {"seed": "*i64", "step": "*i64", "sample_ids_ptr": "*i64"}
+HEAD = pointers("w1_ptr b1_ptr w2_ptr b2_ptr", "*fp32")
+FEATURES = {"B": "i32", "B2": "i32", "n": "i32:16", "P": "i32", "D": "i32:16", "H": "i32:16"}
+ROWS = pointers("hidden_ptr inverse_norm_ptr", "*fp32") | FEATURES
+
+
+def head_rows(name: str, kind: str, *, sides: int, train: bool) -> Spec:
+    second = dict.fromkeys(("cls2_ptr", "patches2_ptr"), kind) if sides == 2 else {}
+    indices = {"indices_ptr": "*i64"} if sides == 1 else {}
+    absent = {key: None for key in ("cls2_ptr", "patches2_ptr", "indices_ptr") if key not in second | indices}
+    tiles = {"D_TILES": 24, "H_TILES": 4, "BLOCK_R": 64, "BLOCK_H": 128, "BLOCK_D": 32}
+    return Spec(
+        name=name,
+        kernel=OPS + "_head:_head_rows_kernel",
+        types=HEAD | ROWS | {"cls_ptr": kind, "patches_ptr": kind, "scores_ptr": "*fp32"} | second | indices,
+        constants=tiles | {"NORMALIZE": True, "STORE_HIDDEN": train} | absent,
+        warps=8,
+        vector_loads=2,
+        vector_stores=int(train),
+        has_dot=True,
+    )
+
+
+def head_bwd(name: str, kind: str) -> Spec:
+    grads = pointers("w1_grad_ptr b1_grad_ptr w2_grad_ptr b2_grad_ptr grad_scores_ptr upstream_ptr w2_ptr", "*fp32")
+    return Spec(
+        name=name,
+        kernel=OPS + "_head:_head_bwd_kernel",
+        types=ROWS | grads | dict.fromkeys(("cls_ptr", "patches_ptr", "cls2_ptr", "patches2_ptr"), kind),
+        constants={"indices_ptr": None, "R_TILES": 196, "BLOCK_R": 64, "BLOCK_H": 64, "BLOCK_D": 64},
+        warps=8,
+        vector_loads=2,
+        vector_stores=1,
+        has_dot=True,
+    )
+
+
+def sample_patches(name: str, *, seeded: bool) -> Spec:
+    types = {"patches_ptr": "*bf16", "out_ptr": "*bf16", "out_indices_ptr": "*i64"}
+    types |= {"P": "i32", "n": "i32:16", "D": "i32:16"}
+    drawn = {"sample_ids_ptr": "*i64", "seed": "*i64", "step": "*i64"}
+    given = {"indices_ptr": "*i64", "seed": "i32", "step": "i32"}
+    tiles = {"ROWS": 16, "KEYS": 512, "KEY_TILES": 3, "WIDTH": 128, "WIDTH_TILES": 6}
+    flags = {"SEEDED": seeded, "SEED_IN_MEMORY": seeded, "STEP_IN_MEMORY": seeded, "NORMALIZE": True}
+    return Spec(
+        name=name,
+        kernel=OPS + "patches:_sample_patches_kernel",
+        types=types | (drawn if seeded else given),
+        constants=tiles | flags | {"indices_ptr" if seeded else "sample_ids_ptr": None},
+        vector_loads=2,
+        vector_stores=1,
+    )
+
+
+STOCHASTIC = TILE | {"NOISE": 2, "LIKELIHOOD": 2, "STORE_MEAN": False, "TILES": 16}
+GIVEN = TILE | {"NOISE": 1, "LIKELIHOOD": 1, "STORE_MEAN": True, "TILES": 16}
+ODE = TILE | {"NOISE": 0, "LIKELIHOOD": 0, "STORE_MEAN": False, "TILES": 1}
+LOSS_ROWS = pointers("log_prob_ptr kl_rows_ptr old_log_prob_ptr advantages_ptr ratio_ptr", "*fp32")
+LOSS_SCALARS = pointers("loss_ptr clip_fraction_ptr kl_ptr", "*fp32")
+LOSS_SCALARS |= pointers("clip_range adv_clip kl_weight", "fp32")
+GRADS = pointers("velocity_grad_ptr uncond_grad_ptr", "*bf16")
+REFERENCE = {"next_ptr": "*fp32", "reference_mean_ptr": "*fp32"}
+
+SPECS = [
+    gaussian_step("gaussian_step/philox", "*bf16", STOCHASTIC, **GRAPH),
+    gaussian_step("gaussian_step/philox_fp32", "*fp32", STOCHASTIC, uncond_ptr="*fp32", **GRAPH),
+    gaussian_step("gaussian_step/noise_given", "*bf16", GIVEN, noise_ptr="*fp32", mean_ptr="*fp32"),
+    gaussian_step("gaussian_step/ode", "*bf16", ODE),
+    gaussian_step("gaussian_step/ode_unguided", "*bf16", ODE | {"GUIDED": False}),
+    Spec(
+        name="gaussian_log_prob/forward",
+        kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
+        types=STEP | SCALARS | {"next_ptr": "*fp32", "log_prob_ptr": "*fp32"},
+        constants=TILE
+        | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": 16, "reference_mean_ptr": None, "kl_ptr": None},
+        warps=16,
+        vector_loads=4,
+    ),
+    Spec(
+        name="gaussian_log_prob/forward_kl",
+        kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
+        types=STEP | SCALARS | REFERENCE | {"log_prob_ptr": "*fp32", "kl_ptr": "*fp32"},
+        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "TILES": 16},
+        warps=16,
+        vector_loads=5,
+    ),
+    Spec(
+        name="gaussian_log_prob/backward",
+        kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_bwd_kernel",
+        types=STEP | SCALARS | GRADS | {"next_ptr": "*fp32", "grad_log_prob_ptr": "*fp32"},
+        constants=TILE | {"LIKELIHOOD": 1},
+        warps=16,
+        vector_loads=4,
+        vector_stores=2,
+    ),
+    Spec(
+        name="clipped_policy_loss",
+        kernel=OPS + "clipped_policy_loss:_clipped_policy_loss_kernel",
+        types=STEP | SCALARS | REFERENCE | LOSS_ROWS | LOSS_SCALARS | GRADS | {"B": "i32"},
+        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "ROWS": 16},
+        warps=16,
+        vector_loads=5,
+        vector_stores=2,
+    ),
+    Spec(
+        name="group_advantages",
+        kernel=OPS + "group_advantages:_group_advantages_kernel",
+        types=pointers("advantages_ptr mean_ptr std_ptr zero_std_fraction_ptr rewards_ptr", "*fp32")
+        | {"group_ids_ptr": "*i64", "B": "i32:16", "eps": "fp32", "clip": "fp32"},
+        constants={"STD": 1, "TILES": 12, "TILE": 64},
+        warps=8,
+    ),
+    sample_patches("sample_patches/seeded", seeded=True),
+    sample_patches("sample_patches/indices", seeded=False),
+    head_rows("score_features/rows", "*bf16", sides=1, train=False),
+    head_rows("score_features/rows_fp32", "*fp32", sides=1, train=True),
+    head_rows("hinge_head_loss/rows", "*fp32", sides=2, train=True),
+    head_bwd("hinge_head_loss/backward", "*fp32"),
+    head_bwd("hinge_head_loss/backward_bf16", "*bf16"),
+    Spec(
+        name="score_features/mix",
+        kernel=OPS + "score_features:_mix_kernel",
+        types=pointers("scores_ptr reward_ptr global_ptr local_ptr", "*fp32")
+        | {"B": "i32:16", "n": "i32:16", "global_weight": "fp32", "local_weight": "fp32"},
+        constants={"BLOCK": 64},
+    ),
+    Spec(
+        name="score_features/mix_backward",
+        kernel=OPS + "score_features:_mix_bwd_kernel",
+        types=pointers("reward_grad_ptr score_grads_ptr", "*fp32")
+        | {"B": "i32:16", "n": "i32:16", "global_weight": "fp32", "local_weight": "fp32"},
+        constants={"BLOCK": 1024, "global_grad_ptr": None, "local_grad_ptr": None},
+        vector_stores=1,
+    ),
+    Spec(
+        name="hinge_head_loss/hinge",
+        kernel=OPS + "hinge_head_loss:_hinge_kernel",
+        types=pointers("scores_ptr score_grads_ptr loss_ptr accuracy_ptr", "*fp32")
+        | pointers("B B2 n count count2", "i32:16")
+        | pointers("global_weight local_weight", "fp32"),
+        constants={"TILES": 13, "BLOCK": 1024},
+        vector_loads=1,
+        vector_stores=1,
+    ),
+]

@@ -1,0 +1,71 @@
+"""Every kernel compiled for sm_90 without a GPU, and what must hold of the machine code.
+
+To gate a kernel, add a `Spec` to a `*_specs.py` file in `ahead_of_time/` and its budget by `build.py --budget NAME`.
+Compiled in one subprocess: the interpreter of the other tests and the compiler cannot share a process.
+
+Planted bugs that turned this file red: PLANTED_AOT
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "ahead_of_time"
+BUDGETS = json.loads((FOLDER / "budgets.json").read_text())
+OPS = FOLDER.parents[2] / "kernels" / "advgrpo_kernels" / "ops"
+LAYER_OPS = {"_layers", "_residual_norm", "ada_layer_norm", "fp8", "gated_residual", "gelu", "qk_rms_norm"}
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="session")
+def specs():
+    """The specs by name. They are plain data: importing them compiles nothing."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        modules = [importlib.import_module(path.stem) for path in sorted(FOLDER.glob("*_specs.py"))]
+    finally:
+        sys.path.remove(str(FOLDER))
+    return {spec.name: spec for module in modules for spec in module.SPECS}
+
+
+@pytest.fixture(scope="session")
+def measured():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(FOLDER / "build.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_spec_has_a_budget_and_every_budget_a_spec(specs):
+    assert specs.keys() == BUDGETS.keys()
+
+
+@pytest.mark.parametrize("source", sorted(OPS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_kernel_of_the_package_has_a_spec(source, specs):
+    if source.stem in LAYER_OPS and not (FOLDER / "layer_specs.py").exists():
+        pytest.skip("the layer ops come with layer_specs.py")
+    compiled = {spec.kernel.split(":")[1] for spec in specs.values()}
+    kernels = set(re.findall(r"def (_\w+_kernel)\(", source.read_text()))
+    assert kernels <= compiled
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_machine_code(name, specs, measured):
+    spec, budget, got = specs[name], BUDGETS[name], measured[name]
+    assert "error" not in got, got["error"]
+    assert got["entries"] == 1, "one launch must be one kernel"
+    assert got["spill_bytes"] == 0
+    assert got["registers"] <= budget["registers"]
+    assert got["vector_loads"] >= spec.vector_loads, "a streaming tensor is not read 128 bits at a time"
+    assert got["vector_stores"] >= spec.vector_stores, "a streaming tensor is not written 128 bits at a time"
+    assert got["narrow_accesses"] <= budget["narrow_accesses"]
+    assert (got["tensor_core_instructions"] > 0) == spec.has_dot

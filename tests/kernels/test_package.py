@@ -1,0 +1,90 @@
+"""The distribution `advgrpo-kernels` on its own: what importing it does, and the wheel of `pip install ./kernels`."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import advgrpo_kernels
+
+KERNELS = Path(advgrpo_kernels.__file__).parents[1]
+ALLOWED = {"advgrpo_kernels", "torch", "triton"}
+
+
+def test_import_is_lean():
+    """No CUDA context, nothing heavy, no kernel compiled."""
+    code = (
+        "import sys, torch, advgrpo_kernels\n"
+        "heavy = ('transformers', 'diffusers', 'accelerate', 'peft', 'kernels', 'einops', 'advgrpo')\n"
+        "assert not [name for name in heavy if name in sys.modules]\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    environment = {"PYTHONPATH": str(KERNELS), "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize("source", sorted(KERNELS.rglob("advgrpo_kernels/**/*.py")), ids=lambda path: path.stem)
+def test_the_package_needs_torch_and_triton_only(source):
+    """Absolute imports anywhere in a file, also inside functions; the integrations reach their peers by name only."""
+    nodes = list(ast.walk(ast.parse(source.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    roots = {name.split(".")[0] for name in names}
+    # Peers that hold rewards in numpy arrays bring numpy themselves.
+    allowed = ALLOWED | ({"numpy"} if source.parent.name == "integrations" else set())
+    assert roots - allowed - set(sys.stdlib_module_names) == set()
+
+
+def test_every_public_name_exists():
+    missing = [name for name in advgrpo_kernels.__all__ if not hasattr(advgrpo_kernels, name)]
+    assert missing == []
+    assert list(advgrpo_kernels.__all__) == sorted(advgrpo_kernels.__all__)
+
+
+def test_the_reference_runs_without_triton():
+    """Where triton is not installed (macOS, Windows) the same calls take the PyTorch reference."""
+    code = (
+        "import sys, importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, advgrpo_kernels as k\n"
+        "x = torch.randn(2, 3, 4)\n"
+        "taken = k.gaussian_step(x, x, torch.tensor([0.9, -0.1, 0.3]), seed=1)\n"
+        "assert taken.log_prob.shape == (2,)\n"
+        "try:\n"
+        "    k.gaussian_step(x, x, torch.tensor([0.9, -0.1, 0.3]), seed=1, backend='triton')\n"
+        "except RuntimeError as error:\n"
+        "    assert 'needs triton' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('an explicit backend fell back')\n"
+    )
+    environment = {"PYTHONPATH": str(KERNELS), "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_repository(tmp_path):
+    """Built without isolation (no network), unpacked, and run from another folder."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    built = subprocess.run([*command, "--wheel-dir", tmp_path, KERNELS], capture_output=True, text=True)
+    if "setuptools" in built.stderr and built.returncode:
+        pytest.skip(f"the installed setuptools cannot build it: {built.stderr[-200:]}")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("advgrpo_kernels-*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import torch, advgrpo_kernels as k\n"
+        "x = torch.randn(2, 3, 4)\n"
+        "taken = k.gaussian_step(x, x, torch.tensor([0.9, -0.1, 0.3]), seed=1)\n"
+        "step = (x, x.clone().requires_grad_(), taken.next_latents, torch.tensor([0.9, -0.1, 0.3]))\n"
+        "k.clipped_policy_loss(*step, taken.log_prob, torch.ones(2), clip_range=1e-4).loss.backward()\n"
+        "print(k.__file__)\n"
+    )
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path))
