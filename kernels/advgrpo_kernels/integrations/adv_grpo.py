@@ -1,0 +1,67 @@
+"""Adv-GRPO (github.com/showlab/Adv-GRPO): `sde_step_with_logprob`, `sde_step_with_logprob_new` (Flow-CPS) and
+`PerPromptStatTracker.update`; what holds and what differs is as in `flow_grpo`.
+
+    import adv_grpo.diffusers_patch.sd3_sde_with_logprob as module
+    from advgrpo_kernels.integrations import adv_grpo as fused
+    fused.patch(module)
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from . import _patching, _statistics, flow_grpo
+
+
+def sde_step_with_logprob(
+    self,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor,
+    sample: torch.Tensor,
+    noise_level: float = 0.7,
+    prev_sample: torch.Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Flow-SDE step: (prev_sample, log_prob, prev_sample_mean, std_dev_t)."""
+    settings = (noise_level, prev_sample, generator, "flow_sde", "gaussian")
+    return flow_grpo.step(self, model_output, timestep, sample, *settings)
+
+
+def sde_step_with_logprob_new(
+    self,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor,
+    sample: torch.Tensor,
+    noise_level: float = 0.7,
+    prev_sample: torch.Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Flow-CPS step with the squared-error likelihood: (prev_sample, log_prob, prev_sample_mean, std_dev_t)."""
+    settings = (noise_level, prev_sample, generator, "flow_cps", "squared_error")
+    return flow_grpo.step(self, model_output, timestep, sample, *settings)
+
+
+def update(self, prompts, rewards, type="grpo"):
+    """`PerPromptStatTracker.update`: float64 advantages of rewards' shape; other types than "grpo" run the original."""
+    if type != "grpo":
+        return _statistics.run_original(self, prompts, rewards, type=type)
+    return _statistics.grpo_advantages(self, prompts, rewards)
+
+
+REPLACEMENTS = {
+    "sde_step_with_logprob": sde_step_with_logprob,
+    "sde_step_with_logprob_new": sde_step_with_logprob_new,
+    "PerPromptStatTracker.update": update,
+}
+
+
+def patch(module: ModuleType) -> list[str]:
+    """Replace what `module` has of `REPLACEMENTS`; see `_patching.replace` for what it raises."""
+    return _patching.replace(module, REPLACEMENTS)
+
+
+def unpatch(module: ModuleType) -> None:
+    """Put the originals back."""
+    _patching.restore(module)

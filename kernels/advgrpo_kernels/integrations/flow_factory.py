@@ -1,0 +1,167 @@
+"""Flow-Factory (github.com/X-GenGroup/Flow-Factory): `FlowMatchEulerDiscreteSDEScheduler.step`, all four dynamics.
+
+    import flow_factory.scheduler.flow_match_euler_discrete as module
+    from advgrpo_kernels.integrations import flow_factory as fused
+    fused.patch(module)
+
+Same values to float32 rounding and the same noise from the same generators; NaN log-probs where the noise level of a
+gaussian row is 0, zeros for ODE dynamics. The coefficients are computed on the host from (σ, σ', noise level) of the
+call: one synchronisation on a GPU, where the original has several. No gradient to `latents` (raises).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from types import ModuleType
+
+import torch
+
+from . import _patching
+from ._transition import broadcast, single_step, torch_noise, transition
+
+logger = logging.getLogger("advgrpo_kernels.integrations")
+
+# name there -> (name here, likelihood)
+DYNAMICS = {
+    "Flow-SDE": ("flow_sde", "gaussian"),
+    "Dance-SDE": ("dance_sde", "gaussian"),
+    "CPS": ("flow_cps", "squared_error"),
+    "ODE": ("ode", None),
+}
+
+
+@dataclass
+class StepOutput:
+    """The fields of the scheduler's own output class, for schedulers whose module has none."""
+
+    next_latents: torch.Tensor | None = None
+    next_latents_mean: torch.Tensor | None = None
+    std_dev_t: torch.Tensor | None = None
+    dt: torch.Tensor | None = None
+    log_prob: torch.Tensor | None = None
+    noise_pred: torch.Tensor | None = None
+
+
+FIELDS = tuple(field.name for field in fields(StepOutput))
+
+
+def step(
+    self,
+    noise_pred: torch.Tensor,
+    timestep: float | torch.Tensor,
+    latents: torch.Tensor,
+    next_latents: torch.Tensor | None = None,
+    timestep_next: float | torch.Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    noise_level: int | float | torch.Tensor | None = None,
+    compute_log_prob: bool = True,
+    return_dict: bool = True,
+    return_kwargs: Sequence[str] = ["next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred"],
+    dynamics_type: str | None = None,
+    sigma_max: float | None = None,
+):
+    """One step of the scheduler `self`.
+
+    Returns:
+        The scheduler's output class with the fields of `return_kwargs`, or without `return_dict` the tuple
+        (next_latents, next_latents_mean, noise_pred, log_prob, std_dev_t, dt); std_dev_t and dt [B, 1, ...].
+    """
+    dynamics_type = dynamics_type or self.dynamics_type
+    if dynamics_type not in DYNAMICS:
+        raise ValueError(f"dynamics_type must be one of {tuple(DYNAMICS)}, got {dynamics_type!r}")
+    dynamics, likelihood = DYNAMICS[dynamics_type]
+    sigma, sigma_next = _sigmas(self, timestep, timestep_next)
+    if self.is_eval or dynamics == "ode":
+        noise_level = 0.0
+    elif noise_level is None:
+        noise_level = self.get_noise_level_for_sigma(sigma)
+    if dynamics == "flow_sde":
+        sigma_max = sigma_max or self.sigmas[1]
+    coefficients, std, dt = _coefficients(latents, dynamics, sigma, sigma_next, noise_level, sigma_max or 0.0)
+    noise = None
+    if next_latents is None and dynamics != "ode":
+        noise = torch_noise(noise_pred.shape, generator, noise_pred.device, torch.float32)
+    taken = transition(
+        latents,
+        noise_pred,
+        coefficients,
+        next_latents=next_latents,
+        noise=noise,
+        likelihood=likelihood if compute_log_prob else None,
+    )
+    log_prob = taken.log_prob
+    if compute_log_prob and dynamics == "ode":
+        logger.warning("an ODE step has no log-prob: returning zeros; pass compute_log_prob=False")
+        log_prob = latents.new_zeros(latents.shape[0], dtype=torch.float32)
+    result = (
+        taken.next_latents,
+        taken.mean,
+        noise_pred.float(),
+        log_prob,
+        broadcast(std, latents),
+        broadcast(dt, latents),
+    )
+    if not return_dict:
+        return result
+    named = dict(zip(("next_latents", "next_latents_mean", "noise_pred", "log_prob", "std_dev_t", "dt"), result))
+    unknown = [name for name in return_kwargs if name not in named]
+    if unknown:
+        logger.warning("a step has no %s; it has %s", ", ".join(unknown), ", ".join(FIELDS))
+    return _output_class(self)(**{name: named[name] for name in return_kwargs if name in named})
+
+
+def _sigmas(scheduler, timestep, timestep_next) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    """σ and σ' of a call: from both timesteps, or from the schedule at the position of `timestep`."""
+    if timestep_next is not None:
+        return timestep / 1000, timestep_next / 1000
+    if isinstance(timestep, int) or (torch.is_tensor(timestep) and timestep.dtype in (torch.int32, torch.int64)):
+        logger.warning("an integer timestep is taken as the position in the schedule; pass one of scheduler.timesteps")
+        positions = [int(timestep)]
+    elif isinstance(timestep, float) or (torch.is_tensor(timestep) and timestep.dim() == 0):
+        positions = [scheduler.index_for_timestep(timestep)]
+    elif torch.is_tensor(timestep) and timestep.dim() == 1:
+        positions = [scheduler.index_for_timestep(t) for t in timestep]
+    elif torch.is_tensor(timestep):
+        raise ValueError(f"timestep must be a scalar or [B], got shape {tuple(timestep.shape)}")
+    else:
+        raise TypeError(f"timestep must be a float or a tensor, got {type(timestep).__name__}")
+    return scheduler.sigmas[positions], scheduler.sigmas[[position + 1 for position in positions]]
+
+
+def _coefficients(
+    latents: torch.Tensor, dynamics: str, *settings: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Coefficients [B, 3], std_dev_t [B] and dt [B] on latents' device from σ, σ', noise level, sigma_max."""
+    batch = latents.shape[0]
+    on_device = [torch.is_tensor(value) and value.is_cuda for value in settings]
+    device = latents.device if any(on_device) else torch.device("cpu")
+    columns = [torch.as_tensor(value).to(device, torch.float32).reshape(-1).expand(batch) for value in settings]
+    rows = []
+    for now, after, level, sigma_max in torch.stack(columns, dim=1).tolist():
+        a, b, s = single_step(now, after, dynamics, level, sigma_max)
+        std = s / (now - after) ** 0.5 if dynamics == "flow_sde" else s
+        rows.append((a, b, s, std, after - now))
+    table = torch.tensor(rows, dtype=torch.float32).to(latents.device)
+    return table[:, :3], table[:, 3], table[:, 4]
+
+
+def _output_class(scheduler) -> type:
+    """`SDESchedulerOutput` as the module of the scheduler's class (or of a base class) knows it."""
+    modules = (sys.modules.get(cls.__module__) for cls in type(scheduler).__mro__)
+    return next((m.SDESchedulerOutput for m in modules if hasattr(m, "SDESchedulerOutput")), StepOutput)
+
+
+REPLACEMENTS = {"FlowMatchEulerDiscreteSDEScheduler.step": step}
+
+
+def patch(module: ModuleType) -> list[str]:
+    """Replace what `module` has of `REPLACEMENTS`; see `_patching.replace` for what it raises."""
+    return _patching.replace(module, REPLACEMENTS)
+
+
+def unpatch(module: ModuleType) -> None:
+    """Put the originals back."""
+    _patching.restore(module)

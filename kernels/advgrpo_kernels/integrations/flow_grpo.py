@@ -1,0 +1,98 @@
+"""Flow-GRPO (github.com/yifan123/flow_grpo): `sde_step_with_logprob` and `PerPromptStatTracker.update`.
+
+    import flow_grpo.diffusers_patch.sd3_sde_with_logprob as module
+    from advgrpo_kernels.integrations import flow_grpo as fused
+    fused.patch(module)
+
+Python copies a name on `from ... import`: patch every module that imported the function, or patch before the import.
+
+Same values as the original to float32 rounding, the same noise from the same generator (also where it is scaled by 0),
+NaN log-probs where the noise level is 0. Differences: no host synchronisation per step (a timestep that the schedule
+lacks gives NaN on a GPU instead of an IndexError), no gradient to `sample` (raises), latents of rank 2 or more.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from . import _patching, _statistics
+from ._transition import broadcast, schedule_table, step_indices, steps_at, torch_noise, transition
+
+DYNAMICS = {"sde": ("flow_sde", "gaussian"), "cps": ("flow_cps", "squared_error")}
+
+
+def sde_step_with_logprob(
+    self,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor,
+    sample: torch.Tensor,
+    noise_level: float = 0.7,
+    prev_sample: torch.Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    sde_type: str | None = "sde",
+    return_sqrt_dt: bool | None = False,
+) -> tuple[torch.Tensor, ...]:
+    """One step and its log-prob; `self` is the scheduler, timestep [B] or [1].
+
+    Returns:
+        (prev_sample [B, ...], log_prob [B], prev_sample_mean [B, ...], std_dev_t [B or 1, 1, ...]), and sqrt(-dt) of
+        std_dev_t's shape with return_sqrt_dt; float32.
+    """
+    if sde_type not in DYNAMICS:
+        raise ValueError(f"sde_type must be one of {tuple(DYNAMICS)}, got {sde_type!r}")
+    dynamics, likelihood = DYNAMICS[sde_type]
+    return step(
+        self, model_output, timestep, sample, noise_level, prev_sample, generator, dynamics, likelihood, return_sqrt_dt
+    )
+
+
+def step(
+    scheduler,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor,
+    sample: torch.Tensor,
+    noise_level: float,
+    prev_sample: torch.Tensor | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+    dynamics: str,
+    likelihood: str,
+    return_sqrt_dt: bool | None = False,
+) -> tuple[torch.Tensor, ...]:
+    """`sde_step_with_logprob` of any dynamics on a diffusers flow-matching scheduler."""
+    table = schedule_table(scheduler.sigmas, dynamics, noise_level, sample.device)
+    steps = steps_at(table, step_indices(scheduler.timesteps, timestep, sample.device))
+    noise = None
+    if prev_sample is None:
+        noise = torch_noise(model_output.shape, generator, model_output.device, torch.float32)
+    taken = transition(
+        sample,
+        model_output,
+        steps.coefficients.squeeze(0),
+        next_latents=prev_sample,
+        noise=noise,
+        likelihood=likelihood,
+    )
+    result = taken.next_latents, taken.log_prob, taken.mean, broadcast(steps.std, sample)
+    return (*result, broadcast(torch.sqrt(-steps.dt), sample)) if return_sqrt_dt else result
+
+
+def update(self, prompts, rewards, dists=None, type="grpo"):
+    """`PerPromptStatTracker.update`: float64 advantages of rewards' shape; other types than "grpo" run the original."""
+    if type != "grpo":
+        return _statistics.run_original(self, prompts, rewards, dists, type=type)
+    return _statistics.grpo_advantages(self, prompts, rewards)
+
+
+REPLACEMENTS = {"sde_step_with_logprob": sde_step_with_logprob, "PerPromptStatTracker.update": update}
+
+
+def patch(module: ModuleType) -> list[str]:
+    """Replace what `module` has of `REPLACEMENTS`; see `_patching.replace` for what it raises."""
+    return _patching.replace(module, REPLACEMENTS)
+
+
+def unpatch(module: ModuleType) -> None:
+    """Put the originals back."""
+    _patching.restore(module)

@@ -1,0 +1,142 @@
+"""MixGRPO (github.com/Tencent-Hunyuan/MixGRPO): `flow_grpo_step` and `dance_grpo_step` of its sampling utilities.
+
+    import fastvideo.utils.sampling_utils as module
+    from advgrpo_kernels.integrations import mix_grpo as fused
+    fused.patch(module)            # and fused.patch(train_module), which imports the names
+
+Same values to float32 rounding, the same noise from the same generator (drawn in model_output's dtype, as there).
+Differences: a bfloat16 model output is used in float32 where the original rounds b·v to bfloat16 first; no gradient to
+`latents` (raises); `sigmas` is read on the host once, not at every step.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from . import _patching
+from ._transition import Steps, schedule_table, steps_at, torch_noise, transition
+
+DEFAULT_CPS_LEVEL = 0.8
+
+
+def flow_grpo_step(
+    model_output: torch.Tensor,
+    latents: torch.Tensor,
+    eta: float,
+    sigmas: torch.Tensor,
+    index: int,
+    prev_sample: torch.Tensor | None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    determistic: bool = False,
+    sde_type: str = "sde",
+    noise_level: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(prev_sample, pred_original_sample, log_prob [B], prev_sample_mean, standard deviation of the step []).
+
+    With `determistic` the step taken is the ODE's, and its log-prob is that under the stochastic step.
+    """
+    if prev_sample is not None and generator is not None:
+        raise ValueError("give generator or prev_sample, not both")
+    dynamics, likelihood, level = _kind(sde_type, "flow_sde", eta, noise_level)
+    steps = steps_at(schedule_table(sigmas, dynamics, level, latents.device), index)
+    noise = None
+    if prev_sample is None:  # drawn for a deterministic step too: the generator moves on as it does there
+        noise = torch_noise(model_output.shape, generator, model_output.device, model_output.dtype)
+    if determistic:
+        prev_sample = _ode_mean(model_output, latents, steps)
+    taken = transition(
+        latents, model_output, steps.coefficients, next_latents=prev_sample, noise=noise, likelihood=likelihood
+    )
+    predicted = _clean(model_output, latents, steps)
+    return taken.next_latents, predicted, taken.log_prob, taken.mean, steps.coefficients[2]
+
+
+def dance_grpo_step(
+    model_output: torch.Tensor,
+    latents: torch.Tensor,
+    eta: float,
+    sigmas: torch.Tensor,
+    index: int,
+    prev_sample: torch.Tensor | None,
+    grpo: bool,
+    sde_solver: bool,
+    sde_type: str = "sde",
+    noise_level: float | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """(prev_sample, pred_original_sample, log_prob [B]) with `grpo`, else (prev_sample_mean, pred_original_sample).
+
+    The log-prob of "sde" leaves out the constants -log s - ½·log 2π, as the original does.
+    """
+    dynamics, _, level = _kind(sde_type, "dance_sde", eta, noise_level)
+    steps = steps_at(schedule_table(sigmas, dynamics, level, latents.device), index)
+    if dynamics == "dance_sde" and not sde_solver:
+        steps = steps._replace(coefficients=_without_drift(steps))
+    noise = None
+    if grpo and prev_sample is None and sde_solver:
+        noise = torch.randn_like(latents, dtype=torch.promote_types(latents.dtype, model_output.dtype))
+    return unscaled_step(model_output, latents, steps, prev_sample, noise, grpo=grpo, scaled=dynamics == "dance_sde")
+
+
+def unscaled_step(
+    model_output: torch.Tensor,
+    latents: torch.Tensor,
+    steps: Steps,
+    prev_sample: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    *,
+    grpo: bool,
+    scaled: bool,
+) -> tuple[torch.Tensor, ...]:
+    """A step whose log-prob is -mean(d²), or -mean(d²)/(2s²) if `scaled`; the mean itself without noise."""
+    predicted = _clean(model_output, latents, steps)
+    a, b, s = steps.coefficients.unbind()
+    if noise is None and prev_sample is None:
+        mean = a * latents.float() + b * model_output.float()
+        if not grpo:
+            return mean, predicted
+        prev_sample = mean
+    taken = transition(
+        latents, model_output, steps.coefficients, next_latents=prev_sample, noise=noise, likelihood="squared_error"
+    )
+    if not grpo:
+        return taken.mean, predicted
+    log_prob = taken.log_prob / (2 * s * s) if scaled else taken.log_prob
+    return taken.next_latents, predicted, log_prob
+
+
+def _kind(sde_type: str, sde: str, eta: float, noise_level: float | None) -> tuple[str, str, float]:
+    """(dynamics, likelihood, noise level)."""
+    if sde_type == "sde":
+        return sde, "gaussian", eta if noise_level is None else noise_level
+    if sde_type == "cps":
+        return "flow_cps", "squared_error", DEFAULT_CPS_LEVEL if noise_level is None else noise_level
+    raise ValueError(f"sde_type must be 'sde' or 'cps', got {sde_type!r}")
+
+
+def _clean(model_output: torch.Tensor, latents: torch.Tensor, steps: Steps) -> torch.Tensor:
+    """The image the velocity points to, x - σ·v."""
+    return latents.float() - steps.sigma * model_output.float()
+
+
+def _ode_mean(model_output: torch.Tensor, latents: torch.Tensor, steps: Steps) -> torch.Tensor:
+    return latents.float() + steps.dt * model_output.float()
+
+
+def _without_drift(steps: Steps) -> torch.Tensor:
+    """(1, dt, s): the ODE's mean with the SDE's standard deviation."""
+    return torch.stack([torch.ones_like(steps.dt), steps.dt, steps.coefficients[2]])
+
+
+REPLACEMENTS = {"flow_grpo_step": flow_grpo_step, "dance_grpo_step": dance_grpo_step}
+
+
+def patch(module: ModuleType) -> list[str]:
+    """Replace what `module` has of `REPLACEMENTS`; see `_patching.replace` for what it raises."""
+    return _patching.replace(module, REPLACEMENTS)
+
+
+def unpatch(module: ModuleType) -> None:
+    """Put the originals back."""
+    _patching.restore(module)
