@@ -3,36 +3,55 @@
 Importing touches no CUDA and compiles nothing. Ops are registered under `torch.ops.advgrpo_kernels`.
 """
 
+from .ops.ada_layer_norm import ada_layer_norm, ada_layer_norm_ref
 from .ops.clipped_policy_loss import PolicyLoss, clipped_policy_loss, clipped_policy_loss_ref
 from .ops.coefficients import ddim_coefficients, transition_coefficients
+from .ops.fp8 import Fp8Tensor, fp8_linear, fp8_linear_ref, fp8_quantize, fp8_quantize_ref
+from .ops.gated_residual import gated_residual, gated_residual_ref
 from .ops.gaussian_log_prob import gaussian_log_prob, gaussian_log_prob_ref
 from .ops.gaussian_step import GaussianStep, gaussian_step, gaussian_step_ref
+from .ops.gelu import gelu, gelu_ref
 from .ops.group_advantages import Advantages, group_advantages, group_advantages_ref
 from .ops.hinge_head_loss import HingeHeadLoss, hinge_head_loss
 from .ops.patches import PatchSample, sample_patches, sample_patches_ref
 from .ops.philox import philox_normal, philox_permutation, philox_words
+from .ops.qk_rms_norm import AttentionInputs, qk_rms_norm, qk_rms_norm_ref
 from .ops.score_features import FeatureScore, score_features, score_features_ref
 
 __all__ = [
     "Advantages",
+    "AttentionInputs",
     "FeatureScore",
+    "Fp8Tensor",
     "GaussianStep",
     "HingeHeadLoss",
     "PatchSample",
     "PolicyLoss",
+    "ada_layer_norm",
+    "ada_layer_norm_ref",
     "clipped_policy_loss",
     "clipped_policy_loss_ref",
     "ddim_coefficients",
+    "fp8_linear",
+    "fp8_linear_ref",
+    "fp8_quantize",
+    "fp8_quantize_ref",
+    "gated_residual",
+    "gated_residual_ref",
     "gaussian_log_prob",
     "gaussian_log_prob_ref",
     "gaussian_step",
     "gaussian_step_ref",
+    "gelu",
+    "gelu_ref",
     "group_advantages",
     "group_advantages_ref",
     "hinge_head_loss",
     "philox_normal",
     "philox_permutation",
     "philox_words",
+    "qk_rms_norm",
+    "qk_rms_norm_ref",
     "sample_patches",
     "sample_patches_ref",
     "score_features",

@@ -1,0 +1,238 @@
+"""The launches behind `ada_layer_norm`, `gated_residual` and their fp8 outputs: one forward, one backward kernel.
+
+    h   = x + gate·out (+ gate2·out2)                   stored rounded; h = x without outs
+    y_i = (h - mean)/sqrt(var + eps)·(1 + scale_i) + shift_i          of the stored h, i = 1, 2
+
+What is absent is a None pointer, and the compiler drops it with everything that depended on it.
+
+Legend:   B images, T tokens, C channels. x, out, h, y [B, T, C]; gate, shift, scale [B, C], rows may be strided.
+Numerics: float32 inside, one rounding per store. A program owns whole tokens: no atomics, nothing depends on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .._runtime import HAS_TRITON, device_guard
+from ._layers import shared_stride
+
+ROWS = 2  # tokens per program: modulation vectors are loaded once for both
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+FP8_FLOOR = 1e-12  # a row of zeros gets this amax: scale stays finite and normal
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    FLOOR: tl.constexpr = tl.constexpr(FP8_FLOOR)
+    LARGEST: tl.constexpr = tl.constexpr(FP8_MAX)
+
+    @triton.jit
+    def load_vector(ptr, offsets, inside):
+        return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+    @triton.jit
+    def standardize(hidden, inside, C, eps):
+        """(normalised rows, 1/std [rows, 1]) of hidden [rows, BLOCK_C], zero outside."""
+        centred = tl.where(inside, hidden - (tl.sum(hidden, axis=1) / C)[:, None], 0.0)
+        inverse_std = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)[:, None]
+        return centred * inverse_std, inverse_std
+
+    @triton.jit
+    def quantize_rows(y, inverse_scale):
+        """e4m3 of y times the row's factor; clamped because float32 rounding may leave 448 by an ulp."""
+        return tl.minimum(tl.maximum(y * inverse_scale, -LARGEST), LARGEST).to(tl.float8e4nv)
+
+    @triton.jit
+    def row_scales(amax):
+        """(scale that undoes the quantisation, its inverse) for rows of largest magnitude `amax`."""
+        amax = tl.maximum(amax, FLOOR)
+        return tl.div_rn(amax, LARGEST), tl.div_rn(LARGEST, amax)
+
+    @triton.jit
+    def _residual_norm_fwd_kernel(
+        x_ptr,
+        out_ptr,
+        gate_ptr,
+        out2_ptr,
+        gate2_ptr,
+        shift_ptr,
+        scale_ptr,
+        shift2_ptr,
+        scale2_ptr,
+        hidden_ptr,
+        y_ptr,
+        y2_ptr,
+        fp8_scale_ptr,
+        T,
+        C,
+        gate_stride,
+        modulation_stride,
+        eps,
+        ROWS: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        b = tl.program_id(1).to(tl.int64)
+        t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        c = tl.arange(0, BLOCK_C)
+        inside = c < C
+        mask = (t < T)[:, None] & inside[None, :]
+        offsets = (b * T + t)[:, None] * C + c[None, :]
+        hidden = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if out_ptr is not None:
+            gates = b * gate_stride + c
+            out = tl.load(out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            hidden += load_vector(gate_ptr, gates, inside) * out
+            if out2_ptr is not None:
+                out2 = tl.load(out2_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                hidden += load_vector(gate2_ptr, gates, inside) * out2
+            stored = hidden.to(hidden_ptr.dtype.element_ty)
+            tl.store(hidden_ptr + offsets, stored, mask=mask)
+            hidden = stored.to(tl.float32)
+        if y_ptr is not None:
+            modulation = b * modulation_stride + c
+            normed, _ = standardize(hidden, inside[None, :], C, eps)
+            scale = load_vector(scale_ptr, modulation, inside)
+            y = normed * (1.0 + scale) + load_vector(shift_ptr, modulation, inside)
+            if fp8_scale_ptr is not None:
+                fp8_scale, inverse = row_scales(tl.max(tl.where(mask, tl.abs(y), 0.0), axis=1))
+                tl.store(fp8_scale_ptr + b * T + t, fp8_scale, mask=t < T)
+                tl.store(y_ptr + offsets, quantize_rows(y, inverse[:, None]), mask=mask)
+            else:
+                tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+            if y2_ptr is not None:
+                scale2 = load_vector(scale2_ptr, modulation, inside)
+                y2 = normed * (1.0 + scale2) + load_vector(shift2_ptr, modulation, inside)
+                if fp8_scale_ptr is not None:
+                    fp8_scale2, inverse2 = row_scales(tl.max(tl.where(mask, tl.abs(y2), 0.0), axis=1))
+                    second = tl.num_programs(1).to(tl.int64) * T
+                    tl.store(fp8_scale_ptr + second + b * T + t, fp8_scale2, mask=t < T)
+                    tl.store(y2_ptr + offsets, quantize_rows(y2, inverse2[:, None]), mask=mask)
+                else:
+                    tl.store(y2_ptr + offsets, y2.to(y2_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _residual_norm_bwd_kernel(
+        hidden_ptr,
+        hidden_grad_ptr,
+        y_grad_ptr,
+        y2_grad_ptr,
+        scale_ptr,
+        scale2_ptr,
+        gate_ptr,
+        gate2_ptr,
+        x_grad_ptr,
+        out_grad_ptr,
+        out2_grad_ptr,
+        T,
+        C,
+        gate_stride,
+        modulation_stride,
+        eps,
+        ROWS: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        b = tl.program_id(1).to(tl.int64)
+        t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        c = tl.arange(0, BLOCK_C)
+        inside = c < C
+        mask = (t < T)[:, None] & inside[None, :]
+        offsets = (b * T + t)[:, None] * C + c[None, :]
+        grad = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        if y_grad_ptr is not None:
+            modulation = b * modulation_stride + c
+            hidden = tl.load(hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            y_grad = tl.load(y_grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            normed_grad = y_grad * (1.0 + load_vector(scale_ptr, modulation, inside))
+            if y2_grad_ptr is not None:
+                y2_grad = tl.load(y2_grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                normed_grad += y2_grad * (1.0 + load_vector(scale2_ptr, modulation, inside))
+            normed, inverse_std = standardize(hidden, inside[None, :], C, eps)
+            along = (tl.sum(normed_grad * normed, axis=1) / C)[:, None]
+            grad = inverse_std * (normed_grad - (tl.sum(normed_grad, axis=1) / C)[:, None] - normed * along)
+        if hidden_grad_ptr is not None:
+            grad += tl.load(hidden_grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if x_grad_ptr is not None:
+            tl.store(x_grad_ptr + offsets, grad.to(x_grad_ptr.dtype.element_ty), mask=mask)
+        if out_grad_ptr is not None:
+            gates = b * gate_stride + c
+            out_grad = load_vector(gate_ptr, gates, inside) * grad
+            tl.store(out_grad_ptr + offsets, out_grad.to(out_grad_ptr.dtype.element_ty), mask=mask)
+            if out2_grad_ptr is not None:
+                out2_grad = load_vector(gate2_ptr, gates, inside) * grad
+                tl.store(out2_grad_ptr + offsets, out2_grad.to(out2_grad_ptr.dtype.element_ty), mask=mask)
+
+
+def _two(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    return [*tensors, None, None][:2]
+
+
+def launch_forward(
+    x: torch.Tensor,
+    outs: Sequence[torch.Tensor],
+    gates: Sequence[torch.Tensor],
+    shifts: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    eps: float,
+    *,
+    fp8: bool = False,
+) -> tuple[torch.Tensor | None, list[torch.Tensor], torch.Tensor | None]:
+    """(h, None without outs; [y, y2] as many as shifts; fp8 row scales [sets, B, T]) in one launch."""
+    B, T, C = x.shape
+    contiguous = {"memory_format": torch.contiguous_format}
+    hidden = torch.empty_like(x, **contiguous) if outs else None
+    y_dtype = torch.float8_e4m3fn if fp8 else x.dtype
+    ys = [torch.empty_like(x, dtype=y_dtype, **contiguous) for _ in shifts]
+    fp8_scales = x.new_empty(len(shifts), B, T, dtype=torch.float32) if fp8 else None
+    gates, gate_stride = shared_stride(gates)
+    modulation, modulation_stride = shared_stride([*shifts, *scales])
+    shifts, scales = modulation[: len(shifts)], modulation[len(shifts) :]
+    out, out2 = _two([o.contiguous() for o in outs])
+    gate, gate2 = _two(gates)
+    (shift, shift2), (scale, scale2) = _two(shifts), _two(scales)
+    if x.numel():
+        with device_guard(x):
+            _residual_norm_fwd_kernel[(triton.cdiv(T, ROWS), B)](
+                *(x.contiguous(), out, gate, out2, gate2, shift, scale, shift2, scale2, hidden, *_two(ys), fp8_scales),
+                *(T, C, gate_stride, modulation_stride, eps),
+                ROWS=ROWS,
+                BLOCK_C=triton.next_power_of_2(C),
+                num_warps=4,
+            )
+    return hidden, ys, fp8_scales
+
+
+def launch_backward(
+    hidden: torch.Tensor,
+    hidden_grad: torch.Tensor | None,
+    y_grads: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    gates: Sequence[torch.Tensor],
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    want_x: bool = True,
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """(gradient of x, None unless wanted; gradients of the outs) in one launch."""
+    B, T, C = hidden.shape
+    contiguous = {"memory_format": torch.contiguous_format}
+    x_grad = torch.empty_like(hidden, **contiguous) if want_x else None
+    out_grads = [torch.empty_like(hidden, dtype=out_dtype, **contiguous) for _ in gates]
+    gates, gate_stride = shared_stride(gates)
+    scales, modulation_stride = shared_stride(scales)
+    y_grad, y2_grad = _two([g.contiguous() for g in y_grads])
+    (scale, scale2), (gate, gate2) = _two(scales), _two(gates)
+    if hidden_grad is not None:
+        hidden_grad = hidden_grad.contiguous()
+    if hidden.numel():
+        with device_guard(hidden):
+            _residual_norm_bwd_kernel[(triton.cdiv(T, ROWS), B)](
+                *(hidden.contiguous(), hidden_grad, y_grad, y2_grad, scale, scale2, gate, gate2),
+                *(x_grad, *_two(out_grads), T, C, gate_stride, modulation_stride, eps),
+                ROWS=ROWS,
+                BLOCK_C=triton.next_power_of_2(C),
+                num_warps=4,
+            )
+    return x_grad, out_grads

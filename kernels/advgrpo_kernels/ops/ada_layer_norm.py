@@ -1,0 +1,160 @@
+"""LayerNorm without affine, modulated: y = (x - mean)/sqrt(var + eps)·(1 + scale) + shift, for one or two modulations.
+
+Two share the normalisation and the read of x, as diffusers' SD35AdaLayerNormZeroX wants them for dual attention.
+
+Shapes:   B images, T tokens, C channels. x [B, T, C]; shift, scale [B, C], rows may be strided -> y [B, T, C] as x.
+Numerics: float32 inside, one rounding; diffusers rounds after the norm, the product and the sum.
+Gradient: of x only, shift and scale are outputs of frozen layers. It recomputes the statistics: only x is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._runtime import NAMESPACE
+from ._layers import FLOATS, check_float, pick_layer_backend
+from ._residual_norm import launch_backward, launch_forward
+from .fp8 import Fp8Tensor, fp8_quantize_ref
+
+__all__ = ["ada_layer_norm", "ada_layer_norm_ref"]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm", mutates_args=())
+def _ada_layer_norm_op(
+    x: torch.Tensor, shifts: list[torch.Tensor], scales: list[torch.Tensor], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, y2); y2 is empty with one modulation."""
+    _, ys, _ = launch_forward(x, (), (), shifts, scales, eps)
+    return ys[0], ys[1] if len(ys) > 1 else x.new_empty(0)
+
+
+@_ada_layer_norm_op.register_fake
+def _(x, shifts, scales, eps):
+    like_x = {"memory_format": torch.contiguous_format}
+    return torch.empty_like(x, **like_x), torch.empty_like(x, **like_x) if len(shifts) > 1 else x.new_empty(0)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm_backward", mutates_args=())
+def _ada_layer_norm_backward_op(
+    x: torch.Tensor, y_grads: list[torch.Tensor], scales: list[torch.Tensor], eps: float
+) -> torch.Tensor:
+    return launch_backward(x, None, y_grads, scales, (), eps)[0]
+
+
+@_ada_layer_norm_backward_op.register_fake
+def _(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm_fp8", mutates_args=())
+def _ada_layer_norm_fp8_op(
+    x: torch.Tensor, shifts: list[torch.Tensor], scales: list[torch.Tensor], eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, y2, row scales [sets, B, T]); y2 is empty with one modulation."""
+    _, ys, fp8_scales = launch_forward(x, (), (), shifts, scales, eps, fp8=True)
+    return ys[0], ys[1] if len(ys) > 1 else ys[0].new_empty(0), fp8_scales
+
+
+@_ada_layer_norm_fp8_op.register_fake
+def _(x, shifts, scales, eps):
+    y, y2 = (torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device) for _ in range(2))
+    row_scales = x.new_empty(len(shifts), *x.shape[:2], dtype=torch.float32)
+    return y, y2 if len(shifts) > 1 else y.new_empty(0), row_scales
+
+
+def _setup_context(ctx, inputs, output):
+    x, _, scales, ctx.eps = inputs
+    ctx.save_for_backward(x, *scales)
+
+
+def _backward(ctx, *y_grads):
+    x, *scales = ctx.saved_tensors
+    grads = list(y_grads[: len(scales)])
+    return _ada_layer_norm_backward_op(x, grads, scales, ctx.eps), [None] * len(scales), [None] * len(scales), None
+
+
+_ada_layer_norm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def modulation_sets(
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift2: torch.Tensor | None,
+    scale2: torch.Tensor | None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(shifts, scales) of the sets that are given, checked against x [B, T, C].
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    if x.dim() != 3 or x.shape[2] == 0 or x.dtype not in FLOATS:
+        raise ValueError(f"want floating point [B, T, C], got {x.dtype} {list(x.shape)}")
+    given = {"shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2}
+    for first, second in (("shift", "scale"), ("shift2", "scale2")):
+        if (given[first] is None) != (given[second] is None):
+            raise ValueError(f"give {first} and {second} together")
+    if shift is None and shift2 is not None:
+        raise ValueError("shift2 and scale2 need shift and scale")
+    for name, tensor in given.items():
+        if tensor is not None:
+            check_float(name, tensor, (x.shape[0], x.shape[2]), x.device)
+    return [s for s in (shift, shift2) if s is not None], [s for s in (scale, scale2) if s is not None]
+
+
+def ada_layer_norm(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: torch.Tensor | None = None,
+    scale2: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    quantize: bool = False,
+    backend: str = "auto",
+):
+    """Normalise and modulate x: y, or (y, y2) with a second modulation.
+
+    Args:
+        x: [B, T, C] float32, float16 or bfloat16.
+        shift, scale, shift2, scale2: [B, C] any of these dtypes.
+        quantize: return `Fp8Tensor`s with row scales, quantised before any rounding to x's dtype; no gradient.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+        RuntimeError: backend="triton" with a shift or scale that requires a gradient.
+    """
+    shifts, scales = modulation_sets(x, shift, scale, shift2, scale2)
+    if not shifts:
+        raise ValueError("ada_layer_norm needs shift and scale")
+    frozen = {f"modulation {i}": tensor for i, tensor in enumerate([*shifts, *scales])}
+    if pick_layer_backend(backend, [x], frozen) == "torch":
+        return ada_layer_norm_ref(x, shift, scale, shift2, scale2, eps=eps, quantize=quantize)
+    if quantize:
+        with torch.no_grad():
+            y, y2, row_scales = _ada_layer_norm_fp8_op(x, shifts, scales, eps)
+        results = [Fp8Tensor(data, s.unsqueeze(-1)) for data, s in zip((y, y2), row_scales.unbind(0))]
+    else:
+        results = _ada_layer_norm_op(x, shifts, scales, eps)
+    return tuple(results) if len(shifts) > 1 else results[0]
+
+
+def ada_layer_norm_ref(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: torch.Tensor | None = None,
+    scale2: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    quantize: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+):
+    """Plain PyTorch, differentiable in every input."""
+    normed = torch.nn.functional.layer_norm(x.to(compute_dtype), x.shape[-1:], eps=eps)
+    results = []
+    for shift_, scale_ in ((shift, scale), (shift2, scale2)):
+        if shift_ is not None:
+            y = normed * (1.0 + scale_.to(compute_dtype).unsqueeze(1)) + shift_.to(compute_dtype).unsqueeze(1)
+            results.append(fp8_quantize_ref(y.detach()) if quantize else y.to(x.dtype))
+    return tuple(results) if len(results) > 1 else results[0]

@@ -1,0 +1,188 @@
+"""h = residual + gate·out (+ gate2·out2), and the next adaptive LayerNorm of h in the same pass.
+
+The second pair is the dual attention of SD3.5, whose two results reach the residual before the next norm. With
+modulations, `y_i = (h - mean)/sqrt(var + eps)·(1 + scale_i) + shift_i` is taken of the stored, rounded h, so fusing
+changes no bit of what `gated_residual` and `ada_layer_norm` give one after the other.
+
+Shapes:   B images, T tokens, C channels. residual, out [B, T, C]; gate, shift, scale [B, C], rows may be strided.
+Numerics: float32 inside, one rounding per result; diffusers rounds the product and each sum.
+Gradient: of residual and outs; gates, shifts and scales come from frozen layers. Kept: those, and h for a norm.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._runtime import NAMESPACE
+from ._layers import check_float, pick_layer_backend
+from ._residual_norm import launch_backward, launch_forward
+from .ada_layer_norm import ada_layer_norm_ref, modulation_sets
+from .fp8 import Fp8Tensor
+
+__all__ = ["gated_residual", "gated_residual_ref"]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gated_residual", mutates_args=())
+def _gated_residual_op(
+    residual: torch.Tensor,
+    outs: list[torch.Tensor],
+    gates: list[torch.Tensor],
+    shifts: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(h, y, y2); the last ones are empty without their modulation."""
+    hidden, ys, _ = launch_forward(residual, outs, gates, shifts, scales, eps)
+    return hidden, *[*ys, residual.new_empty(0), residual.new_empty(0)][:2]
+
+
+@_gated_residual_op.register_fake
+def _(residual, outs, gates, shifts, scales, eps):
+    results = [torch.empty_like(residual, memory_format=torch.contiguous_format) for _ in range(1 + len(shifts))]
+    return tuple([*results, residual.new_empty(0), residual.new_empty(0)][:3])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gated_residual_fp8", mutates_args=())
+def _gated_residual_fp8_op(
+    residual: torch.Tensor,
+    outs: list[torch.Tensor],
+    gates: list[torch.Tensor],
+    shifts: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(h, y, y2, row scales [sets, B, T]); y2 is empty with one modulation."""
+    hidden, ys, fp8_scales = launch_forward(residual, outs, gates, shifts, scales, eps, fp8=True)
+    return hidden, ys[0], ys[1] if len(ys) > 1 else ys[0].new_empty(0), fp8_scales
+
+
+@_gated_residual_fp8_op.register_fake
+def _(residual, outs, gates, shifts, scales, eps):
+    y, y2 = (torch.empty(residual.shape, dtype=torch.float8_e4m3fn, device=residual.device) for _ in range(2))
+    row_scales = residual.new_empty(len(shifts), *residual.shape[:2], dtype=torch.float32)
+    hidden = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return hidden, y, y2 if len(shifts) > 1 else y.new_empty(0), row_scales
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gated_residual_backward", mutates_args=())
+def _gated_residual_backward_op(
+    hidden: torch.Tensor,
+    hidden_grad: torch.Tensor,
+    y_grads: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    gates: list[torch.Tensor],
+    eps: float,
+    out_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """[gradient of residual, of out, of out2]; without a norm the first is hidden_grad itself and left out."""
+    normed = bool(y_grads)
+    residual_grad, out_grads = launch_backward(
+        hidden, hidden_grad, y_grads, scales, gates, eps, out_dtype=out_dtype, want_x=normed
+    )
+    return [residual_grad, *out_grads] if normed else out_grads
+
+
+@_gated_residual_backward_op.register_fake
+def _(hidden, hidden_grad, y_grads, scales, gates, eps, out_dtype):
+    dtypes = [*([hidden.dtype] if y_grads else []), *[out_dtype] * len(gates)]
+    return [torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format) for dtype in dtypes]
+
+
+def _setup_context(ctx, inputs, output):
+    _, outs, gates, shifts, scales, ctx.eps = inputs
+    ctx.out_dtype = outs[0].dtype
+    ctx.counts = len(outs), len(shifts)
+    ctx.save_for_backward(output[0] if shifts else None, *gates, *scales)
+
+
+def _backward(ctx, hidden_grad, *y_grads):
+    outs, sets = ctx.counts
+    hidden, *vectors = ctx.saved_tensors
+    gates, scales = vectors[:outs], vectors[outs:]
+    hidden = hidden_grad if hidden is None else hidden
+    grads = _gated_residual_backward_op(
+        hidden, hidden_grad, list(y_grads[:sets]), scales, gates, ctx.eps, ctx.out_dtype
+    )
+    residual_grad, out_grads = (grads[0], grads[1:]) if sets else (hidden_grad, grads)
+    return residual_grad, out_grads, [None] * outs, [None] * sets, [None] * sets, None
+
+
+_gated_residual_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def gated_residual(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = None,
+    gate2: torch.Tensor | None = None,
+    *,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift2: torch.Tensor | None = None,
+    scale2: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    quantize: bool = False,
+    backend: str = "auto",
+):
+    """The new residual h; with modulations (h, y) or (h, y, y2), where y is the input of the next layer.
+
+    Args:
+        residual: [B, T, C] float32, float16 or bfloat16; h has its dtype.
+        out, out2: [B, T, C] what the layer gave; any of these dtypes, the same for both.
+        gate, gate2, shift, scale, shift2, scale2: [B, C] any of these dtypes.
+        quantize: y and y2 come as `Fp8Tensor`s with row scales; no gradient.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+        RuntimeError: backend="triton" with a gate, shift or scale that requires a gradient.
+    """
+    shifts, scales = modulation_sets(residual, shift, scale, shift2, scale2)
+    if (out2 is None) != (gate2 is None):
+        raise ValueError("give out2 and gate2 together")
+    outs, gates = [out] if out2 is None else [out, out2], [gate] if gate2 is None else [gate, gate2]
+    for name, tensor in zip(("out", "out2"), outs):
+        check_float(name, tensor, tuple(residual.shape), residual.device)
+        if tensor.dtype != out.dtype:
+            raise ValueError(f"out2 must be {out.dtype} as out, got {tensor.dtype}")
+    for name, tensor in zip(("gate", "gate2"), gates):
+        check_float(name, tensor, (residual.shape[0], residual.shape[2]), residual.device)
+    if quantize and not shifts:
+        raise ValueError("quantize needs shift and scale: only the modulated norm is quantised")
+    frozen = {f"gate or modulation {i}": tensor for i, tensor in enumerate([*gates, *shifts, *scales])}
+    if pick_layer_backend(backend, [residual, *outs], frozen) == "torch":
+        norm = {"shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2, "eps": eps, "quantize": quantize}
+        return gated_residual_ref(residual, out, gate, out2, gate2, **norm)
+    if quantize:
+        with torch.no_grad():
+            hidden, y, y2, row_scales = _gated_residual_fp8_op(residual, outs, gates, shifts, scales, eps)
+        return hidden, *(Fp8Tensor(data, s.unsqueeze(-1)) for data, s in zip((y, y2), row_scales.unbind(0)))
+    results = _gated_residual_op(residual, outs, gates, shifts, scales, eps)
+    return tuple(results[: 1 + len(shifts)]) if shifts else results[0]
+
+
+def gated_residual_ref(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = None,
+    gate2: torch.Tensor | None = None,
+    *,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift2: torch.Tensor | None = None,
+    scale2: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    quantize: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+):
+    """Plain PyTorch, differentiable in every input."""
+    hidden = residual.to(compute_dtype) + gate.to(compute_dtype).unsqueeze(1) * out.to(compute_dtype)
+    if out2 is not None:
+        hidden = hidden + gate2.to(compute_dtype).unsqueeze(1) * out2.to(compute_dtype)
+    hidden = hidden.to(residual.dtype)
+    if shift is None:
+        return hidden
+    modulations = {"eps": eps, "quantize": quantize, "compute_dtype": compute_dtype}
+    results = ada_layer_norm_ref(hidden, shift, scale, shift2, scale2, **modulations)
+    return hidden, *(results if shift2 is not None else (results,))

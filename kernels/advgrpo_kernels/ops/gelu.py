@@ -1,0 +1,171 @@
+"""The epilogue of a feed-forward layer's first linear: y = gelu_tanh(x + bias), as diffusers' GELU(approximate="tanh").
+
+`0.5·u·(1 + tanh(z)) = u·sigmoid(2z)` with z = sqrt(2/π)(u + 0.044715u³): one exponential, and no cancellation in the
+left tail.
+
+Shapes:   x [..., F], bias [F] -> y [..., F] as x.
+Numerics: float32 inside, one rounding.
+Gradient: of x only, from x itself; the bias is frozen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._runtime import HAS_TRITON, NAMESPACE, device_guard
+from ._layers import FLOATS, check_float, pick_layer_backend
+from .fp8 import Fp8Tensor, fp8_quantize_ref
+
+__all__ = ["gelu", "gelu_ref"]
+
+ROWS, BLOCK_F = 4, 1024
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from ._residual_norm import load_vector, quantize_rows, row_scales
+
+    @triton.jit
+    def _load_biased(x_ptr, bias_ptr, offsets, mask, f, F):
+        u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        return u if bias_ptr is None else u + load_vector(bias_ptr, f, f < F)
+
+    @triton.jit
+    def _sigmoid_of_2z(u):
+        return tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
+
+    @triton.jit
+    def _gelu_fwd_kernel(
+        x_ptr, bias_ptr, y_ptr, fp8_scale_ptr, M, F, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
+    ):  # fmt: skip
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+        mask = (row < M)[:, None] & (f < F)[None, :]
+        offsets = row.to(tl.int64)[:, None] * F + f[None, :]
+        u = _load_biased(x_ptr, bias_ptr, offsets, mask, f, F)
+        y = u * _sigmoid_of_2z(u)
+        if fp8_scale_ptr is not None:  # one program sees the whole row
+            fp8_scale, inverse = row_scales(tl.max(tl.where(mask, tl.abs(y), 0.0), axis=1))
+            tl.store(fp8_scale_ptr + row, fp8_scale, mask=row < M)
+            tl.store(y_ptr + offsets, quantize_rows(y, inverse[:, None]), mask=mask)
+        else:
+            tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _gelu_bwd_kernel(
+        x_ptr, bias_ptr, y_grad_ptr, x_grad_ptr, M, F, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
+    ):  # fmt: skip
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+        mask = (row < M)[:, None] & (f < F)[None, :]
+        offsets = row.to(tl.int64)[:, None] * F + f[None, :]
+        u = _load_biased(x_ptr, bias_ptr, offsets, mask, f, F)
+        s = _sigmoid_of_2z(u)
+        slope = s + u * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
+        grad = tl.load(y_grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * slope
+        tl.store(x_grad_ptr + offsets, grad.to(x_grad_ptr.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gelu", mutates_args=())
+def _gelu_op(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch(_gelu_fwd_kernel, x, bias, y, None)
+    return y
+
+
+@_gelu_op.register_fake
+def _(x, bias):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gelu_backward", mutates_args=())
+def _gelu_backward_op(y_grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch(_gelu_bwd_kernel, x, bias, y_grad.contiguous(), x_grad)
+    return x_grad
+
+
+@_gelu_backward_op.register_fake
+def _(y_grad, x, bias):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gelu_fp8", mutates_args=())
+def _gelu_fp8_op(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 values, row scales [...])."""
+    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    row_scales_ = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    _launch(_gelu_fwd_kernel, x, bias, y, row_scales_, whole_rows=True)
+    return y, row_scales_
+
+
+@_gelu_fp8_op.register_fake
+def _(x, bias):
+    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    return y, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _launch(kernel, x, bias, third, fourth, *, whole_rows: bool = False) -> None:
+    F = x.shape[-1]
+    M = x.numel() // F
+    block = triton.next_power_of_2(F)
+    rows, block = (1, block) if whole_rows else (ROWS, min(BLOCK_F, block))
+    bias = None if bias is None else bias.contiguous()
+    if M:
+        with device_guard(x):
+            kernel[(triton.cdiv(M, rows), triton.cdiv(F, block))](
+                *(x.contiguous(), bias, third, fourth, M, F),
+                ROWS=rows,
+                BLOCK_F=block,
+                num_warps=8 if block > 4096 else 4,
+            )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, y_grad):
+    return _gelu_backward_op(y_grad, *ctx.saved_tensors), None
+
+
+_gelu_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, quantize: bool = False, backend: str = "auto"):
+    """gelu_tanh(x + bias).
+
+    Args:
+        x: [..., F] float32, float16 or bfloat16: the matrix product, without its bias when that is given here.
+        bias: [F] any of these dtypes, or None.
+        quantize: return an `Fp8Tensor` with row scales, quantised before any rounding to x's dtype; no gradient.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+        RuntimeError: backend="triton" with a bias that requires a gradient.
+    """
+    if x.dim() < 1 or x.shape[-1] == 0 or x.dtype not in FLOATS:
+        raise ValueError(f"x must be floating point [..., F], got {x.dtype} {list(x.shape)}")
+    if bias is not None:
+        check_float("bias", bias, (x.shape[-1],), x.device)
+    if pick_layer_backend(backend, [x], {} if bias is None else {"bias": bias}) == "torch":
+        return gelu_ref(x, bias, quantize=quantize)
+    if quantize:
+        with torch.no_grad():
+            data, scale = _gelu_fp8_op(x, bias)
+        return Fp8Tensor(data, scale.unsqueeze(-1))
+    return _gelu_op(x, bias)
+
+
+def gelu_ref(
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    quantize: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+):
+    """Plain PyTorch, differentiable in both inputs."""
+    u = x.to(compute_dtype)
+    y = torch.nn.functional.gelu(u if bias is None else u + bias.to(compute_dtype), approximate="tanh")
+    return fp8_quantize_ref(y.detach()) if quantize else y.to(x.dtype)

@@ -1,0 +1,145 @@
+"""The transformer layer ops at SD3.5-medium's shapes: C = 1536, 24 heads of 64, feed-forward width 6144, bf16."""
+
+from spec import Spec
+
+OPS = "advgrpo_kernels.ops."
+MODULATED = {"ROWS": 2, "BLOCK_C": 2048}
+NORM_SCALARS = {"T": "i32:16", "C": "i32:16", "gate_stride": "i32:16", "modulation_stride": "i32:16", "eps": "fp32"}
+FP8 = "*fp8e4nv"
+
+
+def pointers(names: str, kind: str = "*bf16") -> dict[str, str]:
+    return dict.fromkeys((f"{name}_ptr" for name in names.split()), kind)
+
+
+def absent(names: str, present: dict[str, str]) -> dict[str, None]:
+    return {key: None for key in pointers(names) if key not in present}
+
+
+NORM_FWD = "x out gate out2 gate2 shift scale shift2 scale2 hidden y y2 fp8_scale"
+NORM_BWD = "hidden hidden_grad y_grad y2_grad scale scale2 gate gate2 x_grad out_grad out2_grad"
+
+
+def norm(name: str, given: dict[str, str], loads: int, stores: int, *, backward: bool = False) -> Spec:
+    return Spec(
+        name=name,
+        kernel=OPS + f"_residual_norm:_residual_norm_{'bwd' if backward else 'fwd'}_kernel",
+        types=given | NORM_SCALARS,
+        constants=MODULATED | absent(NORM_BWD if backward else NORM_FWD, given),
+        vector_loads=loads,
+        vector_stores=stores,
+    )
+
+
+QK_SCALARS = dict.fromkeys(["D", "stride_b", "stride_t", "txt_stride_b", "txt_stride_t"], "i32:16")
+QK_SCALARS |= {"T": "i32:16", "S": "i32", "H": "i32", "eps": "fp32"}
+QK_TILE = {"BLOCK_R": 64, "BLOCK_D": 64}
+QK_FWD = "q k v txt_q txt_k txt_v q_weight k_weight txt_q_weight txt_k_weight query key value"
+QK_BWD = (
+    "q k txt_q txt_k q_weight k_weight txt_q_weight txt_k_weight query_grad key_grad value_grad "
+    "q_grad k_grad v_grad txt_q_grad txt_k_grad txt_v_grad"
+)
+
+
+def image_only(names: str) -> dict[str, str]:
+    return pointers(" ".join(name for name in names.split() if not name.startswith("txt_")))
+
+
+def qk(name: str, given: dict[str, str], loads: int, *, backward: bool = False) -> Spec:
+    strides = {"grad_stride_t": "i32:16", "txt_grad_stride_t": "i32:16"} if backward else {}
+    return Spec(
+        name=name,
+        kernel=OPS + f"qk_rms_norm:_qk_rms_norm_{'bwd' if backward else 'fwd'}_kernel",
+        types=given | QK_SCALARS | strides,
+        constants=QK_TILE | absent(QK_BWD if backward else QK_FWD, given),
+        vector_loads=loads,
+        vector_stores=3,
+    )
+
+
+GELU_SCALARS = {"M": "i32:16", "F": "i32:16"}
+FP8_TENSOR = {"data_ptr": FP8, "scale_ptr": "*fp32", "x_ptr": "*bf16", "N": "i32:16"}
+
+SPECS = [
+    norm("ada_layer_norm/one", pointers("x shift scale y"), 3, 1),
+    norm("ada_layer_norm/two", pointers("x shift scale shift2 scale2 y y2"), 5, 2),
+    norm("ada_layer_norm/backward", pointers("hidden y_grad y2_grad scale scale2 x_grad"), 5, 1, backward=True),
+    norm("ada_layer_norm/fp8", pointers("x shift scale") | pointers("y", FP8) | pointers("fp8_scale", "*fp32"), 3, 1),
+    norm("gated_residual/plain", pointers("x out gate hidden"), 3, 1),
+    norm("gated_residual/norm", pointers("x out gate shift scale hidden y"), 5, 2),
+    norm("gated_residual/dual", pointers("x out gate out2 gate2 shift scale shift2 scale2 hidden y y2"), 9, 3),
+    norm("gated_residual/dual_fp32", pointers(NORM_FWD.replace(" fp8_scale", ""), "*fp32"), 9, 3),
+    norm(
+        "gated_residual/dual_fp8",
+        pointers("x out gate out2 gate2 shift scale shift2 scale2 hidden")
+        | pointers("y y2", FP8)
+        | pointers("fp8_scale", "*fp32"),
+        9,
+        3,
+    ),
+    norm("gated_residual/backward_plain", pointers("hidden_grad gate out_grad"), 2, 1, backward=True),
+    norm("gated_residual/backward_dual", pointers(NORM_BWD), 8, 3, backward=True),
+    qk("qk_rms_norm/joint", pointers(QK_FWD), 5),
+    qk("qk_rms_norm/image", image_only(QK_FWD), 5),
+    qk("qk_rms_norm/backward_joint", pointers(QK_BWD), 7, backward=True),
+    qk("qk_rms_norm/backward_image", image_only(QK_BWD), 7, backward=True),
+    Spec(
+        name="gelu/forward",
+        kernel=OPS + "gelu:_gelu_fwd_kernel",
+        types=pointers("x bias y") | GELU_SCALARS,
+        constants={"fp8_scale_ptr": None, "ROWS": 4, "BLOCK_F": 1024},
+        vector_loads=2,
+        vector_stores=1,
+    ),
+    Spec(
+        name="gelu/fp8",
+        kernel=OPS + "gelu:_gelu_fwd_kernel",
+        types=pointers("x bias") | pointers("y", FP8) | pointers("fp8_scale", "*fp32") | GELU_SCALARS,
+        constants={"ROWS": 1, "BLOCK_F": 8192},
+        warps=8,
+        vector_loads=2,
+        vector_stores=1,
+    ),
+    Spec(
+        name="gelu/backward",
+        kernel=OPS + "gelu:_gelu_bwd_kernel",
+        types=pointers("x bias y_grad x_grad") | GELU_SCALARS,
+        constants={"ROWS": 4, "BLOCK_F": 1024},
+        vector_loads=3,
+        vector_stores=1,
+    ),
+    Spec(
+        name="fp8_quantize/rows",
+        kernel=OPS + "fp8:_fp8_rows_kernel",
+        types={"x_ptr": "*bf16", "data_ptr": FP8, "scale_ptr": "*fp32", "M": "i32:16", "K": "i32:16"},
+        constants={"ROWS": 2, "BLOCK_K": 2048},
+        vector_loads=1,
+        vector_stores=1,
+    ),
+    Spec(
+        name="fp8_quantize/amax",
+        kernel=OPS + "fp8:_fp8_amax_kernel",
+        types={"x_ptr": "*bf16", "partial_ptr": "*fp32", "N": "i32:16", "TILES": "i32"},
+        constants={"LANES": 8192},
+        warps=8,
+        vector_loads=1,
+    ),
+    Spec(
+        name="fp8_quantize/tensor",
+        kernel=OPS + "fp8:_fp8_tensor_kernel",
+        types=FP8_TENSOR | {"partial_ptr": "*fp32", "partials": "i32"},
+        constants={"given_scale_ptr": None, "LANES": 8192, "PARTIALS": 1024},
+        warps=8,
+        vector_loads=1,
+        vector_stores=1,
+    ),
+    Spec(
+        name="fp8_quantize/given_scale",
+        kernel=OPS + "fp8:_fp8_tensor_kernel",
+        types=FP8_TENSOR | {"given_scale_ptr": "*fp32", "partials": "i32"},
+        constants={"partial_ptr": None, "LANES": 8192, "PARTIALS": 1024},
+        warps=8,
+        vector_loads=1,
+        vector_stores=1,
+    ),
+]
