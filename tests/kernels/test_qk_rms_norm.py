@@ -1,0 +1,166 @@
+"""RMSNorm of q and k into the attention layout.
+
+Planted bugs that turned this file red: PLANTED
+"""
+
+import pytest
+import torch
+
+from advgrpo_kernels import _runtime, qk_rms_norm, qk_rms_norm_ref
+from advgrpo_kernels.ops.qk_rms_norm import _qk_rms_norm_op
+from advgrpo_kernels.testing import assert_within_budget
+
+gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+SHAPES = [(1, 1, 1, 1, 8), (2, 7, 3, 3, 16), (2, 45, 5, 2, 20)]  # B, T, S, H, D; the last has several ragged tiles
+
+
+def inputs(shape, dtype, device):
+    """(image qkv, text qkv, four weights)."""
+    B, T, S, H, D = shape
+    qkv, txt = (torch.randn(B, n, 3, H, D, device=device).to(dtype).requires_grad_() for n in (T, S))
+    return qkv, txt, (torch.randn(4, D, device=device) + 1).to(dtype).unbind()
+
+
+def joint(function, weights, **settings):
+    def of_streams(qkv, txt, **more):
+        text = {"txt_qkv": txt, "txt_weights": weights[2:]}
+        return torch.cat(function(qkv, weights[:2], **text, **settings, **more))
+
+    return of_streams
+
+
+def image(function, weights, **settings):
+    return lambda qkv, **more: torch.cat(function(qkv, weights[:2], **settings, **more))
+
+
+def gradient_like(shape, dtype, device, *, text):
+    B, T, S, H, D = shape
+    return torch.randn(3 * B, H, T + S * text, D, device=device).to(dtype)
+
+
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward_within_error_budget(shape, dtype, text, device):
+    qkv, txt, weights = inputs(shape, dtype, device)
+    form, args = (joint, [qkv, txt]) if text else (image, [qkv])
+    dy = gradient_like(shape, dtype, device, text=text)
+    assert_within_budget(form(qk_rms_norm, weights, backend="triton"), form(qk_rms_norm_ref, weights), args, dy)
+
+
+@pytest.mark.gpu
+def test_full_size_within_error_budget():
+    shape = (2, 1024, 205, 24, 64)
+    qkv, txt, weights = inputs(shape, torch.bfloat16, "cuda")
+    kernel, dy = joint(qk_rms_norm, weights, backend="triton"), gradient_like(shape, torch.bfloat16, "cuda", text=True)
+    assert_within_budget(kernel, joint(qk_rms_norm_ref, weights), [qkv, txt], dy)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_attention_inputs_of_diffusers(backend, device, monkeypatch):
+    """What JointAttnProcessor2_0 hands to attention, with and without text."""
+    attention = pytest.importorskip("diffusers.models.attention_processor")
+    seen = []
+
+    def recorded(query, key, value, **_):
+        seen.append((query, key, value))
+        return value
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recorded)
+    processor = attention.JointAttnProcessor2_0()
+    settings = {"query_dim": 32, "heads": 2, "dim_head": 16, "qk_norm": "rms_norm", "eps": 1e-6, "bias": True}
+    x, txt = torch.randn(2, 5, 32, device=device), torch.randn(2, 3, 32, device=device)
+    for added in (32, None):
+        context = {"added_kv_proj_dim": added, "context_pre_only": False if added else None}
+        attn = attention.Attention(**settings, **context, processor=processor).to(device)
+        with torch.no_grad():
+            for name, parameter in attn.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+            attn(x, encoder_hidden_states=txt if added else None)
+            split = {"sizes": (2, 16), "dim": -1}
+            qkv = [linear(x).unflatten(**split) for linear in (attn.to_q, attn.to_k, attn.to_v)]
+            text = {}
+            if added:
+                linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+                text["txt_qkv"] = [linear(txt).unflatten(**split) for linear in linears]
+                text["txt_weights"] = (attn.norm_added_q.weight, attn.norm_added_k.weight)
+            got = qk_rms_norm(qkv, (attn.norm_q.weight, attn.norm_k.weight), **text, backend=backend)
+        torch.testing.assert_close(tuple(got), seen[-1], rtol=1e-5, atol=2e-6)
+
+
+def test_fused_and_separate_layouts_give_the_same_bits(device):
+    qkv, txt, weights = inputs((2, 6, 3, 2, 16), torch.float32, device)
+    text = {"txt_weights": weights[2:], "backend": "triton"}
+    grad = torch.randn(2, 2, 9, 16, device=device)
+    results = []
+    for image_form in (qkv, qkv.unbind(2), [t.contiguous() for t in qkv.unbind(2)]):
+        out = qk_rms_norm(image_form, weights[:2], txt_qkv=[t.clone() for t in txt.unbind(2)], **text)
+        results.append(
+            [*out, *torch.autograd.grad(sum((o * grad * i).sum() for i, o in enumerate(out, 1)), (qkv, txt))]
+        )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_views_and_mixed_dtypes(device):
+    """q, k, v as slices of wider rows, half activations under float32 weights, and a transposed gradient."""
+    wide = torch.randn(2, 5, 100, device=device).half().requires_grad_()
+    weights = torch.randn(2, 16, device=device).unbind()
+    results = []
+    for backend in ("triton", "torch"):
+        parts = [part[..., :32].unflatten(-1, (2, 16)) for part in wide.chunk(3, dim=-1)]
+        parts[2] = parts[2].transpose(2, 3).contiguous().transpose(2, 3)
+        out = qk_rms_norm(parts, weights, backend=backend)
+        loss = sum((o.transpose(1, 2).float().square() * i).sum() for i, o in enumerate(out, 1))
+        results.append((*out, *torch.autograd.grad(loss, wide)))
+    torch.testing.assert_close(results[0], results[1], rtol=2e-3, atol=2e-3)
+
+
+def test_opcheck(device):
+    qkv, txt, weights = inputs((2, 3, 2, 2, 16), torch.float32, device)
+    torch.library.opcheck(_qk_rms_norm_op, ([qkv], list(weights[:2]), [txt], list(weights[2:]), 1e-6))
+    parts = [part.detach().clone().requires_grad_() for part in qkv.unbind(2)]
+    torch.library.opcheck(_qk_rms_norm_op, (parts, list(weights[:2]), [], [], 1e-6))
+
+
+def test_compiles_without_graph_break(device):
+    qkv, txt, weights = inputs((2, 3, 2, 2, 16), torch.float32, device)
+    function = joint(qk_rms_norm, weights, backend="triton")
+    compiled = torch.compile(lambda *a: function(*a).sin().sum(), fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(qkv, txt), (qkv, txt))
+    torch.testing.assert_close(got, torch.autograd.grad(function(qkv, txt).sin().sum(), (qkv, txt)))
+
+
+def test_result_does_not_depend_on_the_rest_of_the_batch(device):
+    qkv, txt, weights = inputs((4, 5, 3, 2, 16), torch.float32, device)
+    text = {"txt_weights": weights[2:], "backend": "triton"}
+    whole = qk_rms_norm(qkv, weights[:2], txt_qkv=txt, **text)
+    part = qk_rms_norm(qkv[1:3], weights[:2], txt_qkv=txt[1:3], **text)
+    assert all(torch.equal(w[1:3], p) for w, p in zip(whole, part))
+
+
+def test_bad_arguments_raise(device):
+    qkv, txt, weights = inputs((2, 3, 2, 2, 16), torch.float32, device)
+    text = {"txt_weights": weights[2:]}
+    with pytest.raises(ValueError, match=r"qkv must be \[B, T, 3, H, D\] or three"):
+        qk_rms_norm(qkv[0], weights[:2])
+    with pytest.raises(ValueError, match=r"a weight of qkv must be floating point \[16\]"):
+        qk_rms_norm(qkv, (weights[0], weights[1][:8]))
+    with pytest.raises(ValueError, match="give txt_qkv and txt_weights together"):
+        qk_rms_norm(qkv, weights[:2], txt_qkv=txt)
+    with pytest.raises(ValueError, match="txt_qkv must be torch.float32 with"):
+        qk_rms_norm(qkv, weights[:2], txt_qkv=txt[:1], **text)
+    with pytest.raises(ValueError, match="q, k and v must have one dtype"):
+        qk_rms_norm([qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2].half()], weights[:2])
+    with pytest.raises(RuntimeError, match="has no gradient for"):
+        qk_rms_norm(qkv, [w.clone().requires_grad_() for w in weights[:2]], backend="triton")
+
+
+def test_explicit_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr(_runtime, "INTERPRET", False)
+    qkv, _, weights = inputs((1, 2, 1, 1, 8), torch.float32, "cpu")
+    with pytest.raises(RuntimeError, match="needs triton"):
+        qk_rms_norm(qkv, weights[:2], backend="triton")
+    torch.testing.assert_close(qk_rms_norm(qkv, weights[:2]), qk_rms_norm_ref(qkv, weights[:2]))
