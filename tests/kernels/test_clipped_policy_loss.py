@@ -119,7 +119,7 @@ def test_bad_arguments_raise():
 
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, gpu_only])]
 
 
 def to_device(inputs, device):
@@ -164,6 +164,7 @@ def test_triton_takes_the_branches_of_the_reference(clip_range, device):
         clipped_policy_loss, (*inputs[:4], old, inputs[5]), uncond, backend="torch", **settings
     )
     assert torch.equal(got.clip_fraction, want.clip_fraction)
+    torch.testing.assert_close(got.loss, want.loss, rtol=0, atol=0.05 * clip_range)
     assert 0 < want.clip_fraction < 1
     for value, expected in zip(got_grads, want_grads):
         assert torch.equal(value.flatten(1).any(1), expected.flatten(1).any(1))
@@ -233,3 +234,23 @@ def test_compiles_without_graph_break(backend, device):
         run(leaf).backward()
         grads.append(leaf.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.gpu
+def test_real_size_on_policy_exactness_and_gradients():
+    """SD3.5-medium at 512 px, bf16 velocities, as the trainer calls it."""
+    latents, noise = torch.randn(2, 8, 16, 64, 64, device="cuda")
+    velocity, uncond = torch.randn(2, 8, 16, 64, 64, device="cuda").bfloat16()
+    coefficients, advantages = COEFFICIENTS.cuda(), torch.linspace(-2, 2, 8, device="cuda")
+    guidance = {"uncond_velocity": uncond, "guidance_scale": 4.5}
+    taken = gaussian_step(latents, velocity, coefficients, noise=noise, **guidance)
+    inputs = (latents, velocity, taken.next_latents, coefficients, taken.log_prob, advantages)
+    settings = {"clip_range": 1e-5, "guidance_scale": 4.5}
+    got, got_grads = gradients(clipped_policy_loss, inputs, uncond, **settings)
+    assert torch.equal(got.ratio, torch.ones(8, device="cuda"))
+    _, eager_grads = gradients(clipped_policy_loss_ref, inputs, uncond, **settings | {"clip_range": 1e-2})
+    double = [tensor.double() for tensor in inputs]
+    settings |= {"clip_range": 1e-2, "compute_dtype": torch.float64}
+    _, true_grads = gradients(clipped_policy_loss_ref, double, uncond.double(), **settings)
+    for name, *values in zip(("velocity", "uncond_velocity"), got_grads, eager_grads, true_grads):
+        assert_error_within_budget(*values, name=f"grad of {name}")

@@ -81,7 +81,7 @@ def test_a_step_without_density_raises():
 
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, gpu_only])]
 COEFFICIENTS = torch.tensor([0.97, -0.11, 0.3])
 
 
@@ -128,6 +128,17 @@ def test_triton_log_prob_has_the_bits_of_the_step(likelihood, dtype, device):
     settings["uncond_velocity"] = uncond[1:]
     alone = gaussian_log_prob(latents[1:], velocity[1:], taken.next_latents[1:], coefficients, **settings)
     assert torch.equal(taken.log_prob[1:], alone)
+
+
+@pytest.mark.parametrize("count", [7, 4096, 9001])
+def test_triton_adds_in_the_tree_of_the_reference(count, device):
+    """With μ = 0 and a tile or less the squares round alike, so any other order of adding would change bits."""
+    zeros, next_latents = torch.zeros(3, count, device=device), torch.randn(3, count, device=device)
+    args = (zeros, zeros, next_latents, COEFFICIENTS.to(device))
+    got, expected = (gaussian_log_prob(*args, likelihood="squared_error", backend=name) for name in ("triton", "torch"))
+    if count <= 4096:
+        assert torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, rtol=3e-7, atol=0)
 
 
 def test_triton_row_without_density_is_nan(device):

@@ -124,7 +124,7 @@ def test_bad_arguments_raise():
 
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, gpu_only])]
 SHAPES = [(1, 16), (3, 4, 5, 5), (2, 3, 7), (2, 9001)]  # one tile, odd, tiny, several tiles with a ragged last one
 
 
@@ -179,6 +179,14 @@ def test_triton_draws_the_documented_noise(device):
     default = gaussian_step(zeros, zeros, unit, seed=-9, likelihood=None, backend="triton").next_latents
     expected = philox_normal(zeros.shape, seed=-9, sample_ids=torch.arange(2, device=device))
     torch.testing.assert_close(default, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_triton_draws_the_documented_noise_in_every_tile_of_a_program(device):
+    """With a log-prob one program walks through all tiles of an image, here three."""
+    zeros, unit = torch.zeros(1, 9001, device=device), torch.tensor([0.0, 0.0, 1.0], device=device)
+    noise = gaussian_step(zeros, zeros, unit, seed=4, likelihood="squared_error", backend="triton").next_latents
+    expected = philox_normal(zeros.shape, seed=4, sample_ids=torch.arange(1, device=device))
+    torch.testing.assert_close(noise, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_triton_noise_is_normal(device):

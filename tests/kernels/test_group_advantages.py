@@ -108,3 +108,12 @@ def test_bad_arguments_raise():
         group_advantages(rewards[:0], ids[:0])
     with pytest.raises(ValueError, match="eps must be >= 0"):
         group_advantages(rewards, ids, eps=-1.0)
+
+
+@pytest.mark.gpu
+def test_real_size():
+    """48 groups of 16 in random order."""
+    rewards, ids = torch.randn(768, device="cuda"), (torch.arange(768, device="cuda") % 48)[torch.randperm(768)]
+    got = group_advantages(rewards, ids, backend="triton")
+    expected = group_advantages(rewards, ids, backend="torch")
+    torch.testing.assert_close(got.advantages, expected.advantages, rtol=1e-6, atol=1e-6)

@@ -11,7 +11,7 @@ from advgrpo_kernels.testing import assert_within_budget
 
 NAMES = ("w1", "b1", "w2", "b2")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, gpu_only])]
 
 
 def make_head(D, H, device):

@@ -1,6 +1,7 @@
 """The distribution `advgrpo-kernels` on its own: what importing it does, and the wheel of `pip install ./kernels`."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -69,8 +70,9 @@ def test_the_reference_runs_without_triton():
 @pytest.mark.slow
 def test_the_wheel_works_outside_the_repository(tmp_path):
     """Built without isolation (no network), unpacked, and run from another folder."""
+    source = shutil.copytree(KERNELS, tmp_path / "source")  # a build in place would leave its folders behind
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-    built = subprocess.run([*command, "--wheel-dir", tmp_path, KERNELS], capture_output=True, text=True)
+    built = subprocess.run([*command, "--wheel-dir", tmp_path, source], capture_output=True, text=True)
     if "setuptools" in built.stderr and built.returncode:
         pytest.skip(f"the installed setuptools cannot build it: {built.stderr[-200:]}")
     assert built.returncode == 0, built.stderr

@@ -61,7 +61,7 @@ def test_bad_arguments_raise():
 
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, gpu_only])]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,3 +122,12 @@ def test_compiles_without_graph_break(device):
     patches = torch.randn(1, 5, 3, device=device)
     function = lambda x: sample_patches(x, 2, seed=1, backend="triton").patches.sin()  # noqa: E731
     assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(patches), function(patches))
+
+
+@pytest.mark.gpu
+def test_real_size():
+    patches = torch.randn(96, 1369, 768, device="cuda").bfloat16()
+    got = sample_patches(patches, 64, seed=1, normalize=True, backend="triton")
+    expected = sample_patches(patches, 64, seed=1, normalize=True, backend="torch")
+    assert torch.equal(got.indices, expected.indices)
+    torch.testing.assert_close(got.patches, expected.patches, rtol=2**-7, atol=1e-6)

@@ -79,7 +79,7 @@ def test_bad_arguments_raise():
 
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu_only)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, gpu_only])]
 NAMES = ("w1", "b1", "w2", "b2")
 
 
@@ -150,3 +150,20 @@ def test_compiles_without_graph_break(device):
     grads = [torch.autograd.grad(run(head), list(head.values())) for run in (function, compiled)]
     for value, expected in zip(*grads):
         assert torch.equal(value, expected)
+
+
+@pytest.mark.gpu
+def test_real_size_within_error_budget():
+    """DINOv2 ViT-B/14 at 518 px: 96 images, 64 of 1,369 patches, width 768."""
+    cls, patches = torch.randn(96, 768, device="cuda"), torch.randn(96, 1369, 768, device="cuda").bfloat16()
+    indices = torch.randint(0, 1369, (96, 64), device="cuda")
+    parameters = [make_head(768, 512)[name].cuda() for name in NAMES]
+
+    def reward(function):
+        def of_head(*parameters, **more):
+            return function(cls, patches, indices, dict(zip(NAMES, parameters)), **more).reward
+
+        return of_head
+
+    upstream = torch.randn(96, device="cuda")
+    assert_within_budget(reward(score_features), reward(score_features_ref), parameters, upstream)
