@@ -1,0 +1,118 @@
+"""Workloads of the transformer layer ops. Baselines round and lay out as diffusers' SD3 transformer does, eager."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import advgrpo_kernels as k
+
+from .workload import Bench, Workload, nbytes
+
+
+def _tokens(bench: Bench, width: int | None = None) -> torch.Tensor:
+    sizes = bench.sizes
+    return bench.randn(sizes.batch, sizes.tokens, width or sizes.channels, dtype=bench.dtype)
+
+
+def _modulation(bench: Bench, count: int) -> list[torch.Tensor]:
+    """[B, C] chunks of one linear's output, as AdaLN makes them."""
+    sizes = bench.sizes
+    return list(bench.randn(sizes.batch, count * sizes.channels, dtype=bench.dtype).chunk(count, dim=1))
+
+
+def _modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return normed * (1 + scale[:, None]) + shift[:, None]
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def qk_rms_norm(bench: Bench) -> Workload:
+    """Four norms, three concatenations and the transposes of a joint attention."""
+    sizes = bench.sizes
+    shape = (sizes.batch, sizes.tokens, 3, sizes.heads, sizes.head_dim)
+    qkv = bench.randn(*shape, dtype=bench.dtype)
+    txt = bench.randn(shape[0], sizes.text, *shape[2:], dtype=bench.dtype)
+    weights, txt_weights = ([bench.randn(sizes.head_dim, dtype=bench.dtype) for _ in range(2)] for _ in range(2))
+
+    def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        return normed.to(weight.dtype) * weight
+
+    def eager():
+        streams = []
+        for x, (q_weight, k_weight) in ((qkv, weights), (txt, txt_weights)):
+            q, key, value = (part.transpose(1, 2) for part in x.unbind(2))
+            streams.append((rms(q, q_weight), rms(key, k_weight), value))
+        return [torch.cat(pair, dim=2) for pair in zip(*streams)]
+
+    def ours():
+        return k.qk_rms_norm(qkv, weights, txt_qkv=txt, txt_weights=txt_weights)
+
+    return Workload(ours, eager, 2 * nbytes(qkv, txt))
+
+
+def ada_layer_norm(bench: Bench) -> Workload:
+    """The two modulated norms of a dual-attention block."""
+    x, (shift, scale, shift2, scale2) = _tokens(bench), _modulation(bench, 4)
+
+    def eager():
+        normed = _norm(x)
+        return _modulate(normed, shift, scale), _modulate(normed, shift2, scale2)
+
+    return Workload(lambda: k.ada_layer_norm(x, shift, scale, shift2, scale2), eager, 3 * nbytes(x))
+
+
+def ada_layer_norm_backward(bench: Bench) -> Workload:
+    """The same with the gradient of x."""
+    forward, (x, dy, dy2) = _modulation(bench, 4), (_tokens(bench) for _ in range(3))
+    x.requires_grad_()
+    shift, scale, shift2, scale2 = forward
+
+    def eager():
+        normed = _norm(x)
+        return torch.autograd.grad((_modulate(normed, shift, scale), _modulate(normed, shift2, scale2)), x, (dy, dy2))
+
+    def ours():
+        return torch.autograd.grad(k.ada_layer_norm(x, shift, scale, shift2, scale2), x, (dy, dy2))
+
+    return Workload(ours, eager, 3 * nbytes(x) + 4 * nbytes(x))
+
+
+def gated_residual(bench: Bench) -> Workload:
+    """The attention's result added to the residual, and the feed-forward layer's norm of the sum."""
+    residual, out = _tokens(bench), _tokens(bench)
+    gate, shift, scale = _modulation(bench, 3)
+
+    def eager():
+        hidden = residual + gate[:, None] * out
+        return hidden, _norm(hidden) * (1 + scale[:, None]) + shift[:, None]
+
+    return Workload(
+        lambda: k.gated_residual(residual, out, gate, shift=shift, scale=scale), eager, 4 * nbytes(residual)
+    )
+
+
+def gelu(bench: Bench) -> Workload:
+    """Bias and GELU between the two linears of a feed-forward layer."""
+    x, bias = _tokens(bench, bench.sizes.mlp), bench.randn(bench.sizes.mlp, dtype=bench.dtype)
+    return Workload(lambda: k.gelu(x, bias), lambda: F.gelu(x + bias, approximate="tanh"), 2 * nbytes(x))
+
+
+def fp8_quantize(bench: Bench) -> Workload:
+    """A linear's input, one scale per row."""
+    x = _tokens(bench)
+    rows = x.numel() // x.shape[-1]
+    return Workload(lambda: k.fp8_quantize(x), lambda: k.fp8_quantize_ref(x), nbytes(x) + x.numel() + 4 * rows)
+
+
+def fp8_linear(bench: Bench) -> Workload:
+    """The first linear of a feed-forward layer on quantised inputs, against the bf16 linear."""
+    sizes = bench.sizes
+    x, weight = _tokens(bench), bench.randn(sizes.mlp, sizes.channels, dtype=bench.dtype) / sizes.channels**0.5
+    x8, weight8 = k.fp8_quantize(x), k.fp8_quantize(weight)
+    flops = 2 * sizes.batch * sizes.tokens * sizes.channels * sizes.mlp
+    moved = x.numel() + weight.numel() + 2 * sizes.batch * sizes.tokens * sizes.mlp
+    return Workload(lambda: k.fp8_linear(x8, weight8), lambda: F.linear(x, weight), moved, flops)

@@ -1,0 +1,152 @@
+"""Sceptical timing: cold L2, interleaved variants, medians with their spread, limits measured in the same run.
+
+On a GPU every call is timed by CUDA events behind the write of a buffer much larger than the L2 cache. That write takes
+longer than enqueueing a call, so the events enclose the kernels' time, not the host's: launch overhead is counted
+elsewhere (tests/kernels/test_launch_counts.py). On a CPU the clock is perf_counter, and the figures only show that the
+benchmark runs.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+FLUSH_BYTES = 2**30  # 20 times the L2 of an H200, ~0.25 ms to write
+BOOTSTRAP_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Microseconds."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of the baseline over ours (above 1: ours is faster) with a bootstrap 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What this device reaches in this run; a copy counts the bytes read and written."""
+
+    copy_gb_s: float
+    matmul_tflop_s: float
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], object]], device: str, *, repeats: int, warmup: int
+) -> dict[str, np.ndarray]:
+    """Time one call of each variant in turn, `repeats` rounds, each starting with another one: us [repeats] by name."""
+    for run in variants.values():
+        for _ in range(warmup):
+            run()
+    clock = _cuda_clock() if device == "cuda" else _host_clock
+    names = list(variants)
+    times: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
+    for i in range(repeats):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            times[name].append(clock(variants[name]))
+    return {name: np.array([read() for read in readings]) for name, readings in times.items()}
+
+
+def summarise(times: np.ndarray) -> Summary:
+    return Summary(*(float(np.percentile(times, p)) for p in (50, 10, 90)))
+
+
+def ratio(baseline: np.ndarray, ours: np.ndarray, seed: int = 0) -> Ratio:
+    """Both arrays are resampled together, because the i-th calls were neighbours in time."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(len(ours), size=(BOOTSTRAP_DRAWS, len(ours)))
+    draws = np.median(baseline[picks], axis=1) / np.median(ours[picks], axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Ratio(float(np.median(baseline) / np.median(ours)), float(low), float(high))
+
+
+def calibrate(device: str, *, repeats: int = 20) -> Calibration:
+    """Copy bandwidth and matrix-product rate: bf16 8192³ on a GPU; 512³ float32 and 32 MiB on a CPU."""
+    on_gpu = device == "cuda"
+    side, dtype, elements = (8192, torch.bfloat16, 2**30) if on_gpu else (512, torch.float32, 2**23)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(elements, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    runs = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
+    medians = {k: np.median(v) * 1e-6 for k, v in interleave(runs, device, repeats=repeats, warmup=3).items()}
+    copied = 2 * source.numel() * source.element_size()
+    return Calibration(copied / medians["copy"] / 1e9, 2 * side**3 / medians["matmul"] / 1e12)
+
+
+def environment(device: str) -> dict[str, object]:
+    """What a figure depends on."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    facts = {"device": device, "torch": torch.__version__, "triton": triton_version, "commit": commit}
+    facts["python"] = platform.python_version()
+    if device == "cuda":
+        query = "name,driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit"
+        facts["gpu"], facts["nvidia_smi"] = (
+            torch.cuda.get_device_name(),
+            _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        )
+        facts["cuda"] = torch.version.cuda
+    else:
+        facts["cpu"], facts["threads"] = platform.processor() or platform.machine(), torch.get_num_threads()
+        facts["note"] = "cpu: not a GPU figure"
+    return facts
+
+
+def as_json(value: Summary | Ratio | Calibration | None) -> dict[str, float] | None:
+    return None if value is None else asdict(value)
+
+
+def _host_clock(run: Callable[[], object]) -> Callable[[], float]:
+    start = time.perf_counter()
+    run()
+    elapsed = (time.perf_counter() - start) * 1e6
+    return lambda: elapsed
+
+
+def _cuda_clock() -> Callable[[Callable[[], object]], Callable[[], float]]:
+    """Events are read at the end of all calls, so nothing waits for the device in between."""
+    buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def clock(run: Callable[[], object]) -> Callable[[], float]:
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        buffer.zero_()
+        start.record()
+        run()
+        end.record()
+
+        def read() -> float:
+            end.synchronize()
+            return start.elapsed_time(end) * 1e3
+
+        return read
+
+    return clock
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
