@@ -28,6 +28,8 @@ class Due:
 def due(config: AdversarySection, iteration: int, generated: float, reference: float, optimizer_steps: int) -> Due:
     """The schedule (METHOD section 6): `generated` and `reference` are mean rewards before any head update."""
     updates = config.updates_per_iteration
+    if iteration < config.warmup_iterations:
+        return Due(config.warmup_updates, False)
     if config.schedule == "never":
         return Due(0, True)
     if config.schedule == "always":
@@ -109,9 +111,9 @@ class HeadTrainer:
         self.reduce, self.rank, self.world_size = reduce, rank, world_size
         self.replay = ReplayBuffer(self.config.replay_capacity)
 
-    def train(self, batch: HeadBatch, iteration: int, updates: int, purpose: str = "head") -> list[float]:
+    def train(self, batch: HeadBatch, iteration: int, updates: int) -> list[float]:
         """Run head updates; returns the loss before each of them."""
-        losses = [self._update(batch, iteration, number, purpose) for number in range(updates)]
+        losses = [self._update(batch, iteration, number) for number in range(updates)]
         return torch.stack(losses).tolist() if losses else []
 
     @torch.no_grad()
@@ -141,17 +143,17 @@ class HeadTrainer:
         order = ids.argsort()
         self.replay.add(Features(gather(chosen.cls)[order], gather(chosen.patches)[order]))
 
-    def _update(self, batch: HeadBatch, iteration: int, number: int, purpose: str) -> torch.Tensor:
-        generator = rng.generator(self.seed, f"{purpose}_batch", iteration, number)
+    def _update(self, batch: HeadBatch, iteration: int, number: int) -> torch.Tensor:
+        generator = rng.generator(self.seed, "head_batch", iteration, number)
         count = min(self.config.batch_size, batch.total)
         replayed = min(int(self.config.replay_share * count), count - 1) if len(self.replay) else 0
         order = torch.randperm(batch.total, generator=generator)[:count]
         slots = torch.randint(max(len(self.replay), 1), (replayed,), generator=generator)
 
         on_this_process = torch.isin(batch.image_ids.cpu(), order).nonzero().flatten()
-        reference, _ = self._choose(batch, on_this_process, iteration, number, purpose)
+        reference, _ = self._choose(batch, on_this_process, iteration, number, "head")
         fresh = torch.isin(batch.image_ids.cpu(), order[replayed:]).nonzero().flatten()
-        _, generated = self._choose(batch, fresh, iteration, number, purpose)
+        _, generated = self._choose(batch, fresh, iteration, number, "head")
         if replayed:
             mine = slots[self.rank :: self.world_size].to(generated.cls.device)
             generated = Features.cat([generated, self.replay.rows(mine)])

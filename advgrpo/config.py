@@ -178,8 +178,10 @@ class AdversarySection(_Section):
     """Head updates per optimizer step of the generator; used by schedule "ratio"."""
     alternate_period: Annotated[int, Field(ge=2)] = 10
     """Schedule "alternate": of this many iterations only the last trains the generator."""
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
-    """Head updates on the first rollout before its rewards are used: a random head is a random reward."""
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    """First iterations that train only the head, whatever the schedule: a random head is a random reward."""
+    warmup_updates: Positive = 10
+    """Head updates in each of those iterations."""
     batch_size: Positive = 64
     """Generated pictures, and as many references, per head update."""
     replay_capacity: Annotated[int, Field(ge=0)] = 1024

@@ -42,10 +42,11 @@ class Evaluator:
         mine = self.prompts[self.distributed.rank :: self.distributed.world_size]
         numbers = range(self.distributed.rank, len(self.prompts), self.distributed.world_size)
         scores = {name: [] for name in self.config.evaluation.metrics}
-        for prompt, number in zip(mine, numbers):
-            images = self.pictures([prompt] * images_per_prompt, self._ids(number, images_per_prompt))
-            for name, values in scores.items():
-                values.append(_METRICS[name](self, images, prompt))
+        with self.distributed.monitored("evaluate"):  # shares differ in time; the gather below does not wait for them
+            for prompt, number in zip(mine, numbers):
+                images = self.pictures([prompt] * images_per_prompt, self._ids(number, images_per_prompt))
+                for name, values in scores.items():
+                    values.append(_METRICS[name](self, images, prompt))
         result = {}
         for name, values in scores.items():
             local = torch.cat(values).double() if values else torch.zeros(0, dtype=torch.float64)

@@ -32,7 +32,11 @@ class FastPaths:
         plain = "" if fast else "--no-fast"
         merged_off = plain or ("" if lora else "full fine-tuning has no adapters to merge")
         rows = (
-            _row("shared prefix", plain, "one trajectory per prompt up to the window's first step, in sampling and update"),
+            _row(
+                "shared prefix",
+                plain,
+                "one trajectory per prompt up to the window's first step, in sampling and update",
+            ),
             _row("merged LoRA", merged_off, "ODE steps run merged weights: no adapter matmuls"),
             _row("fused AdamW", plain, "one call for all parameters"),
             _row("Triton kernels", plain or gpu_only, "fused step, loss, advantages, patches and head"),

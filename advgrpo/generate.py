@@ -1,6 +1,6 @@
 """Pictures from a base model, a trained LoRA, or both side by side.
 
-    python -m advgrpo.generate --lora runs/tiny/lora --base --prompt "a small red star on the left of a blue background"
+python -m advgrpo.generate --lora runs/tiny/lora --base --prompt "a small red star on the left of a blue background"
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def draw(pipe, options: Generate, prompt: str) -> torch.Tensor:
         max_sequence_length=options.max_sequence_length or (12 if tiny else 128),
         height=side,
         width=side,
-        generator=[
-            torch.Generator().manual_seed(options.seed + k) for k in range(options.images_per_prompt)
-        ],
+        generator=[torch.Generator().manual_seed(options.seed + k) for k in range(options.images_per_prompt)],
         output_type="pt",
     ).images
     return images.float().cpu()

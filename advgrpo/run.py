@@ -169,7 +169,7 @@ class Run:
         )
         if not self.base:
             self.base = self._evaluate_base()
-        self._draw_base()
+        self._draw_samples("base")
         with tracker, self._signals():
             while trainer.iteration < config.iterations:
                 metrics = trainer.iterate()
@@ -195,7 +195,7 @@ class Run:
     def _evaluate(self, images_per_prompt: int) -> dict[str, float]:
         if not self.evaluator.prompts:
             return {}
-        with self.trainer.ema.swap(), self.distributed.monitored("evaluate"):
+        with self.trainer.ema.swap():
             return self.evaluator.run(images_per_prompt)
 
     def _evaluate_base(self) -> dict[str, float]:
@@ -203,8 +203,10 @@ class Run:
         if not self.evaluator.prompts:
             return {}
         self.console.print(f"evaluating the base model on {len(self.evaluator.prompts)} held-out prompts")
-        with self.distributed.monitored("evaluate the base model"):
-            return self.evaluator.base().run(self.config.evaluation.images_per_prompt)
+        base = self.evaluator.base().run(self.config.evaluation.images_per_prompt)
+        shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in base.items())
+        self.console.print(f"base model: {shown}")
+        return base
 
     def _finish(self) -> None:
         """Export, final evaluation, pictures and summary."""
@@ -229,23 +231,22 @@ class Run:
 
     # -- pictures -------------------------------------------------------------------------------------------------------
 
-    def _draw_base(self) -> None:
-        if not self.distributed.is_main or not self.evaluator.prompts:
-            return
-        self.samples["base"] = self.evaluator.base().grid_pictures()
-        self._write_grid("base", ["base"])
-
     def _draw_samples(self, name: str) -> None:
-        if not self.distributed.is_main or not self.evaluator.prompts:
-            return
-        with self.trainer.ema.swap():
-            self.samples["trained"] = self.evaluator.grid_pictures()
-        self._write_grid(name, ["base", "trained"])
+        """OUT/samples/NAME.png: base, trained (but for the base's own grid) and reference pictures."""
+        with self.distributed.monitored("draw samples"):  # rank 0 draws, the others wait
+            if not self.distributed.is_main or not self.evaluator.prompts:
+                return
+            if name == "base":
+                self.samples["base"] = self.evaluator.base().grid_pictures()
+            else:
+                with self.trainer.ema.swap():
+                    self.samples["trained"] = self.evaluator.grid_pictures()
+            self._write_grid(name)
 
-    def _write_grid(self, name: str, columns: list[str]) -> None:
+    def _write_grid(self, name: str) -> None:
         rows = []
         for number, (prompt, _) in enumerate(self.samples["base"]):
-            blocks = [(column, self.samples[column][number][1]) for column in columns]
+            blocks = [(column, pictures[number][1]) for column, pictures in self.samples.items()]
             files = self.evaluator.references.references.files(prompt)[:4]
             size = blocks[0][1].shape[-2:]
             references = self.evaluator.references.references.load_images(files, size=tuple(size))

@@ -1,9 +1,9 @@
 """Train a text-to-image flow model with an adversarial reward.
 
-    python -m advgrpo.train --fast                                   # the embedded tiny default
-    python -m advgrpo.train --preset sd35m-dino-paper --data.prompts p.txt --data.references refs/
-    torchrun --nproc-per-node=8 -m advgrpo.train --preset ...        # the same run on 8 GPUs
-    python -m advgrpo.train --resume runs/tiny                       # as if never stopped
+python -m advgrpo.train --fast                                   # the embedded tiny default
+python -m advgrpo.train --preset sd35m-dino-paper --data.prompts p.txt --data.references refs/
+torchrun --nproc-per-node=8 -m advgrpo.train --preset ...        # the same run on 8 GPUs
+python -m advgrpo.train --resume runs/tiny                       # as if never stopped
 """
 
 from __future__ import annotations

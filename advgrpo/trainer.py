@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+
 from advgrpo_kernels import group_advantages
 
 from . import rng
@@ -93,14 +94,8 @@ class Trainer:
             rollout = self.rollout(table, iteration)
         with phases.measure("score", device):
             features, reference = self.features(rollout, iteration)
-        batch = HeadBatch(
-            rollout.image_ids.to(device), features, reference, total=self.config.images_per_iteration
-        )
-        with phases.measure("adversary", device):
-            if iteration == 0 and self.config.adversary.warmup_updates:
-                self.head_trainer.train(batch, iteration, self.config.adversary.warmup_updates, purpose="head_warmup")
-        with phases.measure("score", device):
             scored = self.score(rollout, features, reference, iteration)
+        batch = HeadBatch(rollout.image_ids.to(device), features, reference, total=self.config.images_per_iteration)
         with phases.measure("adversary", device):
             plan, head_metrics = self.train_head(batch, scored, iteration)
         with phases.measure("update", device):
@@ -253,7 +248,6 @@ class Trainer:
             "log_prob_drift_max": max(self.distributed.gather_json(stats[0].max_drift())),
             "grad_norm": sum(norms) / len(norms),
         }
-
 
     # -- state ----------------------------------------------------------------------------------------------------------
 

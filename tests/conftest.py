@@ -67,21 +67,30 @@ def unit_backbone(tmp_path_factory) -> str:
 
 @pytest.fixture
 def unit_config(unit_pipeline, unit_backbone, tmp_path):
-    """A run of seconds: 2 groups of 4, untrained models, shipped prompts and references, own caches."""
-    from advgrpo import config
+    """A run of seconds: 2 groups of 4, untrained models, a few shipped prompts and their references, own caches."""
+    from advgrpo import config, tiny
 
+    for name, shipped, count in (
+        ("prompts", tiny.prompts_file(), 6),
+        ("held_out_prompts", tiny.held_out_prompts_file(), 3),
+    ):
+        (tmp_path / f"{name}.txt").write_text("\n".join(shipped.read_text().splitlines()[:count]))
     settings = {
         "iterations": 2,
         "output_dir": str(tmp_path / "run"),
         "model": {"path": unit_pipeline, "lora": {"rank": 4, "alpha": 8}},
-        "data": {"cache_dir": str(tmp_path / "cache")},
+        "data": {
+            "prompts": str(tmp_path / "prompts.txt"),
+            "held_out_prompts": str(tmp_path / "held_out_prompts.txt"),
+            "cache_dir": str(tmp_path / "cache"),
+        },
         "rollout": {"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 4, "num_steps": 4},
         "adversary": {
             "backbone": unit_backbone,
             "hidden_size": 16,
             "num_patches": 8,
             "updates_per_iteration": 2,
-            "warmup_updates": 2,
+            "warmup_iterations": 0,
             "batch_size": 6,
             "replay_capacity": 16,
         },

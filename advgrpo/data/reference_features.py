@@ -9,9 +9,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from advgrpo_kernels import philox_permutation
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from advgrpo_kernels import philox_permutation
 
 from ..types import Features
 from .references import ReferenceSet

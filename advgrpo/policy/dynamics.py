@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from advgrpo_kernels import transition_coefficients
 
 from .. import rng

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from advgrpo_kernels import gaussian_step, philox_normal
 
 from ..types import Conditioning, WindowStep

@@ -106,7 +106,9 @@ class SD3Policy:
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         config = self._scheduler.config
         if config.get("use_dynamic_shifting"):
-            raise UserError("model.path: schedulers with use_dynamic_shifting are not supported; SD3 uses a fixed shift")
+            raise UserError(
+                "model.path: schedulers with use_dynamic_shifting are not supported; SD3 uses a fixed shift"
+            )
         self._scheduler.set_timesteps(num_steps)
         return self._scheduler.sigmas.double(), self._scheduler.timesteps.float()
 

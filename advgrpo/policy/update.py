@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
 from advgrpo_kernels import clipped_policy_loss, gaussian_step
 
 from ..config import Config

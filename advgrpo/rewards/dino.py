@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from advgrpo_kernels import hinge_head_loss, sample_patches, score_features
 from transformers import Dinov2Model
+
+from advgrpo_kernels import hinge_head_loss, sample_patches, score_features
 
 from .. import rng
 from ..config import AdversarySection
@@ -81,9 +82,7 @@ class DinoAdversary:
 
     def __init__(self, config: AdversarySection, *, device: torch.device, seed: int):
         self.config, self.seed = config, seed
-        self.backbone = DinoBackbone(
-            config.backbone, image_size=config.image_size, dtype=config.dtype, device=device
-        )
+        self.backbone = DinoBackbone(config.backbone, image_size=config.image_size, dtype=config.dtype, device=device)
         if config.num_patches > min(self.backbone.num_patches, config.cached_patches):
             raise UserError(
                 f"adversary.num_patches = {config.num_patches} exceeds the backbone's {self.backbone.num_patches} "
@@ -125,6 +124,8 @@ class DinoAdversary:
 
     def chosen_patches(self, features: Features, sample_ids: torch.Tensor, seed: int) -> Features:
         """The features with `num_patches` random patches each, keyed by (seed, sample id)."""
+        if len(features) == 0:  # this process holds none of the drawn pictures
+            return Features(features.cls, features.patches[:, : self.config.num_patches])
         sample = sample_patches(features.patches, self.config.num_patches, seed=seed, sample_ids=sample_ids)
         return Features(features.cls, sample.patches)
 

@@ -56,16 +56,20 @@ def reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def draw(scenes: list[Scene], count: int, vae: AutoencoderKL, generator: torch.Generator):
-    """Pictures, their scenes, drawing error in [0, 1] and object coverage per patch; every other one through the VAE."""
+    """Pictures, scenes, drawing errors [B, 3] in [0, 1] and object coverage per patch; every other one through the VAE.
+
+    Outline, edge and paint are rough independently, so that none can stand in for another: a backbone that only sees
+    soft edges would let the generator win by sharpening crooked outlines.
+    """
     chosen = [scenes[i] for i in torch.randint(len(scenes), (count,), generator=generator).tolist()]
-    roughness = sample_roughness(count, generator)
+    roughness = sample_roughness(3 * count, generator).view(count, 3)
     pictures, alpha = render(chosen, generator, roughness=roughness, return_coverage=True)
     ghosts = torch.rand(count, generator=generator) < _GHOST_SHARE
     weight = 0.3 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)
     blended = torch.lerp(pictures, pictures.roll(1, 0), weight)
     pictures = torch.where(ghosts.view(-1, 1, 1, 1), blended, pictures)
     pictures[::2] = reconstruct(vae, pictures[::2])
-    error = torch.where(ghosts, torch.ones(count), roughness)
+    error = torch.where(ghosts[:, None], torch.ones(count, 3), roughness)
     return pictures, chosen, error, ghosts, F.avg_pool2d(alpha, 4).flatten(1)
 
 
@@ -75,8 +79,8 @@ class Heads(torch.nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.attributes = torch.nn.ModuleDict({n: torch.nn.Linear(width, len(v)) for n, v in ATTRIBUTES.items()})
-        self.cls_error = torch.nn.Linear(width, 1)
-        self.patch = torch.nn.Linear(width, 2)  # coverage, error
+        self.cls_error = torch.nn.Linear(width, 3)  # outline, edge, paint
+        self.patch = torch.nn.Linear(width, 4)  # coverage, then the same three
 
     def loss(self, tokens: torch.Tensor, scenes: list[Scene], error, ghosts, coverage) -> torch.Tensor:
         cls, patches = tokens[:, 0], tokens[:, 1:]
@@ -84,10 +88,10 @@ class Heads(torch.nn.Module):
         total = sum(
             F.cross_entropy(self.attributes[name](cls[clean]), target[clean]) for name, target in labels(scenes).items()
         )
-        total = total + 4 * F.mse_loss(self.cls_error(cls).squeeze(1), error)
+        total = total + 12 * F.mse_loss(self.cls_error(cls), error)
         read = self.patch(patches)
         total = total + 4 * F.mse_loss(read[clean][..., 0], coverage[clean])
-        return total + 2 * F.mse_loss(read[..., 1], error[:, None].expand(-1, patches.shape[1]))
+        return total + 3 * F.mse_loss(read[..., 1:], error[:, None].expand(-1, patches.shape[1], -1))
 
 
 def train(model: Dinov2Model, vae: AutoencoderKL, steps: int, batch: int, seed: int) -> list[dict]:
@@ -115,27 +119,26 @@ def train(model: Dinov2Model, vae: AutoencoderKL, steps: int, batch: int, seed: 
 
 @torch.no_grad()
 def _cls_features(model, scenes: list[Scene], vae, generator, repeats: int):
-    features, targets, rough = [], [], []
+    """Class tokens of drawings whose outline, edge and paint are each crisp or rough (0.5), and what they show."""
+    features, targets = [], []
     for _ in range(repeats):
         chosen = [scenes[i] for i in torch.randint(len(scenes), (128,), generator=generator).tolist()]
-        roughness = torch.where(torch.rand(128, generator=generator) < 0.5, 0.0, 0.5)
-        pictures = reconstruct(vae, render(chosen, generator, roughness=roughness))
+        rough = torch.rand(128, 3, generator=generator) < 0.5
+        pictures = reconstruct(vae, render(chosen, generator, roughness=0.5 * rough))
         features.append(model((pictures - MEAN) / STD).last_hidden_state[:, 0])
-        targets.append(labels(chosen))
-        rough.append((roughness > 0).long())
-    joined = {name: torch.cat([t[name] for t in targets]) for name in ATTRIBUTES}
-    return torch.cat(features), {**joined, "quality": torch.cat(rough)}
+        targets.append({**labels(chosen), **dict(zip(("outline", "edge", "paint"), rough.long().unbind(1)))})
+    return torch.cat(features), {name: torch.cat([t[name] for t in targets]) for name in targets[0]}
 
 
-def probe(model: Dinov2Model, vae: AutoencoderKL, seed: int) -> dict[str, float]:
-    """Accuracy of ridge-regression read-outs of the class token on unseen combinations; quality is crisp or rough."""
+def probe(model: Dinov2Model, vae: AutoencoderKL, seed: int, batches: int = 40) -> dict[str, float]:
+    """Accuracy of ridge-regression read-outs of the class token on unseen combinations, from `batches` of 128."""
     generator = torch.Generator().manual_seed(seed + 1)
     seen, unseen = split_scenes()
-    x, targets = _cls_features(model, seen, vae, generator, 40)
-    x_test, targets_test = _cls_features(model, unseen, vae, generator, 12)
+    x, targets = _cls_features(model, seen, vae, generator, batches)
+    x_test, targets_test = _cls_features(model, unseen, vae, generator, batches // 3)
     mean = x.mean(0)
     x, x_test = F.pad(x - mean, (0, 1), value=1.0), F.pad(x_test - mean, (0, 1), value=1.0)
-    gram = x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1]) * x.var()
+    gram = x.T @ x + 1e-4 * len(x) * torch.eye(x.shape[1]) * x.var()
     accuracy = {}
     for name, target in targets.items():
         weights = torch.linalg.solve(gram, x.T @ F.one_hot(target).float())
@@ -147,13 +150,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True, help="pipeline folder whose VAE is used")
     parser.add_argument("--output", type=Path, required=True, help="backbone folder to write")
+    parser.add_argument("--init", type=Path, help="continue from this backbone's weights, with new training heads")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(args.pipeline / "vae").requires_grad_(False).eval()
     model = architecture.backbone(seed=args.seed)
-    untrained = probe(model.eval(), vae, args.seed)
+    if args.init:
+        model = Dinov2Model.from_pretrained(args.init)
+    untrained = probe(architecture.backbone(seed=args.seed).eval(), vae, args.seed)
     curve = train(model, vae, args.steps, args.batch, args.seed)
     accuracy = probe(model, vae, args.seed)
     args.output.mkdir(parents=True, exist_ok=True)

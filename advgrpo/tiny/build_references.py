@@ -1,6 +1,6 @@
 """Draw the reference set: 8 crisp pictures per prompt, prompt lists, and references.json.
 
-    python -m advgrpo.tiny.build_references --output advgrpo/tiny/assets
+python -m advgrpo.tiny.build_references --output advgrpo/tiny/assets
 """
 
 from __future__ import annotations

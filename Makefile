@@ -1,0 +1,42 @@
+# Two commands for a fresh clone: `make train` and `make test`. ARGS="..." is passed on.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: train test lint tiny-assets clean
+
+train: $(VENV)/.train
+	$(BIN)/python -m advgrpo.train --fast $(ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Rebuild what advgrpo/tiny/assets ships; about an hour on two CPU cores.
+tiny-assets: $(VENV)/.train
+	$(BIN)/python -m advgrpo.tiny.build_references --output advgrpo/tiny/assets
+	$(BIN)/python -m advgrpo.tiny.build_pipeline --output advgrpo/tiny/assets/pipeline
+	$(BIN)/python -m advgrpo.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
+	  --output advgrpo/tiny/assets/backbone
+	$(BIN)/python -m advgrpo.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
+	  --init advgrpo/tiny/assets/backbone --steps 3000 --seed 1 --output advgrpo/tiny/assets/backbone
+
+$(VENV)/.pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.train: $(VENV)/.pip pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[train]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.pip pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/.train
+
+clean:
+	rm -rf $(VENV) build *.egg-info

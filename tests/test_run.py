@@ -1,0 +1,370 @@
+"""Whole runs on untrained unit models: what they leave, exact resume, signals, several processes, bad input.
+
+Bugs planted while writing, each seen red: EMA left out of the checkpoint; replay buffer left out; iteration off by one
+after resume; reference draw keyed by rank; loss weighted by the local instead of the global number of pictures.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from advgrpo import config
+from advgrpo.distributed import Distributed
+from advgrpo.errors import UserError
+from advgrpo.run import Run
+from advgrpo.train import main
+
+ROOT = Path(__file__).parent.parent
+METRICS = [
+    "iteration",
+    "reward_generated",
+    "reward_reference",
+    "reward_std",
+    "zero_std_fraction",
+    "adversary_loss",
+    "adversary_accuracy",
+    "adversary_updates",
+    "policy_loss",
+    "kl",
+    "ratio_mean",
+    "clip_fraction",
+    "pre_update_clip_fraction",
+    "log_prob_drift_max",
+    "grad_norm",
+    "dino_similarity",
+    "images_per_second",
+    "seconds",
+    "seconds_sample",
+    "seconds_score",
+    "seconds_adversary",
+    "seconds_update",
+]
+
+
+def run(settings, *, resume=False) -> Run:
+    made = Run(settings, Distributed.start("cpu"), resume=resume, console=Console(quiet=True))
+    made.train()
+    return made
+
+
+def metrics(folder) -> list[dict]:
+    """Without what depends on the clock."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def command(settings, tmp_path, *flags: str, processes: int = 1) -> list[str]:
+    file = tmp_path / "settings.yaml"
+    file.write_text(config.dump(settings))
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29517"]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "advgrpo.train", "--config", str(file), *flags]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+
+
+def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        file = folder / "metrics.jsonl"
+        if file.exists() and file.read_text().count("\n") >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} iterations within two minutes")
+
+
+def test_what_a_run_leaves(unit_config, unit_pipeline):
+    unit_config.output.tensorboard = True
+    unit_config.evaluation.every = 1
+    run(unit_config)
+    folder = Path(unit_config.output_dir)
+    assert config.load(file=folder / "config.yaml") == unit_config
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for number, row in enumerate(rows):
+        assert set(METRICS) <= row.keys()
+        assert row["iteration"] == number
+        assert row["log_prob_drift_max"] == 0
+        assert row["pre_update_clip_fraction"] == 0
+    assert "eval_dino_similarity" in rows[0]
+    assert list((folder / "tensorboard").iterdir())
+    for picture in ("curves.png", "samples/base.png", "samples/iteration-000001.png", "samples/final.png"):
+        assert min(Image.open(folder / picture).size) > 200
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["seed"] == 42
+    assert set(summary["base"]) == set(summary["final"]) == {"dino_similarity", "rule_accuracy"}
+    assert summary["iterations"] == 2
+    pipe = StableDiffusion3Pipeline.from_pretrained(unit_pipeline)
+    pipe.load_lora_weights(folder / "lora")
+    assert pipe.get_active_adapters()
+
+
+def test_same_seed_same_losses_and_another_seed_others(unit_config, tmp_path):
+    run(unit_config)
+    again = unit_config.model_copy(deep=True)
+    again.output_dir = str(tmp_path / "again")
+    run(again)
+    assert metrics(again.output_dir) == metrics(unit_config.output_dir)
+    other = unit_config.model_copy(deep=True)
+    other.output_dir, other.seed = str(tmp_path / "other"), 43
+    run(other)
+    assert metrics(other.output_dir)[0]["reward_generated"] != metrics(unit_config.output_dir)[0]["reward_generated"]
+
+
+@pytest.mark.slow
+def test_kill_and_resume_equals_never_having_stopped(unit_config, tmp_path):
+    unit_config.iterations = 6
+    unit_config.output.checkpoint_every = 3
+    whole = unit_config.model_copy(deep=True)
+    whole.output_dir = str(tmp_path / "whole")
+    subprocess.run(command(whole, tmp_path), env=environment(), check=True, capture_output=True, timeout=300)
+    folder = Path(unit_config.output_dir)
+    process = subprocess.Popen(command(unit_config, tmp_path), env=environment(), stdout=subprocess.PIPE)
+    wait_for_rows(folder, 4, process)  # one iteration past the checkpoint: it must be repeated exactly
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    resume = [sys.executable, "-m", "advgrpo.train", "--resume", str(folder)]
+    subprocess.run(resume, env=environment(), check=True, capture_output=True, timeout=300)
+    assert metrics(folder) == metrics(whole.output_dir)
+    name = "lora/pytorch_lora_weights.safetensors"
+    ours, theirs = load_file(folder / name), load_file(Path(whole.output_dir) / name)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    last = "checkpoints/iteration-000006/tensors.safetensors"
+    ours, theirs = load_file(folder / last), load_file(Path(whole.output_dir) / last)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if k != "rng.torch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit_cleanly(unit_config, tmp_path, number):
+    unit_config.iterations = 1000
+    process = subprocess.Popen(
+        command(unit_config, tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    folder = Path(unit_config.output_dir)
+    wait_for_rows(folder, 2, process)
+    process.send_signal(number)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "--resume" in shown.replace("\n", "")
+    done = len(metrics(folder))
+    assert (folder / "checkpoints" / f"iteration-{done:06d}" / "manifest.json").exists()
+    unit_config.iterations = done + 1
+    run(unit_config, resume=True)
+    assert len(metrics(folder)) == done + 1
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(unit_config, tmp_path):
+    unit_config.iterations = 3
+    unit_config.rollout.prompts_per_iteration = 4
+    unit_config.rollout.micro_batch = 2  # a group of four spans both processes
+    unit_config.update.kl_weight = 0.01
+    run(unit_config)
+    two = unit_config.model_copy(deep=True)
+    two.output_dir = str(tmp_path / "two")
+    done = subprocess.run(
+        command(two, tmp_path, processes=2), env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    alone, together = metrics(unit_config.output_dir), metrics(two.output_dir)
+    assert len(alone) == len(together) == 3
+    for one, both in zip(alone, together):
+        assert both == pytest.approx(one, abs=1e-6, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_failing_rank_ends_all_with_its_error(unit_config, tmp_path):
+    """An exception on rank 1 alone: both end within a minute, and both say why."""
+    unit_config.rollout.micro_batch = 2
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import os, sys\n"
+        "from advgrpo import trainer\n"
+        "from advgrpo.train import main\n"
+        "real = trainer.Trainer.rollout\n"
+        "def rollout(self, table, iteration):\n"
+        "    if self.distributed.rank == 1 and iteration == 1:\n"
+        "        raise RuntimeError('planted failure')\n"
+        "    return real(self, table, iteration)\n"
+        "trainer.Trainer.rollout = rollout\n"
+        "sys.exit(main())\n"
+    )
+    line = command(unit_config, tmp_path, processes=2)
+    line[line.index("-m", 3) : line.index("-m", 3) + 2] = [str(script)]
+    started = time.monotonic()
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "planted failure" in done.stdout + done.stderr
+    assert time.monotonic() - started < 75  # start-up included
+
+
+def test_fast_and_plain_runs_have_the_same_losses(unit_config, tmp_path):
+    run(unit_config)
+    plain = unit_config.model_copy(deep=True)
+    plain.output_dir, plain.fast = str(tmp_path / "plain"), False
+    run(plain)
+    for fast, slow in zip(metrics(unit_config.output_dir), metrics(plain.output_dir)):
+        assert fast == pytest.approx(slow, rel=2e-3, abs=2e-4)
+
+
+def test_alternate_schedule_leaves_the_generator_alone(unit_config):
+    unit_config.adversary.schedule = "alternate"
+    unit_config.adversary.alternate_period = 2
+    run(unit_config)
+    first, second = metrics(unit_config.output_dir)
+    assert (first["adversary_updates"], first["policy_loss"]) == (2, None)
+    assert second["adversary_updates"] == 0
+    assert second["grad_norm"] > 0
+
+
+def test_full_fine_tuning_runs_and_exports_a_transformer(unit_config):
+    unit_config.model.train = "full"
+    unit_config.iterations = 1
+    run(unit_config)
+    assert (Path(unit_config.output_dir) / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_nan_reward_stops_the_run_with_the_prompts_name(unit_config, monkeypatch):
+    made = Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+    monkeypatch.setattr(made.trainer.adversary.head["b2"], "data", torch.tensor([float("nan")]))
+    with pytest.raises(FloatingPointError, match="prompt 'a .* background'"):
+        made.train()
+    assert (Path(unit_config.output_dir) / "metrics.jsonl").read_text() == ""
+
+
+def test_disk_full_while_saving_leaves_the_old_checkpoint(unit_config, monkeypatch):
+    import errno
+
+    from advgrpo import checkpoint
+
+    unit_config.output.checkpoint_every = 1
+    real, calls = checkpoint._write_files, []
+
+    def full(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(checkpoint, "_write_files", full)
+    with pytest.raises(UserError, match=r"[Ff]ull|space"):
+        run(unit_config)
+    monkeypatch.undo()
+    assert [p.name for p in (Path(unit_config.output_dir) / "checkpoints").iterdir()] == ["iteration-000001"]
+    run(unit_config, resume=True)
+    assert len(metrics(unit_config.output_dir)) == 2
+
+
+# -- bad input, each found before a model is loaded or a file written ----------------------------------------------------
+
+
+def reference_folder(tmp_path, prompts) -> Path:
+    folder = tmp_path / "references"
+    folder.mkdir()
+    for i in range(len(prompts)):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
+    index = {p: [f"{i}.png"] for i, p in enumerate(prompts)}
+    (folder / "references.json").write_text(json.dumps(index))
+    return folder
+
+
+BAD_INPUT = {
+    "missing prompt file": (lambda c, t: setattr(c.data, "prompts", str(t / "none.txt")), "none.txt"),
+    "empty prompt file": (
+        lambda c, t: ((t / "empty.txt").write_text(""), setattr(c.data, "prompts", str(t / "empty.txt"))),
+        "empty.txt",
+    ),
+    "prompt without references": (
+        lambda c, t: (t / "prompts.txt").write_text("a dog\nb cat\n"),
+        "'b cat' has no refer",
+    ),
+    "unreadable picture": (lambda c, t: (t / "references" / "0.png").write_bytes(b"no picture"), "unreadable"),
+    "grey picture": (lambda c, t: Image.new("L", (32, 32)).save(t / "references" / "0.png"), "mode L, not RGB"),
+    "tiny picture": (lambda c, t: Image.new("RGB", (8, 8)).save(t / "references" / "0.png"), "8x8"),
+    "wrong model folder": (lambda c, t: setattr(c.model, "path", str(t)), "model.path = "),
+    "group not divisible": (
+        lambda c, t: setattr(c.rollout, "micro_batch", 3),
+        "rollout.group_size = 4 is not divisible",
+    ),
+    "window outside": (lambda c, t: setattr(c.rollout.window, "steps", (4,)), "rollout.window.steps = [4]"),
+    "held-out prompt trained on": (
+        lambda c, t: setattr(c.data, "held_out_prompts", c.data.prompts),
+        "data.held_out_prompts shares 1 prompts",
+    ),
+    "judge outside the tiny world": (
+        lambda c, t: ((t / "held.txt").write_text("a cat\n"), setattr(c.data, "held_out_prompts", str(t / "held.txt"))),
+        "rule_accuracy judges the tiny world only",
+    ),
+    "output is a file": (lambda c, t: ((t / "run").write_text(""), None), "output_dir = "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_found_before_work_starts(name, unit_config, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\n")
+    unit_config.data.prompts, unit_config.data.held_out_prompts = str(prompts), ""
+    unit_config.data.references = str(reference_folder(tmp_path, ["a dog"]))
+    break_it, expected = BAD_INPUT[name]
+    break_it(unit_config, tmp_path)
+    file = tmp_path / "settings.yaml"
+    file.write_text(config.dump(unit_config))
+    assert main(["--config", str(file)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert expected in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_unknown_preset_and_key_exit_with_2(tmp_path, capsys):
+    assert main(["--preset", "tyny"]) == 2
+    assert "did you mean 'tiny'" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("reward: {kind: dino}")
+    assert main(["--config", str(tmp_path / "c.yaml")]) == 2
+    assert "unknown key 'reward'" in capsys.readouterr().err
+
+
+def test_a_second_run_does_not_overwrite_the_first(unit_config):
+    run(unit_config)
+    with pytest.raises(UserError, match="already holds a run"):
+        run(unit_config)
+
+
+def test_resume_refuses_other_settings_and_damaged_or_foreign_checkpoints(unit_config, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in"):
+        run(unit_config, resume=True)
+    run(unit_config)
+    unit_config.iterations = 3
+    other = unit_config.model_copy(deep=True)
+    other.update.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"update.learning_rate: 0.001 -> 0.5"):
+        run(other, resume=True)
+    folder = Path(unit_config.output_dir) / "checkpoints" / "iteration-000002"
+    state = (folder / "tensors.safetensors").read_bytes()
+    (folder / "tensors.safetensors").write_bytes(state[:-10])
+    with pytest.raises(UserError, match=r"tensors\.safetensors"):
+        run(unit_config, resume=True)
+    (folder / "tensors.safetensors").write_bytes(state)
+    run(unit_config, resume=True)
+    assert len(metrics(unit_config.output_dir)) == 3
+    (Path(unit_config.output_dir) / "checkpoints" / "iteration-000003" / "manifest.json").write_text("{}")
+    unit_config.iterations = 4
+    with pytest.raises(UserError, match="iteration-000003"):
+        run(unit_config, resume=True)
