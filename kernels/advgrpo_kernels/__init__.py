@@ -13,6 +13,8 @@ from .ops.gaussian_step import GaussianStep, gaussian_step, gaussian_step_ref
 from .ops.gelu import gelu, gelu_ref
 from .ops.group_advantages import Advantages, group_advantages, group_advantages_ref
 from .ops.hinge_head_loss import HingeHeadLoss, hinge_head_loss
+from .ops.merge_lora import merge_lora, merge_lora_ref
+from .ops.multi_tensor_adamw import multi_tensor_adamw, multi_tensor_adamw_ref
 from .ops.patches import PatchSample, sample_patches, sample_patches_ref
 from .ops.philox import philox_normal, philox_permutation, philox_words
 from .ops.qk_rms_norm import AttentionInputs, qk_rms_norm, qk_rms_norm_ref
@@ -47,6 +49,10 @@ __all__ = [
     "group_advantages",
     "group_advantages_ref",
     "hinge_head_loss",
+    "merge_lora",
+    "merge_lora_ref",
+    "multi_tensor_adamw",
+    "multi_tensor_adamw_ref",
     "philox_normal",
     "philox_permutation",
     "philox_words",

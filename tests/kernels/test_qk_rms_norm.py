@@ -150,7 +150,7 @@ def test_bad_arguments_raise(device):
         qk_rms_norm(qkv, (weights[0], weights[1][:8]))
     with pytest.raises(ValueError, match="give txt_qkv and txt_weights together"):
         qk_rms_norm(qkv, weights[:2], txt_qkv=txt)
-    with pytest.raises(ValueError, match="txt_qkv must be torch.float32 with"):
+    with pytest.raises(ValueError, match=r"txt_qkv must be torch\.float32 with"):
         qk_rms_norm(qkv, weights[:2], txt_qkv=txt[:1], **text)
     with pytest.raises(ValueError, match="q, k and v must have one dtype"):
         qk_rms_norm([qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2].half()], weights[:2])
