@@ -39,11 +39,19 @@ def test_a_row_does_not_depend_on_the_batch():
     assert not torch.equal(whole.indices, sample_patches(patches, 7, seed=1, sample_ids=ids, step=1).indices)
 
 
-def test_dtype_is_kept_and_a_zero_patch_stays_zero():
-    patches = torch.zeros(1, 4, 8, dtype=torch.float16)
-    got = sample_patches(patches, 2, seed=0, normalize=True).patches
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_dtype_is_kept_and_a_zero_patch_stays_zero(backend, device):
+    patches = torch.zeros(1, 4, 8, dtype=torch.float16, device=device)
+    got = sample_patches(patches, 2, seed=0, normalize=True, backend=backend).patches
     assert got.dtype == torch.float16
     assert torch.count_nonzero(got) == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_short_patches_are_lengthened(backend, device):
+    patches = 1e-6 * torch.randn(1, 4, 8, device=device)
+    got = sample_patches(patches, 2, seed=0, normalize=True, backend=backend).patches
+    torch.testing.assert_close(got.norm(dim=-1), torch.ones(1, 2, device=device))
 
 
 def test_bad_arguments_raise():

@@ -113,6 +113,16 @@ def test_triton_all_patches_views_and_mixed_dtypes(device):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-6)
 
 
+def test_triton_normalises_short_and_zero_features(device):
+    head = {name: tensor.to(device) for name, tensor in make_head(6, 8).items()}
+    cls, patches = 1e-6 * torch.randn(2, 6, device=device), torch.zeros(2, 3, 6, device=device)
+    got, expected = (
+        score_features(cls, patches, None, head, normalize=True, backend=backend) for backend in ("triton", "torch")
+    )
+    for value, reference in zip(got, expected):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-6)
+
+
 def test_triton_row_does_not_depend_on_the_batch(device):
     head = {name: tensor.to(device) for name, tensor in make_head(20, 24).items()}
     cls, patches = torch.randn(4, 20, device=device), torch.randn(4, 9, 20, device=device)

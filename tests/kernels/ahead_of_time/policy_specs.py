@@ -1,11 +1,18 @@
-"""The ops of sampler, policy loss, advantages and reward at SD3.5-medium's and DINOv2's shapes."""
+"""The ops of sampler, policy loss, advantages and reward at SD3.5-medium's and DINOv2's shapes.
+
+Block sizes and warps are the launchers' own, imported, so that a change there is compiled here.
+"""
 
 from spec import Spec
+
+from advgrpo_kernels.ops import _head, group_advantages, patches
+from advgrpo_kernels.ops._gaussian import tiling
 
 OPS = "advgrpo_kernels.ops."
 STEP = {"latents_ptr": "*fp32", "velocity_ptr": "*bf16", "uncond_ptr": "*bf16", "coefficients_ptr": "*fp32"}
 SCALARS = {"N": "i32:16", "coefficients_stride": "i32", "guidance_scale": "fp32", "uncond_scale": "fp32"}
-TILE = {"LANES": 4096, "GUIDED": True}  # N = 16·64·64: 16 tiles of 4096
+LANES, TILES, WARPS = tiling(16 * 64 * 64)
+TILE = {"LANES": LANES, "GUIDED": True}
 
 
 def pointers(names: str, kind: str) -> dict[str, str]:
@@ -24,7 +31,7 @@ def gaussian_step(name: str, velocity: str, constants: dict, **more: str) -> Spe
         kernel=OPS + "gaussian_step:_gaussian_step_kernel",
         types=types,
         constants=constants | in_memory | absent,
-        warps=16,
+        warps=WARPS,
         vector_loads=sum(key in types for key in ("latents_ptr", "velocity_ptr", "uncond_ptr", "noise_ptr")),
         vector_stores=1 + constants["STORE_MEAN"],
     )
@@ -40,13 +47,14 @@ def head_rows(name: str, kind: str, *, sides: int, train: bool) -> Spec:
     second = dict.fromkeys(("cls2_ptr", "patches2_ptr"), kind) if sides == 2 else {}
     indices = {"indices_ptr": "*i64"} if sides == 1 else {}
     absent = {key: None for key in ("cls2_ptr", "patches2_ptr", "indices_ptr") if key not in second | indices}
-    tiles = {"D_TILES": 24, "H_TILES": 4, "BLOCK_R": 64, "BLOCK_H": 128, "BLOCK_D": 32}
+    tiles = {"D_TILES": 768 // _head.BLOCK_D, "H_TILES": 512 // _head.BLOCK_H}
+    tiles |= {"BLOCK_R": _head.BLOCK_R, "BLOCK_H": _head.BLOCK_H, "BLOCK_D": _head.BLOCK_D}
     return Spec(
         name=name,
         kernel=OPS + "_head:_head_rows_kernel",
         types=HEAD | ROWS | {"cls_ptr": kind, "patches_ptr": kind, "scores_ptr": "*fp32"} | second | indices,
         constants=tiles | {"NORMALIZE": True, "STORE_HIDDEN": train} | absent,
-        warps=8,
+        warps=_head.WARPS,
         vector_loads=2,
         vector_stores=int(train),
         has_dot=True,
@@ -55,25 +63,28 @@ def head_rows(name: str, kind: str, *, sides: int, train: bool) -> Spec:
 
 def head_bwd(name: str, kind: str) -> Spec:
     grads = pointers("w1_grad_ptr b1_grad_ptr w2_grad_ptr b2_grad_ptr grad_scores_ptr upstream_ptr w2_ptr", "*fp32")
+    tiles = {"BLOCK_R": _head.BLOCK_R, "BLOCK_H": _head.GRAD_H, "BLOCK_D": _head.GRAD_D, "R_TILES": 196}
     return Spec(
         name=name,
         kernel=OPS + "_head:_head_bwd_kernel",
         types=ROWS | grads | dict.fromkeys(("cls_ptr", "patches_ptr", "cls2_ptr", "patches2_ptr"), kind),
-        constants={"indices_ptr": None, "R_TILES": 196, "BLOCK_R": 64, "BLOCK_H": 64, "BLOCK_D": 64},
-        warps=8,
+        constants=tiles | {"indices_ptr": None},
+        warps=_head.WARPS,
         vector_loads=2,
         vector_stores=1,
         has_dot=True,
     )
 
 
-def sample_patches(name: str, *, seeded: bool) -> Spec:
+def sample_patches(name: str, *, seeded: bool, host_seed: bool = False) -> Spec:
     types = {"patches_ptr": "*bf16", "out_ptr": "*bf16", "out_indices_ptr": "*i64"}
     types |= {"P": "i32", "n": "i32:16", "D": "i32:16"}
-    drawn = {"sample_ids_ptr": "*i64", "seed": "*i64", "step": "*i64"}
+    drawn = {"sample_ids_ptr": "*i64"} | pointers("seed step", "i32" if host_seed else "*i64")
     given = {"indices_ptr": "*i64", "seed": "i32", "step": "i32"}
-    tiles = {"ROWS": 16, "KEYS": 512, "KEY_TILES": 3, "WIDTH": 128, "WIDTH_TILES": 6}
-    flags = {"SEEDED": seeded, "SEED_IN_MEMORY": seeded, "STEP_IN_MEMORY": seeded, "NORMALIZE": True}
+    tiles = {"ROWS": patches.ROWS, "KEYS": patches.KEYS, "KEY_TILES": -(-1369 // patches.KEYS)}
+    tiles |= {"WIDTH": patches.WIDTH, "WIDTH_TILES": 768 // patches.WIDTH}
+    in_memory = dict.fromkeys(("SEED_IN_MEMORY", "STEP_IN_MEMORY"), seeded and not host_seed)
+    flags = {"SEEDED": seeded, "NORMALIZE": True} | in_memory
     return Spec(
         name=name,
         kernel=OPS + "patches:_sample_patches_kernel",
@@ -84,8 +95,8 @@ def sample_patches(name: str, *, seeded: bool) -> Spec:
     )
 
 
-STOCHASTIC = TILE | {"NOISE": 2, "LIKELIHOOD": 2, "STORE_MEAN": False, "TILES": 16}
-GIVEN = TILE | {"NOISE": 1, "LIKELIHOOD": 1, "STORE_MEAN": True, "TILES": 16}
+STOCHASTIC = TILE | {"NOISE": 2, "LIKELIHOOD": 2, "STORE_MEAN": False, "TILES": TILES}
+GIVEN = TILE | {"NOISE": 1, "LIKELIHOOD": 1, "STORE_MEAN": True, "TILES": TILES}
 ODE = TILE | {"NOISE": 0, "LIKELIHOOD": 0, "STORE_MEAN": False, "TILES": 1}
 LOSS_ROWS = pointers("log_prob_ptr kl_rows_ptr old_log_prob_ptr advantages_ptr ratio_ptr", "*fp32")
 LOSS_SCALARS = pointers("loss_ptr clip_fraction_ptr kl_ptr", "*fp32")
@@ -96,6 +107,7 @@ REFERENCE = {"next_ptr": "*fp32", "reference_mean_ptr": "*fp32"}
 SPECS = [
     gaussian_step("gaussian_step/philox", "*bf16", STOCHASTIC, **GRAPH),
     gaussian_step("gaussian_step/philox_fp32", "*fp32", STOCHASTIC, uncond_ptr="*fp32", **GRAPH),
+    gaussian_step("gaussian_step/philox_host_seed", "*bf16", STOCHASTIC | {"LIKELIHOOD": 0, "TILES": 1}, seed="i64"),
     gaussian_step("gaussian_step/noise_given", "*bf16", GIVEN, noise_ptr="*fp32", mean_ptr="*fp32"),
     gaussian_step("gaussian_step/ode", "*bf16", ODE),
     gaussian_step("gaussian_step/ode_unguided", "*bf16", ODE | {"GUIDED": False}),
@@ -104,16 +116,16 @@ SPECS = [
         kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
         types=STEP | SCALARS | {"next_ptr": "*fp32", "log_prob_ptr": "*fp32"},
         constants=TILE
-        | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": 16, "reference_mean_ptr": None, "kl_ptr": None},
-        warps=16,
+        | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": TILES, "reference_mean_ptr": None, "kl_ptr": None},
+        warps=WARPS,
         vector_loads=4,
     ),
     Spec(
         name="gaussian_log_prob/forward_kl",
         kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
         types=STEP | SCALARS | REFERENCE | {"log_prob_ptr": "*fp32", "kl_ptr": "*fp32"},
-        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "TILES": 16},
-        warps=16,
+        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "TILES": TILES},
+        warps=WARPS,
         vector_loads=5,
     ),
     Spec(
@@ -121,7 +133,7 @@ SPECS = [
         kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_bwd_kernel",
         types=STEP | SCALARS | GRADS | {"next_ptr": "*fp32", "grad_log_prob_ptr": "*fp32"},
         constants=TILE | {"LIKELIHOOD": 1},
-        warps=16,
+        warps=WARPS,
         vector_loads=4,
         vector_stores=2,
     ),
@@ -130,7 +142,7 @@ SPECS = [
         kernel=OPS + "clipped_policy_loss:_clipped_policy_loss_kernel",
         types=STEP | SCALARS | REFERENCE | LOSS_ROWS | LOSS_SCALARS | GRADS | {"B": "i32"},
         constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "ROWS": 16},
-        warps=16,
+        warps=WARPS,
         vector_loads=5,
         vector_stores=2,
     ),
@@ -139,10 +151,11 @@ SPECS = [
         kernel=OPS + "group_advantages:_group_advantages_kernel",
         types=pointers("advantages_ptr mean_ptr std_ptr zero_std_fraction_ptr rewards_ptr", "*fp32")
         | {"group_ids_ptr": "*i64", "B": "i32:16", "eps": "fp32", "clip": "fp32"},
-        constants={"STD": 1, "TILES": 12, "TILE": 64},
+        constants={"STD": 1, "TILES": 768 // group_advantages.TILE, "TILE": group_advantages.TILE},
         warps=8,
     ),
     sample_patches("sample_patches/seeded", seeded=True),
+    sample_patches("sample_patches/host_seed", seeded=True, host_seed=True),
     sample_patches("sample_patches/indices", seeded=False),
     head_rows("score_features/rows", "*bf16", sides=1, train=False),
     head_rows("score_features/rows_fp32", "*fp32", sides=1, train=True),
