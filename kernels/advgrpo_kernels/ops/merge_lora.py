@@ -37,6 +37,9 @@ def _merge_lora_op(
     compiled: bool,
 ) -> None:
     """Write the merged weights; `outs` or the fp8 lists may be empty. compiled: run the library, else PyTorch."""
+    for i, (base, out) in enumerate(zip(bases, outs)):
+        if out.data_ptr() == base.data_ptr():
+            raise ValueError(f"outs[{i}] is the base itself: the next merge would add the adapter twice")
     if compiled:
         _launch(bases, a, b, scale, outs, fp8_data, fp8_scales)
     else:
@@ -75,6 +78,33 @@ def _table(linears) -> Table:
     return Table(rows, blocks, FIRST_BLOCK, linears[0][0].device)
 
 
+def _check(bases, a, b, outs, fp8) -> None:
+    """Raise ValueError unless the lists of `merge_lora` fit together."""
+    lists = {"a": a, "b": b, **({"outs": outs} if outs else {}), **({"fp8": fp8} if fp8 else {})}
+    if not bases or not (outs or fp8) or any(len(tensors) != len(bases) for tensors in lists.values()):
+        lengths = {name: len(tensors) for name, tensors in {"bases": bases, **lists}.items()}
+        raise ValueError(f"want lists of one length, and outs or fp8 among them, got {lengths}")
+    first = bases[0]
+    if first.dtype not in FLOATS:
+        raise ValueError(f"bases must be one of {FLOATS}, got {first.dtype}")
+    for i, base in enumerate(bases):
+        if base.dim() != 2 or base.numel() == 0:
+            raise ValueError(f"bases[{i}] must be a non-empty [N, K], got {list(base.shape)}")
+        (N, K), rank = base.shape, a[i].shape[0]
+        wanted = {"bases": (base, first.dtype, (N, K)), "a": (a[i], torch.float32, (rank, K))}
+        wanted["b"] = (b[i], torch.float32, (N, rank))
+        if outs:
+            wanted["outs"] = (outs[i], first.dtype, (N, K))
+        if fp8:
+            wanted["fp8 data"] = (fp8[i].data, torch.float8_e4m3fn, (N, K))
+            wanted["fp8 scale"] = (fp8[i].scale, torch.float32, (N, 1))
+        for name, (tensor, dtype, shape) in wanted.items():
+            fits = tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous()
+            if not fits or tensor.device != first.device:
+                got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+                raise ValueError(f"{name}[{i}] must be contiguous {dtype} {list(shape)} on {first.device}, got {got}")
+
+
 def merge_lora(
     bases: Sequence[torch.Tensor],
     a: Sequence[torch.Tensor],
@@ -98,32 +128,8 @@ def merge_lora(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    lists = {"a": a, "b": b, **({"outs": outs} if outs else {}), **({"fp8": fp8} if fp8 else {})}
-    if not bases or not (outs or fp8) or any(len(tensors) != len(bases) for tensors in lists.values()):
-        lengths = {name: len(tensors) for name, tensors in {"bases": bases, **lists}.items()}
-        raise ValueError(f"want lists of one length, and outs or fp8 among them, got {lengths}")
-    first = bases[0]
-    if first.dtype not in FLOATS:
-        raise ValueError(f"bases must be one of {FLOATS}, got {first.dtype}")
-    for i, base in enumerate(bases):
-        if base.dim() != 2 or base.numel() == 0:
-            raise ValueError(f"bases[{i}] must be a non-empty [N, K], got {list(base.shape)}")
-        (N, K), rank = base.shape, a[i].shape[0]
-        wanted = {"bases": (base, first.dtype, (N, K)), "a": (a[i], torch.float32, (rank, K))}
-        wanted["b"] = (b[i], torch.float32, (N, rank))
-        if outs:
-            wanted["outs"] = (outs[i], first.dtype, (N, K))
-            if outs[i].data_ptr() == base.data_ptr():
-                raise ValueError(f"outs[{i}] is the base itself: merging twice would add the adapter twice")
-        if fp8:
-            wanted["fp8 data"] = (fp8[i].data, torch.float8_e4m3fn, (N, K))
-            wanted["fp8 scale"] = (fp8[i].scale, torch.float32, (N, 1))
-        for name, (tensor, dtype, shape) in wanted.items():
-            fits = tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous()
-            if not fits or tensor.device != first.device:
-                got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
-                raise ValueError(f"{name}[{i}] must be contiguous {dtype} {list(shape)} on {first.device}, got {got}")
-    compiled = pick_cuda_backend(backend, first) == "cuda"
+    _check(bases, a, b, outs, fp8)
+    compiled = pick_cuda_backend(backend, *bases) == "cuda"
     data, scales = [t.data for t in fp8], [t.scale for t in fp8]
     with torch.no_grad():
         _merge_lora_op(list(bases), list(a), list(b), scale, list(outs), data, scales, compiled)
