@@ -81,6 +81,13 @@ def test_views_and_mixed_dtypes(device):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradient_when_only_one_result_is_used(used, device):
+    x, vectors = inputs((2, 3, 16), torch.float32, device)
+    results = (ada_layer_norm(x, *vectors, backend=backend)[used] for backend in ("triton", "torch"))
+    torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), x)[0] for y in results))
+
+
 def test_opcheck(device):
     x, (shift, scale, shift2, scale2) = inputs((2, 3, 16), torch.float32, device)
     torch.library.opcheck(_ada_layer_norm_op, (x, [shift], [scale], 1e-6))

@@ -112,6 +112,16 @@ def test_views_and_mixed_dtypes(device):
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 2), (1, 2)], ids=str)
+def test_gradient_when_only_some_results_are_used(used, device):
+    (x, out), v = inputs((2, 3, 16), torch.float32, device, 1, 2)
+    norm, grads = {name: v[name] for name in VECTORS[2:]}, []
+    for backend in ("triton", "torch"):
+        results = gated_residual(x, out, v["gate"], **norm, backend=backend)
+        grads.append(torch.autograd.grad(sum(results[i].sin().sum() * (i + 1) for i in used), (x, out)))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("outs", "sets"), [(1, 0), (2, 2)])
 def test_opcheck(outs, sets, device):
     (x, *results), v = inputs((2, 3, 16), torch.float32, device, outs, sets)

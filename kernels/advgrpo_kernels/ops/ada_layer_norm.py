@@ -64,13 +64,15 @@ def _(x, shifts, scales, eps):
 
 def _setup_context(ctx, inputs, output):
     x, _, scales, ctx.eps = inputs
+    ctx.set_materialize_grads(False)  # a result that nothing used costs no zeros
     ctx.save_for_backward(x, *scales)
 
 
 def _backward(ctx, *y_grads):
     x, *scales = ctx.saved_tensors
-    grads = list(y_grads[: len(scales)])
-    return _ada_layer_norm_backward_op(x, grads, scales, ctx.eps), [None] * len(scales), [None] * len(scales), None
+    used = [(grad, scale) for grad, scale in zip(y_grads, scales) if grad is not None]
+    x_grad = _ada_layer_norm_backward_op(x, *map(list, zip(*used)), ctx.eps) if used else None
+    return x_grad, [None] * len(scales), [None] * len(scales), None
 
 
 _ada_layer_norm_op.register_autograd(_backward, setup_context=_setup_context)

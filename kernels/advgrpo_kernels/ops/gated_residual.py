@@ -67,7 +67,7 @@ def _(residual, outs, gates, shifts, scales, eps):
 @torch.library.custom_op(f"{NAMESPACE}::gated_residual_backward", mutates_args=())
 def _gated_residual_backward_op(
     hidden: torch.Tensor,
-    hidden_grad: torch.Tensor,
+    hidden_grad: torch.Tensor | None,
     y_grads: list[torch.Tensor],
     scales: list[torch.Tensor],
     gates: list[torch.Tensor],
@@ -92,6 +92,7 @@ def _setup_context(ctx, inputs, output):
     _, outs, gates, shifts, scales, ctx.eps = inputs
     ctx.out_dtype = outs[0].dtype
     ctx.counts = len(outs), len(shifts)
+    ctx.set_materialize_grads(False)  # a result that nothing used costs no zeros
     ctx.save_for_backward(output[0] if shifts else None, *gates, *scales)
 
 
@@ -99,12 +100,16 @@ def _backward(ctx, hidden_grad, *y_grads):
     outs, sets = ctx.counts
     hidden, *vectors = ctx.saved_tensors
     gates, scales = vectors[:outs], vectors[outs:]
-    hidden = hidden_grad if hidden is None else hidden
+    used = [i for i in range(sets) if y_grads[i] is not None]
+    constants = [None] * outs, [None] * sets, [None] * sets, None
+    if hidden_grad is None and not used:
+        return None, [None] * outs, *constants
+    norm = [y_grads[i] for i in used], [scales[i] for i in used]
     grads = _gated_residual_backward_op(
-        hidden, hidden_grad, list(y_grads[:sets]), scales, gates, ctx.eps, ctx.out_dtype
+        hidden if used else hidden_grad, hidden_grad, *norm, gates, ctx.eps, ctx.out_dtype
     )
-    residual_grad, out_grads = (grads[0], grads[1:]) if sets else (hidden_grad, grads)
-    return residual_grad, out_grads, [None] * outs, [None] * sets, [None] * sets, None
+    residual_grad, out_grads = (grads[0], grads[1:]) if used else (hidden_grad, grads)
+    return residual_grad, out_grads, *constants
 
 
 _gated_residual_op.register_autograd(_backward, setup_context=_setup_context)

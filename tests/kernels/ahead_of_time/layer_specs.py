@@ -1,9 +1,14 @@
-"""The transformer layer ops at SD3.5-medium's shapes: C = 1536, 24 heads of 64, feed-forward width 6144, bf16."""
+"""The transformer layer ops at SD3.5-medium's shapes: C = 1536, 24 heads of 64, feed-forward width 6144, bf16.
+
+Block sizes are the launchers' own, imported, so that a change there is compiled here.
+"""
 
 from spec import Spec
 
+from advgrpo_kernels.ops import _residual_norm, fp8, gelu, qk_rms_norm
+
 OPS = "advgrpo_kernels.ops."
-MODULATED = {"ROWS": 2, "BLOCK_C": 2048}
+MODULATED = {"ROWS": _residual_norm.ROWS, "BLOCK_C": 2048}
 NORM_SCALARS = {"T": "i32:16", "C": "i32:16", "gate_stride": "i32:16", "modulation_stride": "i32:16", "eps": "fp32"}
 FP8 = "*fp8e4nv"
 
@@ -33,7 +38,7 @@ def norm(name: str, given: dict[str, str], loads: int, stores: int, *, backward:
 
 QK_SCALARS = dict.fromkeys(["D", "stride_b", "stride_t", "txt_stride_b", "txt_stride_t"], "i32:16")
 QK_SCALARS |= {"T": "i32:16", "S": "i32", "H": "i32", "eps": "fp32"}
-QK_TILE = {"BLOCK_R": 64, "BLOCK_D": 64}
+QK_TILE = {"BLOCK_R": qk_rms_norm.ROWS, "BLOCK_D": 64}
 QK_FWD = "q k v txt_q txt_k txt_v q_weight k_weight txt_q_weight txt_k_weight query key value"
 QK_BWD = (
     "q k txt_q txt_k q_weight k_weight txt_q_weight txt_k_weight query_grad key_grad value_grad "
@@ -87,7 +92,7 @@ SPECS = [
         name="gelu/forward",
         kernel=OPS + "gelu:_gelu_fwd_kernel",
         types=pointers("x bias y") | GELU_SCALARS,
-        constants={"fp8_scale_ptr": None, "ROWS": 4, "BLOCK_F": 1024},
+        constants={"fp8_scale_ptr": None, "ROWS": gelu.ROWS, "BLOCK_F": gelu.BLOCK_F},
         vector_loads=2,
         vector_stores=1,
     ),
@@ -104,7 +109,7 @@ SPECS = [
         name="gelu/backward",
         kernel=OPS + "gelu:_gelu_bwd_kernel",
         types=pointers("x bias y_grad x_grad") | GELU_SCALARS,
-        constants={"ROWS": 4, "BLOCK_F": 1024},
+        constants={"ROWS": gelu.ROWS, "BLOCK_F": gelu.BLOCK_F},
         vector_loads=3,
         vector_stores=1,
     ),
@@ -120,7 +125,7 @@ SPECS = [
         name="fp8_quantize/amax",
         kernel=OPS + "fp8:_fp8_amax_kernel",
         types={"x_ptr": "*bf16", "partial_ptr": "*fp32", "N": "i32:16", "TILES": "i32"},
-        constants={"LANES": 8192},
+        constants={"LANES": fp8.LANES},
         warps=8,
         vector_loads=1,
     ),
@@ -128,7 +133,7 @@ SPECS = [
         name="fp8_quantize/tensor",
         kernel=OPS + "fp8:_fp8_tensor_kernel",
         types=FP8_TENSOR | {"partial_ptr": "*fp32", "partials": "i32"},
-        constants={"given_scale_ptr": None, "LANES": 8192, "PARTIALS": 1024},
+        constants={"given_scale_ptr": None, "LANES": fp8.LANES, "PARTIALS": fp8.PARTIALS},
         warps=8,
         vector_loads=1,
         vector_stores=1,
@@ -137,7 +142,7 @@ SPECS = [
         name="fp8_quantize/given_scale",
         kernel=OPS + "fp8:_fp8_tensor_kernel",
         types=FP8_TENSOR | {"given_scale_ptr": "*fp32", "partials": "i32"},
-        constants={"partial_ptr": None, "LANES": 8192, "PARTIALS": 1024},
+        constants={"partial_ptr": None, "LANES": fp8.LANES, "PARTIALS": fp8.PARTIALS},
         warps=8,
         vector_loads=1,
         vector_stores=1,

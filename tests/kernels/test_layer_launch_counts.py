@@ -1,0 +1,79 @@
+"""How many kernels the transformer layer ops launch, counted as in test_launch_counts.py.
+
+Planted bugs that turned this file red: PLANTED
+"""
+
+import torch
+
+from advgrpo_kernels import ada_layer_norm, fp8_quantize, gated_residual, gelu, qk_rms_norm
+from tests.kernels import test_launch_counts as counting
+
+launches = counting.launches  # the fixture
+
+
+def test_qk_norm_is_one_launch_each_way(launches):
+    qkv, txt = (torch.zeros(2, n, 3, 2, 16, requires_grad=True) for n in (5, 3))
+    weights, upstream = torch.zeros(4, 16).unbind(), [torch.ones(2, 2, 8, 16)] * 3
+    with launches:
+        out = qk_rms_norm(qkv, weights[:2], txt_qkv=txt, txt_weights=weights[2:], backend="triton")
+        torch.autograd.grad(out, (qkv, txt), upstream)
+    assert launches.names == ["_qk_rms_norm_fwd_kernel", "_qk_rms_norm_bwd_kernel"]
+
+
+def test_both_modulations_are_one_launch_each_way(launches):
+    x, emb = torch.zeros(2, 3, 16, requires_grad=True), torch.zeros(2, 4 * 16)
+    upstream = [torch.ones(2, 3, 16)] * 2
+    with launches:
+        out = ada_layer_norm(x, *emb.chunk(4, dim=1), backend="triton")  # strided vectors are read in place
+        torch.autograd.grad(out, x, upstream)
+    assert launches.names == ["_residual_norm_fwd_kernel", "_residual_norm_bwd_kernel"]
+
+
+def test_residual_of_a_dual_block_with_the_next_norm_is_one_launch_each_way(launches):
+    activations = [torch.zeros(2, 3, 16, requires_grad=True) for _ in range(3)]
+    emb, following, upstream = torch.zeros(2, 9 * 16), torch.zeros(2, 6 * 16), [torch.ones(2, 3, 16)] * 2
+    gates, norm = emb.chunk(9, dim=1), following.chunk(6, dim=1)
+    x, out, out2 = activations
+    with launches:
+        results = gated_residual(x, out, gates[2], out2, gates[8], shift=norm[0], scale=norm[1], backend="triton")
+        torch.autograd.grad(results, activations, upstream)
+    assert launches.names == ["_residual_norm_fwd_kernel", "_residual_norm_bwd_kernel"]
+
+
+def test_plain_residual_passes_its_gradient_on(launches):
+    x, out, gate = (
+        torch.zeros(2, 3, 16, requires_grad=True),
+        torch.zeros(2, 3, 16, requires_grad=True),
+        torch.ones(2, 16),
+    )
+    upstream = torch.ones(2, 3, 16)
+    with launches:
+        torch.autograd.grad(gated_residual(x, out, gate, backend="triton"), (x, out), upstream)
+    assert launches.names == ["_residual_norm_fwd_kernel", "_residual_norm_bwd_kernel"]
+
+
+def test_gelu_is_one_launch_each_way(launches):
+    x, bias, upstream = torch.zeros(2, 3, 16, requires_grad=True), torch.zeros(16), torch.ones(2, 3, 16)
+    with launches:
+        torch.autograd.grad(gelu(x, bias, backend="triton"), x, upstream)
+    assert launches.names == ["_gelu_fwd_kernel", "_gelu_bwd_kernel"]
+
+
+def test_quantisation_fused_or_by_row_is_one_launch_and_by_tensor_two(launches):
+    x, vector, scale = torch.zeros(2, 3, 16), torch.zeros(2, 16), torch.ones(())
+    with launches:
+        ada_layer_norm(x, vector, vector, quantize=True, backend="triton")
+        gated_residual(x, x, vector, shift=vector, scale=vector, quantize=True, backend="triton")
+        gelu(x, quantize=True, backend="triton")
+        fp8_quantize(x, backend="triton")
+        fp8_quantize(x, granularity="tensor", scale=scale, backend="triton")
+        fp8_quantize(x, granularity="tensor", backend="triton")
+    assert launches.names == [
+        "_residual_norm_fwd_kernel",
+        "_residual_norm_fwd_kernel",
+        "_gelu_fwd_kernel",
+        "_fp8_rows_kernel",
+        "_fp8_tensor_kernel",
+        "_fp8_amax_kernel",
+        "_fp8_tensor_kernel",
+    ]
