@@ -3,7 +3,9 @@
 To gate a kernel, add a `Spec` to a `*_specs.py` file in `ahead_of_time/` and its budget by `build.py --budget NAME`.
 Compiled in one subprocess: the interpreter of the other tests and the compiler cannot share a process.
 
-Planted bugs that turned this file red: PLANTED_AOT
+Planted bugs that turned this file red: four warps in the head (spills, registers); ieee products (no tensor cores); a
+name bound to a scalar and then to a tensor in a branch (does not compile); offsets that depend on a loaded id (no
+128-bit access).
 """
 
 import importlib

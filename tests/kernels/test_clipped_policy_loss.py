@@ -1,6 +1,9 @@
 """The clipped policy loss: closed-form gradient against autograd, recordings of the public implementation, edges.
 
-Planted bugs that turned this file red: PLANTED_LOSS
+Planted bugs that turned this file red: gradient through the clipped branch, in the kernel and in PyTorch; advantages
+not clipped; the smaller of the two branches as loss (stayed green until the loss was compared outside the clip); KL
+pulling the other way; KL missing from the loss; gradient not divided by B; no gradient for the unconditional
+velocity.
 """
 
 import math

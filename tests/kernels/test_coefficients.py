@@ -1,4 +1,8 @@
-"""Planted bugs that turned this file red: σ* left at σ (first flow_sde step), sqrt(-dt) dropped from s."""
+"""Coefficients against the public implementations and against the marginals they must keep.
+
+Planted bugs that turned this file red: another σ* in the first flow_sde step; sqrt(-dt) dropped from s; std for std² in
+flow_cps' r; the drift weighted by the next σ.
+"""
 
 import math
 from pathlib import Path

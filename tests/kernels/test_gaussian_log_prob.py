@@ -1,6 +1,8 @@
 """The transition's log-probability and its gradient by the velocities.
 
-Planted bugs that turned this file red: PLANTED_LOGP
+Planted bugs that turned this file red: lanes added in the order of `tl.sum` instead of the tree (stayed green until
+the comparison of bits); ½·log 2π left out; half the slope; the unconditional gradient not scaled; the upstream
+gradient of row 0 for all rows; the same tile read again; a grid of one tile; masked elements counted.
 """
 
 from pathlib import Path

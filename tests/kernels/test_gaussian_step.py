@@ -1,6 +1,9 @@
 """The Gaussian step against the public implementations, float64 and itself.
 
-Planted bugs that turned this file red: PLANTED_STEP
+Planted bugs that turned this file red: words interleaved in another order; the high half of the sample id shifted by
+one bit; sine replaced by cosine; noise repeated in every tile of a program (stayed green until the three-tile test);
+log-prob not masked; forgotten noise taken as zero; default sample ids all 0; one coefficient triple for all rows;
+(1-g) left out of the guidance; a grid of one tile; the tree adding a lane twice.
 """
 
 import math

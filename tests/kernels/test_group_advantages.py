@@ -1,6 +1,7 @@
 """Group-relative advantages.
 
-Planted bugs that turned this file red: PLANTED_ADV
+Planted bugs that turned this file red: rows behind the last taken as group 0; ids cut to 32 bits; float32 inside;
+groups counted per row; group std under std='global'; mean with the wrong sign.
 """
 
 from pathlib import Path

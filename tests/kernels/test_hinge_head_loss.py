@@ -1,6 +1,8 @@
 """The head's hinge loss: kernel against autograd of the reference. The recorded training step is in the reward's tests.
 
-Planted bugs that turned this file red: PLANTED_HINGE
+Planted bugs that turned this file red: the same sign on both sides; gradient outside the hinge; NaN scores counted as
+satisfied; patches not averaged; rows of the second side over the first; upstream gradient ignored; patches counted in
+the accuracy.
 """
 
 import pytest

@@ -1,4 +1,7 @@
-"""The distribution `advgrpo-kernels` on its own: what importing it does, and the wheel of `pip install ./kernels`."""
+"""The distribution `advgrpo-kernels` on its own: what importing it does, and the wheel of `pip install ./kernels`.
+
+Planted bugs that turned this file red: `import numpy` in an op; `import advgrpo` in the runtime.
+"""
 
 import ast
 import shutil

@@ -1,6 +1,7 @@
 """Sampling and gathering patch features.
 
-Planted bugs that turned this file red: PLANTED_PATCHES
+Planted bugs that turned this file red: ranks among P + 3 keys; norms below 1 left alone (stayed green until patches
+shorter than 1 were tested); index P accepted; the last patch never drawn; patches written in the order of the source.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """Philox as a generator (known answers) and its normals as a distribution.
 
-Planted bugs that turned this file red: nine rounds instead of ten, the sine of a pair replaced by its cosine
-(independence of neighbours), `u1` used without 2π, the high half of the sample id dropped.
+Planted bugs that turned this file red: nine rounds instead of ten; sine replaced by cosine; the angle without 2π; the
+high half of the sample id dropped; the high half of the seed dropped.
 """
 
 import math

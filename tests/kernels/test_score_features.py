@@ -1,6 +1,8 @@
 """The head's scores on backbone features.
 
-Planted bugs that turned this file red: PLANTED_SCORE
+Planted bugs that turned this file red: GELU's slope without 1/sqrt(2π); w1 shifted by a row; features not normalised
+in the backward; norms below 1 left alone; w2's gradient without the cdf; one tile of features only; patch scores of
+the wrong image; local gradients not divided by n.
 """
 
 from pathlib import Path
