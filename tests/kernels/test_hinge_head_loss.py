@@ -7,6 +7,7 @@ the accuracy.
 
 import pytest
 import torch
+
 from advgrpo_kernels import hinge_head_loss
 from advgrpo_kernels.ops.hinge_head_loss import _hinge_head_loss_op, hinge_head_loss_ref
 from advgrpo_kernels.testing import assert_within_budget
