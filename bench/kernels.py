@@ -20,6 +20,7 @@ from .workload import SD35_MEDIUM_512, TINY, Bench, Workload
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = 1
+REPEATS = {"cuda": 100, "cpu": 15}
 BANDWIDTH_BOUND = 50  # FLOPs per byte below which a case is judged against the copy, not the matrix product
 HEADER = f"{'case':26}{'ours us':>10}{'p10':>9}{'p90':>9}{'eager x':>9}{'95 %':>14}{'compile x':>10}{'limit':>9}"
 
@@ -50,7 +51,7 @@ def run(ops: list[Op], device: str, repeats: int | None = None, *, with_compile:
     facts, limits = timing.environment(device), timing.calibrate(device)
     print("  ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"measured limits: copy {limits.copy_gb_s:.0f} GB/s, matmul {limits.matmul_tflop_s:.2f} TFLOP/s\n{HEADER}")
-    bench = Bench(SD35_MEDIUM_512 if device == "cuda" else TINY, device)
+    bench, repeats = Bench(SD35_MEDIUM_512 if device == "cuda" else TINY, device), repeats or REPEATS[device]
     entries, refused, verdicts = [], [], {}
     for op in ops:
         if op.test not in verdicts:
@@ -61,7 +62,12 @@ def run(ops: list[Op], device: str, repeats: int | None = None, *, with_compile:
             continue
         for name, build in op.cases.items():
             torch.manual_seed(0)
-            entry = measure(build(bench), device, repeats or (100 if device == "cuda" else 15), limits, with_compile)
+            try:
+                entry = measure(build(bench), device, repeats, limits, with_compile)
+            except RuntimeError as error:  # an op that cannot run here, such as one of csrc/ that was not built
+                refused.append(op.name)
+                print(f"{name:26}refused: {error}")
+                continue
             entries.append({"op": op.name, "case": name, **entry})
             print(row(entries[-1]))
     if device == "cpu":
@@ -88,8 +94,8 @@ def measure(
 ) -> dict[str, object]:
     """Times and ratios of one case as JSON values."""
     variants: dict[str, Callable[[], object]] = {"ours": workload.ours, "eager": workload.eager}
-    if with_compile:
-        variants["compiled"] = torch.compile(workload.eager)
+    if with_compile and (compiled := compile_or_none(workload.eager)):
+        variants["compiled"] = compiled
     times = timing.interleave(variants, device, repeats=repeats, warmup=10 if device == "cuda" else 2)
     ours = timing.summarise(times["ours"])
     gb_s, tflop_s = workload.bytes / ours.median / 1e3, workload.flops / ours.median / 1e6
@@ -106,6 +112,17 @@ def measure(
         "limit": "copy" if by_bytes else "matmul",
         "share_of_limit": gb_s / limits.copy_gb_s if by_bytes else tflop_s / limits.matmul_tflop_s,
     }
+
+
+def compile_or_none(run: Callable[[], object]) -> Callable[[], object] | None:
+    """`run` under torch.compile after a first call; None, said aloud, where the compiler cannot take it."""
+    compiled = torch.compile(run)
+    try:
+        compiled()
+    except Exception as error:  # dynamo, inductor and triton raise what they like; the baseline is then missing
+        print(f"torch.compile cannot take the next case's baseline: {str(error).splitlines()[0]}")
+        return None
+    return compiled
 
 
 def row(entry: dict) -> str:

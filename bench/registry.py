@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import cases_layers, cases_policy
+from . import cases_layers, cases_lists, cases_policy
 from .workload import Bench, Workload
 
 TESTS = "tests/kernels"
@@ -41,6 +41,8 @@ REGISTRY: dict[str, Op] = {
         _op("gelu", cases_layers),
         _op("fp8_quantize", cases_layers, test="fp8"),
         _op("fp8_linear", cases_layers, test="fp8"),
+        _op("merge_lora", cases_lists),
+        _op("multi_tensor_adamw", cases_lists),
     )
 }
 

@@ -28,6 +28,7 @@ class Sizes:
     scored: int  # images per reward pass
     groups: int
     group_size: int
+    adapters: int  # linears with LoRA, all [channels, channels]
 
     @property
     def channels(self) -> int:
@@ -52,6 +53,7 @@ SD35_MEDIUM_512 = Sizes(
     scored=96,
     groups=48,
     group_size=16,
+    adapters=191,
 )
 # The same cases in milliseconds on a CPU.
 TINY = Sizes(
@@ -71,6 +73,7 @@ TINY = Sizes(
     scored=4,
     groups=4,
     group_size=4,
+    adapters=3,
 )
 
 

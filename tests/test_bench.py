@@ -1,6 +1,8 @@
 """The benchmarks: they cover every op, time only what passes its tests, and the gate sees a regression.
 
-Planted bugs that turned this file red: PLANTED_BENCH
+Planted bugs that turned this file red: a gate that ignores the spread, the 5 %, missing entries, refused ops,
+the GPU's name or the compiled baseline; failing tests timed anyway, a file without tests taken as passed, exit 0 when
+refused; an op left out, a baseline without the bias, bytes without the output, no taking turns, the ratio inverted.
 """
 
 import copy
@@ -93,6 +95,18 @@ def test_an_op_whose_tests_do_not_pass_is_not_timed(source, tmp_path, monkeypatc
     out = capsys.readouterr().out
     assert "refused" in out
     assert source is None or "planted" in out
+
+
+def test_an_op_that_cannot_run_here_is_refused(monkeypatch, capsys):
+    """An op of csrc/ without its compiled library raises rather than time its PyTorch twin."""
+
+    def build(bench):
+        raise RuntimeError("needs a build with ADVGRPO_BUILD_CUDA=1")
+
+    monkeypatch.setattr(kernels, "failure", lambda test, device: "")
+    monkeypatch.setitem(REGISTRY, "planted", Op("planted", "tests", {"planted": build}))
+    assert kernels.main(["--op", "planted", "--device", "cpu"]) == 1
+    assert "refused: needs a build" in capsys.readouterr().out
 
 
 def test_the_same_op_is_timed_when_they_pass(tmp_path, monkeypatch):
