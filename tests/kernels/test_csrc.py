@@ -162,3 +162,9 @@ def test_tables():
     for key in [*range(_csrc.TABLES_KEPT), 0, "new", 0, 1]:
         cache.get(key, lambda key=key: built.append(key) or f"table {key}")
     assert built == [*range(_csrc.TABLES_KEPT), "new", 1]  # 0 was used again, so 1 was the oldest
+    assert cache.get(1, None, capturing=True) == "table 1"
+    with pytest.raises(RuntimeError, match="once with the same tensors before capturing"):
+        cache.get("other", None, capturing=True)
+    for key in range(100, 200):
+        cache.get(key, object)
+    assert cache._captured == ["table 1"]

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -89,17 +89,31 @@ def _upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class TableCache:
-    """The last few tables by key; tensors that stay where they are need no new upload, as in a captured graph."""
+    """The last few tables by key, so that tensors that stay where they are need no new upload."""
 
     def __init__(self) -> None:
         self._tables: dict[object, Table] = {}
+        self._captured: list[Table] = []  # a CUDA graph reads its tables at every replay: these are never dropped
 
-    def get(self, key: object, build) -> Table:
-        table = self._tables.pop(key, None) or build()
-        self._tables[key] = table
+    def get(self, key: object, build: Callable[[], Table], *, capturing: bool = False) -> Table:
+        """The table of `key`, built if it is not there.
+
+        Raises:
+            RuntimeError: it would have to be uploaded during a CUDA graph capture.
+        """
+        table = self._tables.pop(key, None)
+        if table is None and capturing:
+            raise RuntimeError("call this op once with the same tensors before capturing it in a CUDA graph")
+        self._tables[key] = table = table or build()
+        if capturing:
+            self._captured.append(table)
         if len(self._tables) > TABLES_KEPT:
             self._tables.pop(next(iter(self._tables)))
         return table
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def aligned(*tensors: torch.Tensor | None) -> bool:

@@ -20,7 +20,17 @@ from collections.abc import Sequence
 import torch
 
 from .._runtime import NAMESPACE, device_guard
-from ._csrc import Table, TableCache, aligned, check_launch, current_stream, library, pick_cuda_backend, pointer
+from ._csrc import (
+    Table,
+    TableCache,
+    aligned,
+    check_launch,
+    current_stream,
+    is_capturing,
+    library,
+    pick_cuda_backend,
+    pointer,
+)
 
 __all__ = ["multi_tensor_adamw", "multi_tensor_adamw_ref"]
 
@@ -54,7 +64,7 @@ def _(parameters, *_):
 def _launch(parameters, grads, exp_avgs, exp_avg_sqs, emas, step, settings) -> torch.Tensor:
     tensors = list(zip(parameters, grads, exp_avgs, exp_avg_sqs, emas or [None] * len(parameters)))
     key = tuple((*(pointer(t) for t in row), row[0].numel()) for row in tensors)
-    table = _TABLES.get(key, lambda: _table(tensors))
+    table = _TABLES.get(key, lambda: _table(tensors), capturing=is_capturing(step))
     square_sums = step.new_empty(table.blocks, dtype=torch.float64)
     state = parameters[0].new_empty(4)
     with device_guard(step):
@@ -63,7 +73,7 @@ def _launch(parameters, grads, exp_avgs, exp_avg_sqs, emas, step, settings) -> t
             *(square_sums.data_ptr(), state.data_ptr(), step.data_ptr(), *settings, current_stream(step)),
         )
     check_launch("multi_tensor_adamw", error)
-    return state[0].clone()
+    return state[0]
 
 
 def _table(tensors) -> Table:
