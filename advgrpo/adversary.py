@@ -35,7 +35,7 @@ def due(config: AdversarySection, iteration: int, generated: float, reference: f
     if config.schedule == "always":
         return Due(updates, True)
     if config.schedule == "when_fooled":
-        return Due(updates if generated > reference else 0, True)
+        return Due(updates if generated > reference - config.fooled_margin else 0, True)
     if config.schedule == "ratio":
         per_iteration = config.ratio * optimizer_steps
         return Due(math.floor((iteration + 1) * per_iteration) - math.floor(iteration * per_iteration), True)

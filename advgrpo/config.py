@@ -122,6 +122,7 @@ class AdvantageSection(_Section):
     std: Literal["group", "global", "none"] = "group"
     """Normalise by the group's standard deviation, the iteration's, or not at all."""
     eps: Annotated[float, Field(gt=0)] = 1e-4
+    """Added to the standard deviation."""
     clip: Annotated[float, Field(gt=0)] = 5.0
     """Advantages are clipped to +-clip."""
 
@@ -136,11 +137,15 @@ class UpdateSection(_Section):
     optimizer_windows: Positive = 2
     """Optimizer steps per iteration: the rollout is cut into this many parts."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """AdamW's learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's moment decays."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """AdamW's decoupled weight decay."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's eps; LoRA gradients can be this small, in which case a smaller eps speeds learning up."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """The gradient is scaled down to this norm."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Moving average of the adapters, stepped once per optimizer step; evaluated and exported."""
     max_log_prob_drift: Annotated[float, Field(ge=0)] = 0.0
@@ -151,6 +156,7 @@ class AdversarySection(_Section):
     """The learned reward: a head on frozen DINOv2 features (METHOD section 6)."""
 
     kind: Literal["dino"] = "dino"
+    """Which discriminator; see advgrpo/rewards."""
     backbone: str = "facebook/dinov2-large"
     """Dinov2Model folder or hub id; "tiny" for the shipped one."""
     image_size: Positive = 518
@@ -168,10 +174,15 @@ class AdversarySection(_Section):
     normalize: Literal["never", "always", "reward_only"] = "never"
     """L2-normalised features; "reward_only" reproduces the released code's mismatch."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Adam's learning rate for the head."""
     betas: tuple[Fraction, Fraction] = (0.5, 0.999)
+    """Adam's moment decays for the head."""
     schedule: Literal["when_fooled", "always", "ratio", "never", "alternate"] = "when_fooled"
     """When the head trains: when generations outscore references (eq. 7), always, at a fixed ratio of head updates to
     optimizer steps, never, or alternating with the generator as the released code does."""
+    fooled_margin: Annotated[float, Field(ge=0)] = 0.0
+    """Schedule "when_fooled" trains when mean R(gen) > mean R(ref) - margin; 0 is eq. 7. A positive margin keeps
+    the head from being over-optimised while it is not fooled yet on average; a converged hinge head separates by 2."""
     updates_per_iteration: Positive = 10
     """Head updates in an iteration in which it trains."""
     ratio: Annotated[float, Field(gt=0)] = 10.0
@@ -202,7 +213,9 @@ class EvaluationSection(_Section):
     during_images_per_prompt: Positive = 1
     """Pictures per held-out prompt while training."""
     num_steps: Positive = 40
+    """Sampler steps in evaluation."""
     guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    """Classifier-free guidance in evaluation."""
     metrics: tuple[Literal["dino_similarity", "rule_accuracy"], ...] = ("dino_similarity",)
     """dino_similarity to the prompt's own references; rule_accuracy needs captions of the tiny world."""
     grid_prompts: Positive = 6
@@ -215,7 +228,9 @@ class OutputSection(_Section):
     checkpoint_every: Annotated[int, Field(ge=0)] = 20
     """Iterations between checkpoints; one is written at the end and on interruption in any case."""
     keep_checkpoints: Positive = 2
+    """How many of the newest checkpoints stay."""
     tensorboard: bool = True
+    """Write TensorBoard event files."""
     wandb_project: str = ""
     """Log to Weights & Biases under this project when set (needs `pip install wandb`)."""
 
@@ -228,7 +243,9 @@ class Config(_Section):
     seed: Annotated[int, Field(ge=0)] = 42
     """Every random draw derives from it."""
     output_dir: str = "runs/advgrpo"
+    """Folder the run writes to."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes CUDA where there is a GPU."""
     fast: bool = True
     """Use every fast path this machine supports; --no-fast is the plain eager path with the same losses."""
     collective_timeout: Annotated[float, Field(gt=0)] = 60.0
@@ -329,7 +346,7 @@ def check(config: Config, world_size: int) -> None:
     group, micro, steps = rollout.group_size, rollout.micro_batch, rollout.num_steps
     if group % micro and micro % group:
         raise UserError(
-            f"rollout.group_size = {group} is not divisible by rollout.micro_batch = {micro} (nor the other way round); "
+            f"rollout.group_size = {group} is not divisible by rollout.micro_batch = {micro}, nor the other way round; "
             f"choose a micro_batch that divides {group}"
         )
     images, parts = config.images_per_iteration, world_size * config.update.optimizer_windows

@@ -39,14 +39,16 @@ class Evaluator:
 
     def run(self, images_per_prompt: int) -> dict[str, float]:
         """Means over all held-out pictures, keyed "eval_<metric>"; the same on every process."""
-        mine = self.prompts[self.distributed.rank :: self.distributed.world_size]
         numbers = range(self.distributed.rank, len(self.prompts), self.distributed.world_size)
+        at_once = max(1, self.config.rollout.micro_batch // images_per_prompt)
         scores = {name: [] for name in self.config.evaluation.metrics}
         with self.distributed.monitored("evaluate"):  # shares differ in time; the gather below does not wait for them
-            for prompt, number in zip(mine, numbers):
-                images = self.pictures([prompt] * images_per_prompt, self._ids(number, images_per_prompt))
+            for start in range(0, len(numbers), at_once):
+                part = numbers[start : start + at_once]
+                prompts = [self.prompts[number] for number in part for _ in range(images_per_prompt)]
+                images = self.pictures(prompts, torch.cat([self._ids(n, images_per_prompt) for n in part]))
                 for name, values in scores.items():
-                    values.append(_METRICS[name](self, images, prompt))
+                    values.append(_METRICS[name](self, images, prompts))
         result = {}
         for name, values in scores.items():
             local = torch.cat(values).double() if values else torch.zeros(0, dtype=torch.float64)
@@ -83,18 +85,19 @@ class Evaluator:
     def _ids(self, number: int, count: int) -> torch.Tensor:
         return number * _STRIDE + torch.arange(count)
 
-    def _dino_similarity(self, images: torch.Tensor, prompt: str) -> torch.Tensor:
-        return similarity(self.adversary.features(images).cls, self.references.prompt(prompt).cls)
+    def _dino_similarity(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return similarity(self.adversary.features(images).cls, self.references, prompts)
 
-    def _rule_accuracy(self, images: torch.Tensor, prompt: str) -> torch.Tensor:
+    def _rule_accuracy(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         from .tiny.judge import judge
 
-        return judge(images.cpu(), [prompt] * len(images)).correct.float()
+        return judge(images.cpu(), prompts).correct.float()
 
 
 _METRICS = {"dino_similarity": Evaluator._dino_similarity, "rule_accuracy": Evaluator._rule_accuracy}
 
 
-def similarity(cls: torch.Tensor, reference_cls: torch.Tensor) -> torch.Tensor:
-    """[B] mean cosine of features [B, D] to those of the prompt's own references [n, D], as the paper reports it."""
-    return (F.normalize(cls, dim=-1) @ F.normalize(reference_cls, dim=-1).T).mean(1)
+def similarity(cls: torch.Tensor, references: ReferenceFeatures, prompts: list[str]) -> torch.Tensor:
+    """[B] mean cosine of features [B, D] to those of each prompt's own references, as the paper reports it."""
+    own = [F.normalize(references.prompt(prompt).cls, dim=-1).mean(0) for prompt in prompts]
+    return (F.normalize(cls, dim=-1) * torch.stack(own)).sum(1)

@@ -35,7 +35,7 @@ class FastPaths:
             _row(
                 "shared prefix",
                 plain,
-                "one trajectory per prompt up to the window's first step, in sampling and update",
+                "one trajectory per prompt up to the window's first step",
             ),
             _row("merged LoRA", merged_off, "ODE steps run merged weights: no adapter matmuls"),
             _row("fused AdamW", plain, "one call for all parameters"),

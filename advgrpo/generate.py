@@ -36,7 +36,7 @@ class Generate:
     num_steps: int = 0
     """Sampler steps; 0 means 10 for "tiny", 40 otherwise."""
     guidance_scale: float = 0.0
-    """Classifier-free guidance; 0 means 1.5 for "tiny" (what the tiny preset trains with), 4.5 otherwise."""
+    """Classifier-free guidance; 0 means 1 for "tiny" (what its preset trains with), 4.5 otherwise."""
     resolution: int = 0
     """Pixels; 0 means 32 for "tiny", 512 otherwise."""
     max_sequence_length: int = 0
@@ -65,7 +65,7 @@ def draw(pipe, options: Generate, prompt: str) -> torch.Tensor:
         prompt,
         num_images_per_prompt=options.images_per_prompt,
         num_inference_steps=options.num_steps or (10 if tiny else 40),
-        guidance_scale=options.guidance_scale or (1.5 if tiny else 4.5),
+        guidance_scale=options.guidance_scale or (1.0 if tiny else 4.5),
         max_sequence_length=options.max_sequence_length or (12 if tiny else 128),
         height=side,
         width=side,

@@ -64,8 +64,8 @@ class Data:
         both = set(self.prompts) & set(self.held_out)
         if both:
             raise UserError(
-                f"data.held_out_prompts shares {len(both)} prompts with data.prompts, first {min(both)!r}; remove them, "
-                "or evaluation measures memory"
+                f"data.held_out_prompts shares {len(both)} prompts with data.prompts, first {min(both)!r}; remove "
+                "them, or evaluation measures memory"
             )
         if "rule_accuracy" in config.evaluation.metrics:
             _check_captions(self.held_out)
@@ -122,8 +122,6 @@ class Run:
             self._restore(*saved)
         self._stop_signal: str | None = None
 
-    # -- building -------------------------------------------------------------------------------------------------------
-
     def _build(self, data: Data, fast: FastPaths) -> tuple[Trainer, Evaluator]:
         config, distributed = self.config, self.distributed
         cache = Path(config.data.cache_dir).expanduser()
@@ -150,13 +148,14 @@ class Run:
         )
         return trainer, Evaluator(policy, adversary, references, data.held_out, config, distributed)
 
-    # -- the loop -------------------------------------------------------------------------------------------------------
-
     def train(self) -> None:
         """Train to config.iterations; on SIGINT or SIGTERM save a checkpoint and return."""
         config, trainer, main = self.config, self.trainer, self.distributed.is_main
         if main:
             (self.folder / "config.yaml").write_text(configuration.dump(config))
+        if not self.base:
+            self.base = self._evaluate_base()
+        self._draw_samples("base")
         tracker = Tracker(
             self.folder,
             total_iterations=config.iterations,
@@ -167,9 +166,6 @@ class Run:
             config=config.model_dump(mode="json"),
             console=self.console,
         )
-        if not self.base:
-            self.base = self._evaluate_base()
-        self._draw_samples("base")
         with tracker, self._signals():
             while trainer.iteration < config.iterations:
                 metrics = trainer.iterate()
@@ -185,6 +181,9 @@ class Run:
                 if stopping:
                     break
         if trainer.iteration < config.iterations:
+            if main:
+                self.export()
+                self._draw_curves({})
             self.console.print(
                 f"stopped by {self._stop_signal or 'a signal on another rank'} after {trainer.iteration} iterations; "
                 f"continue with --resume {self.folder}"
@@ -215,21 +214,24 @@ class Run:
         if not self.distributed.is_main:
             return
         self.export()
-        rows = load_metrics(self.folder / METRICS_FILE)
-        draw_curves(_with_ends(rows, self.base, final), self.folder / "curves.png")
+        rows = self._draw_curves(final)
         summary = summarize(self.config, rows, self.base, final)
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         for name in final:
             self.console.print(f"{name.removeprefix('eval_')}: base {self.base[name]:.4f} -> final {final[name]:.4f}")
         self.console.print(f"wrote {self.folder}/lora, samples/, curves.png, summary.json")
 
+    def _draw_curves(self, final: dict[str, float]) -> list[dict]:
+        """OUT/curves.png from the metrics so far, which are returned."""
+        rows = load_metrics(self.folder / METRICS_FILE)
+        draw_curves(_with_ends(rows, self.base, final), self.folder / "curves.png")
+        return rows
+
     def export(self) -> None:
         """OUT/lora (or OUT/transformer after full fine-tuning) with the averaged weights."""
         with self.trainer.ema.swap():
             name = "lora" if self.config.model.train == "lora" else "transformer"
             self.trainer.policy.export(self.folder / name)
-
-    # -- pictures -------------------------------------------------------------------------------------------------------
 
     def _draw_samples(self, name: str) -> None:
         """OUT/samples/NAME.png: base, trained (but for the base's own grid) and reference pictures."""
@@ -253,8 +255,6 @@ class Run:
             rows.append((prompt, [*blocks, ("references", references)]))
         (self.folder / "samples").mkdir(exist_ok=True)
         draw_grid(rows, self.folder / "samples" / f"{name}.png")
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint; everything in it is the same on every process, so rank 0 alone writes."""
@@ -288,8 +288,8 @@ class Run:
         self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}")
         if self.trainer.iteration >= self.config.iterations:
             raise UserError(
-                f"--resume {self.folder}: iteration {self.trainer.iteration} of {self.config.iterations} is done already; "
-                "raise --iterations to go on"
+                f"--resume {self.folder}: iteration {self.trainer.iteration} of {self.config.iterations} is done "
+                "already; raise --iterations to go on"
             )
 
     @contextlib.contextmanager
@@ -327,8 +327,6 @@ def _differences(saved: dict, current: dict, prefix: str = "") -> list[str]:
 
 def _with_ends(rows: list[dict], base: dict[str, float], final: dict[str, float]) -> list[dict]:
     """The metrics with base and final evaluation at their two ends, for the curves."""
-    if not base:
-        return rows
     return [{"iteration": 0, **base}, *rows, {"iteration": len(rows), **final}]
 
 

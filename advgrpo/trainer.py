@@ -82,8 +82,6 @@ class Trainer:
         self.ema = Ema(list(policy.trainable_parameters()), config.update.ema_decay)
         self.iteration = 0  # the next one to run
 
-    # -- one iteration --------------------------------------------------------------------------------------------------
-
     def iterate(self) -> dict[str, float]:
         """Rollout, rewards, head updates, generator update. Returns the metrics of METHOD section 7's log line."""
         iteration, phases, device = self.iteration, Phases(), self.policy.device
@@ -151,8 +149,6 @@ class Trainer:
             rollouts.append(TileRollout(tile, steps, self.policy.decode(latents)))
         return Rollout(rollouts, table.window)
 
-    # -- rewards and adversary ------------------------------------------------------------------------------------------
-
     def features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """Backbone features of every picture, computed once, and of one reference per picture, from the cache."""
         generated = Features.cat([self.adversary.features(t.images) for t in rollout.tiles])
@@ -171,12 +167,7 @@ class Trainer:
         ids = rollout.image_ids.to(generated.cls.device)
         reward = self.adversary.score(generated, ids, purpose="reward", iteration=iteration).reward
         reference_reward = self.adversary.score(reference, ids, purpose="reference", iteration=iteration).reward
-        similar = torch.cat(
-            [
-                similarity(generated.cls[i : i + 1], self.references.prompt(prompt).cls)
-                for i, prompt in enumerate(rollout.prompts)
-            ]
-        )
+        similar = similarity(generated.cls, self.references, rollout.prompts)
         columns = torch.stack([reward, reference_reward, similar], dim=1)
         by_id = self.distributed.all_gather(columns)[self.distributed.all_gather(ids).argsort()]
         _check_finite(by_id[:, 0], rollout, self.config)
@@ -197,8 +188,6 @@ class Trainer:
             batch.generated, iteration, self.distributed.all_gather, batch.image_ids, batch.total
         )
         return plan, {"adversary_loss": loss, "adversary_accuracy": accuracy, "adversary_updates": plan.head_updates}
-
-    # -- generator ------------------------------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout, scored: Scored, table: StepTable) -> dict[str, float]:
         """Advantages, then one optimizer step and one EMA step per optimizer window."""
@@ -230,8 +219,8 @@ class Trainer:
         if not drift <= bound:
             raise DriftError(
                 f"iteration {self.iteration}: log-probabilities moved by {drift:.3e} before any optimizer step "
-                f"(update.max_log_prob_drift = {bound:g}). Rollout and update must run the same forward; raise the bound "
-                "only if you know why they differ"
+                f"(update.max_log_prob_drift = {bound:g}). Rollout and update must run the same forward; raise the "
+                "bound only if you know why they differ"
             )
 
     def _update_metrics(self, stats: list[UpdateStats], norms: list[float], zero_std: float) -> dict[str, float]:
@@ -248,8 +237,6 @@ class Trainer:
             "log_prob_drift_max": max(self.distributed.gather_json(stats[0].max_drift())),
             "grad_norm": sum(norms) / len(norms),
         }
-
-    # -- state ----------------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Everything the next iteration depends on, as tensors and JSON; the same on every process."""
@@ -322,6 +309,6 @@ def _check_finite(rewards: torch.Tensor, rollout: Rollout, config: Config) -> No
     local = dict(zip(rollout.image_ids.tolist(), rollout.prompts))
     named = next((f"prompt {local[i]!r}" for i in bad if i in local), f"group {bad[0] // config.rollout.group_size}")
     raise FloatingPointError(
-        f"the reward of {len(bad)} pictures is not finite, first that of {named} (picture {bad[0]}): {rewards[bad[0]]}. "
-        "No score is made up for it; check the reward model and its precision (adversary.dtype)"
+        f"the reward of {len(bad)} pictures is not finite, first that of {named} (picture {bad[0]}): {rewards[bad[0]]}"
+        ". No score is made up for it; check the reward model and its precision (adversary.dtype)"
     )

@@ -84,7 +84,7 @@ def unit_config(unit_pipeline, unit_backbone, tmp_path):
             "held_out_prompts": str(tmp_path / "held_out_prompts.txt"),
             "cache_dir": str(tmp_path / "cache"),
         },
-        "rollout": {"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 4, "num_steps": 4},
+        "rollout": {"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 4, "num_steps": 4, "guidance_scale": 1.5},
         "adversary": {
             "backbone": unit_backbone,
             "hidden_size": 16,

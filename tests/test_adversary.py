@@ -179,7 +179,9 @@ def test_two_processes_take_the_steps_of_one(unit_backbone):
 
 
 def test_head_learns_to_tell_references_from_generations(unit_backbone):
-    trainer = HeadTrainer(make_adversary(unit_backbone, learning_rate=1e-2), reduce=lambda t: None, rank=0, world_size=1)
+    trainer = HeadTrainer(
+        make_adversary(unit_backbone, learning_rate=1e-2), reduce=lambda t: None, rank=0, world_size=1
+    )
     batch = head_batch(torch.arange(12))
     before = trainer.evaluate(batch, 0)
     trainer.train(batch, 0, 200)
@@ -215,7 +217,7 @@ def test_reference_features_are_cached_and_equal_fresh_ones(unit_backbone, tmp_p
     from advgrpo.data.references import ReferenceSet
     from advgrpo.run import tiny_paths
 
-    prompts = open(tiny_paths(config.load("tiny"))["prompts"]).read().splitlines()[:2]
+    prompts = Path(tiny_paths(config.load("tiny"))["prompts"]).read_text().splitlines()[:2]
     references = ReferenceSet.load(tiny_paths(config.load("tiny"))["references"], prompts)
     adversary = make_adversary(unit_backbone)
     first = ReferenceFeatures(references, adversary, tmp_path, max_patches=16).prompt(prompts[0])

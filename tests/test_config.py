@@ -56,6 +56,7 @@ def test_full_size_presets_divide_over_gpus(preset, world_size):
         ("rollout: {grup_size: 4}", "unknown key 'rollout.grup_size'; did you mean 'group_size'?"),
         ("itterations: 3", "did you mean 'iterations'?"),
         ("rollout: {group_size: 1}", "rollout.group_size = 1: "),
+        ("adversary: {kind: dinno}", "adversary.kind = 'dinno': Input should be 'dino'"),
         ("adversary: {schedule: sometimes}", "adversary.schedule = 'sometimes'"),
         ("update: {learning_rate: fast}", "update.learning_rate = 'fast'"),
         ("preset: tinny", "unknown preset 'tinny'; did you mean 'tiny'?"),
@@ -76,7 +77,10 @@ def test_a_wrong_file_names_the_field_the_value_and_the_nearest_key(tmp_path, te
     [
         ({"rollout": {"group_size": 10, "micro_batch": 4}}, "rollout.group_size = 10 is not divisible by"),
         ({"rollout": {"prompts_per_iteration": 3, "micro_batch": 12}}, "multiple of 24"),
-        ({"rollout": {"window": {"steps": [0, 10]}}}, "rollout.window.steps = [0, 10]: want distinct steps within 0..8"),
+        (
+            {"rollout": {"window": {"steps": [0, 10]}}},
+            "rollout.window.steps = [0, 10]: want distinct steps within 0..8",
+        ),
         ({"rollout": {"window": {"steps": [9]}}}, "within 0..8"),  # flow_cps adds no noise on the last step
         ({"rollout": {"window": {"steps": []}}}, "rollout.window.steps = []"),
         ({"rollout": {"window": {"size": 3, "noise_range": [0.9, 1.0]}}}, "widen noise_range"),
@@ -105,8 +109,26 @@ def test_help_explains_every_field(capsys):
         parse(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("--preset", "--config", "--resume", "--iterations", "--rollout.noise-level", "--adversary.replay-share"):
+    for flag in (
+        "--preset",
+        "--config",
+        "--resume",
+        "--iterations",
+        "--rollout.noise-level",
+        "--adversary.replay-share",
+    ):
         assert flag in shown
+
+
+def test_every_field_says_what_it_is():
+    def undocumented(section, prefix=""):
+        for name, field in section.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                yield from undocumented(field.annotation, f"{prefix}{name}.")
+            elif not field.description:
+                yield prefix + name
+
+    assert not list(undocumented(config.Config))
 
 
 def test_an_unknown_flag_names_the_nearest(capsys):
@@ -119,5 +141,5 @@ def test_an_unknown_flag_names_the_nearest(capsys):
 def test_resume_excludes_preset_and_wants_a_run(tmp_path):
     with pytest.raises(UserError, match="leave out --preset"):
         parse(["--resume", str(tmp_path), "--preset", "tiny"])
-    with pytest.raises(UserError, match="config.yaml is missing"):
+    with pytest.raises(UserError, match="is missing"):
         parse(["--resume", str(tmp_path)])

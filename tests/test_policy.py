@@ -71,9 +71,7 @@ def test_ode_pictures_equal_the_stock_pipelines(unit_config, unit_pipeline, guid
     assert expected.std() > 0.01
 
 
-def test_merged_weights_equal_adapters_and_stock_diffusers_with_the_exported_lora(
-    unit_config, unit_pipeline, tmp_path
-):
+def test_merged_weights_equal_adapters_and_stock_diffusers_with_the_exported_lora(unit_config, unit_pipeline, tmp_path):
     policy = load(unit_config)
     train_adapters(policy)
     policy.merge()

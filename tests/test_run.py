@@ -223,6 +223,33 @@ def test_fast_and_plain_runs_have_the_same_losses(unit_config, tmp_path):
         assert fast == pytest.approx(slow, rel=2e-3, abs=2e-4)
 
 
+def test_features_are_computed_once_and_shared_by_reward_and_head(unit_config, monkeypatch):
+    from advgrpo.rewards.dino import DinoAdversary
+
+    made = Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+    trainer, computed, scored, trained = made.trainer, [], [], []
+    real_features, real_score, real_train = DinoAdversary.features, DinoAdversary.score, trainer.head_trainer.train
+
+    def features(self, images):
+        computed.append(len(images))
+        return real_features(self, images)
+
+    def score(self, features, ids, **keywords):
+        scored.append(features)
+        return real_score(self, features, ids, **keywords)
+
+    monkeypatch.setattr(DinoAdversary, "features", features)
+    monkeypatch.setattr(DinoAdversary, "score", score)
+    monkeypatch.setattr(trainer.head_trainer, "train", lambda batch, *a: trained.append(batch) or real_train(batch, *a))
+    trainer.iterate()
+    computed.clear()
+    trainer.iteration = 0  # the same prompts again: their references are cached by now
+    trainer.iterate()
+    assert sum(computed) == unit_config.images_per_iteration
+    assert trained[-1].generated is scored[-2]
+    assert trained[-1].reference is scored[-1]
+
+
 def test_alternate_schedule_leaves_the_generator_alone(unit_config):
     unit_config.adversary.schedule = "alternate"
     unit_config.adversary.alternate_period = 2
@@ -243,7 +270,7 @@ def test_full_fine_tuning_runs_and_exports_a_transformer(unit_config):
 def test_nan_reward_stops_the_run_with_the_prompts_name(unit_config, monkeypatch):
     made = Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
     monkeypatch.setattr(made.trainer.adversary.head["b2"], "data", torch.tensor([float("nan")]))
-    with pytest.raises(FloatingPointError, match="prompt 'a .* background'"):
+    with pytest.raises(FloatingPointError, match=r"prompt 'a .* background'"):
         made.train()
     assert (Path(unit_config.output_dir) / "metrics.jsonl").read_text() == ""
 
@@ -269,9 +296,6 @@ def test_disk_full_while_saving_leaves_the_old_checkpoint(unit_config, monkeypat
     assert [p.name for p in (Path(unit_config.output_dir) / "checkpoints").iterdir()] == ["iteration-000001"]
     run(unit_config, resume=True)
     assert len(metrics(unit_config.output_dir)) == 2
-
-
-# -- bad input, each found before a model is loaded or a file written ----------------------------------------------------
 
 
 def reference_folder(tmp_path, prompts) -> Path:

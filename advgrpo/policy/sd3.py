@@ -64,8 +64,9 @@ class SD3Policy:
         self.folder = pipeline_folder(model.path)
         self.dtype = getattr(torch, model.dtype)
         try:
-            transformer = self._part(SD3Transformer2DModel, "transformer")
-            self.vae = self._part(AutoencoderKL, "vae").to(device).requires_grad_(False).eval()
+            transformer = self._part(SD3Transformer2DModel, "transformer", self.dtype)
+            # The decoder stays in float32: bfloat16 costs picture quality that the reward would see.
+            self.vae = self._part(AutoencoderKL, "vae", torch.float32).to(device).requires_grad_(False).eval()
             self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
         except OSError as error:
             raise UserError(f"model.path = {model.path!r}: {error}") from error
@@ -84,8 +85,8 @@ class SD3Policy:
         self._unconditional: Conditioning | None = None
         self.text_cache = TextCache(cache_dir / "text", fingerprint, self._encode_text)
 
-    def _part(self, kind: type, name: str):
-        return kind.from_pretrained(self.folder, subfolder=name, dtype=self.dtype)
+    def _part(self, kind: type, name: str, dtype: torch.dtype):
+        return kind.from_pretrained(self.folder, subfolder=name, dtype=dtype)
 
     def _check_resolution(self, transformer: SD3Transformer2DModel) -> None:
         unit = self.vae_scale * transformer.config.patch_size
@@ -106,13 +107,9 @@ class SD3Policy:
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         config = self._scheduler.config
         if config.get("use_dynamic_shifting"):
-            raise UserError(
-                "model.path: schedulers with use_dynamic_shifting are not supported; SD3 uses a fixed shift"
-            )
+            raise UserError("model.path: its scheduler uses use_dynamic_shifting; only SD3's fixed shift is supported")
         self._scheduler.set_timesteps(num_steps)
         return self._scheduler.sigmas.double(), self._scheduler.timesteps.float()
-
-    # -- text ---------------------------------------------------------------------------------------------------------
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embeddings on the policy's device, in its dtype; the empty prompt is the unconditional one."""
@@ -141,8 +138,6 @@ class SD3Policy:
                 )
                 rows.append(Conditioning(text.cpu(), pooled.cpu()))
         return Conditioning(torch.cat([r.text for r in rows]), torch.cat([r.pooled for r in rows]))
-
-    # -- network ------------------------------------------------------------------------------------------------------
 
     def velocity(self, latents, timestep, conditioning, *, guided):
         return self._forward(self.transformer, latents, timestep, conditioning, guided)

@@ -63,8 +63,8 @@ class Updater:
         self, tiles: list[TileRollout], advantages: torch.Tensor, table: StepTable, *, total: int, watch_kl: bool
     ) -> UpdateStats:
         """Gradients of one optimizer window. `advantages` is [B global], indexed by image id; `total` is the window's
-        number of pictures over all processes. `watch_kl` measures the KL to the base on the tile of picture 0 even when the
-        loss does not use it.
+        number of pictures over all processes. `watch_kl` measures the KL to the base on the tile of picture 0 even when
+        the loss does not use it.
         """
         stats = UpdateStats()
         weight = 1.0 / (total * len(table.window))

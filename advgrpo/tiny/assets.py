@@ -17,7 +17,7 @@ def save_half_precision(model, folder: Path) -> None:
     half = copy.deepcopy(model).to(torch.float16)
     parts = getattr(half, "components", {"": half})
     half.save_pretrained(folder)
-    for name, part in parts.items():
+    for name in parts:
         config = folder / name / "config.json"
         if config.exists():
             config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))

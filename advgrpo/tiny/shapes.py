@@ -162,21 +162,19 @@ def render(
 ):
     """Draw scenes with a little jitter in place, radius and rotation.
 
-    `roughness` is a number, [B], or [B, 3] for outline (warp), edge (softness) and paint (fading, stains, grain) each.
-    Returns pictures [B, 3, S, S]; with `return_coverage` also the object's alpha
+    `roughness` is a number or [B]. Returns pictures [B, 3, S, S]; with `return_coverage` also the object's alpha
     [B, 1, S, S]. The same generator state gives the same pictures.
     """
     count = len(scenes)
-    rough = torch.as_tensor(roughness, dtype=torch.float32)
-    outline, softness, paint = (rough if rough.dim() == 2 else rough.expand(count)[:, None].expand(-1, 3)).unbind(1)
+    rough = torch.as_tensor(roughness, dtype=torch.float32).expand(count)
     jitter = _uniform(generator, count, 4)
     radius = torch.tensor([SIZES[s.size] for s in scenes]) * (1 + 0.06 * jitter[:, 0])
     centre = torch.tensor([POSITIONS[s.position] for s in scenes])
     centre = centre * (0.94 - radius).clamp(max=0.45).unsqueeze(1) + 0.03 * jitter[:, 1:3]
-    rotation = 0.12 * jitter[:, 3] * (1 + 2 * outline)
-    warp = _warp(count, size, generator) * (0.20 * outline).view(-1, 1, 1, 1)
-    stains = _warp(count, size, generator)[:, :1] * (0.10 * paint).view(-1, 1, 1, 1)
-    grain = torch.randn(count, 3, size, size, generator=generator) * (0.05 * paint).view(-1, 1, 1, 1)
+    rotation = 0.12 * jitter[:, 3] * (1 + 2 * rough)
+    warp = _warp(count, size, generator) * (0.20 * rough).view(-1, 1, 1, 1)
+    stains = _warp(count, size, generator)[:, :1] * (0.10 * rough).view(-1, 1, 1, 1)
+    grain = torch.randn(count, 3, size, size, generator=generator) * (0.05 * rough).view(-1, 1, 1, 1)
 
     grid_x, grid_y = pixel_grid(size)
     x = (grid_x - centre[:, 0].view(-1, 1, 1)) / radius.view(-1, 1, 1) + warp[:, 0]
@@ -187,12 +185,12 @@ def render(
     for shape in {s.shape for s in scenes}:
         rows = [i for i, s in enumerate(scenes) if s.shape == shape]
         distance[rows] = shape_distance(shape, x[rows], y[rows])
-    edge = (2 / size) / radius * (1 + 5 * softness)  # an antialiased edge is one pixel wide, a rough one up to six
+    edge = (2 / size) / radius * (1 + 5 * rough)  # an antialiased edge is one pixel wide, a rough one up to six
     alpha = (0.5 - distance / edge.view(-1, 1, 1)).clamp(0, 1).unsqueeze(1)
 
     colour = torch.tensor([PALETTE[s.colour] for s in scenes]).view(-1, 3, 1, 1)
     background = torch.tensor([PALETTE[s.background] for s in scenes]).view(-1, 3, 1, 1)
-    washed = torch.lerp(colour, background, (0.35 * paint).view(-1, 1, 1, 1))
+    washed = torch.lerp(colour, background, (0.35 * rough).view(-1, 1, 1, 1))
     pictures = (torch.lerp(background.expand(-1, -1, size, size), washed, alpha) + stains + grain).clamp(0, 1)
     return (pictures, alpha) if return_coverage else pictures
 

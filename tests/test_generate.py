@@ -1,0 +1,56 @@
+"""`python -m advgrpo.generate`: base and LoRA side by side from the same noise, and errors before the model loads."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from advgrpo import config
+from advgrpo.generate import main
+from advgrpo.policy.sd3 import SD3Policy
+
+PROMPTS = ["--prompt", "a small red star on the left of a blue background", "--prompt", "a large green ring"]
+
+
+@pytest.fixture
+def lora(tmp_path) -> Path:
+    """A strong random LoRA for the shipped pipeline."""
+    settings = config.load("tiny")
+    policy = SD3Policy(settings.model, device=torch.device("cpu"), cache_dir=tmp_path, seed=0, merged=False)
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    policy.export(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_grid_of_base_and_lora(tmp_path, lora):
+    output = tmp_path / "grid.png"
+    small = ["--images-per-prompt", "2", "--num-steps", "3"]
+    assert main([*PROMPTS, "--lora", str(lora), "--base", "--output", str(output), *small]) == 0
+    for name, flags in (("base", ["--base"]), ("again", ["--base"]), ("lora", ["--lora", str(lora)])):
+        assert main([*PROMPTS, *flags, "--output", str(tmp_path / f"{name}.png"), *small]) == 0
+    pictures = {path.stem: np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in tmp_path.glob("*.png")}
+    assert (pictures["base"] == pictures["again"]).all()
+    assert np.abs(pictures["base"] - pictures["lora"]).mean() > 1
+    assert pictures["grid"].shape[0] == pictures["base"].shape[0] >= 2 * 64
+    blocks = slice(0, 120)  # the first block of the grid with both is the base's
+    assert (pictures["grid"][60:, blocks] == pictures["base"][60:, blocks]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--prompt: give at least one"),
+        (["--prompt", " "], "--prompt: give at least one"),
+        (["--prompt", "x", "--lora", "nowhere"], "--lora nowhere: no pytorch_lora_weights.safetensors"),
+        (["--prompt", "x", "--output", "no/such/folder/g.png"], "the folder no/such/folder does not exist"),
+        (["--prompt", "x", "--images-per-prompt", "0"], "want at least 1"),
+        (["--prompt", "x", "--model", "/tmp"], "--model = '/tmp'"),
+    ],
+)
+def test_bad_arguments(arguments, expected, capsys):
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
