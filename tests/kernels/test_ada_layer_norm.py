@@ -1,6 +1,9 @@
 """Adaptive LayerNorm with one and two modulations.
 
-Planted bugs that turned this file red: PLANTED
+Planted bugs that turned this file red: variance divided by C + 1; lanes past C not masked; shift of the first
+modulation in the second; term of the variance missing in the gradient; gradient of the first result dropped; batch
+offset missing; stride of the modulation ignored; scale of the first modulation for a lone second result; trained
+modulation accepted; fp8 scales of the second result written over the first's.
 """
 
 import pytest

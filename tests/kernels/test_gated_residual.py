@@ -1,6 +1,8 @@
 """The gated residual, alone and fused with the next adaptive LayerNorm.
 
-Planted bugs that turned this file red: PLANTED
+Planted bugs that turned this file red: norm of the unrounded residual; first gate on the second result, and in its
+gradient; gate of image 0 for all; gradient through the norm dropped; gradient of h itself dropped; residual gradient
+doubled without a norm.
 """
 
 import pytest

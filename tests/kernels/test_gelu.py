@@ -1,6 +1,7 @@
 """The bias + tanh-GELU epilogue.
 
-Planted bugs that turned this file red: PLANTED
+Planted bugs that turned this file red: square instead of cube; derivative of the cube without its 3; bias left out;
+second tile of columns never written; 0/0 at x = 0.
 """
 
 import pytest

@@ -1,6 +1,8 @@
 """RMSNorm of q and k into the attention layout.
 
-Planted bugs that turned this file red: PLANTED
+Planted bugs that turned this file red: text tokens first; q weight on k; image weight on text; mean over the padded
+head dim; weight missing in the gradient; layout of the fused gradient ignored; strides of v not looked at; gradients
+of image and text swapped.
 """
 
 import pytest
