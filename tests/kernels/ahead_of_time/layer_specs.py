@@ -31,6 +31,7 @@ def norm(name: str, given: dict[str, str], loads: int, stores: int, *, backward:
         kernel=OPS + f"_residual_norm:_residual_norm_{'bwd' if backward else 'fwd'}_kernel",
         types=given | NORM_SCALARS,
         constants=MODULATED | absent(NORM_BWD if backward else NORM_FWD, given),
+        warps=_residual_norm.WARPS,
         vector_loads=loads,
         vector_stores=stores,
     )
