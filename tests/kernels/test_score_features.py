@@ -126,13 +126,15 @@ def test_triton_normalises_short_and_zero_features(device):
 
 
 def test_triton_row_does_not_depend_on_the_batch(device):
+    """To the bit on a GPU. The interpreter multiplies with BLAS, whose rounding depends on a row's place in the tile."""
     head = {name: tensor.to(device) for name, tensor in make_head(20, 24).items()}
     cls, patches = torch.randn(4, 20, device=device), torch.randn(4, 9, 20, device=device)
     indices = torch.randint(0, 9, (4, 5), device=device)
     whole = score_features(cls, patches, indices, head, normalize=True, backend="triton")
     part = score_features(cls[1:3], patches[1:3], indices[1:3], head, normalize=True, backend="triton")
     for value, reference in zip(part, whole):
-        assert torch.equal(value, reference[1:3])
+        tolerance = 0.0 if device == "cuda" else 1e-6
+        torch.testing.assert_close(value, reference[1:3], rtol=tolerance, atol=tolerance)
 
 
 def test_triton_index_out_of_range_is_nan(device):

@@ -8,7 +8,8 @@ features, so the two cannot drift apart.
 
 Shapes:   B images, P patches, D feature width, H hidden width. cls [B, D], patches [B, P, D], indices [B, n] int64,
           head w1 [H, D], b1 [H], w2 [1, H], b2 [1] float32 -> reward, global_score, local_score [B] float32.
-Numerics: float32 inside; features are constants, gradients go to the head only.
+Numerics: float32 inside; features are constants, gradients go to the head only. On a CPU the matrix product is BLAS,
+          whose last bits depend on the batch.
 """
 
 from __future__ import annotations
