@@ -126,7 +126,7 @@ def test_triton_normalises_short_and_zero_features(device):
 
 
 def test_triton_row_does_not_depend_on_the_batch(device):
-    """To the bit on a GPU. The interpreter multiplies with BLAS, whose rounding depends on a row's place in the tile."""
+    """To the bit on a GPU; the interpreter multiplies with BLAS, whose rounding depends on a row's place."""
     head = {name: tensor.to(device) for name, tensor in make_head(20, 24).items()}
     cls, patches = torch.randn(4, 20, device=device), torch.randn(4, 9, 20, device=device)
     indices = torch.randint(0, 9, (4, 5), device=device)
