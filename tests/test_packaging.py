@@ -96,6 +96,19 @@ def test_the_folder_kernels_is_no_package():
     assert not (ROOT / "kernels/__init__.py").exists()
 
 
+def test_the_readme_of_the_kernels_covers_every_op_and_its_examples_are_python():
+    import advgrpo_kernels
+
+    text = (ROOT / "kernels/README.md").read_text()
+    table = "".join(line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `"))
+    ops = {name for name in advgrpo_kernels.__all__ if name.islower() and not name.endswith("_ref")}
+    assert [op for op in sorted(ops) if f"`{op}`" not in table] == []
+    examples = text.split("```python\n")[1:]
+    assert len(examples) == 8  # use, one per codebase, check
+    for example in examples:
+        compile(example.split("```")[0], "kernels/README.md", "exec")
+
+
 def run(code: str, *path: Path | str, cwd: Path = ROOT, python: str = sys.executable) -> str:
     environment = {
         "PYTHONPATH": os.pathsep.join(map(str, path)),
