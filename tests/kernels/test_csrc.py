@@ -2,7 +2,8 @@
 
 What the kernels compute is tested in test_merge_lora.py and test_multi_tensor_adamw.py.
 
-Planted bugs that turned this file red: PLANTED
+Planted bugs that turned this file red: generic loads; registers squeezed into spills; packs aligned to 4 bytes; a
+failed build passes; build not made though asked for; launcher not exported; wrong first block in the table.
 """
 
 import ctypes

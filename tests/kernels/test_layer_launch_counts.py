@@ -1,14 +1,34 @@
 """How many kernels the transformer layer ops launch, counted as in test_launch_counts.py.
 
-Planted bugs that turned this file red: PLANTED
+Planted bugs that turned this file red: modulation vectors copied; q, k, v copied out of the fused tensor; zeros for
+unused results; maxima taken though the scale is given.
 """
 
+import pytest
 import torch
 
 from advgrpo_kernels import ada_layer_norm, fp8_quantize, gated_residual, gelu, qk_rms_norm
 from tests.kernels import test_launch_counts as counting
 
-launches = counting.launches  # the fixture
+
+class Launches(counting.Launches):
+    """Sees also the copies inside composite operators such as `contiguous`, whose schema is that of a view."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        with self:
+            result = func.decompose(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs) if result is NotImplemented else result
+
+
+@pytest.fixture
+def launches(monkeypatch, device):
+    if device != "cpu":
+        pytest.skip("counts what the interpreter would run")
+    from triton.runtime.interpreter import GridExecutor
+
+    names: list[str] = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: names.append(self.fn.__name__))
+    return Launches(names)
 
 
 def test_qk_norm_is_one_launch_each_way(launches):

@@ -2,7 +2,10 @@
 
 `cuda_on_cpu/` runs the blocks and threads of csrc/merge_lora.cu as they are written; only the machine code differs.
 
-Planted bugs that turned this file red: PLANTED
+Planted bugs that turned this file red: scale ignored, also by the reference; ranks past 32 left out; right half of
+the columns one lane off; first block of a linear ignored; third of the last odd columns of A not read; row maximum of
+one lane only; barrier before the next factors missing; 128-bit reads of unaligned rows (crash); ragged last rows
+without a block.
 """
 
 import pytest

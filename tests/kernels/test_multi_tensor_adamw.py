@@ -1,6 +1,9 @@
 """AdamW with clipping and EMA over a list: PyTorch, and the CUDA source run on the CPU and on a GPU.
 
-Planted bugs that turned this file red: PLANTED
+Planted bugs that turned this file red: no clipping; gradients clipped in place; v of the gradient, not its square;
+second bias correction missing; step count stuck; step counted, or update made, on a bad gradient, also by the
+reference; reference one step behind; ragged end left out of the norm; average and parameter swapped; no weight decay;
+128-bit accesses past the end (crash).
 """
 
 import math
