@@ -158,14 +158,13 @@ class HeadTrainer:
             mine = slots[self.rank :: self.world_size].to(generated.cls.device)
             generated = Features.cat([generated, self.replay.rows(mine)])
 
-        optimizer = self.adversary.optimizer
-        optimizer.zero_grad(set_to_none=False)
+        self.adversary.optimizer.zero_grad(set_to_none=False)
         loss = self.adversary.head_loss(reference, generated, total=count).loss
         loss.backward()
         gradients = [p.grad for p in self.adversary.head.values()]
         loss = loss.detach().clone().reshape(1)
         self.reduce([*gradients, loss])
-        optimizer.step()
+        self.adversary.step()
         return loss[0]
 
     def _choose(self, batch: HeadBatch, rows: torch.Tensor, iteration: int, number: int, purpose: str):

@@ -84,7 +84,14 @@ def unit_config(unit_pipeline, unit_backbone, tmp_path):
             "held_out_prompts": str(tmp_path / "held_out_prompts.txt"),
             "cache_dir": str(tmp_path / "cache"),
         },
-        "rollout": {"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 4, "num_steps": 4, "guidance_scale": 1.5},
+        "rollout": {
+            "prompts_per_iteration": 2,
+            "group_size": 4,
+            "micro_batch": 4,
+            "num_steps": 4,
+            "guidance_scale": 1.5,
+            "window": {"noise_range": [0.5, 1.0]},
+        },
         "adversary": {
             "backbone": unit_backbone,
             "hidden_size": 16,

@@ -76,7 +76,7 @@ def test_a_wrong_file_names_the_field_the_value_and_the_nearest_key(tmp_path, te
     ("change", "expected"),
     [
         ({"rollout": {"group_size": 10, "micro_batch": 4}}, "rollout.group_size = 10 is not divisible by"),
-        ({"rollout": {"prompts_per_iteration": 3, "micro_batch": 12}}, "multiple of 24"),
+        ({"rollout": {"prompts_per_iteration": 3, "micro_batch": 8}}, "multiple of 16"),
         (
             {"rollout": {"window": {"steps": [0, 10]}}},
             "rollout.window.steps = [0, 10]: want distinct steps within 0..8",

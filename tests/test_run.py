@@ -378,7 +378,7 @@ def test_resume_refuses_other_settings_and_damaged_or_foreign_checkpoints(unit_c
     unit_config.iterations = 3
     other = unit_config.model_copy(deep=True)
     other.update.learning_rate = 0.5
-    with pytest.raises(UserError, match=r"update.learning_rate: 0.001 -> 0.5"):
+    with pytest.raises(UserError, match=r"update.learning_rate: 0.0003 -> 0.5"):
         run(other, resume=True)
     folder = Path(unit_config.output_dir) / "checkpoints" / "iteration-000002"
     state = (folder / "tensors.safetensors").read_bytes()
