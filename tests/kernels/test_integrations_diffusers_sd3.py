@@ -2,7 +2,8 @@
 
 Planted bugs that turned this file red: the two modulations of a dual block swapped, the second gate taken for the
 first, scale and shift swapped in the last norm, text tokens first, the weights of q and k swapped, another processor
-ignored, the filter ignored, a restore that leaves one module.
+ignored, the filter ignored, chunking ignored, a restore that leaves one module, a forward bound to the wrong copy, a
+module checked after others were replaced.
 """
 
 import copy

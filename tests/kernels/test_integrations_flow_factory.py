@@ -1,7 +1,7 @@
 """Flow-Factory's scheduler step, all four dynamics, as its samplers and trainers call it.
 
 Planted bugs that turned this file red: s returned for std_dev_t, eval mode ignored, sigma_max ignored, σ' read
-at the position of σ.
+at the position of σ, mean and next latents swapped in the tuple.
 """
 
 import math

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -45,7 +45,7 @@ class StepOutput:
     noise_pred: torch.Tensor | None = None
 
 
-FIELDS = tuple(field.name for field in fields(StepOutput))
+RETURNED = ("next_latents", "next_latents_mean", "noise_pred", "log_prob", "std_dev_t", "dt")  # without return_dict
 
 
 def step(
@@ -96,21 +96,9 @@ def step(
     if compute_log_prob and dynamics == "ode":
         logger.warning("an ODE step has no log-prob: returning zeros; pass compute_log_prob=False")
         log_prob = latents.new_zeros(latents.shape[0], dtype=torch.float32)
-    result = (
-        taken.next_latents,
-        taken.mean,
-        noise_pred.float(),
-        log_prob,
-        broadcast(std, latents),
-        broadcast(dt, latents),
-    )
-    if not return_dict:
-        return result
-    named = dict(zip(("next_latents", "next_latents_mean", "noise_pred", "log_prob", "std_dev_t", "dt"), result))
-    unknown = [name for name in return_kwargs if name not in named]
-    if unknown:
-        logger.warning("a step has no %s; it has %s", ", ".join(unknown), ", ".join(FIELDS))
-    return _output_class(self)(**{name: named[name] for name in return_kwargs if name in named})
+    columns = (broadcast(std, latents), broadcast(dt, latents))
+    result = (taken.next_latents, taken.mean, noise_pred.float(), log_prob, *columns)
+    return _output(self, dict(zip(RETURNED, result)), return_kwargs) if return_dict else result
 
 
 def _sigmas(scheduler, timestep, timestep_next) -> tuple[float | torch.Tensor, float | torch.Tensor]:
@@ -148,10 +136,14 @@ def _coefficients(
     return table[:, :3], table[:, 3], table[:, 4]
 
 
-def _output_class(scheduler) -> type:
-    """`SDESchedulerOutput` as the module of the scheduler's class (or of a base class) knows it."""
+def _output(scheduler, values: dict[str, torch.Tensor | None], names: Sequence[str]):
+    """The fields `names` in `SDESchedulerOutput` as the module of the scheduler's class (or of a base) knows it."""
+    unknown = [name for name in names if name not in values]
+    if unknown:
+        logger.warning("a step has no %s; it has %s", ", ".join(unknown), ", ".join(values))
     modules = (sys.modules.get(cls.__module__) for cls in type(scheduler).__mro__)
-    return next((m.SDESchedulerOutput for m in modules if hasattr(m, "SDESchedulerOutput")), StepOutput)
+    output = next((m.SDESchedulerOutput for m in modules if hasattr(m, "SDESchedulerOutput")), StepOutput)
+    return output(**{name: values[name] for name in names if name in values})
 
 
 REPLACEMENTS = {"FlowMatchEulerDiscreteSDEScheduler.step": step}
