@@ -35,7 +35,15 @@ from .trainer import Trainer
 logger = logging.getLogger(__name__)
 
 # Settings a resumed run may change; any other difference would make it another run.
-_FREE_TO_CHANGE = ("iterations", "output_dir", "device", "collective_timeout", "output", "evaluation.every")
+_FREE_TO_CHANGE = (
+    "iterations",
+    "output_dir",
+    "device",
+    "collective_timeout",
+    "data.cache_dir",
+    "output",
+    "evaluation.every",
+)
 
 
 def tiny_paths(config: Config) -> dict[str, str]:
@@ -286,7 +294,10 @@ class Run:
         self.trainer.load(tensors, state)
         self.base = state["base"]
         self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}")
-        if self.trainer.iteration >= self.config.iterations:
+        finished = (self.folder / "summary.json").exists()  # without it the run was cut short in its last evaluation
+        if self.trainer.iteration > self.config.iterations or (
+            finished and self.trainer.iteration == self.config.iterations
+        ):
             raise UserError(
                 f"--resume {self.folder}: iteration {self.trainer.iteration} of {self.config.iterations} is done "
                 "already; raise --iterations to go on"

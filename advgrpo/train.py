@@ -67,7 +67,7 @@ def _description() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 after a finished or cleanly stopped run, 2 for bad input found before work started."""
+    """Exit code 0 after a finished or cleanly stopped run, 2 for bad input, 130 when interrupted outside the loop."""
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console(stderr=False)
     try:
@@ -87,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint, if there is one, is what --resume continues from", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -388,6 +388,11 @@ def test_resume_refuses_other_settings_and_damaged_or_foreign_checkpoints(unit_c
     (folder / "tensors.safetensors").write_bytes(state)
     run(unit_config, resume=True)
     assert len(metrics(unit_config.output_dir)) == 3
+    with pytest.raises(UserError, match="is done already"):
+        run(unit_config, resume=True)
+    (Path(unit_config.output_dir) / "summary.json").unlink()  # cut short in the last evaluation: only that is repeated
+    run(unit_config, resume=True)
+    assert (Path(unit_config.output_dir) / "summary.json").exists()
     (Path(unit_config.output_dir) / "checkpoints" / "iteration-000003" / "manifest.json").write_text("{}")
     unit_config.iterations = 4
     with pytest.raises(UserError, match="iteration-000003"):
