@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     args = parser.parse_args(argv)
+    for path in (args.old, args.new):
+        if not path.is_file():
+            parser.error(f"{path} is no file")  # exit status 2
     old, new = (json.loads(path.read_text()) for path in (args.old, args.new))
     if problem := incomparable(old, new):
         print(f"cannot compare {args.old} with {args.new}: {problem}", file=sys.stderr)
