@@ -39,46 +39,51 @@ def main(argv: list[str] | None = None) -> int:
         ops = [lookup(name) for name in args.op] if args.op else list(REGISTRY.values())
     except ValueError as error:
         parser.error(str(error))
-    report = run(ops, args.device, args.repeats, with_compile=args.device == "cuda" and not args.no_compile)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    with_compile = args.device == "cuda" and not args.no_compile
+    report = run(ops, args.device, args.repeats, with_compile=with_compile, file=args.json)
     return 1 if report["refused"] else 0
 
 
-def run(ops: list[Op], device: str, repeats: int | None = None, *, with_compile: bool) -> dict:
-    """Verify and time `ops`, printing a line per case; the result is what `--json` writes."""
+def run(
+    ops: list[Op], device: str, repeats: int | None = None, *, with_compile: bool, file: Path | None = None
+) -> dict:
+    """Verify and time `ops`, printing a line per case; `file` is rewritten after every op, so a cut keeps the rest."""
     facts, limits = timing.environment(device), timing.calibrate(device)
     print("  ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"measured limits: copy {limits.copy_gb_s:.0f} GB/s, matmul {limits.matmul_tflop_s:.2f} TFLOP/s\n{HEADER}")
     bench, repeats = Bench(SD35_MEDIUM_512 if device == "cuda" else TINY, device), repeats or REPEATS[device]
     entries, refused, verdicts = [], [], {}
-    for op in ops:
-        if op.test not in verdicts:
-            verdicts[op.test] = failure(op.test, device)
-        if verdicts[op.test]:
-            refused.append(op.name)
-            print(f"{op.name:26}refused: {op.test} fails\n{verdicts[op.test]}")
-            continue
-        for name, build in op.cases.items():
-            torch.manual_seed(0)
-            try:
-                entry = measure(build(bench), device, repeats, limits, with_compile)
-            except RuntimeError as error:  # an op that cannot run here, such as one of csrc/ that was not built
-                refused.append(op.name)
-                print(f"{name:26}refused: {error}")
-                continue
-            entries.append({"op": op.name, "case": name, **entry})
-            print(row(entries[-1]))
-    if device == "cpu":
-        print("cpu: not a GPU figure (tiny shapes, PyTorch reference)")
-    return {
+    report = {
         "schema": SCHEMA,
         "environment": facts,
         "calibration": timing.as_json(limits),
         "refused": refused,
         "entries": entries,
     }
+    for op in ops:
+        if op.test not in verdicts:
+            verdicts[op.test] = failure(op.test, device)
+        if verdicts[op.test]:
+            refused.append(op.name)
+            print(f"{op.name:26}refused: {op.test} fails\n{verdicts[op.test]}")
+        else:
+            for name, build in op.cases.items():
+                torch.manual_seed(0)
+                try:
+                    entry = measure(build(bench), device, repeats, limits, with_compile)
+                except RuntimeError as error:  # cannot run here, such as an op of csrc/ that was not built
+                    refused.append(op.name)
+                    print(f"{name:26}refused: {error}")
+                    continue
+                entries.append({"op": op.name, "case": name, **entry})
+                print(row(entries[-1]))
+        if file:
+            file.write_text(json.dumps(report, indent=1) + "\n")
+    if device == "cpu":
+        print("cpu: not a GPU figure (tiny shapes, PyTorch reference)")
+    return report
 
 
 def failure(test: str, device: str) -> str:

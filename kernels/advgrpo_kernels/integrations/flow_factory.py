@@ -6,7 +6,8 @@
 
 Same values to float32 rounding and the same noise from the same generators; NaN log-probs where the noise level of a
 gaussian row is 0, zeros for ODE dynamics. The coefficients are computed on the host from (σ, σ', noise level) of the
-call: one synchronisation on a GPU, where the original has several. No gradient to `latents` (raises).
+call: on a GPU one synchronisation when both timesteps are given, else the scheduler's own look-up as well. No gradient
+to `latents` (raises).
 """
 
 from __future__ import annotations
