@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from advgrpo import config
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
+from advgrpo.policy.adapters import _target_modules
 from advgrpo.policy.dynamics import step_table, window_steps
 from advgrpo.policy.sampler import Sampler
 from advgrpo.policy.sd3 import SD3Policy
@@ -279,6 +280,20 @@ def test_lora_scope(unit_config):
         load(unit_config, lora=LoraSection(blocks=3))
     with pytest.raises(UserError, match="match no linear layer"):
         load(unit_config, lora=LoraSection(targets=("attn.to_query",)))
+
+
+def test_lora_on_the_exact_sd35_medium_configuration():
+    """METHOD section 8: 191 modules, 18,776,064 parameters (meta device: no memory, no weights)."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+            pos_embed_max_size=64, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+        )  # fmt: skip
+        names = _target_modules(transformer, config.load("sd35m-dino-paper").model.lora)
+        layers = [transformer.get_submodule(name) for name in names]
+    assert len(names) == 191
+    assert sum(32 * (layer.in_features + layer.out_features) for layer in layers) == 18_776_064
 
 
 def test_full_fine_tuning_warns_and_keeps_the_base(unit_config, caplog):

@@ -267,6 +267,19 @@ def test_full_fine_tuning_runs_and_exports_a_transformer(unit_config):
     assert (Path(unit_config.output_dir) / "transformer" / "diffusion_pytorch_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_runs_on_policy_as_well(unit_config, checkpointing):
+    """The precision of the full-size presets: frozen base and backbone in bfloat16, adapters and latents float32."""
+    unit_config.model.dtype = unit_config.adversary.dtype = "bfloat16"
+    unit_config.model.gradient_checkpointing = checkpointing
+    made = run(unit_config)
+    for row in metrics(unit_config.output_dir):
+        assert row["log_prob_drift_max"] == 0
+        assert row["grad_norm"] > 0
+    assert {p.dtype for _, p in made.trainer.policy.trainable_parameters()} == {torch.float32}
+    assert made.trainer.policy.transformer.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == torch.bfloat16
+
+
 def test_nan_reward_stops_the_run_with_the_prompts_name(unit_config, monkeypatch):
     made = Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
     monkeypatch.setattr(made.trainer.adversary.head["b2"], "data", torch.tensor([float("nan")]))
