@@ -243,15 +243,15 @@ def test_text_is_encoded_once_and_survives_a_torn_cache_file(unit_config, monkey
     policy = load(unit_config)
     first = policy.encode(PROMPTS)
     again = load(unit_config)
-    calls = []
-    real = again.text_cache._encode
-    monkeypatch.setattr(again.text_cache, "_encode", lambda prompts: calls.append(prompts) or real(prompts))
+    calls, real = [], again.text_cache.encode
+    monkeypatch.setattr(again.text_cache, "encode", lambda prompts: calls.append(prompts) or real(prompts))
     assert torch.equal(again.encode(PROMPTS).text, first.text)
     assert not calls
-    path = again.text_cache._path(PROMPTS[0])
+    torn = load(unit_config)
+    path = torn.text_cache.tensors.path(torn.text_cache.key(PROMPTS[0]))
     path.write_bytes(path.read_bytes()[:100])
-    again.text_cache._memory.clear()
-    assert torch.equal(again.encode(PROMPTS).text, first.text)
+    monkeypatch.setattr(torn.text_cache, "encode", lambda prompts: calls.append(prompts) or real(prompts))
+    assert torch.equal(torn.encode(PROMPTS).text, first.text)
     assert calls == [PROMPTS[:1]]
 
 

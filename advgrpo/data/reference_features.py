@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from advgrpo_kernels import philox_permutation
 
+from ..cache import TensorCache
 from ..types import Features
 from .references import ReferenceSet
 
@@ -29,33 +25,21 @@ class ReferenceFeatures:
 
     def __init__(self, references: ReferenceSet, adversary, cache_dir: Path, max_patches: int):
         self.references, self.adversary, self.max_patches = references, adversary, max_patches
-        self.root = cache_dir / "references"
-        self._key = f"{adversary.backbone.cache_key}:{max_patches}"
-        self._memory: OrderedDict[str, Features] = OrderedDict()
+        self.tensors = TensorCache(cache_dir / "references", in_memory=_IN_MEMORY, device=adversary.backbone.device)
+        self._backbone_key = f"{adversary.backbone.cache_key}:{max_patches}"
 
     def prompt(self, prompt: str) -> Features:
         """Features of the prompt's references, in the order of the index, on the backbone's device."""
-        if prompt in self._memory:
-            self._memory.move_to_end(prompt)
-            return self._memory[prompt]
-        path = self._path(prompt)
-        try:
-            tensors = load_file(path)
-            features = Features(tensors["cls"], tensors["patches"])
-        except (FileNotFoundError, SafetensorError):  # not computed yet, or cut short when a machine went down
-            features = self._compute(prompt)
-            self._store(path, features)
-        device = self.adversary.backbone.device
-        features = Features(features.cls.to(device), features.patches.to(device))
-        self._memory[prompt] = features
-        if len(self._memory) > _IN_MEMORY:
-            self._memory.popitem(last=False)
-        return features
+        key = self._key(prompt)
+        tensors = self.tensors.load(key)
+        if tensors is None:
+            computed = self._compute(prompt)
+            tensors = self.tensors.store(key, {"cls": computed.cls, "patches": computed.patches})
+        return Features(tensors["cls"], tensors["patches"])
 
-    def _path(self, prompt: str) -> Path:
+    def _key(self, prompt: str) -> str:
         keys = [self.references.content_key(f) for f in self.references.files(prompt)]
-        digest = hashlib.sha256("\0".join([self._key, *keys]).encode()).hexdigest()
-        return self.root / digest[:2] / f"{digest}.safetensors"
+        return hashlib.sha256("\0".join([self._backbone_key, *keys]).encode()).hexdigest()
 
     def _compute(self, prompt: str) -> Features:
         pictures = [self.references.load_images([f]) for f in self.references.files(prompt)]
@@ -69,9 +53,3 @@ class ReferenceFeatures:
             patches = features.patches.gather(1, kept[:, :, None].expand(-1, -1, features.patches.shape[2]))
             features = Features(features.cls, patches)
         return features
-
-    def _store(self, path: Path, features: Features) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # another process may compute the same prompt
-        save_file({"cls": features.cls.cpu().contiguous(), "patches": features.patches.cpu().contiguous()}, temporary)
-        os.replace(temporary, path)
