@@ -152,6 +152,9 @@ def test_builders_run_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(build_backbone, "probe", lambda *a: {"shape": 0.0})
     backbone = ["--pipeline", tmp_path / "pipeline", "--steps", 2, "--batch", 4]
     call(build_backbone, *backbone, "--output", tmp_path / "backbone")
+    call(build_backbone, *backbone, "--init", tmp_path / "backbone", "--output", tmp_path / "backbone")
+    curve = json.loads((tmp_path / "backbone" / "training.json").read_text())["backbone"]
+    assert [row["step"] for row in curve] == [2, 4]
     call(build_references, "--output", tmp_path, "--train", 6, "--held-out", 2, "--per-prompt", 2)
     assert StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline").transformer.dtype == torch.float32
     assert Dinov2Model.from_pretrained(tmp_path / "backbone").dtype == torch.float32
