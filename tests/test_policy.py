@@ -1,6 +1,6 @@
 """SD3 policy, sampler and update: parity with stock diffusers, exact on-policy log-probs, fast equals plain.
 
-Bugs planted while writing, each seen red: guidance rows swapped; merge scale alpha instead of alpha / rank; window
+Bugs planted in a copy, each seen red: guidance rows swapped; merge scale alpha instead of alpha / rank; window
 steps run on merged weights (drift); noise keyed by row instead of picture id; alpha lost on export; LoRA left enabled
 inside `reference()`.
 """

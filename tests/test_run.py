@@ -1,6 +1,6 @@
 """Whole runs on untrained unit models: what they leave, exact resume, signals, several processes, bad input.
 
-Bugs planted while writing, each seen red: EMA left out of the checkpoint; replay buffer left out; iteration off by one
+Bugs planted in a copy, each seen red: EMA left out of the checkpoint; replay buffer left out; iteration off by one
 after resume; reference draw keyed by rank; loss weighted by the local instead of the global number of pictures.
 """
 
