@@ -1,7 +1,7 @@
 """The DINO adversary: golden vectors of the released code, schedules, replay, and one set of features for everything.
 
-Bugs planted in a copy, each seen red: sign of a hinge; loss weights swapped with reward weights; L2 normalisation left on
-in head training; replay slots not wrapped; random patches keyed by local instead of global picture number.
+Bugs planted in a copy, each seen red: sign of a hinge; loss weights swapped with reward weights; L2 normalisation left
+on in head training; replay slots not wrapped; random patches keyed by local instead of global picture number.
 """
 
 from pathlib import Path
