@@ -16,6 +16,8 @@ from . import rng
 from .config import AdversarySection
 from .types import Features
 
+_SIDES = ("reference", "generated")  # fields of HeadBatch
+
 
 @dataclass
 class Due:
@@ -119,7 +121,8 @@ class HeadTrainer:
     @torch.no_grad()
     def evaluate(self, batch: HeadBatch, iteration: int) -> tuple[float, float]:
         """Head loss and accuracy on this iteration's pictures, before any update of the iteration."""
-        reference, generated = self._choose(batch, torch.arange(len(batch.image_ids)), iteration, 0, "evaluate")
+        every = torch.arange(len(batch.image_ids))
+        reference, generated = (self._choose(batch, side, every, "evaluate", iteration, 0) for side in _SIDES)
         result = self.adversary.head_loss(reference, generated, total=batch.total)
         values = torch.stack([result.loss, result.accuracy])
         self.reduce([values])
@@ -150,10 +153,10 @@ class HeadTrainer:
         order = torch.randperm(batch.total, generator=generator)[:count]
         slots = torch.randint(max(len(self.replay), 1), (replayed,), generator=generator)
 
-        on_this_process = torch.isin(batch.image_ids.cpu(), order).nonzero().flatten()
-        reference, _ = self._choose(batch, on_this_process, iteration, number, "head")
-        fresh = torch.isin(batch.image_ids.cpu(), order[replayed:]).nonzero().flatten()
-        _, generated = self._choose(batch, fresh, iteration, number, "head")
+        ids = batch.image_ids.cpu()
+        drawn, fresh = (torch.isin(ids, picked).nonzero().flatten() for picked in (order, order[replayed:]))
+        reference = self._choose(batch, "reference", drawn, "head", iteration, number)
+        generated = self._choose(batch, "generated", fresh, "head", iteration, number)
         if replayed:
             mine = slots[self.rank :: self.world_size].to(generated.cls.device)
             generated = Features.cat([generated, self.replay.rows(mine)])
@@ -167,12 +170,8 @@ class HeadTrainer:
         self.adversary.step()
         return loss[0]
 
-    def _choose(self, batch: HeadBatch, rows: torch.Tensor, iteration: int, number: int, purpose: str):
-        """Reference and generated features of local rows, with random patches keyed by global picture number."""
+    def _choose(self, batch: HeadBatch, side: str, rows: torch.Tensor, purpose: str, *indices: int) -> Features:
+        """One side's features of local rows, with random patches keyed by global picture number."""
         rows = rows.to(batch.generated.cls.device)
-        ids = batch.image_ids[rows]
-        sides = []
-        for side, features in (("reference", batch.reference), ("generated", batch.generated)):
-            seed = rng.derive_seed(self.seed, f"{purpose}_{side}_patches", iteration, number)
-            sides.append(self.adversary.chosen_patches(features.rows(rows), ids, seed))
-        return sides
+        seed = rng.derive_seed(self.seed, f"{purpose}_{side}_patches", *indices)
+        return self.adversary.chosen_patches(getattr(batch, side).rows(rows), batch.image_ids[rows], seed)

@@ -99,5 +99,5 @@ _METRICS = {"dino_similarity": Evaluator._dino_similarity, "rule_accuracy": Eval
 
 def similarity(cls: torch.Tensor, references: ReferenceFeatures, prompts: list[str]) -> torch.Tensor:
     """[B] mean cosine of features [B, D] to those of each prompt's own references, as the paper reports it."""
-    own = [F.normalize(references.prompt(prompt).cls, dim=-1).mean(0) for prompt in prompts]
-    return (F.normalize(cls, dim=-1) * torch.stack(own)).sum(1)
+    own = {prompt: F.normalize(references.prompt(prompt).cls, dim=-1).mean(0) for prompt in set(prompts)}
+    return (F.normalize(cls, dim=-1) * torch.stack([own[prompt] for prompt in prompts])).sum(1)

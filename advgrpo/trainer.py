@@ -207,13 +207,19 @@ class Trainer:
             total = config.images_per_iteration // windows
             part = self.updater.accumulate(tiles, result.advantages, table, total=total, watch_kl=window == 0)
             if window == 0:
-                self._check_on_policy(part)
+                drift = self._check_on_policy(part)
             norms.append(self.updater.step())
             self.ema.step()
             stats.append(part)
-        return self._update_metrics(stats, norms, float(result.zero_std_fraction))
+        return {
+            "zero_std_fraction": float(result.zero_std_fraction),
+            "log_prob_drift_max": drift,
+            "grad_norm": sum(norms) / len(norms),
+            **self._update_metrics(stats),
+        }
 
-    def _check_on_policy(self, stats: UpdateStats) -> None:
+    def _check_on_policy(self, stats: UpdateStats) -> float:
+        """The largest drift over processes, before any optimizer step; DriftError above the bound."""
         drift = max(self.distributed.gather_json(stats.max_drift()))
         bound = self.config.update.max_log_prob_drift
         if not drift <= bound:
@@ -222,20 +228,18 @@ class Trainer:
                 f"(update.max_log_prob_drift = {bound:g}). Rollout and update must run the same forward; raise the "
                 "bound only if you know why they differ"
             )
+        return drift
 
-    def _update_metrics(self, stats: list[UpdateStats], norms: list[float], zero_std: float) -> dict[str, float]:
+    def _update_metrics(self, stats: list[UpdateStats]) -> dict[str, float]:
         sums = [self.distributed.sum_scalars(s.sums()) for s in stats]
         pairs = sum(s["pairs"] for s in sums)
         kl_pairs = sum(s["kl_pairs"] for s in sums)
         return {
-            "zero_std_fraction": zero_std,
             "policy_loss": sum(s["loss"] for s in sums) / pairs,
             "kl": sum(s["kl"] for s in sums) / kl_pairs,
             "ratio_mean": sum(s["ratio"] for s in sums) / pairs,
             "clip_fraction": sum(s["clipped"] for s in sums) / pairs,
             "pre_update_clip_fraction": sums[0]["clipped"] / sums[0]["pairs"],
-            "log_prob_drift_max": max(self.distributed.gather_json(stats[0].max_drift())),
-            "grad_norm": sum(norms) / len(norms),
         }
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
