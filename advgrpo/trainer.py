@@ -127,7 +127,7 @@ class Trainer:
                 group_ids = ids // size
                 groups = group_ids.unique()
                 prompts = [self.prompts[prompt_of_group[g]] for g in groups.tolist()]
-                mine.append(Tile(ids, group_ids, prompts, groups, torch.searchsorted(groups, group_ids), window))
+                mine.append(Tile(ids, prompts, groups, torch.searchsorted(groups, group_ids), window))
         return mine
 
     def rollout(self, table: StepTable, iteration: int) -> Rollout:
@@ -147,7 +147,7 @@ class Trainer:
                 image_ids=tile.image_ids.to(self.policy.device),
             )
             rollouts.append(TileRollout(tile, steps, self.policy.decode(latents)))
-        return Rollout(rollouts, table.window)
+        return Rollout(rollouts)
 
     def features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """Backbone features of every picture, computed once, and of one reference per picture, from the cache."""

@@ -21,18 +21,14 @@ class Conditioning:
     def rows(self, index: torch.Tensor) -> Conditioning:
         return Conditioning(self.text.index_select(0, index), self.pooled.index_select(0, index))
 
-    def to(self, device: torch.device) -> Conditioning:
-        return Conditioning(self.text.to(device), self.pooled.to(device))
-
 
 @dataclass
 class Tile:
     """The unit of computation: rollout and update run the same tiles, so their batch shapes agree bit for bit."""
 
     image_ids: torch.Tensor  # [M] int64, global: group * group_size + member
-    group_ids: torch.Tensor  # [M] int64, position of the group in the iteration
     prompts: list[str]  # P texts
-    prompt_groups: torch.Tensor  # [P] int64, the group each prompt row stands for
+    prompt_groups: torch.Tensor  # [P] int64, the group each prompt row stands for: its position in the iteration
     row: torch.Tensor  # [M] int64 into prompts
     optimizer_window: int  # which optimizer step of the iteration trains on it
 
@@ -65,19 +61,10 @@ class Rollout:
     """One iteration's pictures of this process."""
 
     tiles: list[TileRollout]
-    window: tuple[int, ...]
-
-    @property
-    def images(self) -> torch.Tensor:
-        return torch.cat([t.images for t in self.tiles])
 
     @property
     def image_ids(self) -> torch.Tensor:
         return torch.cat([t.tile.image_ids for t in self.tiles])
-
-    @property
-    def group_ids(self) -> torch.Tensor:
-        return torch.cat([t.tile.group_ids for t in self.tiles])
 
     @property
     def prompts(self) -> list[str]:

@@ -45,7 +45,7 @@ def sample(policy, settings, *, window=(1, 2), share=True, merged=True):
     initial = sampler.initial_latents(7, torch.arange(2))
     conditioning = policy.encode(PROMPTS)
     latents, steps = sampler.run(table, conditioning, initial, ROW, noise_seed=3, image_ids=torch.arange(6))
-    tile = Tile(torch.arange(6), ROW, PROMPTS, torch.arange(2), ROW, 0)
+    tile = Tile(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0)
     return latents, TileRollout(tile, steps, policy.decode(latents)), table
 
 
