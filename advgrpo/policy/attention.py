@@ -1,0 +1,98 @@
+"""Attention backends behind one call, chosen explicitly or by `auto`.
+
+    name       needs                                  backward repeats its bits
+    flash3     flash_attn_interface, Hopper, half     yes (deterministic=True)
+    flash2     flash_attn, Ampere or newer, half      yes (deterministic=True)
+    cudnn      PyTorch's cuDNN attention, half        no
+    flash      PyTorch's flash attention, half        no
+    efficient  PyTorch's memory-efficient attention   no
+    cpu        PyTorch's fused attention on a CPU     yes
+    math       nothing                                yes
+
+An explicit name is honoured or raises; `auto` takes the first that this device and dtype support. Every forward gives
+the same bits for the same input and shape, which is what likelihood ratios of exactly 1 need; training that must repeat
+bit for bit on a GPU needs one whose backward does too.
+
+Shapes: q [B, H, Sq, D], k and v [B, H, S, D] -> [B, Sq, H·D].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import UserError
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _flash_package(module: str) -> Attention:
+    kernel = importlib.import_module(module).flash_attn_func
+
+    def attend(q, k, v):
+        out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), deterministic=True)
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)
+
+    return attend
+
+
+def _torch_backend(backend: SDPBackend) -> Attention:
+    def attend(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    return attend
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_MAKERS: dict[str, Callable[[], Attention]] = {
+    "flash3": lambda: _flash_package("flash_attn_interface"),
+    "flash2": lambda: _flash_package("flash_attn"),
+    "cudnn": lambda: _torch_backend(SDPBackend.CUDNN_ATTENTION),
+    "flash": lambda: _torch_backend(SDPBackend.FLASH_ATTENTION),
+    "efficient": lambda: _torch_backend(SDPBackend.EFFICIENT_ATTENTION),
+    "cpu": lambda: _torch_backend(SDPBackend.FLASH_ATTENTION),
+    "math": lambda: _torch_backend(SDPBackend.MATH),
+}
+
+
+def _unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `name` cannot run there, or None."""
+    if name == "math":
+        return None
+    if name == "cpu":
+        return None if device.type == "cpu" else f"it runs on a CPU, not on {device.type}"
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device.type}"
+    if name == "efficient":
+        return None
+    if dtype not in _HALF:
+        return f"it needs bfloat16, got {str(dtype).removeprefix('torch.')}"
+    package, capability = {"flash3": ("flash_attn_interface", (9, 0)), "flash2": ("flash_attn", (8, 0))}.get(
+        name, (None, (8, 0))
+    )
+    if package and importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    if torch.cuda.get_device_capability(device) < capability:
+        return f"it needs compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
+    """(name, function) for `model.attention`.
+
+    Raises:
+        UserError: an unknown name, or an explicit one that this device, dtype or installation does not support.
+    """
+    if requested == "auto":
+        requested = next(name for name in _MAKERS if _unsupported(name, device, dtype) is None)
+    if requested not in _MAKERS:
+        raise UserError(f"model.attention = {requested!r}: want auto or one of {', '.join(_MAKERS)}")
+    reason = _unsupported(requested, device, dtype)
+    if reason:
+        raise UserError(f"model.attention = {requested!r}: {reason}; use auto or another backend")
+    return requested, _MAKERS[requested]()
