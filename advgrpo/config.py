@@ -29,6 +29,17 @@ LORA_TARGETS = (
 )
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FlagName = Literal[
+    "reward_collapse",
+    "mode_collapse",
+    "reward_hacking",
+    "dead_groups",
+    "slow_convergence",
+    "off_policy",
+    "adam_eps",
+    "overpowered_adversary",
+    "sleeping_adversary",
+]
 
 
 class _Section(BaseModel):
@@ -235,6 +246,47 @@ class OutputSection(_Section):
     """Log to Weights & Biases under this project when set (needs `pip install wandb`)."""
 
 
+class MonitorSection(_Section):
+    """Red flags while the run runs (monitor.py has each one's definition); lengths are counted in checks."""
+
+    every: Annotated[int, Field(ge=0)] = 1
+    """Iterations between checks; 0 switches the monitor off."""
+    stop: tuple[FlagName, ...] = ()
+    """Flags that end the run, with a checkpoint, once they appear."""
+    window: Positive = 10
+    """Levels are judged by the median of this many checks."""
+    trend_window: Annotated[int, Field(ge=3)] = 30
+    """Trends are judged over this many checks."""
+    persistence: Positive = 3
+    """Checks in a row that must agree before a flag appears or clears."""
+    collapse_tau: Fraction = 0.4
+    """reward_collapse: minus Kendall's tau of the references' reward with time; 0.4 means 70 % of all pairs fall."""
+    collapse_drop: Annotated[float, Field(ge=0)] = 5.0
+    """reward_collapse: and a fall from its peak of at least this many within-group standard deviations."""
+    diversity_share: Fraction = 0.25
+    """mode_collapse: diversity within groups below this share of the one at the start."""
+    diversity_floor: Annotated[float, Field(ge=0)] = 1e-3
+    """mode_collapse: mean pairwise cosine distance that is too small whatever the start was."""
+    hacking_gain: Annotated[float, Field(ge=0)] = 0.5
+    """reward_hacking: rise of the reward over the references', in within-group standard deviations."""
+    hacking_drift: Fraction = 0.05
+    """reward_hacking: growth of a picture statistic's distance from the references'; all are shares in [0, 1]."""
+    dead_groups: Fraction = 0.3
+    """dead_groups: share of groups without any spread of rewards."""
+    group_size: Positive = 8
+    """slow_convergence: smallest rollout.group_size that is not flagged."""
+    log_prob_drift: Annotated[float, Field(ge=0)] = 0.0
+    """off_policy: largest log-probability drift before the first optimizer step."""
+    pre_update_clip_fraction: Fraction = 0.0
+    """off_policy: largest share of clipped ratios before the first optimizer step."""
+    adam_eps_share: Fraction = 0.1
+    """adam_eps: share of the optimizer's step that Adam's eps takes away."""
+    overpowered_accuracy: Fraction = 0.99
+    """overpowered_adversary: accuracy at or above this."""
+    sleeping_accuracy: Fraction = 0.55
+    """sleeping_adversary: accuracy at or below this; guessing gives 0.5."""
+
+
 class Config(_Section):
     """Adv-GRPO training."""
 
@@ -258,6 +310,7 @@ class Config(_Section):
     adversary: AdversarySection = AdversarySection()
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
+    monitor: MonitorSection = MonitorSection()
 
     @property
     def images_per_iteration(self) -> int:

@@ -1,0 +1,426 @@
+"""Red flags seen while a run runs (METHOD section 7's last line): what went wrong, by which number, which knob to turn.
+
+Each flag is a small class that turns an iteration's metrics into a `Reading`. Three guards keep noise from raising one:
+- levels are judged by the median of the last `monitor.window` values: one odd iteration cannot move it;
+- trends are judged by Kendall's rank correlation with time (the Mann-Kendall statistic) over `monitor.trend_window`
+  values: ranks assume neither a noise distribution nor a scale, and an outlier, which would turn a least-squares line,
+  counts once;
+- a flag appears, and clears, only after `monitor.persistence` readings in a row say so.
+
+Everything a flag remembers is plain numbers, so that a resumed run flags what an uninterrupted one would. Nothing here
+touches the training; the same metrics on every process give the same flags.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from statistics import median
+from typing import Any, ClassVar
+
+from .config import Config, MonitorSection
+from .picture_statistics import STATISTICS, PictureStatistics
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An active red flag."""
+
+    name: str
+    value: float
+    threshold: float
+    message: str  # what is wrong, with the numbers
+    advice: str  # which config field to change, from which value, in which direction
+    stop: bool  # whether monitor.stop names it
+
+    def __str__(self) -> str:
+        return f"red flag {self.name}: {self.message}. {self.advice}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a flag saw in one check."""
+
+    value: float
+    threshold: float
+    bad: bool
+    message: str
+
+
+class RedFlag(ABC):
+    """One rule. Subclasses say what they read; this class remembers and waits for persistence."""
+
+    name: ClassVar[str]
+    needs_warm_head: ClassVar[bool] = True  # not judged while only the adversary trains (adversary.warmup_iterations)
+
+    def __init__(self, section: MonitorSection, config: Config):
+        self.section, self.config = section, config
+        self.series: dict[str, list[float]] = {}  # newest last, at most as many as are judged
+        self.baseline: dict[str, float] = {}
+        self.active, self.against = False, 0  # readings in a row that contradict `active`
+        self.last: Reading | None = None
+
+    @abstractmethod
+    def read(self, metrics: Metrics, pictures: PictureStatistics | None) -> Reading | None:
+        """The reading of this iteration; None while there is nothing to judge."""
+
+    @abstractmethod
+    def advice(self) -> str:
+        """Which knobs, with their current values."""
+
+    @property
+    def persistence(self) -> int:
+        return self.section.persistence
+
+    def update(self, metrics: Metrics, pictures: PictureStatistics | None) -> None:
+        reading = self.read(metrics, pictures)
+        if reading is None:
+            return
+        self.last = reading
+        self.against = self.against + 1 if reading.bad != self.active else 0
+        if self.against >= self.persistence:
+            self.active, self.against = not self.active, 0
+
+    def remember(self, name: str, value: float, length: int) -> list[float]:
+        """Append to a series; returns its last `length` values, newest last."""
+        self.series[name] = [*self.series.get(name, []), value][-length:]
+        return self.series[name]
+
+    def settled(self, name: str, value: float | None) -> float | None:
+        """The median of the last `window` values; None where the metric is absent or the window is not full yet."""
+        if value is None:
+            return None
+        values = self.remember(name, value, self.section.window)
+        return median(values) if len(values) == self.section.window else None
+
+    def flag(self) -> Flag:
+        reading, stop = self.last, self.name in self.section.stop
+        return Flag(self.name, reading.value, reading.threshold, reading.message, self.advice(), stop)
+
+    def state(self) -> dict[str, Any]:
+        last = asdict(self.last) if self.last else None
+        return {"series": self.series, "baseline": self.baseline, "active": self.active, "against": self.against,
+                "last": last}  # fmt: skip
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.series = {name: list(values) for name, values in state["series"].items()}
+        self.baseline, self.active, self.against = dict(state["baseline"]), state["active"], state["against"]
+        self.last = Reading(**state["last"]) if state["last"] else None
+
+
+class RewardCollapse(RedFlag):
+    """The references' own reward falls and does not stop: the head unlearns what a good picture is (issue 5).
+
+    Definition: Kendall's tau of `reward_reference` against time is at most -collapse_tau over trend_window checks, and
+    its median over `window` checks has fallen from its peak by at least collapse_drop times the median `reward_std`, the
+    spread in groups (a head's scores have no unit of their own). Some fall is healthy, as a fooled head's scores of
+    both sides meet, but it ends: two runs of the tiny world fell by up to 3 spreads in 130 iterations.
+    """
+
+    name = "reward_collapse"
+
+    def read(self, metrics, pictures):
+        reward, spread = metrics.get("reward_reference"), metrics.get("reward_std")
+        if reward is None or spread is None:
+            return None
+        short, long = self.section.window, self.section.trend_window
+        rewards = self.remember("reward", reward, max(short, long))
+        spreads = self.remember("spread", spread, short)
+        if len(rewards) < short:
+            return None
+        now = median(rewards[-short:])
+        peak = self.baseline["peak"] = max(now, self.baseline.get("peak", now))
+        if len(rewards) < long:
+            return None
+        tau = kendall_tau(rewards[-long:])
+        fall = (peak - now) / max(median(spreads), 1e-12)
+        bad = tau <= -self.section.collapse_tau and fall >= self.section.collapse_drop
+        message = f"the references' reward fell from {peak:.3g} to {now:.3g} and falls on (Kendall's tau {tau:+.2f})"
+        return Reading(fall, self.section.collapse_drop, bad, message)
+
+    def advice(self):
+        adversary, update = self.config.adversary, self.config.update
+        return (
+            f"Let the head keep up: raise adversary.updates_per_iteration (now {adversary.updates_per_iteration}) or "
+            f"adversary.replay_share (now {adversary.replay_share:g}), or lower update.learning_rate "
+            f"(now {update.learning_rate:g})"
+        )
+
+
+class ModeCollapse(RedFlag):
+    """The pictures of a group are alike, so group-relative advantages compare nothing (METHOD section 4).
+
+    Definition: the mean pairwise cosine distance of backbone features within groups, median over `window` checks, is
+    below diversity_share times its value at the start of the run, or below diversity_floor (which catches a run that
+    starts collapsed).
+    """
+
+    name = "mode_collapse"
+
+    def read(self, metrics, pictures):
+        distance = self.settled("distance", pictures.group_diversity if pictures else None)
+        if distance is None:
+            return None
+        start = self.baseline.setdefault("distance", distance)
+        threshold = max(self.section.diversity_floor, self.section.diversity_share * start)
+        message = f"pictures of a prompt are alike: mean pairwise distance {distance:.3g}, {start:.3g} at the start"
+        return Reading(distance, threshold, distance < threshold, message)
+
+    def advice(self):
+        rollout = self.config.rollout
+        return (
+            f"Raise rollout.noise_level (now {rollout.noise_level:g}) or update.kl_weight "
+            f"(now {self.config.update.kl_weight:g}), or lower rollout.guidance_scale (now {rollout.guidance_scale:g})"
+        )
+
+
+class RewardHacking(RedFlag):
+    """The reward rises while pictures leave the references in ways it does not see (arXiv 2511.20256, figure 1).
+
+    Definition: since the start of the generator's training, (1) the reward's lead over the references,
+    `reward_generated - reward_reference`, has risen by at least hacking_gain times the median `reward_std` (the
+    difference cancels the difficulty of the prompts drawn, and a learned head's offset), and (2) the distance of mean
+    saturation, dark-pixel share or edge density to that of the same prompts' references has grown by more than
+    hacking_drift. All three are shares in [0, 1], compared as medians over `window` checks. A distance that shrinks is
+    what training is for.
+    """
+
+    name = "reward_hacking"
+
+    def read(self, metrics, pictures):
+        values = self._values(metrics, pictures)
+        if values is None:
+            return None
+        now = {name: self.settled(name, value) for name, value in values.items()}
+        if None in now.values():
+            return None
+        if not self.baseline:
+            self.baseline = dict(now)
+        gain = (now["lead"] - self.baseline["lead"]) / max(now["spread"], 1e-12)
+        growth = {name: abs(now[name]) - abs(self.baseline[name]) for name in STATISTICS}
+        worst = max(growth, key=growth.get)
+        bad = gain >= self.section.hacking_gain and growth[worst] > self.section.hacking_drift
+        message = (
+            f"reward up by {gain:.1f} spreads while {worst.replace('_', ' ')} went from {self.baseline[worst]:+.3f} to "
+            f"{now[worst]:+.3f} relative to the references'"
+        )
+        return Reading(growth[worst], self.section.hacking_drift, bad, message)
+
+    def _values(self, metrics: Metrics, pictures: PictureStatistics | None) -> dict[str, float] | None:
+        reward, spread = metrics.get("reward_generated"), metrics.get("reward_std")
+        if pictures is None or reward is None or spread is None or metrics.get("grad_norm") is None:
+            return None  # an iteration that does not train the generator says nothing about what training does
+        lead = reward - (metrics.get("reward_reference") or 0.0)
+        offsets = {name: pictures.generated[name] - pictures.reference[name] for name in STATISTICS}
+        return {"lead": lead, "spread": spread, **offsets}
+
+    def advice(self):
+        adversary, update = self.config.adversary, self.config.update
+        if adversary.schedule == "never":
+            remedy = "Let the reward learn: set adversary.schedule (now never) to when_fooled"
+        else:
+            remedy = f"Raise adversary.updates_per_iteration (now {adversary.updates_per_iteration})"
+        return f"{remedy}, or raise update.kl_weight (now {update.kl_weight:g})"
+
+
+class DeadGroups(RedFlag):
+    """Groups whose pictures all have the same reward teach nothing (METHOD section 4; Flow-GRPO logs their share).
+
+    Definition: `zero_std_fraction`, median over `window` checks, is at least dead_groups.
+    """
+
+    name = "dead_groups"
+
+    def read(self, metrics, pictures):
+        share = self.settled("share", metrics.get("zero_std_fraction"))
+        if share is None:
+            return None
+        message = f"{share:.0%} of the groups have one and the same reward for all pictures"
+        return Reading(share, self.section.dead_groups, share >= self.section.dead_groups, message)
+
+    def advice(self):
+        rollout = self.config.rollout
+        return (
+            f"Raise rollout.group_size (now {rollout.group_size}) or rollout.noise_level (now "
+            f"{rollout.noise_level:g}), take prompts out of data.prompts that are always or never solved, or use a "
+            "reward with finer steps"
+        )
+
+
+class SlowConvergence(RedFlag):
+    """Few pictures per prompt make noisy advantages: fewer than 8 learn slowly (issue 5; the paper uses 16).
+
+    Definition: `rollout.group_size` is below monitor.group_size. Known before training, so it appears at once.
+    """
+
+    name = "slow_convergence"
+    needs_warm_head = False
+    persistence = 1
+
+    def read(self, metrics, pictures):
+        size, threshold = self.config.rollout.group_size, self.section.group_size
+        return Reading(size, threshold, size < threshold, f"groups of {size} pictures learn slowly")
+
+    def advice(self):
+        return f"Raise rollout.group_size (now {self.config.rollout.group_size}) to {self.section.group_size} or more"
+
+
+class OffPolicy(RedFlag):
+    """The update does not repeat the rollout's likelihoods, so the clipping acts on noise (METHOD section 5).
+
+    Definition: before the first optimizer step `log_prob_drift_max` exceeds monitor.log_prob_drift or
+    `pre_update_clip_fraction` exceeds monitor.pre_update_clip_fraction; METHOD wants exactly 0 of both.
+    """
+
+    name = "off_policy"
+
+    def read(self, metrics, pictures):
+        drift, clipped = metrics.get("log_prob_drift_max"), metrics.get("pre_update_clip_fraction")
+        if drift is None or clipped is None:
+            return None
+        bounds = self.section.log_prob_drift, self.section.pre_update_clip_fraction
+        by_clipping = drift <= bounds[0] and clipped > bounds[1]
+        value, threshold = (clipped, bounds[1]) if by_clipping else (drift, bounds[0])
+        message = f"before any step log-probabilities moved by {drift:.2e} and {clipped:.1%} of the ratios were clipped"
+        return Reading(value, threshold, drift > bounds[0] or clipped > bounds[1], message)
+
+    def advice(self):
+        update = self.config.update
+        return (
+            "Rollout and update must run the same forward: try --no-fast, or raise model.dtype (now "
+            f"{self.config.model.dtype}) to float32; else raise update.clip_range (now {update.clip_range:g}) well "
+            f"above the drift, or lower update.max_log_prob_drift (now {update.max_log_prob_drift:g}) to stop at once"
+        )
+
+
+class AdamEps(RedFlag):
+    """Gradients at the size of Adam's eps: steps are no longer of the size of the learning rate (METHOD section 8).
+
+    Definition: Adam's step is lr * m / (sqrt(v) + eps). With sqrt(v) = the gradient's root mean square g over all
+    trained elements, after clipping (`monitor_gradient_rms`), eps takes the share eps / (g + eps) of the step away; its
+    median over `window` checks is at least adam_eps_share.
+    """
+
+    name = "adam_eps"
+
+    def read(self, metrics, pictures):
+        rms = self.settled("rms", metrics.get("monitor_gradient_rms"))
+        if rms is None:
+            return None
+        eps, threshold = self.config.update.eps, self.section.adam_eps_share
+        lost = eps / (rms + eps)
+        message = f"gradients of {rms:.1e} beside Adam's eps of {eps:.0e}: eps takes {lost:.0%} of every step"
+        return Reading(lost, threshold, lost >= threshold, message)
+
+    def advice(self):
+        return f"Lower update.eps (now {self.config.update.eps:g}) to a hundredth of the gradient's size"
+
+
+class OverpoweredAdversary(RedFlag):
+    """The adversary tells everything apart, so its reward hardly says which picture is better (issue 5).
+
+    Definition: `adversary_accuracy`, median over `window` checks, is at least overpowered_accuracy.
+    """
+
+    name = "overpowered_adversary"
+
+    def read(self, metrics, pictures):
+        accuracy = self.settled("accuracy", metrics.get("adversary_accuracy"))
+        if accuracy is None:
+            return None
+        threshold = self.section.overpowered_accuracy
+        message = f"the adversary tells {accuracy:.1%} of the pictures apart"
+        return Reading(accuracy, threshold, accuracy >= threshold, message)
+
+    def advice(self):
+        adversary = self.config.adversary
+        return (
+            f"Lower adversary.updates_per_iteration (now {adversary.updates_per_iteration}), adversary.learning_rate "
+            f"(now {adversary.learning_rate:g}) or adversary.warmup_updates (now {adversary.warmup_updates})"
+        )
+
+
+class SleepingAdversary(RedFlag):
+    """The adversary guesses: its reward is noise, and the generator learns nothing from it (issue 5).
+
+    Definition: `adversary_accuracy`, median over `window` checks, is at most sleeping_accuracy (guessing is 0.5).
+    """
+
+    name = "sleeping_adversary"
+
+    def read(self, metrics, pictures):
+        accuracy = self.settled("accuracy", metrics.get("adversary_accuracy"))
+        if accuracy is None:
+            return None
+        threshold = self.section.sleeping_accuracy
+        message = f"the adversary tells {accuracy:.1%} of the pictures apart; guessing gives 50%"
+        return Reading(accuracy, threshold, accuracy <= threshold, message)
+
+    def advice(self):
+        adversary = self.config.adversary
+        return (
+            f"Raise adversary.updates_per_iteration (now {adversary.updates_per_iteration}), adversary.learning_rate "
+            f"(now {adversary.learning_rate:g}), adversary.warmup_iterations (now {adversary.warmup_iterations}) or "
+            f"adversary.fooled_margin (now {adversary.fooled_margin:g})"
+        )
+
+
+RED_FLAGS: tuple[type[RedFlag], ...] = (
+    RewardCollapse,
+    ModeCollapse,
+    RewardHacking,
+    DeadGroups,
+    SlowConvergence,
+    OffPolicy,
+    AdamEps,
+    OverpoweredAdversary,
+    SleepingAdversary,
+)
+
+
+class Monitor:
+    """All red flags of a run."""
+
+    def __init__(self, section: MonitorSection, config: Config):
+        self.section, self.config = section, config
+        self.red_flags = [kind(section, config) for kind in RED_FLAGS]
+
+    def due(self, iteration: int) -> bool:
+        """Whether this iteration is looked at."""
+        return self.section.every > 0 and iteration % self.section.every == 0
+
+    def check(self, metrics: Metrics, pictures: PictureStatistics | None = None) -> list[Flag]:
+        """Take in one iteration's metrics and return the flags that are active after it.
+
+        Args:
+            metrics: the iteration's record; a metric that is absent or None leaves its flags as they are.
+            pictures: statistics of its pictures; None leaves the flags on pictures as they are.
+        """
+        warming_up = metrics["iteration"] < self.config.adversary.warmup_iterations
+        for red_flag in self.red_flags:
+            if not (warming_up and red_flag.needs_warm_head):
+                red_flag.update(metrics, pictures)
+        return self.active()
+
+    def active(self) -> list[Flag]:
+        return [red_flag.flag() for red_flag in self.red_flags if red_flag.active]
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next check depends on, as JSON."""
+        return {red_flag.name: red_flag.state() for red_flag in self.red_flags}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state()`'s result as if never stopped; a flag it does not know starts anew."""
+        for red_flag in self.red_flags:
+            if red_flag.name in state:
+                red_flag.load(state[red_flag.name])
+
+
+def kendall_tau(values: Sequence[float]) -> float:
+    """Kendall's rank correlation with time, in [-1, 1]: rising minus falling pairs over all pairs (Mann 1945)."""
+    pairs = list(combinations(values, 2))
+    return sum((later > earlier) - (later < earlier) for earlier, later in pairs) / len(pairs)

@@ -1,0 +1,129 @@
+"""What can be said of pictures without any reward model: the monitor's independent witnesses.
+
+Shapes: B pictures [B, 3, H, W] float in [0, 1]; R of them share a prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .data.references import ReferenceSet
+from .distributed import Distributed
+from .types import Rollout
+
+STATISTICS = ("saturation", "dark_share", "edge_density")
+_LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
+_DARK = 0.1  # luma below which a pixel counts as dark
+_EDGE = 0.05  # luma per pixel; a step of 0.1 between flat areas has this slope on both sides
+_REFERENCES = 4  # pictures per prompt that are looked at: a mean is wanted, and decoding them all would cost time
+
+
+def picture_statistics(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Three shares in [0, 1] per picture, each [B] float32, computed on the pictures' device.
+
+    - saturation: mean HSV saturation, (max - min) / max of RGB, 0 where the pixel is black;
+    - dark_share: share of pixels whose Rec. 709 luma is below 0.1;
+    - edge_density: share of pixels where the luma's Sobel gradient (kernel / 8, so in luma per pixel) exceeds 0.05.
+
+    Raises:
+        ValueError: anything but [B, 3, H, W].
+    """
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"want pictures [B, 3, H, W], got {list(images.shape)}")
+    images = images.float()
+    high, low = images.amax(1), images.amin(1)
+    saturation = torch.where(high > 0, (high - low) / high.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    luma = (images * images.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    across = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    kernels = torch.stack([across, across.T])[:, None]
+    gradient = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), kernels).norm(dim=1)
+    return {
+        "saturation": saturation.mean((1, 2)),
+        "dark_share": (luma < _DARK).float().mean((1, 2, 3)),
+        "edge_density": (gradient > _EDGE).float().mean((1, 2)),
+    }
+
+
+def group_diversity(features: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Mean cosine distance of all pairs within groups, averaged over groups: a scalar in [0, 2]; 0: all alike.
+
+    For unit vectors u of a group of n, the mean of u_i . u_j over i != j is (|sum u|^2 - n) / (n (n - 1)), so no n x n
+    matrix is needed.
+
+    Args:
+        features: [groups * group_size, D], groups in succession.
+
+    Raises:
+        ValueError: a number of rows that is no multiple of group_size, or groups of one.
+    """
+    if group_size < 2 or len(features) % group_size:
+        raise ValueError(f"{len(features)} rows cannot be cut into groups of {group_size} (at least 2)")
+    unit = F.normalize(features.float(), dim=-1).view(-1, group_size, features.shape[-1])
+    squares = unit.square().sum((1, 2))  # n, but for rounding: identical rows then have a distance of 0
+    cosine = (unit.sum(1).square().sum(1) - squares) / (group_size * (group_size - 1))
+    return (squares / group_size - cosine).mean()
+
+
+@dataclass(frozen=True)
+class PictureStatistics:
+    """Means over an iteration's pictures; `reference` weighs every prompt as often as it was drawn."""
+
+    generated: dict[str, float]
+    reference: dict[str, float]
+    group_diversity: float
+
+    def metrics(self) -> dict[str, float]:
+        """As they are logged: monitor_<statistic>, monitor_reference_<statistic>, monitor_group_diversity."""
+        return {
+            **{f"monitor_{name}": value for name, value in self.generated.items()},
+            **{f"monitor_reference_{name}": value for name, value in self.reference.items()},
+            "monitor_group_diversity": self.group_diversity,
+        }
+
+
+class ReferenceStatistics:
+    """Mean statistics of each prompt's references, resized to the generated pictures' size; each prompt once."""
+
+    def __init__(self, references: ReferenceSet):
+        self.references = references
+        self._of_prompt: dict[tuple[str, tuple[int, int]], torch.Tensor] = {}
+
+    def prompt(self, prompt: str, size: tuple[int, int]) -> torch.Tensor:
+        """[len(STATISTICS)] float32 on the CPU."""
+        key = (prompt, size)
+        if key not in self._of_prompt:
+            images = self.references.load_images(self.references.files(prompt)[:_REFERENCES], size=size)
+            self._of_prompt[key] = _columns(images).mean(0)
+        return self._of_prompt[key]
+
+
+def measure(
+    rollout: Rollout, features: torch.Tensor, references: ReferenceStatistics, group_size: int, distributed: Distributed
+) -> PictureStatistics:
+    """Statistics of an iteration's pictures over all processes, the same on each.
+
+    Args:
+        rollout: this process's pictures.
+        features: [B, D] frozen backbone features of them, in the rollout's order.
+    """
+    images = torch.cat([tile.images for tile in rollout.tiles])
+    size = tuple(images.shape[-2:])
+    own = torch.stack([references.prompt(prompt, size) for prompt in rollout.prompts])
+    columns = torch.cat([_columns(images), own.to(images.device)], dim=1)
+    order = distributed.all_gather(rollout.image_ids.to(columns.device)).argsort()
+    means = distributed.all_gather(columns)[order].double().mean(0).tolist()
+    count = len(STATISTICS)
+    return PictureStatistics(
+        dict(zip(STATISTICS, means[:count])),
+        dict(zip(STATISTICS, means[count:])),
+        group_diversity(distributed.all_gather(features)[order.to(features.device)], group_size).item(),
+    )
+
+
+def _columns(images: torch.Tensor) -> torch.Tensor:
+    """[B, len(STATISTICS)]"""
+    statistics = picture_statistics(images)
+    return torch.stack([statistics[name] for name in STATISTICS], dim=1)

@@ -1,0 +1,288 @@
+"""Red flags: each trips on the series it is defined by and no other does, healthy runs raise none, resume is exact.
+
+`golden/healthy_tiny_run.json` holds the metrics of a run of the tiny preset that improved both held-out metrics
+(`python -m advgrpo.train --iterations 70 --evaluation.every 0`, seed 42; its `_source` says which numbers).
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from advgrpo import config
+from advgrpo.monitor import RED_FLAGS, Monitor, kendall_tau
+from advgrpo.picture_statistics import STATISTICS, PictureStatistics, group_diversity, picture_statistics
+
+HEALTHY = json.loads((Path(__file__).parent / "golden" / "healthy_tiny_run.json").read_text())["rows"]
+
+
+def settings(**changes):
+    return config.build(config.merge(config.read_preset("tiny"), changes), "test")
+
+
+def healthy_row(i, noise):
+    """An iteration of a run in good order, with the noise of a real one."""
+    return {
+        "iteration": i,
+        "reward_generated": -1.5 + 0.5 * noise(),
+        "reward_reference": 1.0 + 0.5 * noise(),
+        "reward_std": 0.7 + 0.1 * noise(),
+        "zero_std_fraction": 0.0,
+        "adversary_accuracy": min(1.0, 0.8 + 0.08 * noise()),
+        "log_prob_drift_max": 0.0,
+        "pre_update_clip_fraction": 0.0,
+        "grad_norm": 3e-3,
+        "monitor_gradient_rms": 5e-6,
+        "monitor_group_diversity": 0.06 * (1 + 0.3 * noise()),
+        **{f"monitor_{name}": 0.5 + 0.02 * noise() for name in STATISTICS},
+        **{f"monitor_reference_{name}": 0.5 + 0.02 * noise() for name in STATISTICS},
+    }
+
+
+def series(count, change=lambda i, row, noise: {}, seed=0):
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        row = healthy_row(i, lambda: draw.gauss(0, 1))
+        rows.append({**row, **change(i, row, lambda: draw.gauss(0, 1))})
+    return rows
+
+
+def pictures(row):
+    return PictureStatistics(
+        {name: row[f"monitor_{name}"] for name in STATISTICS},
+        {name: row[f"monitor_reference_{name}"] for name in STATISTICS},
+        row["monitor_group_diversity"],
+    )
+
+
+def feed(monitor, rows):
+    """The names of the active flags after each iteration."""
+    return [[flag.name for flag in monitor.check(row, pictures(row))] for row in rows]
+
+
+def make(**changes):
+    built = settings(**changes)
+    return Monitor(built.monitor, built)
+
+
+def ramp(i, start, length):
+    return min(max((i - start) / length, 0.0), 1.0)
+
+
+# name -> (settings, what goes wrong from iteration 30 on)
+TRIPS = {
+    "reward_collapse": ({}, lambda i, row, n: {"reward_reference": 3 - 6 * ramp(i, 20, 70) + 0.5 * n()}),
+    "mode_collapse": ({}, lambda i, row, n: {"monitor_group_diversity": 0.06 * 0.9 ** max(0, i - 30)}),
+    "reward_hacking": (
+        {"adversary": {"schedule": "never"}},
+        lambda i, row, n: {
+            "reward_generated": row["reward_generated"] + 2 * ramp(i, 30, 30),
+            "monitor_saturation": row["monitor_saturation"] + 0.15 * ramp(i, 30, 30),
+        },
+    ),
+    "dead_groups": ({}, lambda i, row, n: {"zero_std_fraction": 0.5 * ramp(i, 30, 20)}),
+    "slow_convergence": ({"rollout": {"group_size": 4}}, lambda i, row, n: {}),
+    "off_policy": (
+        {"update": {"max_log_prob_drift": 1.0}},
+        lambda i, row, n: {"log_prob_drift_max": 1e-5 if i >= 30 else 0.0},
+    ),
+    "adam_eps": ({}, lambda i, row, n: {"monitor_gradient_rms": 5e-6 * 10 ** (-3 * ramp(i, 30, 20))}),
+    "overpowered_adversary": ({}, lambda i, row, n: {"adversary_accuracy": 0.8 + 0.2 * ramp(i, 30, 10)}),
+    "sleeping_adversary": (
+        {},
+        lambda i, row, n: {"adversary_accuracy": 0.5 + 0.03 * n() if i >= 30 else row["adversary_accuracy"]},
+    ),
+}
+
+
+def test_every_flag_has_a_series_that_trips_it():
+    names = [kind.name for kind in RED_FLAGS]
+    assert sorted(TRIPS) == sorted(names) == sorted(config.FlagName.__args__)
+
+
+@pytest.mark.parametrize("name", TRIPS)
+def test_a_flag_trips_on_its_own_series_alone(name):
+    changes, change = TRIPS[name]
+    for seed in range(3):
+        active = feed(make(**changes), series(100, change, seed))
+        assert {flag for names in active for flag in names} == {name}
+        if name != "slow_convergence":
+            assert not any(active[:31])
+        assert active[-1] == [name] or name == "reward_collapse"  # which clears once the fall has ended
+
+
+@pytest.mark.parametrize("name", TRIPS)
+def test_messages_and_advice_name_existing_fields_with_their_values(name):
+    changes, change = TRIPS[name]
+    monitor = make(**config.merge(changes, {"monitor": {"stop": [name]}}))
+    seen = [flag for row in series(100, change) for flag in monitor.check(row, pictures(row))]
+    flag = seen[0]
+    assert flag.stop
+    assert flag.name in str(flag)
+    assert flag.advice in str(flag)
+    fields = [word.strip("(),.;") for word in flag.advice.split() if "." in word.strip("(),.;")]
+    fields = [f for f in fields if f.partition(".")[0] in config.Config.model_fields]
+    assert fields
+    for field in fields:
+        section, _, leaf = field.partition(".")
+        value = getattr(getattr(monitor.config, section), leaf)
+        shown = "" if field == "data.prompts" else f"{value:g}" if isinstance(value, float) else str(value)
+        assert not shown or f"{field} (now {shown})" in flag.advice
+
+
+def test_healthy_runs_raise_nothing():
+    assert not any(feed(make(), HEALTHY))
+    for seed in range(5):
+        assert not any(feed(make(), series(150, seed=seed)))
+
+
+def test_one_odd_iteration_raises_nothing_and_one_good_one_clears_nothing():
+    odd = {
+        "reward_reference": -50.0,
+        "zero_std_fraction": 1.0,
+        "log_prob_drift_max": 1.0,
+        "monitor_gradient_rms": 1e-12,
+        "adversary_accuracy": 0.5,
+        "monitor_group_diversity": 0.0,
+        "monitor_saturation": 1.0,
+    }
+    assert not any(feed(make(), series(80, lambda i, row, n: odd if i == 40 else {})))
+    assert not any(feed(make(), series(80, lambda i, row, n: odd if i in (40, 50) else {})))
+    good = {"zero_std_fraction": 0.0}
+    monitor = make()
+    active = feed(monitor, series(80, lambda i, row, n: good if i == 60 else {"zero_std_fraction": 0.6}))
+    assert all(names == ["dead_groups"] for names in active[30:])
+
+
+def test_a_flag_clears_when_the_cause_is_gone():
+    active = feed(make(), series(100, lambda i, row, n: {"zero_std_fraction": 0.6 if 20 <= i < 50 else 0.0}))
+    held = [i for i, names in enumerate(active) if names == ["dead_groups"]]
+    # the median of 10 turns with the fifth or sixth value, and three readings must agree
+    assert held == list(range(held[0], held[-1] + 1))
+    assert 20 + 5 <= held[0] <= 20 + 9
+    assert 50 + 5 <= held[-1] <= 50 + 9
+
+
+def test_hacking_needs_both_the_reward_and_the_drift():
+    def drift(sign, gain):
+        def change(i, row, noise):
+            return {
+                "reward_generated": row["reward_generated"] + gain * ramp(i, 20, 30),
+                "monitor_dark_share": row["monitor_dark_share"] + sign * 0.2 * ramp(i, 20, 30),
+            }
+
+        return change
+
+    assert feed(make(), series(80, drift(+1, 2.0)))[-1] == ["reward_hacking"]
+    assert feed(make(), series(80, drift(-1, 2.0)))[-1] == ["reward_hacking"]
+    assert not any(feed(make(), series(80, drift(+1, 0.0))))
+    assert not any(feed(make(), series(80, drift(0, 2.0))))
+
+    def approach(i, row, noise):  # starts 0.2 away from the references and comes closer: that is progress
+        return {**drift(+1, 2.0)(i, row, noise), "monitor_reference_dark_share": row["monitor_dark_share"] + 0.2}
+
+    assert not any(feed(make(), series(80, approach)))
+
+
+def test_a_fall_that_ends_is_no_collapse():
+    """The references' reward of a fooled head sinks by about three spreads and stays there."""
+
+    def settle(i, row, noise):
+        return {"reward_reference": 2.5 - 2 * ramp(i, 10, 20) + 0.5 * noise()}
+
+    assert not any(feed(make(), series(120, settle)))
+
+    def noisy_level(i, row, noise):  # large noise around a level is no fall either
+        return {"reward_reference": 5 * noise()}
+
+    for seed in range(3):
+        assert not any(feed(make(), series(120, noisy_level, seed)))
+
+
+def test_an_overall_shift_of_the_head_is_no_gain():
+    def shift(i, row, noise):
+        lift = 5 * ramp(i, 20, 30)
+        return {
+            "reward_generated": row["reward_generated"] + lift,
+            "reward_reference": row["reward_reference"] + lift,
+            "monitor_saturation": row["monitor_saturation"] + 0.2 * ramp(i, 20, 30),
+        }
+
+    assert not any(feed(make(), series(80, shift)))
+
+
+def test_a_run_that_starts_collapsed_is_caught_by_the_floor():
+    assert feed(make(), series(40, lambda i, row, n: {"monitor_group_diversity": 0.0}))[-1] == ["mode_collapse"]
+
+
+def test_warm_up_and_iterations_without_a_generator_update_are_not_judged():
+    untrained = {"adversary_accuracy": 0.5, "monitor_group_diversity": 0.0}
+    active = feed(make(adversary={"warmup_iterations": 20}), series(20, lambda i, row, n: untrained))
+    assert not any(active)
+    none = dict.fromkeys(("zero_std_fraction", "log_prob_drift_max", "pre_update_clip_fraction", "grad_norm",
+                          "monitor_gradient_rms"))  # fmt: skip
+    alternate = series(200, lambda i, row, n: {} if i % 10 == 9 else none)
+    assert not any(feed(make(adversary={"schedule": "alternate"}), alternate))
+
+
+@pytest.mark.parametrize("name", TRIPS)
+def test_resuming_at_any_iteration_equals_never_stopping(name):
+    changes, change = TRIPS[name]
+    rows = series(90, change)
+    whole = make(**changes)
+    expected = feed(whole, rows)
+    parts, active = make(**changes), []
+    for start in range(0, 90, 7):
+        resumed = make(**changes)
+        resumed.load(json.loads(json.dumps(parts.state())))
+        assert resumed.active() == parts.active()
+        active += feed(resumed, rows[start : start + 7])
+        parts = resumed
+    assert active == expected
+    assert parts.state() == whole.state()
+    assert len(json.dumps(parts.state())) < 20_000
+
+
+def test_every_n_iterations_and_switched_off():
+    assert [i for i in range(7) if make(monitor={"every": 3}).due(i)] == [0, 3, 6]
+    assert not any(make(monitor={"every": 0}).due(i) for i in range(7))
+
+
+def test_kendalls_tau_on_known_answers():
+    assert kendall_tau([1, 2, 3, 4]) == 1
+    assert kendall_tau([4, 3, 2, 1]) == -1
+    assert kendall_tau([1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert kendall_tau([5, 5, 5]) == 0
+
+
+def test_picture_statistics_on_known_pictures():
+    size = 16
+    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, size, size)
+    pale = torch.tensor([1.0, 0.5, 0.5]).view(3, 1, 1).expand(3, size, size)
+    grey, black = torch.full((3, size, size), 0.5), torch.zeros(3, size, size)
+    halves = torch.zeros(3, size, size)
+    halves[:, :, size // 2 :] = 1.0
+    faint = 0.5 + 0.05 * halves  # a step of 0.05: too weak for an edge
+    found = picture_statistics(torch.stack([red, pale, grey, black, halves, halves.transpose(1, 2), faint]))
+    assert found["saturation"].tolist() == pytest.approx([1, 0.5, 0, 0, 0, 0, 0])
+    assert found["dark_share"].tolist() == pytest.approx([0, 0, 0, 1, 0.5, 0.5, 0])
+    assert found["edge_density"].tolist() == pytest.approx([0, 0, 0, 0, 2 / size, 2 / size, 0])
+    with pytest.raises(ValueError, match=r"want pictures \[B, 3, H, W\]"):
+        picture_statistics(red)
+
+
+def test_group_diversity_is_the_mean_distance_of_pairs():
+    features = torch.randn(12, 5)
+    expected = []
+    for group in torch.nn.functional.normalize(features, dim=1).view(3, 4, 5):
+        expected += [1 - group[i] @ group[j] for i in range(4) for j in range(4) if i != j]
+    assert group_diversity(features, 4).item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+    alike = torch.randn(3, 5).repeat_interleave(4, 0) * torch.rand(12, 1)  # length does not count
+    assert group_diversity(alike, 4).item() == pytest.approx(0, abs=1e-6)
+    assert group_diversity(alike, 12).item() > 0.1
+    for rows, size in ((12, 5), (12, 1)):
+        with pytest.raises(ValueError, match="cannot be cut into groups"):
+            group_diversity(torch.randn(rows, 5), size)
