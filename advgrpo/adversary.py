@@ -14,6 +14,7 @@ import torch
 
 from . import rng
 from .config import AdversarySection
+from .rewards.base import Adversary
 from .types import Features
 
 _SIDES = ("reference", "generated")  # fields of HeadBatch
@@ -57,8 +58,7 @@ class ReplayBuffer:
         self.capacity = capacity
         self.size = 0  # filled slots
         self.cursor = 0  # next slot to write
-        self.cls: torch.Tensor | None = None  # [capacity, D]
-        self.patches: torch.Tensor | None = None  # [capacity, n, D]
+        self.tensors: dict[str, torch.Tensor] = {}  # each [capacity, ...], as the features' names; empty until filled
 
     def __len__(self) -> int:
         return self.size
@@ -70,26 +70,26 @@ class ReplayBuffer:
     def add(self, features: Features) -> None:
         if self.capacity == 0:
             return
-        if self.cls is None:
-            self.cls = features.cls.new_zeros(self.capacity, features.cls.shape[1])
-            self.patches = features.patches.new_zeros(self.capacity, *features.patches.shape[1:])
-        slots = (self.cursor + torch.arange(len(features), device=self.cls.device)) % self.capacity
-        self.cls[slots], self.patches[slots] = features.cls, features.patches
+        if not self.tensors:
+            self.tensors = {
+                name: tensor.new_zeros(self.capacity, *tensor.shape[1:]) for name, tensor in features.tensors.items()
+            }
+        slots = (self.cursor + torch.arange(len(features), device=features.device)) % self.capacity
+        for name, tensor in self.tensors.items():
+            tensor[slots] = features[name]
         self.cursor = (self.cursor + len(features)) % self.capacity
         self.size = min(self.capacity, self.size + len(features))
 
     def rows(self, index: torch.Tensor) -> Features:
-        return Features(self.cls.index_select(0, index), self.patches.index_select(0, index))
+        return Features(self.tensors).rows(index)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """Tensors and counters for a checkpoint."""
-        tensors = {} if self.cls is None else {"cls": self.cls, "patches": self.patches}
-        return tensors, {"size": self.size, "cursor": self.cursor}
+        return dict(self.tensors), {"size": self.size, "cursor": self.cursor}
 
     def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int], device: torch.device) -> None:
         self.size, self.cursor = counters["size"], counters["cursor"]
-        if tensors:
-            self.cls, self.patches = tensors["cls"].to(device), tensors["patches"].to(device)
+        self.tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 @dataclass
@@ -108,7 +108,9 @@ class HeadTrainer:
     `reduce` sums a list of tensors over processes in place; `rank` and `world_size` split replayed negatives.
     """
 
-    def __init__(self, adversary, *, reduce: Callable[[list[torch.Tensor]], None], rank: int, world_size: int):
+    def __init__(
+        self, adversary: Adversary, *, reduce: Callable[[list[torch.Tensor]], None], rank: int, world_size: int
+    ):
         self.adversary, self.config, self.seed = adversary, adversary.config, adversary.seed
         self.reduce, self.rank, self.world_size = reduce, rank, world_size
         self.replay = ReplayBuffer(self.config.replay_capacity)
@@ -123,7 +125,7 @@ class HeadTrainer:
         """Head loss and accuracy on this iteration's pictures, before any update of the iteration."""
         every = torch.arange(len(batch.image_ids))
         reference, generated = (self._choose(batch, side, every, "evaluate", iteration, 0) for side in _SIDES)
-        result = self.adversary.head_loss(reference, generated, total=batch.total)
+        result = self.adversary.loss(reference, generated, total=batch.total)
         values = torch.stack([result.loss, result.accuracy])
         self.reduce([values])
         loss, accuracy = values.tolist()
@@ -139,12 +141,11 @@ class HeadTrainer:
             return
         draw = torch.randperm(total, generator=rng.generator(self.seed, "replay_add", iteration))
         picked = draw[: min(total, self.replay.per_iteration)]
-        local = torch.isin(image_ids.cpu(), picked).nonzero().flatten().to(generated.cls.device)
+        local = torch.isin(image_ids.cpu(), picked).nonzero().flatten().to(generated.device)
         seed = rng.derive_seed(self.seed, "replay_patches", iteration)
-        chosen = self.adversary.chosen_patches(generated.rows(local), image_ids[local], seed)
-        ids = gather(image_ids[local])
-        order = ids.argsort()
-        self.replay.add(Features(gather(chosen.cls)[order], gather(chosen.patches)[order]))
+        part = self.adversary.trained_part(generated.rows(local), image_ids[local], seed)
+        order = gather(image_ids[local]).argsort()
+        self.replay.add(Features({name: gather(tensor)[order] for name, tensor in part.tensors.items()}))
 
     def _update(self, batch: HeadBatch, iteration: int, number: int) -> torch.Tensor:
         generator = rng.generator(self.seed, "head_batch", iteration, number)
@@ -158,20 +159,20 @@ class HeadTrainer:
         reference = self._choose(batch, "reference", drawn, "head", iteration, number)
         generated = self._choose(batch, "generated", fresh, "head", iteration, number)
         if replayed:
-            mine = slots[self.rank :: self.world_size].to(generated.cls.device)
+            mine = slots[self.rank :: self.world_size].to(generated.device)
             generated = Features.cat([generated, self.replay.rows(mine)])
 
         self.adversary.optimizer.zero_grad(set_to_none=False)
-        loss = self.adversary.head_loss(reference, generated, total=count).loss
+        loss = self.adversary.loss(reference, generated, total=count).loss
         loss.backward()
-        gradients = [p.grad for p in self.adversary.head.values()]
+        gradients = [p.grad for p in self.adversary.parameters()]
         loss = loss.detach().clone().reshape(1)
         self.reduce([*gradients, loss])
         self.adversary.step()
         return loss[0]
 
     def _choose(self, batch: HeadBatch, side: str, rows: torch.Tensor, purpose: str, *indices: int) -> Features:
-        """One side's features of local rows, with random patches keyed by global picture number."""
-        rows = rows.to(batch.generated.cls.device)
+        """What the head trains on of one side's local rows; draws are keyed by global picture number."""
+        rows = rows.to(batch.generated.device)
         seed = rng.derive_seed(self.seed, f"{purpose}_{side}_patches", *indices)
-        return self.adversary.chosen_patches(getattr(batch, side).rows(rows), batch.image_ids[rows], seed)
+        return self.adversary.trained_part(getattr(batch, side).rows(rows), batch.image_ids[rows], seed)

@@ -19,6 +19,8 @@ from .distributed import Distributed
 from .policy.base import Policy
 from .policy.dynamics import step_table
 from .policy.sampler import Sampler
+from .rewards.base import Adversary
+from .types import Features
 
 _STRIDE = 1000  # picture k of prompt p has id p * _STRIDE + k
 
@@ -26,7 +28,7 @@ _STRIDE = 1000  # picture k of prompt p has id p * _STRIDE + k
 @dataclass
 class Evaluator:
     policy: Policy
-    adversary: object  # offers features()
+    adversary: Adversary
     references: ReferenceFeatures
     prompts: list[str]
     config: Config
@@ -86,7 +88,7 @@ class Evaluator:
         return number * _STRIDE + torch.arange(count)
 
     def _dino_similarity(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        return similarity(self.adversary.features(images).cls, self.references, prompts)
+        return similarity(self.adversary.features(images, prompts), self.references, prompts)
 
     def _rule_accuracy(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         from .tiny.judge import judge
@@ -97,7 +99,7 @@ class Evaluator:
 _METRICS = {"dino_similarity": Evaluator._dino_similarity, "rule_accuracy": Evaluator._rule_accuracy}
 
 
-def similarity(cls: torch.Tensor, references: ReferenceFeatures, prompts: list[str]) -> torch.Tensor:
-    """[B] mean cosine of features [B, D] to those of each prompt's own references, as the paper reports it."""
-    own = {prompt: F.normalize(references.prompt(prompt).cls, dim=-1).mean(0) for prompt in set(prompts)}
-    return (F.normalize(cls, dim=-1) * torch.stack([own[prompt] for prompt in prompts])).sum(1)
+def similarity(features: Features, references: ReferenceFeatures, prompts: list[str]) -> torch.Tensor:
+    """[B] mean cosine of class tokens to those of each prompt's own references, as the paper reports it."""
+    own = {prompt: F.normalize(references.prompt(prompt)["cls"], dim=-1).mean(0) for prompt in set(prompts)}
+    return (F.normalize(features["cls"], dim=-1) * torch.stack([own[prompt] for prompt in prompts])).sum(1)

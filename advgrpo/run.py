@@ -144,7 +144,7 @@ class Run:
         if missing:
             self.console.print(f"encoding {len(missing)} prompts into {cache}")
             policy.text_cache.fill(missing)
-        references = ReferenceFeatures(data.references, adversary, cache, config.adversary.cached_patches)
+        references = ReferenceFeatures(data.references, adversary, cache)
         trainer = Trainer(
             config,
             policy=policy,

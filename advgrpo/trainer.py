@@ -151,7 +151,7 @@ class Trainer:
 
     def features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """Backbone features of every picture, computed once, and of one reference per picture, from the cache."""
-        generated = Features.cat([self.adversary.features(t.images) for t in rollout.tiles])
+        generated = Features.cat([self.adversary.features(t.images, t.tile.captions) for t in rollout.tiles])
         draw = torch.rand(
             self.config.images_per_iteration, generator=rng.generator(self.config.seed, "reference", iteration)
         )
@@ -159,15 +159,15 @@ class Trainer:
         for prompt, image_id in zip(rollout.prompts, rollout.image_ids.tolist()):
             candidates = self.references.prompt(prompt)
             pick = int(draw[image_id] * len(candidates))
-            rows.append(candidates.rows(torch.tensor([pick], device=candidates.cls.device)))
+            rows.append(candidates.rows(torch.tensor([pick], device=candidates.device)))
         return generated, Features.cat(rows)
 
     def score(self, rollout: Rollout, generated: Features, reference: Features, iteration: int) -> Scored:
         """Rewards of generations and references under the head as it stands, gathered over processes."""
-        ids = rollout.image_ids.to(generated.cls.device)
+        ids = rollout.image_ids.to(generated.device)
         reward = self.adversary.score(generated, ids, purpose="reward", iteration=iteration).reward
         reference_reward = self.adversary.score(reference, ids, purpose="reference", iteration=iteration).reward
-        similar = similarity(generated.cls, self.references, rollout.prompts)
+        similar = similarity(generated, self.references, rollout.prompts)
         columns = torch.stack([reward, reference_reward, similar], dim=1)
         by_id = self.distributed.all_gather(columns)[self.distributed.all_gather(ids).argsort()]
         _check_finite(by_id[:, 0], rollout, self.config)

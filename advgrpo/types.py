@@ -73,17 +73,28 @@ class Rollout:
 
 @dataclass
 class Features:
-    """Frozen backbone features of pictures."""
+    """What an adversary's frozen part computed of B pictures: tensors [B, ...] under names of the adversary's choice.
 
-    cls: torch.Tensor  # [B, D] float32
-    patches: torch.Tensor  # [B, P, D] float32
+    DINO's are "cls" [B, D] and "patches" [B, P, D], float32.
+    """
+
+    tensors: dict[str, torch.Tensor]  # each [B, ...], all on one device
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
 
     def __len__(self) -> int:
-        return len(self.cls)
+        return len(next(iter(self.tensors.values())))
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
 
     def rows(self, index: torch.Tensor) -> Features:
-        return Features(self.cls.index_select(0, index), self.patches.index_select(0, index))
+        """The pictures at `index`, int64 [n] on the features' device."""
+        return Features({name: tensor.index_select(0, index) for name, tensor in self.tensors.items()})
 
     @staticmethod
     def cat(parts: list[Features]) -> Features:
-        return Features(torch.cat([p.cls for p in parts]), torch.cat([p.patches for p in parts]))
+        """The pictures of all parts, in order; every part has the same names."""
+        return Features({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})

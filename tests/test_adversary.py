@@ -41,17 +41,17 @@ def released(unit_backbone) -> DinoAdversary:
 
 
 def split_tokens(tokens: torch.Tensor) -> Features:
-    return Features(tokens[:, 0], tokens[:, 1:])
+    return Features({"cls": tokens[:, 0], "patches": tokens[:, 1:]})
 
 
 def gathered(side: str, indices: str) -> Features:
     features = split_tokens(golden(side))
-    index = golden(indices)[:, :, None].expand(-1, -1, features.patches.shape[2])
-    return Features(features.cls, features.patches.gather(1, index))
+    index = golden(indices)[:, :, None].expand(-1, -1, features["patches"].shape[2])
+    return Features({"cls": features["cls"], "patches": features["patches"].gather(1, index)})
 
 
 def test_head_loss_gradients_and_adam_step_match_the_released_code(released):
-    result = released.head_loss(gathered("real", "patch_idx_d_real"), gathered("fake", "patch_idx_d_fake"))
+    result = released.loss(gathered("real", "patch_idx_d_real"), gathered("fake", "patch_idx_d_fake"))
     assert result.loss.item() == pytest.approx(float(GOLDEN["d_loss"]), abs=1e-6)
     assert result.accuracy.item() == pytest.approx(float(GOLDEN["d_acc"]))
     result.loss.backward()
@@ -81,8 +81,8 @@ def test_released_normalisation_applies_to_the_reward_only(released):
         released.score(scaled, torch.arange(8), purpose="reward", iteration=0).reward, plain.reward
     )
     real, fake = gathered("real", "patch_idx_d_real"), gathered("fake", "patch_idx_d_fake")
-    tripled = Features(fake.cls * 3, fake.patches * 3)
-    assert abs(released.head_loss(real, tripled).loss - released.head_loss(real, fake).loss) > 1e-4
+    tripled = Features({name: tensor * 3 for name, tensor in fake.tensors.items()})
+    assert abs(released.loss(real, tripled).loss - released.loss(real, fake).loss) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_ratio_is_kept_over_iterations(ratio):
 def test_replay_is_a_ring():
     buffer = ReplayBuffer(5)
     for number in range(4):
-        features = Features(torch.full((2, 3), float(number)), torch.full((2, 4, 3), float(number)))
-        buffer.add(features)
+        shapes = {"pooled": (2, 3), "tokens": (2, 4, 3)}
+        buffer.add(Features({name: torch.full(shape, float(number)) for name, shape in shapes.items()}))
     assert len(buffer) == 5
-    assert sorted(buffer.cls[:, 0].tolist()) == [1.0, 2.0, 2.0, 3.0, 3.0]
-    assert torch.equal(buffer.cls[:, 0], buffer.patches[:, 0, 0])
+    assert sorted(buffer.tensors["pooled"][:, 0].tolist()) == [1.0, 2.0, 2.0, 3.0, 3.0]
+    assert torch.equal(buffer.tensors["pooled"][:, 0], buffer.tensors["tokens"][:, 0, 0])
 
 
 def head_batch(ids: torch.Tensor) -> HeadBatch:
@@ -163,7 +163,7 @@ def test_two_processes_take_the_steps_of_one(unit_backbone):
         for iteration in range(3):
             losses += trainer.train(batch, iteration, 2)
             trainer.remember(batch.generated, iteration, lambda t: torch.cat(exchange(t)), batch.image_ids, 12)
-        results[rank] = (losses, trainer.adversary.state_dict(), trainer.replay.cls)
+        results[rank] = (losses, trainer.adversary.state_dict(), trainer.replay.tensors)
 
     shares = [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([5, 6, 7, 8, 9, 10, 11])]
     threads = [threading.Thread(target=run, args=(r, ids)) for r, ids in enumerate(shares)]
@@ -173,7 +173,7 @@ def test_two_processes_take_the_steps_of_one(unit_backbone):
         thread.join(60)
     for losses, head, replay in results.values():
         assert losses == pytest.approx(expected, abs=1e-6)
-        torch.testing.assert_close(replay, alone.replay.cls)
+        torch.testing.assert_close(replay, alone.replay.tensors)
         for name, value in alone.adversary.state_dict().items():
             torch.testing.assert_close(head[name], value, rtol=0, atol=1e-5)
 
@@ -193,9 +193,9 @@ def test_head_learns_to_tell_references_from_generations(unit_backbone):
 def test_features_do_not_depend_on_the_rest_of_the_batch(unit_backbone):
     adversary = make_adversary(unit_backbone)
     images = torch.rand(6, 3, 48, 48)
-    whole = adversary.features(images)
-    torch.testing.assert_close(adversary.features(images[2:3]).cls, whole.cls[2:3], rtol=1e-5, atol=1e-5)
-    assert whole.patches.shape == (6, 64, 64)
+    whole = adversary.features(images, [""] * 6)
+    torch.testing.assert_close(adversary.features(images[2:3], [""])["cls"], whole["cls"][2:3], rtol=1e-5, atol=1e-5)
+    assert whole["patches"].shape == (6, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ def test_reference_features_are_cached_and_equal_fresh_ones(unit_backbone, tmp_p
 
     prompts = Path(tiny_paths(config.load("tiny"))["prompts"]).read_text().splitlines()[:2]
     references = ReferenceSet.load(tiny_paths(config.load("tiny"))["references"], prompts)
-    adversary = make_adversary(unit_backbone)
-    first = ReferenceFeatures(references, adversary, tmp_path, max_patches=16).prompt(prompts[0])
+    adversary = make_adversary(unit_backbone, cached_patches=16)
+    first = ReferenceFeatures(references, adversary, tmp_path).prompt(prompts[0])
     calls = []
-    adversary.features = lambda images: calls.append(images)
-    cached = ReferenceFeatures(references, adversary, tmp_path, max_patches=16).prompt(prompts[0])
+    adversary.features = lambda images, prompts: calls.append(images)
+    cached = ReferenceFeatures(references, adversary, tmp_path).prompt(prompts[0])
     assert not calls
-    assert torch.equal(first.cls, cached.cls)
-    assert torch.equal(first.patches, cached.patches)
-    assert first.patches.shape == (8, 16, 64)
+    assert torch.equal(first["cls"], cached["cls"])
+    assert torch.equal(first["patches"], cached["patches"])
+    assert first["patches"].shape == (8, 16, 64)
     images = references.load_images(references.files(prompts[0]))
-    assert torch.equal(make_adversary(unit_backbone).features(images).cls, cached.cls)
+    assert torch.equal(make_adversary(unit_backbone).features(images, prompts[:1] * 8)["cls"], cached["cls"])

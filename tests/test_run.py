@@ -230,9 +230,9 @@ def test_features_are_computed_once_and_shared_by_reward_and_head(unit_config, m
     trainer, computed, scored, trained = made.trainer, [], [], []
     real_features, real_score, real_train = DinoAdversary.features, DinoAdversary.score, trainer.head_trainer.train
 
-    def features(self, images):
+    def features(self, images, prompts):
         computed.append(len(images))
-        return real_features(self, images)
+        return real_features(self, images, prompts)
 
     def score(self, features, ids, **keywords):
         scored.append(features)

@@ -1,4 +1,4 @@
-"""Backbone features of the reference pictures: computed once per prompt, kept on disk by content."""
+"""The adversary's features of the reference pictures: computed once per prompt, kept on disk by content."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from advgrpo_kernels import philox_permutation
-
 from ..cache import TensorCache
+from ..rewards.base import Adversary
 from ..types import Features
 from .references import ReferenceSet
 
@@ -17,39 +16,34 @@ _IN_MEMORY = 512  # prompts
 
 
 class ReferenceFeatures:
-    """Features of every reference of a prompt: cls [n, D] and at most `max_patches` patches [n, P', D] each.
+    """`kept_part` of the features of every reference of a prompt, [n, ...] each.
 
-    All pictures of a prompt go through the backbone in one batch, whether or not some were seen before, so that cached
+    All pictures of a prompt go through the adversary in one batch, whether or not some were seen before, so that cached
     and fresh features agree to the last bit.
     """
 
-    def __init__(self, references: ReferenceSet, adversary, cache_dir: Path, max_patches: int):
-        self.references, self.adversary, self.max_patches = references, adversary, max_patches
-        self.tensors = TensorCache(cache_dir / "references", in_memory=_IN_MEMORY, device=adversary.backbone.device)
-        self._backbone_key = f"{adversary.backbone.cache_key}:{max_patches}"
+    def __init__(self, references: ReferenceSet, adversary: Adversary, cache_dir: Path):
+        self.references, self.adversary = references, adversary
+        self.tensors = TensorCache(cache_dir / "references", in_memory=_IN_MEMORY, device=adversary.device)
+        self._adversary_key = adversary.cache_key
 
     def prompt(self, prompt: str) -> Features:
-        """Features of the prompt's references, in the order of the index, on the backbone's device."""
+        """Features of the prompt's references, in the order of the index, on the adversary's device."""
         key = self._key(prompt)
         tensors = self.tensors.load(key)
         if tensors is None:
-            computed = self._compute(prompt)
-            tensors = self.tensors.store(key, {"cls": computed.cls, "patches": computed.patches})
-        return Features(tensors["cls"], tensors["patches"])
+            tensors = self.tensors.store(key, self._compute(prompt).tensors)
+        return Features(tensors)
 
     def _key(self, prompt: str) -> str:
-        keys = [self.references.content_key(f) for f in self.references.files(prompt)]
-        return hashlib.sha256("\0".join([self._backbone_key, *keys]).encode()).hexdigest()
+        keys = [self._adversary_key, *(self.references.content_key(f) for f in self.references.files(prompt))]
+        if self.adversary.text_dependent:
+            keys.append(f"prompt:{prompt}")
+        return hashlib.sha256("\0".join(keys).encode()).hexdigest()
 
     def _compute(self, prompt: str) -> Features:
         pictures = [self.references.load_images([f]) for f in self.references.files(prompt)]
         if len({p.shape for p in pictures}) == 1:
             pictures = [torch.cat(pictures)]
-        features = Features.cat([self.adversary.features(p) for p in pictures])
-        count = features.patches.shape[1]
-        if count > self.max_patches:
-            ids = torch.arange(len(features), device=features.cls.device)
-            kept = philox_permutation(count, self.max_patches, seed=0, sample_ids=ids)
-            patches = features.patches.gather(1, kept[:, :, None].expand(-1, -1, features.patches.shape[2]))
-            features = Features(features.cls, patches)
-        return features
+        features = Features.cat([self.adversary.features(p, [prompt] * len(p)) for p in pictures])
+        return self.adversary.kept_part(features)

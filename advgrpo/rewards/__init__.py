@@ -1,7 +1,6 @@
 """Rewards by name. One reward per file; importing this package imports none of them.
 
-A learned reward (an adversary) offers what `trainer.py` calls: `features(images)`, `score(features, ...)`,
-`update(...)`, `state_dict()` and `load_state_dict()`.
+What a reward and a learned reward (an adversary) offer is in `base.py`.
 """
 
 from __future__ import annotations

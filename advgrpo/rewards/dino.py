@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Dinov2Model
 
-from advgrpo_kernels import hinge_head_loss, sample_patches, score_features
+from advgrpo_kernels import hinge_head_loss, philox_permutation, sample_patches, score_features
 
 from .. import rng
 from ..config import AdversarySection
@@ -75,11 +75,13 @@ class DinoBackbone:
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> Features:
         tokens = self.model(self.preprocess(images).to(self.model.dtype)).last_hidden_state
-        return Features(tokens[:, 0].float(), tokens[:, 1:].float())
+        return Features({"cls": tokens[:, 0].float(), "patches": tokens[:, 1:].float()})
 
 
 class DinoAdversary:
-    """The learned reward: scores features and trains its head on references against generations."""
+    """`base.Adversary` of frozen DINOv2 features: a head on the class token and on random patches learns."""
+
+    text_dependent = False
 
     def __init__(self, config: AdversarySection, *, device: torch.device, seed: int):
         self.config, self.seed = config, seed
@@ -92,43 +94,65 @@ class DinoAdversary:
         self.head = _init_head(self.backbone.width, config.hidden_size, seed, device)
         self.optimizer = torch.optim.Adam(self.head.values(), lr=config.learning_rate, betas=config.betas)
 
-    def features(self, images: torch.Tensor) -> Features:
-        """Frozen features of pictures: compute them once and pass them to everything below."""
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def cache_key(self) -> str:
+        return f"{self.backbone.cache_key}:{self.config.cached_patches}"
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.head.values())
+
+    def features(self, images: torch.Tensor, prompts: list[str]) -> Features:
+        """Frozen features "cls" [B, D] and "patches" [B, P, D] of pictures; the prompts are not looked at."""
         return self.backbone.features(images)
 
     @torch.no_grad()
     def score(self, features: Features, sample_ids: torch.Tensor, *, purpose: str, iteration: int):
         """FeatureScore of each picture; its random patches are keyed by (purpose, iteration, sample id)."""
         seed = rng.derive_seed(self.seed, f"{purpose}_patches", iteration)
-        indices = sample_patches(features.patches, self.config.num_patches, seed=seed, sample_ids=sample_ids).indices
+        indices = sample_patches(features["patches"], self.config.num_patches, seed=seed, sample_ids=sample_ids).indices
         return score_features(
-            features.cls,
-            features.patches,
+            features["cls"],
+            features["patches"],
             indices,
             self.head,
             weights=self.config.reward_weights,
             normalize=self.config.normalize != "never",
         )
 
-    def head_loss(self, reference: Features, generated: Features, *, total: int | None = None):
-        """HingeHeadLoss on features whose patches are already the chosen ones."""
+    def loss(self, reference: Features, generated: Features, *, total: int | None = None):
+        """HingeHeadLoss on features whose patches are already the chosen ones (`trained_part`)."""
         return hinge_head_loss(
-            reference.cls,
-            reference.patches,
-            generated.cls,
-            generated.patches,
+            reference["cls"],
+            reference["patches"],
+            generated["cls"],
+            generated["patches"],
             self.head,
             weights=self.config.loss_weights,
             normalize=self.config.normalize == "always",
             total=total,
         )
 
-    def chosen_patches(self, features: Features, sample_ids: torch.Tensor, seed: int) -> Features:
+    def trained_part(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
         """The features with `num_patches` random patches each, keyed by (seed, sample id)."""
+        patches = features["patches"]
         if len(features) == 0:  # this process holds none of the drawn pictures
-            return Features(features.cls, features.patches[:, : self.config.num_patches])
-        sample = sample_patches(features.patches, self.config.num_patches, seed=seed, sample_ids=sample_ids)
-        return Features(features.cls, sample.patches)
+            return Features({"cls": features["cls"], "patches": patches[:, : self.config.num_patches]})
+        sample = sample_patches(patches, self.config.num_patches, seed=seed, sample_ids=sample_ids)
+        return Features({"cls": features["cls"], "patches": sample.patches})
+
+    def kept_part(self, features: Features) -> Features:
+        """The features with `cached_patches` random patches each, the same for every picture's place in the batch."""
+        patches, limit = features["patches"], self.config.cached_patches
+        if patches.shape[1] <= limit:
+            return features
+        ids = torch.arange(len(features), device=patches.device)
+        kept = philox_permutation(patches.shape[1], limit, seed=0, sample_ids=ids)
+        patches = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2]))
+        return Features({"cls": features["cls"], "patches": patches})
 
     def step(self) -> None:
         """One Adam step on the summed gradients.
