@@ -116,8 +116,8 @@ class RewardCollapse(RedFlag):
     """The references' own reward falls and does not stop: the head unlearns what a good picture is (issue 5).
 
     Definition: Kendall's tau of `reward_reference` against time is at most -collapse_tau over trend_window checks, and
-    its median over `window` checks has fallen from its peak by at least collapse_drop times the median `reward_std`, the
-    spread in groups (a head's scores have no unit of their own). Some fall is healthy, as a fooled head's scores of
+    its median over `window` checks has fallen from its peak by at least collapse_drop times the median `reward_std`,
+    the spread in groups (a head's scores have no unit of their own). Some fall is healthy, as a fooled head's scores of
     both sides meet, but it ends: two runs of the tiny world fell by up to 3 spreads in 130 iterations.
     """
 

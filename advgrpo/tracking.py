@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from advgrpo.errors import UserError
+from advgrpo.monitor import Flag
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -77,10 +78,12 @@ class Tracker:
             self._wandb = _start_wandb(wandb_project, output_dir, start_iteration, config)
         self._progress = _ProgressLine(console or Console(), total_iterations, start_iteration)
 
-    def log(self, metrics: Mapping[str, Scalar]) -> None:
+    def log(self, metrics: Mapping[str, Scalar], flags: Sequence[Flag] | None = None) -> None:
         """Record one iteration; `metrics` holds its number from 0 as "iteration", and Python scalars.
 
-        Non-finite numbers are written as null: JSON has none, and Python's bare NaN breaks other readers.
+        Non-finite numbers are written as null: JSON has none, and Python's bare NaN breaks other readers. Names of the
+        monitor's active `flags` are written as "flags" (None: there is no monitor); each is shown with its advice when
+        it appears, and again when it has cleared.
 
         Raises:
             ValueError: no "iteration".
@@ -88,7 +91,9 @@ class Tracker:
         """
         if not self.is_main:
             return
-        record = {key: _plain(key, value) for key, value in metrics.items()}
+        record: dict[str, Any] = {key: _plain(key, value) for key, value in metrics.items()}
+        if flags is not None:
+            record["flags"] = [flag.name for flag in flags]
         if not isinstance(record.get("iteration"), int):
             raise ValueError(f'metrics must hold an integer "iteration", got {metrics.get("iteration")!r}')
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -101,6 +106,7 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["iteration"])
         self._progress.show(record)
+        self._progress.show_flags(flags or (), record["iteration"])
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar; on rank 0 only."""
@@ -203,6 +209,7 @@ class _ProgressLine:
         self._console = console
         self._total, self._start = total, start
         self._began = time.monotonic()
+        self._flagged: list[str] = []
         self._bar = None
         if console.is_terminal:
             columns = (
@@ -226,6 +233,16 @@ class _ProgressLine:
             self.say(f"iteration {done}/{self._total}  " + "  ".join(parts))
         else:
             self._bar.update(self._task, completed=done, description="  ".join(parts))
+
+    def show_flags(self, flags: Sequence[Flag], iteration: int) -> None:
+        for flag in flags:
+            if flag.name not in self._flagged:
+                self.say(f"iteration {iteration + 1}: {flag}")
+        names = [flag.name for flag in flags]
+        for name in self._flagged:
+            if name not in names:
+                self.say(f"iteration {iteration + 1}: red flag {name} has cleared")
+        self._flagged = names
 
     def say(self, text: str) -> None:
         # soft_wrap and no markup: log lines stay whole, and "[...]" in a prompt is text.

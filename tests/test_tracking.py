@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from advgrpo.errors import UserError
+from advgrpo.monitor import Flag
 from advgrpo.tracking import Tracker, load_metrics
 
 
@@ -96,6 +97,27 @@ def test_a_line_shows_every_figure_and_the_time_left(tmp_path, monkeypatch):
     assert console.file.getvalue() == (
         "iteration 6/100  r_gen +0.500  r_ref +0.333  adversary 88%  images/s 12.3  0:47:00 left\n[saved] checkpoint\n"
     )
+
+
+def flag(name):
+    return Flag(name, 0.5, 0.3, f"{name} is wrong", "Raise rollout.group_size (now 4) [to 8]", stop=False)
+
+
+def test_flags_are_shown_when_they_appear_and_when_they_clear(tmp_path):
+    console = Console(file=io.StringIO())
+    flags = [[], [flag("a")], [flag("a"), flag("b")], [flag("b")], []]
+    with Tracker(tmp_path, total_iterations=5, tensorboard=False, console=console) as tracker:
+        for i, active in enumerate(flags):
+            tracker.log(record(i), active)
+    shown = [line for line in console.file.getvalue().splitlines() if "red flag" in line]
+    advice = "Raise rollout.group_size (now 4) [to 8]"
+    assert shown == [
+        f"iteration 2: red flag a: a is wrong. {advice}",
+        f"iteration 3: red flag b: b is wrong. {advice}",
+        "iteration 4: red flag a has cleared",
+        "iteration 5: red flag b has cleared",
+    ]
+    assert [row["flags"] for row in load_metrics(tmp_path / "metrics.jsonl")] == [[], ["a"], ["a", "b"], ["b"], []]
 
 
 def test_a_live_bar_on_a_terminal(tmp_path):
