@@ -59,6 +59,8 @@ class LoraSection(_Section):
     """Module-name suffixes that get an adapter (METHOD section 8: the eight attention projections)."""
     blocks: Literal["all"] | Positive = "all"
     """"all", or only the last N transformer blocks."""
+    start_from: str = ""
+    """Folder of a trained LoRA (such as OUT/lora) to start from instead of zero; same rank, targets and blocks."""
 
 
 class ModelSection(_Section):
@@ -77,6 +79,10 @@ class ModelSection(_Section):
     """Tokens of the T5 prompt (SD3 models; 1 where the pipeline has no T5)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
+    attention: str = "auto"
+    """Attention of the fused transformer: auto, flash3, flash2, cudnn, flash, efficient, cpu or math."""
+    base_precision: Literal["model", "fp8"] = "model"
+    """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast."""
 
 
 class DataSection(_Section):
@@ -125,6 +131,11 @@ class RolloutSection(_Section):
     likelihood: Literal["squared_error", "gaussian"] = "squared_error"
     """Log-probability: Flow-CPS drops constants and variance (squared_error), Flow-GRPO keeps them (gaussian)."""
     window: WindowSection = WindowSection()
+    precision: Literal["model", "fp8"] = "model"
+    """ODE steps, which have no likelihood: merged weights in the model's dtype, or in FP8; needs --fast."""
+    window_forward: Literal["trainer", "merged"] = "trainer"
+    """Forward of the stochastic steps: the trainer's own, so that likelihood ratios start at exactly 1, or the merged
+    weights in `precision`, which needs another update.old_log_prob."""
 
 
 class AdvantageSection(_Section):
@@ -157,8 +168,15 @@ class UpdateSection(_Section):
     """Adam's eps; LoRA gradients can be this small, in which case a smaller eps speeds learning up."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient is scaled down to this norm."""
+    optimizer: Literal["auto", "fused", "torch", "apex"] = "auto"
+    """AdamW by our fused kernel (what auto takes with --fast), torch's, or NVIDIA Apex's FusedAdam when installed."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Moving average of the adapters, stepped once per optimizer step; evaluated and exported."""
+    old_log_prob: Literal["rollout", "recompute", "truncated_importance"] = "rollout"
+    """Behaviour policy of the ratio: the rollout's own log-probabilities; the trainer's, recomputed before the first
+    optimizer step; or those with each picture's loss weighted by min(p_trainer / p_rollout, importance_cap)."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Largest weight of "truncated_importance"."""
     max_log_prob_drift: Annotated[float, Field(ge=0)] = 0.0
     """Largest |log p - log p_old| tolerated before the first optimizer step; METHOD section 5 wants exactly 0."""
 
@@ -422,11 +440,34 @@ def check(config: Config, world_size: int) -> None:
             f"rollout.window: noise_range {list(window.noise_range)} of {steps} steps holds "
             f"{len(eligible_steps(config))} usable steps, fewer than size = {window.size}; widen noise_range"
         )
+    _check_precision(config)
     for name in ("prompts", "references"):
         if not getattr(config.data, name):
             raise UserError(f"data.{name} is empty: pass --data.{name} PATH")
     if config.model.resolution % 8:
         raise UserError(f"model.resolution = {config.model.resolution}: want a multiple of 8")
+
+
+def _check_precision(config: Config) -> None:
+    """Merged and quantised weights exist on the fused path only, and cost on-policy exactness in the window."""
+    needs_fused = {
+        "rollout.precision": (config.rollout.precision, "model"),
+        "rollout.window_forward": (config.rollout.window_forward, "trainer"),
+        "model.base_precision": (config.model.base_precision, "model"),
+    }
+    for name, (value, plain) in needs_fused.items():
+        if value != plain and not (config.fast and config.model.train == "lora"):
+            raise UserError(f"{name} = {value!r} needs --fast and model.train = lora; use them, or {name} = {plain}")
+    if config.rollout.window_forward == "merged" and config.update.old_log_prob == "rollout":
+        raise UserError(
+            "rollout.window_forward = 'merged' samples from other weights than are trained, so ratios would not start "
+            "at 1: set update.old_log_prob to recompute or truncated_importance"
+        )
+    start = config.model.lora.start_from
+    if start and config.model.train != "lora":
+        raise UserError(f"model.lora.start_from = {start!r} needs model.train = lora")
+    if start and not Path(start).expanduser().is_dir():
+        raise UserError(f"model.lora.start_from = {start!r} is not a folder; pass one that OUT/lora was exported to")
 
 
 def eligible_steps(config: Config) -> list[int]:

@@ -44,6 +44,11 @@ class Ema:
         self._refuse_if_swapped()
         torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), 1 - self.decay)
 
+    def averages_for_update(self) -> dict[str, Tensor]:
+        """The averages by name, for an optimizer step that moves them itself."""
+        self._refuse_if_swapped()
+        return self._averages
+
     @contextmanager
     def swap(self) -> Iterator[None]:
         """Inside, the parameters hold the averages in the same storage; after, their own values again, bit for bit."""

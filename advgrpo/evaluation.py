@@ -70,7 +70,7 @@ class Evaluator:
         """[n, 3, H, W] of n prompts in micro-batches, with the evaluation's steps and guidance."""
         evaluation = self.config.evaluation
         table = step_table(self.policy, evaluation.num_steps)
-        merged = self.policy.merged and not self.of_base
+        merged = self.policy.has_merged and not self.of_base
         if merged:
             self.policy.merge()
         sampler = Sampler(self.policy, evaluation.guidance_scale, "gaussian", share_prefix=True, merged=merged)

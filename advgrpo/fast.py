@@ -8,6 +8,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .config import Config
+from .errors import UserError
+from .policy.transformer import can_adapt
+
 
 @dataclass(frozen=True)
 class FastPath:
@@ -21,29 +25,39 @@ class FastPaths:
     """The decisions the trainer reads, and the table it prints."""
 
     share_prefix: bool
-    merged_lora: bool
+    fused: bool  # our transformer, and with it merged weights
     fused_optimizer: bool
     table: tuple[FastPath, ...]
 
     @classmethod
-    def choose(cls, fast: bool, *, device: torch.device, lora: bool) -> FastPaths:
-        cuda = device.type == "cuda"
-        gpu_only = "" if cuda else "no CUDA device"
-        plain = "" if fast else "--no-fast"
-        merged_off = plain or ("" if lora else "full fine-tuning has no adapters to merge")
+    def choose(cls, config: Config, device: torch.device) -> FastPaths:
+        """Raises UserError where a path is asked for that this machine or model does not have."""
+        gpu_only = "" if device.type == "cuda" else "no CUDA device"
+        plain = "" if config.fast else "--no-fast"
+        fused_off = plain or _why_not_fused(config)
         rows = (
             _row(
                 "shared prefix",
                 plain,
                 "one trajectory per prompt up to the window's first step",
             ),
-            _row("merged LoRA", merged_off, "ODE steps run merged weights: no adapter matmuls"),
-            _row("fused AdamW", plain, "one call for all parameters"),
+            _row("fused transformer", fused_off, "one kernel per norm, residual and layout; stacked matrix products"),
+            _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
+            _row("fused AdamW", plain, "clipping, AdamW and EMA in one call, no wait for the norm"),
             _row("Triton kernels", plain or gpu_only, "fused step, loss, advantages, patches and head"),
-            _row("CUDA graphs", plain or gpu_only or "not available in this version", "one launch per trajectory"),
-            _row("FP8", plain or gpu_only or "not available in this version", "ODE steps on FP8 tensor cores"),
+            _row("CUDA graphs", plain or gpu_only or "not available in this version", "one launch per step"),
+            _row(
+                "FP8 sampling",
+                _why_no_fp8(config.rollout.precision, "rollout.precision", device, fused_off),
+                "ODE steps on FP8 tensor cores",
+            ),
+            _row(
+                "FP8 training",
+                _why_no_fp8(config.model.base_precision, "model.base_precision", device, fused_off),
+                "frozen weights quantised once, adapters never",
+            ),
         )
-        return cls(fast, fast and lora, fast, rows)
+        return cls(config.fast, not fused_off, config.fast, rows)
 
     def print(self, console: Console) -> None:
         table = Table(title="Fast paths", title_justify="left")
@@ -56,3 +70,22 @@ class FastPaths:
 
 def _row(name: str, off_because: str, saves: str) -> FastPath:
     return FastPath(name, not off_because, off_because or saves)
+
+
+def _why_not_fused(config: Config) -> str:
+    """Why the fused transformer cannot serve this model, or ""."""
+    if config.model.train != "lora":
+        return "full fine-tuning trains the stock modules"
+    outside = [target for target in config.model.lora.targets if not can_adapt(target)]
+    return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
+
+
+def _why_no_fp8(precision: str, field: str, device: torch.device, fused_off: str) -> str:
+    """Why FP8 is off, or ""; UserError where it is asked for and cannot be."""
+    if precision != "fp8":
+        return f"{field} = {precision}"
+    if fused_off:
+        raise UserError(f"{field} = 'fp8' needs the fused transformer ({fused_off}); use {field} = model")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"{field} = 'fp8' needs a GPU of compute capability 8.9; use {field} = model")
+    return ""

@@ -26,6 +26,7 @@ from .distributed import Distributed
 from .errors import UserError
 from .evaluation import Evaluator
 from .fast import FastPaths
+from .monitor import Flag
 from .plots import draw_curves, draw_grid
 from .policy.sd3 import SD3Policy
 from .rewards import adversary_class
@@ -43,6 +44,7 @@ _FREE_TO_CHANGE = (
     "data.cache_dir",
     "output",
     "evaluation.every",
+    "monitor",
 )
 
 
@@ -119,7 +121,7 @@ class Run:
                     f"output_dir = {config.output_dir!r} already holds a run; continue it with --resume "
                     f"{config.output_dir}, or choose another --output-dir"
                 )
-        fast = FastPaths.choose(config.fast, device=distributed.device, lora=config.model.train == "lora")
+        fast = FastPaths.choose(config, distributed.device)
         if distributed.is_main:
             fast.print(console)
         with distributed.monitored("load the models"):
@@ -134,7 +136,12 @@ class Run:
         config, distributed = self.config, self.distributed
         cache = Path(config.data.cache_dir).expanduser()
         policy = SD3Policy(
-            config.model, device=distributed.device, cache_dir=cache, seed=config.seed, merged=fast.merged_lora
+            config.model,
+            device=distributed.device,
+            cache_dir=cache,
+            seed=config.seed,
+            fused=fast.fused,
+            precision=config.rollout.precision,
         )
         adversary = adversary_class(config.adversary.kind)(
             config.adversary, device=distributed.device, seed=config.seed
@@ -181,8 +188,9 @@ class Run:
                 if done < config.iterations and config.evaluation.every and done % config.evaluation.every == 0:
                     metrics |= self._evaluate(config.evaluation.during_images_per_prompt)
                     self._draw_samples(f"iteration-{done:06d}")
-                tracker.log(metrics)
-                stopping = any(self.distributed.gather_json(self._stop_signal is not None))
+                tracker.log(metrics, trainer.flags)
+                flagged = _flagged_to_stop(trainer.flags)
+                stopping = any(self.distributed.gather_json(bool(self._stop_signal or flagged)))
                 every = config.output.checkpoint_every
                 if stopping or done == config.iterations or (every and done % every == 0):
                     self.save()
@@ -193,7 +201,7 @@ class Run:
                 self.export()
                 self._draw_curves({})
             self.console.print(
-                f"stopped by {self._stop_signal or 'a signal on another rank'} after {trainer.iteration} iterations; "
+                f"stopped by {self._stop_signal or flagged or 'a signal on another rank'} after {trainer.iteration} iterations; "
                 f"continue with --resume {self.folder}"
             )
             return
@@ -319,6 +327,12 @@ class Run:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _flagged_to_stop(flags: list[Flag]) -> str:
+    """Why the monitor ends the run; empty while it does not."""
+    names = ", ".join(flag.name for flag in flags if flag.stop)
+    return f"the monitor (monitor.stop names {names}; leave it out to go on)" if names else ""
 
 
 def _differences(saved: dict, current: dict, prefix: str = "") -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -21,10 +19,13 @@ from .distributed import Distributed
 from .ema import Ema
 from .evaluation import similarity
 from .fast import FastPaths
+from .monitor import Flag, Monitor
+from .phases import Phases
+from .picture_statistics import ReferenceStatistics, measure
 from .policy.base import Policy
 from .policy.dynamics import StepTable, step_table, window_steps
 from .policy.sampler import Sampler
-from .policy.update import DriftError, Updater, UpdateStats
+from .policy.update import Updater
 from .types import Features, Rollout, Tile, TileRollout
 
 
@@ -37,21 +38,6 @@ class Scored:
     rewards: torch.Tensor  # [B global] float32
     reference_rewards: torch.Tensor  # [B global] float32
     dino_similarity: float  # mean over all pictures
-
-
-@dataclass
-class Phases:
-    """Seconds of each phase of an iteration."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def measure(self, name: str, device: torch.device) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 class Trainer:
@@ -73,42 +59,60 @@ class Trainer:
         rollout = config.rollout
         self.groups = GroupSampler(len(prompts), rollout.prompts_per_iteration, config.seed)
         self.sampler = Sampler(
-            policy, rollout.guidance_scale, rollout.likelihood, share_prefix=fast.share_prefix, merged=fast.merged_lora
+            policy,
+            rollout.guidance_scale,
+            rollout.likelihood,
+            share_prefix=fast.share_prefix,
+            merged=policy.has_merged,
+            window_merged=rollout.window_forward == "merged",
         )
-        self.updater = Updater(policy, config, reduce=distributed.all_reduce_sum, fused=fast.fused_optimizer)
+        self.ema = Ema(list(policy.trainable_parameters()), config.update.ema_decay)
+        self.updater = Updater(
+            policy, config, reduce=distributed.all_reduce_sum, fused=fast.fused_optimizer, ema=self.ema
+        )
         self.head_trainer = HeadTrainer(
             adversary, reduce=distributed.all_reduce_sum, rank=distributed.rank, world_size=distributed.world_size
         )
-        self.ema = Ema(list(policy.trainable_parameters()), config.update.ema_decay)
+        self.monitor = Monitor(config.monitor, config)
+        self.reference_statistics = ReferenceStatistics(references.references)
+        self.flags: list[Flag] = []  # active after the newest iteration
         self.iteration = 0  # the next one to run
 
     def iterate(self) -> dict[str, float]:
         """Rollout, rewards, head updates, generator update. Returns the metrics of METHOD section 7's log line."""
-        iteration, phases, device = self.iteration, Phases(), self.policy.device
+        iteration, phases = self.iteration, Phases(self.policy.device)
         started = time.perf_counter()
         window = window_steps(self.config, iteration)
         table = step_table(self.policy, self.config.rollout.num_steps, window, rollout=self.config.rollout)
-        with phases.measure("sample", device):
+        with phases.measure("sample"):
             rollout = self.rollout(table, iteration)
-        with phases.measure("score", device):
+        with phases.measure("score"):
             features, reference = self.features(rollout, iteration)
             scored = self.score(rollout, features, reference, iteration)
-        batch = HeadBatch(rollout.image_ids.to(device), features, reference, total=self.config.images_per_iteration)
-        with phases.measure("adversary", device):
+        batch = HeadBatch(
+            rollout.image_ids.to(self.policy.device), features, reference, total=self.config.images_per_iteration
+        )
+        with phases.measure("adversary"):
             plan, head_metrics = self.train_head(batch, scored, iteration)
-        with phases.measure("update", device):
+        with phases.measure("update"):
             update_metrics = self.update(rollout, scored, table) if plan.generator else _NO_UPDATE
-        self.iteration += 1
-        seconds = time.perf_counter() - started
-        return {
+        metrics = {
             "iteration": iteration,
             **_reward_metrics(scored, self.config.rollout.group_size),
             **head_metrics,
             **update_metrics,
             "dino_similarity": scored.dino_similarity,
+        }
+        with phases.measure("monitor"):
+            metrics |= self.watch(metrics, rollout, features)
+        self.iteration += 1
+        phase_seconds = {f"seconds_{name}": value for name, value in phases.seconds().items()}
+        seconds = time.perf_counter() - started
+        return {
+            **metrics,
             "images_per_second": self.config.images_per_iteration / seconds,
             "seconds": seconds,
-            **{f"seconds_{name}": value for name, value in phases.seconds.items()},
+            **phase_seconds,
         }
 
     def tiles(self, iteration: int) -> list[Tile]:
@@ -201,46 +205,64 @@ class Trainer:
             clip=config.advantage.clip,
         )
         windows = config.update.optimizer_windows
-        stats, norms = [], []
+        reports = []
+        if config.update.old_log_prob != "rollout":
+            reweighed = self.updater.reweigh(rollout.tiles, table)
         for window in range(windows):
             tiles = [t for t in rollout.tiles if t.tile.optimizer_window == window]
             total = config.images_per_iteration // windows
             part = self.updater.accumulate(tiles, result.advantages, table, total=total, watch_kl=window == 0)
-            if window == 0:
-                drift = self._check_on_policy(part)
-            norms.append(self.updater.step())
-            self.ema.step()
-            stats.append(part)
+            drift = part.max_drift()
+            norm = self.updater.step(drift if window == 0 else None)
+            reports.append(torch.cat([part.sums(), torch.stack([drift, norm]).double()]))
         return {
             "zero_std_fraction": float(result.zero_std_fraction),
-            "log_prob_drift_max": drift,
-            "grad_norm": sum(norms) / len(norms),
-            **self._update_metrics(stats),
+            **self._update_metrics(torch.stack(reports)),
+            **(self._reweighed_metrics(reweighed) if config.update.old_log_prob != "rollout" else {}),
         }
 
-    def _check_on_policy(self, stats: UpdateStats) -> float:
-        """The largest drift over processes, before any optimizer step; DriftError above the bound."""
-        drift = max(self.distributed.gather_json(stats.max_drift()))
-        bound = self.config.update.max_log_prob_drift
-        if not drift <= bound:
-            raise DriftError(
-                f"iteration {self.iteration}: log-probabilities moved by {drift:.3e} before any optimizer step "
-                f"(update.max_log_prob_drift = {bound:g}). Rollout and update must run the same forward; raise the "
-                "bound only if you know why they differ"
-            )
-        return drift
+    def _update_metrics(self, reports: torch.Tensor) -> dict[str, float]:
+        """Metrics of [optimizer windows, 8] local reports: the one place where the update waits for the device.
 
-    def _update_metrics(self, stats: list[UpdateStats]) -> dict[str, float]:
-        sums = [self.distributed.sum_scalars(s.sums()) for s in stats]
-        pairs = sum(s["pairs"] for s in sums)
-        kl_pairs = sum(s["kl_pairs"] for s in sums)
+        Raises:
+            DriftError, FloatingPointError: see `Updater.check`; nothing was stepped.
+        """
+        everywhere = self.distributed.all_gather(reports[None]).cpu()  # [processes, windows, 8]
+        sums, drift, norms = everywhere[..., :6].sum(0), everywhere[:, 0, 6].max().item(), everywhere[0, :, 7]
+        self.updater.check(drift, norms.tolist(), self.iteration)
+        loss, ratio, clipped, kl, pairs, kl_pairs = sums.sum(0).tolist()
         return {
-            "policy_loss": sum(s["loss"] for s in sums) / pairs,
-            "kl": sum(s["kl"] for s in sums) / kl_pairs,
-            "ratio_mean": sum(s["ratio"] for s in sums) / pairs,
-            "clip_fraction": sum(s["clipped"] for s in sums) / pairs,
-            "pre_update_clip_fraction": sums[0]["clipped"] / sums[0]["pairs"],
+            "log_prob_drift_max": drift,
+            "grad_norm": norms.mean().item(),
+            "policy_loss": loss / pairs,
+            "kl": kl / kl_pairs,
+            "ratio_mean": ratio / pairs,
+            "clip_fraction": clipped / pairs,
+            "pre_update_clip_fraction": (sums[0, 2] / sums[0, 4]).item(),
         }
+
+    def _reweighed_metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        """How far the rollout's policy was from the trainer's (update.old_log_prob)."""
+        gap, weight, capped, pairs = self.distributed.all_gather(sums[None]).sum(0).tolist()
+        return {
+            "rollout_log_prob_gap": gap / pairs,
+            "importance_weight_mean": weight / pairs,
+            "importance_capped_fraction": capped / pairs,
+        }
+
+    def watch(self, metrics: dict[str, float], rollout: Rollout, features: Features) -> dict[str, float]:
+        """Judge the iteration if it is due: sets `flags` and returns the statistics that they rest on."""
+        if not self.monitor.due(metrics["iteration"]):
+            return {}
+        group_size = self.config.rollout.group_size
+        pictures = measure(rollout, features, self.reference_statistics, group_size, self.distributed)
+        rms = None  # of the gradient as Adam sees it: clipped, over all trained elements
+        if metrics["grad_norm"] is not None:
+            elements = sum(p.numel() for _, p in self.policy.trainable_parameters())
+            rms = min(metrics["grad_norm"], self.config.update.max_grad_norm) / elements**0.5
+        statistics = {**pictures.metrics(), "monitor_gradient_rms": rms}
+        self.flags = self.monitor.check(metrics | statistics, pictures)
+        return statistics
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Everything the next iteration depends on, as tensors and JSON; the same on every process."""
@@ -261,6 +283,7 @@ class Trainer:
             "optimizer": optimizer_state,
             "head_optimizer": head_state,
             "replay": replay_state,
+            "monitor": self.monitor.state(),
         }
         return tensors, {"trainer": state}
 
@@ -280,6 +303,8 @@ class Trainer:
         unpack_optimizer(self.adversary.optimizer, tensors, state["head_optimizer"])
         self.head_trainer.replay.load(part("replay."), state["replay"], self.policy.device)
         torch.set_rng_state(tensors["rng.torch"])
+        self.monitor.load(state["monitor"])
+        self.flags = self.monitor.active()
         self.iteration = state["iteration"]
 
 

@@ -47,6 +47,7 @@ class WindowStep:
     next_latents: torch.Tensor  # [M, C, H, W] float32
     log_prob: torch.Tensor  # [M] float32, under the weights that sampled
     shared: bool  # latents hold one row per prompt
+    weight: torch.Tensor | None = None  # [M] float32 importance of each row's loss; None: 1
 
 
 @dataclass

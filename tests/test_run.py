@@ -277,7 +277,7 @@ def test_bfloat16_runs_on_policy_as_well(unit_config, checkpointing):
         assert row["log_prob_drift_max"] == 0
         assert row["grad_norm"] > 0
     assert {p.dtype for _, p in made.trainer.policy.trainable_parameters()} == {torch.float32}
-    assert made.trainer.policy.transformer.transformer_blocks[0].attn.to_q.base_layer.weight.dtype == torch.bfloat16
+    assert made.trainer.policy.network.transformer.dtype == torch.bfloat16
 
 
 def test_nan_reward_stops_the_run_with_the_prompts_name(unit_config, monkeypatch):

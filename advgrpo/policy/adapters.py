@@ -1,7 +1,7 @@
-"""What is trainable on top of the frozen transformer: LoRA adapters, or every weight.
+"""What is trainable in the stock transformer: PEFT's LoRA adapters, or every weight.
 
-Both offer the same four things: named float32 parameters, the frozen base (`disabled`), merged weights for steps that
-need no likelihood, and an export that stock diffusers loads.
+Both offer the same: named float32 parameters, the frozen base (`disabled`), and an export that stock diffusers loads.
+The fused transformer has adapters of its own (lora.py), with the same names, start and file format.
 """
 
 from __future__ import annotations
@@ -9,23 +9,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from .. import rng
 from ..config import LoraSection
 from ..errors import UserError
+from .lora import check_lora_state, initial_pair
 
 logger = logging.getLogger(__name__)
 ADAPTER = "default"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def _target_modules(transformer: SD3Transformer2DModel, lora: LoraSection) -> list[str]:
+def target_modules(transformer: SD3Transformer2DModel, lora: LoraSection) -> list[str]:
     """Full names of the linear layers to adapt: the configured suffixes within the configured blocks."""
     count = len(transformer.transformer_blocks)
     if lora.blocks != "all" and lora.blocks > count:
@@ -40,26 +42,46 @@ def _target_modules(transformer: SD3Transformer2DModel, lora: LoraSection) -> li
     return [name for name in linear if name.startswith(prefixes) and name.endswith(suffixes)]
 
 
+def export_lora(folder: Path, state: Mapping[str, torch.Tensor], metadata: dict) -> None:
+    """`pipe.load_lora_weights(folder)` of stock diffusers; the metadata keeps alpha, which the weights lack."""
+    StableDiffusion3Pipeline.save_lora_weights(
+        folder, transformer_lora_layers=dict(state), transformer_lora_adapter_metadata=metadata
+    )
+
+
+def read_lora(folder: Path, field: str) -> dict[str, torch.Tensor]:
+    """The transformer's adapters of a LoRA folder, by PEFT's names; UserError naming `field` otherwise."""
+    path = Path(folder).expanduser() / LORA_FILE
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{field} = {str(folder)!r}: {path} cannot be read ({error})") from error
+    prefix = "transformer."
+    return {name.removeprefix(prefix): t.float() for name, t in tensors.items() if name.startswith(prefix)}
+
+
 class LoraAdapters:
-    """PEFT LoRA with float32 masters; merged weights live in a twin that shares every other tensor."""
+    """PEFT LoRA with float32 masters."""
 
     def __init__(self, transformer: SD3Transformer2DModel, lora: LoraSection, seed: int):
-        targets = _target_modules(transformer, lora)
-        self.scale = lora.alpha / lora.rank
-        self.merged_transformer = _twin(transformer, targets)
+        targets = target_modules(transformer, lora)
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             init_lora_weights="gaussian" if lora.init == "gaussian" else True,
             target_modules=targets,
         )
-        with torch.random.fork_rng(devices=[]):  # the same adapters on every rank and after a resume
-            torch.manual_seed(rng.derive_seed(seed, "lora_init"))
+        with torch.random.fork_rng(devices=[]):  # PEFT draws; what it drew is replaced below
             transformer.add_adapter(config, adapter_name=ADAPTER)
         self.transformer = transformer
-        for _, parameter in self.parameters():
-            parameter.data = parameter.data.float()
-        self._pairs = [(transformer.get_submodule(n), self.merged_transformer.get_submodule(n)) for n in targets]
+        with torch.no_grad():
+            for _, parameter in self.parameters():
+                parameter.data = parameter.data.float()
+            for name in targets:
+                layer = transformer.get_submodule(name)
+                a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                for weight, start in zip((a, b), initial_pair(name, a.shape[1], len(b), lora.rank, lora.init, seed)):
+                    weight.copy_(start)
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((n, p) for n, p in self.transformer.named_parameters() if p.requires_grad)
@@ -72,20 +94,18 @@ class LoraAdapters:
         finally:
             self.transformer.enable_adapters()
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """W + (alpha / r) B A in float32 from the pristine base every time, rounded once, in place."""
-        for adapted, merged in self._pairs:
-            a, b = adapted.lora_A[ADAPTER].weight, adapted.lora_B[ADAPTER].weight
-            merged.weight.copy_(torch.addmm(adapted.base_layer.weight.float(), b, a, alpha=self.scale))
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], source: str) -> None:
+        own = self.state_dict()
+        check_lora_state(own, state, source)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
 
     def export(self, folder: Path) -> None:
-        """`pipe.load_lora_weights(folder)` of stock diffusers; the metadata keeps alpha, which the weights lack."""
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER),
-            **_collate_lora_metadata({"transformer": self.transformer}),
-        )
+        export_lora(folder, self.state_dict(), self.transformer.peft_config[ADAPTER].to_dict())
 
 
 class FullWeights:
@@ -98,7 +118,7 @@ class FullWeights:
             "model.train = full: every weight is trained; knowledge outside the prompts is forgotten sooner than with "
             "LoRA. Watch the held-out metrics, or set update.kl_weight."
         )
-        self.transformer = self.merged_transformer = transformer.requires_grad_(True)
+        self.transformer = transformer.requires_grad_(True)
         self._base = copy.deepcopy(transformer).requires_grad_(False)
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -116,19 +136,6 @@ class FullWeights:
             for name, data in masters.items():
                 trained[name].data = data
 
-    def merge(self) -> None:
-        """Nothing to merge: sampling and training share the weights."""
-
     def export(self, folder: Path) -> None:
         """A transformer folder for `SD3Transformer2DModel.from_pretrained`."""
         self.transformer.save_pretrained(folder)
-
-
-def _twin(transformer: SD3Transformer2DModel, own_weights: list[str]) -> SD3Transformer2DModel:
-    """A second module tree over the same tensors, but for the weights of the named layers, which are its own."""
-    shared = {id(t): t for t in [*transformer.parameters(), *transformer.buffers()]}
-    twin = copy.deepcopy(transformer, memo=shared)
-    for name in own_weights:
-        layer = twin.get_submodule(name)
-        layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    return twin

@@ -1,4 +1,4 @@
-"""What the trainer asks of a generator. A new rectified-flow model is one new file that implements this."""
+"""What the trainer asks of a generator. A new model is one new file that implements this."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ import torch
 
 from ..types import Conditioning
 
+Velocity = tuple[torch.Tensor, torch.Tensor | None]  # conditional and, when guided, unconditional: [R, C, H, W] each
+
+
+class PreparedPrompts(Protocol):
+    """What the network needs of R prompts for the steps of one trajectory, computed once."""
+
+    def rows(self, index: torch.Tensor) -> PreparedPrompts:
+        """The same for rows `index` [R'] int64 of it."""
+        ...
+
 
 class Policy(Protocol):
-    """A text-to-image flow model with trainable parameters on top of a frozen base."""
+    """A text-to-image model with trainable parameters on top of a frozen base."""
 
     device: torch.device
-    merged: bool  # `merged_velocity` is available
+    has_merged: bool  # `merged_velocity` is another, faster forward than `velocity`
 
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """sigmas [T+1] float64, decreasing to 0, and the timesteps [T] float32 the network is given."""
+        """Noise levels [T+1] float64 of a trajectory and the timesteps [T] float32 the network is given."""
         ...
 
     def latent_shape(self) -> tuple[int, int, int]:
@@ -30,15 +40,15 @@ class Policy(Protocol):
         """Text embeddings, cached on disk by content."""
         ...
 
-    def velocity(
-        self, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, *, guided: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Conditional and, when guided, unconditional velocity [R, C, H, W] from the trainable weights."""
+    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> PreparedPrompts:
+        """Everything about the prompts that does not depend on the latents, for all timesteps [T]."""
         ...
 
-    def merged_velocity(
-        self, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, *, guided: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: PreparedPrompts) -> Velocity:
+        """From the trainable weights, at the step whose number the device tensor `step` (int64 [1]) holds."""
+        ...
+
+    def merged_velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: PreparedPrompts) -> Velocity:
         """As `velocity`, from adapters merged into the weights: faster, for steps without a likelihood."""
         ...
 
@@ -55,6 +65,10 @@ class Policy(Protocol):
         ...
 
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def element_name(self, parameter: str, index: int) -> str:
+        """The layer that element `index` of a trainable parameter belongs to, for error messages."""
+        ...
 
     def export(self, folder: Path) -> None:
         """Write the trained weights in the format stock diffusers loads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +20,14 @@ class StepTable:
     timesteps: torch.Tensor  # [T] float32
     coefficients: torch.Tensor  # [T, 3] float32: x_next = a x + b v + s z
     window: tuple[int, ...]  # stochastic steps, ascending; empty for plain sampling
+    numbers: list[torch.Tensor] = field(init=False)  # T views [1] int64: the step counter
+
+    def __post_init__(self):
+        self.numbers = list(torch.arange(len(self.timesteps), device=self.timesteps.device).split(1))
+
+    def at(self, number: torch.Tensor) -> torch.Tensor:
+        """[3] coefficients of the step that `number` [1] holds, read on the device."""
+        return self.coefficients.index_select(0, number)[0]
 
 
 def step_table(policy: Policy, num_steps: int, window: tuple[int, ...] = (), *, rollout: RolloutSection | None = None):

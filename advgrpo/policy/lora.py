@@ -75,18 +75,19 @@ class LoraWeights:
         shapes = ((len(a.names), a.in_features, a.out_features) for a in self.adapters)
         return [(next(parts).view(g, self.rank, k), next(parts).view(g, n, self.rank)) for g, k, n in shapes]
 
-    def modules(self) -> dict[str, Pair]:
-        """Stock module name -> (A [r, K], B [n, r]): views of the float32 master, detached."""
+    def modules(self, vector: torch.Tensor | None = None) -> dict[str, Pair]:
+        """Stock module name -> (A [r, K], B [n, r]): views of the master, detached, or of a vector laid out like it."""
+        views = self._views(self.master.detach() if vector is None else vector)
         return {
             name: (a[part], b[part])
-            for adapter, (a, b) in zip(self.adapters, self._views(self.master.detach()))
+            for adapter, (a, b) in zip(self.adapters, views)
             for part, name in enumerate(adapter.names)
         }
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self, vector: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """PEFT's names without a prefix: MODULE.lora_A.weight [r, K] and MODULE.lora_B.weight [n, r], float32."""
         state = {}
-        for name, (a, b) in self.modules().items():
+        for name, (a, b) in self.modules(vector).items():
             state |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
         return state
 

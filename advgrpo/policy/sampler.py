@@ -3,7 +3,10 @@
 The rows of a prompt share their initial noise, so up to the window's first step they are one trajectory. `share_prefix`
 computes it once per prompt and branches at that step (METHOD section 3); without it every row is computed, with the
 same result up to rounding. The window's steps always run the trainer's own forward, so that log-probabilities can be
-repeated to the last bit; `merged` weights serve ODE steps only.
+repeated to the last bit; `merged` weights serve ODE steps only, unless `window_merged` gives that exactness up.
+
+Every step does the same operations whatever its number: coefficients, timesteps and modulations are device tables read
+at a device step counter, and nothing waits for the device.
 
 Shapes: P prompts, M pictures (M >= P), latents [., C, H, W] float32.
 """
@@ -28,6 +31,7 @@ class Sampler:
     likelihood: str
     share_prefix: bool
     merged: bool
+    window_merged: bool = False
 
     def initial_latents(self, seed: int, ids: torch.Tensor) -> torch.Tensor:
         """[P, C, H, W] unit noise; each row depends on (seed, id) only."""
@@ -52,24 +56,25 @@ class Sampler:
         branch = table.window[0] if table.window else len(table.timesteps)
         shared = self.share_prefix
         latents = initial if shared else initial.index_select(0, row)
-        prompt_rows = conditioning if shared else conditioning.rows(row)
+        prompts = self.policy.prepare(conditioning, table.timesteps, guided=self.guidance_scale != 1.0)
+        prepared = prompts if shared else prompts.rows(row)
         steps: list[WindowStep] = []
-        for i, timestep in enumerate(table.timesteps):
+        for i, number in enumerate(table.numbers):
             stochastic = i in table.window
-            velocity = self._velocity(latents, timestep, prompt_rows, trainer_forward=stochastic)
+            velocity = self._forward(stochastic)(latents, number, prepared)
             inputs, was_shared = latents, shared
             if shared and i == branch:
                 latents, velocity = latents.index_select(0, row), tuple(_pick(v, row) for v in velocity)
-                prompt_rows, shared = conditioning.rows(row), False
+                prepared, shared = prompts.rows(row), False
             step = gaussian_step(
                 latents,
                 velocity[0],
-                table.coefficients[i],
+                table.at(number),
                 uncond_velocity=velocity[1],
                 guidance_scale=self.guidance_scale,
                 seed=noise_seed if stochastic else None,
                 sample_ids=image_ids if stochastic else None,
-                step=i,
+                step=number,
                 likelihood=self.likelihood if stochastic else None,
             )
             latents = step.next_latents
@@ -77,9 +82,9 @@ class Sampler:
                 steps.append(WindowStep(i, inputs, latents, step.log_prob, was_shared))
         return (latents.index_select(0, row) if shared else latents), steps
 
-    def _velocity(self, latents, timestep, conditioning, *, trainer_forward: bool):
-        forward = self.policy.velocity if trainer_forward or not self.merged else self.policy.merged_velocity
-        return forward(latents, timestep, conditioning, guided=self.guidance_scale != 1.0)
+    def _forward(self, stochastic: bool):
+        merged = self.window_merged if stochastic else self.merged
+        return self.policy.merged_velocity if merged else self.policy.velocity
 
 
 def _pick(velocity: torch.Tensor | None, row: torch.Tensor) -> torch.Tensor | None:

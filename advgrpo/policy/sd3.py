@@ -8,9 +8,10 @@ Shapes: R rows, latents [R, C, H, W] float32, text [R, L, D], pooled [R, E].
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from diffusers import (
 from ..config import ModelSection
 from ..errors import UserError
 from ..types import Conditioning
-from .adapters import FullWeights, LoraAdapters
+from .base import PreparedPrompts, Velocity
+from .networks import FusedNetwork, StockNetwork
 from .text_cache import TextCache, folder_fingerprint
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -56,10 +58,37 @@ def pipeline_folder(path: str, field: str = "model.path") -> Path:
     return folder
 
 
-class SD3Policy:
-    """The `Policy` protocol over diffusers' SD3Transformer2DModel."""
+@dataclass
+class Guided:
+    """A network's prepared rows; with guidance the unconditional ones come first, one for each conditional row."""
 
-    def __init__(self, model: ModelSection, *, device: torch.device, cache_dir: Path, seed: int, merged: bool):
+    rows_of_network: PreparedPrompts
+    count: int  # prompts
+    guided: bool
+
+    def rows(self, index: torch.Tensor) -> Guided:
+        both = torch.cat([index, index + self.count]) if self.guided else index
+        return Guided(self.rows_of_network.rows(both), len(index), self.guided)
+
+
+class SD3Policy:
+    """The `Policy` protocol for the SD3 family.
+
+    Args:
+        fused: run our forward (transformer.py) instead of diffusers'.
+        precision: of the merged weights, "model" or "fp8"; fused only.
+    """
+
+    def __init__(
+        self,
+        model: ModelSection,
+        *,
+        device: torch.device,
+        cache_dir: Path,
+        seed: int,
+        fused: bool = False,
+        precision: str = "model",
+    ):
         self.model, self.device = model, device
         self.folder = pipeline_folder(model.path)
         self.dtype = getattr(torch, model.dtype)
@@ -72,15 +101,15 @@ class SD3Policy:
             raise UserError(f"model.path = {model.path!r}: {error}") from error
         transformer = transformer.to(device).requires_grad_(False).eval()
         self._check_resolution(transformer)
-        if model.train == "lora":
-            self.adapters = LoraAdapters(transformer, model.lora, seed)
-        else:
-            self.adapters = FullWeights(transformer)
-        if model.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-            transformer.train()  # diffusers checkpoints in train mode only; SD3 has no dropout, so nothing else changes
         self.transformer = transformer
-        self.merged = merged
+        if fused:
+            self.network = FusedNetwork(transformer, model, seed, precision=precision)
+        else:
+            self.network = StockNetwork(transformer, model, seed)
+        if model.lora.start_from:
+            self.network.load_lora(Path(model.lora.start_from))
+        self.has_merged = self.network.has_merged
+        self._trained = "adapted"  # the weights that `velocity` runs
         fingerprint = f"{folder_fingerprint(self.folder, _TEXT_PARTS)}:{model.max_sequence_length}:{model.dtype}"
         self._unconditional: Conditioning | None = None
         self.text_cache = TextCache(cache_dir / "text", fingerprint, self._encode_text)
@@ -139,39 +168,37 @@ class SD3Policy:
                 rows.append(Conditioning(text.cpu(), pooled.cpu()))
         return Conditioning(torch.cat([r.text for r in rows]), torch.cat([r.pooled for r in rows]))
 
-    def velocity(self, latents, timestep, conditioning, *, guided):
-        return self._forward(self.transformer, latents, timestep, conditioning, guided)
-
-    def merged_velocity(self, latents, timestep, conditioning, *, guided):
-        return self._forward(self.adapters.merged_transformer, latents, timestep, conditioning, guided)
-
-    def _forward(self, network, latents, timestep, conditioning, guided):
-        """(conditional, unconditional) velocity; with guidance both in one batch, unconditional rows first."""
-        rows = len(latents)
-        hidden = latents.to(self.dtype)
-        text, pooled = conditioning.text, conditioning.pooled
+    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> Guided:
+        text, pooled, rows = conditioning.text, conditioning.pooled, len(conditioning.text)
         if guided:
             if self._unconditional is None:
                 self._unconditional = self.encode([""])
             empty = self._unconditional
-            hidden = torch.cat([hidden, hidden])
             text = torch.cat([empty.text.expand(rows, -1, -1), text])
             pooled = torch.cat([empty.pooled.expand(rows, -1), pooled])
-        velocity = network(
-            hidden_states=hidden,
-            timestep=timestep.expand(len(hidden)),
-            encoder_hidden_states=text,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-        return (velocity[rows:], velocity[:rows]) if guided else (velocity, None)
+        return Guided(self.network.prepare(text, pooled, timesteps), rows, guided)
+
+    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
+        return self._forward(latents, step, prepared, self._trained)
+
+    def merged_velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
+        return self._forward(latents, step, prepared, "merged")
+
+    def _forward(self, latents, step, prepared: Guided, weights: str) -> Velocity:
+        hidden = torch.cat([latents, latents]) if prepared.guided else latents
+        velocity = self.network.velocity(hidden, step, prepared.rows_of_network, weights)
+        return (velocity[len(latents) :], velocity[: len(latents)]) if prepared.guided else (velocity, None)
 
     def merge(self) -> None:
-        if self.merged:
-            self.adapters.merge()
+        self.network.merge()
 
-    def reference(self) -> AbstractContextManager[None]:
-        return self.adapters.disabled()
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        before, self._trained = self._trained, "base"
+        try:
+            yield
+        finally:
+            self._trained = before
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -181,7 +208,10 @@ class SD3Policy:
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return self.adapters.parameters()
+        return self.network.parameters()
+
+    def element_name(self, parameter: str, index: int) -> str:
+        return self.network.element_name(parameter, index)
 
     def export(self, folder: Path) -> None:
-        self.adapters.export(folder)
+        self.network.export(folder)

@@ -31,6 +31,17 @@ from .lora import LoraWeights
 
 EPS = 1e-6  # of every norm in the family
 WEIGHTS = ("adapted", "base", "merged")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ADAPTABLE = (
+    *(f"attn.{name}" for name in (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"attn2.{name}" for name in _ATTENTION),
+    *(f"{ff}.net.{name}" for ff in ("ff", "ff_context") for name in ("0.proj", "2")),
+)
+
+
+def can_adapt(target: str) -> bool:
+    """Whether every linear whose name ends in `target` can have an adapter here: not those of the AdaLN norms."""
+    return any(f".{name}".endswith(f".{target}") for name in ADAPTABLE)
 
 
 @dataclass(frozen=True)
