@@ -8,8 +8,6 @@ Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; features cls [B, D], patches 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from transformers import Dinov2Model
@@ -20,6 +18,7 @@ from .. import rng
 from ..config import AdversarySection
 from ..errors import UserError
 from ..types import Features
+from .loading import expanded, load_pretrained
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -28,27 +27,30 @@ _BIAS_GRADIENT_NOISE = 1e-6  # rounding reaches 2e-7; real values are 4e-6 and m
 
 def backbone_folder(path: str) -> str:
     if path != "tiny":
-        return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+        return expanded(path)
     from ..tiny import backbone_dir
 
     return str(backbone_dir())
 
 
 class DinoBackbone:
-    """A frozen Dinov2Model with the one preprocessing used everywhere."""
+    """A frozen Dinov2Model with the one preprocessing used everywhere; `section` of the settings is named in errors."""
 
-    def __init__(self, path: str, *, image_size: int, dtype: str, device: torch.device):
+    def __init__(self, path: str, *, image_size: int, dtype: str, device: torch.device, section: str = "adversary"):
         self.folder = backbone_folder(path)
-        try:
-            model = Dinov2Model.from_pretrained(self.folder, dtype=getattr(torch, dtype))
-        except (OSError, ValueError) as error:
-            raise UserError(f"adversary.backbone = {path!r} cannot be loaded as a Dinov2Model: {error}") from error
+        model = load_pretrained(
+            Dinov2Model,
+            self.folder,
+            model_types=("dinov2",),
+            field=f"{section}.backbone",
+            dtype=getattr(torch, dtype),
+        )
         if image_size % model.config.patch_size:
             raise UserError(
-                f"adversary.image_size = {image_size} is not a multiple of the backbone's patch size "
+                f"{section}.image_size = {image_size} is not a multiple of the backbone's patch size "
                 f"{model.config.patch_size}"
             )
-        self.model = model.to(device).requires_grad_(False).eval()
+        self.model = model.to(device)
         self.image_size, self.device = image_size, device
         self.width: int = model.config.hidden_size
         self.num_patches = (image_size // model.config.patch_size) ** 2
@@ -82,10 +84,13 @@ class DinoAdversary:
     """`base.Adversary` of frozen DINOv2 features: a head on the class token and on random patches learns."""
 
     text_dependent = False
+    backbone_class: type = DinoBackbone
 
     def __init__(self, config: AdversarySection, *, device: torch.device, seed: int):
         self.config, self.seed = config, seed
-        self.backbone = DinoBackbone(config.backbone, image_size=config.image_size, dtype=config.dtype, device=device)
+        self.backbone = self.backbone_class(
+            config.backbone, image_size=config.image_size, dtype=config.dtype, device=device
+        )
         if config.num_patches > min(self.backbone.num_patches, config.cached_patches):
             raise UserError(
                 f"adversary.num_patches = {config.num_patches} exceeds the backbone's {self.backbone.num_patches} "

@@ -23,6 +23,11 @@ def backbone_dir() -> Path:
     return _ASSETS / "backbone"
 
 
+def preference_dir() -> Path:
+    """Folder of the tiny preference model, a CLIPModel in PickScore's layout that over-rates strong colours."""
+    return _ASSETS / "preference"
+
+
 def reference_dir() -> Path:
     """Folder of crisp reference pictures with references.json: {prompt: [files]} for both prompt lists."""
     return _ASSETS / "references"

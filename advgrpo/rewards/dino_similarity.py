@@ -1,0 +1,56 @@
+"""DINO similarity of a picture to the reference pictures of its own prompt (eq. 8's second term, METHOD section 8)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..data.references import ReferenceSet
+from .checks import check_batch, finite_scores, required
+from .dino import DinoBackbone
+from .reference_similarity import Reduction, ReferenceEmbeddings, check_reduction, reference_cosine
+
+
+class DinoSimilarity:
+    """`base.Reward`: mean or max cosine of class tokens to those of the prompt's own references, in [-1, 1].
+
+    Args:
+        path: Dinov2Model folder or hub id; "tiny" for the shipped one.
+        reduction: "mean" is what the paper reports, "max" the released code's partner of the OCR reward.
+        image_size: pictures are resized to this, a multiple of the backbone's patch.
+        device, dtype: where and in which precision the backbone runs.
+        backbone: one that is loaded already, such as the adversary's, instead of `path`.
+    """
+
+    name = "dino_similarity"
+
+    def __init__(
+        self,
+        *,
+        path: str = "facebook/dinov2-base",
+        reduction: Reduction = "mean",
+        image_size: int = 518,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backbone: DinoBackbone | None = None,
+    ):
+        self.reduction = check_reduction(reduction)
+        self.backbone = backbone or DinoBackbone(
+            path,
+            image_size=image_size,
+            dtype=str(dtype).removeprefix("torch."),
+            device=torch.device(device),
+            section="dino_similarity",
+        )
+        self._references = ReferenceEmbeddings(self._embed)
+
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone.features(images)["cls"]
+
+    def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None) -> torch.Tensor:
+        """[B] float32 on the device of `images`; UserError without references or for a prompt that has none."""
+        check_batch(images, prompts)
+        known = required(references, self.name)
+        cosine = reference_cosine(
+            self._embed(images), prompts, lambda prompt: self._references.prompt(known, prompt), self.reduction
+        )
+        return finite_scores(cosine, images, prompts, self.name)

@@ -1,0 +1,69 @@
+"""Similarity of a picture to the reference pictures of its own prompt (eq. 8's second term, METHOD section 8).
+
+Shapes: B pictures, R references of a prompt, embeddings of width D.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from ..data.references import ReferenceSet
+
+Reduction = Literal["mean", "max"]
+_PROMPTS_IN_MEMORY = 8192
+
+
+def check_reduction(reduction: str) -> Reduction:
+    if reduction not in ("mean", "max"):
+        raise ValueError(f'reduction {reduction!r}: want "mean" or "max"')
+    return reduction
+
+
+def reference_cosine(
+    embeddings: torch.Tensor, prompts: list[str], own: Callable[[str], torch.Tensor], reduction: Reduction = "mean"
+) -> torch.Tensor:
+    """[B] mean or max cosine of each picture to its prompt's references.
+
+    Args:
+        embeddings: [B, D], any length.
+        prompts: the B prompts of the pictures.
+        own: prompt -> embeddings [R, D] of its references, any length; called once per different prompt.
+        reduction: "mean" is what the paper reports as DINO similarity, "max" the released code's OCR partner.
+    """
+    unit = F.normalize(embeddings, dim=-1)
+    references = {prompt: F.normalize(own(prompt), dim=-1) for prompt in dict.fromkeys(prompts)}
+    if reduction == "mean":  # of cosines: the cosine's numerator with the mean of the unit vectors
+        centres = {prompt: reference.mean(0) for prompt, reference in references.items()}
+        return (unit * torch.stack([centres[prompt] for prompt in prompts])).sum(1)
+    return torch.stack([(references[prompt] @ row).amax() for prompt, row in zip(prompts, unit)])
+
+
+class ReferenceEmbeddings:
+    """Embeddings [R, D] of a prompt's references, computed once per prompt and kept in memory by content.
+
+    Args:
+        embed: pictures [n, 3, H, W] float32 in [0, 1] on the CPU -> [n, D].
+    """
+
+    def __init__(self, embed: Callable[[torch.Tensor], torch.Tensor]):
+        self.embed = embed
+        self._known: OrderedDict[tuple[str, ...], torch.Tensor] = OrderedDict()
+
+    def prompt(self, references: ReferenceSet, prompt: str) -> torch.Tensor:
+        """UserError for a prompt that `references` was not loaded with."""
+        files = references.files(prompt)
+        key = tuple(references.content_key(file) for file in files)
+        if key not in self._known:
+            pictures = [references.load_images([file]) for file in files]
+            if len({p.shape for p in pictures}) == 1:
+                pictures = [torch.cat(pictures)]
+            self._known[key] = torch.cat([self.embed(p) for p in pictures])
+            if len(self._known) > _PROMPTS_IN_MEMORY:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
