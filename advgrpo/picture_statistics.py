@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .data.references import ReferenceSet
 from .distributed import Distributed
-from .types import Rollout
+from .types import Features, Rollout
 
 STATISTICS = ("saturation", "dark_share", "edge_density")
 _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
@@ -101,13 +101,13 @@ class ReferenceStatistics:
 
 
 def measure(
-    rollout: Rollout, features: torch.Tensor, references: ReferenceStatistics, group_size: int, distributed: Distributed
+    rollout: Rollout, features: Features, references: ReferenceStatistics, group_size: int, distributed: Distributed
 ) -> PictureStatistics:
     """Statistics of an iteration's pictures over all processes, the same on each.
 
     Args:
         rollout: this process's pictures.
-        features: [B, D] frozen backbone features of them, in the rollout's order.
+        features: the adversary's of them, in the rollout's order.
     """
     images = torch.cat([tile.images for tile in rollout.tiles])
     size = tuple(images.shape[-2:])
@@ -119,8 +119,16 @@ def measure(
     return PictureStatistics(
         dict(zip(STATISTICS, means[:count])),
         dict(zip(STATISTICS, means[count:])),
-        group_diversity(distributed.all_gather(features)[order.to(features.device)], group_size).item(),
+        group_diversity(distributed.all_gather(embedding(features))[order.to(features.device)], group_size).item(),
     )
+
+
+def embedding(features: Features) -> torch.Tensor:
+    """[B, D] of each picture: its class token where the adversary has one (DINO), else the mean of its first tokens."""
+    if "cls" in features.tensors:
+        return features["cls"]
+    first = next(iter(features.tensors.values()))
+    return first.float().flatten(1, -2).mean(1) if first.dim() > 2 else first
 
 
 def _columns(images: torch.Tensor) -> torch.Tensor:

@@ -201,8 +201,8 @@ class Run:
                 self.export()
                 self._draw_curves({})
             self.console.print(
-                f"stopped by {self._stop_signal or flagged or 'a signal on another rank'} after {trainer.iteration} iterations; "
-                f"continue with --resume {self.folder}"
+                f"stopped by {self._stop_signal or flagged or 'a signal on another rank'} after {trainer.iteration} "
+                f"iterations; continue with --resume {self.folder}"
             )
             return
         self._finish()

@@ -185,6 +185,7 @@ def test_two_processes_give_the_losses_of_one(unit_config, tmp_path):
     alone, together = metrics(unit_config.output_dir), metrics(two.output_dir)
     assert len(alone) == len(together) == 3
     for one, both in zip(alone, together):
+        assert both.pop("flags") == one.pop("flags")
         assert both == pytest.approx(one, abs=1e-6, rel=1e-5)
 
 
@@ -220,6 +221,7 @@ def test_fast_and_plain_runs_have_the_same_losses(unit_config, tmp_path):
     plain.output_dir, plain.fast = str(tmp_path / "plain"), False
     run(plain)
     for fast, slow in zip(metrics(unit_config.output_dir), metrics(plain.output_dir)):
+        assert fast.pop("flags") == slow.pop("flags")
         assert fast == pytest.approx(slow, rel=2e-3, abs=2e-4)
 
 
