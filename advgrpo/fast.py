@@ -27,6 +27,7 @@ class FastPaths:
     share_prefix: bool
     fused: bool  # our transformer, and with it merged weights
     fused_optimizer: bool
+    graphs: bool
     table: tuple[FastPath, ...]
 
     @classmethod
@@ -45,7 +46,7 @@ class FastPaths:
             _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
             _row("fused AdamW", plain, "clipping, AdamW and EMA in one call, no wait for the norm"),
             _row("Triton kernels", plain or gpu_only, "fused step, loss, advantages, patches and head"),
-            _row("CUDA graphs", plain or gpu_only or "not available in this version", "one launch per step"),
+            _row("CUDA graphs", fused_off or gpu_only, "one launch per sampling step and per head update"),
             _row(
                 "FP8 sampling",
                 _why_no_fp8(config.rollout.precision, "rollout.precision", device, fused_off),
@@ -57,7 +58,7 @@ class FastPaths:
                 "frozen weights quantised once, adapters never",
             ),
         )
-        return cls(config.fast, not fused_off, config.fast, rows)
+        return cls(config.fast, not fused_off, config.fast, not (fused_off or gpu_only), rows)
 
     def print(self, console: Console) -> None:
         table = Table(title="Fast paths", title_justify="left")

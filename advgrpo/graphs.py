@@ -154,29 +154,26 @@ class StaticBuffers:
 
     def __init__(self, device: torch.device, *, static: bool):
         self.device, self.static = device, static
-        self._current: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}  # the current ones
         self._storage: dict[tuple, torch.Tensor] = {}
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Make `tensor`, on any device, the value of `name`; from pinned host memory without waiting for the copy."""
         if not self.static:
-            self._current[name] = tensor.to(self.device, non_blocking=True)
+            self.tensors[name] = tensor.to(self.device, non_blocking=True)
             return
         slot = (name, tensor.shape, tensor.dtype)
         if slot not in self._storage:
             self._storage[slot] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        self._current[name] = self._storage[slot].copy_(tensor, non_blocking=True)
+        self.tensors[name] = self._storage[slot].copy_(tensor, non_blocking=True)
 
     def reset(self) -> None:
         """Forget the values, not their storage: the next ones may have other names."""
-        self._current.clear()
-
-    def values(self) -> dict[str, torch.Tensor]:
-        return dict(self._current)
+        self.tensors.clear()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._current[name]
+        return self.tensors[name]
 
     def key(self) -> tuple:
         """What a capture freezes of them, for `CapturedFunction`."""
-        return tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(self._current.items()))
+        return tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(self.tensors.items()))

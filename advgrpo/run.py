@@ -26,6 +26,7 @@ from .distributed import Distributed
 from .errors import UserError
 from .evaluation import Evaluator
 from .fast import FastPaths
+from .graphs import CudaGraphs
 from .monitor import Flag
 from .plots import draw_curves, draw_grid
 from .policy.sd3 import SD3Policy
@@ -160,6 +161,7 @@ class Run:
             prompts=data.prompts,
             distributed=distributed,
             fast=fast,
+            graphs=CudaGraphs(distributed.device) if fast.graphs else None,
         )
         return trainer, Evaluator(policy, adversary, references, data.held_out, config, distributed)
 

@@ -19,6 +19,7 @@ from .distributed import Distributed
 from .ema import Ema
 from .evaluation import similarity
 from .fast import FastPaths
+from .graphs import GraphBackend
 from .monitor import Flag, Monitor
 from .phases import Phases
 from .picture_statistics import ReferenceStatistics, measure
@@ -53,6 +54,7 @@ class Trainer:
         prompts: list[str],
         distributed: Distributed,
         fast: FastPaths,
+        graphs: GraphBackend | None = None,
     ):
         self.config, self.policy, self.adversary = config, policy, adversary
         self.references, self.prompts, self.distributed = references, prompts, distributed
@@ -65,6 +67,7 @@ class Trainer:
             share_prefix=fast.share_prefix,
             merged=policy.has_merged,
             window_merged=rollout.window_forward == "merged",
+            graphs=graphs,
         )
         self.ema = Ema(list(policy.trainable_parameters()), config.update.ema_decay)
         self.updater = Updater(
@@ -89,9 +92,7 @@ class Trainer:
         with phases.measure("score"):
             features, reference = self.features(rollout, iteration)
             scored = self.score(rollout, features, reference, iteration)
-        batch = HeadBatch(
-            rollout.image_ids.to(self.policy.device), features, reference, total=self.config.images_per_iteration
-        )
+        batch = HeadBatch(rollout.image_ids, features, reference, total=self.config.images_per_iteration)
         with phases.measure("adversary"):
             plan, head_metrics = self.train_head(batch, scored, iteration)
         with phases.measure("update"):
@@ -140,8 +141,9 @@ class Trainer:
         initial_seed = rng.derive_seed(seed, "initial_noise", iteration)
         noise_seed = rng.derive_seed(seed, "step_noise", iteration)
         self.policy.merge()
-        rollouts = []
-        for tile in self.tiles(iteration):
+        tiles, rollouts = self.tiles(iteration), []
+        self.references.prefetch([prompt for tile in tiles for prompt in tile.prompts])  # while the GPU samples
+        for tile in tiles:
             latents, steps = self.sampler.run(
                 table,
                 self.policy.encode(tile.prompts),
@@ -156,15 +158,10 @@ class Trainer:
     def features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """Backbone features of every picture, computed once, and of one reference per picture, from the cache."""
         generated = Features.cat([self.adversary.features(t.images, t.tile.captions) for t in rollout.tiles])
-        draw = torch.rand(
+        draws = torch.rand(
             self.config.images_per_iteration, generator=rng.generator(self.config.seed, "reference", iteration)
         )
-        rows = []
-        for prompt, image_id in zip(rollout.prompts, rollout.image_ids.tolist()):
-            candidates = self.references.prompt(prompt)
-            pick = int(draw[image_id] * len(candidates))
-            rows.append(candidates.rows(torch.tensor([pick], device=candidates.device)))
-        return generated, Features.cat(rows)
+        return generated, self.references.pick(rollout.prompts, draws[rollout.image_ids])
 
     def score(self, rollout: Rollout, generated: Features, reference: Features, iteration: int) -> Scored:
         """Rewards of generations and references under the head as it stands, gathered over processes."""
@@ -188,9 +185,7 @@ class Trainer:
             self.config.update.optimizer_windows,
         )
         self.head_trainer.train(batch, iteration, plan.head_updates)
-        self.head_trainer.remember(
-            batch.generated, iteration, self.distributed.all_gather, batch.image_ids, batch.total
-        )
+        self.head_trainer.remember(batch, iteration, self.distributed.all_gather)
         return plan, {"adversary_loss": loss, "adversary_accuracy": accuracy, "adversary_updates": plan.head_updates}
 
     def update(self, rollout: Rollout, scored: Scored, table: StepTable) -> dict[str, float]:
@@ -301,7 +296,7 @@ class Trainer:
         self.adversary.load_state_dict(part("head."))
         unpack_optimizer(self.updater.optimizer, tensors, state["optimizer"])
         unpack_optimizer(self.adversary.optimizer, tensors, state["head_optimizer"])
-        self.head_trainer.replay.load(part("replay."), state["replay"], self.policy.device)
+        self.head_trainer.load(part("replay."), state["replay"])
         torch.set_rng_state(tensors["rng.torch"])
         self.monitor.load(state["monitor"])
         self.flags = self.monitor.active()

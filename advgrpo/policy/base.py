@@ -21,6 +21,14 @@ class PreparedPrompts(Protocol):
         """The same for rows `index` [R'] int64 of it."""
         ...
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything it holds on the device, by name."""
+        ...
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> PreparedPrompts:
+        """The same over other tensors of the same shapes: a captured graph reads them where they always are."""
+        ...
+
 
 class Policy(Protocol):
     """A text-to-image model with trainable parameters on top of a frozen base."""

@@ -30,6 +30,12 @@ class StockPrepared:
     def rows(self, index: torch.Tensor) -> StockPrepared:
         return StockPrepared(self.text.index_select(0, index), self.pooled.index_select(0, index), self.timesteps)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"text": self.text, "pooled": self.pooled, "timesteps": self.timesteps}
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> StockPrepared:
+        return StockPrepared(**tensors)
+
 
 class StockNetwork:
     """diffusers' SD3Transformer2DModel as it is; LoRA by PEFT, or every weight."""

@@ -3,10 +3,12 @@
 The rows of a prompt share their initial noise, so up to the window's first step they are one trajectory. `share_prefix`
 computes it once per prompt and branches at that step (METHOD section 3); without it every row is computed, with the
 same result up to rounding. The window's steps always run the trainer's own forward, so that log-probabilities can be
-repeated to the last bit; `merged` weights serve ODE steps only, unless `window_merged` gives that exactness up.
+repeated to the last bit; merged weights serve ODE steps only, unless `window_merged` gives that exactness up.
 
 Every step does the same operations whatever its number: coefficients, timesteps and modulations are device tables read
-at a device step counter, and nothing waits for the device.
+at a device step counter, noise is keyed by device tensors, and nothing waits for the device. With a graph backend each
+kind of step (ODE, window, the window's first) is one CUDA graph per shape, replayed for every step and every iteration;
+one graph of all ten steps would have to be captured anew for every window that is drawn.
 
 Shapes: P prompts, M pictures (M >= P), latents [., C, H, W] float32.
 """
@@ -17,10 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
-from advgrpo_kernels import gaussian_step, philox_normal
+from advgrpo_kernels import GaussianStep, gaussian_step, philox_normal
 
+from ..graphs import CapturedFunction, GraphBackend, StaticBuffers
 from ..types import Conditioning, WindowStep
-from .base import Policy
+from .base import Policy, PreparedPrompts
 from .dynamics import StepTable
 
 
@@ -32,6 +35,21 @@ class Sampler:
     share_prefix: bool
     merged: bool
     window_merged: bool = False
+    graphs: GraphBackend | None = None
+
+    def __post_init__(self):
+        self._inputs = StaticBuffers(self.policy.device, static=self.graphs is not None)
+        self._prompts = StaticBuffers(self.policy.device, static=self.graphs is not None)
+        self._prepared: PreparedPrompts | None = None  # the form of the prompts; their tensors are in `_prompts`
+        steps = {"ODE step": self._ode_step, "window step": self._window_step, "branching step": self._branching_step}
+        self._steps = {
+            name: CapturedFunction(function, name=name, backend=self.graphs) for name, function in steps.items()
+        }
+
+    @property
+    def captures(self) -> int:
+        """CUDA graphs held."""
+        return sum(step.captures for step in self._steps.values())
 
     def initial_latents(self, seed: int, ids: torch.Tensor) -> torch.Tensor:
         """[P, C, H, W] unit noise; each row depends on (seed, id) only."""
@@ -53,39 +71,74 @@ class Sampler:
 
         `noise_seed` and `image_ids` [M] key the noise of the window's steps.
         """
-        branch = table.window[0] if table.window else len(table.timesteps)
-        shared = self.share_prefix
-        latents = initial if shared else initial.index_select(0, row)
         prompts = self.policy.prepare(conditioning, table.timesteps, guided=self.guidance_scale != 1.0)
-        prepared = prompts if shared else prompts.rows(row)
+        shared, inputs = self.share_prefix, self._inputs
+        latents = initial if shared else initial.index_select(0, row)
+        self._set_prompts(prompts if shared else prompts.rows(row))
+        inputs.fill("coefficients", table.coefficients)
+        if table.window:
+            inputs.fill("seed", torch.tensor([noise_seed]))
+            inputs.fill("image_ids", image_ids)
+            inputs.fill("row", row)
         steps: list[WindowStep] = []
         for i, number in enumerate(table.numbers):
-            stochastic = i in table.window
-            velocity = self._forward(stochastic)(latents, number, prepared)
-            inputs, was_shared = latents, shared
-            if shared and i == branch:
-                latents, velocity = latents.index_select(0, row), tuple(_pick(v, row) for v in velocity)
-                prepared, shared = prompts.rows(row), False
-            step = gaussian_step(
-                latents,
-                velocity[0],
-                table.at(number),
-                uncond_velocity=velocity[1],
-                guidance_scale=self.guidance_scale,
-                seed=noise_seed if stochastic else None,
-                sample_ids=image_ids if stochastic else None,
-                step=number,
-                likelihood=self.likelihood if stochastic else None,
-            )
-            latents = step.next_latents
-            if stochastic:
-                steps.append(WindowStep(i, inputs, latents, step.log_prob, was_shared))
-        return (latents.index_select(0, row) if shared else latents), steps
+            inputs.fill("latents", latents)
+            inputs.fill("step", number)
+            if i not in table.window:
+                latents = self._run("ODE step")
+                continue
+            before = self._keep(latents)
+            latents, log_prob = self._run("branching step" if shared else "window step")
+            latents = self._keep(latents)
+            steps.append(WindowStep(i, before, latents, self._keep(log_prob), shared))
+            if shared:
+                self._set_prompts(prompts.rows(row))
+                shared = False
+        return (latents.index_select(0, row) if shared else self._keep(latents)), steps
 
-    def _forward(self, stochastic: bool):
-        merged = self.window_merged if stochastic else self.merged
-        return self.policy.merged_velocity if merged else self.policy.velocity
+    def _set_prompts(self, prepared: PreparedPrompts) -> None:
+        self._prepared = prepared
+        self._prompts.reset()
+        for name, tensor in prepared.tensors().items():
+            self._prompts.fill(name, tensor)
 
+    def _run(self, step: str):
+        """One step; the result may be overwritten by the next."""
+        return self._steps[step]((self._inputs.key(), self._prompts.key()))
 
-def _pick(velocity: torch.Tensor | None, row: torch.Tensor) -> torch.Tensor | None:
-    return None if velocity is None else velocity.index_select(0, row)
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if self._inputs.static else tensor
+
+    def _velocity(self, merged: bool):
+        forward = self.policy.merged_velocity if merged else self.policy.velocity
+        prepared = self._prepared.with_tensors(self._prompts.tensors)
+        return forward(self._inputs["latents"], self._inputs["step"], prepared)
+
+    def _transition(self, latents, velocity, **options) -> GaussianStep:
+        number = self._inputs["step"]
+        return gaussian_step(
+            latents,
+            velocity[0],
+            self._inputs["coefficients"].index_select(0, number)[0],
+            uncond_velocity=velocity[1],
+            guidance_scale=self.guidance_scale,
+            step=number,
+            **options,
+        )
+
+    def _ode_step(self) -> torch.Tensor:
+        return self._transition(self._inputs["latents"], self._velocity(self.merged), likelihood=None).next_latents
+
+    def _window_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._noisy(self._inputs["latents"], self._velocity(self.window_merged))
+
+    def _branching_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The window's first step: one row per prompt goes in, one per picture comes out."""
+        row, velocity = self._inputs["row"], self._velocity(self.window_merged)
+        expanded = tuple(v if v is None else v.index_select(0, row) for v in velocity)
+        return self._noisy(self._inputs["latents"].index_select(0, row), expanded)
+
+    def _noisy(self, latents, velocity) -> tuple[torch.Tensor, torch.Tensor]:
+        seed, ids = self._inputs["seed"], self._inputs["image_ids"]
+        step = self._transition(latents, velocity, seed=seed, sample_ids=ids, likelihood=self.likelihood)
+        return step.next_latents, step.log_prob

@@ -70,6 +70,12 @@ class Guided:
         both = torch.cat([index, index + self.count]) if self.guided else index
         return Guided(self.rows_of_network.rows(both), len(index), self.guided)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.rows_of_network.tensors()
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> Guided:
+        return Guided(self.rows_of_network.with_tensors(tensors), self.count, self.guided)
+
 
 class SD3Policy:
     """The `Policy` protocol for the SD3 family.

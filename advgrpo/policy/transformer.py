@@ -83,6 +83,13 @@ class Prepared:
         row = index if self.row is None else self.row.index_select(0, index)
         return Prepared(self.text.index_select(0, index), self.modulation, row)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        row = {} if self.row is None else {"row": self.row}
+        return {"text": self.text, "modulation": self.modulation, **row}
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> Prepared:
+        return Prepared(**tensors)
+
     def at(self, step: torch.Tensor) -> torch.Tensor:
         """[R, W] modulation of the step whose number the device tensor `step` [1] holds."""
         modulation = self.modulation.index_select(0, step)[0]
