@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .checks import check_batch
+
 
 def check_pictures(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """`images` as float32 [B, 3, H, W] on the CPU, known to be in [0, 1].
@@ -13,10 +15,9 @@ def check_pictures(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         ValueError: another shape or type, another number of prompts than pictures, or a picture that is not finite or
             leaves [0, 1] (the message names its prompt): clipping it silently would score another picture.
     """
-    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
-        raise ValueError(f"want float images [B, 3, H, W], got {images.dtype} {list(images.shape)}")
-    if len(prompts) != len(images):
-        raise ValueError(f"{len(images)} images but {len(prompts)} prompts; want one prompt per image")
+    check_batch(images, prompts)
+    if not images.numel():
+        raise ValueError(f"want at least one picture, got {list(images.shape)}")
     images = images.detach().float().cpu()
     flat = images.flatten(1)
     # Comparisons with NaN are false, so this finds non-finite pictures too.

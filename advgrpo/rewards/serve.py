@@ -1,0 +1,235 @@
+"""Serve a reward over HTTP: the other end of `remote.py`, where its protocol is described.
+
+python -m advgrpo.rewards.serve --reward rule --port 8000
+python -m advgrpo.rewards.serve --reward ocr --options '{"detection_size": 192, "workers": 4}'
+
+For a judge that needs an environment of its own, copy this idea there: 30 lines of any web framework will do.
+Without authentication or encryption: keep it on 127.0.0.1 or inside a private network.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import inspect
+import io
+import json
+import logging
+import sys
+import threading
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from ..errors import UserError
+from .checks import finite_scores
+from .remote import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from ..data.references import ReferenceSet
+    from .base import Reward
+
+_MAX_PIXELS = 4096 * 4096
+_log = logging.getLogger(__name__)
+
+
+class BadRequest(Exception):
+    """The client's fault: answered with 400 (or `status`) and not worth a retry."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def make_server(
+    reward: Reward,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    references: ReferenceSet | None = None,
+    max_request_bytes: int = 256_000_000,
+) -> ThreadingHTTPServer:
+    """A server that scores with `reward`, one request at a time; call `serve_forever()` on it.
+
+    Bad requests and the reward's UserError and ValueError are answered with 4xx, its other exceptions with 500, each as
+    `{"error": text}`. "metadata" of a request is accepted and not looked at: no reward of ours uses any.
+
+    Args:
+        port: 0 takes a free one, see `server_address`.
+        max_request_bytes: longer bodies are refused unread.
+
+    Raises:
+        UserError: the address cannot be listened on.
+    """
+    lock = threading.Lock()  # rewards are not made for threads
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 60  # seconds a client may be silent
+
+        def do_POST(self) -> None:
+            try:
+                images, prompts = _parse_request(self._body())
+                with lock:
+                    scores = reward.score(images, prompts, references)
+                scores = finite_scores(scores, images, prompts, reward.name).tolist()
+                status, body = 200, json.dumps({"scores": scores}).encode()
+            except BadRequest as error:
+                status, body = error.status, _error_body(error)
+            except (UserError, ValueError) as error:
+                status, body = 400, _error_body(error)
+            except Exception as error:
+                _log.exception("reward %s failed", reward.name)
+                status, body = 500, _error_body(error)
+            self._answer(status, body)
+
+        def do_GET(self) -> None:
+            self._answer(200, json.dumps({"reward": reward.name, "version": PROTOCOL_VERSION}).encode())
+
+        def _body(self) -> bytes:
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal():
+                raise BadRequest("the request has no Content-Length", 411)
+            if int(length) > max_request_bytes:
+                self.close_connection = True
+                raise BadRequest(f"the request is longer than {max_request_bytes} bytes; send fewer pictures", 413)
+            body = self.rfile.read(int(length))
+            if len(body) < int(length):
+                raise BadRequest("the request broke off")
+            return body
+
+        def _answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            _log.info("%s %s", self.address_string(), format % args)
+
+    try:
+        return ThreadingHTTPServer((host, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from None
+
+
+def _error_body(error: Exception) -> bytes:
+    text = str(error) if isinstance(error, (BadRequest, UserError)) else f"{type(error).__name__}: {error}"
+    return json.dumps({"error": text}).encode()
+
+
+def _parse_request(body: bytes) -> tuple[torch.Tensor, list[str]]:
+    """(images [B, 3, H, W] float32 in [0, 1], B prompts) of a request."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the request is not JSON ({error})") from None
+    if not isinstance(request, dict) or request.get("version") != PROTOCOL_VERSION:
+        raise BadRequest(f'want an object with "version": {PROTOCOL_VERSION}')
+    encoded, prompts = request.get("images"), request.get("prompts")
+    for key, value in (("images", encoded), ("prompts", prompts)):
+        if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+            raise BadRequest(f'"{key}" must be a list of at least one text')
+    if len(encoded) != len(prompts):
+        raise BadRequest(f"{len(encoded)} images but {len(prompts)} prompts")
+    pictures = [_decode(text, number) for number, text in enumerate(encoded)]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise BadRequest(f"the pictures differ in size: {sorted({p.shape[1::-1] for p in pictures})}")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(255), prompts
+
+
+def _decode(text: str, number: int) -> np.ndarray:
+    """uint8 RGB [H, W, 3]."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
+            if picture.mode != "RGB" or picture.width * picture.height > _MAX_PIXELS:
+                raise BadRequest(f"image {number} is {picture.mode} of {picture.size}; want RGB, up to 16 megapixels")
+            return np.array(picture)
+    except (binascii.Error, OSError, SyntaxError, ValueError) as error:
+        raise BadRequest(f"image {number} is not a PNG in base64 ({error})") from None
+
+
+@dataclass
+class Serve:
+    """Serve a reward over HTTP."""
+
+    reward: str
+    """Name of the reward: a module of advgrpo.rewards, such as rule or ocr."""
+    options: str = "{}"
+    """Its keyword arguments as a JSON object."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    references: Path | None = None
+    """Folder with reference pictures and references.json, for rewards that compare with them."""
+    prompts: Path | None = None
+    """Prompt file; its prompts need references."""
+
+
+def build_reward(name: str, options: dict[str, Any]) -> Reward:
+    """The reward of module `advgrpo.rewards.<name>`: its class whose `name` is the module's.
+
+    Raises:
+        UserError: no such reward, or keyword arguments it does not have.
+    """
+    classes = []
+    if name.isidentifier() and find_spec(f"{__package__}.{name}") is not None:
+        module = import_module(f"{__package__}.{name}")
+        classes = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if getattr(kind, "name", "") == name]
+    if not classes:
+        raise UserError(f"--reward {name}: advgrpo.rewards has no reward of that name")
+    known = inspect.signature(classes[0]).parameters
+    for key in options:
+        if key not in known:
+            raise UserError(f"--options: reward {name} has no argument {key!r}; it has {', '.join(known) or 'none'}")
+    return classes[0](**options)
+
+
+def serve(settings: Serve) -> None:
+    """Build the reward and answer requests until interrupted."""
+    from ..data.prompts import load_prompts
+    from ..data.references import ReferenceSet
+
+    try:
+        options = json.loads(settings.options)
+    except ValueError as error:
+        raise UserError(f"--options {settings.options!r} is not JSON ({error})") from None
+    if not isinstance(options, dict):
+        raise UserError(f"--options {settings.options!r} is not a JSON object of keyword arguments")
+    if (settings.references is None) != (settings.prompts is None):
+        raise UserError("--references and --prompts belong together: give both or neither")
+    references = None
+    if settings.references is not None:
+        references = ReferenceSet.load(settings.references, [p.text for p in load_prompts(settings.prompts)])
+    reward = build_reward(settings.reward, options)
+    with make_server(reward, host=settings.host, port=settings.port, references=references) as server:
+        host, port = server.server_address[:2]
+        print(f"serving reward {reward.name} at http://{host}:{port}", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    settings = tyro.cli(Serve, args=arguments, prog="python -m advgrpo.rewards.serve", description=__doc__)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        serve(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

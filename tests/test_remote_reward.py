@@ -1,0 +1,312 @@
+"""The remote reward against HTTP servers on this machine: ours, and ones that are slow, die, lie and send garbage.
+
+Planted bugs that turned this file red: only a socket time-out instead of a deadline, 5xx or broken connections not
+repeated, 4xx repeated, one repetition too few, pauses that do not grow, a short body taken for whole, no check of the
+count, of numbers, of booleans, of float32's range, of the content type or of the length, metadata of the first batch
+sent with every batch, metadata checked after sending, a server that scores in silence what is no PNG or answers NaN.
+"""
+
+import base64
+import io
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from advgrpo.errors import UserError
+from advgrpo.rewards.base import Reward
+from advgrpo.rewards.remote import RemoteReward
+from advgrpo.rewards.rule import RuleReward
+from advgrpo.rewards.serve import build_reward, main, make_server
+from advgrpo.tiny.shapes import render, sample_scenes
+
+QUICK = {"timeout": 0.8, "retries": 2, "backoff": 0.01}
+PICTURES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["first", "second", "third"]
+
+
+@contextmanager
+def serving(server: ThreadingHTTPServer):
+    server.daemon_threads = True
+    server.block_on_close = False
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def misbehaving(*behaviours):
+    """Serve one behaviour per request, the last one for ever; yields (url, list of received requests)."""
+    received = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            behaviours[min(len(received), len(behaviours)) - 1](self)
+
+        def log_message(self, *_):
+            pass
+
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url, received
+
+
+def answer(body, status=200, content_type="application/json", length=None):
+    """A behaviour that answers with `body`: bytes, or something for JSON."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def behave(handler):
+        handler.send_response(status)
+        if content_type:
+            handler.send_header("Content-Type", content_type)
+        handler.send_header("Content-Length", str(len(content) if length is None else length))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return behave
+
+
+def trickle(handler):
+    """A byte every 50 ms, for ever: no single read is late."""
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n")
+    for _ in range(200):
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def silent(handler):
+    time.sleep(3.0)
+
+
+def hang_up(handler):
+    handler.close_connection = True
+
+
+def not_http(handler):
+    handler.wfile.write(b"\x00\xff garbage\r\n\r\n")
+
+
+GOOD = answer({"scores": [0.5, 1, -2.0], "took": 3})
+
+
+def test_scores_and_what_is_sent():
+    metadata = {prompt: {"objects": [prompt]} for prompt in PROMPTS}
+    with misbehaving(answer({"scores": [0.5, 1]}), answer({"scores": [-2.25]})) as (url, received):
+        reward = RemoteReward(url=url + "/score?model=a", name="judge", batch_size=2, metadata=metadata)
+        scores = reward.score(PICTURES, PROMPTS, None)
+    assert scores.tolist() == [0.5, 1.0, -2.25]
+    assert scores.dtype == torch.float32
+    assert isinstance(reward, Reward)
+    assert [request["prompts"] for request in received] == [["first", "second"], ["third"]]
+    assert [request["metadata"] for request in received] == [
+        [{"objects": ["first"]}, {"objects": ["second"]}],
+        [{"objects": ["third"]}],
+    ]
+    sent = [Image.open(io.BytesIO(base64.b64decode(image))) for request in received for image in request["images"]]
+    pixels = torch.from_numpy(np.stack([np.array(picture) for picture in sent])).permute(0, 3, 1, 2)
+    assert {picture.format for picture in sent} == {"PNG"}
+    assert torch.equal(pixels, (PICTURES * 255).round().byte())
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [answer({"error": "busy"}, 500), answer(b"", 503), hang_up, not_http, silent, trickle, answer(b"{", length=99)],
+    ids=["500", "503", "hang up", "not HTTP", "silent", "trickle", "breaks off"],
+)
+def test_passing_failures_are_tried_again(failure):
+    with misbehaving(failure, GOOD) as (url, received):
+        started = time.monotonic()
+        assert RemoteReward(url=url, **QUICK).score(PICTURES, PROMPTS, None).tolist() == [0.5, 1.0, -2.0]
+        assert time.monotonic() - started < 2.5  # the silent and trickling servers take longer
+    assert len(received) == 2
+    assert received[0] == received[1]
+
+
+@pytest.mark.parametrize(
+    ("failure", "complaint"),
+    [
+        (answer({"error": "out of memory"}, 500), "status 500 Internal Server Error: out of memory"),
+        (hang_up, "RemoteDisconnected"),
+        (trickle, r"no complete answer within 0.1 s"),
+    ],
+    ids=["500", "hang up", "trickle"],
+)
+def test_lasting_failures_end_after_the_retries(failure, complaint):
+    with misbehaving(failure) as (url, received):
+        reward = RemoteReward(url=url, name="judge", timeout=0.1, retries=2, backoff=0.01)
+        with pytest.raises(RuntimeError, match=rf"reward judge at .*'first' \(and 2 more\).*{complaint}.*3 attempts"):
+            reward.score(PICTURES, PROMPTS, None)
+    assert len(received) == 3
+
+
+@pytest.mark.parametrize(
+    ("lie", "complaint"),
+    [
+        (answer({"error": "unknown prompt"}, 400), "status 400 Bad Request: unknown prompt"),
+        (answer(b"<html>", 404, "text/html"), "status 404 Not Found: '<html>'"),
+        (answer(b"", 302), "status 302"),
+        (answer({"scores": [1, 2]}), "2 scores for 3 pictures"),
+        (answer({"scores": [1, 2, 3, 4]}), "4 scores for 3 pictures"),
+        (answer({"scores": [1, "0.5", 2]}), 'not a number: "0.5"'),
+        (answer({"scores": [1, None, 2]}), "not a number: null"),
+        (answer({"scores": [1, True, 2]}), "not a number: true"),
+        (answer({"scores": [[1], 2, 3]}), "not a number"),
+        (answer({"scores": 3}), 'no list "scores"'),
+        (answer([1, 2, 3]), 'no list "scores"'),
+        (answer(b'{"scores": [1, 2'), "not JSON"),
+        (answer(b"\xff\xfe\x00"), "not JSON"),
+        (answer(b"[" * 100_000), "not JSON"),
+        (answer({"scores": [1, 2, 3]}, content_type="text/plain"), "content type text/plain"),
+        (answer({"scores": [1, 2, 3]}, content_type=None), "content type none"),
+        (answer(b" " * 300_000), "longer than max_answer_bytes = 200000"),
+    ],
+)
+def test_lies_and_garbage_are_errors_at_once(lie, complaint):
+    with misbehaving(lie) as (url, received):
+        reward = RemoteReward(url=url, max_answer_bytes=200_000, **QUICK)
+        with pytest.raises(RuntimeError, match=complaint):
+            reward.score(PICTURES, PROMPTS, None)
+    assert len(received) == 1
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "1e39", "1" + "0" * 400])
+def test_a_score_that_is_not_finite_names_its_prompt(number):
+    lie = answer(b'{"scores": [1, %s, 3]}' % number.encode())
+    with misbehaving(lie) as (url, received), pytest.raises(FloatingPointError, match="second"):
+        RemoteReward(url=url, **QUICK).score(PICTURES, PROMPTS, None)
+    assert len(received) == 1
+
+
+def test_nobody_listens():
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)) as url:
+        pass
+    reward = RemoteReward(url=url, **QUICK)
+    with pytest.raises(RuntimeError, match=r"ConnectionRefusedError.*3 attempts"):
+        reward.score(PICTURES, PROMPTS, None)
+    with pytest.raises(UserError, match="start the server"):
+        reward.check_prompts(PROMPTS)
+
+
+def test_pauses_grow(monkeypatch):
+    pauses = []
+    monkeypatch.setattr("advgrpo.rewards.remote.time.sleep", pauses.append)
+    with misbehaving(answer({}, 500)) as (url, _), pytest.raises(RuntimeError):
+        RemoteReward(url=url, retries=4, backoff=5).score(PICTURES, PROMPTS, None)
+    assert pauses == [5, 10, 20, 30]
+
+
+def test_metadata_is_checked_before_anything_is_sent():
+    with misbehaving(GOOD) as (url, received):
+        reward = RemoteReward(url=url, metadata={"first": {}})
+        for attempt in (reward.check_prompts, lambda prompts: reward.score(PICTURES, prompts, None)):
+            with pytest.raises(UserError, match="'second' has no metadata"):
+                attempt(PROMPTS)
+    assert received == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"url": "ftp://host/x"}, "url = 'ftp://host/x'"),
+        ({"url": "localhost:8000"}, "url"),
+        ({"url": "http://"}, "url"),
+        ({"url": "http://host:many/"}, "url"),
+        ({"url": "http://user:secret@host/"}, "url"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"retries": -1}, "retries"),
+        ({"backoff": -1}, "backoff"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": float("inf")}, "timeout"),
+        ({"max_answer_bytes": 0}, "max_answer_bytes"),
+    ],
+)
+def test_bad_arguments(arguments, field):
+    with pytest.raises(UserError, match=f"reward judge: {field}"):
+        RemoteReward(**{"url": "http://host", "name": "judge", **arguments})
+
+
+def test_both_ends_give_the_local_scores():
+    """Rule reward over HTTP equals the rule reward on the same 8-bit pictures, to the last bit."""
+    scenes = sample_scenes(5, torch.Generator().manual_seed(0))
+    pictures = render(scenes, torch.Generator().manual_seed(1), roughness=0.4)
+    pictures = (pictures * 255).round() / 255
+    prompts = [scene.caption for scene in scenes]
+    with serving(make_server(RuleReward())) as url:
+        remote = RemoteReward(url=url, batch_size=2)
+        remote.check_prompts(prompts)
+        assert torch.equal(remote.score(pictures, prompts, None), RuleReward().score(pictures, prompts, None))
+        with pytest.raises(RuntimeError, match=r"status 400 .*not a caption of the tiny world: 'a dragon'"):
+            remote.score(pictures[:1], ["a dragon"], None)
+
+
+class Broken:
+    name = "broken"
+
+    def score(self, images, prompts, references):
+        return torch.tensor([float("nan")]) if prompts == ["nan"] else 1 / 0
+
+
+def _png(mode="RGB", size=(4, 4), kind="PNG") -> str:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "complaint"),
+    [
+        ({}, 400, '"version": 1'),
+        ({"version": 1, "images": [], "prompts": []}, 400, '"images" must be'),
+        ({"version": 1, "images": [_png()], "prompts": [3]}, 400, '"prompts" must be'),
+        ({"version": 1, "images": [_png()], "prompts": ["a", "b"]}, 400, "1 images but 2 prompts"),
+        ({"version": 1, "images": ["no base64!"], "prompts": ["a"]}, 400, "image 0 is not a PNG"),
+        ({"version": 1, "images": [_png(kind="JPEG")], "prompts": ["a"]}, 400, "image 0 is not a PNG"),
+        ({"version": 1, "images": [_png()[:60]], "prompts": ["a"]}, 400, "image 0 is not a PNG"),
+        ({"version": 1, "images": [_png("RGBA")], "prompts": ["a"]}, 400, "image 0 is RGBA"),
+        ({"version": 1, "images": [_png(), _png(size=(8, 4))], "prompts": ["a", "b"]}, 400, "differ in size"),
+        ({"version": 1, "images": [_png()], "prompts": ["a"]}, 500, "ZeroDivisionError"),
+        ({"version": 1, "images": [_png()], "prompts": ["nan"]}, 500, "FloatingPointError"),
+        ("x" * 3000, 413, "longer than 2000 bytes"),
+    ],
+)
+def test_our_server_refuses_bad_requests(request_, status, complaint, monkeypatch):
+    with serving(make_server(Broken(), max_request_bytes=2000)) as url:
+        reward = RemoteReward(url=url, retries=0)
+        monkeypatch.setattr("advgrpo.rewards.remote._request_body", lambda *_: json.dumps(request_).encode())
+        with pytest.raises(RuntimeError, match=f"status {status} .*{complaint}"):
+            reward.score(PICTURES, PROMPTS, None)
+
+
+def test_rewards_by_name():
+    assert build_reward("rule", {"strict": True}).strict
+    for name in ("nonsense", "serve", "remote.x", "base"):
+        with pytest.raises(UserError, match=f"--reward {name}: advgrpo.rewards has no reward"):
+            build_reward(name, {})
+    with pytest.raises(UserError, match="no argument 'strictly'; it has strict"):
+        build_reward("rule", {"strictly": True})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--reward", "nonsense"], "no reward of that name"),
+        (["--reward", "rule", "--options", "{"], "is not JSON"),
+        (["--reward", "rule", "--options", "[]"], "is not a JSON object"),
+        (["--reward", "rule", "--references", "somewhere"], "belong together"),
+        (["--reward", "rule", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
+        (["--reward", "rule", "--port", "70000"], "cannot listen on"),
+    ],
+)
+def test_bad_command_lines(arguments, complaint, capsys):
+    assert main(arguments) == 2
+    assert complaint in capsys.readouterr().err
