@@ -14,7 +14,9 @@ import torch
 
 from . import rng
 from .config import AdversarySection
+from .graphs import CapturedFunction, GraphBackend, StaticBuffers
 from .rewards.base import Adversary
+from .transfer import to_device
 from .types import Features
 
 _SIDES = ("reference", "generated")  # fields of HeadBatch
@@ -96,83 +98,158 @@ class ReplayBuffer:
 class HeadBatch:
     """This process's pictures of one iteration, as the head's training sees them."""
 
-    image_ids: torch.Tensor  # [B] int64, global
+    image_ids: torch.Tensor  # [B] int64, global, on the host
     generated: Features  # of those pictures
     reference: Features  # the reference paired with each of them
     total: int  # pictures of the iteration over all processes
 
 
+@dataclass
+class _Draw:
+    """Which rows one head update looks at; int64 on the host."""
+
+    references: torch.Tensor  # local rows
+    generations: torch.Tensor  # local rows
+    slots: torch.Tensor  # of the replay buffer
+    seeds: torch.Tensor  # [2] of the patches drawn from references and generations
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return len(self.references), len(self.generations), len(self.slots)
+
+    def flat(self) -> torch.Tensor:
+        return torch.cat([self.references, self.generations, self.slots, self.seeds])
+
+
 class HeadTrainer:
     """Runs the head updates of an iteration.
 
-    `reduce` sums a list of tensors over processes in place; `rank` and `world_size` split replayed negatives.
+    With `graphs` and one process an update is one replay of a captured graph: its rows and seeds are copied into static
+    buffers, as are the iteration's features, once. Several processes run the same function eagerly: how many of the
+    drawn pictures a process holds changes from update to update, and with it every shape, and the sum over processes
+    between backward and step watches for failed processes on the host.
+
+    Args:
+        adversary: what learns.
+        reduce: sums a list of tensors over processes in place.
+        rank, world_size: split replayed negatives.
+        graphs: captures the update; None runs it eagerly.
     """
 
     def __init__(
-        self, adversary: Adversary, *, reduce: Callable[[list[torch.Tensor]], None], rank: int, world_size: int
+        self,
+        adversary: Adversary,
+        *,
+        reduce: Callable[[list[torch.Tensor]], None],
+        rank: int,
+        world_size: int,
+        graphs: GraphBackend | None = None,
     ):
         self.adversary, self.config, self.seed = adversary, adversary.config, adversary.seed
         self.reduce, self.rank, self.world_size = reduce, rank, world_size
         self.replay = ReplayBuffer(self.config.replay_capacity)
+        backend = graphs if world_size == 1 else None
+        self.captured_update = CapturedFunction(self._update, name="head update", backend=backend)
+        self._indices, *features = (
+            StaticBuffers(adversary.device, static=backend is not None) for _ in ("indices", *_SIDES)
+        )
+        self._features = dict(zip(_SIDES, features))
+        self._counts = (0, 0, 0)  # rows of the current update, as _Draw.counts
+        self._total = 0  # pictures per side of the current update, over all processes
 
-    def train(self, batch: HeadBatch, iteration: int, updates: int) -> list[float]:
-        """Run head updates; returns the loss before each of them."""
-        losses = [self._update(batch, iteration, number) for number in range(updates)]
-        return torch.stack(losses).tolist() if losses else []
+    def train(self, batch: HeadBatch, iteration: int, updates: int) -> torch.Tensor:
+        """Run head updates; returns the loss before each of them, [updates] float32 on the adversary's device."""
+        if updates == 0:
+            return torch.zeros(0, device=self.adversary.device)
+        draws = [self._draw(batch, iteration, number) for number in range(updates)]
+        self._total = min(self.config.batch_size, batch.total)
+        self._indices.fill("image_ids", to_device(batch.image_ids, self.adversary.device))
+        for side in _SIDES:
+            for name, tensor in getattr(batch, side).tensors.items():
+                self._features[side].fill(name, tensor)
+        flat = [draw.flat() for draw in draws]
+        moved = to_device(torch.cat(flat), self.adversary.device).split([len(f) for f in flat])  # one transfer
+        losses = []
+        for draw, values in zip(draws, moved):
+            self._counts = draw.counts
+            self._indices.fill("draw", values)
+            shapes = tuple(buffers.key() for buffers in (self._indices, *self._features.values()))
+            key = (shapes, self._counts, self._total)
+            losses.append(self.captured_update(key).clone())  # the next replay overwrites it
+        return torch.cat(losses)
 
     @torch.no_grad()
     def evaluate(self, batch: HeadBatch, iteration: int) -> tuple[float, float]:
         """Head loss and accuracy on this iteration's pictures, before any update of the iteration."""
-        every = torch.arange(len(batch.image_ids))
-        reference, generated = (self._choose(batch, side, every, "evaluate", iteration, 0) for side in _SIDES)
+        ids = to_device(batch.image_ids, self.adversary.device)
+        reference, generated = (
+            self.adversary.trained_part(getattr(batch, side), ids, self._patch_seed("evaluate", side, iteration, 0))
+            for side in _SIDES
+        )
         result = self.adversary.loss(reference, generated, total=batch.total)
         values = torch.stack([result.loss, result.accuracy])
         self.reduce([values])
         loss, accuracy = values.tolist()
         return loss, accuracy
 
-    def remember(self, generated: Features, iteration: int, gather: Callable[[torch.Tensor], torch.Tensor],
-                 image_ids: torch.Tensor, total: int) -> None:  # fmt: skip
+    def remember(self, batch: HeadBatch, iteration: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Add some of this iteration's generations to the replay buffer, the same ones on every process.
 
-        `gather` concatenates tensors over processes; `image_ids` are this process's.
+        `gather` concatenates tensors over processes.
         """
         if self.config.replay_capacity == 0:
             return
-        draw = torch.randperm(total, generator=rng.generator(self.seed, "replay_add", iteration))
-        picked = draw[: min(total, self.replay.per_iteration)]
-        local = torch.isin(image_ids.cpu(), picked).nonzero().flatten().to(generated.device)
+        draw = torch.randperm(batch.total, generator=rng.generator(self.seed, "replay_add", iteration))
+        local = _positions(batch.image_ids, draw[: min(batch.total, self.replay.per_iteration)])
+        ids = batch.image_ids[local]
+        local, ids_there = (to_device(index, self.adversary.device) for index in (local, ids))
         seed = rng.derive_seed(self.seed, "replay_patches", iteration)
-        part = self.adversary.trained_part(generated.rows(local), image_ids[local], seed)
-        order = gather(image_ids[local]).argsort()
+        part = self.adversary.trained_part(batch.generated.rows(local), ids_there, seed)
+        order = to_device(gather(ids).argsort(), self.adversary.device)
         self.replay.add(Features({name: gather(tensor)[order] for name, tensor in part.tensors.items()}))
 
-    def _update(self, batch: HeadBatch, iteration: int, number: int) -> torch.Tensor:
+    def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int]) -> None:
+        """Continue from the replay buffer's `state`; call it after head and optimizer are loaded."""
+        self.replay.load(tensors, counters, self.adversary.device)
+        self.captured_update.clear()  # the graphs hold the storage of before
+
+    def _draw(self, batch: HeadBatch, iteration: int, number: int) -> _Draw:
         generator = rng.generator(self.seed, "head_batch", iteration, number)
         count = min(self.config.batch_size, batch.total)
         replayed = min(int(self.config.replay_share * count), count - 1) if len(self.replay) else 0
         order = torch.randperm(batch.total, generator=generator)[:count]
         slots = torch.randint(max(len(self.replay), 1), (replayed,), generator=generator)
+        return _Draw(
+            _positions(batch.image_ids, order),
+            _positions(batch.image_ids, order[replayed:]),
+            slots[self.rank :: self.world_size],
+            torch.tensor([self._patch_seed("head", side, iteration, number) for side in _SIDES]),
+        )
 
-        ids = batch.image_ids.cpu()
-        drawn, fresh = (torch.isin(ids, picked).nonzero().flatten() for picked in (order, order[replayed:]))
-        reference = self._choose(batch, "reference", drawn, "head", iteration, number)
-        generated = self._choose(batch, "generated", fresh, "head", iteration, number)
-        if replayed:
-            mine = slots[self.rank :: self.world_size].to(generated.device)
-            generated = Features.cat([generated, self.replay.rows(mine)])
+    def _patch_seed(self, purpose: str, side: str, *indices: int) -> int:
+        return rng.derive_seed(self.seed, f"{purpose}_{side}_patches", *indices)
 
+    def _update(self) -> torch.Tensor:
+        """One update on the rows in the buffers; the loss before it, [1]. Obeys the rules of `graphs`."""
+        *rows, slots, seeds = self._indices["draw"].split([*self._counts, len(_SIDES)])
+        ids = self._indices["image_ids"]
+        reference, generated = (
+            self.adversary.trained_part(
+                Features(self._features[side].tensors).rows(index), ids.index_select(0, index), seed
+            )
+            for side, index, seed in zip(_SIDES, rows, seeds.split(1))
+        )
+        if len(slots):
+            generated = Features.cat([generated, self.replay.rows(slots)])
         self.adversary.optimizer.zero_grad(set_to_none=False)
-        loss = self.adversary.loss(reference, generated, total=count).loss
+        loss = self.adversary.loss(reference, generated, total=self._total).loss
         loss.backward()
-        gradients = [p.grad for p in self.adversary.parameters()]
         loss = loss.detach().clone().reshape(1)
-        self.reduce([*gradients, loss])
+        self.reduce([*(p.grad for p in self.adversary.parameters()), loss])
         self.adversary.step()
-        return loss[0]
+        return loss
 
-    def _choose(self, batch: HeadBatch, side: str, rows: torch.Tensor, purpose: str, *indices: int) -> Features:
-        """What the head trains on of one side's local rows; draws are keyed by global picture number."""
-        rows = rows.to(batch.generated.device)
-        seed = rng.derive_seed(self.seed, f"{purpose}_{side}_patches", *indices)
-        return self.adversary.trained_part(getattr(batch, side).rows(rows), batch.image_ids[rows], seed)
+
+def _positions(ids: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+    """Where the picked ids are in `ids`, in the order of `ids`; both on the host."""
+    return torch.isin(ids, picked).nonzero().flatten()

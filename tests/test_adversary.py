@@ -137,8 +137,8 @@ def test_two_processes_take_the_steps_of_one(unit_backbone):
     whole = head_batch(torch.arange(12))
     expected = []
     for iteration in range(3):
-        expected += alone.train(whole, iteration, 2)
-        alone.remember(whole.generated, iteration, lambda t: t, whole.image_ids, 12)
+        expected += alone.train(whole, iteration, 2).tolist()
+        alone.remember(whole, iteration, lambda t: t)
 
     import threading
 
@@ -161,8 +161,8 @@ def test_two_processes_take_the_steps_of_one(unit_backbone):
         trainer = HeadTrainer(adversaries[rank], reduce=reduce, rank=rank, world_size=2)
         batch, losses = head_batch(ids), []
         for iteration in range(3):
-            losses += trainer.train(batch, iteration, 2)
-            trainer.remember(batch.generated, iteration, lambda t: torch.cat(exchange(t)), batch.image_ids, 12)
+            losses += trainer.train(batch, iteration, 2).tolist()
+            trainer.remember(batch, iteration, lambda t: torch.cat(exchange(t)))
         results[rank] = (losses, trainer.adversary.state_dict(), trainer.replay.tensors)
 
     shares = [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([5, 6, 7, 8, 9, 10, 11])]

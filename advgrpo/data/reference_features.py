@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from ..cache import TensorCache
 from ..rewards.base import Adversary
+from ..transfer import to_device
 from ..types import Features
 from .references import ReferenceSet
 
@@ -20,20 +24,72 @@ class ReferenceFeatures:
 
     All pictures of a prompt go through the adversary in one batch, whether or not some were seen before, so that cached
     and fresh features agree to the last bit.
+
+    `prefetch` loads an iteration's prompts in a background thread, on a GPU on a stream of its own, while the sampler
+    runs. What is not on disk yet is computed by whoever asks for it: the GPU belongs to the sampler meanwhile.
     """
 
     def __init__(self, references: ReferenceSet, adversary: Adversary, cache_dir: Path):
         self.references, self.adversary = references, adversary
         self.tensors = TensorCache(cache_dir / "references", in_memory=_IN_MEMORY, device=adversary.device)
         self._adversary_key = adversary.cache_key
+        self._cache_lock = threading.Lock()  # the thread below and the caller's use one cache
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="references")
+        self._pending: dict[str, Future] = {}  # by prompt
+        self._stream = torch.cuda.Stream(adversary.device) if adversary.device.type == "cuda" else None
+
+    def prefetch(self, prompts: list[str]) -> None:
+        """Begin to load the prompts' features and return at once; an error surfaces when a prompt is asked for."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._pending:
+                self._pending[prompt] = self._thread.submit(self._load, prompt)
 
     def prompt(self, prompt: str) -> Features:
-        """Features of the prompt's references, in the order of the index, on the adversary's device."""
-        key = self._key(prompt)
-        tensors = self.tensors.load(key)
+        """Features of the prompt's references, in the order of the index, on the adversary's device.
+
+        Raises:
+            UserError: a picture can no longer be read.
+            Exception: whatever `prefetch` came across for this prompt, as its thread raised it.
+        """
+        pending = self._pending.pop(prompt, None)
+        tensors = self._load(prompt) if pending is None else pending.result()
         if tensors is None:
-            tensors = self.tensors.store(key, self._compute(prompt).tensors)
+            computed = self._compute(prompt).tensors
+            with self._cache_lock:
+                tensors = self.tensors.store(self._key(prompt), computed)
+        if self._stream is not None:  # loaded on that stream, used on this one
+            for tensor in tensors.values():
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return Features(tensors)
+
+    def pick(self, prompts: list[str], draws: torch.Tensor) -> Features:
+        """One reference per picture: of the n of its prompt, number floor(draw * n).
+
+        Args:
+            prompts: the prompts of B pictures.
+            draws: [B] float32 in [0, 1), on the host.
+
+        Returns:
+            The features [B, ...], by one gather per tensor, whatever B.
+        """
+        # prompts that share their references share the cache's dict, and are gathered from once
+        own = {prompt: self.prompt(prompt) for prompt in dict.fromkeys(prompts)}
+        sets = {id(features.tensors): features for features in own.values()}
+        first, starts = 0, {}
+        for identity, features in sets.items():
+            starts[identity] = first
+            first += len(features)
+        start = torch.tensor([starts[id(own[prompt].tensors)] for prompt in prompts])
+        count = torch.tensor([len(own[prompt]) for prompt in prompts])
+        index = to_device(start + (draws * count).long(), self.adversary.device)
+        candidates = list(sets.values())
+        return (candidates[0] if len(candidates) == 1 else Features.cat(candidates)).rows(index)
+
+    def _load(self, prompt: str) -> dict[str, torch.Tensor] | None:
+        """From memory or disk; None where nothing is stored."""
+        stream = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with self._cache_lock, stream:
+            return self.tensors.load(self._key(prompt))
 
     def _key(self, prompt: str) -> str:
         keys = [self._adversary_key, *(self.references.content_key(f) for f in self.references.files(prompt))]

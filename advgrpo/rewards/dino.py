@@ -18,6 +18,7 @@ from .. import rng
 from ..config import AdversarySection
 from ..errors import UserError
 from ..types import Features
+from .head_adam import HeadAdam
 from .loading import expanded, load_pretrained
 
 _MEAN = (0.485, 0.456, 0.406)
@@ -97,7 +98,7 @@ class DinoAdversary:
                 f"patches or adversary.cached_patches = {config.cached_patches}"
             )
         self.head = _init_head(self.backbone.width, config.hidden_size, seed, device)
-        self.optimizer = torch.optim.Adam(self.head.values(), lr=config.learning_rate, betas=config.betas)
+        self.optimizer = HeadAdam(self.parameters(), lr=config.learning_rate, betas=config.betas)
 
     @property
     def device(self) -> torch.device:
