@@ -10,7 +10,6 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from . import rng
 from .config import Config
@@ -20,6 +19,7 @@ from .policy.base import Policy
 from .policy.dynamics import step_table
 from .policy.sampler import Sampler
 from .rewards.base import Adversary
+from .rewards.reference_similarity import reference_cosine
 from .types import Features
 
 _STRIDE = 1000  # picture k of prompt p has id p * _STRIDE + k
@@ -48,7 +48,7 @@ class Evaluator:
             for start in range(0, len(numbers), at_once):
                 part = numbers[start : start + at_once]
                 prompts = [self.prompts[number] for number in part for _ in range(images_per_prompt)]
-                images = self.pictures(prompts, torch.cat([self._ids(n, images_per_prompt) for n in part]))
+                images = self.pictures(prompts, torch.cat([self.ids(n, images_per_prompt) for n in part]))
                 for name, values in scores.items():
                     values.append(_METRICS[name](self, images, prompts))
         result = {}
@@ -61,7 +61,7 @@ class Evaluator:
         """(prompt, pictures [columns, 3, H, W]) of the grid's prompts, always from the same noise; rank 0 calls it."""
         chosen = self.prompts[: self.config.evaluation.grid_prompts]
         return [
-            (prompt, self.pictures([prompt] * columns, self._ids(number, columns)).cpu())
+            (prompt, self.pictures([prompt] * columns, self.ids(number, columns)).cpu())
             for number, prompt in enumerate(chosen)
         ]
 
@@ -84,7 +84,8 @@ class Evaluator:
             images.append(self.policy.decode(latents))
         return torch.cat(images)
 
-    def _ids(self, number: int, count: int) -> torch.Tensor:
+    def ids(self, number: int, count: int) -> torch.Tensor:
+        """[count] picture numbers of prompt `number`, which key their noise."""
         return number * _STRIDE + torch.arange(count)
 
     def _dino_similarity(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -101,5 +102,4 @@ _METRICS = {"dino_similarity": Evaluator._dino_similarity, "rule_accuracy": Eval
 
 def similarity(features: Features, references: ReferenceFeatures, prompts: list[str]) -> torch.Tensor:
     """[B] mean cosine of class tokens to those of each prompt's own references, as the paper reports it."""
-    own = {prompt: F.normalize(references.prompt(prompt)["cls"], dim=-1).mean(0) for prompt in set(prompts)}
-    return (F.normalize(features["cls"], dim=-1) * torch.stack([own[prompt] for prompt in prompts])).sum(1)
+    return reference_cosine(features["cls"], prompts, lambda prompt: references.prompt(prompt)["cls"])

@@ -14,9 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
-from advgrpo.data.references import ReferenceSet
 from advgrpo.errors import UserError
 from advgrpo.rewards.aesthetic import Aesthetic
 from advgrpo.rewards.clip_model import ClipModel
@@ -24,53 +23,12 @@ from advgrpo.rewards.clip_similarity import ClipReferenceSimilarity, ClipSimilar
 from advgrpo.rewards.pickscore import PickScore
 from advgrpo.rewards.preprocess import ImagePreprocess
 from advgrpo.rewards.reference_similarity import reference_cosine
-from advgrpo.tiny.architecture import CLIP_TOKENS, clip_tokenizer
-
-PROMPTS = ["a small red star", "a large green ring", "a blue circle"]
-PROCESSOR = {
-    "do_resize": True,
-    "size": {"shortest_edge": 32},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 32, "width": 32},
-    "do_normalize": True,
-    "image_mean": [0.48, 0.46, 0.41],
-    "image_std": [0.27, 0.26, 0.28],
-}
+from tests.vision_models import PROCESSOR, PROMPTS, pictures, references_in, write_clip
 
 
 @pytest.fixture(scope="session")
 def unit_clip(tmp_path_factory) -> str:
-    """An untrained CLIP of width 32 with 3 vision layers, at 32 px in patches of 8."""
-    folder = tmp_path_factory.mktemp("models") / "clip"
-    tokenizer = clip_tokenizer()
-    shared = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": CLIP_TOKENS, "num_hidden_layers": 1}
-    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    vision = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config={**shared, **text}, vision_config={**shared, **vision}, projection_dim=24)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    return str(folder)
-
-
-def pictures(count: int, height: int = 40, width: int = 48) -> torch.Tensor:
-    """Smooth colours of 256 levels, so that PIL and tensors see the same."""
-    coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(count))
-    fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
-    return (fine * 255).round() / 255
-
-
-def references_in(folder, prompts: dict[str, torch.Tensor]) -> ReferenceSet:
-    index = {}
-    for number, (prompt, images) in enumerate(prompts.items()):
-        index[prompt] = [f"{number}-{k}.png" for k in range(len(images))]
-        for name, image in zip(index[prompt], images):
-            Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / name)
-    (folder / "references.json").write_text(json.dumps(index))
-    return ReferenceSet.load(folder, list(prompts))
+    return write_clip(tmp_path_factory.mktemp("models") / "clip")
 
 
 @pytest.mark.parametrize("size", [(40, 48), (48, 40), (32, 32), (24, 31), (129, 64)])
