@@ -49,7 +49,7 @@ class ReferenceSet:
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"reference folder {folder} does not exist; it must hold the pictures and {index}")
-        entries = _read_index(folder / index)
+        entries = read_index(folder / index)
         _check_coverage(entries, prompts, folder / index)
         files = {prompt: [folder / name for name in entries[prompt]] for prompt in prompts}
         distinct = list(dict.fromkeys(file for group in files.values() for file in group))
@@ -80,7 +80,7 @@ class ReferenceSet:
         """
         if not files:
             raise ValueError("files is empty; at least one picture is needed")
-        images = [_to_tensor(_open_picture(file)) for file in files]
+        images = [_to_tensor(open_picture(file)) for file in files]
         if size is not None:
             images = [_resize(image, size) for image in images]
         for file, image in zip(files, images):
@@ -97,7 +97,8 @@ class ReferenceSet:
         return self._content_keys[file]
 
 
-def _read_index(path: Path) -> dict[str, list[str]]:
+def read_index(path: Path) -> dict[str, list[str]]:
+    """{prompt: [files relative to the index's folder]}; UserError for a missing file or any other content."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_repeated_key)
     except FileNotFoundError:
@@ -150,7 +151,7 @@ def _nearest(prompt: str, keys: Iterable[str]) -> str:
 def _check_pictures(files: list[Path], min_size: int) -> None:
     def complaint(file: Path) -> str | None:
         try:
-            picture = _open_picture(file)
+            picture = open_picture(file)
         except UserError as error:
             return str(error)
         if min(picture.size) < min_size:
@@ -169,8 +170,8 @@ def _map_in_threads(function: Callable[[Path], T], files: list[Path]) -> list[T]
         return list(pool.map(function, files))
 
 
-def _open_picture(file: Path) -> Image.Image:
-    """Decode one picture completely, upright as its EXIF orientation says."""
+def open_picture(file: Path) -> Image.Image:
+    """Decode one RGB picture completely, upright as its EXIF orientation says; UserError if that is impossible."""
     try:
         with Image.open(file) as picture:
             mode = picture.mode

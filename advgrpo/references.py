@@ -1,0 +1,170 @@
+"""Make and check sets of reference pictures, the positives an adversary learns from.
+
+python -m advgrpo.references generate --prompts prompts.txt held_out.txt --out references/
+torchrun --nproc-per-node=8 -m advgrpo.references generate --prompts prompts.txt --out references/
+python -m advgrpo.references check references/ --prompts prompts.txt --sheet sheet.png
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from .data.prompts import load_prompts
+from .errors import UserError
+
+BAD_SET = 1  # exit code of `check` for a set with errors
+
+
+@dataclass
+class Generate:
+    """Draw a reference set with a text-to-image model. Run it again to continue; finished pictures are verified."""
+
+    prompts: list[Path]
+    """Prompt files, .txt or .jsonl."""
+    out: Path
+    """Folder to write; a second run with other prompts adds to it."""
+    model: str = "Qwen/Qwen-Image"
+    """Diffusers text-to-image pipeline: folder, hub id, or "tiny"."""
+    per_prompt: int = 8
+    """Pictures per prompt."""
+    seed: int = 0
+    """Noise of picture k of a prompt is keyed by (seed, prompt, k)."""
+    num_steps: int = 0
+    """Sampler steps; 0 means the pipeline's default."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance (Qwen-Image's true_cfg_scale); None means the pipeline's default."""
+    height: int = 0
+    """Pixels; 0 means the pipeline's default."""
+    width: int = 0
+    """Pixels; 0 means the pipeline's default."""
+    arguments: str = "{}"
+    """Further arguments of the pipeline call, as a JSON object: '{"max_sequence_length": 256}'."""
+    batch_size: int = 1
+    """Pictures of a prompt drawn at once."""
+    shard: str = ""
+    """Draw part i of n, "i/n" from "0/n" on; empty reads torchrun's RANK and WORLD_SIZE."""
+    device: str = "auto"
+    """Where the model runs; auto is this process's GPU, or the CPU if there is none."""
+
+
+@dataclass
+class Check:
+    """Look for everything that is wrong with a reference set; exit code 1 if anything is."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder with references.json and the pictures."""
+    prompts: list[Path] | None = None
+    """Prompt files whose prompts all need references; without, those of the index."""
+    min_size: int = 16
+    """Smallest width and height in pixels."""
+    sheet: Path | None = None
+    """Contact sheet to draw, PNG."""
+    sheet_prompts: int = 24
+    """Prompts on it, spread evenly over all."""
+
+
+def generate(options: Generate) -> None:
+    """Everything that can be wrong with the options is found before the model is loaded."""
+    from .data.reference_builder import ReferenceBuilder, Shard
+    from .data.reference_pipeline import DrawSettings, open_pipeline, parse_arguments
+    from .train import quiet_libraries
+
+    prompts = _load_prompts(options.prompts)
+    shard = Shard.parse(options.shard)
+    if not 1 <= options.per_prompt <= 100:
+        raise UserError(f"--per-prompt {options.per_prompt}: want 1 to 100")
+    settings = DrawSettings(
+        model=options.model,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance_scale,
+        height=options.height,
+        width=options.width,
+        arguments=parse_arguments(options.arguments),
+    )
+    settings.check()
+    quiet_libraries()
+    recipe, draw = open_pipeline(settings, _device(options.device))
+    builder = ReferenceBuilder(options.out, recipe, draw, per_prompt=options.per_prompt)
+    built = builder.build(prompts, shard, report=lambda line: print(line, flush=True))
+    print(f"shard {shard.index}/{shard.count}: drew {built.drawn} pictures, kept {built.kept}")
+    if built.redrawn:
+        print(f"drawn again because they were damaged: {', '.join(built.redrawn)}")
+    if built.missing:
+        print(f"{built.missing} pictures of other shards are missing; the last to finish writes references.json")
+    else:
+        print(f"{options.out} holds {options.per_prompt} references for each of {len(prompts)} prompts")
+
+
+def check(options: Check, console: Console) -> bool:
+    """Print the findings; True for a set without errors."""
+    from .data.reference_check import check_set, draw_contact_sheet
+    from .data.references import read_index
+
+    if options.sheet_prompts < 1:
+        raise UserError(f"--sheet-prompts {options.sheet_prompts}: want at least 1")
+    prompts = None if options.prompts is None else _load_prompts(options.prompts)
+    report = check_set(options.folder, prompts, min_size=options.min_size)
+    table = Table(title=f"{options.folder}: {report.prompts} prompts, {report.files} files", title_justify="left")
+    table.add_column("finding")
+    table.add_column("count", justify="right")
+    table.add_column("first", overflow="fold")
+    for kind, findings in (("error", report.errors), ("warning", report.warnings)):
+        for name, found in findings.items():
+            table.add_row(f"{kind if found else 'ok'}: {name}", str(len(found)), "\n".join(found[:5]))
+    for (width, height), count in report.sizes.most_common():
+        table.add_row(f"size {width}x{height}", str(count), "")
+    console.print(table)
+    if options.sheet is not None:
+        shown = prompts or list(read_index(options.folder / "references.json"))
+        shown = shown[:: -(-len(shown) // options.sheet_prompts)]
+        count = draw_contact_sheet(options.folder, options.sheet, prompts=shown)
+        console.print(f"wrote {options.sheet} with {count} prompts")
+    return report.ok
+
+
+def _load_prompts(files: list[Path]) -> list[str]:
+    """The prompts of all files, each once."""
+    return list(dict.fromkeys(prompt.text for file in files for prompt in load_prompts(file)))
+
+
+def _device(choice: str) -> str:
+    import torch
+
+    if choice != "auto":
+        return choice
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 when all is well, 1 for a set that `check` finds errors in, 2 for bad input."""
+    options = tyro.cli(
+        Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Check, tyro.conf.subcommand("check")],
+        args=arguments,
+        prog="python -m advgrpo.references",
+        description=__doc__,
+    )
+    try:
+        if isinstance(options, Check):
+            return 0 if check(options, Console()) else BAD_SET
+        generate(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
