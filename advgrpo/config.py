@@ -79,6 +79,9 @@ class ModelSection(_Section):
     """Tokens of the T5 prompt (SD3 models; 1 where the pipeline has no T5)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
+    decoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the picture decoder with --fast; auto follows dtype on a GPU. In bfloat16 the run's first pictures
+    must reach 40 dB against float32."""
     attention: str = "auto"
     """Attention of the fused transformer: auto, flash3, flash2, cudnn, flash, efficient, cpu or math."""
     base_precision: Literal["model", "fp8"] = "model"

@@ -143,3 +143,19 @@ def test_resume_excludes_preset_and_wants_a_run(tmp_path):
         parse(["--resume", str(tmp_path), "--preset", "tiny"])
     with pytest.raises(UserError, match="is missing"):
         parse(["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fast": False, "rollout": {"precision": "fp8"}}, r"rollout\.precision = 'fp8' needs --fast"),
+        ({"fast": False, "model": {"base_precision": "fp8"}}, r"model\.base_precision = 'fp8' needs --fast"),
+        ({"model": {"train": "full"}, "rollout": {"window_forward": "merged"}}, r"rollout\.window_forward = 'merged'"),
+        ({"rollout": {"window_forward": "merged"}}, r"set update\.old_log_prob to recompute"),
+        ({"model": {"lora": {"start_from": "/nowhere"}}}, r"model\.lora\.start_from = '/nowhere' is not a folder"),
+    ],
+)
+def test_precision_settings_that_cannot_work_are_named(change, message):
+    settings = config.build(config.merge(config.read_preset("tiny"), change), "test")
+    with pytest.raises(UserError, match=message):
+        config.check(settings, 1)

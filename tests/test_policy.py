@@ -15,10 +15,11 @@ from advgrpo import config
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.adapters import target_modules
+from advgrpo.policy.decoder import PictureQualityError
 from advgrpo.policy.dynamics import step_table, window_steps
 from advgrpo.policy.sampler import Sampler
 from advgrpo.policy.sd3 import SD3Policy
-from advgrpo.policy.update import Updater
+from advgrpo.policy.update import DriftError, Updater
 from advgrpo.types import Tile, TileRollout
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
@@ -352,3 +353,81 @@ def test_a_resolution_the_model_cannot_draw_is_named(unit_config):
 
 def test_defaults_name_the_models_of_the_method():
     assert config.Config().model.path == "stabilityai/stable-diffusion-3.5-medium"
+
+
+def test_bfloat16_pictures_pass_the_gate_and_a_bad_decoder_does_not(unit_config, monkeypatch):
+    policy = load(unit_config, decoder_dtype="bfloat16")
+    latents = torch.randn(3, *policy.latent_shape())
+    exact = load(unit_config, fused=False).decode(latents)
+    assert (policy.decode(latents) - exact).square().mean() < 1e-4
+    assert policy.decoder_psnr >= 40
+    broken = load(unit_config, decoder_dtype="bfloat16")
+    monkeypatch.setattr(broken.decoder.decoder.conv_in.bias, "data", broken.decoder.decoder.conv_in.bias + 1)
+    with pytest.raises(PictureQualityError, match="below 40 dB"):
+        broken.decode(latents)
+
+
+def reweighed(unit_config, mode, monkeypatch, *, scale):
+    """A rollout whose log-probabilities are `scale` off, corrected by the update; (sums, weights, gradient)."""
+    unit_config.update.old_log_prob, unit_config.update.importance_cap = mode, 1.5
+    unit_config.rollout.guidance_scale = 1.7
+    policy = load(unit_config)
+    train_adapters(policy)
+    _, rollout, table = sample(policy, unit_config)
+    exact = [step.log_prob.clone() for step in rollout.steps]
+    gaps = torch.linspace(-1, 1, 6) * scale
+    for step in rollout.steps:
+        step.log_prob = step.log_prob - gaps
+    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    sums = updater.reweigh([rollout], table)
+    for step, log_prob in zip(rollout.steps, exact):
+        assert torch.equal(step.log_prob, log_prob)  # the trainer's own
+    stats = updater.accumulate([rollout], torch.ones(6), table, total=6, watch_kl=False)
+    assert stats.max_drift() == 0
+    return sums, gaps, rollout.steps, updater.named[0][1].grad.clone()
+
+
+def test_recomputed_log_probs_make_a_foreign_rollout_exact(unit_config, monkeypatch):
+    sums, gaps, steps, _ = reweighed(unit_config, "recompute", monkeypatch, scale=0.8)
+    torch.testing.assert_close(sums[0], 2 * gaps.abs().sum().double(), rtol=1e-4, atol=1e-6)
+    assert all(step.weight is None for step in steps)
+    assert sums[3] == 12
+
+
+def test_truncated_importance_weighs_each_picture(unit_config, monkeypatch):
+    sums, gaps, steps, gradient = reweighed(unit_config, "truncated_importance", monkeypatch, scale=0.8)
+    expected = gaps.exp().clamp(max=1.5)
+    for step in steps:
+        torch.testing.assert_close(step.weight, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sums[1], 2 * expected.sum().double(), rtol=1e-4, atol=1e-4)
+    assert sums[2] == 2 * (gaps.exp() >= 1.5).sum() > 0
+    _, _, _, unweighted = reweighed(unit_config, "recompute", monkeypatch, scale=0.8)
+    assert not torch.allclose(gradient, unweighted, rtol=1e-2)
+
+
+def test_a_drift_or_a_bad_gradient_leaves_the_weights_alone_and_is_reported(unit_config):
+    policy = load(unit_config)
+    train_adapters(policy)
+    _, rollout, table = sample(policy, unit_config)
+    unit_config.rollout.guidance_scale = 1.7
+    before = policy.network.lora.master.detach().clone()
+
+    def one_window(updater, *, drift=None, spoil=False):
+        updater.accumulate([rollout], torch.ones(6), table, total=6, watch_kl=False)
+        if spoil:
+            policy.network.lora.master.grad[-1] = float("inf")
+        return updater.step(drift)
+
+    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    norms = [one_window(updater, drift=torch.tensor(1e-3)), one_window(updater)]
+    assert torch.equal(policy.network.lora.master, before)
+    with pytest.raises(DriftError, match=r"moved by 1\.000e-03"):
+        updater.check(1e-3, [norm.item() for norm in norms], 7)
+    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    norms = [one_window(updater, drift=torch.tensor(0.0), spoil=True), one_window(updater)]
+    assert torch.equal(policy.network.lora.master, before)
+    with pytest.raises(FloatingPointError, match="iteration 7"):
+        updater.check(0.0, [norm.item() for norm in norms], 7)
+    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    assert torch.isfinite(one_window(updater, drift=torch.tensor(0.0)))
+    assert not torch.equal(policy.network.lora.master, before)

@@ -27,11 +27,13 @@ from ..config import ModelSection
 from ..errors import UserError
 from ..types import Conditioning
 from .base import PreparedPrompts, Velocity
+from .decoder import Decoder, DecoderConfig, psnr_gate
 from .networks import FusedNetwork, StockNetwork
 from .text_cache import TextCache, folder_fingerprint
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 _TEXT_BATCH = 32
+_GATED_PICTURES = 2
 
 
 def pipeline_folder(path: str, field: str = "model.path") -> Path:
@@ -100,7 +102,6 @@ class SD3Policy:
         self.dtype = getattr(torch, model.dtype)
         try:
             transformer = self._part(SD3Transformer2DModel, "transformer", self.dtype)
-            # The decoder stays in float32: bfloat16 costs picture quality that the reward would see.
             self.vae = self._part(AutoencoderKL, "vae", torch.float32).to(device).requires_grad_(False).eval()
             self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
         except OSError as error:
@@ -115,10 +116,18 @@ class SD3Policy:
         if model.lora.start_from:
             self.network.load_lora(Path(model.lora.start_from))
         self.has_merged = self.network.has_merged
+        # Ours on the fast path. In bfloat16 the first pictures must pass a gate against float32.
+        self.decoder = self._build_decoder(self._decoder_dtype()) if fused else None
+        self.decoder_psnr: float | None = None
         self._trained = "adapted"  # the weights that `velocity` runs
         fingerprint = f"{folder_fingerprint(self.folder, _TEXT_PARTS)}:{model.max_sequence_length}:{model.dtype}"
         self._unconditional: Conditioning | None = None
         self.text_cache = TextCache(cache_dir / "text", fingerprint, self._encode_text)
+
+    def _decoder_dtype(self) -> torch.dtype:
+        if self.model.decoder_dtype == "auto":
+            return self.dtype if self.device.type == "cuda" else torch.float32
+        return getattr(torch, self.model.decoder_dtype)
 
     def _part(self, kind: type, name: str, dtype: torch.dtype):
         return kind.from_pretrained(self.folder, subfolder=name, dtype=dtype)
@@ -208,10 +217,18 @@ class SD3Policy:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        decoded = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        if self.decoder is None:
+            config = self.vae.config
+            latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+            return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        if self.decoder.dtype != torch.float32 and self.decoder_psnr is None:
+            reference = self._build_decoder(torch.float32)
+            self.decoder_psnr = psnr_gate(self.decoder, reference, latents[:_GATED_PICTURES].contiguous())
+        return self.decoder.images(latents)
+
+    def _build_decoder(self, dtype: torch.dtype) -> Decoder:
+        config = DecoderConfig.from_mapping(self.vae.config)
+        return Decoder.from_state_dict(config, self.vae.state_dict(), dtype=dtype, device=self.device)
 
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.network.parameters()
