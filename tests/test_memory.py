@@ -1,0 +1,299 @@
+"""Memory planner: counts against known totals, formulas against what autograd saves, choices, advice, command line.
+
+Everything at full size is on the meta device.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+
+from advgrpo import config as configuration
+from advgrpo import known_models, tiny
+from advgrpo import plan as command
+from advgrpo.activations import AliveBytes, TransformerShape, decode_bytes
+from advgrpo.errors import UserError
+from advgrpo.memory import PHASES, Knobs, _Estimate, advice, micro_batches, plan, table
+from advgrpo.policy.adapters import LoraAdapters, target_modules
+from advgrpo.policy.decoder import SD3_DECODER
+from advgrpo.policy.transformer import FusedTransformer, TransformerConfig
+from advgrpo_kernels import _runtime
+
+MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+ROWS = 2
+
+
+@pytest.fixture(autouse=True)
+def no_poison(monkeypatch):
+    monkeypatch.undo()  # conftest's NaN poisoning would allocate full-size weights
+
+
+@pytest.fixture
+def paper():
+    return configuration.load("sd35m-dino-paper")
+
+
+@pytest.fixture(scope="module")
+def medium() -> SD3Transformer2DModel:
+    with torch.device("meta"):
+        return SD3Transformer2DModel(**known_models.TRANSFORMERS[MEDIUM]).to(torch.bfloat16).requires_grad_(False)
+
+
+def saved_bytes(forward, held: list[torch.Tensor]) -> int:
+    """Bytes of the storages autograd saves in `forward`, each once, without those of `held`."""
+    known, storages = {t.untyped_storage()._cdata for t in held}, {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in known)
+
+
+def meta_inputs(rows: int):
+    """Latents, text and pooled embeddings of 512-pixel pictures and 77 + 128 tokens."""
+    shapes = ((rows, 16, 64, 64), (rows, 205, 4096), (rows, 2048))
+    return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+
+
+def flash(query, key, value, **_):
+    """What a GPU runs; on meta PyTorch would take the backend that keeps the attention matrix."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+@pytest.fixture
+def fused(medium, paper, monkeypatch) -> FusedTransformer:
+    monkeypatch.setattr(_runtime, "DEFAULT_BACKEND", "triton")  # what a GPU runs saves other tensors than the reference
+    monkeypatch.setattr(_runtime, "INTERPRET", True)
+    tensors = {name: t.detach() for name, t in [*medium.named_parameters(), *medium.named_buffers()]}
+    model = FusedTransformer(TransformerConfig.from_stock(medium.config), tensors, attention="math")
+    model._attend = lambda q, k, v: flash(q, k, v).transpose(1, 2).flatten(2)
+    targets = set(target_modules(medium, paper.model.lora))
+    model.adapt(targets.__contains__, rank=32, alpha=64, init="gaussian", seed=0)
+    return model
+
+
+def test_counts_are_the_known_totals(paper):
+    pipeline = known_models.known_pipeline(MEDIUM)
+    weights = known_models.count_transformer(pipeline.transformer, paper.model.lora)
+    assert (weights.total, weights.lora) == (2_243_171_520, 18_776_064)
+    assert weights.stacked == 191 * 1536**2  # METHOD section 8: 191 modules, each 1536 x 1536
+    assert known_models.count_text_encoders(pipeline) == 123_650_304 + 694_659_840 + 4_762_310_656
+    assert known_models.count_decoder(pipeline.decoder) == 49_545_475
+    assert known_models.count_backbone(known_models.known_backbone("facebook/dinov2-large")) == 304_368_640
+    large = known_models.known_pipeline("stabilityai/stable-diffusion-3.5-large")
+    assert known_models.count_transformer(large.transformer, paper.model.lora).total == 8_056_627_520
+
+
+def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
+    shape = _Estimate(paper, 8).shape
+    prepared = fused.prepare(*meta_inputs(ROWS)[1:], torch.empty(10, device="meta"))
+    held = [*fused._small.values(), *(t for layer in fused.linears() for t in (layer.weight, layer.bias))]
+    step = torch.zeros(1, dtype=torch.int64, device="meta")
+
+    def forward():
+        return fused.velocity(meta_inputs(ROWS)[0], step, prepared, "adapted")
+
+    adapters = 2 * fused.lora.master.numel()  # their bfloat16 copy, which the plan counts once, not per sequence
+    assert shape.saved_bytes(checkpointing=False) == pytest.approx(
+        (saved_bytes(forward, held) - adapters) / ROWS, rel=0.02
+    )
+    fused.checkpointing = True
+    assert shape.boundary_bytes() == pytest.approx(saved_bytes(forward, held) / ROWS, rel=0.06)
+    fused.checkpointing = False
+    fused.prepare_merged(fp8=False)
+    with torch.no_grad(), AliveBytes() as alive:
+        fused.velocity(meta_inputs(ROWS)[0], step, prepared, "merged")
+    assert shape.forward_bytes() == pytest.approx(alive.peak / ROWS, rel=0.05)
+    with AliveBytes() as alive:
+        velocity = forward()
+        kept = alive.alive
+        velocity.backward(torch.empty_like(velocity))
+    assert shape.backward_bytes() == pytest.approx((alive.peak - kept) / ROWS, rel=0.1)
+
+
+def test_saved_bytes_of_the_stock_forward_follow_the_table(paper, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
+    paper.fast = False
+    shape = _Estimate(paper, 8).shape
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**known_models.TRANSFORMERS[MEDIUM]).to(torch.bfloat16)
+        LoraAdapters(transformer.requires_grad_(False), paper.model.lora, seed=0)
+    latents, text, pooled = meta_inputs(1)
+    time = torch.empty(1, device="meta")
+
+    def forward():
+        return transformer(latents, text, pooled, time, return_dict=False)
+
+    counted = saved_bytes(forward, list(transformer.parameters()))
+    assert shape.saved_bytes(checkpointing=False) == pytest.approx(counted, rel=0.03)
+
+
+def test_alive_bytes_counts_new_tensors_once_while_they_live():
+    before = torch.empty(1000, device="meta")
+    with AliveBytes() as counted:
+        view = before.view(10, 100)
+        a = view + 1
+        half = a[:5]
+        del a
+        b = half * 2
+        assert counted.alive == 4000 + 2000  # the slice keeps its storage
+        del half
+        c = b + 1
+        assert counted.alive == 4000
+    assert counted.peak == 6000
+    assert c.shape == b.shape
+
+
+def test_decoding_is_counted_at_its_widest_layer():
+    widest = 3 * 256 * 512 * 512  # input, output and result of the last upsampling, or of the first norm after it
+    for dtype in (torch.bfloat16, torch.float32):
+        assert decode_bytes(SD3_DECODER, dtype, 64) == pytest.approx(widest * dtype.itemsize, rel=0.02)
+
+
+def test_more_costs_more(paper):
+    estimate = _Estimate(paper, 8)
+
+    def peak(micro, checkpointing, phase):
+        held = estimate.components(Knobs(micro, checkpointing, "gpu", 1))
+        return sum(c.bytes for c in held if phase in c.phases)
+
+    for small, large in ((1, 2), (2, 4), (4, 8)):
+        assert all(peak(small, False, p) <= peak(large, False, p) for p in PHASES)
+        assert peak(small, False, "update") < peak(large, False, "update")
+    assert peak(8, True, "update") < 0.5 * peak(8, False, "update")
+    times = [estimate.relative_time(Knobs(m, c, "gpu", 1)) for m, c in ((8, False), (8, True), (1, False))]
+    assert times[0] < times[1]
+    assert times[0] < times[2]
+    last = paper.model_copy(deep=True)
+    last.model.lora.blocks = 2
+    shape, every = _Estimate(last, 8).shape, estimate.shape
+    assert shape.saved_bytes(checkpointing=False) < every.saved_bytes(checkpointing=False) / 10
+    last.rollout.precision = "fp8"
+    assert _Estimate(last, 8)._merged_bytes() > _Estimate(paper, 8)._merged_bytes()  # every inner linear, not q, k, v
+
+
+def test_smaller_gpus_get_smaller_knobs(paper):
+    plans = {size: plan(paper, size, processes=8) for size in (24, 40, 80, 141)}
+    assert all(p.fits for p in plans.values())
+    assert plans[80].knobs == plans[141].knobs == Knobs(8, False, "gpu", 8)
+    assert plans[24].knobs.micro_batch < 8 or plans[24].knobs.gradient_checkpointing
+    assert plans[24].peak_gb <= 24 < plans[24].configured_gb == plans[80].peak_gb
+    assert plan(paper, 18, processes=8).knobs.text_encoders == "cpu"
+    paper.rollout.micro_batch = 1
+    assert plan(paper, 141, processes=8).knobs.micro_batch == 1  # never above what the user set
+
+
+def test_large_model_on_40_gb_checkpoints(paper):
+    paper.model.path = "stabilityai/stable-diffusion-3.5-large"
+    chosen = plan(paper, 40, processes=8)
+    assert chosen.fits
+    assert chosen.knobs.gradient_checkpointing or chosen.knobs.micro_batch < 8
+    assert "MemoryPlan" not in chosen.line()
+    assert "peak" in chosen.line()
+    assert "estimated" in chosen.line()
+
+
+def test_what_does_not_fit_says_which_setting_would(paper):
+    refused = plan(paper, 24)
+    assert not refused.fits
+    assert "24 GB: does not fit" in refused.line()
+    assert "set adversary.cached_patches = 64" in refused.remedies
+    paper.adversary.cached_patches = 64
+    assert plan(paper, 24).fits
+    hopeless = plan(paper, 4)
+    assert len(hopeless.remedies) == 1
+    assert "no setting makes it fit" in hopeless.remedies[0]
+    paper.model.path = "stabilityai/stable-diffusion-3.5-large"
+    together = plan(paper, 24)
+    assert not together.fits
+    assert together.remedies
+
+
+def test_micro_batches_are_those_the_config_check_accepts(paper):
+    paper.data.prompts = paper.data.references = "somewhere"
+    for group, micro, processes in ((16, 8, 8), (12, 24, 2), (16, 32, 1)):
+        paper.rollout.group_size, paper.rollout.micro_batch = group, micro
+        accepted = []
+        for value in range(1, micro + 1):
+            changed = paper.model_copy(deep=True)
+            changed.rollout.micro_batch = value
+            try:
+                configuration.check(changed, processes)
+                accepted.append(value)
+            except UserError:
+                pass
+        assert micro_batches(paper, processes) == accepted
+
+
+def test_advice_names_the_knobs_in_order_with_this_runs_values(paper):
+    error = torch.cuda.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 1.20 GiB. GPU 0 has a total capacity of 22.03 GiB of which 1 GiB is left"
+    )
+    text = advice(error, paper, processes=8)
+    order = ["1. rollout.micro_batch = 4 instead of 8", "2. model.gradient_checkpointing = true instead of false"]
+    order += ["3. adversary.cached_patches = 64 instead of 256", "4. rollout.prompts_per_iteration = 8 instead of 48"]
+    order += ["model.lora.blocks = 2 instead of all"]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    assert "Tried to allocate 1.20 GiB" in text
+    assert plan(paper, 22.03 * 2**30 / 1e9, processes=8).line() in text
+    paper.rollout.micro_batch, paper.model.gradient_checkpointing = 1, True
+    text = advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
+    assert "micro_batch" not in text
+    assert "gradient_checkpointing" not in text
+    assert "1. adversary.cached_patches = 64 instead of 256" in text
+    assert "python -m advgrpo.plan" in text
+
+
+def test_local_folders_are_read_and_unknown_names_refused(paper):
+    settings = configuration.load("tiny")
+    named = plan(settings, 24)
+    settings.model.path, settings.adversary.backbone = str(tiny.pipeline_dir()), str(tiny.backbone_dir())
+    assert {c.name: c.bytes for c in plan(settings, 24).components} == {c.name: c.bytes for c in named.components}
+    assert named.peak_gb < 2
+    for name in ("model.path", "adversary.backbone"):
+        changed = paper.model_copy(deep=True)
+        section, field = name.split(".")
+        setattr(getattr(changed, section), field, "someone/unknown")
+        with pytest.raises(UserError, match=rf"{name} = 'someone/unknown' is not known without a network"):
+            plan(changed, 24)
+    with pytest.raises(UserError, match="want positive numbers"):
+        plan(paper, 0)
+
+
+def test_math_attention_keeps_its_matrix():
+    shape = TransformerShape("fused", 64, 2, 3, frozenset({1}), False, 16, 4, 2, 4, 0, math_attention=False)
+    matrices = (3 * 20**2 + 16**2) * 2 * 4
+    full = TransformerShape(**{**vars(shape), "math_attention": True})
+    assert full.saved_bytes(checkpointing=False) - shape.saved_bytes(checkpointing=False) == matrices
+
+
+def test_command_line(capsys):
+    assert command.main(["--preset", "sd35m-dino-paper", "--gpu", "24,80", "--processes", "8"]) == 0
+    output = capsys.readouterr().out
+    assert "80 GB: rollout.micro_batch = 8, model.gradient_checkpointing = false" in output
+    assert "estimated" in output
+    assert "merged weights" in output
+    assert command.main(["--preset", "sd35m-dino-paper", "--gpu", "4"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+    for arguments, message in (
+        (["--gpu", "big"], "--gpu big: want sizes in GB"),
+        (["--gpu", "24", "--preset", "nope"], "unknown preset 'nope'"),
+        (["--gpu", "24", "--processes", "0"], "want positive numbers"),
+    ):
+        assert command.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert command.main(["--gpu", "auto"]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_table_shows_every_component(paper):
+    plans = [plan(paper, size, processes=8) for size in (24, 80)]
+    shown = table(plans)
+    names = list(shown.columns[0].cells)
+    assert {c.name for p in plans for c in p.components} <= set(names)
+    peak = [column._cells[names.index("peak")] for column in shown.columns[1:3]]
+    assert peak == [f"{p.peak_gb:.2f}" for p in plans]
