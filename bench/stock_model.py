@@ -133,7 +133,7 @@ class AdaLayerNormContinuous(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.linear(self.silu(embedding).to(x.dtype)).chunk(2, dim=1)
-        return _modulate(self.norm(x), shift, scale)
+        return self.norm(x) * (1 + scale)[:, None, :] + shift[:, None, :]
 
 
 class Attention(nn.Module):
@@ -309,8 +309,8 @@ def _timestep_waves(timestep: Tensor) -> Tensor:
     """[B] -> [B, 256] cosines, then sines; the detours (times one, two concatenations) are diffusers' launches."""
     half = TIMESTEP_CHANNELS // 2
     exponent = -math.log(10000) * torch.arange(0, half, dtype=torch.float32, device=timestep.device)
-    angles = timestep[:, None].float() * torch.exp(exponent / half)[None, :]
-    angles = 1 * angles
+    frequencies = torch.exp(exponent / half)
+    angles = 1 * (timestep[:, None].float() * frequencies[None, :])
     waves = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
     return torch.cat([waves[:, half:], waves[:, :half]], dim=-1)
 
