@@ -74,7 +74,11 @@ class Trainer:
             policy, config, reduce=distributed.all_reduce_sum, fused=fast.fused_optimizer, ema=self.ema
         )
         self.head_trainer = HeadTrainer(
-            adversary, reduce=distributed.all_reduce_sum, rank=distributed.rank, world_size=distributed.world_size
+            adversary,
+            reduce=distributed.all_reduce_sum,
+            rank=distributed.rank,
+            world_size=distributed.world_size,
+            graphs=graphs,
         )
         self.monitor = Monitor(config.monitor, config)
         self.reference_statistics = ReferenceStatistics(references.references)
