@@ -133,7 +133,9 @@ def check(options: Check, console: Console) -> bool:
 
 
 def _load_prompts(files: list[Path]) -> list[str]:
-    """The prompts of all files, each once."""
+    """The prompts of all files, each once; UserError without a file or for a bad one."""
+    if not files:
+        raise UserError("--prompts: give at least one prompt file")
     return list(dict.fromkeys(prompt.text for file in files for prompt in load_prompts(file)))
 
 

@@ -109,7 +109,7 @@ import numpy as np
 from advgrpo.data.reference_builder import Recipe, ReferenceBuilder
 {noise}
 def slow(prompt, seeds):
-    time.sleep(0.02)
+    time.sleep(0.2)
     return noise(prompt, seeds)
 ReferenceBuilder(Path({out!r}), {recipe!r}, slow, per_prompt=3).build({prompts!r})
 """
@@ -301,6 +301,12 @@ def test_bad_options_before_a_model_is_loaded(arguments, complaint, prompt_file,
     assert main(["generate", *options]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
+
+
+def test_an_empty_list_of_prompt_files(tmp_path, capsys):
+    assert main(["generate", "--out", str(tmp_path / "set"), "--prompts"]) == 2
+    assert main(["check", str(tmp_path), "--prompts"]) == 2
+    assert capsys.readouterr().err.count("--prompts: give at least one") == 2
 
 
 def test_arguments_fit_the_pipeline():

@@ -55,7 +55,9 @@ class SetReport:
         return not any(self.errors.values())
 
 
-def check_set(folder: Path, prompts: list[str] | None = None, *, index: str = "references.json", min_size: int = 16):
+def check_set(
+    folder: Path, prompts: list[str] | None = None, *, index: str = "references.json", min_size: int = 16
+) -> SetReport:
     """Examine every picture of a reference set.
 
     Args:
@@ -63,9 +65,6 @@ def check_set(folder: Path, prompts: list[str] | None = None, *, index: str = "r
         prompts: the prompts that need references; None for those of the index.
         index: file name of the index inside `folder`.
         min_size: the smallest width and height, in pixels, that a picture may have.
-
-    Returns:
-        SetReport.
 
     Raises:
         UserError: no folder, or no index that can be read at all.
@@ -98,7 +97,15 @@ def check_set(folder: Path, prompts: list[str] | None = None, *, index: str = "r
     return report
 
 
-def _check_file(folder, name, min_size, hashes, same_pixels, report: SetReport) -> None:
+def _check_file(
+    folder: Path,
+    name: str,
+    min_size: int,
+    hashes: dict[str, str],
+    same_pixels: dict[str, list[str]],
+    report: SetReport,
+) -> None:
+    """Enter what is wrong with one file into `report`, and the file into `same_pixels` under its pixels' hash."""
     path = folder / name
     if not path.is_file():
         report.missing.append(name)
