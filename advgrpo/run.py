@@ -359,10 +359,6 @@ def _with_ends(rows: list[dict], base: dict[str, float], final: dict[str, float]
 
 def summarize(config: Config, rows: list[dict], base: dict[str, float], final: dict[str, float]) -> dict:
     """What OUT/summary.json holds: held-out metrics before and after, speed, versions, seed."""
-    import diffusers
-    import peft
-    import transformers
-
     seconds = sum(r["seconds"] for r in rows)
     return {
         "seed": config.seed,
@@ -378,11 +374,15 @@ def summarize(config: Config, rows: list[dict], base: dict[str, float], final: d
             "cpus": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides about numbers, for files that hold results."""
+    import diffusers
+    import peft
+    import transformers
+
+    modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "peft": peft}
+    return {"python": sys.version.split()[0], **{name: module.__version__ for name, module in modules.items()}}

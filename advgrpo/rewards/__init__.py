@@ -5,11 +5,65 @@ What a reward and a learned reward (an adversary) offer is in `base.py`.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import Reward
 
 ADVERSARIES = {"dino": "DinoAdversary"}
+
+# name -> (module, class)
+REWARDS = {
+    "aesthetic": ("aesthetic", "Aesthetic"),
+    "clip": ("clip_similarity", "ClipSimilarity"),
+    "clip_similarity": ("clip_similarity", "ClipSimilarity"),
+    "clip_reference_similarity": ("clip_similarity", "ClipReferenceSimilarity"),
+    "dino_similarity": ("dino_similarity", "DinoSimilarity"),
+    "ocr": ("ocr", "OcrReward"),
+    "pickscore": ("pickscore", "PickScore"),
+    "remote": ("remote", "RemoteReward"),
+    "rule": ("rule", "RuleReward"),
+}
+NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
 
 
 def adversary_class(kind: str) -> type:
     """The adversary registered under `kind`."""
     return getattr(import_module(f".{kind}", __name__), ADVERSARIES[kind])
+
+
+def reward_class(name: str) -> type:
+    """The fixed reward registered under `name`; UserError naming the nearest for an unknown one."""
+    if name not in REWARDS:
+        near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(REWARDS))}"
+        raise UserError(f"unknown reward {name!r}; {hint}")
+    module, class_name = REWARDS[name]
+    return getattr(import_module(f".{module}", __name__), class_name)
+
+
+def build_reward(
+    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **options: Any
+) -> Reward:
+    """The reward `name` with its keyword options; `device` and `dtype` go to rewards that run a model.
+
+    Raises:
+        UserError: an unknown reward, an option it does not have, or one it needs and did not get.
+    """
+    kind = reward_class(name)
+    known = inspect.signature(kind).parameters
+    for option in options:
+        if option not in known:
+            raise UserError(f"reward {name} has no option {option!r}; it has {', '.join(known) or 'none'}")
+    absent = [key for key, p in known.items() if p.default is p.empty and key not in options]
+    if absent:
+        raise UserError(f"reward {name} needs the option{'s' * (len(absent) > 1)} {', '.join(absent)}")
+    placement = {"device": device, **({} if dtype is None else {"dtype": dtype})}
+    return kind(**{key: value for key, value in placement.items() if key in known}, **options)

@@ -1,0 +1,416 @@
+r"""Score a model's pictures with several metrics, with intervals, and compare it with a second model on the same noise.
+
+python -m advgrpo.evaluate --lora runs/tiny/lora --against base --metrics rule,dino_similarity --output runs/tiny/scores
+python -m advgrpo.evaluate --model stabilityai/stable-diffusion-3.5-medium --lora A --against B --prompts p.txt \
+    --metrics pickscore,aesthetic --metric-options.aesthetic.head aesthetic_head.safetensors --output scores
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import tyro
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Column, Table
+from safetensors import SafetensorError, safe_open
+
+from . import config as configuration
+from .config import Config
+from .data.prompts import load_prompts
+from .data.references import ReferenceSet
+from .distributed import Distributed
+from .errors import UserError
+from .plots import draw_grid
+from .rewards import NEED_REFERENCES, build_reward, reward_class
+from .statistics import Comparison, Interval, bootstrap_mean, paired_bootstrap
+from .train import quiet_libraries
+
+if TYPE_CHECKING:  # diffusers and transformers are loaded once the flags are right and their notices silenced
+    from .evaluation import Evaluator
+    from .rewards.base import Reward
+
+_OPTION = "--metric-options."
+_BLOCKS, _LORA_A = "transformer.transformer_blocks.", ".lora_A.weight"  # diffusers' names
+_LORA_FILE = "pytorch_lora_weights.safetensors"
+_MOST_IMAGES = 1000  # per prompt: evaluation numbers picture k of prompt p as 1000 p + k
+_TINY_METRICS: dict[str, dict[str, Any]] = {
+    "dino_similarity": {"path": "tiny", "image_size": 32},
+    "pickscore": {"path": "tiny"},
+    "clip": {"path": "tiny"},
+    "clip_similarity": {"path": "tiny"},
+    "clip_reference_similarity": {"path": "tiny"},
+}
+
+
+@dataclass
+class Evaluate:
+    """Score a model's pictures with several metrics, and compare it with a second model on the same noise."""
+
+    metrics: str
+    """Names of rewards, separated by commas: pickscore, ocr, dino_similarity, clip, aesthetic, rule, ..."""
+    output: Path
+    """Folder for evaluation.json and grid.png."""
+    lora: str = ""
+    """Folder with pytorch_lora_weights.safetensors, such as OUT/lora; empty scores the base model."""
+    against: str = ""
+    """Second model, drawn from the same noise: "base", or another LoRA folder."""
+    model: str = "tiny"
+    """Diffusers SD3 pipeline: folder, hub id, or "tiny"."""
+    prompts: str = ""
+    """Prompt file; empty or "tiny" means the shipped held-out prompts with the model "tiny"."""
+    references: str = ""
+    """Folder with references.json for metrics that compare with references; "tiny" for the shipped ones."""
+    metric_options_file: Path | None = None
+    """YAML {metric: {option: value}}; single options are flags, --metric-options.METRIC.OPTION VALUE."""
+    images_per_prompt: int = 4
+    num_steps: int = 0
+    """Sampler steps; 0 means 10 for "tiny", 40 otherwise."""
+    guidance_scale: float = 0.0
+    """Classifier-free guidance; 0 means 1 for "tiny" (what its preset trains with), 4.5 otherwise."""
+    resolution: int = 0
+    """Pixels; 0 means 32 for "tiny", 512 otherwise."""
+    max_sequence_length: int = 0
+    """T5 tokens; 0 means 12 for "tiny", 128 otherwise."""
+    batch_size: int = 0
+    """Pictures drawn at once; 0 means 32 for "tiny", 8 otherwise."""
+    seed: int = 42
+    """Keys the noise and the resampling; a run's own evaluation uses its seed."""
+    confidence: float = 0.95
+    """Coverage of the intervals."""
+    resamples: int = 4000
+    """Bootstrap resamples of the prompts."""
+    grid_prompts: int = 6
+    """Prompts shown in grid.png."""
+    cache_dir: str = "~/.cache/advgrpo"
+    """Where text embeddings are kept."""
+    device: str = "auto"
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name.strip() for name in self.metrics.split(",") if name.strip()))
+
+
+Options = dict[str, dict[str, Any]]
+Scores = dict[str, torch.Tensor]  # metric -> [prompts, images_per_prompt] float64
+
+
+def split_metric_options(arguments: list[str]) -> tuple[list[str], Options]:
+    """Take `--metric-options.METRIC.OPTION VALUE` (or `=VALUE`) out of the flags; values are read as YAML.
+
+    Raises:
+        UserError: a flag without METRIC.OPTION or without a value, or given twice.
+    """
+    rest, options, queue = [], {}, list(arguments)
+    while queue:
+        flag = queue.pop(0)
+        if not flag.startswith(_OPTION):
+            rest.append(flag)
+            continue
+        name, given, value = flag.partition("=")
+        metric, dot, option = name.removeprefix(_OPTION).replace("-", "_").partition(".")
+        if not (metric and dot and option):
+            raise UserError(f"{flag}: want --metric-options.METRIC.OPTION VALUE")
+        if not given:
+            if not queue:
+                raise UserError(f"{flag}: the value is missing")
+            value = queue.pop(0)
+        if option in options.setdefault(metric, {}):
+            raise UserError(f"{name} is given twice")
+        options[metric][option] = yaml.safe_load(value)
+    return rest, options
+
+
+def metric_options(options: Evaluate, flags: Options) -> Options:
+    """Defaults of the tiny world, then the file, then flags; UserError for metrics that are not evaluated."""
+    file = configuration.read_yaml(options.metric_options_file) if options.metric_options_file else {}
+    for metric, given in file.items():
+        if not isinstance(given, dict):
+            raise UserError(f"{options.metric_options_file}: {metric} wants a mapping of options, got {given!r}")
+    for metric in [*file, *flags]:
+        if metric not in options.names:
+            raise UserError(f"options are given for the metric {metric!r}, which --metrics {options.metrics} lacks")
+    defaults = _TINY_METRICS if options.model == "tiny" else {}
+    return {name: {**defaults.get(name, {}), **file.get(name, {}), **flags.get(name, {})} for name in options.names}
+
+
+def check(options: Evaluate) -> None:
+    """UserError for anything in the flags that would fail after a model is loaded."""
+    if not options.names:
+        raise UserError("--metrics is empty: name at least one, such as rule,dino_similarity")
+    for name in options.names:
+        reward_class(name)
+    for flag in ("lora", "against"):
+        folder = getattr(options, flag)
+        own = folder and not (flag == "against" and folder == "base")
+        if own and not (Path(folder).expanduser() / _LORA_FILE).is_file():
+            raise UserError(f"--{flag} {folder}: no {_LORA_FILE} in this folder")
+    if options.against == "base" and not options.lora:
+        raise UserError("--against base compares the base model with itself: pass --lora")
+    if not 1 <= options.images_per_prompt <= _MOST_IMAGES:
+        raise UserError(f"--images-per-prompt {options.images_per_prompt}: want 1 to {_MOST_IMAGES}")
+    if not 0 < options.confidence < 1 or options.resamples < 100:
+        raise UserError("--confidence must lie between 0 and 1, --resamples be at least 100")
+    if not options.prompts and options.model != "tiny":
+        raise UserError("--prompts is empty: pass a prompt file")
+    if any(name in NEED_REFERENCES for name in options.names) and not (options.references or options.model == "tiny"):
+        raise UserError(f"--references is empty, but {' or '.join(NEED_REFERENCES)} compares with references")
+
+
+def read_data(options: Evaluate) -> tuple[list[str], ReferenceSet | None]:
+    """Prompts and, where a metric or the flags want them, their references."""
+    from . import tiny
+
+    file = tiny.held_out_prompts_file() if options.prompts in ("", "tiny") else options.prompts
+    prompts = [p.text for p in load_prompts(file)]
+    folder = options.references
+    if not folder and any(name in NEED_REFERENCES for name in options.names):
+        folder = "tiny"
+    if not folder:
+        return prompts, None
+    return prompts, ReferenceSet.load(tiny.reference_dir() if folder == "tiny" else folder, prompts)
+
+
+def build_metrics(options: Options, device: torch.device, prompts: list[str]) -> dict[str, Reward]:
+    """The rewards, each checked against the prompts it will see."""
+    built = {}
+    for name, given in options.items():
+        try:
+            built[name] = build_reward(name, device=device, **given)
+        except UserError as error:
+            raise UserError(f"--metrics {name}: {error} (options are --metric-options.{name}.OPTION VALUE)") from error
+        if hasattr(built[name], "check_prompts"):
+            built[name].check_prompts(prompts)
+    return built
+
+
+def settings_of(options: Evaluate, lora: str, device: torch.device) -> Config:
+    """The configuration that `Evaluator` and the policy read, for the base model or one LoRA."""
+    tiny = options.model == "tiny"
+    model = {
+        "path": options.model,
+        "resolution": options.resolution or (32 if tiny else 512),
+        "max_sequence_length": options.max_sequence_length or (12 if tiny else 128),
+        "dtype": "bfloat16" if device.type == "cuda" and not tiny else "float32",
+    }
+    if lora:
+        from .policy.sd3 import pipeline_folder
+
+        section = lora_section(Path(lora).expanduser(), pipeline_folder(options.model, field="--model"))
+        model["lora"] = section.model_dump()
+    evaluation = {
+        "num_steps": options.num_steps or (10 if tiny else 40),
+        "guidance_scale": options.guidance_scale or (1.0 if tiny else 4.5),
+        "grid_prompts": options.grid_prompts,
+    }
+    micro_batch = options.batch_size or (32 if tiny else 8)
+    settings = {"seed": options.seed, "model": model, "evaluation": evaluation, "rollout": {"micro_batch": micro_batch}}
+    return configuration.build(settings, "command line")
+
+
+def lora_section(folder: Path, pipeline: Path) -> configuration.LoraSection:
+    """Rank, alpha, targets and blocks of a LoRA folder, as the policy needs them to load it.
+
+    Alpha is in the file's metadata; without any, it is the rank, as in diffusers.
+
+    Raises:
+        UserError: a file that is not in diffusers' format, or adapters in blocks that are not the last ones.
+    """
+    path = folder / _LORA_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            ranks = {
+                name.removesuffix(_LORA_A): file.get_slice(name).get_shape()[0]
+                for name in file.keys()  # noqa: SIM118 - no mapping
+                if name.startswith(_BLOCKS) and name.endswith(_LORA_A)
+            }
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a LoRA: {error}") from error
+    if len(set(ranks.values())) != 1:
+        raise UserError(
+            f"{path} holds adapters of ranks {sorted(set(ranks.values()))} on transformer blocks; want diffusers' "
+            f"format ({_BLOCKS}N.MODULE{_LORA_A}) with one rank"
+        )
+    rank = next(iter(ranks.values()))
+    places = [name.removeprefix(_BLOCKS).split(".", 1) for name in ranks]
+    indices = sorted({int(index) for index, _ in places})
+    count = json.loads((pipeline / "transformer" / "config.json").read_text())["num_layers"]
+    if indices != list(range(count - len(indices), count)):
+        raise UserError(f"{path} adapts blocks {indices} of {count}; only all blocks or the last N can be loaded")
+    return configuration.LoraSection(
+        rank=rank,
+        alpha=metadata.get("transformer.lora_alpha", rank),
+        targets=tuple(dict.fromkeys(module for _, module in places)),
+        blocks="all" if len(indices) == count else len(indices),
+        start_from=str(folder),
+    )
+
+
+def load_model(options: Evaluate, lora: str, prompts: list[str], distributed: Distributed) -> Evaluator:
+    """Draws pictures of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
+    from .evaluation import Evaluator
+    from .fast import FastPaths
+    from .policy.sd3 import SD3Policy
+
+    device = distributed.device
+    settings = settings_of(options, lora, device)
+    policy = SD3Policy(
+        settings.model,
+        device=device,
+        cache_dir=Path(options.cache_dir).expanduser(),
+        seed=options.seed,
+        fused=FastPaths.choose(settings, device).fused,
+    )
+    policy.text_cache.fill(["", *prompts])
+    evaluator = Evaluator(policy, None, None, prompts, settings, distributed)
+    return evaluator if lora else evaluator.base()
+
+
+@torch.no_grad()
+def score_model(
+    evaluator: Evaluator, metrics: dict[str, Reward], references: ReferenceSet | None, per_prompt: int, console: Console
+) -> Scores:
+    """Every metric of every picture; a picture that cannot be scored is an error, never a number."""
+    count = len(evaluator.prompts)
+    at_once = max(1, evaluator.config.rollout.micro_batch // per_prompt)
+    scores = {name: torch.empty(count, per_prompt, dtype=torch.float64) for name in metrics}
+    steps = range(0, count, at_once)
+    for start in track(steps, "drawing and scoring", console=console, disable=not console.is_terminal):
+        numbers = range(start, min(start + at_once, count))
+        prompts = [evaluator.prompts[number] for number in numbers for _ in range(per_prompt)]
+        images = evaluator.pictures(prompts, torch.cat([evaluator.ids(number, per_prompt) for number in numbers]))
+        for name, metric in metrics.items():
+            rows = metric.score(images, prompts, references).double().cpu()
+            scores[name][numbers.start : numbers.stop] = rows.view(-1, per_prompt)
+    return scores
+
+
+@dataclass
+class Result:
+    """One metric: the model's mean, the second model's, and their comparison."""
+
+    model: Interval
+    against: Interval | None = None
+    comparison: Comparison | None = None
+
+
+def summarise(scores: dict[str, Scores], options: Evaluate) -> dict[str, Result]:
+    """Intervals of every metric, prompts being resampled; `scores` holds one or two models' by name."""
+    how = {"confidence": options.confidence, "resamples": options.resamples, "seed": options.seed}
+    own, *others = scores.values()
+    results = {}
+    for name in own:
+        results[name] = Result(bootstrap_mean(own[name], **how))
+        for other in others:
+            results[name].against = bootstrap_mean(other[name], **how)
+            results[name].comparison = paired_bootstrap(own[name], other[name], **how)
+    return results
+
+
+def result_table(results: dict[str, Result], names: list[str], options: Evaluate) -> Table:
+    """One row per metric: means with intervals; with a second model also difference and win rate."""
+    title = f"{' against '.join(names)}: mean [{options.confidence:.0%} interval over prompts]"
+    table = Table(Column("metric", no_wrap=True), "model", title=title)
+    for heading in ("against", "difference", "win rate") if len(names) > 1 else ():
+        table.add_column(heading)
+    for name, result in results.items():
+        cells = [_cell(result.model)]
+        if result.comparison is not None:
+            cells += [_cell(result.against), _cell(result.comparison.difference, "{:+.4f}")]
+            cells.append(_cell(result.comparison.win_rate, "{:.1%}"))
+        table.add_row(name, *cells)
+    return table
+
+
+def _cell(interval: Interval, form: str = "{:.4f}") -> str:
+    mean, low, high = (form.format(value) for value in (interval.mean, interval.low, interval.high))
+    return rf"{mean} \[{low}, {high}]"
+
+
+def report(options: Evaluate, metric_settings: Options, scores: dict[str, Scores], prompts: list[str]) -> dict:
+    """What evaluation.json holds."""
+    per_prompt = [
+        {
+            "prompt": prompt,
+            "scores": {model: {name: of[name][i].tolist() for name in of} for model, of in scores.items()},
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    from .run import versions
+
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    return {
+        "settings": {**settings, "metric_options": metric_settings},
+        "versions": versions(),
+        "models": list(scores),
+        "results": {name: asdict(result) for name, result in summarise(scores, options).items()},
+        "prompts": per_prompt,
+    }
+
+
+def grid_rows(columns: dict[str, list], references: ReferenceSet | None) -> list:
+    """draw_grid's rows from every model's `Evaluator.grid_pictures`, with up to four references."""
+    rows = []
+    for number, (prompt, pictures) in enumerate(next(iter(columns.values()))):
+        blocks = [(name, of[number][1]) for name, of in columns.items()]
+        if references is not None:
+            size = tuple(pictures.shape[-2:])
+            blocks.append(("references", references.load_images(references.files(prompt)[:4], size=size)))
+        rows.append((prompt, blocks))
+    return rows
+
+
+def evaluate(options: Evaluate, flags: Options, console: Console) -> dict:
+    """Draw, score, compare; writes evaluation.json and grid.png and returns what the former holds."""
+    from .run import prepare_output
+
+    check(options)
+    metric_settings = metric_options(options, flags)
+    prompts, references = read_data(options)
+    prepare_output(options.output)
+    distributed = Distributed.start(options.device)
+    if distributed.world_size > 1:
+        raise UserError("advgrpo.evaluate runs in one process: start it without torchrun")
+    device = distributed.device
+    metrics = build_metrics(metric_settings, device, prompts)
+    loras = {options.lora or "base": options.lora}
+    if options.against:
+        loras[options.against] = "" if options.against == "base" else options.against
+    scores, pictures = {}, {}
+    evaluator = None
+    for name, lora in loras.items():
+        again = evaluator is not None and not lora  # the base of the model that is loaded
+        evaluator = evaluator.base() if again else load_model(options, lora, prompts, distributed)
+        scores[name] = score_model(evaluator, metrics, references, options.images_per_prompt, console)
+        pictures[name] = evaluator.grid_pictures()
+    found = report(options, metric_settings, scores, prompts)
+    (options.output / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw_grid(grid_rows(pictures, references), options.output / "grid.png")
+    console.print(result_table(summarise(scores, options), list(scores), options))
+    console.print(f"wrote {options.output}/evaluation.json and grid.png")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, or 2 for bad input."""
+    console = Console()
+    try:
+        rest, flags = split_metric_options(sys.argv[1:] if arguments is None else arguments)
+        options = tyro.cli(Evaluate, args=rest, prog="python -m advgrpo.evaluate", description=__doc__)
+        quiet_libraries()
+        evaluate(options, flags, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
