@@ -16,8 +16,10 @@ from advgrpo.config import AdversarySection
 from advgrpo.graphs import CaptureError
 from advgrpo.rewards.dino import DinoAdversary
 from advgrpo.rewards.head_adam import HeadAdam
+from advgrpo.rewards.pickscore import PickScoreAdversary
 from advgrpo.types import Features
 from tests.graph_emulator import EmulatedGraphs
+from tests.vision_models import PROMPTS, pictures, write_clip
 
 TOTAL = 8
 
@@ -69,6 +71,25 @@ def test_captured_updates_equal_eager_ones_while_the_replay_buffer_fills_and_wra
     assert len(captured.replay) == 12
     assert captured.captured_update.captures == 2  # without and with replayed negatives
     assert backend.replays == 4 * 8 - 2 * 2  # all but the warm-up calls
+
+
+def test_captured_updates_of_trainable_vision_layers_equal_eager_ones(tmp_path):
+    """PickScore's adversary: attention, layer norms and text embeddings inside the graph."""
+    folder, trainers = write_clip(tmp_path / "clip"), []
+    for graphs in (None, EmulatedGraphs()):
+        adversary = PickScoreAdversary(AdversarySection(replay_capacity=8, batch_size=6), seed=0, path=folder)
+        adversary.optimizer = torch.optim.Adam(adversary.parameters(), lr=1e-3, fused=True)
+        trainers.append(HeadTrainer(adversary, reduce=lambda t: None, rank=0, world_size=1, graphs=graphs))
+    losses = [[], []]
+    for iteration in range(3):
+        sides = [trainers[0].adversary.features(pictures(n)[-8:], PROMPTS[:2] * 4) for n in (8, 16)]
+        batch = HeadBatch(torch.arange(8), *sides, total=8)
+        for trainer, seen in zip(trainers, losses):
+            seen.append(trainer.train(batch, iteration, 3))
+            trainer.remember(batch, iteration, lambda t: t)
+    assert torch.equal(*(torch.cat(seen) for seen in losses))
+    assert_same(*trainers)
+    assert trainers[1].captured_update.captures == 2
 
 
 def test_a_loaded_checkpoint_continues_under_new_graphs(unit_backbone):

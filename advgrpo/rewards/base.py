@@ -81,7 +81,7 @@ class Adversary(Protocol):
 
     config: AdversarySection
     seed: int  # of the run
-    optimizer: torch.optim.Optimizer  # over `parameters()`
+    optimizer: torch.optim.Optimizer  # over `parameters()`; a `HeadAdam`, or another that a graph can hold
     text_dependent: bool  # features depend on the prompt: the reference cache then keys by it too
 
     @property

@@ -23,6 +23,8 @@ from ..errors import UserError
 from ..types import Features
 from .checks import check_batch, finite_scores
 from .clip_model import ClipModel
+from .head_adam import HeadAdam
+from .head_adam import HeadAdam
 
 SCALE = 26.0  # brings PickScore_v1's logits, about 17 to 26, to below 1
 
@@ -131,7 +133,7 @@ class PickScoreAdversary:
         self.clip.model.vision_model.encoder.layers = layers[:-trainable_layers]
         for parameter in self.parameters():
             parameter.grad = torch.zeros_like(parameter)  # one storage for the whole run
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, betas=betas)
+        self.optimizer = HeadAdam(self.parameters(), lr=learning_rate, betas=betas)
 
     @property
     def device(self) -> torch.device:
