@@ -1,0 +1,402 @@
+"""B0: one iteration of Adv-GRPO as a competent engineer writes it with diffusers, PEFT and eager PyTorch.
+
+What ours is measured against (PERFORMANCE section 5): the stock transformer in bfloat16 on a GPU with unmerged LoRA and
+PyTorch's default attention, a scheduler object that finds its step by comparing timesteps, guidance by `torch.cat`,
+every row computed, transition and likelihood in plain PyTorch, autograd through the likelihood, float32 VAE,
+`clip_grad_norm_`, AdamW(foreach=True), and the moving average in a loop. It is not slowed down anywhere: text
+embeddings and reference features are looked up, backbone features are computed once per picture and serve reward and
+head training alike, one step index is looked up per step and not per picture, nothing is logged inside the loops, and
+anomaly detection is off.
+
+It shares no code with advgrpo but the configuration; tests hold its latents, log-probabilities, rewards and gradients
+against the trainer's.
+
+Shapes: M pictures of a tile, B of an iteration, latents [M, C, h, w] float32, velocities the same, D features, n
+chosen patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advgrpo.config import Config
+
+from .stock_model import LoraLinear, StockTransformer
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+SUPPORTED = {
+    ("adversary", "kind"): ("dino",),
+    ("adversary", "schedule"): ("always", "never", "when_fooled"),
+    ("model", "train"): ("lora",),
+}
+
+
+def check_settings(config: Config) -> None:
+    """Raises ValueError for a setting that would make B0 do other work than ours."""
+    for (section, field_name), values in SUPPORTED.items():
+        value = getattr(getattr(config, section), field_name)
+        if value not in values:
+            raise ValueError(f"B0 has no {section}.{field_name} = {value!r}; want one of {values}")
+
+
+class FlowScheduler:
+    """SD3's flow-matching Euler schedule with a fixed shift, as a diffusers scheduler object keeps it."""
+
+    def __init__(self, device: torch.device, *, shift: float = 3.0, train_steps: int = 1000) -> None:
+        self.device, self.shift, self.train_steps = device, shift, train_steps
+        self.timesteps = self.sigmas = torch.empty(0)
+
+    def set_timesteps(self, count: int) -> None:
+        """The shift is applied to the ends of the training schedule and once more to what lies between them."""
+        last = self._shifted(torch.tensor(1.0 / self.train_steps, dtype=torch.float64)).item()
+        sigmas = self._shifted(torch.linspace(1.0, last, count, dtype=torch.float64)).float()
+        self.timesteps = (sigmas * self.train_steps).to(self.device)
+        self.sigmas = torch.cat([sigmas, torch.zeros(1)]).to(self.device)
+
+    def _shifted(self, sigma: Tensor) -> Tensor:
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def index_for_timestep(self, timestep: Tensor) -> int:
+        return (self.timesteps == timestep).nonzero()[0].item()
+
+    def euler_step(self, velocity: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
+        index = self.index_for_timestep(timestep)
+        return latents + (self.sigmas[index + 1] - self.sigmas[index]) * velocity.float()
+
+    def transition(
+        self, velocity: Tensor, timestep: Tensor, latents: Tensor, dynamics: str, noise_level: float
+    ) -> tuple[Tensor, Tensor]:
+        """Mean [M, ...] and standard deviation (scalar) of the next latents (METHOD section 2)."""
+        index = self.index_for_timestep(timestep)
+        sigma, sigma_next, velocity = self.sigmas[index], self.sigmas[index + 1], velocity.float()
+        if dynamics == "flow_cps":
+            std = sigma_next * math.sin(noise_level * math.pi / 2)
+            clean = latents - sigma * velocity
+            noise = latents + velocity * (1 - sigma)
+            return clean * (1 - sigma_next) + noise * torch.sqrt(sigma_next**2 - std**2), std
+        sigma_max, dt = self.sigmas[1].item(), sigma_next - sigma
+        diffusion = torch.full_like(sigma, noise_level)
+        if dynamics == "flow_sde":
+            diffusion = torch.sqrt(sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))) * noise_level
+        drift = diffusion**2 / (2 * sigma)
+        mean = latents * (1 + drift * dt) + velocity * (1 + drift * (1 - sigma)) * dt
+        return mean, diffusion * torch.sqrt(-dt)
+
+
+def log_likelihood(value: Tensor, mean: Tensor, std: Tensor, likelihood: str) -> Tensor:
+    """[M] the log-density of `value`, averaged over the elements of a picture."""
+    log_prob = -((value.detach() - mean) ** 2)
+    if likelihood == "gaussian":
+        log_prob = log_prob / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi))
+    return log_prob.mean(dim=tuple(range(1, log_prob.ndim)))
+
+
+@dataclass
+class Step:
+    """One stochastic step of a tile."""
+
+    timestep: Tensor
+    latents: Tensor  # [M, C, h, w]
+    next_latents: Tensor
+    log_prob: Tensor  # [M]
+
+
+@dataclass
+class Tile:
+    """Pictures that are computed together."""
+
+    captions: list[str]  # [M]
+    conditioning: tuple[Tensor, Tensor]  # what `Baseline.conditioning` says of them
+    steps: list[Step]
+    latents: Tensor  # [M, C, h, w] the last ones
+    images: Tensor  # [M, 3, H, W] in [0, 1]
+
+
+@dataclass
+class Features:
+    cls: Tensor  # [B, D] float32
+    patches: Tensor  # [B, P, D] float32, or [B, n, D]
+
+    def rows(self, index: Tensor) -> Features:
+        return Features(self.cls[index], self.patches[index])
+
+
+@dataclass
+class Replay:
+    """Older generations' features, the newest last."""
+
+    capacity: int
+    kept: Features | None = None
+
+    def add(self, new: Features) -> None:
+        if self.kept is not None:
+            new = Features(*(torch.cat(both) for both in zip(vars(self.kept).values(), vars(new).values())))
+        self.kept = Features(new.cls[-self.capacity :], new.patches[-self.capacity :])
+
+
+@dataclass
+class Baseline:
+    """The models of a run and its optimizers.
+
+    Args:
+        config: the same as ours runs with.
+        transformer: with adapters (`add_lora`), on the device, in the compute dtype.
+        decode: latents [M, C, h, w] -> pictures [M, 3, H, W] in [0, 1], float32.
+        backbone: a frozen DINOv2, in its dtype.
+        head: Linear, GELU, Linear in float32.
+        texts: caption -> (text [S, E], pooled [E']) on the device, "" for the unconditional one.
+        references: caption -> features of its reference pictures, on the device.
+    """
+
+    config: Config
+    transformer: StockTransformer
+    decode: Callable[[Tensor], Tensor]
+    backbone: nn.Module
+    head: nn.Sequential
+    texts: Mapping[str, tuple[Tensor, Tensor]]
+    references: Mapping[str, Features]
+    device: torch.device
+    latent_shape: tuple[int, int, int]
+    shift: float = 3.0
+    scheduler: FlowScheduler = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_settings(self.config)
+        update, adversary = self.config.update, self.config.adversary
+        self.scheduler = FlowScheduler(self.device, shift=self.shift)
+        self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained,
+            lr=update.learning_rate,
+            betas=update.betas,
+            eps=update.eps,
+            weight_decay=update.weight_decay,
+            foreach=True,
+        )
+        self.averages = [p.detach().clone() for p in self.trained]
+        self.head_optimizer = torch.optim.Adam(
+            self.head.parameters(), lr=adversary.learning_rate, betas=adversary.betas
+        )
+        self.replay = Replay(adversary.replay_capacity)
+        self.transformer.gradient_checkpointing = self.config.model.gradient_checkpointing
+        self.mean, self.std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in IMAGENET)
+
+    def conditioning(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Text [M, S, E] and pooled [M, E'], the unconditional rows first where there is guidance."""
+        rows = list(captions) if self._guidance == 1.0 else [""] * len(captions) + list(captions)
+        text, pooled = zip(*(self.texts[caption] for caption in rows))
+        return torch.stack(text), torch.stack(pooled)
+
+    @property
+    def _guidance(self) -> float:
+        return self.config.rollout.guidance_scale
+
+    def velocity(self, latents: Tensor, timestep: Tensor, conditioning: tuple[Tensor, Tensor]) -> Tensor:
+        """Guided velocity [M, C, h, w]."""
+        guided = self._guidance != 1.0
+        inputs = torch.cat([latents, latents]) if guided else latents
+        dtype = self.transformer.proj_out.weight.dtype
+        velocity = self.transformer(inputs.to(dtype), *conditioning, timestep.expand(len(inputs)))
+        if guided:
+            unconditional, conditional = velocity.chunk(2)
+            velocity = unconditional + self._guidance * (conditional - unconditional)
+        return velocity
+
+    @torch.no_grad()
+    def sampler(
+        self,
+        captions: Sequence[str],
+        initial: Tensor,
+        window: Sequence[int],
+        noise: Mapping[int, Tensor] | None = None,
+    ) -> Tile:
+        """Denoise `initial` [M, C, h, w] for `captions`, with noise on the steps of `window`, and decode.
+
+        `noise` gives the draws of those steps by number; by default they are drawn here.
+        """
+        rollout = self.config.rollout
+        self.scheduler.set_timesteps(rollout.num_steps)
+        conditioning, latents, steps = self.conditioning(captions), initial, []
+        for number, timestep in enumerate(self.scheduler.timesteps):
+            velocity = self.velocity(latents, timestep, conditioning)
+            if number not in window:
+                latents = self.scheduler.euler_step(velocity, timestep, latents)
+                continue
+            mean, std = self.scheduler.transition(velocity, timestep, latents, rollout.dynamics, rollout.noise_level)
+            draw = torch.randn_like(mean) if noise is None else noise[number]
+            following = mean + std * draw
+            log_prob = log_likelihood(following, mean, std, rollout.likelihood)
+            steps.append(Step(timestep, latents, following, log_prob))
+            latents = following
+        return Tile(list(captions), conditioning, steps, latents, self.decode(latents))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """Backbone features of pictures [M, 3, H, W] in [0, 1]."""
+        size = self.config.adversary.image_size
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = (images - self.mean) / self.std
+        tokens = self.backbone(pixels.to(next(self.backbone.parameters()).dtype)).last_hidden_state
+        return Features(tokens[:, 0].float(), tokens[:, 1:].float())
+
+    def choose(self, features: Features) -> Features:
+        """n random patches of every picture."""
+        rows, patches, _ = features.patches.shape
+        order = torch.rand(rows, patches, device=self.device).argsort(dim=1)[:, : self.config.adversary.num_patches]
+        index = order[:, :, None].expand(-1, -1, features.patches.shape[2])
+        return Features(features.cls, features.patches.gather(1, index))
+
+    def scores(self, chosen: Features, *, normalize: bool) -> tuple[Tensor, Tensor]:
+        """The head's scores of class tokens [B] and of patches [B, n]."""
+        cls, patches = chosen.cls, chosen.patches
+        if normalize:
+            cls, patches = F.normalize(cls, dim=-1), F.normalize(patches, dim=-1)
+        return self.head(cls).squeeze(-1), self.head(patches).squeeze(-1)
+
+    @torch.no_grad()
+    def rewards(self, chosen: Features) -> Tensor:
+        """[B]"""
+        weights, normalize = self.config.adversary.reward_weights, self.config.adversary.normalize != "never"
+        of_cls, of_patches = self.scores(chosen, normalize=normalize)
+        return weights[0] * of_cls + weights[1] * of_patches.mean(dim=1)
+
+    def head_loss(self, reference: Features, generated: Features) -> Tensor:
+        """Hinge: references above 1, generations below -1; for class tokens and patches."""
+        weights, normalize = self.config.adversary.loss_weights, self.config.adversary.normalize == "always"
+        real, fake = (self.scores(side, normalize=normalize) for side in (reference, generated))
+        losses = [0.5 * (F.relu(1 - r).mean() + F.relu(1 + f).mean()) for r, f in zip(real, fake)]
+        return weights[0] * losses[0] + weights[1] * losses[1]
+
+    def adversary(self, generated: Features, reference: Features, updates: int) -> list[Tensor]:
+        """`updates` steps of the head on random batches, with older generations among the negatives; the losses."""
+        adversary, losses = self.config.adversary, []
+        count = min(adversary.batch_size, len(generated.cls))
+        for _ in range(updates):
+            picked = torch.randperm(len(generated.cls), device=self.device)[:count]
+            real, fake = self.choose(reference.rows(picked)), self.choose(generated.rows(picked))
+            if self.replay.kept is not None:
+                old = min(int(adversary.replay_share * count), count - 1)
+                slots = torch.randint(len(self.replay.kept.cls), (old,), device=self.device)
+                kept = self.replay.kept.rows(slots)
+                fake = Features(torch.cat([fake.cls[old:], kept.cls]), torch.cat([fake.patches[old:], kept.patches]))
+            loss = self.head_loss(real, fake)
+            self.head_optimizer.zero_grad()
+            loss.backward()
+            self.head_optimizer.step()
+            losses.append(loss.detach())
+        return losses
+
+    def remember(self, generated: Features) -> None:
+        """Some of this iteration's generations become later negatives: an eighth of the buffer at most."""
+        count = min(len(generated.cls), math.ceil(self.replay.capacity / 8))
+        if count:
+            self.replay.add(self.choose(generated.rows(torch.randperm(len(generated.cls), device=self.device)[:count])))
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """[B]; pictures of a prompt lie next to each other."""
+        section, groups = self.config.advantage, rewards.view(-1, self.config.rollout.group_size)
+        centred = groups - groups.mean(dim=1, keepdim=True)
+        if section.std == "group":
+            centred = centred / (groups.std(dim=1, correction=0, keepdim=True) + section.eps)
+        elif section.std == "global":
+            centred = centred / (rewards.std(correction=0) + section.eps)
+        return centred.flatten().clamp(-section.clip, section.clip)
+
+    def loss(self, tile: Tile, step: Step, advantages: Tensor) -> Tensor:
+        """The clipped objective of one step of a tile, by autograd through the likelihood."""
+        rollout, update = self.config.rollout, self.config.update
+        velocity = self.velocity(step.latents, step.timestep, tile.conditioning)
+        arguments = (step.timestep, step.latents, rollout.dynamics, rollout.noise_level)
+        mean, std = self.scheduler.transition(velocity, *arguments)
+        log_prob = log_likelihood(step.next_latents, mean, std, rollout.likelihood)
+        ratio = torch.exp(log_prob - step.log_prob)
+        clipped = torch.clamp(ratio, 1 - update.clip_range, 1 + update.clip_range)
+        loss = torch.maximum(-advantages * ratio, -advantages * clipped).mean()
+        if update.kl_weight > 0:
+            with torch.no_grad(), self.base():
+                base = self.velocity(step.latents, step.timestep, tile.conditioning)
+                reference, _ = self.scheduler.transition(base, *arguments)
+            kl = ((mean - reference) ** 2).mean()
+            loss = loss + update.kl_weight * (kl / (2 * std**2) if rollout.likelihood == "gaussian" else kl)
+        return loss
+
+    def base(self) -> _AdaptersOff:
+        return _AdaptersOff([m for m in self.transformer.modules() if isinstance(m, LoraLinear)])
+
+    def accumulate(self, tiles: Sequence[Tile], advantages: Sequence[Tensor]) -> None:
+        """Gradients of one optimizer step: the mean over its pictures and steps."""
+        total = sum(len(tile.captions) * len(tile.steps) for tile in tiles)
+        for tile, own in zip(tiles, advantages):
+            for step in tile.steps:
+                (self.loss(tile, step, own) * (len(tile.captions) / total)).backward()
+
+    def update(self, tiles: Sequence[Tile], advantages: Tensor) -> None:
+        """One optimizer and moving-average step for each of the iteration's optimizer windows."""
+        config = self.config
+        by_tile = advantages.split([len(tile.captions) for tile in tiles])
+        share = len(tiles) // config.update.optimizer_windows
+        for first in range(0, len(tiles), share):
+            self.accumulate(tiles[first : first + share], by_tile[first : first + share])
+            torch.nn.utils.clip_grad_norm_(self.trained, config.update.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            with torch.no_grad():
+                for average, parameter in zip(self.averages, self.trained):
+                    average.mul_(config.update.ema_decay).add_(parameter, alpha=1 - config.update.ema_decay)
+
+    def rollout(self, prompts: Sequence[str], window: Sequence[int]) -> list[Tile]:
+        """group_size pictures of every prompt, which share their initial noise, in tiles of micro_batch."""
+        rollout = self.config.rollout
+        captions = [prompt for prompt in prompts for _ in range(rollout.group_size)]
+        noise = torch.randn(len(prompts), *self.latent_shape, device=self.device)
+        noise = noise.repeat_interleave(rollout.group_size, dim=0)
+        size = rollout.micro_batch
+        starts = range(0, len(captions), size)
+        return [self.sampler(captions[i : i + size], noise[i : i + size], window) for i in starts]
+
+    def score(self, tiles: Sequence[Tile]) -> tuple[Features, Features, Tensor, Tensor]:
+        """Features of the pictures and of one reference each, and the rewards [B] of both."""
+        parts = [self.features(tile.images) for tile in tiles]
+        generated = Features(torch.cat([p.cls for p in parts]), torch.cat([p.patches for p in parts]))
+        candidates = [self.references[caption] for tile in tiles for caption in tile.captions]
+        picks = [int(draw * len(c.cls)) for c, draw in zip(candidates, torch.rand(len(candidates)).tolist())]
+        cls, patches = (torch.stack([getattr(c, n)[i] for c, i in zip(candidates, picks)]) for n in ("cls", "patches"))
+        reference = Features(cls, patches)
+        return generated, reference, self.rewards(self.choose(generated)), self.rewards(self.choose(reference))
+
+    def iteration(self, prompts: Sequence[str], window: Sequence[int]) -> dict[str, float]:
+        """Rollout, rewards, head updates when the schedule says so, generator update (METHOD section 7)."""
+        adversary = self.config.adversary
+        tiles = self.rollout(prompts, window)
+        generated, reference, rewards, of_reference = self.score(tiles)
+        metrics = {"reward_generated": rewards.mean().item(), "reward_reference": of_reference.mean().item()}
+        fooled = metrics["reward_generated"] > metrics["reward_reference"] - adversary.fooled_margin
+        due = {"always": True, "never": False, "when_fooled": fooled}[adversary.schedule]
+        self.adversary(generated, reference, adversary.updates_per_iteration if due else 0)
+        self.remember(generated)
+        self.update(tiles, self.advantages(rewards))
+        return metrics
+
+
+@dataclass
+class _AdaptersOff:
+    adapters: list[LoraLinear]
+
+    def __enter__(self) -> None:
+        self._set(False)
+
+    def __exit__(self, *error) -> None:
+        self._set(True)
+
+    def _set(self, enabled: bool) -> None:
+        for adapter in self.adapters:
+            adapter.enabled = enabled
