@@ -94,12 +94,12 @@ def test_scores_losses_and_gradients_are_those_of_the_whole_model(clip_folder, l
 def test_shares_of_a_batch_add_up_to_the_whole(clip_folder, objective):
     """Three processes, one of which holds no picture: losses, accuracies and gradients are sums."""
     adversary = pickscore(clip_folder, objective=objective)
+    storage = [p.grad.data_ptr() for p in adversary.parameters()]  # a captured graph writes where it did at first
     real, fake = (adversary.features(pictures(n), PROMPTS) for n in (3, 3))
     fake["hidden"].add_(0.3 * torch.randn(fake["hidden"].shape))
     whole = adversary.loss(real, fake)
     whole.loss.backward()
     expected = [p.grad.clone() for p in adversary.parameters()]
-    storage = [p.grad.data_ptr() for p in adversary.parameters()]
     adversary.optimizer.zero_grad(set_to_none=False)
     loss, accuracy = 0.0, 0.0
     for share in ((0,), (), (1, 2)):

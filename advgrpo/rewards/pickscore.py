@@ -24,7 +24,6 @@ from ..types import Features
 from .checks import check_batch, finite_scores
 from .clip_model import ClipModel
 from .head_adam import HeadAdam
-from .head_adam import HeadAdam
 
 SCALE = 26.0  # brings PickScore_v1's logits, about 17 to 26, to below 1
 
