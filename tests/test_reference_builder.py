@@ -1,10 +1,10 @@
 """Reference sets are drawn the same whatever interrupts, shards or reorders the work, and damage is found.
 
-Planted bugs that turned this file red: seeds keyed by the prompt's position, by the shard, or without the picture's
-number; only the missing part of a batch drawn; damaged pictures kept; a picture of another recipe kept; files written
-in place (the kill test); index written while pictures are missing; blank pictures kept; earlier prompts dropped from
-the index; duplicates found by bytes instead of pixels; missing files, small files and changed files not reported;
-guidance given to Qwen-Image as guidance_scale; its negative prompt left out.
+Planted bugs that turned this file red: seeds without the picture's number or without the prompt; only the missing part
+of a batch drawn; damaged pictures kept; a picture or a set of another recipe, or a foreign index, taken over; files
+written in place; index written while pictures are missing; shards that overlap; blank pictures and NaN kept; earlier
+prompts dropped from the index; duplicates found by bytes instead of pixels; missing, small, changed and unlisted files
+not reported; guidance given to Qwen-Image as guidance_scale; its negative prompt, the seeds or the arguments left out.
 """
 
 import inspect
@@ -145,6 +145,22 @@ def test_a_write_that_fails_leaves_no_half_picture(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write .*No space left"):
         build(tmp_path / "set")
     assert content(tmp_path / "set") == {}
+
+
+def test_an_index_that_cannot_be_written_leaves_the_old_one(whole, monkeypatch):
+    before = (whole / "references.json").read_bytes()
+
+    def full_disk(self, text, encoding):
+        self.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(UserError, match=r"cannot write manifest.json .*No space left"):
+            build(whole, ["a sixth"])
+    assert (whole / "references.json").read_bytes() == before
+    assert check_set(whole, PROMPTS).ok
+    assert build(whole, ["a sixth"]) == Built(kept=3)
 
 
 def test_more_prompts_join_the_set(whole):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import inspect
 import io
 import json
 import logging
@@ -19,8 +18,6 @@ import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +27,7 @@ import tyro
 from PIL import Image
 
 from ..errors import UserError
+from . import build_reward
 from .checks import finite_scores
 from .remote import PROTOCOL_VERSION
 
@@ -162,9 +160,11 @@ class Serve:
     """Serve a reward over HTTP."""
 
     reward: str
-    """Name of the reward: a module of advgrpo.rewards, such as rule or ocr."""
+    """Name of the reward, such as rule, ocr or pickscore."""
     options: str = "{}"
-    """Its keyword arguments as a JSON object."""
+    """Its options as a JSON object."""
+    device: str = "cpu"
+    """Where its model runs, if it has one."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
@@ -173,25 +173,6 @@ class Serve:
     """Folder with reference pictures and references.json, for rewards that compare with them."""
     prompts: Path | None = None
     """Prompt file; its prompts need references."""
-
-
-def build_reward(name: str, options: dict[str, Any]) -> Reward:
-    """The reward of module `advgrpo.rewards.<name>`: its class whose `name` is the module's.
-
-    Raises:
-        UserError: no such reward, or keyword arguments it does not have.
-    """
-    classes = []
-    if name.isidentifier() and find_spec(f"{__package__}.{name}") is not None:
-        module = import_module(f"{__package__}.{name}")
-        classes = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if getattr(kind, "name", "") == name]
-    if not classes:
-        raise UserError(f"--reward {name}: advgrpo.rewards has no reward of that name")
-    known = inspect.signature(classes[0]).parameters
-    for key in options:
-        if key not in known:
-            raise UserError(f"--options: reward {name} has no argument {key!r}; it has {', '.join(known) or 'none'}")
-    return classes[0](**options)
 
 
 def serve(settings: Serve) -> None:
@@ -204,13 +185,13 @@ def serve(settings: Serve) -> None:
     except ValueError as error:
         raise UserError(f"--options {settings.options!r} is not JSON ({error})") from None
     if not isinstance(options, dict):
-        raise UserError(f"--options {settings.options!r} is not a JSON object of keyword arguments")
+        raise UserError(f"--options {settings.options!r} is not a JSON object of options")
     if (settings.references is None) != (settings.prompts is None):
         raise UserError("--references and --prompts belong together: give both or neither")
     references = None
     if settings.references is not None:
         references = ReferenceSet.load(settings.references, [p.text for p in load_prompts(settings.prompts)])
-    reward = build_reward(settings.reward, options)
+    reward = build_reward(settings.reward, **{"device": settings.device, **options})
     with make_server(reward, host=settings.host, port=settings.port, references=references) as server:
         host, port = server.server_address[:2]
         print(f"serving reward {reward.name} at http://{host}:{port}", flush=True)
