@@ -107,6 +107,8 @@ def test_bfloat16_is_channels_last_throughout():
     for module in decoder.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda _m, inputs, output: seen.extend((*inputs, output)))
+    norms = [p for name, p in decoder.named_parameters() if "norm" in name]
+    assert {p.dtype for p in norms} == {torch.float32}
     decoder.images(latents_for(1))
     assert len(seen) > 60
     assert all(t.dtype == torch.bfloat16 and t.is_contiguous(memory_format=torch.channels_last) for t in seen)
@@ -149,7 +151,8 @@ def test_gate_refuses_bfloat16_statistics(pair, monkeypatch):
         values = x.reshape(len(x), groups, -1)
         mean, square = (sum_in_bfloat16(v) / values.shape[2] for v in (values, values * values))
         normed = (values - mean) * ((square - mean * mean).clamp_min(0) + eps).rsqrt()
-        return torch.addcmul(bias.view(1, -1, 1, 1), normed.reshape(x.shape), weight.view(1, -1, 1, 1))
+        weight, bias = (t.to(x.dtype).view(1, -1, 1, 1) for t in (weight, bias))
+        return torch.addcmul(bias, normed.reshape(x.shape), weight)
 
     def sum_in_bfloat16(values):
         total = torch.zeros_like(values[..., :1])

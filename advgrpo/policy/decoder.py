@@ -89,18 +89,15 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     if x.dtype == torch.float32:
         return F.group_norm(x, groups, weight.float(), bias.float(), eps)
     batch, channels, height, width = x.shape
-    pixels = height * width
-    # Rows first, then their sums: one float32 chain over all pixels loses three digits.
-    mean = x.sum(3, dtype=torch.float32).sum(2).div_(pixels)  # [B, C]
-    square = torch.linalg.vector_norm(x, dim=3, dtype=torch.float32).square_().sum(2).div_(pixels)
-    variance = (square - mean * mean).clamp_min_(0)
+    # Rows first, then over them: one float32 chain over all pixels loses three digits.
+    mean = x.mean(3, dtype=torch.float32).mean(2)  # [B, C]
+    square = torch.linalg.vector_norm(x, dim=3, dtype=torch.float32).square_().sum(2).div_(height * width)
+    variance = square.addcmul_(mean, mean, value=-1).clamp_min_(0)
     of_means, group_mean = torch.var_mean(mean.view(batch, groups, -1), dim=2, correction=0, keepdim=True)
-    inverse = (variance.view(batch, groups, -1).mean(2, keepdim=True) + of_means + eps).rsqrt_()
-    scale = (inverse * weight.float().view(1, groups, -1)).view(batch, channels, 1, 1)
-    shift = torch.addcmul(
-        bias.float().view(1, channels, 1, 1), group_mean.expand(-1, -1, channels // groups).reshape_as(scale), scale,
-        value=-1,
-    )  # fmt: skip
+    inverse = of_means.add_(variance.view(batch, groups, -1).mean(2, keepdim=True)).add_(eps).rsqrt_()
+    scale = inverse * weight.float().view(1, groups, -1)  # [B, G, C / G]
+    shift = torch.addcmul(bias.float().view(1, groups, -1), group_mean, scale, value=-1)
+    shift, scale = (t.view(batch, channels, 1, 1) for t in (shift, scale))
     return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
 
 
@@ -229,7 +226,11 @@ class Decoder(nn.Module):
             channels = config.latent_channels
             self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
         self.layout = torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format
-        self.to(dtype=dtype).to_empty(device=device)
+        self.to(dtype=dtype)
+        for module in self.modules():
+            if isinstance(module, _Norm):
+                module.float()
+        self.to_empty(device=device)
         self.to(memory_format=self.layout)
         self.requires_grad_(False).eval()
 
