@@ -97,6 +97,10 @@ class DataSection(_Section):
     """Prompts for evaluation only; empty switches evaluation off."""
     references: str = ""
     """Folder with references.json: {prompt: [picture files]}; must cover both prompt lists; "tiny" for the shipped."""
+    style: str = ""
+    """Folder of pictures without prompts that are the references of every prompt (style transfer), instead."""
+    reference_count: Annotated[int, Field(ge=0)] = 0
+    """Train with only N reference pictures: on prompts in a seeded order until theirs make N; 0 takes all."""
     min_reference_size: Positive = 256
     """Smallest accepted side of a reference picture, in pixels."""
     cache_dir: str = "~/.cache/advgrpo"
@@ -187,10 +191,15 @@ class UpdateSection(_Section):
 class AdversarySection(_Section):
     """The learned reward: a head on frozen DINOv2 features (METHOD section 6)."""
 
-    kind: Literal["dino"] = "dino"
-    """Which discriminator; see advgrpo/rewards."""
+    kind: Literal["dino", "siglip", "pickscore", "none"] = "dino"
+    """What discriminates: a head on DINOv2 or SigLIP features, the last layers of PickScore, or nothing (fixed
+    rewards only: Flow-GRPO)."""
     backbone: str = "facebook/dinov2-large"
-    """Dinov2Model folder or hub id; "tiny" for the shipped one."""
+    """Folder or hub id of its model (a CLIPModel for pickscore); "tiny" for the shipped one."""
+    trainable_layers: Positive = 2
+    """Kind pickscore: how many of the last vision layers learn (paper 2, released 1)."""
+    objective: Literal["binary", "pairwise"] = "binary"
+    """Kind pickscore: cross-entropy of each picture, or of (reference, generation) pairs (released)."""
     image_size: Positive = 518
     """Pictures are resized to this before the backbone."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -235,6 +244,126 @@ class AdversarySection(_Section):
     """Patch features kept per reference (a random subset when the backbone has more)."""
 
 
+class RewardSection(_Section):
+    """How one reward counts in the total (rewards/compose.py)."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight in the sum; 0 leaves the reward out."""
+    normalize: Literal["none", "group", "global"] = "none"
+    """As it is, or with mean 0 and standard deviation 1 over the prompt's group or over the iteration."""
+    gate: float | None = None
+    """Pictures whose raw reward is below this get their group's lowest total."""
+
+    @property
+    def used(self) -> bool:
+        return self.weight > 0 or self.gate is not None
+
+    def options(self) -> dict[str, Any]:
+        """What the reward itself is built with."""
+        return {n: getattr(self, n) for n in type(self).model_fields if n not in RewardSection.model_fields}
+
+
+class AdversaryReward(RewardSection):
+    """The learned reward of section `adversary`."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight in the sum."""
+
+
+class PickScoreReward(RewardSection):
+    """PickScore, fixed: logit_scale * cos(text, image) / 26."""
+
+    path: str = "yuvalkirstain/PickScore_v1"
+    """CLIPModel folder or hub id; "tiny" for the shipped one."""
+    processor: str | None = None
+    """Where tokenizer and preprocessor come from; unset: beside the model."""
+
+
+class ClipSimilarityReward(RewardSection):
+    """CLIP cosine of picture and prompt."""
+
+    path: str = "openai/clip-vit-large-patch14"
+    """CLIPModel folder or hub id; "tiny" for the shipped one."""
+
+
+class ClipReferenceSimilarityReward(ClipSimilarityReward):
+    """CLIP cosine of picture and the prompt's references (eq. 8)."""
+
+    reduction: Literal["mean", "max"] = "mean"
+    """Over the references."""
+
+
+class DinoSimilarityReward(RewardSection):
+    """DINOv2 cosine of picture and the prompt's references."""
+
+    path: str = "facebook/dinov2-base"
+    """Dinov2Model folder or hub id; "tiny" for the shipped one."""
+    image_size: Positive = 518
+    """Pictures are resized to this."""
+    reduction: Literal["mean", "max"] = "mean"
+    """Over the references; the released code's OCR partner is max."""
+
+
+class AestheticReward(RewardSection):
+    """A head on CLIP embeddings (LAION's aesthetic predictors)."""
+
+    head: str = ""
+    """safetensors file of the head."""
+    path: str = "openai/clip-vit-large-patch14"
+    """CLIPModel folder or hub id."""
+
+
+class OcrReward(RewardSection):
+    """Edit distance of the text read in the picture to the prompt's quoted text."""
+
+    detection_size: Positive = 736
+    """Pictures are scaled up to this side before text is looked for."""
+    workers: Positive = 1
+    """Threads that read."""
+
+
+class RuleReward(RewardSection):
+    """The tiny world's rule-based judge."""
+
+    strict: bool = False
+    """1 or 0 for the whole picture instead of a graded score."""
+
+
+class RemoteReward(RewardSection):
+    """A scorer behind HTTP (rewards/remote.py)."""
+
+    url: str = ""
+    """Where to POST pictures and prompts, e.g. http://host:8000/score."""
+    batch_size: Positive = 16
+    """Pictures per request."""
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds a request may take."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Further attempts after a lost connection, a time-out or a server error."""
+
+
+class RewardsSection(_Section):
+    """What the generator is trained on: a weighted sum (eq. 8)."""
+
+    adversary: AdversaryReward = AdversaryReward()
+    pickscore: PickScoreReward = PickScoreReward()
+    clip_similarity: ClipSimilarityReward = ClipSimilarityReward()
+    clip_reference_similarity: ClipReferenceSimilarityReward = ClipReferenceSimilarityReward()
+    dino_similarity: DinoSimilarityReward = DinoSimilarityReward()
+    aesthetic: AestheticReward = AestheticReward()
+    ocr: OcrReward = OcrReward()
+    rule: RuleReward = RuleReward()
+    remote: RemoteReward = RemoteReward()
+
+    def sections(self) -> dict[str, RewardSection]:
+        """Every reward's section by name."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def fixed(self) -> dict[str, RewardSection]:
+        """Those in use that do not learn."""
+        return {name: section for name, section in self.sections().items() if name != "adversary" and section.used}
+
+
 class EvaluationSection(_Section):
     """Held-out evaluation: fixed prompts, fixed noise, exported (EMA) weights."""
 
@@ -248,8 +377,14 @@ class EvaluationSection(_Section):
     """Sampler steps in evaluation."""
     guidance_scale: Annotated[float, Field(ge=1)] = 4.5
     """Classifier-free guidance in evaluation."""
-    metrics: tuple[Literal["dino_similarity", "rule_accuracy"], ...] = ("dino_similarity",)
-    """dino_similarity to the prompt's own references; rule_accuracy needs captions of the tiny world."""
+    metrics: tuple[str, ...] = ("dino_similarity",)
+    """Names of rewards, with the options of section rewards; dino_similarity is to the prompt's own references, by
+    `backbone`; rule_accuracy is the strict verdict on captions of the tiny world; saturation, dark_share and
+    edge_density are statistics of the pictures."""
+    backbone: str = ""
+    """Dinov2Model for dino_similarity and the monitor; empty: the adversary's, when that is DINO."""
+    backbone_image_size: Positive = 518
+    """Pictures are resized to this before it."""
     grid_prompts: Positive = 6
     """Prompts shown in the sample grids."""
 
@@ -329,6 +464,7 @@ class Config(_Section):
     advantage: AdvantageSection = AdvantageSection()
     update: UpdateSection = UpdateSection()
     adversary: AdversarySection = AdversarySection()
+    rewards: RewardsSection = RewardsSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
     monitor: MonitorSection = MonitorSection()
@@ -444,9 +580,9 @@ def check(config: Config, world_size: int) -> None:
             f"{len(eligible_steps(config))} usable steps, fewer than size = {window.size}; widen noise_range"
         )
     _check_precision(config)
-    for name in ("prompts", "references"):
-        if not getattr(config.data, name):
-            raise UserError(f"data.{name} is empty: pass --data.{name} PATH")
+    _check_rewards(config)
+    if not config.data.prompts:
+        raise UserError("data.prompts is empty: pass --data.prompts PATH")
     if config.model.resolution % 8:
         raise UserError(f"model.resolution = {config.model.resolution}: want a multiple of 8")
 
@@ -471,6 +607,38 @@ def _check_precision(config: Config) -> None:
         raise UserError(f"model.lora.start_from = {start!r} needs model.train = lora")
     if start and not Path(start).expanduser().is_dir():
         raise UserError(f"model.lora.start_from = {start!r} is not a folder; pass one that OUT/lora was exported to")
+
+
+NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
+
+
+def needs_references(config: Config) -> list[str]:
+    """The settings that compare pictures with references."""
+    learned = ["adversary.kind"] if config.adversary.kind != "none" else []
+    fixed = [f"rewards.{name}" for name in config.rewards.fixed() if name in NEED_REFERENCES]
+    evaluated = [f"evaluation.metrics: {name}" for name in config.evaluation.metrics if name in NEED_REFERENCES]
+    return [*learned, *fixed, *(evaluated if config.data.held_out_prompts else [])]
+
+
+def _check_rewards(config: Config) -> None:
+    """Something rewards the generator, whatever is learned is used, and references are there for those who compare."""
+    kind, rewards = config.adversary.kind, config.rewards
+    if kind == "none" and not any(section.weight for section in rewards.fixed().values()):
+        names = ", ".join(name for name in rewards.sections() if name != "adversary")
+        raise UserError(f"adversary.kind = none and no fixed reward: give one of rewards.{{{names}}}.weight")
+    if kind != "none" and not rewards.adversary.used:
+        raise UserError(
+            f"rewards.adversary.weight = 0: the adversary {kind} would learn for nothing; set adversary.kind = none"
+        )
+    for name, field in (("aesthetic", "head"), ("remote", "url")):
+        section = getattr(rewards, name)
+        if section.used and not getattr(section, field):
+            raise UserError(f"rewards.{name}.{field} is empty: rewards.{name} needs it")
+    if config.data.references and config.data.style:
+        raise UserError("data.references and data.style are both set: leave one empty")
+    needed = needs_references(config)
+    if needed and not (config.data.references or config.data.style):
+        raise UserError(f"data.references is empty, but {needed[0]} needs references: pass --data.references PATH")
 
 
 def eligible_steps(config: Config) -> list[int]:

@@ -7,20 +7,22 @@ same noise, whatever the number of processes.
 from __future__ import annotations
 
 import contextlib
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from . import rng
 from .config import Config
-from .data.reference_features import ReferenceFeatures
+from .data.references import ReferenceSet
 from .distributed import Distributed
+from .errors import UserError
+from .picture_statistics import STATISTICS, picture_statistics
 from .policy.base import Policy
 from .policy.dynamics import step_table
 from .policy.sampler import Sampler
-from .rewards.base import Adversary
-from .rewards.reference_similarity import reference_cosine
-from .types import Features
+from .rewards.base import Reward
 
 _STRIDE = 1000  # picture k of prompt p has id p * _STRIDE + k
 
@@ -28,8 +30,8 @@ _STRIDE = 1000  # picture k of prompt p has id p * _STRIDE + k
 @dataclass
 class Evaluator:
     policy: Policy
-    adversary: Adversary
-    references: ReferenceFeatures
+    metrics: Mapping[str, Reward]
+    references: ReferenceSet | None
     prompts: list[str]
     config: Config
     distributed: Distributed
@@ -43,14 +45,14 @@ class Evaluator:
         """Means over all held-out pictures, keyed "eval_<metric>"; the same on every process."""
         numbers = range(self.distributed.rank, len(self.prompts), self.distributed.world_size)
         at_once = max(1, self.config.rollout.micro_batch // images_per_prompt)
-        scores = {name: [] for name in self.config.evaluation.metrics}
+        scores = {name: [] for name in self.metrics}
         with self.distributed.monitored("evaluate"):  # shares differ in time; the gather below does not wait for them
             for start in range(0, len(numbers), at_once):
                 part = numbers[start : start + at_once]
                 prompts = [self.prompts[number] for number in part for _ in range(images_per_prompt)]
                 images = self.pictures(prompts, torch.cat([self.ids(n, images_per_prompt) for n in part]))
                 for name, values in scores.items():
-                    values.append(_METRICS[name](self, images, prompts))
+                    values.append(self.metrics[name].score(images, prompts, self.references))
         result = {}
         for name, values in scores.items():
             local = torch.cat(values).double() if values else torch.zeros(0, dtype=torch.float64)
@@ -88,18 +90,24 @@ class Evaluator:
         """[count] picture numbers of prompt `number`, which key their noise."""
         return number * _STRIDE + torch.arange(count)
 
-    def _dino_similarity(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        return similarity(self.adversary.features(images, prompts), self.references, prompts)
 
-    def _rule_accuracy(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        from .tiny.judge import judge
+class PictureStatistic:
+    """The `Reward` protocol over one of picture_statistics.py's numbers: a metric, never trained on."""
 
-        return judge(images.cpu(), prompts).correct.float()
+    NAMES = STATISTICS
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
+        return picture_statistics(images)[self.name]
 
 
-_METRICS = {"dino_similarity": Evaluator._dino_similarity, "rule_accuracy": Evaluator._rule_accuracy}
-
-
-def similarity(features: Features, references: ReferenceFeatures, prompts: list[str]) -> torch.Tensor:
-    """[B] mean cosine of class tokens to those of each prompt's own references, as the paper reports it."""
-    return reference_cosine(features["cls"], prompts, lambda prompt: references.prompt(prompt)["cls"])
+def check_metrics(names: Sequence[str], sections: Mapping[str, object]) -> None:
+    """UserError naming the nearest metric for one that does not exist."""
+    known = [*(name for name in sections if name != "adversary"), "rule_accuracy", *STATISTICS]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"evaluation.metrics: unknown metric {name!r}; {hint}")

@@ -215,7 +215,7 @@ class RewardHacking(RedFlag):
         if pictures is None or reward is None or spread is None or metrics.get("grad_norm") is None:
             return None  # an iteration that does not train the generator says nothing about what training does
         lead = reward - (metrics.get("reward_reference") or 0.0)
-        offsets = {name: pictures.generated[name] - pictures.reference[name] for name in STATISTICS}
+        offsets = {name: pictures.generated[name] - pictures.reference.get(name, 0.0) for name in STATISTICS}
         return {"lead": lead, "spread": spread, **offsets}
 
     def advice(self):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .data.references import ReferenceSet
 from .distributed import Distributed
-from .types import Features, Rollout
+from .types import Rollout
 
 STATISTICS = ("saturation", "dark_share", "edge_density")
 _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
@@ -72,8 +72,8 @@ class PictureStatistics:
     """Means over an iteration's pictures; `reference` weighs every prompt as often as it was drawn."""
 
     generated: dict[str, float]
-    reference: dict[str, float]
-    group_diversity: float
+    reference: dict[str, float]  # empty in a run without references
+    group_diversity: float | None  # None where no DINO looks at the pictures
 
     def metrics(self) -> dict[str, float]:
         """As they are logged: monitor_<statistic>, monitor_reference_<statistic>, monitor_group_diversity."""
@@ -101,34 +101,31 @@ class ReferenceStatistics:
 
 
 def measure(
-    rollout: Rollout, features: Features, references: ReferenceStatistics, group_size: int, distributed: Distributed
+    rollout: Rollout,
+    embeddings: torch.Tensor | None,
+    references: ReferenceStatistics | None,
+    group_size: int,
+    distributed: Distributed,
 ) -> PictureStatistics:
     """Statistics of an iteration's pictures over all processes, the same on each.
 
     Args:
         rollout: this process's pictures.
-        features: the adversary's of them, in the rollout's order.
+        embeddings: [B, D] their DINO class tokens, in the rollout's order, if there is a DINO.
+        references: of the same prompts, if the run has any.
     """
     images = torch.cat([tile.images for tile in rollout.tiles])
-    size = tuple(images.shape[-2:])
-    own = torch.stack([references.prompt(prompt, size) for prompt in rollout.prompts])
-    columns = torch.cat([_columns(images), own.to(images.device)], dim=1)
+    columns = _columns(images)
+    if references is not None:
+        own = torch.stack([references.prompt(prompt, tuple(images.shape[-2:])) for prompt in rollout.prompts])
+        columns = torch.cat([columns, own.to(images.device)], dim=1)
     order = distributed.all_gather(rollout.image_ids.to(columns.device)).argsort()
     means = distributed.all_gather(columns)[order].double().mean(0).tolist()
-    count = len(STATISTICS)
-    return PictureStatistics(
-        dict(zip(STATISTICS, means[:count])),
-        dict(zip(STATISTICS, means[count:])),
-        group_diversity(distributed.all_gather(embedding(features))[order.to(features.device)], group_size).item(),
-    )
-
-
-def embedding(features: Features) -> torch.Tensor:
-    """[B, D] of each picture: its class token where the adversary has one (DINO), else the mean of its first tokens."""
-    if "cls" in features.tensors:
-        return features["cls"]
-    first = next(iter(features.tensors.values()))
-    return first.float().flatten(1, -2).mean(1) if first.dim() > 2 else first
+    count, diversity = len(STATISTICS), None
+    if embeddings is not None:
+        by_id = distributed.all_gather(embeddings)[order.to(embeddings.device)]
+        diversity = group_diversity(by_id, group_size).item()
+    return PictureStatistics(dict(zip(STATISTICS, means[:count])), dict(zip(STATISTICS, means[count:])), diversity)
 
 
 def _columns(images: torch.Tensor) -> torch.Tensor:

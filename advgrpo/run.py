@@ -18,10 +18,9 @@ from rich.console import Console
 
 from . import checkpoint as checkpoints
 from . import config as configuration
+from .build import build_adversary, build_metrics, build_observer, build_policy, build_scorer
 from .config import Config
-from .data.prompts import load_prompts
-from .data.reference_features import ReferenceFeatures
-from .data.references import ReferenceSet
+from .data.sources import Sources
 from .distributed import Distributed
 from .errors import UserError
 from .evaluation import Evaluator
@@ -29,8 +28,6 @@ from .fast import FastPaths
 from .graphs import CudaGraphs
 from .monitor import Flag
 from .plots import draw_curves, draw_grid
-from .policy.sd3 import SD3Policy
-from .rewards import adversary_class
 from .tracking import METRICS_FILE, Tracker, load_metrics
 from .trainer import Trainer
 
@@ -47,52 +44,6 @@ _FREE_TO_CHANGE = (
     "evaluation.every",
     "monitor",
 )
-
-
-def tiny_paths(config: Config) -> dict[str, str]:
-    """data.* with "tiny" replaced by the shipped files."""
-    from . import tiny
-
-    shipped = {
-        "prompts": tiny.prompts_file,
-        "held_out_prompts": tiny.held_out_prompts_file,
-        "references": tiny.reference_dir,
-    }
-    return {
-        name: str(path()) if getattr(config.data, name) == "tiny" else getattr(config.data, name)
-        for name, path in shipped.items()
-    }
-
-
-class Data:
-    """Prompts and references, read and checked before any model is loaded."""
-
-    def __init__(self, config: Config):
-        paths = tiny_paths(config)
-        self.prompts = [p.text for p in load_prompts(paths["prompts"])]
-        held_out = paths["held_out_prompts"]
-        self.held_out = [p.text for p in load_prompts(held_out)] if held_out else []
-        both = set(self.prompts) & set(self.held_out)
-        if both:
-            raise UserError(
-                f"data.held_out_prompts shares {len(both)} prompts with data.prompts, first {min(both)!r}; remove "
-                "them, or evaluation measures memory"
-            )
-        if "rule_accuracy" in config.evaluation.metrics:
-            _check_captions(self.held_out)
-        self.references = ReferenceSet.load(
-            paths["references"], self.prompts + self.held_out, min_size=config.data.min_reference_size
-        )
-
-
-def _check_captions(prompts: list[str]) -> None:
-    from .tiny.shapes import Scene
-
-    for prompt in prompts:
-        try:
-            Scene.parse(prompt)
-        except ValueError as error:
-            raise UserError(f"evaluation.metrics: rule_accuracy judges the tiny world only; {error}") from error
 
 
 def prepare_output(folder: Path) -> None:
@@ -113,7 +64,7 @@ class Run:
         self.config, self.distributed, self.console = config, distributed, console
         self.folder = Path(config.output_dir)
         configuration.check(config, distributed.world_size)
-        data = Data(config)
+        sources = Sources.read(config)
         saved = self._find_checkpoint() if resume else None
         if distributed.is_main:
             prepare_output(self.folder)
@@ -126,44 +77,29 @@ class Run:
         if distributed.is_main:
             fast.print(console)
         with distributed.monitored("load the models"):
-            self.trainer, self.evaluator = self._build(data, fast)
+            self.trainer, self.evaluator = self._build(sources, fast)
         self.base: dict[str, float] = {}
         self.samples: dict[str, list] = {}
         if saved is not None:
             self._restore(*saved)
         self._stop_signal: str | None = None
 
-    def _build(self, data: Data, fast: FastPaths) -> tuple[Trainer, Evaluator]:
+    def _build(self, sources: Sources, fast: FastPaths) -> tuple[Trainer, Evaluator]:
         config, distributed = self.config, self.distributed
-        cache = Path(config.data.cache_dir).expanduser()
-        policy = SD3Policy(
-            config.model,
-            device=distributed.device,
-            cache_dir=cache,
-            seed=config.seed,
-            fused=fast.fused,
-            precision=config.rollout.precision,
-        )
-        adversary = adversary_class(config.adversary.kind)(
-            config.adversary, device=distributed.device, seed=config.seed
-        )
-        mine = ["", *data.prompts, *data.held_out][distributed.rank :: distributed.world_size]
-        missing = policy.text_cache.missing(mine)
-        if missing:
-            self.console.print(f"encoding {len(missing)} prompts into {cache}")
-            policy.text_cache.fill(missing)
-        references = ReferenceFeatures(data.references, adversary, cache)
+        policy = build_policy(config, sources, distributed, fast, self.console)
+        adversary = build_adversary(config, distributed.device)
+        observer = build_observer(config, adversary, distributed.device)
+        metrics = build_metrics(config, sources, observer, distributed.device)
         trainer = Trainer(
             config,
             policy=policy,
-            adversary=adversary,
-            references=references,
-            prompts=data.prompts,
+            scorer=build_scorer(config, sources, adversary, observer, distributed),
+            prompts=sources.prompts,
             distributed=distributed,
             fast=fast,
             graphs=CudaGraphs(distributed.device) if fast.graphs else None,
         )
-        return trainer, Evaluator(policy, adversary, references, data.held_out, config, distributed)
+        return trainer, Evaluator(policy, metrics, sources.references, sources.held_out, config, distributed)
 
     def train(self) -> None:
         """Train to config.iterations; on SIGINT or SIGTERM save a checkpoint and return."""
@@ -267,10 +203,11 @@ class Run:
         rows = []
         for number, (prompt, _) in enumerate(self.samples["base"]):
             blocks = [(column, pictures[number][1]) for column, pictures in self.samples.items()]
-            files = self.evaluator.references.references.files(prompt)[:4]
-            size = blocks[0][1].shape[-2:]
-            references = self.evaluator.references.references.load_images(files, size=tuple(size))
-            rows.append((prompt, [*blocks, ("references", references)]))
+            references = self.evaluator.references
+            if references is not None:
+                size = tuple(blocks[0][1].shape[-2:])
+                blocks.append(("references", references.load_images(references.files(prompt)[:4], size=size)))
+            rows.append((prompt, blocks))
         (self.folder / "samples").mkdir(exist_ok=True)
         draw_grid(rows, self.folder / "samples" / f"{name}.png")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 
@@ -14,10 +13,8 @@ from .adversary import Due, HeadBatch, HeadTrainer, due
 from .checkpoint import pack_optimizer, unpack_optimizer
 from .config import Config
 from .data.prompts import GroupSampler
-from .data.reference_features import ReferenceFeatures
 from .distributed import Distributed
 from .ema import Ema
-from .evaluation import similarity
 from .fast import FastPaths
 from .graphs import GraphBackend
 from .monitor import Flag, Monitor
@@ -27,18 +24,8 @@ from .policy.base import Policy
 from .policy.dynamics import StepTable, step_table, window_steps
 from .policy.sampler import Sampler
 from .policy.update import Updater
-from .types import Features, Rollout, Tile, TileRollout
-
-
-@dataclass
-class Scored:
-    """Rewards of an iteration; `local` lists follow this process's pictures, `rewards` is indexed by image id."""
-
-    features: Features  # [B local] generated
-    reference: Features  # [B local] the reference paired with each picture
-    rewards: torch.Tensor  # [B global] float32
-    reference_rewards: torch.Tensor  # [B global] float32
-    dino_similarity: float  # mean over all pictures
+from .scoring import Scored, Scorer
+from .types import Rollout, Tile, TileRollout
 
 
 class Trainer:
@@ -49,15 +36,14 @@ class Trainer:
         config: Config,
         *,
         policy: Policy,
-        adversary,
-        references: ReferenceFeatures,
+        scorer: Scorer,
         prompts: list[str],
         distributed: Distributed,
         fast: FastPaths,
         graphs: GraphBackend | None = None,
     ):
-        self.config, self.policy, self.adversary = config, policy, adversary
-        self.references, self.prompts, self.distributed = references, prompts, distributed
+        self.config, self.policy, self.scorer = config, policy, scorer
+        self.prompts, self.distributed = prompts, distributed
         rollout = config.rollout
         self.groups = GroupSampler(len(prompts), rollout.prompts_per_iteration, config.seed)
         self.sampler = Sampler(
@@ -73,15 +59,20 @@ class Trainer:
         self.updater = Updater(
             policy, config, reduce=distributed.all_reduce_sum, fused=fast.fused_optimizer, ema=self.ema
         )
-        self.head_trainer = HeadTrainer(
-            adversary,
-            reduce=distributed.all_reduce_sum,
-            rank=distributed.rank,
-            world_size=distributed.world_size,
-            graphs=graphs,
+        self.adversary = scorer.adversary
+        self.head_trainer = (
+            None
+            if self.adversary is None
+            else HeadTrainer(
+                self.adversary,
+                reduce=distributed.all_reduce_sum,
+                rank=distributed.rank,
+                world_size=distributed.world_size,
+                graphs=graphs,
+            )
         )
         self.monitor = Monitor(config.monitor, config)
-        self.reference_statistics = ReferenceStatistics(references.references)
+        self.reference_statistics = None if scorer.references is None else ReferenceStatistics(scorer.references)
         self.flags: list[Flag] = []  # active after the newest iteration
         self.iteration = 0  # the next one to run
 
@@ -94,22 +85,19 @@ class Trainer:
         with phases.measure("sample"):
             rollout = self.rollout(table, iteration)
         with phases.measure("score"):
-            features, reference = self.features(rollout, iteration)
-            scored = self.score(rollout, features, reference, iteration)
-        batch = HeadBatch(rollout.image_ids, features, reference, total=self.config.images_per_iteration)
+            scored = self.scorer.score(rollout, iteration)
         with phases.measure("adversary"):
-            plan, head_metrics = self.train_head(batch, scored, iteration)
+            plan, head_metrics = self.train_head(rollout, scored, iteration)
         with phases.measure("update"):
             update_metrics = self.update(rollout, scored, table) if plan.generator else _NO_UPDATE
         metrics = {
             "iteration": iteration,
-            **_reward_metrics(scored, self.config.rollout.group_size),
+            **scored.metrics(self.config.rollout.group_size),
             **head_metrics,
             **update_metrics,
-            "dino_similarity": scored.dino_similarity,
         }
         with phases.measure("monitor"):
-            metrics |= self.watch(metrics, rollout, features)
+            metrics |= self.watch(metrics, rollout, scored)
         self.iteration += 1
         phase_seconds = {f"seconds_{name}": value for name, value in phases.seconds().items()}
         seconds = time.perf_counter() - started
@@ -146,7 +134,7 @@ class Trainer:
         noise_seed = rng.derive_seed(seed, "step_noise", iteration)
         self.policy.merge()
         tiles, rollouts = self.tiles(iteration), []
-        self.references.prefetch([prompt for tile in tiles for prompt in tile.prompts])  # while the GPU samples
+        self.scorer.prefetch([prompt for tile in tiles for prompt in tile.prompts])  # while the GPU samples
         for tile in tiles:
             latents, steps = self.sampler.run(
                 table,
@@ -159,32 +147,16 @@ class Trainer:
             rollouts.append(TileRollout(tile, steps, self.policy.decode(latents)))
         return Rollout(rollouts)
 
-    def features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
-        """Backbone features of every picture, computed once, and of one reference per picture, from the cache."""
-        generated = Features.cat([self.adversary.features(t.images, t.tile.captions) for t in rollout.tiles])
-        draws = torch.rand(
-            self.config.images_per_iteration, generator=rng.generator(self.config.seed, "reference", iteration)
-        )
-        return generated, self.references.pick(rollout.prompts, draws[rollout.image_ids])
-
-    def score(self, rollout: Rollout, generated: Features, reference: Features, iteration: int) -> Scored:
-        """Rewards of generations and references under the head as it stands, gathered over processes."""
-        ids = rollout.image_ids.to(generated.device)
-        reward = self.adversary.score(generated, ids, purpose="reward", iteration=iteration).reward
-        reference_reward = self.adversary.score(reference, ids, purpose="reference", iteration=iteration).reward
-        similar = similarity(generated, self.references, rollout.prompts)
-        columns = torch.stack([reward, reference_reward, similar], dim=1)
-        by_id = self.distributed.all_gather(columns)[self.distributed.all_gather(ids).argsort()]
-        _check_finite(by_id[:, 0], rollout, self.config)
-        return Scored(generated, reference, by_id[:, 0], by_id[:, 1], by_id[:, 2].mean().item())
-
-    def train_head(self, batch: HeadBatch, scored: Scored, iteration: int) -> tuple[Due, dict[str, float]]:
+    def train_head(self, rollout: Rollout, scored: Scored, iteration: int) -> tuple[Due, dict[str, float]]:
         """Head updates when the schedule says so; generations are remembered for later iterations either way."""
+        if self.head_trainer is None:
+            return Due(0, True), {}
+        batch = HeadBatch(rollout.image_ids, scored.generated, scored.reference, total=self.config.images_per_iteration)
         loss, accuracy = self.head_trainer.evaluate(batch, iteration)
         plan = due(
             self.config.adversary,
             iteration,
-            scored.rewards.mean().item(),
+            scored.components["adversary"].mean().item(),
             scored.reference_rewards.mean().item(),
             self.config.update.optimizer_windows,
         )
@@ -249,12 +221,12 @@ class Trainer:
             "importance_capped_fraction": capped / pairs,
         }
 
-    def watch(self, metrics: dict[str, float], rollout: Rollout, features: Features) -> dict[str, float]:
+    def watch(self, metrics: dict[str, float], rollout: Rollout, scored: Scored) -> dict[str, float]:
         """Judge the iteration if it is due: sets `flags` and returns the statistics that they rest on."""
         if not self.monitor.due(metrics["iteration"]):
             return {}
         group_size = self.config.rollout.group_size
-        pictures = measure(rollout, features, self.reference_statistics, group_size, self.distributed)
+        pictures = measure(rollout, scored.embeddings, self.reference_statistics, group_size, self.distributed)
         rms = None  # of the gradient as Adam sees it: clipped, over all trained elements
         if metrics["grad_norm"] is not None:
             elements = sum(p.numel() for _, p in self.policy.trainable_parameters())
@@ -266,24 +238,21 @@ class Trainer:
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Everything the next iteration depends on, as tensors and JSON; the same on every process."""
         optimizer_tensors, optimizer_state = pack_optimizer(self.updater.optimizer, "optimizer")
-        head_tensors, head_state = pack_optimizer(self.adversary.optimizer, "head_optimizer")
-        replay_tensors, replay_state = self.head_trainer.replay.state()
         tensors = {
             **{f"policy.{name}": p.detach() for name, p in self.policy.trainable_parameters()},
             **{f"ema.{name}": t for name, t in self.ema.state_dict().items()},
-            **{f"head.{name}": t for name, t in self.adversary.state_dict().items()},
-            **{f"replay.{name}": t for name, t in replay_tensors.items()},
             **optimizer_tensors,
-            **head_tensors,
             "rng.torch": torch.get_rng_state(),
         }
-        state = {
-            "iteration": self.iteration,
-            "optimizer": optimizer_state,
-            "head_optimizer": head_state,
-            "replay": replay_state,
-            "monitor": self.monitor.state(),
-        }
+        state = {"iteration": self.iteration, "optimizer": optimizer_state, "monitor": self.monitor.state()}
+        if self.head_trainer is not None:
+            head_tensors, state["head_optimizer"] = pack_optimizer(self.adversary.optimizer, "head_optimizer")
+            replay_tensors, state["replay"] = self.head_trainer.replay.state()
+            tensors |= {
+                **{f"head.{name}": t for name, t in self.adversary.state_dict().items()},
+                **{f"replay.{name}": t for name, t in replay_tensors.items()},
+                **head_tensors,
+            }
         return tensors, {"trainer": state}
 
     def load(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -297,10 +266,11 @@ class Trainer:
             for name, parameter in self.policy.trainable_parameters():
                 parameter.copy_(weights[name])
         self.ema.load_state_dict(part("ema."))
-        self.adversary.load_state_dict(part("head."))
         unpack_optimizer(self.updater.optimizer, tensors, state["optimizer"])
-        unpack_optimizer(self.adversary.optimizer, tensors, state["head_optimizer"])
-        self.head_trainer.load(part("replay."), state["replay"])
+        if self.head_trainer is not None:
+            self.adversary.load_state_dict(part("head."))
+            unpack_optimizer(self.adversary.optimizer, tensors, state["head_optimizer"])
+            self.head_trainer.load(part("replay."), state["replay"])
         torch.set_rng_state(tensors["rng.torch"])
         self.monitor.load(state["monitor"])
         self.flags = self.monitor.active()
@@ -320,23 +290,3 @@ _NO_UPDATE: dict[str, float | None] = dict.fromkeys(
         "grad_norm",
     )
 )
-
-
-def _reward_metrics(scored: Scored, group_size: int) -> dict[str, float]:
-    return {
-        "reward_generated": scored.rewards.mean().item(),
-        "reward_reference": scored.reference_rewards.mean().item(),
-        "reward_std": scored.rewards.view(-1, group_size).std(dim=1, correction=0).mean().item(),
-    }
-
-
-def _check_finite(rewards: torch.Tensor, rollout: Rollout, config: Config) -> None:
-    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
-    if not bad:
-        return
-    local = dict(zip(rollout.image_ids.tolist(), rollout.prompts))
-    named = next((f"prompt {local[i]!r}" for i in bad if i in local), f"group {bad[0] // config.rollout.group_size}")
-    raise FloatingPointError(
-        f"the reward of {len(bad)} pictures is not finite, first that of {named} (picture {bad[0]}): {rewards[bad[0]]}"
-        ". No score is made up for it; check the reward model and its precision (adversary.dtype)"
-    )

@@ -1,19 +1,36 @@
-"""Red flags: each trips on the series it is defined by and no other does, healthy runs raise none, resume is exact.
+"""Red flags: each trips on the series it is defined by and no other does, and in a run built to trip it; healthy runs
+raise none; resume is exact.
 
-`golden/healthy_tiny_run.json` holds the metrics of a run of the tiny preset that improved both held-out metrics
-(`python -m advgrpo.train --iterations 70 --evaluation.every 0`, seed 42; its `_source` says which numbers).
+`golden/healthy_tiny_run.json` holds the metrics of a run of the tiny preset that improved both held-out metrics; its
+`_source` says how it was made.
+
+Bugs planted in a copy, each seen red: no median over the window; a flag that never clears; the reward's rise without
+the references'; drift towards the references counted; the baseline lost on resume; no trend, or no fall, needed for a
+collapse; warm-up judged; no floor for diversity; Adam's share upside down; sleeping and overpowered mixed up; edges
+found at the border; n x n instead of n (n - 1) pairs; reference statistics without resizing; gradient RMS before
+clipping; monitor.stop ignored; the monitor left out of the checkpoint.
 """
 
+import io
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from advgrpo import config
+from advgrpo.distributed import Distributed
 from advgrpo.monitor import RED_FLAGS, Monitor, kendall_tau
-from advgrpo.picture_statistics import STATISTICS, PictureStatistics, group_diversity, picture_statistics
+from advgrpo.picture_statistics import (
+    STATISTICS,
+    PictureStatistics,
+    ReferenceStatistics,
+    group_diversity,
+    picture_statistics,
+)
+from advgrpo.run import Run
 
 HEALTHY = json.loads((Path(__file__).parent / "golden" / "healthy_tiny_run.json").read_text())["rows"]
 
@@ -286,3 +303,150 @@ def test_group_diversity_is_the_mean_distance_of_pairs():
     for rows, size in ((12, 5), (12, 1)):
         with pytest.raises(ValueError, match="cannot be cut into groups"):
             group_diversity(torch.randn(rows, 5), size)
+
+
+def test_reference_statistics_are_taken_at_the_pictures_size_and_once(tmp_path):
+    from PIL import Image
+
+    from advgrpo.data.references import ReferenceSet
+
+    for name, colour in (("red", (255, 0, 0)), ("grey", (9, 9, 9))):
+        picture = Image.new("RGB", (64, 64), colour)
+        picture.paste((255, 255, 255), (32, 0, 64, 64))
+        picture.save(tmp_path / f"{name}.png")
+    (tmp_path / "references.json").write_text(json.dumps({"a": ["red.png", "grey.png"]}))
+    references = ReferenceSet.load(tmp_path, ["a"])
+    statistics = ReferenceStatistics(references)
+    found = dict(zip(STATISTICS, statistics.prompt("a", (16, 16)).tolist()))
+    assert found["saturation"] == pytest.approx(0.25, abs=0.05)  # half of one picture, none of the other
+    assert found["dark_share"] == pytest.approx(0.25, abs=0.05)
+    assert found["edge_density"] > 2 / 16 * 0.9  # two columns of 16; it would be 2 / 64 at the files' own size
+    (tmp_path / "red.png").unlink()
+    assert statistics.prompt("a", (16, 16)) is statistics.prompt("a", (16, 16))
+
+
+def watched(unit_config, **monitor) -> Run:
+    """A run whose monitor judges quickly: 2 checks make a level, 5 a trend."""
+    for name, value in {"window": 2, "trend_window": 5, "persistence": 1, **monitor}.items():
+        setattr(unit_config.monitor, name, value)
+    return Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+
+
+def flags_of(run, iterations) -> set[str]:
+    for _ in range(iterations):
+        metrics = run.trainer.iterate()
+    assert {f"monitor_{name}" for name in (*STATISTICS, "group_diversity", "gradient_rms")} <= metrics.keys()
+    return {flag.name for flag in run.trainer.flags}
+
+
+def test_a_run_with_small_groups_large_eps_a_frozen_head_and_foreign_likelihoods(unit_config, monkeypatch):
+    """slow_convergence, adam_eps, sleeping_adversary and off_policy."""
+    unit_config.update.eps = 0.1
+    unit_config.update.max_log_prob_drift = 1.0
+    unit_config.adversary.schedule = "never"
+    run = watched(unit_config)
+    for parameter in run.trainer.adversary.parameters():
+        parameter.data.zero_()
+    real = run.trainer.rollout
+
+    def drifting(table, iteration):
+        rollout = real(table, iteration)
+        for tile in rollout.tiles:
+            for step in tile.steps:
+                step.log_prob = step.log_prob + 1e-4
+        return rollout
+
+    monkeypatch.setattr(run.trainer, "rollout", drifting)
+    assert flags_of(run, 3) >= {"slow_convergence", "adam_eps", "sleeping_adversary", "off_policy"}
+
+
+def test_a_run_whose_pictures_are_constant(unit_config, monkeypatch):
+    """mode_collapse, dead_groups, and overpowered_adversary: grey squares are easily told from drawings."""
+    unit_config.adversary.reward_weights = (1.0, 0.0)  # the local reward draws patches anew for every picture
+    unit_config.adversary.learning_rate, unit_config.adversary.updates_per_iteration = 0.03, 10
+    unit_config.adversary.schedule = "always"
+    run = watched(unit_config)
+    monkeypatch.setattr(run.trainer.policy, "decode", lambda latents: torch.full((len(latents), 3, 32, 32), 0.5))
+    assert flags_of(run, 8) >= {"mode_collapse", "dead_groups", "overpowered_adversary"}
+
+
+def test_a_run_whose_head_learns_the_wrong_way_round(unit_config, monkeypatch):
+    """reward_collapse: references and generations are swapped in the head's training."""
+    unit_config.adversary.learning_rate = 0.02
+    unit_config.adversary.schedule = "always"
+    run = watched(unit_config)
+    real = run.trainer.head_trainer.train
+
+    def swapped(batch, iteration, updates):
+        batch.reference, batch.generated = batch.generated, batch.reference
+        return real(batch, iteration, updates)
+
+    monkeypatch.setattr(run.trainer.head_trainer, "train", swapped)
+    assert "reward_collapse" in flags_of(run, 8)
+
+
+def test_a_run_whose_fixed_reward_is_saturation(unit_config, monkeypatch):
+    """reward_hacking: the reward pays for colour, and the pictures get more of it every iteration."""
+    unit_config.adversary.schedule = "never"
+    unit_config.iterations = 10
+    run = watched(unit_config)
+    trainer = run.trainer
+    real_rollout, real_score = trainer.rollout, trainer.score
+
+    def coloured(table, iteration):
+        rollout = real_rollout(table, iteration)
+        for tile in rollout.tiles:
+            grey = tile.images.mean(1, keepdim=True)
+            tile.images = (grey + (0.2 + 0.15 * iteration) * (tile.images - grey)).clamp(0, 1)
+        return rollout
+
+    def saturation_pays(rollout, generated, reference, iteration):
+        scored = real_score(rollout, generated, reference, iteration)
+        scored.rewards = picture_statistics(torch.cat([tile.images for tile in rollout.tiles]))["saturation"]
+        scored.reference_rewards = torch.full_like(scored.rewards, 0.5)
+        return scored
+
+    monkeypatch.setattr(trainer, "rollout", coloured)
+    monkeypatch.setattr(trainer, "score", saturation_pays)
+    assert "reward_hacking" in flags_of(run, 8)
+
+
+def test_the_gradient_is_measured_as_adam_sees_it(unit_config):
+    unit_config.update.max_grad_norm = 1e-9
+    run = watched(unit_config)
+    metrics = run.trainer.iterate()
+    elements = sum(p.numel() for _, p in run.trainer.policy.trainable_parameters())
+    assert metrics["grad_norm"] > 1e-6
+    assert metrics["monitor_gradient_rms"] == pytest.approx(1e-9 / elements**0.5)
+
+
+def test_a_named_flag_ends_the_run_with_a_checkpoint_and_the_rest_can_follow(unit_config):
+    unit_config.monitor.stop = ("slow_convergence",)
+    unit_config.iterations, unit_config.data.held_out_prompts = 3, ""
+    shown = io.StringIO()
+
+    def run(resume):
+        made = Run(unit_config, Distributed.start("cpu"), resume=resume, console=Console(file=shown, width=400))
+        made.train()
+        rows = (Path(unit_config.output_dir) / "metrics.jsonl").read_text().splitlines()
+        return made, [json.loads(row) for row in rows]
+
+    _, rows = run(resume=False)
+    assert [row["flags"] for row in rows] == [["slow_convergence"]]
+    assert (Path(unit_config.output_dir) / "checkpoints" / "iteration-000001").exists()
+    assert (
+        "iteration 1: red flag slow_convergence: groups of 4 pictures learn slowly. Raise rollout" in shown.getvalue()
+    )
+    assert "stopped by the monitor (monitor.stop names slow_convergence; leave it out to go on)" in shown.getvalue()
+    unit_config.monitor.stop = ()
+    resumed, rows = run(resume=True)
+    assert [row["flags"] for row in rows] == [["slow_convergence"]] * 3
+    assert resumed.trainer.iteration == 3
+    assert all(len(values) == 3 for flag in resumed.trainer.monitor.red_flags for values in flag.series.values())
+
+
+def test_switched_off_it_measures_nothing(unit_config, monkeypatch):
+    monkeypatch.setattr("advgrpo.trainer.measure", lambda *_: pytest.fail("pictures were measured"))
+    run = watched(unit_config, every=0)
+    assert not any(name.startswith("monitor_") for name in run.trainer.iterate())
+    assert run.trainer.flags == []

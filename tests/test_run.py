@@ -348,7 +348,7 @@ BAD_INPUT = {
     ),
     "judge outside the tiny world": (
         lambda c, t: ((t / "held.txt").write_text("a cat\n"), setattr(c.data, "held_out_prompts", str(t / "held.txt"))),
-        "rule_accuracy judges the tiny world only",
+        "judges the tiny world",
     ),
     "output is a file": (lambda c, t: ((t / "run").write_text(""), None), "output_dir = "),
 }

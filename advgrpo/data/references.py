@@ -17,6 +17,7 @@ from torch import Tensor
 from advgrpo.errors import UserError
 
 T = TypeVar("T")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class ReferenceSet:
@@ -55,6 +56,22 @@ class ReferenceSet:
         distinct = list(dict.fromkeys(file for group in files.values() for file in group))
         _check_pictures(distinct, min_size)
         return cls(folder, files)
+
+    @classmethod
+    def shared(cls, folder: str | Path, prompts: list[str], min_size: int = 16) -> "ReferenceSet":
+        """Every picture in `folder` is a reference of every prompt: a style, which has no prompts.
+
+        Raises:
+            UserError: missing folder, no picture in it, or one that is unreadable, truncated, not RGB or too small.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"data.style = {str(folder)!r} is not a folder; give one with the style's pictures")
+        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES)
+        if not files:
+            raise UserError(f"data.style = {str(folder)!r} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
+        _check_pictures(files, min_size)
+        return cls(folder, dict.fromkeys(prompts, files))
 
     def files(self, prompt: str) -> list[Path]:
         """The reference files of `prompt`, in the order of the index.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .base import Reward
 
-ADVERSARIES = {"dino": "DinoAdversary"}
+ADVERSARIES = {"dino": "DinoAdversary", "siglip": "SiglipAdversary", "pickscore": "PickScoreAdversary"}
 
 # name -> (module, class)
 REWARDS = {

@@ -41,16 +41,19 @@ class DinoSimilarity:
             device=torch.device(device),
             section="dino_similarity",
         )
-        self._references = ReferenceEmbeddings(self._embed)
+        self._references = ReferenceEmbeddings(self.embed)
 
-    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Class tokens [B, D] float32 of pictures."""
         return self.backbone.features(images)["cls"]
+
+    def cosine(self, embeddings: torch.Tensor, prompts: list[str], references: ReferenceSet) -> torch.Tensor:
+        """[B] from class tokens [B, D] that are computed already."""
+        own = self._references.prompt
+        return reference_cosine(embeddings, prompts, lambda prompt: own(references, prompt), self.reduction)
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None) -> torch.Tensor:
         """[B] float32 on the device of `images`; UserError without references or for a prompt that has none."""
         check_batch(images, prompts)
         known = required(references, self.name)
-        cosine = reference_cosine(
-            self._embed(images), prompts, lambda prompt: self._references.prompt(known, prompt), self.reduction
-        )
-        return finite_scores(cosine, images, prompts, self.name)
+        return finite_scores(self.cosine(self.embed(images), prompts, known), images, prompts, self.name)

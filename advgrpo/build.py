@@ -1,0 +1,133 @@
+"""From a checked configuration to the parts of a run: policy, adversary, rewards, metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from .config import NEED_REFERENCES, Config
+from .data.reference_features import ReferenceFeatures
+from .data.sources import Sources
+from .distributed import Distributed
+from .errors import UserError
+from .evaluation import PictureStatistic, check_metrics
+from .fast import FastPaths
+from .policy.sd3 import SD3Policy
+from .rewards import adversary_class, build_reward
+from .rewards.base import Adversary, Reward
+from .rewards.dino import DinoAdversary
+from .rewards.dino_similarity import DinoSimilarity
+from .rewards.pickscore import PickScoreAdversary
+from .scoring import Scorer
+
+
+def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, console: Console):
+    """The generator, with every prompt this process needs in the text cache."""
+    cache = Path(config.data.cache_dir).expanduser()
+    policy = SD3Policy(
+        config.model,
+        device=distributed.device,
+        cache_dir=cache,
+        seed=config.seed,
+        fused=fast.fused,
+        precision=config.rollout.precision,
+    )
+    mine = ["", *sources.prompts, *sources.held_out][distributed.rank :: distributed.world_size]
+    missing = policy.text_cache.missing(mine)
+    if missing:
+        console.print(f"encoding {len(missing)} prompts into {cache}")
+        policy.text_cache.fill(missing)
+    return policy
+
+
+def build_adversary(config: Config, device: torch.device) -> Adversary | None:
+    """The learned reward of section `adversary`; None for kind "none"."""
+    section = config.adversary
+    if section.kind == "none":
+        return None
+    if section.kind != "pickscore":
+        return adversary_class(section.kind)(section, device=device, seed=config.seed)
+    return PickScoreAdversary(
+        section,
+        seed=config.seed,
+        path=section.backbone,
+        trainable_layers=section.trainable_layers,
+        objective=section.objective,
+        learning_rate=section.learning_rate,
+        betas=section.betas,
+        device=device,
+        dtype=getattr(torch, section.dtype),
+    )
+
+
+def build_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
+    """The fixed rewards in use."""
+    return {
+        name: build_reward(name, device=device, dtype=_reward_dtype(config), **section.options())
+        for name, section in config.rewards.fixed().items()
+    }
+
+
+def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoSimilarity | None:
+    """DINO for independent statistics: the adversary's own backbone where that is DINO, else evaluation.backbone."""
+    if config.adversary.kind == "dino":
+        assert isinstance(adversary, DinoAdversary)
+        return DinoSimilarity(backbone=adversary.backbone)
+    if not config.evaluation.backbone:
+        return None
+    return DinoSimilarity(
+        path=config.evaluation.backbone,
+        image_size=config.evaluation.backbone_image_size,
+        device=device,
+        dtype=_reward_dtype(config),
+    )
+
+
+def build_metrics(
+    config: Config, sources: Sources, observer: DinoSimilarity | None, device: torch.device
+) -> dict[str, Reward]:
+    """What evaluation.metrics names; UserError for one this run cannot compute."""
+    if not sources.held_out:
+        return {}
+    check_metrics(config.evaluation.metrics, config.rewards.sections())
+    metrics: dict[str, Reward] = {}
+    for name in config.evaluation.metrics:
+        if name == "dino_similarity":
+            if observer is None:
+                raise UserError(
+                    "evaluation.metrics: dino_similarity needs a DINO; set evaluation.backbone, since the adversary "
+                    f"is {config.adversary.kind}"
+                )
+            metrics[name] = observer
+        elif name == "rule_accuracy":
+            metrics[name] = build_reward("rule", strict=True)
+        elif name in PictureStatistic.NAMES:
+            metrics[name] = PictureStatistic(name)
+        else:
+            options = config.rewards.sections()[name].options()
+            metrics[name] = build_reward(name, device=device, dtype=_reward_dtype(config), **options)
+        if name in NEED_REFERENCES and sources.references is None:
+            raise UserError(f"evaluation.metrics: {name} compares with references; set data.references")
+    return metrics
+
+
+def build_scorer(
+    config: Config,
+    sources: Sources,
+    adversary: Adversary | None,
+    observer: DinoSimilarity | None,
+    distributed: Distributed,
+) -> Scorer:
+    """Rewards, references and their cached features in one place."""
+    cache = Path(config.data.cache_dir).expanduser()
+    features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
+    rewards = build_rewards(config, distributed.device)
+    own = None if config.adversary.kind == "dino" else observer
+    return Scorer(config, adversary, features, rewards, sources.references, own, distributed)
+
+
+def _reward_dtype(config: Config) -> torch.dtype:
+    return getattr(torch, config.adversary.dtype)
+

@@ -1,0 +1,95 @@
+"""What a run reads: prompts and reference pictures, checked before any model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import rng
+from ..config import Config, needs_references
+from ..errors import UserError
+from .prompts import load_prompts
+from .references import ReferenceSet
+
+
+def shipped_paths(config: Config) -> dict[str, str]:
+    """data.* with "tiny" replaced by the shipped files."""
+    from .. import tiny
+
+    shipped = {
+        "prompts": tiny.prompts_file,
+        "held_out_prompts": tiny.held_out_prompts_file,
+        "references": tiny.reference_dir,
+    }
+    return {
+        name: str(path()) if getattr(config.data, name) == "tiny" else getattr(config.data, name)
+        for name, path in shipped.items()
+    }
+
+
+@dataclass
+class Sources:
+    """Training and held-out prompts, and their references where the run needs any."""
+
+    prompts: list[str]
+    held_out: list[str]
+    references: ReferenceSet | None
+
+    @classmethod
+    def read(cls, config: Config) -> Sources:
+        """UserError naming the file, the prompt or the picture that is wrong."""
+        paths = shipped_paths(config)
+        prompts = [p.text for p in load_prompts(paths["prompts"])]
+        held_out = [p.text for p in load_prompts(paths["held_out_prompts"])] if paths["held_out_prompts"] else []
+        both = set(prompts) & set(held_out)
+        if both:
+            raise UserError(
+                f"data.held_out_prompts shares {len(both)} prompts with data.prompts, first {min(both)!r}; remove "
+                "them, or evaluation measures memory"
+            )
+        _check_readable(config, prompts, held_out)
+        references = _references(config, paths["references"], prompts + held_out)
+        if config.data.reference_count:
+            prompts = _within_budget(config, references, prompts)
+        return cls(prompts, held_out, references)
+
+
+def _check_readable(config: Config, prompts: list[str], held_out: list[str]) -> None:
+    """UserError for a prompt that a reward or metric which reads it cannot use."""
+    from ..rewards import build_reward
+
+    sections = config.rewards.sections()
+    for name in ("rule", "ocr"):
+        evaluated = {name, "rule_accuracy"} if name == "rule" else {name}
+        read = prompts if sections[name].used else []
+        read = read + (held_out if evaluated & set(config.evaluation.metrics) else [])
+        if read:
+            build_reward(name, **sections[name].options()).check_prompts(read)
+
+
+def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:
+    smallest = config.data.min_reference_size
+    if config.data.style:
+        return ReferenceSet.shared(config.data.style, prompts, min_size=smallest)
+    if folder:
+        return ReferenceSet.load(folder, prompts, min_size=smallest)
+    assert not needs_references(config)  # config.check has refused this
+    return None
+
+
+def _within_budget(config: Config, references: ReferenceSet | None, prompts: list[str]) -> list[str]:
+    """The prompts, in a seeded order, whose references make up data.reference_count pictures."""
+    wanted = config.data.reference_count
+    if references is None:
+        raise UserError(f"data.reference_count = {wanted}: this run has no references; leave it at 0")
+    order = torch.randperm(len(prompts), generator=rng.generator(config.seed, "reference_subset")).tolist()
+    chosen, count = [], 0
+    for number in order:
+        if count >= wanted:
+            break
+        chosen.append(number)
+        count += len(references.files(prompts[number]))
+    if count < wanted:
+        raise UserError(f"data.reference_count = {wanted}: the training prompts have {count} references; 0 takes all")
+    return [prompts[number] for number in sorted(chosen)]

@@ -1,0 +1,156 @@
+"""What an iteration's pictures are worth: the adversary's score, fixed rewards, their composition, and how like the
+references they are. Nothing here knows which adversary or reward it is.
+
+Shapes: B local pictures of this process, G global ones of the iteration, by picture number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import rng
+from .config import Config
+from .data.reference_features import ReferenceFeatures
+from .data.references import ReferenceSet
+from .distributed import Distributed
+from .rewards.base import Adversary, Reward
+from .rewards.compose import compose
+from .rewards.dino_similarity import DinoSimilarity
+from .rewards.reference_similarity import reference_cosine
+from .types import Features, Rollout
+
+
+@dataclass
+class Scored:
+    """Rewards of an iteration."""
+
+    generated: Features | None  # [B] the adversary's features; None without an adversary
+    reference: Features | None  # [B] the reference paired with each picture
+    embeddings: torch.Tensor | None  # [B, D] DINO class tokens, for independent statistics; None without a DINO
+    rewards: torch.Tensor  # [G] float32, what the generator is trained on
+    components: dict[str, torch.Tensor]  # [G] float32 each, raw; "adversary" and the fixed rewards
+    reference_rewards: torch.Tensor | None  # [G] float32, the adversary's score of the references
+    dino_similarity: float | None  # mean over all pictures
+
+    def metrics(self, group_size: int) -> dict[str, float]:
+        spread = self.rewards.view(-1, group_size).std(dim=1, correction=0).mean()
+        found = {"reward_generated": self.rewards.mean(), "reward_std": spread}
+        if self.reference_rewards is not None:
+            found["reward_reference"] = self.reference_rewards.mean()
+        if list(self.components) != ["adversary"]:
+            found |= {f"reward_{name}": reward.mean() for name, reward in self.components.items()}
+        values = torch.stack(list(found.values())).tolist()
+        similarity = {} if self.dino_similarity is None else {"dino_similarity": self.dino_similarity}
+        return {**dict(zip(found, values)), **similarity}
+
+
+@dataclass
+class Scorer:
+    """Scores rollouts.
+
+    Args:
+        adversary: the learned reward, or None.
+        reference_features: its features of the references, when there is one.
+        rewards: fixed rewards by name.
+        references: the reference pictures, where the run has any.
+        observer: DINO for the similarity to the references when the adversary is not DINO itself, or None.
+    """
+
+    config: Config
+    adversary: Adversary | None
+    reference_features: ReferenceFeatures | None
+    rewards: Mapping[str, Reward]
+    references: ReferenceSet | None
+    observer: DinoSimilarity | None
+    distributed: Distributed
+
+    def prefetch(self, prompts: list[str]) -> None:
+        """Begin to load what scoring these prompts' pictures needs."""
+        if self.reference_features is not None:
+            self.reference_features.prefetch(prompts)
+
+    def score(self, rollout: Rollout, iteration: int) -> Scored:
+        """Every reward of every picture under the adversary as it stands, gathered over processes.
+
+        Raises:
+            FloatingPointError: a reward is not finite; names the prompt.
+        """
+        generated = reference = None
+        columns: dict[str, torch.Tensor] = {}
+        if self.adversary is not None:
+            generated, reference = self._features(rollout, iteration)
+            columns |= self._adversary_columns(rollout, generated, reference, iteration)
+        images = torch.cat([tile.images for tile in rollout.tiles])
+        for name, reward in self.rewards.items():
+            columns[name] = reward.score(images, rollout.prompts, self.references).to(images.device)
+        embeddings, similar = self._similarity(rollout, images, generated)
+        if similar is not None:
+            columns["_similarity"] = similar
+        by_id = self._gathered(columns, rollout)
+        reference_rewards, similarity = by_id.pop("_reference", None), by_id.pop("_similarity", None)
+        _check_finite(by_id, rollout, self.config)
+        return Scored(
+            generated,
+            reference,
+            embeddings,
+            compose(by_id, self.config.rewards.sections(), self.config.rollout.group_size),
+            by_id,
+            reference_rewards,
+            None if similarity is None else similarity.mean().item(),
+        )
+
+    def _features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
+        """The adversary's features of every picture, computed once, and of one reference each, from the cache."""
+        generated = Features.cat([self.adversary.features(t.images, t.tile.captions) for t in rollout.tiles])
+        draws = torch.rand(
+            self.config.images_per_iteration, generator=rng.generator(self.config.seed, "reference", iteration)
+        )
+        return generated, self.reference_features.pick(rollout.prompts, draws[rollout.image_ids])
+
+    def _adversary_columns(self, rollout: Rollout, generated: Features, reference: Features, iteration: int):
+        ids = rollout.image_ids.to(generated.device)
+        sides = {"adversary": ("reward", generated), "_reference": ("reference", reference)}
+        return {
+            name: self.adversary.score(features, ids, purpose=purpose, iteration=iteration).reward
+            for name, (purpose, features) in sides.items()
+        }
+
+    def _similarity(self, rollout: Rollout, images: torch.Tensor, generated: Features | None):
+        """(class tokens [B, D], cosine to the own references [B]), each None where there is nothing to tell it by."""
+        if self.config.adversary.kind == "dino":
+            embeddings = generated["cls"]
+            own = self.reference_features.prompt
+            return embeddings, reference_cosine(embeddings, rollout.prompts, lambda prompt: own(prompt)["cls"])
+        if self.observer is None:
+            return None, None
+        embeddings = self.observer.embed(images)
+        if self.references is None:
+            return embeddings, None
+        return embeddings, self.observer.cosine(embeddings, rollout.prompts, self.references)
+
+    def _gathered(self, columns: dict[str, torch.Tensor], rollout: Rollout) -> dict[str, torch.Tensor]:
+        """[G] each, by picture number: one gather for all of them."""
+        table = torch.stack([column.float() for column in columns.values()], dim=1)
+        ids = self.distributed.all_gather(rollout.image_ids.to(table.device))
+        return dict(zip(columns, self.distributed.all_gather(table)[ids.argsort()].unbind(1)))
+
+
+def _check_finite(components: Mapping[str, torch.Tensor], rollout: Rollout, config: Config) -> None:
+    """FloatingPointError naming the reward and the first prompt of a picture without a finite one."""
+    finite = torch.stack([torch.isfinite(reward) for reward in components.values()])
+    if bool(finite.all()):
+        return
+    local = dict(zip(rollout.image_ids.tolist(), rollout.prompts))
+    for name, reward in components.items():
+        bad = (~torch.isfinite(reward)).nonzero().flatten().tolist()
+        if bad:
+            named = next(
+                (f"prompt {local[i]!r}" for i in bad if i in local), f"group {bad[0] // config.rollout.group_size}"
+            )
+            raise FloatingPointError(
+                f"the reward {name} of {len(bad)} pictures is not finite, first that of {named} (picture {bad[0]}): "
+                f"{reward[bad[0]]}. No score is made up for it; check the reward model and its precision"
+            )
