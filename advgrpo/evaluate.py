@@ -200,7 +200,7 @@ def settings_of(options: Evaluate, lora: str, device: torch.device) -> Config:
         "dtype": "bfloat16" if device.type == "cuda" and not tiny else "float32",
     }
     if lora:
-        from .policy.sd3 import pipeline_folder
+        from .policy.pipelines import pipeline_folder
 
         section = lora_section(Path(lora).expanduser(), pipeline_folder(options.model, field="--model"))
         model["lora"] = section.model_dump()

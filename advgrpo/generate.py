@@ -80,7 +80,7 @@ def generate(options: Generate) -> None:
     from diffusers import StableDiffusion3Pipeline
 
     from .plots import draw_grid
-    from .policy.sd3 import pipeline_folder
+    from .policy.pipelines import pipeline_folder
 
     check(options)
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

@@ -34,10 +34,15 @@ class Policy(Protocol):
     """A text-to-image model with trainable parameters on top of a frozen base."""
 
     device: torch.device
+    prediction: str  # "velocity" of a rectified flow, or "noise" (ε) of a diffusion, which `velocity` then returns
+    component: str  # its folder in the pipeline: "transformer" or "unet"
     has_merged: bool  # `merged_velocity` is another, faster forward than `velocity`
 
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise levels [T+1] float64 of a trajectory and the timesteps [T] float32 the network is given."""
+        """Levels [T+1] float64 of a trajectory, from noise to picture, and the timesteps [T] float32 for the network.
+
+        The levels are σ, falling to 0, of a model that predicts velocity, and ᾱ, rising, of one that predicts noise.
+        """
         ...
 
     def latent_shape(self) -> tuple[int, int, int]:

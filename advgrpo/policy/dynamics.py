@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from advgrpo_kernels import transition_coefficients
+from advgrpo_kernels import ddim_coefficients, transition_coefficients
 
 from .. import rng
 from ..config import Config, RolloutSection, eligible_steps
+from ..errors import UserError
 from .base import Policy
 
 
@@ -30,14 +31,35 @@ class StepTable:
         return self.coefficients.index_select(0, number)[0]
 
 
+def check_dynamics(prediction: str, dynamics: str) -> None:
+    """UserError unless `rollout.dynamics` suits what the network predicts ("velocity" or "noise")."""
+    if prediction == "noise" and dynamics != "ddim":
+        raise UserError(
+            f"rollout.dynamics = {dynamics!r} steps along a velocity, but this model predicts noise (SD1.5, SDXL): "
+            "set rollout.dynamics = 'ddim'"
+        )
+    if prediction == "velocity" and dynamics == "ddim":
+        raise UserError(
+            "rollout.dynamics = 'ddim' needs a model that predicts noise (SD1.5, SDXL), but this one predicts a "
+            "velocity: use flow_cps, flow_sde or dance_sde"
+        )
+
+
 def step_table(policy: Policy, num_steps: int, window: tuple[int, ...] = (), *, rollout: RolloutSection | None = None):
-    """ODE steps everywhere but on `window`, where the rollout's dynamics add noise."""
-    sigmas, timesteps = policy.schedule(num_steps)
+    """Deterministic steps (ODE, or DDIM with η = 0) but on `window`, where the rollout's dynamics add noise.
+
+    Raises:
+        UserError: the rollout's dynamics are not for this model.
+    """
+    levels, timesteps = policy.schedule(num_steps)
     if window:
-        levels = [rollout.noise_level if i in window else 0.0 for i in range(num_steps)]
-        coefficients = transition_coefficients(sigmas.tolist(), dynamics=rollout.dynamics, noise_level=levels)
+        check_dynamics(policy.prediction, rollout.dynamics)
+    noise = [rollout.noise_level if i in window else 0.0 for i in range(num_steps)]
+    if policy.prediction == "noise":
+        coefficients = ddim_coefficients(levels[:-1], levels[1:], noise)
     else:
-        coefficients = transition_coefficients(sigmas.tolist(), dynamics="ode", noise_level=0.0)
+        dynamics = rollout.dynamics if window else "ode"
+        coefficients = transition_coefficients(levels.tolist(), dynamics=dynamics, noise_level=noise)
     return StepTable(timesteps.to(policy.device), coefficients.to(policy.device), window)
 
 

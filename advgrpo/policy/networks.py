@@ -1,6 +1,7 @@
-"""The two ways to run the same transformer: diffusers' forward with PEFT adapters, and our fused one.
+"""The ways to run a network: diffusers' forward with PEFT adapters (SD3's MMDiT, SD1.5's and SDXL's UNet), and our
+fused MMDiT.
 
-Both take latents and the number of a step of a prepared trajectory, and one of three sets of weights: "adapted" (what
+All take latents and the number of a step of a prepared trajectory, and one of three sets of weights: "adapted" (what
 is trained), "base" (frozen), "merged" (fused only: adapters folded into the weights, for steps without a likelihood).
 
 Shapes: R rows, latents [R, C, h, w], text [R, S, E], pooled [R, E'], K steps.
@@ -9,15 +10,16 @@ Shapes: R rows, latents [R, C, h, w], text [R, S, E], pooled [R, E'], K steps.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin, SD3Transformer2DModel
 
 from ..config import ModelSection
-from .adapters import FullWeights, LoraAdapters, export_lora, read_lora, target_modules
+from .adapters import FullWeights, LoraAdapters, component_of, export_lora, read_lora, target_modules
 from .transformer import FusedTransformer, Prepared, TransformerConfig
 
 
@@ -38,31 +40,41 @@ class StockPrepared:
 
 
 class StockNetwork:
-    """diffusers' SD3Transformer2DModel as it is; LoRA by PEFT, or every weight."""
+    """A diffusers network as it is, with LoRA by PEFT, or with every weight trained.
+
+    Args:
+        pooled_arguments: pooled text [R, E'] -> the arguments of the network's call that depend on it.
+    """
 
     has_merged = False
 
-    def __init__(self, transformer: SD3Transformer2DModel, model: ModelSection, seed: int):
+    def __init__(
+        self,
+        network: ModelMixin,
+        model: ModelSection,
+        seed: int,
+        pooled_arguments: Callable[[torch.Tensor], dict[str, Any]],
+    ):
         if model.train == "lora":
-            self.adapters = LoraAdapters(transformer, model.lora, seed)
+            self.adapters = LoraAdapters(network, model.lora, seed)
         else:
-            self.adapters = FullWeights(transformer)
+            self.adapters = FullWeights(network)
         if model.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-            transformer.train()  # diffusers checkpoints in train mode only; SD3 has no dropout, so nothing else changes
-        self.transformer = transformer
+            network.enable_gradient_checkpointing()
+            network.train()  # diffusers checkpoints in train mode only; there is no dropout, so nothing else changes
+        self.network, self.pooled_arguments = network, pooled_arguments
 
     def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> StockPrepared:
         return StockPrepared(text, pooled, timesteps)
 
     def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: str):
         with self.adapters.disabled() if weights == "base" else contextlib.nullcontext():
-            return self.transformer(
-                hidden_states=latents.to(self.transformer.dtype),
+            return self.network(
+                latents.to(self.network.dtype),
                 timestep=prepared.timesteps.index_select(0, step).expand(len(latents)),
                 encoder_hidden_states=prepared.text,
-                pooled_projections=prepared.pooled,
                 return_dict=False,
+                **self.pooled_arguments(prepared.pooled),
             )[0]
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -75,7 +87,8 @@ class StockNetwork:
         """Nothing to merge: sampling runs the trained weights."""
 
     def load_lora(self, folder: Path) -> None:
-        self.adapters.load_state_dict(read_lora(folder, "model.lora.start_from"), str(folder))
+        state = read_lora(folder, "model.lora.start_from", component_of(self.network))
+        self.adapters.load_state_dict(state, str(folder))
 
     def export(self, folder: Path) -> None:
         self.adapters.export(folder)
@@ -121,7 +134,7 @@ class FusedNetwork:
         self.transformer.merge()
 
     def load_lora(self, folder: Path) -> None:
-        self.lora.load_state_dict(read_lora(folder, "model.lora.start_from"), str(folder))
+        self.lora.load_state_dict(read_lora(folder, "model.lora.start_from", "transformer"), str(folder))
 
     def export(self, folder: Path) -> None:
-        export_lora(folder, self.lora.state_dict(), self.lora.metadata())
+        export_lora(folder, self.lora.state_dict(), self.lora.metadata(), "transformer")

@@ -1,0 +1,175 @@
+"""What all policies over a diffusers pipeline share: its folder, cached text, guidance, the VAE, the trained network.
+
+Text encoders are loaded only when a prompt is not in the cache yet and dropped afterwards.
+
+Shapes: R rows, latents [R, C, H, W] float32, text [R, L, D], pooled [R, E].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+
+from ..config import ModelSection
+from ..errors import UserError
+from ..types import Conditioning
+from .base import PreparedPrompts, Velocity
+from .networks import FusedNetwork, StockNetwork
+from .pipelines import PREDICTIONS, pipeline_folder
+from .text_cache import TextCache, folder_fingerprint
+
+_TEXT_BATCH = 32
+
+
+@dataclass
+class Guided:
+    """A network's prepared rows; with guidance the unconditional ones come first, one for each conditional row."""
+
+    rows_of_network: PreparedPrompts
+    count: int  # prompts
+    guided: bool
+
+    def rows(self, index: torch.Tensor) -> Guided:
+        both = torch.cat([index, index + self.count]) if self.guided else index
+        return Guided(self.rows_of_network.rows(both), len(index), self.guided)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.rows_of_network.tensors()
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> Guided:
+        return Guided(self.rows_of_network.with_tensors(tensors), self.count, self.guided)
+
+
+class DiffusersPolicy(ABC):
+    """The `Policy` protocol but for what differs between families: schedule, shape of latents, encoding, the network.
+
+    A subclass names its parts, loads the stock module into the attribute called `component`, builds a network over it
+    and hands that to `_train`.
+    """
+
+    component: str  # the network's folder in the pipeline
+    text_parts: tuple[str, ...]  # folders of text encoders and tokenizers
+    network: StockNetwork | FusedNetwork
+
+    def __init__(self, model: ModelSection, *, device: torch.device, cache_dir: Path):
+        self.model, self.device = model, device
+        self.folder = pipeline_folder(model.path)
+        self.index = json.loads((self.folder / "model_index.json").read_text())
+        self.prediction = PREDICTIONS[self.index["_class_name"]]
+        self.dtype = getattr(torch, model.dtype)
+        self.vae = self._load(AutoencoderKL, "vae", torch.float32)
+        fingerprint = f"{folder_fingerprint(self.folder, self.text_parts)}:{model.max_sequence_length}:{model.dtype}"
+        self._empty: Conditioning | None = None
+        self.text_cache = TextCache(cache_dir / "text", fingerprint, self._encode_text)
+        self._trained = "adapted"  # the weights that `velocity` runs
+
+    def _load(self, kind: type, part: str, dtype: torch.dtype) -> ModelMixin:
+        """A frozen part of the pipeline on the policy's device; UserError where its files are missing."""
+        try:
+            module = kind.from_pretrained(self.folder, subfolder=part, dtype=dtype)
+        except OSError as error:
+            raise UserError(f"model.path = {self.model.path!r}: {error}") from error
+        return module.to(self.device).requires_grad_(False).eval()
+
+    def _train(self, network: StockNetwork | FusedNetwork) -> None:
+        self.network = network
+        if self.model.lora.start_from:
+            network.load_lora(Path(self.model.lora.start_from))
+        self.has_merged = network.has_merged
+
+    @property
+    def vae_scale(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.model.resolution // self.vae_scale
+        return self.vae.config.latent_channels, side, side
+
+    @abstractmethod
+    def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    @abstractmethod
+    def _encode_batch(self, pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
+        """Embeddings of a few prompts, as the stock pipeline computes them."""
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Embeddings on the policy's device, in its dtype."""
+        loaded = self.text_cache.load(prompts)
+        return Conditioning(loaded.text.to(self.device, self.dtype), loaded.pooled.to(self.device, self.dtype))
+
+    def unconditional(self) -> Conditioning:
+        """One row: what guidance leads away from, the embeddings of the empty prompt."""
+        if self._empty is None:
+            self._empty = self.encode([""])
+        return self._empty
+
+    def _encode_text(self, prompts: list[str]) -> Conditioning:
+        kept = {*self.text_parts, "vae", "scheduler", self.component}
+        listed = {name for name, value in self.index.items() if isinstance(value, list)}
+        absent = {name for name in listed if name not in kept or self.index[name][0] is None}
+        given = {"vae": self.vae, self.component: getattr(self, self.component), **dict.fromkeys(absent)}
+        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, **given)
+        for part in self.text_parts:
+            if isinstance(getattr(pipe, part, None), torch.nn.Module):
+                getattr(pipe, part).to(self.device)
+        with torch.no_grad():
+            batches = [
+                self._encode_batch(pipe, prompts[start : start + _TEXT_BATCH])
+                for start in range(0, len(prompts), _TEXT_BATCH)
+            ]
+        return Conditioning(
+            torch.cat([batch.text.cpu() for batch in batches]), torch.cat([batch.pooled.cpu() for batch in batches])
+        )
+
+    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> Guided:
+        text, pooled, rows = conditioning.text, conditioning.pooled, len(conditioning.text)
+        if guided:
+            empty = self.unconditional()
+            text = torch.cat([empty.text.expand(rows, -1, -1), text])
+            pooled = torch.cat([empty.pooled.expand(rows, -1), pooled])
+        return Guided(self.network.prepare(text, pooled, timesteps), rows, guided)
+
+    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
+        return self._forward(latents, step, prepared, self._trained)
+
+    def merged_velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
+        return self._forward(latents, step, prepared, "merged")
+
+    def _forward(self, latents, step, prepared: Guided, weights: str) -> Velocity:
+        hidden = torch.cat([latents, latents]) if prepared.guided else latents
+        velocity = self.network.velocity(hidden, step, prepared.rows_of_network, weights)
+        return (velocity[len(latents) :], velocity[: len(latents)]) if prepared.guided else (velocity, None)
+
+    def merge(self) -> None:
+        self.network.merge()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        before, self._trained = self._trained, "base"
+        try:
+            yield
+        finally:
+            self._trained = before
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures [R, 3, H, W] float32 in [0, 1], by the stock VAE in float32."""
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return self.network.parameters()
+
+    def element_name(self, parameter: str, index: int) -> str:
+        return self.network.element_name(parameter, index)
+
+    def export(self, folder: Path) -> None:
+        self.network.export(folder)
