@@ -1,7 +1,8 @@
 """`python -m advgrpo.evaluate`: scores on the training runs' own noise, pairing, what it writes, and errors in time.
 
 Bugs planted in a copy, each seen red: scores of the second model drawn from other noise; LoRA loaded with alpha = rank;
-the picture axis mixed up with the prompt axis; options of the file winning over flags; prompts not checked before work.
+the picture axis mixed up with the prompt axis; options of the file winning over flags; prompts not checked before work;
+the LoRA scored as its own base.
 """
 
 import json
@@ -114,12 +115,21 @@ def test_base_against_itself_is_a_tie_and_repeats(unit, tmp_path):
     assert results[0]["rule"]["comparison"]["win_rate"]["mean"] == 0.5
 
 
-def test_one_model_alone_has_no_comparison(unit, tmp_path):
-    assert main(flags(unit, tmp_path / "alone", "--metrics", "rule")) == 0
+def test_base_beside_a_lora_is_the_base_alone(unit, tmp_path):
+    dino = ["--metrics", "dino_similarity", *DINO]
+    assert main(flags(unit, tmp_path / "alone", *dino)) == 0
     found = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
     assert found["models"] == ["base"]
-    assert found["results"]["rule"]["comparison"] is None
-    assert {len(row["scores"]["base"]["rule"]) for row in found["prompts"]} == {2}
+    assert found["results"]["dino_similarity"]["comparison"] is None
+    alone = torch.tensor([row["scores"]["base"]["dino_similarity"] for row in found["prompts"]])
+    assert alone.shape == (3, 2)
+    lora = str(unit[0] / "one")
+    assert main(flags(unit, tmp_path / "beside", "--lora", lora, "--against", "base", *dino)) == 0
+    rows = json.loads((tmp_path / "beside" / "evaluation.json").read_text())["prompts"]
+    beside = torch.tensor([row["scores"]["base"]["dino_similarity"] for row in rows])
+    adapted = torch.tensor([row["scores"][lora]["dino_similarity"] for row in rows])
+    assert torch.allclose(beside, alone, atol=1e-4)
+    assert (adapted - alone).abs().max() > 1e-3
 
 
 def test_a_lora_without_metadata_has_alpha_equal_to_rank(unit, tmp_path):
