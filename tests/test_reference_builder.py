@@ -225,7 +225,7 @@ def test_check_finds_every_planted_error(whole, tmp_path):
     (whole / name(0, 0)).unlink()
     (whole / name(1, 0)).write_bytes(b"no picture")
     Image.new("L", (20, 16)).save(whole / name(1, 1))
-    Image.new("RGB", (9, 8), "blue").save(whole / name(2, 0))
+    Image.new("RGB", (40, 8), "blue").save(whole / name(2, 0))
     Image.open(whole / name(3, 0)).save(whole / name(3, 1), compress_level=0)  # other bytes, other comment
     Image.new("RGB", (20, 16), "green").save(whole / "stray.png")
     index = json.loads((whole / "references.json").read_text())
@@ -236,12 +236,12 @@ def test_check_finds_every_planted_error(whole, tmp_path):
     assert report.without_references == ["a prompt nobody drew"]
     assert report.missing == [name(0, 0)]
     assert [line.split(":")[0] for line in report.unreadable] == sorted([name(1, 0), name(1, 1)])
-    assert report.too_small == [f"{name(2, 0)}: 9x8"]
+    assert report.too_small == [f"{name(2, 0)}: 40x8"]
     assert report.duplicates == [f"{name(3, 0)} = {name(3, 1)}"]
     assert report.changed == sorted([name(1, 0), name(1, 1), name(2, 0), name(3, 1)])
     assert report.too_few == [f"{PROMPTS[4]}: 2"]
     assert report.unlisted == sorted([name(4, 2), "stray.png"])
-    assert report.sizes == {(20, 16): 10, (9, 8): 1}
+    assert report.sizes == {(20, 16): 10, (40, 8): 1}
     sheet = tmp_path / "sheet.png"
     assert draw_contact_sheet(whole, sheet, prompts=PROMPTS, tile=64) == 5
     assert Image.open(sheet).height > 5 * 64
