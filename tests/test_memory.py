@@ -1,6 +1,14 @@
 """Memory planner: counts against known totals, formulas against what autograd saves, choices, advice, command line.
 
 Everything at full size is on the meta device.
+
+Bugs planted in a copy, each seen red. Bytes: attention's output counted once; the first block's dual attention saved;
+one float32 copy for stock LoRA missing; boundaries of the image stream only; views counted as new; freed tensors not
+subtracted; matrices of the dual attention left out. Counts: only A of the adapters; every linear of a block stacked;
+inner linears missing from FP8 weights; guidance forgotten; model.lora.blocks ignored. Choices: the smallest of equally
+fast knobs; checkpointing that saves nothing; processes ignored; text encoders always on the GPU; remedies not tried;
+twice the card's size accepted. Advice: order changed; the smallest micro-batch instead of the next; GiB read as GB.
+Exit code always 0.
 """
 
 import pytest
@@ -98,7 +106,7 @@ def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
 
     adapters = 2 * fused.lora.master.numel()  # their bfloat16 copy, which the plan counts once, not per sequence
     assert shape.saved_bytes(checkpointing=False) == pytest.approx(
-        (saved_bytes(forward, held) - adapters) / ROWS, rel=0.02
+        (saved_bytes(forward, held) - adapters) / ROWS, rel=0.005
     )
     fused.checkpointing = True
     assert shape.boundary_bytes() == pytest.approx(saved_bytes(forward, held) / ROWS, rel=0.06)
@@ -214,7 +222,8 @@ def test_what_does_not_fit_says_which_setting_would(paper):
 
 def test_micro_batches_are_those_the_config_check_accepts(paper):
     paper.data.prompts = paper.data.references = "somewhere"
-    for group, micro, processes in ((16, 8, 8), (12, 24, 2), (16, 32, 1)):
+    for prompts, group, micro, processes in ((48, 16, 8, 8), (48, 12, 24, 2), (48, 16, 32, 1), (4, 16, 16, 4)):
+        paper.rollout.prompts_per_iteration = prompts
         paper.rollout.group_size, paper.rollout.micro_batch = group, micro
         accepted = []
         for value in range(1, micro + 1):
