@@ -56,7 +56,8 @@ class LoraSection(_Section):
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """Initialisation of A; B starts at zero, so training starts from the base model."""
     targets: tuple[str, ...] = LORA_TARGETS
-    """Module-name suffixes that get an adapter (METHOD section 8: the eight attention projections)."""
+    """Module-name suffixes that get an adapter. The default, SD3's eight attention projections (METHOD section 8),
+    stands for attn1 and attn2's to_q, to_k, to_v and to_out.0 where the model is a UNet."""
     blocks: Literal["all"] | Positive = "all"
     """"all", or only the last N transformer blocks."""
     start_from: str = ""
@@ -131,8 +132,9 @@ class RolloutSection(_Section):
     """Sampler steps."""
     guidance_scale: Annotated[float, Field(ge=1)] = 4.5
     """Classifier-free guidance in sampling and training; 1 switches it off."""
-    dynamics: Literal["flow_cps", "flow_sde", "dance_sde"] = "flow_cps"
-    """Stochastic sampler on the window's steps (METHOD section 2)."""
+    dynamics: Literal["flow_cps", "flow_sde", "dance_sde", "ddim"] = "flow_cps"
+    """Stochastic sampler on the window's steps (METHOD section 2); ddim for models that predict noise (SD1.5, SDXL),
+    and for no others."""
     noise_level: Annotated[float, Field(gt=0)] = 0.8
     """Noise level eta on the window's steps."""
     likelihood: Literal["squared_error", "gaussian"] = "squared_error"
@@ -500,7 +502,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise UserError(f"unknown preset {name!r}{_nearest(name, preset_names())}")
-    return read_yaml(Path(str(resources.files("advgrpo") / "presets" / f"{name}.yaml")))
+    settings = read_yaml(Path(str(resources.files("advgrpo") / "presets" / f"{name}.yaml")))
+    base = settings.pop("preset", None)  # a job is another preset with a few changes
+    return merge(read_preset(base), settings) if base else settings
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -566,7 +570,7 @@ def check(config: Config, world_size: int) -> None:
             f"{config.update.optimizer_windows} optimizer_windows on {world_size} processes; make "
             f"rollout.prompts_per_iteration x group_size a multiple of {micro * parts}"
         )
-    last = steps - 1 if rollout.dynamics == "flow_cps" else steps  # flow_cps adds no noise on the last step
+    last = noisy_steps(rollout)
     if window.steps is not None:
         outside = [s for s in window.steps if s >= last]
         if outside or not window.steps or len(set(window.steps)) != len(window.steps):
@@ -579,6 +583,8 @@ def check(config: Config, world_size: int) -> None:
             f"rollout.window: noise_range {list(window.noise_range)} of {steps} steps holds "
             f"{len(eligible_steps(config))} usable steps, fewer than size = {window.size}; widen noise_range"
         )
+    if rollout.dynamics in ("flow_cps", "ddim") and rollout.noise_level > 1:
+        raise UserError(f"rollout.noise_level = {rollout.noise_level:g}: {rollout.dynamics} wants at most 1")
     _check_precision(config)
     _check_rewards(config)
     if not config.data.prompts:
@@ -641,9 +647,13 @@ def _check_rewards(config: Config) -> None:
         raise UserError(f"data.references is empty, but {needed[0]} needs references: pass --data.references PATH")
 
 
+def noisy_steps(rollout: RolloutSection) -> int:
+    """How many steps, from the first, can be stochastic: the last of flow_cps and ddim arrives without any noise."""
+    return rollout.num_steps - 1 if rollout.dynamics in ("flow_cps", "ddim") else rollout.num_steps
+
+
 def eligible_steps(config: Config) -> list[int]:
     """Steps a random window may contain: those whose share of the schedule left lies in (low, high]."""
     rollout = config.rollout
     low, high = rollout.window.noise_range
-    last = rollout.num_steps - 1 if rollout.dynamics == "flow_cps" else rollout.num_steps
-    return [i for i in range(last) if low < 1 - i / rollout.num_steps <= high]
+    return [i for i in range(noisy_steps(rollout)) if low < 1 - i / rollout.num_steps <= high]

@@ -391,7 +391,7 @@ def test_a_run_whose_fixed_reward_is_saturation(unit_config, monkeypatch):
     unit_config.iterations = 10
     run = watched(unit_config)
     trainer = run.trainer
-    real_rollout, real_score = trainer.rollout, trainer.score
+    real_rollout, real_score = trainer.rollout, trainer.scorer.score
 
     def coloured(table, iteration):
         rollout = real_rollout(table, iteration)
@@ -400,14 +400,14 @@ def test_a_run_whose_fixed_reward_is_saturation(unit_config, monkeypatch):
             tile.images = (grey + (0.2 + 0.15 * iteration) * (tile.images - grey)).clamp(0, 1)
         return rollout
 
-    def saturation_pays(rollout, generated, reference, iteration):
-        scored = real_score(rollout, generated, reference, iteration)
+    def saturation_pays(rollout, iteration):
+        scored = real_score(rollout, iteration)
         scored.rewards = picture_statistics(torch.cat([tile.images for tile in rollout.tiles]))["saturation"]
         scored.reference_rewards = torch.full_like(scored.rewards, 0.5)
         return scored
 
     monkeypatch.setattr(trainer, "rollout", coloured)
-    monkeypatch.setattr(trainer, "score", saturation_pays)
+    monkeypatch.setattr(trainer.scorer, "score", saturation_pays)
     assert "reward_hacking" in flags_of(run, 8)
 
 
