@@ -66,6 +66,7 @@ class MemoryPlan:
     components: tuple[Component, ...]
     configured_gb: float  # peak with the settings as they are, text encoders on the GPU
     remedies: tuple[str, ...]
+    uncounted: tuple[str, ...]  # settings whose models the estimate leaves out
 
     def phase_gb(self, phase: str) -> float:
         held = sum(c.bytes for c in self.components if phase in c.phases)
@@ -87,7 +88,8 @@ class MemoryPlan:
         """One line: the knobs, or what would make it fit."""
         size = f"{self.gpu_gb:.4g} GB"
         if self.fits:
-            return f"{size}: {self.knobs}; peak {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
+            left_out = f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else ""
+            return f"{size}: {self.knobs}; peak {self.peak_gb:.1f} GB while {self.peak_phase}, estimated{left_out}"
         least = f"at least {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
         return f"{size}: does not fit; {least}, with {self.knobs}; {'; or '.join(self.remedies)}"
 
@@ -122,7 +124,10 @@ class _Estimate:
     def __init__(self, config: Config, processes: int):
         self.config, self.processes = config, processes
         self.pipeline = known_models.known_pipeline(config.model.path)
-        self.backbone = known_models.known_backbone(config.adversary.backbone)
+        self.dino = config.adversary.kind == "dino"
+        other = [] if self.dino or config.adversary.kind == "none" else [f"adversary.kind = {config.adversary.kind}"]
+        fixed = [f"rewards.{name}" for name in config.rewards.fixed()]
+        self.uncounted = (*other, *fixed)
         self.lora = config.model.train == "lora"
         self.fused = config.fast and self.lora
         self.element = 2 if config.model.dtype == "bfloat16" else 4
@@ -153,13 +158,16 @@ class _Estimate:
     def plans(self, gpu_gb: float) -> list[MemoryPlan]:
         """One plan for every setting of the knobs."""
         configured = self._peak_as_configured(gpu_gb)
-        return [MemoryPlan(gpu_gb, knobs, self.components(knobs), configured, ()) for knobs in self._knobs()]
+        return [self._plan(gpu_gb, knobs, configured) for knobs in self._knobs()]
 
     def _peak_as_configured(self, gpu_gb: float) -> float:
         rollout = self.config.rollout
         batch = min(_DECODE_BATCH, rollout.micro_batch)
         knobs = Knobs(rollout.micro_batch, self.config.model.gradient_checkpointing, "gpu", batch)
-        return MemoryPlan(gpu_gb, knobs, self.components(knobs), 0.0, ()).peak_gb
+        return self._plan(gpu_gb, knobs, 0.0).peak_gb
+
+    def _plan(self, gpu_gb: float, knobs: Knobs, configured_gb: float) -> MemoryPlan:
+        return MemoryPlan(gpu_gb, knobs, self.components(knobs), configured_gb, (), self.uncounted)
 
     def _knobs(self) -> Iterator[Knobs]:
         for micro in micro_batches(self.config, self.processes):
@@ -186,7 +194,8 @@ class _Estimate:
         return work * time / filled
 
     def components(self, knobs: Knobs) -> tuple[Component, ...]:
-        return tuple(c for c in (*self._weights(), *self._reward(knobs), *self._activations(knobs)) if c.bytes)
+        reward = self._dino(knobs) if self.dino else ()
+        return tuple(c for c in (*self._weights(), *reward, *self._activations(knobs)) if c.bytes)
 
     def _weights(self) -> Iterator[Component]:
         config, weights = self.config, self.weights
@@ -216,14 +225,16 @@ class _Estimate:
     def _decoder_bytes(self) -> int:
         return known_models.count_decoder(self.pipeline.decoder) * self._decoder_dtype().itemsize
 
-    def _reward(self, knobs: Knobs) -> Iterator[Component]:
-        adversary, width = self.config.adversary, self.backbone["hidden_size"]
+    def _dino(self, knobs: Knobs) -> Iterator[Component]:
+        adversary = self.config.adversary
+        backbone = known_models.known_backbone(adversary.backbone)
+        width = backbone["hidden_size"]
         element = 2 if adversary.dtype == "bfloat16" else 4
-        tokens = (adversary.image_size // self.backbone["patch_size"]) ** 2 + 1
+        tokens = (adversary.image_size // backbone["patch_size"]) ** 2 + 1
         per_picture = 4 * tokens * width
         iteration = "rollout.prompts_per_iteration, group_size, processes"
         kept = 4 * width * (min(adversary.cached_patches, tokens - 1) + 1)
-        count = known_models.count_backbone(self.backbone)
+        count = known_models.count_backbone(backbone)
         yield Component("DINO backbone", count * element, f"adversary.backbone = {adversary.backbone}")
         after = ("score", "update")
         yield Component("features of an iteration's pictures", self.pictures * per_picture, iteration, after)
@@ -288,7 +299,8 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         yield setting("model.base_precision", "model")
     if not config.fast and model.train == "lora":
         yield "fast = true", lambda c: setattr(c, "fast", True)
-    if adversary.cached_patches > adversary.num_patches:
+    dino = adversary.kind == "dino"
+    if dino and adversary.cached_patches > adversary.num_patches:
         yield setting("adversary.cached_patches", adversary.num_patches)
     images = rollout.micro_batch * processes * config.update.optimizer_windows  # the iteration's must be a multiple
     fewer = [n for n in range(1, rollout.prompts_per_iteration // 4 + 1) if n * rollout.group_size % images == 0]
@@ -296,7 +308,7 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         yield setting("rollout.prompts_per_iteration", fewer[-1])
     if model.dtype == "float32" and model.train == "lora":
         yield setting("model.dtype", "bfloat16")
-    if adversary.backbone in ("facebook/dinov2-large", "facebook/dinov2-giant"):
+    if dino and adversary.backbone in ("facebook/dinov2-large", "facebook/dinov2-giant"):
         yield setting("adversary.backbone", "facebook/dinov2-base")
     if model.lora.blocks == "all" and model.train == "lora":
         yield "model.lora.blocks = 2", lambda c: setattr(c.model.lora, "blocks", 2)

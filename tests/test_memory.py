@@ -272,6 +272,15 @@ def test_local_folders_are_read_and_unknown_names_refused(paper):
         plan(paper, 0)
 
 
+def test_models_that_are_not_counted_are_named(paper):
+    assert plan(paper, 80).uncounted == ()
+    paper.adversary.kind, paper.rewards.pickscore.weight = "siglip", 1.0
+    chosen = plan(paper, 80)
+    assert "not counted: adversary.kind = siglip, rewards.pickscore" in chosen.line()
+    assert not any("DINO" in c.name for c in chosen.components)
+    assert "cached_patches" not in advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
+
+
 def test_math_attention_keeps_its_matrix():
     shape = TransformerShape("fused", 64, 2, 3, frozenset({1}), False, 16, 4, 2, 4, 0, math_attention=False)
     matrices = (3 * 20**2 + 16**2) * 2 * 4
