@@ -76,8 +76,8 @@ class ClipModel:
     def text_embeddings(self, prompts: list[str]) -> torch.Tensor:
         """[B, E] of B prompts, cut at the model's longest text.
 
-        Every new prompt is encoded on its own and padded to full length, so its embedding does not depend on its
-        neighbours and a resumed run scores as the first one did.
+        Every new prompt is encoded on its own and unpadded, so its embedding does not depend on its neighbours, a
+        resumed run scores as the first one did, and the end of text, which CLIP pools at, is there once.
         """
         return torch.stack([self._text(prompt) for prompt in prompts])
 
@@ -85,9 +85,9 @@ class ClipModel:
         if prompt in self._texts:
             self._texts.move_to_end(prompt)
             return self._texts[prompt]
-        tokens = self.tokenizer(
-            prompt, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        ).to(self.device)
+        tokens = self.tokenizer(prompt, max_length=self.max_tokens, truncation=True, return_tensors="pt").to(
+            self.device
+        )
         output = self.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         embedding = F.normalize(self.model.text_projection(output.pooler_output).float()[0], dim=-1)
         self._texts[prompt] = embedding
