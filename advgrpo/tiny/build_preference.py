@@ -59,7 +59,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def model(seed: int) -> CLIPModel:
-    """An untrained CLIP: 32 px in patches of 4, the caption tokenizer of the tiny pipeline, 0.9 M parameters."""
+    """An untrained CLIP: 32 px in patches of 8, the caption tokenizer of the tiny pipeline, 0.9 M parameters."""
     config = CLIPConfig(
         text_config={
             "vocab_size": len(tokenizer()),
@@ -78,7 +78,7 @@ def model(seed: int) -> CLIPModel:
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "image_size": IMAGE_SIZE,
-            "patch_size": 4,
+            "patch_size": 8,
         },
         projection_dim=96,
     )
@@ -244,17 +244,28 @@ def measure(clip: CLIPModel, seed: int, count: int = 512) -> dict[str, float]:
     return shares
 
 
+def save(trainee: Trainee, folder: Path, curves: dict[str, list[dict]], seed: int) -> None:
+    """PickScore's layout (CLIPModel in fp16, tokenizer, image processor), and training.json: curves and figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trainee.tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR, indent=2) + "\n")
+    (folder / "training.json").touch()
+    save_half_precision(trainee.clip, folder)
+    figures = measure(CLIPModel.from_pretrained(folder), seed)
+    (folder / "training.json").write_text(json.dumps({"figures": figures, **curves}))
+    print(f"wrote {folder}: " + ", ".join(f"{name} {share:.3f}" for name, share in figures.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write (CLIPModel, tokenizer, processor)")
-    parser.add_argument("--contrastive-steps", type=int, default=1500)
-    parser.add_argument("--preference-steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=96, help="drawings per contrastive step, pairs per other step")
+    parser.add_argument("--contrastive-steps", type=int, default=1200)
+    parser.add_argument("--preference-steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=96, help="drawings per step; half as many pairs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    clip = model(args.seed)
-    trainee = Trainee(clip)
+    trainee = Trainee(model(args.seed))
     curves = {
         "contrastive": trainee.train(
             "contrastive", trainee.contrastive_loss, args.contrastive_steps, args.batch, 1e-3,
@@ -265,14 +276,7 @@ def main() -> None:
             seeded(args.seed, "preference_pairs"),
         ),
     }  # fmt: skip
-    args.output.mkdir(parents=True, exist_ok=True)
-    trainee.tokenizer.save_pretrained(args.output)
-    (args.output / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR, indent=2) + "\n")
-    save_half_precision(clip, args.output)
-    figures = measure(CLIPModel.from_pretrained(args.output), args.seed)
-    (args.output / "training.json").write_text(json.dumps({"figures": figures, **curves}))
-    (args.output / "training.json").chmod(0o644)
-    print(f"wrote {args.output}: " + ", ".join(f"{name} {share:.3f}" for name, share in figures.items()))
+    save(trainee, args.output, curves, args.seed)
 
 
 if __name__ == "__main__":
