@@ -291,9 +291,10 @@ class OffPolicy(RedFlag):
     def advice(self):
         update = self.config.update
         return (
-            "Rollout and update must run the same forward: try --no-fast, or raise model.dtype (now "
-            f"{self.config.model.dtype}) to float32; else raise update.clip_range (now {update.clip_range:g}) well "
-            f"above the drift, or lower update.max_log_prob_drift (now {update.max_log_prob_drift:g}) to stop at once"
+            f"Rollout and update must run the same forward: set update.old_log_prob (now {update.old_log_prob}) to "
+            f"recompute, raise model.dtype (now {self.config.model.dtype}) to float32 or update.clip_range (now "
+            f"{update.clip_range:g}) well above the drift; update.max_log_prob_drift (now "
+            f"{update.max_log_prob_drift:g}) ends a run that drifts further"
         )
 
 
