@@ -1,14 +1,12 @@
-"""The OCR reward on rendered words, and the tiny world's word pictures.
+"""The OCR reward on rendered words.
 
 The engine is RapidOCR itself; one instance for the file keeps it at a few seconds.
 
 Planted bugs that turned this file red: no cap of the distance at the target's length, no containment, white space or
 case kept, substitutions at cost 2, channels in the wrong order (here and in pixels.py), levels not rounded, NaN let
-through, a failing engine read as an empty text, prompts without a target given one, held-out captions drawn from the
-training ones, words without jitter.
+through, a failing engine read as an empty text, prompts without a target given one.
 """
 
-import json
 from types import SimpleNamespace
 
 import matplotlib
@@ -17,8 +15,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from advgrpo.data.prompts import load_prompts
-from advgrpo.data.references import ReferenceSet
 from advgrpo.errors import UserError
 from advgrpo.rewards.ocr import OcrReward, edit_distance, target_text, text_reward
 from advgrpo.tiny import words
@@ -172,47 +168,3 @@ def test_bad_pictures(images, complaint, reward):
 def test_bad_arguments(arguments, field):
     with pytest.raises(UserError, match=field):
         OcrReward(**arguments)
-
-
-def test_word_pictures_are_read(reward):
-    """What the tiny world's OCR reward rests on: crisp pictures score 1, and another word's prompt does not."""
-    captions = words.split_prompts(8, 0)[0]
-    images = words.render([words.WordScene.parse(c) for c in captions], torch.Generator().manual_seed(0))
-    assert images.shape == (8, 3, 64, 64)
-    assert reward.score(images, captions, None).tolist() == [1.0] * 8
-    assert reward.score(images, captions[1:] + captions[:1], None).max() < 1
-
-
-def test_word_captions_round_trip_and_splits_are_disjoint():
-    train, held_out = words.split_prompts(120, 60)
-    assert len({*train, *held_out}) == 180
-    assert {words.WordScene.parse(c).word for c in train[:55]} == set(words.WORDS)
-    for caption in train + held_out:
-        scene = words.WordScene.parse(caption)
-        assert scene.caption == caption
-        assert target_text(caption) == scene.word
-    with pytest.raises(ValueError, match="not a caption"):
-        words.WordScene.parse("the word CAT in red on a white background")
-    with pytest.raises(ValueError, match="exceeds"):
-        words.split_prompts(len(words.all_scenes()), 1)
-
-
-def test_word_renders_are_deterministic_and_jittered():
-    scenes = [words.WordScene("CAT", "red", "white")] * 2
-    first, again = (words.render(scenes, torch.Generator().manual_seed(3), size=32) for _ in range(2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first[0], first[1])
-
-
-def test_written_set_loads_as_prompts_and_references(tmp_path):
-    command = ["--output", str(tmp_path), "--train", "4", "--held-out", "2", "--per-prompt", "2", "--size", "32"]
-    words.main(command)
-    prompts = [p.text for name in ("prompts", "held_out_prompts") for p in load_prompts(tmp_path / f"{name}.txt")]
-    assert len(prompts) == 6
-    references = ReferenceSet.load(tmp_path / "references", prompts)
-    assert all(len(references.files(prompt)) == 2 for prompt in prompts)
-    assert references.load_images(references.files(prompts[0])).shape == (2, 3, 32, 32)
-    before = {file: file.read_bytes() for file in (tmp_path / "references").iterdir()}
-    assert len(json.loads((tmp_path / "references/references.json").read_text())) == 6
-    words.main(command)
-    assert before == {file: file.read_bytes() for file in (tmp_path / "references").iterdir()}

@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,10 @@ from .shapes import render, sample_roughness, sample_scenes
 
 LONG_TEXT_SHARE = 0.05  # steps trained at the stock default of 256 T5 tokens, so that stock calls work unchanged
 LONG_TEXT_TOKENS = 256
+
+
+Drawing = Callable[[int, torch.Generator], tuple[torch.Tensor, list[str]]]
+"""(count, generator) -> pictures in [-1, 1] and their captions."""
 
 
 class TrainingLog:
@@ -55,7 +60,9 @@ def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str
     return pictures * 2 - 1, [s.caption for s in scenes]
 
 
-def train_vae(vae: torch.nn.Module, steps: int, batch: int, generator: torch.Generator) -> list[dict]:
+def train_vae(
+    vae: torch.nn.Module, steps: int, batch: int, generator: torch.Generator, draw: Drawing = draw
+) -> list[dict]:
     """L1 + MSE + small KL; then latents are normalised through scaling_factor and shift_factor as in SD3."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
@@ -88,7 +95,9 @@ def _sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.where(torch.rand(count, generator=generator) < 0.1, uniform, shifted)
 
 
-def _flow_loss(pipe: StableDiffusion3Pipeline, batch: int, generator: torch.Generator) -> torch.Tensor:
+def _flow_loss(
+    pipe: StableDiffusion3Pipeline, batch: int, generator: torch.Generator, draw: Drawing, short_text: int
+) -> torch.Tensor:
     long_text = torch.rand((), generator=generator) < LONG_TEXT_SHARE
     pictures, captions = draw(batch // 4 if long_text else batch, generator)
     count = len(captions)
@@ -97,7 +106,7 @@ def _flow_loss(pipe: StableDiffusion3Pipeline, batch: int, generator: torch.Gene
         latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     dropped = torch.rand(count, generator=generator) < 0.1
     captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist())]
-    tokens = LONG_TEXT_TOKENS if long_text else architecture.T5_TOKENS
+    tokens = LONG_TEXT_TOKENS if long_text else short_text
     text, _, pooled, _ = pipe.encode_prompt(
         captions, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=tokens
     )
@@ -108,8 +117,18 @@ def _flow_loss(pipe: StableDiffusion3Pipeline, batch: int, generator: torch.Gene
     return F.mse_loss(velocity, noise - latents)
 
 
-def train_flow(pipe: StableDiffusion3Pipeline, steps: int, batch: int, generator: torch.Generator) -> list[dict]:
-    """Rectified flow, transformer and text encoders together; the pipeline ends with EMA weights."""
+def train_flow(
+    pipe: StableDiffusion3Pipeline,
+    steps: int,
+    batch: int,
+    generator: torch.Generator,
+    draw: Drawing = draw,
+    short_text: int = architecture.T5_TOKENS,
+) -> list[dict]:
+    """Rectified flow, transformer and text encoders together; the pipeline ends with EMA weights.
+
+    `short_text` is the number of T5 tokens that the captions need.
+    """
     modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     averages = [copy.deepcopy(m) for m in modules]
     parameters = [p for m in modules for p in m.parameters()]
@@ -120,7 +139,7 @@ def train_flow(pipe: StableDiffusion3Pipeline, steps: int, batch: int, generator
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     log = TrainingLog("flow", steps)
     for step in range(steps):
-        loss = _flow_loss(pipe, batch, generator)
+        loss = _flow_loss(pipe, batch, generator, draw, short_text)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
