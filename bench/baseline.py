@@ -17,6 +17,7 @@ chosen patches.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -217,16 +218,21 @@ class Baseline:
         initial: Tensor,
         window: Sequence[int],
         noise: Mapping[int, Tensor] | None = None,
+        *,
+        adapters_in_window_only: bool = False,
     ) -> Tile:
         """Denoise `initial` [M, C, h, w] for `captions`, with noise on the steps of `window`, and decode.
 
-        `noise` gives the draws of those steps by number; by default they are drawn here.
+        `noise` gives the draws of those steps by number; by default they are drawn here. `adapters_in_window_only` is
+        B0 with one change, for the waterfall: other steps cost what merged weights would (and compute the base's).
         """
         rollout = self.config.rollout
         self.scheduler.set_timesteps(rollout.num_steps)
         conditioning, latents, steps = self.conditioning(captions), initial, []
         for number, timestep in enumerate(self.scheduler.timesteps):
-            velocity = self.velocity(latents, timestep, conditioning)
+            plain = adapters_in_window_only and number not in window
+            with self.base() if plain else contextlib.nullcontext():
+                velocity = self.velocity(latents, timestep, conditioning)
             if number not in window:
                 latents = self.scheduler.euler_step(velocity, timestep, latents)
                 continue
@@ -353,15 +359,18 @@ class Baseline:
                 for average, parameter in zip(self.averages, self.trained):
                     average.mul_(config.update.ema_decay).add_(parameter, alpha=1 - config.update.ema_decay)
 
-    def rollout(self, prompts: Sequence[str], window: Sequence[int]) -> list[Tile]:
-        """group_size pictures of every prompt, which share their initial noise, in tiles of micro_batch."""
+    def rollout(self, prompts: Sequence[str], window: Sequence[int], **options) -> list[Tile]:
+        """group_size pictures of every prompt, which share their initial noise, in tiles of micro_batch.
+
+        `options` go to `sampler`.
+        """
         rollout = self.config.rollout
         captions = [prompt for prompt in prompts for _ in range(rollout.group_size)]
         noise = torch.randn(len(prompts), *self.latent_shape, device=self.device)
         noise = noise.repeat_interleave(rollout.group_size, dim=0)
         size = rollout.micro_batch
         starts = range(0, len(captions), size)
-        return [self.sampler(captions[i : i + size], noise[i : i + size], window) for i in starts]
+        return [self.sampler(captions[i : i + size], noise[i : i + size], window, **options) for i in starts]
 
     def score(self, tiles: Sequence[Tile]) -> tuple[Features, Features, Tensor, Tensor]:
         """Features of the pictures and of one reference each, and the rewards [B] of both."""

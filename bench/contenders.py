@@ -1,0 +1,146 @@
+"""Our trainer and B0 side by side: one configuration, the same weights, the same iteration.
+
+Both take steps of a learning rate so small that no weight changes, so a rollout stays on-policy however often its
+update is timed; the head trains in every iteration on both sides. The window's steps are fixed, so every repetition is
+the same work: the released {0, 1} at full size, the mean of what the preset draws for the tiny model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from advgrpo import config as configuration
+from advgrpo.config import Config
+from advgrpo.distributed import Distributed
+from advgrpo.fast import FastPaths
+from advgrpo.graphs import CudaGraphs
+from advgrpo.policy.dynamics import StepTable, step_table, window_steps
+from advgrpo.rewards.dino import DinoAdversary
+from advgrpo.scoring import Scorer
+from advgrpo.trainer import Trainer
+
+from .baseline import Baseline
+from .pair import baseline_of, stock_config, stock_transformer
+from .random_policy import RandomPolicy, RandomReferences, Size, save_backbone
+
+FROZEN = 1e-30  # learning rate: p - 1e-30 = p in float32 for every p that is not tiny itself
+SETTINGS = {
+    "evaluation": {"every": 0},
+    "monitor": {"every": 0},
+    "output": {"tensorboard": False, "checkpoint_every": 0},
+    "update": {"learning_rate": FROZEN, "weight_decay": 0.0},
+    "adversary": {"schedule": "always", "warmup_iterations": 0, "updates_per_iteration": 10},
+}
+TINY_SETTINGS = {"rollout": {"window": {"steps": [4, 6]}}}
+FULL_SETTINGS = {
+    "rollout": {"prompts_per_iteration": 2, "micro_batch": 8, "window": {"steps": [0, 1]}},
+    "adversary": {"batch_size": 32, "replay_capacity": 64},
+}
+
+
+@dataclass
+class Contenders:
+    trainer: Trainer
+    baseline: Baseline
+
+    @property
+    def config(self) -> Config:
+        return self.trainer.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.policy.device
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        return window_steps(self.config, 0)
+
+    @property
+    def prompts(self) -> list[str]:
+        """One per group, those of our iteration 0."""
+        return [self.trainer.prompts[i] for i in self.trainer.groups.next(0)]
+
+    @property
+    def images(self) -> int:
+        return self.config.images_per_iteration
+
+    def table(self) -> StepTable:
+        return step_table(self.trainer.policy, self.config.rollout.num_steps, self.window, rollout=self.config.rollout)
+
+
+def tiny(folder: Path, device: str, **changes: dict) -> Contenders:
+    """The embedded default as `python -m advgrpo.train --fast` builds it; `changes` are sections of the settings."""
+    from advgrpo.run import Run  # needs diffusers
+
+    settings = configuration.read_preset("tiny")
+    for change in (SETTINGS, TINY_SETTINGS, {"output_dir": str(folder / "run"), "device": device}, changes):
+        settings = configuration.merge(settings, change)
+    config = configuration.build(settings, "bench")
+    trainer = Run(config, Distributed.start(device), resume=False, console=Console(quiet=True)).trainer
+    policy, lora = trainer.policy, trainer.policy.network.lora
+    _wake(lora)
+    stock = stock_transformer(
+        stock_config(policy.transformer.config),
+        policy.transformer.state_dict(),
+        lora.state_dict(),
+        rank=config.model.lora.rank,
+        alpha=config.model.lora.alpha,
+    )
+    return Contenders(trainer, _baseline(trainer, stock, policy.decode))
+
+
+def random(folder: Path, device: str, size: Size, *, precision: str = "model", **changes: dict) -> Contenders:
+    """Random weights of `size`, without diffusers; see `tiny`."""
+    settings = configuration.read_preset("sd35m-dino-released")
+    given = {
+        "device": device,
+        "adversary": {"backbone": str(folder / "backbone"), "image_size": size.backbone["image_size"]},
+    }
+    for change in (SETTINGS, FULL_SETTINGS, given, changes):
+        settings = configuration.merge(settings, change)
+    config = configuration.build(settings, "bench")
+    place = Distributed.start(device)
+    save_backbone(size, folder / "backbone", config.seed)
+    policy = RandomPolicy(config.model, size, device=place.device, seed=config.seed, precision=precision)
+    _wake(policy.lora)
+    adversary = DinoAdversary(config.adversary, device=place.device, seed=config.seed)
+    references = RandomReferences(adversary.backbone.width, config.adversary.cached_patches, place.device, config.seed)
+    graphs = CudaGraphs(place.device) if place.device.type == "cuda" else None
+    fast = FastPaths(share_prefix=True, fused=True, fused_optimizer=True, graphs=graphs is not None, table=())
+    trainer = Trainer(
+        config,
+        policy=policy,
+        scorer=Scorer(config, adversary, references, rewards={}, references=None, observer=None, distributed=place),
+        prompts=[f"prompt {i}" for i in range(8)],
+        distributed=place,
+        fast=fast,
+        graphs=graphs,
+    )
+    lora = config.model.lora
+    stock = stock_transformer(
+        size.transformer, policy.stock.state_dict(), policy.lora.state_dict(), rank=lora.rank, alpha=lora.alpha
+    )
+    return Contenders(trainer, _baseline(trainer, stock, policy.reference_decoder.images))
+
+
+def _baseline(trainer: Trainer, stock, decode) -> Baseline:
+    return baseline_of(
+        trainer.config,
+        transformer=stock,
+        policy=trainer.policy,
+        decode=decode,
+        adversary=trainer.adversary,
+        references=trainer.scorer.reference_features,
+        prompts=trainer.prompts,
+    )
+
+
+def _wake(lora) -> None:
+    """Adapters as training leaves them: fresh ones add nothing."""
+    with torch.no_grad():
+        noise = torch.randn(lora.master.shape, generator=torch.Generator().manual_seed(0))
+        lora.master.add_(0.01 * noise.to(lora.master.device))

@@ -1,0 +1,102 @@
+"""Do ours and B0 compute the same? Errors are relative norms, on the same weights, noise and patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from advgrpo import rng
+from advgrpo.types import TileRollout
+from advgrpo_kernels import philox_normal, score_features
+
+from .baseline import Features, Tile
+from .contenders import Contenders
+
+
+@dataclass(frozen=True)
+class Check:
+    error: float
+    allowed: float
+    what: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """float32 differs in the order of sums; bfloat16 rounds every activation on both sides, at other places."""
+    return 1e-3 if dtype == torch.float32 else 0.1
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def same_tile(c: Contenders) -> tuple[TileRollout, torch.Tensor, Tile]:
+    """The iteration's first tile by our sampler (and its last latents), and by B0 from the same noise."""
+    trainer, table, seed = c.trainer, c.table(), c.config.seed
+    tile = trainer.tiles(0)[0]
+    row, ids = tile.row.to(c.device), tile.image_ids.to(c.device)
+    initial = trainer.sampler.initial_latents(rng.derive_seed(seed, "initial_noise", 0), tile.prompt_groups)
+    noise_seed = rng.derive_seed(seed, "step_noise", 0)
+    trainer.policy.merge()
+    latents, steps = trainer.sampler.run(
+        table, trainer.policy.encode(tile.prompts), initial, row, noise_seed=noise_seed, image_ids=ids
+    )
+    shape = (len(ids), *trainer.policy.latent_shape())
+    noise = {i: philox_normal(shape, seed=noise_seed, sample_ids=ids, step=i, device=c.device) for i in c.window}
+    theirs = c.baseline.sampler(tile.captions, initial.index_select(0, row), c.window, noise)
+    return TileRollout(tile, steps, trainer.policy.decode(latents)), latents, theirs
+
+
+def check_sampler(c: Contenders, allowed: float) -> Check:
+    ours, latents, theirs = same_tile(c)
+    errors = [_relative(latents, theirs.latents), _relative(ours.images, theirs.images)]
+    errors += [_relative(a.next_latents, b.next_latents) for a, b in zip(ours.steps, theirs.steps)]
+    return Check(max(errors), allowed, "latents and pictures of one tile")
+
+
+def check_update(c: Contenders, allowed: float) -> Check:
+    """Gradients of one tile; what is clipped is decided by each side's own old log-probabilities."""
+    ours, _, theirs = same_tile(c)
+    count = len(theirs.captions)
+    advantages = torch.linspace(-1, 1, count, device=c.device)
+    everyone = torch.zeros(c.images, device=c.device).index_copy(0, ours.tile.image_ids.to(c.device), advantages)
+    updater, b0 = c.trainer.updater, c.baseline
+    stats = updater.accumulate([ours], everyone, c.table(), total=count, watch_kl=False)
+    b0.optimizer.zero_grad()
+    b0.accumulate([theirs], [advantages])
+    lora = getattr(c.trainer.policy, "lora", None) or c.trainer.policy.network.lora
+    expected = {
+        name.replace(".default.", "."): p.grad for name, p in b0.transformer.named_parameters() if p.grad is not None
+    }
+    found = lora.state_dict(lora.master.grad)
+    stacked = [torch.cat([side[name].float().flatten() for name in expected]) for side in (found, expected)]
+    b0.optimizer.zero_grad()
+    drift = stats.max_drift().item()
+    if drift != 0:
+        return Check(float("inf"), allowed, f"log-probabilities moved by {drift:.1e} before any optimizer step")
+    return Check(_relative(*stacked), allowed, "gradients of one tile")
+
+
+def check_adversary(c: Contenders, allowed: float) -> Check:
+    """Backbone features of the same pictures, rewards and the head's loss on the same patches."""
+    adversary, b0, side = c.trainer.scorer.adversary, c.baseline, c.config.adversary.image_size
+    images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0)).to(c.device)
+    ours, theirs = adversary.features(images, [""] * 4), b0.features(images)
+    ids = torch.arange(4, device=c.device)
+    chosen = adversary.trained_part(ours, ids, 1)
+    other = adversary.trained_part(adversary.features(1 - images, [""] * 4), ids, 2)
+    losses = [
+        adversary.loss(other, chosen).loss.detach(),
+        b0.head_loss(*(Features(f["cls"], f["patches"]) for f in (other, chosen))).detach(),
+    ]
+    section, patches = c.config.adversary, chosen["patches"]
+    every = torch.arange(patches.shape[1], device=c.device).expand(4, -1)
+    settings = {"weights": section.reward_weights, "normalize": section.normalize != "never"}
+    rewards = score_features(chosen["cls"], patches, every, adversary.head, **settings).reward
+    errors = [_relative(ours["cls"], theirs.cls), _relative(ours["patches"], theirs.patches), _relative(*losses)]
+    errors.append(_relative(rewards, b0.rewards(Features(chosen["cls"], patches))))
+    return Check(max(errors), allowed, "features, rewards and head loss")

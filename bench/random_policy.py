@@ -1,0 +1,209 @@
+"""A policy, references and an adversary with random weights: full-size work without downloads and without diffusers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import Dinov2Config, Dinov2Model
+
+from advgrpo import rng
+from advgrpo.config import ModelSection
+from advgrpo.policy.base import Velocity
+from advgrpo.policy.decoder import SD3_DECODER, Decoder, DecoderConfig
+from advgrpo.policy.transformer import FusedTransformer, Prepared, TransformerConfig
+from advgrpo.types import Conditioning, Features
+
+from .baseline import FlowScheduler
+from .stock_model import LORA_TARGETS, SD35_MEDIUM, TINY, StockConfig, StockTransformer
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is built at random."""
+
+    transformer: StockConfig
+    decoder: DecoderConfig
+    latent_side: int
+    text_tokens: int
+    backbone: dict  # of Dinov2Config
+
+
+FULL = Size(
+    SD35_MEDIUM, SD3_DECODER, 64, 205, {"image_size": 518, "patch_size": 14}
+)  # Dinov2Config's defaults are ViT-B
+SMALL = Size(
+    replace(TINY, num_layers=2, dual_attention_layers=(0,)),
+    DecoderConfig(block_out_channels=(16, 16, 16), layers_per_block=1, norm_num_groups=8),
+    8,
+    5,
+    {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4},
+)
+
+
+def stock_weights(config: StockConfig, device: torch.device, dtype: torch.dtype, seed: int) -> StockTransformer:
+    """PyTorch's default initialisation on the device itself, frozen; activations keep their order of magnitude."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(rng.derive_seed(seed, "bench_transformer"))
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(dtype)
+            return StockTransformer(config).to(dtype).requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
+
+
+@dataclass
+class Guided:
+    """Rows of a network, the unconditional ones first where there is guidance."""
+
+    prepared: Prepared
+    count: int
+    guided: bool
+
+    def rows(self, index: torch.Tensor) -> Guided:
+        both = torch.cat([index, index + self.count]) if self.guided else index
+        return Guided(self.prepared.rows(both), len(index), self.guided)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.prepared.tensors()
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> Guided:
+        return Guided(self.prepared.with_tensors(tensors), self.count, self.guided)
+
+
+class RandomPolicy:
+    """`advgrpo.policy.base.Policy` over `FusedTransformer`; prompts are any strings, their embeddings are drawn."""
+
+    has_merged = True
+    prediction = "velocity"
+
+    def __init__(self, model: ModelSection, size: Size, *, device: torch.device, seed: int, precision: str) -> None:
+        self.device, self.size, self.seed = device, size, seed
+        self.dtype = getattr(torch, model.dtype)
+        self.stock = stock_weights(size.transformer, device, self.dtype, seed)
+        tensors = {n: t.detach() for n, t in [*self.stock.named_parameters(), *self.stock.named_buffers()]}
+        self.transformer = FusedTransformer(
+            TransformerConfig.from_stock(asdict(size.transformer)),
+            tensors,
+            stock=self.stock,
+            attention=model.attention,
+            checkpointing=model.gradient_checkpointing,
+        )
+        targets = tuple(f".attn.{name}" for name in LORA_TARGETS)
+        settings = {"rank": model.lora.rank, "alpha": model.lora.alpha, "init": model.lora.init, "seed": seed}
+        self.lora = self.transformer.adapt(lambda name: name.endswith(targets), **settings)
+        self.transformer.prepare_merged(fp8=precision == "fp8")
+        self.decoder, self.reference_decoder = (self._decoder(dtype) for dtype in (self.dtype, torch.float32))
+        self._embeddings: dict[str, Conditioning] = {}
+        self._trained = "adapted"
+
+    def _decoder(self, dtype: torch.dtype) -> Decoder:
+        """Random weights that keep the scale of what flows through: norms are the identity, kernels Kaiming."""
+        decoder = Decoder(self.size.decoder, dtype=dtype, device=self.device)
+        generator = rng.generator(self.seed, "bench_decoder")
+        with torch.no_grad():
+            for name, parameter in decoder.named_parameters():
+                if parameter.ndim > 1:
+                    drawn = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+                    parameter.copy_(drawn)
+                else:
+                    parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        return decoder
+
+    def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scheduler = FlowScheduler(torch.device("cpu"))
+        scheduler.set_timesteps(num_steps)
+        return scheduler.sigmas.double(), scheduler.timesteps
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.size.transformer.in_channels, self.size.latent_side, self.size.latent_side
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        rows = [self._embedding(prompt) for prompt in prompts]
+        return Conditioning(torch.cat([r.text for r in rows]), torch.cat([r.pooled for r in rows]))
+
+    def _embedding(self, prompt: str) -> Conditioning:
+        if prompt not in self._embeddings:
+            config, generator = self.size.transformer, rng.generator(self.seed, f"bench_text:{prompt}")
+            shapes = ((1, self.size.text_tokens, config.joint_attention_dim), (1, config.pooled_projection_dim))
+            drawn = (torch.randn(shape, generator=generator).to(self.device, self.dtype) for shape in shapes)
+            self._embeddings[prompt] = Conditioning(*drawn)
+        return self._embeddings[prompt]
+
+    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> Guided:
+        text, pooled, count = conditioning.text, conditioning.pooled, len(conditioning.text)
+        if guided:
+            empty = self._embedding("")
+            text = torch.cat([empty.text.expand(count, -1, -1), text])
+            pooled = torch.cat([empty.pooled.expand(count, -1), pooled])
+        return Guided(self.transformer.prepare(text, pooled, timesteps), count, guided)
+
+    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
+        return self._forward(latents, step, prepared, self._trained)
+
+    def merged_velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
+        return self._forward(latents, step, prepared, "merged")
+
+    def _forward(self, latents, step, prepared: Guided, weights: str) -> Velocity:
+        hidden = torch.cat([latents, latents]) if prepared.guided else latents
+        velocity = self.transformer.velocity(hidden, step, prepared.prepared, weights)
+        return (velocity[len(latents) :], velocity[: len(latents)]) if prepared.guided else (velocity, None)
+
+    def merge(self) -> None:
+        self.transformer.merge()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        before, self._trained = self._trained, "base"
+        try:
+            yield
+        finally:
+            self._trained = before
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoder.images(latents)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        yield "lora", self.lora.master
+
+    def element_name(self, parameter: str, index: int) -> str:
+        return self.lora.name_at(index)
+
+    def export(self, folder: Path) -> None:
+        raise NotImplementedError("random weights are not exported")
+
+
+def save_backbone(size: Size, folder: Path, seed: int) -> None:
+    """A random DINOv2 where `DinoAdversary` can load it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.derive_seed(seed, "bench_backbone"))
+        Dinov2Model(Dinov2Config(**size.backbone)).save_pretrained(folder)
+
+
+class RandomReferences:
+    """In place of `ReferenceFeatures`: drawn features of eight references per prompt, on the device."""
+
+    def __init__(self, width: int, patches: int, device: torch.device, seed: int) -> None:
+        self.width, self.patches, self.device, self.seed = width, patches, device, seed
+        self._features: dict[str, Features] = {}
+
+    def prefetch(self, prompts: list[str]) -> None:
+        for prompt in prompts:
+            self.prompt(prompt)
+
+    def prompt(self, prompt: str) -> Features:
+        if prompt not in self._features:
+            generator = rng.generator(self.seed, f"bench_references:{prompt}")
+            shapes = {"cls": (8, self.width), "patches": (8, self.patches, self.width)}
+            drawn = {name: torch.randn(s, generator=generator).to(self.device) for name, s in shapes.items()}
+            self._features[prompt] = Features(drawn)
+        return self._features[prompt]
+
+    def pick(self, prompts: list[str], draws: torch.Tensor) -> Features:
+        rows = (draws * 8).long().tolist()
+        names = ("cls", "patches")
+        return Features({n: torch.stack([self.prompt(p)[n][i] for p, i in zip(prompts, rows)]) for n in names})

@@ -1,0 +1,110 @@
+"""What `bench.step` prints and draws: a line per unit, the waterfall, and the goals of PERFORMANCE section 5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+UNITS = ("sampler", "adversary", "update", "iteration")
+UNMEASURED = "unmeasured"
+ELSEWHERE = {
+    "P8": "python -m bench.profile",
+    "P9": "python -m bench.kernels",
+    "P10": "tests/kernels/test_launch_counts.py",
+    "P11": "python -m bench.profile",
+}
+GOALS = (
+    ("P1", "sampler over B0, bf16", "1.9x", "2.3x"),
+    ("P2", "sampler over B0, FP8 on ODE steps", "2.4x", "3.2x"),
+    ("P3", "FP8 forward over the bf16 roofline", "<= 1.10x", "< 1.00x"),
+    ("P5", "generator update over B0", "2.8x", "4x"),
+    ("P7", "iteration over B0", "2.4x", "3.1x"),
+    ("P8", "kernel nodes and syncs per trajectory", "<= 6000, 0", "<= 2600, 0"),
+    ("P9", "Gaussian step, share of copy bandwidth", "80 %", "90 %"),
+    ("P10", "launches: loss, reward, head step", "2, 3, 6", ""),
+    ("P11", "GPU idle over an iteration", "<= 3 %", "<= 1 %"),
+    ("P12", "peak memory over B0", "<= 1", "40 GB"),
+    ("P13", "max |dlog p|, clip fraction before the first step", "0; 0", ""),
+)
+
+
+def goals(report: dict) -> list[dict]:
+    """A row per goal: id, what, target, stretch, measured, met (None where this machine cannot tell)."""
+    on_gpu, full = report["environment"]["device"] == "cuda", report["size"] == "full"
+    measured: dict[str, tuple[str, bool | None]] = {}
+    drift = report["on_policy"]
+    values = (drift["log_prob_drift_max"], drift["pre_update_clip_fraction"])
+    measured["P13"] = (f"{values[0]:g}; {values[1]:g}", values == (0, 0))
+    if on_gpu and full:
+        rates = {row["step"]: row["images_per_second"] for row in report["waterfall"]}
+        for goal, step, target in (("P1", "dedupe", 1.9), ("P2", "FP8", 2.4)):
+            if rates.get(step):
+                gain = rates[step] / rates["B0"]
+                measured[goal] = (f"{gain:.2f}x", gain >= target)
+        for goal, unit, target in (("P5", "update", 2.8), ("P7", "iteration", 2.4)):
+            if unit in report:
+                low = report[unit]["ratio_low"]
+                measured[goal] = (f"{report[unit]['ratio']:.2f}x (from {low:.2f})", low >= target)
+        over = report["fp8_forward_over_roofline"]
+        measured["P3"] = (f"{over:.2f}x", over <= 1.10)
+        memory = report["peak_memory_gb"]
+        measured["P12"] = (f"{memory['ours']:.1f} / {memory['baseline']:.1f} GB", memory["ours"] <= memory["baseline"])
+    rows = []
+    for goal, what, target, stretch in GOALS:
+        value, met = measured.get(goal, (UNMEASURED, None))
+        if goal in ELSEWHERE:
+            value = f"see {ELSEWHERE[goal]}"
+        rows.append({"id": goal, "what": what, "target": target, "stretch": stretch, "measured": value, "met": met})
+    return rows
+
+
+def unit_line(name: str, entry: dict | None, check) -> str:
+    error = f"parity {check.error:.1e} of {check.allowed:.0e} ({check.what})"
+    if entry is None:
+        return f"{name:10} refused: {error}"
+    rates = f"ours {entry['ours']:9.3f}  B0 {entry['baseline']:9.3f} {entry['unit']:13}"
+    return f"{name:10} {rates} {entry['ratio']:5.2f}x [{entry['ratio_low']:.2f}, {entry['ratio_high']:.2f}]  {error}"
+
+
+def tables(report: dict) -> str:
+    """Waterfall and goals as text."""
+    lines = ["", "sampler, one change after the other (images/s, over B0)"]
+    base = report["waterfall"][0]["images_per_second"] if report["waterfall"] else None
+    for row in report["waterfall"]:
+        rate = row["images_per_second"]
+        shown = "not on this device" if rate is None else f"{rate:9.2f}  {rate / base:5.2f}x"
+        lines.append(f"  {row['step']:10}{shown}")
+    lines += ["", f"{'goal':5}{'':50}{'target':>12}{'stretch':>12}  measured"]
+    for row in report["goals"]:
+        verdict = {True: "  met", False: "  MISSED", None: ""}[row["met"]]
+        lines.append(
+            f"{row['id']:5}{row['what']:50}{row['target']:>12}{row['stretch']:>12}  {row['measured']}{verdict}"
+        )
+    if "note" in report["environment"]:
+        lines.append(report["environment"]["note"])
+    return "\n".join(lines)
+
+
+def draw(report: dict, file: Path) -> None:
+    """Ratios with their intervals, and the waterfall."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    ratios, falls = figure.subplots(1, 2)
+    names = [name for name in UNITS if name in report]
+    values = [report[name]["ratio"] for name in names]
+    errors = [
+        [max(0.0, value - report[name]["ratio_low"]) for name, value in zip(names, values)],
+        [max(0.0, report[name]["ratio_high"] - value) for name, value in zip(names, values)],
+    ]
+    ratios.bar(names, values, yerr=errors, capsize=4, color="tab:blue")
+    ratios.axhline(1, color="0.4", linewidth=1)
+    ratios.set_ylabel("over B0 (medians, 95 % interval)")
+    for x, value in enumerate(values):
+        ratios.annotate(f"{value:.2f}x", (x, value / 2), ha="center", color="white")
+    rows = [row for row in report["waterfall"] if row["images_per_second"] is not None]
+    falls.bar([row["step"] for row in rows], [row["images_per_second"] for row in rows], color="tab:orange")
+    falls.set_ylabel("sampler, images/s")
+    environment = report["environment"]
+    where = environment.get("gpu") or environment.get("note")
+    figure.suptitle(f"{report['size']} model, {where}, torch {environment['torch']}", fontsize=10)
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,190 @@
+"""`bench.step` and `bench.profile` on small random models: what they time agrees, and what does not agree is refused.
+
+Planted bugs that turned this file red: a failed check timed anyway; exit 0 when refused; the ratio inverted; goals met
+by the median instead of the interval's lower end; weights that move between repetitions; the window drawn anew;
+overlapping kernels counted twice as busy; copies to the device counted as kernels.
+"""
+
+import json
+
+import pytest
+import torch
+
+from bench import contenders, parity, profile, step, step_report
+from bench.parity import Check
+from bench.random_policy import SMALL
+
+CHANGES = {
+    "model": {"dtype": "float32", "lora": {"rank": 4, "alpha": 8}},
+    "adversary": {"dtype": "float32", "num_patches": 8, "hidden_size": 16, "updates_per_iteration": 2},
+    "rollout": {"group_size": 4, "micro_batch": 4, "num_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return contenders.random(tmp_path_factory.mktemp("bench"), "cpu", SMALL, **CHANGES)
+
+
+def test_both_sides_agree(pair):
+    checks = step.verify(pair)
+    assert set(checks) == set(step_report.UNITS)
+    for name, check in checks.items():
+        assert check.passed, (name, check)
+        assert check.error <= 1e-4
+
+
+@pytest.mark.parametrize("unit", ["sampler", "update"])
+def test_other_weights_are_noticed(pair, unit):
+    parameter = pair.baseline.trained[0]
+    kept = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.mul_(1.5)
+    try:
+        checks = step.verify(pair)
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)
+    assert not checks[unit].passed
+    assert not checks["iteration"].passed
+    assert checks["adversary"].passed
+
+
+def test_another_head_is_noticed(pair):
+    bias = pair.baseline.head[2].bias
+    try:
+        with torch.no_grad():
+            bias.add_(0.5)
+        assert not parity.check_adversary(pair, 1e-3).passed
+    finally:
+        with torch.no_grad():
+            bias.sub_(0.5)
+
+
+def test_repetitions_are_the_same_work(pair):
+    """No weight moves, so the drift stays exactly 0 however often a rollout's update is timed."""
+    before = pair.trainer.policy.lora.master.detach().clone()
+    units = step.units(pair)
+    for _ in range(2):
+        for name in ("update", "adversary"):
+            units[name].ours()
+            units[name].baseline()
+    assert torch.equal(pair.trainer.policy.lora.master, before)
+    metrics = pair.trainer.iterate()
+    assert metrics["log_prob_drift_max"] == 0
+    assert metrics["adversary_updates"] == 2
+    assert pair.window == (0, 1)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A run of bench.step with new small models, whose heads have not gone different ways yet."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "tiny", lambda folder, device: contenders.random(folder, device, SMALL, **CHANGES))
+        arguments = [
+            "--device",
+            "cpu",
+            "--repeats",
+            "2",
+            "--json",
+            str(folder / "r.json"),
+            "--png",
+            str(folder / "r.png"),
+        ]
+        assert step.main(arguments) == 0
+    assert (folder / "r.png").stat().st_size > 5000
+    return json.loads((folder / "r.json").read_text())
+
+
+def test_report(report):
+    for unit in step_report.UNITS:
+        entry = report[unit]
+        assert entry["ratio_low"] <= entry["ratio"] <= entry["ratio_high"]
+        assert entry["ours"] / entry["baseline"] == pytest.approx(entry["ratio"])
+        assert entry["unit"] == ("iterations/s" if unit == "iteration" else "images/s")
+    assert report["environment"]["note"] == "cpu: not a GPU figure"
+    assert report["calibration"]["copy_gb_s"] > 0
+    assert [row["step"] for row in report["waterfall"]] == [
+        "B0",
+        "merge",
+        "fuse",
+        "attention",
+        "graph",
+        "dedupe",
+        "FP8",
+    ]
+    missing = {row["step"] for row in report["waterfall"] if row["images_per_second"] is None}
+    assert missing == {"attention", "graph", "FP8"}
+    goals = {row["id"]: row for row in report["goals"]}
+    assert list(goals) == ["P1", "P2", "P3", "P5", "P7", "P8", "P9", "P10", "P11", "P12", "P13"]
+    assert goals["P13"]["met"] is True
+    assert goals["P1"] == {**goals["P1"], "measured": "unmeasured", "met": None}
+    text = step_report.tables(report)
+    assert "not on this device" in text
+    assert "cpu: not a GPU figure" in text
+
+
+def test_a_failed_check_is_refused_and_not_timed(pair, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(step, "tiny", lambda folder, device: pair)
+    monkeypatch.setattr(step, "check_update", lambda c, allowed: Check(1.0, allowed, "planted"))
+    monkeypatch.setattr(step, "measure", lambda *_: pytest.fail("timed what failed its check"))
+    file = tmp_path / "r.json"
+    arguments = ["--device", "cpu", "--repeats", "1", "--unit", "update", "--unit", "iteration", "--json", str(file)]
+    assert step.main(arguments) == 1
+    assert "update     refused: parity 1.0e+00" in capsys.readouterr().out
+    assert json.loads(file.read_text())["refused"] == ["update", "iteration"]
+
+
+def test_goals_are_judged_by_the_lower_end(report):
+    gpu = json.loads(json.dumps(report))
+    gpu["environment"]["device"], gpu["size"] = "cuda", "full"
+    gpu["update"] |= {"ratio": 2.9, "ratio_low": 2.7}
+    gpu["iteration"] |= {"ratio": 2.6, "ratio_low": 2.5}
+    gpu["waterfall"] = [{"step": s, "images_per_second": r} for s, r in (("B0", 6), ("dedupe", 12), ("FP8", 13))]
+    gpu |= {"fp8_forward_over_roofline": 1.05, "peak_memory_gb": {"ours": 50.0, "baseline": 60.0}}
+    met = {row["id"]: row["met"] for row in step_report.goals(gpu)}
+    assert met == {
+        "P1": True, "P2": False, "P3": True, "P5": False, "P7": True, "P8": None, "P9": None, "P10": None, "P11": None,
+        "P12": True, "P13": True,
+    }  # fmt: skip
+    gpu["on_policy"]["log_prob_drift_max"] = 1e-7
+    assert {row["id"]: row["met"] for row in step_report.goals(gpu)}["P13"] is False
+
+
+@pytest.mark.parametrize("module", [step, profile])
+def test_full_size_asks_for_a_gpu(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--size", "full", "--device", "cpu"])
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_profile_writes_shares_and_a_trace_with_the_phases(pair, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(contenders, "tiny", lambda folder, device: pair)
+    trace, file = tmp_path / "out" / "trace.json", tmp_path / "p.json"
+    assert profile.main(["--device", "cpu", "--iterations", "1", "--trace", str(trace), "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    shares = result["phase_shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["sample"] > shares["score"] > 0
+    assert result["images_per_second"] == pytest.approx(8 * result["iterations_per_second"])
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"sample", "score", "adversary", "update"} <= names
+    assert "unmeasured" in capsys.readouterr().out
+
+
+def test_device_counts_and_idle_share_of_a_known_trace():
+    events = [
+        {"cat": "kernel", "name": "a", "ts": 0, "dur": 10},
+        {"cat": "kernel", "name": "b", "ts": 5, "dur": 10},  # on another stream: 15 busy together
+        {"cat": "kernel", "name": "inside", "ts": 6, "dur": 2},
+        {"cat": "gpu_memcpy", "name": "copy", "ts": 40, "dur": 10},
+        {"cat": "gpu_user_annotation", "name": "sample", "ts": 0, "dur": 50},
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 1, "dur": 1},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 1, "dur": 1},
+        {"name": "process_name", "ph": "M"},
+    ]
+    assert profile.device_counts(events) == {"kernels": 3, "host_syncs": 1}
+    assert profile.idle_share(events) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="no device work"):
+        profile.idle_share(events[4:])
