@@ -95,7 +95,8 @@ class DataSection(_Section):
     prompts: str = ""
     """Training prompts: one per line, or JSONL with a "prompt" key; "tiny" for the shipped ones."""
     held_out_prompts: str = ""
-    """Prompts for evaluation only; empty switches evaluation off."""
+    """Prompts for evaluation only; empty switches evaluation off. "tiny" for the shipped ones, which settings were
+    chosen on, "tiny:report" for others kept for reported results."""
     references: str = ""
     """Folder with references.json: {prompt: [picture files]}; must cover both prompt lists; "tiny" for the shipped."""
     style: str = ""
@@ -411,7 +412,7 @@ class MonitorSection(_Section):
     """Iterations between checks; 0 switches the monitor off."""
     stop: tuple[FlagName, ...] = ()
     """Flags that end the run, with a checkpoint, once they appear."""
-    window: Positive = 10
+    window: Annotated[int, Field(ge=2)] = 10
     """Levels are judged by the median of this many checks."""
     trend_window: Annotated[int, Field(ge=3)] = 30
     """Trends are judged over this many checks."""
@@ -419,14 +420,14 @@ class MonitorSection(_Section):
     """Checks in a row that must agree before a flag appears or clears."""
     collapse_tau: Fraction = 0.4
     """reward_collapse: minus Kendall's tau of the references' reward with time; 0.4 means 70 % of all pairs fall."""
-    collapse_drop: Annotated[float, Field(ge=0)] = 5.0
-    """reward_collapse: and a fall from its peak of at least this many within-group standard deviations."""
+    collapse_drop: Annotated[float, Field(ge=0)] = 6.0
+    """reward_collapse: and a fall from its peak of at least this many times its own noise."""
     diversity_share: Fraction = 0.25
     """mode_collapse: diversity within groups below this share of the one at the start."""
     diversity_floor: Annotated[float, Field(ge=0)] = 1e-3
     """mode_collapse: mean pairwise cosine distance that is too small whatever the start was."""
-    hacking_gain: Annotated[float, Field(ge=0)] = 0.5
-    """reward_hacking: rise of the reward over the references', in within-group standard deviations."""
+    hacking_gain: Annotated[float, Field(ge=0)] = 1.0
+    """reward_hacking: rise of a trained reward since the start, in times of its noise there."""
     hacking_drift: Fraction = 0.05
     """reward_hacking: growth of a picture statistic's distance from the references'; all are shares in [0, 1]."""
     dead_groups: Fraction = 0.3

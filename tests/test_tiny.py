@@ -87,15 +87,18 @@ def test_the_judge_rejects_wrong_shapes_wrong_colours_rough_drawings_and_blanks(
 def test_prompt_lists_are_disjoint_and_match_the_builder():
     train = tiny.prompts_file().read_text().splitlines()
     held_out = tiny.held_out_prompts_file().read_text().splitlines()
-    assert (train, held_out) == split_prompts(len(train), len(held_out))
-    assert not set(train) & set(held_out)
-    assert {Scene.parse(p).shape for p in held_out} == set(SHAPES)
+    report = tiny.report_prompts_file().read_text().splitlines()
+    assert (train, held_out, report) == split_prompts(len(train), len(held_out), len(report))
+    assert len({*train, *held_out, *report}) == len(train) + len(held_out) + len(report)
+    assert {Scene.parse(p).shape for p in held_out} == {Scene.parse(p).shape for p in report} == set(SHAPES)
+    assert len(report) == 48
 
 
 def test_references_are_eight_crisp_pictures_a_prompt():
     from advgrpo.data.references import ReferenceSet
 
-    prompts = [p for f in (tiny.prompts_file(), tiny.held_out_prompts_file()) for p in f.read_text().splitlines()]
+    files = (tiny.prompts_file(), tiny.held_out_prompts_file(), tiny.report_prompts_file())
+    prompts = [p for file in files for p in file.read_text().splitlines()]
     references = ReferenceSet.load(tiny.reference_dir(), prompts)
     assert json.loads((tiny.reference_dir() / "references.json").read_text()).keys() == set(prompts)
     for prompt in prompts[::9]:
@@ -155,7 +158,7 @@ def test_builders_run_end_to_end(tmp_path, monkeypatch):
     call(build_backbone, *backbone, "--init", tmp_path / "backbone", "--output", tmp_path / "backbone")
     curve = json.loads((tmp_path / "backbone" / "training.json").read_text())["backbone"]
     assert [row["step"] for row in curve] == [2, 4]
-    call(build_references, "--output", tmp_path, "--train", 6, "--held-out", 2, "--per-prompt", 2)
+    call(build_references, "--output", tmp_path, "--train", 6, "--held-out", 2, "--report", 1, "--per-prompt", 2)
     assert StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline").transformer.dtype == torch.float32
     assert Dinov2Model.from_pretrained(tmp_path / "backbone").dtype == torch.float32
-    assert len(list((tmp_path / "references").glob("*.png"))) == 16
+    assert len(list((tmp_path / "references").glob("*.png"))) == 18

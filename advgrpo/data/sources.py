@@ -14,18 +14,16 @@ from .references import ReferenceSet
 
 
 def shipped_paths(config: Config) -> dict[str, str]:
-    """data.* with "tiny" replaced by the shipped files."""
+    """data.* with "tiny" and "tiny:NAME" replaced by the shipped files."""
     from .. import tiny
 
     shipped = {
-        "prompts": tiny.prompts_file,
-        "held_out_prompts": tiny.held_out_prompts_file,
-        "references": tiny.reference_dir,
+        "prompts": {"tiny": tiny.prompts_file},
+        "held_out_prompts": {"tiny": tiny.held_out_prompts_file, "tiny:report": tiny.report_prompts_file},
+        "references": {"tiny": tiny.reference_dir},
     }
-    return {
-        name: str(path()) if getattr(config.data, name) == "tiny" else getattr(config.data, name)
-        for name, path in shipped.items()
-    }
+    given = {name: getattr(config.data, name) for name in shipped}
+    return {name: str(shipped[name][value]()) if value in shipped[name] else value for name, value in given.items()}
 
 
 @dataclass

@@ -29,7 +29,7 @@ def preference_dir() -> Path:
 
 
 def reference_dir() -> Path:
-    """Folder of crisp reference pictures with references.json: {prompt: [files]} for both prompt lists."""
+    """Folder of crisp reference pictures with references.json: {prompt: [files]} for all prompt lists."""
     return _ASSETS / "references"
 
 
@@ -41,3 +41,8 @@ def prompts_file() -> Path:
 def held_out_prompts_file() -> Path:
     """Evaluation prompts, one per line: combinations that are not among the training prompts."""
     return _ASSETS / "held_out_prompts.txt"
+
+
+def report_prompts_file() -> Path:
+    """Prompts of reported results, one per line: in neither other list, so nothing was chosen while looking at them."""
+    return _ASSETS / "report_prompts.txt"

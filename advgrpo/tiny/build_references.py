@@ -34,16 +34,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="assets folder to write into")
     parser.add_argument("--train", type=int, default=96, help="training prompts")
     parser.add_argument("--held-out", type=int, default=48, help="evaluation prompts")
+    parser.add_argument("--report", type=int, default=48, help="prompts of reported results, never of tuning")
     parser.add_argument("--per-prompt", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train, held_out = split_prompts(args.train, args.held_out)
+    lists = split_prompts(args.train, args.held_out, args.report)
     generator = torch.Generator().manual_seed(args.seed)
-    index = write_pictures(args.output / "references", train + held_out, args.per_prompt, generator)
+    index = write_pictures(args.output / "references", [p for part in lists for p in part], args.per_prompt, generator)
     (args.output / "references" / "references.json").write_text(json.dumps(index, indent=1) + "\n")
-    (args.output / "prompts.txt").write_text("".join(f"{p}\n" for p in train))
-    (args.output / "held_out_prompts.txt").write_text("".join(f"{p}\n" for p in held_out))
-    print(f"wrote {len(train)} + {len(held_out)} prompts with {args.per_prompt} references each to {args.output}")
+    for name, prompts in zip(("prompts.txt", "held_out_prompts.txt", "report_prompts.txt"), lists):
+        (args.output / name).write_text("".join(f"{p}\n" for p in prompts))
+    counts = " + ".join(str(len(prompts)) for prompts in lists)
+    print(f"wrote {counts} prompts with {args.per_prompt} references each to {args.output}")
 
 
 if __name__ == "__main__":

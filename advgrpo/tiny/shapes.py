@@ -87,15 +87,19 @@ def sample_scenes(count: int, generator: torch.Generator) -> list[Scene]:
     return [scenes[i] for i in picks.tolist()]
 
 
-def split_prompts(train: int, held_out: int, seed: int = 20_256) -> tuple[list[str], list[str]]:
-    """Captions for training and evaluation: disjoint combinations, every shape and colour equally often in each."""
+def split_prompts(*counts: int, seed: int = 20_256) -> tuple[list[str], ...]:
+    """One list of captions per count: disjoint combinations, every shape and colour equally often in each.
+
+    Longer arguments only add lists: the ones before stay as they are.
+    """
     generator = torch.Generator().manual_seed(seed)
     scenes = all_scenes()
     order = torch.randperm(len(scenes), generator=generator).tolist()
-    chosen: dict[str, list[str]] = {"train": [], "held_out": []}
-    for part, count in (("train", train), ("held_out", held_out)):
+    parts: list[list[str]] = []
+    taken: set[str] = set()
+    for count in counts:
         wanted = [(SHAPES[i % len(SHAPES)], COLOURS[(i // len(SHAPES) + i) % len(COLOURS)]) for i in range(count)]
-        taken = set(chosen["train"])
+        part = []
         for shape, colour in wanted:
             caption = next(
                 s.caption
@@ -103,8 +107,9 @@ def split_prompts(train: int, held_out: int, seed: int = 20_256) -> tuple[list[s
                 if (s.shape, s.colour) == (shape, colour) and s.caption not in taken
             )
             taken.add(caption)
-            chosen[part].append(caption)
-    return chosen["train"], chosen["held_out"]
+            part.append(caption)
+        parts.append(part)
+    return tuple(parts)
 
 
 def shape_distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
