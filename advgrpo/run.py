@@ -26,6 +26,7 @@ from .errors import UserError
 from .evaluation import Evaluator
 from .fast import FastPaths
 from .graphs import CudaGraphs
+from .memory import advice
 from .monitor import Flag
 from .plots import draw_curves, draw_grid
 from .tracking import METRICS_FILE, Tracker, load_metrics
@@ -121,7 +122,7 @@ class Run:
         )
         with tracker, self._signals():
             while trainer.iteration < config.iterations:
-                metrics = trainer.iterate()
+                metrics = self._iterate()
                 done = trainer.iteration
                 if done < config.iterations and config.evaluation.every and done % config.evaluation.every == 0:
                     metrics |= self._evaluate(config.evaluation.during_images_per_prompt)
@@ -144,6 +145,13 @@ class Run:
             )
             return
         self._finish()
+
+    def _iterate(self) -> dict:
+        """One iteration; running out of GPU memory names the knob to turn."""
+        try:
+            return self.trainer.iterate()
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(advice(error, self.config, processes=self.distributed.world_size)) from error
 
     def _evaluate(self, images_per_prompt: int) -> dict[str, float]:
         if not self.evaluator.prompts:
@@ -182,10 +190,10 @@ class Run:
         return rows
 
     def export(self) -> None:
-        """OUT/lora (or OUT/transformer after full fine-tuning) with the averaged weights."""
+        """OUT/lora (after full fine-tuning OUT/transformer, or OUT/unet) with the averaged weights."""
         with self.trainer.ema.swap():
-            name = "lora" if self.config.model.train == "lora" else "transformer"
-            self.trainer.policy.export(self.folder / name)
+            policy = self.trainer.policy
+            policy.export(self.folder / ("lora" if self.config.model.train == "lora" else policy.component))
 
     def _draw_samples(self, name: str) -> None:
         """OUT/samples/NAME.png: base, trained (but for the base's own grid) and reference pictures."""

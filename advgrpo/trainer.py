@@ -25,6 +25,7 @@ from .policy.dynamics import StepTable, step_table, window_steps
 from .policy.sampler import Sampler
 from .policy.update import Updater
 from .scoring import Scored, Scorer
+from .transfer import to_device
 from .types import Rollout, Tile, TileRollout
 
 
@@ -140,9 +141,9 @@ class Trainer:
                 table,
                 self.policy.encode(tile.prompts),
                 self.sampler.initial_latents(initial_seed, tile.prompt_groups),
-                tile.row.to(self.policy.device),
+                to_device(tile.row, self.policy.device),
                 noise_seed=noise_seed,
-                image_ids=tile.image_ids.to(self.policy.device),
+                image_ids=to_device(tile.image_ids, self.policy.device),
             )
             rollouts.append(TileRollout(tile, steps, self.policy.decode(latents)))
         return Rollout(rollouts)

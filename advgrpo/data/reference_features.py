@@ -52,7 +52,8 @@ class ReferenceFeatures:
             Exception: whatever `prefetch` came across for this prompt, as its thread raised it.
         """
         pending = self._pending.pop(prompt, None)
-        tensors = self._load(prompt) if pending is None else pending.result()
+        tensors = None if pending is None else pending.result()
+        tensors = tensors or self._load(prompt)  # a prompt with the same references may have computed them since
         if tensors is None:
             computed = self._compute(prompt).tensors
             with self._cache_lock:

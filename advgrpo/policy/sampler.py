@@ -22,6 +22,7 @@ import torch
 from advgrpo_kernels import GaussianStep, gaussian_step, philox_normal
 
 from ..graphs import CapturedFunction, GraphBackend, StaticBuffers
+from ..transfer import to_device
 from ..types import Conditioning, WindowStep
 from .base import Policy, PreparedPrompts
 from .dynamics import StepTable
@@ -77,7 +78,7 @@ class Sampler:
         self._set_prompts(prompts if shared else prompts.rows(row))
         inputs.fill("coefficients", table.coefficients)
         if table.window:
-            inputs.fill("seed", torch.tensor([noise_seed]))
+            inputs.fill("seed", to_device(torch.tensor([noise_seed]), self.policy.device))
             inputs.fill("image_ids", image_ids)
             inputs.fill("row", row)
         steps: list[WindowStep] = []

@@ -15,6 +15,7 @@ from advgrpo_kernels import clipped_policy_loss, gaussian_log_prob, gaussian_ste
 
 from ..config import Config
 from ..ema import Ema
+from ..transfer import to_device
 from ..types import TileRollout, WindowStep
 from .base import Policy, PreparedPrompts, Velocity
 from .dynamics import StepTable
@@ -85,7 +86,7 @@ class Updater:
         """
         sums = torch.zeros(4, dtype=torch.float64, device=self.policy.device)
         for rollout in tiles:
-            row = rollout.tile.row.to(self.policy.device)
+            row = to_device(rollout.tile.row, self.policy.device)
             prompts = self._prepare(rollout, table)
             for step in rollout.steps:
                 latents, velocity = self._expanded(step, self._velocity(step, prompts, row, table), row)
@@ -117,9 +118,9 @@ class Updater:
         stats = UpdateStats(self.policy.device)
         weight = 1.0 / (total * len(table.window))
         for rollout in tiles:
-            row = rollout.tile.row.to(self.policy.device)
+            row = to_device(rollout.tile.row, self.policy.device)
             prompts = self._prepare(rollout, table)
-            tile_advantages = advantages[rollout.tile.image_ids.to(advantages.device)].to(self.policy.device)
+            tile_advantages = advantages[to_device(rollout.tile.image_ids, advantages.device)]
             for step in rollout.steps:
                 measure_kl = self.config.update.kl_weight > 0 or (watch_kl and int(rollout.tile.image_ids[0]) == 0)
                 velocity = self._velocity(step, prompts, row, table)

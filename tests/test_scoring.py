@@ -1,0 +1,175 @@
+"""Rewards in the trainer: composition by known answers, and runs with fixed, mixed and foreign learned rewards.
+
+Bugs planted in a copy, each seen red: PLANTED
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from advgrpo import config
+from advgrpo.config import RewardSection
+from advgrpo.data.sources import Sources
+from advgrpo.distributed import Distributed
+from advgrpo.errors import UserError
+from advgrpo.memory import advice
+from advgrpo.rewards import REWARDS, reward_class
+from advgrpo.rewards.compose import compose, normalized
+from advgrpo.run import Run
+
+
+def run(settings, *, resume=False) -> Run:
+    made = Run(settings, Distributed.start("cpu"), resume=resume, console=Console(quiet=True))
+    made.train()
+    return made
+
+
+def metrics(settings) -> list[dict]:
+    return [json.loads(line) for line in (Path(settings.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def change(settings, **sections):
+    return config.build(config.merge(settings.model_dump(), sections), "test")
+
+
+def test_weighted_sum_is_equation_8():
+    rule, similar = torch.tensor([0.0, 1.0, 0.5, 1.0]), torch.tensor([0.2, 0.4, 0.6, 0.8])
+    sections = {"rule": RewardSection(weight=0.3), "sim": RewardSection(weight=0.7)}
+    total = compose({"rule": rule, "sim": similar}, sections, 2)
+    torch.testing.assert_close(total, 0.3 * rule + 0.7 * similar)
+
+
+def test_normalisation_is_per_group_or_over_the_iteration():
+    reward = torch.tensor([1.0, 3.0, 10.0, 30.0])
+    torch.testing.assert_close(normalized(reward, "group", 2), torch.tensor([-1.0, 1, -1, 1]), atol=2e-4, rtol=0)
+    expected = (reward - reward.mean()) / (reward.std(correction=0) + 1e-4)
+    torch.testing.assert_close(normalized(reward, "global", 2), expected)
+    assert torch.equal(normalized(torch.full((4,), 7.0), "group", 2), torch.zeros(4))
+    assert normalized(reward, "none", 2) is reward
+
+
+def test_a_gated_picture_gets_its_groups_lowest_total_and_nobody_elses():
+    quality, bar = torch.tensor([5.0, 1.0, 2.0, 9.0, 3.0, 4.0]), torch.tensor([0.1, 0.9, 0.9, 0.9, 0.9, 0.9])
+    sections = {"quality": RewardSection(weight=1.0), "bar": RewardSection(weight=0.0, gate=0.5)}
+    assert compose({"quality": quality, "bar": bar}, sections, 3).tolist() == [1.0, 1.0, 2.0, 9.0, 3.0, 4.0]
+
+
+def test_every_section_fits_its_reward():
+    """A field that the reward's constructor does not have would fail only when somebody uses it."""
+    import inspect
+
+    sections = config.Config().rewards.sections()
+    assert set(sections) - {"adversary"} <= set(REWARDS)
+    for name, section in sections.items():
+        if name != "adversary":
+            assert set(section.options()) <= set(inspect.signature(reward_class(name)).parameters), name
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"adversary": {"kind": "none"}}, "no fixed reward"),
+        ({"rewards": {"adversary": {"weight": 0.0}, "rule": {"weight": 1.0}}}, "would learn for nothing"),
+        ({"rewards": {"aesthetic": {"weight": 1.0}}}, r"rewards\.aesthetic\.head is empty"),
+        ({"rewards": {"remote": {"weight": 1.0}}}, r"rewards\.remote\.url is empty"),
+        ({"data": {"references": ""}}, r"adversary\.kind needs references"),
+        ({"data": {"style": "somewhere"}}, "both set"),
+    ],
+)
+def test_rewards_that_cannot_work_are_named(unit_config, sections, message):
+    with pytest.raises(UserError, match=message):
+        config.check(change(unit_config, **sections), 1)
+
+
+def test_an_unknown_metric_names_the_nearest(unit_config):
+    settings = change(unit_config, evaluation={"metrics": ["dino_similarty"]})
+    with pytest.raises(UserError, match="did you mean 'dino_similarity'"):
+        Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+
+
+def flow_grpo(unit_config):
+    return change(
+        unit_config,
+        adversary={"kind": "none"},
+        rewards={"rule": {"weight": 1.0}},
+        evaluation={"metrics": ["rule_accuracy", "saturation"]},
+        data={"references": ""},
+    )
+
+
+def test_flow_grpo_runs_without_adversary_or_references_and_resumes_exactly(unit_config, tmp_path):
+    settings = change(flow_grpo(unit_config), iterations=3)
+    run(settings)
+    rows = metrics(settings)
+    assert all("reward_rule" in row and "adversary_loss" not in row and "reward_reference" not in row for row in rows)
+    assert all(row["reward_generated"] == pytest.approx(row["reward_rule"]) for row in rows)
+    assert all(row["log_prob_drift_max"] == 0 for row in rows)
+    assert {"rule_accuracy", "saturation"} == set(json.loads((tmp_path / "run" / "summary.json").read_text())["final"])
+    part = change(settings, iterations=2, output_dir=str(tmp_path / "part"))
+    run(part)
+    resumed = run(change(part, iterations=3), resume=True)
+    whole = Run(change(settings, iterations=4), Distributed.start("cpu"), resume=True, console=Console(quiet=True))
+    for name, tensor in resumed.trainer.state()[0].items():
+        assert torch.equal(tensor, whole.trainer.state()[0][name]), name
+
+
+def test_a_mix_logs_every_component(unit_config):
+    settings = change(
+        unit_config,
+        rewards={"adversary": {"weight": 0.5, "normalize": "group"}, "rule": {"weight": 0.5}},
+        adversary={"warmup_iterations": 0},
+    )
+    made = run(settings)
+    rows = metrics(settings)
+    assert all({"reward_adversary", "reward_rule", "reward_reference", "dino_similarity"} <= set(row) for row in rows)
+    assert rows[0]["reward_generated"] == pytest.approx(
+        mean_of_normalised_adversary + 0.5 * rows[0]["reward_rule"], abs=1e-5
+    )
+    assert list(made.trainer.scorer.rewards) == ["rule"]
+
+
+def test_a_style_folder_serves_every_prompt_and_its_features_are_computed_once(unit_config, tmp_path, monkeypatch):
+    from PIL import Image
+
+    style = tmp_path / "style"
+    style.mkdir()
+    for number in range(5):
+        Image.new("RGB", (32, 32), (40 * number, 90, 200)).save(style / f"{number}.png")
+    settings = change(unit_config, data={"references": "", "style": str(style)})
+    made = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+    features = made.trainer.scorer.reference_features
+    computed, real = [], features._compute
+    monkeypatch.setattr(features, "_compute", lambda prompt: computed.append(prompt) or real(prompt))
+    made.train()
+    assert len(computed) == 1
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="holds no picture"):
+        Sources.read(change(unit_config, data={"references": "", "style": str(empty)}))
+
+
+def test_a_reference_budget_keeps_whole_prompts(unit_config):
+    everything = Sources.read(unit_config)
+    per_prompt = len(everything.references.files(everything.prompts[0]))
+    half = Sources.read(change(unit_config, data={"reference_count": 3 * per_prompt}))
+    assert len(half.prompts) == 3
+    assert set(half.prompts) < set(everything.prompts)
+    assert half.held_out == everything.held_out
+    with pytest.raises(UserError, match="0 takes all"):
+        Sources.read(change(unit_config, data={"reference_count": 10**6}))
+
+
+def test_running_out_of_memory_names_the_knob(unit_config, monkeypatch):
+    made = Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(made.trainer, "iterate", fail)
+    with pytest.raises(UserError, match=r"rollout\.micro_batch|gradient_checkpointing"):
+        made.train()
+    assert "2.00 GiB" in advice(error, unit_config)
