@@ -14,7 +14,9 @@ from .distributed import Distributed
 from .errors import UserError
 from .evaluation import PictureStatistic, check_metrics
 from .fast import FastPaths
-from .policy.sd3 import SD3Policy
+from .policy.dynamics import check_dynamics
+from .policy.loading import load_policy
+from .policy.pipelines import PREDICTIONS, pipeline_class
 from .rewards import adversary_class, build_reward
 from .rewards.base import Adversary, Reward
 from .rewards.dino import DinoAdversary
@@ -26,7 +28,8 @@ from .scoring import Scorer
 def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, console: Console):
     """The generator, with every prompt this process needs in the text cache."""
     cache = Path(config.data.cache_dir).expanduser()
-    policy = SD3Policy(
+    check_dynamics(PREDICTIONS[pipeline_class(config.model.path)], config.rollout.dynamics)
+    policy = load_policy(
         config.model,
         device=distributed.device,
         cache_dir=cache,

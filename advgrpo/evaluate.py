@@ -257,11 +257,11 @@ def load_model(options: Evaluate, lora: str, prompts: list[str], distributed: Di
     """Draws pictures of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
     from .evaluation import Evaluator
     from .fast import FastPaths
-    from .policy.sd3 import SD3Policy
+    from .policy.loading import load_policy
 
     device = distributed.device
     settings = settings_of(options, lora, device)
-    policy = SD3Policy(
+    policy = load_policy(
         settings.model,
         device=device,
         cache_dir=Path(options.cache_dir).expanduser(),

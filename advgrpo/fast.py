@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .config import Config
 from .errors import UserError
+from .policy.pipelines import PREDICTIONS, pipeline_class
 from .policy.transformer import can_adapt
 
 
@@ -36,6 +37,8 @@ class FastPaths:
         gpu_only = "" if device.type == "cuda" else "no CUDA device"
         plain = "" if config.fast else "--no-fast"
         fused_off = plain or _why_not_fused(config)
+        if fused_off and config.rollout.window_forward == "merged":
+            raise UserError(f"rollout.window_forward = 'merged' needs the fused transformer ({fused_off}); use trainer")
         rows = (
             _row(
                 "shared prefix",
@@ -74,7 +77,10 @@ def _row(name: str, off_because: str, saves: str) -> FastPath:
 
 
 def _why_not_fused(config: Config) -> str:
-    """Why the fused transformer cannot serve this model, or ""."""
+    """Why the fused transformer cannot serve this model, or ""; reads no more of it than model_index.json."""
+    name = pipeline_class(config.model.path)
+    if PREDICTIONS[name] != "velocity":
+        return f"a {name} has a UNet; the fused forward is SD3's transformer"
     if config.model.train != "lora":
         return "full fine-tuning trains the stock modules"
     outside = [target for target in config.model.lora.targets if not can_adapt(target)]

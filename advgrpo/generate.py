@@ -5,6 +5,7 @@ python -m advgrpo.generate --lora runs/tiny/lora --base --prompt "a small red st
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ class Generate:
     base: bool = False
     """Draw the base model's pictures beside the LoRA's, from the same noise."""
     model: str = "tiny"
-    """Diffusers SD3 pipeline: folder, hub id, or "tiny"."""
+    """Diffusers pipeline of SD3, SD1.5 or SDXL: folder, hub id, or "tiny"."""
     output: Path = Path("grid.png")
     """PNG to write."""
     seed: int = 0
@@ -61,12 +62,15 @@ def draw(pipe, options: Generate, prompt: str) -> torch.Tensor:
     """[n, 3, H, W] in [0, 1] by the stock pipeline."""
     tiny = options.model == "tiny"
     side = options.resolution or (32 if tiny else 512)
+    text = {}
+    if "max_sequence_length" in inspect.signature(pipe.__call__).parameters:  # pipelines with a T5
+        text["max_sequence_length"] = options.max_sequence_length or (12 if tiny else 128)
     images = pipe(
         prompt,
         num_images_per_prompt=options.images_per_prompt,
         num_inference_steps=options.num_steps or (10 if tiny else 40),
         guidance_scale=options.guidance_scale or (1.0 if tiny else 4.5),
-        max_sequence_length=options.max_sequence_length or (12 if tiny else 128),
+        **text,
         height=side,
         width=side,
         generator=[torch.Generator().manual_seed(options.seed + k) for k in range(options.images_per_prompt)],
@@ -77,7 +81,7 @@ def draw(pipe, options: Generate, prompt: str) -> torch.Tensor:
 
 def generate(options: Generate) -> None:
     """Draw every prompt and write the grid."""
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
 
     from .plots import draw_grid
     from .policy.pipelines import pipeline_folder
@@ -86,7 +90,9 @@ def generate(options: Generate) -> None:
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device == "cuda" and options.model != "tiny" else torch.float32
     folder = pipeline_folder(options.model, field="--model")
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype).to(device)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    if not isinstance(pipe, StableDiffusion3Pipeline):  # SD1.5 and SDXL, with the sampler that they are trained with
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     columns: dict[str, list[torch.Tensor]] = {}
     if options.base or not options.lora:

@@ -1,0 +1,41 @@
+"""Which policy serves a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..config import ModelSection
+from .diffusers_policy import DiffusersPolicy
+from .pipelines import pipeline_class
+from .sd3 import SD3Policy
+from .sdxl import UNetPolicy
+
+_POLICIES: dict[str, type[DiffusersPolicy]] = {
+    "StableDiffusion3Pipeline": SD3Policy,
+    "StableDiffusionPipeline": UNetPolicy,
+    "StableDiffusionXLPipeline": UNetPolicy,
+}
+
+
+def load_policy(
+    model: ModelSection,
+    *,
+    device: torch.device,
+    cache_dir: Path,
+    seed: int,
+    fused: bool = False,
+    precision: str = "model",
+) -> DiffusersPolicy:
+    """The policy for the pipeline class that `model.path` names in its model_index.json.
+
+    Args:
+        fused, precision: see `SD3Policy`; no other has a fused forward (fast.py decides).
+
+    Raises:
+        UserError: no such model, or a class that no policy serves.
+    """
+    kind = _POLICIES[pipeline_class(model.path)]
+    fast = {"fused": True, "precision": precision} if fused else {}
+    return kind(model, device=device, cache_dir=cache_dir, seed=seed, **fast)
