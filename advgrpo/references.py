@@ -60,15 +60,15 @@ class Check:
     """Look for everything that is wrong with a reference set; exit code 1 if anything is."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder with references.json and the pictures."""
+    """Folder with references.json and the pictures, or a style: a folder of pictures alone."""
     prompts: list[Path] | None = None
-    """Prompt files whose prompts all need references; without, those of the index."""
+    """Prompt files whose prompts all need references; without, those of the index, or a style."""
     min_size: int = 16
     """Smallest width and height in pixels."""
     sheet: Path | None = None
     """Contact sheet to draw, PNG."""
-    sheet_prompts: int = 24
-    """Prompts on it, spread evenly over all."""
+    sheet_rows: int = 24
+    """Prompts on it, spread evenly over all; for a style, rows of eight pictures."""
 
 
 def generate(options: Generate) -> None:
@@ -108,10 +108,11 @@ def generate(options: Generate) -> None:
 def check(options: Check, console: Console) -> bool:
     """Print the findings; True for a set without errors."""
     from .data.reference_check import check_set, draw_contact_sheet
-    from .data.references import read_index
 
-    if options.sheet_prompts < 1:
-        raise UserError(f"--sheet-prompts {options.sheet_prompts}: want at least 1")
+    if options.sheet_rows < 1:
+        raise UserError(f"--sheet-rows {options.sheet_rows}: want at least 1")
+    if options.sheet is not None and not options.sheet.parent.is_dir():
+        raise UserError(f"--sheet {options.sheet}: the folder {options.sheet.parent} does not exist")
     prompts = None if options.prompts is None else _load_prompts(options.prompts)
     report = check_set(options.folder, prompts, min_size=options.min_size)
     table = Table(title=f"{options.folder}: {report.prompts} prompts, {report.files} files", title_justify="left")
@@ -125,10 +126,8 @@ def check(options: Check, console: Console) -> bool:
         table.add_row(f"size {width}x{height}", str(count), "")
     console.print(table)
     if options.sheet is not None:
-        shown = prompts or list(read_index(options.folder / "references.json"))
-        shown = shown[:: -(-len(shown) // options.sheet_prompts)]
-        count = draw_contact_sheet(options.folder, options.sheet, prompts=shown)
-        console.print(f"wrote {options.sheet} with {count} prompts")
+        count = draw_contact_sheet(options.folder, options.sheet, prompts=prompts, rows=options.sheet_rows)
+        console.print(f"wrote {options.sheet} with {count} pictures")
     return report.ok
 
 

@@ -243,8 +243,24 @@ def test_check_finds_every_planted_error(whole, tmp_path):
     assert report.unlisted == sorted([name(4, 2), "stray.png"])
     assert report.sizes == {(20, 16): 10, (40, 8): 1}
     sheet = tmp_path / "sheet.png"
-    assert draw_contact_sheet(whole, sheet, prompts=PROMPTS, tile=64) == 5
+    assert draw_contact_sheet(whole, sheet, prompts=PROMPTS, tile=64) == 15 - 4  # lost, no picture, no RGB, not listed
     assert Image.open(sheet).height > 5 * 64
+
+
+def test_check_of_a_style(whole, tmp_path, capsys):
+    """A folder of pictures without an index: the same findings, and all rows of the sheet from one list."""
+    style = tmp_path / "style"
+    style.mkdir()
+    for number, source in enumerate(sorted(whole.glob("*.png"))[:10]):
+        shutil.copy(source, style / f"{number}.PNG")
+    assert check_set(style).ok
+    assert draw_contact_sheet(style, tmp_path / "sheet.png", rows=2, per_row=3, tile=64) == 5  # every second of 10
+    shutil.copy(style / "0.PNG", style / "again.png")
+    assert check_set(style).duplicates == ["0.PNG = again.png"]
+    assert main(["check", str(style)]) == BAD_SET
+    assert "0.PNG = again.png" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"references.json does not exist"):
+        check_set(style, PROMPTS)
 
 
 def test_check_without_a_set(tmp_path):
@@ -285,10 +301,10 @@ def test_the_command_with_a_diffusers_pipeline(unit_pipeline, prompt_file, tmp_p
     pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "one").glob("*.png"))]
     assert len({picture.tobytes() for picture in pictures}) == 6
     check = ["check", str(tmp_path / "one"), "--prompts", str(prompt_file)]
-    assert main([*check, "--sheet", str(tmp_path / "sheet.png"), "--sheet-prompts", "1"]) == 0
+    assert main([*check, "--sheet", str(tmp_path / "sheet.png"), "--sheet-rows", "1"]) == 0
     out = capsys.readouterr().out
     assert "size 32x32" in out
-    assert "with 1 prompts" in out
+    assert "with 3 pictures" in out
     assert main([*check, "--min-size", "33"]) == BAD_SET
     assert "error: too small" in capsys.readouterr().out
     assert main([*command, str(tmp_path / "one"), "--seed", "1"]) == 2

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from advgrpo.data.references import open_picture, read_index
+from advgrpo.data.references import PICTURE_SUFFIXES, open_picture, read_index
 from advgrpo.errors import UserError
 from advgrpo.plots import draw_grid
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+INDEX = "references.json"
 
 
 @dataclass
@@ -55,25 +55,20 @@ class SetReport:
         return not any(self.errors.values())
 
 
-def check_set(
-    folder: Path, prompts: list[str] | None = None, *, index: str = "references.json", min_size: int = 16
-) -> SetReport:
-    """Examine every picture of a reference set.
+def check_set(folder: Path, prompts: list[str] | None = None, *, min_size: int = 16) -> SetReport:
+    """Examine every picture of a reference set, or of a style: a folder of pictures without an index.
 
     Args:
-        folder: holds the index and the pictures.
-        prompts: the prompts that need references; None for those of the index.
-        index: file name of the index inside `folder`.
+        folder: holds the pictures and, but for a style, references.json.
+        prompts: the prompts that need references; None for those of the index, and for a style.
         min_size: the smallest width and height, in pixels, that a picture may have.
 
     Raises:
         UserError: no folder, or no index that can be read at all.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; pass the one that holds {index}")
-    entries = read_index(folder / index)
+    entries = _entries(folder, with_prompts=prompts is not None)
     prompts = list(entries) if prompts is None else prompts
-    report = SetReport(prompts=len(prompts))
+    report = SetReport(prompts=sum(bool(prompt) for prompt in prompts))
     report.without_references = sorted(prompt for prompt in prompts if not entries.get(prompt))
     usual = max((len(names) for names in entries.values()), default=0)
     report.too_few = sorted(f"{p}: {len(entries[p])}" for p in prompts if 0 < len(entries.get(p, ())) < usual)
@@ -95,6 +90,16 @@ def check_set(
         if path.suffix.lower() in PICTURE_SUFFIXES and path.resolve() not in known
     )
     return report
+
+
+def _entries(folder: Path, *, with_prompts: bool) -> dict[str, list[str]]:
+    """The index; {"": all pictures} of a style, which `ReferenceSet.shared` reads."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; pass one with pictures")
+    pictures = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    if with_prompts or (folder / INDEX).exists() or not pictures:
+        return read_index(folder / INDEX)
+    return {"": pictures}
 
 
 def _check_file(
@@ -135,28 +140,40 @@ def _recorded_hashes(manifest: Path) -> dict[str, str]:
         raise UserError(f"{manifest} is not a manifest ({error!r}); remove it to check without") from None
 
 
-def draw_contact_sheet(folder: Path, path: Path, *, prompts: list[str], per_prompt: int = 8, tile: int = 128) -> int:
-    """Draw the readable pictures of `prompts` as a grid of thumbnails; returns how many prompts are on it.
+def draw_contact_sheet(
+    folder: Path, path: Path, *, prompts: list[str] | None = None, rows: int = 24, per_row: int = 8, tile: int = 128
+) -> int:
+    """Draw readable pictures as a grid of thumbnails, spread evenly over the set; returns how many are on it.
 
     Args:
         path: the PNG to write.
-        per_prompt: at most this many of a prompt's pictures.
+        prompts: the prompts to choose from; None for those of the index, and for a style.
+        rows, per_row: at most so many prompts, and pictures of each; a style fills the grid.
         tile: thumbnails are fitted into squares of this many pixels, on white; small pictures are enlarged.
 
     Raises:
         UserError: no picture at all.
     """
-    entries = read_index(folder / "references.json")
-    rows = []
-    for prompt in prompts:
-        thumbnails = [_thumbnail(folder / name, tile) for name in entries.get(prompt, [])[:per_prompt]]
-        found = [thumbnail for thumbnail in thumbnails if thumbnail is not None]
+    entries = _entries(folder, with_prompts=prompts is not None)
+    if list(entries) == [""]:
+        spread = _spread(entries[""], rows * per_row)
+        chosen = [("", spread[start : start + per_row]) for start in range(0, len(spread), per_row)]
+    else:
+        chosen = [(prompt, entries.get(prompt, [])[:per_row]) for prompt in _spread(prompts or list(entries), rows)]
+    drawn = []
+    for caption, names in chosen:
+        found = [picture for name in names if (picture := _thumbnail(folder / name, tile)) is not None]
         if found:
-            rows.append((prompt, [("references", torch.stack(found))]))
-    if not rows:
-        raise UserError(f"{folder}: none of the prompts has a readable picture, so there is no contact sheet to draw")
-    draw_grid(rows, path, min_size=tile, max_size=tile)
-    return len(rows)
+            drawn.append((caption, [("references", torch.stack(found))]))
+    if not drawn:
+        raise UserError(f"{folder}: none of the chosen prompts has a readable picture; no contact sheet is drawn")
+    draw_grid(drawn, path, min_size=tile, max_size=tile)
+    return sum(len(blocks[0][1]) for _, blocks in drawn)
+
+
+def _spread(entries: list[str], count: int) -> list[str]:
+    """At most `count` of the entries at even distances."""
+    return entries[:: -(-len(entries) // count)] if entries else []
 
 
 def _thumbnail(path: Path, tile: int) -> torch.Tensor | None:
