@@ -8,6 +8,7 @@ python -m advgrpo.evaluate --model stabilityai/stable-diffusion-3.5-medium --lor
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,6 @@ if TYPE_CHECKING:  # diffusers and transformers are loaded once the flags are ri
     from .rewards.base import Reward
 
 _OPTION = "--metric-options."
-_BLOCKS, _LORA_A = "transformer.transformer_blocks.", ".lora_A.weight"  # diffusers' names
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _MOST_IMAGES = 1000  # per prompt: evaluation numbers picture k of prompt p as 1000 p + k
 _TINY_METRICS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ class Evaluate:
     against: str = ""
     """Second model, drawn from the same noise: "base", or another LoRA folder."""
     model: str = "tiny"
-    """Diffusers SD3 pipeline: folder, hub id, or "tiny"."""
+    """Diffusers pipeline of SD3, SD1.5 or SDXL: folder, hub id, or "tiny"."""
     prompts: str = ""
     """Prompt file; empty or "tiny" means the shipped held-out prompts with the model "tiny"."""
     references: str = ""
@@ -222,32 +222,37 @@ def lora_section(folder: Path, pipeline: Path) -> configuration.LoraSection:
     Raises:
         UserError: a file that is not in diffusers' format, or adapters in blocks that are not the last ones.
     """
+    from .policy.adapters import stored_blocks
+
     path = folder / _LORA_FILE
+    component, blocks = stored_blocks(pipeline)
+    stored = re.compile(rf"{component}\.((?:.+\.)?transformer_blocks\.\d+)\.(.+)\.lora_A\.weight")  # diffusers' names
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             ranks = {
-                name.removesuffix(_LORA_A): file.get_slice(name).get_shape()[0]
-                for name in file.keys()  # noqa: SIM118 - no mapping
-                if name.startswith(_BLOCKS) and name.endswith(_LORA_A)
+                found.groups(): file.get_slice(found.string).get_shape()[0]
+                for found in map(stored.fullmatch, file.keys())
+                if found
             }
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a LoRA: {error}") from error
     if len(set(ranks.values())) != 1:
         raise UserError(
             f"{path} holds adapters of ranks {sorted(set(ranks.values()))} on transformer blocks; want diffusers' "
-            f"format ({_BLOCKS}N.MODULE{_LORA_A}) with one rank"
+            f"format ({component}.BLOCK.MODULE.lora_A.weight) with one rank"
         )
     rank = next(iter(ranks.values()))
-    places = [name.removeprefix(_BLOCKS).split(".", 1) for name in ranks]
-    indices = sorted({int(index) for index, _ in places})
-    count = json.loads((pipeline / "transformer" / "config.json").read_text())["num_layers"]
+    foreign = sorted({block for block, _ in ranks}.difference(blocks))
+    if foreign:
+        raise UserError(f"{path} adapts {foreign[0]}, which {pipeline} does not have; it is another model's")
+    indices, count = sorted({blocks.index(block) for block, _ in ranks}), len(blocks)
     if indices != list(range(count - len(indices), count)):
         raise UserError(f"{path} adapts blocks {indices} of {count}; only all blocks or the last N can be loaded")
     return configuration.LoraSection(
         rank=rank,
-        alpha=metadata.get("transformer.lora_alpha", rank),
-        targets=tuple(dict.fromkeys(module for _, module in places)),
+        alpha=metadata.get(f"{component}.lora_alpha", rank),
+        targets=tuple(dict.fromkeys(module for _, module in ranks)),
         blocks="all" if len(indices) == count else len(indices),
         start_from=str(folder),
     )

@@ -18,7 +18,7 @@ PROMPTS = ["--prompt", "a small red star on the left of a blue background", "--p
 def lora(tmp_path) -> Path:
     """A strong random LoRA for the shipped pipeline."""
     settings = config.load("tiny")
-    policy = SD3Policy(settings.model, device=torch.device("cpu"), cache_dir=tmp_path, seed=0, merged=False)
+    policy = SD3Policy(settings.model, device=torch.device("cpu"), cache_dir=tmp_path, seed=0)
     with torch.no_grad():
         for _, parameter in policy.trainable_parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))

@@ -13,6 +13,7 @@ from advgrpo import config
 from advgrpo.config import LoraSection
 from advgrpo.distributed import Distributed
 from advgrpo.errors import UserError
+from advgrpo.evaluate import lora_section
 from advgrpo.fast import FastPaths
 from advgrpo.generate import main as generate
 from advgrpo.policy.adapters import target_modules
@@ -379,6 +380,21 @@ def test_generate_draws_base_and_lora_with_ddim(settings, tmp_path, capsys):
     assert min(Image.open(tmp_path / "g.png").size) > 60
 
 
+def test_a_lora_is_read_with_its_scope(settings, unit_pipeline, tmp_path):
+    """What `python -m advgrpo.evaluate --lora` builds the policy from."""
+    folder, pipeline = tmp_path / "lora", Path(settings.model.path)
+    load(settings).export(folder)
+    section = lora_section(folder, pipeline)
+    assert (section.rank, section.alpha, section.blocks) == (4, 8, "all")
+    again = load(settings, lora=section).network.adapters.state_dict()
+    assert again.keys() == load(settings).network.adapters.state_dict().keys()
+    load(settings, lora=LoraSection(rank=2, blocks=3, targets=("attn2.to_k",))).export(folder)
+    section = lora_section(folder, pipeline)
+    assert (section.rank, section.blocks, section.targets) == (2, 3, ("attn2.to_k",))
+    with pytest.raises(UserError, match="want diffusers' format"):
+        lora_section(folder, Path(unit_pipeline))
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -472,3 +488,16 @@ def test_noise_above_ddims_largest(settings):
     settings.rollout.noise_level = 1.2
     with pytest.raises(UserError, match=r"rollout\.noise_level = 1\.2: ddim wants at most 1"):
         config.check(settings, 1)
+
+
+def test_the_preset_is_a_run_that_passes_every_check(unet_pipelines):
+    preset = config.load("sdxl-dino")
+    preset.data.prompts = preset.data.references = "given"
+    config.check(preset, 8)
+    assert (preset.rollout.dynamics, preset.rollout.num_steps, preset.adversary.backbone) == (
+        "ddim",
+        20,
+        "facebook/dinov2-large",
+    )
+    preset.model.path = str(unet_pipelines["sdxl"])  # the hub's model is not on this machine
+    assert not FastPaths.choose(preset, torch.device("cpu")).fused

@@ -14,7 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    ModelMixin,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -37,6 +43,15 @@ _WRITERS = {"transformer": StableDiffusion3Pipeline, "unet": StableDiffusionPipe
 def component_of(network: ModelMixin) -> str:
     """The folder of a network in its pipeline, which is also the prefix of its names in a LoRA file."""
     return "unet" if isinstance(network, UNet2DConditionModel) else "transformer"
+
+
+def stored_blocks(pipeline: Path) -> tuple[str, list[str]]:
+    """Component and transformer blocks, in the order of the forward pass, of a pipeline's folder; loads no weights."""
+    component, kind = "transformer", SD3Transformer2DModel
+    if (pipeline / "unet").is_dir():
+        component, kind = "unet", UNet2DConditionModel
+    with torch.device("meta"):
+        return component, _block_names(kind.from_config(kind.load_config(pipeline / component)))
 
 
 def _block_names(network: ModelMixin) -> list[str]:
