@@ -13,10 +13,11 @@ touches the training; the same metrics on every process give the same flags.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import median
 from typing import Any, ClassVar
 
@@ -116,28 +117,25 @@ class RewardCollapse(RedFlag):
     """The references' own reward falls and does not stop: the head unlearns what a good picture is (issue 5).
 
     Definition: Kendall's tau of `reward_reference` against time is at most -collapse_tau over trend_window checks, and
-    its median over `window` checks has fallen from its peak by at least collapse_drop times the median `reward_std`,
-    the spread in groups (a head's scores have no unit of their own). Some fall is healthy, as a fooled head's scores of
-    both sides meet, but it ends: two runs of the tiny world fell by up to 3 spreads in 130 iterations.
+    its median over `window` checks has fallen from its peak by at least collapse_drop times its own noise (scores have
+    no unit of their own). Some fall is healthy, as a fooled head's scores of both sides meet, but it ends: three runs
+    of the tiny world were 3.5 times the noise below their peak at most while tau was that low.
     """
 
     name = "reward_collapse"
 
     def read(self, metrics, pictures):
-        reward, spread = metrics.get("reward_reference"), metrics.get("reward_std")
-        if reward is None or spread is None:
+        if metrics.get("reward_reference") is None:
             return None
         short, long = self.section.window, self.section.trend_window
-        rewards = self.remember("reward", reward, max(short, long))
-        spreads = self.remember("spread", spread, short)
+        rewards = self.remember("reward", metrics["reward_reference"], max(short, long))
         if len(rewards) < short:
             return None
         now = median(rewards[-short:])
         peak = self.baseline["peak"] = max(now, self.baseline.get("peak", now))
         if len(rewards) < long:
             return None
-        tau = kendall_tau(rewards[-long:])
-        fall = (peak - now) / max(median(spreads), 1e-12)
+        tau, fall = kendall_tau(rewards[-long:]), (peak - now) / noise(rewards[-long:])
         bad = tau <= -self.section.collapse_tau and fall >= self.section.collapse_drop
         message = f"the references' reward fell from {peak:.3g} to {now:.3g} and falls on (Kendall's tau {tau:+.2f})"
         return Reading(fall, self.section.collapse_drop, bad, message)
@@ -181,46 +179,54 @@ class ModeCollapse(RedFlag):
 class RewardHacking(RedFlag):
     """The reward rises while pictures leave the references in ways it does not see (arXiv 2511.20256, figure 1).
 
-    Definition: since the start of the generator's training, (1) the reward's lead over the references,
-    `reward_generated - reward_reference`, has risen by at least hacking_gain times the median `reward_std` (the
-    difference cancels the difficulty of the prompts drawn, and a learned head's offset), and (2) the distance of mean
+    Definition: since the generator's training began, (1) a reward it is trained on has risen by at least hacking_gain
+    times that reward's noise over the last trend_window checks; of an adversary it is the lead over the references,
+    `reward_generated - reward_reference`, in which a shift of the head cancels; and (2) the distance of mean
     saturation, dark-pixel share or edge density to that of the same prompts' references has grown by more than
-    hacking_drift. All three are shares in [0, 1], compared as medians over `window` checks. A distance that shrinks is
-    what training is for.
+    hacking_drift. All three are shares in [0, 1]; everything is compared as medians over `window` checks. A distance
+    that shrinks is what training is for. Without references it is that to the generator's own pictures at the start.
     """
 
     name = "reward_hacking"
 
     def read(self, metrics, pictures):
-        values = self._values(metrics, pictures)
-        if values is None:
-            return None
-        now = {name: self.settled(name, value) for name, value in values.items()}
+        if pictures is None or metrics.get("grad_norm") is None:
+            return None  # an iteration that does not train the generator says nothing about what training does
+        rewards = self._rewards(metrics)
+        offsets = {name: pictures.generated[name] - pictures.reference.get(name, 0.0) for name in STATISTICS}
+        now = {name: self.settled(name, value) for name, value in {**rewards, **offsets}.items()}
+        spread = {
+            name: noise(self.remember(f"{name}, long", rewards[name], self.section.trend_window)) for name in rewards
+        }
         if None in now.values():
             return None
-        if not self.baseline:
-            self.baseline = dict(now)
-        gain = (now["lead"] - self.baseline["lead"]) / max(now["spread"], 1e-12)
-        growth = {name: abs(now[name]) - abs(self.baseline[name]) for name in STATISTICS}
-        worst = max(growth, key=growth.get)
-        bad = gain >= self.section.hacking_gain and growth[worst] > self.section.hacking_drift
+        start = self.baseline = self.baseline or now
+        gains = {name: (now[name] - start[name]) / spread[name] for name in rewards}
+        zero = dict.fromkeys(STATISTICS, 0.0) if pictures.reference else start
+        growth = {name: abs(now[name] - zero[name]) - abs(start[name] - zero[name]) for name in STATISTICS}
+        best, worst = max(gains, key=gains.get), max(growth, key=growth.get)
+        bad = gains[best] >= self.section.hacking_gain and growth[worst] > self.section.hacking_drift
+        before, after = start[worst] - zero[worst], now[worst] - zero[worst]
         message = (
-            f"reward up by {gain:.1f} spreads while {worst.replace('_', ' ')} went from {self.baseline[worst]:+.3f} to "
-            f"{now[worst]:+.3f} relative to the references'"
+            f"{best} rose by {gains[best]:.1f} times its noise while {worst} went from {before:+.3f} to {after:+.3f} "
+            f"beside the {'references' if pictures.reference else 'start'}"
         )
         return Reading(growth[worst], self.section.hacking_drift, bad, message)
 
-    def _values(self, metrics: Metrics, pictures: PictureStatistics | None) -> dict[str, float] | None:
-        reward, spread = metrics.get("reward_generated"), metrics.get("reward_std")
-        if pictures is None or reward is None or spread is None or metrics.get("grad_norm") is None:
-            return None  # an iteration that does not train the generator says nothing about what training does
-        lead = reward - (metrics.get("reward_reference") or 0.0)
-        offsets = {name: pictures.generated[name] - pictures.reference.get(name, 0.0) for name in STATISTICS}
-        return {"lead": lead, "spread": spread, **offsets}
+    def _rewards(self, metrics: Metrics) -> dict[str, float]:
+        """Means of the rewards in training: with several, each by itself, as their normalised sum cannot rise."""
+        reference = metrics.get("reward_reference") or 0.0
+        parts = {f"reward_{name}" for name, part in self.config.rewards.sections().items() if part.weight > 0}
+        found = {name: metrics[name] for name in sorted(parts) if metrics.get(name) is not None}
+        if "reward_adversary" in found:
+            found["reward_adversary"] -= reference
+        return found or {"reward_generated": metrics["reward_generated"] - reference}
 
     def advice(self):
         adversary, update = self.config.adversary, self.config.update
-        if adversary.schedule == "never":
+        if adversary.kind == "none":
+            remedy = "Let a reward learn: set adversary.kind (now none)"
+        elif adversary.schedule == "never":
             remedy = "Let the reward learn: set adversary.schedule (now never) to when_fooled"
         else:
             remedy = f"Raise adversary.updates_per_iteration (now {adversary.updates_per_iteration})"
@@ -425,3 +431,13 @@ def kendall_tau(values: Sequence[float]) -> float:
     """Kendall's rank correlation with time, in [-1, 1]: rising minus falling pairs over all pairs (Mann 1945)."""
     pairs = list(combinations(values, 2))
     return sum((later > earlier) - (later < earlier) for earlier, later in pairs) / len(pairs)
+
+
+def noise(values: Sequence[float]) -> float:
+    """Standard deviation from one value to the next that a trend does not inflate: 1.048 x the median |difference|.
+
+    The factor makes it that of white Gaussian noise. At least 1e-12, as any change of a constant counts; infinite for a
+    single value.
+    """
+    steps = [abs(later - earlier) for earlier, later in pairwise(values)]
+    return max(1.048 * median(steps), 1e-12) if steps else math.inf

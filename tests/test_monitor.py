@@ -22,7 +22,7 @@ from rich.console import Console
 
 from advgrpo import config
 from advgrpo.distributed import Distributed
-from advgrpo.monitor import RED_FLAGS, Monitor, kendall_tau
+from advgrpo.monitor import RED_FLAGS, Monitor, kendall_tau, noise
 from advgrpo.picture_statistics import (
     STATISTICS,
     PictureStatistics,
@@ -96,7 +96,7 @@ TRIPS = {
     "reward_hacking": (
         {"adversary": {"schedule": "never"}},
         lambda i, row, n: {
-            "reward_generated": row["reward_generated"] + 2 * ramp(i, 30, 30),
+            "reward_generated": row["reward_generated"] + 4 * ramp(i, 30, 30),
             "monitor_saturation": row["monitor_saturation"] + 0.15 * ramp(i, 30, 30),
         },
     ),
@@ -168,9 +168,7 @@ def test_one_odd_iteration_raises_nothing_and_one_good_one_clears_nothing():
     }
     assert not any(feed(make(), series(80, lambda i, row, n: odd if i == 40 else {})))
     assert not any(feed(make(), series(80, lambda i, row, n: odd if i in (40, 50) else {})))
-    good = {"zero_std_fraction": 0.0}
-    monitor = make()
-    active = feed(monitor, series(80, lambda i, row, n: good if i == 60 else {"zero_std_fraction": 0.6}))
+    active = feed(make(), series(80, lambda i, row, n: {"zero_std_fraction": 0.6 * (i != 60)}))
     assert all(names == ["dead_groups"] for names in active[30:])
 
 
@@ -193,13 +191,13 @@ def test_hacking_needs_both_the_reward_and_the_drift():
 
         return change
 
-    assert feed(make(), series(80, drift(+1, 2.0)))[-1] == ["reward_hacking"]
-    assert feed(make(), series(80, drift(-1, 2.0)))[-1] == ["reward_hacking"]
+    assert feed(make(), series(80, drift(+1, 4.0)))[-1] == ["reward_hacking"]
+    assert feed(make(), series(80, drift(-1, 4.0)))[-1] == ["reward_hacking"]
     assert not any(feed(make(), series(80, drift(+1, 0.0))))
-    assert not any(feed(make(), series(80, drift(0, 2.0))))
+    assert not any(feed(make(), series(80, drift(0, 4.0))))
 
     def approach(i, row, noise):  # starts 0.2 away from the references and comes closer: that is progress
-        return {**drift(+1, 2.0)(i, row, noise), "monitor_reference_dark_share": row["monitor_dark_share"] + 0.2}
+        return {**drift(+1, 4.0)(i, row, noise), "monitor_reference_dark_share": row["monitor_dark_share"] + 0.2}
 
     assert not any(feed(make(), series(80, approach)))
 
@@ -229,6 +227,48 @@ def test_an_overall_shift_of_the_head_is_no_gain():
         }
 
     assert not any(feed(make(), series(80, shift)))
+
+
+def test_every_trained_reward_is_watched_for_hacking_by_itself():
+    """Normalised by group, the composed reward has a mean of zero whatever its parts do."""
+    rewards = {"adversary": {"normalize": "group"}, "pickscore": {"weight": 1.0, "normalize": "group"}}
+
+    def composed(gain):
+        def change(i, row, noise):
+            rise = gain * ramp(i, 20, 30)
+            return {
+                "reward_generated": 0.0,
+                "reward_adversary": row["reward_generated"],
+                "reward_pickscore": 0.8 + 0.01 * (noise() + 6 * rise),
+                "monitor_saturation": row["monitor_saturation"] + 0.15 * ramp(i, 20, 30),
+            }
+
+        return change
+
+    hacked = make(rewards=rewards)
+    assert feed(hacked, series(80, composed(1.0)))[-1] == ["reward_hacking"]
+    assert "reward_pickscore rose by" in hacked.active()[0].message
+    only_logged = {**rewards, "pickscore": {"weight": 0.0}}
+    for seed in range(5):
+        assert not any(feed(make(rewards=rewards), series(80, composed(0.0), seed)))
+        assert not any(feed(make(rewards=only_logged), series(80, composed(1.0), seed)))
+
+
+def test_without_references_pictures_are_compared_with_the_start():
+    def change(step):
+        return lambda i, row, noise: {
+            "reward_reference": None,
+            "reward_generated": row["reward_generated"] + 4 * ramp(i, 20, 30),
+            "monitor_saturation": row["monitor_saturation"] + step * ramp(i, 20, 30),
+        }
+
+    for step, expected in ((0.2, ["reward_hacking"]), (-0.2, ["reward_hacking"]), (0.0, [])):
+        monitor = make(adversary={"kind": "none"})
+        for row in series(80, change(step)):
+            own = PictureStatistics({name: row[f"monitor_{name}"] for name in STATISTICS}, {}, None)
+            active = monitor.check(row, own)
+        assert [flag.name for flag in active] == expected
+        assert not active or "set adversary.kind (now none)" in active[0].advice
 
 
 def test_a_run_that_starts_collapsed_is_caught_by_the_floor():
@@ -264,8 +304,15 @@ def test_resuming_at_any_iteration_equals_never_stopping(name):
 
 
 def test_every_n_iterations_and_switched_off():
-    assert [i for i in range(7) if make(monitor={"every": 3}).due(i)] == [0, 3, 6]
-    assert not any(make(monitor={"every": 0}).due(i) for i in range(7))
+    assert [[i for i in range(7) if make(monitor={"every": n}).due(i)] for n in (3, 0)] == [[0, 3, 6], []]
+
+
+def test_noise_is_the_standard_deviation_without_the_trend():
+    draw = random.Random(0)
+    flat = [draw.gauss(0, 2) for _ in range(4000)]
+    assert noise(flat) == pytest.approx(2, rel=0.05)
+    assert noise([value + 0.1 * i for i, value in enumerate(flat)]) == pytest.approx(2, rel=0.05)
+    assert noise([1.0, 1.0, 1.0]) == 1e-12
 
 
 def test_kendalls_tau_on_known_answers():
@@ -300,9 +347,9 @@ def test_group_diversity_is_the_mean_distance_of_pairs():
     alike = torch.randn(3, 5).repeat_interleave(4, 0) * torch.rand(12, 1)  # length does not count
     assert group_diversity(alike, 4).item() == pytest.approx(0, abs=1e-6)
     assert group_diversity(alike, 12).item() > 0.1
-    for rows, size in ((12, 5), (12, 1)):
+    for size in (5, 1):
         with pytest.raises(ValueError, match="cannot be cut into groups"):
-            group_diversity(torch.randn(rows, 5), size)
+            group_diversity(features, size)
 
 
 def test_reference_statistics_are_taken_at_the_pictures_size_and_once(tmp_path):
@@ -333,10 +380,13 @@ def watched(unit_config, **monitor) -> Run:
 
 
 def flags_of(run, iterations) -> set[str]:
+    """Every flag seen."""
+    seen = set()
     for _ in range(iterations):
         metrics = run.trainer.iterate()
+        seen |= {flag.name for flag in run.trainer.flags}
     assert {f"monitor_{name}" for name in (*STATISTICS, "group_diversity", "gradient_rms")} <= metrics.keys()
-    return {flag.name for flag in run.trainer.flags}
+    return seen
 
 
 def test_a_run_with_small_groups_large_eps_a_frozen_head_and_foreign_likelihoods(unit_config, monkeypatch):
@@ -372,9 +422,9 @@ def test_a_run_whose_pictures_are_constant(unit_config, monkeypatch):
 
 def test_a_run_whose_head_learns_the_wrong_way_round(unit_config, monkeypatch):
     """reward_collapse: references and generations are swapped in the head's training."""
-    unit_config.adversary.learning_rate = 0.02
+    unit_config.adversary.learning_rate = 0.005
     unit_config.adversary.schedule = "always"
-    run = watched(unit_config)
+    run = watched(unit_config, trend_window=8, collapse_drop=3.0)
     real = run.trainer.head_trainer.train
 
     def swapped(batch, iteration, updates):
@@ -382,13 +432,12 @@ def test_a_run_whose_head_learns_the_wrong_way_round(unit_config, monkeypatch):
         return real(batch, iteration, updates)
 
     monkeypatch.setattr(run.trainer.head_trainer, "train", swapped)
-    assert "reward_collapse" in flags_of(run, 8)
+    assert "reward_collapse" in flags_of(run, 18)
 
 
 def test_a_run_whose_fixed_reward_is_saturation(unit_config, monkeypatch):
     """reward_hacking: the reward pays for colour, and the pictures get more of it every iteration."""
     unit_config.adversary.schedule = "never"
-    unit_config.iterations = 10
     run = watched(unit_config)
     trainer = run.trainer
     real_rollout, real_score = trainer.rollout, trainer.scorer.score
