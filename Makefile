@@ -19,6 +19,7 @@ lint: $(VENV)/.dev
 # Rebuild what advgrpo/tiny/assets ships; about an hour on two CPU cores.
 tiny-assets: $(VENV)/.train
 	$(BIN)/python -m advgrpo.tiny.build_references --output advgrpo/tiny/assets
+	$(BIN)/python -m advgrpo.tiny.build_styles --output advgrpo/tiny/assets/styles
 	$(BIN)/python -m advgrpo.tiny.build_pipeline --output advgrpo/tiny/assets/pipeline
 	$(BIN)/python -m advgrpo.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
 	  --output advgrpo/tiny/assets/backbone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,8 @@ from ..config import Config, needs_references
 from ..errors import UserError
 from .prompts import load_prompts
 from .references import ReferenceSet
+
+_SHIPPED_STYLE = "tiny:"
 
 
 def shipped_paths(config: Config) -> dict[str, str]:
@@ -69,11 +72,23 @@ def _check_readable(config: Config, prompts: list[str], held_out: list[str]) -> 
 def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:
     smallest = config.data.min_reference_size
     if config.data.style:
-        return ReferenceSet.shared(config.data.style, prompts, min_size=smallest)
+        return ReferenceSet.shared(_style_folder(config.data.style), prompts, min_size=smallest)
     if folder:
         return ReferenceSet.load(folder, prompts, min_size=smallest)
     assert not needs_references(config)  # config.check has refused this
     return None
+
+
+def _style_folder(style: str) -> str | Path:
+    """A folder as it is, or that of a shipped style."""
+    from .. import tiny
+
+    if not style.startswith(_SHIPPED_STYLE):
+        return style
+    try:
+        return tiny.style_dir(style.removeprefix(_SHIPPED_STYLE))
+    except UserError as error:
+        raise UserError(f"data.style = {style!r}: {error}") from None
 
 
 def _within_budget(config: Config, references: ReferenceSet | None, prompts: list[str]) -> list[str]:

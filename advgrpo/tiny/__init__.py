@@ -8,7 +8,10 @@ The paths work in stock diffusers and transformers:
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
+
+from ..errors import UserError
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -31,6 +34,21 @@ def preference_dir() -> Path:
 def reference_dir() -> Path:
     """Folder of crisp reference pictures with references.json: {prompt: [files]} for all prompt lists."""
     return _ASSETS / "references"
+
+
+def style_names() -> list[str]:
+    """The shipped styles, each a folder of pictures without prompts."""
+    return sorted(folder.name for folder in (_ASSETS / "styles").iterdir())
+
+
+def style_dir(name: str) -> Path:
+    """Folder of the style's 300 pictures; UserError naming the nearest style for an unknown one."""
+    known = style_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise UserError(f"unknown style of the tiny world {name!r}; {hint}")
+    return _ASSETS / "styles" / name
 
 
 def prompts_file() -> Path:
