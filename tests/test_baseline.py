@@ -1,8 +1,6 @@
 """B0 computes what the trainer computes: latents, log-probabilities, rewards, losses and gradients on the same weights.
 
-Planted bugs that turned this file red: guidance the wrong way round; adapters at half strength; noise scaled twice;
-likelihood summed; clipping outside of the minus sign; advantages unscaled; reward weights swapped; hinge halves
-missing; schedule shifted once; averages before the step; one optimizer window left out; no replay; KL to itself.
+Planted bugs that turned this file red: guidance the wrong way round; adapters at half strength.
 """
 
 import copy

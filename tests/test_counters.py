@@ -1,10 +1,10 @@
 """The instruments of bench/counters.py on functions whose counts are known by hand, and on our kernels.
 
 Planted bugs that turned this file red: views counted; `_unsafe_view` counted; copies inside our operators not seen;
-kernels of an operator counted once however many it launches; broadcast dimensions read in full; what `copy_`
-overwrites counted as read; matrix products counted as elementwise; `tolist` not seen; host tensors counted as the
-device's; a saved storage counted per view; parameters counted as saved; scalars left out of the trace; recomputation
-left out of the backward pass.
+the optimizer's three launches counted as one; a gather that reads its whole table; broadcast dimensions read in full;
+what `copy_` overwrites counted as read; matrix products counted as elementwise; `tolist` not seen; host tensors
+counted as the device's; a saved storage counted per view; parameters counted as saved; scalars left out of the trace;
+recomputation left out of the backward pass.
 """
 
 import pytest

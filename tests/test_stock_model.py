@@ -2,7 +2,7 @@
 
 Planted bugs that turned this file red: SD3.5's dual modulation in another order; positions cropped from the corner;
 text before image; scale alpha instead of alpha / rank; adapter left on when disabled; RMSNorm by one fused operator;
-timestep not multiplied by one; last block's text queries left out; checkpoints that recompute nothing.
+timestep not multiplied by one; one more operator in the attention; checkpoints that recompute nothing.
 """
 
 from dataclasses import asdict, replace
