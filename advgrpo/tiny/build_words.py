@@ -2,9 +2,10 @@
 
     python -m advgrpo.tiny.build_words --output words/pipeline
 
-About 13 minutes of one CPU core. Captions read `the word "CAT" in red on a white background` (`words.py`), which the
-shipped T5 tokenizer cannot spell; it gets capital letters and "word" as pieces, at the end, so that all others keep
-their numbers. Call the result with max_sequence_length=16. The CLIPs see the first 13 tokens, without the background.
+About 20 minutes of one CPU core, by the pace of its first 400 flow steps: it has not been run to its end yet (what a
+forerunner reached is in `words.py`). Captions read `the word "CAT" in red on a white background`, which the shipped T5
+tokenizer cannot spell; it gets capital letters and "word" as pieces, at the end, so that all others keep their numbers.
+Call the result with max_sequence_length=16. The CLIPs see the first 13 tokens, without the background.
 """
 
 from __future__ import annotations
