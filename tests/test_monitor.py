@@ -137,12 +137,9 @@ def test_messages_and_advice_name_existing_fields_with_their_values(name):
     monitor = make(**config.merge(changes, {"monitor": {"stop": [name]}}))
     seen = [flag for row in series(100, change) for flag in monitor.check(row, pictures(row))]
     flag = seen[0]
-    assert flag.stop
-    assert flag.name in str(flag)
-    assert flag.advice in str(flag)
+    assert flag.stop and flag.name in str(flag) and flag.advice in str(flag)  # noqa: PT018
     fields = [word.strip("(),.;") for word in flag.advice.split() if "." in word.strip("(),.;")]
-    fields = [f for f in fields if f.partition(".")[0] in config.Config.model_fields]
-    assert fields
+    assert (fields := [f for f in fields if f.partition(".")[0] in config.Config.model_fields])
     for field in fields:
         section, _, leaf = field.partition(".")
         value = getattr(getattr(monitor.config, section), leaf)
@@ -209,6 +206,8 @@ def test_a_fall_that_ends_is_no_collapse():
         return {"reward_reference": 2.5 - 2 * ramp(i, 10, 20) + 0.5 * noise()}
 
     assert not any(feed(make(), series(120, settle)))
+    deep = series(120, lambda i, row, n: {"reward_reference": 2.5 - 6 * ramp(i, 10, 30) + 0.5 * n()})
+    assert feed(make(), deep)[-1] == []  # however deep: what counts is that it goes on
 
     def noisy_level(i, row, noise):  # large noise around a level is no fall either
         return {"reward_reference": 5 * noise()}
@@ -235,11 +234,11 @@ def test_every_trained_reward_is_watched_for_hacking_by_itself():
 
     def composed(gain):
         def change(i, row, noise):
-            rise = gain * ramp(i, 20, 30)
             return {
                 "reward_generated": 0.0,
-                "reward_adversary": row["reward_generated"],
-                "reward_pickscore": 0.8 + 0.01 * (noise() + 6 * rise),
+                "reward_adversary": row["reward_generated"] + 5 * ramp(i, 20, 30),  # a shift of the whole head
+                "reward_reference": row["reward_reference"] + 5 * ramp(i, 20, 30),
+                "reward_pickscore": 0.8 + 0.01 * (noise() + 6 * gain * ramp(i, 20, 30)),
                 "monitor_saturation": row["monitor_saturation"] + 0.15 * ramp(i, 20, 30),
             }
 
