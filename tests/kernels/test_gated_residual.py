@@ -57,6 +57,30 @@ def test_full_size_within_error_budget():
     assert_within_budget(kernel, call(gated_residual_ref, vectors), activations, dy)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_memory_order_changes_no_bit_and_is_kept(backend, device):
+    """A transposed [T, B, C], as a model that keeps its tokens first hands over, with outs in either order."""
+    activations, v = inputs((3, 5, 48), torch.float32, device)
+    norm = {name: v[name] for name in VECTORS[2:]}
+
+    def of(residual, out, out2):
+        results = gated_residual(residual, out, v["gate"], out2, v["gate2"], **norm, backend=backend)
+        grads = torch.autograd.grad(sum((r * (i + 1)).square().sum() for i, r in enumerate(results)), activations)
+        return [*results, *grads], gated_residual(residual, out, v["gate"], **norm, quantize=True, backend=backend)
+
+    x, out, out2 = activations
+    expected, quantised = of(x, out, out2)
+    token_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, out)]
+    found, found_quantised = of(*token_first, out2)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(t.transpose(0, 1).is_contiguous() for t in found[:3])
+    for got, want in zip(found_quantised[1:], quantised[1:], strict=True):
+        assert torch.equal(got.data.float(), want.data.float())
+        assert torch.equal(got.scale, want.scale)
+        assert got.data.transpose(0, 1).is_contiguous()
+        assert got.scale.transpose(0, 1).is_contiguous() or backend == "torch"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_fusing_the_norm_changes_no_bit(dtype, device):
     (x, out, out2), v = inputs((2, 5, 96), dtype, device)
@@ -128,7 +152,8 @@ def test_gradient_when_only_some_results_are_used(used, device):
 def test_opcheck(outs, sets, device):
     (x, *results), v = inputs((2, 3, 16), torch.float32, device, outs, sets)
     gates, shifts, scales = ([v[n] for n in names if n in v] for names in (VECTORS[:2], VECTORS[2::2], VECTORS[3::2]))
-    torch.library.opcheck(_gated_residual_op, (x, results, gates, shifts, scales, 1e-6))
+    for residual in (x, x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()):
+        torch.library.opcheck(_gated_residual_op, (residual, results, gates, shifts, scales, 1e-6))
 
 
 def test_compiles_without_graph_break(device):

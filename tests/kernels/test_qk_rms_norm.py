@@ -1,4 +1,4 @@
-"""RMSNorm of q and k into the attention layout.
+"""RMSNorm of q and k into the shape of attention.
 
 Planted bugs that turned this file red: text tokens first; q weight on k; image weight on text; mean over the padded
 head dim; weight missing in the gradient; layout of the fused gradient ignored; strides of v not looked at; gradients
@@ -32,6 +32,16 @@ def joint(function, weights, **settings):
     return of_streams
 
 
+def one_tensor(function, weights, **settings):
+    """Both streams in one tensor, as linears that write into one buffer leave them."""
+
+    def of_streams(qkv, txt, **more):
+        text = {"txt_tokens": txt.shape[1], "txt_weights": weights[2:]}
+        return torch.cat(function(torch.cat([qkv, txt], dim=1), weights[:2], **text, **settings, **more))
+
+    return of_streams
+
+
 def image(function, weights, **settings):
     return lambda qkv, **more: torch.cat(function(qkv, weights[:2], **settings, **more))
 
@@ -41,13 +51,13 @@ def gradient_like(shape, dtype, device, *, text):
     return torch.randn(3 * B, H, T + S * text, D, device=device).to(dtype)
 
 
-@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("form", [joint, one_tensor, image])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_and_backward_within_error_budget(shape, dtype, text, device):
+def test_forward_and_backward_within_error_budget(shape, dtype, form, device):
     qkv, txt, weights = inputs(shape, dtype, device)
-    form, args = (joint, [qkv, txt]) if text else (image, [qkv])
-    dy = gradient_like(shape, dtype, device, text=text)
+    args = [qkv] if form is image else [qkv, txt]
+    dy = gradient_like(shape, dtype, device, text=form is not image)
     assert_within_budget(form(qk_rms_norm, weights, backend="triton"), form(qk_rms_norm_ref, weights), args, dy)
 
 
@@ -106,6 +116,38 @@ def test_fused_and_separate_layouts_give_the_same_bits(device):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_memory_order_changes_no_bit_and_is_kept(backend, device):
+    """Tokens first in memory, in one tensor or two, as against images first; v of one tensor stays where it is."""
+    qkv, txt, weights = inputs((3, 6, 4, 2, 16), torch.float32, device)
+    text, upstream = {"txt_weights": weights[2:], "backend": backend}, torch.randn(3, 2, 10, 16, device=device)
+
+    def with_gradients(out):
+        return [*out, *torch.autograd.grad(sum((o * upstream * i).sum() for i, o in enumerate(out, 1)), (qkv, txt))]
+
+    expected = with_gradients(qk_rms_norm(qkv, weights[:2], txt_qkv=txt, **text))
+    assert all(t.transpose(1, 2).is_contiguous() for t in expected[:3])
+    token_first = [t.transpose(0, 1).contiguous() for t in (qkv, txt)]
+    one = torch.cat(token_first).transpose(0, 1)
+    found = with_gradients(qk_rms_norm(one, weights[:2], txt_tokens=4, **text))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(t.permute(2, 0, 1, 3).is_contiguous() for t in found[:2])
+    assert found[2].data_ptr() == one[:, :, 2].data_ptr()
+    two = [t.transpose(0, 1) for t in token_first]
+    found = with_gradients(qk_rms_norm(two[0], weights[:2], txt_qkv=two[1], **text))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_results_that_nothing_reads_have_no_part_in_the_gradient(device):
+    qkv, _, weights = inputs((2, 6, 4, 2, 16), torch.float32, device)
+    for used in ((0,), (2,), (0, 1)):
+        grads = []
+        for backend in ("triton", "torch"):
+            out = qk_rms_norm(qkv, weights[:2], backend=backend)
+            grads.append(torch.autograd.grad(sum(out[i].sin().sum() for i in used), qkv)[0])
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_views_and_mixed_dtypes(device):
     """q, k, v as slices of wider rows, half activations under float32 weights, and a transposed gradient."""
     wide = torch.randn(2, 5, 100, device=device).half().requires_grad_()
@@ -122,17 +164,21 @@ def test_views_and_mixed_dtypes(device):
 
 def test_opcheck(device):
     qkv, txt, weights = inputs((2, 3, 2, 2, 16), torch.float32, device)
-    torch.library.opcheck(_qk_rms_norm_op, ([qkv], list(weights[:2]), [txt], list(weights[2:]), 1e-6))
+    image_weights, text_weights = list(weights[:2]), list(weights[2:])
+    torch.library.opcheck(_qk_rms_norm_op, ([qkv], image_weights, [txt], text_weights, 0, 1e-6))
     parts = [part.detach().clone().requires_grad_() for part in qkv.unbind(2)]
-    torch.library.opcheck(_qk_rms_norm_op, (parts, list(weights[:2]), [], [], 1e-6))
+    torch.library.opcheck(_qk_rms_norm_op, (parts[:2], image_weights, [], [], 0, 1e-6))
+    token_first = qkv.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    torch.library.opcheck(_qk_rms_norm_op, ([token_first], image_weights, [], text_weights, 1, 1e-6))
 
 
 def test_compiles_without_graph_break(device):
     qkv, txt, weights = inputs((2, 3, 2, 2, 16), torch.float32, device)
-    function = joint(qk_rms_norm, weights, backend="triton")
-    compiled = torch.compile(lambda *a: function(*a).sin().sum(), fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(qkv, txt), (qkv, txt))
-    torch.testing.assert_close(got, torch.autograd.grad(function(qkv, txt).sin().sum(), (qkv, txt)))
+    for form in (joint, one_tensor):
+        function = form(qk_rms_norm, weights, backend="triton")
+        compiled = torch.compile(lambda *a, f=function: f(*a).sin().sum(), fullgraph=True, backend="aot_eager")
+        got = torch.autograd.grad(compiled(qkv, txt), (qkv, txt))
+        torch.testing.assert_close(got, torch.autograd.grad(function(qkv, txt).sin().sum(), (qkv, txt)))
 
 
 def test_result_does_not_depend_on_the_rest_of_the_batch(device):
@@ -152,6 +198,14 @@ def test_bad_arguments_raise(device):
         qk_rms_norm(qkv, (weights[0], weights[1][:8]))
     with pytest.raises(ValueError, match="give txt_qkv and txt_weights together"):
         qk_rms_norm(qkv, weights[:2], txt_qkv=txt)
+    with pytest.raises(ValueError, match="or txt_tokens and txt_weights"):
+        qk_rms_norm(qkv, weights[:2], txt_tokens=1)
+    with pytest.raises(ValueError, match="txt_tokens must leave image tokens of the 3 in qkv, got 3"):
+        qk_rms_norm(qkv, weights[:2], txt_tokens=3, **text)
+    with pytest.raises(ValueError, match="txt_qkv or txt_tokens, not both"):
+        qk_rms_norm(qkv, weights[:2], txt_qkv=txt, txt_tokens=1, **text)
+    with pytest.raises(ValueError, match="txt_tokens needs qkv as one tensor"):
+        qk_rms_norm(qkv.unbind(2), weights[:2], txt_tokens=1, **text)
     with pytest.raises(ValueError, match=r"txt_qkv must be torch\.float32 with"):
         qk_rms_norm(qkv, weights[:2], txt_qkv=txt[:1], **text)
     with pytest.raises(ValueError, match="q, k and v must have one dtype"):

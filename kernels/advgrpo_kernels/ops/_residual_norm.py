@@ -6,6 +6,7 @@
 What is absent is a None pointer, and the compiler drops it with everything that depended on it.
 
 Legend:   B images, T tokens, C channels. x, out, h, y [B, T, C]; gate, shift, scale [B, C], rows may be strided.
+Memory:   image after image, or token after token (x a transposed [T, B, C]); results lie as x does.
 Numerics: float32 inside, one rounding per store. A program owns whole tokens: no atomics, nothing depends on the batch.
 """
 
@@ -69,6 +70,8 @@ if HAS_TRITON:
         fp8_scale_ptr,
         T,
         C,
+        row_stride_b,
+        row_stride_t,
         gate_stride,
         modulation_stride,
         eps,
@@ -80,7 +83,8 @@ if HAS_TRITON:
         c = tl.arange(0, BLOCK_C)
         inside = c < C
         mask = (t < T)[:, None] & inside[None, :]
-        offsets = (b * T + t)[:, None] * C + c[None, :]
+        row = b * row_stride_b + t.to(tl.int64) * row_stride_t
+        offsets = row[:, None] * C + c[None, :]
         hidden = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if out_ptr is not None:
             gates = b * gate_stride + c
@@ -99,7 +103,7 @@ if HAS_TRITON:
             y = normed * (1.0 + scale) + load_vector(shift_ptr, modulation, inside)
             if fp8_scale_ptr is not None:
                 fp8_scale, inverse = row_scales(tl.max(tl.where(mask, tl.abs(y), 0.0), axis=1))
-                tl.store(fp8_scale_ptr + b * T + t, fp8_scale, mask=t < T)
+                tl.store(fp8_scale_ptr + row, fp8_scale, mask=t < T)
                 tl.store(y_ptr + offsets, quantize_rows(y, inverse[:, None]), mask=mask)
             else:
                 tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -109,7 +113,7 @@ if HAS_TRITON:
                 if fp8_scale_ptr is not None:
                     fp8_scale2, inverse2 = row_scales(tl.max(tl.where(mask, tl.abs(y2), 0.0), axis=1))
                     second = tl.num_programs(1).to(tl.int64) * T
-                    tl.store(fp8_scale_ptr + second + b * T + t, fp8_scale2, mask=t < T)
+                    tl.store(fp8_scale_ptr + second + row, fp8_scale2, mask=t < T)
                     tl.store(y2_ptr + offsets, quantize_rows(y2, inverse2[:, None]), mask=mask)
                 else:
                     tl.store(y2_ptr + offsets, y2.to(y2_ptr.dtype.element_ty), mask=mask)
@@ -129,6 +133,8 @@ if HAS_TRITON:
         out2_grad_ptr,
         T,
         C,
+        row_stride_b,
+        row_stride_t,
         gate_stride,
         modulation_stride,
         eps,
@@ -140,7 +146,8 @@ if HAS_TRITON:
         c = tl.arange(0, BLOCK_C)
         inside = c < C
         mask = (t < T)[:, None] & inside[None, :]
-        offsets = (b * T + t)[:, None] * C + c[None, :]
+        row = b * row_stride_b + t.to(tl.int64) * row_stride_t
+        offsets = row[:, None] * C + c[None, :]
         grad = tl.zeros((ROWS, BLOCK_C), tl.float32)
         if y_grad_ptr is not None:
             modulation = b * modulation_stride + c
@@ -166,6 +173,30 @@ if HAS_TRITON:
                 tl.store(out2_grad_ptr + offsets, out2_grad.to(out2_grad_ptr.dtype.element_ty), mask=mask)
 
 
+def token_major(x: torch.Tensor) -> bool:
+    """Whether x [B, T, ...] lies in memory as a dense [T, B, ...]."""
+    return not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
+
+
+def empty_like_rows(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised [B, T, C], dense, its rows in the order of x's."""
+    if token_major(x):
+        return torch.empty_like(x.transpose(0, 1), dtype=dtype).transpose(0, 1)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def empty_row_scales(x: torch.Tensor, sets: int) -> torch.Tensor:
+    """Uninitialised float32 [sets, B, T], each set's rows in the order of x's."""
+    B, T, _ = x.shape
+    if token_major(x):
+        return x.new_empty(sets, T, B, dtype=torch.float32).transpose(1, 2)
+    return x.new_empty(sets, B, T, dtype=torch.float32)
+
+
+def _ordered(tensor: torch.Tensor, by_token: bool) -> torch.Tensor:
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1) if by_token else tensor.contiguous()
+
+
 def _two(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     return [*tensors, None, None][:2]
 
@@ -182,22 +213,22 @@ def launch_forward(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor], torch.Tensor | None]:
     """(h, None without outs; [y, y2] as many as shifts; fp8 row scales [sets, B, T]) in one launch."""
     B, T, C = x.shape
-    contiguous = {"memory_format": torch.contiguous_format}
-    hidden = torch.empty_like(x, **contiguous) if outs else None
-    y_dtype = torch.float8_e4m3fn if fp8 else x.dtype
-    ys = [torch.empty_like(x, dtype=y_dtype, **contiguous) for _ in shifts]
-    fp8_scales = x.new_empty(len(shifts), B, T, dtype=torch.float32) if fp8 else None
+    by_token = token_major(x)
+    hidden = empty_like_rows(x) if outs else None
+    ys = [empty_like_rows(x, torch.float8_e4m3fn if fp8 else x.dtype) for _ in shifts]
+    fp8_scales = empty_row_scales(x, len(shifts)) if fp8 else None
     gates, gate_stride = shared_stride(gates)
     modulation, modulation_stride = shared_stride([*shifts, *scales])
     shifts, scales = modulation[: len(shifts)], modulation[len(shifts) :]
-    out, out2 = _two([o.contiguous() for o in outs])
+    out, out2 = _two([_ordered(o, by_token) for o in outs])
     gate, gate2 = _two(gates)
     (shift, shift2), (scale, scale2) = _two(shifts), _two(scales)
     if x.numel():
         with device_guard(x):
             _residual_norm_fwd_kernel[(triton.cdiv(T, ROWS), B)](
-                *(x.contiguous(), out, gate, out2, gate2, shift, scale, shift2, scale2, hidden, *_two(ys), fp8_scales),
-                *(T, C, gate_stride, modulation_stride, eps),
+                *(_ordered(x, by_token), out, gate, out2, gate2, shift, scale, shift2, scale2),
+                *(hidden, *_two(ys), fp8_scales),
+                *(T, C, *((1, B) if by_token else (T, 1)), gate_stride, modulation_stride, eps),
                 ROWS=ROWS,
                 BLOCK_C=triton.next_power_of_2(C),
                 num_warps=WARPS,
@@ -218,20 +249,21 @@ def launch_backward(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """(gradient of x, None unless wanted; gradients of the outs) in one launch."""
     B, T, C = hidden.shape
-    contiguous = {"memory_format": torch.contiguous_format}
-    x_grad = torch.empty_like(hidden, **contiguous) if want_x else None
-    out_grads = [torch.empty_like(hidden, dtype=out_dtype, **contiguous) for _ in gates]
+    by_token = token_major(hidden)
+    x_grad = empty_like_rows(hidden) if want_x else None
+    out_grads = [empty_like_rows(hidden, out_dtype) for _ in gates]
     gates, gate_stride = shared_stride(gates)
     scales, modulation_stride = shared_stride(scales)
-    y_grad, y2_grad = _two([g.contiguous() for g in y_grads])
+    y_grad, y2_grad = _two([_ordered(g, by_token) for g in y_grads])
     (scale, scale2), (gate, gate2) = _two(scales), _two(gates)
     if hidden_grad is not None:
-        hidden_grad = hidden_grad.contiguous()
+        hidden_grad = _ordered(hidden_grad, by_token)
     if hidden.numel():
         with device_guard(hidden):
             _residual_norm_bwd_kernel[(triton.cdiv(T, ROWS), B)](
-                *(hidden.contiguous(), hidden_grad, y_grad, y2_grad, scale, scale2, gate, gate2),
-                *(x_grad, *_two(out_grads), T, C, gate_stride, modulation_stride, eps),
+                *(_ordered(hidden, by_token), hidden_grad, y_grad, y2_grad, scale, scale2, gate, gate2),
+                *(x_grad, *_two(out_grads)),
+                *(T, C, *((1, B) if by_token else (T, 1)), gate_stride, modulation_stride, eps),
                 ROWS=ROWS,
                 BLOCK_C=triton.next_power_of_2(C),
                 num_warps=WARPS,

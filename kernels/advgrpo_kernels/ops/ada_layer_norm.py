@@ -3,6 +3,7 @@
 Two share the normalisation and the read of x, as diffusers' SD35AdaLayerNormZeroX wants them for dual attention.
 
 Shapes:   B images, T tokens, C channels. x [B, T, C]; shift, scale [B, C], rows may be strided -> y [B, T, C] as x.
+Memory:   x may be a transposed [T, B, C]; y then is one too.
 Numerics: float32 inside, one rounding; diffusers rounds after the norm, the product and the sum.
 Gradient: of x only, shift and scale are outputs of frozen layers. It recomputes the statistics: only x is kept.
 """
@@ -13,7 +14,7 @@ import torch
 
 from .._runtime import NAMESPACE
 from ._layers import FLOATS, check_float, pick_layer_backend
-from ._residual_norm import launch_backward, launch_forward
+from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward, token_major
 from .fp8 import Fp8Tensor, fp8_quantize_ref
 
 __all__ = ["ada_layer_norm", "ada_layer_norm_ref"]
@@ -30,8 +31,7 @@ def _ada_layer_norm_op(
 
 @_ada_layer_norm_op.register_fake
 def _(x, shifts, scales, eps):
-    like_x = {"memory_format": torch.contiguous_format}
-    return torch.empty_like(x, **like_x), torch.empty_like(x, **like_x) if len(shifts) > 1 else x.new_empty(0)
+    return empty_like_rows(x), empty_like_rows(x) if len(shifts) > 1 else x.new_empty(0)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm_backward", mutates_args=())
@@ -43,7 +43,7 @@ def _ada_layer_norm_backward_op(
 
 @_ada_layer_norm_backward_op.register_fake
 def _(x, *_):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty_like_rows(x)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm_fp8", mutates_args=())
@@ -57,9 +57,8 @@ def _ada_layer_norm_fp8_op(
 
 @_ada_layer_norm_fp8_op.register_fake
 def _(x, shifts, scales, eps):
-    y, y2 = (torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device) for _ in range(2))
-    row_scales = x.new_empty(len(shifts), *x.shape[:2], dtype=torch.float32)
-    return y, y2 if len(shifts) > 1 else y.new_empty(0), row_scales
+    y, y2 = (empty_like_rows(x, torch.float8_e4m3fn) for _ in range(2))
+    return y, y2 if len(shifts) > 1 else y.new_empty(0), empty_row_scales(x, len(shifts))
 
 
 def _setup_context(ctx, inputs, output):
@@ -118,7 +117,7 @@ def ada_layer_norm(
     """Normalise and modulate x: y, or (y, y2) with a second modulation.
 
     Args:
-        x: [B, T, C] float32, float16 or bfloat16.
+        x: [B, T, C] float32, float16 or bfloat16; results lie in memory in its order of images and tokens.
         shift, scale, shift2, scale2: [B, C] any of these dtypes.
         quantize: return `Fp8Tensor`s with row scales, quantised before any rounding to x's dtype; no gradient.
 
@@ -153,7 +152,8 @@ def ada_layer_norm_ref(
     compute_dtype: torch.dtype = torch.float32,
 ):
     """Plain PyTorch, differentiable in every input."""
-    normed = torch.nn.functional.layer_norm(x.to(compute_dtype), x.shape[-1:], eps=eps)
+    order = (1, 0, 2) if token_major(x) else (0, 1, 2)  # layer_norm makes its input contiguous
+    normed = torch.nn.functional.layer_norm(x.to(compute_dtype).permute(order), x.shape[-1:], eps=eps).permute(order)
     results = []
     for shift_, scale_ in ((shift, scale), (shift2, scale2)):
         if shift_ is not None:

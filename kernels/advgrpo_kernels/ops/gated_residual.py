@@ -5,6 +5,7 @@ modulations, `y_i = (h - mean)/sqrt(var + eps)·(1 + scale_i) + shift_i` is take
 changes no bit of what `gated_residual` and `ada_layer_norm` give one after the other.
 
 Shapes:   B images, T tokens, C channels. residual, out [B, T, C]; gate, shift, scale [B, C], rows may be strided.
+Memory:   residual may be a transposed [T, B, C]; results then are too, and an out in another order is copied.
 Numerics: float32 inside, one rounding per result; diffusers rounds the product and each sum.
 Gradient: of residual and outs; gates, shifts and scales come from frozen layers. Kept: those, and h for a norm.
 """
@@ -15,7 +16,7 @@ import torch
 
 from .._runtime import NAMESPACE
 from ._layers import check_float, pick_layer_backend
-from ._residual_norm import launch_backward, launch_forward
+from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward
 from .ada_layer_norm import ada_layer_norm_ref, modulation_sets
 from .fp8 import Fp8Tensor
 
@@ -38,7 +39,7 @@ def _gated_residual_op(
 
 @_gated_residual_op.register_fake
 def _(residual, outs, gates, shifts, scales, eps):
-    results = [torch.empty_like(residual, memory_format=torch.contiguous_format) for _ in range(1 + len(shifts))]
+    results = [empty_like_rows(residual) for _ in range(1 + len(shifts))]
     return tuple([*results, residual.new_empty(0), residual.new_empty(0)][:3])
 
 
@@ -58,10 +59,9 @@ def _gated_residual_fp8_op(
 
 @_gated_residual_fp8_op.register_fake
 def _(residual, outs, gates, shifts, scales, eps):
-    y, y2 = (torch.empty(residual.shape, dtype=torch.float8_e4m3fn, device=residual.device) for _ in range(2))
-    row_scales = residual.new_empty(len(shifts), *residual.shape[:2], dtype=torch.float32)
-    hidden = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return hidden, y, y2 if len(shifts) > 1 else y.new_empty(0), row_scales
+    y, y2 = (empty_like_rows(residual, torch.float8_e4m3fn) for _ in range(2))
+    row_scales = empty_row_scales(residual, len(shifts))
+    return empty_like_rows(residual), y, y2 if len(shifts) > 1 else y.new_empty(0), row_scales
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gated_residual_backward", mutates_args=())
@@ -85,7 +85,7 @@ def _gated_residual_backward_op(
 @_gated_residual_backward_op.register_fake
 def _(hidden, hidden_grad, y_grads, scales, gates, eps, out_dtype):
     dtypes = [*([hidden.dtype] if y_grads else []), *[out_dtype] * len(gates)]
-    return [torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format) for dtype in dtypes]
+    return [empty_like_rows(hidden, dtype) for dtype in dtypes]
 
 
 def _setup_context(ctx, inputs, output):
@@ -133,7 +133,7 @@ def gated_residual(
     """The new residual h; with modulations (h, y) or (h, y, y2), where y is the input of the next layer.
 
     Args:
-        residual: [B, T, C] float32, float16 or bfloat16; h has its dtype.
+        residual: [B, T, C] float32, float16 or bfloat16; h has its dtype, all results its order in memory.
         out, out2: [B, T, C] what the layer gave; any of these dtypes, the same for both.
         gate, gate2, shift, scale, shift2, scale2: [B, C] any of these dtypes.
         quantize: y and y2 come as `Fp8Tensor`s with row scales; no gradient.

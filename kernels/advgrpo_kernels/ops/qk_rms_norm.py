@@ -1,12 +1,15 @@
-"""RMSNorm of q and k over the head dim, written with v straight into the attention layout.
+"""RMSNorm of q and k over the head dim, ready for attention.
 
-    q[b, h, t, :] = x·w/sqrt(mean(x²) + eps)     image tokens first, then text tokens; v is moved as it is
+    q[b, h, t, :] = x·w/sqrt(mean(x²) + eps)     image tokens first, then text tokens
 
 One launch stands for the four norms, three concatenations and the transposes of SD3.5's joint attention (diffusers'
-JointAttnProcessor2_0); without a context it serves the image-only second attention of the dual blocks.
+JointAttnProcessor2_0); without a context it serves the image-only second attention of the dual blocks. v is moved only
+where it must be, to join two tensors; where both streams' linears wrote into one, it is read in place.
 
 Legend:   B images, T image tokens, S text tokens, H heads, D head dim.
           qkv [B, T, 3, H, D] (one linear) or three [B, T, H, D] -> query, key, value [B, H, T + S, D]
+Memory:   heads lie side by side, as in qkv: query and key are views of [B, T + S, H, D], or of [T + S, B, H, D] where
+          qkv is a transposed [T, B, ...]. Attention that keeps the order of its query needs no copy before to_out.
 Numerics: float32 inside, one rounding; diffusers rounds again before the product with a half-precision weight.
 Gradient: of the activations, in the layout they came in; the norm weights are frozen.
 """
@@ -50,7 +53,8 @@ if HAS_TRITON:
     def _rows_of_tile(tile, first_token, T, H, BLOCK_R: tl.constexpr):
         """(token, head, token among image + text, valid) of a tile of (token, head) pairs, heads running fastest."""
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        return (row // H).to(tl.int64), row % H, first_token + row // H, row < T * H
+        t = (row // H).to(tl.int64)
+        return t, row % H, first_token + t, row < T * H
 
     @triton.jit
     def _qk_rms_norm_fwd_kernel(
@@ -75,19 +79,22 @@ if HAS_TRITON:
         stride_t,
         txt_stride_b,
         txt_stride_t,
+        out_stride_b,
+        out_stride_t,
         eps,
         BLOCK_R: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
         b = tl.program_id(1).to(tl.int64)
-        tile, first_token, tokens = tl.program_id(0), 0, T + S
+        tile, first_token = tl.program_id(0), 0
         if txt_q_ptr is not None:
             txt = tile >= tl.cdiv(T * H, BLOCK_R)
             tile -= tl.where(txt, tl.cdiv(T * H, BLOCK_R), 0)
             first_token += tl.where(txt, T, 0)
             T = tl.where(txt, S, T)
             q_ptr, k_ptr = tl.where(txt, txt_q_ptr, q_ptr), tl.where(txt, txt_k_ptr, k_ptr)
-            v_ptr = tl.where(txt, txt_v_ptr, v_ptr)
+            if value_ptr is not None:
+                v_ptr = tl.where(txt, txt_v_ptr, v_ptr)
             q_weight_ptr = tl.where(txt, txt_q_weight_ptr, q_weight_ptr)
             k_weight_ptr = tl.where(txt, txt_k_weight_ptr, k_weight_ptr)
             stride_b, stride_t = tl.where(txt, txt_stride_b, stride_b), tl.where(txt, txt_stride_t, stride_t)
@@ -95,10 +102,11 @@ if HAS_TRITON:
         d = tl.arange(0, BLOCK_D)
         mask = valid[:, None] & (d < D)[None, :]
         load_at = (b * stride_b + t * stride_t + h * D)[:, None] + d[None, :]
-        store_at = (((b * H + h) * tokens + token) * D)[:, None] + d[None, :]
+        store_at = (b * out_stride_b + token * out_stride_t + h * D)[:, None] + d[None, :]
         _norm_rows(q_ptr, q_weight_ptr, query_ptr, load_at, store_at, mask, d, D, eps)
         _norm_rows(k_ptr, k_weight_ptr, key_ptr, load_at, store_at, mask, d, D, eps)
-        tl.store(value_ptr + store_at, tl.load(v_ptr + load_at, mask=mask, other=0.0), mask=mask)
+        if value_ptr is not None:
+            tl.store(value_ptr + store_at, tl.load(v_ptr + load_at, mask=mask, other=0.0), mask=mask)
 
     @triton.jit
     def _qk_rms_norm_bwd_kernel(
@@ -127,14 +135,19 @@ if HAS_TRITON:
         stride_t,
         txt_stride_b,
         txt_stride_t,
+        grad_stride_b,
+        grad_stride_h,
         grad_stride_t,
-        txt_grad_stride_t,
+        x_grad_stride_b,
+        x_grad_stride_t,
+        txt_x_grad_stride_b,
+        txt_x_grad_stride_t,
         eps,
         BLOCK_R: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
         b = tl.program_id(1).to(tl.int64)
-        tile, first_token, tokens = tl.program_id(0), 0, T + S
+        tile, first_token = tl.program_id(0), 0
         if txt_q_ptr is not None:
             txt = tile >= tl.cdiv(T * H, BLOCK_R)
             tile -= tl.where(txt, tl.cdiv(T * H, BLOCK_R), 0)
@@ -147,94 +160,135 @@ if HAS_TRITON:
                 tl.where(txt, txt_q_grad_ptr, q_grad_ptr),
                 tl.where(txt, txt_k_grad_ptr, k_grad_ptr),
             )
-            v_grad_ptr = tl.where(txt, txt_v_grad_ptr, v_grad_ptr)
+            if v_grad_ptr is not None:
+                v_grad_ptr = tl.where(txt, txt_v_grad_ptr, v_grad_ptr)
             stride_b, stride_t = tl.where(txt, txt_stride_b, stride_b), tl.where(txt, txt_stride_t, stride_t)
-            grad_stride_t = tl.where(txt, txt_grad_stride_t, grad_stride_t)
+            x_grad_stride_b = tl.where(txt, txt_x_grad_stride_b, x_grad_stride_b)
+            x_grad_stride_t = tl.where(txt, txt_x_grad_stride_t, x_grad_stride_t)
         t, h, token, valid = _rows_of_tile(tile, first_token, T, H, BLOCK_R)
         d = tl.arange(0, BLOCK_D)
         mask = valid[:, None] & (d < D)[None, :]
         x_at = (b * stride_b + t * stride_t + h * D)[:, None] + d[None, :]
-        load_at = (((b * H + h) * tokens + token) * D)[:, None] + d[None, :]
-        store_at = ((b * T + t) * grad_stride_t + h * D)[:, None] + d[None, :]
+        load_at = (b * grad_stride_b + h * grad_stride_h + token * grad_stride_t)[:, None] + d[None, :]
+        store_at = (b * x_grad_stride_b + t * x_grad_stride_t + h * D)[:, None] + d[None, :]
         _norm_rows_bwd(q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, x_at, load_at, store_at, mask, d, D, eps)
         _norm_rows_bwd(k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, x_at, load_at, store_at, mask, d, D, eps)
-        tl.store(v_grad_ptr + store_at, tl.load(value_grad_ptr + load_at, mask=mask, other=0.0), mask=mask)
+        if value_grad_ptr is not None:
+            tl.store(v_grad_ptr + store_at, tl.load(value_grad_ptr + load_at, mask=mask, other=0.0), mask=mask)
+        elif v_grad_ptr is not None:
+            tl.store(v_grad_ptr + store_at, tl.zeros((BLOCK_R, BLOCK_D), v_grad_ptr.dtype.element_ty), mask=mask)
 
 
 class AttentionInputs(NamedTuple):
-    """Result of `qk_rms_norm`, contiguous in the layout that scaled_dot_product_attention takes."""
+    """Result of `qk_rms_norm`, in the shape that scaled_dot_product_attention takes; strided, heads side by side."""
 
     query: torch.Tensor  # [B, H, T + S, D]
     key: torch.Tensor  # [B, H, T + S, D]
     value: torch.Tensor  # [B, H, T + S, D]
 
 
+def _empty(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Uninitialised [B, tokens, ...], dense, token after token where `like` has its images closer than its tokens."""
+    B, tokens, *rest = shape
+    if B > 1 and like.shape[1] > 1 and like.stride(0) < like.stride(1):
+        return like.new_empty(tokens, B, *rest).transpose(0, 1)
+    return like.new_empty(B, tokens, *rest)
+
+
 def _split(qkv: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """[q, k, v], each [B, T, H, D] with dense heads and common strides; views of a fused tensor stay views."""
+    """[q, k, v] or [q, k], each [B, T, H, D] with dense heads and common strides; views of a fused one stay views."""
     parts = list(qkv[0].unbind(2)) if len(qkv) == 1 else list(qkv)
     D = parts[0].shape[3]
     dense = all(p.stride()[2:] == (D, 1) and p.stride() == parts[0].stride() for p in parts)
     return parts if dense else [p.contiguous() for p in parts]
 
 
-def _outputs(qkv: Sequence[torch.Tensor], txt_qkv: Sequence[torch.Tensor]) -> AttentionInputs:
+def _streams(qkv, txt_qkv, txt_tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Parts of the image and of the text, which the last `txt_tokens` of qkv are where it has no tensors of its own."""
+    if txt_tokens:
+        images = qkv[0].shape[1] - txt_tokens
+        return _split([t[:, :images] for t in qkv]), _split([t[:, images:] for t in qkv])
+    return _split(qkv), _split(txt_qkv) if txt_qkv else []
+
+
+def _outputs(qkv: Sequence[torch.Tensor], txt_qkv: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Query, key and, where two tensors are joined, value: [B, H, tokens, D]; otherwise an empty one."""
     B, H, D = qkv[0].shape[0], qkv[0].shape[-2], qkv[0].shape[-1]
     tokens = qkv[0].shape[1] + (txt_qkv[0].shape[1] if txt_qkv else 0)
-    return AttentionInputs(*(qkv[0].new_empty(B, H, tokens, D) for _ in range(3)))
+    made = [_empty(qkv[0], (B, tokens, H, D)).transpose(1, 2) for _ in range(3 if txt_qkv else 2)]
+    return made if txt_qkv else [*made, qkv[0].new_empty(0)]
 
 
 def _geometry(parts: list[torch.Tensor], txt: list[torch.Tensor]) -> tuple[tuple[int, int], tuple[int, ...]]:
     """(grid, (T, S, H, D, strides of the image rows, strides of the text rows))."""
     B, T, H, D = parts[0].shape
     S = txt[0].shape[1] if txt else 0
-    strides = (*parts[0].stride()[:2], *(txt[0].stride()[:2] if txt else (0, 0)))
-    return (triton.cdiv(T * H, ROWS) + triton.cdiv(S * H, ROWS), B), (T, S, H, D, *strides)
+    return (triton.cdiv(T * H, ROWS) + triton.cdiv(S * H, ROWS), B), (T, S, H, D, *_row_strides(parts, txt))
+
+
+def _row_strides(parts: list[torch.Tensor], txt: list[torch.Tensor]) -> tuple[int, ...]:
+    return *parts[0].stride()[:2], *(txt[0].stride()[:2] if txt else (0, 0))
+
+
+def _pad(tensors: Sequence[torch.Tensor], count: int) -> list[torch.Tensor | None]:
+    return [*tensors, *[None] * (count - len(tensors))]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::qk_rms_norm", mutates_args=())
 def _qk_rms_norm_op(
     qkv: list[torch.Tensor], weights: list[torch.Tensor], txt_qkv: list[torch.Tensor], txt_weights: list[torch.Tensor],
-    eps: float,
+    txt_tokens: int, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The fields of AttentionInputs; qkv and txt_qkv hold one fused tensor or three, txt_qkv may be empty."""
-    outputs = _outputs(qkv, txt_qkv)
-    parts, txt = _split(qkv), _split(txt_qkv) if txt_qkv else []
+    """Query, key, value. Two streams: one fused tensor or three each. Else one fused or (q, k), and value is empty."""
+    query, key, value = _outputs(qkv, txt_qkv)
+    parts, txt = _streams(qkv, txt_qkv, txt_tokens)
     grid, sizes = _geometry(parts, txt)
-    if outputs.query.numel():
+    if query.numel():
         with device_guard(parts[0]):
             _qk_rms_norm_fwd_kernel[grid](
-                *(*parts, *(txt or [None] * 3)),
-                *(*(w.contiguous() for w in weights), *([w.contiguous() for w in txt_weights] or [None] * 2)),
-                *(*outputs, *sizes, eps),
+                *(*_pad(parts, 3), *_pad(txt, 3)),
+                *(*(w.contiguous() for w in weights), *_pad([w.contiguous() for w in txt_weights], 2)),
+                *(query, key, value if txt_qkv else None),
+                *(*sizes, query.stride(0), query.stride(2), eps),
                 BLOCK_R=ROWS,
                 BLOCK_D=triton.next_power_of_2(sizes[3]),
                 num_warps=4,
             )
-    return tuple(outputs)
+    return query, key, value
 
 
 @_qk_rms_norm_op.register_fake
-def _(qkv, weights, txt_qkv, txt_weights, eps):
+def _(qkv, weights, txt_qkv, txt_weights, txt_tokens, eps):
     return tuple(_outputs(qkv, txt_qkv))
+
+
+def _results(qkv: Sequence[torch.Tensor], txt_qkv: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [_empty(qkv[0], t.shape) for t in [*qkv, *txt_qkv]]
+
+
+def _with_common_strides(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    same = all(g.stride() == grads[0].stride() and g.stride(3) == 1 for g in grads)
+    return list(grads) if same else [g.contiguous() for g in grads]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::qk_rms_norm_backward", mutates_args=())
 def _qk_rms_norm_backward_op(
     grads: list[torch.Tensor], qkv: list[torch.Tensor], weights: list[torch.Tensor], txt_qkv: list[torch.Tensor],
-    txt_weights: list[torch.Tensor], eps: float,
+    txt_weights: list[torch.Tensor], txt_tokens: int, eps: float,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of the tensors in qkv, then of those in txt_qkv, in one launch."""
-    results = [t.new_empty(t.shape) for t in [*qkv, *txt_qkv]]
-    x_grads, txt_grads = _split(results[: len(qkv)]), _split(results[len(qkv) :]) if txt_qkv else []
-    parts, txt = _split(qkv), _split(txt_qkv) if txt_qkv else []
+    """Gradients of the tensors in qkv, then of those in txt_qkv, in one launch; zero for v without its gradient."""
+    results = _results(qkv, txt_qkv)
+    x_grads, txt_grads = _streams(results[: len(qkv)], results[len(qkv) :], txt_tokens)
+    parts, txt = _streams(qkv, txt_qkv, txt_tokens)
     grid, sizes = _geometry(parts, txt)
-    grad_strides = x_grads[0].stride(1), txt_grads[0].stride(1) if txt else 0
+    grads = _with_common_strides(grads)
     if grads[0].numel():
         with device_guard(parts[0]):
             _qk_rms_norm_bwd_kernel[grid](
-                *(*parts[:2], *(txt[:2] or [None] * 2)),
-                *(*(w.contiguous() for w in weights), *([w.contiguous() for w in txt_weights] or [None] * 2)),
-                *(*(g.contiguous() for g in grads), *x_grads, *(txt_grads or [None] * 3), *sizes, *grad_strides, eps),
+                *(*parts[:2], *_pad(txt[:2], 2)),
+                *(*(w.contiguous() for w in weights), *_pad([w.contiguous() for w in txt_weights], 2)),
+                *(*_pad(grads, 3), *_pad(x_grads, 3), *_pad(txt_grads, 3)),
+                *(*sizes, *grads[0].stride()[:3], *_row_strides(x_grads, txt_grads), eps),
                 BLOCK_R=ROWS,
                 BLOCK_D=triton.next_power_of_2(sizes[3]),
                 num_warps=4,
@@ -243,12 +297,12 @@ def _qk_rms_norm_backward_op(
 
 
 @_qk_rms_norm_backward_op.register_fake
-def _(grads, qkv, weights, txt_qkv, txt_weights, eps):
-    return [t.new_empty(t.shape) for t in [*qkv, *txt_qkv]]
+def _(grads, qkv, weights, txt_qkv, txt_weights, txt_tokens, eps):
+    return _results(qkv, txt_qkv)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, weights, txt_qkv, txt_weights, ctx.eps = inputs
+    qkv, weights, txt_qkv, txt_weights, ctx.txt_tokens, ctx.eps = inputs
     ctx.counts = [len(group) for group in inputs[:4]]
     ctx.save_for_backward(*qkv, *weights, *txt_qkv, *txt_weights)
 
@@ -258,12 +312,34 @@ def _backward(ctx, *grads):
     for count in ctx.counts:
         groups.append(saved[:count])
         saved = saved[count:]
-    images, weights, _, txt_weights = ctx.counts
-    results = _qk_rms_norm_backward_op(list(grads), *groups, ctx.eps)
-    return results[:images], [None] * weights, results[images:], [None] * txt_weights, None
+    images, weights, texts, txt_weights = ctx.counts
+    results = _qk_rms_norm_backward_op(list(grads[: 3 if texts else 2]), *groups, ctx.txt_tokens, ctx.eps)
+    return results[:images], [None] * weights, results[images:], [None] * txt_weights, None, None
 
 
 _qk_rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _ValueInPlace(torch.autograd.Function):
+    """The op on one fused tensor, with v a view of it: one kernel then writes the whole gradient."""
+
+    @staticmethod
+    def forward(ctx, qkv, txt_tokens, eps, *weights):
+        ctx.txt_tokens, ctx.eps = txt_tokens, eps
+        ctx.save_for_backward(qkv, *weights)
+        query, key, _ = _qk_rms_norm_op([qkv], list(weights[:2]), [], list(weights[2:]), txt_tokens, eps)
+        return query, key, qkv.select(2, 2).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        qkv, *weights = ctx.saved_tensors
+        groups = [qkv], weights[:2], [], weights[2:]
+        return (
+            *_qk_rms_norm_backward_op(list(grads), *groups, ctx.txt_tokens, ctx.eps),
+            None,
+            None,
+            *[None] * len(weights),
+        )
 
 
 def _check_stream(name: str, qkv, weights) -> tuple[list[torch.Tensor], list[torch.Tensor], tuple[int, ...]]:
@@ -290,42 +366,69 @@ def _check_stream(name: str, qkv, weights) -> tuple[list[torch.Tensor], list[tor
     return tensors, list(weights), (B, T, H, D)
 
 
+def _check_text(txt_qkv, txt_weights, txt_tokens, image, weights) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(tensors, weights) of the text, given apart, as the last tokens of `image`, or not at all.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    if (txt_qkv is None and not txt_tokens) != (txt_weights is None):
+        raise ValueError("give txt_qkv and txt_weights together, or txt_tokens and txt_weights")
+    if txt_weights is None:
+        return [], []
+    if txt_qkv is None:
+        if not 0 < txt_tokens < image.shape[1]:
+            raise ValueError(f"txt_tokens must leave image tokens of the {image.shape[1]} in qkv, got {txt_tokens}")
+        _, text_weights, _ = _check_stream("qkv", image, txt_weights)
+    elif txt_tokens:
+        raise ValueError("give txt_qkv or txt_tokens, not both")
+    else:
+        texts, text_weights, shape = _check_stream("txt_qkv", txt_qkv, txt_weights)
+        want = image.shape[0], *image.shape[-2:]
+        if (shape[0], *shape[2:]) != want or texts[0].dtype != image.dtype:
+            raise ValueError(f"txt_qkv must be {image.dtype} with B, H, D = {want}, got {texts[0].dtype} {shape}")
+    if text_weights[0].dtype != weights[0].dtype:
+        raise ValueError(f"txt_weights must be {weights[0].dtype} as weights, got {text_weights[0].dtype}")
+    return [] if txt_qkv is None else texts, text_weights
+
+
 def qk_rms_norm(
     qkv: torch.Tensor | Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
     *,
     txt_qkv: torch.Tensor | Sequence[torch.Tensor] | None = None,
     txt_weights: Sequence[torch.Tensor] | None = None,
+    txt_tokens: int = 0,
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> AttentionInputs:
-    """Normalise q and k and lay q, k, v out for attention, image tokens first.
+    """Normalise q and k and give q, k, v in attention's shape, image tokens first.
 
     Args:
         qkv: [B, T, 3, H, D], the output of one linear, or (q, k, v) of [B, T, H, D]; views are read in place.
         weights: (q_weight, k_weight), [D] any float dtype.
-        txt_qkv, txt_weights: the text tokens [B, S, 3, H, D] or three, in the dtype of qkv, and their norms.
+        txt_qkv: the text tokens, [B, S, 3, H, D] or three, in the dtype of qkv. Only then is v moved.
+        txt_tokens: without txt_qkv: S, the last tokens of a fused qkv [B, T + S, 3, H, D], are text.
+        txt_weights: norms of the text.
 
     Raises:
         ValueError: names the argument that does not fit.
         RuntimeError: backend="triton" with a weight that requires a gradient.
     """
-    tensors, weights, (B, _, H, D) = _check_stream("qkv", qkv, weights)
-    texts, text_weights = [], []
-    if (txt_qkv is None) != (txt_weights is None):
-        raise ValueError("give txt_qkv and txt_weights together")
-    if txt_qkv is not None:
-        texts, text_weights, shape = _check_stream("txt_qkv", txt_qkv, txt_weights)
-        if (shape[0], *shape[2:]) != (B, H, D) or texts[0].dtype != tensors[0].dtype:
-            raise ValueError(
-                f"txt_qkv must be {tensors[0].dtype} with B, H, D = {B, H, D}, got {texts[0].dtype} {shape}"
-            )
-        if text_weights[0].dtype != weights[0].dtype:
-            raise ValueError(f"txt_weights must be {weights[0].dtype} as weights, got {text_weights[0].dtype}")
+    tensors, weights, _ = _check_stream("qkv", qkv, weights)
+    if txt_tokens and len(tensors) != 1:
+        raise ValueError("txt_tokens needs qkv as one tensor [B, T + S, 3, H, D]")
+    texts, text_weights = _check_text(txt_qkv, txt_weights, txt_tokens, tensors[0], weights)
     frozen = {f"norm weight {i}": weight for i, weight in enumerate([*weights, *text_weights])}
     if pick_layer_backend(backend, [*tensors, *texts], frozen) == "torch":
-        return qk_rms_norm_ref(qkv, weights, txt_qkv=txt_qkv, txt_weights=txt_weights, eps=eps)
-    return AttentionInputs(*_qk_rms_norm_op(tensors, weights, texts, text_weights, eps))
+        text = {"txt_qkv": txt_qkv, "txt_weights": txt_weights, "txt_tokens": txt_tokens}
+        return qk_rms_norm_ref(qkv, weights, **text, eps=eps)
+    if not texts and len(tensors) == 1:
+        return AttentionInputs(*_ValueInPlace.apply(tensors[0], txt_tokens, eps, *weights, *text_weights))
+    if texts:
+        return AttentionInputs(*_qk_rms_norm_op(tensors, weights, texts, text_weights, 0, eps))
+    query, key, _ = _qk_rms_norm_op(tensors[:2], weights, [], [], 0, eps)
+    return AttentionInputs(query, key, tensors[2].transpose(1, 2))
 
 
 def qk_rms_norm_ref(
@@ -334,15 +437,27 @@ def qk_rms_norm_ref(
     *,
     txt_qkv: torch.Tensor | Sequence[torch.Tensor] | None = None,
     txt_weights: Sequence[torch.Tensor] | None = None,
+    txt_tokens: int = 0,
     eps: float = 1e-6,
     compute_dtype: torch.dtype = torch.float32,
 ) -> AttentionInputs:
     """Plain PyTorch, differentiable in every input."""
-    streams = [(qkv, weights)] if txt_qkv is None else [(qkv, weights), (txt_qkv, txt_weights)]
-    parts = [list(x.unbind(2)) if isinstance(x, torch.Tensor) else list(x) for x, _ in streams]
-    for part, (_, norm_weights) in zip(parts, streams):
-        for i, weight in enumerate(norm_weights):
-            x = part[i].to(compute_dtype)
-            normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(compute_dtype)
-            part[i] = normed.to(part[i].dtype)
-    return AttentionInputs(*(torch.cat(stream, dim=1).transpose(1, 2).contiguous() for stream in zip(*parts)))
+
+    def split(x):
+        return list(x.unbind(2)) if isinstance(x, torch.Tensor) else list(x)
+
+    def normed(x, weight):
+        y = x.to(compute_dtype)
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(compute_dtype)).to(x.dtype)
+
+    if txt_tokens:  # one weight per token, so that nothing has to be joined
+        images = qkv.shape[1] - txt_tokens
+        pairs = zip(weights, txt_weights)
+        weights = [torch.cat([w.expand(images, 1, -1), t.expand(txt_tokens, 1, -1)]) for w, t in pairs]
+    joint = split(qkv)
+    joint[:2] = [normed(x, weight) for x, weight in zip(joint, weights)]
+    if txt_qkv is not None:
+        text = split(txt_qkv)
+        text[:2] = [normed(x, weight) for x, weight in zip(text, txt_weights)]
+        joint = [torch.cat(pair, dim=1) for pair in zip(joint, text)]
+    return AttentionInputs(*(x.transpose(1, 2) for x in joint))

@@ -10,6 +10,7 @@ from advgrpo_kernels.ops import _residual_norm, fp8, gelu, qk_rms_norm
 OPS = "advgrpo_kernels.ops."
 MODULATED = {"ROWS": _residual_norm.ROWS, "BLOCK_C": 2048}
 NORM_SCALARS = {"T": "i32:16", "C": "i32:16", "gate_stride": "i32:16", "modulation_stride": "i32:16", "eps": "fp32"}
+NORM_SCALARS |= {"row_stride_b": "i32", "row_stride_t": "i32"}
 FP8 = "*fp8e4nv"
 
 
@@ -51,15 +52,17 @@ def image_only(names: str) -> dict[str, str]:
     return pointers(" ".join(name for name in names.split() if not name.startswith("txt_")))
 
 
-def qk(name: str, given: dict[str, str], loads: int, *, backward: bool = False) -> Spec:
-    strides = {"grad_stride_t": "i32:16", "txt_grad_stride_t": "i32:16"} if backward else {}
+def qk(name: str, given: dict[str, str], loads: int, stores: int = 3, *, backward: bool = False) -> Spec:
+    strides = "grad_stride_b grad_stride_h grad_stride_t x_grad_stride_b x_grad_stride_t"
+    strides += " txt_x_grad_stride_b txt_x_grad_stride_t"
+    strides = dict.fromkeys((strides if backward else "out_stride_b out_stride_t").split(), "i32:16")
     return Spec(
         name=name,
         kernel=OPS + f"qk_rms_norm:_qk_rms_norm_{'bwd' if backward else 'fwd'}_kernel",
         types=given | QK_SCALARS | strides,
         constants=QK_TILE | absent(QK_BWD if backward else QK_FWD, given),
         vector_loads=loads,
-        vector_stores=3,
+        vector_stores=stores,
     )
 
 
@@ -85,8 +88,9 @@ SPECS = [
     ),
     norm("gated_residual/backward_plain", pointers("hidden_grad gate out_grad"), 2, 1, backward=True),
     norm("gated_residual/backward_dual", pointers(NORM_BWD), 8, 3, backward=True),
-    qk("qk_rms_norm/joint", pointers(QK_FWD), 5),
-    qk("qk_rms_norm/image", image_only(QK_FWD), 5),
+    qk("qk_rms_norm/two_tensors", pointers(QK_FWD), 5),
+    qk("qk_rms_norm/joint", pointers(QK_FWD.replace(" value", "")), 4, 2),
+    qk("qk_rms_norm/image", image_only(QK_FWD.replace(" value", "")), 4, 2),
     qk("qk_rms_norm/backward_joint", pointers(QK_BWD), 7, backward=True),
     qk("qk_rms_norm/backward_image", image_only(QK_BWD), 7, backward=True),
     Spec(
