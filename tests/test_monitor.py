@@ -139,8 +139,8 @@ def test_messages_and_advice_name_existing_fields_with_their_values(name):
     flag = seen[0]
     assert flag.stop and flag.name in str(flag) and flag.advice in str(flag)  # noqa: PT018
     fields = [word.strip("(),.;") for word in flag.advice.split() if "." in word.strip("(),.;")]
-    assert (fields := [f for f in fields if f.partition(".")[0] in config.Config.model_fields])
-    for field in fields:
+    fields = [f for f in fields if f.partition(".")[0] in config.Config.model_fields]
+    for field in fields or pytest.fail("no field is named"):
         section, _, leaf = field.partition(".")
         value = getattr(getattr(monitor.config, section), leaf)
         shown = "" if field == "data.prompts" else f"{value:g}" if isinstance(value, float) else str(value)
