@@ -35,7 +35,7 @@ SETTINGS = {
     "update": {"learning_rate": FROZEN, "weight_decay": 0.0},
     "adversary": {"schedule": "always", "warmup_iterations": 0, "updates_per_iteration": 10},
 }
-TINY_SETTINGS = {"rollout": {"window": {"steps": [4, 6]}}}
+TINY_SETTINGS = {"rollout": {"window": {"steps": [6, 7]}}}
 FULL_SETTINGS = {
     "rollout": {"prompts_per_iteration": 2, "micro_batch": 8, "window": {"steps": [0, 1]}},
     "adversary": {"batch_size": 32, "replay_capacity": 64},

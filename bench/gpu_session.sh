@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything worth doing with a GPU for half an hour, each step with its own log and none stopping the others:
-#   OUT=/path/for/results bench/gpu_session.sh [test|sanitize|bench]...      default: all three, in this order
-# The machine needs torch, triton and pytest only (no diffusers). Copy $OUT/<gpu>.json to bench/results/ and commit it.
+#   OUT=/path/for/results bench/gpu_session.sh [test|sanitize|bench|step|profile]...      default: all, in this order
+# The machine needs torch, triton, pytest, transformers, pydantic, matplotlib and rich (no diffusers, no network). Copy
+# $OUT/<gpu>.json and $OUT/<gpu>-step.json to bench/results/ and commit them.
 set -u
 cd "$(dirname "$0")/.."
 : "${OUT:?set OUT to a folder for logs and results}"
@@ -30,7 +31,7 @@ if command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ]; then  # csrc/ is optio
     [ -f "$OUT/advgrpo_cuda.so" ] && export ADVGRPO_KERNELS_LIBRARY="$OUT/advgrpo_cuda.so"
 fi
 
-[ $# -gt 0 ] || set -- test sanitize bench
+[ $# -gt 0 ] || set -- test sanitize bench step profile
 for part in "$@"; do
     case $part in
     test)
@@ -53,8 +54,17 @@ for part in "$@"; do
             [ -f "$old" ] && step gate "$python" -m bench.gate "$old" "$OUT/$gpu.json"
         done
         ;;
+    step)  # whole steps at full size against B0, random weights: the goals P1-P7, P12, P13 and the waterfall
+        step bench-step "$python" -m bench.step --size full --device cuda --json "$OUT/$gpu-step.json" \
+            --png "$OUT/$gpu-step.png"
+        cat "$OUT/bench-step.log"
+        ;;
+    profile)  # P8 and P11, and a trace
+        step bench-profile "$python" -m bench.profile --size full --device cuda --trace "$OUT/$gpu-trace.json"
+        cat "$OUT/bench-profile.log"
+        ;;
     *)
-        echo "unknown part $part: test, sanitize or bench"
+        echo "unknown part $part: test, sanitize, bench, step or profile"
         exit 2
         ;;
     esac

@@ -192,3 +192,28 @@ def test_pip_install_kernels_into_an_environment_with_only_torch_and_triton(tmp_
     shutil.rmtree(source)
     out = run(SMOKE_TEST, cwd=tmp_path, python=str(python))
     assert out.startswith(str(tmp_path / "venv"))
+
+
+WITHOUT_DIFFUSERS = """
+import sys, tempfile
+from pathlib import Path
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("diffusers", "tyro"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import bench.profile, bench.step
+from bench.contenders import random
+from bench.random_policy import SMALL
+
+contenders = random(Path(tempfile.mkdtemp()), "cpu", SMALL)
+assert contenders.trainer.iterate()["log_prob_drift_max"] == 0
+"""
+
+
+def test_the_full_size_benchmark_needs_no_diffusers():
+    """Its code path with small random models, in a process that cannot import diffusers."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    subprocess.run([sys.executable, "-c", WITHOUT_DIFFUSERS], cwd=ROOT, env=environment, check=True, timeout=300)

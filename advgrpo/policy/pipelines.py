@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-
 from ..errors import UserError
 
 # Pipeline class -> what its network predicts: the velocity of a rectified flow, or the noise ε of a diffusion.
@@ -25,6 +23,8 @@ def pipeline_folder(path: str, field: str = "model.path") -> Path:
     """
     folder = _local_folder(path)
     if folder is None:
+        from diffusers import DiffusionPipeline  # here: the benchmark at full size runs without diffusers
+
         try:
             folder = Path(DiffusionPipeline.download(path))
         except Exception as error:
@@ -42,6 +42,8 @@ def pipeline_class(path: str, field: str = "model.path") -> str:
     folder = _local_folder(path)
     if folder is not None:
         return _class_of(_read_index(folder, path, field), path, field)
+    from diffusers import DiffusionPipeline
+
     try:
         index = DiffusionPipeline.load_config(path)
     except Exception as error:
