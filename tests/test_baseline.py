@@ -1,6 +1,9 @@
 """B0 computes what the trainer computes: latents, log-probabilities, rewards, losses and gradients on the same weights.
 
-Planted bugs that turned this file red: guidance the wrong way round; adapters at half strength.
+Planted bugs that turned this file red: guidance the wrong way round; adapters at half strength; noise scaled twice;
+CPS noise without the half pi; likelihood summed; clipping with the other sign; advantages unscaled; reward weights
+swapped; one hinge half doubled; schedule shifted once; average and weight swapped; one optimizer window left out;
+nothing remembered; KL to itself.
 """
 
 import copy
