@@ -28,7 +28,12 @@ from .scoring import Scorer
 def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, console: Console):
     """The generator, with every prompt this process needs in the text cache."""
     cache = Path(config.data.cache_dir).expanduser()
-    check_dynamics(PREDICTIONS[pipeline_class(config.model.path)], config.rollout.dynamics)
+    prediction = PREDICTIONS[pipeline_class(config.model.path)]
+    check_dynamics(prediction, config.rollout.dynamics)
+    if config.update.objective == "sft" and prediction != "velocity":
+        raise UserError(
+            "update.objective = sft fits a rectified flow's velocity, but this model predicts noise: use an SD3 model"
+        )
     policy = load_policy(
         config.model,
         device=distributed.device,
@@ -46,9 +51,9 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
 
 
 def build_adversary(config: Config, device: torch.device) -> Adversary | None:
-    """The learned reward of section `adversary`; None for kind "none"."""
+    """The learned reward of section `adversary`; None for kind "none" and for supervised fine-tuning."""
     section = config.adversary
-    if section.kind == "none":
+    if not config.learns_adversary:
         return None
     if section.kind != "pickscore":
         return adversary_class(section.kind)(section, device=device, seed=config.seed)
@@ -56,6 +61,7 @@ def build_adversary(config: Config, device: torch.device) -> Adversary | None:
         section,
         seed=config.seed,
         path=section.backbone,
+        processor=section.processor,
         trainable_layers=section.trainable_layers,
         objective=section.objective,
         learning_rate=section.learning_rate,
@@ -66,7 +72,9 @@ def build_adversary(config: Config, device: torch.device) -> Adversary | None:
 
 
 def build_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
-    """The fixed rewards in use."""
+    """The fixed rewards in use; none for supervised fine-tuning."""
+    if config.update.objective == "sft":
+        return {}
     return {
         name: build_reward(name, device=device, dtype=_reward_dtype(config), **section.options())
         for name, section in config.rewards.fixed().items()
@@ -74,18 +82,19 @@ def build_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
 
 
 def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoSimilarity | None:
-    """DINO for independent statistics: the adversary's own backbone where that is DINO, else evaluation.backbone."""
-    if config.adversary.kind == "dino":
-        assert isinstance(adversary, DinoAdversary)
+    """DINO for independent statistics: the adversary's own backbone where that is DINO, else evaluation.backbone.
+
+    Supervised fine-tuning has no adversary: it takes the backbone of the DINO that would be one, for evaluation only.
+    """
+    if isinstance(adversary, DinoAdversary):
         return DinoSimilarity(backbone=adversary.backbone)
-    if not config.evaluation.backbone:
+    path, image_size = config.evaluation.backbone, config.evaluation.backbone_image_size
+    if not path and config.adversary.kind == "dino":
+        path, image_size = config.adversary.backbone, config.adversary.image_size
+    unused = config.update.objective == "sft" and "dino_similarity" not in config.evaluation.metrics
+    if not path or unused:
         return None
-    return DinoSimilarity(
-        path=config.evaluation.backbone,
-        image_size=config.evaluation.backbone_image_size,
-        device=device,
-        dtype=_reward_dtype(config),
-    )
+    return DinoSimilarity(path=path, image_size=image_size, device=device, dtype=_reward_dtype(config))
 
 
 def build_metrics(
@@ -127,10 +136,9 @@ def build_scorer(
     cache = Path(config.data.cache_dir).expanduser()
     features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
     rewards = build_rewards(config, distributed.device)
-    own = None if config.adversary.kind == "dino" else observer
+    own = None if isinstance(adversary, DinoAdversary) else observer
     return Scorer(config, adversary, features, rewards, sources.references, own, distributed)
 
 
 def _reward_dtype(config: Config) -> torch.dtype:
     return getattr(torch, config.adversary.dtype)
-

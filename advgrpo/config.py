@@ -100,7 +100,8 @@ class DataSection(_Section):
     references: str = ""
     """Folder with references.json: {prompt: [picture files]}; must cover both prompt lists; "tiny" for the shipped."""
     style: str = ""
-    """Folder of pictures without prompts that are the references of every prompt (style transfer), instead."""
+    """Folder of pictures without prompts that are the references of every prompt (style transfer), instead; for the
+    tiny world "tiny:outline", "tiny:pastel" or "tiny:hatched"."""
     reference_count: Annotated[int, Field(ge=0)] = 0
     """Train with only N reference pictures: on prompts in a seeded order until theirs make N; 0 takes all."""
     min_reference_size: Positive = 256
@@ -162,6 +163,10 @@ class AdvantageSection(_Section):
 class UpdateSection(_Section):
     """The generator's optimizer and loss (METHOD section 5)."""
 
+    objective: Literal["policy", "sft"] = "policy"
+    """Policy gradient on the rewards, or supervised fine-tuning on the references: nothing is sampled, no reward and
+    no adversary is loaded or trained, and prompts_per_iteration x group_size references are learned from per iteration,
+    without guidance."""
     clip_range: Annotated[float, Field(gt=0)] = 1e-5
     """PPO clip epsilon on the likelihood ratio."""
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -199,6 +204,8 @@ class AdversarySection(_Section):
     rewards only: Flow-GRPO)."""
     backbone: str = "facebook/dinov2-large"
     """Folder or hub id of its model (a CLIPModel for pickscore); "tiny" for the shipped one."""
+    processor: str | None = None
+    """Kind pickscore: where tokenizer and preprocessor come from; unset: beside the backbone."""
     trainable_layers: Positive = 2
     """Kind pickscore: how many of the last vision layers learn (paper 2, released 1)."""
     objective: Literal["binary", "pairwise"] = "binary"
@@ -476,6 +483,11 @@ class Config(_Section):
     def images_per_iteration(self) -> int:
         return self.rollout.prompts_per_iteration * self.rollout.group_size
 
+    @property
+    def learns_adversary(self) -> bool:
+        """Whether an adversary is loaded and trained."""
+        return self.adversary.kind != "none" and self.update.objective == "policy"
+
 
 def preset_names() -> list[str]:
     folder = resources.files("advgrpo") / "presets"
@@ -621,8 +633,10 @@ NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
 
 def needs_references(config: Config) -> list[str]:
     """The settings that compare pictures with references."""
-    learned = ["adversary.kind"] if config.adversary.kind != "none" else []
-    fixed = [f"rewards.{name}" for name in config.rewards.fixed() if name in NEED_REFERENCES]
+    supervised = config.update.objective == "sft"
+    learned = ["update.objective = sft"] if supervised else ["adversary.kind"] if config.learns_adversary else []
+    rewarded = {} if supervised else config.rewards.fixed()
+    fixed = [f"rewards.{name}" for name in rewarded if name in NEED_REFERENCES]
     evaluated = [f"evaluation.metrics: {name}" for name in config.evaluation.metrics if name in NEED_REFERENCES]
     return [*learned, *fixed, *(evaluated if config.data.held_out_prompts else [])]
 
@@ -630,10 +644,12 @@ def needs_references(config: Config) -> list[str]:
 def _check_rewards(config: Config) -> None:
     """Something rewards the generator, whatever is learned is used, and references are there for those who compare."""
     kind, rewards = config.adversary.kind, config.rewards
-    if kind == "none" and not any(section.weight for section in rewards.fixed().values()):
+    if config.update.objective == "sft":
+        _check_supervised(config)
+    elif kind == "none" and not any(section.weight for section in rewards.fixed().values()):
         names = ", ".join(name for name in rewards.sections() if name != "adversary")
         raise UserError(f"adversary.kind = none and no fixed reward: give one of rewards.{{{names}}}.weight")
-    if kind != "none" and not rewards.adversary.used:
+    if config.learns_adversary and not rewards.adversary.used:
         raise UserError(
             f"rewards.adversary.weight = 0: the adversary {kind} would learn for nothing; set adversary.kind = none"
         )
@@ -646,6 +662,17 @@ def _check_rewards(config: Config) -> None:
     needed = needs_references(config)
     if needed and not (config.data.references or config.data.style):
         raise UserError(f"data.references is empty, but {needed[0]} needs references: pass --data.references PATH")
+
+
+def _check_supervised(config: Config) -> None:
+    """UserError for settings that supervised fine-tuning would ignore although they ask for something."""
+    update = config.update
+    for name, plain in (("kl_weight", 0.0), ("old_log_prob", "rollout")):
+        if getattr(update, name) != plain:
+            raise UserError(
+                f"update.{name} = {getattr(update, name)!r} is the policy gradient's, but update.objective = sft; "
+                f"set update.{name} = {plain}"
+            )
 
 
 def noisy_steps(rollout: RolloutSection) -> int:

@@ -29,6 +29,7 @@ _SHOWN = {
     "reward_generated": ("r_gen", "{:+.3f}"),
     "reward_reference": ("r_ref", "{:+.3f}"),
     "adversary_accuracy": ("adversary", "{:.0%}"),
+    "sft_loss": ("loss", "{:.4f}"),
     "images_per_second": ("images/s", "{:.1f}"),
 }
 

@@ -23,6 +23,7 @@ from .picture_statistics import ReferenceStatistics, measure
 from .policy.base import Policy
 from .policy.dynamics import StepTable, step_table, window_steps
 from .policy.sampler import Sampler
+from .policy.supervised import SupervisedUpdater
 from .policy.update import Updater
 from .scoring import Scored, Scorer
 from .transfer import to_device
@@ -60,6 +61,11 @@ class Trainer:
         self.updater = Updater(
             policy, config, reduce=distributed.all_reduce_sum, fused=fast.fused_optimizer, ema=self.ema
         )
+        self.supervised = (
+            SupervisedUpdater(policy, self.updater, scorer.references, config)
+            if config.update.objective == "sft"
+            else None
+        )
         self.adversary = scorer.adversary
         self.head_trainer = (
             None
@@ -78,9 +84,23 @@ class Trainer:
         self.iteration = 0  # the next one to run
 
     def iterate(self) -> dict[str, float]:
-        """Rollout, rewards, head updates, generator update. Returns the metrics of METHOD section 7's log line."""
+        """One iteration of `update.objective`; returns its metrics and times."""
         iteration, phases = self.iteration, Phases(self.policy.device)
         started = time.perf_counter()
+        train = self.reinforce if self.supervised is None else self.imitate
+        metrics = {"iteration": iteration, **train(iteration, phases)}
+        self.iteration += 1
+        phase_seconds = {f"seconds_{name}": value for name, value in phases.seconds().items()}
+        seconds = time.perf_counter() - started
+        return {
+            **metrics,
+            "images_per_second": self.config.images_per_iteration / seconds,
+            "seconds": seconds,
+            **phase_seconds,
+        }
+
+    def reinforce(self, iteration: int, phases: Phases) -> dict[str, float]:
+        """Rollout, rewards, head updates, generator update. Returns the metrics of METHOD section 7's log line."""
         window = window_steps(self.config, iteration)
         table = step_table(self.policy, self.config.rollout.num_steps, window, rollout=self.config.rollout)
         with phases.measure("sample"):
@@ -91,23 +111,28 @@ class Trainer:
             plan, head_metrics = self.train_head(rollout, scored, iteration)
         with phases.measure("update"):
             update_metrics = self.update(rollout, scored, table) if plan.generator else _NO_UPDATE
-        metrics = {
-            "iteration": iteration,
-            **scored.metrics(self.config.rollout.group_size),
-            **head_metrics,
-            **update_metrics,
-        }
+        metrics = {**scored.metrics(self.config.rollout.group_size), **head_metrics, **update_metrics}
         with phases.measure("monitor"):
-            metrics |= self.watch(metrics, rollout, scored)
-        self.iteration += 1
-        phase_seconds = {f"seconds_{name}": value for name, value in phases.seconds().items()}
-        seconds = time.perf_counter() - started
-        return {
-            **metrics,
-            "images_per_second": self.config.images_per_iteration / seconds,
-            "seconds": seconds,
-            **phase_seconds,
-        }
+            metrics |= self.watch(metrics, iteration, rollout, scored)
+        return metrics
+
+    def imitate(self, iteration: int, phases: Phases) -> dict[str, float]:
+        """Supervised fine-tuning: one optimizer step per window on references of the iteration's prompts."""
+        windows, reports = self.config.update.optimizer_windows, []
+        tiles, total = self.tiles(iteration), self.config.images_per_iteration // windows
+        with phases.measure("update"):
+            for window in range(windows):
+                mine = [tile for tile in tiles if tile.optimizer_window == window]
+                loss = self.supervised.accumulate(mine, iteration, total=total)
+                reports.append(torch.stack([loss, self.updater.step().double()]))
+            everywhere = self.distributed.all_gather(torch.stack(reports)[None]).cpu()  # [processes, windows, 2]
+            norms = everywhere[0, :, 1]
+            self.updater.check(0.0, norms.tolist(), iteration)
+        loss = everywhere[..., 0].sum().item() / self.config.images_per_iteration
+        metrics = {"sft_loss": loss, "grad_norm": norms.mean().item()}
+        with phases.measure("monitor"):
+            metrics |= self.watch(metrics, iteration)
+        return metrics
 
     def tiles(self, iteration: int) -> list[Tile]:
         """This process's tiles, in order of optimizer window. Which tiles exist does not depend on the processes."""
@@ -222,18 +247,28 @@ class Trainer:
             "importance_capped_fraction": capped / pairs,
         }
 
-    def watch(self, metrics: dict[str, float], rollout: Rollout, scored: Scored) -> dict[str, float]:
-        """Judge the iteration if it is due: sets `flags` and returns the statistics that they rest on."""
-        if not self.monitor.due(metrics["iteration"]):
+    def watch(
+        self,
+        metrics: dict[str, float],
+        iteration: int,
+        rollout: Rollout | None = None,
+        scored: Scored | None = None,
+    ) -> dict[str, float]:
+        """Judge the iteration if it is due: sets `flags` and returns the statistics that they rest on.
+
+        Without a rollout there are no pictures to look at.
+        """
+        if not self.monitor.due(iteration):
             return {}
-        group_size = self.config.rollout.group_size
-        pictures = measure(rollout, scored.embeddings, self.reference_statistics, group_size, self.distributed)
+        group_size, pictures = self.config.rollout.group_size, None
+        if rollout is not None:
+            pictures = measure(rollout, scored.embeddings, self.reference_statistics, group_size, self.distributed)
         rms = None  # of the gradient as Adam sees it: clipped, over all trained elements
         if metrics["grad_norm"] is not None:
             elements = sum(p.numel() for _, p in self.policy.trainable_parameters())
             rms = min(metrics["grad_norm"], self.config.update.max_grad_norm) / elements**0.5
-        statistics = {**pictures.metrics(), "monitor_gradient_rms": rms}
-        self.flags = self.monitor.check(metrics | statistics, pictures)
+        statistics = {**(pictures.metrics() if pictures else {}), "monitor_gradient_rms": rms}
+        self.flags = self.monitor.check({"iteration": iteration, **metrics, **statistics}, pictures)
         return statistics
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:

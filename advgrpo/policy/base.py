@@ -77,6 +77,17 @@ class Policy(Protocol):
         """Pictures [R, 3, H, W] float32 in [0, 1]."""
         ...
 
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents [R, C, H, W] float32 of pictures [R, 3, H, W] in [0, 1], what `decode` turns into these again."""
+        ...
+
+    def noise_levels(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """σ [K] float32 in (0, 1) at quantiles in (0, 1) of the training schedule, and their timesteps [K] float32.
+
+        Of a model that predicts velocity; supervised training draws its levels so.
+        """
+        ...
+
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 
     def element_name(self, parameter: str, index: int) -> str:

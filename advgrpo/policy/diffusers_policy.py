@@ -165,6 +165,13 @@ class DiffusersPolicy(ABC):
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """[R, C, H, W] float32, the mean of the stock VAE's posterior."""
+        config = self.vae.config
+        mean = self.vae.encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist.mode()
+        return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.network.parameters()
 

@@ -77,6 +77,12 @@ class SD3Policy(DiffusersPolicy):
         self._scheduler.set_timesteps(num_steps)
         return self._scheduler.sigmas.double(), self._scheduler.timesteps.float()
 
+    def noise_levels(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """σ = s q / (1 + (s - 1) q) with the scheduler's shift s (arXiv 2403.03206, section 5.3.2)."""
+        config = self._scheduler.config
+        sigmas = config.shift * quantiles / (1 + (config.shift - 1) * quantiles)
+        return sigmas.float(), (sigmas * config.num_train_timesteps).float()
+
     def _encode_batch(self, pipe: StableDiffusion3Pipeline, prompts: list[str]) -> Conditioning:
         text, _, pooled, _ = pipe.encode_prompt(
             prompts,

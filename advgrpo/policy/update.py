@@ -114,7 +114,7 @@ class Updater:
         number of pictures over all processes. `watch_kl` measures the KL to the base on the tile of picture 0 even when
         the loss does not use it.
         """
-        self._zero_gradients()
+        self.zero_gradients()
         stats = UpdateStats(self.policy.device)
         weight = 1.0 / (total * len(table.window))
         for rollout in tiles:
@@ -129,7 +129,8 @@ class Updater:
                 self._record(stats, loss, step, measure_kl)
         return stats
 
-    def _zero_gradients(self) -> None:
+    def zero_gradients(self) -> None:
+        """Before an optimizer window's gradients are accumulated."""
         for _, parameter in self.named:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
