@@ -1,0 +1,115 @@
+"""Every preset is a run that passes all checks once it has data; paper and released differ as METHOD section 8 says.
+"""
+
+import pytest
+
+from advgrpo import config
+from advgrpo.errors import UserError
+
+
+def with_data(name: str, tmp_path):
+    """The preset with whatever its first lines ask for."""
+    settings = config.load(name)
+    if settings.data.prompts != "tiny":
+        settings.data.prompts, settings.data.held_out_prompts = "prompts.txt", "held_out.txt"
+        needed = config.needs_references(settings)
+        settings.data.style = "pictures" if needed and name.endswith("style") else ""
+        settings.data.references = "references" if needed and not settings.data.style else ""
+    if name.endswith("repair"):
+        settings.model.lora.start_from = str(tmp_path)
+    return settings
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_every_preset_passes_all_checks_with_data_alone(name, tmp_path):
+    settings = with_data(name, tmp_path)
+    for world_size in (1,) if settings.model.path == "tiny" else (1, 2, 8):
+        config.check(settings, world_size)
+    assert settings.output_dir == f"runs/{name}"
+    assert config.read_yaml(preset_file(name)).get("preset", "") in ["", *config.preset_names()]
+
+
+def preset_file(name: str):
+    from importlib import resources
+    from pathlib import Path
+
+    return Path(str(resources.files("advgrpo") / "presets" / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in config.preset_names() if not name.startswith("tiny")])
+def test_a_full_size_preset_says_what_it_needs_and_asks_for_it(name):
+    text = preset_file(name).read_text()
+    comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    settings = config.load(name)
+    with pytest.raises(UserError):
+        config.check(settings, 1)
+    assert "data.prompts" in comment
+    if config.needs_references(settings):
+        assert "data.references" in comment or "data.style" in comment
+
+
+@pytest.mark.parametrize("name", [name for name in config.preset_names() if name.startswith("sd35m")])
+def test_what_paper_and_released_have_in_common(name):
+    """METHOD section 8's last paragraph, for every job."""
+    settings = config.load(name)
+    model, rollout, update, evaluation = settings.model, settings.rollout, settings.update, settings.evaluation
+    assert model.path == "stabilityai/stable-diffusion-3.5-medium"
+    assert (model.resolution, model.dtype, model.lora.init, model.lora.blocks) == (512, "bfloat16", "gaussian", "all")
+    assert (model.lora.rank, model.lora.alpha, model.lora.targets) == (32, 64, config.LORA_TARGETS)
+    assert (rollout.dynamics, rollout.noise_level, rollout.likelihood) == ("flow_cps", 0.8, "squared_error")
+    assert (rollout.num_steps, rollout.guidance_scale) == (10, 4.5)
+    assert (rollout.prompts_per_iteration, rollout.group_size) == (48, 16)
+    assert (evaluation.num_steps, evaluation.guidance_scale) == (40, 4.5)
+    assert (update.optimizer_windows, update.learning_rate, update.betas) == (2, 3e-4, (0.9, 0.999))
+    assert (update.weight_decay, update.ema_decay) == (1e-4, 0.9)
+    assert (settings.seed, settings.iterations) == (42, 1000)
+
+
+def test_pickscore_of_the_paper_and_of_the_released_code():
+    paper, released = (config.load(f"sd35m-adv-pickscore-{of}") for of in ("paper", "released"))
+    for settings in (paper, released):
+        assert (settings.adversary.kind, settings.adversary.learning_rate) == ("pickscore", 5e-6)
+        assert settings.adversary.backbone == settings.rewards.pickscore.path == "yuvalkirstain/PickScore_v1"
+        assert settings.rewards.fixed() == {}  # the adversary is the only reward
+    assert (paper.adversary.trainable_layers, paper.adversary.objective) == (2, "binary")
+    assert (paper.adversary.schedule, paper.adversary.updates_per_iteration) == ("when_fooled", 10)
+    assert (released.adversary.trainable_layers, released.adversary.objective) == (1, "pairwise")
+    assert (released.adversary.schedule, released.adversary.alternate_period) == ("alternate", 2)
+    assert released.adversary.replay_capacity == 0  # pairs are of one prompt
+    assert (paper.rollout.window.steps, released.rollout.window.steps) == (None, (0, 1))
+    assert (paper.rollout.window.size, paper.rollout.window.noise_range) == (2, (0.5, 1.0))
+
+
+def test_dino_backbones_and_head_updates():
+    paper, released = (config.load(f"sd35m-dino-{of}") for of in ("paper", "released"))
+    assert (paper.adversary.updates_per_iteration, paper.adversary.learning_rate) == (10, 1e-4)
+    assert paper.adversary.betas == released.adversary.betas == (0.5, 0.999)
+    assert released.adversary.backbone == "facebook/dinov2-base"
+    assert released.adversary.reward_weights == (0.7, 0.3)
+    assert released.adversary.alternate_period == 10  # nine of ten train the head alone
+
+
+def test_ocr_and_its_partners():
+    """Equation 8: half the text, half the likeness to a reference."""
+    paper, released = config.load("sd35m-adv-ocr").rewards, config.load("sd35m-adv-ocr-released").rewards
+    assert {name: r.weight for name, r in paper.fixed().items()} == {"ocr": 0.5, "clip_reference_similarity": 0.5}
+    assert {name: r.weight for name, r in released.fixed().items()} == {"ocr": 0.5, "dino_similarity": 0.5}
+    assert released.dino_similarity.reduction == "max"
+    assert (paper.ocr.gate, released.ocr.gate) == (None, None)
+
+
+def test_jobs_differ_from_their_base_in_the_job_only():
+    for job, base, fields in (
+        ("sd35m-flow-grpo-pickscore-kl", "sd35m-flow-grpo-pickscore", {"update"}),
+        ("sd35m-sft", "sd35m-dino-paper", {"update"}),
+        ("sd35m-style", "sd35m-dino-paper", set()),
+        ("sd35m-repair", "sd35m-dino-paper", set()),
+        ("tiny-sft", "tiny", {"update"}),
+        ("tiny-repair", "tiny", set()),
+    ):
+        ours, theirs = config.load(job).model_dump(), config.load(base).model_dump()
+        assert {name for name in ours if ours[name] != theirs[name]} == {"output_dir", *fields}
+    assert config.load("sd35m-flow-grpo-pickscore").update.kl_weight == 0
+    assert config.load("sd35m-flow-grpo-pickscore-kl").update.kl_weight > 0
+    assert config.load("sd35m-sft").update.objective == "sft"
+    assert config.load("sd35m-flow-grpo-pickscore").rewards.pickscore.weight == 1
