@@ -74,7 +74,8 @@ class Contenders:
 
 def tiny(folder: Path, device: str, **changes: dict) -> Contenders:
     """The embedded default as `python -m advgrpo.train --fast` builds it; `changes` are sections of the settings."""
-    from advgrpo.run import Run  # needs diffusers
+    from advgrpo.policy.diffusers_policy import DiffusersPolicy  # needs diffusers, as does the run
+    from advgrpo.run import Run
 
     settings = configuration.read_preset("tiny")
     for change in (SETTINGS, TINY_SETTINGS, {"output_dir": str(folder / "run"), "device": device}, changes):
@@ -90,7 +91,7 @@ def tiny(folder: Path, device: str, **changes: dict) -> Contenders:
         rank=config.model.lora.rank,
         alpha=config.model.lora.alpha,
     )
-    return Contenders(trainer, _baseline(trainer, stock, policy.decode))
+    return Contenders(trainer, _baseline(trainer, stock, lambda latents: DiffusersPolicy.decode(policy, latents)))
 
 
 def random(folder: Path, device: str, size: Size, *, precision: str = "model", **changes: dict) -> Contenders:

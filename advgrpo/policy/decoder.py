@@ -205,6 +205,7 @@ class Decoder(nn.Module):
         dtype: torch.float32 (contiguous, the reference) or torch.bfloat16 (channels_last).
         device: where the weights live; "meta" counts without allocating.
         micro_batch: pictures decoded at once by `images`, which bounds memory.
+        channels_last: memory layout of float32 as well: a quarter faster on a CPU, other rounding than the reference.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         micro_batch: int = 8,
+        channels_last: bool = False,
     ):
         super().__init__()
         if dtype not in _DTYPES:
@@ -225,7 +227,8 @@ class Decoder(nn.Module):
             self.decoder = _Stack(config)
             channels = config.latent_channels
             self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
-        self.layout = torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format
+        fast_layout = channels_last or dtype == torch.bfloat16
+        self.layout = torch.channels_last if fast_layout else torch.contiguous_format
         self.to(dtype=dtype)
         for module in self.modules():
             if isinstance(module, _Norm):
