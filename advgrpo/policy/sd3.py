@@ -53,7 +53,7 @@ class SD3Policy(DiffusersPolicy):
         else:
             self._train(StockNetwork(self.transformer, model, seed, lambda pooled: {"pooled_projections": pooled}))
         # Ours on the fast path. In bfloat16 the first pictures must pass a gate against float32.
-        self.decoder = self._build_decoder(self._decoder_dtype()) if fused else None
+        self.decoder = self._build_decoder(self._decoder_dtype(), channels_last=True) if fused else None
         self.decoder_psnr: float | None = None
 
     def _decoder_dtype(self) -> torch.dtype:
@@ -103,6 +103,6 @@ class SD3Policy(DiffusersPolicy):
             self.decoder_psnr = psnr_gate(self.decoder, reference, latents[:_GATED_PICTURES].contiguous())
         return self.decoder.images(latents)
 
-    def _build_decoder(self, dtype: torch.dtype) -> Decoder:
+    def _build_decoder(self, dtype: torch.dtype, **options) -> Decoder:
         config = DecoderConfig.from_mapping(self.vae.config)
-        return Decoder.from_state_dict(config, self.vae.state_dict(), dtype=dtype, device=self.device)
+        return Decoder.from_state_dict(config, self.vae.state_dict(), dtype=dtype, device=self.device, **options)

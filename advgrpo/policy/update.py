@@ -111,8 +111,8 @@ class Updater:
         self, tiles: list[TileRollout], advantages: torch.Tensor, table: StepTable, *, total: int, watch_kl: bool
     ) -> UpdateStats:
         """Gradients of one optimizer window. `advantages` is [B global], indexed by image id; `total` is the window's
-        number of pictures over all processes. `watch_kl` measures the KL to the base on the tile of picture 0 even when
-        the loss does not use it.
+        number of pictures over all processes. `watch_kl` measures the KL to the base on the first step of picture 0's
+        tile even when the loss does not use it: with a shared prefix that forward has one row per prompt.
         """
         self.zero_gradients()
         stats = UpdateStats(self.policy.device)
@@ -121,8 +121,9 @@ class Updater:
             row = to_device(rollout.tile.row, self.policy.device)
             prompts = self._prepare(rollout, table)
             tile_advantages = advantages[to_device(rollout.tile.image_ids, advantages.device)]
-            for step in rollout.steps:
-                measure_kl = self.config.update.kl_weight > 0 or (watch_kl and int(rollout.tile.image_ids[0]) == 0)
+            for number, step in enumerate(rollout.steps):
+                watched = watch_kl and number == 0 and int(rollout.tile.image_ids[0]) == 0
+                measure_kl = self.config.update.kl_weight > 0 or watched
                 velocity = self._velocity(step, prompts, row, table)
                 loss = self._loss(step, velocity, prompts, row, tile_advantages, table, measure_kl)
                 self._backward(step, velocity, loss, len(row) * weight)
