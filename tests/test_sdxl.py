@@ -1,4 +1,10 @@
-"""SD1.5- and SDXL-class policies: parity with stock DDIM pipelines, exact log-probs, whole runs, bad input."""
+"""SD1.5- and SDXL-class policies: parity with stock DDIM pipelines, exact log-probs, whole runs, bad input.
+
+Bugs planted in a copy, each seen red: picture size left out of SDXL's conditions; the empty prompt encoded where SDXL
+wants zeros; final ᾱ always 1; timestep spacing ignored; noise on every step; std left out of the ε coefficient; last
+step eligible; guidance rows swapped; latents not unscaled; alpha lost on export; LoRA left on in `reference()`; blocks
+in order of registration; v-prediction accepted; either half of the dynamics check left out; fused path on for a UNet.
+"""
 
 import json
 from pathlib import Path
