@@ -80,6 +80,7 @@ class Run:
         with distributed.monitored("load the models"):
             self.trainer, self.evaluator = self._build(sources, fast)
         self.base: dict[str, float] = {}
+        self.start: dict[str, float] = {}  # of the LoRA that model.lora.start_from names
         self.samples: dict[str, list] = {}
         if saved is not None:
             self._restore(*saved)
@@ -109,6 +110,7 @@ class Run:
             (self.folder / "config.yaml").write_text(configuration.dump(config))
         if not self.base:
             self.base = self._evaluate_base()
+            self.start = self._evaluate_start()
         self._draw_samples("base")
         tracker = Tracker(
             self.folder,
@@ -169,6 +171,17 @@ class Run:
         self.console.print(f"base model: {shown}")
         return base
 
+    def _evaluate_start(self) -> dict[str, float]:
+        """The LoRA the run starts from, on the same noise as the base model, which has no LoRA at all."""
+        start = self.config.model.lora.start_from
+        if not start or not self.evaluator.prompts:
+            return {}
+        self.console.print(f"evaluating {start}")
+        found = self._evaluate(self.config.evaluation.images_per_prompt)
+        shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in found.items())
+        self.console.print(f"start: {shown}")
+        return found
+
     def _finish(self) -> None:
         """Export, final evaluation, pictures and summary."""
         final = self._evaluate(self.config.evaluation.images_per_prompt)
@@ -177,7 +190,7 @@ class Run:
             return
         self.export()
         rows = self._draw_curves(final)
-        summary = summarize(self.config, rows, self.base, final)
+        summary = summarize(self.config, rows, self.base, final, self.start)
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         for name in final:
             self.console.print(f"{name.removeprefix('eval_')}: base {self.base[name]:.4f} -> final {final[name]:.4f}")
@@ -225,7 +238,7 @@ class Run:
             if not self.distributed.is_main:
                 return
             tensors, state = self.trainer.state()
-            state |= {"config": self.config.model_dump(mode="json"), "base": self.base}
+            state |= {"config": self.config.model_dump(mode="json"), "base": self.base, "start": self.start}
             checkpoints.save_checkpoint(
                 self.folder / "checkpoints", self.trainer.iteration, tensors, state, self.config.output.keep_checkpoints
             )
@@ -247,7 +260,7 @@ class Run:
 
     def _restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         self.trainer.load(tensors, state)
-        self.base = state["base"]
+        self.base, self.start = state["base"], state.get("start", {})
         self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}")
         finished = (self.folder / "summary.json").exists()  # without it the run was cut short in its last evaluation
         if self.trainer.iteration > self.config.iterations or (
@@ -302,13 +315,19 @@ def _with_ends(rows: list[dict], base: dict[str, float], final: dict[str, float]
     return [{"iteration": 0, **base}, *rows, {"iteration": len(rows), **final}]
 
 
-def summarize(config: Config, rows: list[dict], base: dict[str, float], final: dict[str, float]) -> dict:
-    """What OUT/summary.json holds: held-out metrics before and after, speed, versions, seed."""
+def summarize(
+    config: Config, rows: list[dict], base: dict[str, float], final: dict[str, float], start: dict[str, float]
+) -> dict:
+    """What OUT/summary.json holds: held-out metrics before and after, speed, versions, seed.
+
+    "start" are those of the LoRA the run started from, where there was one.
+    """
     seconds = sum(r["seconds"] for r in rows)
     return {
         "seed": config.seed,
         "iterations": len(rows),
         "base": {name.removeprefix("eval_"): value for name, value in base.items()},
+        **({"start": {name.removeprefix("eval_"): value for name, value in start.items()}} if start else {}),
         "final": {name.removeprefix("eval_"): value for name, value in final.items()},
         "images_per_second": len(rows) * config.images_per_iteration / seconds,
         "iterations_per_second": len(rows) / seconds,
