@@ -46,7 +46,7 @@ def unet_pipelines(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def kind() -> str:
-    return "sdxl"
+    return "sdxl"  # unless parametrized
 
 
 @pytest.fixture
@@ -256,6 +256,9 @@ def test_only_the_windows_steps_are_noisy_and_never_the_last(settings):
     settings.rollout.window.steps = (9,)
     with pytest.raises(UserError, match=r"within 0\.\.8 \(num_steps = 10, dynamics ddim\)"):
         config.check(settings, 1)
+    settings.rollout.window.steps, settings.rollout.noise_level = (8,), 1.2
+    with pytest.raises(UserError, match=r"rollout\.noise_level = 1\.2: ddim wants at most 1"):
+        config.check(settings, 1)
 
 
 @both_kinds
@@ -387,7 +390,6 @@ def test_generate_draws_base_and_lora_with_ddim(settings, tmp_path, capsys):
 
 
 def test_a_lora_is_read_with_its_scope(settings, unit_pipeline, tmp_path):
-    """What `python -m advgrpo.evaluate --lora` builds the policy from."""
     folder, pipeline = tmp_path / "lora", Path(settings.model.path)
     load(settings).export(folder)
     section = lora_section(folder, pipeline)
@@ -490,20 +492,10 @@ def test_ddim_on_a_velocity_predictor(unit_config):
         Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
 
 
-def test_noise_above_ddims_largest(settings):
-    settings.rollout.noise_level = 1.2
-    with pytest.raises(UserError, match=r"rollout\.noise_level = 1\.2: ddim wants at most 1"):
-        config.check(settings, 1)
-
-
 def test_the_preset_is_a_run_that_passes_every_check(unet_pipelines):
     preset = config.load("sdxl-dino")
     preset.data.prompts = preset.data.references = "given"
     config.check(preset, 8)
-    assert (preset.rollout.dynamics, preset.rollout.num_steps, preset.adversary.backbone) == (
-        "ddim",
-        20,
-        "facebook/dinov2-large",
-    )
+    assert (preset.rollout.dynamics, preset.adversary.backbone) == ("ddim", "facebook/dinov2-large")
     preset.model.path = str(unet_pipelines["sdxl"])  # the hub's model is not on this machine
     assert not FastPaths.choose(preset, torch.device("cpu")).fused
