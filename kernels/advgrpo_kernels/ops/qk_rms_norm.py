@@ -175,8 +175,6 @@ if HAS_TRITON:
         _norm_rows_bwd(k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, x_at, load_at, store_at, mask, d, D, eps)
         if value_grad_ptr is not None:
             tl.store(v_grad_ptr + store_at, tl.load(value_grad_ptr + load_at, mask=mask, other=0.0), mask=mask)
-        elif v_grad_ptr is not None:
-            tl.store(v_grad_ptr + store_at, tl.zeros((BLOCK_R, BLOCK_D), v_grad_ptr.dtype.element_ty), mask=mask)
 
 
 class AttentionInputs(NamedTuple):
@@ -239,7 +237,7 @@ def _qk_rms_norm_op(
     qkv: list[torch.Tensor], weights: list[torch.Tensor], txt_qkv: list[torch.Tensor], txt_weights: list[torch.Tensor],
     txt_tokens: int, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Query, key, value. Two streams: one fused tensor or three each. Else one fused or (q, k), and value is empty."""
+    """Query, key, value. Two tensors: one fused or three each. One stream or a joint one: (q, k), value empty."""
     query, key, value = _outputs(qkv, txt_qkv)
     parts, txt = _streams(qkv, txt_qkv, txt_tokens)
     grid, sizes = _geometry(parts, txt)
@@ -276,7 +274,7 @@ def _qk_rms_norm_backward_op(
     grads: list[torch.Tensor], qkv: list[torch.Tensor], weights: list[torch.Tensor], txt_qkv: list[torch.Tensor],
     txt_weights: list[torch.Tensor], txt_tokens: int, eps: float,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of the tensors in qkv, then of those in txt_qkv, in one launch; zero for v without its gradient."""
+    """Gradients of the tensors in qkv, then of those in txt_qkv, in one launch; a fused qkv needs that of value."""
     results = _results(qkv, txt_qkv)
     x_grads, txt_grads = _streams(results[: len(qkv)], results[len(qkv) :], txt_tokens)
     parts, txt = _streams(qkv, txt_qkv, txt_tokens)
@@ -321,13 +319,14 @@ _qk_rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _ValueInPlace(torch.autograd.Function):
-    """The op on one fused tensor, with v a view of it: one kernel then writes the whole gradient."""
+    """The op on q and k of a fused tensor, with v a view of it: one kernel then writes the whole gradient."""
 
     @staticmethod
     def forward(ctx, qkv, txt_tokens, eps, *weights):
         ctx.txt_tokens, ctx.eps = txt_tokens, eps
         ctx.save_for_backward(qkv, *weights)
-        query, key, _ = _qk_rms_norm_op([qkv], list(weights[:2]), [], list(weights[2:]), txt_tokens, eps)
+        q_and_k = list(qkv.unbind(2)[:2])
+        query, key, _ = _qk_rms_norm_op(q_and_k, list(weights[:2]), [], list(weights[2:]), txt_tokens, eps)
         return query, key, qkv.select(2, 2).transpose(1, 2)
 
     @staticmethod
