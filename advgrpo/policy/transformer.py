@@ -14,7 +14,7 @@ Nothing here imports diffusers: a model is a `TransformerConfig` and tensors by 
 Shapes: R rows, T image tokens, S text tokens, D = H·head_dim channels, L layers, K steps; latents [R, C, h, w]; streams
 [T, R, D] and [S, R, D], of which the kernels see [R, T, D] views.
 Modulation vectors of a step lie in one row [R, W], in the order of the blocks, image before text, the last norm at the
-end; W = 496,128 for SD3.5-medium.
+end; W = 499,200 for SD3.5-medium.
 """
 
 from __future__ import annotations
@@ -439,13 +439,16 @@ class _Forward:
     def _joint_attention(self, block: _Block, image, text):
         """Outputs of both streams; None for a text stream that ends here, whose queries are left out."""
         heads, text_heads = block.image.attention, block.text.attention
-        layers, streams, tokens = (heads.qkv, text_heads.qkv), (image, text), len(_data(image))
+        layers, streams, tokens = (heads.qkv, text_heads.qkv), (image, text), len(image.data)
         if any(self._quantised(layer) for layer in layers):  # that product gives a tensor of its own
             qkv = [self._split(self.linear(layer, x)) for layer, x in zip(layers, streams)]
         else:
             qkv = [self._split(self._joint_linear(layers, streams))]
-        out = self._attention(qkv, heads.norms, text_heads.norms, tokens, None if text_heads.out else tokens)
-        return self.linear(heads.out, out[:tokens]), text_heads.out and self.linear(text_heads.out, out[tokens:])
+        if text_heads.out is None:
+            return self.linear(heads.out, self._attention(qkv, heads.norms, text_heads.norms, tokens, tokens)), None
+        out = self._attention(qkv, heads.norms, text_heads.norms, tokens)
+        out, text_out = out.split([tokens, len(out) - tokens])
+        return self.linear(heads.out, out), self.linear(text_heads.out, text_out)
 
     def _self_attention(self, heads: _Heads, x) -> torch.Tensor:
         return self.linear(heads.out, self._attention([self._split(self.linear(heads.qkv, x))], heads.norms))
@@ -483,10 +486,6 @@ class _Forward:
         elif text:
             text["txt_tokens"] = qkv[0].shape[1] - tokens
         return qk_rms_norm(qkv[0], norms, **text, eps=EPS)
-
-
-def _data(x: torch.Tensor | Fp8Tensor) -> torch.Tensor:
-    return x.data if isinstance(x, Fp8Tensor) else x
 
 
 def _swapped(x: torch.Tensor | Fp8Tensor):
