@@ -1,0 +1,144 @@
+r"""The paper's comparisons in miniature: every arm trained with several seeds, compared, and written up.
+
+python -m advgrpo.experiments run all                            # every run, then docs/results/
+python -m advgrpo.experiments run hacking repair --seeds 0 1 2
+python -m advgrpo.experiments run all --shard 0/2                # the first half; start 1/2 beside it, then report
+python -m advgrpo.experiments report all                         # from the runs that are there
+
+Finished runs are kept and interrupted ones continued, so that the same command goes on where the last one ended.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from . import config as configuration
+from .errors import UserError
+from .experiment_plan import EXPERIMENTS, chains, select, take_shard
+from .train import quiet_libraries
+
+_INTERRUPTED = 130
+
+
+@dataclass
+class Report:
+    """Write tables, figures and numbers of the runs that are there."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ("all",)
+    """all, or some of the experiments."""
+    output: Path = Path("docs/results")
+    """Folder for the pages, figures and results.json."""
+    work: Path = Path("runs/experiments")
+    """Folder of the runs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every arm is trained once with each; intervals are over them."""
+    iterations: int = 60
+    """Iterations of every run."""
+    config: Path | None = None
+    """YAML laid over every arm: other models, data or sizes."""
+
+
+@dataclass
+class Make(Report):
+    """Make the runs, then write the report."""
+
+    jobs: int = 1
+    """Processes side by side; the machine's cores are shared out among them."""
+    shard: str = "0/1"
+    """I/N: only this share of the runs, and no report."""
+
+
+def make(options: Make, console: Console) -> int:
+    """Exit code: 0, or 1 when an arm failed."""
+    from .experiment_runs import make_all
+
+    every = chains(select(options.names), options.seeds)
+    mine = take_shard(every, options.shard)
+    if options.jobs > 1:
+        code = _make_side_by_side(options)
+    else:
+        failed = make_all(mine, plan(options), console)
+        for job in failed:
+            console.print(f"failed: {job}: {plan(options).failure(job)}", markup=False)
+        code = int(bool(failed))
+    if code == _INTERRUPTED or options.shard != "0/1":
+        return code
+    return max(code, report(options, console))
+
+
+def _make_side_by_side(options: Make) -> int:
+    """One process per job, each with a share of the shard's runs; the worst of their exit codes."""
+    number, count = (int(part) for part in options.shard.split("/"))
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "advgrpo.experiments", "run", *options.names, "--work", str(options.work)]
+    command += ["--seeds", *map(str, options.seeds), "--iterations", str(options.iterations)]
+    command += ["--config", str(options.config)] if options.config else []
+    shards = [f"{number + count * job}/{count * options.jobs}" for job in range(options.jobs)]
+    processes = [subprocess.Popen([*command, "--shard", shard], env=environment) for shard in shards]
+
+    def forward(number: int, _frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    signal.signal(signal.SIGTERM, forward)  # the children save a checkpoint and end; so does the wait below
+    try:
+        return max(abs(process.wait()) for process in processes)
+    except KeyboardInterrupt:  # the terminal has sent it to the children as well: let them save
+        for process in processes:
+            process.wait()
+        return _INTERRUPTED
+
+
+def report(options: Report, console: Console) -> int:
+    """Exit code: 0, or 1 when runs are missing."""
+    from .experiment_report import write_report
+
+    missing = write_report(select(options.names), plan(options), options.seeds, options.output)
+    for job, reason in missing.items():
+        console.print(f"missing: {job}: {reason}", markup=False)
+    console.print(f"wrote {options.output}/README.md")
+    return int(bool(missing))
+
+
+def plan(options: Report):
+    """Where the runs are and what they are made with."""
+    from .experiment_runs import Plan
+
+    if options.iterations < 1 or not options.seeds:
+        raise UserError(f"--iterations {options.iterations} --seeds {list(options.seeds)}: want at least 1 of both")
+    if options.config is not None:
+        configuration.read_yaml(options.config)  # a bad file is one error, not one per run
+    return Plan(options.work.resolve(), options.iterations, options.config)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; 1 when a run failed or is missing; 2 for bad input; 130 when interrupted."""
+    console = Console(soft_wrap=True, highlight=False)
+    commands = Annotated[Make, tyro.conf.subcommand("run")] | Annotated[Report, tyro.conf.subcommand("report")]
+    description = f"{__doc__}\nExperiments: {', '.join(EXPERIMENTS)}"
+    options = tyro.cli(commands, args=arguments, prog="python -m advgrpo.experiments", description=description)
+    quiet_libraries()
+    from .experiment_runs import Stopped
+
+    try:
+        return make(options, console) if isinstance(options, Make) else report(options, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+    except (Stopped, KeyboardInterrupt) as error:
+        print(f"interrupted: {error or 'call again to continue'}", file=sys.stderr)
+        return _INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
