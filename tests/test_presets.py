@@ -1,4 +1,7 @@
 """Every preset is a run that passes all checks once it has data; paper and released differ as METHOD section 8 says.
+
+Bugs planted in a copy, each seen red: no KL in the -kl preset; two released layers; the mean as the released partner;
+sft that is not; another learning rate for one job; an output folder of another name.
 """
 
 import pytest

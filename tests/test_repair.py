@@ -1,4 +1,8 @@
-"""Repair: a run that starts from a trained LoRA and goes on from exactly there."""
+"""Repair: a run that starts from a trained LoRA and goes on from exactly there.
+
+Bugs planted in a copy, each seen red: the base evaluated as start; start forgotten over a resume; an average that
+starts at zero; the LoRA not loaded; a start in a run that has none; no check of ranks and targets.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,9 @@
 """Supervised fine-tuning: latents, levels and gradients against the plainly written loss, resume, settings.
+
+Bugs planted in a copy, each seen red: the velocity's sign; a tile's mean instead of its share of the window; gradients
+kept from the window before; one level for all groups of a tile; noise and levels numbered within the tile; no shift;
+the VAE's shift after its scale; references encoded every time; all tiles in every window; a gradient that is not finite
+left unreported; rewards or an adversary loaded for nothing; the same noise in every iteration.
 """
 
 import json
@@ -145,10 +150,18 @@ def test_each_window_is_a_step_and_a_run_resumes_as_if_never_stopped(settings, t
     settings = change(settings, data={"held_out_prompts": ""})
     whole = change(settings, iterations=3, output_dir=str(tmp_path / "whole"))
     made = build(whole)
-    steps, real = [], made.trainer.updater.step
-    made.trainer.updater.step = lambda *a: steps.append(a) or real(*a)
+    learned, real = [], made.trainer.supervised.accumulate
+
+    def accumulate(tiles, iteration, *, total):
+        learned.append((iteration, [i for tile in tiles for i in tile.image_ids.tolist()]))
+        return real(tiles, iteration, total=total)
+
+    made.trainer.supervised.accumulate = accumulate
+    steps, step = [], made.trainer.updater.step
+    made.trainer.updater.step = lambda *a: steps.append(len(learned)) or step(*a)
     made.train()
-    assert len(steps) == 3 * 2
+    assert learned == [(i, list(half)) for i in range(3) for half in (range(6), range(6, 12))]
+    assert steps == [1, 2, 3, 4, 5, 6]
     part = change(settings, iterations=2)
     build(part).train()
     resumed = build(change(part, iterations=3), resume=True)
@@ -162,6 +175,7 @@ def test_each_window_is_a_step_and_a_run_resumes_as_if_never_stopped(settings, t
 
 
 def test_nothing_is_loaded_that_nothing_needs(settings, unit_backbone):
+    settings = change(settings, rewards={"rule": {"weight": 1.0}})
     made = build(settings)
     scorer = made.trainer.scorer
     assert (scorer.adversary, scorer.observer, scorer.rewards, made.trainer.head_trainer) == (None, None, {}, None)
