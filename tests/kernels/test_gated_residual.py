@@ -2,7 +2,7 @@
 
 Planted bugs that turned this file red: norm of the unrounded residual; first gate on the second result, and in its
 gradient; gate of image 0 for all; gradient through the norm dropped; gradient of h itself dropped; residual gradient
-doubled without a norm.
+doubled without a norm; rows of another memory order; outs read in their own order; fp8 scales in the order of images.
 """
 
 import pytest

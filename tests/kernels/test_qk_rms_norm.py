@@ -2,7 +2,8 @@
 
 Planted bugs that turned this file red: text tokens first; q weight on k; image weight on text; mean over the padded
 head dim; weight missing in the gradient; layout of the fused gradient ignored; strides of v not looked at; gradients
-of image and text swapped.
+of image and text swapped; results stored in another memory order (the process dies); text gradients at the first rows,
+or with another stride; gradients read with the strides of the first; k in place of v.
 """
 
 import pytest
@@ -120,10 +121,11 @@ def test_fused_and_separate_layouts_give_the_same_bits(device):
 def test_memory_order_changes_no_bit_and_is_kept(backend, device):
     """Tokens first in memory, in one tensor or two, as against images first; v of one tensor stays where it is."""
     qkv, txt, weights = inputs((3, 6, 4, 2, 16), torch.float32, device)
-    text, upstream = {"txt_weights": weights[2:], "backend": backend}, torch.randn(3, 2, 10, 16, device=device)
+    text, upstream = {"txt_weights": weights[2:], "backend": backend}, torch.randn(3, 3, 2, 10, 16, device=device)
+    upstream = [*upstream[:2], upstream[2].transpose(1, 2).contiguous().transpose(1, 2)]
 
     def with_gradients(out):
-        return [*out, *torch.autograd.grad(sum((o * upstream * i).sum() for i, o in enumerate(out, 1)), (qkv, txt))]
+        return [*out, *torch.autograd.grad(out, (qkv, txt), upstream)]
 
     expected = with_gradients(qk_rms_norm(qkv, weights[:2], txt_qkv=txt, **text))
     assert all(t.transpose(1, 2).is_contiguous() for t in expected[:3])
