@@ -90,13 +90,15 @@ def _make_side_by_side(options: Make) -> int:
         for process in processes:
             process.send_signal(number)
 
-    signal.signal(signal.SIGTERM, forward)  # the children save a checkpoint and end; so does the wait below
+    before = signal.signal(signal.SIGTERM, forward)  # the children save a checkpoint and end; so does the wait below
     try:
         return max(abs(process.wait()) for process in processes)
     except KeyboardInterrupt:  # the terminal has sent it to the children as well: let them save
         for process in processes:
             process.wait()
         return _INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def report(options: Report, console: Console) -> int:

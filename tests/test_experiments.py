@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from advgrpo import experiment_runs, experiments, tiny
 from advgrpo.errors import UserError
@@ -90,7 +89,8 @@ def test_a_stopped_run_goes_on_and_gives_what_an_unstopped_one_gives(tmp_path, s
 
     def save_and_ask_to_stop(run):
         saved(run)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if run.trainer.iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(experiment_runs.Run, "save", save_and_ask_to_stop)
@@ -130,19 +130,19 @@ def test_a_failing_arm_is_reported_and_the_others_go_on(tmp_path, small, monkeyp
     assert "repair, seed 0: FAILED: it starts from flow-pickscore, seed 0, which failed" in output
     assert json.loads((tmp_path / "results" / "results.json").read_text()).keys() == {"dino"}
     assert not (tmp_path / "results" / "repair.md").exists()
-    monkeypatch.undo()
-    assert call("run", tmp_path, small, "--seeds", "0", names=["repair", "dino"]) == 0
-    assert (tmp_path / "results" / "repair.md").exists()
-    assert not list((tmp_path / "work").rglob("failure.txt"))
+    assert "missing: flow-pickscore, seed 0: reference folder nowhere" in output
 
 
 def test_a_repair_is_made_again_when_its_start_is(tmp_path, small):
     plan, hacked, repaired = Plan(tmp_path / "work", 1, small), Job("flow-pickscore", 0), Job("repair", 0)
     with pytest.raises(UserError, match="starts from flow-pickscore, seed 0, which is not finished"):
         experiment_runs.make(repaired, plan)
-    experiment_runs.make(hacked, plan)
-    experiment_runs.make(repaired, plan)
+    failure = plan.folder(hacked) / "failure.txt"
+    failure.parent.mkdir(parents=True)
+    failure.write_text("an earlier attempt's")
+    assert experiment_runs.make_all([[hacked, repaired]], plan, Console(quiet=True)) == []
     assert plan.finished(repaired) is not None
+    assert not failure.exists()
     file = plan.folder(hacked) / "summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"finished": "2100-01-01T00:00:00Z"}))
     assert plan.finished(repaired) is None
@@ -162,16 +162,13 @@ def test_settings_that_differ_are_not_taken_for_finished(tmp_path, small):
     assert plan.finished(job) is not None  # and what was there is still there
 
 
-def test_side_by_side_processes_share_the_runs(tmp_path, small):
-    places = ["--output", tmp_path / "results", "--work", tmp_path / "work", "--config", small]
-    command = [sys.executable, "-m", "advgrpo.experiments", "run", "dino", *places]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [*map(str, command), "--iterations", "1", "--seeds", "0", "1", "--jobs", "2"],
-        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("dino, seed") == 2
+def test_side_by_side_processes_share_the_runs(tmp_path, small, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+    handler = signal.getsignal(signal.SIGTERM)
+    assert call("run", tmp_path, small, "--seeds", "0", "1", "--jobs", "2", names=["dino"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
+    output = capfd.readouterr().out
+    assert output.count("[1/1] dino, seed 0") == output.count("[1/1] dino, seed 1") == 1
     assert json.loads((tmp_path / "results" / "results.json").read_text())["dino"]["seeds"] == [0, 1]
 
 
