@@ -128,6 +128,8 @@ def test_memory_order_changes_no_bit_and_is_kept(backend, device):
         return [*out, *torch.autograd.grad(out, (qkv, txt), upstream)]
 
     expected = with_gradients(qk_rms_norm(qkv, weights[:2], txt_qkv=txt, **text))
+    reference = with_gradients(qk_rms_norm(qkv, weights[:2], txt_qkv=txt, txt_weights=weights[2:], backend="torch"))
+    torch.testing.assert_close(expected, reference, rtol=1e-4, atol=1e-5)
     assert all(t.transpose(1, 2).is_contiguous() for t in expected[:3])
     token_first = [t.transpose(0, 1).contiguous() for t in (qkv, txt)]
     one = torch.cat(token_first).transpose(0, 1)
