@@ -129,6 +129,10 @@ class Features:
     def rows(self, index: Tensor) -> Features:
         return Features(self.cls[index], self.patches[index])
 
+    @classmethod
+    def cat(cls, parts: Sequence[Features]) -> Features:
+        return cls(torch.cat([p.cls for p in parts]), torch.cat([p.patches for p in parts]))
+
 
 @dataclass
 class Replay:
@@ -154,7 +158,8 @@ class Baseline:
         backbone: a frozen DINOv2, in its dtype.
         head: Linear, GELU, Linear in float32.
         texts: caption -> (text [S, E], pooled [E']) on the device, "" for the unconditional one.
-        references: caption -> features of its reference pictures, on the device.
+        references: caption -> its reference pictures [n, 3, H, W] in [0, 1], on the device. Their features are computed
+            in every iteration, as in the released loop: there is no cache of them.
     """
 
     config: Config
@@ -163,7 +168,7 @@ class Baseline:
     backbone: nn.Module
     head: nn.Sequential
     texts: Mapping[str, tuple[Tensor, Tensor]]
-    references: Mapping[str, Features]
+    references: Mapping[str, Tensor]
     device: torch.device
     latent_shape: tuple[int, int, int]
     shift: float = 3.0
@@ -374,13 +379,15 @@ class Baseline:
 
     def score(self, tiles: Sequence[Tile]) -> tuple[Features, Features, Tensor, Tensor]:
         """Features of the pictures and of one reference each, and the rewards [B] of both."""
-        parts = [self.features(tile.images) for tile in tiles]
-        generated = Features(torch.cat([p.cls for p in parts]), torch.cat([p.patches for p in parts]))
-        candidates = [self.references[caption] for tile in tiles for caption in tile.captions]
-        picks = [int(draw * len(c.cls)) for c, draw in zip(candidates, torch.rand(len(candidates)).tolist())]
-        cls, patches = (torch.stack([getattr(c, n)[i] for c, i in zip(candidates, picks)]) for n in ("cls", "patches"))
-        reference = Features(cls, patches)
+        generated = Features.cat([self.features(tile.images) for tile in tiles])
+        reference = Features.cat([self.features(self.drawn_references(tile)) for tile in tiles])
         return generated, reference, self.rewards(self.choose(generated)), self.rewards(self.choose(reference))
+
+    def drawn_references(self, tile: Tile) -> Tensor:
+        """One reference picture [M, 3, H, W] of each picture's prompt."""
+        candidates = [self.references[caption] for caption in tile.captions]
+        draws = torch.rand(len(candidates)).tolist()
+        return torch.stack([own[int(draw * len(own))] for own, draw in zip(candidates, draws)])
 
     def iteration(self, prompts: Sequence[str], window: Sequence[int]) -> dict[str, float]:
         """Rollout, rewards, head updates when the schedule says so, generator update (METHOD section 7)."""

@@ -91,7 +91,16 @@ def tiny(folder: Path, device: str, **changes: dict) -> Contenders:
         rank=config.model.lora.rank,
         alpha=config.model.lora.alpha,
     )
-    return Contenders(trainer, _baseline(trainer, stock, lambda latents: DiffusersPolicy.decode(policy, latents)))
+    own = trainer.scorer.references
+    return Contenders(
+        trainer,
+        _baseline(
+            trainer,
+            stock,
+            lambda latents: DiffusersPolicy.decode(policy, latents),
+            lambda prompt: own.load_images(own.files(prompt)),
+        ),
+    )
 
 
 def random(folder: Path, device: str, size: Size, *, precision: str = "model", **changes: dict) -> Contenders:
@@ -109,7 +118,13 @@ def random(folder: Path, device: str, size: Size, *, precision: str = "model", *
     policy = RandomPolicy(config.model, size, device=place.device, seed=config.seed, precision=precision)
     _wake(policy.lora)
     adversary = DinoAdversary(config.adversary, device=place.device, seed=config.seed)
-    references = RandomReferences(adversary.backbone.width, config.adversary.cached_patches, place.device, config.seed)
+    references = RandomReferences(
+        adversary.backbone.width,
+        config.adversary.cached_patches,
+        config.adversary.image_size,
+        place.device,
+        config.seed,
+    )
     graphs = CudaGraphs(place.device) if place.device.type == "cuda" else None
     fast = FastPaths(share_prefix=True, fused=True, fused_optimizer=True, graphs=graphs is not None, table=())
     trainer = Trainer(
@@ -125,17 +140,17 @@ def random(folder: Path, device: str, size: Size, *, precision: str = "model", *
     stock = stock_transformer(
         size.transformer, policy.stock.state_dict(), policy.lora.state_dict(), rank=lora.rank, alpha=lora.alpha
     )
-    return Contenders(trainer, _baseline(trainer, stock, policy.reference_decoder.images))
+    return Contenders(trainer, _baseline(trainer, stock, policy.reference_decoder.images, references.pictures))
 
 
-def _baseline(trainer: Trainer, stock, decode) -> Baseline:
+def _baseline(trainer: Trainer, stock, decode, references) -> Baseline:
     return baseline_of(
         trainer.config,
         transformer=stock,
         policy=trainer.policy,
         decode=decode,
         adversary=trainer.adversary,
-        references=trainer.scorer.reference_features,
+        references=references,
         prompts=trainer.prompts,
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from advgrpo.config import Config
 
-from .baseline import Baseline, Features
+from .baseline import Baseline
 from .stock_model import ADAPTER, StockConfig, StockTransformer, add_lora
 
 
@@ -58,22 +58,22 @@ def baseline_of(
     policy,
     decode: Callable[[Tensor], Tensor],
     adversary,
-    references,
+    references: Callable[[str], Tensor],
     prompts: Iterable[str],
     shift: float = 3.0,
 ) -> Baseline:
-    """B0 beside a `Policy`, a `DinoAdversary` and `ReferenceFeatures`; embeddings and features of `prompts` are copied.
+    """B0 beside a `Policy` and a `DinoAdversary`; embeddings of `prompts` are copied.
 
     Args:
         transformer: what `stock_transformer` made of the policy's weights.
         decode: latents to pictures in float32.
+        references: prompt -> its reference pictures [n, 3, H, W] in [0, 1].
     """
     prompts = list(dict.fromkeys(prompts))
     texts = {}
     for prompt in ["", *prompts]:
         encoded = policy.encode([prompt])
         texts[prompt] = (encoded.text[0], encoded.pooled[0])
-    of_prompt = {prompt: references.prompt(prompt) for prompt in prompts}
     return Baseline(
         config=config,
         transformer=transformer,
@@ -81,7 +81,7 @@ def baseline_of(
         backbone=adversary.backbone.model,
         head=head_module(adversary.head),
         texts=texts,
-        references={prompt: Features(f["cls"], f["patches"]) for prompt, f in of_prompt.items()},
+        references={prompt: references(prompt).to(policy.device) for prompt in prompts},
         device=policy.device,
         latent_shape=policy.latent_shape(),
         shift=shift,

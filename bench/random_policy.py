@@ -187,8 +187,8 @@ def save_backbone(size: Size, folder: Path, seed: int) -> None:
 class RandomReferences:
     """In place of `ReferenceFeatures`: drawn features of eight references per prompt, on the device."""
 
-    def __init__(self, width: int, patches: int, device: torch.device, seed: int) -> None:
-        self.width, self.patches, self.device, self.seed = width, patches, device, seed
+    def __init__(self, width: int, patches: int, image_size: int, device: torch.device, seed: int) -> None:
+        self.width, self.patches, self.image_size, self.device, self.seed = width, patches, image_size, device, seed
         self._features: dict[str, Features] = {}
 
     def prefetch(self, prompts: list[str]) -> None:
@@ -202,6 +202,11 @@ class RandomReferences:
             drawn = {name: torch.randn(s, generator=generator).to(self.device) for name, s in shapes.items()}
             self._features[prompt] = Features(drawn)
         return self._features[prompt]
+
+    def pictures(self, prompt: str) -> torch.Tensor:
+        """[8, 3, image_size, image_size] uniform noise, for B0, which keeps pictures instead of features."""
+        generator = rng.generator(self.seed, f"bench_pictures:{prompt}")
+        return torch.rand(8, 3, self.image_size, self.image_size, generator=generator)
 
     def pick(self, prompts: list[str], draws: torch.Tensor) -> Features:
         rows = (draws * 8).long().tolist()

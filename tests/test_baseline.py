@@ -29,12 +29,8 @@ ROW = torch.tensor([0, 0, 1, 1])
 CPU = torch.device("cpu")
 
 
-class References:
-    def __init__(self, width: int, patches: int):
-        self.features = {p: {"cls": torch.randn(3, width), "patches": torch.randn(3, patches, width)} for p in PROMPTS}
-
-    def prompt(self, prompt: str):
-        return self.features[prompt]
+def references(prompt: str) -> torch.Tensor:
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(PROMPTS.index(prompt)))
 
 
 def both(settings):
@@ -59,7 +55,7 @@ def both(settings):
         policy=policy,
         decode=policy.decode,
         adversary=adversary,
-        references=References(adversary.backbone.width, adversary.backbone.num_patches),
+        references=references,
         prompts=PROMPTS,
     )
     return policy, adversary, theirs

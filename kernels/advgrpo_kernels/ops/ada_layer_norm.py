@@ -157,6 +157,7 @@ def ada_layer_norm_ref(
     results = []
     for shift_, scale_ in ((shift, scale), (shift2, scale2)):
         if shift_ is not None:
-            y = normed * (1.0 + scale_.to(compute_dtype).unsqueeze(1)) + shift_.to(compute_dtype).unsqueeze(1)
+            shift_, scale_ = (t.to(compute_dtype).unsqueeze(1) for t in (shift_, scale_))
+            y = torch.addcmul(shift_, normed, 1.0 + scale_)
             results.append(fp8_quantize_ref(y.detach()) if quantize else y.to(x.dtype))
     return tuple(results) if len(results) > 1 else results[0]

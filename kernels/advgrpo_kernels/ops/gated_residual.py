@@ -182,9 +182,9 @@ def gated_residual_ref(
     compute_dtype: torch.dtype = torch.float32,
 ):
     """Plain PyTorch, differentiable in every input."""
-    hidden = residual.to(compute_dtype) + gate.to(compute_dtype).unsqueeze(1) * out.to(compute_dtype)
+    hidden = torch.addcmul(residual.to(compute_dtype), gate.to(compute_dtype).unsqueeze(1), out.to(compute_dtype))
     if out2 is not None:
-        hidden = hidden + gate2.to(compute_dtype).unsqueeze(1) * out2.to(compute_dtype)
+        hidden = torch.addcmul(hidden, gate2.to(compute_dtype).unsqueeze(1), out2.to(compute_dtype))
     hidden = hidden.to(residual.dtype)
     if shift is None:
         return hidden
