@@ -105,4 +105,6 @@ class SD3Policy(DiffusersPolicy):
 
     def _build_decoder(self, dtype: torch.dtype, **options) -> Decoder:
         config = DecoderConfig.from_mapping(self.vae.config)
-        return Decoder.from_state_dict(config, self.vae.state_dict(), dtype=dtype, device=self.device, **options)
+        at_once = max(1, 8 * (512 // self.model.resolution) ** 2)  # as many pixels as eight 512-pixel pictures
+        options |= {"dtype": dtype, "device": self.device, "micro_batch": at_once}
+        return Decoder.from_state_dict(config, self.vae.state_dict(), **options)
