@@ -192,7 +192,7 @@ class FusedTransformer:
         self._small = {name: t for name, t in tensors.items() if not name.startswith("transformer_blocks.")}
         self.dtype, self.device = tensors["proj_out.weight"].dtype, tensors["proj_out.weight"].device
         # Normalised q and k are a quarter of what a training step saves; on a CPU recomputing them only costs time.
-        self.recompute_qk = self.device.type != "cpu" and not checkpointing
+        self.recompute_qk = self.device.type != "cpu"
         self.attention_name, self._attend = choose_attention(attention, self.device, self.dtype)
         self.blocks = self._read_blocks(reader)
         self._modulation = self._read_modulation(reader)
@@ -473,7 +473,8 @@ class _Forward:
         """[Tq, R, D] from the products of image and text, one tensor or two; only the first `queries` attend."""
         inputs = partial(self._attention_inputs, qkv, norms, txt_norms, tokens)
         q, k, v = inputs()
-        recompute = norms is not None and torch.is_grad_enabled() and self.model.recompute_qk
+        recompute = self.model.recompute_qk and not self.model.checkpointing  # which recomputes the whole block
+        recompute = recompute and norms is not None and torch.is_grad_enabled()
         with Recomputed((q, k), lambda: inputs()[:2]) if recompute else nullcontext():
             return _swapped(self.model._attend(q if queries is None else q[:, :, :queries], k, v))
 
