@@ -25,6 +25,7 @@ tiny-assets: $(VENV)/.train
 	  --output advgrpo/tiny/assets/backbone
 	$(BIN)/python -m advgrpo.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
 	  --init advgrpo/tiny/assets/backbone --steps 3000 --seed 1 --output advgrpo/tiny/assets/backbone
+	$(BIN)/python -m advgrpo.tiny.build_preference --output advgrpo/tiny/assets/preference
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """The sampler's steps as captured graphs, on the emulated backend: same bits, live weights, no re-capture.
 
-Bugs planted in a copy, each seen red: PLANTED
+Bugs planted in a copy, each seen red: results of a replay kept without a copy; one step's coefficients for all; prompts
+not expanded after the branch; shapes left out of the key.
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
 """Rewards in the trainer: composition by known answers, and runs with fixed, mixed and foreign learned rewards.
 
-Bugs planted in a copy, each seen red: PLANTED
+Bugs planted in a copy, each seen red: the gate gives the mean instead of the lowest; groups normalised over the whole
+iteration; the reference budget counts prompts; shared references computed once per prompt; out of memory passed on as
+it is; components not logged.
 """
 
 import json
