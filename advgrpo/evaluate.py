@@ -23,13 +23,13 @@ from rich.table import Column, Table
 from safetensors import SafetensorError, safe_open
 
 from . import config as configuration
-from .config import Config
+from .config import NEED_REFERENCES, Config
 from .data.prompts import load_prompts
 from .data.references import ReferenceSet
 from .distributed import Distributed
 from .errors import UserError
 from .plots import draw_grid
-from .rewards import NEED_REFERENCES, build_reward, reward_class
+from .rewards import build_reward, reward_class
 from .statistics import Comparison, Interval, bootstrap_mean, paired_bootstrap
 from .train import quiet_libraries
 

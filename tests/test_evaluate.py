@@ -212,3 +212,4 @@ def test_every_registered_reward_exists():
     with pytest.raises(UserError, match=r"unknown reward 'zzz'; known: aesthetic, clip"):
         reward_class("zzz")
     assert build_reward("rule", device="cpu", dtype=torch.float32, strict=True).strict
+    assert build_reward("remote", url="http://127.0.0.1:1/", name="geneval").name == "geneval"  # an option called name

@@ -31,7 +31,6 @@ REWARDS = {
     "remote": ("remote", "RemoteReward"),
     "rule": ("rule", "RuleReward"),
 }
-NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
 
 
 def adversary_class(kind: str) -> type:
@@ -50,7 +49,7 @@ def reward_class(name: str) -> type:
 
 
 def build_reward(
-    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **options: Any
+    name: str, /, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **options: Any
 ) -> Reward:
     """The reward `name` with its keyword options; `device` and `dtype` go to rewards that run a model.
 
