@@ -41,7 +41,7 @@ class Report:
     """Folder of the runs."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every arm is trained once with each; intervals are over them."""
-    iterations: int = 60
+    iterations: int = 120
     """Iterations of every run."""
     config: Path | None = None
     """YAML laid over every arm: other models, data or sizes."""
