@@ -16,7 +16,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Rebuild what advgrpo/tiny/assets ships; about an hour on two CPU cores.
+# Rebuild what advgrpo/tiny/assets ships; about an hour and a half of two CPU cores.
 tiny-assets: $(VENV)/.train
 	$(BIN)/python -m advgrpo.tiny.build_references --output advgrpo/tiny/assets
 	$(BIN)/python -m advgrpo.tiny.build_styles --output advgrpo/tiny/assets/styles
@@ -25,6 +25,8 @@ tiny-assets: $(VENV)/.train
 	  --output advgrpo/tiny/assets/backbone
 	$(BIN)/python -m advgrpo.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
 	  --init advgrpo/tiny/assets/backbone --steps 3000 --seed 1 --output advgrpo/tiny/assets/backbone
+	$(BIN)/python -m advgrpo.tiny.words --size 32 --per-prompt 4 --output advgrpo/tiny/assets/words
+	$(BIN)/python -m advgrpo.tiny.build_words --output advgrpo/tiny/assets/words/pipeline
 	$(BIN)/python -m advgrpo.tiny.build_preference --output advgrpo/tiny/assets/preference
 
 $(VENV)/.pip:

@@ -31,6 +31,7 @@ from .errors import UserError
 from .plots import draw_grid
 from .rewards import build_reward, reward_class
 from .statistics import Comparison, Interval, bootstrap_mean, paired_bootstrap
+from .tiny import WORLDS
 from .train import quiet_libraries
 
 if TYPE_CHECKING:  # diffusers and transformers are loaded once the flags are right and their notices silenced
@@ -46,6 +47,7 @@ _TINY_METRICS: dict[str, dict[str, Any]] = {
     "clip": {"path": "tiny"},
     "clip_similarity": {"path": "tiny"},
     "clip_reference_similarity": {"path": "tiny"},
+    "ocr": {"detection_size": 192},
 }
 
 
@@ -62,24 +64,24 @@ class Evaluate:
     against: str = ""
     """Second model, drawn from the same noise: "base", or another LoRA folder."""
     model: str = "tiny"
-    """Diffusers pipeline of SD3, SD1.5 or SDXL: folder, hub id, or "tiny"."""
+    """Diffusers pipeline of SD3, SD1.5 or SDXL: folder, hub id, "tiny" or "tiny:words"."""
     prompts: str = ""
-    """Prompt file; empty or "tiny" means the shipped held-out prompts with the model "tiny"."""
+    """Prompt file; empty, with a tiny model, means its held-out prompts."""
     references: str = ""
     """Folder with references.json for metrics that compare with references; "tiny" for the shipped ones."""
     metric_options_file: Path | None = None
     """YAML {metric: {option: value}}; single options are flags, --metric-options.METRIC.OPTION VALUE."""
     images_per_prompt: int = 4
     num_steps: int = 0
-    """Sampler steps; 0 means 10 for "tiny", 40 otherwise."""
+    """Sampler steps; 0 means 10 for a tiny model, 40 otherwise."""
     guidance_scale: float = 0.0
-    """Classifier-free guidance; 0 means 1 for "tiny" (what its preset trains with), 4.5 otherwise."""
+    """Classifier-free guidance; 0 means 1 for a tiny model (what its preset trains with), 4.5 otherwise."""
     resolution: int = 0
-    """Pixels; 0 means 32 for "tiny", 512 otherwise."""
+    """Pixels; 0 means 32 for a tiny model, 512 otherwise."""
     max_sequence_length: int = 0
-    """T5 tokens; 0 means 12 for "tiny", 128 otherwise."""
+    """T5 tokens; 0 means what a tiny model was trained with, 128 otherwise."""
     batch_size: int = 0
-    """Pictures drawn at once; 0 means 32 for "tiny", 8 otherwise."""
+    """Pictures drawn at once; 0 means 32 for a tiny model, 8 otherwise."""
     seed: int = 42
     """Keys the noise and the resampling; a run's own evaluation uses its seed."""
     confidence: float = 0.95
@@ -136,7 +138,7 @@ def metric_options(options: Evaluate, flags: Options) -> Options:
     for metric in [*file, *flags]:
         if metric not in options.names:
             raise UserError(f"options are given for the metric {metric!r}, which --metrics {options.metrics} lacks")
-    defaults = _TINY_METRICS if options.model == "tiny" else {}
+    defaults = _TINY_METRICS if options.model in WORLDS else {}
     return {name: {**defaults.get(name, {}), **file.get(name, {}), **flags.get(name, {})} for name in options.names}
 
 
@@ -157,24 +159,23 @@ def check(options: Evaluate) -> None:
         raise UserError(f"--images-per-prompt {options.images_per_prompt}: want 1 to {_MOST_IMAGES}")
     if not 0 < options.confidence < 1 or options.resamples < 100:
         raise UserError("--confidence must lie between 0 and 1, --resamples be at least 100")
-    if not options.prompts and options.model != "tiny":
+    if not options.prompts and options.model not in WORLDS:
         raise UserError("--prompts is empty: pass a prompt file")
-    if any(name in NEED_REFERENCES for name in options.names) and not (options.references or options.model == "tiny"):
+    compares = any(name in NEED_REFERENCES for name in options.names)
+    if compares and not options.references and options.model not in WORLDS:
         raise UserError(f"--references is empty, but {' or '.join(NEED_REFERENCES)} compares with references")
 
 
 def read_data(options: Evaluate) -> tuple[list[str], ReferenceSet | None]:
     """Prompts and, where a metric or the flags want them, their references."""
-    from . import tiny
-
-    file = tiny.held_out_prompts_file() if options.prompts in ("", "tiny") else options.prompts
-    prompts = [p.text for p in load_prompts(file)]
+    named = options.prompts or options.model  # `check` has refused empty prompts of other models
+    prompts = [p.text for p in load_prompts(WORLDS[named].held_out_prompts if named in WORLDS else named)]
     folder = options.references
     if not folder and any(name in NEED_REFERENCES for name in options.names):
-        folder = "tiny"
+        folder = options.model
     if not folder:
         return prompts, None
-    return prompts, ReferenceSet.load(tiny.reference_dir() if folder == "tiny" else folder, prompts)
+    return prompts, ReferenceSet.load(WORLDS[folder].references if folder in WORLDS else folder, prompts)
 
 
 def build_metrics(options: Options, device: torch.device, prompts: list[str]) -> dict[str, Reward]:
@@ -192,12 +193,12 @@ def build_metrics(options: Options, device: torch.device, prompts: list[str]) ->
 
 def settings_of(options: Evaluate, lora: str, device: torch.device) -> Config:
     """The configuration that `Evaluator` and the policy read, for the base model or one LoRA."""
-    tiny = options.model == "tiny"
+    world = WORLDS.get(options.model)
     model = {
         "path": options.model,
-        "resolution": options.resolution or (32 if tiny else 512),
-        "max_sequence_length": options.max_sequence_length or (12 if tiny else 128),
-        "dtype": "bfloat16" if device.type == "cuda" and not tiny else "float32",
+        "resolution": options.resolution or (32 if world else 512),
+        "max_sequence_length": options.max_sequence_length or (world.max_sequence_length if world else 128),
+        "dtype": "bfloat16" if device.type == "cuda" and not world else "float32",
     }
     if lora:
         from .policy.pipelines import pipeline_folder
@@ -205,11 +206,11 @@ def settings_of(options: Evaluate, lora: str, device: torch.device) -> Config:
         section = lora_section(Path(lora).expanduser(), pipeline_folder(options.model, field="--model"))
         model["lora"] = section.model_dump()
     evaluation = {
-        "num_steps": options.num_steps or (10 if tiny else 40),
-        "guidance_scale": options.guidance_scale or (1.0 if tiny else 4.5),
+        "num_steps": options.num_steps or (10 if world else 40),
+        "guidance_scale": options.guidance_scale or (1.0 if world else 4.5),
         "grid_prompts": options.grid_prompts,
     }
-    micro_batch = options.batch_size or (32 if tiny else 8)
+    micro_batch = options.batch_size or (32 if world else 8)
     settings = {"seed": options.seed, "model": model, "evaluation": evaluation, "rollout": {"micro_batch": micro_batch}}
     return configuration.build(settings, "command line")
 

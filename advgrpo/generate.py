@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from .errors import UserError
+from .tiny import WORLDS
 
 
 @dataclass
@@ -28,20 +29,20 @@ class Generate:
     base: bool = False
     """Draw the base model's pictures beside the LoRA's, from the same noise."""
     model: str = "tiny"
-    """Diffusers pipeline of SD3, SD1.5 or SDXL: folder, hub id, or "tiny"."""
+    """Diffusers pipeline of SD3, SD1.5 or SDXL: folder, hub id, "tiny" or "tiny:words"."""
     output: Path = Path("grid.png")
     """PNG to write."""
     seed: int = 0
     """Picture k of a prompt uses seed + k."""
     images_per_prompt: int = 4
     num_steps: int = 0
-    """Sampler steps; 0 means 10 for "tiny", 40 otherwise."""
+    """Sampler steps; 0 means 10 for a tiny model, 40 otherwise."""
     guidance_scale: float = 0.0
-    """Classifier-free guidance; 0 means 1 for "tiny" (what its preset trains with), 4.5 otherwise."""
+    """Classifier-free guidance; 0 means 1 for a tiny model (what its preset trains with), 4.5 otherwise."""
     resolution: int = 0
-    """Pixels; 0 means 32 for "tiny", 512 otherwise."""
+    """Pixels; 0 means 32 for a tiny model, 512 otherwise."""
     max_sequence_length: int = 0
-    """T5 tokens; 0 means 12 for "tiny", 128 otherwise."""
+    """T5 tokens; 0 means what a tiny model was trained with, 128 otherwise."""
     device: str = "auto"
 
 
@@ -60,16 +61,16 @@ def check(options: Generate) -> None:
 @torch.no_grad()
 def draw(pipe, options: Generate, prompt: str) -> torch.Tensor:
     """[n, 3, H, W] in [0, 1] by the stock pipeline."""
-    tiny = options.model == "tiny"
-    side = options.resolution or (32 if tiny else 512)
+    world = WORLDS.get(options.model)
+    side = options.resolution or (32 if world else 512)
     text = {}
     if "max_sequence_length" in inspect.signature(pipe.__call__).parameters:  # pipelines with a T5
-        text["max_sequence_length"] = options.max_sequence_length or (12 if tiny else 128)
+        text["max_sequence_length"] = options.max_sequence_length or (world.max_sequence_length if world else 128)
     images = pipe(
         prompt,
         num_images_per_prompt=options.images_per_prompt,
-        num_inference_steps=options.num_steps or (10 if tiny else 40),
-        guidance_scale=options.guidance_scale or (1.0 if tiny else 4.5),
+        num_inference_steps=options.num_steps or (10 if world else 40),
+        guidance_scale=options.guidance_scale or (1.0 if world else 4.5),
         **text,
         height=side,
         width=side,
@@ -88,7 +89,7 @@ def generate(options: Generate) -> None:
 
     check(options)
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device == "cuda" and options.model != "tiny" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" and options.model not in WORLDS else torch.float32
     folder = pipeline_folder(options.model, field="--model")
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
     if not isinstance(pipe, StableDiffusion3Pipeline):  # SD1.5 and SDXL, with the sampler that they are trained with

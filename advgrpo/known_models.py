@@ -17,6 +17,7 @@ import torch
 from .config import LoraSection
 from .errors import UserError
 from .policy.decoder import SD3_DECODER, Decoder, DecoderConfig
+from .tiny import WORLDS, backbone_dir
 
 _MMDIT: dict[str, Any] = {
     "sample_size": 128,
@@ -110,11 +111,7 @@ def known_pipeline(path: str) -> Pipeline:
     """
     if path in TRANSFORMERS:
         return Pipeline(TRANSFORMERS[path], SD3_DECODER, TEXT_ENCODERS)
-    folder = Path(path).expanduser()
-    if path == "tiny":
-        from .tiny import pipeline_dir
-
-        folder = pipeline_dir()
+    folder = WORLDS[path].pipeline if path in WORLDS else Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(
             f"model.path = {path!r} is not known without a network; pass a downloaded pipeline's folder, tiny, or one "
@@ -132,11 +129,7 @@ def known_backbone(path: str) -> dict[str, Any]:
     """config.json of a DINOv2 by hub id in `BACKBONES`, "tiny" or local folder; UserError otherwise."""
     if path in BACKBONES:
         return BACKBONES[path]
-    folder = Path(path).expanduser()
-    if path == "tiny":
-        from .tiny import backbone_dir
-
-        folder = backbone_dir()
+    folder = backbone_dir() if path == "tiny" else Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(
             f"adversary.backbone = {path!r} is not known without a network; pass a downloaded folder, tiny, or one of "

@@ -32,7 +32,7 @@ class Generate:
     out: Path
     """Folder to write; a second run with other prompts adds to it."""
     model: str = "Qwen/Qwen-Image"
-    """Diffusers text-to-image pipeline: folder, hub id, or "tiny"."""
+    """Diffusers text-to-image pipeline: folder, hub id, "tiny" or "tiny:words"."""
     per_prompt: int = 8
     """Pictures per prompt."""
     seed: int = 0

@@ -8,12 +8,13 @@ import pytest
 
 from advgrpo import config
 from advgrpo.errors import UserError
+from advgrpo.tiny import WORLDS
 
 
 def with_data(name: str, tmp_path):
     """The preset with whatever its first lines ask for."""
     settings = config.load(name)
-    if settings.data.prompts != "tiny":
+    if settings.data.prompts not in WORLDS:
         settings.data.prompts, settings.data.held_out_prompts = "prompts.txt", "held_out.txt"
         needed = config.needs_references(settings)
         settings.data.style = "pictures" if needed and name.endswith("style") else ""
@@ -26,7 +27,7 @@ def with_data(name: str, tmp_path):
 @pytest.mark.parametrize("name", config.preset_names())
 def test_every_preset_passes_all_checks_with_data_alone(name, tmp_path):
     settings = with_data(name, tmp_path)
-    for world_size in (1,) if settings.model.path == "tiny" else (1, 2, 8):
+    for world_size in (1,) if settings.model.path in WORLDS else (1, 2, 8):
         config.check(settings, world_size)
     assert settings.output_dir == f"runs/{name}"
     assert config.read_yaml(preset_file(name)).get("preset", "") in ["", *config.preset_names()]

@@ -6,11 +6,13 @@ letters without pieces of their own, new letters that renumber the old pieces, a
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 
-from advgrpo import tiny
+from advgrpo import tiny, train
 from advgrpo.data.prompts import load_prompts
 from advgrpo.data.references import ReferenceSet
 from advgrpo.rewards.ocr import OcrReward, target_text
@@ -64,6 +66,51 @@ def test_written_set_loads_as_prompts_and_references(tmp_path):
     assert len(json.loads((tmp_path / "references/references.json").read_text())) == 6
     words.main(command)
     assert before == {file: file.read_bytes() for file in (tmp_path / "references").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tiny.World:
+    return tiny.WORLDS["tiny:words"]
+
+
+def test_the_shipped_set_is_what_the_command_writes(shipped, tmp_path):
+    words.main(["--output", str(tmp_path), "--size", "32", "--per-prompt", "4"])
+    assert shipped.prompts.read_bytes() == (tmp_path / "prompts.txt").read_bytes()
+    assert shipped.held_out_prompts.read_bytes() == (tmp_path / "held_out_prompts.txt").read_bytes()
+    files = sorted(path.name for path in shipped.references.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "references").iterdir())
+    for name in files[::100]:
+        with Image.open(shipped.references / name) as kept, Image.open(tmp_path / "references" / name) as drawn:
+            assert abs(np.asarray(kept, dtype=int) - np.asarray(drawn, dtype=int)).max() <= 2  # fonts move by versions
+
+
+def test_the_shipped_pipeline_draws_words_that_are_read(shipped, reward):
+    """Above half of the letters without guidance, and more with it: what a text-rendering reward starts from."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(shipped.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [p.text for p in load_prompts(shipped.held_out_prompts)][:16]
+    settings = {"num_inference_steps": 10, "height": 32, "width": 32, "output_type": "pt"}
+    settings["max_sequence_length"] = shipped.max_sequence_length
+    means = []
+    for guidance in (1.0, 2.0):
+        noise = [torch.Generator().manual_seed(k) for k in range(16)]
+        images = pipe(prompts, guidance_scale=guidance, generator=noise, **settings).images
+        means.append(reward.score(images, prompts, None).mean().item())
+    assert means[0] >= 0.5
+    assert means[1] >= 0.7
+
+
+def test_the_ocr_preset_trains_and_scores_words(tmp_path):
+    """Two iterations of the job, words' references and all; its metrics hold both rewards."""
+    flags = ["--preset", "tiny-adv-ocr", "--iterations", "2", "--output-dir", str(tmp_path / "run")]
+    flags += ["--rollout.prompts-per-iteration", "4", "--rollout.micro-batch", "8", "--data.cache-dir", str(tmp_path)]
+    flags += ["--data.held-out-prompts", "", "--output.no-tensorboard"]
+    assert train.main(flags) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert 0.2 < row["reward_ocr"] <= 1
+        mixed = 0.5 * row["reward_ocr"] + 0.5 * row["reward_dino_similarity"]
+        assert row["reward_generated"] == pytest.approx(mixed, abs=1e-6)
 
 
 def test_builder_runs_end_to_end(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ class ModelSection(_Section):
     """The generator being trained."""
 
     path: str = "stabilityai/stable-diffusion-3.5-medium"
-    """Diffusers pipeline: folder, hub id, or "tiny" for the shipped one."""
+    """Diffusers pipeline: folder, hub id, or "tiny" for the shipped one ("tiny:words" for the one that draws words)."""
     resolution: Positive = 512
     """Height and width of the pictures in pixels."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -85,12 +85,13 @@ class DataSection(_Section):
     """Prompts and reference pictures."""
 
     prompts: str = ""
-    """Training prompts: one per line, or JSONL with a "prompt" key; "tiny" for the shipped ones."""
+    """Training prompts: one per line, or JSONL with a "prompt" key; "tiny" or "tiny:words" for the shipped."""
     held_out_prompts: str = ""
-    """Prompts for evaluation only; empty switches evaluation off. "tiny" for the shipped ones, which settings were
-    chosen on, "tiny:report" for others kept for reported results."""
+    """Prompts for evaluation only; empty switches evaluation off. "tiny" and "tiny:words" for the shipped
+    ones, which settings were chosen on, "tiny:report" for others kept for reported results."""
     references: str = ""
-    """Folder with references.json: {prompt: [picture files]}; must cover both prompt lists; "tiny" for the shipped."""
+    """Folder with references.json: {prompt: [picture files]}; must cover both prompt lists; "tiny" or "tiny:words" for
+    the shipped."""
     style: str = ""
     """Folder of pictures without prompts that are the references of every prompt (style transfer), instead; for the
     tiny world "tiny:outline", "tiny:pastel" or "tiny:hatched"."""

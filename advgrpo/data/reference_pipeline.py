@@ -16,8 +16,9 @@ import torch
 from advgrpo.data.reference_builder import Recipe
 from advgrpo.errors import UserError
 from advgrpo.policy.text_cache import folder_fingerprint
+from advgrpo.tiny import WORLDS
 
-_TINY = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": 32, "width": 32, "max_sequence_length": 12}
+_TINY = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": 32, "width": 32}
 # Without a negative prompt QwenImagePipeline ignores its true_cfg_scale and draws unguided.
 _QWEN = {"negative_prompt": " "}
 _OURS = {"prompt", "num_images_per_prompt", "generator", "output_type", "return_dict"}
@@ -55,7 +56,7 @@ def open_pipeline(settings: DrawSettings, device: str) -> tuple[Recipe, Callable
     from diffusers import DiffusionPipeline  # seconds; not before the options are known to be right
 
     folder = _model_folder(settings.model)
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" and settings.model != "tiny" else torch.float32
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" and settings.model not in WORLDS else torch.float32
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
     except (OSError, ValueError, ImportError, AttributeError) as error:
@@ -75,10 +76,8 @@ def open_pipeline(settings: DrawSettings, device: str) -> tuple[Recipe, Callable
 
 
 def _model_folder(model: str) -> Path:
-    if model == "tiny":
-        from advgrpo.tiny import pipeline_dir
-
-        folder = pipeline_dir()
+    if model in WORLDS:
+        folder = WORLDS[model].pipeline
     elif Path(model).expanduser().is_dir():
         folder = Path(model).expanduser()
     else:
@@ -106,7 +105,9 @@ def call_arguments(pipe: Any, settings: DrawSettings) -> dict[str, Any]:
     needed = [name for name, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if not {"prompt", "generator", "num_images_per_prompt", "output_type"} <= set(known) or set(needed) - {"prompt"}:
         raise UserError(f"--model {settings.model}: {kind} is no text-to-image pipeline")
-    arguments = dict(_TINY) if settings.model == "tiny" else dict(_QWEN) if kind.startswith("QwenImage") else {}
+    arguments = dict(_QWEN) if kind.startswith("QwenImage") else {}
+    if settings.model in WORLDS:
+        arguments = {**_TINY, "max_sequence_length": WORLDS[settings.model].max_sequence_length}
     guidance = "true_cfg_scale" if kind.startswith("QwenImage") else "guidance_scale"
     chosen = {
         "num_inference_steps": settings.num_steps or None,

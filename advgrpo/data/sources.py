@@ -21,12 +21,12 @@ def shipped_paths(config: Config) -> dict[str, str]:
     from .. import tiny
 
     shipped = {
-        "prompts": {"tiny": tiny.prompts_file},
-        "held_out_prompts": {"tiny": tiny.held_out_prompts_file, "tiny:report": tiny.report_prompts_file},
-        "references": {"tiny": tiny.reference_dir},
+        field: {name: getattr(world, field) for name, world in tiny.WORLDS.items()}
+        for field in ("prompts", "held_out_prompts", "references")
     }
-    given = {name: getattr(config.data, name) for name in shipped}
-    return {name: str(shipped[name][value]()) if value in shipped[name] else value for name, value in given.items()}
+    shipped["held_out_prompts"]["tiny:report"] = tiny.report_prompts_file()
+    given = {field: getattr(config.data, field) for field in shipped}
+    return {field: str(shipped[field].get(value, value)) for field, value in given.items()}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Which diffusers pipelines can be trained, and where one lies: a folder, a hub id, or "tiny"."""
+"""Which diffusers pipelines can be trained, and where one lies: a folder, a hub id, or a shipped one's name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import UserError
+from ..tiny import WORLDS
 
 # Pipeline class -> what its network predicts: the velocity of a rectified flow, or the noise ε of a diffusion.
 PREDICTIONS = {
@@ -52,10 +53,8 @@ def pipeline_class(path: str, field: str = "model.path") -> str:
 
 
 def _local_folder(path: str) -> Path | None:
-    if path == "tiny":
-        from ..tiny import pipeline_dir
-
-        return Path(pipeline_dir())
+    if path in WORLDS:
+        return WORLDS[path].pipeline
     folder = Path(path).expanduser()
     return folder if folder.is_dir() else None
 

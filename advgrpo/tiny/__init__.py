@@ -1,4 +1,6 @@
-"""The embedded default: a tiny SD3 pipeline, a tiny DINOv2, and references, shipped with the package.
+"""The embedded worlds: tiny SD3 pipelines, a tiny DINOv2 and references, shipped with the package.
+
+"tiny" draws shapes and is the default everywhere; "tiny:words" draws short words, for text rendering (`words.py`).
 
 The paths work in stock diffusers and transformers:
 
@@ -9,6 +11,7 @@ The paths work in stock diffusers and transformers:
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
@@ -16,9 +19,29 @@ from ..errors import UserError
 _ASSETS = Path(__file__).parent / "assets"
 
 
+@dataclass(frozen=True)
+class World:
+    """A shipped SD3 pipeline of 32-pixel pictures, its prompts and their references."""
+
+    pipeline: Path
+    prompts: Path
+    held_out_prompts: Path
+    references: Path
+    max_sequence_length: int  # tokens of its T5
+
+    @classmethod
+    def of(cls, folder: Path, max_sequence_length: int) -> World:
+        lists = (folder / "prompts.txt", folder / "held_out_prompts.txt")
+        return cls(folder / "pipeline", *lists, folder / "references", max_sequence_length)
+
+
+# by the name that stands for them in model.path, data.prompts, data.held_out_prompts and data.references
+WORLDS = {"tiny": World.of(_ASSETS, 12), "tiny:words": World.of(_ASSETS / "words", 16)}
+
+
 def pipeline_dir() -> Path:
     """Folder of the tiny SD3 pipeline in diffusers format."""
-    return _ASSETS / "pipeline"
+    return WORLDS["tiny"].pipeline
 
 
 def backbone_dir() -> Path:
@@ -33,7 +56,7 @@ def preference_dir() -> Path:
 
 def reference_dir() -> Path:
     """Folder of crisp reference pictures with references.json: {prompt: [files]} for all prompt lists."""
-    return _ASSETS / "references"
+    return WORLDS["tiny"].references
 
 
 def style_names() -> list[str]:
@@ -53,12 +76,12 @@ def style_dir(name: str) -> Path:
 
 def prompts_file() -> Path:
     """Training prompts, one per line."""
-    return _ASSETS / "prompts.txt"
+    return WORLDS["tiny"].prompts
 
 
 def held_out_prompts_file() -> Path:
     """Evaluation prompts, one per line: combinations that are not among the training prompts."""
-    return _ASSETS / "held_out_prompts.txt"
+    return WORLDS["tiny"].held_out_prompts
 
 
 def report_prompts_file() -> Path:

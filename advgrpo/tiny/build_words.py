@@ -1,11 +1,11 @@
 """Teach the tiny SD3 pipeline to draw words: fine-tune its VAE, then transformer and text encoders, on word pictures.
 
-    python -m advgrpo.tiny.build_words --output words/pipeline
+    python -m advgrpo.tiny.build_words --output advgrpo/tiny/assets/words/pipeline
 
-About 20 minutes of one CPU core, by the pace of its first 400 flow steps: it has not been run to its end yet (what a
-forerunner reached is in `words.py`). Captions read `the word "CAT" in red on a white background`, which the shipped T5
-tokenizer cannot spell; it gets capital letters and "word" as pieces, at the end, so that all others keep their numbers.
-Call the result with max_sequence_length=16. The CLIPs see the first 13 tokens, without the background.
+About 17 minutes of one CPU core; what it reaches is in `words.py`. Captions read `the word "CAT" in red on a white
+background`, which the T5 tokenizer of "tiny" cannot spell; it gets capital letters and "word" as pieces, at the end, so
+that all others keep their numbers. Call the result with max_sequence_length=16. The CLIPs see the first 13 tokens,
+without the background.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write (diffusers format)")
     parser.add_argument("--init", type=Path, default=pipeline_dir(), help="pipeline folder to start from")
     parser.add_argument("--vae-steps", type=int, default=400)
-    parser.add_argument("--flow-steps", type=int, default=1900)
+    parser.add_argument("--flow-steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
