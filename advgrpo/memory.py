@@ -66,7 +66,7 @@ class MemoryPlan:
     components: tuple[Component, ...]
     configured_gb: float  # peak with the settings as they are, text encoders on the GPU
     remedies: tuple[str, ...]
-    uncounted: tuple[str, ...]  # settings whose models the estimate leaves out
+    uncounted: tuple[str, ...]  # settings and models that the estimate leaves out
 
     def phase_gb(self, phase: str) -> float:
         held = sum(c.bytes for c in self.components if phase in c.phases)
@@ -124,10 +124,12 @@ class _Estimate:
     def __init__(self, config: Config, processes: int):
         self.config, self.processes = config, processes
         self.pipeline = known_models.known_pipeline(config.model.path)
-        self.dino = config.adversary.kind == "dino"
-        other = [] if self.dino or config.adversary.kind == "none" else [f"adversary.kind = {config.adversary.kind}"]
-        fixed = [f"rewards.{name}" for name in config.rewards.fixed()]
-        self.uncounted = (*other, *fixed)
+        supervised = config.update.objective == "sft"  # loads neither adversary nor rewards
+        learned = config.adversary.kind if config.learns_adversary else "none"
+        self.dino = learned == "dino"
+        other = [] if learned in ("dino", "none") else [f"adversary.kind = {learned}"]
+        fixed = [] if supervised else [f"rewards.{name}" for name in config.rewards.fixed()]
+        self.uncounted = (*other, *fixed, *(["the VAE's encoder"] if supervised else []))
         self.lora = config.model.train == "lora"
         self.fused = config.fast and self.lora
         self.element = 2 if config.model.dtype == "bfloat16" else 4
@@ -299,7 +301,7 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         yield setting("model.base_precision", "model")
     if not config.fast and model.train == "lora":
         yield "fast = true", lambda c: setattr(c, "fast", True)
-    dino = adversary.kind == "dino"
+    dino = adversary.kind == "dino" and config.learns_adversary
     if dino and adversary.cached_patches > adversary.num_patches:
         yield setting("adversary.cached_patches", adversary.num_patches)
     images = rollout.micro_batch * processes * config.update.optimizer_windows  # the iteration's must be a multiple

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from . import config as configuration
 from .errors import UserError
-from .train import parse
+from .train import parse, quiet_libraries
 
 _SIZES = "24,40,80,141"
 
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         config, _ = parse(flags)
         from .memory import plan, table  # imports torch only once the flags are right
 
+        quiet_libraries()
         plans = [plan(config, size, processes=chosen.processes) for size in sizes]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -272,6 +272,14 @@ def test_models_that_are_not_counted_are_named(paper):
     assert "cached_patches" not in advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
 
 
+def test_supervised_fine_tuning_loads_no_adversary(paper):
+    paper.update.objective = "sft"
+    chosen = plan(paper, 80)
+    assert chosen.uncounted == ("the VAE's encoder",)
+    assert not any("DINO" in c.name for c in chosen.components)
+    assert "dinov2" not in advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
+
+
 def test_math_attention_keeps_its_matrix():
     shape = TransformerShape("fused", 64, 2, 3, frozenset({1}), False, 16, 4, 2, 4, 0, math_attention=False)
     matrices = (3 * 20**2 + 16**2) * 2 * 4
