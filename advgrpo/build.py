@@ -71,14 +71,18 @@ def build_adversary(config: Config, device: torch.device) -> Adversary | None:
     )
 
 
-def build_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
+def build_rewards(config: Config, sources: Sources, device: torch.device) -> dict[str, Reward]:
     """The fixed rewards in use; none for supervised fine-tuning."""
     if config.update.objective == "sft":
         return {}
-    return {
-        name: build_reward(name, device=device, dtype=_reward_dtype(config), **section.options())
-        for name, section in config.rewards.fixed().items()
-    }
+    return {name: _build_reward(name, config, sources, device) for name in config.rewards.fixed()}
+
+
+def _build_reward(name: str, config: Config, sources: Sources, device: torch.device) -> Reward:
+    """A reward with the options of its section; a remote one is also told what the prompt file says of its prompts."""
+    told = {"metadata": sources.metadata} if name == "remote" else {}
+    dtype = getattr(torch, config.adversary.dtype)
+    return build_reward(name, device=device, dtype=dtype, **config.rewards.sections()[name].options(), **told)
 
 
 def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoSimilarity | None:
@@ -94,7 +98,11 @@ def build_observer(config: Config, adversary: Adversary | None, device: torch.de
     unused = config.update.objective == "sft" and "dino_similarity" not in config.evaluation.metrics
     if not path or unused:
         return None
-    return DinoSimilarity(path=path, image_size=image_size, device=device, dtype=_reward_dtype(config))
+    dtype = getattr(torch, config.adversary.dtype)
+    fields = ("evaluation.backbone", "evaluation.backbone_image_size")
+    if path != config.evaluation.backbone:
+        fields = ("adversary.backbone", "adversary.image_size")
+    return DinoSimilarity(path=path, image_size=image_size, device=device, dtype=dtype, fields=fields)
 
 
 def build_metrics(
@@ -118,8 +126,7 @@ def build_metrics(
         elif name in PictureStatistic.NAMES:
             metrics[name] = PictureStatistic(name)
         else:
-            options = config.rewards.sections()[name].options()
-            metrics[name] = build_reward(name, device=device, dtype=_reward_dtype(config), **options)
+            metrics[name] = _build_reward(name, config, sources, device)
         if name in NEED_REFERENCES and sources.references is None:
             raise UserError(f"evaluation.metrics: {name} compares with references; set data.references")
     return metrics
@@ -135,10 +142,6 @@ def build_scorer(
     """Rewards, references and their cached features in one place."""
     cache = Path(config.data.cache_dir).expanduser()
     features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
-    rewards = build_rewards(config, distributed.device)
+    rewards = build_rewards(config, sources, distributed.device)
     own = None if isinstance(adversary, DinoAdversary) else observer
     return Scorer(config, adversary, features, rewards, sources.references, own, distributed)
-
-
-def _reward_dtype(config: Config) -> torch.dtype:
-    return getattr(torch, config.adversary.dtype)

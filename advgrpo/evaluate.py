@@ -26,6 +26,7 @@ from . import config as configuration
 from .config import NEED_REFERENCES, Config
 from .data.prompts import load_prompts
 from .data.references import ReferenceSet
+from .data.sources import Sources, metadata_of
 from .distributed import Distributed
 from .errors import UserError
 from .plots import draw_grid
@@ -166,28 +167,31 @@ def check(options: Evaluate) -> None:
         raise UserError(f"--references is empty, but {' or '.join(NEED_REFERENCES)} compares with references")
 
 
-def read_data(options: Evaluate) -> tuple[list[str], ReferenceSet | None]:
-    """Prompts and, where a metric or the flags want them, their references."""
+def read_data(options: Evaluate) -> Sources:
+    """Prompts to evaluate on and, where a metric or the flags want them, their references."""
     named = options.prompts or options.model  # `check` has refused empty prompts of other models
-    prompts = [p.text for p in load_prompts(WORLDS[named].held_out_prompts if named in WORLDS else named)]
+    lines = load_prompts(WORLDS[named].held_out_prompts if named in WORLDS else named)
+    prompts = [p.text for p in lines]
     folder = options.references
     if not folder and any(name in NEED_REFERENCES for name in options.names):
         folder = options.model
-    if not folder:
-        return prompts, None
-    return prompts, ReferenceSet.load(WORLDS[folder].references if folder in WORLDS else folder, prompts)
+    references = None
+    if folder:
+        references = ReferenceSet.load(WORLDS[folder].references if folder in WORLDS else folder, prompts)
+    return Sources([], prompts, references, metadata_of(lines))
 
 
-def build_metrics(options: Options, device: torch.device, prompts: list[str]) -> dict[str, Reward]:
+def build_metrics(options: Options, device: torch.device, sources: Sources) -> dict[str, Reward]:
     """The rewards, each checked against the prompts it will see."""
     built = {}
     for name, given in options.items():
+        told = {"metadata": sources.metadata} if name == "remote" else {}
         try:
-            built[name] = build_reward(name, device=device, **given)
+            built[name] = build_reward(name, device=device, **told, **given)
         except UserError as error:
             raise UserError(f"--metrics {name}: {error} (options are --metric-options.{name}.OPTION VALUE)") from error
         if hasattr(built[name], "check_prompts"):
-            built[name].check_prompts(prompts)
+            built[name].check_prompts(sources.held_out)
     return built
 
 
@@ -379,13 +383,14 @@ def evaluate(options: Evaluate, flags: Options, console: Console) -> dict:
 
     check(options)
     metric_settings = metric_options(options, flags)
-    prompts, references = read_data(options)
+    sources = read_data(options)
+    prompts, references = sources.held_out, sources.references
     prepare_output(options.output)
     distributed = Distributed.start(options.device)
     if distributed.world_size > 1:
         raise UserError("advgrpo.evaluate runs in one process: start it without torchrun")
     device = distributed.device
-    metrics = build_metrics(metric_settings, device, prompts)
+    metrics = build_metrics(metric_settings, device, sources)
     loras = {options.lora or "base": options.lora}
     if options.against:
         loras[options.against] = "" if options.against == "base" else options.against

@@ -268,6 +268,8 @@ class SlowConvergence(RedFlag):
     persistence = 1
 
     def read(self, metrics, pictures):
+        if self.config.update.objective == "sft":
+            return None  # no groups are compared
         size, threshold = self.config.rollout.group_size, self.section.group_size
         return Reading(size, threshold, size < threshold, f"groups of {size} pictures learn slowly")
 

@@ -13,17 +13,21 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
+from advgrpo.distributed import Distributed
 from advgrpo.errors import UserError
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.remote import RemoteReward
 from advgrpo.rewards.rule import RuleReward
 from advgrpo.rewards.serve import main, make_server
+from advgrpo.run import Run
 from advgrpo.tiny.shapes import render, sample_scenes
 
 QUICK = {"retries": 2, "backoff": 0.01}
@@ -51,7 +55,8 @@ def misbehaving(*behaviours):
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.body = self.rfile.read(int(self.headers["Content-Length"]))
+            received.append(json.loads(self.body))
             behaviours[min(len(received), len(behaviours)) - 1](self)
 
         def log_message(self, *_):
@@ -307,3 +312,40 @@ def test_our_server_refuses_bad_requests(request_, status, complaint, monkeypatc
 def test_bad_command_lines(arguments, complaint, capsys):
     assert main(arguments) == 2
     assert complaint in capsys.readouterr().err
+
+
+def scoring_by_count(handler):
+    """Half a point per object that the request's metadata asks for."""
+    request = json.loads(handler.body)
+    answer({"scores": [entry["count"] / 2 for entry in request["metadata"]]})(handler)
+
+
+def test_a_run_tells_the_judge_what_the_prompt_file_says(unit_config, tmp_path):
+    """JSONL metadata reaches the server with every picture of its prompt, from the trial request on."""
+    for name in ("prompts", "held_out_prompts"):
+        lines = Path(getattr(unit_config.data, name)).read_text().splitlines()
+        rows = [{"prompt": prompt, "count": number} for number, prompt in enumerate(lines)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        setattr(unit_config.data, name, str(tmp_path / f"{name}.jsonl"))
+    unit_config.adversary.kind, unit_config.rewards.remote.weight = "none", 1.0
+    unit_config.evaluation.metrics = ("remote",)
+    with misbehaving(scoring_by_count) as (url, received):
+        unit_config.rewards.remote.url = url
+        Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).train()
+    counts = {row["prompt"]: row["count"] for row in map(json.loads, (tmp_path / "prompts.jsonl").open())}
+    counts |= {row["prompt"]: row["count"] for row in map(json.loads, (tmp_path / "held_out_prompts.jsonl").open())}
+    assert len(received[0]["images"]) == 1  # the trial
+    for request in received:
+        assert [entry["count"] for entry in request["metadata"]] == [counts[prompt] for prompt in request["prompts"]]
+    rows = [json.loads(line) for line in (Path(unit_config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    trained = [prompt for request in received for prompt in request["prompts"]]
+    assert all(row["reward_remote"] in {n / 4 for n in range(20)} for row in rows)  # means of two groups
+    assert set(trained) <= set(counts)
+
+
+def test_a_dead_judge_is_an_error_before_a_model_is_loaded(unit_config, monkeypatch):
+    monkeypatch.setattr("advgrpo.run.build_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("advgrpo.rewards.remote.time.sleep", lambda _: None)
+    unit_config.rewards.remote.weight, unit_config.rewards.remote.url = 1.0, "http://127.0.0.1:9/score"
+    with pytest.raises(UserError, match=r"reward remote at http://127\.0\.0\.1:9/score.*start the server, or correct"):
+        Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))

@@ -174,3 +174,11 @@ def test_running_out_of_memory_names_the_knob(unit_config, monkeypatch):
     with pytest.raises(UserError, match=r"rollout\.micro_batch|gradient_checkpointing"):
         made.train()
     assert "2.00 GiB" in advice(error, unit_config)
+
+
+def test_the_observer_names_its_own_field(unit_config):
+    """Not that of the reward of the same name."""
+    settings = change(unit_config, adversary={"kind": "none"}, rewards={"rule": {"weight": 1.0}})
+    settings.evaluation.backbone, settings.evaluation.backbone_image_size = unit_config.adversary.backbone, 33
+    with pytest.raises(UserError, match=r"evaluation\.backbone_image_size = 33 is not a multiple"):
+        Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))

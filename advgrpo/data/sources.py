@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import rng
 from ..config import Config, needs_references
 from ..errors import UserError
-from .prompts import load_prompts
+from .prompts import Prompt, load_prompts
 from .references import ReferenceSet
 
 _SHIPPED_STYLE = "tiny:"
@@ -31,42 +33,50 @@ def shipped_paths(config: Config) -> dict[str, str]:
 
 @dataclass
 class Sources:
-    """Training and held-out prompts, and their references where the run needs any."""
+    """Training and held-out prompts, their references where the run needs any, and what a remote judge is told."""
 
     prompts: list[str]
     held_out: list[str]
     references: ReferenceSet | None
+    metadata: dict[str, Mapping[str, Any]] | None = None
 
     @classmethod
     def read(cls, config: Config) -> Sources:
         """UserError naming the file, the prompt or the picture that is wrong."""
         paths = shipped_paths(config)
-        prompts = [p.text for p in load_prompts(paths["prompts"])]
-        held_out = [p.text for p in load_prompts(paths["held_out_prompts"])] if paths["held_out_prompts"] else []
+        lines = [load_prompts(paths[name]) if paths[name] else [] for name in ("prompts", "held_out_prompts")]
+        prompts, held_out = ([p.text for p in part] for part in lines)
         both = set(prompts) & set(held_out)
         if both:
             raise UserError(
                 f"data.held_out_prompts shares {len(both)} prompts with data.prompts, first {min(both)!r}; remove "
                 "them, or evaluation measures memory"
             )
-        _check_readable(config, prompts, held_out)
+        metadata = metadata_of([*lines[0], *lines[1]])
+        _check_readable(config, prompts, held_out, metadata)
         references = _references(config, paths["references"], prompts + held_out)
         if config.data.reference_count:
             prompts = _within_budget(config, references, prompts)
-        return cls(prompts, held_out, references)
+        return cls(prompts, held_out, references, metadata)
 
 
-def _check_readable(config: Config, prompts: list[str], held_out: list[str]) -> None:
-    """UserError for a prompt that a reward or metric which reads it cannot use."""
+def metadata_of(prompts: list[Prompt]) -> dict[str, Mapping[str, Any]] | None:
+    """By prompt, those that have any; None where none has."""
+    return {p.text: p.metadata for p in prompts if p.metadata} or None
+
+
+def _check_readable(config: Config, prompts: list[str], held_out: list[str], metadata: Mapping | None) -> None:
+    """UserError for a prompt that a reward or metric cannot use, or a remote judge that does not answer."""
     from ..rewards import build_reward
 
     sections = config.rewards.sections()
-    for name in ("rule", "ocr"):
+    for name in ("rule", "ocr", "remote"):
         evaluated = {name, "rule_accuracy"} if name == "rule" else {name}
         read = prompts if sections[name].used else []
         read = read + (held_out if evaluated & set(config.evaluation.metrics) else [])
         if read:
-            build_reward(name, **sections[name].options()).check_prompts(read)
+            told = {"metadata": metadata} if name == "remote" else {}
+            build_reward(name, **sections[name].options(), **told).check_prompts(read)
 
 
 def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:

@@ -35,21 +35,28 @@ def backbone_folder(path: str) -> str:
 
 
 class DinoBackbone:
-    """A frozen Dinov2Model with the one preprocessing used everywhere; `section` of the settings is named in errors."""
+    """A frozen Dinov2Model with the one preprocessing used everywhere; errors name the settings `fields`."""
 
-    def __init__(self, path: str, *, image_size: int, dtype: str, device: torch.device, section: str = "adversary"):
+    def __init__(
+        self,
+        path: str,
+        *,
+        image_size: int,
+        dtype: str,
+        device: torch.device,
+        fields: tuple[str, str] = ("adversary.backbone", "adversary.image_size"),
+    ):
         self.folder = backbone_folder(path)
         model = load_pretrained(
             Dinov2Model,
             self.folder,
             model_types=("dinov2",),
-            field=f"{section}.backbone",
+            field=fields[0],
             dtype=getattr(torch, dtype),
         )
         if image_size % model.config.patch_size:
             raise UserError(
-                f"{section}.image_size = {image_size} is not a multiple of the backbone's patch size "
-                f"{model.config.patch_size}"
+                f"{fields[1]} = {image_size} is not a multiple of the backbone's patch size {model.config.patch_size}"
             )
         self.model = model.to(device)
         self.image_size, self.device = image_size, device

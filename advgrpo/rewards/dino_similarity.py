@@ -19,6 +19,7 @@ class DinoSimilarity:
         image_size: pictures are resized to this, a multiple of the backbone's patch.
         device, dtype: where and in which precision the backbone runs.
         backbone: one that is loaded already, such as the adversary's, instead of `path`.
+        fields: the settings that `path` and `image_size` come from, for error messages.
     """
 
     name = "dino_similarity"
@@ -32,6 +33,7 @@ class DinoSimilarity:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         backbone: DinoBackbone | None = None,
+        fields: tuple[str, str] = ("rewards.dino_similarity.path", "rewards.dino_similarity.image_size"),
     ):
         self.reduction = check_reduction(reduction)
         self.backbone = backbone or DinoBackbone(
@@ -39,7 +41,7 @@ class DinoSimilarity:
             image_size=image_size,
             dtype=str(dtype).removeprefix("torch."),
             device=torch.device(device),
-            section="dino_similarity",
+            fields=fields,
         )
         self._references = ReferenceEmbeddings(self.embed)
 
