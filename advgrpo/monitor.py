@@ -25,6 +25,7 @@ from .config import Config, MonitorSection
 from .picture_statistics import STATISTICS, PictureStatistics
 
 Metrics = Mapping[str, Any]
+_DINO_DISTANCE = "DINO distance"
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,16 @@ class RewardHacking(RedFlag):
     """The reward rises while pictures leave the references in ways it does not see (arXiv 2511.20256, figure 1).
 
     Definition: since the generator's training began, (1) a reward it is trained on has risen by at least hacking_gain
-    times that reward's noise over the last trend_window checks; of an adversary it is the lead over the references,
-    `reward_generated - reward_reference`, in which a shift of the head cancels; and (2) the distance of mean
-    saturation, dark-pixel share or edge density to that of the same prompts' references has grown by more than
-    hacking_drift. All three are shares in [0, 1]; everything is compared as medians over `window` checks. A distance
-    that shrinks is what training is for. Without references it is that to the generator's own pictures at the start.
+    times its noise from check to check over the last trend_window ones; its lead over the references of the same
+    prompts is what counts where they are scored, so that a shift of an adversary and the levels of prompts cancel; and
+    (2) the distance of mean saturation, dark-pixel share or edge density to that of the same prompts' references, or
+    the mean DINO cosine distance to them, has grown by more than hacking_drift. Everything is compared as medians over
+    `window` checks. A distance that shrinks is what training is for. Without references it is that to the generator's
+    own pictures at the start, and there is no DINO distance.
+
+    On the tiny world Flow-GRPO on the preference model rose to 3 times the noise (seed 7) while the DINO distance grew
+    by 0.06 to 0.17 (six runs); it grew by less than 0.05 in every run with an adversary or a KL of 0.04 and more. Where
+    references are not scored, prompts hide such a rise: then the flag sees coarse hacking only.
     """
 
     name = "reward_hacking"
@@ -194,6 +200,8 @@ class RewardHacking(RedFlag):
             return None  # an iteration that does not train the generator says nothing about what training does
         rewards = self._rewards(metrics)
         offsets = {name: pictures.generated[name] - pictures.reference.get(name, 0.0) for name in STATISTICS}
+        if metrics.get("dino_similarity") is not None:
+            offsets[_DINO_DISTANCE] = 1 - metrics["dino_similarity"]
         now = {name: self.settled(name, value) for name, value in {**rewards, **offsets}.items()}
         spread = {
             name: noise(self.remember(f"{name}, long", rewards[name], self.section.trend_window)) for name in rewards
@@ -202,8 +210,8 @@ class RewardHacking(RedFlag):
             return None
         start = self.baseline = self.baseline or now
         gains = {name: (now[name] - start[name]) / spread[name] for name in rewards}
-        zero = dict.fromkeys(STATISTICS, 0.0) if pictures.reference else start
-        growth = {name: abs(now[name] - zero[name]) - abs(start[name] - zero[name]) for name in STATISTICS}
+        zero = dict.fromkeys(offsets, 0.0) if pictures.reference else start
+        growth = {name: abs(now[name] - zero[name]) - abs(start[name] - zero[name]) for name in offsets}
         best, worst = max(gains, key=gains.get), max(growth, key=growth.get)
         bad = gains[best] >= self.section.hacking_gain and growth[worst] > self.section.hacking_drift
         before, after = start[worst] - zero[worst], now[worst] - zero[worst]
@@ -218,8 +226,8 @@ class RewardHacking(RedFlag):
         reference = metrics.get("reward_reference") or 0.0
         parts = {f"reward_{name}" for name, part in self.config.rewards.sections().items() if part.weight > 0}
         found = {name: metrics[name] for name in sorted(parts) if metrics.get(name) is not None}
-        if "reward_adversary" in found:
-            found["reward_adversary"] -= reference
+        for name in found:
+            found[name] -= reference if name == "reward_adversary" else metrics.get(f"{name}_of_references") or 0.0
         return found or {"reward_generated": metrics["reward_generated"] - reference}
 
     def advice(self):

@@ -18,7 +18,7 @@ STATISTICS = ("saturation", "dark_share", "edge_density")
 _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
 _DARK = 0.1  # luma below which a pixel counts as dark
 _EDGE = 0.05  # luma per pixel; a step of 0.1 between flat areas has this slope on both sides
-_REFERENCES = 4  # pictures per prompt that are looked at: a mean is wanted, and decoding them all would cost time
+LOOKED_AT = 4  # references per prompt that are looked at: a mean is wanted, and decoding them all would cost time
 
 
 def picture_statistics(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ class ReferenceStatistics:
         """[len(STATISTICS)] float32 on the CPU."""
         key = (prompt, size)
         if key not in self._of_prompt:
-            images = self.references.load_images(self.references.files(prompt)[:_REFERENCES], size=size)
+            images = self.references.load_images(self.references.files(prompt)[:LOOKED_AT], size=size)
             self._of_prompt[key] = _columns(images).mean(0)
         return self._of_prompt[key]
 

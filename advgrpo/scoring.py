@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import torch
 
 from . import rng
-from .config import Config
+from .config import NEED_REFERENCES, Config
 from .data.reference_features import ReferenceFeatures
 from .data.references import ReferenceSet
 from .distributed import Distributed
+from .picture_statistics import LOOKED_AT
 from .rewards.base import Adversary, Reward
 from .rewards.compose import compose
 from .rewards.dino_similarity import DinoSimilarity
 from .rewards.reference_similarity import reference_cosine
 from .types import Features, Rollout
+
+_OF_REFERENCES = "_of_references_"  # columns, gathered with the rewards
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Scored:
     components: dict[str, torch.Tensor]  # [G] float32 each, raw; "adversary" and the fixed rewards
     reference_rewards: torch.Tensor | None  # [G] float32, the adversary's score of the references
     dino_similarity: float | None  # mean over all pictures
+    of_references: dict[str, torch.Tensor]  # [G] float32 each, fixed rewards of the references of each picture's prompt
 
     def metrics(self, group_size: int) -> dict[str, float]:
         spread = self.rewards.view(-1, group_size).std(dim=1, correction=0).mean()
@@ -42,9 +46,40 @@ class Scored:
             found["reward_reference"] = self.reference_rewards.mean()
         if list(self.components) != ["adversary"]:
             found |= {f"reward_{name}": reward.mean() for name, reward in self.components.items()}
+        found |= {f"reward_{name}_of_references": reward.mean() for name, reward in self.of_references.items()}
         values = torch.stack(list(found.values())).tolist()
         similarity = {} if self.dino_similarity is None else {"dino_similarity": self.dino_similarity}
         return {**dict(zip(found, values)), **similarity}
+
+
+class ReferenceScores:
+    """What a prompt's own references get from a fixed reward: the mean of a few, computed once per prompt.
+
+    Rewards of different prompts differ more than a few iterations of training move them. Beside the references' of the
+    same prompts a rise can be seen, and one far above them is not progress (monitor.py's reward_hacking). Left out are
+    rewards that compare with the references themselves, and a remote judge's, whose time is not ours to spend.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], references: ReferenceSet):
+        self.rewards = {name: r for name, r in rewards.items() if name not in (*NEED_REFERENCES, "remote")}
+        self.references = references
+        self._of_prompt: dict[tuple[str, tuple[int, int]], dict[str, torch.Tensor]] = {}
+
+    def columns(self, prompts: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """name -> [len(prompts)] float32 on the device of `like` [B, 3, H, W], whose size the references get."""
+        rows = [self._prompt(prompt, like) for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in self.rewards}
+
+    def _prompt(self, prompt: str, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        size = tuple(like.shape[-2:])
+        if (prompt, size) not in self._of_prompt and self.rewards:
+            files = self.references.files(prompt)[:LOOKED_AT]
+            images = self.references.load_images(files, size=size).to(like.device)
+            self._of_prompt[prompt, size] = {
+                name: reward.score(images, [prompt] * len(images), None).to(like.device).float().mean()
+                for name, reward in self.rewards.items()
+            }
+        return self._of_prompt.get((prompt, size), {})
 
 
 @dataclass
@@ -67,6 +102,10 @@ class Scorer:
     observer: DinoSimilarity | None
     distributed: Distributed
 
+    def __post_init__(self) -> None:
+        watched = self.references is not None and self.config.monitor.every > 0
+        self._of_references = ReferenceScores(self.rewards, self.references) if watched else None
+
     def prefetch(self, prompts: list[str]) -> None:
         """Begin to load what scoring these prompts' pictures needs."""
         if self.reference_features is not None:
@@ -86,11 +125,16 @@ class Scorer:
         images = torch.cat([tile.images for tile in rollout.tiles])
         for name, reward in self.rewards.items():
             columns[name] = reward.score(images, rollout.prompts, self.references).to(images.device)
+        if self._of_references is not None:
+            found = self._of_references.columns(rollout.prompts, images)
+            columns |= {f"{_OF_REFERENCES}{name}": column for name, column in found.items()}
         embeddings, similar = self._similarity(rollout, images, generated)
         if similar is not None:
             columns["_similarity"] = similar
         by_id = self._gathered(columns, rollout)
         reference_rewards, similarity = by_id.pop("_reference", None), by_id.pop("_similarity", None)
+        own = [name for name in by_id if name.startswith(_OF_REFERENCES)]
+        of_references = {name.removeprefix(_OF_REFERENCES): by_id.pop(name) for name in own}
         _check_finite(by_id, rollout, self.config)
         return Scored(
             generated,
@@ -100,6 +144,7 @@ class Scorer:
             by_id,
             reference_rewards,
             None if similarity is None else similarity.mean().item(),
+            of_references,
         )
 
     def _features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:

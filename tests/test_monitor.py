@@ -253,6 +253,31 @@ def test_every_trained_reward_is_watched_for_hacking_by_itself():
         assert not any(feed(make(rewards=only_logged), series(80, composed(1.0), seed)))
 
 
+def test_a_small_rise_is_seen_beside_what_the_same_prompts_references_get():
+    """Prompts move the reward by three times what training does; the references' scores move with it."""
+    rewards = {"pickscore": {"weight": 1.0, "path": "tiny"}}
+
+    def preference(controlled, lost):
+        def change(i, row, noise):
+            level = 0.3 * noise()  # the iteration's prompts
+            given = {"reward_pickscore": 0.5 + level + 0.01 * noise() + 0.1 * ramp(i, 20, 30), "reward_reference": None}
+            given |= {"reward_pickscore_of_references": 0.5 + level} if controlled else {}
+            return {**given, "dino_similarity": 0.84 + 0.01 * noise() - lost * ramp(i, 20, 30)}
+
+        return change
+
+    def active(controlled, lost, seed):
+        monitor = make(rewards=rewards, adversary={"kind": "none"})
+        return feed(monitor, series(80, preference(controlled, lost), seed))[-1], monitor
+
+    for seed in range(5):
+        names, monitor = active(True, 0.1, seed)
+        assert names == ["reward_hacking"]
+        assert "DINO distance went from +0.1" in monitor.active()[0].message
+        assert active(False, 0.1, seed)[0] == []  # drowned
+        assert active(True, 0.0, seed)[0] == []  # a rise alone is progress
+
+
 def test_without_references_pictures_are_compared_with_the_start():
     def change(step):
         return lambda i, row, noise: {

@@ -21,6 +21,7 @@ from advgrpo.memory import advice
 from advgrpo.rewards import REWARDS, reward_class
 from advgrpo.rewards.compose import compose, normalized
 from advgrpo.run import Run
+from advgrpo.scoring import ReferenceScores
 
 
 def run(settings, *, resume=False) -> Run:
@@ -182,3 +183,43 @@ def test_the_observer_names_its_own_field(unit_config):
     settings.evaluation.backbone, settings.evaluation.backbone_image_size = unit_config.adversary.backbone, 33
     with pytest.raises(UserError, match=r"evaluation\.backbone_image_size = 33 is not a multiple"):
         Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+
+
+class Brightness:
+    """A reward with known answers that counts its calls."""
+
+    name = "brightness"
+
+    def __init__(self):
+        self.calls = 0
+
+    def score(self, images, prompts, references):
+        self.calls += 1
+        return images.mean((1, 2, 3)) + len(prompts[0])
+
+
+def test_fixed_rewards_of_the_references_are_taken_once_per_prompt(unit_config):
+    sources, reward = Sources.read(unit_config), Brightness()
+    rewards = {"brightness": reward, "dino_similarity": reward, "clip_reference_similarity": reward, "remote": reward}
+    scores = ReferenceScores(rewards, sources.references)
+    first, second = sources.prompts[:2]
+    like = torch.zeros(3, 3, 32, 32)
+    for _ in range(2):
+        columns = scores.columns([first, second, first], like)
+    assert list(columns) == ["brightness"]  # the others compare with references, or are someone else's time
+    assert reward.calls == 2
+    for prompt, value in zip([first, second, first], columns["brightness"].tolist()):
+        images = sources.references.load_images(sources.references.files(prompt)[:4], size=(32, 32))
+        assert value == pytest.approx(images.mean().item() + len(prompt), rel=1e-6)
+
+
+def test_what_references_would_get_is_logged_beside_the_reward(unit_config):
+    """The judge gives crisp references full marks; without a monitor nobody asks it to."""
+    evaluation = {"metrics": ["rule_accuracy"]}
+    settings = change(unit_config, adversary={"kind": "none"}, rewards={"rule": {"weight": 1.0}}, evaluation=evaluation)
+    run(settings)
+    for row in metrics(settings):
+        assert row["reward_rule_of_references"] > 0.9 > row["reward_rule"]
+    off = change(settings, output_dir=settings.output_dir + "-off", monitor={"every": 0})
+    run(off)
+    assert not [name for row in metrics(off) for name in row if name.endswith("_of_references")]

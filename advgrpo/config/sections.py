@@ -426,10 +426,10 @@ class MonitorSection(_Section):
     """mode_collapse: diversity within groups below this share of the one at the start."""
     diversity_floor: Annotated[float, Field(ge=0)] = 1e-3
     """mode_collapse: mean pairwise cosine distance that is too small whatever the start was."""
-    hacking_gain: Annotated[float, Field(ge=0)] = 3.0
-    """reward_hacking: rise of a trained reward since the start, in times of its noise."""
+    hacking_gain: Annotated[float, Field(ge=0)] = 2.0
+    """reward_hacking: rise of a trained reward since the start, in times of its noise from check to check."""
     hacking_drift: Fraction = 0.05
-    """reward_hacking: growth of a picture statistic's distance from the references'; all are shares in [0, 1]."""
+    """reward_hacking: growth of a picture statistic's or DINO's distance from the references."""
     dead_groups: Fraction = 0.3
     """dead_groups: share of groups without any spread of rewards."""
     group_size: Positive = 8
