@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,9 +11,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 from advgrpo import rng
 from advgrpo.config import ModelSection
-from advgrpo.policy.base import Velocity
 from advgrpo.policy.decoder import SD3_DECODER, Decoder, DecoderConfig
-from advgrpo.policy.transformer import FusedTransformer, Prepared, TransformerConfig
+from advgrpo.policy.guidance import GuidedPolicy
+from advgrpo.policy.transformer import FusedTransformer, TransformerConfig
 from advgrpo.types import Conditioning, Features
 
 from .baseline import FlowScheduler
@@ -56,26 +55,7 @@ def stock_weights(config: StockConfig, device: torch.device, dtype: torch.dtype,
             torch.set_default_dtype(before)
 
 
-@dataclass
-class Guided:
-    """Rows of a network, the unconditional ones first where there is guidance."""
-
-    prepared: Prepared
-    count: int
-    guided: bool
-
-    def rows(self, index: torch.Tensor) -> Guided:
-        both = torch.cat([index, index + self.count]) if self.guided else index
-        return Guided(self.prepared.rows(both), len(index), self.guided)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self.prepared.tensors()
-
-    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> Guided:
-        return Guided(self.prepared.with_tensors(tensors), self.count, self.guided)
-
-
-class RandomPolicy:
+class RandomPolicy(GuidedPolicy):
     """`advgrpo.policy.base.Policy` over `FusedTransformer`; prompts are any strings, their embeddings are drawn."""
 
     has_merged = True
@@ -86,7 +66,7 @@ class RandomPolicy:
         self.dtype = getattr(torch, model.dtype)
         self.stock = stock_weights(size.transformer, device, self.dtype, seed)
         tensors = {n: t.detach() for n, t in [*self.stock.named_parameters(), *self.stock.named_buffers()]}
-        self.transformer = FusedTransformer(
+        self.network = FusedTransformer(
             TransformerConfig.from_stock(asdict(size.transformer)),
             tensors,
             stock=self.stock,
@@ -95,11 +75,10 @@ class RandomPolicy:
         )
         targets = tuple(f".attn.{name}" for name in LORA_TARGETS)
         settings = {"rank": model.lora.rank, "alpha": model.lora.alpha, "init": model.lora.init, "seed": seed}
-        self.lora = self.transformer.adapt(lambda name: name.endswith(targets), **settings)
-        self.transformer.prepare_merged(fp8=precision == "fp8")
+        self.lora = self.network.adapt(lambda name: name.endswith(targets), **settings)
+        self.network.prepare_merged(fp8=precision == "fp8")
         self.decoder, self.reference_decoder = (self._decoder(dtype) for dtype in (self.dtype, torch.float32))
         self._embeddings: dict[str, Conditioning] = {}
-        self._trained = "adapted"
 
     def _decoder(self, dtype: torch.dtype) -> Decoder:
         """Random weights that keep the scale of what flows through: norms are the identity, kernels Kaiming."""
@@ -134,35 +113,8 @@ class RandomPolicy:
             self._embeddings[prompt] = Conditioning(*drawn)
         return self._embeddings[prompt]
 
-    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> Guided:
-        text, pooled, count = conditioning.text, conditioning.pooled, len(conditioning.text)
-        if guided:
-            empty = self._embedding("")
-            text = torch.cat([empty.text.expand(count, -1, -1), text])
-            pooled = torch.cat([empty.pooled.expand(count, -1), pooled])
-        return Guided(self.transformer.prepare(text, pooled, timesteps), count, guided)
-
-    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
-        return self._forward(latents, step, prepared, self._trained)
-
-    def merged_velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
-        return self._forward(latents, step, prepared, "merged")
-
-    def _forward(self, latents, step, prepared: Guided, weights: str) -> Velocity:
-        hidden = torch.cat([latents, latents]) if prepared.guided else latents
-        velocity = self.transformer.velocity(hidden, step, prepared.prepared, weights)
-        return (velocity[len(latents) :], velocity[: len(latents)]) if prepared.guided else (velocity, None)
-
-    def merge(self) -> None:
-        self.transformer.merge()
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        before, self._trained = self._trained, "base"
-        try:
-            yield
-        finally:
-            self._trained = before
+    def unconditional(self) -> Conditioning:
+        return self._embedding("")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder.images(latents)

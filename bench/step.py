@@ -101,8 +101,8 @@ def measure(unit: Unit, device: str, repeats: int) -> dict[str, object]:
 def waterfall(c: Contenders, device: str, repeats: int, fp8: Contenders | None) -> list[dict]:
     """Sampler images/s of B0 and after each change in turn; None for what this device does not have."""
     gpu = device == "cuda"
-    transformer = c.trainer.policy.transformer if not hasattr(c.trainer.policy, "network") else None
-    transformer = transformer or c.trainer.policy.network.transformer
+    network = c.trainer.policy.network
+    transformer = getattr(network, "transformer", network)  # of a FusedNetwork, or RandomPolicy's own
     chosen = transformer._attend
     table = c.table()
 

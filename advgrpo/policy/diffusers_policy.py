@@ -7,11 +7,9 @@ Shapes: R rows, latents [R, C, H, W] float32, text [R, L, D], pooled [R, E].
 
 from __future__ import annotations
 
-import contextlib
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from ..config import ModelSection
 from ..errors import UserError
 from ..types import Conditioning
-from .base import PreparedPrompts, Velocity
+from .guidance import GuidedPolicy
 from .networks import FusedNetwork, StockNetwork
 from .pipelines import PREDICTIONS, pipeline_folder
 from .text_cache import TextCache, folder_fingerprint
@@ -28,26 +26,7 @@ from .text_cache import TextCache, folder_fingerprint
 _TEXT_BATCH = 32
 
 
-@dataclass
-class Guided:
-    """A network's prepared rows; with guidance the unconditional ones come first, one for each conditional row."""
-
-    rows_of_network: PreparedPrompts
-    count: int  # prompts
-    guided: bool
-
-    def rows(self, index: torch.Tensor) -> Guided:
-        both = torch.cat([index, index + self.count]) if self.guided else index
-        return Guided(self.rows_of_network.rows(both), len(index), self.guided)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self.rows_of_network.tensors()
-
-    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> Guided:
-        return Guided(self.rows_of_network.with_tensors(tensors), self.count, self.guided)
-
-
-class DiffusersPolicy(ABC):
+class DiffusersPolicy(GuidedPolicy):
     """The `Policy` protocol but for what differs between families: schedule, shape of latents, encoding, the network.
 
     A subclass names its parts, loads the stock module into the attribute called `component`, builds a network over it
@@ -68,7 +47,6 @@ class DiffusersPolicy(ABC):
         fingerprint = f"{folder_fingerprint(self.folder, self.text_parts)}:{model.max_sequence_length}:{model.dtype}"
         self._empty: Conditioning | None = None
         self.text_cache = TextCache(cache_dir / "text", fingerprint, self._encode_text)
-        self._trained = "adapted"  # the weights that `velocity` runs
 
     def _load(self, kind: type, part: str, dtype: torch.dtype) -> ModelMixin:
         """A frozen part of the pipeline on the policy's device; UserError where its files are missing."""
@@ -105,7 +83,6 @@ class DiffusersPolicy(ABC):
         return Conditioning(loaded.text.to(self.device, self.dtype), loaded.pooled.to(self.device, self.dtype))
 
     def unconditional(self) -> Conditioning:
-        """One row: what guidance leads away from, the embeddings of the empty prompt."""
         if self._empty is None:
             self._empty = self.encode([""])
         return self._empty
@@ -127,36 +104,6 @@ class DiffusersPolicy(ABC):
         return Conditioning(
             torch.cat([batch.text.cpu() for batch in batches]), torch.cat([batch.pooled.cpu() for batch in batches])
         )
-
-    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> Guided:
-        text, pooled, rows = conditioning.text, conditioning.pooled, len(conditioning.text)
-        if guided:
-            empty = self.unconditional()
-            text = torch.cat([empty.text.expand(rows, -1, -1), text])
-            pooled = torch.cat([empty.pooled.expand(rows, -1), pooled])
-        return Guided(self.network.prepare(text, pooled, timesteps), rows, guided)
-
-    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
-        return self._forward(latents, step, prepared, self._trained)
-
-    def merged_velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
-        return self._forward(latents, step, prepared, "merged")
-
-    def _forward(self, latents, step, prepared: Guided, weights: str) -> Velocity:
-        hidden = torch.cat([latents, latents]) if prepared.guided else latents
-        velocity = self.network.velocity(hidden, step, prepared.rows_of_network, weights)
-        return (velocity[len(latents) :], velocity[: len(latents)]) if prepared.guided else (velocity, None)
-
-    def merge(self) -> None:
-        self.network.merge()
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        before, self._trained = self._trained, "base"
-        try:
-            yield
-        finally:
-            self._trained = before
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
