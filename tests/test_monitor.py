@@ -8,7 +8,8 @@ Bugs planted in a copy, each seen red: no median over the window; a flag that ne
 the references'; drift towards the references counted; the baseline lost on resume; no trend, or no fall, needed for a
 collapse; warm-up judged; no floor for diversity; Adam's share upside down; sleeping and overpowered mixed up; edges
 found at the border; n x n instead of n (n - 1) pairs; reference statistics without resizing; gradient RMS before
-clipping; monitor.stop ignored; the monitor left out of the checkpoint.
+clipping; monitor.stop ignored; the monitor left out of the checkpoint; a fixed reward's lead over the references left
+out; the DINO distance left out.
 """
 
 import io

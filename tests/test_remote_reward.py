@@ -3,7 +3,8 @@
 Planted bugs that turned this file red: only a socket time-out instead of a deadline, 5xx or broken connections not
 repeated, 4xx repeated, one repetition too few, pauses that do not grow, a short body taken for whole, no check of the
 count, of numbers, of booleans, of float32's range, of the content type or of the length, metadata of the first batch
-sent with every batch, metadata checked after sending, a server that scores in silence what is no PNG or answers NaN.
+sent with every batch, metadata checked after sending, a server that scores in silence what is no PNG or answers NaN, a
+run that keeps the prompt file's metadata to itself, no trial request.
 """
 
 import base64

@@ -2,7 +2,8 @@
 
 Bugs planted in a copy, each seen red: the gate gives the mean instead of the lowest; groups normalised over the whole
 iteration; the reference budget counts prompts; shared references computed once per prompt; out of memory passed on as
-it is; components not logged.
+it is; components not logged; references of a reward that compares with them scored, or scored at every use; the
+observer names the adversary's field.
 """
 
 import json

@@ -1,7 +1,8 @@
 """The tiny world's words: captions, pictures, sets, the shipped pipeline that draws them, and its builder.
 
 Planted bugs that turned this file red: held-out captions drawn from the training ones, words without jitter, capital
-letters without pieces of their own, new letters that renumber the old pieces, a training loop that ignores `draw`.
+letters without pieces of their own, new letters that renumber the old pieces, a training loop that ignores `draw`,
+captions cut short, other weights in the preset.
 """
 
 import json
