@@ -7,9 +7,8 @@ one float32 copy for stock LoRA missing; boundaries of the image stream only; vi
 subtracted; matrices of the dual attention left out. Counts: only A of the adapters; every linear of a block stacked;
 inner linears missing from FP8 weights; guidance forgotten; model.lora.blocks ignored. Choices: the smallest of equally
 fast knobs; checkpointing that saves nothing; processes ignored; text encoders always on the GPU; remedies not tried;
-twice the card's size accepted;
-an adversary counted for supervised fine-tuning. Advice: order changed; the smallest micro-batch instead of the next; GiB read as GB.
-Exit code always 0.
+twice the card's size accepted; an adversary counted for supervised fine-tuning. Advice: order changed; the smallest
+micro-batch instead of the next; GiB read as GB. Exit code always 0.
 """
 
 import pytest
