@@ -20,9 +20,10 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#1f6fb4", "#d95f0e", "#2a9d5c", "#8a8a8a"
 def draw_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw the records of `metrics.jsonl` as a PNG with one titled panel per quantity.
 
-    Panels: generated against reference reward (with the iterations that trained the adversary marked), every held-out
-    metric (keys starting with "eval_"), adversary loss and accuracy, gradient norm, and the off-policy drift before the
-    first step. Quantities without a finite value have no panel.
+    Panels: generated against reference reward (with the iterations that trained the adversary marked), every fixed
+    reward beside what the references get from it, every held-out metric (keys starting with "eval_"), adversary loss and
+    accuracy, gradient norm, and the off-policy drift before the first step. Quantities without a finite value have no
+    panel.
 
     Raises:
         ValueError: nothing to draw.
@@ -65,9 +66,16 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> _Curves:
     return curves
 
 
+_OF_REFERENCES = "_of_references"
+_TOTAL = ["reward_generated", "reward_reference", "reward_std"]
+
+
 def _panels(curves: _Curves) -> list[tuple[Any, list[str]]]:
+    fixed = [k for k in sorted(curves) if k.startswith("reward_") and not k.endswith(_OF_REFERENCES)]
+    fixed = [key for key in fixed if key not in (*_TOTAL, "reward_adversary")]
     return [
-        (_draw_rewards, ["reward_generated", "reward_reference", "reward_std", "adversary_updates"]),
+        (_draw_rewards, [*_TOTAL, "adversary_updates"]),
+        *((_draw_fixed_reward, [key, key + _OF_REFERENCES]) for key in fixed),
         *((_draw_held_out, [key]) for key in sorted(curves) if key.startswith("eval_")),
         (_draw_adversary_loss, ["adversary_loss"]),
         (_draw_adversary_accuracy, ["adversary_accuracy"]),
@@ -91,7 +99,18 @@ def _draw_rewards(axes: Axes, curves: _Curves) -> None:
     if trained:
         bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False}  # y in shares of the axes' height
         axes.plot(trained, [0.02] * len(trained), "|", color=_GREY, label="adversary trained", **bottom)
-    axes.set(title="Adversarial reward: generated against references", ylabel="mean reward")
+    learned = "reward_reference" in curves
+    title = "Adversarial reward: generated against references" if learned else "Reward of the generated pictures"
+    axes.set(title=title, ylabel="mean reward")
+    axes.legend(fontsize="small", frameon=False)
+
+
+def _draw_fixed_reward(axes: Axes, curves: _Curves) -> None:
+    """Generated pictures that outscore the references of their prompts are not better: the reward is being hacked."""
+    (key, _), *_ = curves.items()
+    for (_, (iterations, values)), color, label in zip(curves.items(), (_BLUE, _ORANGE), ("generated", "references")):
+        axes.plot(iterations, values, color=color, label=label, **_style(iterations))
+    axes.set(title=f"Fixed reward: {key.removeprefix('reward_').replace('_', ' ')}", ylabel="mean reward")
     axes.legend(fontsize="small", frameon=False)
 
 

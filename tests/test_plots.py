@@ -50,6 +50,15 @@ def test_a_panel_per_quantity_that_has_values():
     assert found["Held-out prompts: dino similarity"].lines[0].get_xydata().tolist() == [[0, 0.5], [3, 0.75]]
 
 
+def test_a_fixed_reward_stands_beside_what_the_references_get():
+    own = {"reward_pickscore": 0.4, "reward_pickscore_of_references": 0.5, "reward_rule": 1.0, "reward_adversary": 2.0}
+    found = panels([{"iteration": i, "reward_generated": float(i), "reward_std": 0.1, **own} for i in range(3)])
+    assert sorted(found) == ["Fixed reward: pickscore", "Fixed reward: rule", "Reward of the generated pictures"]
+    lines = {line.get_label(): line.get_ydata()[0] for line in found["Fixed reward: pickscore"].lines}
+    assert lines == {"generated": 0.4, "references": 0.5}
+    assert [line.get_label() for line in found["Fixed reward: rule"].lines] == ["generated"]
+
+
 def test_all_panels_are_saved_as_a_readable_png(tmp_path):
     every = {"adversary_loss": 1.0, "adversary_accuracy": 0.5, "grad_norm": 0.0, "log_prob_drift_max": 0.0}
     draw_curves([record(i, **every, pre_update_clip_fraction=0.0) for i in range(3)], tmp_path / "curves.png")
