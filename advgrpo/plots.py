@@ -21,9 +21,9 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw the records of `metrics.jsonl` as a PNG with one titled panel per quantity.
 
     Panels: generated against reference reward (with the iterations that trained the adversary marked), every fixed
-    reward beside what the references get from it, every held-out metric (keys starting with "eval_"), adversary loss and
-    accuracy, gradient norm, and the off-policy drift before the first step. Quantities without a finite value have no
-    panel.
+    reward beside what the references get from it, every held-out metric (keys starting with "eval_"), adversary loss
+    and accuracy, gradient norm, and the off-policy drift before the first step. Quantities without a finite value have
+    no panel.
 
     Raises:
         ValueError: nothing to draw.
