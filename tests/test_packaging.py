@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
@@ -21,20 +22,6 @@ FORBIDDEN = {
     "advgrpo": {"bench", "tests", "kernels"},
     "bench": {"tests", "kernels"},
 }
-# torch and what it cannot be imported without; numpy is absent on purpose.
-TORCH_ALONE = (
-    "torch",
-    "triton",
-    "filelock",
-    "fsspec",
-    "jinja2",
-    "markupsafe",
-    "mpmath",
-    "networkx",
-    "setuptools",
-    "sympy",
-    "typing_extensions",
-)
 IMPORT_EVERYTHING = """
 import transformers, diffusers, peft
 from transformers import CLIPModel, CLIPTextModelWithProjection, Dinov2Model, T5EncoderModel
@@ -169,15 +156,34 @@ def test_the_stack_imports_from_the_root_with_the_package_kernels(tmp_path):
     assert out.endswith("True")
 
 
+def required(names: tuple[str, ...]) -> dict[str, importlib.metadata.Distribution]:
+    """Installed distributions and all they require, extras included; numpy, an extra of some, is not among them."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    waiting = [Requirement(name) for name in names]
+    while waiting:
+        wanted = waiting.pop()
+        distribution = importlib.metadata.distribution(wanted.name)
+        if wanted.name in found and not wanted.extras:
+            continue
+        found[wanted.name] = distribution
+        for line in distribution.requires or []:
+            needs = Requirement(line)
+            if needs.marker is None or any(needs.marker.evaluate({"extra": e}) for e in ("", *wanted.extras)):
+                waiting.append(needs)
+    return found
+
+
 def environment_of_torch_alone(folder: Path) -> Path:
-    """A venv whose site-packages link to torch, triton and their dependencies of this one; returns its python."""
+    """A venv whose site-packages link to torch, triton and what they require (with or without CUDA's packages); returns
+    its python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     here = Path(importlib.util.find_spec("torch").origin).parents[1]
-    for entry in here.iterdir():
-        name = entry.name.split("-")[0].removesuffix(".py").lower().replace("-", "_")
-        if name in TORCH_ALONE or entry.name in ("torchgen", "_distutils_hack", "functorch"):
-            (site / entry.name).symlink_to(entry)
+    for distribution in required(("torch", "triton", "setuptools")).values():
+        for name in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(here / name)
+    assert not (site / "numpy").exists()
     return folder / "bin/python"
 
 
