@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any, ClassVar
 
 from .config import Config, MonitorSection
+from .metric_names import OF_REFERENCES
 from .picture_statistics import STATISTICS, PictureStatistics
 
 Metrics = Mapping[str, Any]
@@ -227,7 +228,7 @@ class RewardHacking(RedFlag):
         parts = {f"reward_{name}" for name, part in self.config.rewards.sections().items() if part.weight > 0}
         found = {name: metrics[name] for name in sorted(parts) if metrics.get(name) is not None}
         for name in found:
-            found[name] -= reference if name == "reward_adversary" else metrics.get(f"{name}_of_references") or 0.0
+            found[name] -= reference if name == "reward_adversary" else metrics.get(f"{name}{OF_REFERENCES}") or 0.0
         return found or {"reward_generated": metrics["reward_generated"] - reference}
 
     def advice(self):

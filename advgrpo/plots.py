@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .metric_names import OF_REFERENCES, fixed_rewards
+
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f6fb4", "#d95f0e", "#2a9d5c", "#8a8a8a"
 
 
@@ -66,16 +68,12 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> _Curves:
     return curves
 
 
-_OF_REFERENCES = "_of_references"
-_TOTAL = ["reward_generated", "reward_reference", "reward_std"]
-
-
 def _panels(curves: _Curves) -> list[tuple[Any, list[str]]]:
-    fixed = [k for k in sorted(curves) if k.startswith("reward_") and not k.endswith(_OF_REFERENCES)]
-    fixed = [key for key in fixed if key not in (*_TOTAL, "reward_adversary")]
+    mixed = "reward_adversary" in curves  # then reward_generated is a composition, which r_ref has no part in
+    own = ["reward_adversary"] if mixed else ["reward_generated", "reward_std"]
     return [
-        (_draw_rewards, [*_TOTAL, "adversary_updates"]),
-        *((_draw_fixed_reward, [key, key + _OF_REFERENCES]) for key in fixed),
+        (_draw_rewards, [*own, "reward_reference", "adversary_updates"]),
+        *((_draw_fixed_reward, [key, key + OF_REFERENCES]) for key in fixed_rewards(curves)),
         *((_draw_held_out, [key]) for key in sorted(curves) if key.startswith("eval_")),
         (_draw_adversary_loss, ["adversary_loss"]),
         (_draw_adversary_accuracy, ["adversary_accuracy"]),
@@ -85,8 +83,9 @@ def _panels(curves: _Curves) -> list[tuple[Any, list[str]]]:
 
 
 def _draw_rewards(axes: Axes, curves: _Curves) -> None:
-    if "reward_generated" in curves:
-        iterations, means = curves["reward_generated"]
+    generated = curves.get("reward_adversary") or curves.get("reward_generated")
+    if generated:
+        iterations, means = generated
         axes.plot(iterations, means, color=_BLUE, label="generated (r_gen)", **_style(iterations))
         deviations = dict(zip(*curves.get("reward_std", ([], []))))
         if all(i in deviations for i in iterations):

@@ -16,6 +16,7 @@ from .config import NEED_REFERENCES, Config
 from .data.reference_features import ReferenceFeatures
 from .data.references import ReferenceSet
 from .distributed import Distributed
+from .metric_names import OF_REFERENCES
 from .picture_statistics import LOOKED_AT
 from .rewards.base import Adversary, Reward
 from .rewards.compose import compose
@@ -23,7 +24,7 @@ from .rewards.dino_similarity import DinoSimilarity
 from .rewards.reference_similarity import reference_cosine
 from .types import Features, Rollout
 
-_OF_REFERENCES = "_of_references_"  # columns, gathered with the rewards
+_COLUMN = "_of_references_"  # prefix of columns that are gathered with the rewards
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Scored:
             found["reward_reference"] = self.reference_rewards.mean()
         if list(self.components) != ["adversary"]:
             found |= {f"reward_{name}": reward.mean() for name, reward in self.components.items()}
-        found |= {f"reward_{name}_of_references": reward.mean() for name, reward in self.of_references.items()}
+        found |= {f"reward_{name}{OF_REFERENCES}": reward.mean() for name, reward in self.of_references.items()}
         values = torch.stack(list(found.values())).tolist()
         similarity = {} if self.dino_similarity is None else {"dino_similarity": self.dino_similarity}
         return {**dict(zip(found, values)), **similarity}
@@ -127,14 +128,14 @@ class Scorer:
             columns[name] = reward.score(images, rollout.prompts, self.references).to(images.device)
         if self._of_references is not None:
             found = self._of_references.columns(rollout.prompts, images)
-            columns |= {f"{_OF_REFERENCES}{name}": column for name, column in found.items()}
+            columns |= {f"{_COLUMN}{name}": column for name, column in found.items()}
         embeddings, similar = self._similarity(rollout, images, generated)
         if similar is not None:
             columns["_similarity"] = similar
         by_id = self._gathered(columns, rollout)
         reference_rewards, similarity = by_id.pop("_reference", None), by_id.pop("_similarity", None)
-        own = [name for name in by_id if name.startswith(_OF_REFERENCES)]
-        of_references = {name.removeprefix(_OF_REFERENCES): by_id.pop(name) for name in own}
+        own = [name for name in by_id if name.startswith(_COLUMN)]
+        of_references = {name.removeprefix(_COLUMN): by_id.pop(name) for name in own}
         _check_finite(by_id, rollout, self.config)
         return Scored(
             generated,

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from advgrpo.errors import UserError
+from advgrpo.metric_names import fixed_rewards
 from advgrpo.monitor import Flag
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,6 +33,17 @@ _SHOWN = {
     "sft_loss": ("loss", "{:.4f}"),
     "images_per_second": ("images/s", "{:.1f}"),
 }
+
+
+def _shown(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """`_SHOWN`; in a mix of rewards, whose normalised sum says little, r_gen is the adversary's and all are shown."""
+    fixed, learned = fixed_rewards(record), "reward_adversary" in record
+    if len(fixed) + learned < 2:
+        return _SHOWN
+    first = "reward_adversary" if learned else "reward_generated"
+    rest = {key: shown for key, shown in _SHOWN.items() if key not in ("reward_generated", "images_per_second")}
+    named = {key: (key.removeprefix("reward_"), "{:+.3f}") for key in fixed}
+    return {first: _SHOWN["reward_generated"], **rest, **named, "images_per_second": _SHOWN["images_per_second"]}
 
 
 class Tracker:
@@ -226,7 +238,7 @@ class _ProgressLine:
         done = record["iteration"] + 1
         parts = [
             f"{label} {form.format(record[key])}"
-            for key, (label, form) in _SHOWN.items()
+            for key, (label, form) in _shown(record).items()
             if isinstance(record.get(key), (int, float))
         ]
         parts.append(f"{self._time_left(done)} left")

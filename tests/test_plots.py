@@ -54,6 +54,8 @@ def test_a_fixed_reward_stands_beside_what_the_references_get():
     own = {"reward_pickscore": 0.4, "reward_pickscore_of_references": 0.5, "reward_rule": 1.0, "reward_adversary": 2.0}
     found = panels([{"iteration": i, "reward_generated": float(i), "reward_std": 0.1, **own} for i in range(3)])
     assert sorted(found) == ["Fixed reward: pickscore", "Fixed reward: rule", "Reward of the generated pictures"]
+    learned = found["Reward of the generated pictures"].lines[0]  # of a mix: the adversary's own, as the references' is
+    assert learned.get_ydata().tolist() == [2, 2, 2]
     lines = {line.get_label(): line.get_ydata()[0] for line in found["Fixed reward: pickscore"].lines}
     assert lines == {"generated": 0.4, "references": 0.5}
     assert [line.get_label() for line in found["Fixed reward: rule"].lines] == ["generated"]

@@ -87,6 +87,18 @@ def test_plain_lines_without_a_terminal(tmp_path):
     assert output[1].endswith(" left")
 
 
+def test_a_mix_shows_every_reward_instead_of_their_sum(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    tracker = Tracker(tmp_path, total_iterations=9, tensorboard=False, console=console)
+    mix = {"reward_adversary": -1.5, "reward_rule": 0.25, "reward_rule_of_references": 0.9}
+    tracker.log(record(0, **mix, images_per_second=5.0))
+    assert "r_gen -1.500  r_ref +0.333  rule +0.250  images/s 5.0" in console.file.getvalue()
+    tracker.log(record(1, reward_ocr=0.5, reward_dino_similarity=0.75))
+    assert "r_gen +0.100  r_ref +0.333  dino_similarity +0.750  ocr +0.500" in console.file.getvalue()
+    tracker.log(record(2, reward_ocr=0.5))
+    assert "ocr" not in console.file.getvalue().splitlines()[-1]
+
+
 def test_a_line_shows_every_figure_and_the_time_left(tmp_path, monkeypatch):
     clock = iter([100.0, 160.0])
     monkeypatch.setattr("advgrpo.tracking.time.monotonic", lambda: next(clock))
