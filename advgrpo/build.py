@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .config import NEED_REFERENCES, Config
 from .data.reference_features import ReferenceFeatures
-from .data.sources import Sources
+from .data.sources import Sources, told
 from .distributed import Distributed
 from .errors import UserError
 from .evaluation import PictureStatistic, check_metrics
@@ -79,10 +79,9 @@ def build_rewards(config: Config, sources: Sources, device: torch.device) -> dic
 
 
 def _build_reward(name: str, config: Config, sources: Sources, device: torch.device) -> Reward:
-    """A reward with the options of its section; a remote one is also told what the prompt file says of its prompts."""
-    told = {"metadata": sources.metadata} if name == "remote" else {}
-    dtype = getattr(torch, config.adversary.dtype)
-    return build_reward(name, device=device, dtype=dtype, **config.rewards.sections()[name].options(), **told)
+    """A reward with the options of its section, and what the prompt file adds to them."""
+    options = {**config.rewards.sections()[name].options(), **told(name, sources.metadata)}
+    return build_reward(name, device=device, dtype=getattr(torch, config.adversary.dtype), **options)
 
 
 def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoSimilarity | None:

@@ -26,7 +26,7 @@ from . import config as configuration
 from .config import NEED_REFERENCES, Config
 from .data.prompts import load_prompts
 from .data.references import ReferenceSet
-from .data.sources import Sources, metadata_of
+from .data.sources import Sources, metadata_of, told
 from .distributed import Distributed
 from .errors import UserError
 from .plots import draw_grid
@@ -185,9 +185,8 @@ def build_metrics(options: Options, device: torch.device, sources: Sources) -> d
     """The rewards, each checked against the prompts it will see."""
     built = {}
     for name, given in options.items():
-        told = {"metadata": sources.metadata} if name == "remote" else {}
         try:
-            built[name] = build_reward(name, device=device, **told, **given)
+            built[name] = build_reward(name, device=device, **told(name, sources.metadata), **given)
         except UserError as error:
             raise UserError(f"--metrics {name}: {error} (options are --metric-options.{name}.OPTION VALUE)") from error
         if hasattr(built[name], "check_prompts"):

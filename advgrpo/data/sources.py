@@ -65,6 +65,11 @@ def metadata_of(prompts: list[Prompt]) -> dict[str, Mapping[str, Any]] | None:
     return {p.text: p.metadata for p in prompts if p.metadata} or None
 
 
+def told(name: str, metadata: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    """What the prompt file adds to the options of the reward `name`."""
+    return {"metadata": metadata} if name == "remote" else {}
+
+
 def _check_readable(config: Config, prompts: list[str], held_out: list[str], metadata: Mapping | None) -> None:
     """UserError for a prompt that a reward or metric cannot use, or a remote judge that does not answer."""
     from ..rewards import build_reward
@@ -75,8 +80,7 @@ def _check_readable(config: Config, prompts: list[str], held_out: list[str], met
         read = prompts if sections[name].used else []
         read = read + (held_out if evaluated & set(config.evaluation.metrics) else [])
         if read:
-            told = {"metadata": metadata} if name == "remote" else {}
-            build_reward(name, **sections[name].options(), **told).check_prompts(read)
+            build_reward(name, **sections[name].options(), **told(name, metadata)).check_prompts(read)
 
 
 def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:
