@@ -98,6 +98,9 @@ ARMS = {
     "style-outline": Arm("tiny-style-outline"),
     "style-hatched": Arm("tiny-style-hatched"),
     "style-pastel": Arm("tiny-style-pastel"),
+    "style-outline-kl": Arm("tiny-style-outline", {"update": {"kl_weight": 0.1}}),
+    "style-hatched-kl": Arm("tiny-style-hatched", {"update": {"kl_weight": 0.1}}),
+    "style-pastel-kl": Arm("tiny-style-pastel", {"update": {"kl_weight": 0.4}}),
     "repair": Arm("tiny-repair", start_from="flow-pickscore"),
 }
 
@@ -196,18 +199,27 @@ EXPERIMENTS = {
     "style": Experiment(
         title="Style transfer from pictures without prompts",
         question="300 drawings in one style, without prompts, are the references of every prompt. DINO similarity "
-        "is to that set; the rule-based judge reads shape and colour as everywhere else.",
+        "is to that set; the rule-based judge reads shape and colour as everywhere else. Nothing in such a run reads "
+        "the prompt, so a KL to the base model is tried as what keeps the content.",
         paper="Shown by examples; there is no figure to compare with.",
         note="The judge was made for filled shapes on plain backgrounds, so a picture can be in the style, as asked, "
         "and fail it.",
-        arms={"style-outline": "outline", "style-hatched": "hatched", "style-pastel": "pastel"},
+        arms={
+            "style-outline": "outline",
+            "style-outline-kl": "outline, β = 0.1",
+            "style-hatched": "hatched",
+            "style-hatched-kl": "hatched, β = 0.1",
+            "style-pastel": "pastel",
+            "style-pastel-kl": "pastel, β = 0.4",
+        },
         metrics=("dino_similarity", "rule_accuracy", "saturation", "edge_density"),
         claims=tuple(
             claim
             for style in ("outline", "hatched", "pastel")
+            for arm in (f"style-{style}", f"style-{style}-kl")
             for claim in (
-                Claim(f"style-{style}", "dino_similarity", "rises"),
-                Claim(f"style-{style}", "rule_accuracy", "does not fall", margin=0.05),
+                Claim(arm, "dino_similarity", "rises"),
+                Claim(arm, "rule_accuracy", "does not fall", margin=0.05),
             )
         ),
     ),
