@@ -64,7 +64,7 @@ def _reference_source(results: Results, job: Job) -> str:
 def sample_rows(results: Results, experiment: Experiment) -> list[tuple[str, list[tuple[str, torch.Tensor]]]]:
     """draw_grid's rows: base, every arm and the references, all arms of one seed and therefore from the same noise.
 
-    References follow their arm where arms have different ones.
+    Where arms have different references, those follow the last of the arms that share them.
     """
     arms = results.arms
     seed = next((s for s in results.seeds(arms[0]) if all(s in results.seeds(arm) for arm in arms)), None)
@@ -72,7 +72,8 @@ def sample_rows(results: Results, experiment: Experiment) -> list[tuple[str, lis
     prompts = Sources.read(results.runs[jobs[0]].config).held_out
     samples = [results.plan.samples(job) for job in jobs]
     each = 4 if len(jobs) < 3 else 3
-    same = len({_reference_source(results, job) for job in jobs}) == 1
+    sources = [_reference_source(results, job) for job in jobs]
+    same = len(set(sources)) == 1
     sets = [results.references(job) for job in (jobs[:1] if same else jobs)]
     size = tuple(samples[0]["base"].shape[-2:])
     rows = []
@@ -80,7 +81,7 @@ def sample_rows(results: Results, experiment: Experiment) -> list[tuple[str, lis
         blocks = [("base", samples[0]["base"][number, :each])]
         for position, (job, pictures) in enumerate(zip(jobs, samples)):
             blocks.append((experiment.arms[job.arm], pictures["trained"][number, :each]))
-            if not same:
+            if not same and sources[position] not in sources[position + 1 :]:
                 files = sets[position].files(prompts[number])[:each]
                 blocks.append((f"{experiment.arms[job.arm]}: references", sets[position].load_images(files, size=size)))
         if same:

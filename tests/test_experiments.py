@@ -16,6 +16,7 @@ from advgrpo.errors import UserError
 from advgrpo.experiment_figures import draw_comparison
 from advgrpo.experiment_pages import page
 from advgrpo.experiment_plan import ARMS, EXPERIMENTS, METRICS, Arm, Claim, Job, chains, select, settings, take_shard
+from advgrpo.experiment_report import sample_rows
 from advgrpo.experiment_results import Change, Results, numbers
 from advgrpo.experiment_runs import Plan
 
@@ -76,6 +77,12 @@ def test_every_experiment_runs_and_is_written_up(tmp_path, small, capsys):
     assert {metric: run["final"][metric] for metric in METRICS} == summary["final"]
     gap = abs(run["final"]["saturation"] - run["references"]["saturation"])
     assert run["final"]["saturation_distance"] == pytest.approx(gap)
+    styles = Results("style", Plan(work, 2, small), (0,))
+    labels = [label for label, _ in sample_rows(styles, EXPERIMENTS["style"])[0][1]]
+    arms = [*EXPERIMENTS["style"].arms.values()]
+    for with_references in (6, 4, 2):  # after the last of the two arms that share them
+        arms.insert(with_references, f"{arms[with_references - 1]}: references")
+    assert labels == ["base", *arms]
 
     capsys.readouterr()
     stamps = {file: file.stat().st_mtime_ns for file in work.rglob("*")}
