@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_COLOURS = ("#1f6fb4", "#d95f0e", "#2a9d5c", "#7b4fa3", "#8a8a8a")
+_COLOURS = ("#1f6fb4", "#d95f0e", "#2a9d5c", "#7b4fa3", "#8a8a8a", "#c2a000")
 Curve = Sequence[tuple[int, Mapping[str, float]]]  # (iteration, values by metric)
 
 
@@ -26,8 +26,10 @@ def draw_comparison(
         path: the PNG to write.
 
     Raises:
-        ValueError: curves of an arm at different iterations.
+        ValueError: curves of an arm at different iterations, or more arms than colours.
     """
+    if len(arms) > len(_COLOURS):
+        raise ValueError(f"{len(arms)} arms, but {len(_COLOURS)} colours: add some to _COLOURS")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(6.0 * columns, 3.2 * rows), layout="constrained", dpi=100)

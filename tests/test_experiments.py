@@ -11,7 +11,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from advgrpo import experiment_runs, experiments, tiny
+from advgrpo import experiment_figures, experiment_runs, experiments, tiny
 from advgrpo.errors import UserError
 from advgrpo.experiment_figures import draw_comparison
 from advgrpo.experiment_pages import page
@@ -318,3 +318,15 @@ def test_curves_of_different_lengths_are_refused(tmp_path):
     curve = [(0, {"pickscore": 0.1}), (2, {"pickscore": 0.2})]
     with pytest.raises(ValueError, match="the seeds of 'a' were evaluated at different iterations"):
         draw_comparison({"a": [curve, curve[:1]]}, {"pickscore": "reward"}, {}, tmp_path / "x.png")
+
+
+def test_every_arm_is_drawn(tmp_path, monkeypatch):
+    """No experiment has more arms than there are colours; more are refused, not left out."""
+    drawn, real = [], experiment_figures._draw_arm
+    monkeypatch.setattr(experiment_figures, "_draw_arm", lambda axes, *a: drawn.append(a[0]) or real(axes, *a))
+    largest = max((experiment.arms.values() for experiment in EXPERIMENTS.values()), key=len)
+    curve = [[(0, {"a": 1.0}), (1, {"a": 2.0})]]
+    draw_comparison(dict.fromkeys(largest, curve), {"a": "A"}, {}, tmp_path / "a.png")
+    assert drawn == list(largest)
+    with pytest.raises(ValueError, match="9 arms, but"):
+        draw_comparison({str(i): curve for i in range(9)}, {"a": "A"}, {}, tmp_path / "a.png")
