@@ -26,7 +26,7 @@ from . import config as configuration
 from .config import NEED_REFERENCES, Config
 from .data.prompts import load_prompts
 from .data.references import ReferenceSet
-from .data.sources import Sources, metadata_of, told
+from .data.sources import Sources, metadata_of, shipped_path, told
 from .distributed import Distributed
 from .errors import UserError
 from .plots import draw_grid
@@ -170,14 +170,14 @@ def check(options: Evaluate) -> None:
 def read_data(options: Evaluate) -> Sources:
     """Prompts to evaluate on and, where a metric or the flags want them, their references."""
     named = options.prompts or options.model  # `check` has refused empty prompts of other models
-    lines = load_prompts(WORLDS[named].held_out_prompts if named in WORLDS else named)
+    lines = load_prompts(shipped_path("held_out_prompts", named))
     prompts = [p.text for p in lines]
     folder = options.references
     if not folder and any(name in NEED_REFERENCES for name in options.names):
         folder = options.model
     references = None
     if folder:
-        references = ReferenceSet.load(WORLDS[folder].references if folder in WORLDS else folder, prompts)
+        references = ReferenceSet.load(shipped_path("references", folder), prompts)
     return Sources([], prompts, references, metadata_of(lines))
 
 

@@ -130,9 +130,9 @@ def _attempt(job: Job, plan: Plan, failed: list[Job]) -> str:
         if job.origin in failed:
             raise UserError(f"it starts from {job.origin}, which failed")
         make(job, plan)
-    except (UserError, Exception) as error:  # one arm's error must not cost the others' hours
-        if isinstance(error, Stopped):
-            raise
+    except Stopped:
+        raise
+    except Exception as error:  # one arm's error must not cost the others' hours
         failure.parent.mkdir(parents=True, exist_ok=True)
         text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
         failure.write_text(text + "\n")

@@ -62,13 +62,13 @@ def make(options: Make, console: Console) -> int:
     from .experiment_runs import make_all
 
     every = chains(select(options.names), options.seeds)
-    mine = take_shard(every, options.shard)
+    mine, runs = take_shard(every, options.shard), plan(options)
     if options.jobs > 1:
         code = _make_side_by_side(options)
     else:
-        failed = make_all(mine, plan(options), console)
+        failed = make_all(mine, runs, console)
         for job in failed:
-            console.print(f"failed: {job}: {plan(options).failure(job)}", markup=False)
+            console.print(f"failed: {job}: {runs.failure(job)}", markup=False)
         code = int(bool(failed))
     if code == _INTERRUPTED or options.shard != "0/1":
         return code

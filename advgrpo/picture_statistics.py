@@ -18,7 +18,7 @@ STATISTICS = ("saturation", "dark_share", "edge_density")
 _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
 _DARK = 0.1  # luma below which a pixel counts as dark
 _EDGE = 0.05  # luma per pixel; a step of 0.1 between flat areas has this slope on both sides
-LOOKED_AT = 4  # references per prompt that are looked at: a mean is wanted, and decoding them all would cost time
+_LOOKED_AT = 4  # references per prompt that are looked at: a mean is wanted, and decoding them all would cost time
 
 
 def picture_statistics(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -84,6 +84,11 @@ class PictureStatistics:
         }
 
 
+def looked_at(references: ReferenceSet, prompt: str, size: tuple[int, int]) -> torch.Tensor:
+    """The first few of the prompt's references, [R, 3, *size] float32 in [0, 1]."""
+    return references.load_images(references.files(prompt)[:_LOOKED_AT], size=size)
+
+
 class ReferenceStatistics:
     """Mean statistics of each prompt's references, resized to the generated pictures' size; each prompt once."""
 
@@ -95,8 +100,7 @@ class ReferenceStatistics:
         """[len(STATISTICS)] float32 on the CPU."""
         key = (prompt, size)
         if key not in self._of_prompt:
-            images = self.references.load_images(self.references.files(prompt)[:LOOKED_AT], size=size)
-            self._of_prompt[key] = _columns(images).mean(0)
+            self._of_prompt[key] = _columns(looked_at(self.references, prompt, size)).mean(0)
         return self._of_prompt[key]
 
 

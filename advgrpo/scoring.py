@@ -17,7 +17,7 @@ from .data.reference_features import ReferenceFeatures
 from .data.references import ReferenceSet
 from .distributed import Distributed
 from .metric_names import OF_REFERENCES
-from .picture_statistics import LOOKED_AT
+from .picture_statistics import looked_at
 from .rewards.base import Adversary, Reward
 from .rewards.compose import compose
 from .rewards.dino_similarity import DinoSimilarity
@@ -68,19 +68,20 @@ class ReferenceScores:
 
     def columns(self, prompts: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
         """name -> [len(prompts)] float32 on the device of `like` [B, 3, H, W], whose size the references get."""
+        if not self.rewards:
+            return {}
         rows = [self._prompt(prompt, like) for prompt in prompts]
         return {name: torch.stack([row[name] for row in rows]) for name in self.rewards}
 
     def _prompt(self, prompt: str, like: torch.Tensor) -> dict[str, torch.Tensor]:
-        size = tuple(like.shape[-2:])
-        if (prompt, size) not in self._of_prompt and self.rewards:
-            files = self.references.files(prompt)[:LOOKED_AT]
-            images = self.references.load_images(files, size=size).to(like.device)
-            self._of_prompt[prompt, size] = {
+        key = (prompt, tuple(like.shape[-2:]))
+        if key not in self._of_prompt:
+            images = looked_at(self.references, *key).to(like.device)
+            self._of_prompt[key] = {
                 name: reward.score(images, [prompt] * len(images), None).to(like.device).float().mean()
                 for name, reward in self.rewards.items()
             }
-        return self._of_prompt.get((prompt, size), {})
+        return self._of_prompt[key]
 
 
 @dataclass

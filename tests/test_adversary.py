@@ -215,10 +215,10 @@ def test_bad_settings_are_named(unit_backbone, changes, expected):
 def test_reference_features_are_cached_and_equal_fresh_ones(unit_backbone, tmp_path):
     from advgrpo.data.reference_features import ReferenceFeatures
     from advgrpo.data.references import ReferenceSet
-    from advgrpo.data.sources import shipped_paths
+    from advgrpo.data.sources import shipped_path
 
-    prompts = Path(shipped_paths(config.load("tiny"))["prompts"]).read_text().splitlines()[:2]
-    references = ReferenceSet.load(shipped_paths(config.load("tiny"))["references"], prompts)
+    prompts = Path(shipped_path("prompts", config.load("tiny").data.prompts)).read_text().splitlines()[:2]
+    references = ReferenceSet.load(shipped_path("references", config.load("tiny").data.references), prompts)
     adversary = make_adversary(unit_backbone, cached_patches=16)
     first = ReferenceFeatures(references, adversary, tmp_path).prompt(prompts[0])
     calls = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import rng
+from .. import rng, tiny
 from ..config import Config, needs_references
 from ..errors import UserError
 from .prompts import Prompt, load_prompts
@@ -18,17 +18,12 @@ from .references import ReferenceSet
 _SHIPPED_STYLE = "tiny:"
 
 
-def shipped_paths(config: Config) -> dict[str, str]:
-    """data.* with "tiny" and "tiny:NAME" replaced by the shipped files."""
-    from .. import tiny
-
-    shipped = {
-        field: {name: getattr(world, field) for name, world in tiny.WORLDS.items()}
-        for field in ("prompts", "held_out_prompts", "references")
-    }
-    shipped["held_out_prompts"]["tiny:report"] = tiny.report_prompts_file()
-    given = {field: getattr(config.data, field) for field in shipped}
-    return {field: str(shipped[field].get(value, value)) for field, value in given.items()}
+def shipped_path(field: str, value: str) -> str:
+    """The file or folder that data.`field` = `value` means: a shipped one's where "tiny" or "tiny:NAME" names it."""
+    shipped = {name: getattr(world, field) for name, world in tiny.WORLDS.items()}
+    if field == "held_out_prompts":
+        shipped["tiny:report"] = tiny.report_prompts_file()
+    return str(shipped.get(value, value))
 
 
 @dataclass
@@ -43,7 +38,8 @@ class Sources:
     @classmethod
     def read(cls, config: Config) -> Sources:
         """UserError naming the file, the prompt or the picture that is wrong."""
-        paths = shipped_paths(config)
+        fields = ("prompts", "held_out_prompts", "references")
+        paths = {field: shipped_path(field, getattr(config.data, field)) for field in fields}
         lines = [load_prompts(paths[name]) if paths[name] else [] for name in ("prompts", "held_out_prompts")]
         prompts, held_out = ([p.text for p in part] for part in lines)
         both = set(prompts) & set(held_out)
@@ -95,8 +91,6 @@ def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet
 
 def _style_folder(style: str) -> str | Path:
     """A folder as it is, or that of a shipped style."""
-    from .. import tiny
-
     if not style.startswith(_SHIPPED_STYLE):
         return style
     try:
