@@ -82,6 +82,19 @@ def test_a_step_without_density_raises():
         gaussian_log_prob(latents, latents, latents[:1], torch.tensor([1.0, -0.1, 0.1]))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16], ids=str)
+def test_stored_latents_count_with_their_own_values(storage, backend, device):
+    """Value and gradient are those of the same numbers in float32: nothing is rounded a second time."""
+    latents, next_latents = (torch.randn(2, 3, 50, device=device).to(storage) for _ in range(2))
+    velocity = torch.randn(2, 3, 50, device=device, requires_grad=True)
+    results = []
+    for pair in ((latents, next_latents), (latents.float(), next_latents.float())):
+        log_prob = gaussian_log_prob(pair[0], velocity, pair[1], COEFFICIENTS.to(device), backend=backend)
+        results.append((log_prob, *torch.autograd.grad(log_prob.sum(), velocity)))
+    assert all(torch.equal(*values) for values in zip(*results))
+
+
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, gpu_only])]
 COEFFICIENTS = torch.tensor([0.97, -0.11, 0.3])

@@ -3,7 +3,8 @@
 Planted bugs that turned this file red: words interleaved in another order; the high half of the sample id shifted by
 one bit; sine replaced by cosine; noise repeated in every tile of a program (stayed green until the three-tile test);
 log-prob not masked; forgotten noise taken as zero; default sample ids all 0; one coefficient triple for all rows;
-(1-g) left out of the guidance; a grid of one tile; the tree adding a lane twice.
+(1-g) left out of the guidance; a grid of one tile; the tree adding a lane twice; the log-prob taken before rounding to
+the storage dtype, in the kernel and in PyTorch; float32 results whatever storage was asked for.
 """
 
 import math
@@ -13,7 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from advgrpo_kernels import _runtime, gaussian_log_prob, gaussian_step, philox_normal, transition_coefficients
+from advgrpo_kernels import (
+    _runtime,
+    clipped_policy_loss,
+    gaussian_log_prob,
+    gaussian_step,
+    philox_normal,
+    transition_coefficients,
+)
 from advgrpo_kernels.ops.gaussian_step import _gaussian_step_op, gaussian_step_ref
 from advgrpo_kernels.testing import assert_error_within_budget
 
@@ -88,6 +96,42 @@ def test_a_row_does_not_depend_on_the_batch(shape):
         assert torch.equal(whole.log_prob[part], split.log_prob)
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("storage", HALVES, ids=str)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_a_trajectory_in_half_precision_has_a_first_ratio_of_exactly_one(storage, likelihood, backend, device):
+    """The log-prob is of what is stored: the update, reading the stored tensors, finds the same bits in both ops."""
+    shape = (2, 3, 41, 43)  # two tiles, the second ragged
+    latents, velocity, uncond = on_device(device, *transition(2, shape[1:], storage))
+    latents, coefficients = latents.to(storage), STOCHASTIC.to(device)
+    guidance = {"uncond_velocity": uncond, "guidance_scale": 4.5, "likelihood": likelihood, "backend": backend}
+    taken = gaussian_step(latents, velocity, coefficients, seed=3, storage_dtype=storage, return_mean=True, **guidance)
+    assert (taken.next_latents.dtype, taken.log_prob.dtype, taken.mean.dtype) == (storage, torch.float32, torch.float32)
+    transition_taken = (latents, velocity, taken.next_latents, coefficients)
+    assert torch.equal(gaussian_log_prob(*transition_taken, **guidance), taken.log_prob)
+    advantages = torch.ones(2, device=device)
+    loss = clipped_policy_loss(*transition_taken, taken.log_prob, advantages, clip_range=1e-5, **guidance)
+    assert torch.equal(loss.ratio, torch.ones(2, device=device))
+    # And it matters: the float32 step's log-prob is another one, beyond a clip range of 1e-5.
+    exact = gaussian_step(latents, velocity, coefficients, seed=3, storage_dtype=torch.float32, **guidance)
+    assert (exact.log_prob - taken.log_prob).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_stored_latents_are_the_float32_ones_rounded_once(deterministic, backend, device):
+    latents, velocity, _ = on_device(device, *transition())
+    coefficients = (ODE if deterministic else STOCHASTIC).to(device)
+    settings = {"seed": None if deterministic else 2, "backend": backend, "return_mean": True}
+    full = gaussian_step(latents, velocity, coefficients, **settings)
+    stored = gaussian_step(latents, velocity, coefficients, storage_dtype=torch.float16, **settings)
+    assert torch.equal(stored.next_latents, full.next_latents.half())
+    assert torch.equal(stored.mean, full.mean)
+
+
 def test_seeded_noise_is_philox_normal():
     latents, velocity, _ = transition()
     ids = torch.tensor([4, 9, 2])
@@ -112,8 +156,16 @@ def test_bad_arguments_raise():
     latents, velocity, uncond = transition()
     with pytest.raises(ValueError, match="velocity must be floating point of latents' shape"):
         gaussian_step(latents, velocity[:2], STOCHASTIC, seed=0)
-    with pytest.raises(ValueError, match="latents must be float32"):
+    with pytest.raises(ValueError, match="latents must be float32, or bfloat16"):
+        gaussian_step(latents.to(torch.float8_e5m2), velocity, STOCHASTIC, seed=0)
+    with pytest.raises(ValueError, match=r"pass storage_dtype=torch.bfloat16 .* or storage_dtype=torch.float32"):
         gaussian_step(latents.bfloat16(), velocity, STOCHASTIC, seed=0)
+    with pytest.raises(ValueError, match="storage_dtype must be one of"):
+        gaussian_step(latents, velocity, STOCHASTIC, seed=0, storage_dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"latents must be a non-empty \[B, ...\]"):
+        gaussian_step(latents[:0], velocity[:0], STOCHASTIC, seed=0)
+    with pytest.raises(ValueError, match=r"latents must be a non-empty \[B, ...\]"):
+        gaussian_step(latents[:, 0, 0, 0], velocity[:, 0, 0, 0], STOCHASTIC, seed=0)
     with pytest.raises(ValueError, match=r"coefficients must be float32 \[3\] or \[3, 3\]"):
         gaussian_step(latents, velocity, STOCHASTIC.expand(2, 3), seed=0)
     with pytest.raises(ValueError, match="needs uncond_velocity"):
@@ -224,7 +276,7 @@ def test_triton_deterministic_step_and_forgotten_noise(device):
     latents, velocity, _ = on_device(device, *transition())
     got = gaussian_step(latents, velocity, ODE.to(device), backend="triton")
     torch.testing.assert_close(got.next_latents, latents - 0.1 * velocity, rtol=1e-6, atol=1e-6)
-    rest = (None, None, None, None, None, 0, 0, False, 1.0, 0, False)
+    rest = (None, None, None, None, None, 0, 0, False, 1.0, 0, False, torch.float32)
     forgotten, _, _ = _gaussian_step_op(latents, velocity, STOCHASTIC.to(device), *rest)
     assert torch.isnan(forgotten).all()
 
@@ -242,7 +294,8 @@ def test_triton_views(device):
 def test_opcheck(device):
     latents, velocity, uncond = on_device(device, *transition(2, (3, 5)))
     args = (latents, velocity, STOCHASTIC.to(device), uncond, None, None, torch.tensor(3, device=device), None)
-    torch.library.opcheck(_gaussian_step_op, (*args, 0, 7, True, 2.0, 1, True))
+    for storage in (torch.float32, torch.float16):
+        torch.library.opcheck(_gaussian_step_op, (*args, 0, 7, True, 2.0, 1, True, storage))
 
 
 def test_compiles_without_graph_break(device):

@@ -4,6 +4,9 @@
     gaussian:       log p = -mean(d²)/(2s²) - log s - ½·log 2π      (Flow-GRPO averages over the elements of an image)
     squared_error:  log p = -mean(d²)                               (Flow-CPS and the released Adv-GRPO)
 
+Latents are float32, or bfloat16 or float16 where a trajectory is stored so. d is always that of the stored x_next: the
+step rounds it first, and every use upcasts it to float32, so the ratio of a policy with itself stays exactly 1.
+
 The mean over elements is a fixed tree: element e is added to lane e % LANES in order of e, then neighbouring lanes are
 added pairwise. It depends on nothing but the number of elements, so a log-prob is the same to the bit whatever else
 is in the batch, and the three ops agree with each other to the bit.
@@ -22,6 +25,7 @@ LIKELIHOODS = ("gaussian", "squared_error")
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 LIKELIHOOD_CODES = {None: 0, "gaussian": 1, "squared_error": 2}  # LIKELIHOOD in the kernels
 LANES = 4096
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of a trajectory's latents
 
 if HAS_TRITON:
     import triton
@@ -52,7 +56,7 @@ if HAS_TRITON:
         v = c.to(tl.float32)
         if GUIDED:
             v = tl.fma(v, guidance_scale, u.to(tl.float32) * uncond_scale)
-        return tl.fma(x, a, v * b)
+        return tl.fma(x.to(tl.float32), a, v * b)
 
     @triton.jit
     def tree_sum(lanes):
@@ -139,8 +143,8 @@ def check_step_inputs(
                 f"{name} must be floating point of latents' shape {tuple(latents.shape)}, "
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
-    if latents.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"latents must be float32 (bfloat16 moves the policy ratio off 1), got {latents.dtype}")
+    if latents.dtype not in (*STORAGE_DTYPES, torch.float64):
+        raise ValueError(f"latents must be float32, or bfloat16 or float16 as they were stored, got {latents.dtype}")
     batch = latents.shape[0]
     if coefficients.shape not in ((3,), (batch, 3)) or coefficients.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -153,6 +157,30 @@ def check_step_inputs(
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond_velocity")
     if likelihood not in (*LIKELIHOODS, None):
         raise ValueError(f"likelihood must be one of {LIKELIHOODS} or None, got {likelihood!r}")
+
+
+def storage_of(latents: torch.Tensor, storage_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a step's `next_latents`.
+
+    Raises:
+        ValueError: not one of `STORAGE_DTYPES`, or left open although `latents` are half precision: float32 results
+            would be rounded by whoever stores them beside the latents, after their log-prob was taken.
+    """
+    if storage_dtype is None:
+        if latents.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"latents are {latents.dtype}: pass storage_dtype={latents.dtype} so that next_latents are rounded "
+                "before their log-prob is taken, or storage_dtype=torch.float32 if they will be kept in float32"
+            )
+        return torch.float32
+    if storage_dtype not in STORAGE_DTYPES:
+        raise ValueError(f"storage_dtype must be one of {STORAGE_DTYPES} or None, got {storage_dtype}")
+    return storage_dtype
+
+
+def as_stored(latents: torch.Tensor) -> torch.Tensor:
+    """What the kernels load and upcast themselves; float64 is rounded to float32 first."""
+    return latents.float() if latents.dtype == torch.float64 else latents
 
 
 def check_rows(batch: int, **rows: torch.Tensor) -> None:

@@ -28,6 +28,7 @@ import torch
 from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
 from ._gaussian import (
     LIKELIHOOD_CODES,
+    as_stored,
     check_has_density,
     check_rows,
     check_step_inputs,
@@ -140,7 +141,7 @@ if HAS_TRITON:
         log_prob, old = tl.load(log_prob_ptr + row), tl.load(old_log_prob_ptr + row).to(tl.float32)
         advantage = tl.load(advantages_ptr + row).to(tl.float32)
         ratio, _, weight = _clip_rows(log_prob, old, advantage, clip_range, adv_clip)
-        difference = tl.load(next_ptr + offsets, mask=mask, other=0.0) - mean
+        difference = tl.load(next_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean
         pull = weight * difference
         if HAS_REFERENCE:
             reference = tl.load(reference_mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -298,7 +299,8 @@ def clipped_policy_loss(
     first optimizer step of an iteration `ratio` is exactly 1. A row with advantage 0 gets exactly zero gradient.
 
     Args:
-        latents, next_latents: [B, ...] float32, the transition taken in the rollout.
+        latents, next_latents: [B, ...] float32, bfloat16 or float16, the transition exactly as the rollout took it (see
+            `storage_dtype` of `gaussian_step`).
         velocity: [B, ...] any float dtype, of the policy being trained; c when `uncond_velocity` is given.
         coefficients: [3] or [B, 3] float32 (a, b, s) on latents' device.
         old_log_prob, advantages: [B] float.
@@ -325,7 +327,7 @@ def clipped_policy_loss(
     _check_scalars(clip_range, adv_clip, kl_weight, reference_mean)
     use_triton = pick_backend(backend, latents, velocity) == "triton"
     loss, *details, velocity_grad, uncond_grad = _clipped_policy_loss_op(
-        *(latents.float(), velocity, uncond_velocity, next_latents.float(), coefficients),
+        *(as_stored(latents), velocity, uncond_velocity, as_stored(next_latents), coefficients),
         *(old_log_prob.detach(), advantages, reference_mean),
         *(guidance_scale, likelihood, clip_range, adv_clip, kl_weight, use_triton),
     )

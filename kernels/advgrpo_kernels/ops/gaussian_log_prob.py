@@ -13,6 +13,7 @@ import torch
 from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
 from ._gaussian import (
     LIKELIHOOD_CODES,
+    as_stored,
     check_has_density,
     check_step_inputs,
     row_log_prob,
@@ -67,7 +68,7 @@ if HAS_TRITON:
         kl_sums = tl.zeros((LANES,), tl.float32)
         for tile in range(TILES):
             mask = element < N
-            x_next = tl.load(next_ptr + offsets, mask=mask, other=0.0)
+            x_next = tl.load(next_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             # One program per image leaves no other program on the SM to hide latency: load the next tile first.
             ahead = (element + LANES < N) & (tile + 1 < TILES)
             x_ahead, c_ahead, u_ahead = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets + LANES, ahead, GUIDED)
@@ -109,7 +110,7 @@ if HAS_TRITON:
         mask = element < N
         offsets = row * N + element
         x, c, u = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets, mask, GUIDED)
-        x_next = tl.load(next_ptr + offsets, mask=mask, other=0.0)
+        x_next = tl.load(next_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         difference = x_next - mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED)
         upstream = tl.load(grad_log_prob_ptr + row).to(tl.float32) * b
         grad = mean_square_gradient(difference, s, N, LIKELIHOOD) * upstream
@@ -250,9 +251,10 @@ def gaussian_log_prob(
     Bit-identical to `gaussian_step(...).log_prob` on the same inputs and backend.
 
     Args:
-        latents: [B, ...] float32, x before the step.
+        latents: [B, ...] float32, bfloat16 or float16, x before the step as the step was given it.
         velocity: [B, ...] any float dtype; the conditional velocity c when `uncond_velocity` is given.
-        next_latents: [B, ...] float32, the transition that was taken.
+        next_latents: [B, ...] float32, bfloat16 or float16, the transition that was taken, exactly as the step returned
+            it: rounded on the way (see `storage_dtype` there) it is another transition.
         coefficients: [3] or [B, 3] float32 (a, b, s) on latents' device; see `transition_coefficients`.
         uncond_velocity: [B, ...] u of classifier-free guidance, v = (1-g)·u + g·c.
         guidance_scale: g; other values than 1 need `uncond_velocity`.
@@ -267,10 +269,9 @@ def gaussian_log_prob(
     )
     check_has_density(coefficients, likelihood)
     if pick_backend(backend, latents, velocity) == "triton":
-        latents, next_latents, code = latents.float(), next_latents.float(), LIKELIHOOD_CODES[likelihood]
-        return _gaussian_log_prob_op(
-            latents, velocity, uncond_velocity, next_latents, coefficients, guidance_scale, code
-        )
+        latents, next_latents = as_stored(latents), as_stored(next_latents)
+        settings = (guidance_scale, LIKELIHOOD_CODES[likelihood])
+        return _gaussian_log_prob_op(latents, velocity, uncond_velocity, next_latents, coefficients, *settings)
     return gaussian_log_prob_ref(
         latents,
         velocity,

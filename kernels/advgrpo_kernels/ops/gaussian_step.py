@@ -4,8 +4,8 @@ Classifier-free guidance, mean, noise, next latents and log-prob in one pass; fo
 in `coefficients.py`, the random numbers in `philox.py`.
 
 Shapes:   B images. latents, velocity, uncond_velocity, noise [B, ...]; coefficients [3] or [B, 3]; log_prob [B].
-Numerics: float32 inside; the log-prob is that of the float32 `next_latents` that is returned, not of the noise, so
-          `gaussian_log_prob` on the returned latents gives the same bits.
+Numerics: float32 inside; the log-prob is that of the `next_latents` that are returned, rounded to their dtype, not of
+          the noise, so `gaussian_log_prob` on the returned latents gives the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import NamedTuple
 import torch
 
 from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, device_guard, pick_backend
-from ._gaussian import LIKELIHOOD_CODES, check_step_inputs, per_row, row_log_prob, step_mean, tiling
+from ._gaussian import (
+    LIKELIHOOD_CODES,
+    as_stored,
+    check_step_inputs,
+    per_row,
+    row_log_prob,
+    step_mean,
+    storage_of,
+    tiling,
+)
 from .philox import philox_normal, split_integer
 
 if HAS_TRITON:
@@ -84,11 +93,12 @@ if HAS_TRITON:
                 x_next = tl.fma(normal_block(seed_, step_, sample_id, first, LANES), s, mean)
             else:
                 x_next = mean + tl.where(s == 0.0, 0.0, float("nan"))
-            tl.store(next_ptr + offsets, x_next, mask=mask)
+            stored = x_next.to(next_ptr.dtype.element_ty)
+            tl.store(next_ptr + offsets, stored, mask=mask)
             if STORE_MEAN:
                 tl.store(mean_ptr + offsets, mean, mask=mask)
             if LIKELIHOOD > 0:
-                difference = tl.where(mask, x_next - mean, 0.0)
+                difference = tl.where(mask, stored.to(tl.float32) - mean, 0.0)
                 square_sums = tl.fma(difference, difference, square_sums)
             x, c, u = x_ahead, c_ahead, u_ahead
             first += LANES
@@ -114,11 +124,12 @@ def _gaussian_step_op(
     guidance_scale: float,
     likelihood: int,
     return_mean: bool,
+    storage_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(next_latents, log_prob, mean); what was not asked for comes back empty. Seed and step: tensor, else value."""
     latents, velocity, coefficients = latents.contiguous(), velocity.contiguous(), coefficients.contiguous()
     uncond, noise, ids = (None if t is None else t.contiguous() for t in (uncond_velocity, noise, sample_ids))
-    next_latents, log_prob, mean = _outputs(latents, likelihood, return_mean)
+    next_latents, log_prob, mean = _outputs(latents, likelihood, return_mean, storage_dtype)
     batch, count = latents.shape[0], latents[0].numel()
     lanes, tiles, warps = tiling(count)
     # A log-prob is reduced by one program per image; without one every tile is its own program.
@@ -155,19 +166,22 @@ def _gaussian_step_op(
 
 @_gaussian_step_op.register_fake
 def _(latents, velocity, coefficients, uncond_velocity, noise, sample_ids, seed, step, *settings):
-    return _outputs(latents, settings[-2], settings[-1])
+    return _outputs(latents, *settings[-3:])
 
 
-def _outputs(latents: torch.Tensor, likelihood: int, return_mean: bool) -> tuple[torch.Tensor, ...]:
-    next_latents = torch.empty_like(latents, dtype=torch.float32, memory_format=torch.contiguous_format)
+def _outputs(
+    latents: torch.Tensor, likelihood: int, return_mean: bool, storage_dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    next_latents = torch.empty_like(latents, dtype=storage_dtype, memory_format=torch.contiguous_format)
     log_prob = latents.new_empty(latents.shape[0] if likelihood else 0, dtype=torch.float32)
-    return next_latents, log_prob, torch.empty_like(next_latents) if return_mean else next_latents.new_empty(0)
+    mean = torch.empty_like(next_latents, dtype=torch.float32) if return_mean else log_prob.new_empty(0)
+    return next_latents, log_prob, mean
 
 
 class GaussianStep(NamedTuple):
     """Result of `gaussian_step`."""
 
-    next_latents: torch.Tensor  # [B, ...] float32
+    next_latents: torch.Tensor  # [B, ...] float32, or the storage_dtype asked for
     log_prob: torch.Tensor | None  # [B] float32; None for a deterministic step or likelihood=None
     mean: torch.Tensor | None  # [B, ...] float32, with return_mean=True
 
@@ -185,12 +199,13 @@ def gaussian_step(
     step: int | torch.Tensor = 0,
     likelihood: str | None = "gaussian",
     return_mean: bool = False,
+    storage_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> GaussianStep:
     """Take one step. Not differentiable: gradients of the likelihood come from `gaussian_log_prob`.
 
     Args:
-        latents: [B, ...] float32.
+        latents: [B, ...] float32, or bfloat16 or float16 as stored, which needs `storage_dtype`.
         velocity: [B, ...] any float dtype; the conditional velocity c when `uncond_velocity` is given.
         coefficients: [3] or [B, 3] float32 (a, b, s) on latents' device; see `transition_coefficients`.
         uncond_velocity: [B, ...] u of classifier-free guidance, v = (1-g)·u + g·c.
@@ -202,12 +217,16 @@ def gaussian_step(
             replays with new values.
         likelihood: "gaussian", "squared_error" or None for no log-prob.
         return_mean: also return μ.
+        storage_dtype: what `next_latents` are rounded to, before their log-prob is taken, and returned in:
+            torch.bfloat16 or torch.float16 for a trajectory that is kept so until the update. Default float32; latents
+            in half precision must say which. The log-prob and μ are float32 always.
 
     Raises:
         ValueError: names the argument that does not fit. Without noise and seed, s must be 0: other values raise on the
             CPU, and give NaN latents on a GPU, where looking would cost a synchronisation.
     """
     check_step_inputs(latents, velocity, coefficients, uncond_velocity, guidance_scale, likelihood, noise=noise)
+    storage_dtype = storage_of(latents, storage_dtype)
     if noise is not None and seed is not None:
         raise ValueError("give noise or seed, not both")
     deterministic = noise is None and seed is None
@@ -223,7 +242,7 @@ def gaussian_step(
             seed_tensor, seed_value = split_integer(seed)
             step_tensor, step_value = split_integer(step)
             next_latents, log_prob, mean = _gaussian_step_op(
-                latents.float(),
+                as_stored(latents),
                 velocity,
                 coefficients,
                 uncond_velocity,
@@ -237,6 +256,7 @@ def gaussian_step(
                 guidance_scale,
                 LIKELIHOOD_CODES[likelihood],
                 return_mean,
+                storage_dtype,
             )
             return GaussianStep(next_latents, log_prob if likelihood else None, mean if return_mean else None)
         if seed is not None:
@@ -250,6 +270,7 @@ def gaussian_step(
             guidance_scale=guidance_scale,
             noise=noise,
             likelihood=likelihood,
+            storage_dtype=storage_dtype,
         )
     return result if return_mean else result._replace(mean=None)
 
@@ -263,13 +284,18 @@ def gaussian_step_ref(
     guidance_scale: float = 1.0,
     noise: torch.Tensor | None = None,
     likelihood: str | None = "gaussian",
+    storage_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> GaussianStep:
-    """Plain PyTorch with the noise given (None: s is taken as 0); results in `compute_dtype`."""
+    """Plain PyTorch with the noise given (None: s is taken as 0); results in `compute_dtype`, next_latents in
+    `storage_dtype` if it is given."""
     mean = step_mean(latents, velocity, coefficients, uncond_velocity, guidance_scale, compute_dtype)
+    storage_dtype = storage_dtype or compute_dtype
     if noise is None:
-        return GaussianStep(mean, None, mean)
+        return GaussianStep(mean.to(storage_dtype), None, mean)
     _, _, s = per_row(coefficients, latents.dim(), compute_dtype)
-    next_latents = mean + s * noise.to(compute_dtype)
-    log_prob = None if likelihood is None else row_log_prob(next_latents - mean, coefficients, likelihood)
+    next_latents = (mean + s * noise.to(compute_dtype)).to(storage_dtype)
+    log_prob = None
+    if likelihood is not None:
+        log_prob = row_log_prob(next_latents.to(compute_dtype) - mean, coefficients, likelihood)
     return GaussianStep(next_latents, log_prob, mean)

@@ -102,6 +102,7 @@ LOSS_ROWS = pointers("log_prob_ptr kl_rows_ptr old_log_prob_ptr advantages_ptr r
 LOSS_SCALARS = pointers("loss_ptr clip_fraction_ptr kl_ptr", "*fp32")
 LOSS_SCALARS |= pointers("clip_range adv_clip kl_weight", "fp32")
 GRADS = pointers("velocity_grad_ptr uncond_grad_ptr", "*bf16")
+STORED = pointers("latents_ptr next_ptr", "*bf16")  # a trajectory kept in half precision
 REFERENCE = {"next_ptr": "*fp32", "reference_mean_ptr": "*fp32"}
 
 SPECS = [
@@ -109,12 +110,22 @@ SPECS = [
     gaussian_step("gaussian_step/philox_fp32", "*fp32", STOCHASTIC, uncond_ptr="*fp32", **GRAPH),
     gaussian_step("gaussian_step/philox_host_seed", "*bf16", STOCHASTIC | {"LIKELIHOOD": 0, "TILES": 1}, seed="i64"),
     gaussian_step("gaussian_step/noise_given", "*bf16", GIVEN, noise_ptr="*fp32", mean_ptr="*fp32"),
+    gaussian_step("gaussian_step/stored_bf16", "*bf16", STOCHASTIC, **GRAPH, **STORED),
     gaussian_step("gaussian_step/ode", "*bf16", ODE),
     gaussian_step("gaussian_step/ode_unguided", "*bf16", ODE | {"GUIDED": False}),
     Spec(
         name="gaussian_log_prob/forward",
         kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
         types=STEP | SCALARS | {"next_ptr": "*fp32", "log_prob_ptr": "*fp32"},
+        constants=TILE
+        | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": TILES, "reference_mean_ptr": None, "kl_ptr": None},
+        warps=WARPS,
+        vector_loads=4,
+    ),
+    Spec(
+        name="gaussian_log_prob/forward_stored_bf16",
+        kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
+        types=STEP | SCALARS | {"log_prob_ptr": "*fp32"} | STORED,
         constants=TILE
         | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": TILES, "reference_mean_ptr": None, "kl_ptr": None},
         warps=WARPS,
