@@ -14,12 +14,13 @@ from .distributed import Distributed
 from .errors import UserError
 from .evaluation import PictureStatistic, check_metrics
 from .fast import FastPaths
+from .monitor import NOT_JUDGED, RED_FLAGS
 from .policy.dynamics import check_dynamics
 from .policy.loading import load_policy
 from .policy.pipelines import PREDICTIONS, pipeline_class
 from .rewards import adversary_class, build_reward
 from .rewards.base import Adversary, Reward
-from .rewards.dino import DinoAdversary
+from .rewards.dino import backbone_folder
 from .rewards.dino_similarity import DinoSimilarity
 from .rewards.pickscore import PickScoreAdversary
 from .scoring import Scorer
@@ -85,23 +86,49 @@ def _build_reward(name: str, config: Config, sources: Sources, device: torch.dev
 
 
 def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoSimilarity | None:
-    """DINO for independent statistics: the adversary's own backbone where that is DINO, else evaluation.backbone.
+    """DINO for independent statistics: evaluation.backbone where it is set, else that of adversary.kind = dino.
 
-    Supervised fine-tuning has no adversary: it takes the backbone of the DINO that would be one, for evaluation only.
+    No other adversary's features ever stand in for DINO's. One that the adversary has loaded already, at the same size,
+    is shared. Supervised fine-tuning has no adversary: it takes the DINO that would be one, for evaluation only.
     """
-    if isinstance(adversary, DinoAdversary):
-        return DinoSimilarity(backbone=adversary.backbone)
-    path, image_size = config.evaluation.backbone, config.evaluation.backbone_image_size
-    if not path and config.adversary.kind == "dino":
-        path, image_size = config.adversary.backbone, config.adversary.image_size
+    wanted = _observer_settings(config)
     unused = config.update.objective == "sft" and "dino_similarity" not in config.evaluation.metrics
-    if not path or unused:
+    if wanted is None or unused:
         return None
+    path, image_size, fields = wanted
+    own = adversary.backbone if adversary is not None and config.adversary.kind == "dino" else None
+    if own is not None and (own.folder, own.image_size) == (backbone_folder(path), image_size):
+        return DinoSimilarity(backbone=own)
     dtype = getattr(torch, config.adversary.dtype)
-    fields = ("evaluation.backbone", "evaluation.backbone_image_size")
-    if path != config.evaluation.backbone:
-        fields = ("adversary.backbone", "adversary.image_size")
     return DinoSimilarity(path=path, image_size=image_size, device=device, dtype=dtype, fields=fields)
+
+
+def _observer_settings(config: Config) -> tuple[str, int, tuple[str, str]] | None:
+    """(path, image size, the settings that they are) of the DINO that this run's statistics look through."""
+    evaluation, adversary = config.evaluation, config.adversary
+    if evaluation.backbone:
+        fields = ("evaluation.backbone", "evaluation.backbone_image_size")
+        return evaluation.backbone, evaluation.backbone_image_size, fields
+    if adversary.kind == "dino":
+        return adversary.backbone, adversary.image_size, ("adversary.backbone", "adversary.image_size")
+    return None
+
+
+def blind_spots(config: Config, observer: DinoSimilarity | None) -> str:
+    """What the monitor cannot judge in a run without an observer, for the user; empty where nothing is lost.
+
+    Raises:
+        UserError: monitor.stop names a flag that would never be judged.
+    """
+    if observer is not None or config.monitor.every == 0 or config.update.objective == "sft":
+        return ""
+    lost = {flag.name: flag.without_dino for flag in RED_FLAGS if flag.without_dino}
+    why = f"evaluation.backbone is empty and adversary.kind = {config.adversary.kind} has no DINO"
+    never = [name for name in config.monitor.stop if lost.get(name) == NOT_JUDGED]
+    if never:
+        raise UserError(f"monitor.stop names {never[0]}, which {NOT_JUDGED}: {why}; set evaluation.backbone")
+    told = ", ".join(f"{name} {what}" for name, what in lost.items())
+    return f"monitor: {told}: {why}; set evaluation.backbone to a Dinov2Model"
 
 
 def build_metrics(
@@ -142,5 +169,4 @@ def build_scorer(
     cache = Path(config.data.cache_dir).expanduser()
     features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
     rewards = build_rewards(config, sources, distributed.device)
-    own = None if isinstance(adversary, DinoAdversary) else observer
-    return Scorer(config, adversary, features, rewards, sources.references, own, distributed)
+    return Scorer(config, adversary, features, rewards, sources.references, observer, distributed)

@@ -129,7 +129,8 @@ class _Estimate:
         self.dino = learned == "dino"
         other = [] if learned in ("dino", "none") else [f"adversary.kind = {learned}"]
         fixed = [] if supervised else [f"rewards.{name}" for name in config.rewards.fixed()]
-        self.uncounted = (*other, *fixed, *(["the VAE's encoder"] if supervised else []))
+        observer = ["evaluation.backbone"] if config.evaluation.backbone else []
+        self.uncounted = (*other, *fixed, *observer, *(["the VAE's encoder"] if supervised else []))
         self.lora = config.model.train == "lora"
         self.fused = config.fast and self.lora
         self.element = 2 if config.model.dtype == "bfloat16" else 4

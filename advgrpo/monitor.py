@@ -27,6 +27,7 @@ from .picture_statistics import STATISTICS, PictureStatistics
 
 Metrics = Mapping[str, Any]
 _DINO_DISTANCE = "DINO distance"
+NOT_JUDGED = "is not judged"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class RedFlag(ABC):
 
     name: ClassVar[str]
     needs_warm_head: ClassVar[bool] = True  # not judged while only the adversary trains (adversary.warmup_iterations)
+    without_dino: ClassVar[str] = ""  # what it loses where no DINO looks at the pictures (build.blind_spots says it)
 
     def __init__(self, section: MonitorSection, config: Config):
         self.section, self.config = section, config
@@ -160,6 +162,7 @@ class ModeCollapse(RedFlag):
     """
 
     name = "mode_collapse"
+    without_dino = NOT_JUDGED
 
     def read(self, metrics, pictures):
         distance = self.settled("distance", pictures.group_diversity if pictures else None)
@@ -195,6 +198,7 @@ class RewardHacking(RedFlag):
     """
 
     name = "reward_hacking"
+    without_dino = "sees colours and edges only"
 
     def read(self, metrics, pictures):
         if pictures is None or metrics.get("grad_norm") is None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from . import checkpoint as checkpoints
 from . import config as configuration
-from .build import build_adversary, build_metrics, build_observer, build_policy, build_scorer
+from .build import blind_spots, build_adversary, build_metrics, build_observer, build_policy, build_scorer
 from .config import Config
 from .data.sources import Sources
 from .distributed import Distributed
@@ -91,6 +91,8 @@ class Run:
         policy = build_policy(config, sources, distributed, fast, self.console)
         adversary = build_adversary(config, distributed.device)
         observer = build_observer(config, adversary, distributed.device)
+        if unseen := blind_spots(config, observer):
+            self.console.print(unseen, highlight=False)
         metrics = build_metrics(config, sources, observer, distributed.device)
         trainer = Trainer(
             config,

@@ -1,5 +1,5 @@
 """What an iteration's pictures are worth: the adversary's score, fixed rewards, their composition, and how like the
-references they are. Nothing here knows which adversary or reward it is.
+references they are. Nothing here knows which adversary, observer or reward it is.
 
 Shapes: B local pictures of this process, G global ones of the iteration, by picture number.
 """
@@ -93,7 +93,7 @@ class Scorer:
         reference_features: its features of the references, when there is one.
         rewards: fixed rewards by name.
         references: the reference pictures, where the run has any.
-        observer: DINO for the similarity to the references when the adversary is not DINO itself, or None.
+        observer: DINO for statistics that no reward is trained on; it may look through the adversary's own backbone.
     """
 
     config: Config
@@ -107,6 +107,8 @@ class Scorer:
     def __post_init__(self) -> None:
         watched = self.references is not None and self.config.monitor.every > 0
         self._of_references = ReferenceScores(self.rewards, self.references) if watched else None
+        backbone = None if self.adversary is None else self.adversary.backbone
+        self._shared = self.observer is not None and self.observer.backbone is backbone  # its features exist already
 
     def prefetch(self, prompts: list[str]) -> None:
         """Begin to load what scoring these prompts' pictures needs."""
@@ -130,7 +132,7 @@ class Scorer:
         if self._of_references is not None:
             found = self._of_references.columns(rollout.prompts, images)
             columns |= {f"{_COLUMN}{name}": column for name, column in found.items()}
-        embeddings, similar = self._similarity(rollout, images, generated)
+        embeddings, similar = self._similarity(rollout, generated)
         if similar is not None:
             columns["_similarity"] = similar
         by_id = self._gathered(columns, rollout)
@@ -165,15 +167,14 @@ class Scorer:
             for name, (purpose, features) in sides.items()
         }
 
-    def _similarity(self, rollout: Rollout, images: torch.Tensor, generated: Features | None):
+    def _similarity(self, rollout: Rollout, generated: Features | None):
         """(class tokens [B, D], cosine to the own references [B]), each None where there is nothing to tell it by."""
-        if self.config.adversary.kind == "dino":
-            embeddings = generated["cls"]
-            own = self.reference_features.prompt
-            return embeddings, reference_cosine(embeddings, rollout.prompts, lambda prompt: own(prompt)["cls"])
         if self.observer is None:
             return None, None
-        embeddings = self.observer.embed(images)
+        if self._shared:
+            embeddings, own = generated["cls"], self.reference_features.prompt
+            return embeddings, reference_cosine(embeddings, rollout.prompts, lambda prompt: own(prompt)["cls"])
+        embeddings = torch.cat([self.observer.embed(tile.images) for tile in rollout.tiles])
         if self.references is None:
             return embeddings, None
         return embeddings, self.observer.cosine(embeddings, rollout.prompts, self.references)

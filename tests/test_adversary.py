@@ -63,7 +63,7 @@ def test_head_loss_gradients_and_adam_step_match_the_released_code(released):
 
 
 def test_reward_matches_the_released_code(released, monkeypatch):
-    import advgrpo.rewards.dino as module
+    import advgrpo.rewards.feature_head as module
 
     for side in ("fake", "real"):
         drawn = golden(f"patch_idx_reward_{side}")

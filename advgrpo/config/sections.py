@@ -385,7 +385,8 @@ class EvaluationSection(_Section):
     `backbone`; rule_accuracy is the strict verdict on captions of the tiny world; saturation, dark_share and
     edge_density are statistics of the pictures."""
     backbone: str = ""
-    """Dinov2Model for dino_similarity and the monitor; empty: the adversary's, when that is DINO."""
+    """Dinov2Model for dino_similarity and the monitor, whatever the adversary; empty: the adversary's own where
+    adversary.kind = dino, else none (the monitor then says what it cannot judge)."""
     backbone_image_size: Positive = 518
     """Pictures are resized to this before it."""
     grid_prompts: Positive = 6

@@ -5,7 +5,7 @@ Shapes: B pictures [B, 3, H, W] float32 in [0, 1], one prompt each.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -83,6 +83,7 @@ class Adversary(Protocol):
     seed: int  # of the run
     optimizer: torch.optim.Optimizer  # over `parameters()`; a `HeadAdam`, or another that a graph can hold
     text_dependent: bool  # features depend on the prompt: the reference cache then keys by it too
+    backbone: Any  # the frozen network whose features these are, for others that look through the same one; or None
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,4 @@
-"""The DINO adversary (METHOD section 6): frozen DINOv2 features and a small head that learns.
-
-Features are computed once per picture and serve the reward, the head's training and the similarity metric alike; there
-is one preprocessing and one head forward (`score_features`).
+"""DINOv2 (arXiv 2304.07193), frozen: the adversary's backbone and what independent statistics look through.
 
 Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; features cls [B, D], patches [B, P, D].
 """
@@ -12,18 +9,14 @@ import torch
 import torch.nn.functional as F
 from transformers import Dinov2Model
 
-from advgrpo_kernels import hinge_head_loss, philox_permutation, sample_patches, score_features
-
-from .. import rng
 from ..config import AdversarySection
 from ..errors import UserError
 from ..types import Features
-from .head_adam import HeadAdam
+from .feature_head import FeatureHeadAdversary
 from .loading import expanded, load_pretrained
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
-_BIAS_GRADIENT_NOISE = 1e-6  # rounding reaches 2e-7; real values are 4e-6 and more up to 512 pictures of 64 patches
 
 
 def backbone_folder(path: str) -> str:
@@ -88,109 +81,9 @@ class DinoBackbone:
         return Features({"cls": tokens[:, 0].float(), "patches": tokens[:, 1:].float()})
 
 
-class DinoAdversary:
-    """`base.Adversary` of frozen DINOv2 features: a head on the class token and on random patches learns."""
-
-    text_dependent = False
-    backbone_class: type = DinoBackbone
+class DinoAdversary(FeatureHeadAdversary):
+    """The adversary of arXiv 2511.20256, eqs. 9-14: a head on frozen DINOv2 features."""
 
     def __init__(self, config: AdversarySection, *, device: torch.device, seed: int):
-        self.config, self.seed = config, seed
-        self.backbone = self.backbone_class(
-            config.backbone, image_size=config.image_size, dtype=config.dtype, device=device
-        )
-        if config.num_patches > min(self.backbone.num_patches, config.cached_patches):
-            raise UserError(
-                f"adversary.num_patches = {config.num_patches} exceeds the backbone's {self.backbone.num_patches} "
-                f"patches or adversary.cached_patches = {config.cached_patches}"
-            )
-        self.head = _init_head(self.backbone.width, config.hidden_size, seed, device)
-        self.optimizer = HeadAdam(self.parameters(), lr=config.learning_rate, betas=config.betas)
-
-    @property
-    def device(self) -> torch.device:
-        return self.backbone.device
-
-    @property
-    def cache_key(self) -> str:
-        return f"{self.backbone.cache_key}:{self.config.cached_patches}"
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.head.values())
-
-    def features(self, images: torch.Tensor, prompts: list[str]) -> Features:
-        """Frozen features "cls" [B, D] and "patches" [B, P, D] of pictures; the prompts are not looked at."""
-        return self.backbone.features(images)
-
-    @torch.no_grad()
-    def score(self, features: Features, sample_ids: torch.Tensor, *, purpose: str, iteration: int):
-        """FeatureScore of each picture; its random patches are keyed by (purpose, iteration, sample id)."""
-        seed = rng.derive_seed(self.seed, f"{purpose}_patches", iteration)
-        indices = sample_patches(features["patches"], self.config.num_patches, seed=seed, sample_ids=sample_ids).indices
-        return score_features(
-            features["cls"],
-            features["patches"],
-            indices,
-            self.head,
-            weights=self.config.reward_weights,
-            normalize=self.config.normalize != "never",
-        )
-
-    def loss(self, reference: Features, generated: Features, *, total: int | None = None):
-        """HingeHeadLoss on features whose patches are already the chosen ones (`trained_part`)."""
-        return hinge_head_loss(
-            reference["cls"],
-            reference["patches"],
-            generated["cls"],
-            generated["patches"],
-            self.head,
-            weights=self.config.loss_weights,
-            normalize=self.config.normalize == "always",
-            total=total,
-        )
-
-    def trained_part(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
-        """The features with `num_patches` random patches each, keyed by (seed, sample id)."""
-        patches = features["patches"]
-        if len(features) == 0:  # this process holds none of the drawn pictures
-            return Features({"cls": features["cls"], "patches": patches[:, : self.config.num_patches]})
-        sample = sample_patches(patches, self.config.num_patches, seed=seed, sample_ids=sample_ids)
-        return Features({"cls": features["cls"], "patches": sample.patches})
-
-    def kept_part(self, features: Features) -> Features:
-        """The features with `cached_patches` random patches each, the same for every picture's place in the batch."""
-        patches, limit = features["patches"], self.config.cached_patches
-        if patches.shape[1] <= limit:
-            return features
-        ids = torch.arange(len(features), device=patches.device)
-        kept = philox_permutation(patches.shape[1], limit, seed=0, sample_ids=ids)
-        patches = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2]))
-        return Features({"cls": features["cls"], "patches": patches})
-
-    def step(self) -> None:
-        """One Adam step on the summed gradients.
-
-        The hinge's gradient by the output bias is a difference of counts, a multiple of λ/(2·pictures·patches). Where
-        the counts are equal, float32 leaves a residue of rounding, of which Adam would take the sign and move the bias
-        by a whole learning rate, in a direction that depends on the order of summation: it is exactly zero instead.
-        """
-        gradient = self.head["b2"].grad
-        gradient.masked_fill_(gradient.abs() < _BIAS_GRADIENT_NOISE, 0.0)
-        self.optimizer.step()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.head.items()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.head.items():
-                parameter.copy_(state[name])
-
-
-def _init_head(width: int, hidden: int, seed: int, device: torch.device) -> dict[str, torch.nn.Parameter]:
-    """Linear(D, H) -> GELU -> Linear(H, 1) with torch.nn.Linear's default initialisation, seeded."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.derive_seed(seed, "head_init"))
-        first, second = torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, 1)
-    tensors = {"w1": first.weight, "b1": first.bias, "w2": second.weight, "b2": second.bias}
-    return {name: torch.nn.Parameter(t.detach().to(device)) for name, t in tensors.items()}
+        backbone = DinoBackbone(config.backbone, image_size=config.image_size, dtype=config.dtype, device=device)
+        super().__init__(config, backbone, seed=seed)

@@ -95,6 +95,7 @@ class PickScoreAdversary:
     """
 
     text_dependent = True
+    backbone = None  # a CLIP whose last layers learn: nobody else looks through it
 
     def __init__(
         self,

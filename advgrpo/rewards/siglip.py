@@ -1,4 +1,4 @@
-"""SigLIP (arXiv 2303.15343) as another frozen backbone of the adversary: DinoAdversary's head on its features.
+"""SigLIP (arXiv 2303.15343), frozen, as another backbone of the adversary: the same head on its features.
 
 Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; features "cls" [B, D], the attention-pooled picture, and "patches"
 [B, P, D]; there is no class token.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from transformers import SiglipVisionModel
 
+from ..config import AdversarySection
 from ..errors import UserError
 from ..types import Features
-from .dino import DinoAdversary
+from .feature_head import FeatureHeadAdversary
 from .loading import expanded, load_pretrained
 from .preprocess import ImagePreprocess
 
@@ -66,7 +67,9 @@ class SiglipBackbone:
         return Features({"cls": output.pooler_output.float(), "patches": output.last_hidden_state.float()})
 
 
-class SiglipAdversary(DinoAdversary):
-    """`base.Adversary` of frozen SigLIP features; everything but the backbone is DinoAdversary's."""
+class SiglipAdversary(FeatureHeadAdversary):
+    """The DINO adversary's head on frozen SigLIP features. It is no DINO: no independent statistic looks through it."""
 
-    backbone_class = SiglipBackbone
+    def __init__(self, config: AdversarySection, *, device: torch.device, seed: int):
+        backbone = SiglipBackbone(config.backbone, image_size=config.image_size, dtype=config.dtype, device=device)
+        super().__init__(config, backbone, seed=seed)
