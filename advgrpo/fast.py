@@ -39,10 +39,13 @@ class FastPaths:
         fused_off = plain or _why_not_fused(config)
         if fused_off and config.rollout.window_forward == "merged":
             raise UserError(f"rollout.window_forward = 'merged' needs the fused transformer ({fused_off}); use trainer")
+        own_noise = ""
+        if config.rollout.initial_noise == "per_image":
+            own_noise = "rollout.initial_noise = per_image: every picture is its own trajectory"
         rows = (
             _row(
                 "shared prefix",
-                plain,
+                plain or own_noise,
                 "one trajectory per prompt up to the window's first step",
             ),
             _row("fused transformer", fused_off, "one kernel per norm, residual and layout; stacked matrix products"),
@@ -61,7 +64,7 @@ class FastPaths:
                 "frozen weights quantised once, adapters never",
             ),
         )
-        return cls(config.fast, not fused_off, config.fast, not (fused_off or gpu_only), rows)
+        return cls(not (plain or own_noise), not fused_off, config.fast, not (fused_off or gpu_only), rows)
 
     def print(self, console: Console) -> None:
         table = Table(title="Fast paths", title_justify="left")

@@ -186,7 +186,7 @@ class _Estimate:
         the share of the last wave of tiles over 132 multiprocessors that is filled, over products 1, 3 and 4 D wide.
         """
         rollout = self.config.rollout
-        steps = len(rollout.window.steps) if rollout.window.steps is not None else rollout.window.size
+        steps = rollout.window.trained_of(rollout.window.count)
         work = rollout.num_steps + steps * (2.2 + knobs.gradient_checkpointing)
         rows = math.ceil(knobs.micro_batch * self.guided * self.shape.tokens / _TILE[0])
         time = filled = 0
@@ -261,7 +261,7 @@ class _Estimate:
             yield Component("text encoders, until cached", encoders, "text encoders on gpu", ("encode",))
         side, resolution = self.latent_side, config.model.resolution
         latents = 4 * self.pipeline.decoder.latent_channels * side**2
-        steps = len(config.rollout.window.steps) if config.rollout.window.steps else config.rollout.window.size
+        steps = config.rollout.window.trained_of(config.rollout.window.count)
         rollout = self.pictures * (4 * 3 * resolution**2 + 2 * steps * latents)
         held = ("decode", "score", "update")
         yield Component("pictures and window latents", rollout, "rollout.prompts_per_iteration, processes", held)

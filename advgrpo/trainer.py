@@ -56,6 +56,7 @@ class Trainer:
             merged=policy.has_merged,
             window_merged=rollout.window_forward == "merged",
             graphs=graphs,
+            shared_noise=rollout.initial_noise == "shared",
         )
         self.ema = Ema(list(policy.trainable_parameters()), config.update.ema_decay)
         self.updater = Updater(
@@ -154,7 +155,7 @@ class Trainer:
         return mine
 
     def rollout(self, table: StepTable, iteration: int) -> Rollout:
-        """Sample this process's pictures; draws are keyed by group and picture number, not by tile."""
+        """Sample this process's pictures; draws are keyed by group or picture number, never by tile or process."""
         seed = self.config.seed
         initial_seed = rng.derive_seed(seed, "initial_noise", iteration)
         noise_seed = rng.derive_seed(seed, "step_noise", iteration)
@@ -162,10 +163,11 @@ class Trainer:
         tiles, rollouts = self.tiles(iteration), []
         self.scorer.prefetch([prompt for tile in tiles for prompt in tile.prompts])  # while the GPU samples
         for tile in tiles:
+            owners = tile.prompt_groups if self.sampler.shared_noise else tile.image_ids
             latents, steps = self.sampler.run(
                 table,
                 self.policy.encode(tile.prompts),
-                self.sampler.initial_latents(initial_seed, tile.prompt_groups),
+                self.sampler.initial_latents(initial_seed, owners),
                 to_device(tile.row, self.policy.device),
                 noise_seed=noise_seed,
                 image_ids=to_device(tile.image_ids, self.policy.device),

@@ -29,6 +29,7 @@ from .random_policy import RandomPolicy, RandomReferences, Size, save_backbone
 
 FROZEN = 1e-30  # learning rate: p - 1e-30 = p in float32 for every p that is not tiny itself
 SETTINGS = {
+    "rollout": {"initial_noise": "shared"},  # Flow-GRPO-Fast's, without which there is no prefix to share
     "evaluation": {"every": 0},
     "monitor": {"every": 0},
     "output": {"tensorboard": False, "checkpoint_every": 0},

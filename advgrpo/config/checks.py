@@ -12,8 +12,8 @@ NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
 
 def check(config: Config, world_size: int) -> None:
     """Checks across fields; UserError names the field to change."""
-    rollout, window = config.rollout, config.rollout.window
-    group, micro, steps = rollout.group_size, rollout.micro_batch, rollout.num_steps
+    rollout = config.rollout
+    group, micro = rollout.group_size, rollout.micro_batch
     if group % micro and micro % group:
         raise UserError(
             f"rollout.group_size = {group} is not divisible by rollout.micro_batch = {micro}, nor the other way round; "
@@ -26,19 +26,7 @@ def check(config: Config, world_size: int) -> None:
             f"{config.update.optimizer_windows} optimizer_windows on {world_size} processes; make "
             f"rollout.prompts_per_iteration x group_size a multiple of {micro * parts}"
         )
-    last = noisy_steps(rollout)
-    if window.steps is not None:
-        outside = [s for s in window.steps if s >= last]
-        if outside or not window.steps or len(set(window.steps)) != len(window.steps):
-            raise UserError(
-                f"rollout.window.steps = {list(window.steps)}: want distinct steps within 0..{last - 1} "
-                f"(num_steps = {steps}, dynamics {rollout.dynamics})"
-            )
-    elif len(eligible_steps(config)) < window.size:
-        raise UserError(
-            f"rollout.window: noise_range {list(window.noise_range)} of {steps} steps holds "
-            f"{len(eligible_steps(config))} usable steps, fewer than size = {window.size}; widen noise_range"
-        )
+    _check_window(config)
     if rollout.dynamics in ("flow_cps", "ddim") and rollout.noise_level > 1:
         raise UserError(f"rollout.noise_level = {rollout.noise_level:g}: {rollout.dynamics} wants at most 1")
     _check_precision(config)
@@ -47,6 +35,33 @@ def check(config: Config, world_size: int) -> None:
         raise UserError("data.prompts is empty: pass --data.prompts PATH")
     if config.model.resolution % 8:
         raise UserError(f"model.resolution = {config.model.resolution}: want a multiple of 8")
+
+
+def _check_window(config: Config) -> None:
+    """The window's order has what it needs, and the schedule has the steps."""
+    rollout, window = config.rollout, config.rollout.window
+    order, steps, last = window.chosen_order, window.steps, noisy_steps(rollout)
+    if steps is not None and order != "fixed":
+        raise UserError(
+            f"rollout.window.steps = {list(steps)} would not be looked at: rollout.window.order = {order}; leave "
+            "rollout.window.steps out, or set rollout.window.order = fixed"
+        )
+    if order == "fixed" and (not steps or len(set(steps)) != len(steps) or max(steps) >= last):
+        given = None if steps is None else list(steps)
+        raise UserError(
+            f"rollout.window.steps = {given}: want distinct steps within 0..{last - 1} "
+            f"(num_steps = {rollout.num_steps}, dynamics {rollout.dynamics})"
+        )
+    if order != "fixed" and len(eligible_steps(config)) < window.size:
+        raise UserError(
+            f"rollout.window: noise_range {list(window.noise_range)} of {rollout.num_steps} steps holds "
+            f"{len(eligible_steps(config))} usable steps, fewer than size = {window.size}; widen noise_range"
+        )
+    if window.trained_of(window.count) == 0:
+        raise UserError(
+            f"rollout.window.train_share = {window.train_share:g} of a window of {window.count} steps trains none; "
+            f"want at least {1 / window.count:.3g}"
+        )
 
 
 def _check_precision(config: Config) -> None:
@@ -121,7 +136,10 @@ def noisy_steps(rollout: RolloutSection) -> int:
 
 
 def eligible_steps(config: Config) -> list[int]:
-    """Steps a random window may contain: those whose share of the schedule left lies in (low, high]."""
+    """Consecutive steps that a window may contain unless it is fixed: their share of the schedule left is in the range.
+
+    The range is open below: of ten steps, 0.5 to 1.0 holds the first five.
+    """
     rollout = config.rollout
     low, high = rollout.window.noise_range
     return [i for i in range(noisy_steps(rollout)) if low < 1 - i / rollout.num_steps <= high]

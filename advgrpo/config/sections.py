@@ -106,12 +106,39 @@ class DataSection(_Section):
 class WindowSection(_Section):
     """The steps that are stochastic and trained on."""
 
+    order: Literal["auto", "random", "contiguous", "sliding", "fixed"] = "auto"
+    """How an iteration's steps are chosen: fixed, those of `steps`; random, any `size` steps of `noise_range`;
+    contiguous, `size` consecutive ones from a random start; sliding, consecutive ones that move from the noisiest to
+    the cleanest over the iterations and start over (MixGRPO); auto, fixed where `steps` is set and random otherwise."""
     steps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Fixed steps such as 0 1; when unset, `size` steps are drawn anew every iteration."""
+    """Order fixed: the steps, such as 0 1."""
     size: Positive = 2
-    """Number of steps drawn when `steps` is unset."""
+    """The other orders: number of steps."""
     noise_range: tuple[Fraction, Fraction] = (0.5, 1.0)
-    """Share of the schedule to draw from: 1.0 is the noisiest step, 0.5-1.0 the noisier half."""
+    """The other orders: share of the schedule to choose from; 1.0 is the noisiest step, 0.5-1.0 the noisier half."""
+    slide_every: Positive = 25
+    """Order sliding: iterations after which the window moves (MixGRPO's shift interval)."""
+    slide_by: Positive = 1
+    """Order sliding: steps it moves by (MixGRPO's stride)."""
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the window's steps that are trained on, from the noisiest, rounded down: Flow-GRPO's timestep_fraction,
+    whose 0.99 leaves the last of ten steps noisy but untrained."""
+
+    @property
+    def chosen_order(self) -> str:
+        """`order`, with auto resolved."""
+        if self.order != "auto":
+            return self.order
+        return "random" if self.steps is None else "fixed"
+
+    @property
+    def count(self) -> int:
+        """Stochastic steps of an iteration."""
+        return self.size if self.chosen_order != "fixed" else len(self.steps or ())
+
+    def trained_of(self, count: int) -> int:
+        """How many of `count` stochastic steps are trained on."""
+        return int(count * self.train_share)
 
 
 class RolloutSection(_Section):
@@ -134,6 +161,9 @@ class RolloutSection(_Section):
     """Noise level eta on the window's steps."""
     likelihood: Literal["squared_error", "gaussian"] = "squared_error"
     """Log-probability: Flow-CPS drops constants and variance (squared_error), Flow-GRPO keeps them (gaussian)."""
+    initial_noise: Literal["per_image", "shared"] = "per_image"
+    """Every picture's own initial noise (the paper, the released code), or one for the pictures of a prompt, which up
+    to the window are then one trajectory that --fast computes once (Flow-GRPO-Fast)."""
     window: WindowSection = WindowSection()
     precision: Literal["model", "fp8"] = "model"
     """ODE steps, which have no likelihood: merged weights in the model's dtype, or in FP8; needs --fast."""

@@ -21,6 +21,7 @@ class StepTable:
     timesteps: torch.Tensor  # [T] float32
     coefficients: torch.Tensor  # [T, 3] float32: x_next = a x + b v + s z
     window: tuple[int, ...]  # stochastic steps, ascending; empty for plain sampling
+    trained: tuple[int, ...]  # those of them that the update trains on: the first ones
     numbers: list[torch.Tensor] = field(init=False)  # T views [1] int64: the step counter
 
     def __post_init__(self):
@@ -60,14 +61,28 @@ def step_table(policy: Policy, num_steps: int, window: tuple[int, ...] = (), *, 
     else:
         dynamics = rollout.dynamics if window else "ode"
         coefficients = transition_coefficients(levels.tolist(), dynamics=dynamics, noise_level=noise)
-    return StepTable(timesteps.to(policy.device), coefficients.to(policy.device), window)
+    trained = window[: rollout.window.trained_of(len(window))] if window else ()
+    return StepTable(timesteps.to(policy.device), coefficients.to(policy.device), window, trained)
 
 
 def window_steps(config: Config, iteration: int) -> tuple[int, ...]:
-    """This iteration's stochastic steps: the fixed ones, or drawn from the noise range."""
+    """This iteration's stochastic steps, ascending: a function of (seed, iteration) alone, in rollout.window.order.
+
+    A sliding window is MixGRPO's (arXiv 2507.21802): it starts at the noisiest step and moves by the stride after every
+    shift interval. Its code lets the window shrink at the end of the range; here it starts over before that, so that
+    every iteration trains on as many steps.
+    """
     window = config.rollout.window
-    if window.steps is not None:
+    if window.chosen_order == "fixed":
         return tuple(sorted(window.steps))
     steps = eligible_steps(config)
-    order = torch.randperm(len(steps), generator=rng.generator(config.seed, "window", iteration))
-    return tuple(sorted(steps[i] for i in order[: window.size].tolist()))
+    starts = len(steps) - window.size + 1
+    draw = rng.generator(config.seed, "window", iteration)
+    if window.chosen_order == "random":
+        return tuple(sorted(steps[i] for i in torch.randperm(len(steps), generator=draw)[: window.size].tolist()))
+    if window.chosen_order == "contiguous":
+        first = int(torch.randint(starts, (), generator=draw))
+    else:
+        places = range(0, starts, window.slide_by)
+        first = places[iteration // window.slide_every % len(places)]
+    return tuple(steps[first : first + window.size])

@@ -1,8 +1,9 @@
 """The sampler: ODE steps, and on the window's steps noise and log-probabilities.
 
-The rows of a prompt share their initial noise, so up to the window's first step they are one trajectory. `share_prefix`
-computes it once per prompt and branches at that step (METHOD section 3); without it every row is computed, with the
-same result up to rounding. The window's steps always run the trainer's own forward, so that log-probabilities can be
+Where the rows of a prompt share their initial noise (Flow-GRPO-Fast), they are one trajectory up to the window's first
+step: `share_prefix` computes it once per prompt and branches at that step; without it every row is computed, with the
+same result up to rounding. Where every picture has its own noise (the released Adv-GRPO code), nothing is shared. The
+window's steps always run the trainer's own forward, so that log-probabilities can be
 repeated to the last bit; merged weights serve ODE steps only, unless `window_merged` gives that exactness up.
 
 Every step does the same operations whatever its number: coefficients, timesteps and modulations are device tables read
@@ -37,8 +38,11 @@ class Sampler:
     merged: bool
     window_merged: bool = False
     graphs: GraphBackend | None = None
+    shared_noise: bool = True  # the pictures of a prompt start from one noise
 
     def __post_init__(self):
+        if self.share_prefix and not self.shared_noise:
+            raise ValueError("share_prefix needs shared_noise: pictures with their own noise have no common prefix")
         self._inputs = StaticBuffers(self.policy.device, static=self.graphs is not None)
         self._prompts = StaticBuffers(self.policy.device, static=self.graphs is not None)
         self._prepared: PreparedPrompts | None = None  # the form of the prompts; their tensors are in `_prompts`
@@ -53,7 +57,7 @@ class Sampler:
         return sum(step.captures for step in self._steps.values())
 
     def initial_latents(self, seed: int, ids: torch.Tensor) -> torch.Tensor:
-        """[P, C, H, W] unit noise; each row depends on (seed, id) only."""
+        """[ids, C, H, W] unit noise; each row depends on (seed, id) only."""
         shape = (len(ids), *self.policy.latent_shape())
         return philox_normal(shape, seed=seed, sample_ids=ids, device=self.policy.device)
 
@@ -68,13 +72,14 @@ class Sampler:
         noise_seed: int = 0,
         image_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[WindowStep]]:
-        """Denoise `initial` [P, ...], branching into the M pictures of `row` [M]; returns latents [M, ...] and steps.
+        """Denoise `initial` into the M pictures of `row` [M]; returns latents [M, ...] and the steps to train on.
 
+        `initial` is [P, ...], from which a prompt's pictures branch; without `shared_noise` it is [M, ...].
         `noise_seed` and `image_ids` [M] key the noise of the window's steps.
         """
         prompts = self.policy.prepare(conditioning, table.timesteps, guided=self.guidance_scale != 1.0)
         shared, inputs = self.share_prefix, self._inputs
-        latents = initial if shared else initial.index_select(0, row)
+        latents = initial if shared or not self.shared_noise else initial.index_select(0, row)
         self._set_prompts(prompts if shared else prompts.rows(row))
         inputs.fill("coefficients", table.coefficients)
         if table.window:
@@ -91,7 +96,8 @@ class Sampler:
             before = self._keep(latents)
             latents, log_prob = self._run("branching step" if shared else "window step")
             latents = self._keep(latents)
-            steps.append(WindowStep(i, before, latents, self._keep(log_prob), shared))
+            if i in table.trained:
+                steps.append(WindowStep(i, before, latents, self._keep(log_prob), shared))
             if shared:
                 self._set_prompts(prompts.rows(row))
                 shared = False

@@ -116,7 +116,7 @@ class Updater:
         """
         self.zero_gradients()
         stats = UpdateStats(self.policy.device)
-        weight = 1.0 / (total * len(table.window))
+        weight = 1.0 / (total * len(table.trained))
         for rollout in tiles:
             row = to_device(rollout.tile.row, self.policy.device)
             prompts = self._prepare(rollout, table)
