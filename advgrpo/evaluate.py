@@ -20,7 +20,6 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
-from safetensors import SafetensorError, safe_open
 
 from . import config as configuration
 from .config import NEED_REFERENCES, Config
@@ -218,45 +217,31 @@ def settings_of(options: Evaluate, lora: str, device: torch.device) -> Config:
     return configuration.build(settings, "command line")
 
 
-def lora_section(folder: Path, pipeline: Path) -> configuration.LoraSection:
-    """Rank, alpha, targets and blocks of a LoRA folder, as the policy needs them to load it.
-
-    Alpha is in the file's metadata; without any, it is the rank, as in diffusers.
+def lora_section(folder: Path, pipeline: Path, field: str = "--lora") -> configuration.LoraSection:
+    """Rank, targets and blocks of a LoRA folder, as the policy needs them to load it.
 
     Raises:
-        UserError: a file that is not in diffusers' format, or adapters in blocks that are not the last ones.
+        UserError: no LoRA of the pipeline's network, or adapters of several ranks or in blocks that are not the last.
     """
-    from .policy.adapters import stored_blocks
+    from .policy.adapters import read_lora_for, stored_blocks
 
-    path = folder / _LORA_FILE
-    component, blocks = stored_blocks(pipeline)
-    stored = re.compile(rf"{component}\.((?:.+\.)?transformer_blocks\.\d+)\.(.+)\.lora_A\.weight")  # diffusers' names
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            ranks = {
-                found.groups(): file.get_slice(found.string).get_shape()[0]
-                for found in map(stored.fullmatch, file.keys())
-                if found
-            }
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a LoRA: {error}") from error
-    if len(set(ranks.values())) != 1:
-        raise UserError(
-            f"{path} holds adapters of ranks {sorted(set(ranks.values()))} on transformer blocks; want diffusers' "
-            f"format ({component}.BLOCK.MODULE.lora_A.weight) with one rank"
-        )
-    rank = next(iter(ranks.values()))
-    foreign = sorted({block for block, _ in ranks}.difference(blocks))
-    if foreign:
-        raise UserError(f"{path} adapts {foreign[0]}, which {pipeline} does not have; it is another model's")
-    indices, count = sorted({blocks.index(block) for block, _ in ranks}), len(blocks)
+    file, blocks = read_lora_for(pipeline, folder, field), stored_blocks(pipeline)
+    inside = re.compile(r"((?:.+\.)?transformer_blocks\.\d+)\.(.+)")
+    found = {name: inside.fullmatch(name) for name in file.modules}
+    outside = [name for name, match in found.items() if match is None]
+    if outside:
+        raise UserError(f"{file.path} adapts {outside[0]}; only layers of transformer blocks can be loaded")
+    ranks = sorted({len(a) for a, _ in file.modules.values()})
+    if len(ranks) != 1:
+        raise UserError(f"{file.path} holds adapters of ranks {ranks}; only one rank can be loaded")
+    indices = sorted({blocks.index(match[1]) for match in found.values()})
+    count = len(blocks)
     if indices != list(range(count - len(indices), count)):
-        raise UserError(f"{path} adapts blocks {indices} of {count}; only all blocks or the last N can be loaded")
+        raise UserError(f"{file.path} adapts blocks {indices} of {count}; only all blocks or the last N can be loaded")
     return configuration.LoraSection(
-        rank=rank,
-        alpha=metadata.get(f"{component}.lora_alpha", rank),
-        targets=tuple(dict.fromkeys(module for _, module in ranks)),
+        rank=ranks[0],
+        alpha=ranks[0],
+        targets=tuple(dict.fromkeys(match[2] for match in found.values())),
         blocks="all" if len(indices) == count else len(indices),
         start_from=str(folder),
     )

@@ -85,12 +85,14 @@ def generate(options: Generate) -> None:
     from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
 
     from .plots import draw_grid
+    from .policy.adapters import read_lora_for
     from .policy.pipelines import pipeline_folder
 
     check(options)
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device == "cuda" and options.model not in WORLDS else torch.float32
     folder = pipeline_folder(options.model, field="--model")
+    lora = read_lora_for(folder, Path(options.lora), "--lora") if options.lora else None
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
     if not isinstance(pipe, StableDiffusion3Pipeline):  # SD1.5 and SDXL, with the sampler that they are trained with
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
@@ -98,8 +100,8 @@ def generate(options: Generate) -> None:
     columns: dict[str, list[torch.Tensor]] = {}
     if options.base or not options.lora:
         columns["base"] = [draw(pipe, options, prompt) for prompt in options.prompt]
-    if options.lora:
-        pipe.load_lora_weights(options.lora)
+    if lora is not None:
+        pipe.load_lora_weights({f"{lora.component}.{name}": tensor for name, tensor in lora.state_dict().items()})
         columns["lora"] = [draw(pipe, options, prompt) for prompt in options.prompt]
     rows = [
         (prompt, [(name, pictures[i]) for name, pictures in columns.items()]) for i, prompt in enumerate(options.prompt)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from advgrpo import config
 from advgrpo.generate import main
@@ -54,3 +55,18 @@ def test_grid_of_base_and_lora(tmp_path, lora):
 def test_bad_arguments(arguments, expected, capsys):
     assert main(arguments) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_lora_of_another_model_is_refused_before_the_model_loads(tmp_path, unit_pipeline, lora, capsys):
+    """Stock diffusers would load none of it, or fail inside PEFT."""
+    arguments = [*PROMPTS, "--lora", str(lora), "--model", unit_pipeline, "--output", str(tmp_path / "g.png")]
+    assert main(arguments) == 2
+    assert "it is another model's" in capsys.readouterr().err
+    weights = {
+        "unet.up_blocks.0.to_q.lora_A.weight": torch.ones(1, 4),
+        "unet.up_blocks.0.to_q.lora_B.weight": torch.ones(4, 1),
+    }
+    save_file(weights, lora / "pytorch_lora_weights.safetensors")
+    assert main([*PROMPTS, "--lora", str(lora)]) == 2
+    assert "adapts a unet, but" in capsys.readouterr().err
+    assert not (tmp_path / "g.png").exists()

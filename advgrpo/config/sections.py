@@ -21,6 +21,7 @@ LORA_TARGETS = (
 )
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+ExportFormat = Literal["diffusers", "comfyui", "kohya"]
 FlagName = Literal[
     "reward_collapse",
     "mode_collapse",
@@ -53,7 +54,11 @@ class LoraSection(_Section):
     blocks: Literal["all"] | Positive = "all"
     """"all", or only the last N transformer blocks."""
     start_from: str = ""
-    """Folder of a trained LoRA (such as OUT/lora) to start from instead of zero; same rank, targets and blocks."""
+    """Folder of a trained LoRA (such as OUT/lora) to start from instead of zero; same rank, targets and blocks, at the
+    strength it was trained with, whatever alpha is here."""
+    export_format: ExportFormat = "diffusers"
+    """OUT/lora/pytorch_lora_weights.safetensors is always written, for diffusers; "comfyui" and "kohya" (also for web
+    UIs) add comfyui.safetensors or kohya.safetensors beside it."""
 
 
 class ModelSection(_Section):

@@ -14,30 +14,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import (
-    ModelMixin,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from ..config import LORA_TARGETS, LoraSection
+from ..config import LORA_TARGETS, ExportFormat, LoraSection
 from ..errors import UserError
-from .lora import check_lora_state, initial_pair
+from .lora import Pair, check_lora_state, initial_pair
+from .lora_file import LoraFile, read_lora, write_lora
 
 logger = logging.getLogger(__name__)
 ADAPTER = "default"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 # What the default of model.lora.targets, SD3's attention projections, stands for on a UNet: its own.
 UNET_LORA_TARGETS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in _PROJECTIONS)
-_WRITERS = {"transformer": StableDiffusion3Pipeline, "unet": StableDiffusionPipeline}  # SDXL's files are SD1.5's
 
 
 def component_of(network: ModelMixin) -> str:
@@ -45,13 +36,18 @@ def component_of(network: ModelMixin) -> str:
     return "unet" if isinstance(network, UNet2DConditionModel) else "transformer"
 
 
-def stored_blocks(pipeline: Path) -> tuple[str, list[str]]:
-    """Component and transformer blocks, in the order of the forward pass, of a pipeline's folder; loads no weights."""
+def stored_network(pipeline: Path) -> ModelMixin:
+    """The network of a pipeline's folder on the meta device: its modules and shapes without their weights."""
     component, kind = "transformer", SD3Transformer2DModel
     if (pipeline / "unet").is_dir():
         component, kind = "unet", UNet2DConditionModel
     with torch.device("meta"):
-        return component, _block_names(kind.from_config(kind.load_config(pipeline / component)))
+        return kind.from_config(kind.load_config(pipeline / component))
+
+
+def stored_blocks(pipeline: Path) -> list[str]:
+    """Transformer blocks, in the order of the forward pass, of a pipeline's folder."""
+    return _block_names(stored_network(pipeline))
 
 
 def _block_names(network: ModelMixin) -> list[str]:
@@ -77,21 +73,46 @@ def target_modules(network: ModelMixin, lora: LoraSection) -> list[str]:
     return [name for name in linear if name.startswith(prefixes) and name.endswith(suffixes)]
 
 
-def export_lora(folder: Path, state: Mapping[str, torch.Tensor], metadata: dict, component: str) -> None:
-    """`pipe.load_lora_weights(folder)` of stock diffusers; the metadata keeps alpha, which the weights lack."""
-    named = {f"{component}_lora_layers": dict(state), f"{component}_lora_adapter_metadata": metadata}
-    _WRITERS[component].save_lora_weights(folder, **named)
+def read_lora_for(pipeline: Path, path: Path, field: str) -> LoraFile:
+    """A LoRA file, checked against the network of a pipeline's folder; loads none of its weights.
+
+    Raises:
+        UserError: as `read_lora`, or a LoRA of another network: names the first module that differs.
+    """
+    file, network = read_lora(path, field), stored_network(pipeline)
+    linear = {name: module for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+    source = f"{field} = {str(file.path)!r}"
+    if file.component != component_of(network):
+        raise UserError(f"{source} adapts a {file.component}, but {pipeline} has a {component_of(network)}")
+    for name, (a, b) in file.modules.items():
+        if name not in linear:
+            raise UserError(f"{source} adapts {name}, which {pipeline} does not have; it is another model's")
+        here, there = (linear[name].out_features, linear[name].in_features), (len(b), a.shape[1])
+        if here != there:
+            raise UserError(f"{source}: {name} is {list(there)}, but {list(here)} in {pipeline}; it is another model's")
+    return file
 
 
-def read_lora(folder: Path, field: str, component: str) -> dict[str, torch.Tensor]:
-    """The adapters of a LoRA folder for one component, by PEFT's names; UserError naming `field` otherwise."""
-    path = Path(folder).expanduser() / LORA_FILE
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{field} = {str(folder)!r}: {path} cannot be read ({error})") from error
-    prefix = f"{component}."
-    return {name.removeprefix(prefix): t.float() for name, t in tensors.items() if name.startswith(prefix)}
+def start_state(folder: Path, component: str, scale: float) -> dict[str, torch.Tensor]:
+    """Adapters of model.lora.start_from by PEFT's names, for `scale * B @ A`: the file's update, whatever its alpha.
+
+    Raises:
+        UserError: as `read_lora`, or a LoRA of another kind of network.
+    """
+    file = read_lora(folder, "model.lora.start_from")
+    if file.component != component:
+        raise UserError(
+            f"model.lora.start_from = {str(folder)!r} adapts a {file.component}, but the model has a {component}"
+        )
+    return file.state_dict(scale)
+
+
+def export_lora(
+    folder: Path, modules: Mapping[str, Pair], scale: float, component: str, export_format: ExportFormat
+) -> None:
+    """Write adapters whose update is `scale * B @ A`, so that all loaders apply that update at strength 1."""
+    folded = {name: (a.float(), b.float() * scale) for name, (a, b) in modules.items()}
+    write_lora(folder, folded, component, export_format)
 
 
 class LoraAdapters:
@@ -107,13 +128,11 @@ class LoraAdapters:
         )
         with torch.random.fork_rng(devices=[]):  # PEFT draws; what it drew is replaced below
             network.add_adapter(config, adapter_name=ADAPTER)
-        self.network = network
+        self.network, self.lora, self.targets = network, lora, targets
         with torch.no_grad():
             for _, parameter in self.parameters():
                 parameter.data = parameter.data.float()
-            for name in targets:
-                layer = network.get_submodule(name)
-                a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            for name, (a, b) in self.modules().items():
                 for weight, start in zip((a, b), initial_pair(name, a.shape[1], len(b), lora.rank, lora.init, seed)):
                     weight.copy_(start)
 
@@ -138,9 +157,20 @@ class LoraAdapters:
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 
+    def modules(self) -> dict[str, Pair]:
+        """Module name -> (A [r, K], B [n, r]): the parameters themselves."""
+        layers = {name: self.network.get_submodule(name) for name in self.targets}
+        return {name: (x.lora_A[ADAPTER].weight, x.lora_B[ADAPTER].weight) for name, x in layers.items()}
+
+    @property
+    def scale(self) -> float:
+        return self.lora.alpha / self.lora.rank
+
+    def load_lora(self, folder: Path) -> None:
+        self.load_state_dict(start_state(folder, component_of(self.network), self.scale), str(folder))
+
     def export(self, folder: Path) -> None:
-        metadata = self.network.peft_config[ADAPTER].to_dict()
-        export_lora(folder, self.state_dict(), metadata, component_of(self.network))
+        export_lora(folder, self.modules(), self.scale, component_of(self.network), self.lora.export_format)
 
 
 class FullWeights:
@@ -172,5 +202,8 @@ class FullWeights:
                 trained[name].data = data
 
     def export(self, folder: Path) -> None:
-        """A folder for `from_pretrained` of the network's class."""
+        """A folder for `from_pretrained` of the network's class, its files readable to whom the umask lets."""
         self.network.save_pretrained(folder)
+        mode = (folder / "config.json").stat().st_mode
+        for file in folder.glob("*.safetensors"):  # safetensors makes its files readable to their owner only
+            file.chmod(mode)

@@ -111,14 +111,6 @@ class LoraWeights:
                 index -= size
         raise IndexError(index)
 
-    def metadata(self) -> dict:
-        """What diffusers stores beside the weights: without it alpha is lost on loading."""
-        from peft import LoraConfig
-
-        names = [name for adapter in self.adapters for name in adapter.names]
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, init_lora_weights="gaussian", target_modules=names)
-        return config.to_dict()
-
 
 def check_lora_state(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], source: str) -> None:
     """UserError unless `state` has exactly the names and shapes of `own`."""

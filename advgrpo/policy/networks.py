@@ -19,7 +19,7 @@ import torch
 from diffusers import ModelMixin, SD3Transformer2DModel
 
 from ..config import ModelSection
-from .adapters import FullWeights, LoraAdapters, component_of, export_lora, read_lora, target_modules
+from .adapters import FullWeights, LoraAdapters, export_lora, start_state, target_modules
 from .transformer import FusedTransformer, Prepared, TransformerConfig
 
 
@@ -87,8 +87,7 @@ class StockNetwork:
         """Nothing to merge: sampling runs the trained weights."""
 
     def load_lora(self, folder: Path) -> None:
-        state = read_lora(folder, "model.lora.start_from", component_of(self.network))
-        self.adapters.load_state_dict(state, str(folder))
+        self.adapters.load_lora(folder)
 
     def export(self, folder: Path) -> None:
         self.adapters.export(folder)
@@ -110,6 +109,7 @@ class FusedNetwork:
             checkpointing=model.gradient_checkpointing,
         )
         lora = model.lora
+        self.export_format = lora.export_format
         self.lora = self.transformer.adapt(
             targets.__contains__, rank=lora.rank, alpha=lora.alpha, init=lora.init, seed=seed
         )
@@ -134,7 +134,7 @@ class FusedNetwork:
         self.transformer.merge()
 
     def load_lora(self, folder: Path) -> None:
-        self.lora.load_state_dict(read_lora(folder, "model.lora.start_from", "transformer"), str(folder))
+        self.lora.load_state_dict(start_state(folder, "transformer", self.lora.scale), str(folder))
 
     def export(self, folder: Path) -> None:
-        export_lora(folder, self.lora.state_dict(), self.lora.metadata(), "transformer")
+        export_lora(folder, self.lora.modules(), self.lora.scale, "transformer", self.export_format)
