@@ -3,37 +3,40 @@
 Processes are started by torchrun; one process needs no setup and every collective is then the identity. NCCL serves
 GPUs, gloo the CPU. Python objects travel as JSON, so nothing received is ever unpickled.
 
-How a failure spreads. Every rank runs a small thread with its own connection to the job's key-value store (torchrun's
-agent hosts it, so it outlives rank 0). Each second the thread leaves a sign of life and looks for a failure report:
+How a failure spreads. Every rank runs a small thread (watch.py) with its own connection to the job's key-value store
+(torchrun's agent hosts it, so it outlives rank 0 and every attempt of torchrun --max-restarts; keys are therefore
+prefixed by the attempt). Each second the thread leaves a note and looks for a failure report:
 
 - A rank that raises inside `guard()` writes its error into the store before it exits; the others find it, raise it (as
-  `RankFailure`, or `UserError` if it was one) at their next collective, and are ended after `GRACE_SECONDS` if they do
-  not get that far, for example because they wait inside NCCL.
-- A rank that dies without a word (killed, out of memory, machine lost) is noticed by its neighbour after
-  `SILENCE_SECONDS`.
+  `RankFailure`, or `UserError` if it was one) at their next collective or `check_stop`, and are ended after
+  `watch.GRACE_SECONDS` if they do not get that far, for example because they wait inside NCCL.
+- A rank that dies without a word (killed, out of memory, machine lost) or is stopped is noticed by its neighbour after
+  `watch.SILENCE_SECONDS`.
 - A rank that lives but hangs, or calls collectives in another order, lets the others run into the collective timeout.
-  With gloo that raises where they wait; with NCCL its watchdog thread ends the process, some seconds later and without
-  a Python error, which is why the reports above do not depend on it.
+  With gloo that raises where they wait, and says who is missing, at what work; the missing rank's stack is printed.
+  With NCCL its watchdog thread ends the process, some seconds later and without a Python error, which is why the
+  reports above do not depend on it.
 
 Work that only some ranks do, or that takes them different times (loading a model the first time, writing a checkpoint,
-evaluating), would run into that timeout too. It belongs in `monitored()`, where ranks wait for each other through the
-store: as long as every rank shows signs of life, however long it takes.
+scoring, evaluating), would run into that timeout too. It belongs in `monitored()`, where ranks wait for each other
+through the store: as long as every rank shows signs of life and begins new work now and then (`progress`).
+
+How a job stops early. Any rank may `ask_to_stop`, from a signal handler too. Rank 0 alone decides where: at its next
+`check_stop`, which stands between two pieces of work, `StopRequested` is raised, and from then on it enters no
+collective. It has to be rank 0, which saves: if another rank left first, rank 0 could wait for it in a collective. The
+others follow at their own `check_stop`, or are ended where they wait.
 """
 
 import atexit
-import faulthandler
 import hashlib
 import json
 import os
-import sys
-import threading
+import secrets
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,50 +44,13 @@ from torch import Tensor
 
 from advgrpo.errors import UserError
 
-POLL_SECONDS = 1.0
-SILENCE_SECONDS = 30.0  # + polls + grace stays under a minute; nothing holds the GIL this long
-GRACE_SECONDS = 10.0
-LINGER_SECONDS = (
-    5.0  # a failed rank stays this long for the others to read its report: torchrun ends all once one exits
-)
+from . import watch
+from .watch import CollectiveError, RankFailure, StopRequested, Watch
+
+T = TypeVar("T")
 START_SECONDS = 600.0  # machines of one job come up minutes apart
-_MEETING_POLL_SECONDS = 0.05
-
-
-class CollectiveError(RuntimeError):
-    """A collective failed or timed out on this rank, and no rank reported why."""
-
-
-class RankFailure(RuntimeError):
-    """Another rank failed; the message holds its error."""
-
-
-@dataclass(frozen=True)
-class _Failure:
-    rank: int
-    reporter: int
-    summary: str
-    details: str
-    is_user_error: bool = False
-
-    @classmethod
-    def of(cls, error: BaseException, rank: int) -> "_Failure":
-        summary = "".join(traceback.format_exception_only(error)).strip()
-        if isinstance(error, UserError):
-            return cls(rank, rank, str(error), str(error), is_user_error=True)
-        return cls(rank, rank, summary, "".join(traceback.format_exception(error))[-10_000:])
-
-    def is_own(self, rank: int) -> bool:
-        return self.rank == self.reporter == rank
-
-    @property
-    def exit_code(self) -> int:
-        return UserError.EXIT_CODE if self.is_user_error else 1
-
-    def as_exception(self) -> Exception:
-        if self.is_user_error:
-            return UserError(f"{self.details} (found on rank {self.rank})")
-        return RankFailure(f"rank {self.rank} failed with this error:\n{self.details.rstrip()}")
+_SAY_WHO_IS_LATE_SECONDS = 30.0
+_LONGEST_POLL_SECONDS = 0.05
 
 
 class Distributed:
@@ -103,12 +69,15 @@ class Distributed:
         self.world_size = world_size
         self.local_rank = local_rank
         self.device = device
+        self.timeout_seconds = 0.0
         self._store: dist.Store | None = None
-        self._watch: _Watch | None = None
-        self._meetings = 0
+        self._watch: Watch | None = None
+        self._stop_reason: str | None = None
+        self._stopped = False
+        self._last_meeting = ""
 
     @classmethod
-    def start(cls, device: str = "auto", *, timeout_seconds: float = 60.0) -> "Distributed":
+    def start(cls, device: str = "auto", *, timeout_seconds: float = 40.0) -> "Distributed":
         """Join the job that torchrun's environment describes, or stand alone without one.
 
         Args:
@@ -121,15 +90,18 @@ class Distributed:
         rank, world_size, local_rank = _read_environment()
         self = cls(rank, world_size, local_rank, _choose_device(device, local_rank))
         if world_size > 1:
-            self._store = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))[0]
-            self._watch = _Watch(self._store.clone(), rank, world_size)
+            store = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))[0]
+            # All are here from now on, before the process group's own, shorter timeout begins.
+            attempt = _agree_on_attempt(store, rank, world_size)
+            self.timeout_seconds = timeout_seconds
+            self._store = dist.PrefixStore(attempt, store)
+            self._watch = Watch(dist.PrefixStore(attempt, store.clone()), rank, world_size)
             self._watch.start()
             with self.guard():
                 self._join(timeout_seconds)
         return self
 
     def _join(self, timeout_seconds: float) -> None:
-        self._meet("start", START_SECONDS)  # before the process group's own, shorter timeout begins
         on_gpu = self.device.type == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -181,26 +153,6 @@ class Distributed:
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part.view(tensor.shape))
 
-    def sum_scalars(self, values: dict[str, float]) -> dict[str, float]:
-        """Sum each value over the ranks in rank order, in float64: the same to the last bit on all ranks.
-
-        Raises:
-            ValueError: ranks have different keys.
-        """
-        gathered = self.gather_json(values)
-        for rank, other in enumerate(gathered):
-            if other.keys() != values.keys():
-                raise ValueError(
-                    f"sum_scalars: rank {rank} and rank {self.rank} differ in {other.keys() ^ values.keys()}"
-                )
-        return {key: sum(other[key] for other in gathered) for key in values}
-
-    def barrier(self) -> None:
-        """Wait for all ranks, no longer than the timeout; see `monitored` for work that may take longer."""
-        if self.world_size > 1:
-            with self._collective("barrier"):
-                dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
-
     def gather_json(self, value: Any) -> list[Any]:
         """The JSON-serialisable `value` of every rank, in rank order, on all ranks."""
         if self.world_size == 1:
@@ -208,60 +160,81 @@ class Distributed:
         payload = _to_bytes(value).to(self.device)
         return [_from_bytes(part) for part in self._gather_rows(payload[:, None], 1, "JSON")]
 
-    def broadcast_json(self, value: Any, source: int = 0) -> Any:
-        """`value` of rank `source` on all ranks (JSON-serialisable; what other ranks pass is ignored)."""
-        if self.world_size == 1:
-            return json.loads(json.dumps(value))
-        with self._collective("broadcast_json"):
-            payload = _to_bytes(value).to(self.device) if self.rank == source else None
-            size = torch.tensor([0 if payload is None else len(payload)], device=self.device)
-            dist.broadcast(size, source)
-            if payload is None:
-                payload = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-            dist.broadcast(payload, source)
-        return _from_bytes(payload)
+    def progress(self, doing: str, *, within_seconds: float | None = None) -> None:
+        """Note what this rank begins now; those that wait for it in `monitored` show it, and it proves it is not stuck.
 
-    def gather_tensors_to_main(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Every rank's tensors on rank 0, in rank order and on the CPU, bit for bit; an empty list on other ranks.
+        Costs nothing: the note travels with the next sign of life.
 
-        Names, shapes and dtypes may differ between ranks.
+        Args:
+            within_seconds: how long the work may take before this rank counts as hanging; None: the collective timeout.
         """
-        local = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        if self.world_size == 1:
-            return [{name: tensor.clone() for name, tensor in local.items()}]
-        layouts = self.gather_json(
-            [[name, str(t.dtype).removeprefix("torch."), list(t.shape), t.nbytes] for name, t in local.items()]
-        )
-        longest = max(sum(nbytes for *_, nbytes in layout) for layout in layouts)
-        payload = torch.zeros(longest, dtype=torch.uint8)
-        start = 0
-        for tensor in local.values():
-            payload[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
-            start += tensor.nbytes
-        payload = payload.to(self.device)
-        received = [torch.zeros_like(payload) for _ in layouts] if self.is_main else None
-        if longest:
-            with self._collective("gather_tensors_to_main"):
-                dist.gather(payload, received, dst=0)
-        return [_unpack(part.cpu(), layout) for part, layout in zip(received or [], layouts)]
+        if self._watch is not None:
+            note = self._watch.note
+            note.doing, note.within = doing, self.timeout_seconds if within_seconds is None else within_seconds
+            note.steps += 1
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Let the whole job end early; see `check_stop`. May be called from a signal handler, on any rank."""
+        self._stop_reason = self._stop_reason or reason
+        if self._watch is not None:
+            self._watch.wanted_stop = self._stop_reason
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the job has been asked to stop, as far as this rank knows; None while it has not."""
+        return self._stop_reason or (self._watch.stop_reason if self._watch is not None else None)
+
+    def check_stop(self) -> None:
+        """Where work can end, between two pieces of it; that it was reached also proves that this rank is not stuck.
+
+        Raises:
+            StopRequested: somebody asked for it, and rank 0, which must be the first, has stopped or stops here.
+            RankFailure, UserError: the error of a rank that failed meanwhile.
+        """
+        watched, reason = self._watch, self.stop_reason
+        if watched is not None:
+            watched.note.steps += 1
+            if watched.failure is not None:
+                raise watched.failure.as_exception()
+            if watched.has_stopped:
+                raise StopRequested(reason)
+        if self.is_main and reason is not None:
+            if watched is not None:
+                self._stopped = True
+                self._store.set("stopped", reason)
+            raise StopRequested(reason)
+
+    def stoppable(self, work: Iterable[T]) -> Iterator[T]:
+        """The pieces of `work` with a `check_stop` before each of them."""
+        for piece in work:
+            self.check_stop()
+            yield piece
+
+    def before_exit(self, action: Callable[[], None]) -> None:
+        """What to do, in another thread, if this process must be ended because its main thread is stuck."""
+        if self._watch is not None:
+            self._watch.before_exit = action
 
     @contextmanager
     def monitored(self, what: str, *, at_most_seconds: float = 3600.0) -> Iterator[None]:
         """Work that takes ranks different times, free of the collective timeout; at its end all ranks meet.
 
         The wait ends early with the error of a rank that fails, or falls silent, meanwhile. All ranks enter, also those
-        with nothing to do; collectives inside keep their timeout.
+        with nothing to do; collectives inside keep their timeout. Ranks that wait say now and then for whom.
 
         Args:
             what: names the work in errors, such as "load the models"; the same on all ranks.
-            at_most_seconds: how long a rank waits for the others after its own part.
+            at_most_seconds: how long a rank may be at it without calling `progress`.
 
         Raises:
-            CollectiveError: the others did not arrive in that time, or are at other work.
+            CollectiveError: a rank got stuck for that long, or for longer than its `progress` allowed; or another is at
+                other work.
         """
+        self.progress(what, within_seconds=at_most_seconds)
         yield
         if self.world_size > 1:
-            self._meet(what, at_most_seconds)
+            self._meet(what)
+        self.progress(f"what follows {what!r}")
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -277,7 +250,7 @@ class Distributed:
             cause = self._watch.report(error)
             if self.device.type == "cuda":
                 # NCCL's teardown at exit waits for kernels that wait for the rank that is gone.
-                atexit.register(_exit_now, cause.exit_code)
+                atexit.register(watch.exit_now, cause.exit_code)
             if cause.is_own(self.rank):
                 raise
             is_echo = isinstance(error, (CollectiveError, RankFailure, UserError))
@@ -287,13 +260,16 @@ class Distributed:
         """Leave the job. Rank 0 leaves last, as the store may live in its process. Safe to call after a failure."""
         if self._watch is None:
             return
-        watch = self._watch
-        if watch.failure is None and not watch.has_reported:
-            watch.wait_for_goodbyes() if self.is_main else watch.say_goodbye()
-        if dist.is_initialized() and (watch.failure is None or self.device.type == "cpu"):
+        watched, self._watch = self._watch, None
+        in_order = watched.failure is None and not watched.has_reported
+        if in_order:
+            watched.wait_for_goodbyes() if self.is_main else watched.say_goodbye()
+        stopped = self._stopped or watched.has_stopped
+        if self.device.type == "cuda" and stopped and in_order:
+            atexit.register(watch.exit_now, 0)  # others may have been ended inside a collective, which NCCL waits for
+        elif dist.is_initialized() and (in_order or self.device.type == "cpu"):
             dist.destroy_process_group()
-        watch.stop()
-        self._watch = None
+        watched.leave()
 
     def _gather_rows(self, payload: Tensor, row_bytes: int, signature: str) -> list[Tensor]:
         """uint8 [n, row_bytes] of every rank, n differing; `signature` must not differ."""
@@ -317,136 +293,52 @@ class Distributed:
 
     @contextmanager
     def _collective(self, name: str) -> Iterator[None]:
-        if self._watch.failure is not None:
-            raise self._watch.failure.as_exception()
+        watched = self._watch
+        if watched.failure is not None:
+            raise watched.failure.as_exception()
+        watched.note.place += 1
         try:
             yield
         except (CollectiveError, RankFailure):
             raise
         except RuntimeError as error:
+            if watched.has_stopped:  # rank 0 has left in order, and its connections with it
+                raise StopRequested(watched.stop_reason) from None
             raise CollectiveError(f"{name} failed on rank {self.rank}: {error}") from error
 
-    def _meet(self, what: str, at_most_seconds: float) -> None:
-        """A barrier through the store, without the process group's timeout."""
-        self._meetings += 1
-        key = f"meeting/{self._meetings}"
-        deadline = time.monotonic() + at_most_seconds
+    def _meet(self, what: str) -> None:
+        """A barrier through the store, without the process group's timeout; ends when no missing rank moves on."""
         with self._collective(f"meeting {what!r}"):
+            place = self._watch.note.place
+            key = f"meeting/{place}"
             theirs = self._store.compare_set(f"{key}/what", "", what).decode()
             if theirs != what:
                 raise CollectiveError(f"rank {self.rank} finished {what!r} while another finished {theirs!r}")
-            arrived = self._store.add(key, 1)
-            while arrived < self.world_size:
-                if self._watch.failure is not None:
-                    raise self._watch.failure.as_exception()
-                if time.monotonic() > deadline:
-                    raise CollectiveError(
-                        f"{arrived} of {self.world_size} ranks arrived within {at_most_seconds:.0f} s"
-                    )
-                time.sleep(_MEETING_POLL_SECONDS)
-                arrived = self._store.add(key, 0)
+            if self._store.add(key, 1) < self.world_size:
+                self._wait_for_the_others(key, place, what)
+            if self.is_main and self._last_meeting:  # everybody has left the meeting before this one
+                self._store.delete_key(self._last_meeting)
+                self._store.delete_key(f"{self._last_meeting}/what")
+            self._last_meeting = key
 
-
-class _Watch(threading.Thread):
-    """Leaves signs of life, finds failure reports, and ends a process whose main thread cannot end itself."""
-
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        super().__init__(name="advgrpo-watch", daemon=True)
-        self.failure: _Failure | None = None
-        self._store = store
-        self._rank = rank
-        self._world_size = world_size
-        self._stopped = threading.Event()
-        self.has_reported = False
-        self._beats = 0
-        self._neighbour = (rank + 1) % world_size
-        self._neighbour_beat = b""
-        self._neighbour_seen = time.monotonic()
-
-    def run(self) -> None:
-        while self.failure is None:
-            try:
-                self.failure = self._look()
-            except dist.DistError as error:
-                lost = f"rank {self._rank} lost the job's store, which ends with rank 0 or torchrun ({error})"
-                self.failure = _Failure(0, 0, lost, lost)
-            if self.failure is None and self._stopped.wait(POLL_SECONDS):
-                return
-        self._acknowledge()
-        if not self._stopped.wait(GRACE_SECONDS):
-            _tell(self._rank, f"{self.failure.as_exception()}\nThis rank did not end by itself and was here:")
-            faulthandler.dump_traceback(file=sys.__stderr__)
-            _exit_now(self.failure.exit_code)
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def report(self, error: BaseException) -> _Failure:
-        """Publish `error` unless a rank did so before; returns the failure that counts, once others had time to see it.
-
-        Called from the main thread.
-        """
-        if isinstance(error, CollectiveError) and self.failure is None:
-            # Usually the echo of a rank that is about to report, or whose process has just been killed.
-            _tell(self._rank, f"{error}\nWaiting for the report of the rank that caused it.")
-            self._wait_until(lambda: self.failure is not None, 3 * POLL_SECONDS)
-        self.has_reported = True
-        mine = _Failure.of(error, self._rank)
-        try:
-            cause = self._publish(mine)
-            if cause == mine:
-                others = self._world_size - 1
-                self._wait_until(lambda: self._store.add("failure/seen", 0) >= others, LINGER_SECONDS)
-        except dist.DistError:  # the store is gone, and with it whoever hosted it: they end by losing it too
-            return self.failure or mine
-        return cause
-
-    def say_goodbye(self) -> None:
-        self.stop()
-        self.join()
-        self._store.set(f"alive/{self._rank}", "done")
-        self._store.add("goodbyes", 1)  # last: rank 0, and the store with it, may be gone right after
-
-    def wait_for_goodbyes(self) -> None:
-        while self._store.add("goodbyes", 0) < self._world_size - 1 and self.failure is None:
-            time.sleep(_MEETING_POLL_SECONDS)
-        self.stop()
-
-    def _look(self) -> _Failure | None:
-        self._beats += 1
-        self._store.set(f"alive/{self._rank}", str(self._beats))
-        if self._store.check(["failure"]):
-            return _Failure(**json.loads(self._store.get("failure")))
-        key, now = f"alive/{self._neighbour}", time.monotonic()
-        beat = self._store.get(key) if self._store.check([key]) else b""
-        if beat != self._neighbour_beat or beat in (b"", b"done"):
-            self._neighbour_beat, self._neighbour_seen = beat, now
-        elif now - self._neighbour_seen > SILENCE_SECONDS:
-            text = (
-                f"it has given no sign of life for {SILENCE_SECONDS:.0f} s and left no error "
-                "(killed, out of memory, or its machine is gone)"
-            )
-            return self._publish(_Failure(self._neighbour, self._rank, text, text))
-        return None
-
-    def _publish(self, failure: _Failure) -> _Failure:
-        """The first report wins; returns the winner."""
-        text = json.dumps(asdict(failure))
-        return _Failure(**json.loads(self._store.compare_set("failure", "", text)))
-
-    def _acknowledge(self) -> None:
-        if self.failure.is_own(self._rank):
-            return
-        # At once, in one line: torchrun may end this process before its main thread gets to raise the whole error.
-        _tell(self._rank, f"ending because rank {self.failure.rank} failed: {self.failure.summary}")
-        with suppress(dist.DistError):  # without a store nobody is left to wait for it
-            self._store.add("failure/seen", 1)
-
-    @staticmethod
-    def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(_MEETING_POLL_SECONDS)
+    def _wait_for_the_others(self, key: str, place: int, what: str) -> None:
+        began = looked = said = time.monotonic()
+        seen: dict[int, tuple[tuple[int, int], float]] = {}
+        while self._store.add(key, 0) < self.world_size:
+            if self._watch.failure is not None:
+                raise self._watch.failure.as_exception()
+            if self._watch.has_stopped:
+                raise StopRequested(self._watch.stop_reason)
+            now = time.monotonic()
+            if now - looked > watch.POLL_SECONDS:
+                looked = now
+                stuck = self._watch.late(place, began, seen)
+                if stuck:
+                    raise CollectiveError(f"meeting {what!r}: {stuck}")
+            if self.is_main and now - said > _SAY_WHO_IS_LATE_SECONDS:
+                said = now
+                watch.tell(self.rank, f"{what}: {now - began:.0f} s waiting for {self._watch.behind(place)}")
+            time.sleep(min(_LONGEST_POLL_SECONDS, 0.001 + 0.02 * (now - began)))  # short waits end at once
 
 
 def _read_environment() -> tuple[int, int, int]:
@@ -479,28 +371,39 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name shared by the processes that start together, and by none before them; all are there when it returns.
+
+    torchrun's store outlives an attempt, and with it the keys of processes that are gone. TORCHELASTIC_RESTART_COUNT
+    does not tell attempts apart: an agent counts its own failures only, so after one the machines of a job disagree.
+    Hence a handshake: each process leaves a fresh token, rank 0 answers every token it finds with the attempt's name,
+    and the answer to one's own token cannot be old.
+    """
+    own, deadline = secrets.token_hex(8), time.monotonic() + START_SECONDS
+    if rank == 0:
+        while store.add(f"{own}/here", 0) < world_size - 1:
+            for other in range(1, world_size):
+                if store.check([f"hello/{other}"]):
+                    store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            _wait_for_start(deadline)
+        return own
+    store.set(f"hello/{rank}", own)
+    while not store.check([f"welcome/{own}"]):
+        _wait_for_start(deadline)
+    attempt = store.get(f"welcome/{own}").decode()
+    store.add(f"{attempt}/here", 1)
+    return attempt
+
+
+def _wait_for_start(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise UserError(f"not all processes of the job came up within {START_SECONDS:.0f} s; see the others' logs")
+    time.sleep(_LONGEST_POLL_SECONDS)
+
+
 def _to_bytes(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def _from_bytes(payload: Tensor) -> Any:
     return json.loads(bytes(payload.reshape(-1).tolist()))
-
-
-def _unpack(payload: Tensor, layout: list[list[Any]]) -> dict[str, Tensor]:
-    tensors, start = {}, 0
-    for name, dtype, shape, nbytes in layout:
-        part = payload[start : start + nbytes].clone()  # a fresh storage: views as wider dtypes must be aligned
-        tensors[name] = part.view(getattr(torch, dtype)).reshape(shape)
-        start += nbytes
-    return tensors
-
-
-def _tell(rank: int, text: str) -> None:
-    print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
-
-
-def _exit_now(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import torch
 
-from advgrpo import distributed
+from advgrpo import watch
 from advgrpo.distributed import Distributed
 from advgrpo.errors import UserError
+from advgrpo.watch import StopRequested
 
 # The scenarios wait for these limits to pass; the defaults would take half a minute each.
-distributed.POLL_SECONDS = 0.2
-distributed.SILENCE_SECONDS = 5.0
-distributed.GRACE_SECONDS = 2.0
+watch.POLL_SECONDS = 0.2
+watch.SILENCE_SECONDS = 5.0
+watch.GRACE_SECONDS = 2.0
+TIMEOUT_SECONDS = 3.0
 
 
 def collectives(job: Distributed, folder: Path) -> None:
@@ -39,15 +41,14 @@ def collectives(job: Distributed, folder: Path) -> None:
     tensors = [torch.full((2, 2), rank + 1.0).t(), torch.nn.Parameter(torch.tensor([0.5])), torch.ones(3).bfloat16()]
     job.all_reduce_sum(tensors)
     result["all_reduce"] = [tensor.tolist() for tensor in tensors]
-    result["sum"] = job.sum_scalars({"a": 0.1 * (rank + 1), "b": 1})
     result["json"] = job.gather_json({"rank": rank, "text": "ü" * rank})
-    result["broadcast"] = job.broadcast_json(["from", rank], source=1)
-    job.barrier()
-    gathered = job.gather_tensors_to_main({"x": torch.full((rank, 2), 3), f"only {rank}": torch.tensor(1.5 + rank)})
-    result["to main"] = [{name: t.tolist() for name, t in part.items()} for part in gathered]
     result["mismatch"] = mismatch(job)
     with job.monitored("slow start"):
         time.sleep(4 * rank)  # longer than the collective timeout
+    with job.monitored("ask a judge", at_most_seconds=TIMEOUT_SECONDS):
+        for attempt in range(3 * rank):  # each short enough, all together not
+            job.progress(f"attempt {attempt}", within_seconds=TIMEOUT_SECONDS)
+            time.sleep(1.5)
     result["after"] = job.all_gather(torch.tensor([rank])).tolist()
     (folder / f"{rank}.json").write_text(json.dumps(result))
 
@@ -91,9 +92,48 @@ def killed(job: Distributed, folder: Path) -> None:
 
 def hangs(job: Distributed, folder: Path) -> None:
     """Rank 1 lives but never calls the collective."""
+    job.progress("an example")
     if job.rank == 1:
         time.sleep(600)
     job.all_gather(torch.ones(1))
+
+
+def stuck(job: Distributed, folder: Path) -> None:
+    """Rank 1 lives but does not get on with work that takes ranks different times."""
+    with job.monitored("score", at_most_seconds=2.0):
+        if job.rank == 1:
+            job.progress("reward ocr")
+            time.sleep(600)
+
+
+def stopped(job: Distributed, folder: Path) -> None:
+    """SIGSTOP freezes rank 1, its watch included."""
+    if job.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with job.monitored("nothing"):
+        pass
+
+
+def lingers(job: Distributed, folder: Path) -> None:
+    """Rank 1's report is read by rank 0 before rank 1, and with torchrun the whole job, ends."""
+    if job.rank == 1:
+        raise OSError("the picture store is on fire")
+    watch.POLL_SECONDS = 1.5  # so that it is some time before rank 0 looks
+    while job._watch.failure is None:
+        time.sleep(0.01)
+    print(f"read at {time.time()}", file=sys.stderr)
+
+
+def ends_early(job: Distributed, folder: Path) -> None:
+    """Rank 1 asks for the end while it waits for rank 0, which comes to a place where it may stop."""
+    try:
+        if job.rank == 1:
+            job.ask_to_stop("SIGTERM")
+            job.all_reduce_sum([torch.ones(1)])
+        for _ in job.stoppable(range(1000)):
+            time.sleep(0.05)
+    except StopRequested as reason:
+        print(f"stopped: {reason}", file=sys.stderr)
 
 
 def early(job: Distributed, folder: Path) -> None:
@@ -105,7 +145,7 @@ def early(job: Distributed, folder: Path) -> None:
 
 
 def main(scenario: str, folder: str) -> int:
-    job = Distributed.start("cpu", timeout_seconds=3.0)
+    job = Distributed.start("cpu", timeout_seconds=TIMEOUT_SECONDS)
     try:
         with job.guard():
             globals()[scenario](job, Path(folder))
@@ -113,6 +153,7 @@ def main(scenario: str, folder: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE
     finally:
+        print(f"left at {time.time()}", file=sys.stderr)
         job.close()
     return 0
 
@@ -138,7 +179,10 @@ def become_a_rank(folder: str, scenarios: list[str]) -> str:
             ranks[pid] = path
     while ranks:
         pid, status = os.wait()
-        Path(f"{ranks.pop(pid)}.code").write_text(str(os.waitstatus_to_exitcode(status)))
+        path = ranks.pop(pid)
+        Path(f"{path}.code").write_text(str(os.waitstatus_to_exitcode(status)))
+        if path.endswith("stopped.0"):  # as torchrun would: nothing but SIGKILL ends a stopped process
+            os.kill(next(other for other, name in ranks.items() if name.endswith("stopped.1")), signal.SIGKILL)
     sys.exit(0)
 
 

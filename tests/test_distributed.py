@@ -18,7 +18,7 @@ from advgrpo.errors import UserError
 WORKER = Path(__file__).with_name("distributed_worker.py")
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 60
-SCENARIOS = ("raises", "user_error", "busy", "killed", "hangs", "early")
+SCENARIOS = ("raises", "user_error", "busy", "killed", "stopped", "hangs", "stuck", "lingers", "ends_early", "early")
 
 
 def clean_environment():
@@ -57,16 +57,8 @@ def test_gathers_are_in_rank_order(results, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_sums_and_broadcast(results, rank):
-    result = results[rank]
-    assert result["all_reduce"] == [[[3.0, 3.0], [3.0, 3.0]], [1.0], [2.0, 2.0, 2.0]]
-    assert result["sum"] == {"a": 0.1 + 0.2, "b": 2}
-    assert result["broadcast"] == ["from", 1]
-
-
-def test_only_rank_0_gets_the_gathered_tensors(results):
-    assert results[0]["to main"] == [{"x": [], "only 0": 1.5}, {"x": [[3, 3]], "only 1": 2.5}]
-    assert results[1]["to main"] == []
+def test_sums(results, rank):
+    assert results[rank]["all_reduce"] == [[[3.0, 3.0], [3.0, 3.0]], [1.0], [2.0, 2.0, 2.0]]
 
 
 def test_ranks_that_disagree_on_a_shape_are_told(results):
@@ -74,7 +66,7 @@ def test_ranks_that_disagree_on_a_shape_are_told(results):
     assert "rank 0 passed another dtype or shape than rank 1: torch.float32 [n, [3]]" in results[1]["mismatch"]
 
 
-def test_monitored_work_may_outlast_the_collective_timeout(results):
+def test_monitored_work_may_outlast_the_collective_timeout_while_it_moves_on(results):
     assert [r["after"] for r in results] == [[0, 1], [0, 1]]
 
 
@@ -127,23 +119,52 @@ def test_a_rank_that_cannot_raise_is_ended(ends):
     assert "OSError: the picture store is on fire" in text0
 
 
-def test_a_killed_rank_is_noticed(ends):
+def test_a_killed_rank_is_noticed_and_its_last_work_named(ends):
     (code0, text0), (code1, _) = ends["killed"]
     assert code1 == -signal.SIGKILL
     assert code0 == 1
     assert "rank 1 failed with this error:\n[rank0]: it has given no sign of life for 5 s" in text0
 
 
-def test_a_hanging_rank_runs_into_the_timeout(ends):
+def test_a_stopped_rank_is_noticed_like_a_killed_one(ends):
+    (code0, text0), (code1, _) = ends["stopped"]
+    assert (code0, code1) == (1, -signal.SIGKILL)
+    assert "it has given no sign of life for 5 s" in text0
+
+
+def test_a_hanging_rank_runs_into_the_timeout_and_everybody_learns_where_it_hangs(ends):
     (code0, text0), (code1, text1) = ends["hangs"]
     assert code0 == code1 == 1
     assert "CollectiveError: all_gather failed on rank 0" in text0
-    assert "ending because rank 0 failed: advgrpo.distributed.CollectiveError: all_gather failed on rank 0" in text1
+    assert "ending because rank 0 failed: advgrpo.watch.CollectiveError: all_gather failed on rank 0" in text1
+    assert "not there: rank 1 (an example)" in text0
+    assert re.search(r'rank 1 was here:\n(.*\n)*.*distributed_worker.py", line \d+, in hangs', text0)
     assert re.search(r'distributed_worker.py", line \d+ in hangs', text1), "where the hanging rank was"
 
 
+def test_a_rank_that_gets_stuck_in_monitored_work_is_named_with_its_work(ends):
+    (code0, text0), (code1, _) = ends["stuck"]
+    assert code0 == code1 == 1
+    assert "meeting 'score': rank 1 has not come any further than 'reward ocr'" in text0
+    assert re.search(r'rank 1 was here:\n(.*\n)*.*distributed_worker.py", line \d+, in stuck', text0)
+
+
+def test_a_failing_rank_stays_until_its_report_was_read(ends):
+    """torchrun ends all ranks once the first has ended."""
+    (_, text0), (_, text1) = ends["lingers"]
+    read, left = (
+        float(re.search(rf"{word} at ([\d.]+)", text)[1]) for word, text in (("read", text0), ("left", text1))
+    )
+    assert read < left
+
+
+def test_any_rank_may_end_the_job_in_order(ends):
+    assert [code for code, _ in ends["ends_early"]] == [0, 0]
+    assert "stopped: SIGTERM" in ends["ends_early"][0][1]
+
+
 def test_rank_0_outlives_the_others_use_of_its_store(ends):
-    assert ends["early"] == [(0, "done\n"), (0, "done\n")]
+    assert [(code, text.splitlines()[0]) for code, text in ends["early"]] == [(0, "done"), (0, "done")]
 
 
 @pytest.fixture
@@ -158,11 +179,8 @@ def test_one_process_needs_no_setup(alone):
     tensor = torch.randn(3, 2)
     assert torch.equal(alone.all_gather(tensor), tensor)
     alone.all_reduce_sum([tensor])
-    assert alone.sum_scalars({"a": 0.5}) == {"a": 0.5}
     assert alone.gather_json([1]) == [[1]]
-    assert alone.broadcast_json({"a": 1}) == {"a": 1}
-    assert torch.equal(alone.gather_tensors_to_main({"x": tensor})[0]["x"], tensor)
-    alone.barrier()
+    assert list(alone.stoppable([1, 2])) == [1, 2]
     with pytest.raises(KeyError), alone.guard(), alone.monitored("work"):
         raise KeyError("unchanged")
     alone.close()

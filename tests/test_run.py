@@ -67,7 +67,7 @@ def metrics(folder) -> list[dict]:
 def command(settings, tmp_path, *flags: str, processes: int = 1) -> list[str]:
     file = tmp_path / "settings.yaml"
     file.write_text(config.dump(settings))
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29517"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     return [sys.executable, *(launcher if processes > 1 else []), "-m", "advgrpo.train", "--config", str(file), *flags]
 
 

@@ -495,7 +495,7 @@ class Config(_Section):
     """Where to compute; auto takes CUDA where there is a GPU."""
     fast: bool = True
     """Use every fast path this machine supports; --no-fast is the plain eager path with the same losses."""
-    collective_timeout: Annotated[float, Field(gt=0)] = 60.0
+    collective_timeout: Annotated[float, Field(gt=0)] = 40.0
     """Seconds after which a process that waits for a failed one gives up."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
