@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint tiny-assets clean
+.PHONY: train test lint tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -28,6 +28,14 @@ tiny-assets: $(VENV)/.train
 	$(BIN)/python -m advgrpo.tiny.words --size 32 --per-prompt 4 --output advgrpo/tiny/assets/words
 	$(BIN)/python -m advgrpo.tiny.build_words --output advgrpo/tiny/assets/words/pipeline
 	$(BIN)/python -m advgrpo.tiny.build_preference --output advgrpo/tiny/assets/preference
+
+# Wheels for bench/gpu_session.sh on a machine without a network: CPython 3.12 on x86-64 Linux.
+gpu-carry: $(VENV)/.pip
+	rm -rf .whl
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version 3.12 \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  --dest .whl --requirement bench/gpu_wheels.txt
+	du -sh .whl
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)

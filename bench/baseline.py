@@ -1,12 +1,14 @@
 """B0: one iteration of Adv-GRPO as a competent engineer writes it with diffusers, PEFT and eager PyTorch.
 
-What ours is measured against (PERFORMANCE section 5): the stock transformer in bfloat16 on a GPU with unmerged LoRA and
+What ours is measured against: the stock transformer in bfloat16 on a GPU with unmerged LoRA and
 PyTorch's default attention, a scheduler object that finds its step by comparing timesteps, guidance by `torch.cat`,
-every row computed, transition and likelihood in plain PyTorch, autograd through the likelihood, float32 VAE,
-`clip_grad_norm_`, AdamW(foreach=True), and the moving average in a loop. It is not slowed down anywhere: text
-embeddings and reference features are looked up, backbone features are computed once per picture and serve reward and
-head training alike, one step index is looked up per step and not per picture, nothing is logged inside the loops, and
-anomaly detection is off.
+every row computed (or, with `share_prefix`, one row per prompt before the window), transition and likelihood in plain
+PyTorch, autograd through the likelihood, float32 VAE, `clip_grad_norm_`, AdamW(foreach=True), and the moving average in
+a loop. It is faster than the released loop: weights are in bfloat16 throughout, text embeddings are looked up, backbone
+features are computed once per picture and serve reward and head training alike, one step index is looked up per step
+and not per picture, nothing is logged inside the loops, and anomaly detection is off. As in the released loop,
+references' features are computed in every iteration, and so is every row of the prefix unless `share_prefix` asks for
+Flow-GRPO-Fast's way (arXiv 2505.05470's code): both are in any ratio over B0.
 
 It shares no code with advgrpo but the configuration; tests hold its latents, log-probabilities, rewards and gradients
 against the trainer's.
@@ -75,7 +77,7 @@ class FlowScheduler:
     def transition(
         self, velocity: Tensor, timestep: Tensor, latents: Tensor, dynamics: str, noise_level: float
     ) -> tuple[Tensor, Tensor]:
-        """Mean [M, ...] and standard deviation (scalar) of the next latents (METHOD section 2)."""
+        """Mean [M, ...] and standard deviation (scalar) of the next latents."""
         index = self.index_for_timestep(timestep)
         sigma, sigma_next, velocity = self.sigmas[index], self.sigmas[index + 1], velocity.float()
         if dynamics == "flow_cps":
@@ -225,16 +227,24 @@ class Baseline:
         noise: Mapping[int, Tensor] | None = None,
         *,
         adapters_in_window_only: bool = False,
+        share_prefix: bool = False,
     ) -> Tile:
         """Denoise `initial` [M, C, h, w] for `captions`, with noise on the steps of `window`, and decode.
 
         `noise` gives the draws of those steps by number; by default they are drawn here. `adapters_in_window_only` is
         B0 with one change, for the waterfall: other steps cost what merged weights would (and compute the base's).
+        `share_prefix` computes one row per caption before the window, from the caption's first initial noise.
         """
         rollout = self.config.rollout
         self.scheduler.set_timesteps(rollout.num_steps)
-        conditioning, latents, steps = self.conditioning(captions), initial, []
+        everyone, latents, steps = self.conditioning(captions), initial, []
+        conditioning = everyone
+        if share_prefix and window[0] > 0:
+            distinct = list(dict.fromkeys(captions))
+            conditioning, latents = self.conditioning(distinct), initial[[captions.index(one) for one in distinct]]
         for number, timestep in enumerate(self.scheduler.timesteps):
+            if number == window[0] and conditioning is not everyone:
+                conditioning, latents = everyone, latents[[distinct.index(one) for one in captions]]
             plain = adapters_in_window_only and number not in window
             with self.base() if plain else contextlib.nullcontext():
                 velocity = self.velocity(latents, timestep, conditioning)
@@ -247,7 +257,7 @@ class Baseline:
             log_prob = log_likelihood(following, mean, std, rollout.likelihood)
             steps.append(Step(timestep, latents, following, log_prob))
             latents = following
-        return Tile(list(captions), conditioning, steps, latents, self.decode(latents))
+        return Tile(list(captions), everyone, steps, latents, self.decode(latents))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
@@ -389,10 +399,10 @@ class Baseline:
         draws = torch.rand(len(candidates)).tolist()
         return torch.stack([own[int(draw * len(own))] for own, draw in zip(candidates, draws)])
 
-    def iteration(self, prompts: Sequence[str], window: Sequence[int]) -> dict[str, float]:
-        """Rollout, rewards, head updates when the schedule says so, generator update (METHOD section 7)."""
+    def iteration(self, prompts: Sequence[str], window: Sequence[int], **options) -> dict[str, float]:
+        """Rollout, rewards, head updates when the schedule says so, generator update; `options` go to `sampler`."""
         adversary = self.config.adversary
-        tiles = self.rollout(prompts, window)
+        tiles = self.rollout(prompts, window, **options)
         generated, reference, rewards, of_reference = self.score(tiles)
         metrics = {"reward_generated": rewards.mean().item(), "reward_reference": of_reference.mean().item()}
         fooled = metrics["reward_generated"] > metrics["reward_reference"] - adversary.fooled_margin

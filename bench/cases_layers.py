@@ -38,7 +38,7 @@ def qk_rms_norm(bench: Bench) -> Workload:
     weights, txt_weights = ([bench.randn(sizes.head_dim, dtype=bench.dtype) for _ in range(2)] for _ in range(2))
 
     def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        normed = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        normed = x * torch.rsqrt(x.to(bench.wide).square().mean(-1, keepdim=True) + 1e-6)
         return normed.to(weight.dtype) * weight
 
     def eager():
@@ -105,14 +105,22 @@ def fp8_quantize(bench: Bench) -> Workload:
     """A linear's input, one scale per row."""
     x = _tokens(bench)
     rows = x.numel() // x.shape[-1]
-    return Workload(lambda: k.fp8_quantize(x), lambda: k.fp8_quantize_ref(x), nbytes(x) + x.numel() + 4 * rows)
+    moved = nbytes(x) + x.numel() + 4 * rows
+    return Workload(lambda: k.fp8_quantize(x), lambda: k.fp8_quantize_ref(x, compute_dtype=bench.wide), moved)
 
 
 def fp8_linear(bench: Bench) -> Workload:
     """The first linear of a feed-forward layer on quantised inputs, against the bf16 linear."""
     sizes = bench.sizes
     x, weight = _tokens(bench), bench.randn(sizes.mlp, sizes.channels, dtype=bench.dtype) / sizes.channels**0.5
-    x8, weight8 = k.fp8_quantize(x), k.fp8_quantize(weight)
+    x8, weight8 = (k.fp8_quantize(t.to(bench.dtype)) for t in (x, weight))
+    out = bench.wide if bench.exact else torch.bfloat16
     flops = 2 * sizes.batch * sizes.tokens * sizes.channels * sizes.mlp
     moved = x.numel() + weight.numel() + 2 * sizes.batch * sizes.tokens * sizes.mlp
-    return Workload(lambda: k.fp8_linear(x8, weight8), lambda: F.linear(x, weight), moved, flops)
+    return Workload(
+        lambda: k.fp8_linear(x8, weight8),
+        lambda: F.linear(x, weight),
+        moved,
+        flops,
+        same=lambda: k.fp8_linear_ref(x8, weight8, out_dtype=out, compute_dtype=bench.wide),
+    )

@@ -29,7 +29,7 @@ def merge_lora(bench: Bench) -> Workload:
 
     def eager():
         for i, base in enumerate(bases):
-            merged_eagerly[i].copy_(torch.addmm(base.float(), b[i], a[i], alpha=2.0))
+            merged_eagerly[i].copy_(torch.addmm(base.to(bench.wide), b[i], a[i], alpha=2.0))
         return merged_eagerly
 
     return Workload(ours, eager, 2 * nbytes(*bases) + nbytes(*a, *b), 2 * count * C * C * RANK)

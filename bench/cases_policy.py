@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import advgrpo_kernels as k
@@ -25,10 +27,19 @@ def gaussian_step(bench: Bench) -> Workload:
     x, c, u, coefficients = _transition(bench, bench.sizes.rollout)
     settings = {"uncond_velocity": u, "guidance_scale": GUIDANCE, "likelihood": "squared_error"}
 
-    def eager():
-        return k.gaussian_step_ref(x, c, coefficients, noise=torch.randn_like(x), **settings)[:2]
+    def run(noise: torch.Tensor):
+        return k.gaussian_step_ref(x, c, coefficients, noise=noise, compute_dtype=bench.wide, **settings)[:2]
 
-    return Workload(lambda: k.gaussian_step(x, c, coefficients, seed=1, **settings)[:2], eager, nbytes(x, c, u, x))
+    def drawn() -> torch.Tensor:
+        ids = torch.arange(len(x), device=x.device)
+        return k.philox_normal(x.shape, seed=1, sample_ids=ids, device=x.device).to(x.dtype)
+
+    return Workload(
+        lambda: k.gaussian_step(x, c, coefficients, seed=1, **settings)[:2],
+        lambda: run(torch.randn_like(x)),
+        nbytes(x, c, u, x),
+        same=lambda: run(drawn()),
+    )
 
 
 def gaussian_step_ode(bench: Bench) -> Workload:
@@ -38,7 +49,7 @@ def gaussian_step_ode(bench: Bench) -> Workload:
     settings = {"uncond_velocity": u, "guidance_scale": GUIDANCE, "likelihood": None}
     return Workload(
         lambda: k.gaussian_step(x, c, coefficients, **settings).next_latents,
-        lambda: k.gaussian_step_ref(x, c, coefficients, **settings).next_latents,
+        lambda: k.gaussian_step_ref(x, c, coefficients, compute_dtype=bench.wide, **settings).next_latents,
         nbytes(x, c, u, x),
     )
 
@@ -46,21 +57,22 @@ def gaussian_step_ode(bench: Bench) -> Workload:
 def gaussian_log_prob(bench: Bench) -> Workload:
     """Log-prob and its gradient by both velocities."""
     x, c, u, coefficients = _transition(bench, bench.sizes.train)
-    x_next, upstream = torch.randn_like(x), bench.randn(bench.sizes.train)
+    x_next, upstream = bench.randn(*x.shape), bench.randn(bench.sizes.train)
     c.requires_grad_(), u.requires_grad_()
 
-    def run(op):
-        log_prob = op(x, c, x_next, coefficients, uncond_velocity=u, guidance_scale=GUIDANCE)
+    def run(op, **options):
+        log_prob = op(x, c, x_next, coefficients, uncond_velocity=u, guidance_scale=GUIDANCE, **options)
         return torch.autograd.grad(log_prob, (c, u), upstream)
 
     moved = 2 * nbytes(x, c, u, x_next) + nbytes(c, u)  # the gradient needs the inputs again
-    return Workload(lambda: run(k.gaussian_log_prob), lambda: run(k.gaussian_log_prob_ref), moved)
+    eager = functools.partial(run, k.gaussian_log_prob_ref, compute_dtype=bench.wide)
+    return Workload(lambda: run(k.gaussian_log_prob), eager, moved)
 
 
 def clipped_policy_loss(bench: Bench) -> Workload:
     """Loss, statistics and gradient by both velocities; ours hands the gradient out without autograd."""
     x, c, u, coefficients = _transition(bench, bench.sizes.train)
-    x_next = torch.randn_like(x)
+    x_next = bench.randn(*x.shape)
     c.requires_grad_(), u.requires_grad_()
     old, advantages = bench.randn(bench.sizes.train) - 1.4, bench.randn(bench.sizes.train)
     settings = {"clip_range": LEARNING_CLIP, "uncond_velocity": u, "guidance_scale": GUIDANCE}
@@ -70,7 +82,8 @@ def clipped_policy_loss(bench: Bench) -> Workload:
         return result.velocity_grad, result.uncond_velocity_grad
 
     def eager():
-        loss = k.clipped_policy_loss_ref(x, c, x_next, coefficients, old, advantages, **settings).loss
+        options = {**settings, "compute_dtype": bench.wide}
+        loss = k.clipped_policy_loss_ref(x, c, x_next, coefficients, old, advantages, **options).loss
         return torch.autograd.grad(loss, (c, u))
 
     return Workload(ours, eager, 2 * nbytes(x, c, u, x_next) + nbytes(c, u))
@@ -87,7 +100,7 @@ def group_advantages(bench: Bench) -> Workload:
         mean = torch.zeros_like(size, dtype=torch.float64).index_add(0, group, rewards.double()) / size
         centred = rewards - mean[group]
         variance = torch.zeros_like(mean).index_add(0, group, centred.square()) / size
-        return (centred / (variance[group].sqrt() + 1e-4)).clamp(-5, 5).float()
+        return (centred / (variance[group].sqrt() + 1e-4)).clamp(-5, 5).to(rewards.dtype)
 
     return Workload(
         lambda: k.group_advantages(rewards, ids).advantages, eager, nbytes(rewards, ids) + 3 * nbytes(rewards)
@@ -110,23 +123,32 @@ def sample_patches(bench: Bench) -> Workload:
     _, patches = _features(bench, bench.sizes.scored, bench.sizes.patches)
     n = bench.sizes.chosen
 
-    def eager():
-        order = torch.rand(patches.shape[:2], device=patches.device).argsort(1)[:, :n]
-        return k.sample_patches_ref(patches, order, normalize=True)
+    def run(order: torch.Tensor):
+        return k.sample_patches_ref(patches, order, normalize=True, compute_dtype=bench.wide), order
 
-    moved = 2 * nbytes(patches[:, :n]) + bench.sizes.scored * n * 8
-    return Workload(lambda: k.sample_patches(patches, n, seed=1, normalize=True), eager, moved)
+    return Workload(
+        lambda: k.sample_patches(patches, n, seed=1, normalize=True),
+        lambda: run(torch.rand(patches.shape[:2], device=patches.device).argsort(1)[:, :n]),
+        2 * nbytes(patches[:, :n]) + bench.sizes.scored * n * 8,
+        same=lambda: run(_chosen(patches, n)),
+    )
+
+
+def _chosen(patches: torch.Tensor, n: int) -> torch.Tensor:
+    """[B, n] what `sample_patches` draws with seed 1."""
+    ids = torch.arange(len(patches), device=patches.device)
+    return k.philox_permutation(patches.shape[1], n, seed=1, sample_ids=ids)
 
 
 def score_features(bench: Bench) -> Workload:
     """The reward pass: cls and chosen patches through the head."""
     cls, patches = _features(bench, bench.sizes.scored, bench.sizes.patches)
     head, n = _head(bench), bench.sizes.chosen
-    indices = k.sample_patches(patches, n, seed=1).indices
+    indices = _chosen(patches, n)
     rows = bench.sizes.scored * (n + 1)
     return Workload(
         lambda: k.score_features(cls, patches, indices, head),
-        lambda: k.score_features_ref(cls, patches, indices, head),
+        lambda: k.score_features_ref(cls, patches, indices, head, compute_dtype=bench.wide),
         nbytes(cls, patches[:, :n], indices, *head.values()),
         2 * rows * bench.sizes.hidden * bench.sizes.features,
     )
@@ -143,7 +165,7 @@ def hinge_head_loss(bench: Bench) -> Workload:
     rows = 2 * images * (bench.sizes.chosen + 1)
     return Workload(
         lambda: torch.autograd.grad(k.hinge_head_loss(*features, head).loss, parameters),
-        lambda: torch.autograd.grad(hinge_head_loss_ref(*features, head).loss, parameters),
+        lambda: torch.autograd.grad(hinge_head_loss_ref(*features, head, compute_dtype=bench.wide).loss, parameters),
         2 * nbytes(*features) + 2 * nbytes(*parameters),
         2 * 2 * rows * bench.sizes.hidden * bench.sizes.features,  # forward and the gradient of w1
     )

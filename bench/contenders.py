@@ -17,7 +17,7 @@ from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.distributed import Distributed
 from advgrpo.fast import FastPaths
-from advgrpo.graphs import CudaGraphs
+from advgrpo.graphs import CudaGraphs, GraphBackend
 from advgrpo.policy.dynamics import StepTable, step_table, window_steps
 from advgrpo.rewards.dino import DinoAdversary
 from advgrpo.scoring import Scorer
@@ -25,7 +25,7 @@ from advgrpo.trainer import Trainer
 
 from .baseline import Baseline
 from .pair import baseline_of, stock_config, stock_transformer
-from .random_policy import RandomPolicy, RandomReferences, Size, save_backbone
+from .random_policy import SMALL, RandomPolicy, RandomReferences, Size, save_backbone
 
 FROZEN = 1e-30  # learning rate: p - 1e-30 = p in float32 for every p that is not tiny itself
 SETTINGS = {
@@ -37,6 +37,11 @@ SETTINGS = {
     "adversary": {"schedule": "always", "warmup_iterations": 0, "updates_per_iteration": 10},
 }
 TINY_SETTINGS = {"rollout": {"window": {"steps": [6, 7]}}}
+SMALL_SETTINGS = {
+    "model": {"dtype": "float32", "lora": {"rank": 4, "alpha": 8}},
+    "adversary": {"dtype": "float32", "num_patches": 8, "hidden_size": 16, "updates_per_iteration": 2},
+    "rollout": {"group_size": 4, "micro_batch": 4, "num_steps": 4},
+}
 FULL_SETTINGS = {
     "rollout": {"prompts_per_iteration": 2, "micro_batch": 8, "window": {"steps": [0, 1]}},
     "adversary": {"batch_size": 32, "replay_capacity": 64},
@@ -104,8 +109,21 @@ def tiny(folder: Path, device: str, **changes: dict) -> Contenders:
     )
 
 
-def random(folder: Path, device: str, size: Size, *, precision: str = "model", **changes: dict) -> Contenders:
-    """Random weights of `size`, without diffusers; see `tiny`."""
+def small(folder: Path, device: str, **changes: dict) -> Contenders:
+    """A random model of milliseconds in float32: what is at full size, for tests and rehearsals."""
+    return random(folder, device, SMALL, **configuration.merge(SMALL_SETTINGS, changes))
+
+
+def random(
+    folder: Path,
+    device: str,
+    size: Size,
+    *,
+    precision: str = "model",
+    graphs: GraphBackend | None = None,
+    **changes: dict,
+) -> Contenders:
+    """Random weights of `size`, without diffusers; see `tiny`. `graphs` are CUDA graphs on a GPU unless given."""
     settings = configuration.read_preset("sd35m-dino-released")
     given = {
         "device": device,
@@ -126,7 +144,8 @@ def random(folder: Path, device: str, size: Size, *, precision: str = "model", *
         place.device,
         config.seed,
     )
-    graphs = CudaGraphs(place.device) if place.device.type == "cuda" else None
+    if graphs is None and place.device.type == "cuda":
+        graphs = CudaGraphs(place.device)
     fast = FastPaths(share_prefix=True, fused=True, fused_optimizer=True, graphs=graphs is not None, table=())
     trainer = Trainer(
         config,

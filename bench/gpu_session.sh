@@ -1,70 +1,138 @@
 #!/usr/bin/env bash
-# Everything worth doing with a GPU for half an hour, each step with its own log and none stopping the others:
-#   OUT=/path/for/results bench/gpu_session.sh [test|sanitize|bench|step|profile]...      default: all, in this order
-# The machine needs torch, triton, pytest, transformers, pydantic, matplotlib and rich (no diffusers, no network). Copy
-# $OUT/<gpu>.json and $OUT/<gpu>-step.json to bench/results/ and commit them.
+# Half an hour with a GPU that is lent in commands of ten minutes:
+#
+#   make gpu-carry                                  at home, once: wheels such a machine may lack, into .whl/ (not in git)
+#   OUT=DIR bench/gpu_session.sh smoke step         there; one command per line, in this order
+#   OUT=DIR bench/gpu_session.sh kernels profile
+#   OUT=DIR bench/gpu_session.sh test sanitize
+#
+#   smoke     3 min  does it run at all: csrc/ built, every op against float64 at real shapes, and tests/gpu: capture and
+#                    replay of each kind of step, drift per attention backend, FP8, no wait of the host
+#   step      6 min  whole steps at full size over B0: P1-P7, P12, P13 and where the sampler's time goes
+#   kernels   5 min  every op over eager PyTorch, then over torch.compile: P9
+#   profile   2 min  phases, kernels and idle time of an iteration, with a trace: P8, P11
+#   test      5 min  the whole tests/kernels on the GPU; compiles hundreds of kernels
+#   sanitize  5 min  compute-sanitizer over every op at tiny shapes
+#
+# What the machine has to have: a CUDA GPU, python3 with torch, triton, pytest, numpy, transformers, matplotlib and rich;
+# nvcc for csrc/. No network and no diffusers. The rest is carried: copy .whl/ along (3 MB of the tree), and it is
+# unpacked here; or put it on PYTHONPATH, which is kept.
+#
+# What comes back in $OUT is at most eight files: session.log (everything, as it happens), logs.tar.gz (the same by step),
+# check.json, <gpu>-step.json and .png, <gpu>-kernels.json, <gpu>-profile.json and <gpu>-trace.json.gz. Figures are written
+# as they are found, so a command that is cut off loses only what it was measuring. Copy the JSON files to bench/results/.
+#
+# LIMIT   seconds this command may take (570); every part ends by itself within what is left of it
+# DEVICE  cpu rehearses everything at small size, without a GPU
+# ATTENTION  model.attention for step and profile
 set -u
 cd "$(dirname "$0")/.."
 : "${OUT:?set OUT to a folder for logs and results}"
+LIMIT=${LIMIT:-570} DEVICE=${DEVICE:-cuda} python=${PYTHON:-python3}
 mkdir -p "$OUT"
-export PYTHONPATH=.:kernels HF_HUB_OFFLINE=1
-unset TRITON_INTERPRET
-python=${PYTHON:-python}
+work=$(mktemp -d)
+mkdir "$work/logs"
+exec > >(tee -a "$OUT/session.log") 2>&1
+export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
+[ "$DEVICE" = cuda ] && unset TRITON_INTERPRET
 status=0
 
-step() {  # step NAME COMMAND...: run it, keep its log, report its exit status
-    local name=$1 begin=$SECONDS code
+left() { echo $((LIMIT - SECONDS)); }
+
+pack() { tar -czf "$work/logs.tar.gz" -C "$work" logs && mv "$work/logs.tar.gz" "$OUT/logs.tar.gz"; }
+trap pack EXIT
+
+step() {  # step NAME COMMAND...: run it within what is left of the limit, keep its log, report its exit status
+    local name=$1 begin=$SECONDS code seconds
     shift
-    "$@" >"$OUT/$name.log" 2>&1
-    code=$?
-    echo "$name: exit $code after $((SECONDS - begin)) s; $(tail -n 1 "$OUT/$name.log")"
+    seconds=$(($(left) - 10))
+    if [ "$seconds" -lt 5 ]; then
+        echo "== $name: left out, $(left) s of $LIMIT are left"
+        status=1
+        return
+    fi
+    echo "== $name"
+    timeout --foreground --signal=TERM --kill-after=5 "$seconds" "$@" 2>&1 | tee "$work/logs/$name.log"
+    code=${PIPESTATUS[0]}
+    echo "== $name: exit $code after $((SECONDS - begin)) s"
     [ "$code" -eq 0 ] || status=1
+    pack
 }
 
-nvidia-smi -q -d CLOCK,POWER,PERFORMANCE >"$OUT/nvidia-smi.txt" 2>&1
-"$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' ||
-    { echo "torch sees no GPU"; exit 1; }
-gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
+carried() {  # unpack .whl/ where the machine lacks what it holds
+    "$python" -c 'import pydantic' 2>/dev/null && return
+    ls .whl/*.whl >/dev/null 2>&1 || { echo "no pydantic here and no .whl/: run make gpu-carry and carry .whl/ along"; exit 1; }
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" .whl/*.whl ||
+        exit 1
+    export PYTHONPATH=$PYTHONPATH:$work/site
+}
 
-if command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ]; then  # csrc/ is optional: without it its two ops are refused
-    step build-csrc "$python" csrc/build.py "$OUT/advgrpo_cuda.so"
-    [ -f "$OUT/advgrpo_cuda.so" ] && export ADVGRPO_KERNELS_LIBRARY="$OUT/advgrpo_cuda.so"
+if [ "$DEVICE" = cuda ]; then
+    size=full
+    nvidia-smi -q -d CLOCK,POWER,PERFORMANCE >"$work/logs/nvidia-smi.txt" 2>&1
+    "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' ||
+        { echo "torch sees no GPU"; exit 1; }
+    gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
+else
+    size=small gpu=rehearsal
 fi
+carried
 
-[ $# -gt 0 ] || set -- test sanitize bench step profile
+csrc() {  # csrc/ is optional: without it its two ops are refused
+    local target=build/gpu/advgrpo_cuda.so
+    [ "$DEVICE" = cuda ] || return
+    if command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ]; then
+        [ -f "$target" ] && [ -z "$(find csrc -newer "$target" -name '*.cu*')" ] || step build-csrc "$python" csrc/build.py "$target"
+        [ -f "$target" ] && export ADVGRPO_KERNELS_LIBRARY=$PWD/$target
+    else
+        echo "no nvcc: merge_lora and multi_tensor_adamw of csrc/ are refused"
+    fi
+}
+csrc
+
+[ $# -gt 0 ] || set -- smoke step kernels profile test sanitize
 for part in "$@"; do
     case $part in
-    test)
-        step pytest-gpu "$python" -m pytest tests/kernels -q -m gpu -p no:cacheprovider
+    smoke)
+        step check-ops "$python" -m bench.kernels --device "$DEVICE" --check --json "$OUT/check.json"
+        marks="gpu"
+        [ "$DEVICE" = cuda ] || marks="not gpu and not slow"
+        step check-parts "$python" -m pytest tests/gpu -v -m "$marks" --durations=5 -p no:cacheprovider
         ;;
-    sanitize)  # every case once at tiny shapes; PyTorch's caching allocator would hide an access out of bounds
-        if command -v compute-sanitizer >/dev/null; then
-            for tool in memcheck racecheck initcheck; do
-                step "sanitizer-$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-                    --error-exitcode 9 "$python" -m bench.smoke --device cuda
-            done
-        else
-            echo "sanitize: no compute-sanitizer on this machine, left out"
-        fi
+    step)
+        step step "$python" -m bench.step --size $size --device "$DEVICE" --seconds $(($(left) - 40)) \
+            ${ATTENTION:+--attention "$ATTENTION"} --json "$OUT/$gpu-step.json" --png "$OUT/$gpu-step.png"
         ;;
-    bench)
-        step bench-kernels "$python" -m bench.kernels --device cuda --json "$OUT/$gpu.json"
-        cat "$OUT/bench-kernels.log"
-        for old in bench/results/"$gpu".json; do
-            [ -f "$old" ] && step gate "$python" -m bench.gate "$old" "$OUT/$gpu.json"
+    kernels)
+        step kernels "$python" -m bench.kernels --device "$DEVICE" --seconds $(($(left) - 40)) \
+            --json "$OUT/$gpu-kernels.json"
+        for old in bench/results/"$gpu"-kernels.json; do
+            [ -f "$old" ] && step gate "$python" -m bench.gate "$old" "$OUT/$gpu-kernels.json"
         done
         ;;
-    step)  # whole steps at full size against B0, random weights: the goals P1-P7, P12, P13 and the waterfall
-        step bench-step "$python" -m bench.step --size full --device cuda --json "$OUT/$gpu-step.json" \
-            --png "$OUT/$gpu-step.png"
-        cat "$OUT/bench-step.log"
+    profile)
+        step profile "$python" -m bench.profile --size $size --device "$DEVICE" ${ATTENTION:+--attention "$ATTENTION"} \
+            --json "$OUT/$gpu-profile.json" --trace "$OUT/$gpu-trace.json.gz"
         ;;
-    profile)  # P8 and P11, and a trace
-        step bench-profile "$python" -m bench.profile --size full --device cuda --trace "$OUT/$gpu-trace.json"
-        cat "$OUT/bench-profile.log"
+    test)
+        marks="not slow"
+        [ "$DEVICE" = cuda ] || marks="gpu"
+        step test "$python" -m pytest tests/kernels -q -m "$marks" -p no:cacheprovider
+        ;;
+    sanitize)  # PyTorch's caching allocator would hide an access out of bounds
+        if ! command -v compute-sanitizer >/dev/null; then
+            echo "sanitize: no compute-sanitizer on this machine, left out"
+        elif ! compute-sanitizer "$python" -c 'import torch; torch.zeros(1, device="cuda")' >"$work/logs/sanitizer-probe.log" 2>&1; then
+            echo "sanitize: compute-sanitizer cannot use this device (virtualised?), left out: $(tail -n 1 "$work/logs/sanitizer-probe.log")"
+        else
+            for tool in memcheck racecheck initcheck; do
+                step "sanitizer-$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+                    --error-exitcode 9 "$python" -m bench.smoke --device "$DEVICE"
+            done
+        fi
         ;;
     *)
-        echo "unknown part $part: test, sanitize, bench, step or profile"
+        echo "unknown part $part: smoke, step, kernels, profile, test or sanitize"
         exit 2
         ;;
     esac

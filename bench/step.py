@@ -1,21 +1,28 @@
-"""Ours against B0 on whole steps: `python -m bench.step [--size tiny|full] [--json FILE] [--png FILE]`.
+"""Ours against B0 on whole steps: `python -m bench.step [--size tiny|small|full] [--json FILE] [--png FILE]`.
 
 Times sampler, adversary, update and the whole iteration of our trainer and of B0 in one process, taking turns, after
-checking that both compute the same: what fails its check is refused, not timed, and the exit status is 1. Prints where
-the sampler's time goes (B0, then one change after the other) and the goals with what this machine can say about them.
+checking that both compute the same: what fails its check is refused, not timed, and the exit status is 1. Where the
+window leaves a prefix to share, B0 is also timed with the same sharing, so that what is algorithm and what is code can
+be told apart. Prints where the sampler's time goes (B0, then one change after the other) and the goals with what this
+machine can say about them.
 
 `--size tiny` is the shipped model with its weights; `--size full` is SD3.5-medium's exact configuration with random
-weights: no downloads and no diffusers, but a GPU. The unit of both is one iteration of `bench/contenders.py`.
+weights: no downloads and no diffusers, but a GPU; `--size small` is a random model of seconds, for rehearsals. The unit
+of all is one iteration of `bench/contenders.py`.
+
+`--json` is rewritten after every round of every measurement, so a run that is cut off keeps what it has found; with
+`--seconds` it ends by itself: fewer rounds (every entry says how many), then measurements left out, which are named.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +33,17 @@ from advgrpo.policy.sampler import Sampler
 from advgrpo.types import Rollout
 
 from . import step_report, timing
-from .contenders import Contenders, random, tiny
+from .budget import Budget, OutOfTime, Report
+from .contenders import Contenders, random, small, tiny
 from .parity import Check, check_adversary, check_sampler, check_update, tolerance
 from .random_policy import FULL
 
-SCHEMA = 1
+SCHEMA = 2
 REPEATS = {"cuda": 7, "cpu": 5}
 WARMUP = {"cuda": 3, "cpu": 1}
-FORWARD_TFLOP = 35.579400290304  # one B=16 forward of SD3.5-medium (PERFORMANCE section 1)
+FORWARD_TFLOP = 35.579400290304  # one B=16 forward of SD3.5-medium, counted (tests/test_stock_model.py)
 PEAK_TFLOP_S = 989  # dense bfloat16 of an H100 or H200, for MFU
+WEIGHT = {"sampler": 3, "iteration": 4, "update": 2, "adversary": 1, "waterfall": 4, "peak memory": 1, "FP8 forward": 1}
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,12 @@ class Unit:
     baseline: Callable[[], object]
     amount: float
     unit: str
+    shared: Callable[[], object] | None = (
+        None  # the baseline with the same sharing of a prompt's prefix, if any is left
+    )
 
 
-def units(c: Contenders) -> dict[str, Unit]:
+def units(c: Contenders, *, share_prefix: bool = True) -> dict[str, Unit]:
     """What is timed; rollouts that adversary and update start from are made here, once."""
     trainer, b0, table = c.trainer, c.baseline, c.table()
     rollout = trainer.rollout(table, 0)
@@ -63,166 +75,269 @@ def units(c: Contenders) -> dict[str, Unit]:
         b0.adversary(generated, reference, c.config.adversary.updates_per_iteration)
         b0.remember(generated)
 
+    def sides(run: Callable[..., object]) -> dict[str, Callable[[], object] | None]:
+        own = partial(run, c.prompts, c.window)
+        return {"baseline": own, "shared": partial(own, share_prefix=True) if share_prefix and c.window[0] else None}
+
     images = "images/s"
     return {
-        "sampler": Unit(lambda: trainer.rollout(table, 0), lambda: b0.rollout(c.prompts, c.window), c.images, images),
+        "sampler": Unit(ours=lambda: trainer.rollout(table, 0), amount=c.images, unit=images, **sides(b0.rollout)),
         "adversary": Unit(our_adversary, their_adversary, c.images, images),
         "update": Unit(
             lambda: trainer.update(rollout, scored, table), lambda: b0.update(tiles, advantages), c.images, images
         ),
-        "iteration": Unit(trainer.iterate, lambda: b0.iteration(c.prompts, c.window), 1, "iterations/s"),
+        "iteration": Unit(ours=trainer.iterate, amount=1, unit="iterations/s", **sides(b0.iteration)),
     }
 
 
 def verify(c: Contenders) -> dict[str, Check]:
     """Check of each unit; the iteration stands on all of them."""
     allowed = tolerance(c.trainer.policy.dtype)
-    checks = {
-        "sampler": check_sampler(c, allowed),
-        "adversary": check_adversary(c, allowed),
-        "update": check_update(c, allowed),
-    }
+    checks = {}
+    for name, check in (("sampler", check_sampler), ("adversary", check_adversary), ("update", check_update)):
+        try:
+            checks[name] = check(c, allowed)
+        except Exception as error:  # a kernel that does not run here must not take the other figures with it
+            traceback.print_exc()
+            checks[name] = Check(float("inf"), allowed, f"{type(error).__name__}: {error}")
     failed = [name for name, check in checks.items() if not check.passed]
     checks["iteration"] = Check(float(len(failed)), 0.0, f"{', '.join(failed)} failed" if failed else "its parts agree")
     return checks
 
 
-def measure(unit: Unit, device: str, repeats: int) -> dict[str, object]:
-    """Rates of both sides and their ratio with its interval; above 1, ours is faster."""
+def measure(unit: Unit, device: str, repeats: int, budget: Budget, put: Callable[[dict], None]) -> None:
+    """Hand `put` the rates of both sides and their ratio after every round; above 1, ours is faster."""
     variants = {"ours": unit.ours, "baseline": unit.baseline}
-    times = timing.interleave(variants, device, repeats=repeats, warmup=WARMUP[device])
+    if unit.shared:
+        variants["baseline_shared"] = unit.shared
+    timing.interleave(
+        variants,
+        device,
+        repeats=repeats,
+        warmup=WARMUP[device],
+        budget=budget,
+        after_round=lambda times: put(figures(unit, times, repeats)),
+    )
+
+
+def figures(unit: Unit, times: dict[str, np.ndarray], wanted: int) -> dict[str, object]:
+    """Rates, ratios with their intervals, and in how many of the wanted rounds."""
     gain = timing.ratio(times["baseline"], times["ours"])
     rates = {name: unit.amount / (float(np.median(values)) * 1e-6) for name, values in times.items()}
     spread = {f"{name}_seconds": timing.as_json(timing.summarise(values * 1e-6)) for name, values in times.items()}
-    low_high = {"ratio": gain.ratio, "ratio_low": gain.low, "ratio_high": gain.high}
-    return {**rates, **low_high, "unit": unit.unit, **spread}
+    entry = {**rates, "ratio": gain.ratio, "ratio_low": gain.low, "ratio_high": gain.high, "unit": unit.unit, **spread}
+    if unit.shared:
+        entry["over_shared"] = timing.as_json(timing.ratio(times["baseline_shared"], times["ours"]))
+    return entry | {"rounds": len(times["ours"]), "rounds_wanted": wanted}
 
 
-def waterfall(c: Contenders, device: str, repeats: int, fp8: Contenders | None) -> list[dict]:
-    """Sampler images/s of B0 and after each change in turn; None for what this device does not have."""
-    gpu = device == "cuda"
-    network = c.trainer.policy.network
+def sampler_with(c: Contenders, *, attention=None, graphs: bool, share: bool) -> Callable[[], Rollout]:
+    """Our rollout with some of what makes it fast switched off."""
+    trainer, own = c.trainer, c.trainer.sampler
+    network = trainer.policy.network
     transformer = getattr(network, "transformer", network)  # of a FusedNetwork, or RandomPolicy's own
-    chosen = transformer._attend
-    table = c.table()
+    chosen, table = transformer._attend, c.table()
+    sampler = Sampler(
+        trainer.policy,
+        own.guidance_scale,
+        own.likelihood,
+        share_prefix=share,
+        merged=True,
+        graphs=own.graphs if graphs else None,
+    )
 
-    def ours(contenders: Contenders, *, attention=None, graphs: bool, share: bool) -> Callable[[], object]:
-        trainer, own = contenders.trainer, contenders.trainer.sampler
-        sampler = Sampler(
-            trainer.policy,
-            own.guidance_scale,
-            own.likelihood,
-            share_prefix=share,
-            merged=True,
-            graphs=own.graphs if graphs else None,
-        )
+    def run() -> Rollout:
+        trainer.sampler, transformer._attend = sampler, attention or chosen
+        try:
+            return trainer.rollout(table, 0)
+        finally:
+            trainer.sampler, transformer._attend = own, chosen
 
-        def run() -> Rollout:
-            trainer.sampler, transformer._attend = sampler, attention or chosen
-            try:
-                return trainer.rollout(table, 0)
-            finally:
-                trainer.sampler, transformer._attend = own, chosen
-
-        return run
-
-    def merged_baseline() -> object:
-        # Merged weights cost what the base weights cost, so adapters are switched off where they would be merged.
-        return c.baseline.rollout(c.prompts, c.window, adapters_in_window_only=True)
-
-    _, plain = choose_attention("flash" if gpu else "auto", c.device, c.trainer.policy.dtype)
-    rows = {
-        "B0": lambda: c.baseline.rollout(c.prompts, c.window),
-        "merge": merged_baseline,
-        "fuse": ours(c, attention=plain, graphs=False, share=False),
-        "attention": ours(c, graphs=False, share=False) if gpu else None,
-        "graph": ours(c, graphs=True, share=False) if gpu else None,
-        "dedupe": ours(c, graphs=True, share=True),
-        "FP8": ours(fp8, graphs=True, share=True) if fp8 else None,
-    }
-    timed = {name: run for name, run in rows.items() if run is not None}
-    times = timing.interleave(timed, device, repeats=repeats, warmup=WARMUP[device])
-    rates = {name: c.images / (float(np.median(values)) * 1e-6) for name, values in times.items()}
-    return [{"step": name, "images_per_second": rates.get(name)} for name in rows]
+    return run
 
 
-def peak_memory(unit: Unit) -> dict[str, float]:
-    """GB allocated at most during one call of each side, weights of both included."""
-    found = {}
-    for name, run in (("ours", unit.ours), ("baseline", unit.baseline)):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        found[name] = torch.cuda.max_memory_allocated() / 1e9
-    return found
+class Session:
+    """A run: both contenders, how much time is left, and the report."""
 
-
-def forward_over_roofline(fp8: Contenders, limits: timing.Calibration, repeats: int) -> float:
-    """Milliseconds of a merged FP8 forward of 16 rows over those of its FLOPs at the measured matrix-product rate."""
-    policy, table = fp8.trainer.policy, fp8.table()
-    policy.merge()
-    latents = torch.randn(8, *policy.latent_shape(), device=fp8.device)
-    prepared = policy.prepare(policy.encode([f"prompt {i}" for i in range(8)]), table.timesteps, guided=True)
-    with torch.no_grad():
-        run = {"forward": lambda: policy.merged_velocity(latents, table.numbers[2], prepared)}
-        times = timing.interleave(run, "cuda", repeats=4 * repeats, warmup=10)["forward"]
-    return float(np.median(times)) * 1e-6 / (FORWARD_TFLOP / limits.matmul_tflop_s)
-
-
-def run(size: str, device: str, repeats: int, only: list[str]) -> dict:
-    """Verify and time; the report that goes to JSON."""
-    facts, limits = timing.environment(device), timing.calibrate(device)
-    print("  ".join(f"{name} {value}" for name, value in facts.items()))
-    report: dict = {"schema": SCHEMA, "size": size, "environment": facts, "calibration": timing.as_json(limits)}
-    with tempfile.TemporaryDirectory() as folder:
+    def __init__(self, size: str, device: str, repeats: int, options: argparse.Namespace, folder: Path) -> None:
+        self.size, self.device, self.repeats, self.folder = size, device, repeats, folder
+        self.options, self.budget = options, Budget(options.seconds)
+        facts = timing.environment(device)
+        print("  ".join(f"{name} {value}" for name, value in facts.items()))
+        known = {"size": size, "seconds": options.seconds, "environment": facts}
+        self.report = Report(options.json, schema=SCHEMA, **known, refused=[], left_out={}, failed={})
         torch.manual_seed(0)
-        c = tiny(Path(folder), device) if size == "tiny" else random(Path(folder), device, FULL)
-        fp8 = random(Path(folder), device, FULL, precision="fp8") if size == "full" else None
-        checks = verify(c)
-        report["parity"] = {name: vars(check) | {"passed": check.passed} for name, check in checks.items()}
-        report["refused"] = [name for name in only if not checks[name].passed]
-        every = units(c)
+        changes: dict[str, dict] = {}
+        if options.attention:
+            changes["model"] = {"attention": options.attention}
+        if options.window:
+            changes["rollout"] = {"window": {"steps": options.window}}
+        self.changes = changes
+        builders = {"tiny": tiny, "small": small, "full": partial(random, size=FULL)}
+        self.c: Contenders = builders[size](folder, device, **changes)
+        self.report.put("attention", self._attention_name())
+        self.report.put("window", list(self.c.window))
+
+    def _attention_name(self) -> str:
+        section = self.c.config.model
+        return choose_attention(section.attention, self.c.device, self.c.trainer.policy.dtype)[0]
+
+    def run(self, only: list[str]) -> Report:
+        """Verify, then everything in the order of its worth, each with its share of the time that is left."""
+        checks = verify(self.c)
+        self.report["parity"] = {name: vars(check) | {"passed": check.passed} for name, check in checks.items()}
+        self.report.put("refused", [name for name in only if not checks[name].passed])
+        self._attempt("on-policy", self._on_policy, Budget(None))
+        parts: dict[str, Callable[[Budget], None]] = {}
         for name in only:
             if checks[name].passed:
-                report[name] = measure(every[name], device, repeats)
-            print(step_report.unit_line(name, report.get(name), checks[name]))
-        report["waterfall"] = waterfall(c, device, repeats, fp8) if checks["sampler"].passed else []
-        metrics = c.trainer.iterate()
-        report["on_policy"] = {name: metrics[name] for name in ("log_prob_drift_max", "pre_update_clip_fraction")}
-        if device == "cuda":
-            report["peak_memory_gb"] = peak_memory(every["iteration"])
-        if size == "full" and "sampler" in report:  # FLOPs of the algorithm: 16 rows are 8 guided pictures, 10 steps
-            report["sampler_mfu"] = report["sampler"]["ours"] * 10 * FORWARD_TFLOP / 8 / PEAK_TFLOP_S
-        if fp8:
-            report["fp8_forward_over_roofline"] = forward_over_roofline(fp8, limits, repeats)
-    report["goals"] = step_report.goals(report)
-    return report
+                parts[name] = partial(self._measure, name)
+            else:
+                print(step_report.unit_line(name, None, checks[name]))
+        if checks["sampler"].passed:
+            parts["waterfall"] = self._waterfall
+        if self.device == "cuda":
+            parts |= {"peak memory": self._peak_memory}
+        if self.size == "full":
+            parts |= {"FP8 forward": self._fp8_forward}
+        parts = {name: parts[name] for name in WEIGHT if name in parts}
+        for name, part in parts.items():
+            later = list(parts)[list(parts).index(name) :]
+            self._attempt(name, part, self.budget.share(WEIGHT[name] / sum(WEIGHT[other] for other in later)))
+            if name in self.report:
+                print(step_report.unit_line(name, self.report[name], checks[name]) if name in checks else name)
+        self.report.put("goals", step_report.goals(self.report))
+        return self.report
+
+    def _attempt(self, name: str, part: Callable[[Budget], None], budget: Budget) -> None:
+        """Run `part`; what it cannot do is said, and does not take the others with it."""
+        try:
+            part(budget)
+        except OutOfTime as error:
+            print(f"{name:10} left out: {error}")
+            self.report["left_out"][name] = str(error)
+        except Exception as error:  # kept in the report; the exit status tells
+            traceback.print_exc()
+            self.report["failed"][name] = f"{type(error).__name__}: {error}"
+        self.report.put("goals", step_report.goals(self.report))
+
+    @cached_property
+    def units(self) -> dict[str, Unit]:
+        return units(self.c, share_prefix=self.options.share_prefix)
+
+    @cached_property
+    def fp8(self) -> Contenders | None:
+        """The same at full size with ODE steps in FP8; a second model, so it is built when it is needed."""
+        return random(self.folder, self.device, FULL, precision="fp8", **self.changes) if self.size == "full" else None
+
+    @cached_property
+    def limits(self) -> timing.Calibration:
+        found = timing.calibrate(self.device)
+        self.report.put("calibration", timing.as_json(found))
+        return found
+
+    def _on_policy(self, budget: Budget) -> None:
+        metrics = self.c.trainer.iterate()
+        names = ("log_prob_drift_max", "pre_update_clip_fraction")
+        self.report.put("on_policy", {name: metrics[name] for name in names})
+
+    def _measure(self, name: str, budget: Budget) -> None:
+        measure(self.units[name], self.device, self.repeats, budget, partial(self.report.put, name))
+        if self.size == "full" and name == "sampler":  # FLOPs of the algorithm: 16 rows are 8 guided pictures, 10 steps
+            rate = self.report["sampler"]["ours"]
+            self.report.put("sampler_mfu", rate * 10 * FORWARD_TFLOP / 8 / PEAK_TFLOP_S)
+
+    def _waterfall(self, budget: Budget) -> None:
+        """Sampler images/s of B0 and after each change in turn; None for what this device does not have."""
+        rows = self._waterfall_rows()
+        timed = {name: run for name, run in rows.items() if run is not None}
+
+        def put(times: dict[str, np.ndarray]) -> None:
+            rates = {name: self.c.images / (float(np.median(values)) * 1e-6) for name, values in times.items()}
+            rounds = len(times["B0"])
+            entries = [{"step": name, "images_per_second": rates.get(name), "rounds": rounds} for name in rows]
+            self.report.put("waterfall", entries)
+
+        timing.interleave(
+            timed, self.device, repeats=self.repeats, warmup=min(2, WARMUP[self.device]), budget=budget, after_round=put
+        )
+
+    def _waterfall_rows(self) -> dict[str, Callable[[], object] | None]:
+        c, gpu, fp8 = self.c, self.device == "cuda", self.fp8
+        _, plain = choose_attention("flash" if gpu else "auto", c.device, c.trainer.policy.dtype)
+        # Merged weights cost what the base weights cost, so adapters are switched off where they would be merged.
+        merged = partial(c.baseline.rollout, c.prompts, c.window, adapters_in_window_only=True)
+        return {
+            "B0": lambda: c.baseline.rollout(c.prompts, c.window),
+            "merge": merged,
+            "fuse": sampler_with(c, attention=plain, graphs=False, share=False),
+            "attention": sampler_with(c, graphs=False, share=False) if gpu else None,
+            "graph": sampler_with(c, graphs=True, share=False) if gpu else None,
+            "dedupe": sampler_with(c, graphs=True, share=True),
+            "FP8": sampler_with(fp8, graphs=True, share=True) if fp8 else None,
+        }
+
+    def _peak_memory(self, budget: Budget) -> None:
+        """GB allocated at most during one iteration of each side, weights of both included."""
+        found, unit = {}, self.units["iteration"]
+        for name, run in (("ours", unit.ours), ("baseline", unit.baseline)):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            torch.cuda.synchronize()
+            found[name] = torch.cuda.max_memory_allocated() / 1e9
+        self.report.put("peak_memory_gb", found)
+
+    def _fp8_forward(self, budget: Budget) -> None:
+        """A merged FP8 forward of 16 rows, over what its FLOPs take at the matrix-product rate measured here."""
+        policy, table = self.fp8.trainer.policy, self.fp8.table()
+        policy.merge()
+        latents = torch.randn(8, *policy.latent_shape(), device=self.fp8.device)
+        prepared = policy.prepare(policy.encode([f"prompt {i}" for i in range(8)]), table.timesteps, guided=True)
+        with torch.no_grad():
+            run = {"forward": lambda: policy.merged_velocity(latents, table.numbers[2], prepared)}
+            times = timing.interleave(run, "cuda", repeats=4 * self.repeats, warmup=10, budget=budget)["forward"]
+        seconds = FORWARD_TFLOP / self.limits.matmul_tflop_s
+        self.report.put("fp8_forward_over_roofline", float(np.median(times)) * 1e-6 / seconds)
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", choices=["tiny", "full"], default="tiny")
+    parser.add_argument("--size", choices=["tiny", "small", "full"], default="tiny")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure, as soon as it is known")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw ratios and waterfall")
     parser.add_argument("--repeats", type=int, help="calls of each side (7 on a GPU, 5 on a CPU)")
+    parser.add_argument("--seconds", type=float, help="end by then, with fewer calls or fewer measurements")
     parser.add_argument("--unit", action="append", choices=list(step_report.UNITS), help="only this; may be repeated")
+    parser.add_argument("--attention", metavar="NAME", help="model.attention of ours (default: the preset's)")
+    parser.add_argument(
+        "--window", type=int, nargs="+", metavar="STEP", help="the window's steps (default: the preset's)"
+    )
+    parser.add_argument(
+        "--share-prefix",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also time B0 with one row per prompt before the window, where the window leaves a prefix",
+    )
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     if args.size == "full" and args.device == "cpu":
         parser.error("--size full needs a GPU: 2.2 billion parameters at 2.2 TFLOP a sequence")
-    for path in (args.json, args.png):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    report = run(args.size, args.device, args.repeats or REPEATS[args.device], args.unit or list(step_report.UNITS))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    if args.png:
-        step_report.draw(report, args.png)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(args.size, args.device, args.repeats or REPEATS[args.device], args, Path(folder))
+        report = session.run(args.unit or list(step_report.UNITS))
     print(step_report.tables(report))
-    return 1 if report["refused"] else 0
+    if args.png and "sampler" in report:
+        args.png.parent.mkdir(parents=True, exist_ok=True)
+        step_report.draw(report, args.png)
+    return 1 if report["refused"] or report["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `bench.step` prints and draws: a line per unit, the waterfall, and the goals of PERFORMANCE section 5."""
+"""What `bench.step` prints and draws: a line per unit, the waterfall, and the goals of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ GOALS = (
 
 
 def goals(report: dict) -> list[dict]:
-    """A row per goal: id, what, target, stretch, measured, met (None where this machine cannot tell)."""
+    """A row per goal: id, what, target, stretch, measured, met (None where this machine, or this run, cannot tell)."""
     on_gpu, full = report["environment"]["device"] == "cuda", report["size"] == "full"
     measured: dict[str, tuple[str, bool | None]] = {}
-    drift = report["on_policy"]
-    values = (drift["log_prob_drift_max"], drift["pre_update_clip_fraction"])
-    measured["P13"] = (f"{values[0]:g}; {values[1]:g}", values == (0, 0))
+    if "on_policy" in report:
+        drift = report["on_policy"]
+        values = (drift["log_prob_drift_max"], drift["pre_update_clip_fraction"])
+        measured["P13"] = (f"{values[0]:g}; {values[1]:g}", values == (0, 0))
     if on_gpu and full:
-        rates = {row["step"]: row["images_per_second"] for row in report["waterfall"]}
+        rates = {row["step"]: row["images_per_second"] for row in report.get("waterfall", [])}
         for goal, step, target in (("P1", "dedupe", 1.9), ("P2", "FP8", 2.4)):
             if rates.get(step):
                 gain = rates[step] / rates["B0"]
@@ -44,10 +45,12 @@ def goals(report: dict) -> list[dict]:
             if unit in report:
                 low = report[unit]["ratio_low"]
                 measured[goal] = (f"{report[unit]['ratio']:.2f}x (from {low:.2f})", low >= target)
-        over = report["fp8_forward_over_roofline"]
-        measured["P3"] = (f"{over:.2f}x", over <= 1.10)
-        memory = report["peak_memory_gb"]
-        measured["P12"] = (f"{memory['ours']:.1f} / {memory['baseline']:.1f} GB", memory["ours"] <= memory["baseline"])
+        if "fp8_forward_over_roofline" in report:
+            over = report["fp8_forward_over_roofline"]
+            measured["P3"] = (f"{over:.2f}x", over <= 1.10)
+        if "peak_memory_gb" in report:
+            own, theirs = report["peak_memory_gb"]["ours"], report["peak_memory_gb"]["baseline"]
+            measured["P12"] = (f"{own:.1f} / {theirs:.1f} GB", own <= theirs)
     rows = []
     for goal, what, target, stretch in GOALS:
         value, met = measured.get(goal, (UNMEASURED, None))
@@ -62,14 +65,22 @@ def unit_line(name: str, entry: dict | None, check) -> str:
     if entry is None:
         return f"{name:10} refused: {error}"
     rates = f"ours {entry['ours']:9.3f}  B0 {entry['baseline']:9.3f} {entry['unit']:13}"
-    return f"{name:10} {rates} {entry['ratio']:5.2f}x [{entry['ratio_low']:.2f}, {entry['ratio_high']:.2f}]  {error}"
+    line = f"{name:10} {rates} {entry['ratio']:5.2f}x [{entry['ratio_low']:.2f}, {entry['ratio_high']:.2f}]  {error}"
+    if "over_shared" in entry:
+        shared = entry["over_shared"]
+        line += f"\n{'':10} over B0 with the same shared prefix: {shared['ratio']:.2f}x"
+        line += f" [{shared['low']:.2f}, {shared['high']:.2f}]"
+    if entry["rounds"] < entry["rounds_wanted"]:
+        line += f"\n{'':10} {entry['rounds']} rounds instead of {entry['rounds_wanted']}: time ran short"
+    return line
 
 
 def tables(report: dict) -> str:
     """Waterfall and goals as text."""
     lines = ["", "sampler, one change after the other (images/s, over B0)"]
-    base = report["waterfall"][0]["images_per_second"] if report["waterfall"] else None
-    for row in report["waterfall"]:
+    waterfall = report.get("waterfall", [])
+    base = waterfall[0]["images_per_second"] if waterfall else None
+    for row in waterfall:
         rate = row["images_per_second"]
         shown = "not on this device" if rate is None else f"{rate:9.2f}  {rate / base:5.2f}x"
         lines.append(f"  {row['step']:10}{shown}")
@@ -79,6 +90,8 @@ def tables(report: dict) -> str:
         lines.append(
             f"{row['id']:5}{row['what']:50}{row['target']:>12}{row['stretch']:>12}  {row['measured']}{verdict}"
         )
+    lines += [f"{name} left out: {why}" for name, why in report["left_out"].items()]
+    lines += [f"{name} FAILED: {why.splitlines()[0]}" for name, why in report["failed"].items()]
     if "note" in report["environment"]:
         lines.append(report["environment"]["note"])
     return "\n".join(lines)
@@ -101,7 +114,7 @@ def draw(report: dict, file: Path) -> None:
     ratios.set_ylabel("over B0 (medians, 95 % interval)")
     for x, value in enumerate(values):
         ratios.annotate(f"{value:.2f}x", (x, value / 2), ha="center", color="white")
-    rows = [row for row in report["waterfall"] if row["images_per_second"] is not None]
+    rows = [row for row in report.get("waterfall", []) if row["images_per_second"] is not None]
     falls.bar([row["step"] for row in rows], [row["images_per_second"] for row in rows], color="tab:orange")
     falls.set_ylabel("sampler, images/s")
     environment = report["environment"]

@@ -1,9 +1,10 @@
 """Sceptical timing: cold L2, interleaved variants, medians with their spread, limits measured in the same run.
 
 On a GPU every call is timed by CUDA events behind the write of a buffer much larger than the L2 cache. That write takes
-longer than enqueueing a call, so the events enclose the kernels' time, not the host's: launch overhead is counted
-elsewhere (tests/kernels/test_launch_counts.py). On a CPU the clock is perf_counter, and the figures only show that the
-benchmark runs.
+about 0.25 ms, in which the host enqueues some 30 operators: of shorter calls the events enclose the kernels' time
+alone, of longer ones also what the host is behind by. Launches are counted elsewhere
+(tests/kernels/test_launch_counts.py). On a CPU the clock is perf_counter, and the figures only show that the benchmark
+runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from .budget import Budget, OutOfTime
+
+FEWEST = 3  # rounds, where time runs short
 FLUSH_BYTES = 2**30  # 20 times the L2 of an H200, ~0.25 ms to write
 BOOTSTRAP_DRAWS = 2000
 
@@ -48,18 +52,54 @@ class Calibration:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], device: str, *, repeats: int, warmup: int
+    variants: Mapping[str, Callable[[], object]],
+    device: str,
+    *,
+    repeats: int,
+    warmup: int,
+    budget: Budget | None = None,
+    after_round: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Time one call of each variant in turn, `repeats` rounds, each starting with another one: us [repeats] by name."""
-    for run in variants.values():
-        for _ in range(warmup):
-            run()
+    """Time one call of each variant in turn, `repeats` rounds, each starting with another one: us [rounds] by name.
+
+    Args:
+        budget: fewer rounds where time runs short, and fewer calls of warm-up, but never under `FEWEST` rounds and
+            two warm-up calls of each (the first of which compiles).
+        after_round: gets the times so far; reading them waits for the device, between the rounds.
+
+    Raises:
+        OutOfTime: after the warm-up not even `FEWEST` rounds fit.
+    """
+    budget, fewest, last = budget or Budget(None), min(repeats, FEWEST), 0.0  # last: seconds of the latest round
+    for number in range(warmup):
+        if number >= 2 and (fewest + 1) * last > budget.left:
+            break
+        last = _host_clock(lambda: _call_each(variants, device))() * 1e-6
+    if fewest * last > budget.left:
+        raise OutOfTime(f"{fewest} rounds of {last:.1f} s do not fit in the {budget.left:.1f} s that are left for it")
     clock = _cuda_clock() if device == "cuda" else _host_clock
     names = list(variants)
     times: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
     for i in range(repeats):
+        if i >= fewest and last > budget.left:
+            break
+        started = time.monotonic()
         for name in names[i % len(names) :] + names[: i % len(names)]:
             times[name].append(clock(variants[name]))
+        if after_round is not None:
+            after_round(_read(times))
+        last = time.monotonic() - started
+    return _read(times)
+
+
+def _call_each(variants: Mapping[str, Callable[[], object]], device: str) -> None:
+    for run in variants.values():
+        run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _read(times: Mapping[str, list[Callable[[], float]]]) -> dict[str, np.ndarray]:
     return {name: np.array([read() for read in readings]) for name, readings in times.items()}
 
 

@@ -35,7 +35,7 @@ class Sizes:
         return self.heads * self.head_dim
 
 
-# SD3.5-medium at 512x512 with 205 text tokens, DINOv2 ViT-B/14 at 518, 48 groups of 16 (METHOD sections 3, 6, 8).
+# SD3.5-medium at 512x512 with 205 text tokens, DINOv2 ViT-B/14 at 518, 48 groups of 16.
 SD35_MEDIUM_512 = Sizes(
     rollout=128,
     train=8,
@@ -85,21 +85,34 @@ class Workload:
     eager: Callable[[], object]
     bytes: int  # inputs read once and outputs written once: what any implementation has to move
     flops: int = 0  # of the matrix products
+    same: Callable[[], object] | None = (
+        None  # plain PyTorch with ours' own draws and rounding, where `eager` has others
+    )
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where tensors live and what the network computes in."""
+    """Where tensors live and what the network computes in.
+
+    `exact` is the same bench in float64: the same draws, rounded to the same dtypes, held and computed on in float64.
+    """
 
     sizes: Sizes
     device: str
+    exact: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
+    @property
+    def wide(self) -> torch.dtype:
+        """What baselines accumulate in; `compute_dtype` of the references."""
+        return torch.float64 if self.exact else torch.float32
+
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(shape, device=self.device, dtype=torch.float32).to(dtype)
+        rounded = torch.randn(shape, device=self.device, dtype=torch.float32).to(dtype)
+        return rounded.double() if self.exact else rounded
 
 
 def nbytes(*tensors: torch.Tensor | None) -> int:

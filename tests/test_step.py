@@ -4,25 +4,22 @@ Planted bugs that turned this file red: a failed check timed anyway; exit 0 when
 met by the median instead of the interval's lower end; weights that move between repetitions.
 """
 
+import gzip
 import json
+import time
 
+import numpy as np
 import pytest
 import torch
 
-from bench import contenders, parity, profile, step, step_report
+from bench import contenders, parity, profile, step, step_report, timing
+from bench.budget import Budget, OutOfTime, Report
 from bench.parity import Check
-from bench.random_policy import SMALL
-
-CHANGES = {
-    "model": {"dtype": "float32", "lora": {"rank": 4, "alpha": 8}},
-    "adversary": {"dtype": "float32", "num_patches": 8, "hidden_size": 16, "updates_per_iteration": 2},
-    "rollout": {"group_size": 4, "micro_batch": 4, "num_steps": 3},
-}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return contenders.random(tmp_path_factory.mktemp("bench"), "cpu", SMALL, **CHANGES)
+    return contenders.small(tmp_path_factory.mktemp("bench"), "cpu")
 
 
 def test_both_sides_agree(pair):
@@ -79,19 +76,8 @@ def test_repetitions_are_the_same_work(pair):
 def report(tmp_path_factory):
     """A run of bench.step with new small models, whose heads have not gone different ways yet."""
     folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "tiny", lambda folder, device: contenders.random(folder, device, SMALL, **CHANGES))
-        arguments = [
-            "--device",
-            "cpu",
-            "--repeats",
-            "2",
-            "--json",
-            str(folder / "r.json"),
-            "--png",
-            str(folder / "r.png"),
-        ]
-        assert step.main(arguments) == 0
+    files = ["--json", str(folder / "r.json"), "--png", str(folder / "r.png")]
+    assert step.main(["--size", "small", "--device", "cpu", "--repeats", "2", *files]) == 0
     assert (folder / "r.png").stat().st_size > 5000
     return json.loads((folder / "r.json").read_text())
 
@@ -103,7 +89,10 @@ def test_report(report):
         assert entry["ours"] / entry["baseline"] == pytest.approx(entry["ratio"])
         assert entry["unit"] == ("iterations/s" if unit == "iteration" else "images/s")
     assert report["environment"]["note"] == "cpu: not a GPU figure"
-    assert report["calibration"]["copy_gb_s"] > 0
+    assert report["attention"] == "cpu"
+    assert report["window"] == [0, 1]
+    assert "over_shared" not in report["sampler"]  # this window leaves no prefix to share
+    assert report["failed"] == report["left_out"] == {}
     assert [row["step"] for row in report["waterfall"]] == [
         "B0",
         "merge",
@@ -125,14 +114,75 @@ def test_report(report):
 
 
 def test_a_failed_check_is_refused_and_not_timed(pair, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(step, "tiny", lambda folder, device: pair)
+    monkeypatch.setattr(step, "small", lambda folder, device: pair)
     monkeypatch.setattr(step, "check_update", lambda c, allowed: Check(1.0, allowed, "planted"))
     monkeypatch.setattr(step, "measure", lambda *_: pytest.fail("timed what failed its check"))
     file = tmp_path / "r.json"
-    arguments = ["--device", "cpu", "--repeats", "1", "--unit", "update", "--unit", "iteration", "--json", str(file)]
-    assert step.main(arguments) == 1
+    monkeypatch.setattr(step.Session, "_waterfall", lambda self, budget: None)
+    only = ["--unit", "update", "--unit", "iteration"]
+    assert step.main(["--size", "small", "--device", "cpu", "--repeats", "1", *only, "--json", str(file)]) == 1
     assert "update     refused: parity 1.0e+00" in capsys.readouterr().out
     assert json.loads(file.read_text())["refused"] == ["update", "iteration"]
+
+
+def test_a_unit_that_breaks_does_not_take_the_others_with_it(pair, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(step, "small", lambda folder, device: pair)
+    real = step.units
+
+    def units(c, **options):
+        made = real(c, **options)
+        broken = step.Unit(lambda: 1 / 0, lambda: None, 1, "images/s")
+        return made | {"sampler": broken}
+
+    monkeypatch.setattr(step, "units", units)
+    monkeypatch.setattr(step.Session, "_waterfall", lambda self, budget: None)
+    file = tmp_path / "r.json"
+    only = ["--unit", "sampler", "--unit", "update"]
+    assert step.main(["--size", "small", "--device", "cpu", "--repeats", "1", *only, "--json", str(file)]) == 1
+    report = json.loads(file.read_text())
+    assert report["failed"] == {"sampler": "ZeroDivisionError: division by zero"}
+    assert report["update"]["ratio"] > 0
+    assert "sampler FAILED" in capsys.readouterr().out
+
+
+def test_with_a_shared_prefix_the_baseline_computes_the_same_with_fewer_rows(tmp_path):
+    c = contenders.small(tmp_path, "cpu", rollout={"window": {"steps": [2, 3]}})
+    forward, rows, images = c.baseline.transformer.forward, {True: [], False: []}, {}
+    for share in (False, True):
+        torch.manual_seed(3)
+        c.baseline.transformer.forward = lambda x, *rest, own=rows[share]: own.append(len(x)) or forward(x, *rest)
+        images[share] = c.baseline.rollout(c.prompts, c.window, share_prefix=share)[0].images
+    torch.testing.assert_close(images[True], images[False], rtol=1e-4, atol=1e-5)
+    assert rows[False] == [8, 8, 8, 8] * 2  # two tiles of four pictures, guided
+    assert rows[True] == [2, 2, 8, 8] * 2
+    assert step.units(c)["sampler"].shared is not None
+    assert step.units(c, share_prefix=False)["iteration"].shared is None
+
+
+def test_rounds_are_saved_as_they_end_and_cut_where_time_runs_short():
+    seen, calls = [], []
+    variants = {name: lambda name=name: calls.append(name) or time.sleep(0.02) for name in ("ours", "baseline")}
+    options = {"warmup": 1, "after_round": lambda times: seen.append(len(times["ours"]))}
+    times = timing.interleave(variants, "cpu", repeats=50, budget=Budget(0.4), **options)
+    assert timing.FEWEST <= len(times["ours"]) < 15
+    assert seen == list(range(1, len(times["ours"]) + 1))
+    with pytest.raises(OutOfTime, match="3 rounds of"):
+        timing.interleave(variants, "cpu", repeats=50, budget=Budget(0.05), **options)
+
+
+def test_fewer_rounds_than_wanted_are_said():
+    times = {"ours": np.array([1e6, 1e6, 1e6]), "baseline": np.array([2e6, 2e6, 2e6])}
+    entry = step.figures(step.Unit(None, None, 8, "images/s"), times, wanted=7)
+    assert (entry["rounds"], entry["rounds_wanted"]) == (3, 7)
+    assert "3 rounds instead of 7" in step_report.unit_line("sampler", entry, Check(0.0, 1.0, "all"))
+
+
+def test_a_report_is_whole_at_every_moment(tmp_path):
+    report = Report(tmp_path / "new" / "r.json", schema=1)
+    report.put("one", 1)
+    with pytest.raises(TypeError):
+        report.put("two", object())
+    assert json.loads((tmp_path / "new" / "r.json").read_text()) == {"schema": 1, "one": 1}
 
 
 def test_goals_are_judged_by_the_lower_end(report):
@@ -160,16 +210,27 @@ def test_full_size_asks_for_a_gpu(module, capsys):
 
 def test_profile_writes_shares_and_a_trace_with_the_phases(pair, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(contenders, "tiny", lambda folder, device: pair)
-    trace, file = tmp_path / "out" / "trace.json", tmp_path / "p.json"
+    trace, file = tmp_path / "out" / "trace.json.gz", tmp_path / "p.json"
     assert profile.main(["--device", "cpu", "--iterations", "1", "--trace", str(trace), "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     shares = result["phase_shares"]
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["sample"] > shares["score"] > 0
     assert result["images_per_second"] == pytest.approx(8 * result["iterations_per_second"])
-    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert {"sample", "score", "adversary", "update"} <= names
     assert "unmeasured" in capsys.readouterr().out
+
+
+def test_a_trace_that_is_too_long_loses_the_hosts_events_first(tmp_path):
+    noise = [f"operator {i} {i * 7919 % 1000}" for i in range(3000)]
+    events = [{"cat": "cpu_op", "name": name} for name in noise] + [{"cat": "kernel", "name": "a", "ts": 0, "dur": 1}]
+    trace, file = {"traceEvents": events}, tmp_path / "t.json.gz"
+    assert profile.write_trace(trace, file) == []
+    assert profile.write_trace(trace, file, limit=2000) == ["cpu_op", "python_function"]
+    assert json.loads(gzip.decompress(file.read_bytes()))["traceEvents"] == events[-1:]
+    with pytest.raises(ValueError, match="more than 20"):
+        profile.write_trace(trace, file, limit=20)
 
 
 def test_device_counts_and_idle_share_of_a_known_trace():

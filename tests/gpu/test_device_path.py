@@ -1,0 +1,227 @@
+"""What only a GPU can run, on a GPU, without diffusers: captured steps, drift per attention backend, the FP8 sampler,
+the update from foreign weights, head updates, the decoder, and that the host never waits.
+
+Marked `gpu` where they need one. The same tests run on a CPU with a model of milliseconds and the emulator of
+`graph_emulator.py`, so that what a lent GPU meets first is not a typing error. On a GPU: SD3.5-medium's width, heads
+and tokens with four blocks in bfloat16, which compile and run the kernels of the full model.
+
+Bugs planted in a copy, each seen red on a CPU: a sampler that does not refill its static latents; a capture key without
+the prompts' shapes; window steps on merged weights; a host tensor stacked in `Updater.reweigh` (on the meta device).
+"""
+
+import contextlib
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from advgrpo import config as configuration
+from advgrpo.policy.attention import choose_attention
+from advgrpo.policy.decoder import SD3_DECODER
+from advgrpo.policy.sampler import Sampler
+from advgrpo_kernels import fp8_linear, fp8_linear_ref, fp8_quantize
+from bench import contenders
+from bench.random_policy import SMALL, Size
+from bench.stock_model import SD35_MEDIUM
+from tests.graph_emulator import EmulatedGraphs
+
+WIDE = Size(
+    replace(SD35_MEDIUM, num_layers=4, dual_attention_layers=(0, 1)),
+    SD3_DECODER,
+    64,
+    205,
+    {"hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6, "image_size": 518, "patch_size": 14},
+)
+WINDOW = {"num_steps": 5, "window": {"steps": [1, 2]}}  # a shared prefix, the branching step, a window step, ODE steps
+ON_GPU = {
+    "rollout": {"prompts_per_iteration": 2, "group_size": 8, "micro_batch": 8, **WINDOW},
+    "adversary": {"batch_size": 12, "replay_capacity": 16, "updates_per_iteration": 4},
+    "update": {"learning_rate": 1e-4},
+}
+ON_CPU = {"rollout": WINDOW, "update": {"learning_rate": 1e-4}}
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    """On a CPU some ops also check values, which is free there; a captured step must not."""
+    for module in ("gaussian_step", "_gaussian", "patches"):
+        monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
+
+
+def trainer_on(device: str, folder, *, precision: str = "model", **changes):
+    """A trainer with captured graphs, on a random model."""
+    if device == "cpu":
+        settings = configuration.merge(configuration.merge(contenders.SMALL_SETTINGS, ON_CPU), changes)
+        trainer = contenders.random(folder, "cpu", SMALL, graphs=EmulatedGraphs(), **settings).trainer
+        for group in trainer.adversary.optimizer.param_groups:
+            group["fused"] = True  # as on a GPU: the plain one reads its step count on the host
+        return trainer
+    settings = configuration.merge(ON_GPU, changes)
+    return contenders.random(folder, "cuda", WIDE, precision=precision, **settings).trainer
+
+
+def tables(trainer):
+    return contenders.Contenders(trainer, None).table()
+
+
+def on_gpu(*values):
+    return pytest.param(*values, marks=pytest.mark.gpu)
+
+
+DEVICES = ["cpu", on_gpu("cuda")]
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "model"), on_gpu("cuda", "model"), on_gpu("cuda", "fp8")])
+def test_every_kind_of_step_replays_the_eager_bits(device, precision, tmp_path):
+    trainer = trainer_on(device, tmp_path, precision=precision)
+    captured, table, policy = trainer.sampler, tables(trainer), trainer.policy
+    eager = Sampler(policy, captured.guidance_scale, captured.likelihood, share_prefix=True, merged=True)
+    policy.merge()
+    tile = trainer.tiles(0)[0]
+    row, ids = tile.row.to(policy.device), tile.image_ids.to(policy.device)
+    for seed in range(5):  # two eager calls of each kind, one captured, two replayed
+        prompts = policy.encode([f"{prompt}, {seed}" for prompt in tile.prompts])
+        inputs = (table, prompts, eager.initial_latents(seed, tile.prompt_groups), row)
+        expected, steps = eager.run(*inputs, noise_seed=seed, image_ids=ids + seed)
+        found, own_steps = captured.run(*inputs, noise_seed=seed, image_ids=ids + seed)
+        assert torch.isfinite(found).all()
+        assert torch.equal(found, expected), f"latents differ in call {seed}"
+        for own, other in zip(own_steps, steps, strict=True):
+            assert torch.equal(own.log_prob, other.log_prob)
+            assert torch.equal(own.next_latents, other.next_latents)
+    assert captured.captures == 4  # ODE steps with a row per prompt and per picture, the branching step, a window step
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "precision"),
+    [
+        ("cpu", "cpu", "model"),
+        *(on_gpu("cuda", name, "model") for name in ("cudnn", "flash", "efficient", "math")),
+        on_gpu("cuda", "cudnn", "fp8"),
+    ],
+)
+def test_before_the_first_step_the_drift_is_exactly_zero(device, attention, precision, tmp_path):
+    trainer = trainer_on(device, tmp_path, precision=precision, model={"attention": attention})
+    before = trainer.policy.lora.master.detach().clone()
+    for _ in range(3):
+        metrics = trainer.iterate()
+        assert metrics["log_prob_drift_max"] == 0.0
+        assert metrics["pre_update_clip_fraction"] == 0.0
+        assert metrics["grad_norm"] > 0
+    assert trainer.sampler.captures == 4
+    assert not torch.equal(trainer.policy.lora.master, before)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("cpu", "cpu"), ("cpu", "math"), *(on_gpu("cuda", name) for name in ("cudnn", "flash", "efficient", "math"))],
+)
+@pytest.mark.parametrize("tokens", [1024, 1229])
+def test_attention_gives_the_same_bits_with_and_without_a_gradient(device, name, tokens):
+    shape, dtype = ((16, 24, tokens, 64), torch.bfloat16) if device == "cuda" else ((2, 2, 61, 16), torch.float32)
+    _, attend = choose_attention(name, torch.device(device), dtype)
+    q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    with torch.no_grad():
+        sampled = attend(q, k, v)
+    trained = attend(*(t.requires_grad_() for t in (q, k, v)))
+    assert torch.equal(sampled, trained.detach())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["recompute", "truncated_importance"])
+def test_an_update_from_merged_window_steps_runs(device, mode, tmp_path):
+    changes = {"rollout": {"window_forward": "merged"}, "update": {"old_log_prob": mode}}
+    trainer = trainer_on(device, tmp_path, **changes)
+    metrics = trainer.iterate()
+    assert metrics["log_prob_drift_max"] == 0.0
+    assert metrics["rollout_log_prob_gap"] > 0
+    assert 0.5 < metrics["importance_weight_mean"] <= 2.0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_captured_head_updates_equal_eager_ones(device, tmp_path):
+    """The generator stands still, so that nothing but the head differs between iterations."""
+    losses = []
+    for captured in (True, False):
+        trainer = trainer_on(device, tmp_path / str(captured), update={"learning_rate": contenders.FROZEN})
+        if not captured:
+            trainer.head_trainer.captured_update.backend = None
+        rows = [trainer.iterate() for _ in range(3)]
+        losses.append([row["adversary_loss"] for row in rows])
+        assert (trainer.head_trainer.captured_update.captures > 0) == captured
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_decoder_in_the_models_dtype_is_close_to_float32(device, tmp_path):
+    policy = trainer_on(device, tmp_path).policy
+    latents = torch.randn(4, *policy.latent_shape(), device=device)
+    fast, reference = policy.decode(latents), policy.reference_decoder.images(latents)
+    noise = (fast - reference).square().mean()
+    assert fast.dtype == torch.float32
+    assert 10 * torch.log10(1 / noise.clamp(min=1e-12)) > 30  # decibels; random weights, so the bound is loose
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fp8_product_is_its_references(bias):
+    x, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((16 * 1024, 1536), (6144, 1536)))
+    b = torch.randn(6144, device="cuda").bfloat16() if bias else None
+    x8, weight8 = fp8_quantize(x), fp8_quantize(weight)
+    expected = fp8_linear_ref(x8, weight8, b, out_dtype=torch.float32)
+    found = fp8_linear(x8, weight8, b).float()
+    assert (found - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_fp8_ode_steps_stay_near_the_models_own(tmp_path):
+    own, quantised = (trainer_on("cuda", tmp_path / name, precision=name) for name in ("model", "fp8"))
+    latents = torch.randn(2, *own.policy.latent_shape(), device="cuda")
+    results = []
+    for trainer in (own, quantised):
+        policy, table = trainer.policy, tables(trainer)
+        policy.merge()
+        prepared = policy.prepare(policy.encode(["a", "b"]), table.timesteps, guided=True)
+        with torch.no_grad():
+            results.append(policy.merged_velocity(latents, table.numbers[0], prepared)[0].float())
+    assert (results[1] - results[0]).norm() < 0.1 * results[0].norm()
+
+
+@contextlib.contextmanager
+def waits_are(mode: str):
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_sampler_update_and_head_never_wait(tmp_path):
+    trainer = trainer_on("cuda", tmp_path)
+    for _ in range(3):
+        trainer.iterate()  # everything is captured
+    table, updater = tables(trainer), trainer.updater
+    with waits_are("error"):
+        rollout = trainer.rollout(table, 3)
+        advantages = torch.linspace(-1, 1, trainer.config.images_per_iteration, device="cuda")
+        stats = updater.accumulate(rollout.tiles, advantages, table, total=len(advantages), watch_kl=True)
+        updater.step(stats.max_drift())
+        stats.sums()
+
+
+@pytest.mark.gpu
+def test_an_iteration_waits_where_it_is_known_to(tmp_path):
+    """Scores, head and log are read once each; nothing in sampler, update or attention waits."""
+    trainer = trainer_on("cuda", tmp_path)
+    for _ in range(3):
+        trainer.iterate()
+    with warnings.catch_warnings(record=True) as caught, waits_are("warn"):
+        warnings.simplefilter("always")
+        trainer.iterate()
+    places = sorted({warning.filename.rpartition("advgrpo/")[2] for warning in caught})
+    assert not [place for place in places if place.startswith("policy/")], places
+    print("the host waits in", places, len(caught), "times")
