@@ -5,7 +5,7 @@ Importing touches no CUDA and compiles nothing. Ops are registered under `torch.
 
 from .ops.ada_layer_norm import ada_layer_norm, ada_layer_norm_ref
 from .ops.clipped_policy_loss import PolicyLoss, clipped_policy_loss, clipped_policy_loss_ref
-from .ops.coefficients import ddim_coefficients, transition_coefficients
+from .ops.coefficients import ddim_coefficients, step_coefficients, step_std, transition_coefficients
 from .ops.fp8 import Fp8Tensor, fp8_linear, fp8_linear_ref, fp8_quantize, fp8_quantize_ref
 from .ops.gated_residual import gated_residual, gated_residual_ref
 from .ops.gaussian_log_prob import gaussian_log_prob, gaussian_log_prob_ref
@@ -62,6 +62,8 @@ __all__ = [
     "sample_patches_ref",
     "score_features",
     "score_features_ref",
+    "step_coefficients",
+    "step_std",
     "transition_coefficients",
 ]
 __version__ = "0.1.0"

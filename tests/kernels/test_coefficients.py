@@ -1,7 +1,7 @@
 """Coefficients against the public implementations and against the marginals they must keep.
 
 Planted bugs that turned this file red: another σ* in the first flow_sde step; sqrt(-dt) dropped from s; std for std² in
-flow_cps' r; the drift weighted by the next σ.
+flow_cps' r; the drift weighted by the next σ; σ* taken from σ' although sigma_max is given; std of a step for step_std.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from advgrpo_kernels import ddim_coefficients, transition_coefficients
+from advgrpo_kernels import ddim_coefficients, step_coefficients, step_std, transition_coefficients
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDINGS = {
@@ -61,6 +61,40 @@ def test_sequences_and_tensors_give_the_same_table():
     )
 
 
+@pytest.mark.parametrize("dynamics", ["ode", "flow_sde", "dance_sde", "flow_cps"])
+def test_single_steps_are_rows_of_the_table(dynamics):
+    """In any order, each with its own noise level; the schedule they come from is never seen."""
+    levels = [0.3, 0.7, 0.0, 0.9]
+    table = transition_coefficients(SIGMAS, dynamics=dynamics, noise_level=levels)
+    order = [2, 0, 3, 1]
+    columns = torch.tensor([SIGMAS[:-1], SIGMAS[1:], levels], dtype=torch.float64)[:, order]
+    rows = step_coefficients(columns[0], columns[1], dynamics=dynamics, noise_level=columns[2])
+    assert torch.equal(rows, table[order])
+    assert step_coefficients(0.7, 0.4, dynamics=dynamics, noise_level=0.5).shape == (3,)
+
+
+def test_sigma_max_stands_in_where_sigma_is_one():
+    """UniRL passes 0.99 whatever the schedule."""
+    rows = step_coefficients([1.0, 0.9], [0.9, 0.7], dynamics="flow_sde", noise_level=0.5, sigma_max=0.99)
+    std = [0.5 * math.sqrt(1 / 0.01), 0.5 * math.sqrt(0.9 / 0.1)]
+    assert rows[:, 2].tolist() == pytest.approx([std[0] * math.sqrt(0.1), std[1] * math.sqrt(0.2)], rel=1e-5)
+    got = step_std([1.0, 0.9], [0.9, 0.7], dynamics="flow_sde", noise_level=0.5, sigma_max=0.99)
+    assert got.tolist() == pytest.approx(std, rel=1e-5)
+
+
+def test_standard_deviation_as_flow_grpo_reports_it():
+    assert step_std(0.7, 0.4, dynamics="dance_sde", noise_level=0.5).item() == pytest.approx(0.5)
+    assert step_std(0.7, 0.4, dynamics="flow_cps", noise_level=1.0).item() == pytest.approx(0.4)
+    assert step_std(0.7, 0.4, dynamics="ode", noise_level=1.0).item() == 0.0
+
+
+def test_steps_outside_the_formulas_are_nan_where_they_have_no_value():
+    """Single steps are not looked at: repeated σ give s = 0, inverted ones a mean but no s."""
+    rows = step_coefficients([0.7, 0.4], [0.7, 0.7], dynamics="flow_sde", noise_level=0.5)
+    assert rows[0].tolist() == [1.0, 0.0, 0.0]
+    assert rows[1].isnan().tolist() == [False, False, True]
+
+
 def test_ddim_recovers_the_clean_and_the_next_marginal():
     """DDIM: x = sqrt(ᾱ)·x0 + sqrt(1-ᾱ)·ε maps to sqrt(ᾱ')·x0 + r·ε with r² + s² = 1-ᾱ'."""
     now, after = torch.tensor([0.1, 0.5, 0.9]).double(), torch.tensor([0.3, 0.8, 1.0]).double()
@@ -84,6 +118,8 @@ def test_ddim_recovers_the_clean_and_the_next_marginal():
 def test_bad_arguments_raise(sigmas, settings, message):
     with pytest.raises(ValueError, match=message):
         transition_coefficients(sigmas, **settings)
+    with pytest.raises(ValueError, match="dynamics must be one of"):
+        step_coefficients(0.7, 0.4, dynamics="sde", noise_level=0.5)
 
 
 def test_bad_ddim_arguments_raise():

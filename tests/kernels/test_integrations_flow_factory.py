@@ -1,7 +1,7 @@
 """Flow-Factory's scheduler step, all four dynamics, as its samplers and trainers call it.
 
 Planted bugs that turned this file red: s returned for std_dev_t, eval mode ignored, sigma_max ignored, σ' read
-at the position of σ, mean and next latents swapped in the tuple.
+at the position of σ, mean and next latents swapped in the tuple, a log-prob of latents that are rounded afterwards.
 """
 
 import math
@@ -65,7 +65,7 @@ def formula(dynamics_type, now, after, x, v, level=LEVEL):
         return x.double() + (after - now) * v.double(), 0.0, 0.0
     if dynamics_type == "Dance-SDE":
         std = level * math.sqrt(now - after)
-        return flow_mean(x, v, now, after, level), std, std
+        return flow_mean(x, v, now, after, level), std, level
     diffusion = level * math.sqrt(now / (1 - (sd3_scheduler().sigmas[1].item() if now == 1 else now)))
     return flow_mean(x, v, now, after, diffusion), diffusion * math.sqrt(now - after), diffusion
 
@@ -126,6 +126,31 @@ def test_sampling_call(dynamics, t):
         close(got["log_prob"], -(std * noise.double()).square().flatten(1).mean(1), rtol=1e-4)
     else:
         close(got["log_prob"], gaussian_log_prob(mean + std * noise, mean, std), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dynamics", ["Flow-SDE", "Dance-SDE", "CPS"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_first_ratio_is_exactly_one_in_the_dtype_latents_are_kept_in(dynamics, dtype):
+    """Rollout stores next_latents in the dtype of latents, training scores what was stored."""
+    scheduler, (x, v) = FlowMatchEulerDiscreteSDEScheduler(dynamics), batch()
+    x, v = x.to(dtype), v.to(dtype)
+    with torch.no_grad():
+        taken = flow_factory.step(scheduler, v, scheduler.timesteps[1], x)
+    stored = taken.next_latents.to(dtype)
+    assert torch.equal(stored.float(), taken.next_latents)
+    trained = flow_factory.step(scheduler, v.requires_grad_(), scheduler.timesteps[1], x, next_latents=stored)
+    assert torch.equal(trained.log_prob, taken.log_prob)
+    with_gradient = flow_factory.step(scheduler, v, scheduler.timesteps[1], x)
+    assert torch.equal(with_gradient.next_latents, with_gradient.next_latents.to(dtype).float())
+
+
+def test_a_step_back_has_no_density_and_does_not_raise():
+    scheduler, (x, v) = FlowMatchEulerDiscreteSDEScheduler(), batch()
+    got = flow_factory.step(
+        scheduler, v, scheduler.timesteps[3], x, x, timestep_next=scheduler.timesteps[2], noise_level=0.5
+    )
+    assert got.log_prob.isnan().all()
+    assert got.next_latents_mean.isfinite().all()
 
 
 @pytest.mark.parametrize("dynamics", flow_factory.DYNAMICS)

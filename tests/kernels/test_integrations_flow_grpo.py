@@ -118,6 +118,34 @@ def test_noise_level_zero_is_the_ode_step_and_still_draws():
     assert torch.equal(torch.randn(4, generator=generator), torch.randn(4, generator=reference))
 
 
+def test_a_step_without_noise_stops_a_training_that_would_use_it():
+    """The original has an infinite gradient there; a gradient of 0 would pass unseen."""
+    scheduler, (x, v) = sd3_scheduler(), batch()
+    call = (scheduler, v.requires_grad_(), scheduler.timesteps[3:4], x, 0.0, x)
+    (grad,) = torch.autograd.grad(flow_grpo.sde_step_with_logprob(*call)[1].sum(), v)
+    assert not grad.isfinite().any()
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+def test_noise_levels_may_be_tensors(sde_type):
+    scheduler, (x, v) = sd3_scheduler(), batch()
+
+    def step(rows, level):
+        timestep = scheduler.timesteps[[1, 4, 7]][rows]
+        return flow_grpo.sde_step_with_logprob(scheduler, v[rows], timestep, x[rows], level, x[rows], None, sde_type)
+
+    everything = slice(0, 3)
+    for got, want in zip(step(everything, torch.tensor(0.5)), step(everything, 0.5)):
+        assert torch.equal(got, want)
+    levels = torch.tensor([0.2, 0.5, 1.3])  # above 1 flow_cps has a value too
+    together = step(everything, levels.view(3, 1, 1, 1))
+    for i, level in enumerate(levels.tolist()):
+        for got, want in zip(together, step(slice(i, i + 1), level)):
+            close(got[i : i + 1], want, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"noise_level must be a number or one per row, \[B, 1, ...\]"):
+        step(everything, levels)
+
+
 @pytest.mark.parametrize("kind", ["none", "one", "list", "list of one"])
 def test_noise_is_diffusers_randn_tensor(kind):
     randn_tensor = pytest.importorskip("diffusers.utils.torch_utils").randn_tensor

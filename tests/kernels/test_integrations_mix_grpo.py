@@ -81,6 +81,23 @@ def test_low_precision_output_draws_its_noise_in_its_dtype():
     close(got[0], mean + std * noise.double())
 
 
+@pytest.mark.parametrize("kind", ["truncated", "repeated", "inverted"])
+def test_only_the_step_that_is_taken_needs_to_be_one(kind):
+    """MixGRPO-Flash compresses the steps behind the window: its schedule may end above 0 or repeat a level."""
+    orders = {"truncated": [0, 1, 2, 3, 4], "repeated": [0, 1, 2, 3, 4, 4, 8], "inverted": [0, 1, 2, 3, 4, 2]}
+    sigmas = {name: SIGMAS[order] for name, order in orders.items()}
+    x, v = batch()
+    call = {"eta": ETA, "index": 2, "prev_sample": x}
+    expected = mix_grpo.flow_grpo_step(v, x, sigmas=SIGMAS, **call)
+    for got, want in zip(mix_grpo.flow_grpo_step(v, x, sigmas=sigmas[kind], **call), expected):
+        assert torch.equal(got, want)
+    if kind != "truncated":  # a step that is none has no density
+        call |= {"index": 4}
+        assert mix_grpo.flow_grpo_step(v, x, sigmas=sigmas[kind], **call)[2].isnan().all()
+    with pytest.raises(IndexError, match=f"step {len(sigmas[kind]) - 1} of a schedule of"):
+        mix_grpo.flow_grpo_step(v, x, sigmas=sigmas[kind], **call | {"index": len(sigmas[kind]) - 1})
+
+
 @pytest.mark.parametrize("sde_type", ["sde", "cps"])
 @pytest.mark.parametrize("sde_solver", [True, False])
 @pytest.mark.parametrize("index", [0, 3, 6])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 
 from .._runtime import can_look_at
 from ..ops._gaussian import per_row, step_mean
-from ..ops.coefficients import _step_coefficients, transition_coefficients
+from ..ops.coefficients import Scalars, step_terms
 from ..ops.gaussian_log_prob import gaussian_log_prob
 from ..ops.gaussian_step import gaussian_step
 
@@ -21,54 +20,84 @@ class Steps(NamedTuple):
     """Constants of some steps of a sampler, one or n of each, float32."""
 
     coefficients: torch.Tensor  # [3] or [n, 3] (a, b, s)
-    std: torch.Tensor  # [] or [n] the diffusion coefficient: s/sqrt(-dt) for flow_sde and dance_sde, s for flow_cps
+    std: torch.Tensor  # [] or [n] as `step_std` gives it: s/sqrt(-dt) for flow_sde and dance_sde, s for flow_cps
     dt: torch.Tensor  # σ' - σ < 0
     sigma: torch.Tensor
+
+
+def steps_of(
+    sigma: Scalars, sigma_next: Scalars, dynamics: str, noise_level: Scalars, sigma_max: Scalars | None = None
+) -> Steps:
+    """The steps σ -> σ', computed on the device of the arguments; see `step_coefficients`."""
+    a, b, s, std = step_terms(sigma, sigma_next, dynamics, noise_level, sigma_max)
+    now, after = (torch.as_tensor(value, dtype=torch.float64, device=a.device) for value in (sigma, sigma_next))
+    rest = (std, (after - now).expand_as(a), now.expand_as(a))
+    return Steps(torch.stack([a, b, s], dim=-1).float(), *(value.float() for value in rest))
+
+
+def steps_at(
+    sigmas: torch.Tensor,
+    index: int | torch.Tensor,
+    dynamics: str,
+    noise_level: float | torch.Tensor,
+    device: torch.device,
+) -> Steps:
+    """Steps `index` (an integer or int64 [n]) of the schedule `sigmas` [T+1], whatever its other steps are like.
+
+    A noise level is a number, or a tensor of one value or of shape [n, 1, ...]. With a number the schedule's values are
+    read on the host once, not once per step; with a tensor on a GPU the constants are computed there.
+
+    Raises:
+        IndexError: an integer index without a step.
+        ValueError: a noise level of another shape, which the originals would broadcast over pixels.
+    """
+    count = len(sigmas) - 1
+    if not torch.is_tensor(index) and not 0 <= index < count:
+        raise IndexError(f"step {index} of a schedule of {count} steps")
+    if torch.is_tensor(noise_level) and noise_level.numel() == 1 and can_look_at(noise_level):
+        noise_level = noise_level.item()
+    if not torch.is_tensor(noise_level):
+        table = _schedule_table(sigmas, dynamics, noise_level, device)
+        rows = table.index_select(0, index) if torch.is_tensor(index) else table[index]
+        return Steps(rows[..., :3], *rows[..., 3:].unbind(-1))
+    if noise_level.numel() > 1 and (noise_level.dim() < 2 or noise_level.shape[0] != noise_level.numel()):
+        raise ValueError(
+            f"noise_level must be a number or one per row, [B, 1, ...], got shape {tuple(noise_level.shape)}"
+        )
+    padded = _with_nan(sigmas.to(device, torch.float64))
+    level = noise_level.to(device).reshape(-1 if noise_level.numel() > 1 else ())
+    return steps_of(padded[index], padded[index + 1], dynamics, level, padded[1])
 
 
 _tables: dict[tuple, tuple[weakref.ref, int, torch.Tensor]] = {}
 
 
-def schedule_table(sigmas: torch.Tensor, dynamics: str, noise_level: float, device: torch.device) -> torch.Tensor:
-    """Constants of the T steps of `sigmas` [T+1] as a table [T+1, 6] for `steps_at`, its last row NaN.
-
-    The values are read on the host once per tensor, not once per step.
-    """
+def _schedule_table(sigmas: torch.Tensor, dynamics: str, noise_level: float, device: torch.device) -> torch.Tensor:
+    """Constants of the T steps of `sigmas` [T+1] as [T+1, 6] float32 in the order of `Steps`, the last row NaN."""
     key = (id(sigmas), dynamics, float(noise_level), device)
     version = 0 if sigmas.is_inference() else sigmas._version
     known = _tables.get(key)
     if known is not None and known[0]() is sigmas and known[1] == version:
         return known[2]
     sigma = sigmas.detach().to("cpu", torch.float64)
-    coefficients = transition_coefficients(sigma, dynamics=dynamics, noise_level=noise_level).double()
-    dt = sigma[1:] - sigma[:-1]
-    std = coefficients[:, 2] / (1.0 if dynamics == "flow_cps" else torch.sqrt(-dt))
-    table = torch.cat([coefficients, torch.stack([std, dt, sigma[:-1]], dim=1)], dim=1)
-    table = torch.cat([table, torch.full_like(table[:1], float("nan"))]).to(device, torch.float32)
+    coefficients, *rest = steps_of(sigma[:-1], sigma[1:], dynamics, noise_level, sigma[1])
+    table = _with_nan(torch.cat([coefficients, torch.stack(rest, dim=1)], dim=1)).to(device)
     if len(_tables) >= CACHED_SCHEDULES:
         _tables.clear()
     _tables[key] = (weakref.ref(sigmas), version, table)
     return table
 
 
-def steps_at(table: torch.Tensor, index: int | torch.Tensor) -> Steps:
-    """The rows of `table` at `index`, an integer or int64 [n]."""
-    rows = table.index_select(0, index) if torch.is_tensor(index) else table[index]
-    return Steps(rows[..., :3], *rows[..., 3:].unbind(-1))
-
-
-@functools.lru_cache(maxsize=4096)
-def single_step(now: float, after: float, dynamics: str, noise_level: float, sigma_max: float) -> tuple[float, ...]:
-    """(a, b, s) of one step from σ = now to σ' = after; sigma_max stands in for σ where 1 - σ = 0."""
-    # The formula's σ_1 is the second entry of its schedule, so the step itself is put behind it.
-    return _step_coefficients([1.0, sigma_max, now, after], 2, dynamics, noise_level)
+def _with_nan(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` and one of NaN: what a timestep that the schedule lacks selects."""
+    return torch.cat([rows, torch.full_like(rows[:1], float("nan"))])
 
 
 def step_indices(timesteps: torch.Tensor, timestep, device: torch.device) -> torch.Tensor:
     """Positions of each timestep in the schedule's `timesteps` [T], int64 [len(timestep)], found on `device`.
 
     A timestep that the schedule lacks raises IndexError on the CPU, as the scheduler's own look-up does. On a GPU,
-    where looking would cost a synchronisation, its index is T, which is the NaN row of `schedule_table`.
+    where looking would cost a synchronisation, its index is T, which selects NaN in `steps_at`.
     """
     if not torch.is_tensor(timestep):
         timestep = torch.stack([torch.as_tensor(t) for t in timestep])
@@ -117,25 +146,27 @@ def transition(
     next_latents: torch.Tensor | None,
     noise: torch.Tensor | None,
     likelihood: str | None,
+    storage_dtype: torch.dtype = torch.float32,
 ) -> Transition:
     """Take a step with `noise` (None: s must be 0), or evaluate the one to `next_latents`; NaN where s = 0.
 
-    Without a gradient to the velocity a step is one launch; with one, the mean is PyTorch and the log-prob an op.
+    A new step is rounded to `storage_dtype` before its log-prob is taken, and returned in float32 all the same.
+    Without a gradient to the velocity it is one launch; with one, the mean is PyTorch and the log-prob an op.
     """
     latents = latents.float()
     if torch.is_grad_enabled() and latents.requires_grad:
         raise ValueError("sample requires grad, but these steps are differentiable in the model output only: detach it")
     if next_latents is None and not (torch.is_grad_enabled() and velocity.requires_grad):
-        step = gaussian_step(latents, velocity, coefficients, noise=noise, likelihood=likelihood, return_mean=True)
-        if likelihood is None or step.log_prob is not None:
-            return Transition(*step)
-        return Transition(
-            step.next_latents, density(latents, velocity, step.next_latents, coefficients, likelihood), step.mean
-        )
+        settings = {"noise": noise, "likelihood": likelihood, "storage_dtype": storage_dtype, "return_mean": True}
+        step = gaussian_step(latents, velocity, coefficients, **settings)
+        next_latents, log_prob = step.next_latents.float(), step.log_prob
+        if likelihood is not None and log_prob is None:
+            log_prob = density(latents, velocity, next_latents, coefficients, likelihood)
+        return Transition(next_latents, log_prob, step.mean)
     mean = step_mean(latents, velocity, coefficients, None, 1.0, torch.float32)
     if next_latents is None:
         s = per_row(coefficients, latents.dim(), torch.float32)[2]
-        next_latents = mean if noise is None else mean + s * noise.float()
+        next_latents = mean if noise is None else (mean + s * noise.float()).to(storage_dtype)
     next_latents = next_latents.float()
     log_prob = None
     if likelihood is not None:
@@ -150,10 +181,13 @@ def density(
     coefficients: torch.Tensor,
     likelihood: str,
 ) -> torch.Tensor:
-    """Log-prob [B]; the peers give NaN for a gaussian row with s = 0, where `gaussian_log_prob` raises on the CPU."""
+    """Log-prob [B], NaN with a gradient of NaN for a gaussian row with s = 0, where `gaussian_log_prob` raises.
+
+    The peers give NaN with an infinite gradient there: both stop a training that would use such a step.
+    """
     flat = coefficients[..., 2] == 0 if likelihood == "gaussian" and can_look_at(coefficients) else None
     if flat is None or not bool(flat.any()):
         return gaussian_log_prob(latents, velocity, next_latents, coefficients, likelihood=likelihood)
     coefficients = torch.cat([coefficients[..., :2], (coefficients[..., 2] + flat.float())[..., None]], dim=-1)
     log_prob = gaussian_log_prob(latents, velocity, next_latents, coefficients, likelihood=likelihood)
-    return torch.where(flat, float("nan"), log_prob)
+    return log_prob * torch.where(flat, float("nan"), 1.0)

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from . import _patching, mix_grpo
-from ._transition import schedule_table, steps_at
+from ._transition import steps_at
 
 
 def flux_step(
@@ -34,7 +34,7 @@ def flux_step(
     """
     if grpo and not eta > 0:
         raise ValueError(f"eta must be > 0 for a step with a log-prob, got {eta}")
-    steps = steps_at(schedule_table(sigmas, "dance_sde", eta, latents.device), index)
+    steps = steps_at(sigmas, index, "dance_sde", eta, latents.device)
     if not sde_solver:
         steps = steps._replace(coefficients=mix_grpo._without_drift(steps))
     noise = None

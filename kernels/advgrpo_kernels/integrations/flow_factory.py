@@ -4,10 +4,11 @@
     from advgrpo_kernels.integrations import flow_factory as fused
     fused.patch(module)
 
-Same values to float32 rounding and the same noise from the same generators; NaN log-probs where the noise level of a
-gaussian row is 0, zeros for ODE dynamics. The coefficients are computed on the host from (σ, σ', noise level) of the
-call: on a GPU one synchronisation when both timesteps are given, else the scheduler's own look-up as well. No gradient
-to `latents` (raises).
+Same values to float32 rounding and the same noise from the same generators, rounded to the latents' dtype before the
+log-prob is taken, so the first ratio is exactly 1 also for bfloat16 and float16 storage; NaN log-probs where the noise
+level of a gaussian row is 0, zeros for ODE dynamics. The coefficients are computed where (σ, σ', noise level) of the
+call are: nothing waits for a GPU when both timesteps are given, else only the scheduler's own look-up. No gradient to
+`latents` (raises).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from types import ModuleType
 import torch
 
 from . import _patching
-from ._transition import broadcast, single_step, torch_noise, transition
+from ._transition import Steps, broadcast, steps_of, torch_noise, transition
 
 logger = logging.getLogger("advgrpo_kernels.integrations")
 
@@ -79,25 +80,24 @@ def step(
         noise_level = 0.0
     elif noise_level is None:
         noise_level = self.get_noise_level_for_sigma(sigma)
-    if dynamics == "flow_sde":
-        sigma_max = sigma_max or self.sigmas[1]
-    coefficients, std, dt = _coefficients(latents, dynamics, sigma, sigma_next, noise_level, sigma_max or 0.0)
+    steps = _steps(latents, dynamics, sigma, sigma_next, noise_level, sigma_max or self.sigmas[1])
     noise = None
     if next_latents is None and dynamics != "ode":
         noise = torch_noise(noise_pred.shape, generator, noise_pred.device, torch.float32)
     taken = transition(
         latents,
         noise_pred,
-        coefficients,
+        steps.coefficients,
         next_latents=next_latents,
         noise=noise,
         likelihood=likelihood if compute_log_prob else None,
+        storage_dtype=torch.float32 if dynamics == "ode" else latents.dtype,
     )
     log_prob = taken.log_prob
     if compute_log_prob and dynamics == "ode":
         logger.warning("an ODE step has no log-prob: returning zeros; pass compute_log_prob=False")
         log_prob = latents.new_zeros(latents.shape[0], dtype=torch.float32)
-    columns = (broadcast(std, latents), broadcast(dt, latents))
+    columns = (broadcast(steps.std, latents), broadcast(steps.dt, latents))
     result = (taken.next_latents, taken.mean, noise_pred.float(), log_prob, *columns)
     return _output(self, dict(zip(RETURNED, result)), return_kwargs) if return_dict else result
 
@@ -120,21 +120,15 @@ def _sigmas(scheduler, timestep, timestep_next) -> tuple[float | torch.Tensor, f
     return scheduler.sigmas[positions], scheduler.sigmas[[position + 1 for position in positions]]
 
 
-def _coefficients(
-    latents: torch.Tensor, dynamics: str, *settings: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Coefficients [B, 3], std_dev_t [B] and dt [B] on latents' device from σ, σ', noise level, sigma_max."""
-    batch = latents.shape[0]
-    on_device = [torch.is_tensor(value) and value.is_cuda for value in settings]
-    device = latents.device if any(on_device) else torch.device("cpu")
-    columns = [torch.as_tensor(value).to(device, torch.float32).reshape(-1).expand(batch) for value in settings]
-    rows = []
-    for now, after, level, sigma_max in torch.stack(columns, dim=1).tolist():
-        a, b, s = single_step(now, after, dynamics, level, sigma_max)
-        std = s / (now - after) ** 0.5 if dynamics == "flow_sde" else s
-        rows.append((a, b, s, std, after - now))
-    table = torch.tensor(rows, dtype=torch.float32).to(latents.device)
-    return table[:, :3], table[:, 3], table[:, 4]
+def _steps(latents: torch.Tensor, dynamics: str, *settings: float | torch.Tensor) -> Steps:
+    """One step per row of `latents` from σ, σ', noise level, sigma_max: numbers or [B], taken in float32 as there."""
+    batch, device = latents.shape[0], latents.device
+    columns = [torch.as_tensor(value, dtype=torch.float32).reshape(-1).expand(batch) for value in settings]
+    if any(column.is_cuda for column in columns):  # computed where a value is, so that nothing waits for the GPU
+        columns = [column.to(device) for column in columns]
+    sigma, sigma_next, noise_level, sigma_max = columns
+    steps = steps_of(sigma, sigma_next, dynamics, noise_level, sigma_max)
+    return Steps(*(value.to(device) for value in steps))
 
 
 def _output(scheduler, values: dict[str, torch.Tensor | None], names: Sequence[str]):

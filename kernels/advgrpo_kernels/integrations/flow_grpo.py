@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 
 from . import _patching, _statistics
-from ._transition import broadcast, schedule_table, step_indices, steps_at, torch_noise, transition
+from ._transition import broadcast, step_indices, steps_at, torch_noise, transition
 
 DYNAMICS = {"sde": ("flow_sde", "gaussian"), "cps": ("flow_cps", "squared_error")}
 
@@ -61,8 +61,8 @@ def step(
     return_sqrt_dt: bool | None = False,
 ) -> tuple[torch.Tensor, ...]:
     """`sde_step_with_logprob` of any dynamics on a diffusers flow-matching scheduler."""
-    table = schedule_table(scheduler.sigmas, dynamics, noise_level, sample.device)
-    steps = steps_at(table, step_indices(scheduler.timesteps, timestep, sample.device))
+    index = step_indices(scheduler.timesteps, timestep, sample.device)
+    steps = steps_at(scheduler.sigmas, index, dynamics, noise_level, sample.device)
     noise = None
     if prev_sample is None:
         noise = torch_noise(model_output.shape, generator, model_output.device, torch.float32)

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from . import _patching
-from ._transition import Steps, schedule_table, steps_at, torch_noise, transition
+from ._transition import Steps, steps_at, torch_noise, transition
 
 DEFAULT_CPS_LEVEL = 0.8
 
@@ -40,7 +40,7 @@ def flow_grpo_step(
     if prev_sample is not None and generator is not None:
         raise ValueError("give generator or prev_sample, not both")
     dynamics, likelihood, level = _kind(sde_type, "flow_sde", eta, noise_level)
-    steps = steps_at(schedule_table(sigmas, dynamics, level, latents.device), index)
+    steps = steps_at(sigmas, index, dynamics, level, latents.device)
     noise = None
     if prev_sample is None:  # drawn for a deterministic step too: the generator moves on as it does there
         noise = torch_noise(model_output.shape, generator, model_output.device, model_output.dtype)
@@ -70,7 +70,7 @@ def dance_grpo_step(
     The log-prob of "sde" leaves out the constants -log s - ½·log 2π, as the original does.
     """
     dynamics, _, level = _kind(sde_type, "dance_sde", eta, noise_level)
-    steps = steps_at(schedule_table(sigmas, dynamics, level, latents.device), index)
+    steps = steps_at(sigmas, index, dynamics, level, latents.device)
     if dynamics == "dance_sde" and not sde_solver:
         steps = steps._replace(coefficients=_without_drift(steps))
     noise = None

@@ -12,7 +12,8 @@ current and σ' the next noise level, dt = σ' - σ < 0 and η the sampler's `no
     ddim       a = sqrt(ᾱ'/ᾱ)             b = sqrt(1-ᾱ'-s²) - sqrt(ᾱ'(1-ᾱ)/ᾱ)
                s = η·sqrt((1-ᾱ')/(1-ᾱ))·sqrt(1-ᾱ/ᾱ')        (DDIM, arXiv 2010.02502; v is then the predicted noise ε)
 
-Everything is computed in Python floats (float64) on the host, once per schedule, and rounded to float32 at the end.
+Everything is computed in float64 and rounded to float32 at the end: a table on the host, once per schedule, single
+steps on the device of their arguments.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["DYNAMICS", "ddim_coefficients", "transition_coefficients"]
+__all__ = ["DYNAMICS", "ddim_coefficients", "step_coefficients", "step_std", "transition_coefficients"]
 
 DYNAMICS = ("ode", "flow_sde", "dance_sde", "flow_cps")
+
+Scalars = float | Sequence[float] | torch.Tensor
 
 
 def transition_coefficients(
@@ -44,11 +48,49 @@ def transition_coefficients(
     """
     sigma = [float(value) for value in sigmas]
     _check_sigmas(sigma)
-    if dynamics not in DYNAMICS:
-        raise ValueError(f"dynamics must be one of {DYNAMICS}, got {dynamics!r}")
     levels = _noise_levels(noise_level, len(sigma) - 1, dynamics)
-    rows = [_step_coefficients(sigma, t, dynamics, level) for t, level in enumerate(levels)]
-    return torch.tensor(rows, dtype=torch.float64).to(torch.float32)
+    return step_coefficients(sigma[:-1], sigma[1:], dynamics=dynamics, noise_level=levels)
+
+
+def step_coefficients(
+    sigma: Scalars,
+    sigma_next: Scalars,
+    *,
+    dynamics: str,
+    noise_level: Scalars,
+    sigma_max: Scalars | None = None,
+) -> torch.Tensor:
+    """Coefficients (a, b, s) of single steps σ -> σ', without a schedule: any steps, in any order, one per row.
+
+    Values are not looked at, so nothing waits for a GPU: where `transition_coefficients` raises, σ' > σ gives s = NaN
+    here, two equal σ give s = 0, and σ = 0 gives NaN.
+
+    Args:
+        sigma, sigma_next, noise_level: floats, sequences or tensors that broadcast together.
+        dynamics: one of `DYNAMICS`.
+        sigma_max: σ* of flow_sde where σ = 1 and 1-σ = 0; the default is σ', as in a schedule that starts at 1.
+
+    Returns:
+        float32 of the broadcast shape plus a last dimension of 3, on the tensors' device.
+    """
+    terms = step_terms(sigma, sigma_next, dynamics, noise_level, sigma_max)
+    return torch.stack(terms[:3], dim=-1).to(torch.float32)
+
+
+def step_std(
+    sigma: Scalars,
+    sigma_next: Scalars,
+    *,
+    dynamics: str,
+    noise_level: Scalars,
+    sigma_max: Scalars | None = None,
+) -> torch.Tensor:
+    """Standard deviation of the noise as Flow-GRPO reports it (`std_dev_t`), float32 of the arguments' broadcast shape.
+
+    Per unit of time for flow_sde and dance_sde, where a step's own is s = std·sqrt(-dt); s itself for flow_cps; 0 for
+    ode. Arguments as in `step_coefficients`. For `clipped_policy_loss(kl_std=...)`.
+    """
+    return step_terms(sigma, sigma_next, dynamics, noise_level, sigma_max).std.to(torch.float32)
 
 
 def ddim_coefficients(
@@ -83,20 +125,41 @@ def ddim_coefficients(
     return torch.stack(torch.broadcast_tensors(a, b, s), dim=-1).to(torch.float32)
 
 
-def _step_coefficients(sigma: list[float], t: int, dynamics: str, level: float) -> tuple[float, float, float]:
-    now, after = sigma[t], sigma[t + 1]
+class StepTerms(NamedTuple):
+    """Float64 tensors of one shape."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    s: torch.Tensor
+    std: torch.Tensor  # see `step_std`
+
+
+def step_terms(
+    sigma: Scalars, sigma_next: Scalars, dynamics: str, noise_level: Scalars, sigma_max: Scalars | None = None
+) -> StepTerms:
+    """The formulas of the module docstring in float64; arguments as in `step_coefficients`."""
+    if dynamics not in DYNAMICS:
+        raise ValueError(f"dynamics must be one of {DYNAMICS}, got {dynamics!r}")
+    arguments = [sigma, sigma_next, noise_level, sigma_next if sigma_max is None else sigma_max]
+    devices = [value.device for value in arguments if torch.is_tensor(value)]
+    device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    columns = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in arguments]
+    now, after, level, first = torch.broadcast_tensors(*columns)
     dt = after - now
-    if dynamics == "ode" or level == 0.0:
-        return 1.0, dt, 0.0
+    if dynamics == "ode":
+        return StepTerms(torch.ones_like(dt), dt, torch.zeros_like(dt), torch.zeros_like(dt))
     if dynamics == "flow_cps":
-        std = after * math.sin(level * math.pi / 2)
-        r = math.sqrt(max(after**2 - std**2, 0.0))
-        return (1 - after) + r, -now * (1 - after) + (1 - now) * r, std
-    std = level
-    if dynamics == "flow_sde":
-        std = level * math.sqrt(now / (1 - (sigma[1] if now == 1.0 else now)))
-    drift = std**2 * dt / (2 * now)
-    return 1 + drift, dt + drift * (1 - now), std * math.sqrt(-dt)
+        s = std = after * torch.sin(level * (math.pi / 2))
+        r = torch.sqrt((after**2 - s**2).clamp_min(0))
+        a, b = (1 - after) + r, -now * (1 - after) + (1 - now) * r
+    else:
+        std = level
+        if dynamics == "flow_sde":
+            std = level * torch.sqrt(now / (1 - torch.where(now == 1, first, now)))
+        drift = std**2 * dt / (2 * now)
+        a, b, s = 1 + drift, dt + drift * (1 - now), std * torch.sqrt(-dt)
+    still = level == 0  # the ODE's step to the last bit
+    return StepTerms(torch.where(still, 1.0, a), torch.where(still, dt, b), s, std)
 
 
 def _check_sigmas(sigma: list[float]) -> None:
