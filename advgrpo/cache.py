@@ -1,15 +1,34 @@
-"""Tensors on disk by content key, the most recently used ones in memory: text embeddings and reference features."""
+"""Tensors on disk by content key, the most recently used ones in memory: text embeddings and reference features.
+
+Every file carries a checksum over its key and everything in it. A file that does not agree with it (a flipped bit, a
+crash halfway, a copy under another name) is removed, named in a warning and counts as absent: what it held is computed
+again, never trained on.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 import os
 import uuid
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import UserError
+from .fingerprint import tensors_digest
+
+_CHECKSUM = "checksum"  # key in the file's metadata
+logger = logging.getLogger(__name__)
+
+
+class _DamagedError(Exception):
+    pass
 
 
 class TensorCache:
@@ -32,31 +51,60 @@ class TensorCache:
         return key in self._memory or self.path(key).exists()
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors stored under `key`; None when there are none, or the file was cut short by a crash."""
+        """The tensors stored under `key`; None when there are none, or the file was damaged (it is gone then)."""
         if key in self._memory:
             self._memory.move_to_end(key)
             return self._memory[key]
         try:
-            tensors = load_file(self.path(key))
+            tensors = _read(self.path(key), key)
         except FileNotFoundError:
             return None
-        except SafetensorError:
+        except (_DamagedError, SafetensorError) as error:
+            logger.warning("cache file %s is damaged (%s); its content is computed again", self.path(key), error)
             self.path(key).unlink(missing_ok=True)
             return None
         return self._remember(key, tensors)
 
-    def store(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Write `tensors` under `key` and hand them out as `load` would."""
+    def store(self, key: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Write `tensors` under `key` and hand them out as `load` would.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # another process may store the same key
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(own, temporary)
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(own, temporary, metadata={_CHECKSUM: _checksum(key, own)})
+            temporary.chmod(0o644)  # safetensors writes for the owner alone, but a cache may be a group's
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise UserError(
+                f"the cache {self.root} cannot be written ({error}); make room there or set data.cache_dir"
+            ) from error
         return self._remember(key, own)
 
     def _remember(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        self._memory[key] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        moved = self._memory[key] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         if len(self._memory) > self.in_memory:
             self._memory.popitem(last=False)
-        return self._memory[key]
+        return moved
+
+
+def _checksum(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    return hashlib.sha256(f"{key}:{tensors_digest(tensors)}".encode()).hexdigest()
+
+
+def _read(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """The file's tensors; _DamagedError or SafetensorError unless they are what was written under `key`."""
+    with safe_open(path, "pt") as file:
+        expected = (file.metadata() or {}).get(_CHECKSUM)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if expected is None:
+        raise _DamagedError("it has no checksum")
+    if expected != _checksum(key, tensors):
+        raise _DamagedError("its checksum does not fit")
+    return tensors

@@ -123,10 +123,12 @@ def test_prefetch_loads_in_the_background_and_computes_nothing(make, monkeypatch
     assert done.wait(10)  # before anyone asked
     assert adversary.calls == 0
     assert torch.equal(references.prompt("eight")["mean"], filled.prompt("eight")["mean"])
+    assert adversary.calls == 1  # the first entry of another process is proven
     references.prompt("three")
     assert loaded == [False] * 3
-    references.prompt("one")  # was on nobody's disk
     assert adversary.calls == 1
+    references.prompt("one")  # was on nobody's disk
+    assert adversary.calls == 2
 
 
 def test_an_error_in_the_thread_surfaces_once_with_its_own_message(make, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 
 from advgrpo.data.reference_builder import Recipe
 from advgrpo.errors import UserError
-from advgrpo.policy.text_cache import folder_fingerprint
+from advgrpo.fingerprint import folder_fingerprint
 from advgrpo.tiny import WORLDS
 
 _TINY = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": 32, "width": 32}

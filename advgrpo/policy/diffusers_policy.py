@@ -17,11 +17,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 
 from ..config import ModelSection
 from ..errors import UserError
+from ..fingerprint import FileStamps, folder_fingerprint
 from ..types import Conditioning
 from .guidance import GuidedPolicy
 from .networks import FusedNetwork, StockNetwork
 from .pipelines import PREDICTIONS, pipeline_folder
-from .text_cache import TextCache, folder_fingerprint
+from .text_cache import TextCache
 
 _TEXT_BATCH = 32
 
@@ -44,9 +45,16 @@ class DiffusersPolicy(GuidedPolicy):
         self.prediction = PREDICTIONS[self.index["_class_name"]]
         self.dtype = getattr(torch, model.dtype)
         self.vae = self._load(AutoencoderKL, "vae", torch.float32)
-        fingerprint = f"{folder_fingerprint(self.folder, self.text_parts)}:{model.max_sequence_length}:{model.dtype}"
         self._empty: Conditioning | None = None
-        self.text_cache = TextCache(cache_dir / "text", fingerprint, self._encode_text)
+        self.text_cache = TextCache(cache_dir / "text", self._text_fingerprint(cache_dir), self._encode_text)
+
+    def _text_fingerprint(self, cache_dir: Path) -> str:
+        """What an embedding depends on beside the prompt: every file of encoders and tokenizers, which of them there
+        are, the longest text, and the precision."""
+        files = folder_fingerprint(self.folder, self.text_parts, FileStamps(cache_dir / "stamps", self.folder))
+        parts = {part: self.index.get(part) for part in self.text_parts}
+        settings = [self.index["_class_name"], parts, self.model.max_sequence_length, self.model.dtype]
+        return f"{files}:{json.dumps(settings)}"
 
     def _load(self, kind: type, part: str, dtype: torch.dtype) -> ModelMixin:
         """A frozen part of the pipeline on the policy's device; UserError where its files are missing."""

@@ -11,21 +11,7 @@ import torch
 from ..cache import TensorCache
 from ..types import Conditioning
 
-_EDGE = 1 << 20  # bytes hashed at each end of a weight file: enough to tell models apart without reading gigabytes
 _IN_MEMORY = 4096  # prompts
-
-
-def folder_fingerprint(folder: Path, parts: tuple[str, ...]) -> str:
-    """Hash of the named sub-folders: file names, sizes and the first and last MiB of every file."""
-    digest = hashlib.sha256()
-    for path in sorted(p for part in parts for p in (folder / part).rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE))
-            file.seek(max(0, size - _EDGE))
-            digest.update(file.read(_EDGE))
-    return digest.hexdigest()
 
 
 class TextCache:

@@ -11,6 +11,7 @@ from transformers import Dinov2Model
 
 from ..config import AdversarySection
 from ..errors import UserError
+from ..fingerprint import module_fingerprint
 from ..types import Features
 from .feature_head import FeatureHeadAdversary
 from .loading import expanded, load_pretrained
@@ -60,12 +61,9 @@ class DinoBackbone:
 
     @property
     def cache_key(self) -> str:
-        """What reference features depend on, beside the picture."""
-        config = self.model.config
-        weights = next(self.model.parameters()).float().sum().item()
-        return f"{config.hidden_size}:{config.num_hidden_layers}:{config.patch_size}:{self.image_size}:" + (
-            f"{self.model.dtype}:{weights!r}"
-        )
+        """What features depend on beside the picture: every weight, the configuration, precision, preprocessing."""
+        preprocessing = f"bicubic antialiased:{self.image_size}:{_MEAN}:{_STD}"
+        return f"dino:{module_fingerprint(self.model, self.model.dtype, preprocessing)}"
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] in [0, 1] -> bicubic to image_size, ImageNet mean and standard deviation."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from ..config import AdversarySection
 from ..data.references import ReferenceSet
 from ..errors import UserError
+from ..fingerprint import module_fingerprint, tokenizer_fingerprint
 from ..types import Features
 from .checks import check_batch, finite_scores
 from .clip_model import ClipModel
@@ -126,7 +127,7 @@ class PickScoreAdversary:
                 f"trainable_layers = {trainable_layers} of the PickScore adversary: {self.clip.path} has {len(layers)} "
                 "vision layers"
             )
-        self._key = f"{_fingerprint(self.clip)}:{trainable_layers}:{self.clip.preprocess.settings}"
+        self._key = f"{_fingerprint(self.clip)}:{trainable_layers}"
         self.tail = copy.deepcopy(layers[-trainable_layers:]).float().requires_grad_(True)
         self._norm = copy.deepcopy(self.clip.model.vision_model.post_layernorm).float()
         self._projection = copy.deepcopy(self.clip.model.visual_projection).float()
@@ -225,6 +226,6 @@ class PickScoreAdversary:
 
 
 def _fingerprint(clip: ClipModel) -> str:
-    """The sum of every weight, and the precision: tells models apart without reading the files again."""
-    total = sum(p.double().sum() for p in clip.model.parameters())
-    return f"clip:{clip.model.dtype}:{total.item()!r}"
+    """Everything that embeddings of pictures and texts depend on."""
+    words = tokenizer_fingerprint(clip.tokenizer)
+    return f"clip:{module_fingerprint(clip.model, clip.model.dtype, clip.preprocess.settings, words, clip.max_tokens)}"

@@ -11,6 +11,7 @@ from transformers import SiglipVisionModel
 
 from ..config import AdversarySection
 from ..errors import UserError
+from ..fingerprint import module_fingerprint
 from ..types import Features
 from .feature_head import FeatureHeadAdversary
 from .loading import expanded, load_pretrained
@@ -54,9 +55,8 @@ class SiglipBackbone:
 
     @property
     def cache_key(self) -> str:
-        """What reference features depend on, beside the picture."""
-        weights = sum(p.double().sum() for p in self.model.parameters()).item()
-        return f"siglip:{self.model.dtype}:{weights!r}:{self.preprocess.settings}"
+        """What features depend on beside the picture: every weight, the configuration, precision, preprocessing."""
+        return f"siglip:{module_fingerprint(self.model, self.model.dtype, self.preprocess.settings)}"
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> Features:
