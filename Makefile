@@ -7,7 +7,7 @@ ARGS ?=
 .PHONY: train test lint tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
-	$(BIN)/python -m advgrpo.train --fast $(ARGS)
+	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
@@ -37,18 +37,24 @@ gpu-carry: $(VENV)/.pip
 	  --dest .whl --requirement bench/gpu_wheels.txt
 	du -sh .whl
 
+# What an installation prints is kept beside it and shown only when it fails.
+LOG := $(VENV)/install.log
+install = $(BIN)/python -m pip install $(1) >$(LOG) 2>&1 || { cat $(LOG); exit 1; }
+
 $(VENV)/.pip:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	touch $@
+	@$(PYTHON) -m venv $(VENV)
+	@$(call install,--upgrade pip)
+	@touch $@
 
 $(VENV)/.train: $(VENV)/.pip pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[train]"
-	touch $@
+	@echo "installing into $(VENV), a few minutes the first time"
+	@$(call install,--editable ".[train]")
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.pip pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	touch $@ $(VENV)/.train
+	@echo "installing into $(VENV), a few minutes the first time"
+	@$(call install,--editable ".[dev]")
+	@touch $@ $(VENV)/.train
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,13 +16,16 @@ import torch
 from . import rng
 from .config import Config
 from .data.references import ReferenceSet
+from .display import Display
 from .distributed import Distributed
 from .errors import UserError
+from .metric_names import CI95, FIRST, HELD_OUT
 from .picture_statistics import STATISTICS, picture_statistics
 from .policy.base import Policy
 from .policy.dynamics import step_table
 from .policy.sampler import Sampler
 from .rewards.base import Reward
+from .statistics import t_interval
 
 _STRIDE = 1000  # picture k of prompt p has id p * _STRIDE + k
 
@@ -35,29 +38,51 @@ class Evaluator:
     prompts: list[str]
     config: Config
     distributed: Distributed
+    display: Display | None = None
     of_base: bool = False  # evaluate the frozen base instead of the trained weights
 
     def base(self) -> Evaluator:
         """The same evaluation of the frozen base model."""
         return replace(self, of_base=True)
 
-    def run(self, images_per_prompt: int) -> dict[str, float]:
-        """Means over all held-out pictures, keyed "eval_<metric>"; the same on every process."""
+    def run(self, images_per_prompt: int, *, first: int = 0) -> dict[str, float]:
+        """Means over all held-out pictures with their 95 % intervals; the same on every process.
+
+        Keys: "eval_<metric>", and "eval_<metric>_ci95", half the width of Student's interval over prompts (pictures of
+        one prompt are alike; none for a single prompt). `first` > 0 adds both over every prompt's first `first`
+        pictures ("eval_<metric>_first"), to be compared with an evaluation of as many.
+        """
         numbers = range(self.distributed.rank, len(self.prompts), self.distributed.world_size)
         at_once = max(1, self.config.rollout.micro_batch // images_per_prompt)
         scores = {name: [] for name in self.metrics}
-        with self.distributed.monitored("evaluate"):  # shares differ in time; the gather below does not wait for them
+        with (
+            self.distributed.monitored("evaluate"),  # shares differ in time; the gather below does not wait for them
+            self._steps(len(numbers)) as tell,
+        ):
             for start in range(0, len(numbers), at_once):
                 part = numbers[start : start + at_once]
                 prompts = [self.prompts[number] for number in part for _ in range(images_per_prompt)]
                 images = self.pictures(prompts, torch.cat([self.ids(n, images_per_prompt) for n in part]))
                 for name, values in scores.items():
                     values.append(self.metrics[name].score(images, prompts, self.references))
+                tell(start + len(part))
         result = {}
         for name, values in scores.items():
             local = torch.cat(values).double() if values else torch.zeros(0, dtype=torch.float64)
-            result[f"eval_{name}"] = self.distributed.all_gather(local).mean().item()
+            everywhere = self.distributed.all_gather(local)  # whole prompts, one after the other
+            by_prompt = everywhere.view(-1, images_per_prompt)
+            result[f"{HELD_OUT}{name}"] = everywhere.mean().item()
+            result |= _half_width(f"{HELD_OUT}{name}", by_prompt)
+            if first:
+                result[f"{HELD_OUT}{name}{FIRST}"] = by_prompt[:, :first].mean().item()
+                result |= _half_width(f"{HELD_OUT}{name}{FIRST}", by_prompt[:, :first])
         return result
+
+    def _steps(self, prompts: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Progress over this process's prompts."""
+        if self.display is None:
+            return contextlib.nullcontext(lambda done: None)
+        return self.display.steps("evaluating the base model" if self.of_base else "evaluating", prompts)
 
     def grid_pictures(self, columns: int = 4) -> list[tuple[str, torch.Tensor]]:
         """(prompt, pictures [columns, 3, H, W]) of the grid's prompts, always from the same noise; rank 0 calls it."""
@@ -89,6 +114,14 @@ class Evaluator:
     def ids(self, number: int, count: int) -> torch.Tensor:
         """[count] picture numbers of prompt `number`, which key their noise."""
         return number * _STRIDE + torch.arange(count)
+
+
+def _half_width(name: str, by_prompt: torch.Tensor) -> dict[str, float]:
+    """{"<name>_ci95": half the width of the t-interval of scores [prompts, pictures]}; empty for one prompt."""
+    if len(by_prompt) < 2:
+        return {}
+    interval = t_interval(by_prompt.mean(1).tolist())
+    return {f"{name}{CI95}": interval.high - interval.mean}
 
 
 class PictureStatistic:

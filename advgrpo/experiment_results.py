@@ -15,6 +15,7 @@ from .data.references import ReferenceSet
 from .data.sources import Sources
 from .experiment_plan import ARMS, DISTANCES, EXPERIMENTS, REFERENCE_METRICS, Claim, Job
 from .experiment_runs import Finished, Plan
+from .metric_names import held_out_means, held_out_metrics
 from .picture_statistics import picture_statistics
 from .statistics import Interval, t_interval
 from .tracking import METRICS_FILE, load_metrics
@@ -117,11 +118,7 @@ class Results:
         origin = job.origin
         start = self.values(origin, "final") if origin in self.runs else self.values(job, "base")
         rows = load_metrics(self.plan.folder(job) / METRICS_FILE)
-        during = [
-            (row["iteration"] + 1, {key.removeprefix("eval_"): v for key, v in row.items() if key.startswith("eval_")})
-            for row in rows
-            if any(key.startswith("eval_") for key in row)
-        ]
+        during = [(row["iteration"] + 1, held_out_means(row)) for row in rows if held_out_metrics(row)]
         middle = [(iteration, self._with_distances(job, values)) for iteration, values in during]
         return [(0, start), *middle, (self.runs[job].summary["iterations"], self.values(job, "final"))]
 

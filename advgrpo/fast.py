@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .config import Config
@@ -46,11 +47,11 @@ class FastPaths:
             _row(
                 "shared prefix",
                 plain or own_noise,
-                "one trajectory per prompt up to the window's first step",
+                "one trajectory per prompt up to the window",
             ),
-            _row("fused transformer", fused_off, "one kernel per norm, residual and layout; stacked matrix products"),
+            _row("fused transformer", fused_off, "one kernel per norm and residual, stacked matrix products"),
             _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
-            _row("fused AdamW", plain, "clipping, AdamW and EMA in one call, no wait for the norm"),
+            _row("fused AdamW", plain, "clipping, AdamW and EMA in one call"),
             _row("Triton kernels", plain or gpu_only, "fused step, loss, advantages, patches and head"),
             _row("CUDA graphs", fused_off or gpu_only, "one launch per sampling step and per head update"),
             _row(
@@ -67,11 +68,13 @@ class FastPaths:
         return cls(not (plain or own_noise), not fused_off, config.fast, not (fused_off or gpu_only), rows)
 
     def print(self, console: Console) -> None:
-        table = Table(title="Fast paths", title_justify="left")
-        for column in ("path", "", "why"):
-            table.add_column(column)
+        """A line for each path: what it saves, or why it is off."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis")  # a line each, whatever the terminal's width
         for row in self.table:
-            table.add_row(row.name, "[green]on[/]" if row.on else "[dim]off[/]", row.why)
+            table.add_row("[green]on[/]" if row.on else "[dim]off[/]", row.name, escape(row.why))
         console.print(table)
 
 

@@ -1,10 +1,16 @@
-"""What the reward metrics of an iteration are called, for those who show them (scoring.py makes them)."""
+"""What an iteration's and an evaluation's metrics are called, for those who show them.
+
+scoring.py makes the rewards', evaluation.py the held-out ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 OF_REFERENCES = "_of_references"  # reward_<name>_of_references: what the same prompts' references get
+HELD_OUT = "eval_"  # eval_<metric>: the mean over the held-out pictures
+CI95 = "_ci95"  # eval_<metric>_ci95: half the width of its 95 % interval over prompts
+FIRST = "_first"  # eval_<metric>_first: the same over a prompt's first pictures only, as evaluated during training
 _OTHERS = ("reward_generated", "reward_reference", "reward_std", "reward_adversary")
 
 
@@ -12,3 +18,20 @@ def fixed_rewards(names: Iterable[str]) -> list[str]:
     """Those of `names` that are a fixed reward's mean over the generated pictures, sorted."""
     rewards = (n for n in names if n.startswith("reward_") and not n.endswith(OF_REFERENCES))
     return sorted(name for name in rewards if name not in _OTHERS)
+
+
+def held_out_metrics(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are a held-out metric's mean, without "eval_", sorted."""
+    own = (n.removeprefix(HELD_OUT) for n in names if n.startswith(HELD_OUT))
+    return sorted(name for name in own if not name.endswith((CI95, FIRST)))
+
+
+def held_out_means(values: Mapping[str, float]) -> dict[str, float]:
+    """metric -> mean, of an evaluation's values."""
+    return {name: values[HELD_OUT + name] for name in held_out_metrics(values)}
+
+
+def half_widths(values: Mapping[str, float]) -> dict[str, float]:
+    """metric -> half the width of its 95 % interval, of an evaluation's values; none over a single prompt."""
+    names = held_out_metrics(values)
+    return {name: values[HELD_OUT + name + CI95] for name in names if HELD_OUT + name + CI95 in values}

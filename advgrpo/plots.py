@@ -2,51 +2,68 @@
 
 import math
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .metric_names import OF_REFERENCES, fixed_rewards
+from .captions import Writer
+from .metric_names import CI95, FIRST, HELD_OUT, OF_REFERENCES, fixed_rewards, held_out_metrics
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f6fb4", "#d95f0e", "#2a9d5c", "#8a8a8a"
 
 
-def draw_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+_Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The evaluations at the two ends of a run, which `metrics.jsonl` does not hold."""
+
+    base: _Values  # metric_names.py says what the keys are called
+    final: _Values  # empty before the run has ended
+    during_images: int  # pictures per prompt of the evaluations in between, and of the "_first" values
+    end_images: int  # pictures per prompt of `base` and `final`
+
+
+def draw_curves(metrics: Sequence[_Values], path: str | Path, held_out: HeldOut | None = None) -> None:
     """Draw the records of `metrics.jsonl` as a PNG with one titled panel per quantity.
 
     Panels: generated against reference reward (with the iterations that trained the adversary marked), every fixed
-    reward beside what the references get from it, every held-out metric (keys starting with "eval_"), adversary loss
-    and accuracy, gradient norm, and the off-policy drift before the first step. Quantities without a finite value have
-    no panel.
+    reward beside what the references get from it, every held-out metric, adversary loss and accuracy, policy loss, KL,
+    likelihood ratio, clip fraction, gradient norm, the supervised loss, and the off-policy drift before the first step.
+    Quantities without a finite value have no panel. A record's own quantities stand at its iteration, which is the
+    number of updates before it; an evaluation stands after the iteration in whose record it is.
 
     Raises:
         ValueError: nothing to draw.
     """
-    figure = _curves_figure(metrics)
+    figure = _curves_figure(metrics, held_out)
     temporary = Path(path).with_suffix(".tmp.png")
     figure.savefig(temporary)
     os.replace(temporary, path)
 
 
-def _curves_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+def _curves_figure(metrics: Sequence[_Values], held_out: HeldOut | None = None) -> Figure:
     curves = _curves(metrics)
-    panels = [(draw, keys) for draw, keys in _panels(curves) if any(key in curves for key in keys)]
+    evaluations = _evaluations(metrics, held_out)
+    panels = [(draw, {key: curves[key] for key in keys if key in curves}) for draw, keys in _panels(curves)]
+    panels[_HELD_OUT_AT:_HELD_OUT_AT] = [(_draw_held_out, {name: of}) for name, of in evaluations.items()]
+    panels = [(draw, drawn) for draw, drawn in panels if drawn]
     if not panels:
-        raise ValueError("the metrics hold nothing to draw: no finite reward, adversary or eval_ value")
+        raise ValueError("the metrics hold nothing to draw: no finite reward, adversary or held-out value")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(6.4 * columns, 3.4 * rows), layout="constrained", dpi=110)
-    for i, (draw, keys) in enumerate(panels):
+    for i, (draw, drawn) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
-        draw(axes, {key: curves[key] for key in keys if key in curves})
+        draw(axes, drawn)
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -54,9 +71,10 @@ def _curves_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 _Curves = dict[str, tuple[list[int], list[float]]]
+_HELD_OUT_AT = 1  # the held-out panels follow the rewards
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]]) -> _Curves:
+def _curves(metrics: Sequence[_Values]) -> _Curves:
     """metric -> (iterations, values), finite values only."""
     curves: _Curves = {}
     for record in metrics:
@@ -68,18 +86,72 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> _Curves:
     return curves
 
 
+@dataclass
+class _Evaluations:
+    """One metric's evaluations: (iteration after which, mean, half of the 95 % interval or NaN)."""
+
+    line: list[tuple[int, float, float]]  # all of equally many pictures
+    ends: list[tuple[int, float, float]]  # base and final of more; empty where they are no more
+    labels: tuple[str, str]
+
+
+def _evaluations(metrics: Sequence[_Values], held_out: HeldOut | None) -> dict[str, _Evaluations]:
+    stages = [(record["iteration"] + 1, record) for record in metrics if held_out_metrics(record)]
+    outer = [] if held_out is None else [(0, held_out.base), (len(metrics), held_out.final)]
+    names = sorted({name for _, values in [*stages, *outer] for name in held_out_metrics(values)})
+    more = held_out is not None and held_out.end_images > held_out.during_images
+    found = {}
+    for name in names:
+        key = HELD_OUT + name
+        whole = [_point(at, values, key) for at, values in outer if key in values]
+        first = [_point(at, values, key + FIRST) for at, values in outer if key + FIRST in values]
+        line = sorted([_point(at, values, key) for at, values in stages if key in values] + (first if more else whole))
+        labels = ("", "")
+        if held_out is not None:
+            labels = _per_prompt(held_out.during_images), _per_prompt(held_out.end_images)
+        found[name] = _Evaluations(line, whole if more else [], labels)
+    return found
+
+
+def _point(at: int, values: _Values, key: str) -> tuple[int, float, float]:
+    return at, values[key], values.get(key + CI95, math.nan)
+
+
+def _per_prompt(images: int) -> str:
+    return f"{images} picture{'s' if images > 1 else ''} per prompt"
+
+
 def _panels(curves: _Curves) -> list[tuple[Any, list[str]]]:
     mixed = "reward_adversary" in curves  # then reward_generated is a composition, which r_ref has no part in
     own = ["reward_adversary"] if mixed else ["reward_generated", "reward_std"]
     return [
         (_draw_rewards, [*own, "reward_reference", "adversary_updates"]),
         *((_draw_fixed_reward, [key, key + OF_REFERENCES]) for key in fixed_rewards(curves)),
-        *((_draw_held_out, [key]) for key in sorted(curves) if key.startswith("eval_")),
         (_draw_adversary_loss, ["adversary_loss"]),
         (_draw_adversary_accuracy, ["adversary_accuracy"]),
+        (_line("Supervised loss", "mean squared error of the velocity"), ["sft_loss"]),
+        (_line("Policy loss", "loss"), ["policy_loss"]),
+        (_line("KL to the base model", "KL"), ["kl"]),
+        (_line("Likelihood ratio", "mean ratio", level=1.0), ["ratio_mean"]),
+        (_line("Clipped ratios", "share", floor=0.0), ["clip_fraction"]),
         (_draw_grad_norm, ["grad_norm"]),
         (_draw_drift, ["log_prob_drift_max", "pre_update_clip_fraction"]),
     ]
+
+
+def _line(title: str, label: str, *, level: float | None = None, floor: float | None = None) -> Any:
+    """A panel of one quantity; `level` is where nothing has changed yet, `floor` the smallest value there can be."""
+
+    def draw(axes: Axes, curves: _Curves) -> None:
+        ((iterations, values),) = curves.values()
+        axes.plot(iterations, values, color=_BLUE, **_style(iterations))
+        if level is not None:
+            axes.axhline(level, color=_GREY, linewidth=1, linestyle="--")
+        axes.set(title=title, ylabel=label)
+        if floor is not None:
+            axes.set_ylim(floor, max(max(values) * 1.1, floor + 0.01))
+
+    return draw
 
 
 def _draw_rewards(axes: Axes, curves: _Curves) -> None:
@@ -113,11 +185,31 @@ def _draw_fixed_reward(axes: Axes, curves: _Curves) -> None:
     axes.legend(fontsize="small", frameon=False)
 
 
-def _draw_held_out(axes: Axes, curves: _Curves) -> None:
-    (key, (iterations, values)), *_ = curves.items()
-    name = key.removeprefix("eval_").replace("_", " ")
-    axes.plot(iterations, values, color=_GREEN, **_style(iterations))
+def _draw_held_out(axes: Axes, evaluations: Mapping[str, _Evaluations]) -> None:
+    """One line only joins evaluations of equally many pictures; bars are 95 % intervals over prompts."""
+    ((key, found),) = evaluations.items()
+    name = key.replace("_", " ")
+    for points, label, style in (
+        (found.line, found.labels[0], {"color": _GREEN, "marker": "o", "markersize": 3.5, "linewidth": 1.6}),
+        (found.ends, found.labels[1], {"color": _BLUE, "marker": "D", "markersize": 5, "linewidth": 0, "zorder": 3}),
+    ):
+        if points:
+            at, means, halves = zip(*points)
+            label = f"{label}, 95 % interval" if label and all(map(math.isfinite, halves)) else label or None
+            axes.errorbar(at, means, yerr=halves, elinewidth=1, capsize=2.5, label=label, **style)
     axes.set(title=f"Held-out prompts: {name}", ylabel=name)
+    _widen(axes)
+    if any(found.labels):
+        axes.legend(fontsize="small", frameon=False)
+
+
+def _widen(axes: Axes) -> None:
+    """A change of less than a hundredth of the value does not fill the axis."""
+    low, high = axes.get_ylim()
+    least = 0.02 * max(abs(low), abs(high))
+    if high - low < least:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - least / 2, middle + least / 2)
 
 
 def _draw_adversary_loss(axes: Axes, curves: _Curves) -> None:
@@ -158,6 +250,7 @@ def _style(iterations: list[int]) -> dict[str, Any]:
 
 
 _MARGIN, _GAP, _BLOCK_GAP = 16, 3, 20  # pixels: around the grid, between pictures, between column blocks
+_CAPTION_LINES = 3  # of a prompt; the whole of it is in the prompt file
 _MIN_WIDTH = 360  # captions over a single small picture stay readable
 
 
@@ -165,6 +258,7 @@ def draw_grid(
     rows: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]],
     path: str | Path,
     *,
+    header: str = "",
     min_size: int = 64,
     max_size: int = 256,
 ) -> None:
@@ -172,8 +266,9 @@ def draw_grid(
 
     Args:
         rows: (caption, [(block title, float images [n, 3, H, W] in [0, 1]), ...]) with the same titles in every row; n
-            and the picture sizes may differ. Captions are wrapped to the grid's width.
+            and the picture sizes may differ. Captions are wrapped to the grid's width and cut after three lines.
         path: the PNG to write.
+        header: what the pictures are (run, iteration, seed, guidance, scores), written above them.
         min_size: smaller pictures are enlarged by a whole factor, nearest neighbour, until their shorter side has this.
         max_size: larger pictures are reduced to this longer side.
 
@@ -184,23 +279,27 @@ def draw_grid(
     blocks = [images for _, row in rows for _, images in row]
     tile = _tile_size(blocks, min_size, max_size)
     counts = [max(len(row[k][1]) for _, row in rows) for k in range(len(titles))]
-    caption_font, title_font = _font(14), _font(15, bold=True)
-    widths = [max(n * (tile[1] + _GAP) - _GAP, math.ceil(title_font.getlength(t))) for n, t in zip(counts, titles)]
+    writer, title_writer = Writer(14), Writer(15, bold=True)
+    widths = [max(n * (tile[1] + _GAP) - _GAP, math.ceil(title_writer.width(t))) for n, t in zip(counts, titles)]
     lefts = [_MARGIN + sum(widths[:k]) + k * _BLOCK_GAP for k in range(len(titles))]
     width = max(_MIN_WIDTH, lefts[-1] + widths[-1] + _MARGIN)
-    captions = [_wrap(caption, caption_font, width - 2 * _MARGIN) for caption, _ in rows]
-    line = sum(caption_font.getmetrics())
-    height = 2 * _MARGIN + 24 + sum(len(lines) * line + tile[0] + 18 for lines in captions)
+    captions = [writer.wrap(caption, width - 2 * _MARGIN, most=_CAPTION_LINES) for caption, _ in rows]
+    heading = writer.wrap(header, width - 2 * _MARGIN)
+    line = writer.line_height
+    above = _MARGIN + len(heading) * line + (6 if heading else 0)
+    height = above + 24 + sum(len(lines) * line + tile[0] + 18 for lines in captions) + _MARGIN
 
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
+    for number, text in enumerate(heading):
+        writer.draw(draw, (_MARGIN, _MARGIN + number * line), text, "#666666")
     for left, title in zip(lefts, titles):
-        draw.text((left, _MARGIN), title, fill="#111111", font=title_font)
-    top = _MARGIN + 24
+        title_writer.draw(draw, (left, above), title, "#111111")
+    top = above + 24
     for lines, (_, row) in zip(captions, rows):
         top += 6
         for text in lines:
-            draw.text((_MARGIN, top), text, fill="#333333", font=caption_font)
+            writer.draw(draw, (_MARGIN, top), text, "#333333")
             top += line
         top += 4
         for left, (_, images) in zip(lefts, row):
@@ -244,21 +343,3 @@ def _tiles(images: Tensor, tile: tuple[int, int]) -> list[Image.Image]:
     enlarged = tile[0] % height == 0 and tile[1] % width == 0
     how = Image.Resampling.NEAREST if enlarged else Image.Resampling.BICUBIC
     return [Image.fromarray(picture).resize((tile[1], tile[0]), how) for picture in pixels]
-
-
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """matplotlib ships DejaVu, which covers far more of Unicode than Pillow's default font."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break `text` into lines of at most `width` pixels."""
-    characters = len(text)
-    while text.strip() and characters > 1:
-        lines = textwrap.wrap(text, characters)
-        longest = max(font.getlength(line) for line in lines)
-        if longest <= width:
-            return lines
-        characters = min(characters - 1, max(1, int(max(map(len, lines)) * width / longest)))
-    return textwrap.wrap(text, 1)

@@ -21,14 +21,16 @@ from . import config as configuration
 from .build import blind_spots, build_adversary, build_metrics, build_observer, build_policy, build_scorer
 from .config import Config
 from .data.sources import Sources
+from .display import Display
 from .distributed import Distributed
 from .errors import UserError
 from .evaluation import Evaluator
 from .fast import FastPaths
 from .graphs import CudaGraphs
 from .memory import advice
+from .metric_names import half_widths, held_out_means
 from .monitor import Flag
-from .plots import draw_curves, draw_grid
+from .plots import HeldOut, draw_curves, draw_grid
 from .tracking import METRICS_FILE, Tracker, load_metrics
 from .trainer import Trainer
 
@@ -63,6 +65,7 @@ class Run:
 
     def __init__(self, config: Config, distributed: Distributed, *, resume: bool, console: Console):
         self.config, self.distributed, self.console = config, distributed, console
+        self.display = Display(console)
         self.folder = Path(config.output_dir)
         configuration.check(config, distributed.world_size)
         sources = Sources.read(config)
@@ -103,7 +106,8 @@ class Run:
             fast=fast,
             graphs=CudaGraphs(distributed.device) if fast.graphs else None,
         )
-        return trainer, Evaluator(policy, metrics, sources.references, sources.held_out, config, distributed)
+        held_out = sources.held_out
+        return trainer, Evaluator(policy, metrics, sources.references, held_out, config, distributed, self.display)
 
     def train(self) -> None:
         """Train to config.iterations; on SIGINT or SIGTERM save a checkpoint and return."""
@@ -113,7 +117,7 @@ class Run:
         if not self.base:
             self.base = self._evaluate_base()
             self.start = self._evaluate_start()
-        self._draw_samples("base")
+        self._draw_samples("base", self.base)
         tracker = Tracker(
             self.folder,
             total_iterations=config.iterations,
@@ -122,15 +126,16 @@ class Run:
             tensorboard=config.output.tensorboard,
             wandb_project=config.output.wandb_project or None,
             config=config.model_dump(mode="json"),
-            console=self.console,
+            display=self.display,
         )
         with tracker, self._signals():
             while trainer.iteration < config.iterations:
                 metrics = self._iterate()
                 done = trainer.iteration
                 if done < config.iterations and config.evaluation.every and done % config.evaluation.every == 0:
-                    metrics |= self._evaluate(config.evaluation.during_images_per_prompt)
-                    self._draw_samples(f"iteration-{done:06d}")
+                    found = self._evaluate(whole=False)
+                    metrics |= found
+                    self._draw_samples(f"iteration-{done:06d}", found)
                 tracker.log(metrics, trainer.flags)
                 flagged = _flagged_to_stop(trainer.flags)
                 stopping = any(self.distributed.gather_json(bool(self._stop_signal or flagged)))
@@ -157,20 +162,29 @@ class Run:
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(advice(error, self.config, processes=self.distributed.world_size)) from error
 
-    def _evaluate(self, images_per_prompt: int) -> dict[str, float]:
+    def _evaluate(self, *, whole: bool = True, of_base: bool = False) -> dict[str, float]:
+        """Held-out metrics of the averaged weights, or of the base model; empty without held-out prompts.
+
+        `whole`: as at the ends of the run, and apart from it over each prompt's first pictures, the only ones that are
+        evaluated in between.
+        """
         if not self.evaluator.prompts:
             return {}
+        evaluation = self.config.evaluation
+        during = evaluation.during_images_per_prompt
+        count, first = (evaluation.images_per_prompt, during) if whole else (during, 0)
+        if of_base:
+            return self.evaluator.base().run(count, first=first)
         with self.trainer.ema.swap():
-            return self.evaluator.run(images_per_prompt)
+            return self.evaluator.run(count, first=first)
 
     def _evaluate_base(self) -> dict[str, float]:
         """The base model: adapters are disabled, so a resumed or LoRA-started run measures the same thing."""
         if not self.evaluator.prompts:
             return {}
-        self.console.print(f"evaluating the base model on {len(self.evaluator.prompts)} held-out prompts")
-        base = self.evaluator.base().run(self.config.evaluation.images_per_prompt)
-        shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in base.items())
-        self.console.print(f"base model: {shown}")
+        self.display.say(f"evaluating the base model on {len(self.evaluator.prompts)} held-out prompts")
+        base = self._evaluate(of_base=True)
+        self.console.print(f"base model: {_shown(base)}")
         return base
 
     def _evaluate_start(self) -> dict[str, float]:
@@ -179,29 +193,31 @@ class Run:
         if not start or not self.evaluator.prompts:
             return {}
         self.console.print(f"evaluating {start}")
-        found = self._evaluate(self.config.evaluation.images_per_prompt)
-        shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in found.items())
-        self.console.print(f"start: {shown}")
+        found = self._evaluate()
+        self.console.print(f"start: {_shown(found)}")
         return found
 
     def _finish(self) -> None:
         """Export, final evaluation, pictures and summary."""
-        final = self._evaluate(self.config.evaluation.images_per_prompt)
-        self._draw_samples("final")
+        final = self._evaluate()
+        self._draw_samples("final", final)
         if not self.distributed.is_main:
             return
         self.export()
         rows = self._draw_curves(final)
         summary = summarize(self.config, rows, self.base, final, self.start)
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        for name in final:
-            self.console.print(f"{name.removeprefix('eval_')}: base {self.base[name]:.4f} -> final {final[name]:.4f}")
+        base = held_out_means(self.base)
+        for name, value in held_out_means(final).items():
+            self.console.print(f"{name}: base {base[name]:.4f} -> final {value:.4f}")
         self.console.print(f"wrote {self.folder}/lora, samples/, curves.png, summary.json")
 
     def _draw_curves(self, final: dict[str, float]) -> list[dict]:
         """OUT/curves.png from the metrics so far, which are returned."""
         rows = load_metrics(self.folder / METRICS_FILE)
-        draw_curves(_with_ends(rows, self.base, final), self.folder / "curves.png")
+        evaluation = self.config.evaluation
+        counts = evaluation.during_images_per_prompt, evaluation.images_per_prompt
+        draw_curves(rows, self.folder / "curves.png", HeldOut(self.base, final, *counts))
         return rows
 
     def export(self) -> None:
@@ -210,7 +226,7 @@ class Run:
             policy = self.trainer.policy
             policy.export(self.folder / ("lora" if self.config.model.train == "lora" else policy.component))
 
-    def _draw_samples(self, name: str) -> None:
+    def _draw_samples(self, name: str, scores: dict[str, float]) -> None:
         """OUT/samples/NAME.png: base, trained (but for the base's own grid) and reference pictures."""
         with self.distributed.monitored("draw samples"):  # rank 0 draws, the others wait
             if not self.distributed.is_main or not self.evaluator.prompts:
@@ -220,9 +236,9 @@ class Run:
             else:
                 with self.trainer.ema.swap():
                     self.samples["trained"] = self.evaluator.grid_pictures()
-            self._write_grid(name)
+            self._write_grid(name, scores)
 
-    def _write_grid(self, name: str) -> None:
+    def _write_grid(self, name: str, scores: dict[str, float]) -> None:
         rows = []
         for number, (prompt, _) in enumerate(self.samples["base"]):
             blocks = [(column, pictures[number][1]) for column, pictures in self.samples.items()]
@@ -232,7 +248,19 @@ class Run:
                 blocks.append(("references", references.load_images(references.files(prompt)[:4], size=size)))
             rows.append((prompt, blocks))
         (self.folder / "samples").mkdir(exist_ok=True)
-        draw_grid(rows, self.folder / "samples" / f"{name}.png")
+        draw_grid(rows, self.folder / "samples" / f"{name}.png", header=self._heading(name, scores))
+
+    def _heading(self, name: str, scores: dict[str, float]) -> str:
+        """What a grid shows: the run, how far it is, how it was sampled, and what the held-out pictures score."""
+        config, trained = self.config, name != "base"
+        stage = f"iteration {self.trainer.iteration} of {config.iterations}" if trained else "base model"
+        sampled = f"{config.evaluation.num_steps} steps, guidance {config.evaluation.guidance_scale:g}"
+        parts = [self.folder.name, stage, f"seed {config.seed}", sampled]
+        base = held_out_means(self.base)
+        for metric, value in held_out_means(scores).items():
+            before = f"{base[metric]:.3f} -> " if trained else ""
+            parts.append(f"{metric} {before}{value:.3f}")
+        return " · ".join(parts)
 
     def save(self) -> None:
         """Write a checkpoint; everything in it is the same on every process, so rank 0 alone writes."""
@@ -312,9 +340,8 @@ def _differences(saved: dict, current: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _with_ends(rows: list[dict], base: dict[str, float], final: dict[str, float]) -> list[dict]:
-    """The metrics with base and final evaluation at their two ends, for the curves."""
-    return [{"iteration": 0, **base}, *rows, {"iteration": len(rows), **final}]
+def _shown(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in held_out_means(values).items())
 
 
 def summarize(
@@ -322,15 +349,16 @@ def summarize(
 ) -> dict:
     """What OUT/summary.json holds: held-out metrics before and after, speed, versions, seed.
 
-    "start" are those of the LoRA the run started from, where there was one.
+    "start" are those of the LoRA the run started from, where there was one; "ci95" holds half the width of every
+    metric's 95 % interval over prompts.
     """
+    stages = {"base": base, **({"start": start} if start else {}), "final": final}
     seconds = sum(r["seconds"] for r in rows)
     return {
         "seed": config.seed,
         "iterations": len(rows),
-        "base": {name.removeprefix("eval_"): value for name, value in base.items()},
-        **({"start": {name.removeprefix("eval_"): value for name, value in start.items()}} if start else {}),
-        "final": {name.removeprefix("eval_"): value for name, value in final.items()},
+        **{stage: held_out_means(values) for stage, values in stages.items()},
+        "ci95": {stage: half_widths(values) for stage, values in stages.items()},
         "images_per_second": len(rows) * config.images_per_iteration / seconds,
         "iterations_per_second": len(rows) / seconds,
         "training_seconds": seconds,

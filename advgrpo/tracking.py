@@ -3,47 +3,26 @@
 Only rank 0 says anything, and nothing here is ever read back to decide how training goes on.
 """
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
+from advgrpo.display import Display
 from advgrpo.errors import UserError
-from advgrpo.metric_names import fixed_rewards
 from advgrpo.monitor import Flag
 
 METRICS_FILE = "metrics.jsonl"
 
 Scalar = float | int | str | None
-
-# metric -> (label, format) on the progress bar
-_SHOWN = {
-    "reward_generated": ("r_gen", "{:+.3f}"),
-    "reward_reference": ("r_ref", "{:+.3f}"),
-    "adversary_accuracy": ("adversary", "{:.0%}"),
-    "sft_loss": ("loss", "{:.4f}"),
-    "images_per_second": ("images/s", "{:.1f}"),
-}
-
-
-def _shown(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """`_SHOWN`; in a mix of rewards, whose normalised sum says little, r_gen is the adversary's and all are shown."""
-    fixed, learned = fixed_rewards(record), "reward_adversary" in record
-    if len(fixed) + learned < 2:
-        return _SHOWN
-    first = "reward_adversary" if learned else "reward_generated"
-    rest = {key: shown for key, shown in _SHOWN.items() if key not in ("reward_generated", "images_per_second")}
-    named = {key: (key.removeprefix("reward_"), "{:+.3f}") for key in fixed}
-    return {first: _SHOWN["reward_generated"], **rest, **named, "images_per_second": _SHOWN["images_per_second"]}
 
 
 class Tracker:
@@ -51,14 +30,14 @@ class Tracker:
 
     Args:
         output_dir: the run's folder; gets `metrics.jsonl` and `tensorboard/`.
-        total_iterations: where the progress bar ends.
+        total_iterations: where the display's bar ends.
         start_iteration: the first iteration this process runs. Records of it and of later ones, left by the process
             that is resumed, are removed, so that the files become those of a run that never stopped.
         is_main: whether this is rank 0.
         tensorboard: write TensorBoard event files.
         wandb_project: name of a Weights & Biases project to report to; None leaves wandb alone, not even imported.
         config: what wandb shows as the run's configuration.
-        console: where progress goes; a live bar on a terminal, else one line per iteration.
+        display: where progress goes; a live bar on a terminal, else one line per iteration.
 
     Raises:
         UserError: the folder cannot be written, `metrics.jsonl` is damaged, or tensorboard or wandb is wanted and
@@ -75,10 +54,11 @@ class Tracker:
         tensorboard: bool = True,
         wandb_project: str | None = None,
         config: Mapping[str, Any] | None = None,
-        console: Console | None = None,
+        display: Display | None = None,
     ) -> None:
         self.is_main = is_main
-        self._file = self._tensorboard = self._wandb = self._progress = None
+        self._file = self._tensorboard = self._wandb = None
+        self._open = contextlib.ExitStack()
         if not is_main:
             return
         output_dir = Path(output_dir)
@@ -89,7 +69,8 @@ class Tracker:
             self._tensorboard = module.SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
         if wandb_project is not None:
             self._wandb = _start_wandb(wandb_project, output_dir, start_iteration, config)
-        self._progress = _ProgressLine(console or Console(), total_iterations, start_iteration)
+        self.display = display or Display(Console())
+        self._open.enter_context(self.display.iterations(total_iterations, start_iteration))
 
     def log(self, metrics: Mapping[str, Scalar], flags: Sequence[Flag] | None = None) -> None:
         """Record one iteration; `metrics` holds its number from 0 as "iteration", and Python scalars.
@@ -118,22 +99,21 @@ class Tracker:
             self._tensorboard.flush()  # a killed run keeps what it logged
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["iteration"])
-        self._progress.show(record)
-        self._progress.show_flags(flags or (), record["iteration"])
+        self.display.show(record)
+        self.display.show_flags(flags or (), record["iteration"])
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar; on rank 0 only."""
         if self.is_main:
-            self._progress.say(text)
+            self.display.say(text)
 
     def close(self) -> None:
         """Flush and close everything. May be called twice."""
-        if self._progress is not None:
-            self._progress.close()
+        self._open.close()
         for part, finish in ((self._file, "close"), (self._tensorboard, "close"), (self._wandb, "finish")):
             if part is not None:
                 getattr(part, finish)()
-        self._file = self._tensorboard = self._wandb = self._progress = None
+        self._file = self._tensorboard = self._wandb = None
         self.is_main = False
 
     def __enter__(self) -> "Tracker":
@@ -213,61 +193,3 @@ def _start_wandb(project: str, output_dir: Path, start_iteration: int, config: M
     return wandb.init(
         project=project, dir=str(output_dir), id=id_file.read_text(), resume="allow", config=dict(config or {})
     )
-
-
-class _ProgressLine:
-    """A live bar on a terminal; elsewhere (logs, CI) one plain line per iteration."""
-
-    def __init__(self, console: Console, total: int, start: int) -> None:
-        self._console = console
-        self._total, self._start = total, start
-        self._began = time.monotonic()
-        self._flagged: list[str] = []
-        self._bar = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("iteration {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Progress(*columns, console=console, refresh_per_second=2)
-            self._task = self._bar.add_task("starting", total=total, completed=start)
-            self._bar.start()
-
-    def show(self, record: Mapping[str, Scalar]) -> None:
-        done = record["iteration"] + 1
-        parts = [
-            f"{label} {form.format(record[key])}"
-            for key, (label, form) in _shown(record).items()
-            if isinstance(record.get(key), (int, float))
-        ]
-        parts.append(f"{self._time_left(done)} left")
-        if self._bar is None:
-            self.say(f"iteration {done}/{self._total}  " + "  ".join(parts))
-        else:
-            self._bar.update(self._task, completed=done, description="  ".join(parts))
-
-    def show_flags(self, flags: Sequence[Flag], iteration: int) -> None:
-        for flag in flags:
-            if flag.name not in self._flagged:
-                self.say(f"iteration {iteration + 1}: {flag}")
-        names = [flag.name for flag in flags]
-        for name in self._flagged:
-            if name not in names:
-                self.say(f"iteration {iteration + 1}: red flag {name} has cleared")
-        self._flagged = names
-
-    def say(self, text: str) -> None:
-        # soft_wrap and no markup: log lines stay whole, and "[...]" in a prompt is text.
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _time_left(self, done: int) -> str:
-        """From the mean over this process's iterations: their durations differ (evaluations, adversary updates)."""
-        seconds = (time.monotonic() - self._began) / max(1, done - self._start) * max(0, self._total - done)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -21,8 +21,13 @@ def record(i, **more):
     }
 
 
-def panels(metrics):
-    return {axes.get_title(): axes for axes in plots._curves_figure(metrics).axes}
+def panels(metrics, held_out=None):
+    return {axes.get_title(): axes for axes in plots._curves_figure(metrics, held_out).axes}
+
+
+def held_out(at, half):
+    """Values of an evaluation of metric "judge": over all pictures, and over the first of every prompt."""
+    return {"eval_judge": at, "eval_judge_ci95": half, "eval_judge_first": at + 0.1, "eval_judge_first_ci95": 2 * half}
 
 
 def test_rewards_in_one_panel_with_the_adversary_marked():
@@ -47,7 +52,48 @@ def test_a_panel_per_quantity_that_has_values():
         "Held-out prompts: judge accuracy",
         "Policy gradient norm",
     ]
-    assert found["Held-out prompts: dino similarity"].lines[0].get_xydata().tolist() == [[0, 0.5], [3, 0.75]]
+    assert found["Held-out prompts: dino similarity"].lines[0].get_xydata().tolist() == [[1, 0.5], [4, 0.75]]
+
+
+def test_an_evaluation_stands_after_its_iteration_and_only_equal_numbers_of_pictures_are_joined():
+    metrics = [record(i) for i in range(6)]
+    metrics[2] |= {"eval_judge": 0.55, "eval_judge_ci95": 0.2}  # made after three iterations
+    ends = plots.HeldOut(held_out(0.4, 0.05), held_out(0.5, 0.06), during_images=1, end_images=8)
+    axes = panels(metrics, ends)["Held-out prompts: judge"]
+    line, bars = axes.containers[0][0], axes.containers[0][2][0].get_segments()
+    np.testing.assert_allclose(line.get_xydata(), [[0, 0.5], [3, 0.55], [6, 0.6]])
+    np.testing.assert_allclose([segment[:, 1] for segment in bars], [[0.4, 0.6], [0.35, 0.75], [0.48, 0.72]])
+    points = axes.containers[1][0]
+    assert points.get_xydata().tolist() == [[0, 0.4], [6, 0.5]]
+    assert points.get_linewidth() == 0
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["1 picture per prompt, 95 % interval", "8 pictures per prompt, 95 % interval"]
+
+
+def test_ends_of_as_many_pictures_belong_to_the_line():
+    ends = plots.HeldOut(held_out(0.4, 0.05), held_out(0.5, 0.06), during_images=4, end_images=4)
+    axes = panels([record(i) for i in range(3)], ends)["Held-out prompts: judge"]
+    assert [container[0].get_xydata().tolist() for container in axes.containers] == [[[0, 0.4], [3, 0.5]]]
+
+
+def test_a_run_that_was_stopped_has_its_base_but_no_end():
+    stopped = plots.HeldOut(held_out(0.4, 0.05), {}, during_images=1, end_images=8)
+    axes = panels([record(0)], stopped)["Held-out prompts: judge"]
+    assert [container[0].get_xydata().tolist() for container in axes.containers] == [[[0, 0.5]], [[0, 0.4]]]
+
+
+def test_a_tiny_change_does_not_fill_the_axis():
+    metrics = [record(i, eval_judge=0.5 + 0.00025 * i) for i in range(2)]
+    low, high = panels(metrics)["Held-out prompts: judge"].get_ylim()
+    assert high - low >= 0.01
+    assert low < 0.5 < high
+
+
+def test_what_the_update_did_has_panels():
+    found = panels([record(i, policy_loss=-0.1, kl=0.0, ratio_mean=1.0, clip_fraction=0.25) for i in range(3)])
+    assert {"Policy loss", "KL to the base model", "Likelihood ratio", "Clipped ratios"} <= set(found)
+    assert found["Clipped ratios"].get_ylim()[0] == 0
+    assert found["Likelihood ratio"].lines[1].get_ydata()[0] == 1
 
 
 def test_a_fixed_reward_stands_beside_what_the_references_get():
@@ -111,19 +157,25 @@ def test_values_outside_the_range_are_clipped(tmp_path):
     assert count(tmp_path / "grid.png", RED) == 64 * 64
 
 
-def test_long_captions_are_wrapped_inside_the_picture(tmp_path):
-    font = plots._font(14)
-    text = "a small red star on the left of a blue background " * 4 + "x" * 200
-    lines = plots._wrap(text, font, 200)
-    assert len(lines) > 5
-    assert max(font.getlength(line) for line in lines) <= 200
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+def test_long_captions_are_wrapped_inside_the_picture_and_end_after_three_lines(tmp_path):
     row = [("one", solid(1, RED))]
-    draw_grid([(text, row)], tmp_path / "long.png")
-    draw_grid([("", row)], tmp_path / "none.png")
-    long, none = (Image.open(tmp_path / name) for name in ("long.png", "none.png"))
-    assert long.width == none.width
-    assert long.height > none.height + 5 * 14
+    heights = []
+    for text in ("", "a star", "a star " * 30, "a star " * 700):
+        draw_grid([(text, row)], tmp_path / "grid.png")
+        heights.append(Image.open(tmp_path / "grid.png").height)
+    line = heights[1] - heights[0]
+    assert line > 10
+    assert heights == [heights[0] + n * line for n in (0, 1, 3, 3)]
+
+
+def test_a_header_says_what_the_pictures_are(tmp_path):
+    row = [("one", solid(1, RED))]
+    sizes = []
+    for header in ("", "tiny · iteration 60 of 150 · seed 42 · guidance 1 · judge 0.66 -> 0.75 · " * 2):
+        draw_grid([("a star", row)], tmp_path / "grid.png", header=header)
+        sizes.append(Image.open(tmp_path / "grid.png").size)
+    assert sizes[1][0] == sizes[0][0]
+    assert sizes[1][1] > sizes[0][1] + 20
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Bugs planted in a copy, each seen red: EMA left out of the checkpoint; replay bu
 after resume; reference draw keyed by rank; loss weighted by the local instead of the global number of pictures.
 """
 
+import io
 import json
 import os
 import signal
@@ -52,8 +53,8 @@ METRICS = [
 ]
 
 
-def run(settings, *, resume=False) -> Run:
-    made = Run(settings, Distributed.start("cpu"), resume=resume, console=Console(quiet=True))
+def run(settings, *, resume=False, console=None) -> Run:
+    made = Run(settings, Distributed.start("cpu"), resume=resume, console=console or Console(quiet=True))
     made.train()
     return made
 
@@ -90,7 +91,10 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
 def test_what_a_run_leaves(unit_config, unit_pipeline):
     unit_config.output.tensorboard = True
     unit_config.evaluation.every = 1
-    run(unit_config)
+    said = io.StringIO()
+    run(unit_config, console=Console(file=said, width=80))
+    before = said.getvalue().split("iteration 1/2")[0].splitlines()
+    assert 8 < len(before) <= 13  # make adds two when it installs: fifteen lines before training starts
     folder = Path(unit_config.output_dir)
     assert config.load(file=folder / "config.yaml") == unit_config
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -107,6 +111,7 @@ def test_what_a_run_leaves(unit_config, unit_pipeline):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["seed"] == 42
     assert set(summary["base"]) == set(summary["final"]) == {"dino_similarity", "rule_accuracy"}
+    assert set(summary["ci95"]["base"]) == set(summary["ci95"]["final"]) == set(summary["base"])
     assert summary["iterations"] == 2
     pipe = StableDiffusion3Pipeline.from_pretrained(unit_pipeline)
     pipe.load_lora_weights(folder / "lora")

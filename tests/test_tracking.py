@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from advgrpo.display import Display
 from advgrpo.errors import UserError
 from advgrpo.monitor import Flag
 from advgrpo.tracking import Tracker, load_metrics
@@ -18,19 +19,21 @@ def record(iteration, **more):
     return {"iteration": iteration, "reward_generated": 0.1 * iteration, "reward_reference": 1 / 3, **more}
 
 
+def silent():
+    return Display(Console(file=io.StringIO()))
+
+
 def track(folder, iterations, *, start=0, total=10, console=None, **options):
     console = console or Console(file=io.StringIO())
     options.setdefault("tensorboard", False)
-    with Tracker(folder, total_iterations=total, start_iteration=start, console=console, **options) as tracker:
+    with Tracker(folder, total_iterations=total, start_iteration=start, display=Display(console), **options) as tracker:
         for i in iterations:
             tracker.log(record(i))
     return console.file.getvalue()
 
 
 def test_one_object_per_iteration_at_once(tmp_path):
-    with Tracker(
-        tmp_path / "run", total_iterations=3, tensorboard=False, console=Console(file=io.StringIO())
-    ) as tracker:
+    with Tracker(tmp_path / "run", total_iterations=3, tensorboard=False, display=silent()) as tracker:
         for i in range(3):
             tracker.log(record(i))
             assert load_metrics(tmp_path / "run" / "metrics.jsonl") == [record(k) for k in range(i + 1)]
@@ -47,7 +50,7 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_non_finite_numbers_are_null(tmp_path):
-    with Tracker(tmp_path, total_iterations=1, tensorboard=False, console=Console(file=io.StringIO())) as tracker:
+    with Tracker(tmp_path, total_iterations=1, tensorboard=False, display=silent()) as tracker:
         tracker.log(record(0, kl=float("nan"), grad_norm=float("-inf"), adversary_loss=None, flag=True))
     text = (tmp_path / "metrics.jsonl").read_text()
     read = json.loads(text, parse_constant=pytest.fail)
@@ -55,7 +58,7 @@ def test_non_finite_numbers_are_null(tmp_path):
 
 
 def test_bad_records(tmp_path):
-    with Tracker(tmp_path, total_iterations=1, tensorboard=False, console=Console(file=io.StringIO())) as tracker:
+    with Tracker(tmp_path, total_iterations=1, tensorboard=False, display=silent()) as tracker:
         with pytest.raises(TypeError, match="metric 'loss' is a Tensor"):
             tracker.log(record(0, loss=torch.tensor(1.0)))
         with pytest.raises(ValueError, match='integer "iteration", got None'):
@@ -89,7 +92,7 @@ def test_plain_lines_without_a_terminal(tmp_path):
 
 def test_a_mix_shows_every_reward_instead_of_their_sum(tmp_path):
     console = Console(file=io.StringIO(), width=200)
-    tracker = Tracker(tmp_path, total_iterations=9, tensorboard=False, console=console)
+    tracker = Tracker(tmp_path, total_iterations=9, tensorboard=False, display=Display(console))
     mix = {"reward_adversary": -1.5, "reward_rule": 0.25, "reward_rule_of_references": 0.9}
     tracker.log(record(0, **mix, images_per_second=5.0))
     assert "r_gen -1.500  r_ref +0.333  rule +0.250  images/s 5.0" in console.file.getvalue()
@@ -101,9 +104,9 @@ def test_a_mix_shows_every_reward_instead_of_their_sum(tmp_path):
 
 def test_a_line_shows_every_figure_and_the_time_left(tmp_path, monkeypatch):
     clock = iter([100.0, 160.0])
-    monkeypatch.setattr("advgrpo.tracking.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("advgrpo.display.time.monotonic", lambda: next(clock))
     console = Console(file=io.StringIO())
-    tracker = Tracker(tmp_path, total_iterations=100, start_iteration=4, tensorboard=False, console=console)
+    tracker = Tracker(tmp_path, total_iterations=100, start_iteration=4, tensorboard=False, display=Display(console))
     tracker.log(record(5, adversary_accuracy=0.875, images_per_second=12.34))  # two iterations took 60 s: 94 x 30 s
     tracker.say("[saved] checkpoint")
     assert console.file.getvalue() == (
@@ -118,7 +121,7 @@ def flag(name):
 def test_flags_are_shown_when_they_appear_and_when_they_clear(tmp_path):
     console = Console(file=io.StringIO())
     flags = [[], [flag("a")], [flag("a"), flag("b")], [flag("b")], []]
-    with Tracker(tmp_path, total_iterations=5, tensorboard=False, console=console) as tracker:
+    with Tracker(tmp_path, total_iterations=5, tensorboard=False, display=Display(console)) as tracker:
         for i, active in enumerate(flags):
             tracker.log(record(i), active)
     shown = [line for line in console.file.getvalue().splitlines() if "red flag" in line]
