@@ -26,9 +26,9 @@ def held_out_metrics(names: Iterable[str]) -> list[str]:
     return sorted(name for name in own if not name.endswith((CI95, FIRST)))
 
 
-def held_out_means(values: Mapping[str, float]) -> dict[str, float]:
-    """metric -> mean, of an evaluation's values."""
-    return {name: values[HELD_OUT + name] for name in held_out_metrics(values)}
+def held_out_means(values: Mapping[str, float], *, first: bool = False) -> dict[str, float]:
+    """metric -> mean, of an evaluation's values; `first`: over every prompt's first pictures only."""
+    return {name: values[HELD_OUT + name + (FIRST if first else "")] for name in held_out_metrics(values)}
 
 
 def half_widths(values: Mapping[str, float]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from .evaluation import Evaluator
 from .fast import FastPaths
 from .graphs import CudaGraphs
 from .memory import advice
-from .metric_names import half_widths, held_out_means
+from .metric_names import FIRST, half_widths, held_out_means
 from .monitor import Flag
 from .plots import HeldOut, draw_curves, draw_grid
 from .tracking import METRICS_FILE, Tracker, load_metrics
@@ -256,7 +256,8 @@ class Run:
         stage = f"iteration {self.trainer.iteration} of {config.iterations}" if trained else "base model"
         sampled = f"{config.evaluation.num_steps} steps, guidance {config.evaluation.guidance_scale:g}"
         parts = [self.folder.name, stage, f"seed {config.seed}", sampled]
-        base = held_out_means(self.base)
+        during = not any(name.endswith(FIRST) for name in scores)  # then compare with as many pictures of the base
+        base = held_out_means(self.base, first=during)
         for metric, value in held_out_means(scores).items():
             before = f"{base[metric]:.3f} -> " if trained else ""
             parts.append(f"{metric} {before}{value:.3f}")
