@@ -18,7 +18,7 @@ constexpr int kRank = 32;      // per step
 constexpr int kThreads = 256;
 constexpr int kPlane = kColumns / 2 + 16;  // columns 8l..8l+3 and 8l+4..8l+7 apart: 128-bit reads without bank conflicts
 constexpr float kFp8Max = 448.0f;
-constexpr float kFp8Floor = 1e-12f;
+constexpr float kFp8Floor = 1e-30f;  // FP8_FLOOR in ops/_residual_norm.py
 
 struct MergeModule {  // ops/merge_lora.py packs the same 11 words
   const void* base;

@@ -1,9 +1,11 @@
 """The distribution `advgrpo-kernels` on its own: what importing it does, and the wheel of `pip install ./kernels`.
 
-Planted bugs that turned this file red: `import numpy` in an op; `import advgrpo` in the runtime.
+Planted bugs that turned this file red: `import numpy` in an op; `import advgrpo` in the runtime;
+`list[torch.Tensor]` in an op's signature.
 """
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +42,15 @@ def test_the_package_needs_torch_and_triton_only(source):
     # Peers that hold rewards in numpy arrays bring numpy themselves.
     allowed = ALLOWED | ({"numpy"} if source.parent.name == "integrations" else set())
     assert roots - allowed - set(sys.stdlib_module_names) == set()
+
+
+@pytest.mark.parametrize("source", sorted((KERNELS / "advgrpo_kernels/ops").glob("*.py")), ids=lambda path: path.stem)
+def test_op_signatures_are_of_types_that_torch_2_6_reads(source):
+    """There `infer_schema` knows typing.List and refuses list[...], at import, so nothing at all would work."""
+    functions = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.FunctionDef)]
+    ops = [f for f in functions if any("custom_op" in ast.unparse(decorator) for decorator in f.decorator_list)]
+    annotations = [a.annotation for f in ops for a in f.args.args] + [f.returns for f in ops]
+    assert [text for text in map(ast.unparse, annotations) if re.search(r"\blist\[", text)] == []
 
 
 def test_every_public_name_exists():

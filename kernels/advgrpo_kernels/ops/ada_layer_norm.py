@@ -10,6 +10,8 @@ Gradient: of x only, shift and scale are outputs of frozen layers. It recomputes
 
 from __future__ import annotations
 
+from typing import List
+
 import torch
 
 from .._runtime import NAMESPACE
@@ -22,7 +24,7 @@ __all__ = ["ada_layer_norm", "ada_layer_norm_ref"]
 
 @torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm", mutates_args=())
 def _ada_layer_norm_op(
-    x: torch.Tensor, shifts: list[torch.Tensor], scales: list[torch.Tensor], eps: float
+    x: torch.Tensor, shifts: List[torch.Tensor], scales: List[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, y2); y2 is empty with one modulation."""
     _, ys, _ = launch_forward(x, (), (), shifts, scales, eps)
@@ -36,7 +38,7 @@ def _(x, shifts, scales, eps):
 
 @torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm_backward", mutates_args=())
 def _ada_layer_norm_backward_op(
-    x: torch.Tensor, y_grads: list[torch.Tensor], scales: list[torch.Tensor], eps: float
+    x: torch.Tensor, y_grads: List[torch.Tensor], scales: List[torch.Tensor], eps: float
 ) -> torch.Tensor:
     return launch_backward(x, None, y_grads, scales, (), eps)[0]
 
@@ -48,7 +50,7 @@ def _(x, *_):
 
 @torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm_fp8", mutates_args=())
 def _ada_layer_norm_fp8_op(
-    x: torch.Tensor, shifts: list[torch.Tensor], scales: list[torch.Tensor], eps: float
+    x: torch.Tensor, shifts: List[torch.Tensor], scales: List[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, y2, row scales [sets, B, T]); y2 is empty with one modulation."""
     _, ys, fp8_scales = launch_forward(x, (), (), shifts, scales, eps, fp8=True)

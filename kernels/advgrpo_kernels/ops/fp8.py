@@ -4,7 +4,7 @@
 
 Shapes:   x [..., K] -> data [..., K] float8_e4m3fn, scale [..., 1] (row) or [] (tensor) float32.
 Numerics: float32 inside; a maximum has one result in any order, so the scales do not depend on the launch. amax is at
-          least 1e-12: a row of zeros keeps a finite scale. Values beyond a given scale saturate at ±448.
+          least 1e-30: a row of zeros keeps a finite scale. Values beyond a given scale saturate at ±448.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if HAS_TRITON:
         tl.store(data_ptr + offsets, quantize_rows(x, inverse[:, None]), mask=mask)
 
     @triton.jit
-    def _fp8_amax_kernel(x_ptr, partial_ptr, N, TILES, LANES: tl.constexpr):
+    def _fp8_amax_kernel(x_ptr, partial_ptr, N, TILES: tl.constexpr, LANES: tl.constexpr):
         first = tl.program_id(0).to(tl.int64) * TILES * LANES
         amax = tl.zeros((LANES,), tl.float32)
         for tile in range(TILES):
@@ -161,13 +161,13 @@ def fp8_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """x·weightᵀ + bias with `torch._scaled_mm`, in `out_dtype`. No gradient.
+    """x·weightᵀ + bias with `torch._scaled_mm` (on a CPU `fp8_linear_ref`), in `out_dtype`. No gradient.
 
     Args:
         x: [..., K], quantised here with the weight's granularity, or an `Fp8Tensor` of that granularity, e.g. from
             `ada_layer_norm(quantize=True)`.
         weight: data [N, K]; K and N multiples of 16.
-        bias: [N], added in `out_dtype` by the matrix product's epilogue.
+        bias: [N]; on a GPU added in `out_dtype` by the matrix product's epilogue.
         out_dtype: by row, the GPU library has bfloat16 only.
 
     Raises:
@@ -183,6 +183,8 @@ def fp8_linear(
     if tuple(x.scale.shape) != ((*x.data.shape[:-1], 1) if by_row else ()):
         want = "one scale per row" if by_row else "a scalar scale"
         raise ValueError(f"x.scale: the weight's granularity wants {want}, got {list(x.scale.shape)}")
+    if x.data.device.type == "cpu":  # torch 2.6 has no such product there, 2.11 none with a scale per row
+        return fp8_linear_ref(x, weight, bias, out_dtype=out_dtype)
     rows = x.data.reshape(math.prod(x.data.shape[:-1]), K)
     y = torch._scaled_mm(
         rows,

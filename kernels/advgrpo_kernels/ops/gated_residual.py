@@ -12,6 +12,8 @@ Gradient: of residual and outs; gates, shifts and scales come from frozen layers
 
 from __future__ import annotations
 
+from typing import List
+
 import torch
 
 from .._runtime import NAMESPACE
@@ -26,10 +28,10 @@ __all__ = ["gated_residual", "gated_residual_ref"]
 @torch.library.custom_op(f"{NAMESPACE}::gated_residual", mutates_args=())
 def _gated_residual_op(
     residual: torch.Tensor,
-    outs: list[torch.Tensor],
-    gates: list[torch.Tensor],
-    shifts: list[torch.Tensor],
-    scales: list[torch.Tensor],
+    outs: List[torch.Tensor],
+    gates: List[torch.Tensor],
+    shifts: List[torch.Tensor],
+    scales: List[torch.Tensor],
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(h, y, y2); the last ones are empty without their modulation."""
@@ -46,10 +48,10 @@ def _(residual, outs, gates, shifts, scales, eps):
 @torch.library.custom_op(f"{NAMESPACE}::gated_residual_fp8", mutates_args=())
 def _gated_residual_fp8_op(
     residual: torch.Tensor,
-    outs: list[torch.Tensor],
-    gates: list[torch.Tensor],
-    shifts: list[torch.Tensor],
-    scales: list[torch.Tensor],
+    outs: List[torch.Tensor],
+    gates: List[torch.Tensor],
+    shifts: List[torch.Tensor],
+    scales: List[torch.Tensor],
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(h, y, y2, row scales [sets, B, T]); y2 is empty with one modulation."""
@@ -68,12 +70,12 @@ def _(residual, outs, gates, shifts, scales, eps):
 def _gated_residual_backward_op(
     hidden: torch.Tensor,
     hidden_grad: torch.Tensor | None,
-    y_grads: list[torch.Tensor],
-    scales: list[torch.Tensor],
-    gates: list[torch.Tensor],
+    y_grads: List[torch.Tensor],
+    scales: List[torch.Tensor],
+    gates: List[torch.Tensor],
     eps: float,
     out_dtype: torch.dtype,
-) -> list[torch.Tensor]:
+) -> List[torch.Tensor]:
     """[gradient of residual, of out, of out2]; without a norm the first is hidden_grad itself and left out."""
     normed = bool(y_grads)
     residual_grad, out_grads = launch_backward(

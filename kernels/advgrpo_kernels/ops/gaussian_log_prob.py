@@ -66,12 +66,13 @@ if HAS_TRITON:
         x, c, u = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets, element < N, GUIDED)
         square_sums = tl.zeros((LANES,), tl.float32)
         kl_sums = tl.zeros((LANES,), tl.float32)
-        for tile in range(TILES):
+        for _ in range(TILES):
             mask = element < N
             x_next = tl.load(next_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             # One program per image leaves no other program on the SM to hide latency: load the next tile first.
-            ahead = (element + LANES < N) & (tile + 1 < TILES)
-            x_ahead, c_ahead, u_ahead = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets + LANES, ahead, GUIDED)
+            x_ahead, c_ahead, u_ahead = load_step(
+                latents_ptr, velocity_ptr, uncond_ptr, offsets + LANES, element + LANES < N, GUIDED
+            )
             mean = mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED)
             difference = tl.where(mask, x_next - mean, 0.0)
             square_sums = tl.fma(difference, difference, square_sums)

@@ -80,11 +80,13 @@ if HAS_TRITON:
         element = first + tl.arange(0, LANES)
         offsets = row * N + element
         x, c, u = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets, element < N, GUIDED)
-        for tile in range(TILES):
+        for _ in range(TILES):
             mask = element < N
-            # One program per image leaves no other program on the SM to hide latency: load the next tile first.
-            ahead = (element + LANES < N) & (tile + 1 < TILES)
-            x_ahead, c_ahead, u_ahead = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets + LANES, ahead, GUIDED)
+            x_ahead, c_ahead, u_ahead = x, c, u
+            if TILES > 1:  # one program per image leaves no other on the SM to hide latency: load the next tile first
+                x_ahead, c_ahead, u_ahead = load_step(
+                    latents_ptr, velocity_ptr, uncond_ptr, offsets + LANES, element + LANES < N, GUIDED
+                )
             mean = mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED)
             if NOISE == GIVEN:
                 z = tl.load(noise_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

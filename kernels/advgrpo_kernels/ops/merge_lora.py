@@ -11,6 +11,7 @@ Numerics: float32 inside, one rounding; e4m3 is quantised from the unrounded flo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import List
 
 import torch
 
@@ -37,13 +38,13 @@ _TABLES = TableCache()
 
 @torch.library.custom_op(f"{NAMESPACE}::merge_lora", mutates_args=("outs", "fp8_data", "fp8_scales"))
 def _merge_lora_op(
-    bases: list[torch.Tensor],
-    a: list[torch.Tensor],
-    b: list[torch.Tensor],
+    bases: List[torch.Tensor],
+    a: List[torch.Tensor],
+    b: List[torch.Tensor],
     scale: float,
-    outs: list[torch.Tensor],
-    fp8_data: list[torch.Tensor],
-    fp8_scales: list[torch.Tensor],
+    outs: List[torch.Tensor],
+    fp8_data: List[torch.Tensor],
+    fp8_scales: List[torch.Tensor],
     compiled: bool,
 ) -> None:
     """Write the merged weights; `outs` or the fp8 lists may be empty. compiled: run the library, else PyTorch."""

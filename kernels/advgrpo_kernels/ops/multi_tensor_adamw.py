@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import List
 
 import torch
 
@@ -42,13 +43,13 @@ _TABLES = TableCache()
     f"{NAMESPACE}::multi_tensor_adamw", mutates_args=("parameters", "exp_avgs", "exp_avg_sqs", "emas", "step")
 )
 def _multi_tensor_adamw_op(
-    parameters: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    exp_avgs: list[torch.Tensor],
-    exp_avg_sqs: list[torch.Tensor],
-    emas: list[torch.Tensor],
+    parameters: List[torch.Tensor],
+    grads: List[torch.Tensor],
+    exp_avgs: List[torch.Tensor],
+    exp_avg_sqs: List[torch.Tensor],
+    emas: List[torch.Tensor],
     step: torch.Tensor,
-    settings: list[float],
+    settings: List[float],
     compiled: bool,
 ) -> torch.Tensor:
     """The norm. settings: lr, β1, β2, eps, weight decay, largest norm, EMA decay. compiled: run the library."""

@@ -17,7 +17,7 @@ Gradient: of the activations, in the layout they came in; the norm weights are f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import List, NamedTuple
 
 import torch
 
@@ -234,7 +234,7 @@ def _pad(tensors: Sequence[torch.Tensor], count: int) -> list[torch.Tensor | Non
 
 @torch.library.custom_op(f"{NAMESPACE}::qk_rms_norm", mutates_args=())
 def _qk_rms_norm_op(
-    qkv: list[torch.Tensor], weights: list[torch.Tensor], txt_qkv: list[torch.Tensor], txt_weights: list[torch.Tensor],
+    qkv: List[torch.Tensor], weights: List[torch.Tensor], txt_qkv: List[torch.Tensor], txt_weights: List[torch.Tensor],
     txt_tokens: int, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Query, key, value. Two tensors: one fused or three each. One stream or a joint one: (q, k), value empty."""
@@ -271,9 +271,9 @@ def _with_common_strides(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 @torch.library.custom_op(f"{NAMESPACE}::qk_rms_norm_backward", mutates_args=())
 def _qk_rms_norm_backward_op(
-    grads: list[torch.Tensor], qkv: list[torch.Tensor], weights: list[torch.Tensor], txt_qkv: list[torch.Tensor],
-    txt_weights: list[torch.Tensor], txt_tokens: int, eps: float,
-) -> list[torch.Tensor]:  # fmt: skip
+    grads: List[torch.Tensor], qkv: List[torch.Tensor], weights: List[torch.Tensor], txt_qkv: List[torch.Tensor],
+    txt_weights: List[torch.Tensor], txt_tokens: int, eps: float,
+) -> List[torch.Tensor]:  # fmt: skip
     """Gradients of the tensors in qkv, then of those in txt_qkv, in one launch; a fused qkv needs that of value."""
     results = _results(qkv, txt_qkv)
     x_grads, txt_grads = _streams(results[: len(qkv)], results[len(qkv) :], txt_tokens)

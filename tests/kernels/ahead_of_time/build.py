@@ -7,6 +7,7 @@ Run as a script in a process of its own: Triton's interpreter, which the other t
 """
 
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -20,8 +21,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[2] / "kernels")]
 
 import triton  # noqa: E402
 from spec import Spec  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.backends import compiler as triton_backends  # noqa: E402
+from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 VECTOR = r"\.v4\.[bf]32|\.v2\.[bfu]64|\.v8\.[bf]16"
@@ -38,17 +39,38 @@ def compile_spec(spec: Spec) -> triton.compiler.CompiledKernel:
     unknown = (spec.types.keys() | spec.constants.keys()) ^ set(kernel.arg_names)
     if unknown:
         raise ValueError(f"{spec.name}: types and constants must list the kernel's arguments; differs in {unknown}")
-    signature, constants, attributes = {}, {}, {}
+    signature, constants, aligned = {}, {}, []
     for i, name in enumerate(kernel.arg_names):
         kind = spec.types.get(name, "constexpr")
         signature[name] = kind.removesuffix(":16")
         if kind == "constexpr":
-            constants[(i,)] = spec.constants[name]
+            constants[i] = spec.constants[name]
         elif kind.startswith("*") or kind.endswith(":16"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            aligned.append(i)
     options = {"num_warps": spec.warps, "enable_fp_fusion": True}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    target = triton_backends.GPUTarget("cuda", 90, 32)
+    return triton.compile(_source(kernel, signature, constants, aligned), target=target, options=options)
+
+
+def _source(kernel, signature: dict[str, str], constants: dict[int, object], aligned: list[int]) -> ASTSource:
+    """What to compile, in the form this version of Triton takes: by position since 3.3, by name before."""
+    if not hasattr(triton_backends, "AttrsDescriptor"):
+        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        return ASTSource(kernel, signature, {(i,): value for i, value in constants.items()}, attributes)
+    attributes = triton_backends.AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+    named = {kernel.arg_names[i]: value for i, value in constants.items()}
+    # A pointer that is None is an argument like any other there, a constant of the type *i8.
+    types = {parameter.name: signature[parameter.name] for parameter in kernel.params if not parameter.is_constexpr}
+    return ASTSource(kernel, {k: "*i8" if v == "constexpr" else v for k, v in types.items()}, named, attributes)
+
+
+def _ptxas() -> str:
+    """The assembler inside the Triton wheel, which knows the PTX that this Triton writes."""
+    find = getattr(nvidia, "get_ptxas", None)
+    if find and "arch" in inspect.signature(find).parameters:  # a wheel may have two; 3.3 gives (path, version)
+        tool = find(90)
+        return tool[0] if isinstance(tool, tuple) else tool.path
+    return str(Path(nvidia.__file__).parent / "bin" / "ptxas")
 
 
 def measure(spec: Spec) -> dict[str, int]:
@@ -57,7 +79,7 @@ def measure(spec: Spec) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [_ptxas(), "-v", "-arch=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     loads = re.findall(r"ld\.global\S*", ptx)
     stores = re.findall(r"st\.global\S*", ptx)

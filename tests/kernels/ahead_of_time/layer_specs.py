@@ -129,8 +129,8 @@ SPECS = [
     Spec(
         name="fp8_quantize/amax",
         kernel=OPS + "fp8:_fp8_amax_kernel",
-        types={"x_ptr": "*bf16", "partial_ptr": "*fp32", "N": "i32:16", "TILES": "i32"},
-        constants={"LANES": fp8.LANES},
+        types={"x_ptr": "*bf16", "partial_ptr": "*fp32", "N": "i32:16"},
+        constants={"TILES": 12, "LANES": fp8.LANES},  # [16, 1024, 6144]
         warps=8,
         vector_loads=1,
     ),
