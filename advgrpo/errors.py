@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""Errors that a command answers with one line instead of a traceback (command.py)."""
 
 
 class UserError(Exception):
@@ -9,3 +9,7 @@ class UserError(Exception):
     """
 
     EXIT_CODE = 2
+
+
+class RunFailure(RuntimeError):
+    """Something that can go wrong while a run runs and is no bug: the message says what, where and what to change."""

@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import tyro
 import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
 from . import config as configuration
-from .config import NEED_REFERENCES, Config
+from .command import plain_console, run_command
+from .config import NEED_REFERENCES, Config, Options
 from .data.prompts import load_prompts
 from .data.references import ReferenceSet
 from .data.sources import Sources, metadata_of, shipped_path, told
@@ -51,8 +52,7 @@ _TINY_METRICS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Evaluate:
+class Evaluate(Options):
     """Score a model's pictures with several metrics, and compare it with a second model on the same noise."""
 
     metrics: str
@@ -99,11 +99,11 @@ class Evaluate:
         return list(dict.fromkeys(name.strip() for name in self.metrics.split(",") if name.strip()))
 
 
-Options = dict[str, dict[str, Any]]
+MetricOptions = dict[str, dict[str, Any]]
 Scores = dict[str, torch.Tensor]  # metric -> [prompts, images_per_prompt] float64
 
 
-def split_metric_options(arguments: list[str]) -> tuple[list[str], Options]:
+def split_metric_options(arguments: list[str]) -> tuple[list[str], MetricOptions]:
     """Take `--metric-options.METRIC.OPTION VALUE` (or `=VALUE`) out of the flags; values are read as YAML.
 
     Raises:
@@ -129,7 +129,7 @@ def split_metric_options(arguments: list[str]) -> tuple[list[str], Options]:
     return rest, options
 
 
-def metric_options(options: Evaluate, flags: Options) -> Options:
+def metric_options(options: Evaluate, flags: MetricOptions) -> MetricOptions:
     """Defaults of the tiny world, then the file, then flags; UserError for metrics that are not evaluated."""
     file = configuration.read_yaml(options.metric_options_file) if options.metric_options_file else {}
     for metric, given in file.items():
@@ -180,7 +180,7 @@ def read_data(options: Evaluate) -> Sources:
     return Sources([], prompts, references, metadata_of(lines))
 
 
-def build_metrics(options: Options, device: torch.device, sources: Sources) -> dict[str, Reward]:
+def build_metrics(options: MetricOptions, device: torch.device, sources: Sources) -> dict[str, Reward]:
     """The rewards, each checked against the prompts it will see."""
     built = {}
     for name, given in options.items():
@@ -325,10 +325,10 @@ def result_table(results: dict[str, Result], names: list[str], options: Evaluate
 
 def _cell(interval: Interval, form: str = "{:.4f}") -> str:
     mean, low, high = (form.format(value) for value in (interval.mean, interval.low, interval.high))
-    return rf"{mean} \[{low}, {high}]"
+    return f"{mean} [{low}, {high}]"
 
 
-def report(options: Evaluate, metric_settings: Options, scores: dict[str, Scores], prompts: list[str]) -> dict:
+def report(options: Evaluate, metric_settings: MetricOptions, scores: dict[str, Scores], prompts: list[str]) -> dict:
     """What evaluation.json holds."""
     per_prompt = [
         {
@@ -339,9 +339,8 @@ def report(options: Evaluate, metric_settings: Options, scores: dict[str, Scores
     ]
     from .run import versions
 
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     return {
-        "settings": {**settings, "metric_options": metric_settings},
+        "settings": {**options.model_dump(mode="json"), "metric_options": metric_settings},
         "versions": versions(),
         "models": list(scores),
         "results": {name: asdict(result) for name, result in summarise(scores, options).items()},
@@ -361,7 +360,7 @@ def grid_rows(columns: dict[str, list], references: ReferenceSet | None) -> list
     return rows
 
 
-def evaluate(options: Evaluate, flags: Options, console: Console) -> dict:
+def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
     """Draw, score, compare; writes evaluation.json and grid.png and returns what the former holds."""
     from .run import prepare_output
 
@@ -393,17 +392,16 @@ def evaluate(options: Evaluate, flags: Options, console: Console) -> dict:
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 for bad input."""
-    console = Console()
-    try:
-        rest, flags = split_metric_options(sys.argv[1:] if arguments is None else arguments)
-        options = tyro.cli(Evaluate, args=rest, prog="python -m advgrpo.evaluate", description=__doc__)
-        quiet_libraries()
-        evaluate(options, flags, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes of `command.run_command`."""
+    return run_command(_evaluate, arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    rest, flags = split_metric_options(arguments)
+    options = configuration.parse_options(Evaluate, rest, program="python -m advgrpo.evaluate", about=__doc__)
+    quiet_libraries()
+    evaluate(options, flags, plain_console())
     return 0
 
 

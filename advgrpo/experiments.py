@@ -14,26 +14,24 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from rich.console import Console
 
 from . import config as configuration
+from .command import INTERRUPTED, plain_console, run_command
+from .config import Options, Positional
 from .errors import UserError
 from .experiment_plan import EXPERIMENTS, chains, select, take_shard
 from .train import quiet_libraries
 
-_INTERRUPTED = 130
 
-
-@dataclass
-class Report:
+class Report(Options):
     """Write tables, figures and numbers of the runs that are there."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ("all",)
+    names: Annotated[tuple[str, ...], Positional] = ("all",)
     """all, or some of the experiments."""
     output: Path = Path("docs/results")
     """Folder for the pages, figures and results.json."""
@@ -47,7 +45,6 @@ class Report:
     """YAML laid over every arm: other models, data or sizes."""
 
 
-@dataclass
 class Make(Report):
     """Make the runs, then write the report."""
 
@@ -70,7 +67,7 @@ def make(options: Make, console: Console) -> int:
         for job in failed:
             console.print(f"failed: {job}: {runs.failure(job)}", markup=False)
         code = int(bool(failed))
-    if code == _INTERRUPTED or options.shard != "0/1":
+    if code == INTERRUPTED or options.shard != "0/1":
         return code
     return max(code, report(options, console))
 
@@ -96,7 +93,7 @@ def _make_side_by_side(options: Make) -> int:
     except KeyboardInterrupt:  # the terminal has sent it to the children as well: let them save
         for process in processes:
             process.wait()
-        return _INTERRUPTED
+        return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -123,23 +120,23 @@ def plan(options: Report):
     return Plan(options.work.resolve(), options.iterations, options.config)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 1 when a run failed or is missing; 2 for bad input; 130 when interrupted."""
-    console = Console(soft_wrap=True, highlight=False)
-    commands = Annotated[Make, tyro.conf.subcommand("run")] | Annotated[Report, tyro.conf.subcommand("report")]
-    description = f"{__doc__}\nExperiments: {', '.join(EXPERIMENTS)}"
-    options = tyro.cli(commands, args=arguments, prog="python -m advgrpo.experiments", description=description)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes of `command.run_command`; 1 also when a run failed or is missing."""
+    return run_command(_experiments, arguments, interrupted="interrupted: call again to continue")
+
+
+def _experiments(arguments: list[str]) -> int:
+    commands, about = {"run": Make, "report": Report}, f"{__doc__}\nExperiments: {', '.join(EXPERIMENTS)}"
+    options = configuration.parse_command(commands, arguments, program="python -m advgrpo.experiments", about=about)
     quiet_libraries()
     from .experiment_runs import Stopped
 
+    console = plain_console(soft_wrap=True)
     try:
         return make(options, console) if isinstance(options, Make) else report(options, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
-    except (Stopped, KeyboardInterrupt) as error:
-        print(f"interrupted: {error or 'call again to continue'}", file=sys.stderr)
-        return _INTERRUPTED
+    except Stopped as error:
+        print(f"interrupted: {error}", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -6,20 +6,20 @@ python -m advgrpo.export runs/tiny/lora --format kohya --out lora.safetensors
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import tyro
-
-from .config import ExportFormat
+from . import config as configuration
+from .command import run_command
+from .config import ExportFormat, Options, Positional
 from .errors import UserError
 
 
-@dataclass
-class Export:
+class Export(Options):
     """Convert a trained LoRA; its strength is folded into the weights, so every program applies it at 1.0."""
 
-    lora: tyro.conf.Positional[Path]
+    lora: Annotated[Path, Positional]
     """Folder with pytorch_lora_weights.safetensors, such as OUT/lora, or a file in diffusers' format."""
     out: Path
     """File to write, .safetensors."""
@@ -40,14 +40,13 @@ def export(options: Export) -> None:
     print(f"wrote {options.out}: {len(file.modules)} adapters of the {file.component} for {options.format}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 for bad input."""
-    options = tyro.cli(Export, args=arguments, prog="python -m advgrpo.export", description=__doc__)
-    try:
-        export(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes of `command.run_command`."""
+    return run_command(_export, arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    export(configuration.parse_options(Export, arguments, program="python -m advgrpo.export", about=__doc__))
     return 0
 
 

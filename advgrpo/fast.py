@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .config import Config
 from .errors import UserError
@@ -74,7 +74,8 @@ class FastPaths:
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis")  # a line each, whatever the terminal's width
         for row in self.table:
-            table.add_row("[green]on[/]" if row.on else "[dim]off[/]", row.name, escape(row.why))
+            state = Text("on", "green") if row.on else Text("off", "dim")
+            table.add_row(state, Text(row.name), Text(row.why))
         console.print(table)
 
 

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import tyro
 
+from . import config as configuration
+from .command import run_command
+from .config import Options, Repeated
 from .errors import UserError
 from .tiny import WORLDS
 
 
-@dataclass
-class Generate:
+class Generate(Options):
     """Pictures from a base model, a trained LoRA, or both side by side."""
 
-    prompt: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="TEXT")] = field(default_factory=list)
+    prompt: Annotated[tuple[str, ...], Repeated] = ()
     """Text to draw; repeat the flag for several."""
     lora: str = ""
     """Folder with pytorch_lora_weights.safetensors, such as OUT/lora; empty draws the base model."""
@@ -110,16 +111,17 @@ def generate(options: Generate) -> None:
     print(f"wrote {options.output}")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes of `command.run_command`."""
+    return run_command(_generate, arguments)
+
+
+def _generate(arguments: list[str]) -> int:
     from .train import quiet_libraries
 
-    options = tyro.cli(Generate, args=arguments, prog="python -m advgrpo.generate", description=__doc__)
+    options = configuration.parse_options(Generate, arguments, program="python -m advgrpo.generate", about=__doc__)
     quiet_libraries()
-    try:
-        generate(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+    generate(options)
     return 0
 
 

@@ -1,31 +1,34 @@
-"""What fits a GPU, before a run: python -m advgrpo.plan --preset sd35m-dino-paper --gpu 24,80 --processes 8"""
+"""Estimate GPU memory by component and choose what fits each GPU size: micro-batch, gradient checkpointing, where the
+text encoders run. Needs neither GPU nor network; every flag of python -m advgrpo.train is understood as well.
+
+python -m advgrpo.plan --preset sd35m-dino-paper --gpu 24,80 --processes 8
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
+from typing import Annotated
 
-from rich.console import Console
+from pydantic import Field
 
 from . import config as configuration
+from .command import plain_console, run_command
 from .errors import UserError
-from .train import parse, quiet_libraries
+from .train import Start, quiet_libraries, read_settings
 
+_NOTHING_FITS = 1
 _SIZES = "24,40,80,141"
+_MOST_GB = 10_000
 
 
-def _arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m advgrpo.plan",
-        description="Estimate GPU memory by component and choose micro-batch, gradient checkpointing and the place of "
-        "the text encoders for each GPU size. Needs neither GPU nor network.",
-        epilog="Every flag of python -m advgrpo.train is understood as well: --preset, --config, --model.resolution, "
-        f"... Presets: {', '.join(configuration.preset_names())}.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--gpu", default=_SIZES, help=f"sizes in GB, or auto for this machine's GPU (default {_SIZES})")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs that share an iteration's pictures (default 1)")
-    return parser.parse_known_args(arguments)
+class Plan(Start):
+    """What the plan is for, and where the settings come from."""
+
+    gpu: Annotated[str, Field(min_length=1)] = _SIZES
+    """Sizes in GB, separated by commas, or auto for this machine's GPU."""
+    processes: Annotated[int, Field(ge=1, le=65536)] = 1
+    """GPUs that share an iteration's pictures."""
 
 
 def _sizes(text: str) -> list[float]:
@@ -36,29 +39,32 @@ def _sizes(text: str) -> list[float]:
             raise UserError("--gpu auto: this machine has no CUDA device; pass a size in GB, such as --gpu 80")
         return [torch.cuda.get_device_properties(0).total_memory / 1e9]
     try:
-        return [float(size) for size in text.split(",")]
+        sizes = [float(size) for size in text.split(",")]
     except ValueError:
         raise UserError(f"--gpu {text}: want sizes in GB such as {_SIZES}, or auto") from None
+    if not all(0 < size <= _MOST_GB for size in sizes):
+        raise UserError(f"--gpu {text}: want sizes above 0 and up to {_MOST_GB} GB, such as {_SIZES}, or auto")
+    return sizes
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 when some size fits, 1 when none does, 2 for bad input."""
-    chosen, flags = _arguments(sys.argv[1:] if arguments is None else arguments)
-    try:
-        sizes = _sizes(chosen.gpu)
-        config, _ = parse(flags)
-        from .memory import plan, table  # imports torch only once the flags are right
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes of `command.run_command`; 1 when no size fits."""
+    return run_command(_plan, arguments)
 
-        quiet_libraries()
-        plans = [plan(config, size, processes=chosen.processes) for size in sizes]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
-    console = Console()
+
+def _plan(arguments: list[str]) -> int:
+    about = f"{__doc__}\nPresets: {', '.join(configuration.preset_names())}."
+    config, chosen = read_settings(arguments, Plan, program="python -m advgrpo.plan", about=about)
+    sizes = _sizes(chosen.gpu)
+    from .memory import plan, table  # imports torch only once the flags are right
+
+    quiet_libraries()
+    plans = [plan(config, size, processes=chosen.processes) for size in sizes]
+    console = plain_console()
     console.print(table(plans))
     for each in plans:
-        console.print(each.line(), soft_wrap=True, highlight=False)
-    return 0 if any(each.fits for each in plans) else 1
+        console.print(each.line(), soft_wrap=True)
+    return 0 if any(each.fits for each in plans) else _NOTHING_FITS
 
 
 if __name__ == "__main__":

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from . import config as configuration
+from .command import plain_console, run_command
+from .config import Options, Positional
 from .data.prompts import load_prompts
 from .errors import UserError
 
 BAD_SET = 1  # exit code of `check` for a set with errors
 
 
-@dataclass
-class Generate:
+class Generate(Options):
     """Draw a reference set with a text-to-image model. Run it again to continue; finished pictures are verified."""
 
     prompts: list[Path]
@@ -55,11 +56,10 @@ class Generate:
     """Where the model runs; auto is this process's GPU, or the CPU if there is none."""
 
 
-@dataclass
-class Check:
+class Check(Options):
     """Look for everything that is wrong with a reference set; exit code 1 if anything is."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, Positional]
     """Folder with references.json and the pictures, or a style: a folder of pictures alone."""
     prompts: list[Path] | None = None
     """Prompt files whose prompts all need references; without, those of the index, or a style."""
@@ -146,24 +146,17 @@ def _device(choice: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 when all is well, 1 for a set that `check` finds errors in, 2 for bad input."""
-    options = tyro.cli(
-        Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Check, tyro.conf.subcommand("check")],
-        args=arguments,
-        prog="python -m advgrpo.references",
-        description=__doc__,
-    )
-    try:
-        if isinstance(options, Check):
-            return 0 if check(options, Console()) else BAD_SET
-        generate(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes of `command.run_command`; 1 for a set that `check` finds errors in."""
+    return run_command(_references, arguments, interrupted="interrupted; run the same command again to continue")
+
+
+def _references(arguments: list[str]) -> int:
+    commands = {"generate": Generate, "check": Check}
+    options = configuration.parse_command(commands, arguments, program="python -m advgrpo.references", about=__doc__)
+    if isinstance(options, Check):
+        return 0 if check(options, plain_console()) else BAD_SET
+    generate(options)
     return 0
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import RunFailure, UserError
 
 POLL_SECONDS = 1.0
 # A stopped process (SIGSTOP, a frozen machine) costs this + polls + GRACE_SECONDS + the 30 s that torchrun leaves
@@ -33,11 +33,11 @@ LINGER_SECONDS = (
 _WAIT_POLL_SECONDS = 0.05
 
 
-class CollectiveError(RuntimeError):
+class CollectiveError(RunFailure):
     """A collective failed or timed out on this rank, and no rank reported why."""
 
 
-class RankFailure(RuntimeError):
+class RankFailure(RunFailure):
     """Another rank failed; the message holds its error."""
 
 

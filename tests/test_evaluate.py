@@ -163,7 +163,7 @@ def test_options_of_metrics_come_from_defaults_file_and_flags(tmp_path):
     assert given == {"rule": {"strict": True}, "pickscore": {"path": "here"}}
     file = tmp_path / "options.yaml"
     file.write_text(yaml.safe_dump({"rule": {"strict": False}, "dino_similarity": {"reduction": "max"}}))
-    options = Evaluate("rule, pickscore,dino_similarity", tmp_path, metric_options_file=file)
+    options = Evaluate(metrics="rule, pickscore,dino_similarity", output=tmp_path, metric_options_file=file)
     assert metric_options(options, given) == {
         "rule": {"strict": True},
         "pickscore": {"path": "here"},

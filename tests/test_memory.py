@@ -298,7 +298,8 @@ def test_command_line(capsys):
     for arguments, message in (
         (["--gpu", "big"], "--gpu big: want sizes in GB"),
         (["--gpu", "24", "--preset", "nope"], "unknown preset 'nope'"),
-        (["--gpu", "24", "--processes", "0"], "want positive numbers"),
+        (["--gpu", "24", "--processes", "0"], "--processes 0: want a whole number from 1"),
+        (["--gpu", "inf"], "--gpu inf: want sizes above 0"),
     ):
         assert command.main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -206,7 +206,7 @@ from pathlib import Path
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("diffusers", "tyro"):
+        if name.split(".")[0] in ("diffusers",):
             raise ImportError(name)
 
 sys.meta_path.insert(0, Blocked())

@@ -417,3 +417,19 @@ def test_resume_refuses_other_settings_and_damaged_or_foreign_checkpoints(unit_c
     unit_config.iterations = 4
     with pytest.raises(UserError, match="iteration-000003"):
         run(unit_config, resume=True)
+
+
+def test_infinity_as_no_limit_trains_and_is_resumed(unit_config):
+    """Neither gradient, ratio nor importance weight is limited; the checkpoint's JSON holds that."""
+    update = unit_config.update
+    update.max_grad_norm = update.clip_range = update.importance_cap = float("inf")
+    update.old_log_prob = "truncated_importance"
+    unit_config.iterations = 1
+    run(unit_config)
+    saved = config.load(file=Path(unit_config.output_dir) / "config.yaml")
+    assert saved == unit_config
+    saved.iterations = 2
+    run(saved, resume=True)
+    rows = metrics(unit_config.output_dir)
+    assert [row["iteration"] for row in rows] == [0, 1]
+    assert all(row["clip_fraction"] == row["importance_capped_fraction"] == 0 for row in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import UserError
+from .explain import did_you_mean, explain
 from .sections import Config
+
+_MOST_BYTES = 1_000_000  # of a file of settings
 
 
 def preset_names() -> list[str]:
@@ -19,27 +21,61 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def _nearest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+class _Loader(yaml.SafeLoader):
+    """Plain data only; a key that stands twice in a mapping is an error, where YAML would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice; leave one out", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; UserError for a missing file, a syntax error or anything that is not a mapping."""
+    """A YAML mapping.
+
+    Raises:
+        UserError: a missing or oversized file, bytes that are not UTF-8, a syntax error, a repeated key, nesting too
+            deep to read, or anything that is not a mapping.
+    """
+    where = f"config file {path}"
     try:
-        content = yaml.safe_load(path.read_text())
+        if path.exists() and not path.is_file():
+            raise UserError(f"{where} is not a regular file; pass a YAML file")
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{where} is larger than {_MOST_BYTES} bytes; pass a file of settings")
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror or error}; pass an existing YAML file") from error
+        raise UserError(f"{where}: {error.strerror or error}; pass an existing YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text (byte {error.start}); pass a YAML file") from error
     except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {error}") from error
+        raise UserError(f"{where} is not valid YAML: {_problem(error)}") from error
+    except (RecursionError, ValueError) as error:  # nesting; whole numbers of thousands of digits, impossible dates
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{where} cannot be read: {reason}; correct the file") from error
     if not isinstance(content, dict):
-        raise UserError(f"config file {path}: want a mapping of settings, got {type(content).__name__}")
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{where}: want a mapping of settings such as 'iterations: 100', got {found}")
     return content
 
 
-def read_preset(name: str) -> dict[str, Any]:
-    if name not in preset_names():
-        raise UserError(f"unknown preset {name!r}{_nearest(name, preset_names())}")
+def _problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    text = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"{text} (line {mark.line + 1}, column {mark.column + 1})" if mark else text
+
+
+def read_preset(name: Any) -> dict[str, Any]:
+    """A preset's settings, laid over those of the preset that it names."""
+    if not isinstance(name, str) or name not in preset_names():
+        raise UserError(f"unknown preset {name!r}{did_you_mean(str(name), preset_names(), cutoff=0.3)}")
     settings = read_yaml(Path(str(resources.files("advgrpo") / "presets" / f"{name}.yaml")))
     base = settings.pop("preset", None)  # a job is another preset with a few changes
     return merge(read_preset(base), settings) if base else settings
@@ -54,37 +90,27 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _fields_at(location: tuple) -> list[str]:
-    model: Any = Config
-    for part in location:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        model = field.annotation if field else None
-    return list(model.model_fields) if hasattr(model, "model_fields") else []
-
-
 def build(settings: dict[str, Any], source: str) -> Config:
-    """A checked Config; UserError naming each wrong field, its value and, for unknown keys, the nearest known one."""
+    """A Config of valid values; UserError naming each wrong field, its value and what is wanted (`explain`)."""
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            location = problem["loc"]
-            name = ".".join(str(part) for part in location)
-            if problem["type"] == "extra_forbidden":
-                lines.append(f"unknown key {name!r}{_nearest(str(location[-1]), _fields_at(location[:-1]))}")
-            else:
-                lines.append(f"{name} = {problem['input']!r}: {problem['msg']}")
-        raise UserError(f"{source}: " + "; ".join(lines)) from error
+        raise UserError(f"{source}: {explain(error, Config, settings)}") from error
+
+
+def read(preset: str | None = None, file: Path | None = None) -> tuple[dict[str, Any], str]:
+    """(settings of the preset with the file's laid over them, not yet validated; what to call them in errors).
+
+    Without `preset` it is the one that the file names with `preset:`, else "tiny".
+    """
+    settings = read_yaml(file) if file else {}
+    named = settings.pop("preset", None)
+    return merge(read_preset(preset or named or "tiny"), settings), str(file) if file else f"preset {preset or 'tiny'}"
 
 
 def load(preset: str | None = None, file: Path | None = None) -> Config:
     """Preset (default "tiny", or the file's own `preset:` key), with the file's settings laid over it."""
-    settings = read_yaml(file) if file else {}
-    name = preset or settings.pop("preset", "tiny")
-    settings.pop("preset", None)
-    source = str(file) if file else f"preset {name}"
-    return build(merge(read_preset(name), settings), source)
+    return build(*read(preset, file))
 
 
 def dump(config: Config) -> str:

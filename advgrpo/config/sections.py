@@ -1,13 +1,17 @@
-"""The settings as typed, nested, strict models; every field's docstring is its `--help`.
+"""The settings as typed, nested, strict models; every field's docstring is its help.
 
-Defaults are the paper's values on SD3.5-medium (METHOD section 8).
+Defaults are the values of Adv-GRPO (arXiv 2511.20256) on SD3.5-medium. Numbers are finite unless the field is an
+`OrInfinity`; the upper limits of counts are where a larger one can only be a slip.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, PlainSerializer
+
+from .base import Section
 
 LORA_TARGETS = (
     "attn.to_q",
@@ -19,9 +23,25 @@ LORA_TARGETS = (
     "attn.add_v_proj",
     "attn.to_add_out",
 )
-Positive = Annotated[int, Field(gt=0)]
+MOST_PER_PROMPT = 1000  # held-out pictures of a prompt: evaluation numbers picture k of prompt p as 1000 p + k
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Batch = Annotated[int, Field(ge=1, le=65536)]
+Pixels = Annotated[int, Field(ge=1, le=8192)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+PerPrompt = Annotated[int, Field(ge=1, le=MOST_PER_PROMPT)]
+Above0 = Annotated[float, Field(gt=0, le=1e30)]  # float32, which most of these become, ends at 3e38
+AtLeast0 = Annotated[float, Field(ge=0, le=1e30)]
+Guidance = Annotated[float, Field(ge=1, le=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ExportFormat = Literal["diffusers", "comfyui", "kohya"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+# Where infinity means "no limit". JSON has no infinity: it is the text "inf" in checkpoints and in YAML.
+OrInfinity = Annotated[
+    float,
+    Field(gt=0, allow_inf_nan=True),
+    PlainSerializer(lambda value: "inf" if math.isinf(value) else value, when_used="json"),
+]
 FlagName = Literal[
     "reward_collapse",
     "mode_collapse",
@@ -35,23 +55,19 @@ FlagName = Literal[
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
-
-
-class LoraSection(_Section):
+class LoraSection(Section):
     """Low-rank adapters of the transformer."""
 
-    rank: Positive = 32
+    rank: Annotated[int, Field(ge=1, le=4096)] = 32
     """Rank r of every adapter."""
-    alpha: Annotated[float, Field(gt=0)] = 64
+    alpha: Above0 = 64
     """Strength: the update is (alpha / rank) * B @ A."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """Initialisation of A; B starts at zero, so training starts from the base model."""
-    targets: tuple[str, ...] = LORA_TARGETS
-    """Module-name suffixes that get an adapter. The default, SD3's eight attention projections (METHOD section 8),
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LORA_TARGETS
+    """Module-name suffixes that get an adapter. The default, SD3's eight attention projections,
     stands for attn1 and attn2's to_q, to_k, to_v and to_out.0 where the model is a UNet."""
-    blocks: Literal["all"] | Positive = "all"
+    blocks: Literal["all"] | Batch = "all"
     """"all", or only the last N transformer blocks."""
     start_from: str = ""
     """Folder of a trained LoRA (such as OUT/lora) to start from instead of zero; same rank, targets and blocks, at the
@@ -61,19 +77,19 @@ class LoraSection(_Section):
     UIs) add comfyui.safetensors or kohya.safetensors beside it."""
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The generator being trained."""
 
     path: str = "stabilityai/stable-diffusion-3.5-medium"
     """Diffusers pipeline: folder, hub id, or "tiny" for the shipped one ("tiny:words" for the one that draws words)."""
-    resolution: Positive = 512
+    resolution: Pixels = 512
     """Height and width of the pictures in pixels."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Weights and activations of the frozen base; adapters and latents are float32 always."""
     train: Literal["lora", "full"] = "lora"
     """"full" trains every transformer weight: it learns faster and forgets more (a warning is printed)."""
     lora: LoraSection = LoraSection()
-    max_sequence_length: Positive = 128
+    max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 128
     """Tokens of the T5 prompt (SD3 models; 1 where the pipeline has no T5)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
@@ -86,7 +102,7 @@ class ModelSection(_Section):
     """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast."""
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Prompts and reference pictures."""
 
     prompts: str = ""
@@ -100,22 +116,22 @@ class DataSection(_Section):
     style: str = ""
     """Folder of pictures without prompts that are the references of every prompt (style transfer), instead; for the
     tiny world "tiny:outline", "tiny:pastel" or "tiny:hatched"."""
-    reference_count: Annotated[int, Field(ge=0)] = 0
+    reference_count: Count = 0
     """Train with only N reference pictures: on prompts in a seeded order until theirs make N; 0 takes all."""
-    min_reference_size: Positive = 256
+    min_reference_size: Pixels = 256
     """Smallest accepted side of a reference picture, in pixels."""
     cache_dir: str = "~/.cache/advgrpo"
     """Where text embeddings and reference features are kept, keyed by content hash."""
 
 
-class WindowSection(_Section):
+class WindowSection(Section):
     """The steps that are stochastic and trained on."""
 
     order: Literal["auto", "random", "contiguous", "sliding", "fixed"] = "auto"
     """How an iteration's steps are chosen: fixed, those of `steps`; random, any `size` steps of `noise_range`;
     contiguous, `size` consecutive ones from a random start; sliding, consecutive ones that move from the noisiest to
     the cleanest over the iterations and start over (MixGRPO); auto, fixed where `steps` is set and random otherwise."""
-    steps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    steps: tuple[Count, ...] | None = None
     """Order fixed: the steps, such as 0 1."""
     size: Positive = 2
     """The other orders: number of steps."""
@@ -146,23 +162,23 @@ class WindowSection(_Section):
         return int(count * self.train_share)
 
 
-class RolloutSection(_Section):
+class RolloutSection(Section):
     """Sampling of one iteration's pictures."""
 
-    prompts_per_iteration: Positive = 48
+    prompts_per_iteration: Batch = 48
     """Groups per iteration over all processes."""
-    group_size: Annotated[int, Field(ge=2)] = 16
+    group_size: Annotated[int, Field(ge=2, le=4096)] = 16
     """Pictures per prompt; fewer than 8 learn slowly."""
-    micro_batch: Positive = 8
+    micro_batch: Batch = 8
     """Pictures computed at once; divides group_size or is a multiple of it. Training uses the same tiles."""
-    num_steps: Positive = 10
+    num_steps: Steps = 10
     """Sampler steps."""
-    guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    guidance_scale: Guidance = 4.5
     """Classifier-free guidance in sampling and training; 1 switches it off."""
     dynamics: Literal["flow_cps", "flow_sde", "dance_sde", "ddim"] = "flow_cps"
-    """Stochastic sampler on the window's steps (METHOD section 2); ddim for models that predict noise (SD1.5, SDXL),
-    and for no others."""
-    noise_level: Annotated[float, Field(gt=0)] = 0.8
+    """Stochastic sampler on the window's steps (arXiv 2509.05952, 2505.05470, 2505.07818); ddim for models that predict
+    noise (SD1.5, SDXL), and for no others."""
+    noise_level: Above0 = 0.8
     """Noise level eta on the window's steps."""
     likelihood: Literal["squared_error", "gaussian"] = "squared_error"
     """Log-probability: Flow-CPS drops constants and variance (squared_error), Flow-GRPO keeps them (gaussian)."""
@@ -177,55 +193,55 @@ class RolloutSection(_Section):
     weights in `precision`, which needs another update.old_log_prob."""
 
 
-class AdvantageSection(_Section):
-    """Group-relative advantages (METHOD section 4)."""
+class AdvantageSection(Section):
+    """Group-relative advantages (arXiv 2511.20256, eq. 1)."""
 
     std: Literal["group", "global", "none"] = "group"
     """Normalise by the group's standard deviation, the iteration's, or not at all."""
-    eps: Annotated[float, Field(gt=0)] = 1e-4
+    eps: Above0 = 1e-4
     """Added to the standard deviation."""
-    clip: Annotated[float, Field(gt=0)] = 5.0
+    clip: Above0 = 5.0
     """Advantages are clipped to +-clip."""
 
 
-class UpdateSection(_Section):
-    """The generator's optimizer and loss (METHOD section 5)."""
+class UpdateSection(Section):
+    """The generator's optimizer and loss (arXiv 2511.20256, eqs. 2-3)."""
 
     objective: Literal["policy", "sft"] = "policy"
     """Policy gradient on the rewards, or supervised fine-tuning on the references: nothing is sampled, no reward and
     no adversary is loaded or trained, and prompts_per_iteration x group_size references are learned from per iteration,
     without guidance."""
-    clip_range: Annotated[float, Field(gt=0)] = 1e-5
-    """PPO clip epsilon on the likelihood ratio."""
-    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    clip_range: OrInfinity = 1e-5
+    """PPO clip epsilon on the likelihood ratio; inf does not clip."""
+    kl_weight: AtLeast0 = 0.0
     """Weight beta of the KL to the adapter-disabled model."""
     optimizer_windows: Positive = 2
     """Optimizer steps per iteration: the rollout is cut into this many parts."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    learning_rate: Above0 = 3e-4
     """AdamW's learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's moment decays."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    weight_decay: AtLeast0 = 1e-4
     """AdamW's decoupled weight decay."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Above0 = 1e-8
     """Adam's eps; LoRA gradients can be this small, in which case a smaller eps speeds learning up."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """The gradient is scaled down to this norm."""
+    max_grad_norm: OrInfinity = 1.0
+    """The gradient is scaled down to this norm; inf leaves it as it is."""
     optimizer: Literal["auto", "fused", "torch", "apex"] = "auto"
     """AdamW by our fused kernel (what auto takes with --fast), torch's, or NVIDIA Apex's FusedAdam when installed."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    ema_decay: Decay = 0.9
     """Moving average of the adapters, stepped once per optimizer step; evaluated and exported."""
     old_log_prob: Literal["rollout", "recompute", "truncated_importance"] = "rollout"
     """Behaviour policy of the ratio: the rollout's own log-probabilities; the trainer's, recomputed before the first
     optimizer step; or those with each picture's loss weighted by min(p_trainer / p_rollout, importance_cap)."""
-    importance_cap: Annotated[float, Field(gt=0)] = 2.0
-    """Largest weight of "truncated_importance"."""
-    max_log_prob_drift: Annotated[float, Field(ge=0)] = 0.0
-    """Largest |log p - log p_old| tolerated before the first optimizer step; METHOD section 5 wants exactly 0."""
+    importance_cap: OrInfinity = 2.0
+    """Largest weight of "truncated_importance"; inf caps nothing."""
+    max_log_prob_drift: AtLeast0 = 0.0
+    """Largest |log p - log p_old| tolerated before the first optimizer step; on-policy it is exactly 0."""
 
 
-class AdversarySection(_Section):
-    """The learned reward: a head on frozen DINOv2 features (METHOD section 6)."""
+class AdversarySection(Section):
+    """The learned reward: a head on frozen DINOv2 features (arXiv 2511.20256, eqs. 9-14)."""
 
     kind: Literal["dino", "siglip", "pickscore", "none"] = "dino"
     """What discriminates: a head on DINOv2 or SigLIP features, the last layers of PickScore, or nothing (fixed
@@ -238,54 +254,54 @@ class AdversarySection(_Section):
     """Kind pickscore: how many of the last vision layers learn (paper 2, released 1)."""
     objective: Literal["binary", "pairwise"] = "binary"
     """Kind pickscore: cross-entropy of each picture, or of (reference, generation) pairs (released)."""
-    image_size: Positive = 518
+    image_size: Pixels = 518
     """Pictures are resized to this before the backbone."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the frozen backbone; the head is float32."""
-    hidden_size: Positive = 512
+    hidden_size: Batch = 512
     """Width of the head."""
-    num_patches: Positive = 64
+    num_patches: Batch = 64
     """Random patches scored per picture."""
-    reward_weights: tuple[float, float] = (0.7, 0.3)
+    reward_weights: tuple[AtLeast0, AtLeast0] = (0.7, 0.3)
     """Weights of the global (cls) and local (patches) score in the reward."""
-    loss_weights: tuple[float, float] = (0.7, 0.3)
+    loss_weights: tuple[AtLeast0, AtLeast0] = (0.7, 0.3)
     """Weights of the global and local hinge loss."""
     normalize: Literal["never", "always", "reward_only"] = "never"
     """L2-normalised features; "reward_only" reproduces the released code's mismatch."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Above0 = 1e-4
     """Adam's learning rate for the head."""
-    betas: tuple[Fraction, Fraction] = (0.5, 0.999)
+    betas: tuple[Decay, Decay] = (0.5, 0.999)
     """Adam's moment decays for the head."""
     schedule: Literal["when_fooled", "always", "ratio", "never", "alternate"] = "when_fooled"
     """When the head trains: when generations outscore references (eq. 7), always, at a fixed ratio of head updates to
     optimizer steps, never, or alternating with the generator as the released code does."""
-    fooled_margin: Annotated[float, Field(ge=0)] = 0.0
+    fooled_margin: AtLeast0 = 0.0
     """Schedule "when_fooled" trains when mean R(gen) > mean R(ref) - margin; 0 is eq. 7. A positive margin keeps
     the head from being over-optimised while it is not fooled yet on average; a converged hinge head separates by 2."""
     updates_per_iteration: Positive = 10
     """Head updates in an iteration in which it trains."""
-    ratio: Annotated[float, Field(gt=0)] = 10.0
+    ratio: Above0 = 10.0
     """Head updates per optimizer step of the generator; used by schedule "ratio"."""
-    alternate_period: Annotated[int, Field(ge=2)] = 10
+    alternate_period: Annotated[int, Field(ge=2, le=2**31 - 1)] = 10
     """Schedule "alternate": of this many iterations only the last trains the generator."""
-    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    warmup_iterations: Count = 0
     """First iterations that train only the head, whatever the schedule: a random head is a random reward."""
     warmup_updates: Positive = 10
     """Head updates in each of those iterations."""
-    batch_size: Positive = 64
+    batch_size: Batch = 64
     """Generated pictures, and as many references, per head update."""
-    replay_capacity: Annotated[int, Field(ge=0)] = 1024
+    replay_capacity: Count = 1024
     """Older generations kept as negatives."""
     replay_share: Fraction = 0.25
     """Share of each head batch drawn from the replay buffer once it holds anything."""
-    cached_patches: Positive = 256
+    cached_patches: Batch = 256
     """Patch features kept per reference (a random subset when the backbone has more)."""
 
 
-class RewardSection(_Section):
+class RewardSection(Section):
     """How one reward counts in the total (rewards/compose.py)."""
 
-    weight: Annotated[float, Field(ge=0)] = 0.0
+    weight: AtLeast0 = 0.0
     """Weight in the sum; 0 leaves the reward out."""
     normalize: Literal["none", "group", "global"] = "none"
     """As it is, or with mean 0 and standard deviation 1 over the prompt's group or over the iteration."""
@@ -304,7 +320,7 @@ class RewardSection(_Section):
 class AdversaryReward(RewardSection):
     """The learned reward of section `adversary`."""
 
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: AtLeast0 = 1.0
     """Weight in the sum."""
 
 
@@ -336,7 +352,7 @@ class DinoSimilarityReward(RewardSection):
 
     path: str = "facebook/dinov2-base"
     """Dinov2Model folder or hub id; "tiny" for the shipped one."""
-    image_size: Positive = 518
+    image_size: Pixels = 518
     """Pictures are resized to this."""
     reduction: Literal["mean", "max"] = "mean"
     """Over the references; the released code's OCR partner is max."""
@@ -354,9 +370,9 @@ class AestheticReward(RewardSection):
 class OcrReward(RewardSection):
     """Edit distance of the text read in the picture to the prompt's quoted text."""
 
-    detection_size: Positive = 736
+    detection_size: Pixels = 736
     """Pictures are scaled up to this side before text is looked for."""
-    workers: Positive = 1
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Threads that read."""
 
 
@@ -372,15 +388,15 @@ class RemoteReward(RewardSection):
 
     url: str = ""
     """Where to POST pictures and prompts, e.g. http://host:8000/score."""
-    batch_size: Positive = 16
+    batch_size: Batch = 16
     """Pictures per request."""
-    timeout: Annotated[float, Field(gt=0)] = 60.0
+    timeout: Above0 = 60.0
     """Seconds a request may take."""
-    retries: Annotated[int, Field(ge=0)] = 3
+    retries: Annotated[int, Field(ge=0, le=1000)] = 3
     """Further attempts after a lost connection, a time-out or a server error."""
 
 
-class RewardsSection(_Section):
+class RewardsSection(Section):
     """What the generator is trained on: a weighted sum (eq. 8)."""
 
     adversary: AdversaryReward = AdversaryReward()
@@ -402,18 +418,18 @@ class RewardsSection(_Section):
         return {name: section for name, section in self.sections().items() if name != "adversary" and section.used}
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """Held-out evaluation: fixed prompts, fixed noise, exported (EMA) weights."""
 
-    every: Annotated[int, Field(ge=0)] = 50
+    every: Count = 50
     """Iterations between evaluations; 0 evaluates only before and after training."""
-    images_per_prompt: Positive = 4
+    images_per_prompt: PerPrompt = 4
     """Pictures per held-out prompt before and after training."""
-    during_images_per_prompt: Positive = 1
+    during_images_per_prompt: PerPrompt = 1
     """Pictures per held-out prompt while training."""
-    num_steps: Positive = 40
+    num_steps: Steps = 40
     """Sampler steps in evaluation."""
-    guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    guidance_scale: Guidance = 4.5
     """Classifier-free guidance in evaluation."""
     metrics: tuple[str, ...] = ("dino_similarity",)
     """Names of rewards, with the options of section rewards; dino_similarity is to the prompt's own references, by
@@ -422,16 +438,16 @@ class EvaluationSection(_Section):
     backbone: str = ""
     """Dinov2Model for dino_similarity and the monitor, whatever the adversary; empty: the adversary's own where
     adversary.kind = dino, else none (the monitor then says what it cannot judge)."""
-    backbone_image_size: Positive = 518
+    backbone_image_size: Pixels = 518
     """Pictures are resized to this before it."""
     grid_prompts: Positive = 6
     """Prompts shown in the sample grids."""
 
 
-class OutputSection(_Section):
+class OutputSection(Section):
     """Checkpoints and logs."""
 
-    checkpoint_every: Annotated[int, Field(ge=0)] = 20
+    checkpoint_every: Count = 20
     """Iterations between checkpoints; one is written at the end and on interruption in any case."""
     keep_checkpoints: Positive = 2
     """How many of the newest checkpoints stay."""
@@ -441,28 +457,28 @@ class OutputSection(_Section):
     """Log to Weights & Biases under this project when set (needs `pip install wandb`)."""
 
 
-class MonitorSection(_Section):
+class MonitorSection(Section):
     """Red flags while the run runs (monitor.py has each one's definition); lengths are counted in checks."""
 
-    every: Annotated[int, Field(ge=0)] = 1
+    every: Count = 1
     """Iterations between checks; 0 switches the monitor off."""
     stop: tuple[FlagName, ...] = ()
     """Flags that end the run, with a checkpoint, once they appear."""
-    window: Annotated[int, Field(ge=2)] = 10
+    window: Annotated[int, Field(ge=2, le=2**31 - 1)] = 10
     """Levels are judged by the median of this many checks."""
-    trend_window: Annotated[int, Field(ge=3)] = 30
+    trend_window: Annotated[int, Field(ge=3, le=2**31 - 1)] = 30
     """Trends are judged over this many checks."""
     persistence: Positive = 3
     """Checks in a row that must agree before a flag appears or clears."""
     collapse_tau: Fraction = 0.4
     """reward_collapse: minus Kendall's tau of the references' reward with time; 0.4 means 70 % of all pairs fall."""
-    collapse_drop: Annotated[float, Field(ge=0)] = 6.0
+    collapse_drop: AtLeast0 = 6.0
     """reward_collapse: and a fall from its peak of at least this many times its own noise."""
     diversity_share: Fraction = 0.25
     """mode_collapse: diversity within groups below this share of the one at the start."""
-    diversity_floor: Annotated[float, Field(ge=0)] = 1e-3
+    diversity_floor: AtLeast0 = 1e-3
     """mode_collapse: mean pairwise cosine distance that is too small whatever the start was."""
-    hacking_gain: Annotated[float, Field(ge=0)] = 2.0
+    hacking_gain: AtLeast0 = 2.0
     """reward_hacking: rise of a trained reward since the start, in times of its noise from check to check."""
     hacking_drift: Fraction = 0.05
     """reward_hacking: growth of a picture statistic's or DINO's distance from the references."""
@@ -470,7 +486,7 @@ class MonitorSection(_Section):
     """dead_groups: share of groups without any spread of rewards."""
     group_size: Positive = 8
     """slow_convergence: smallest rollout.group_size that is not flagged."""
-    log_prob_drift: Annotated[float, Field(ge=0)] = 0.0
+    log_prob_drift: AtLeast0 = 0.0
     """off_policy: largest log-probability drift before the first optimizer step."""
     pre_update_clip_fraction: Fraction = 0.0
     """off_policy: largest share of clipped ratios before the first optimizer step."""
@@ -482,20 +498,20 @@ class MonitorSection(_Section):
     """sleeping_adversary: accuracy at or below this; guessing gives 0.5."""
 
 
-class Config(_Section):
+class Config(Section):
     """Adv-GRPO training."""
 
     iterations: Positive = 1000
     """Iterations: one rollout, head updates when due, and the generator's optimizer steps."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Every random draw derives from it."""
-    output_dir: str = "runs/advgrpo"
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/advgrpo"
     """Folder the run writes to."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA where there is a GPU."""
     fast: bool = True
     """Use every fast path this machine supports; --no-fast is the plain eager path with the same losses."""
-    collective_timeout: Annotated[float, Field(gt=0)] = 40.0
+    collective_timeout: Above0 = 40.0
     """Seconds after which a process that waits for a failed one gives up."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import rng
-from ..errors import UserError
+from ..errors import RunFailure, UserError
 
 MIN_PSNR_DB = 40.0
 _EPS = 1e-6
@@ -313,7 +313,7 @@ class Decoder(nn.Module):
         return pictures
 
 
-class PictureQualityError(RuntimeError):
+class PictureQualityError(RunFailure):
     """The fast decoder's pictures differ from the reference's by more than the gate allows."""
 
 

@@ -1,7 +1,7 @@
 """The generator's update: clipped policy loss on the window's steps, one optimizer step per optimizer window.
 
 The forward repeats the rollout's own: same tiles, same weights, same batch shapes, so before the first optimizer step
-every likelihood ratio is exactly 1 (METHOD section 5).
+every likelihood ratio is exactly 1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from advgrpo_kernels import clipped_policy_loss, gaussian_log_prob, gaussian_ste
 
 from ..config import Config
 from ..ema import Ema
+from ..errors import RunFailure
 from ..transfer import to_device
 from ..types import TileRollout, WindowStep
 from .base import Policy, PreparedPrompts, Velocity
@@ -22,7 +23,7 @@ from .dynamics import StepTable
 from .optimizer import build_optimizer
 
 
-class DriftError(RuntimeError):
+class DriftError(RunFailure):
     """Log-probabilities of the update differ from the rollout's although the weights are the same."""
 
 

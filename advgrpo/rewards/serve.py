@@ -16,16 +16,18 @@ import json
 import logging
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
+from .. import config as configuration
+from ..command import run_command
+from ..config import Options
 from ..errors import UserError
 from . import build_reward
 from .checks import finite_scores
@@ -155,8 +157,7 @@ def _decode(text: str, number: int) -> np.ndarray:
         raise BadRequest(f"image {number} is not a PNG in base64 ({error})") from None
 
 
-@dataclass
-class Serve:
+class Serve(Options):
     """Serve a reward over HTTP."""
 
     reward: str
@@ -201,14 +202,16 @@ def serve(settings: Serve) -> None:
             print("stopped", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    settings = tyro.cli(Serve, args=arguments, prog="python -m advgrpo.rewards.serve", description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes of `command.run_command`."""
+    return run_command(_serve, arguments, interrupted="stopped")
+
+
+def _serve(arguments: list[str]) -> int:
+    program = "python -m advgrpo.rewards.serve"
+    settings = configuration.parse_options(Serve, arguments, program=program, about=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        serve(settings)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+    serve(settings)
     return 0
 
 
