@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from . import config as configuration
 from .command import plain_console, run_command
 from .config import NEED_REFERENCES, Config, Options
+from .data.pictures import Fit
 from .data.prompts import load_prompts
 from .data.references import ReferenceSet
 from .data.sources import Sources, metadata_of, shipped_path, told
@@ -69,6 +70,8 @@ class Evaluate(Options):
     """Prompt file; empty, with a tiny model, means its held-out prompts."""
     references: str = ""
     """Folder with references.json for metrics that compare with references; "tiny" for the shipped ones."""
+    fit: Fit = "refuse"
+    """References that are not square: refuse, crop, letterbox or stretch, as data.fit of the training."""
     metric_options_file: Path | None = None
     """YAML {metric: {option: value}}; single options are flags, --metric-options.METRIC.OPTION VALUE."""
     images_per_prompt: int = 4
@@ -176,7 +179,7 @@ def read_data(options: Evaluate) -> Sources:
         folder = options.model
     references = None
     if folder:
-        references = ReferenceSet.load(shipped_path("references", folder), prompts)
+        references = ReferenceSet.load(shipped_path("references", folder), prompts, fit=options.fit)
     return Sources([], prompts, references, metadata_of(lines))
 
 

@@ -1,6 +1,7 @@
 """Prompt files and the order in which iterations visit them."""
 
 import json
+import os
 
 import pytest
 
@@ -40,6 +41,10 @@ def test_jsonl_keeps_metadata(tmp_path):
         ("p.jsonl", '{"text": "a"}', 'line 1: expected an object with a string "prompt"'),
         ("p.jsonl", '["a"]', 'line 1: expected an object with a string "prompt"'),
         ("p.jsonl", '{"prompt": 3}', 'line 1: expected an object with a string "prompt"'),
+        ("p.jsonl", '{"prompt": "a", "x": ' + "[" * 100_000, "line 1: JSON nested too deeply"),
+        ("p.jsonl", '{"prompt": "a", "x": ' + "9" * 5000 + "}", "line 1: a number has thousands of digits"),
+        ("p.jsonl", '{"prompt": "a \\ud83d star"}', "line 1: holds half a character"),
+        ("p.jsonl", '{"prompt": "a", "deep": [{"\\udfff": 1}]}', "line 1: holds half a character"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, text, message):
@@ -47,6 +52,27 @@ def test_bad_files_are_named(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message) as error:
         load_prompts(path)
     assert str(path) in str(error.value)
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zeros.txt").symlink_to("/dev/zero")
+    for name in ("pipe.txt", "zeros.txt"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read: it is a pipe or a device"):
+            load_prompts(tmp_path / name)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_prompts("p\0.txt")
+
+
+def test_a_file_too_large_for_prompts_is_not_swallowed(tmp_path):
+    with open(tmp_path / "disk.txt", "wb") as file:
+        file.truncate(2**40)  # a hole: no bytes on the disk
+    with pytest.raises(UserError, match="larger than 1,073,741,824 bytes"):
+        load_prompts(tmp_path / "disk.txt")
+
+
+def test_whole_characters_above_the_basic_plane_are_fine(tmp_path):
+    assert load_prompts(write(tmp_path, '{"prompt": "\\ud83d\\ude00 star"}', "p.jsonl"))[0].text == "\U0001f600 star"
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -53,7 +53,7 @@ def whole(tmp_path) -> Path:
 
 
 def test_a_built_set_is_a_reference_set(whole):
-    references = ReferenceSet.load(whole, PROMPTS)
+    references = ReferenceSet.load(whole, PROMPTS, fit="stretch")
     for prompt in PROMPTS:
         images = references.load_images(references.files(prompt))
         seeds = [picture_seed(3, prompt, number) for number in range(3)]

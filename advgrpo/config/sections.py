@@ -120,6 +120,9 @@ class DataSection(Section):
     """Train with only N reference pictures: on prompts in a seeded order until theirs make N; 0 takes all."""
     min_reference_size: Pixels = 256
     """Smallest accepted side of a reference picture, in pixels."""
+    fit: Literal["refuse", "crop", "letterbox", "stretch"] = "refuse"
+    """References that are not square: an error (`advgrpo.references import` makes squares), the middle cropped, white
+    bars added, or stretched, which teaches the adversary that good pictures are squashed."""
     cache_dir: str = "~/.cache/advgrpo"
     """Where text embeddings and reference features are kept, keyed by content hash."""
 

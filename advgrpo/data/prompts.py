@@ -1,13 +1,13 @@
 """Prompt files, and which prompts an iteration trains on."""
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from advgrpo.data.reading import parse_json, read_text
 from advgrpo.errors import UserError
 
 
@@ -53,14 +53,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig").rstrip()
-    except FileNotFoundError:
-        raise UserError(f"prompt file {path} does not exist; pass a .txt file with one prompt per line") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"prompt file {path} cannot be read: {error.strerror}") from None
+    text = read_text(path, "prompt file", "pass a .txt file with one prompt per line").rstrip()
     if not text:
         raise UserError(f"prompt file {path} is empty; write one prompt per line")
     # Not splitlines(): it also breaks at U+2028 and form feeds, which may stand inside a prompt.
@@ -74,10 +67,7 @@ def _parse_text(line: str, where: str) -> Prompt:
 def _parse_json(line: str, where: str) -> Prompt:
     if not line:
         return Prompt("")
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object per line") from None
+    record = parse_json(line, where, "write one object per line")
     text = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{where}: expected an object with a string "prompt", got {line[:80]!r}')

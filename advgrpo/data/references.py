@@ -2,8 +2,8 @@
 
 import difflib
 import hashlib
-import json
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -11,29 +11,37 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from advgrpo.data.pictures import PICTURE_SUFFIXES, Fit, PictureError, is_square, open_picture, to_square
+from advgrpo.data.reading import parse_json, read_text
 from advgrpo.errors import UserError
 
 T = TypeVar("T")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_NAMED = 5  # unusable pictures that an error names
 
 
 class ReferenceSet:
     """Reference pictures in a folder, indexed by a JSON file `{prompt: [files relative to the folder]}`.
 
     Made by `ReferenceSet.load`, which decodes every picture once so that a bad one is found before training starts.
+    Models see squares: a picture that is none is an error, unless `fit` says how it becomes one.
     """
 
-    def __init__(self, folder: Path, files: dict[str, list[Path]]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, files: dict[str, list[Path]], fit: Fit = "refuse") -> None:
+        self.folder, self.fit = folder, fit
         self._files = files
         self._content_keys: dict[Path, str] = {}
 
     @classmethod
     def load(
-        cls, folder: str | Path, prompts: list[str], index: str = "references.json", min_size: int = 16
+        cls,
+        folder: str | Path,
+        prompts: list[str],
+        index: str = "references.json",
+        min_size: int = 16,
+        fit: Fit = "refuse",
     ) -> "ReferenceSet":
         """Read the index and check the pictures of `prompts`; other entries of the index are left alone.
 
@@ -42,10 +50,13 @@ class ReferenceSet:
             prompts: the prompts that need references.
             index: file name of the index inside `folder`.
             min_size: the smallest width and height, in pixels, that a picture may have.
+            fit: what happens to pictures whose sides differ by more than 2 %: refuse, crop the middle, letterbox with
+                white bars, or stretch.
 
         Raises:
             UserError: missing folder, index or file; an index of another shape; a prompt without references; a picture
-                that is unreadable, truncated, not RGB or too small.
+                that is unreadable, truncated, not RGB, animated, too small, too large or, with `fit` = refuse, not
+                square.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -54,15 +65,15 @@ class ReferenceSet:
         _check_coverage(entries, prompts, folder / index)
         files = {prompt: [folder / name for name in entries[prompt]] for prompt in prompts}
         distinct = list(dict.fromkeys(file for group in files.values() for file in group))
-        _check_pictures(distinct, min_size)
-        return cls(folder, files)
+        _check_pictures(folder, distinct, min_size, fit)
+        return cls(folder, files, fit)
 
     @classmethod
-    def shared(cls, folder: str | Path, prompts: list[str], min_size: int = 16) -> "ReferenceSet":
+    def shared(cls, folder: str | Path, prompts: list[str], min_size: int = 16, fit: Fit = "refuse") -> "ReferenceSet":
         """Every picture in `folder` is a reference of every prompt: a style, which has no prompts.
 
         Raises:
-            UserError: missing folder, no picture in it, or one that is unreadable, truncated, not RGB or too small.
+            UserError: missing folder, no picture in it, or one that `load` would refuse.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -70,8 +81,8 @@ class ReferenceSet:
         files = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES)
         if not files:
             raise UserError(f"data.style = {str(folder)!r} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
-        _check_pictures(files, min_size)
-        return cls(folder, dict.fromkeys(prompts, files))
+        _check_pictures(folder, files, min_size, fit)
+        return cls(folder, dict.fromkeys(prompts, files), fit)
 
     def files(self, prompt: str) -> list[Path]:
         """The reference files of `prompt`, in the order of the index.
@@ -88,8 +99,8 @@ class ReferenceSet:
 
         Args:
             files: at least one picture.
-            size: (H, W) to resize to (bicubic, antialiased; the aspect ratio is not kept). None keeps the pictures' own
-                size, which must then be one.
+            size: (H, W) to resize to (bicubic, antialiased; `fit` has made them squares first). None keeps the
+                pictures' own size, which must then be one.
 
         Raises:
             UserError: a picture can no longer be read.
@@ -97,7 +108,7 @@ class ReferenceSet:
         """
         if not files:
             raise ValueError("files is empty; at least one picture is needed")
-        images = [_to_tensor(open_picture(file)) for file in files]
+        images = [_to_tensor(to_square(open_picture(file), self.fit)) for file in files]
         if size is not None:
             images = [_resize(image, size) for image in images]
         for file, image in zip(files, images):
@@ -108,22 +119,23 @@ class ReferenceSet:
         return torch.stack(images)
 
     def content_key(self, file: Path) -> str:
-        """SHA-256 of the file's bytes in hex: the key under which its features may be cached. Read once per file."""
+        """SHA-256 of the file's bytes in hex, and `fit` where it changes pictures: the key under which its features may
+        be cached. Read once per file."""
         if file not in self._content_keys:
-            self._content_keys[file] = hashlib.sha256(file.read_bytes()).hexdigest()
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            changes = self.fit in ("crop", "letterbox")
+            self._content_keys[file] = f"{digest}:{self.fit}" if changes else digest
         return self._content_keys[file]
 
 
 def read_index(path: Path) -> dict[str, list[str]]:
     """{prompt: [files relative to the index's folder]}; UserError for a missing file or any other content."""
+    remedy = "write {prompt: [files]} there as JSON"
+    text = read_text(path, "reference index", remedy)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_repeated_key)
-    except FileNotFoundError:
-        raise UserError(f"reference index {path} does not exist; write {{prompt: [files]}} there as JSON") from None
+        entries = parse_json(text, f"reference index {path}", remedy, pairs=_no_repeated_key)
     except _RepeatedKeyError as error:
         raise UserError(f"reference index {path}: prompt {error.args[0]!r} appears twice; merge its lists") from None
-    except ValueError as error:  # both bad JSON and bad UTF-8
-        raise UserError(f"reference index {path} is not JSON ({error}); expected {{prompt: [files]}}") from None
     if not isinstance(entries, dict):
         raise UserError(f"reference index {path} holds a {type(entries).__name__}; expected {{prompt: [files]}}")
     for prompt, names in entries.items():
@@ -165,42 +177,60 @@ def _nearest(prompt: str, keys: Iterable[str]) -> str:
     return f"; the nearest prompt there is {close[0]!r}" if close else ""
 
 
-def _check_pictures(files: list[Path], min_size: int) -> None:
-    def complaint(file: Path) -> str | None:
+def _check_pictures(folder: Path, files: list[Path], min_size: int, fit: Fit) -> None:
+    def complaint(file: Path) -> PictureError | None:
         try:
-            picture = open_picture(file)
-        except UserError as error:
-            return str(error)
-        if min(picture.size) < min_size:
-            width, height = picture.size
-            return f"reference picture {file} is {width}x{height} pixels; the smaller side must be at least {min_size}"
+            check_reference(file, min_size, fit)
+        except PictureError as error:
+            return error
         return None
 
-    complaints = [text for text in _map_in_threads(complaint, files) if text is not None]
+    complaints = [error for error in _map_in_threads(complaint, files) if error is not None]
     if complaints:
-        others = f" ({len(complaints) - 1} other pictures are unusable too)" if len(complaints) > 1 else ""
-        raise UserError(complaints[0] + others)
+        raise UserError(_unusable(folder, complaints, len(files)))
+
+
+def check_reference(file: Path, min_size: int, fit: Fit) -> Image.Image:
+    """A picture that may be a reference, decoded.
+
+    Raises:
+        PictureError: it cannot be read, is not plain RGB, too small, or not square while `fit` is "refuse".
+    """
+    picture = open_picture(file)
+    if min(picture.size) < min_size:
+        width, height = picture.size
+        reason = f"is {width}x{height} pixels; the smaller side must be at least {min_size}"
+        raise PictureError(str(file), reason, remedy="replace it by a larger one")
+    if fit == "refuse" and not is_square(picture.size):
+        reason = f"is {picture.width}x{picture.height}, not square, and would be squashed"
+        raise PictureError(str(file), reason, importable=True)
+    return picture
+
+
+def import_command(folder: Path) -> str:
+    """The command that makes any folder's pictures usable."""
+    target = folder.with_name(f"{folder.name}-imported")
+    return f"python -m advgrpo.references import {shlex.quote(str(folder))} --out {shlex.quote(str(target))}"
+
+
+def _unusable(folder: Path, errors: list[PictureError], checked: int) -> str:
+    """One error for all: the first in full, the next ones by name, and what mends most of them."""
+    first, others = errors[0], errors[1:]
+    text = f"reference picture {first.name} {first.reason}"
+    if others:
+        named = ", ".join(str(Path(error.name).relative_to(folder)) for error in others[: _NAMED - 1])
+        text += f" ({len(errors)} of {checked} pictures are unusable, also {named}{', ...' * (len(errors) > _NAMED)})"
+    remedies = [first.remedy] if first.remedy else []
+    if any(error.importable for error in errors):
+        remedies.append(f"convert the whole folder: {import_command(folder)}")
+    if any("not square" in error.reason for error in errors):
+        remedies.append("or set data.fit to crop or letterbox")
+    return "; ".join([text, *remedies])
 
 
 def _map_in_threads(function: Callable[[Path], T], files: list[Path]) -> list[T]:
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
         return list(pool.map(function, files))
-
-
-def open_picture(file: Path) -> Image.Image:
-    """Decode one RGB picture completely, upright as its EXIF orientation says; UserError if that is impossible."""
-    try:
-        with Image.open(file) as picture:
-            mode = picture.mode
-            upright = ImageOps.exif_transpose(picture)  # decodes all of it; open() reads the header only
-    except FileNotFoundError:
-        raise UserError(f"reference picture {file} does not exist; correct the index or add the file") from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, ...
-        raise UserError(f"reference picture {file} is unreadable or truncated ({error}); replace the file") from None
-    if mode != "RGB":
-        remedy = f"""python -c "from PIL import Image; Image.open({str(file)!r}).convert('RGB').save({str(file)!r})\""""
-        raise UserError(f"reference picture {file} has mode {mode}, not RGB; convert it: {remedy}")
-    return upright
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:

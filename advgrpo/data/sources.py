@@ -80,11 +80,11 @@ def _check_readable(config: Config, prompts: list[str], held_out: list[str], met
 
 
 def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:
-    smallest = config.data.min_reference_size
+    rules = {"min_size": config.data.min_reference_size, "fit": config.data.fit}
     if config.data.style:
-        return ReferenceSet.shared(_style_folder(config.data.style), prompts, min_size=smallest)
+        return ReferenceSet.shared(_style_folder(config.data.style), prompts, **rules)
     if folder:
-        return ReferenceSet.load(folder, prompts, min_size=smallest)
+        return ReferenceSet.load(folder, prompts, **rules)
     assert not needs_references(config)  # config.check has refused this
     return None
 
