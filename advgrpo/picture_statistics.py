@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .data.references import ReferenceSet
 from .distributed import Distributed
+from .transfer import to_device
 from .types import Rollout
 
 STATISTICS = ("saturation", "dark_share", "edge_density")
@@ -36,9 +37,9 @@ def picture_statistics(images: torch.Tensor) -> dict[str, torch.Tensor]:
     images = images.float()
     high, low = images.amax(1), images.amin(1)
     saturation = torch.where(high > 0, (high - low) / high.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
-    luma = (images * images.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    across = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
-    kernels = torch.stack([across, across.T])[:, None]
+    luma = (images * to_device(torch.tensor(_LUMA), images.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    kernels = to_device(torch.stack([across, across.T])[:, None], images.device)
     gradient = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), kernels).norm(dim=1)
     return {
         "saturation": saturation.mean((1, 2)),
@@ -122,8 +123,8 @@ def measure(
     columns = _columns(images)
     if references is not None:
         own = torch.stack([references.prompt(prompt, tuple(images.shape[-2:])) for prompt in rollout.prompts])
-        columns = torch.cat([columns, own.to(images.device)], dim=1)
-    order = distributed.all_gather(rollout.image_ids.to(columns.device)).argsort()
+        columns = torch.cat([columns, to_device(own, images.device)], dim=1)
+    order = distributed.all_gather(to_device(rollout.image_ids, columns.device)).argsort()
     means = distributed.all_gather(columns)[order].double().mean(0).tolist()
     count, diversity = len(STATISTICS), None
     if embeddings is not None:

@@ -22,6 +22,7 @@ from .rewards.base import Adversary, Reward
 from .rewards.compose import compose
 from .rewards.dino_similarity import DinoSimilarity
 from .rewards.reference_similarity import reference_cosine
+from .transfer import to_device
 from .types import Features, Rollout
 
 _COLUMN = "_of_references_"  # prefix of columns that are gathered with the rewards
@@ -160,7 +161,7 @@ class Scorer:
         return generated, self.reference_features.pick(rollout.prompts, draws[rollout.image_ids])
 
     def _adversary_columns(self, rollout: Rollout, generated: Features, reference: Features, iteration: int):
-        ids = rollout.image_ids.to(generated.device)
+        ids = to_device(rollout.image_ids, generated.device)
         sides = {"adversary": ("reward", generated), "_reference": ("reference", reference)}
         return {
             name: self.adversary.score(features, ids, purpose=purpose, iteration=iteration).reward
@@ -182,7 +183,7 @@ class Scorer:
     def _gathered(self, columns: dict[str, torch.Tensor], rollout: Rollout) -> dict[str, torch.Tensor]:
         """[G] each, by picture number: one gather for all of them."""
         table = torch.stack([column.float() for column in columns.values()], dim=1)
-        ids = self.distributed.all_gather(rollout.image_ids.to(table.device))
+        ids = self.distributed.all_gather(to_device(rollout.image_ids, table.device))
         return dict(zip(columns, self.distributed.all_gather(table)[ids.argsort()].unbind(1)))
 
 

@@ -27,7 +27,7 @@ from .policy.supervised import SupervisedUpdater
 from .policy.update import Updater
 from .scoring import Scored, Scorer
 from .transfer import to_device
-from .types import Rollout, Tile, TileRollout
+from .types import Conditioning, Rollout, Tile, TileRollout
 
 
 class Trainer:
@@ -162,17 +162,21 @@ class Trainer:
         self.policy.merge()
         tiles, rollouts = self.tiles(iteration), []
         self.scorer.prefetch([prompt for tile in tiles for prompt in tile.prompts])  # while the GPU samples
+        encoded: dict[tuple[str, ...], Conditioning] = {}  # the tiles of a prompt share its embeddings
         for tile in tiles:
+            texts = tuple(tile.prompts)
+            if texts not in encoded:
+                encoded[texts] = self.policy.encode(tile.prompts)
             owners = tile.prompt_groups if self.sampler.shared_noise else tile.image_ids
             latents, steps = self.sampler.run(
                 table,
-                self.policy.encode(tile.prompts),
+                encoded[texts],
                 self.sampler.initial_latents(initial_seed, owners),
                 to_device(tile.row, self.policy.device),
                 noise_seed=noise_seed,
                 image_ids=to_device(tile.image_ids, self.policy.device),
             )
-            rollouts.append(TileRollout(tile, steps, self.policy.decode(latents)))
+            rollouts.append(TileRollout(tile, encoded[texts], steps, self.policy.decode(latents)))
         return Rollout(rollouts)
 
     def train_head(self, rollout: Rollout, scored: Scored, iteration: int) -> tuple[Due, dict[str, float]]:

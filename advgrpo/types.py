@@ -53,6 +53,7 @@ class WindowStep:
 @dataclass
 class TileRollout:
     tile: Tile
+    conditioning: Conditioning  # of the tile's prompts, on the device, for the update as well
     steps: list[WindowStep]
     images: torch.Tensor  # [M, 3, H, W] float32 in [0, 1]
 

@@ -42,13 +42,12 @@ def same_tile(c: Contenders) -> tuple[TileRollout, torch.Tensor, Tile]:
     initial = trainer.sampler.initial_latents(rng.derive_seed(seed, "initial_noise", 0), tile.prompt_groups)
     noise_seed = rng.derive_seed(seed, "step_noise", 0)
     trainer.policy.merge()
-    latents, steps = trainer.sampler.run(
-        table, trainer.policy.encode(tile.prompts), initial, row, noise_seed=noise_seed, image_ids=ids
-    )
+    text = trainer.policy.encode(tile.prompts)
+    latents, steps = trainer.sampler.run(table, text, initial, row, noise_seed=noise_seed, image_ids=ids)
     shape = (len(ids), *trainer.policy.latent_shape())
     noise = {i: philox_normal(shape, seed=noise_seed, sample_ids=ids, step=i, device=c.device) for i in c.window}
     theirs = c.baseline.sampler(tile.captions, initial.index_select(0, row), c.window, noise)
-    return TileRollout(tile, steps, trainer.policy.decode(latents)), latents, theirs
+    return TileRollout(tile, text, steps, trainer.policy.decode(latents)), latents, theirs
 
 
 def check_sampler(c: Contenders, allowed: float) -> Check:

@@ -68,8 +68,9 @@ def sample(policy, theirs, settings, window):
     table = step_table(policy, rollout.num_steps, window, rollout=rollout)
     policy.merge()
     initial, ids = sampler.initial_latents(7, torch.arange(2)), torch.arange(4)
-    latents, steps = sampler.run(table, policy.encode(PROMPTS), initial, ROW, noise_seed=3, image_ids=ids)
-    tile = TileRollout(Tile(ids, PROMPTS, torch.arange(2), ROW, 0), steps, policy.decode(latents))
+    text = policy.encode(PROMPTS)
+    latents, steps = sampler.run(table, text, initial, ROW, noise_seed=3, image_ids=ids)
+    tile = TileRollout(Tile(ids, PROMPTS, torch.arange(2), ROW, 0), text, steps, policy.decode(latents))
     noise = {i: philox_normal((4, *policy.latent_shape()), seed=3, sample_ids=ids, step=i) for i in window}
     captions = [PROMPTS[i] for i in ROW.tolist()]
     return (latents, tile, table), theirs.sampler(captions, initial[ROW], window, noise)

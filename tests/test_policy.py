@@ -54,7 +54,7 @@ def sample(policy, settings, *, window=(1, 2), share=True, merged=True):
     conditioning = policy.encode(PROMPTS)
     latents, steps = sampler.run(table, conditioning, initial, ROW, noise_seed=3, image_ids=torch.arange(6))
     tile = Tile(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0)
-    return latents, TileRollout(tile, steps, policy.decode(latents)), table
+    return latents, TileRollout(tile, conditioning, steps, policy.decode(latents)), table
 
 
 def gradients(policy, settings, rollout, table, advantages, watch_kl=False):

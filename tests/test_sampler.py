@@ -104,7 +104,8 @@ def test_log_probs_are_repeated_exactly_with_graphs(policy, unit_config):
     sampler = make_sampler(policy, EmulatedGraphs())
     for seed in range(5):
         latents, steps, table = rollout(sampler, unit_config, seed=seed, window=(0, 2) if seed % 2 else (1, 2))
-        tile = TileRollout(Tile(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0), steps, policy.decode(latents))
+        pictures, text = policy.decode(latents), policy.encode(PROMPTS)
+        tile = TileRollout(Tile(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0), text, steps, pictures)
         stats = updater.accumulate([tile], torch.tensor([1.0, -1, 0.5, 2, -0.5, -1.5]), table, total=6, watch_kl=False)
         assert stats.max_drift() == 0
         assert stats.sums()[2] == 0

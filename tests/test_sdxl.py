@@ -103,8 +103,9 @@ def sample(policy, settings, *, window=(1, 2), share=True, row=ROW, steps=4):
     table = step_table(policy, steps, window, rollout=settings.rollout)
     initial = sampler.initial_latents(7, torch.arange(2))
     ids = torch.arange(len(row))
-    latents, taken = sampler.run(table, policy.encode(PROMPTS), initial, row, noise_seed=3, image_ids=ids)
-    return TileRollout(Tile(ids, PROMPTS, torch.arange(2), row, 0), taken, policy.decode(latents)), table
+    text = policy.encode(PROMPTS)
+    latents, taken = sampler.run(table, text, initial, row, noise_seed=3, image_ids=ids)
+    return TileRollout(Tile(ids, PROMPTS, torch.arange(2), row, 0), text, taken, policy.decode(latents)), table
 
 
 def accumulated(policy, settings, rollout, table):

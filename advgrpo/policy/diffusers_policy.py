@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from ..config import ModelSection
 from ..errors import UserError
 from ..fingerprint import FileStamps, folder_fingerprint
+from ..transfer import to_device
 from ..types import Conditioning
 from .guidance import GuidedPolicy
 from .networks import FusedNetwork, StockNetwork
@@ -88,7 +89,7 @@ class DiffusersPolicy(GuidedPolicy):
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embeddings on the policy's device, in its dtype."""
         loaded = self.text_cache.load(prompts)
-        return Conditioning(loaded.text.to(self.device, self.dtype), loaded.pooled.to(self.device, self.dtype))
+        return Conditioning(*(to_device(t, self.device).to(self.dtype) for t in (loaded.text, loaded.pooled)))
 
     def unconditional(self) -> Conditioning:
         if self._empty is None:

@@ -11,6 +11,7 @@ from advgrpo_kernels import ddim_coefficients, transition_coefficients
 from .. import rng
 from ..config import Config, RolloutSection, eligible_steps
 from ..errors import UserError
+from ..transfer import to_device
 from .base import Policy
 
 
@@ -62,7 +63,7 @@ def step_table(policy: Policy, num_steps: int, window: tuple[int, ...] = (), *, 
         dynamics = rollout.dynamics if window else "ode"
         coefficients = transition_coefficients(levels.tolist(), dynamics=dynamics, noise_level=noise)
     trained = window[: rollout.window.trained_of(len(window))] if window else ()
-    return StepTable(timesteps.to(policy.device), coefficients.to(policy.device), window, trained)
+    return StepTable(*(to_device(t, policy.device) for t in (timesteps, coefficients)), window, trained)
 
 
 def window_steps(config: Config, iteration: int) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ class Sampler:
     def initial_latents(self, seed: int, ids: torch.Tensor) -> torch.Tensor:
         """[ids, C, H, W] unit noise; each row depends on (seed, id) only."""
         shape = (len(ids), *self.policy.latent_shape())
-        return philox_normal(shape, seed=seed, sample_ids=ids, device=self.policy.device)
+        return philox_normal(shape, seed=seed, sample_ids=to_device(ids, self.policy.device))
 
     @torch.no_grad()
     def run(

@@ -59,7 +59,7 @@ class SupervisedUpdater:
             prompts = self.policy.prepare(self.policy.encode(tile.prompts), timesteps, guided=False)
             steps = torch.arange(len(timesteps), device=self.policy.device).split(1)
             for group, step in enumerate(steps):  # the pictures of a prompt lie next to each other
-                rows = (tile.row == group).nonzero().flatten().to(self.policy.device)
+                rows = to_device((tile.row == group).nonzero().flatten(), self.policy.device)
                 x, eps = clean[rows], noise[rows]
                 noisy = torch.lerp(x, eps, sigmas[group])
                 own = prompts.rows(torch.full_like(rows, group))
@@ -81,7 +81,7 @@ class SupervisedUpdater:
         """ε [M, C, h, w], each row from its picture number."""
         shape = (len(tile.image_ids), *self.policy.latent_shape())
         seed = rng.derive_seed(self.config.seed, "sft_noise", iteration)
-        return philox_normal(shape, seed=seed, sample_ids=tile.image_ids, device=self.policy.device)
+        return philox_normal(shape, seed=seed, sample_ids=to_device(tile.image_ids, self.policy.device))
 
     def levels(self, tile: Tile, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(σ, timesteps), each [P] float32 on the device, by prompt group."""

@@ -105,7 +105,8 @@ class Updater:
                 weight = gap.exp().clamp(max=cap)
                 if self.config.update.old_log_prob == "truncated_importance":
                     step.weight = weight
-                sums += torch.stack([gap.abs().sum(), weight.sum(), (weight == cap).sum(), torch.tensor(len(row))])
+                sums[:3] += torch.stack([gap.abs().sum(), weight.sum(), (weight == cap).sum()])
+                sums[3] += len(row)
         return sums
 
     def accumulate(
@@ -140,10 +141,8 @@ class Updater:
                 parameter.grad.zero_()
 
     def _prepare(self, rollout: TileRollout, table: StepTable) -> PreparedPrompts:
-        """The same call with the same shapes as in the rollout, so the same bits."""
-        return self.policy.prepare(
-            self.policy.encode(rollout.tile.prompts), table.timesteps, guided=self._guidance != 1.0
-        )
+        """The same call on the same embeddings as in the rollout, so the same bits."""
+        return self.policy.prepare(rollout.conditioning, table.timesteps, guided=self._guidance != 1.0)
 
     def _velocity(self, step: WindowStep, prompts: PreparedPrompts, row: torch.Tensor, table: StepTable) -> Velocity:
         """As the rollout computed it: one row per prompt where those are still identical."""

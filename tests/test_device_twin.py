@@ -1,0 +1,153 @@
+"""A whole iteration beside a device twin (`device_twin.py`): nothing mixes devices, and the host waits only where the
+log, the schedule or a first visit needs it to.
+
+Bugs planted in a copy, each seen red: a host scalar stacked in `Updater.reweigh`; prompts encoded per tile and copied
+from pageable memory; the ids of `initial_latents`, the step table, the scores' or the statistics' ids copied so.
+"""
+
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils._python_dispatch import _disable_current_modes
+
+from advgrpo import transfer
+from advgrpo.data.reference_features import ReferenceFeatures
+from advgrpo.distributed import Distributed
+from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.run import Run
+from bench import contenders
+from tests.device_twin import DEVICE, DeviceTwin, MixedDevices
+
+# What the host reads of an iteration. All of it lies between the phases or at their end: sampler, update and head
+# updates themselves read nothing.
+READS = {
+    "advgrpo/scoring.py:_check_finite": 1,  # a reward that is not finite stops the iteration before anything learns
+    "advgrpo/scoring.py:score": 1,  # the mean similarity
+    "advgrpo/scoring.py:metrics": 1,
+    "advgrpo/adversary.py:evaluate": 1,  # the head's loss and accuracy
+    "advgrpo/trainer.py:train_head": 2,  # the schedule: mean rewards of both sides
+    "advgrpo/trainer.py:update": 1,  # the share of groups without spread
+    "advgrpo/trainer.py:_update_metrics": 1,  # the one place where the update waits
+    "advgrpo/picture_statistics.py:measure": 2,  # the monitor's
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(transfer, "PINNED_FOR", ("cuda", DEVICE.type))
+    for module in ("gaussian_step", "_gaussian", "patches"):  # values are looked at on a CPU only, where it is free
+        monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
+
+
+def place_on(device: torch.device) -> Distributed:
+    place = Distributed.start("cpu")
+    place.device = device
+    return place
+
+
+def run_on(config, device: torch.device, monkeypatch):
+    """The trainer of a run; models are loaded outside the twin, because loaders use the meta device themselves."""
+
+    def load(self, kind, part, dtype):
+        with _disable_current_modes():
+            module = kind.from_pretrained(self.folder, subfolder=part, dtype=dtype)
+        return module.to(self.device).requires_grad_(False).eval()
+
+    monkeypatch.setattr(DiffusersPolicy, "_load", load)
+    monkeypatch.setattr(ReferenceFeatures, "prefetch", lambda self, prompts: None)  # a thread leaves the twin
+    return Run(config, place_on(device), resume=False, console=Console(quiet=True)).trainer
+
+
+def test_an_iteration_is_the_cpus_and_waits_only_where_it_says(unit_config, monkeypatch, tmp_path):
+    unit_config.model.attention = "math"
+    prompts = Path(unit_config.data.prompts)
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:2]))  # the second iteration knows all
+    trainer = run_on(unit_config, torch.device("cpu"), monkeypatch)  # encodes the prompts as well
+    expected = [trainer.iterate() for _ in range(2)]
+    unit_config.output_dir = str(tmp_path / "on_the_twin")
+    with DeviceTwin() as twin:
+        trainer = run_on(unit_config, DEVICE, monkeypatch)
+        found = [trainer.iterate()]
+        twin.waits.clear()
+        found.append(trainer.iterate())
+    for own, other in zip(found, expected):
+        same = [name for name in own if "seconds" not in name and "per_second" not in name]
+        for name in same:  # composite operators are taken apart on the twin, so sums round otherwise
+            assert own[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+        assert own["grad_norm"] > 0
+    assert not [str(wait) for wait in twin.waits if wait.what == "copy"]
+    assert Counter(wait.place for wait in twin.waits if wait.what == "read") == READS
+
+
+@pytest.mark.parametrize("mode", ["recompute", "truncated_importance"])
+def test_old_log_probs_are_replaced_on_the_device(mode, tmp_path):
+    changes = {"rollout": {"window_forward": "merged"}, "update": {"old_log_prob": mode, "learning_rate": 1e-3}}
+    with DeviceTwin() as twin:
+        with mock.patch.object(contenders.Distributed, "start", return_value=place_on(DEVICE)):
+            trainer = contenders.small(tmp_path, "cpu", **changes).trainer
+        table = contenders.Contenders(trainer, None).table()
+        rollout = trainer.rollout(table, 0)
+        advantages = torch.linspace(-1, 1, trainer.config.images_per_iteration, device=DEVICE)
+        twin.waits.clear()
+        sums = trainer.updater.reweigh(rollout.tiles, table)
+        stats = trainer.updater.accumulate(rollout.tiles, advantages, table, total=len(advantages), watch_kl=True)
+        trainer.updater.step(stats.max_drift())
+        assert twin.waits == []
+        gap, weight, _, pairs = sums.tolist()
+        assert stats.max_drift().item() == 0
+    assert pairs == 2 * len(advantages)
+    assert gap > 0
+    assert weight == pytest.approx(pairs, rel=0.01)
+
+
+def test_the_twin_refuses_what_a_gpu_refuses_and_sees_every_wait():
+    host = torch.arange(4.0)
+    with DeviceTwin() as twin:
+        device = torch.randn(4, device=DEVICE)
+        assert (device * torch.tensor(2.0)).device == DEVICE  # a scalar of the host is fine there
+        for refused in (
+            lambda: device + host,
+            lambda: torch.stack([device.sum(), torch.tensor(4)]),
+            lambda: torch.cat([device, host]),
+        ):
+            with pytest.raises(MixedDevices):
+                refused()
+        transfer.to_device(host, DEVICE)
+        assert twin.waits == []
+        waits = (
+            lambda: host.to(DEVICE),
+            lambda: host.to(DEVICE, non_blocking=True),  # not pinned
+            lambda: torch.tensor([1.0], device=DEVICE),
+            lambda: device.new_tensor([1.0]),
+            lambda: device[torch.tensor([1, 2])],
+            lambda: device.cpu(),
+            lambda: device.sum().item(),
+            lambda: device.tolist(),
+            lambda: bool((device > 9).any()),
+            lambda: device.nonzero(),
+        )
+        for number, wait in enumerate(waits, 1):
+            wait()
+            assert len(twin.waits) == number, number
+        assert Counter(wait.what for wait in twin.waits) == {"copy": 5, "read": 5}
+
+
+def test_values_views_gradients_and_writes_in_place_are_the_cpus():
+    def compute(device):
+        torch.manual_seed(0)
+        weight = torch.randn(3, 4).to(device).requires_grad_()
+        x = torch.zeros(2, 4, device=device)
+        x.view(8)[2:6].fill_(1.5)
+        x[1] += torch.full((4,), 0.25, device=device)
+        loss = torch.nn.functional.gelu(x @ weight.t()).square().sum()
+        loss.backward()
+        return [x, loss.detach(), weight.grad]
+
+    expected = compute(torch.device("cpu"))
+    with DeviceTwin():
+        found = compute(DEVICE)
+    assert all(torch.equal(own.held, other) for own, other in zip(found, expected, strict=True))
