@@ -5,12 +5,16 @@ when computed again; adapter of one stream on the other; LoRA without its scale,
 the first; GELU in its exact form; patches of the output transposed; every row on the first prompt's modulation.
 """
 
+import sys
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from advgrpo.errors import UserError
+from advgrpo.policy import attention
 from advgrpo.policy.attention import choose_attention
 from advgrpo.policy.lora import LoraWeights
 from advgrpo.policy.transformer import FusedTransformer, TransformerConfig, can_adapt
@@ -286,6 +290,76 @@ def test_explicit_attention_is_honoured_or_raises():
     assert found["math"].shape == (2, 5, 48)
     torch.testing.assert_close(found["cpu"], found["math"])
     assert choose_attention("auto", torch.device("cpu"), torch.float32)[0] == "cpu"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """What a Hopper GPU answers, as far as choosing goes; no product is tried."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("advgrpo.policy.attention._try", lambda *_: None)
+    return torch.device("cuda"), torch.bfloat16
+
+
+PACKAGES = {
+    "for another torch": "raise ImportError('undefined symbol: _ZN3c104cuda9SetDeviceEab')",
+    "without the function": "",
+    "no module at all": None,  # a namespace package, as FlashAttention-4's wheel leaves behind
+}
+
+
+@pytest.mark.parametrize("source", PACKAGES.values(), ids=PACKAGES)
+def test_a_broken_attention_package_is_passed_over_aloud_and_refused_by_name(
+    source, hopper, tmp_path, monkeypatch, caplog
+):
+    package = tmp_path / "flash_attn"
+    (package / "cute").mkdir(parents=True)
+    if source is not None:
+        (package / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    attention._say_once.cache_clear()
+    for _ in range(2):
+        assert choose_attention("auto", *hopper)[0] == "cudnn"
+    assert [record.message[:44] for record in caplog.records] == ["model.attention = 'auto' passes over flash2:"]
+    with pytest.raises(UserError, match=r"model\.attention = 'flash2': the package flash_attn is there but cannot"):
+        choose_attention("flash2", *hopper)
+    with pytest.raises(UserError, match="the package flash_attn_interface is not installed"):
+        choose_attention("flash3", *hopper)
+    sys.modules.pop("flash_attn", None)
+
+
+def test_a_backend_that_fails_its_first_product_is_passed_over(hopper, monkeypatch, caplog):
+    def broken(name, attend, device, dtype):
+        if name == "cudnn":
+            raise attention._Unusable("a product of 64 tokens fails") from RuntimeError("no kernel image")
+
+    monkeypatch.setattr(attention, "_try", broken)
+    attention._say_once.cache_clear()
+    assert choose_attention("auto", *hopper)[0] == "flash"
+    assert "passes over cudnn" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_sampler_and_update_ask_for_the_same_attention_kernel(name, hopper):
+    """With and without a gradient the logarithms of the sums are wanted: another plan could give other bits."""
+    _, attend = choose_attention(name, *hopper)
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "scaled_dot_product" not in func.__name__:
+                return func(*args, **(kwargs or {}))
+            names = [argument.name for argument in func._schema.arguments]
+            asked.append({**dict(zip(names, args)), **(kwargs or {})}["compute_log_sumexp"])
+            kinds = [str(one.type) for one in func._schema.returns]
+            return tuple(torch.empty_like(args[0]) if kind == "Tensor" else 64 for kind in kinds)
+
+    q, k, v = torch.zeros(3, 1, 2, 64, 64, device="meta")
+    with Watch(), torch.no_grad():
+        attend(q, k, v)
+    with Watch():
+        attend(q.requires_grad_(), k, v)
+    assert asked == [True, True]
 
 
 def test_which_targets_can_be_adapted():
