@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,30 @@ def test_choice_of_backend(monkeypatch, tmp_path):
             _csrc.library()
     finally:
         _csrc.library.cache_clear()
+
+
+class Stream:
+    """Remembers what it is told to wait for."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+
+def test_a_table_is_used_on_another_stream_after_its_upload_and_outlives_that_use():
+    table = _csrc.Table([[11, 0]], [1], 1, torch.device("cpu"))
+    home, other, recorded = Stream(), Stream(), []
+    tensor = SimpleNamespace(record_stream=recorded.append)
+    table._stream, table._uploaded, table.rows, table.of_block = home, "uploaded", tensor, tensor
+    cache = _csrc.TableCache()
+    for stream in (None, home):
+        assert cache.get("key", lambda: table, stream=stream) is table
+    assert home.waited == recorded == []
+    cache.get("key", None, stream=other)
+    assert other.waited == ["uploaded"]
+    assert recorded == [other, other]
 
 
 def test_tables():

@@ -81,6 +81,16 @@ class Table:
         self.blocks = len(of_block)
         self.rows = _upload(torch.frombuffer(bytearray(packed), dtype=torch.int64), device)
         self.of_block = _upload(torch.tensor(of_block, dtype=torch.int32), device)
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._uploaded = None if self._stream is None else self._stream.record_event()
+
+    def use_on(self, stream: torch.cuda.Stream | None) -> None:
+        """Order a use on `stream` (None: a CPU) behind the upload, and keep the memory until that use is done."""
+        if stream is None or stream == self._stream:
+            return
+        stream.wait_event(self._uploaded)
+        for tensor in (self.rows, self.of_block):
+            tensor.record_stream(stream)
 
 
 def _upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -95,8 +105,8 @@ class TableCache:
         self._tables: dict[object, Table] = {}
         self._captured: list[Table] = []  # a CUDA graph reads its tables at every replay: these are never dropped
 
-    def get(self, key: object, build: Callable[[], Table], *, capturing: bool = False) -> Table:
-        """The table of `key`, built if it is not there.
+    def get(self, key: object, build: Callable[[], Table], *, capturing: bool = False, stream=None) -> Table:
+        """The table of `key`, built if it is not there, ready for use on `stream` (None: a CPU).
 
         Raises:
             RuntimeError: it would have to be uploaded during a CUDA graph capture.
@@ -105,8 +115,10 @@ class TableCache:
         if table is None and capturing:
             raise RuntimeError("call this op once with the same tensors before capturing it in a CUDA graph")
         self._tables[key] = table = table or build()
-        if capturing:
+        if capturing:  # PyTorch waits for the device before it captures: the upload is done
             self._captured.append(table)
+        elif stream is not None:
+            table.use_on(stream)
         if len(self._tables) > TABLES_KEPT:
             self._tables.pop(next(iter(self._tables)))
         return table
@@ -125,5 +137,11 @@ def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def stream_of(tensor: torch.Tensor) -> torch.cuda.Stream | None:
+    """The stream that work on `tensor` goes to now; None on a CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
 def current_stream(tensor: torch.Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    stream = stream_of(tensor)
+    return 0 if stream is None else stream.cuda_stream

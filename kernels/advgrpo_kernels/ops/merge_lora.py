@@ -26,6 +26,7 @@ from ._csrc import (
     library,
     pick_cuda_backend,
     pointer,
+    stream_of,
 )
 from ._layers import FLOATS
 from .fp8 import Fp8Tensor, fp8_quantize_ref
@@ -66,7 +67,7 @@ def _launch(bases, a, b, scale, outs, fp8_data, fp8_scales) -> None:
     nothing = [None] * len(bases)
     linears = list(zip(bases, a, b, outs or nothing, fp8_data or nothing, fp8_scales or nothing))
     key = tuple((*(pointer(t) for t in linear), *linear[0].shape, len(linear[1])) for linear in linears)
-    table = _TABLES.get(key, lambda: _table(linears), capturing=is_capturing(bases[0]))
+    table = _TABLES.get(key, lambda: _table(linears), capturing=is_capturing(bases[0]), stream=stream_of(bases[0]))
     with device_guard(bases[0]):
         error = library().advgrpo_merge_lora(
             table.rows.data_ptr(),

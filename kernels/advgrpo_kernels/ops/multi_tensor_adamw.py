@@ -31,6 +31,7 @@ from ._csrc import (
     library,
     pick_cuda_backend,
     pointer,
+    stream_of,
 )
 
 __all__ = ["multi_tensor_adamw", "multi_tensor_adamw_ref"]
@@ -65,7 +66,7 @@ def _(parameters, *_):
 def _launch(parameters, grads, exp_avgs, exp_avg_sqs, emas, step, settings) -> torch.Tensor:
     tensors = list(zip(parameters, grads, exp_avgs, exp_avg_sqs, emas or [None] * len(parameters)))
     key = tuple((*(pointer(t) for t in row), row[0].numel()) for row in tensors)
-    table = _TABLES.get(key, lambda: _table(tensors), capturing=is_capturing(step))
+    table = _TABLES.get(key, lambda: _table(tensors), capturing=is_capturing(step), stream=stream_of(step))
     square_sums = step.new_empty(table.blocks, dtype=torch.float64)
     state = parameters[0].new_empty(4)
     with device_guard(step):
