@@ -50,6 +50,8 @@ REGISTRY: dict[str, Op] = {
 UNTIMED = {
     "transition_coefficients": "float64 on the host, once per schedule",
     "ddim_coefficients": "float64 on the host, once per schedule",
+    "step_coefficients": "a handful of scalars, for integrations whose callers hold no schedule",
+    "step_std": "a handful of scalars, for integrations whose callers hold no schedule",
     "philox_normal": "the PyTorch twin of what the kernels draw inside",
     "philox_permutation": "the PyTorch twin of what the kernels draw inside",
     "philox_words": "the PyTorch twin of what the kernels draw inside",
