@@ -39,8 +39,11 @@ def due(config: AdversarySection, iteration: int, generated: float, reference: f
         return Due(0, True)
     if config.schedule == "always":
         return Due(updates, True)
+    fooled = generated > reference - config.fooled_margin
     if config.schedule == "when_fooled":
-        return Due(updates if generated > reference - config.fooled_margin else 0, True)
+        return Due(updates if fooled else 0, True)
+    if config.schedule == "fooled_or_generator":
+        return Due(updates, False) if fooled else Due(0, True)
     if config.schedule == "ratio":
         per_iteration = config.ratio * optimizer_steps
         return Due(math.floor((iteration + 1) * per_iteration) - math.floor(iteration * per_iteration), True)

@@ -155,10 +155,18 @@ class Scorer:
     def _features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """The adversary's features of every picture, computed once, and of one reference each, from the cache."""
         generated = Features.cat([self.adversary.features(t.images, t.tile.captions) for t in rollout.tiles])
+        return generated, self.reference_features.pick(rollout.prompts, self._reference_draws(rollout, iteration))
+
+    def _reference_draws(self, rollout: Rollout, iteration: int) -> torch.Tensor:
+        """[B] in [0, 1): which of its prompt's references each picture is paired with (adversary.reference_choice)."""
+        if self.config.adversary.reference_choice == "in_turn":
+            of_prompt = {prompt: len(self.references.files(prompt)) for prompt in dict.fromkeys(rollout.prompts)}
+            count = torch.tensor([of_prompt[prompt] for prompt in rollout.prompts])
+            return (rollout.image_ids % self.config.rollout.group_size % count + 0.5) / count
         draws = torch.rand(
             self.config.images_per_iteration, generator=rng.generator(self.config.seed, "reference", iteration)
         )
-        return generated, self.reference_features.pick(rollout.prompts, draws[rollout.image_ids])
+        return draws[rollout.image_ids]
 
     def _adversary_columns(self, rollout: Rollout, generated: Features, reference: Features, iteration: int):
         ids = to_device(rollout.image_ids, generated.device)

@@ -52,6 +52,7 @@ UNTIMED = {
     "ddim_coefficients": "float64 on the host, once per schedule",
     "step_coefficients": "a handful of scalars, for integrations whose callers hold no schedule",
     "step_std": "a handful of scalars, for integrations whose callers hold no schedule",
+    "philox_integers": "the PyTorch twin of what the kernels draw inside",
     "philox_normal": "the PyTorch twin of what the kernels draw inside",
     "philox_permutation": "the PyTorch twin of what the kernels draw inside",
     "philox_words": "the PyTorch twin of what the kernels draw inside",

@@ -1,7 +1,8 @@
 """The DINO adversary: golden vectors of the released code, schedules, replay, and one set of features for everything.
 
 Bugs planted in a copy, each seen red: sign of a hinge; loss weights swapped with reward weights; L2 normalisation left
-on in head training; replay slots not wrapped; random patches keyed by local instead of global picture number.
+on in head training; the generator trained although the reward is fooled; the reward's patches always drawn without
+replacement; replay slots not wrapped; random patches keyed by local instead of global picture number.
 """
 
 from pathlib import Path
@@ -91,6 +92,9 @@ def test_released_normalisation_applies_to_the_reward_only(released):
         ("when_fooled", 1.0, 0.0, 10, True),
         ("when_fooled", 0.0, 0.0, 0, True),
         ("when_fooled", 0.0, 1.0, 0, True),
+        ("fooled_or_generator", 1.0, 0.0, 10, False),
+        ("fooled_or_generator", 0.0, 0.0, 0, True),
+        ("fooled_or_generator", 0.0, 1.0, 0, True),
         ("always", 0.0, 1.0, 10, True),
         ("never", 1.0, 0.0, 0, True),
         ("alternate", 0.0, 0.0, 10, False),
@@ -115,6 +119,33 @@ def test_ratio_is_kept_over_iterations(ratio):
     assert max(updates) - min(updates) <= 1
 
 
+@pytest.mark.parametrize("sampling", ["without_replacement", "with_replacement"])
+def test_patches_are_drawn_as_the_setting_says_for_reward_and_head_alike(unit_backbone, sampling):
+    """40 of 64 patches whose value is their number: without replacement never twice, with it almost surely."""
+    adversary = make_adversary(unit_backbone, num_patches=40, patch_sampling=sampling)
+    numbers = torch.arange(64.0).view(1, 64, 1).expand(6, 64, 64).contiguous()
+    features, ids = Features({"cls": torch.zeros(6, 64), "patches": numbers}), torch.arange(6) + 3
+    trained = adversary.trained_part(features, ids, 5)["patches"][:, :, 0]
+    seen = []
+
+    def spy(cls, patches, indices, *args, **kwargs):
+        seen.append(indices)
+        return type("Score", (), {"reward": cls[:, 0]})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("advgrpo.rewards.feature_head.score_features", spy)
+        adversary.score(features, ids, purpose="reward", iteration=0)
+        adversary.score(features.rows(torch.tensor([4])), ids[4:5], purpose="reward", iteration=0)
+    for drawn in (trained, seen[0]):
+        distinct = [len(set(row)) for row in drawn.tolist()]
+        assert all(n == 40 for n in distinct) if sampling == "without_replacement" else max(distinct) < 40
+        assert len({tuple(row) for row in drawn.tolist()}) == 6  # every picture its own
+    assert torch.equal(seen[1][0], seen[0][4])  # whatever the batch
+    assert torch.equal(
+        adversary.trained_part(features.rows(torch.tensor([4])), ids[4:5], 5)["patches"][0, :, 0], trained[4]
+    )
+
+
 def test_replay_is_a_ring():
     buffer = ReplayBuffer(5)
     for number in range(4):
@@ -131,9 +162,11 @@ def head_batch(ids: torch.Tensor) -> HeadBatch:
     return HeadBatch(ids, split_tokens(tokens[0][ids]), split_tokens(tokens[1][ids] + 0.5), total=12)
 
 
-def test_two_processes_take_the_steps_of_one(unit_backbone):
+@pytest.mark.parametrize("sampling", ["without_replacement", "with_replacement"])
+def test_two_processes_take_the_steps_of_one(unit_backbone, sampling):
     """Two shares of the batch, gradients summed by hand, give the same heads and losses as the whole batch."""
-    alone = HeadTrainer(make_adversary(unit_backbone, batch_size=8), reduce=lambda t: None, rank=0, world_size=1)
+    changes = {"batch_size": 8, "patch_sampling": sampling}
+    alone = HeadTrainer(make_adversary(unit_backbone, **changes), reduce=lambda t: None, rank=0, world_size=1)
     whole = head_batch(torch.arange(12))
     expected = []
     for iteration in range(3):
@@ -143,7 +176,7 @@ def test_two_processes_take_the_steps_of_one(unit_backbone):
     import threading
 
     barrier, shared, results = threading.Barrier(2), {}, {}
-    adversaries = [make_adversary(unit_backbone, batch_size=8) for _ in range(2)]
+    adversaries = [make_adversary(unit_backbone, **changes) for _ in range(2)]
 
     def run(rank: int, ids: torch.Tensor) -> None:
         def exchange(value):

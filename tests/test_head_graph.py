@@ -60,11 +60,13 @@ def assert_same(a: HeadTrainer, b: HeadTrainer) -> None:
             assert torch.equal(value, b.adversary.optimizer.state[q][name]), name
 
 
-@pytest.mark.parametrize("normalize", ["never", "always"])
-def test_captured_updates_equal_eager_ones_while_the_replay_buffer_fills_and_wraps(unit_backbone, normalize):
+@pytest.mark.parametrize("changes", [{}, {"normalize": "always"}, {"patch_sampling": "with_replacement"}])
+def test_captured_updates_equal_eager_ones_while_the_replay_buffer_fills_and_wraps(unit_backbone, changes, monkeypatch):
+    # given indices are looked at on a CPU, where that is free; a captured step on a GPU does not
+    monkeypatch.setattr("advgrpo_kernels.ops.patches.can_look_at", lambda tensor: False)
     backend = EmulatedGraphs()
-    eager = make_trainer(unit_backbone, normalize=normalize)
-    captured = make_trainer(unit_backbone, backend, normalize=normalize)
+    eager = make_trainer(unit_backbone, **changes)
+    captured = make_trainer(unit_backbone, backend, **changes)
     iterations = range(8)  # 2 pictures each: 12 slots are full after the sixth
     assert torch.equal(run(eager, iterations), run(captured, iterations))
     assert_same(eager, captured)

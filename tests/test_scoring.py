@@ -186,6 +186,44 @@ def test_the_observer_names_its_own_field(unit_config):
         Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
 
 
+def test_references_in_turn_are_seen_alike_and_go_by_the_place_in_the_group(unit_config, monkeypatch):
+    """As in the released code, whose batches of 8 pictures meet the 8 references of their prompt one by one."""
+    settings = change(unit_config, adversary={"reference_choice": "in_turn"}, rollout={"group_size": 16})
+    settings.data.held_out_prompts = ""
+    trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer
+    features, paired = trainer.scorer.reference_features, []
+    real = features.pick
+    monkeypatch.setattr(
+        features, "pick", lambda prompts, draws: paired.append((prompts, real(prompts, draws))) or paired[-1][1]
+    )
+    trainer.iterate()
+    prompts, reference = paired[0]
+    assert len(prompts) == 32
+    for start in (0, 16):
+        own = features.prompt(prompts[start])["cls"]
+        assert len(own) == 8
+        assert torch.equal(reference["cls"][start : start + 16], torch.cat([own, own]))
+
+
+def test_an_iteration_trains_the_reward_if_it_is_fooled_and_else_the_generator(unit_config):
+    """Schedule fooled_or_generator: with a margin of a million every reward is, without one the first head is not."""
+    settings = change(unit_config, adversary={"schedule": "fooled_or_generator", "fooled_margin": 1e6})
+    settings.data.held_out_prompts = ""
+    trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer
+    for margin in (1e6, 0.0, 1e6, 0.0):
+        trainer.config.adversary.fooled_margin = margin
+        weights = [p.detach().clone() for _, p in trainer.policy.trainable_parameters()]
+        head = {name: tensor.clone() for name, tensor in trainer.adversary.state_dict().items()}
+        row = trainer.iterate()
+        fooled = row["reward_generated"] > row["reward_reference"] - margin
+        assert fooled == (margin > 0)
+        assert row["adversary_updates"] == (2 if fooled else 0)
+        assert (row["policy_loss"] is None) == fooled
+        after = [p for _, p in trainer.policy.trainable_parameters()]
+        assert all(torch.equal(*pair) for pair in zip(weights, after)) == fooled
+        assert all(torch.equal(head[name], t) for name, t in trainer.adversary.state_dict().items()) == (not fooled)
+
+
 class Brightness:
     """A reward with known answers that counts its calls."""
 

@@ -265,6 +265,9 @@ class AdversarySection(Section):
     """Width of the head."""
     num_patches: Batch = 64
     """Random patches scored per picture."""
+    patch_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+    """Whether a patch can be drawn twice in one picture (released). Drawn from all patches of a generation, and from
+    the `cached_patches` of a reference."""
     reward_weights: tuple[AtLeast0, AtLeast0] = (0.7, 0.3)
     """Weights of the global (cls) and local (patches) score in the reward."""
     loss_weights: tuple[AtLeast0, AtLeast0] = (0.7, 0.3)
@@ -275,12 +278,13 @@ class AdversarySection(Section):
     """Adam's learning rate for the head."""
     betas: tuple[Decay, Decay] = (0.5, 0.999)
     """Adam's moment decays for the head."""
-    schedule: Literal["when_fooled", "always", "ratio", "never", "alternate"] = "when_fooled"
-    """When the head trains: when generations outscore references (eq. 7), always, at a fixed ratio of head updates to
-    optimizer steps, never, or alternating with the generator as the released code does."""
+    schedule: Literal["when_fooled", "fooled_or_generator", "always", "ratio", "never", "alternate"] = "when_fooled"
+    """When the head trains: when generations outscore references (eq. 7), or then and the generator not (released,
+    PickScore), always, at a fixed ratio of head updates to optimizer steps, never, or alternating with the generator
+    (released, DINO)."""
     fooled_margin: AtLeast0 = 0.0
-    """Schedule "when_fooled" trains when mean R(gen) > mean R(ref) - margin; 0 is eq. 7. A positive margin keeps
-    the head from being over-optimised while it is not fooled yet on average; a converged hinge head separates by 2."""
+    """Generations outscore references when mean R(gen) > mean R(ref) - margin; 0 is eq. 7. A converged hinge head
+    separates by 2."""
     updates_per_iteration: Positive = 10
     """Head updates in an iteration in which it trains."""
     ratio: Above0 = 10.0
@@ -292,7 +296,10 @@ class AdversarySection(Section):
     warmup_updates: Positive = 10
     """Head updates in each of those iterations."""
     batch_size: Batch = 64
-    """Generated pictures, and as many references, per head update."""
+    """Generated pictures, and as many references, per head update, over all processes."""
+    reference_choice: Literal["random", "in_turn"] = "random"
+    """The reference that a generation is compared with in R(ref), head batches and pairs: a random one of its prompt,
+    or that of the picture's place in the group modulo their number, so that all are seen alike (released)."""
     replay_capacity: Count = 1024
     """Older generations kept as negatives."""
     replay_share: Fraction = 0.25

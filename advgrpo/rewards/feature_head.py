@@ -12,7 +12,14 @@ from typing import Protocol
 
 import torch
 
-from advgrpo_kernels import hinge_head_loss, philox_permutation, sample_patches, score_features
+from advgrpo_kernels import (
+    PatchSample,
+    hinge_head_loss,
+    philox_integers,
+    philox_permutation,
+    sample_patches,
+    score_features,
+)
 
 from .. import rng
 from ..config import AdversarySection
@@ -20,7 +27,7 @@ from ..errors import UserError
 from ..types import Features
 from .head_adam import HeadAdam
 
-_BIAS_GRADIENT_NOISE = 1e-6  # rounding reaches 2e-7; real values are 4e-6 and more up to 512 pictures of 64 patches
+_BIAS_GRADIENT_NOISE = 1e-6  # rounding reaches 2e-7; real values are 3e-6 and more up to 768 pictures of 64 patches
 
 
 class FrozenBackbone(Protocol):
@@ -83,11 +90,10 @@ class FeatureHeadAdversary:
     def score(self, features: Features, sample_ids: torch.Tensor, *, purpose: str, iteration: int):
         """FeatureScore of each picture; its random patches are keyed by (purpose, iteration, sample id)."""
         seed = rng.derive_seed(self.seed, f"{purpose}_patches", iteration)
-        indices = sample_patches(features["patches"], self.config.num_patches, seed=seed, sample_ids=sample_ids).indices
         return score_features(
             features["cls"],
             features["patches"],
-            indices,
+            self._sample(features["patches"], seed, sample_ids).indices,
             self.head,
             weights=self.config.reward_weights,
             normalize=self.config.normalize != "never",
@@ -111,8 +117,15 @@ class FeatureHeadAdversary:
         patches = features["patches"]
         if len(features) == 0:  # this process holds none of the drawn pictures
             return Features({"cls": features["cls"], "patches": patches[:, : self.config.num_patches]})
-        sample = sample_patches(patches, self.config.num_patches, seed=seed, sample_ids=sample_ids)
-        return Features({"cls": features["cls"], "patches": sample.patches})
+        return Features({"cls": features["cls"], "patches": self._sample(patches, seed, sample_ids).patches})
+
+    def _sample(self, patches: torch.Tensor, seed: int | torch.Tensor, sample_ids: torch.Tensor) -> PatchSample:
+        """`num_patches` of each picture's patches [B, P, D], as adversary.patch_sampling says."""
+        count = self.config.num_patches
+        if self.config.patch_sampling == "without_replacement":
+            return sample_patches(patches, count, seed=seed, sample_ids=sample_ids)
+        drawn = philox_integers(patches.shape[1], count, seed=seed, sample_ids=sample_ids)
+        return sample_patches(patches, count, indices=drawn)
 
     def kept_part(self, features: Features) -> Features:
         """The features with `cached_patches` random patches each, the same for every picture's place in the batch."""

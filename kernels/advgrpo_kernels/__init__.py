@@ -16,7 +16,7 @@ from .ops.hinge_head_loss import HingeHeadLoss, hinge_head_loss
 from .ops.merge_lora import merge_lora, merge_lora_ref
 from .ops.multi_tensor_adamw import multi_tensor_adamw, multi_tensor_adamw_ref
 from .ops.patches import PatchSample, sample_patches, sample_patches_ref
-from .ops.philox import philox_normal, philox_permutation, philox_words
+from .ops.philox import philox_integers, philox_normal, philox_permutation, philox_words
 from .ops.qk_rms_norm import AttentionInputs, qk_rms_norm, qk_rms_norm_ref
 from .ops.score_features import FeatureScore, score_features, score_features_ref
 
@@ -53,6 +53,7 @@ __all__ = [
     "merge_lora_ref",
     "multi_tensor_adamw",
     "multi_tensor_adamw_ref",
+    "philox_integers",
     "philox_normal",
     "philox_permutation",
     "philox_words",

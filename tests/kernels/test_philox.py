@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from advgrpo_kernels import philox_normal, philox_permutation, philox_words
+from advgrpo_kernels import philox_integers, philox_normal, philox_permutation, philox_words
 from advgrpo_kernels.ops.philox import _rounds, as_int64
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
@@ -116,6 +116,20 @@ def test_permutation_is_uniform_without_replacement():
     expected = rows / len(cells)
     chi_square = ((cells - expected) ** 2 / expected).sum().item()
     assert abs(chi_square - 209) < 4 * math.sqrt(2 * 209)
+
+
+def test_integers_are_uniform_with_replacement_and_of_seed_and_sample_id_alone():
+    rows, population, count = 4000, 7, 3
+    drawn = philox_integers(population, count, seed=1, sample_ids=torch.arange(rows))
+    assert drawn.shape == (rows, count)
+    cells = torch.bincount(drawn[:, 0] * 49 + drawn[:, 1] * 7 + drawn[:, 2], minlength=343).double()
+    chi_square = ((cells - rows / 343) ** 2 / (rows / 343)).sum().item()  # every triple, repetitions included
+    assert abs(chi_square - 342) < 4 * math.sqrt(2 * 342)
+    assert torch.equal(
+        drawn[5:9], philox_integers(population, count, seed=torch.tensor([1]), sample_ids=ids(5, 6, 7, 8))
+    )
+    assert not torch.equal(drawn, philox_integers(population, count, seed=2, sample_ids=torch.arange(rows)))
+    assert philox_integers(1369, 4000, seed=3, sample_ids=ids(0)).max() == 1368
 
 
 def test_bad_arguments_raise():

@@ -21,7 +21,7 @@ import torch
 
 from .._runtime import HAS_TRITON
 
-__all__ = ["NOISE_STREAM", "PATCH_STREAM", "philox_normal", "philox_permutation", "philox_words"]
+__all__ = ["NOISE_STREAM", "PATCH_STREAM", "philox_integers", "philox_normal", "philox_permutation", "philox_words"]
 
 # Streams separate draws of different purpose under one run seed.
 NOISE_STREAM = 0
@@ -117,6 +117,23 @@ def philox_permutation(
     """
     keys = philox_words(population, seed=seed, sample_ids=sample_ids, step=step, stream=stream)[:, :population]
     return torch.argsort(keys, dim=1, stable=True)[:, :count]
+
+
+def philox_integers(
+    population: int,
+    count: int,
+    *,
+    seed: int | torch.Tensor,
+    sample_ids: torch.Tensor,
+    step: int | torch.Tensor = 0,
+    stream: int = PATCH_STREAM,
+) -> torch.Tensor:
+    """`count` of range(population) with replacement, per row: int64 [B, count].
+
+    floor(word · population / 2³²): two numbers differ in probability by less than population / 2³² of it.
+    """
+    words = philox_words(count, seed=seed, sample_ids=sample_ids, step=step, stream=stream)[:, :count]
+    return (words * population) >> 32
 
 
 def philox_words(
