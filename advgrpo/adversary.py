@@ -31,7 +31,7 @@ class Due:
 
 
 def due(config: AdversarySection, iteration: int, generated: float, reference: float, optimizer_steps: int) -> Due:
-    """The schedule (METHOD section 6): `generated` and `reference` are mean rewards before any head update."""
+    """The schedule (docs/method.md section 6): `generated` and `reference` are mean rewards before any head update."""
     updates = config.updates_per_iteration
     if iteration < config.warmup_iterations:
         return Due(config.warmup_updates, False)

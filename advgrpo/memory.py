@@ -24,7 +24,7 @@ GB = 1e9
 PHASES = ("encode", "sample", "decode", "score", "update")
 _CONTEXT = 1.2  # GB: CUDA context, cuBLAS and cuDNN workspaces, NCCL
 _SLACK = 0.05  # of what is allocated: the allocator's rounding and fragmentation
-_REFERENCES_PER_PROMPT = 8  # METHOD section 8
+_REFERENCES_PER_PROMPT = 8  # docs/method.md section 8
 _PROMPTS_IN_MEMORY = 512  # of data/reference_features.py
 _DECODE_BATCH = 8  # Decoder's default
 _SMS = 132  # streaming multiprocessors of an H100 or H200
@@ -182,8 +182,9 @@ class _Estimate:
     def relative_time(self, knobs: Knobs) -> float:
         """Matrix-product time of a picture's sampling and update, in forwards at full occupancy.
 
-        A forward is 1, forward and backward 2.2, and a recomputed forward 1 more (PERFORMANCE section 1). Occupancy is
-        the share of the last wave of tiles over 132 multiprocessors that is filled, over products 1, 3 and 4 D wide.
+        A forward is 1, forward and backward 2.2, and a recomputed forward 1 more (counted FLOPs, bench/counters.py).
+        Occupancy is the share of the last wave of tiles over 132 multiprocessors that is filled, over products 1, 3
+        and 4 D wide.
         """
         rollout = self.config.rollout
         steps = rollout.window.trained_of(rollout.window.count)

@@ -1,4 +1,4 @@
-"""Red flags seen while a run runs (METHOD section 7's last line): what went wrong, by which number, which knob to turn.
+"""Red flags seen while a run runs (docs/method.md section 7): what went wrong, by which number, which knob to turn.
 
 Each flag is a small class that turns an iteration's metrics into a `Reading`. Three guards keep noise from raising one:
 - levels are judged by the median of the last `monitor.window` values: one odd iteration cannot move it;
@@ -118,7 +118,7 @@ class RedFlag(ABC):
 
 
 class RewardCollapse(RedFlag):
-    """The references' own reward falls and does not stop: the head unlearns what a good picture is (issue 5).
+    """The references' own reward falls and does not stop: the head unlearns what a good picture is.
 
     Definition: Kendall's tau of `reward_reference` against time is at most -collapse_tau over trend_window checks, and
     its median over `window` checks has fallen from its peak by at least collapse_drop times its own noise (scores have
@@ -154,7 +154,7 @@ class RewardCollapse(RedFlag):
 
 
 class ModeCollapse(RedFlag):
-    """The pictures of a group are alike, so group-relative advantages compare nothing (METHOD section 4).
+    """The pictures of a group are alike, so group-relative advantages compare nothing (docs/method.md section 4).
 
     Definition: the mean pairwise cosine distance of backbone features within groups, median over `window` checks, is
     below diversity_share times its value at the start of the run, or below diversity_floor (which catches a run that
@@ -247,7 +247,7 @@ class RewardHacking(RedFlag):
 
 
 class DeadGroups(RedFlag):
-    """Groups whose pictures all have the same reward teach nothing (METHOD section 4; Flow-GRPO logs their share).
+    """Groups whose pictures all have the same reward teach nothing (docs/method.md section 4; Flow-GRPO logs them).
 
     Definition: `zero_std_fraction`, median over `window` checks, is at least dead_groups.
     """
@@ -271,7 +271,7 @@ class DeadGroups(RedFlag):
 
 
 class SlowConvergence(RedFlag):
-    """Few pictures per prompt make noisy advantages: fewer than 8 learn slowly (issue 5; the paper uses 16).
+    """Few pictures per prompt make noisy advantages: fewer than 8 learn slowly (the paper uses 16).
 
     Definition: `rollout.group_size` is below monitor.group_size. Known before training, so it appears at once.
     """
@@ -291,10 +291,10 @@ class SlowConvergence(RedFlag):
 
 
 class OffPolicy(RedFlag):
-    """The update does not repeat the rollout's likelihoods, so the clipping acts on noise (METHOD section 5).
+    """The update does not repeat the rollout's likelihoods, so the clipping acts on noise (docs/method.md section 5).
 
     Definition: before the first optimizer step `log_prob_drift_max` exceeds monitor.log_prob_drift or
-    `pre_update_clip_fraction` exceeds monitor.pre_update_clip_fraction; METHOD wants exactly 0 of both.
+    `pre_update_clip_fraction` exceeds monitor.pre_update_clip_fraction; on-policy exactness wants exactly 0 of both.
     """
 
     name = "off_policy"
@@ -320,7 +320,7 @@ class OffPolicy(RedFlag):
 
 
 class AdamEps(RedFlag):
-    """Gradients at the size of Adam's eps: steps are no longer of the size of the learning rate (METHOD section 8).
+    """Gradients at the size of Adam's eps: steps are no longer of the size of the learning rate.
 
     Definition: Adam's step is lr * m / (sqrt(v) + eps). With sqrt(v) = the gradient's root mean square g over all
     trained elements, after clipping (`monitor_gradient_rms`), eps takes the share eps / (g + eps) of the step away; its
@@ -343,7 +343,7 @@ class AdamEps(RedFlag):
 
 
 class OverpoweredAdversary(RedFlag):
-    """The adversary tells everything apart, so its reward hardly says which picture is better (issue 5).
+    """The adversary tells everything apart, so its reward hardly says which picture is better.
 
     Definition: `adversary_accuracy`, median over `window` checks, is at least overpowered_accuracy.
     """
@@ -367,7 +367,7 @@ class OverpoweredAdversary(RedFlag):
 
 
 class SleepingAdversary(RedFlag):
-    """The adversary guesses: its reward is noise, and the generator learns nothing from it (issue 5).
+    """The adversary guesses: its reward is noise, and the generator learns nothing from it.
 
     Definition: `adversary_accuracy`, median over `window` checks, is at most sleeping_accuracy (guessing is 0.5).
     """

@@ -1,4 +1,4 @@
-"""The iteration of METHOD section 7, readable top to bottom; nothing here knows a particular model or reward."""
+"""The iteration (docs/method.md section 7), readable top to bottom; nothing here knows a model or a reward."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Trainer:
         }
 
     def reinforce(self, iteration: int, phases: Phases) -> dict[str, float]:
-        """Rollout, rewards, head updates, generator update. Returns the metrics of METHOD section 7's log line."""
+        """Rollout, rewards, head updates, generator update. Returns the metrics."""
         window = window_steps(self.config, iteration)
         table = step_table(self.policy, self.config.rollout.num_steps, window, rollout=self.config.rollout)
         with phases.measure("sample"):

@@ -81,7 +81,7 @@ def test_counts_are_the_known_totals(paper):
     pipeline = known_models.known_pipeline(MEDIUM)
     weights = known_models.count_transformer(pipeline.transformer, paper.model.lora)
     assert (weights.total, weights.lora) == (2_243_171_520, 18_776_064)
-    assert weights.stacked == 191 * 1536**2  # METHOD section 8: 191 modules, each 1536 x 1536
+    assert weights.stacked == 191 * 1536**2  # docs/method.md section 8: 191 modules, each 1536 x 1536
     assert known_models.count_text_encoders(pipeline) == 123_650_304 + 694_659_840 + 4_762_310_656
     assert known_models.count_decoder(pipeline.decoder) == 49_545_475
     assert known_models.count_backbone(known_models.known_backbone("facebook/dinov2-large")) == 304_368_640

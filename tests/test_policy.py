@@ -299,7 +299,7 @@ def test_lora_scope(unit_config):
 
 
 def test_lora_on_the_exact_sd35_medium_configuration(monkeypatch):
-    """METHOD section 8: 191 modules, 18,776,064 parameters (meta device: no memory, no weights)."""
+    """docs/method.md section 8: 191 modules, 18,776,064 parameters (meta device: no memory, no weights)."""
     monkeypatch.undo()  # conftest's NaN poisoning would allocate the weights
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(

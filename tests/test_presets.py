@@ -1,4 +1,4 @@
-"""Every preset is a run that passes all checks once it has data; paper and released differ as METHOD section 8 says.
+"""Every preset is a run that passes all checks once it has data; paper and released differ as docs/method.md says.
 
 Bugs planted in a copy, each seen red: no KL in the -kl preset; two released layers; the mean as the released partner;
 sft that is not; another learning rate for one job; an output folder of another name.
@@ -54,7 +54,7 @@ def test_a_full_size_preset_says_what_it_needs_and_asks_for_it(name):
 
 @pytest.mark.parametrize("name", [name for name in config.preset_names() if name.startswith("sd35m")])
 def test_what_paper_and_released_have_in_common(name):
-    """METHOD section 8's last paragraph, for every job."""
+    """docs/method.md section 8's last paragraph, for every job."""
     settings = config.load(name)
     model, rollout, update, evaluation = settings.model, settings.rollout, settings.update, settings.evaluation
     assert model.path == "stabilityai/stable-diffusion-3.5-medium"

@@ -97,7 +97,7 @@ def test_only_a_new_shape_captures_again(policy, unit_config):
 
 
 def test_log_probs_are_repeated_exactly_with_graphs(policy, unit_config):
-    """METHOD section 5 with captured steps: drift 0 and pre-update clip fraction 0, after several optimizer steps."""
+    """docs/method.md section 5, captured steps: drift and pre-update clip fraction 0, after several optimizer steps."""
     unit_config.rollout.guidance_scale = 1.7
     unit_config.update.learning_rate = 1e-2
     updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)

@@ -3,7 +3,7 @@
 16 rows of 1024 image and 205 text tokens, bfloat16, LoRA of rank 32 on the 191 modules of the released configuration.
 The numbers are in golden/structure.json: FLOPs must be equal; launches, elementwise bytes and saved bytes are limits.
 
-A goal that is not met: PERFORMANCE.md section 7 asks for 20 GB of elementwise traffic. 12.8 GB read each stream and its
+A goal that is not met: at most 20 GB of elementwise traffic. 12.8 GB read each stream and its
 update and write the stream and its norm, 8.4 GB read and write q and k around their norm; with library matrix products
 neither can be fused further, so the limit here is 21.7 GB.
 

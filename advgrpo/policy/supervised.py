@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the references: the baseline without reinforcement learning.
 
-The rectified-flow loss (arXiv 2209.03003; METHOD section 1's interpolation), per picture the mean over elements:
+The rectified-flow loss (arXiv 2209.03003; docs/method.md 1.1), per picture the mean over elements:
 
     x_σ = (1 - σ) x₀ + σ ε,    L = |v_θ(x_σ, σ) - (ε - x₀)|²,    σ = shift of sigmoid(z), z ~ N(0, 1)
 

@@ -71,8 +71,7 @@ class Adversary(Protocol):
     """A learned reward: a frozen part that computes features once, and a trained part, the head, that scores them.
 
     `features` runs once per picture; the reward, the head's training and the reference cache all use its result.
-    Draws are keyed by (run seed, purpose, iteration, global picture number), never by batch or process (METHOD
-    section 6).
+    Draws are keyed by (run seed, purpose, iteration, global picture number), never by batch or process.
 
     `trained_part`, `loss`, `optimizer.zero_grad(set_to_none=False)` and `step` run inside a captured CUDA graph: none
     of them may read a device value on the host or make a device tensor from a host value, and parameters, gradients

@@ -4,7 +4,7 @@
 
 `norm` leaves a reward as it is ("none"), or subtracts mean and divides by standard deviation over the prompt's group
 ("group") or over the iteration ("global"), so that a weight means the same whatever a reward's scale. With "none" and
-weights that sum to 1 this is METHOD section 6's R = lambda * R_rule + (1 - lambda) * sim(gen, ref).
+weights that sum to 1 this is docs/method.md 6.4, R = lambda * R_rule + (1 - lambda) * sim(gen, ref).
 
 A gate is a bar: a picture whose raw reward lies below it gets its group's lowest total, so that nothing else can earn
 it a positive advantage.
@@ -20,7 +20,7 @@ import torch
 
 from ..config import RewardSection
 
-_EPS = 1e-4  # as in the advantages (METHOD section 4): a group that agrees stays at 0
+_EPS = 1e-4  # as in the advantages (docs/method.md 4.1): a group that agrees stays at 0
 
 
 def normalized(reward: torch.Tensor, how: str, group_size: int) -> torch.Tensor:

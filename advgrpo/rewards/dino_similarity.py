@@ -1,4 +1,4 @@
-"""DINO similarity of a picture to the reference pictures of its own prompt (eq. 8's second term, METHOD section 8)."""
+"""DINO similarity of a picture to the reference pictures of its own prompt (docs/method.md 6.4's second term)."""
 
 from __future__ import annotations
 

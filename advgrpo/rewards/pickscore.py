@@ -1,4 +1,4 @@
-"""PickScore, fixed or as an adversary (METHOD section 6, eqs. 6-7): `score = logit_scale * cos(text, image) / 26`.
+"""PickScore, fixed or as an adversary (docs/method.md section 6): `score = logit_scale * cos(text, image) / 26`.
 
 The model is a CLIP-H trained on human preference pairs (arXiv 2305.01569, yuvalkirstain/PickScore_v1, whose tokenizer
 and image processor are laion/CLIP-ViT-H-14-laion2B-s32B-b79K's); "tiny" is the shipped one.

@@ -1,4 +1,4 @@
-"""Similarity of a picture to the reference pictures of its own prompt (eq. 8's second term, METHOD section 8).
+"""Similarity of a picture to the reference pictures of its own prompt (docs/method.md 6.4's second term).
 
 Shapes: B pictures, R references of a prompt, embeddings of width D.
 """

@@ -1,6 +1,6 @@
 """Log-probability of a sampled transition, averaged over the elements of an image; differentiable in the velocities.
 
-Formula and reduction order: `_gaussian.py` (METHOD: Flow-GRPO's convention, arXiv 2505.05470). The gradient is closed:
+Formula and reduction order: `_gaussian.py` (Flow-GRPO's convention, arXiv 2505.05470). The gradient is closed:
 `d log p/dμ = (x_next-μ)/(s²·N)` (gaussian) or `2(x_next-μ)/N` (squared_error), `dμ/dc = g·b`, `dμ/du = (1-g)·b`.
 
 Shapes: B images, N = elements per image. latents, velocities, next_latents [B, ...] -> log_prob [B] float32.
