@@ -127,10 +127,11 @@ class _Draw:
 class HeadTrainer:
     """Runs the head updates of an iteration.
 
-    With `graphs` and one process an update is one replay of a captured graph: its rows and seeds are copied into static
-    buffers, as are the iteration's features, once. Several processes run the same function eagerly: how many of the
-    drawn pictures a process holds changes from update to update, and with it every shape, and the sum over processes
-    between backward and step watches for failed processes on the host.
+    An update first gathers the drawn rows and patches, then learns from them. With `graphs` and one process the second
+    part is one replay of a captured graph, whose inputs are those few rows; the iteration's features are never copied.
+    Several processes run the same function eagerly: how many of the drawn pictures a process holds changes from update
+    to update, and with it every shape, and the sum over processes between backward and step watches for failed
+    processes on the host.
 
     Args:
         adversary: what learns.
@@ -153,11 +154,7 @@ class HeadTrainer:
         self.replay = ReplayBuffer(self.config.replay_capacity)
         backend = graphs if world_size == 1 else None
         self.captured_update = CapturedFunction(self._update, name="head update", backend=backend)
-        self._indices, *features = (
-            StaticBuffers(adversary.device, static=backend is not None) for _ in ("indices", *_SIDES)
-        )
-        self._features = dict(zip(_SIDES, features))
-        self._counts = (0, 0, 0)  # rows of the current update, as _Draw.counts
+        self._inputs = {side: StaticBuffers(adversary.device, static=backend is not None) for side in _SIDES}
         self._total = 0  # pictures per side of the current update, over all processes
 
     def train(self, batch: HeadBatch, iteration: int, updates: int) -> torch.Tensor:
@@ -166,18 +163,15 @@ class HeadTrainer:
             return torch.zeros(0, device=self.adversary.device)
         draws = [self._draw(batch, iteration, number) for number in range(updates)]
         self._total = min(self.config.batch_size, batch.total)
-        self._indices.fill("image_ids", to_device(batch.image_ids, self.adversary.device))
-        for side in _SIDES:
-            for name, tensor in getattr(batch, side).tensors.items():
-                self._features[side].fill(name, tensor)
+        ids = to_device(batch.image_ids, self.adversary.device)
         flat = [draw.flat() for draw in draws]
         moved = to_device(torch.cat(flat), self.adversary.device).split([len(f) for f in flat])  # one transfer
         losses = []
         for draw, values in zip(draws, moved):
-            self._counts = draw.counts
-            self._indices.fill("draw", values)
-            shapes = tuple(buffers.key() for buffers in (self._indices, *self._features.values()))
-            key = (shapes, self._counts, self._total)
+            for side, features in self._drawn(batch, ids, draw.counts, values).items():
+                for name, tensor in features.tensors.items():
+                    self._inputs[side].fill(name, tensor)
+            key = (tuple(buffers.key() for buffers in self._inputs.values()), self._total)
             losses.append(self.captured_update(key).clone())  # the next replay overwrites it
         return torch.cat(losses)
 
@@ -214,7 +208,7 @@ class HeadTrainer:
     def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int]) -> None:
         """Continue from the replay buffer's `state`; call it after head and optimizer are loaded."""
         self.replay.load(tensors, counters, self.adversary.device)
-        self.captured_update.clear()  # the graphs hold the storage of before
+        self.captured_update.clear()  # the graphs hold the optimizer's storage of before
 
     def _draw(self, batch: HeadBatch, iteration: int, number: int) -> _Draw:
         generator = rng.generator(self.seed, "head_batch", iteration, number)
@@ -232,18 +226,21 @@ class HeadTrainer:
     def _patch_seed(self, purpose: str, side: str, *indices: int) -> int:
         return rng.derive_seed(self.seed, f"{purpose}_{side}_patches", *indices)
 
+    @torch.no_grad()
+    def _drawn(self, batch: HeadBatch, ids: torch.Tensor, counts: tuple[int, int, int], draw: torch.Tensor):
+        """What one update learns from, by side; `draw` is a `_Draw.flat` on the device, `ids` the batch's pictures."""
+        *rows, slots, seeds = draw.split([*counts, len(_SIDES)])
+        found = {
+            side: self.adversary.trained_part(getattr(batch, side).rows(index), ids.index_select(0, index), seed)
+            for side, index, seed in zip(_SIDES, rows, seeds.split(1))
+        }
+        if len(slots):
+            found["generated"] = Features.cat([found["generated"], self.replay.rows(slots)])
+        return found
+
     def _update(self) -> torch.Tensor:
         """One update on the rows in the buffers; the loss before it, [1]. Obeys the rules of `graphs`."""
-        *rows, slots, seeds = self._indices["draw"].split([*self._counts, len(_SIDES)])
-        ids = self._indices["image_ids"]
-        reference, generated = (
-            self.adversary.trained_part(
-                Features(self._features[side].tensors).rows(index), ids.index_select(0, index), seed
-            )
-            for side, index, seed in zip(_SIDES, rows, seeds.split(1))
-        )
-        if len(slots):
-            generated = Features.cat([generated, self.replay.rows(slots)])
+        reference, generated = (Features(dict(self._inputs[side].tensors)) for side in _SIDES)
         self.adversary.optimizer.zero_grad(set_to_none=False)
         loss = self.adversary.loss(reference, generated, total=self._total).loss
         loss.backward()

@@ -215,6 +215,28 @@ def count_decoder(config: DecoderConfig) -> int:
     return sum(p.numel() for p in Decoder(config, device="meta").parameters())
 
 
+@functools.lru_cache(maxsize=8)
+def count_vae(config: DecoderConfig) -> int:
+    """Parameters of the whole stock AutoencoderKL around such a decoder."""
+    from diffusers import AutoencoderKL
+
+    blocks = len(config.block_out_channels)
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=config.block_out_channels,
+            latent_channels=config.latent_channels,
+            out_channels=config.out_channels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+            mid_block_add_attention=config.mid_block_add_attention,
+            use_post_quant_conv=config.use_post_quant_conv,
+            use_quant_conv=config.use_post_quant_conv,
+        )
+    return sum(p.numel() for p in vae.parameters())
+
+
 def count_backbone(config: dict[str, Any]) -> int:
     """Parameters of a Dinov2Model."""
     return _count_transformers_model("Dinov2Model", json.dumps(config))

@@ -215,13 +215,21 @@ class _Estimate:
             yield Component("frozen base beside the trained weights", 4 * trained, "model.train = full")
         moving = ("sample", "decode", "score", "update")
         yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, "model.lora", moving)
+        side = self.pipeline.transformer.get("pos_embed_max_size") or 0
+        yield Component("table of positions", side**2 * self.shape.width * self.element, "model.path")
         yield Component("picture decoder", self._decoder_bytes(), "model.path, fast")
+        yield Component("stock VAE, float32", 4 * self._vae_parameters(), "model.path, fast")
 
     def _merged_bytes(self) -> int:
         weights = self.weights
         if self.config.rollout.precision == "fp8":
             return weights.inner + weights.stacked_ends * self.element
         return weights.stacked * self.element
+
+    def _vae_parameters(self) -> int:
+        """What of the stock VAE stays on the GPU beside the decoder in use: without `fast` that is the stock one."""
+        decoder = known_models.count_decoder(self.pipeline.decoder)
+        return known_models.count_vae(self.pipeline.decoder) - (0 if self.config.fast else decoder)
 
     def _decoder_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.config.fast else torch.float32
@@ -250,6 +258,8 @@ class _Estimate:
         )
         replay = 4 * width * adversary.replay_capacity * (adversary.num_patches + 1)
         yield Component("replay buffer", replay, "adversary.replay_capacity", ("sample", "decode", "score", "update"))
+        drawn = min(adversary.batch_size, self.config.images_per_iteration) * per_picture
+        yield Component("rows of a head update", drawn, "adversary.batch_size", ("score",))
         alive = round(14 * element * tokens * width * knobs.micro_batch)
         yield Component("DINO forward", alive, "rollout.micro_batch", ("score",))
 

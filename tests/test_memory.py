@@ -24,6 +24,7 @@ from advgrpo.errors import UserError
 from advgrpo.memory import PHASES, Knobs, _Estimate, advice, micro_batches, plan, table
 from advgrpo.policy.adapters import LoraAdapters, target_modules
 from advgrpo.policy.decoder import SD3_DECODER
+from advgrpo.policy.sd3 import decoded_at_once
 from advgrpo.policy.transformer import FusedTransformer, TransformerConfig
 from advgrpo_kernels import _runtime
 
@@ -84,6 +85,7 @@ def test_counts_are_the_known_totals(paper):
     assert weights.stacked == 191 * 1536**2  # docs/method.md section 8: 191 modules, each 1536 x 1536
     assert known_models.count_text_encoders(pipeline) == 123_650_304 + 694_659_840 + 4_762_310_656
     assert known_models.count_decoder(pipeline.decoder) == 49_545_475
+    assert known_models.count_vae(pipeline.decoder) == 83_819_683
     assert known_models.count_backbone(known_models.known_backbone("facebook/dinov2-large")) == 304_368_640
     large = known_models.known_pipeline("stabilityai/stable-diffusion-3.5-large")
     assert known_models.count_transformer(large.transformer, paper.model.lora).total == 8_056_627_520
@@ -183,6 +185,20 @@ def test_smaller_gpus_get_smaller_knobs(paper):
     assert plan(paper, 18, processes=8).knobs.text_encoders == "cpu"
     paper.rollout.micro_batch = 1
     assert plan(paper, 141, processes=8).knobs.micro_batch == 1  # never above what the user set
+
+
+def test_what_lies_beside_the_weights_is_counted(paper):
+    """The paper's preset on 8 GPUs by hand: 35.8 GB, with the table of positions and the stock VAE that stay loaded."""
+    found = plan(paper, 80, processes=8)
+    sizes = {c.name: c.bytes for c in found.components}
+    assert sizes["table of positions"] == 384**2 * 1536 * 2
+    assert sizes["stock VAE, float32"] == 83_819_683 * 4
+    assert found.peak_gb == pytest.approx(35.8, rel=0.02)
+    assert sizes["rows of a head update"] == paper.adversary.batch_size * 4 * 1370 * 1024
+
+
+def test_as_many_pixels_are_decoded_at_once_at_every_resolution():
+    assert [decoded_at_once(side) for side in (256, 512, 640, 768, 1024, 2048)] == [32, 8, 5, 3, 2, 1]
 
 
 def test_large_model_on_40_gb_checkpoints(paper):

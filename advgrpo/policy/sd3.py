@@ -105,6 +105,10 @@ class SD3Policy(DiffusersPolicy):
 
     def _build_decoder(self, dtype: torch.dtype, **options) -> Decoder:
         config = DecoderConfig.from_mapping(self.vae.config)
-        at_once = max(1, 8 * (512 // self.model.resolution) ** 2)  # as many pixels as eight 512-pixel pictures
-        options |= {"dtype": dtype, "device": self.device, "micro_batch": at_once}
+        options |= {"dtype": dtype, "device": self.device, "micro_batch": decoded_at_once(self.model.resolution)}
         return Decoder.from_state_dict(config, self.vae.state_dict(), **options)
+
+
+def decoded_at_once(resolution: int) -> int:
+    """Pictures per call of the decoder: as many pixels as eight pictures of 512, one at least."""
+    return max(1, 8 * 512**2 // resolution**2)
