@@ -160,6 +160,7 @@ class Trainer:
         initial_seed = rng.derive_seed(seed, "initial_noise", iteration)
         noise_seed = rng.derive_seed(seed, "step_noise", iteration)
         self.policy.merge()
+        self._merge_error = self.policy.merge_error() if self.monitor.due(iteration) else None
         tiles, rollouts = self.tiles(iteration), []
         self.scorer.prefetch([prompt for tile in tiles for prompt in tile.prompts])  # while the GPU samples
         encoded: dict[tuple[str, ...], Conditioning] = {}  # the tiles of a prompt share its embeddings
@@ -274,6 +275,8 @@ class Trainer:
             elements = sum(p.numel() for _, p in self.policy.trainable_parameters())
             rms = min(metrics["grad_norm"], self.config.update.max_grad_norm) / elements**0.5
         statistics = {**(pictures.metrics() if pictures else {}), "monitor_gradient_rms": rms}
+        if rollout is not None and self._merge_error is not None:
+            statistics["monitor_merge_error"] = self._merge_error.item()
         self.flags = self.monitor.check({"iteration": iteration, **metrics, **statistics}, pictures)
         return statistics
 

@@ -33,6 +33,7 @@ READS = {
     "advgrpo/trainer.py:update": 1,  # the share of groups without spread
     "advgrpo/trainer.py:_update_metrics": 1,  # the one place where the update waits
     "advgrpo/picture_statistics.py:measure": 2,  # the monitor's
+    "advgrpo/trainer.py:watch": 1,  # what merging loses, the monitor's
 }
 
 

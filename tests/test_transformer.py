@@ -203,6 +203,26 @@ def test_merged_weights_follow_the_adapters_in_place_and_never_accumulate():
     assert torch.equal(run_ours(ours, given, "base"), base)
 
 
+@pytest.mark.parametrize(("dtype", "fp8"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_what_merging_takes_from_a_young_adapter_is_measured(dtype, fp8):
+    """In bfloat16 a change below half a unit in the last place vanishes, in e4m3 the base's own rounding is larger."""
+    ours = fused(stock_model("sd35-medium", layers=3).to(getattr(torch, dtype)))
+    ours.prepare_merged(fp8=fp8)
+    ours.merge()
+    assert ours.merge_error() == 0  # no change yet
+    errors = []
+    for size in (1e-4, 1e-1):
+        with torch.no_grad():
+            ours.lora.master.copy_(size**0.5 * torch.randn(ours.lora.master.shape, generator=torch.Generator()))
+        ours.merge()
+        errors.append(ours.merge_error().item())
+    young, grown = errors
+    assert grown < young / 20
+    assert (young > 0.3) == (dtype == "bfloat16")
+    assert (young > 1) == fp8
+    assert grown < (0.5 if fp8 else 0.05)
+
+
 def test_fp8_sampling_weights_stay_close_and_leave_the_outer_blocks_alone():
     model, given = stock_model("sd35-medium", layers=4), inputs()
     ours = fused(model)

@@ -69,6 +69,11 @@ class Policy(Protocol):
         """Bring the merged weights up to date, in place."""
         ...
 
+    def merge_error(self) -> torch.Tensor | None:
+        """Share of the adapters' change that rounding takes from the merged weights, a scalar on the device; None
+        without merged weights."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
         """Within it `velocity` is the frozen base model's."""
         ...

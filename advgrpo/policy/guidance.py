@@ -42,6 +42,7 @@ class GuidedPolicy(ABC):
     """The part of the `Policy` protocol that runs the network: with trained, base or merged weights."""
 
     network: Any  # prepare(text, pooled, timesteps), velocity(latents, step, prepared, weights), merge()
+    has_merged: bool
     _trained = "adapted"  # the weights that `velocity` runs
 
     @abstractmethod
@@ -69,6 +70,9 @@ class GuidedPolicy(ABC):
 
     def merge(self) -> None:
         self.network.merge()
+
+    def merge_error(self) -> torch.Tensor | None:
+        return self.network.merge_error() if self.has_merged else None
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

@@ -133,6 +133,9 @@ class FusedNetwork:
     def merge(self) -> None:
         self.transformer.merge()
 
+    def merge_error(self) -> torch.Tensor:
+        return self.transformer.merge_error()
+
     def load_lora(self, folder: Path) -> None:
         self.lora.load_state_dict(start_state(folder, "transformer", self.lora.scale), str(folder))
 

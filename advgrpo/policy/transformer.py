@@ -291,6 +291,21 @@ class FusedTransformer:
             merge_lora(*quantised[:3], self.lora.scale, fp8=quantised[3])
 
     @torch.no_grad()
+    def merge_error(self) -> torch.Tensor:
+        """|W' - W - ΔW| / |ΔW| of one adapted linear, a scalar on the device; W' its merged weight, ΔW = (alpha/r)·B·A.
+
+        What rounding to the model's dtype, or to e4m3, takes from the adapters' work on steps that run merged weights:
+        changes below half a unit in the last place of W vanish. 0 while there is no change; the linear is one in the
+        middle of the model, in e4m3 where any is.
+        """
+        plain, quantised = self._merge_lists
+        weight, a, b, merged = (column[len(column) // 2] for column in (quantised if quantised[0] else plain))
+        merged = merged.dequantize() if isinstance(merged, Fp8Tensor) else merged.float()
+        change = self.lora.scale * (b @ a)
+        size = change.norm()
+        return torch.where(size > 0, (merged - weight.float() - change).norm() / size, 0.0)
+
+    @torch.no_grad()
     def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> Prepared:
         """Embed text [R, S, E] and pooled [R, E'] for all `timesteps` [K] at once."""
         embedded = self._linear("context_embedder", text)
