@@ -1,14 +1,15 @@
 """The head's hinge loss: kernel against autograd of the reference. The recorded training step is in the reward's tests.
 
 Planted bugs that turned this file red: the same sign on both sides; gradient outside the hinge; NaN scores counted as
-satisfied; patches not averaged; rows of the second side over the first; upstream gradient ignored; patches counted in
-the accuracy.
+satisfied; patches not averaged; loop lengths compiled in as they are; rows of the second side over the first; upstream
+gradient ignored; patches counted in the accuracy.
 """
 
 import pytest
 import torch
 
 from advgrpo_kernels import hinge_head_loss
+from advgrpo_kernels.ops._head import Rows, coarse
 from advgrpo_kernels.ops.hinge_head_loss import _hinge_head_loss_op, hinge_head_loss_ref
 from advgrpo_kernels.testing import assert_within_budget
 
@@ -45,6 +46,20 @@ def test_triton_loss_and_gradients_within_error_budget(dtype, normalize, B, B2, 
     parameters = list(make_head(D, H, device).values())
     triton = call(hinge_head_loss, backend="triton")
     assert_within_budget(triton, call(hinge_head_loss_ref), parameters, torch.tensor(0.7, device=device))
+
+
+def test_shares_of_a_batch_that_differ_in_every_update_need_few_kernels():
+    """8 processes draw 96 of 768 pictures a side: what is compiled in of their local rows takes a handful of values."""
+    generator, compiled = torch.Generator().manual_seed(0), set()
+    for _ in range(100):
+        drawn = torch.randperm(768, generator=generator)[:96]
+        for process in range(8):
+            B = int((drawn // 96 == process).sum())
+            rows = Rows(torch.empty(B, 4), torch.empty(B, 64, 4), None, torch.empty(B, 4), torch.empty(B, 64, 4))
+            compiled.add((coarse(rows.tiles()), coarse(-(-2 * B * 65 // 1024))))
+    assert len(compiled) <= 12
+    for tiles in range(1, 300):
+        assert tiles <= coarse(tiles) <= 1.25 * tiles
 
 
 @pytest.mark.parametrize("total", [None, 8])

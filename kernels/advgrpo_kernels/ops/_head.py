@@ -23,6 +23,7 @@ from .._runtime import HAS_TRITON, device_guard
 BLOCK_R, BLOCK_H, BLOCK_D = 64, 128, 32  # forward: rows, hidden units and features per step
 GRAD_H, GRAD_D = 64, 64  # backward: tile of w1 per program
 WARPS = 8  # with 4 the forward spills 32 bytes
+COUNTS = ("B", "B2")  # pictures: they differ from call to call where processes share a batch; one kernel for all
 
 if HAS_TRITON:
     import triton
@@ -66,7 +67,7 @@ if HAS_TRITON:
         row += tl.where(is_patch, B, 0)
         return tl.where(is_patch, patches_ptr, cls_ptr), vector * D, row + local, valid, present
 
-    @triton.jit
+    @triton.jit(do_not_specialize=COUNTS)
     def _head_rows_kernel(
         cls_ptr,
         patches_ptr,
@@ -134,7 +135,7 @@ if HAS_TRITON:
             squares = tl.fma(x, x, squares)
         return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=1)), 1e-12))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=COUNTS)
     def _head_bwd_kernel(
         cls_ptr,
         patches_ptr,
@@ -193,6 +194,16 @@ if HAS_TRITON:
             tl.store(w2_grad_ptr + h, w2_grad, mask=h < H)
             if tl.program_id(0) == 0:
                 tl.store(b2_grad_ptr, tl.sum(b2_grad, axis=0))
+
+
+def coarse(tiles: int) -> int:
+    """`tiles` rounded up to one of eight steps per octave: loop lengths are compiled in, and each is another kernel.
+
+    A process's share of a batch differs in every update; 20 to 32 tiles are four kernels so. Tiles beyond the rows load
+    nothing and add zeros.
+    """
+    step = max(1, (1 << (tiles - 1).bit_length()) // 8)
+    return -(-tiles // step) * step
 
 
 class Rows(NamedTuple):
@@ -256,7 +267,7 @@ def launch_head_gradients(
         _head_bwd_kernel[(triton.cdiv(H, GRAD_H), triton.cdiv(D, GRAD_D))](
             *(*rows, w2, hidden, inverse_norm, grad_scores, upstream, *grads),
             *(B, B2, n, P, D, H),
-            R_TILES=rows.tiles(),
+            R_TILES=coarse(rows.tiles()),
             BLOCK_R=BLOCK_R,
             BLOCK_H=GRAD_H,
             BLOCK_D=GRAD_D,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
-from ._head import Rows, head_tensors, launch_head_gradients, launch_rows
+from ._head import Rows, coarse, head_tensors, launch_head_gradients, launch_rows
 from .patches import l2_normalize
 from .score_features import _head_scores
 
@@ -88,7 +88,7 @@ def _hinge_head_loss_op(
     with device_guard(w1):
         _hinge_kernel[(1,)](
             *(scores, score_grads, loss, accuracy, B, B2, n, total or B, total or B2, global_weight, local_weight),
-            TILES=triton.cdiv(scores.numel(), 1024),
+            TILES=coarse(triton.cdiv(scores.numel(), 1024)),
             BLOCK=1024,
             num_warps=4,
         )

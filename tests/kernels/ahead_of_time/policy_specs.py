@@ -63,7 +63,7 @@ def head_rows(name: str, kind: str, *, sides: int, train: bool) -> Spec:
 
 def head_bwd(name: str, kind: str) -> Spec:
     grads = pointers("w1_grad_ptr b1_grad_ptr w2_grad_ptr b2_grad_ptr grad_scores_ptr upstream_ptr w2_ptr", "*fp32")
-    tiles = {"BLOCK_R": _head.BLOCK_R, "BLOCK_H": _head.GRAD_H, "BLOCK_D": _head.GRAD_D, "R_TILES": 196}
+    tiles = {"BLOCK_R": _head.BLOCK_R, "BLOCK_H": _head.GRAD_H, "BLOCK_D": _head.GRAD_D, "R_TILES": _head.coarse(196)}
     return Spec(
         name=name,
         kernel=OPS + "_head:_head_bwd_kernel",
