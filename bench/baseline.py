@@ -375,14 +375,15 @@ class Baseline:
                     average.mul_(config.update.ema_decay).add_(parameter, alpha=1 - config.update.ema_decay)
 
     def rollout(self, prompts: Sequence[str], window: Sequence[int], **options) -> list[Tile]:
-        """group_size pictures of every prompt, which share their initial noise, in tiles of micro_batch.
+        """group_size pictures of every prompt in tiles of micro_batch, their noise as rollout.initial_noise says.
 
         `options` go to `sampler`.
         """
         rollout = self.config.rollout
         captions = [prompt for prompt in prompts for _ in range(rollout.group_size)]
-        noise = torch.randn(len(prompts), *self.latent_shape, device=self.device)
-        noise = noise.repeat_interleave(rollout.group_size, dim=0)
+        shared = rollout.initial_noise == "shared"
+        noise = torch.randn(len(prompts) if shared else len(captions), *self.latent_shape, device=self.device)
+        noise = noise.repeat_interleave(rollout.group_size, dim=0) if shared else noise
         size = rollout.micro_batch
         starts = range(0, len(captions), size)
         return [self.sampler(captions[i : i + size], noise[i : i + size], window, **options) for i in starts]

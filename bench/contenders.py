@@ -146,7 +146,13 @@ def random(
     )
     if graphs is None and place.device.type == "cuda":
         graphs = CudaGraphs(place.device)
-    fast = FastPaths(share_prefix=True, fused=True, fused_optimizer=True, graphs=graphs is not None, table=())
+    fast = FastPaths(
+        share_prefix=config.rollout.initial_noise == "shared",
+        fused=True,
+        fused_optimizer=True,
+        graphs=graphs is not None,
+        table=(),
+    )
     trainer = Trainer(
         config,
         policy=policy,

@@ -39,14 +39,16 @@ def same_tile(c: Contenders) -> tuple[TileRollout, torch.Tensor, Tile]:
     trainer, table, seed = c.trainer, c.table(), c.config.seed
     tile = trainer.tiles(0)[0]
     row, ids = tile.row.to(c.device), tile.image_ids.to(c.device)
-    initial = trainer.sampler.initial_latents(rng.derive_seed(seed, "initial_noise", 0), tile.prompt_groups)
+    shared = trainer.sampler.shared_noise
+    owners = tile.prompt_groups if shared else tile.image_ids
+    initial = trainer.sampler.initial_latents(rng.derive_seed(seed, "initial_noise", 0), owners)
     noise_seed = rng.derive_seed(seed, "step_noise", 0)
     trainer.policy.merge()
     text = trainer.policy.encode(tile.prompts)
     latents, steps = trainer.sampler.run(table, text, initial, row, noise_seed=noise_seed, image_ids=ids)
     shape = (len(ids), *trainer.policy.latent_shape())
     noise = {i: philox_normal(shape, seed=noise_seed, sample_ids=ids, step=i, device=c.device) for i in c.window}
-    theirs = c.baseline.sampler(tile.captions, initial.index_select(0, row), c.window, noise)
+    theirs = c.baseline.sampler(tile.captions, initial.index_select(0, row) if shared else initial, c.window, noise)
     return TileRollout(tile, text, steps, trainer.policy.decode(latents)), latents, theirs
 
 

@@ -76,8 +76,8 @@ def units(c: Contenders, *, share_prefix: bool = True) -> dict[str, Unit]:
         b0.remember(generated)
 
     def sides(run: Callable[..., object]) -> dict[str, Callable[[], object] | None]:
-        own = partial(run, c.prompts, c.window)
-        return {"baseline": own, "shared": partial(own, share_prefix=True) if share_prefix and c.window[0] else None}
+        own, prefix = partial(run, c.prompts, c.window), trainer.sampler.shared_noise and c.window[0] > 0
+        return {"baseline": own, "shared": partial(own, share_prefix=True) if share_prefix and prefix else None}
 
     images = "images/s"
     return {
@@ -144,6 +144,7 @@ def sampler_with(c: Contenders, *, attention=None, graphs: bool, share: bool) ->
         share_prefix=share,
         merged=True,
         graphs=own.graphs if graphs else None,
+        shared_noise=own.shared_noise,
     )
 
     def run() -> Rollout:
@@ -170,13 +171,15 @@ class Session:
         changes: dict[str, dict] = {}
         if options.attention:
             changes["model"] = {"attention": options.attention}
+        changes["rollout"] = {"initial_noise": options.noise}
         if options.window:
-            changes["rollout"] = {"window": {"steps": options.window}}
+            changes["rollout"]["window"] = {"steps": options.window}
         self.changes = changes
         builders = {"tiny": tiny, "small": small, "full": partial(random, size=FULL)}
         self.c: Contenders = builders[size](folder, device, **changes)
         self.report.put("attention", self._attention_name())
         self.report.put("window", list(self.c.window))
+        self.report.put("initial_noise", options.noise)
 
     def _attention_name(self) -> str:
         section = self.c.config.model
@@ -273,8 +276,8 @@ class Session:
             "fuse": sampler_with(c, attention=plain, graphs=False, share=False),
             "attention": sampler_with(c, graphs=False, share=False) if gpu else None,
             "graph": sampler_with(c, graphs=True, share=False) if gpu else None,
-            "dedupe": sampler_with(c, graphs=True, share=True),
-            "FP8": sampler_with(fp8, graphs=True, share=True) if fp8 else None,
+            "dedupe": sampler_with(c, graphs=True, share=True) if c.trainer.sampler.shared_noise else None,
+            "FP8": sampler_with(fp8, graphs=True, share=fp8.trainer.sampler.shared_noise) if fp8 else None,
         }
 
     def _peak_memory(self, budget: Budget) -> None:
@@ -313,6 +316,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", metavar="NAME", help="model.attention of ours (default: the preset's)")
     parser.add_argument(
         "--window", type=int, nargs="+", metavar="STEP", help="the window's steps (default: the preset's)"
+    )
+    parser.add_argument(
+        "--noise",
+        choices=["shared", "per_image"],
+        default="shared",
+        help="initial noise of a prompt's pictures, on both sides; per_image is the released code's",
     )
     parser.add_argument(
         "--share-prefix",

@@ -159,6 +159,15 @@ def test_with_a_shared_prefix_the_baseline_computes_the_same_with_fewer_rows(tmp
     assert step.units(c, share_prefix=False)["iteration"].shared is None
 
 
+def test_with_a_noise_per_picture_both_sides_still_agree(tmp_path):
+    c = contenders.small(tmp_path, "cpu", rollout={"initial_noise": "per_image", "window": {"steps": [1, 2]}})
+    latents = parity.same_tile(c)[2].steps[0].latents
+    assert not torch.equal(latents[0], latents[1])
+    checks = step.verify(c)
+    assert all(check.passed for check in checks.values()), checks
+    assert step.units(c)["sampler"].shared is None
+
+
 def test_rounds_are_saved_as_they_end_and_cut_where_time_runs_short():
     seen, calls = [], []
     variants = {name: lambda name=name: calls.append(name) or time.sleep(0.02) for name in ("ours", "baseline")}
