@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from advgrpo_kernels._runtime import HAS_TRITON
+from advgrpo_kernels.ops._csrc import library
+
 from .config import Config
 from .errors import UserError
 from .policy.pipelines import PREDICTIONS, pipeline_class
@@ -40,6 +43,7 @@ class FastPaths:
         fused_off = plain or _why_not_fused(config)
         if fused_off and config.rollout.window_forward == "merged":
             raise UserError(f"rollout.window_forward = 'merged' needs the fused transformer ({fused_off}); use trainer")
+        no_triton = "" if HAS_TRITON else "triton is not installed: PyTorch's operators instead"
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
             own_noise = "rollout.initial_noise = per_image: every picture is its own trajectory"
@@ -51,9 +55,9 @@ class FastPaths:
             ),
             _row("fused transformer", fused_off, "one kernel per norm and residual, stacked matrix products"),
             _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
-            _row("fused AdamW", plain, "clipping, AdamW and EMA in one call"),
-            _row("Triton kernels", plain or gpu_only, "fused step, loss, advantages, patches and head"),
-            _row("CUDA graphs", fused_off or gpu_only, "one launch per sampling step and per head update"),
+            _row("fused AdamW", plain or _why_no_csrc(device), "clipping, AdamW and EMA in three launches, no wait"),
+            _row("Triton kernels", plain or gpu_only or no_triton, "fused step, loss, advantages, patches and head"),
+            _row("CUDA graphs", fused_off or gpu_only, "one launch per sampling step; per head update on one GPU"),
             _row(
                 "FP8 sampling",
                 _why_no_fp8(config.rollout.precision, "rollout.precision", device, fused_off),
@@ -92,6 +96,13 @@ def _why_not_fused(config: Config) -> str:
         return "full fine-tuning trains the stock modules"
     outside = [target for target in config.model.lora.targets if not can_adapt(target)]
     return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
+
+
+def _why_no_csrc(device: torch.device) -> str:
+    """Why AdamW is not the compiled one, or ""; the optimizer takes the same steps either way."""
+    if device.type != "cuda":
+        return "no CUDA device: PyTorch's operators, the same steps"
+    return "" if library() is not None else "csrc/ is not built: PyTorch's operators, which wait for the norm"
 
 
 def _why_no_fp8(precision: str, field: str, device: torch.device, fused_off: str) -> str:

@@ -203,3 +203,14 @@ def test_steps_beyond_the_trained_share_are_noisy_but_not_in_the_loss(unit_confi
     assert torch.equal(*images)
     assert len(table.trained) == 2
     torch.testing.assert_close(gradients[1], gradients[0] * 3 / 2)
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_the_table_does_not_claim_what_a_gpu_machine_lacks(unit_config, monkeypatch, triton):
+    monkeypatch.setattr("advgrpo.fast.HAS_TRITON", triton)
+    monkeypatch.setattr("advgrpo.fast.library", lambda: None)
+    rows = {row.name: row for row in FastPaths.choose(unit_config, torch.device("cuda")).table}
+    assert not rows["fused AdamW"].on
+    assert "csrc/ is not built" in rows["fused AdamW"].why
+    assert rows["Triton kernels"].on == triton
+    assert triton or "triton is not installed" in rows["Triton kernels"].why
