@@ -11,7 +11,7 @@
 #   step      6 min  whole steps at full size over B0: P1-P7, P12, P13 and where the sampler's time goes
 #   kernels   5 min  every op over eager PyTorch, then over torch.compile: P9
 #   profile   2 min  phases, kernels and idle time of an iteration, with a trace: P8, P11
-#   test      5 min  the whole tests/kernels on the GPU; compiles hundreds of kernels
+#   test      5 min  the whole tests/kernels and tests/test_graphs.py on the GPU; compiles hundreds of kernels
 #   sanitize  5 min  compute-sanitizer over every op at tiny shapes
 #
 # What the machine has to have: a CUDA GPU, python3 with torch, triton, pytest, numpy, transformers, matplotlib and rich;
@@ -115,9 +115,9 @@ for part in "$@"; do
             --json "$OUT/$gpu-profile.json" --trace "$OUT/$gpu-trace.json.gz"
         ;;
     test)
-        marks="not slow"
-        [ "$DEVICE" = cuda ] || marks="gpu"
-        step test "$python" -m pytest tests/kernels -q -m "$marks" -p no:cacheprovider
+        how=(-m "not slow")
+        [ "$DEVICE" = cuda ] || how=(-m gpu --collect-only)  # a rehearsal: can all of them be imported?
+        step test "$python" -m pytest tests/kernels tests/test_graphs.py -q "${how[@]}" -p no:cacheprovider
         ;;
     sanitize)  # PyTorch's caching allocator would hide an access out of bounds
         if ! command -v compute-sanitizer >/dev/null; then
