@@ -207,8 +207,8 @@ class Session:
         for name, part in parts.items():
             later = list(parts)[list(parts).index(name) :]
             self._attempt(name, part, self.budget.share(WEIGHT[name] / sum(WEIGHT[other] for other in later)))
-            if name in self.report:
-                print(step_report.unit_line(name, self.report[name], checks[name]) if name in checks else name)
+            if name in checks and name in self.report:
+                print(step_report.unit_line(name, self.report[name], checks[name]))
         self.report.put("goals", step_report.goals(self.report))
         return self.report
 
