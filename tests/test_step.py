@@ -114,7 +114,7 @@ def test_report(report):
 
 
 def test_a_failed_check_is_refused_and_not_timed(pair, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(step, "small", lambda folder, device: pair)
+    monkeypatch.setattr(step, "small", lambda *_, **changes: pair)
     monkeypatch.setattr(step, "check_update", lambda c, allowed: Check(1.0, allowed, "planted"))
     monkeypatch.setattr(step, "measure", lambda *_: pytest.fail("timed what failed its check"))
     file = tmp_path / "r.json"
@@ -126,7 +126,7 @@ def test_a_failed_check_is_refused_and_not_timed(pair, monkeypatch, capsys, tmp_
 
 
 def test_a_unit_that_breaks_does_not_take_the_others_with_it(pair, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(step, "small", lambda folder, device: pair)
+    monkeypatch.setattr(step, "small", lambda *_, **changes: pair)
     real = step.units
 
     def units(c, **options):
