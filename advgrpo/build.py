@@ -82,7 +82,8 @@ def build_rewards(config: Config, sources: Sources, device: torch.device) -> dic
 def _build_reward(name: str, config: Config, sources: Sources, device: torch.device) -> Reward:
     """A reward with the options of its section, and what the prompt file adds to them."""
     options = {**config.rewards.sections()[name].options(), **told(name, sources.metadata)}
-    return build_reward(name, device=device, dtype=getattr(torch, config.adversary.dtype), **options)
+    dtype = getattr(torch, config.adversary.dtype)
+    return build_reward(name, device=device, dtype=dtype, owner=f"rewards.{name}", **options)
 
 
 def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoSimilarity | None:

@@ -13,25 +13,28 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import yaml
+from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
 from . import config as configuration
 from .command import plain_console, run_command
-from .config import NEED_REFERENCES, Config, Options
+from .config import MOST_PER_PROMPT, NEED_REFERENCES, Config
 from .data.pictures import Fit
 from .data.prompts import load_prompts
 from .data.references import ReferenceSet
 from .data.sources import Sources, metadata_of, shipped_path, told
 from .distributed import Distributed
+from .drawing import DrawOptions
 from .errors import UserError
+from .picture_statistics import STATISTICS
 from .plots import draw_grid
-from .rewards import build_reward, reward_class
+from .rewards import REWARDS, build_reward
 from .statistics import Comparison, Interval, bootstrap_mean, paired_bootstrap
 from .tiny import WORLDS
 from .train import quiet_libraries
@@ -41,8 +44,7 @@ if TYPE_CHECKING:  # diffusers and transformers are loaded once the flags are ri
     from .rewards.base import Reward
 
 _OPTION = "--metric-options."
-_LORA_FILE = "pytorch_lora_weights.safetensors"
-_MOST_IMAGES = 1000  # per prompt: evaluation numbers picture k of prompt p as 1000 p + k
+_RULE_ACCURACY = "rule_accuracy"
 _TINY_METRICS: dict[str, dict[str, Any]] = {
     "dino_similarity": {"path": "tiny", "image_size": 32},
     "pickscore": {"path": "tiny"},
@@ -53,19 +55,18 @@ _TINY_METRICS: dict[str, dict[str, Any]] = {
 }
 
 
-class Evaluate(Options):
+class Evaluate(DrawOptions):
     """Score a model's pictures with several metrics, and compare it with a second model on the same noise."""
 
     metrics: str
-    """Names of rewards, separated by commas: pickscore, ocr, dino_similarity, clip, aesthetic, rule, ..."""
+    """Names separated by commas: rewards (pickscore, ocr, dino_similarity, clip, aesthetic, rule, ...), rule_accuracy,
+    and the statistics saturation, dark_share and edge_density."""
     output: Path
     """Folder for evaluation.json and grid.png."""
     lora: str = ""
     """Folder with pytorch_lora_weights.safetensors, such as OUT/lora; empty scores the base model."""
     against: str = ""
     """Second model, drawn from the same noise: "base", or another LoRA folder."""
-    model: str = "tiny"
-    """Diffusers pipeline of SD3, SD1.5 or SDXL: folder, hub id, "tiny" or "tiny:words"."""
     prompts: str = ""
     """Prompt file; empty, with a tiny model, means its held-out prompts."""
     references: str = ""
@@ -74,28 +75,20 @@ class Evaluate(Options):
     """References that are not square: refuse, crop, letterbox or stretch, as data.fit of the training."""
     metric_options_file: Path | None = None
     """YAML {metric: {option: value}}; single options are flags, --metric-options.METRIC.OPTION VALUE."""
-    images_per_prompt: int = 4
-    num_steps: int = 0
-    """Sampler steps; 0 means 10 for a tiny model, 40 otherwise."""
-    guidance_scale: float = 0.0
-    """Classifier-free guidance; 0 means 1 for a tiny model (what its preset trains with), 4.5 otherwise."""
-    resolution: int = 0
-    """Pixels; 0 means 32 for a tiny model, 512 otherwise."""
-    max_sequence_length: int = 0
-    """T5 tokens; 0 means what a tiny model was trained with, 128 otherwise."""
-    batch_size: int = 0
+    images_per_prompt: Annotated[int, Field(ge=1, le=MOST_PER_PROMPT)] = 4
+    """Pictures of every prompt."""
+    batch_size: Annotated[int, Field(ge=0, le=65536)] = 0
     """Pictures drawn at once; 0 means 32 for a tiny model, 8 otherwise."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Keys the noise and the resampling; a run's own evaluation uses its seed."""
-    confidence: float = 0.95
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Coverage of the intervals."""
-    resamples: int = 4000
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 4000
     """Bootstrap resamples of the prompts."""
-    grid_prompts: int = 6
+    grid_prompts: Annotated[int, Field(ge=1, le=1000)] = 6
     """Prompts shown in grid.png."""
-    cache_dir: str = "~/.cache/advgrpo"
+    cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
     """Where text embeddings are kept."""
-    device: str = "auto"
 
     @property
     def names(self) -> list[str]:
@@ -128,7 +121,12 @@ def split_metric_options(arguments: list[str]) -> tuple[list[str], MetricOptions
             value = queue.pop(0)
         if option in options.setdefault(metric, {}):
             raise UserError(f"{name} is given twice")
-        options[metric][option] = yaml.safe_load(value)
+        try:
+            options[metric][option] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(
+                f"{name} {value}: the value cannot be read; put text with special signs in quotes"
+            ) from None
     return rest, options
 
 
@@ -141,7 +139,7 @@ def metric_options(options: Evaluate, flags: MetricOptions) -> MetricOptions:
     for metric in [*file, *flags]:
         if metric not in options.names:
             raise UserError(f"options are given for the metric {metric!r}, which --metrics {options.metrics} lacks")
-    defaults = _TINY_METRICS if options.model in WORLDS else {}
+    defaults = _TINY_METRICS if options.world else {}
     return {name: {**defaults.get(name, {}), **file.get(name, {}), **flags.get(name, {})} for name in options.names}
 
 
@@ -149,34 +147,51 @@ def check(options: Evaluate) -> None:
     """UserError for anything in the flags that would fail after a model is loaded."""
     if not options.names:
         raise UserError("--metrics is empty: name at least one, such as rule,dino_similarity")
+    known = [*REWARDS, _RULE_ACCURACY, *STATISTICS]
     for name in options.names:
-        reward_class(name)
-    for flag in ("lora", "against"):
-        folder = getattr(options, flag)
-        own = folder and not (flag == "against" and folder == "base")
-        if own and not (Path(folder).expanduser() / _LORA_FILE).is_file():
-            raise UserError(f"--{flag} {folder}: no {_LORA_FILE} in this folder")
+        if name not in known:
+            hint = configuration.did_you_mean(name, known, cutoff=0.4)
+            raise UserError(f"--metrics {options.metrics}: unknown metric {name!r}{hint}")
     if options.against == "base" and not options.lora:
         raise UserError("--against base compares the base model with itself: pass --lora")
-    if not 1 <= options.images_per_prompt <= _MOST_IMAGES:
-        raise UserError(f"--images-per-prompt {options.images_per_prompt}: want 1 to {_MOST_IMAGES}")
-    if not 0 < options.confidence < 1 or options.resamples < 100:
-        raise UserError("--confidence must lie between 0 and 1, --resamples be at least 100")
-    if not options.prompts and options.model not in WORLDS:
+    if options.against and options.against == options.lora:
+        raise UserError(f"--against {options.against} is --lora itself: pass another LoRA, or base")
+    if not options.prompts and options.world is None:
         raise UserError("--prompts is empty: pass a prompt file")
     compares = any(name in NEED_REFERENCES for name in options.names)
-    if compares and not options.references and options.model not in WORLDS:
+    if compares and not options.references and options.world is None:
         raise UserError(f"--references is empty, but {' or '.join(NEED_REFERENCES)} compares with references")
+
+
+def check_metrics(settings: MetricOptions) -> None:
+    """UserError for an option of the wrong kind, or a model folder that refutes one."""
+    from .preflight import check_reward
+
+    sections = configuration.RewardsSection.model_fields
+    for name, given in settings.items():
+        section = sections[name].annotation if name in sections else None
+        for option, value in given.items():
+            field = section.model_fields.get(option) if section else None
+            if field is None or option in configuration.RewardSection.model_fields:
+                continue
+            try:
+                section.model_validate({option: value})
+            except ValidationError:
+                want = configuration.wanted(field.annotation, field.metadata)
+                raise UserError(f"{_OPTION}{name}.{option} {configuration.shown(value)}: want {want}") from None
+        check_reward(name, given, f"{_OPTION}{name}")
 
 
 def read_data(options: Evaluate) -> Sources:
     """Prompts to evaluate on and, where a metric or the flags want them, their references."""
-    named = options.prompts or options.model  # `check` has refused empty prompts of other models
+    # `check` has refused empty prompts and references of other models than the shipped
+    world = next((name for name, world in WORLDS.items() if world is options.world), "")
+    named = options.prompts or world
     lines = load_prompts(shipped_path("held_out_prompts", named))
     prompts = [p.text for p in lines]
     folder = options.references
     if not folder and any(name in NEED_REFERENCES for name in options.names):
-        folder = options.model
+        folder = world
     references = None
     if folder:
         references = ReferenceSet.load(shipped_path("references", folder), prompts, fit=options.fit)
@@ -185,10 +200,17 @@ def read_data(options: Evaluate) -> Sources:
 
 def build_metrics(options: MetricOptions, device: torch.device, sources: Sources) -> dict[str, Reward]:
     """The rewards, each checked against the prompts it will see."""
+    from .evaluation import PictureStatistic
+
     built = {}
     for name, given in options.items():
+        if name in STATISTICS:
+            built[name] = PictureStatistic(name)
+            continue
+        kind, given = ("rule", {"strict": True}) if name == _RULE_ACCURACY else (name, given)
         try:
-            built[name] = build_reward(name, device=device, **told(name, sources.metadata), **given)
+            owner = f"{_OPTION}{name}"
+            built[name] = build_reward(kind, device=device, owner=owner, **told(name, sources.metadata), **given)
         except UserError as error:
             raise UserError(f"--metrics {name}: {error} (options are --metric-options.{name}.OPTION VALUE)") from error
         if hasattr(built[name], "check_prompts"):
@@ -196,23 +218,20 @@ def build_metrics(options: MetricOptions, device: torch.device, sources: Sources
     return built
 
 
-def settings_of(options: Evaluate, lora: str, device: torch.device) -> Config:
+def settings_of(options: Evaluate, folder: Path, lora: str, device: torch.device, *, flag: str = "--lora") -> Config:
     """The configuration that `Evaluator` and the policy read, for the base model or one LoRA."""
-    world = WORLDS.get(options.model)
+    world, drawn = options.world, options.drawn(folder)
     model = {
         "path": options.model,
-        "resolution": options.resolution or (32 if world else 512),
-        "max_sequence_length": options.max_sequence_length or (world.max_sequence_length if world else 128),
+        "resolution": drawn.resolution,
+        "max_sequence_length": drawn.max_sequence_length,
         "dtype": "bfloat16" if device.type == "cuda" and not world else "float32",
     }
     if lora:
-        from .policy.pipelines import pipeline_folder
-
-        section = lora_section(Path(lora).expanduser(), pipeline_folder(options.model, field="--model"))
-        model["lora"] = section.model_dump()
+        model["lora"] = lora_section(Path(lora).expanduser(), folder, flag).model_dump()
     evaluation = {
-        "num_steps": options.num_steps or (10 if world else 40),
-        "guidance_scale": options.guidance_scale or (1.0 if world else 4.5),
+        "num_steps": drawn.num_steps,
+        "guidance_scale": drawn.guidance_scale,
         "grid_prompts": options.grid_prompts,
     }
     micro_batch = options.batch_size or (32 if world else 8)
@@ -250,14 +269,13 @@ def lora_section(folder: Path, pipeline: Path, field: str = "--lora") -> configu
     )
 
 
-def load_model(options: Evaluate, lora: str, prompts: list[str], distributed: Distributed) -> Evaluator:
+def load_model(options: Evaluate, settings: Config, prompts: list[str], distributed: Distributed) -> Evaluator:
     """Draws pictures of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
     from .evaluation import Evaluator
     from .fast import FastPaths
     from .policy.loading import load_policy
 
     device = distributed.device
-    settings = settings_of(options, lora, device)
     policy = load_policy(
         settings.model,
         device=device,
@@ -267,7 +285,7 @@ def load_model(options: Evaluate, lora: str, prompts: list[str], distributed: Di
     )
     policy.text_cache.fill(["", *prompts])
     evaluator = Evaluator(policy, None, None, prompts, settings, distributed)
-    return evaluator if lora else evaluator.base()
+    return evaluator if settings.model.lora.start_from else evaluator.base()
 
 
 @torch.no_grad()
@@ -365,26 +383,32 @@ def grid_rows(columns: dict[str, list], references: ReferenceSet | None) -> list
 
 def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
     """Draw, score, compare; writes evaluation.json and grid.png and returns what the former holds."""
+    from .policy.pipelines import pipeline_folder
+    from .preflight import check_model, check_size
     from .run import prepare_output
 
     check(options)
     metric_settings = metric_options(options, flags)
+    check_metrics(metric_settings)
     sources = read_data(options)
     prompts, references = sources.held_out, sources.references
     prepare_output(options.output)
+    check_model(options.model, "--model")
     distributed = Distributed.start(options.device)
     if distributed.world_size > 1:
         raise UserError("advgrpo.evaluate runs in one process: start it without torchrun")
-    device = distributed.device
-    metrics = build_metrics(metric_settings, device, sources)
-    loras = {options.lora or "base": options.lora}
+    device, folder = distributed.device, pipeline_folder(options.model, field="--model")
+    check_size(folder, options.drawn(folder).resolution, model_field="--model", field="--resolution")
+    loras = {options.lora or "base": ("--lora", options.lora)}
     if options.against:
-        loras[options.against] = "" if options.against == "base" else options.against
+        loras[options.against] = ("--against", "" if options.against == "base" else options.against)
+    models = {name: settings_of(options, folder, lora, device, flag=flag) for name, (flag, lora) in loras.items()}
+    metrics = build_metrics(metric_settings, device, sources)
     scores, pictures = {}, {}
     evaluator = None
-    for name, lora in loras.items():
-        again = evaluator is not None and not lora  # the base of the model that is loaded
-        evaluator = evaluator.base() if again else load_model(options, lora, prompts, distributed)
+    for name, settings in models.items():
+        again = evaluator is not None and not settings.model.lora.start_from  # the base of the model that is loaded
+        evaluator = evaluator.base() if again else load_model(options, settings, prompts, distributed)
         scores[name] = score_model(evaluator, metrics, references, options.images_per_prompt, console)
         pictures[name] = evaluator.grid_pictures()
     found = report(options, metric_settings, scores, prompts)

@@ -14,6 +14,7 @@ from advgrpo_kernels.ops._csrc import library
 
 from .config import Config
 from .errors import UserError
+from .policy.attention import choose_attention
 from .policy.pipelines import PREDICTIONS, pipeline_class
 from .policy.transformer import can_adapt
 
@@ -43,6 +44,12 @@ class FastPaths:
         fused_off = plain or _why_not_fused(config)
         if fused_off and config.rollout.window_forward == "merged":
             raise UserError(f"rollout.window_forward = 'merged' needs the fused transformer ({fused_off}); use trainer")
+        if fused_off and config.model.attention != "auto":
+            raise UserError(
+                f"model.attention = {config.model.attention!r} is the fused transformer's ({fused_off}); use auto"
+            )
+        if not fused_off:  # an explicit backend that this machine lacks is an error now
+            choose_attention(config.model.attention, device, getattr(torch, config.model.dtype))
         no_triton = "" if HAS_TRITON else "triton is not installed: PyTorch's operators instead"
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
@@ -55,18 +62,22 @@ class FastPaths:
             ),
             _row("fused transformer", fused_off, "one kernel per norm and residual, stacked matrix products"),
             _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
-            _row("fused AdamW", plain or _why_no_csrc(device), "clipping, AdamW and EMA in three launches, no wait"),
+            _row(
+                "fused AdamW",
+                plain or _why_not_ours(config) or _why_no_csrc(device),
+                "clipping, AdamW and EMA in three launches, no wait",
+            ),
             _row("Triton kernels", plain or gpu_only or no_triton, "fused step, loss, advantages, patches and head"),
             _row("CUDA graphs", fused_off or gpu_only, "one launch per sampling step; per head update on one GPU"),
             _row(
                 "FP8 sampling",
                 _why_no_fp8(config.rollout.precision, "rollout.precision", device, fused_off),
-                "ODE steps on FP8 tensor cores",
+                _where_fp8(device, "ODE steps on FP8 tensor cores", "ODE steps in FP8"),
             ),
             _row(
                 "FP8 training",
                 _why_no_fp8(config.model.base_precision, "model.base_precision", device, fused_off),
-                "frozen weights quantised once, adapters never",
+                _where_fp8(device, "frozen weights quantised once, adapters never", "frozen weights in FP8"),
             ),
         )
         return cls(not (plain or own_noise), not fused_off, config.fast, not (fused_off or gpu_only), rows)
@@ -98,11 +109,19 @@ def _why_not_fused(config: Config) -> str:
     return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
 
 
+def _why_not_ours(config: Config) -> str:
+    return "" if config.update.optimizer in ("auto", "fused") else f"update.optimizer = {config.update.optimizer}"
+
+
 def _why_no_csrc(device: torch.device) -> str:
     """Why AdamW is not the compiled one, or ""; the optimizer takes the same steps either way."""
     if device.type != "cuda":
         return "no CUDA device: PyTorch's operators, the same steps"
     return "" if library() is not None else "csrc/ is not built: PyTorch's operators, which wait for the norm"
+
+
+def _where_fp8(device: torch.device, on_gpu: str, elsewhere: str) -> str:
+    return on_gpu if device.type == "cuda" else f"{elsewhere}, slower than without: no FP8 tensor cores"
 
 
 def _why_no_fp8(precision: str, field: str, device: torch.device, fused_off: str) -> str:

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from . import config as configuration
 from .command import run_command
-from .config import Options, Repeated
-from .errors import UserError
-from .tiny import WORLDS
+from .config import Repeated
+from .drawing import Drawn, DrawOptions
+from .errors import RunFailure, UserError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class Generate(Options):
+class Generate(DrawOptions):
     """Pictures from a base model, a trained LoRA, or both side by side."""
 
     prompt: Annotated[tuple[str, ...], Repeated] = ()
@@ -29,55 +32,59 @@ class Generate(Options):
     """Folder with pytorch_lora_weights.safetensors, such as OUT/lora; empty draws the base model."""
     base: bool = False
     """Draw the base model's pictures beside the LoRA's, from the same noise."""
-    model: str = "tiny"
-    """Diffusers pipeline of SD3, SD1.5 or SDXL: folder, hub id, "tiny" or "tiny:words"."""
     output: Path = Path("grid.png")
-    """PNG to write."""
-    seed: int = 0
+    """Picture file to write."""
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Picture k of a prompt uses seed + k."""
-    images_per_prompt: int = 4
-    num_steps: int = 0
-    """Sampler steps; 0 means 10 for a tiny model, 40 otherwise."""
-    guidance_scale: float = 0.0
-    """Classifier-free guidance; 0 means 1 for a tiny model (what its preset trains with), 4.5 otherwise."""
-    resolution: int = 0
-    """Pixels; 0 means 32 for a tiny model, 512 otherwise."""
-    max_sequence_length: int = 0
-    """T5 tokens; 0 means what a tiny model was trained with, 128 otherwise."""
-    device: str = "auto"
+    images_per_prompt: Annotated[int, Field(ge=1, le=100)] = 4
+    """Pictures of every prompt, drawn at once."""
 
 
 def check(options: Generate) -> None:
-    """UserError for anything that would fail after the model is loaded."""
+    """UserError for anything in the flags that would fail after the model is loaded."""
     if not options.prompt or not all(p.strip() for p in options.prompt):
         raise UserError('--prompt: give at least one non-empty prompt, e.g. --prompt "a red star"')
-    if options.images_per_prompt < 1:
-        raise UserError(f"--images-per-prompt {options.images_per_prompt}: want at least 1")
-    if options.lora and not (Path(options.lora) / "pytorch_lora_weights.safetensors").is_file():
-        raise UserError(f"--lora {options.lora}: no pytorch_lora_weights.safetensors in this folder")
-    if not options.output.parent.is_dir():
-        raise UserError(f"--output {options.output}: the folder {options.output.parent} does not exist")
+    output = options.output
+    if output.suffix.lower() not in _SUFFIXES or output.is_dir():
+        raise UserError(f"--output {output}: want the name of a picture file, {', '.join(_SUFFIXES)}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: the folder {output.parent} does not exist; create it or choose another")
+    existed = output.exists()
+    try:
+        with output.open("ab"):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error.strerror}); choose another file") from error
+    if not existed:
+        output.unlink()
 
 
 @torch.no_grad()
-def draw(pipe, options: Generate, prompt: str) -> torch.Tensor:
-    """[n, 3, H, W] in [0, 1] by the stock pipeline."""
-    world = WORLDS.get(options.model)
-    side = options.resolution or (32 if world else 512)
+def draw(pipe, options: Generate, drawn: Drawn, prompt: str) -> torch.Tensor:
+    """[n, 3, H, W] in [0, 1] by the stock pipeline.
+
+    Raises:
+        RunFailure: a picture is not finite.
+    """
     text = {}
     if "max_sequence_length" in inspect.signature(pipe.__call__).parameters:  # pipelines with a T5
-        text["max_sequence_length"] = options.max_sequence_length or (world.max_sequence_length if world else 128)
+        text["max_sequence_length"] = drawn.max_sequence_length
     images = pipe(
         prompt,
         num_images_per_prompt=options.images_per_prompt,
-        num_inference_steps=options.num_steps or (10 if world else 40),
-        guidance_scale=options.guidance_scale or (1.0 if world else 4.5),
+        num_inference_steps=drawn.num_steps,
+        guidance_scale=drawn.guidance_scale,
         **text,
-        height=side,
-        width=side,
+        height=drawn.resolution,
+        width=drawn.resolution,
         generator=[torch.Generator().manual_seed(options.seed + k) for k in range(options.images_per_prompt)],
         output_type="pt",
     ).images
+    if not images.isfinite().all():
+        raise RunFailure(
+            f"the pictures of {prompt!r} are not finite at --guidance-scale {drawn.guidance_scale:g} and "
+            f"{drawn.num_steps} steps; lower the guidance, or look at the model and the LoRA"
+        )
     return images.float().cpu()
 
 
@@ -85,25 +92,33 @@ def generate(options: Generate) -> None:
     """Draw every prompt and write the grid."""
     from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
 
+    from .distributed import Distributed
     from .plots import draw_grid
     from .policy.adapters import read_lora_for
     from .policy.pipelines import pipeline_folder
+    from .preflight import check_model, check_size
 
     check(options)
-    device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device == "cuda" and options.model not in WORLDS else torch.float32
+    check_model(options.model, "--model")
+    device = Distributed.start(options.device).device.type
     folder = pipeline_folder(options.model, field="--model")
+    drawn = options.drawn(folder)
+    check_size(folder, drawn.resolution, model_field="--model", field="--resolution")
     lora = read_lora_for(folder, Path(options.lora), "--lora") if options.lora else None
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    dtype = torch.bfloat16 if device == "cuda" and not options.world else torch.float32
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"--model {options.model}: diffusers cannot load it ({error})") from error
     if not isinstance(pipe, StableDiffusion3Pipeline):  # SD1.5 and SDXL, with the sampler that they are trained with
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     columns: dict[str, list[torch.Tensor]] = {}
-    if options.base or not options.lora:
-        columns["base"] = [draw(pipe, options, prompt) for prompt in options.prompt]
+    if options.base or lora is None:
+        columns["base"] = [draw(pipe, options, drawn, prompt) for prompt in options.prompt]
     if lora is not None:
         pipe.load_lora_weights({f"{lora.component}.{name}": tensor for name, tensor in lora.state_dict().items()})
-        columns["lora"] = [draw(pipe, options, prompt) for prompt in options.prompt]
+        columns["lora"] = [draw(pipe, options, drawn, prompt) for prompt in options.prompt]
     rows = [
         (prompt, [(name, pictures[i]) for name, pictures in columns.items()]) for i, prompt in enumerate(options.prompt)
     ]

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from . import known_models
 from .activations import TransformerShape, decode_bytes
-from .config import Config
+from .config import Config, check_tiles, fits_tiles, nearest_prompts
 from .errors import UserError
 
 GB = 1e9
@@ -67,6 +67,7 @@ class MemoryPlan:
     configured_gb: float  # peak with the settings as they are, text encoders on the GPU
     remedies: tuple[str, ...]
     uncounted: tuple[str, ...]  # settings and models that the estimate leaves out
+    decided: str = ""  # what kept the micro-batch from being larger, where it was not memory
 
     def phase_gb(self, phase: str) -> float:
         held = sum(c.bytes for c in self.components if phase in c.phases)
@@ -89,7 +90,9 @@ class MemoryPlan:
         size = f"{self.gpu_gb:.4g} GB"
         if self.fits:
             left_out = f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else ""
-            return f"{size}: {self.knobs}; peak {self.peak_gb:.1f} GB while {self.peak_phase}, estimated{left_out}"
+            decided = f"; {self.decided}" if self.decided else ""
+            peak = f"peak {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
+            return f"{size}: {self.knobs}; {peak}{left_out}{decided}"
         least = f"at least {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
         return f"{size}: does not fit; {least}, with {self.knobs}; {'; or '.join(self.remedies)}"
 
@@ -103,19 +106,40 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
         processes: GPUs that share an iteration's pictures.
 
     Raises:
-        UserError: gpu_gb or processes not positive, or a model whose architecture is not known.
+        UserError: gpu_gb or processes not positive, pictures that no micro-batch divides over the processes, or a model
+            whose architecture is not known.
     """
-    if not gpu_gb > 0 or processes < 1:
+    if not (gpu_gb > 0 and math.isfinite(gpu_gb)) or processes < 1:
         raise UserError(f"GPU size {gpu_gb} GB, {processes} processes: want positive numbers")
+    if not micro_batches(config, processes):
+        check_tiles(config, processes)  # says which numbers of prompts would divide
     estimate = _Estimate(config, processes)
     fitting = [p for p in estimate.plans(gpu_gb) if p.fits]
     if fitting:
         costs = {p: estimate.relative_time(p.knobs) for p in fitting}
         close = [p for p in fitting if costs[p] <= _CLOSE * min(costs.values())]
         order = ("text_encoders", "micro_batch", "decode_batch")
-        return max(close, key=lambda p: tuple(getattr(p.knobs, name) for name in order))
+        chosen = max(close, key=lambda p: tuple(getattr(p.knobs, name) for name in order))
+        return replace(chosen, decided=_what_decided(config, chosen, estimate))
     least = min(estimate.plans(gpu_gb), key=lambda p: p.peak_gb)
     return replace(least, remedies=tuple(_remedies(config, gpu_gb, processes)))
+
+
+def _what_decided(config: Config, chosen: MemoryPlan, estimate: _Estimate) -> str:
+    """Why no larger micro-batch is recommended, where the reason is not memory."""
+    group, most, micro = config.rollout.group_size, config.rollout.micro_batch, chosen.knobs.micro_batch
+    if micro == most:
+        return f"rollout.micro_batch = {most}, as set, is the largest tried"
+    refused = [m for m in range(micro + 1, most + 1) if group % m == 0 or m % group == 0]
+    refused = [m for m in refused if not fits_tiles(config, estimate.processes, micro=m)]
+    room = [m for m in refused if estimate.peak_gb(replace(chosen.knobs, micro_batch=m)) <= chosen.gpu_gb]
+    if not room:
+        return ""
+    return (
+        f"divisibility decided, not memory: rollout.micro_batch = {room[-1]} would fit, but "
+        f"{config.images_per_iteration} pictures cannot be cut into it over {estimate.processes} processes; with "
+        f"rollout.prompts_per_iteration = {nearest_prompts(config, estimate.processes, room[-1])} they can"
+    )
 
 
 class _Estimate:
@@ -160,14 +184,17 @@ class _Estimate:
 
     def plans(self, gpu_gb: float) -> list[MemoryPlan]:
         """One plan for every setting of the knobs."""
-        configured = self._peak_as_configured(gpu_gb)
+        configured = self._peak_as_configured()
         return [self._plan(gpu_gb, knobs, configured) for knobs in self._knobs()]
 
-    def _peak_as_configured(self, gpu_gb: float) -> float:
+    def _peak_as_configured(self) -> float:
         rollout = self.config.rollout
         batch = min(_DECODE_BATCH, rollout.micro_batch)
         knobs = Knobs(rollout.micro_batch, self.config.model.gradient_checkpointing, "gpu", batch)
-        return self._plan(gpu_gb, knobs, 0.0).peak_gb
+        return self.peak_gb(knobs)
+
+    def peak_gb(self, knobs: Knobs) -> float:
+        return self._plan(math.inf, knobs, 0.0).peak_gb
 
     def _plan(self, gpu_gb: float, knobs: Knobs, configured_gb: float) -> MemoryPlan:
         return MemoryPlan(gpu_gb, knobs, self.components(knobs), configured_gb, (), self.uncounted)
@@ -291,14 +318,8 @@ class _Estimate:
 
 
 def micro_batches(config: Config, processes: int = 1) -> list[int]:
-    """Micro-batches up to the configured one that `config.check` would accept, ascending."""
-    group, parts = config.rollout.group_size, processes * config.update.optimizer_windows
-    images = config.images_per_iteration
-    return [
-        micro
-        for micro in range(1, config.rollout.micro_batch + 1)
-        if (group % micro == 0 or micro % group == 0) and images % (micro * parts) == 0
-    ] or [config.rollout.micro_batch]
+    """Micro-batches up to the configured one that training accepts (`config.check_tiles`), ascending."""
+    return [m for m in range(1, config.rollout.micro_batch + 1) if fits_tiles(config, processes, micro=m)]
 
 
 def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Config], None]]]:
@@ -316,8 +337,7 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
     dino = adversary.kind == "dino" and config.learns_adversary
     if dino and adversary.cached_patches > adversary.num_patches:
         yield setting("adversary.cached_patches", adversary.num_patches)
-    images = rollout.micro_batch * processes * config.update.optimizer_windows  # the iteration's must be a multiple
-    fewer = [n for n in range(1, rollout.prompts_per_iteration // 4 + 1) if n * rollout.group_size % images == 0]
+    fewer = [n for n in range(1, rollout.prompts_per_iteration // 4 + 1) if fits_tiles(config, processes, prompts=n)]
     if fewer:
         yield setting("rollout.prompts_per_iteration", fewer[-1])
     if model.dtype == "float32" and model.train == "lora":

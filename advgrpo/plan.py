@@ -56,10 +56,19 @@ def _plan(arguments: list[str]) -> int:
     about = f"{__doc__}\nPresets: {', '.join(configuration.preset_names())}."
     config, chosen = read_settings(arguments, Plan, program="python -m advgrpo.plan", about=about)
     sizes = _sizes(chosen.gpu)
-    from .memory import plan, table  # imports torch only once the flags are right
+    from .memory import micro_batches, plan, table  # imports torch only once the flags are right
 
+    def check(micro_batch: int, checkpointing: bool) -> None:
+        """What training would say to these settings."""
+        recommended = config.model_copy(deep=True)
+        recommended.rollout.micro_batch, recommended.model.gradient_checkpointing = micro_batch, checkpointing
+        configuration.check(recommended, chosen.processes, with_data=False)
+
+    check((micro_batches(config, chosen.processes) or [config.rollout.micro_batch])[-1], False)
     quiet_libraries()
     plans = [plan(config, size, processes=chosen.processes) for size in sizes]
+    for each in plans:
+        check(each.knobs.micro_batch, each.knobs.gradient_checkpointing)
     console = plain_console()
     console.print(table(plans))
     for each in plans:

@@ -31,6 +31,7 @@ from .memory import advice
 from .metric_names import FIRST, half_widths, held_out_means
 from .monitor import Flag
 from .plots import HeldOut, draw_curves, draw_grid
+from .preflight import preflight
 from .tracking import METRICS_FILE, Tracker, load_metrics
 from .trainer import Trainer
 
@@ -77,6 +78,7 @@ class Run:
                     f"output_dir = {config.output_dir!r} already holds a run; continue it with --resume "
                     f"{config.output_dir}, or choose another --output-dir"
                 )
+        preflight(config)
         fast = FastPaths.choose(config, distributed.device)
         if distributed.is_main:
             fast.print(console)
@@ -354,10 +356,12 @@ def summarize(
     metric's 95 % interval over prompts.
     """
     stages = {"base": base, **({"start": start} if start else {}), "final": final}
-    seconds = sum(r["seconds"] for r in rows)
+    seconds, reason = sum(r["seconds"] for r in rows), configuration.untrained(config)
     return {
         "seed": config.seed,
         "iterations": len(rows),
+        "trained": not reason,
+        **({"not_trained_because": reason} if reason else {}),
         **{stage: held_out_means(values) for stage, values in stages.items()},
         "ci95": {stage: half_widths(values) for stage, values in stages.items()},
         "images_per_second": len(rows) * config.images_per_iteration / seconds,

@@ -209,5 +209,15 @@ def _check_finite(components: Mapping[str, torch.Tensor], rollout: Rollout, conf
             )
             raise FloatingPointError(
                 f"the reward {name} of {len(bad)} pictures is not finite, first that of {named} (picture {bad[0]}): "
-                f"{reward[bad[0]]}. No score is made up for it; check the reward model and its precision"
+                f"{reward[bad[0]]}. No score is made up for it; {_to_blame(rollout)}"
             )
+
+
+def _to_blame(rollout: Rollout) -> str:
+    """What to look at: rewards of pictures that are not finite are no fault of the reward."""
+    if all(bool(tile.images.isfinite().all()) for tile in rollout.tiles):
+        return "check the reward model and its precision"
+    return (
+        "the pictures themselves are not finite: look at what drew them (rollout.guidance_scale, model.dtype, "
+        "model.lora.start_from, update.learning_rate), not at the reward"
+    )

@@ -96,6 +96,8 @@ def _train(arguments: list[str]) -> int:
     distributed = Distributed.start(config.device, timeout_seconds=config.collective_timeout)
     if not distributed.is_main:
         console.quiet = True
+    if reason := configuration.untrained(config):
+        console.print(f"note: {reason}", soft_wrap=True)
     try:
         with distributed.guard():
             Run(config, distributed, resume=resume, console=console).train()

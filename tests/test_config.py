@@ -55,7 +55,10 @@ def test_full_size_presets_divide_over_gpus(preset, world_size):
     settings = config.load(preset)
     settings.data.prompts, settings.data.references = "p.txt", "refs"
     if world_size == 64:
-        with pytest.raises(UserError, match="multiple of 1024"):
+        with pytest.raises(
+            UserError,
+            match=r"= 1024; set rollout\.micro_batch = 2, or rollout\.prompts_per_iteration = 64",
+        ):
             config.check(settings, world_size)
         settings.rollout.prompts_per_iteration = 64
     config.check(settings, world_size)
@@ -90,7 +93,10 @@ def test_a_wrong_file_names_the_field_the_value_and_the_nearest_key(tmp_path, te
     ("change", "expected"),
     [
         ({"rollout": {"group_size": 10, "micro_batch": 4}}, "rollout.group_size = 10 is not divisible by"),
-        ({"rollout": {"prompts_per_iteration": 3, "micro_batch": 8}}, "multiple of 16"),
+        (
+            {"rollout": {"prompts_per_iteration": 3, "micro_batch": 8}},
+            "a multiple of 8 x 2 x 1 = 16; set rollout.micro_batch = 4, or rollout.prompts_per_iteration = 4",
+        ),
         (
             {"rollout": {"window": {"steps": [0, 10]}}},
             "rollout.window.steps = [0, 10]: want distinct steps within 0..8",
@@ -286,7 +292,7 @@ def test_resume_excludes_preset_and_wants_a_run(tmp_path):
         ({"fast": False, "model": {"base_precision": "fp8"}}, r"model\.base_precision = 'fp8' needs --fast"),
         ({"model": {"train": "full"}, "rollout": {"window_forward": "merged"}}, r"rollout\.window_forward = 'merged'"),
         ({"rollout": {"window_forward": "merged"}}, r"set update\.old_log_prob to recompute"),
-        ({"model": {"lora": {"start_from": "/nowhere"}}}, r"model\.lora\.start_from = '/nowhere' is not a folder"),
+        ({"model": {"lora": {"start_from": "/nowhere"}}}, r"model\.lora\.start_from = '/nowhere' does not exist"),
     ],
 )
 def test_precision_settings_that_cannot_work_are_named(change, message):

@@ -46,9 +46,9 @@ def test_grid_of_base_and_lora(tmp_path, lora):
     [
         ([], "--prompt: give at least one"),
         (["--prompt", " "], "--prompt: give at least one"),
-        (["--prompt", "x", "--lora", "nowhere"], "--lora nowhere: no pytorch_lora_weights.safetensors"),
+        (["--prompt", "x", "--lora", "nowhere"], "--lora = 'nowhere/pytorch_lora_weights.safetensors' does not exist"),
         (["--prompt", "x", "--output", "no/such/folder/g.png"], "the folder no/such/folder does not exist"),
-        (["--prompt", "x", "--images-per-prompt", "0"], "want at least 1"),
+        (["--prompt", "x", "--images-per-prompt", "0"], "want a whole number from 1 to 100"),
         (["--prompt", "x", "--model", "/tmp"], "--model = '/tmp'"),
     ],
 )

@@ -5,13 +5,24 @@ a value is said in the same words (`explain.py`), wherever it came from.
 """
 
 from .base import Options, Positional, Repeated
-from .checks import NEED_REFERENCES, check, eligible_steps, needs_references, noisy_steps
-from .explain import explain, leaves, section_names
+from .checks import (
+    NEED_REFERENCES,
+    check,
+    check_tiles,
+    eligible_steps,
+    fits_tiles,
+    nearest_prompts,
+    needs_references,
+    noisy_steps,
+    untrained,
+)
+from .explain import did_you_mean, explain, leaves, section_names, shown, wanted
 from .flags import nested, parse_command, parse_options, read_flags
 from .help import settings_help
 from .reading import build, dump, load, merge, preset_names, read, read_preset, read_yaml
 from .sections import (
     LORA_TARGETS,
+    MOST_PER_PROMPT,
     AdversarySection,
     Config,
     ExportFormat,
@@ -20,12 +31,14 @@ from .sections import (
     ModelSection,
     MonitorSection,
     RewardSection,
+    RewardsSection,
     RolloutSection,
     UpdateSection,
 )
 
 __all__ = [
     "LORA_TARGETS",
+    "MOST_PER_PROMPT",
     "NEED_REFERENCES",
     "AdversarySection",
     "Config",
@@ -38,16 +51,21 @@ __all__ = [
     "Positional",
     "Repeated",
     "RewardSection",
+    "RewardsSection",
     "RolloutSection",
     "UpdateSection",
     "build",
     "check",
+    "check_tiles",
+    "did_you_mean",
     "dump",
     "eligible_steps",
     "explain",
+    "fits_tiles",
     "leaves",
     "load",
     "merge",
+    "nearest_prompts",
     "needs_references",
     "nested",
     "noisy_steps",
@@ -60,4 +78,7 @@ __all__ = [
     "read_yaml",
     "section_names",
     "settings_help",
+    "shown",
+    "untrained",
+    "wanted",
 ]

@@ -2,39 +2,89 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from ..errors import UserError
+from .explain import did_you_mean
 from .sections import Config, RolloutSection
 
 NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
 
 
-def check(config: Config, world_size: int) -> None:
-    """Checks across fields; UserError names the field to change."""
+def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
+    """Checks across fields; UserError names the field to change.
+
+    Args:
+        with_data: False leaves out whether prompts, pictures and other files are given, for a plan without them.
+    """
+    check_tiles(config, world_size)
+    _check_window(config)
     rollout = config.rollout
-    group, micro = rollout.group_size, rollout.micro_batch
+    if rollout.dynamics in ("flow_cps", "ddim") and rollout.noise_level > 1:
+        raise UserError(f"rollout.noise_level = {rollout.noise_level:g}: {rollout.dynamics} wants at most 1")
+    if config.model.resolution % 8:
+        raise UserError(f"model.resolution = {config.model.resolution}: want a multiple of 8")
+    _check_precision(config)
+    _check_rewards(config)
+    _check_learning(config)
+    _check_metrics(config)
+    if with_data:
+        _check_data(config)
+
+
+def fits_tiles(config: Config, world_size: int, *, prompts: int | None = None, micro: int | None = None) -> bool:
+    """Whether `prompts` groups can be cut into micro-batches of `micro` (default: the configured ones) for every
+    optimizer window on every process."""
+    group = config.rollout.group_size
+    micro = micro or config.rollout.micro_batch
+    images = (prompts or config.rollout.prompts_per_iteration) * group
+    whole_groups = group % micro == 0 or micro % group == 0
+    return whole_groups and images % (micro * world_size * config.update.optimizer_windows) == 0
+
+
+def check_tiles(config: Config, world_size: int) -> None:
+    """UserError unless `fits_tiles`; it proposes the nearest settings that do."""
+    rollout, windows = config.rollout, config.update.optimizer_windows
+    group, micro, prompts = rollout.group_size, rollout.micro_batch, rollout.prompts_per_iteration
     if group % micro and micro % group:
         raise UserError(
             f"rollout.group_size = {group} is not divisible by rollout.micro_batch = {micro}, nor the other way round; "
             f"choose a micro_batch that divides {group}"
         )
-    images, parts = config.images_per_iteration, world_size * config.update.optimizer_windows
-    if images % (micro * parts):
+    if not fits_tiles(config, world_size):
+        unit = micro * windows * world_size
         raise UserError(
-            f"prompts_per_iteration x group_size = {images} pictures cannot be cut into micro-batches of {micro} for "
-            f"{config.update.optimizer_windows} optimizer_windows on {world_size} processes; make "
-            f"rollout.prompts_per_iteration x group_size a multiple of {micro * parts}"
+            f"rollout.prompts_per_iteration x group_size = {prompts} x {group} = {prompts * group} pictures cannot be "
+            f"cut into micro-batches of {micro} for {windows} optimizer_windows on {world_size} processes: that needs "
+            f"a multiple of {micro} x {windows} x {world_size} = {unit}; set {tile_remedies(config, world_size)}"
         )
-    _check_window(config)
-    if rollout.dynamics in ("flow_cps", "ddim") and rollout.noise_level > 1:
-        raise UserError(f"rollout.noise_level = {rollout.noise_level:g}: {rollout.dynamics} wants at most 1")
-    _check_precision(config)
-    _check_rewards(config)
-    if not config.data.prompts:
-        raise UserError("data.prompts is empty: pass --data.prompts PATH")
-    if config.model.resolution % 8:
-        raise UserError(f"model.resolution = {config.model.resolution}: want a multiple of 8")
+
+
+def tile_remedies(config: Config, world_size: int) -> str:
+    """Settings near the configured ones that `fits_tiles` takes, in words."""
+    rollout = config.rollout
+    smaller = [micro for micro in range(rollout.micro_batch - 1, 0, -1) if fits_tiles(config, world_size, micro=micro)]
+    found = [f"rollout.micro_batch = {smaller[0]}"] if smaller else []
+    prompts = nearest_prompts(config, world_size, rollout.micro_batch)
+    found.append(f"rollout.prompts_per_iteration = {prompts}")
+    if not smaller:
+        micros = [m for m in range(rollout.micro_batch - 1, 0, -1) if rollout.group_size % m == 0]
+        each = {m: nearest_prompts(config, world_size, m) for m in micros}
+        near = min(each, key=lambda m: (abs(each[m] - rollout.prompts_per_iteration), -m), default=None)
+        if near is not None and each[near] != prompts:
+            found.append(f"rollout.micro_batch = {near} with rollout.prompts_per_iteration = {each[near]}")
+    return ", or ".join(found)
+
+
+def nearest_prompts(config: Config, world_size: int, micro: int) -> int:
+    """The number of groups nearest to the configured one, the larger of two, that can be cut into `micro`."""
+    unit = micro * world_size * config.update.optimizer_windows
+    unit //= math.gcd(unit, config.rollout.group_size)
+    below = config.rollout.prompts_per_iteration // unit * unit
+    above = below + unit
+    near_below = config.rollout.prompts_per_iteration - below < above - config.rollout.prompts_per_iteration
+    return below if below and near_below else above
 
 
 def _check_window(config: Config) -> None:
@@ -82,8 +132,11 @@ def _check_precision(config: Config) -> None:
     start = config.model.lora.start_from
     if start and config.model.train != "lora":
         raise UserError(f"model.lora.start_from = {start!r} needs model.train = lora")
-    if start and not Path(start).expanduser().is_dir():
-        raise UserError(f"model.lora.start_from = {start!r} is not a folder; pass one that OUT/lora was exported to")
+    if config.model.attention != "auto" and not (config.fast and config.model.train == "lora"):
+        raise UserError(
+            f"model.attention = {config.model.attention!r} is the fused transformer's, which needs --fast and "
+            "model.train = lora; use them, or model.attention = auto"
+        )
 
 
 def needs_references(config: Config) -> list[str]:
@@ -110,18 +163,103 @@ def _check_rewards(config: Config) -> None:
         )
     for name, field in (("aesthetic", "head"), ("remote", "url")):
         section = getattr(rewards, name)
-        if section.used and not getattr(section, field):
-            raise UserError(f"rewards.{name}.{field} is empty: rewards.{name} needs it")
+        used = section.used and config.update.objective != "sft"
+        measured = name in config.evaluation.metrics
+        if (used or measured) and not getattr(section, field):
+            who = f"rewards.{name}" if used else f"evaluation.metrics: {name}"
+            raise UserError(f"rewards.{name}.{field} is empty, but {who} needs it: pass --rewards.{name}.{field}")
+
+
+def _check_data(config: Config) -> None:
+    """Files are named where they are needed, and only there."""
+    if not config.data.prompts:
+        raise UserError("data.prompts is empty: pass --data.prompts PATH")
     if config.data.references and config.data.style:
         raise UserError("data.references and data.style are both set: leave one empty")
     needed = needs_references(config)
     if needed and not (config.data.references or config.data.style):
         raise UserError(f"data.references is empty, but {needed[0]} needs references: pass --data.references PATH")
+    start = config.model.lora.start_from
+    if start and not Path(start).expanduser().exists():
+        raise UserError(
+            f"model.lora.start_from = {start!r} does not exist; pass a folder that OUT/lora was exported to"
+        )
+
+
+def _check_learning(config: Config) -> None:
+    """Weights that leave nothing to learn from are slips."""
+    adversary = config.adversary
+    if not config.learns_adversary:
+        return
+    pairs = () if adversary.kind == "pickscore" else ("reward_weights", "loss_weights")
+    for name in pairs:
+        if not any(getattr(adversary, name)):
+            raise UserError(
+                f"adversary.{name} = [0, 0]: nothing would be rewarded or learned; give the global or the local part a "
+                f"weight above 0 (--adversary.{name.replace('_', '-')} 0.7 0.3)"
+            )
+    if adversary.schedule == "never" and not adversary.warmup_iterations and pairs:
+        raise UserError(
+            "adversary.schedule = never without adversary.warmup_iterations: the head would stay random and its reward "
+            "mean nothing; set adversary.kind = none with a fixed reward, or another schedule"
+        )
+    if adversary.kind == "pickscore" and adversary.objective == "pairwise" and adversary.replay_capacity:
+        raise UserError(
+            f"adversary.replay_capacity = {adversary.replay_capacity} does not go with adversary.objective = pairwise, "
+            "in which every generation is compared with a reference of its own prompt; set it to 0"
+        )
+
+
+def untrained(config: Config) -> str:
+    """Why a run of these settings would leave the generator as it is; "" where it trains it."""
+    adversary, iterations = config.adversary, config.iterations
+    if not config.learns_adversary:
+        return ""
+    if adversary.warmup_iterations >= iterations:
+        return (
+            f"all {iterations} iterations are warm-up of the adversary's head (adversary.warmup_iterations = "
+            f"{adversary.warmup_iterations}): the generator is not trained; raise --iterations above it"
+        )
+    if adversary.schedule == "alternate":
+        period, first = adversary.alternate_period, adversary.warmup_iterations
+        if not any(number % period == period - 1 for number in range(first, min(iterations, first + period))):
+            return (
+                f"adversary.schedule = alternate trains the generator in every {period}th iteration, and there are "
+                f"{iterations}: the generator is not trained; raise --iterations or lower adversary.alternate_period"
+            )
+    return ""
+
+
+def _check_metrics(config: Config) -> None:
+    """Metrics exist, are named once, and have what they look through."""
+    from ..picture_statistics import STATISTICS
+
+    known = [*(name for name in config.rewards.sections() if name != "adversary"), "rule_accuracy", *STATISTICS]
+    metrics = config.evaluation.metrics
+    for name in metrics:
+        if name not in known:
+            raise UserError(f"evaluation.metrics: unknown metric {name!r}{did_you_mean(name, known, cutoff=0.4)}")
+        if metrics.count(name) > 1:
+            raise UserError(f"evaluation.metrics names {name} {metrics.count(name)} times; leave it once")
+    if not config.data.held_out_prompts:
+        return
+    dino = config.adversary.kind == "dino" or config.evaluation.backbone
+    if "dino_similarity" in metrics and not dino:
+        raise UserError(
+            "evaluation.metrics: dino_similarity needs a DINO; set evaluation.backbone, since the adversary is "
+            f"{config.adversary.kind}"
+        )
 
 
 def _check_supervised(config: Config) -> None:
     """UserError for settings that supervised fine-tuning would ignore although they ask for something."""
     update = config.update
+    for name, section in config.rewards.fixed().items():
+        field = "weight" if section.weight else "gate"
+        raise UserError(
+            f"rewards.{name}.{field} = {getattr(section, field):g} would not be looked at: update.objective = sft "
+            "learns from the references; leave it out"
+        )
     for name, plain in (("kl_weight", 0.0), ("old_log_prob", "rollout")):
         if getattr(update, name) != plain:
             raise UserError(

@@ -76,7 +76,8 @@ def _check_readable(config: Config, prompts: list[str], held_out: list[str], met
         read = prompts if sections[name].used else []
         read = read + (held_out if evaluated & set(config.evaluation.metrics) else [])
         if read:
-            build_reward(name, **sections[name].options(), **told(name, metadata)).check_prompts(read)
+            owner = f"rewards.{name}"
+            build_reward(name, owner=owner, **sections[name].options(), **told(name, metadata)).check_prompts(read)
 
 
 def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:

@@ -83,6 +83,8 @@ def read_lora(path: Path, field: str) -> LoraFile:
     path = Path(path).expanduser()
     path = path if path.suffix == ".safetensors" and not path.is_dir() else path / LORA_FILE
     source = f"{field} = {str(path)!r}"
+    if not path.is_file():
+        raise UserError(f"{source} does not exist; pass a folder that holds {LORA_FILE}, such as OUT/lora")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
+from ..model_files import local_folder, read_json
 from ..tiny import WORLDS
 
 # Pipeline class -> what its network predicts: the velocity of a rectified flow, or the noise ε of a diffusion.
@@ -22,7 +23,7 @@ def pipeline_folder(path: str, field: str = "model.path") -> Path:
     Raises:
         UserError: naming `field`: no such model, or a pipeline that is not in `PREDICTIONS`.
     """
-    folder = _local_folder(path)
+    folder = local_pipeline(path)
     if folder is None:
         from diffusers import DiffusionPipeline  # here: the benchmark at full size runs without diffusers
 
@@ -30,51 +31,70 @@ def pipeline_folder(path: str, field: str = "model.path") -> Path:
             folder = Path(DiffusionPipeline.download(path))
         except Exception as error:
             raise _not_found(path, field, error) from error
-    _class_of(_read_index(folder, path, field), path, field)
+    _check_class(_read_index(folder, path, field), path, field)
     return folder
 
 
-def pipeline_class(path: str, field: str = "model.path") -> str:
-    """Class name of a pipeline, a key of `PREDICTIONS`, from its model_index.json alone.
+def pipeline_index(path: str, field: str = "model.path") -> dict[str, Any]:
+    """model_index.json of a pipeline, which names its class, a key of `PREDICTIONS`, and its parts.
 
     Raises:
         UserError: as `pipeline_folder`.
     """
-    folder = _local_folder(path)
+    folder = local_pipeline(path)
     if folder is not None:
-        return _class_of(_read_index(folder, path, field), path, field)
+        return _check_class(_read_index(folder, path, field), path, field)
     from diffusers import DiffusionPipeline
 
     try:
         index = DiffusionPipeline.load_config(path)
     except Exception as error:
         raise _not_found(path, field, error) from error
-    return _class_of(index, path, field)
+    return _check_class(index, path, field)
 
 
-def _local_folder(path: str) -> Path | None:
+def pipeline_class(path: str, field: str = "model.path") -> str:
+    """Class name of a pipeline; raises as `pipeline_index`."""
+    return pipeline_index(path, field)["_class_name"]
+
+
+def native_resolution(folder: Path) -> int:
+    """Pixels of a side that the network was made for; 0 where its configuration does not say."""
+    for part in ("transformer", "unet"):
+        file = folder / part / "config.json"
+        if file.is_file():
+            latents = read_json(file, str(folder)).get("sample_size")
+            levels = read_json(folder / "vae" / "config.json", str(folder)).get("block_out_channels")
+            if isinstance(latents, int) and isinstance(levels, list):
+                return latents * 2 ** (len(levels) - 1)
+    return 0
+
+
+def local_pipeline(path: str) -> Path | None:
+    """The folder of a shipped pipeline's name or of a path; None for what may be a hub id."""
     if path in WORLDS:
         return WORLDS[path].pipeline
-    folder = Path(path).expanduser()
-    return folder if folder.is_dir() else None
+    return local_folder(path)
 
 
 def _not_found(path: str, field: str, error: Exception) -> UserError:
-    return UserError(f"{field} = {path!r} is neither a folder nor a hub model that can be downloaded ({error})")
+    if Path(path).expanduser().exists():
+        return UserError(f"{field} = {path!r} is a file; want a diffusers pipeline folder or a hub id")
+    return UserError(
+        f"{field} = {path!r} is neither a folder nor a hub model that can be downloaded ({error}); correct it, or, for "
+        "a model behind a licence such as Stable Diffusion 3.5, accept that on its page and run `hf auth login`"
+    )
 
 
-def _read_index(folder: Path, path: str, field: str) -> dict:
+def _read_index(folder: Path, path: str, field: str) -> dict[str, Any]:
     file = folder / "model_index.json"
     if not file.is_file():
         raise UserError(f"{field} = {path!r}: {file} is missing; want a diffusers pipeline folder")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{field} = {path!r}: {file} is not JSON ({error}); download the model again") from error
+    return read_json(file, f"{field} = {path!r}")
 
 
-def _class_of(index: dict, path: str, field: str) -> str:
+def _check_class(index: dict[str, Any], path: str, field: str) -> dict[str, Any]:
     name = index.get("_class_name")
     if name not in PREDICTIONS:
         raise UserError(f"{field} = {path!r} holds a {name}; want one of {', '.join(PREDICTIONS)}")
-    return name
+    return index

@@ -5,7 +5,9 @@ Shapes: R rows, latents [R, C, H, W] float32, text [R, L, D], pooled [R, E].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -18,6 +20,23 @@ from .diffusers_policy import DiffusersPolicy
 from .networks import FusedNetwork, StockNetwork
 
 _GATED_PICTURES = 2
+
+
+def check_resolution(resolution: int, transformer: Any, vae: Any, field: str = "model.resolution") -> None:
+    """UserError naming `field` unless a transformer and a VAE of these configurations draw pictures of that side."""
+    unit = 2 ** (len(vae.block_out_channels) - 1) * transformer.patch_size
+    largest = transformer.pos_embed_max_size * unit
+    if resolution % unit or resolution > largest:
+        near = min(max(unit, round(resolution / unit) * unit), largest)
+        raise UserError(
+            f"{field} = {resolution}: this model wants a multiple of {unit}, at most {largest}, such as {near}"
+        )
+
+
+def check_schedule(scheduler: Mapping[str, Any]) -> None:
+    """UserError for a schedule that depends on the resolution."""
+    if scheduler.get("use_dynamic_shifting"):
+        raise UserError("model.path: its scheduler uses use_dynamic_shifting; only SD3's fixed shift is supported")
 
 
 class SD3Policy(DiffusersPolicy):
@@ -47,7 +66,8 @@ class SD3Policy(DiffusersPolicy):
             self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
         except OSError as error:
             raise UserError(f"model.path = {model.path!r}: {error}") from error
-        self._check_resolution()
+        check_resolution(model.resolution, self.transformer.config, self.vae.config)
+        check_schedule(self._scheduler.config)
         if fused:
             self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
         else:
@@ -61,19 +81,7 @@ class SD3Policy(DiffusersPolicy):
             return self.dtype if self.device.type == "cuda" else torch.float32
         return getattr(torch, self.model.decoder_dtype)
 
-    def _check_resolution(self) -> None:
-        config = self.transformer.config
-        unit = self.vae_scale * config.patch_size
-        largest = config.pos_embed_max_size * unit
-        if self.model.resolution % unit or self.model.resolution > largest:
-            raise UserError(
-                f"model.resolution = {self.model.resolution}: this model wants a multiple of {unit}, at most {largest}"
-            )
-
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self._scheduler.config
-        if config.get("use_dynamic_shifting"):
-            raise UserError("model.path: its scheduler uses use_dynamic_shifting; only SD3's fixed shift is supported")
         self._scheduler.set_timesteps(num_steps)
         return self._scheduler.sigmas.double(), self._scheduler.timesteps.float()
 

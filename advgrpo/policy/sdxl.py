@@ -9,7 +9,7 @@ Shapes: R rows, latents [R, C, H, W] float32, text [R, L, D], pooled [R, E], whe
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from ..config import ModelSection
 from ..errors import UserError
+from ..model_files import read_json
 from ..types import Conditioning
 from .diffusers_policy import DiffusersPolicy
 from .networks import StockNetwork
@@ -39,38 +40,11 @@ class UNetPolicy(DiffusersPolicy):
         self.is_xl = self.index["_class_name"] == "StableDiffusionXLPipeline"
         self._scheduler = ddim_scheduler(self.folder / "scheduler" / "scheduler_config.json", model.path)
         self.unet = self._load(UNet2DConditionModel, "unet", self.dtype)
-        self._check()
+        check_unet(model, self.index, self.unet.config, self.vae.config)
         # Height and width before cropping, the crop's corner, and the size asked for: an uncropped square.
         side = model.resolution
         self._time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.dtype, device=device)
         self._train(StockNetwork(self.unet, model, seed, self._pooled_arguments))
-
-    def _check(self) -> None:
-        unet, vae, field = self.unet.config, self.vae.config, f"model.path = {self.model.path!r}"
-        if not unet.in_channels == unet.out_channels == vae.latent_channels:
-            raise UserError(
-                f"{field}: its UNet maps {unet.in_channels} to {unet.out_channels} channels, latents have "
-                f"{vae.latent_channels}; want a text-to-image model, not one for inpainting or editing"
-            )
-        if (unet.addition_embed_type == "text_time") != self.is_xl or unet.time_cond_proj_dim is not None:
-            raise UserError(
-                f"{field}: its UNet wants other conditions than a {self.index['_class_name']} has (addition_embed_type "
-                f"{unet.addition_embed_type!r}, time_cond_proj_dim {unet.time_cond_proj_dim}); distilled models and "
-                "refiners are not supported"
-            )
-        if vae.get("latents_mean") is not None:
-            raise UserError(f"{field}: its VAE has latents_mean; only latents scaled by scaling_factor are supported")
-        for name, plain in (("attention", "auto"), ("base_precision", "model")):
-            if getattr(self.model, name) != plain:
-                raise UserError(
-                    f"model.{name} = {getattr(self.model, name)!r} is the fused transformer's; a UNet wants {plain}"
-                )
-        if self.model.decoder_dtype == "bfloat16":
-            raise UserError("model.decoder_dtype = 'bfloat16': a UNet model decodes in float32; use auto")
-        if self.model.resolution % self.vae_scale:
-            raise UserError(
-                f"model.resolution = {self.model.resolution}: this model wants a multiple of {self.vae_scale}"
-            )
 
     def _pooled_arguments(self, pooled: torch.Tensor) -> dict[str, Any]:
         if not self.is_xl:
@@ -109,6 +83,32 @@ class UNetPolicy(DiffusersPolicy):
         return Conditioning(torch.zeros_like(empty.text), torch.zeros_like(empty.pooled))
 
 
+def check_unet(model: ModelSection, index: Mapping[str, Any], unet: Any, vae: Any) -> None:
+    """UserError for a UNet or VAE configuration of another task, or settings that a UNet does not have."""
+    field, kind = f"model.path = {model.path!r}", index["_class_name"]
+    is_xl, unit = kind == "StableDiffusionXLPipeline", 2 ** (len(vae.block_out_channels) - 1)
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise UserError(
+            f"{field}: its UNet maps {unet.in_channels} to {unet.out_channels} channels, latents have "
+            f"{vae.latent_channels}; want a text-to-image model, not one for inpainting or editing"
+        )
+    if (unet.addition_embed_type == "text_time") != is_xl or unet.time_cond_proj_dim is not None:
+        raise UserError(
+            f"{field}: its UNet wants other conditions than a {kind} has (addition_embed_type "
+            f"{unet.addition_embed_type!r}, time_cond_proj_dim {unet.time_cond_proj_dim}); distilled models and "
+            "refiners are not supported"
+        )
+    if vae.get("latents_mean") is not None:
+        raise UserError(f"{field}: its VAE has latents_mean; only latents scaled by scaling_factor are supported")
+    for name, plain in (("attention", "auto"), ("base_precision", "model")):
+        if getattr(model, name) != plain:
+            raise UserError(f"model.{name} = {getattr(model, name)!r} is the fused transformer's; a UNet wants {plain}")
+    if model.decoder_dtype == "bfloat16":
+        raise UserError("model.decoder_dtype = 'bfloat16': a UNet model decodes in float32; use auto")
+    if model.resolution % unit:
+        raise UserError(f"model.resolution = {model.resolution}: this model wants a multiple of {unit}")
+
+
 def ddim_scheduler(file: Path, path: str) -> DDIMScheduler:
     """DDIM over the noise schedule of a scheduler_config.json.
 
@@ -117,10 +117,7 @@ def ddim_scheduler(file: Path, path: str) -> DDIMScheduler:
             or clipping, which the closed-form step x' = a x + b ε + s z cannot express.
     """
     field = f"model.path = {path!r}"
-    try:
-        settings = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{field}: {file} cannot be read ({error})") from error
+    settings = read_json(file, field)
     prediction = settings.get("prediction_type", "epsilon")  # SD1.5's file is older than the setting
     if prediction != "epsilon":
         raise UserError(f"{field}: its scheduler has prediction_type = {prediction!r}; only 'epsilon' is supported")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,17 @@ def reward_class(name: str) -> type:
 
 
 def build_reward(
-    name: str, /, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **options: Any
+    name: str,
+    /,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    owner: str = "",
+    **options: Any,
 ) -> Reward:
     """The reward `name` with its keyword options; `device` and `dtype` go to rewards that run a model.
+
+    Errors call an option `owner`.OPTION, such as rewards.pickscore.path.
 
     Raises:
         UserError: an unknown reward, an option it does not have, or one it needs and did not get.
@@ -65,4 +74,12 @@ def build_reward(
     if absent:
         raise UserError(f"reward {name} needs the option{'s' * (len(absent) > 1)} {', '.join(absent)}")
     placement = {"device": device, **({} if dtype is None else {"dtype": dtype})}
-    return kind(**{key: value for key, value in placement.items() if key in known}, **options)
+    try:
+        return kind(**{key: value for key, value in placement.items() if key in known}, **options)
+    except UserError as error:
+        raise UserError(in_section(str(error), name, owner)) from error
+
+
+def in_section(message: str, name: str, owner: str) -> str:
+    """A reward's own message, "pickscore.path = ..." or "reward remote: url = ...", with `owner` for the reward."""
+    return re.sub(rf"^(?:reward {name}: |{name}\.)(?=\w+ = )", f"{owner}.", message) if owner else message

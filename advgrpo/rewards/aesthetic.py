@@ -69,36 +69,40 @@ class Aesthetic:
         return finite_scores(value.squeeze(1), images, prompts, self.name)
 
 
-def load_head(head: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def load_head(head: str, field: str = "aesthetic.head") -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(weight [out, in], bias [out]) float32 of every layer in order; the last has one output.
 
     Raises:
-        UserError: as Aesthetic.
+        UserError: as Aesthetic, naming `field`.
     """
     file = Path(head).expanduser()
     if file.suffix != ".safetensors":
         converted = file.with_suffix(".safetensors").name
         raise UserError(
-            f"aesthetic.head = {head!r} is not safetensors, and pickles are never read here; convert it once: python "
+            f"{field} = {head!r} is not safetensors, and pickles are never read here; convert it once: python "
             f'-c "import torch; from safetensors.torch import save_file; save_file(torch.load({str(file)!r}, '
             f'weights_only=True), {converted!r})"'
         )
     try:
         tensors = load_file(file)
+    except IsADirectoryError:
+        raise UserError(f"{field} = {head!r} is a folder; give the head's safetensors file") from None
     except FileNotFoundError:
-        raise UserError(f"aesthetic.head = {head!r} does not exist; give the head's safetensors file") from None
+        raise UserError(f"{field} = {head!r} does not exist; give the head's safetensors file") from None
     except SafetensorError as error:
-        raise UserError(f"aesthetic.head = {head!r} is not a readable safetensors file: {error}") from error
+        raise UserError(f"{field} = {head!r} is not a readable safetensors file: {error}") from error
     found = sorted((int(match[1] or 0), name) for name in tensors if (match := _NAME.fullmatch(name)))
     layers = [
         (tensors[name].float(), tensors.get(name.removesuffix("weight") + "bias", torch.empty(0)).float())
         for _, name in found
     ]
-    _check_layers(head, tensors, layers)
+    _check_layers(head, tensors, layers, field)
     return layers
 
 
-def _check_layers(head: str, tensors: dict[str, torch.Tensor], layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _check_layers(
+    head: str, tensors: dict[str, torch.Tensor], layers: list[tuple[torch.Tensor, torch.Tensor]], field: str
+) -> None:
     width = layers[0][0].shape[-1] if layers else 0
     fits = len(tensors) == 2 * len(layers) > 0
     for weight, bias in layers:
@@ -107,8 +111,8 @@ def _check_layers(head: str, tensors: dict[str, torch.Tensor], layers: list[tupl
     if not fits or width != 1:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items()))
         raise UserError(
-            f"aesthetic.head = {head!r} is not a chain of linear layers down to one score (weight and bias, or "
+            f"{field} = {head!r} is not a chain of linear layers down to one score (weight and bias, or "
             f"layers.N.weight and layers.N.bias); it holds {shapes or 'nothing'}"
         )
     if not all(t.isfinite().all() for layer in layers for t in layer):
-        raise UserError(f"aesthetic.head = {head!r} holds numbers that are not finite; convert the head again")
+        raise UserError(f"{field} = {head!r} holds numbers that are not finite; convert the head again")

@@ -26,10 +26,15 @@ def finite_scores(scores: torch.Tensor, images: torch.Tensor, prompts: list[str]
     good = torch.isfinite(scores)
     if not good.all():
         bad = int((~good).nonzero()[0])
-        picture = "the picture is not finite either" if not images[bad].isfinite().all() else "the picture is finite"
+        if not images[bad].isfinite().all():
+            raise FloatingPointError(
+                f"reward {name} cannot score the picture of prompt {prompts[bad]!r}, which holds numbers that are not "
+                "finite: look at what drew it (guidance scale, model.dtype, the LoRA, the learning rate), not at the "
+                "reward"
+            )
         raise FloatingPointError(
-            f"reward {name}: the score for prompt {prompts[bad]!r} is {scores[bad].item()} ({picture}). No score is "
-            "made up for it; check the model and its precision (dtype)"
+            f"reward {name}: the score for prompt {prompts[bad]!r} is {scores[bad].item()} (the picture is finite). No "
+            "score is made up for it; check the reward's model and its precision (dtype)"
         )
     return scores.to(images.device)
 
