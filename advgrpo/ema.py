@@ -1,28 +1,43 @@
 """Exponential moving average of the trained parameters, for evaluation and export."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from advgrpo.errors import UserError
+from .config import UpdateSection
+from .errors import UserError
+
+INTERVAL = 8  # global steps between the averages of the mini-batch rule
 
 
 class Ema:
-    """`average = decay·average + (1-decay)·parameter`, once per optimizer step; starts at the parameters' values.
+    """`average = decay·average + (1-decay)·parameter`; starts at the parameters' values.
+
+    By default once per optimizer step. With `mini_batches` = n as in Flow-GRPO's code, which Adv-GRPO's uses: after
+    each of the n mini-batches whose gradients make an optimizer step, the last of which takes it, while s + 1 is a
+    multiple of 8 at global step s, with min(decay, (1 + s)/(10 + s)). So where a step is due, it averages n - 1 times
+    the weights before it, or once those after it.
 
     Args:
         parameters: (name, float32 tensor) pairs, as `module.named_parameters()` gives them. They are kept by reference:
             their storage is written only inside `swap`.
         decay: in [0, 1); 0 follows the parameters exactly.
+        mini_batches: of an optimizer step; 0 averages once per optimizer step.
+
+    Attributes:
+        global_step: optimizer steps so far, and whatever else the trainer counts as steps: iterations that train the
+            reward alone.
 
     Raises:
         ValueError: no parameters, a repeated name, a dtype other than float32 (an average in bfloat16 stops moving: at
             decay 0.999 its steps are below half an ulp), or a decay outside [0, 1).
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], decay: float, *, mini_batches: int = 0) -> None:
         pairs = list(parameters)
         self._parameters = dict(pairs)
         if not pairs or len(self._parameters) != len(pairs):
@@ -34,15 +49,41 @@ class Ema:
         for name, parameter in pairs:
             if parameter.dtype != torch.float32:
                 raise ValueError(f"parameter {name} is {parameter.dtype}; the average is kept in float32 only")
-        self.decay = decay
+        self.decay, self.mini_batches, self.global_step = decay, mini_batches, 0
         self._averages = {name: parameter.detach().clone() for name, parameter in pairs}
         self._swapped = False
 
-    @torch.no_grad()
+    @classmethod
+    def of(cls, parameters: Iterable[tuple[str, Tensor]], section: UpdateSection) -> Ema:
+        """As section `update` says."""
+        mini_batches = section.ema_mini_batches if section.ema_rule == "mini_batch" else 0
+        return cls(parameters, section.ema_decay, mini_batches=mini_batches)
+
+    def before_step(self) -> None:
+        """Call it before `optimizer.step()`: averages what the mini-batches before the last look at."""
+        if self.mini_batches > 1:
+            self._move(self._kept(self.mini_batches - 1))
+
+    def count_step(self) -> float:
+        """Count the optimizer step; the share of the average that the look after it keeps, 1 where it is not due."""
+        self.global_step += 1
+        return self._kept(1) if self.mini_batches else self.decay
+
     def step(self) -> None:
-        """Move the average towards the parameters; call it right after `optimizer.step()`."""
+        """Count the step and average; call it right after `optimizer.step()`."""
+        self._move(self.count_step())
+
+    def _kept(self, looks: int) -> float:
+        """What mini-batches' looks at the same weights keep of the average at this global step."""
+        if (self.global_step + 1) % INTERVAL:
+            return 1.0
+        return min(self.decay, (1 + self.global_step) / (10 + self.global_step)) ** looks
+
+    @torch.no_grad()
+    def _move(self, kept: float) -> None:
         self._refuse_if_swapped()
-        torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), 1 - self.decay)
+        if kept < 1:
+            torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), 1 - kept)
 
     def averages_for_update(self) -> dict[str, Tensor]:
         """The averages by name, for an optimizer step that moves them itself."""

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 # Settings a resumed run may change; any other difference would make it another run.
 _FREE_TO_CHANGE = (
     "iterations",
+    "global_steps",
     "output_dir",
     "device",
     "collective_timeout",
@@ -112,7 +113,7 @@ class Run:
         return trainer, Evaluator(policy, metrics, sources.references, held_out, config, distributed, self.display)
 
     def train(self) -> None:
-        """Train to config.iterations; on SIGINT or SIGTERM save a checkpoint and return."""
+        """Train until trainer.finished; on SIGINT or SIGTERM save a checkpoint and return."""
         config, trainer, main = self.config, self.trainer, self.distributed.is_main
         if main:
             (self.folder / "config.yaml").write_text(configuration.dump(config))
@@ -131,10 +132,10 @@ class Run:
             display=self.display,
         )
         with tracker, self._signals():
-            while trainer.iteration < config.iterations:
+            while not trainer.finished:
                 metrics = self._iterate()
                 done = trainer.iteration
-                if done < config.iterations and config.evaluation.every and done % config.evaluation.every == 0:
+                if not trainer.finished and config.evaluation.every and done % config.evaluation.every == 0:
                     found = self._evaluate(whole=False)
                     metrics |= found
                     self._draw_samples(f"iteration-{done:06d}", found)
@@ -142,11 +143,11 @@ class Run:
                 flagged = _flagged_to_stop(trainer.flags)
                 stopping = any(self.distributed.gather_json(bool(self._stop_signal or flagged)))
                 every = config.output.checkpoint_every
-                if stopping or done == config.iterations or (every and done % every == 0):
+                if stopping or trainer.finished or (every and done % every == 0):
                     self.save()
                 if stopping:
                     break
-        if trainer.iteration < config.iterations:
+        if not trainer.finished:
             if main:
                 self.export()
                 self._draw_curves({})
@@ -295,13 +296,13 @@ class Run:
         self.trainer.load(tensors, state)
         self.base, self.start = state["base"], state.get("start", {})
         self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}")
-        finished = (self.folder / "summary.json").exists()  # without it the run was cut short in its last evaluation
-        if self.trainer.iteration > self.config.iterations or (
-            finished and self.trainer.iteration == self.config.iterations
-        ):
+        evaluated = (self.folder / "summary.json").exists()  # if not, the run was cut short in its last evaluation
+        done, wanted = self.trainer.iteration, self.config.iterations
+        if done > wanted or (evaluated and self.trainer.finished):
+            flag = "--iterations" if done >= wanted else "--global-steps"
             raise UserError(
-                f"--resume {self.folder}: iteration {self.trainer.iteration} of {self.config.iterations} is done "
-                "already; raise --iterations to go on"
+                f"--resume {self.folder}: iteration {done} of {wanted} is done already, and with it the run; "
+                f"raise {flag} to go on"
             )
 
     @contextlib.contextmanager

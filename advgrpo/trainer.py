@@ -58,7 +58,7 @@ class Trainer:
             graphs=graphs,
             shared_noise=rollout.initial_noise == "shared",
         )
-        self.ema = Ema(list(policy.trainable_parameters()), config.update.ema_decay)
+        self.ema = Ema.of(policy.trainable_parameters(), config.update)
         self.updater = Updater(
             policy, config, reduce=distributed.all_reduce_sum, fused=fast.fused_optimizer, ema=self.ema
         )
@@ -83,6 +83,12 @@ class Trainer:
         self.reference_statistics = None if scorer.references is None else ReferenceStatistics(scorer.references)
         self.flags: list[Flag] = []  # active after the newest iteration
         self.iteration = 0  # the next one to run
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its length: `iterations`, or `global_steps` before that."""
+        limit = self.config.global_steps
+        return self.iteration >= self.config.iterations or 0 < limit <= self.ema.global_step
 
     def iterate(self) -> dict[str, float]:
         """One iteration of `update.objective`; returns its metrics and times."""
@@ -112,6 +118,7 @@ class Trainer:
             plan, head_metrics = self.train_head(rollout, scored, iteration)
         with phases.measure("update"):
             update_metrics = self.update(rollout, scored, table) if plan.generator else _NO_UPDATE
+            self.ema.global_step += not plan.generator  # the released code counts such an iteration as a step
         metrics = {**scored.metrics(self.config.rollout.group_size), **head_metrics, **update_metrics}
         with phases.measure("monitor"):
             metrics |= self.watch(metrics, iteration, rollout, scored)
@@ -289,7 +296,8 @@ class Trainer:
             **optimizer_tensors,
             "rng.torch": torch.get_rng_state(),
         }
-        state = {"iteration": self.iteration, "optimizer": optimizer_state, "monitor": self.monitor.state()}
+        steps = {"iteration": self.iteration, "global_step": self.ema.global_step}
+        state = {**steps, "optimizer": optimizer_state, "monitor": self.monitor.state()}
         if self.head_trainer is not None:
             head_tensors, state["head_optimizer"] = pack_optimizer(self.adversary.optimizer, "head_optimizer")
             replay_tensors, state["replay"] = self.head_trainer.replay.state()
@@ -319,7 +327,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng.torch"])
         self.monitor.load(state["monitor"])
         self.flags = self.monitor.active()
-        self.iteration = state["iteration"]
+        self.iteration, self.ema.global_step = state["iteration"], state["global_step"]
 
 
 # An iteration that trains only the head (schedule "alternate") has no generator metrics.

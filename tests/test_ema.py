@@ -1,10 +1,24 @@
-"""The moving average follows its formula and never leaves a trace in the parameters."""
+"""The moving average follows its formula, when it averages follows its rule, and the parameters keep no trace of it.
+
+Planted in a copy, each seen red: iterations that train the reward not counted; the global step missing from the
+checkpoint; looks before a step made after it; one look for five; no bound on the first decays.
+"""
+
+import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from advgrpo import ema as module
+from advgrpo.adversary import due
+from advgrpo.config import AdversarySection
+from advgrpo.distributed import Distributed
 from advgrpo.ema import Ema
 from advgrpo.errors import UserError
+from advgrpo.run import Run
 
 
 @pytest.fixture
@@ -99,3 +113,109 @@ def test_bad_arguments(model):
         Ema([], decay=0.9)
     with pytest.raises(ValueError, match=r"parameter weight is torch\.bfloat16"):
         Ema(model.bfloat16().named_parameters(), decay=0.9)
+
+
+def looks(path, *, mini_batches, trains_generator, until, windows=2, interval=8, decay=0.9):
+    """Flow-GRPO's rule on one number, mini-batch by mini-batch: `path` [optimizer steps] are the weights.
+
+    `trains_generator(iteration)`; an iteration that does not counts one global step. Returns the average after every
+    iteration, how often it averaged, and how many optimizer steps were taken by `until` global steps.
+    """
+    average = weight = 0.0
+    step = averaged = taken = 0
+    history = []
+    while step < until:
+        if not trains_generator(len(history)):
+            step += 1
+        else:
+            for number in range(windows * mini_batches):
+                if number % mini_batches == mini_batches - 1:
+                    weight, taken, step = path[taken], taken + 1, step + 1
+                if (step + 1) % interval == 0:
+                    average += (1 - min(decay, (1 + step) / (10 + step))) * (weight - average)
+                    averaged += 1
+        history.append(average)
+    return history, averaged, taken
+
+
+def test_the_released_runs_137_averages_in_182_optimizer_steps_of_910_iterations():
+    """8 GPUs, 12 mini-batches of 8 pictures each, two optimizer steps in every tenth iteration, 1000 global steps."""
+    path = torch.randn(200, dtype=torch.float64).cumsum(0).tolist()
+    section = AdversarySection(schedule="alternate", alternate_period=10)
+
+    def trains_generator(iteration):
+        return due(section, iteration, 0.0, 0.0, optimizer_steps=2).generator
+
+    expected, averaged, taken = looks(path, mini_batches=6, trains_generator=trains_generator, until=1000)
+    assert (averaged, taken, len(expected)) == (137, 182, 910)
+    weight = torch.zeros(1)
+    ema, steps = Ema([("w", weight)], 0.9, mini_batches=6), iter(path)
+    for iteration, average in enumerate(expected):
+        if not trains_generator(iteration):
+            ema.global_step += 1
+        else:
+            for _ in range(2):
+                ema.before_step()
+                weight.fill_(next(steps))
+                ema.step()
+        assert ema.state_dict()["w"].item() == pytest.approx(average, rel=1e-5, abs=1e-5)
+    assert ema.global_step == 1001
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_run_averages_by_mini_batches_and_resumes_in_step(unit_config, monkeypatch, fast):
+    """Every second iteration trains the reward alone; an interval of two, so that every kind of look is due."""
+    monkeypatch.setattr(module, "INTERVAL", 2)
+    unit_config.fast, unit_config.data.held_out_prompts = fast, ""
+    unit_config.adversary.schedule, unit_config.adversary.alternate_period = "alternate", 2
+    unit_config.update.learning_rate = 1e-2
+    unit_config.update.ema_rule, unit_config.update.ema_mini_batches = "mini_batch", 3
+    build = lambda: Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer  # noqa: E731
+    trainer, path = build(), []
+    name, parameter = max(trainer.policy.trainable_parameters(), key=lambda pair: pair[1].numel())
+    index = parameter.numel() // 2
+    first, real = parameter.flatten()[index].item(), trainer.updater.stepper.step
+
+    def step():
+        norm = real()
+        path.append(parameter.flatten()[index].item() - first)
+        return norm
+
+    monkeypatch.setattr(trainer.updater.stepper, "step", step)
+    found = []
+    for iteration in range(6):
+        if iteration == 3:
+            tensors, state = copy.deepcopy(trainer.state())
+        trainer.iterate()
+        found.append(trainer.ema.state_dict()[name].flatten()[index].item() - first)
+    settings = {"mini_batches": 3, "interval": 2, "decay": unit_config.update.ema_decay}
+    expected, averaged, _ = looks(path, trains_generator=lambda i: i % 2 == 1, until=9, **settings)
+    assert (len(path), averaged) == (6, 9)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    resumed = build()
+    resumed.load(tensors, state)
+    for _ in range(3):
+        resumed.iterate()
+    assert resumed.ema.global_step == trainer.ema.global_step == 9
+    for key, average in trainer.ema.state_dict().items():
+        assert torch.equal(resumed.ema.state_dict()[key], average)
+
+
+def test_a_run_ends_at_its_global_steps(unit_config):
+    """Reward (1), generator (3), reward (4): three iterations of ten, with all that the end of a run leaves."""
+    unit_config.iterations, unit_config.global_steps, unit_config.data.held_out_prompts = 10, 4, ""
+    unit_config.adversary.schedule, unit_config.adversary.alternate_period = "alternate", 2
+
+    def run(resume):
+        made = Run(unit_config, Distributed.start("cpu"), resume=resume, console=Console(quiet=True))
+        made.train()
+
+    run(resume=False)
+    folder = Path(unit_config.output_dir)
+    assert json.loads((folder / "summary.json").read_text())["iterations"] == 3
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["iteration-000003"]
+    with pytest.raises(UserError, match="raise --global-steps to go on"):
+        run(resume=True)
+    unit_config.global_steps = 6
+    run(resume=True)
+    assert json.loads((folder / "summary.json").read_text())["iterations"] == 4

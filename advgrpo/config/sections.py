@@ -233,7 +233,12 @@ class UpdateSection(Section):
     optimizer: Literal["auto", "fused", "torch", "apex"] = "auto"
     """AdamW by our fused kernel (what auto takes with --fast), torch's, or NVIDIA Apex's FusedAdam when installed."""
     ema_decay: Decay = 0.9
-    """Moving average of the adapters, stepped once per optimizer step; evaluated and exported."""
+    """Moving average of the adapters, which is what is evaluated and exported."""
+    ema_rule: Literal["optimizer_step", "mini_batch"] = "optimizer_step"
+    """When it averages: once per optimizer step, or as Flow-GRPO's and the released code does: after every mini-batch,
+    at the global steps s of which s + 1 is a multiple of 8, with a decay of at most (1 + s)/(10 + s)."""
+    ema_mini_batches: Batch = 6
+    """Rule mini_batch: mini-batches whose gradients make an optimizer step, on one GPU of theirs (released: 6 of 8)."""
     old_log_prob: Literal["rollout", "recompute", "truncated_importance"] = "rollout"
     """Behaviour policy of the ratio: the rollout's own log-probabilities; the trainer's, recomputed before the first
     optimizer step; or those with each picture's loss weighted by min(p_trainer / p_rollout, importance_cap)."""
@@ -513,6 +518,9 @@ class Config(Section):
 
     iterations: Positive = 1000
     """Iterations: one rollout, head updates when due, and the generator's optimizer steps."""
+    global_steps: Count = 0
+    """End earlier, as the released code does: once the generator's optimizer steps and the iterations that train the
+    reward alone make this many; 0 ends by `iterations` alone."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Every random draw derives from it."""
     output_dir: Annotated[str, Field(min_length=1)] = "runs/advgrpo"

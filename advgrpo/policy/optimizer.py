@@ -1,7 +1,7 @@
 """AdamW with gradient clipping and the moving average of the weights, as one step.
 
-A gradient whose norm is not finite changes nothing: neither weights, moments nor average. The norm comes back as a
-tensor, so that the fast path waits for the device only when the iteration is logged.
+A gradient whose norm is not finite changes neither weights nor moments, and the average never sees it. The norm comes
+back as a tensor, so that the fast path waits for the device only when the iteration is logged.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class TorchAdamW:
     def step(self) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         if torch.isfinite(norm):
+            self.ema.before_step()
             self.optimizer.step()
             self.ema.step()
         return norm
@@ -53,6 +54,9 @@ class FusedAdamW:
 
     def step(self) -> torch.Tensor:
         section, moments = self.section, self.optimizer
+        averages = list(self.ema.averages_for_update().values())
+        self.ema.before_step()
+        kept = self.ema.count_step()
         return multi_tensor_adamw(
             self.parameters,
             [p.grad for p in self.parameters],
@@ -64,8 +68,8 @@ class FusedAdamW:
             eps=section.eps,
             weight_decay=section.weight_decay,
             max_grad_norm=section.max_grad_norm,
-            emas=list(self.ema.averages_for_update().values()),
-            ema_decay=self.ema.decay,
+            emas=averages if kept < 1 else (),
+            ema_decay=kept if kept < 1 else 0.0,
         )
 
 

@@ -70,7 +70,7 @@ class Updater:
     ):
         self.policy, self.config, self.reduce = policy, config, reduce
         self.named = list(policy.trainable_parameters())
-        self.ema = ema or Ema(self.named, config.update.ema_decay)
+        self.ema = ema or Ema.of(self.named, config.update)
         self.stepper = build_optimizer([p for _, p in self.named], config.update, self.ema, fused=fused)
         self.optimizer = self.stepper.optimizer
         self._poison = torch.zeros((), device=policy.device)  # 0, or NaN once an iteration went wrong
