@@ -33,8 +33,15 @@ SETTINGS = {
     "evaluation": {"every": 0},
     "monitor": {"every": 0},
     "output": {"tensorboard": False, "checkpoint_every": 0},
-    "update": {"learning_rate": FROZEN, "weight_decay": 0.0},
-    "adversary": {"schedule": "always", "warmup_iterations": 0, "updates_per_iteration": 10},
+    # B0 averages at every optimizer step and draws patches and references as our defaults do, not as the released code.
+    "update": {"learning_rate": FROZEN, "weight_decay": 0.0, "ema_rule": "optimizer_step"},
+    "adversary": {
+        "schedule": "always",
+        "warmup_iterations": 0,
+        "updates_per_iteration": 10,
+        "patch_sampling": "without_replacement",
+        "reference_choice": "random",
+    },
 }
 TINY_SETTINGS = {"rollout": {"window": {"steps": [6, 7]}}}
 SMALL_SETTINGS = {

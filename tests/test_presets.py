@@ -48,13 +48,20 @@ def test_a_full_size_preset_says_what_it_needs_and_asks_for_it(name):
     with pytest.raises(UserError):
         config.check(settings, 1)
     assert "data.prompts" in comment
+    assert "https://github.com/showlab/Adv-GRPO/tree/main/dataset/" in comment or "sd35m-dino-paper" in comment
     if config.needs_references(settings):
         assert "data.references" in comment or "data.style" in comment
 
 
-@pytest.mark.parametrize("name", [name for name in config.preset_names() if name.startswith("sd35m")])
+OF_PAPER = ("sd35m-dino-paper", "sd35m-dino-fast", "sd35m-adv-pickscore-paper", "sd35m-adv-pickscore-fast")
+RELEASED = ("sd35m-dino-released", "sd35m-adv-pickscore-released")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in config.preset_names() if name.startswith("sd35m") and name != "sd35m-flow-grpo-original"]
+)
 def test_what_paper_and_released_have_in_common(name):
-    """docs/method.md section 8's last paragraph, for every job."""
+    """docs/method.md section 8, for every job."""
     settings = config.load(name)
     model, rollout, update, evaluation = settings.model, settings.rollout, settings.update, settings.evaluation
     assert model.path == "stabilityai/stable-diffusion-3.5-medium"
@@ -66,7 +73,32 @@ def test_what_paper_and_released_have_in_common(name):
     assert (evaluation.num_steps, evaluation.guidance_scale) == (40, 4.5)
     assert (update.optimizer_windows, update.learning_rate, update.betas) == (2, 3e-4, (0.9, 0.999))
     assert (update.weight_decay, update.ema_decay) == (1e-4, 0.9)
-    assert (settings.seed, settings.iterations) == (42, 1000)
+    assert settings.seed == 42
+    released = name in (*RELEASED, "sd35m-adv-ocr-dino")
+    assert settings.global_steps == (1000 if released else 0)
+    assert settings.update.ema_rule == ("mini_batch" if released else "optimizer_step")
+    assert settings.rollout.window.chosen_order == ("fixed" if released else "contiguous")
+    assert (rollout.initial_noise == "shared") == name.endswith("-fast")
+    assert (settings.adversary.replay_capacity > 0) == name.endswith("-fast")
+
+
+@pytest.mark.parametrize("name", OF_PAPER)
+def test_what_the_article_says_and_the_released_code_does_not(name):
+    settings = config.load(name)
+    assert (settings.iterations, settings.global_steps) == (1000, 0)
+    assert (settings.rollout.window.size, settings.rollout.window.noise_range) == (2, (0.5, 1.0))
+    assert settings.advantage.std == "group"
+    assert settings.adversary.patch_sampling == "without_replacement"
+    assert (settings.adversary.schedule, settings.adversary.updates_per_iteration) == ("when_fooled", 10)
+
+
+@pytest.mark.parametrize("job", ["dino", "adv-pickscore"])
+def test_fast_presets_differ_from_the_papers_in_shared_noise_and_replay_and_say_that_they_are_ours(job):
+    ours, paper = (config.load(f"sd35m-{job}-{of}").model_dump() for of in ("fast", "paper"))
+    assert ours["rollout"] == {**paper["rollout"], "initial_noise": "shared"}
+    assert ours["adversary"] == {**paper["adversary"], "replay_capacity": 1024}
+    assert {name for name in ours if ours[name] != paper[name]} == {"output_dir", "rollout", "adversary"}
+    assert preset_file(f"sd35m-{job}-fast").read_text().startswith("# Ours, not the authors'")
 
 
 def test_pickscore_of_the_paper_and_of_the_released_code():
@@ -76,12 +108,7 @@ def test_pickscore_of_the_paper_and_of_the_released_code():
         assert settings.adversary.backbone == settings.rewards.pickscore.path == "yuvalkirstain/PickScore_v1"
         assert settings.rewards.fixed() == {}  # the adversary is the only reward
     assert (paper.adversary.trainable_layers, paper.adversary.objective) == (2, "binary")
-    assert (paper.adversary.schedule, paper.adversary.updates_per_iteration) == ("when_fooled", 10)
     assert (released.adversary.trainable_layers, released.adversary.objective) == (1, "pairwise")
-    assert (released.adversary.schedule, released.adversary.alternate_period) == ("alternate", 2)
-    assert released.adversary.replay_capacity == 0  # pairs are of one prompt
-    assert (paper.rollout.window.steps, released.rollout.window.steps) == (None, (0, 1))
-    assert (paper.rollout.window.size, paper.rollout.window.noise_range) == (2, (0.5, 1.0))
 
 
 def test_dino_backbones_and_head_updates():
@@ -95,7 +122,7 @@ def test_dino_backbones_and_head_updates():
 
 def test_ocr_and_its_partners():
     """Equation 8: half the text, half the likeness to a reference."""
-    paper, released = config.load("sd35m-adv-ocr").rewards, config.load("sd35m-adv-ocr-released").rewards
+    paper, released = config.load("sd35m-adv-ocr").rewards, config.load("sd35m-adv-ocr-dino").rewards
     assert {name: r.weight for name, r in paper.fixed().items()} == {"ocr": 0.5, "clip_reference_similarity": 0.5}
     assert {name: r.weight for name, r in released.fixed().items()} == {"ocr": 0.5, "dino_similarity": 0.5}
     assert released.dino_similarity.reduction == "max"

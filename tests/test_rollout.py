@@ -2,7 +2,7 @@
 
 Bugs planted in a copy, each seen red: the noise of a prompt for every picture with per_image; noise keyed by the row in
 the tile; the prefix shared although every picture has its own noise; a contiguous window drawn past the range's end; a
-sliding window that never starts over; an untrained step in the loss's mean.
+sliding window that never starts over; an untrained step in the loss's mean; the KL divided by the length.
 """
 
 import copy
@@ -214,3 +214,45 @@ def test_the_table_does_not_claim_what_a_gpu_machine_lacks(unit_config, monkeypa
     assert "csrc/ is not built" in rows["fused AdamW"].why
     assert rows["Triton kernels"].on == triton
     assert triton or "triton is not installed" in rows["Triton kernels"].why
+
+
+@pytest.mark.parametrize("variance", ["step", "unit_time"])
+def test_the_kl_divides_by_the_steps_variance_or_as_flow_grpos_code(unit_config, variance):
+    """With advantages of 0 the loss is beta·mean((mu - mu_base)²)/(2·variance); Flow-GRPO's is std_dev_t²."""
+    window = {"order": "fixed", "steps": [0, 2]}
+    settings = changed(unit_config, dynamics="flow_sde", likelihood="gaussian", noise_level=0.7, window=window)
+    settings.update.kl_weight, settings.update.kl_variance = 0.3, variance
+    config.check(settings, 1)
+    trainer = build(settings).trainer
+    policy, guidance = trainer.policy, settings.rollout.guidance_scale
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    table = step_table(policy, 4, (0, 2), rollout=settings.rollout)
+    tile = trainer.rollout(table, 0).tiles[0]
+    levels, steps = policy.schedule(4)[0], tile.steps
+    prompts = policy.prepare(policy.encode(tile.tile.prompts), table.timesteps, guided=True).rows(tile.tile.row)
+    for step in steps:
+        tile.steps = [step]
+        loss, *_, pairs, _ = (
+            trainer.updater.accumulate([tile], torch.zeros(8), table, total=4, watch_kl=False).sums().tolist()
+        )
+        latents = step.latents[tile.tile.row] if step.shared else step.latents
+        with torch.no_grad():
+            own = policy.velocity(latents, table.numbers[step.step], prompts)
+            with policy.reference():
+                base = policy.velocity(latents, table.numbers[step.step], prompts)
+        difference = [(1 - guidance) * v[1] + guidance * v[0] for v in (own, base)]
+        sigma, after = levels[step.step].item(), levels[step.step + 1].item()
+        std = 0.7 * (sigma / (1 - (levels[1].item() if sigma == 1 else sigma))) ** 0.5
+        gap = table.coefficients[step.step, 1] * (difference[0] - difference[1])
+        divisor = 2 * std**2 * (1 if variance == "unit_time" else sigma - after)
+        expected = 0.3 * gap.square().mean().item() / divisor
+        assert loss / pairs == pytest.approx(expected, rel=1e-3)
+        assert expected > 0
+
+
+def test_a_kl_per_unit_of_time_needs_the_gaussian_likelihood(unit_config):
+    unit_config.update.kl_variance = "unit_time"
+    with pytest.raises(UserError, match=r"update\.kl_variance = 'unit_time' divides"):
+        config.check(unit_config, 1)

@@ -25,6 +25,11 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
         raise UserError(f"rollout.noise_level = {rollout.noise_level:g}: {rollout.dynamics} wants at most 1")
     if config.model.resolution % 8:
         raise UserError(f"model.resolution = {config.model.resolution}: want a multiple of 8")
+    if config.update.kl_variance == "unit_time" and rollout.likelihood != "gaussian":
+        raise UserError(
+            f"update.kl_variance = 'unit_time' divides the KL of likelihood gaussian, but rollout.likelihood = "
+            f"{rollout.likelihood!r} divides by nothing; set update.kl_variance = 'step'"
+        )
     _check_precision(config)
     _check_rewards(config)
     _check_learning(config)

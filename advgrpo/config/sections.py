@@ -218,6 +218,9 @@ class UpdateSection(Section):
     """PPO clip epsilon on the likelihood ratio; inf does not clip."""
     kl_weight: AtLeast0 = 0.0
     """Weight beta of the KL to the adapter-disabled model."""
+    kl_variance: Literal["step", "unit_time"] = "step"
+    """What the KL divides by with likelihood gaussian: 2s², s the noise of the step, which makes it the KL of the two
+    steps; or 2·std², std the noise per unit of time, as Flow-GRPO's code, which is smaller by the step's length."""
     optimizer_windows: Positive = 2
     """Optimizer steps per iteration: the rollout is cut into this many parts."""
     learning_rate: Above0 = 3e-4

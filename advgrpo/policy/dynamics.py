@@ -23,6 +23,7 @@ class StepTable:
     coefficients: torch.Tensor  # [T, 3] float32: x_next = a x + b v + s z
     window: tuple[int, ...]  # stochastic steps, ascending; empty for plain sampling
     trained: tuple[int, ...]  # those of them that the update trains on: the first ones
+    lengths: tuple[float, ...]  # T: variance of a step's noise over that per unit of time; 1 where there is no such
     numbers: list[torch.Tensor] = field(init=False)  # T views [1] int64: the step counter
 
     def __post_init__(self):
@@ -63,7 +64,9 @@ def step_table(policy: Policy, num_steps: int, window: tuple[int, ...] = (), *, 
         dynamics = rollout.dynamics if window else "ode"
         coefficients = transition_coefficients(levels.tolist(), dynamics=dynamics, noise_level=noise)
     trained = window[: rollout.window.trained_of(len(window))] if window else ()
-    return StepTable(*(to_device(t, policy.device) for t in (timesteps, coefficients)), window, trained)
+    timed = bool(window) and rollout.dynamics in ("flow_sde", "dance_sde")  # s² = std²·(σ - σ')
+    lengths = tuple((levels[:-1] - levels[1:]).tolist()) if timed else (1.0,) * num_steps
+    return StepTable(*(to_device(t, policy.device) for t in (timesteps, coefficients)), window, trained, lengths)
 
 
 def window_steps(config: Config, iteration: int) -> tuple[int, ...]:

@@ -184,8 +184,13 @@ class Updater:
             guidance_scale=self._guidance,
             likelihood=self.config.rollout.likelihood,
             reference_mean=reference_mean,
-            kl_weight=self.config.update.kl_weight,
+            kl_weight=self._kl_weight(table.lengths[step.step]),
         )
+
+    def _kl_weight(self, length: float) -> float:
+        """Of a KL over 2s²: with s² = std²·length, weighting by the length is dividing by 2·std² instead."""
+        update = self.config.update
+        return update.kl_weight * (length if update.kl_variance == "unit_time" else 1.0)
 
     def _backward(self, step: WindowStep, velocity: Velocity, loss, weight: float) -> None:
         """The loss's closed-form gradient by the velocities, through the network. No graph is built for the glue."""
