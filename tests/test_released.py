@@ -3,8 +3,8 @@
 With ADVGRPO_PEERS=FOLDER, which holds checkouts Adv-GRPO and flow_grpo at the commits the page names, every fragment it
 quotes must stand on the line it names.
 
-Planted in a copy, each seen red: a head batch of 96; betas of 0.9; steps 0 and 2; a departure's mark left out; a row left
-out; a departure misnumbered; a line number off by one.
+Planted in a copy, each seen red: a head batch of 96; betas of 0.9; steps 0 and 2; a departure's mark left out; a row
+left out; a departure misnumbered; a line number off by one.
 """
 
 import os
