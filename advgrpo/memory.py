@@ -259,6 +259,9 @@ class _Estimate:
         return known_models.count_vae(self.pipeline.decoder) - (0 if self.config.fast else decoder)
 
     def _decoder_dtype(self) -> torch.dtype:
+        given = self.config.model.decoder_dtype
+        if given != "auto":
+            return getattr(torch, given)
         return torch.bfloat16 if self.config.fast else torch.float32
 
     def _decoder_bytes(self) -> int:

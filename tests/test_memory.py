@@ -91,6 +91,16 @@ def test_counts_are_the_known_totals(paper):
     assert known_models.count_transformer(large.transformer, paper.model.lora).total == 8_056_627_520
 
 
+def test_a_float32_decoder_is_counted_as_one(paper):
+    counted = {}
+    for dtype in ("auto", "bfloat16", "float32"):
+        paper.model.decoder_dtype = dtype
+        parts = plan(paper, 80).components
+        counted[dtype] = {c.name: c.bytes for c in parts if c.name in ("picture decoder", "decoding")}
+    assert counted["auto"] == counted["bfloat16"]
+    assert all(counted["float32"][name] > 1.5 * size for name, size in counted["bfloat16"].items())
+
+
 def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
     shape = _Estimate(paper, 8).shape
     prepared = fused.prepare(*meta_inputs(ROWS)[1:], torch.empty(10, device="meta"))

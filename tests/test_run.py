@@ -179,6 +179,9 @@ def test_two_processes_give_the_losses_of_one(unit_config, tmp_path):
     unit_config.iterations = 3
     unit_config.rollout.prompts_per_iteration = 4
     unit_config.rollout.micro_batch = 2  # a group of four spans both processes
+    unit_config.rollout.initial_noise, unit_config.rollout.window.order = "per_image", "contiguous"
+    unit_config.adversary.patch_sampling, unit_config.adversary.reference_choice = "with_replacement", "in_turn"
+    unit_config.update.ema_rule = "mini_batch"
     unit_config.update.kl_weight = 0.01
     run(unit_config)
     two = unit_config.model_copy(deep=True)
