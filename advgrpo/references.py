@@ -1,24 +1,29 @@
-"""Make and check sets of reference pictures, the positives an adversary learns from.
+"""Make, import and check sets of reference pictures, the positives an adversary learns from.
 
 python -m advgrpo.references generate --prompts prompts.txt held_out.txt --out references/
 torchrun --nproc-per-node=8 -m advgrpo.references generate --prompts prompts.txt --out references/
+python -m advgrpo.references import photos/ --out references/
 python -m advgrpo.references check references/ --prompts prompts.txt --sheet sheet.png
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from . import config as configuration
 from .command import plain_console, run_command
 from .config import Options, Positional
+from .data.import_captions import CaptionSource
+from .data.pictures import Fit
 from .data.prompts import load_prompts
 from .errors import UserError
 
@@ -56,6 +61,32 @@ class Generate(Options):
     """Where the model runs; auto is this process's GPU, or the CPU if there is none."""
 
 
+class Import(Options):
+    """Make a reference set of a folder of PNG, JPEG and WebP pictures, which are only read. Run it again to continue.
+
+    Pictures become RGB squares: 16 bits are scaled to 8, colour profiles honoured, transparency put on a background,
+    EXIF orientation applied, of animations the first frame taken. What was done to how many is printed.
+    """
+
+    folder: Annotated[Path, Positional]
+    """Folder with pictures, in subfolders too."""
+    out: Path
+    """Folder to write: pictures/, references.json, prompts.txt, sheet.png, manifest.json."""
+    captions: CaptionSource = "auto"
+    """Where prompts are: index (references.json), metadata (metadata.jsonl with file_name and text, prompt or caption),
+    txt (NAME.txt beside NAME.png), folders (their names), none (a style); auto is the first that is there."""
+    size: int = 512
+    """Side of the squares in pixels."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """Keep the middle of the longer side, or all of it with bars in the background's colour."""
+    background: str = "white"
+    """Behind transparent pixels and beside letterboxed ones: a name, or #rrggbb."""
+    min_size: int = 64
+    """Shorter side that an original must have, in pixels."""
+    skip_unusable: bool = False
+    """Leave out pictures that cannot be read or are too small or too large, instead of stopping at the end."""
+
+
 class Check(Options):
     """Look for everything that is wrong with a reference set; exit code 1 if anything is."""
 
@@ -65,6 +96,8 @@ class Check(Options):
     """Prompt files whose prompts all need references; without, those of the index, or a style."""
     min_size: int = 16
     """Smallest width and height in pixels."""
+    fit: Fit = "refuse"
+    """What training will do with pictures that are not square: data.fit."""
     sheet: Path | None = None
     """Contact sheet to draw, PNG."""
     sheet_rows: int = 24
@@ -105,16 +138,45 @@ def generate(options: Generate) -> None:
         print(f"{options.out} holds {options.per_prompt} references for each of {len(prompts)} prompts")
 
 
+def import_pictures(options: Import, console: Console) -> None:
+    """Convert and say what was done."""
+    from .data.reference_import import PICTURES, PROMPTS, ImportRecipe, import_folder
+
+    recipe = ImportRecipe(options.size, options.fit, options.background, options.min_size)
+    imported = import_folder(
+        options.folder,
+        options.out,
+        recipe,
+        options.captions,
+        skip_unusable=options.skip_unusable,
+        progress=lambda work, total: track(work, "converting", total=total, console=console),
+    )
+    for notice, files in [*imported.notices.items(), ("skipped", imported.skipped)]:
+        if files:
+            named = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+            console.print(f"{notice}: {len(files)} ({named})", soft_wrap=True)
+    pictures = {name for names in imported.prompts.values() for name in names}
+    console.print(f"captions from {imported.captions}", soft_wrap=True)
+    console.print(f"made {imported.made} pictures, kept {imported.kept}")
+    if "" in imported.prompts:
+        use = f"--data.style {shlex.quote(str(options.out / PICTURES))}"
+    else:
+        use = shlex.join(["--data.prompts", str(options.out / PROMPTS), "--data.references", str(options.out)])
+    prompts = sum(bool(prompt) for prompt in imported.prompts)
+    console.print(f"{options.out}: {len(pictures)} pictures of {prompts} prompts; train with {use}", soft_wrap=True)
+
+
 def check(options: Check, console: Console) -> bool:
     """Print the findings; True for a set without errors."""
     from .data.reference_check import check_set, draw_contact_sheet
+    from .data.references import import_command
 
     if options.sheet_rows < 1:
         raise UserError(f"--sheet-rows {options.sheet_rows}: want at least 1")
     if options.sheet is not None and not options.sheet.parent.is_dir():
         raise UserError(f"--sheet {options.sheet}: the folder {options.sheet.parent} does not exist")
     prompts = None if options.prompts is None else _load_prompts(options.prompts)
-    report = check_set(options.folder, prompts, min_size=options.min_size)
+    report = check_set(options.folder, prompts, min_size=options.min_size, fit=options.fit)
     table = Table(title=f"{options.folder}: {report.prompts} prompts, {report.files} files", title_justify="left")
     table.add_column("finding")
     table.add_column("count", justify="right")
@@ -125,6 +187,9 @@ def check(options: Check, console: Console) -> bool:
     for (width, height), count in report.sizes.most_common():
         table.add_row(f"size {width}x{height}", str(count), "")
     console.print(table)
+    if report.importable:
+        command = import_command(options.folder, style=not report.prompts)
+        console.print(f"squares in plain RGB of all of them: {command}", soft_wrap=True)
     if options.sheet is not None:
         count = draw_contact_sheet(options.folder, options.sheet, prompts=prompts, rows=options.sheet_rows)
         console.print(f"wrote {options.sheet} with {count} pictures")
@@ -152,11 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _references(arguments: list[str]) -> int:
-    commands = {"generate": Generate, "check": Check}
+    commands = {"generate": Generate, "import": Import, "check": Check}
     options = configuration.parse_command(commands, arguments, program="python -m advgrpo.references", about=__doc__)
     if isinstance(options, Check):
         return 0 if check(options, plain_console()) else BAD_SET
-    generate(options)
+    import_pictures(options, plain_console()) if isinstance(options, Import) else generate(options)
     return 0
 
 

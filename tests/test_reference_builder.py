@@ -34,7 +34,7 @@ RECIPE = Recipe("m", "f", "P", seed=3, batch_size=2, dtype="float32", arguments=
 def noise(prompt: str, seeds: list[int]) -> np.ndarray:
     """Pictures that depend on prompt, seed and batch shape, as a network's do in the last bits."""
     offset = len(prompt) / 100 + len(seeds) / 10
-    return np.stack([np.random.default_rng(seed).random((16, 20, 3)) * 0.5 + offset for seed in seeds])
+    return np.stack([np.random.default_rng(seed).random((20, 20, 3)) * 0.5 + offset for seed in seeds])
 
 
 def build(out: Path, prompts=PROMPTS, *, recipe=RECIPE, draw=noise, per_prompt=3, shard=None) -> Built:
@@ -53,7 +53,7 @@ def whole(tmp_path) -> Path:
 
 
 def test_a_built_set_is_a_reference_set(whole):
-    references = ReferenceSet.load(whole, PROMPTS, fit="stretch")
+    references = ReferenceSet.load(whole, PROMPTS)
     for prompt in PROMPTS:
         images = references.load_images(references.files(prompt))
         seeds = [picture_seed(3, prompt, number) for number in range(3)]
@@ -93,7 +93,7 @@ def test_damaged_and_lost_pictures_are_drawn_again(whole):
     )
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:200])
-    Image.new("RGB", (20, 16), "red").save(painted)
+    Image.new("RGB", (20, 20), "red").save(painted)
     shutil.copy(whole / picture_name(PROMPTS[3], 0), exchanged)
     built = build(whole)
     assert (built.drawn, built.kept) == (4, 11)
@@ -185,7 +185,7 @@ def test_another_recipe_needs_another_folder(whole, change):
 
 def test_blank_pictures_are_not_kept(tmp_path):
     def censor(prompt, seeds):
-        return np.zeros((len(seeds), 16, 20, 3)) if prompt == PROMPTS[1] else noise(prompt, seeds)
+        return np.zeros((len(seeds), 20, 20, 3)) if prompt == PROMPTS[1] else noise(prompt, seeds)
 
     with pytest.raises(UserError, match=r"1 prompts have pictures in a single colour.*'a green ring'"):
         build(tmp_path / "set", draw=censor)
@@ -224,10 +224,10 @@ def test_check_finds_every_planted_error(whole, tmp_path):
 
     (whole / name(0, 0)).unlink()
     (whole / name(1, 0)).write_bytes(b"no picture")
-    Image.new("L", (20, 16)).save(whole / name(1, 1))
+    Image.new("L", (20, 20)).save(whole / name(1, 1))
     Image.new("RGB", (40, 8), "blue").save(whole / name(2, 0))
     Image.open(whole / name(3, 0)).save(whole / name(3, 1), compress_level=0)  # other bytes, other comment
-    Image.new("RGB", (20, 16), "green").save(whole / "stray.png")
+    Image.new("RGB", (20, 20), "green").save(whole / "stray.png")
     index = json.loads((whole / "references.json").read_text())
     index[PROMPTS[4]].pop()
     (whole / "references.json").write_text(json.dumps(index))
@@ -235,13 +235,16 @@ def test_check_finds_every_planted_error(whole, tmp_path):
     assert not report.ok
     assert report.without_references == ["a prompt nobody drew"]
     assert report.missing == [name(0, 0)]
-    assert [line.split(":")[0] for line in report.unreadable] == sorted([name(1, 0), name(1, 1)])
+    assert [line.split(":")[0] for line in report.unreadable] == [name(1, 0)]
+    assert report.unconverted == [f"{name(1, 1)}: has mode L, not RGB"]
     assert report.too_small == [f"{name(2, 0)}: 40x8"]
+    assert report.not_square == [f"{name(2, 0)}: 40x8"]
+    assert report.one_colour == sorted([name(1, 1), name(2, 0)])
     assert report.duplicates == [f"{name(3, 0)} = {name(3, 1)}"]
     assert report.changed == sorted([name(1, 0), name(1, 1), name(2, 0), name(3, 1)])
     assert report.too_few == [f"{PROMPTS[4]}: 2"]
     assert report.unlisted == sorted([name(4, 2), "stray.png"])
-    assert report.sizes == {(20, 16): 10, (40, 8): 1}
+    assert report.sizes == {(20, 20): 11, (40, 8): 1}
     sheet = tmp_path / "sheet.png"
     assert draw_contact_sheet(whole, sheet, prompts=PROMPTS, tile=64) == 15 - 4  # lost, no picture, no RGB, not listed
     assert Image.open(sheet).height > 5 * 64

@@ -8,13 +8,15 @@ links are followed, since hub caches and data disks are made of them; what they 
 from __future__ import annotations
 
 import contextlib
+import io
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
 
 from advgrpo.errors import UserError
 
@@ -174,6 +176,50 @@ def _header_of(picture: Image.Image) -> Header:
         animated=picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1,
         transparent="transparency" in picture.info or "A" in picture.getbands() or "a" in picture.getbands(),
     )
+
+
+def to_rgb(picture: Image.Image, background: str) -> tuple[Image.Image, list[str]]:
+    """A decoded picture as 8-bit RGB in sRGB, and what was done to it beyond a change of its mode.
+
+    16-bit grey is scaled, not clipped; an embedded colour profile is honoured; transparent pixels show `background`.
+    """
+    notices = []
+    if picture.mode.startswith("I"):  # 16-bit grey, in which 65535 is white
+        notices.append("16 bits: reduced to 8")
+        grey = np.rint(np.asarray(picture).astype(np.float32).clip(0, 65535) / 257).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB"), notices
+    alpha = None
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA"):
+        rgba = picture.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            notices.append(f"transparent: put on {background}")
+    profiled = _in_srgb(picture, notices)
+    rgb = picture.convert("RGB") if profiled is None else profiled
+    if alpha is None:
+        return rgb, notices
+    behind = Image.new("RGB", picture.size, background)
+    return Image.composite(rgb, behind, alpha), notices
+
+
+def _in_srgb(picture: Image.Image, notices: list[str]) -> Image.Image | None:
+    """By its colour profile; None where it has none, or one that says sRGB."""
+    content = picture.info.get("icc_profile")
+    if not content:
+        if picture.mode == "CMYK":
+            notices.append("CMYK without a colour profile: its colours are approximate")
+        return None
+    plain = picture if picture.mode in ("RGB", "L", "CMYK") else picture.convert("RGB")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        if plain.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return None
+        converted = ImageCms.profileToProfile(plain, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        notices.append("colour profile unusable: taken for sRGB")
+        return None
+    notices.append("colours converted to sRGB by its profile")
+    return converted
 
 
 def is_square(size: tuple[int, int]) -> bool:

@@ -11,10 +11,12 @@ damaged one without any state beside the pictures. The process that finishes las
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -208,19 +210,7 @@ class ReferenceBuilder:
     def _write(self, path: Path, pixels: np.ndarray, prompt: str, number: int) -> None:
         notes = PngImagePlugin.PngInfo()
         notes.add_itxt(_STAMP, json.dumps(self._stamp(prompt, number, pixels)))
-        self._replace(path, lambda file: Image.fromarray(pixels).save(file, "PNG", pnginfo=notes))
-
-    def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
-        """All of the file or nothing: `write` fills one beside it, which then takes its name."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"--out {self.out}: cannot write {path.name} ({error}); finished pictures are kept"
-            ) from None
+        replace_file(path, lambda file: Image.fromarray(pixels).save(file, "PNG", pnginfo=notes))
 
     def _check_recipe(self) -> None:
         manifest = self._read_manifest()
@@ -271,10 +261,25 @@ class ReferenceBuilder:
         # The manifest first: a kill in between leaves a folder that this run can finish, not one it must refuse.
         for name, content in ((MANIFEST, manifest), (INDEX, index)):
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            self._replace(self.out / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+            replace_file(self.out / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
         for leftover in self.out.glob(".*.png.*"):  # of killed processes; nobody writes pictures any more
             leftover.unlink(missing_ok=True)
         return 0
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """All of the file or nothing: `write` fills one beside it, which then takes its name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(
+            f"--out {path.parent}: cannot write {path.name} ({error}); finished pictures are kept"
+        ) from None
 
 
 def library_versions() -> dict[str, str]:

@@ -12,82 +12,112 @@ import numpy as np
 import torch
 from PIL import Image
 
-from advgrpo.data.references import PICTURE_SUFFIXES, open_picture, read_index
+from advgrpo.data.pictures import (
+    PICTURE_SUFFIXES,
+    Fit,
+    PictureError,
+    decode_picture,
+    is_square,
+    open_picture,
+    to_rgb,
+)
+from advgrpo.data.references import read_index
 from advgrpo.errors import UserError
 from advgrpo.plots import draw_grid
 
 INDEX = "references.json"
+_SHEET = "sheet.png"  # beside the index: no reference that was forgotten
+_FITTED = {"crop": "their middle is used", "letterbox": "they get bars", "stretch": "they are squashed"}
+_ONE_COLOUR = 8  # levels between the darkest and the lightest pixel of each channel, JPEG's noise included
 
 
 @dataclass
 class SetReport:
-    """Findings of `check_set`; every list is sorted. The first six make a set unusable or poorer than it looks."""
+    """Findings of `check_set`; every list is sorted. The errors make a set unusable or poorer than it looks."""
 
     without_references: list[str] = field(default_factory=list)  # prompts
     missing: list[str] = field(default_factory=list)  # files of the index that do not exist
-    unreadable: list[str] = field(default_factory=list)  # "file: why", not RGB included
+    unreadable: list[str] = field(default_factory=list)  # "file: why"
+    unconverted: list[str] = field(default_factory=list)  # "file: why": sound pictures that are not plain RGB
+    not_square: list[str] = field(default_factory=list)  # "file: WxH"
     too_small: list[str] = field(default_factory=list)  # "file: WxH"
-    duplicates: list[str] = field(default_factory=list)  # "file = file": the same pixels twice
+    one_colour: list[str] = field(default_factory=list)  # black ones, and what safety checkers return
+    duplicates: list[str] = field(default_factory=list)  # "file = file": the same pixels twice for a prompt
+    shared_by_all: list[str] = field(default_factory=list)  # the picture, where all prompts have one and the same
     changed: list[str] = field(default_factory=list)  # files whose SHA-256 is not the manifest's
     too_few: list[str] = field(default_factory=list)  # "prompt: n" with fewer than the usual number
+    only_one: list[str] = field(default_factory=list)  # prompts with one reference
     unlisted: list[str] = field(default_factory=list)  # pictures in the folder that the index does not name
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) -> files
     prompts: int = 0
     files: int = 0
+    fit: Fit = "refuse"
 
     @property
     def errors(self) -> dict[str, list[str]]:
-        return {
+        found = {
             "prompts without references": self.without_references,
             "missing files": self.missing,
             "unreadable files": self.unreadable,
+            "not plain RGB, or animated": self.unconverted,
             "too small": self.too_small,
+            "in a single colour": self.one_colour,
             "duplicates": self.duplicates,
-            "changed since they were drawn": self.changed,
+            "one picture for all prompts": self.shared_by_all,
+            "changed since they were made": self.changed,
         }
+        return found | ({"not square": self.not_square} if self.fit == "refuse" else {})
 
     @property
     def warnings(self) -> dict[str, list[str]]:
-        return {"prompts with fewer references": self.too_few, "files not in the index": self.unlisted}
+        found = {
+            "prompts with fewer references": self.too_few,
+            "prompts with one reference": self.only_one,
+            "files not in the index": self.unlisted,
+        }
+        return found | ({f"not square: {_FITTED[self.fit]}": self.not_square} if self.fit != "refuse" else {})
+
+    @property
+    def importable(self) -> bool:
+        """Whether `advgrpo.references import` mends some of it."""
+        return bool(self.unconverted or self.not_square)
 
     @property
     def ok(self) -> bool:
         return not any(self.errors.values())
 
 
-def check_set(folder: Path, prompts: list[str] | None = None, *, min_size: int = 16) -> SetReport:
+def check_set(folder: Path, prompts: list[str] | None = None, *, min_size: int = 16, fit: Fit = "refuse") -> SetReport:
     """Examine every picture of a reference set, or of a style: a folder of pictures without an index.
 
     Args:
         folder: holds the pictures and, but for a style, references.json.
         prompts: the prompts that need references; None for those of the index, and for a style.
         min_size: the smallest width and height, in pixels, that a picture may have.
+        fit: what training does with pictures that are not square; errors where it refuses them.
 
     Raises:
         UserError: no folder, or no index that can be read at all.
     """
     entries = _entries(folder, with_prompts=prompts is not None)
     prompts = list(entries) if prompts is None else prompts
-    report = SetReport(prompts=sum(bool(prompt) for prompt in prompts))
+    report = SetReport(prompts=sum(bool(prompt) for prompt in prompts), fit=fit)
     report.without_references = sorted(prompt for prompt in prompts if not entries.get(prompt))
     usual = max((len(names) for names in entries.values()), default=0)
     report.too_few = sorted(f"{p}: {len(entries[p])}" for p in prompts if 0 < len(entries.get(p, ())) < usual)
+    report.only_one = sorted(prompt for prompt in prompts if prompt and len(entries.get(prompt, ())) == 1)
     names = sorted({name for listed in entries.values() for name in listed})
     report.files = len(names)
     hashes = _recorded_hashes(folder / "manifest.json")
-    same_pixels: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        _check_file(folder, name, min_size, hashes, same_pixels, report)
+    pixels = {name: _check_file(folder, name, min_size, hashes, report) for name in names}
     listed_twice = [name for listed in entries.values() for name, count in Counter(listed).items() if count > 1]
-    report.duplicates = sorted(
-        [" = ".join(group) for group in same_pixels.values() if len(group) > 1]
-        + [f"{name} = {name} (listed twice)" for name in listed_twice]
-    )
+    report.duplicates = sorted(_equal(pixels) + [f"{name} = {name} (listed twice)" for name in listed_twice])
+    report.shared_by_all = _shared_by_all([entries.get(prompt, []) for prompt in prompts], pixels)
     known = {(folder / name).resolve() for name in names}
     report.unlisted = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.resolve() not in known
+        if path.suffix.lower() in PICTURE_SUFFIXES and path.resolve() not in known and path != folder / _SHEET
     )
     return report
 
@@ -107,26 +137,48 @@ def _check_file(
     name: str,
     min_size: int,
     hashes: dict[str, str],
-    same_pixels: dict[str, list[str]],
     report: SetReport,
-) -> None:
-    """Enter what is wrong with one file into `report`, and the file into `same_pixels` under its pixels' hash."""
+) -> str | None:
+    """Enter what is wrong with one file into `report`; the hash of its pixels, None where they cannot be read."""
     path = folder / name
     if not path.is_file():
         report.missing.append(name)
-        return
+        return None
     if name in hashes and hashlib.sha256(path.read_bytes()).hexdigest() != hashes[name]:
         report.changed.append(name)
     try:
-        picture = open_picture(path)
-    except UserError as error:
-        report.unreadable.append(f"{name}: {error}")
-        return
-    report.sizes[picture.size] += 1
+        picture, header = decode_picture(path)
+    except PictureError as error:
+        report.unreadable.append(f"{name}: {error.reason}")
+        return None
+    size = f"{name}: {picture.width}x{picture.height}"
+    if reason := header.unusable():
+        report.unconverted.append(f"{name}: {reason}")
+    if not is_square(picture.size):
+        report.not_square.append(size)
     if min(picture.size) < min_size:
-        report.too_small.append(f"{name}: {picture.width}x{picture.height}")
+        report.too_small.append(size)
+    if all(high - low <= _ONE_COLOUR for low, high in to_rgb(picture, "white")[0].getextrema()):
+        report.one_colour.append(name)
+    report.sizes[picture.size] += 1
     # Pixels, not bytes: the same picture may be stored with another compression or another comment.
-    same_pixels[hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()].append(name)
+    return hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+def _equal(pixels: dict[str, str | None]) -> list[str]:
+    """ "file = file" for every group of files with the same pixels."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, content in pixels.items():
+        if content is not None:
+            groups[content].append(name)
+    return [" = ".join(group) for group in groups.values() if len(group) > 1]
+
+
+def _shared_by_all(lists: list[list[str]], pixels: dict[str, str | None]) -> list[str]:
+    """The one picture that all of several prompts have, whatever its files are called; [] where they have others."""
+    contents = {frozenset(pixels.get(name) or name for name in names) for names in lists}
+    one = len(lists) > 1 and len(contents) == 1 and len(next(iter(contents))) == 1
+    return [lists[0][0]] if one else []
 
 
 def _recorded_hashes(manifest: Path) -> dict[str, str]:

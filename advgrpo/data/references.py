@@ -81,7 +81,7 @@ class ReferenceSet:
         files = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES)
         if not files:
             raise UserError(f"data.style = {str(folder)!r} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
-        _check_pictures(folder, files, min_size, fit)
+        _check_pictures(folder, files, min_size, fit, style=True)
         return cls(folder, dict.fromkeys(prompts, files), fit)
 
     def files(self, prompt: str) -> list[Path]:
@@ -177,7 +177,7 @@ def _nearest(prompt: str, keys: Iterable[str]) -> str:
     return f"; the nearest prompt there is {close[0]!r}" if close else ""
 
 
-def _check_pictures(folder: Path, files: list[Path], min_size: int, fit: Fit) -> None:
+def _check_pictures(folder: Path, files: list[Path], min_size: int, fit: Fit, *, style: bool = False) -> None:
     def complaint(file: Path) -> PictureError | None:
         try:
             check_reference(file, min_size, fit)
@@ -187,7 +187,7 @@ def _check_pictures(folder: Path, files: list[Path], min_size: int, fit: Fit) ->
 
     complaints = [error for error in _map_in_threads(complaint, files) if error is not None]
     if complaints:
-        raise UserError(_unusable(folder, complaints, len(files)))
+        raise UserError(_unusable(complaints, len(files), folder, import_command(folder, style=style)))
 
 
 def check_reference(file: Path, min_size: int, fit: Fit) -> Image.Image:
@@ -207,13 +207,14 @@ def check_reference(file: Path, min_size: int, fit: Fit) -> Image.Image:
     return picture
 
 
-def import_command(folder: Path) -> str:
-    """The command that makes any folder's pictures usable."""
+def import_command(folder: Path, *, style: bool = False) -> str:
+    """The command that makes any folder's pictures usable; a style has no captions."""
     target = folder.with_name(f"{folder.name}-imported")
-    return f"python -m advgrpo.references import {shlex.quote(str(folder))} --out {shlex.quote(str(target))}"
+    command = f"python -m advgrpo.references import {shlex.quote(str(folder))} --out {shlex.quote(str(target))}"
+    return command + (" --captions none" if style else "")
 
 
-def _unusable(folder: Path, errors: list[PictureError], checked: int) -> str:
+def _unusable(errors: list[PictureError], checked: int, folder: Path, command: str) -> str:
     """One error for all: the first in full, the next ones by name, and what mends most of them."""
     first, others = errors[0], errors[1:]
     text = f"reference picture {first.name} {first.reason}"
@@ -222,7 +223,7 @@ def _unusable(folder: Path, errors: list[PictureError], checked: int) -> str:
         text += f" ({len(errors)} of {checked} pictures are unusable, also {named}{', ...' * (len(errors) > _NAMED)})"
     remedies = [first.remedy] if first.remedy else []
     if any(error.importable for error in errors):
-        remedies.append(f"convert the whole folder: {import_command(folder)}")
+        remedies.append(f"convert the whole folder: {command}")
     if any("not square" in error.reason for error in errors):
         remedies.append("or set data.fit to crop or letterbox")
     return "; ".join([text, *remedies])
