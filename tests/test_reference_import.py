@@ -2,9 +2,9 @@
 
 Bugs planted in a copy, each seen red: 16 bits clipped; alpha dropped; a tRNS colour kept; the colour profile ignored;
 EXIF ignored; the crop at the left; letterbox bars in black; finished pictures made again; a damaged or painted-over one
-kept; hidden folders read; the index written although pictures are unusable; another recipe mixed in; a target around the
-originals; captions of several lines; a blank caption accepted. In `check`: one picture for all prompts, single colours
-and pictures that are not square unseen.
+kept; hidden folders read; the index written although pictures are unusable; another recipe mixed in; a target around
+the originals; captions of several lines; a blank caption accepted. In `check`: one picture for all prompts, single
+colours and pictures that are not square unseen.
 """
 
 import hashlib
