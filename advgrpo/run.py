@@ -94,6 +94,7 @@ class Run:
 
     def _build(self, sources: Sources, fast: FastPaths) -> tuple[Trainer, Evaluator]:
         config, distributed = self.config, self.distributed
+        self.cut_prompts = self._tell_of_prompts(sources) if distributed.is_main else {}
         policy = build_policy(config, sources, distributed, fast, self.console)
         adversary = build_adversary(config, distributed.device)
         observer = build_observer(config, adversary, distributed.device)
@@ -111,6 +112,15 @@ class Run:
         )
         held_out = sources.held_out
         return trainer, Evaluator(policy, metrics, sources.references, held_out, config, distributed, self.display)
+
+    def _tell_of_prompts(self, sources: Sources) -> dict[str, int]:
+        """Print what becomes of prompts that nobody would notice; {tokenizer: how many it cuts} for the summary."""
+        lines = sources.notes(self.config)
+        cut = sources.cut_prompts(self.config)
+        lines += [each.describe(len(sources.prompts) + len(sources.held_out)) for each in cut]
+        for line in lines:
+            self.console.print(f"note: {line}", soft_wrap=True)
+        return {name: len(each.prompts) for each in cut for name in each.tokenizers}
 
     def train(self) -> None:
         """Train until trainer.finished; on SIGINT or SIGTERM save a checkpoint and return."""
@@ -209,6 +219,7 @@ class Run:
         self.export()
         rows = self._draw_curves(final)
         summary = summarize(self.config, rows, self.base, final, self.start)
+        summary["prompts_cut_by"] = self.cut_prompts
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         base = held_out_means(self.base)
         for name, value in held_out_means(final).items():

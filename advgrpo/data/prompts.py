@@ -79,7 +79,8 @@ class GroupSampler:
 
     A pure function of (seed, iteration): resuming needs the iteration's number and nothing else, and every rank
     computes the same answer. An iteration that crosses the end of an epoch (or is longer than one) can hold a prompt
-    twice, so groups are told apart by their position in the returned list, not by the prompt's index.
+    twice, so groups are told apart by their position in the returned list, not by the prompt's index. A run whose
+    iterations are longer than an epoch says so (`Sources.notes`).
 
     Raises:
         UserError: no prompts, or fewer than one prompt per iteration.

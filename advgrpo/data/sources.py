@@ -12,6 +12,8 @@ import torch
 from .. import rng, tiny
 from ..config import Config, needs_references
 from ..errors import UserError
+from ..policy.pipelines import pipeline_folder
+from .prompt_lengths import CutPrompts, cut_prompts
 from .prompts import Prompt, load_prompts
 from .references import ReferenceSet
 
@@ -54,6 +56,23 @@ class Sources:
         if config.data.reference_count:
             prompts = _within_budget(config, references, prompts)
         return cls(prompts, held_out, references, metadata)
+
+    def notes(self, config: Config) -> list[str]:
+        """What training does with these prompts that nobody asked for, a line each."""
+        wanted, there = config.rollout.prompts_per_iteration, len(self.prompts)
+        if wanted <= there:
+            return []
+        fewest, most = wanted // there, -(-wanted // there)
+        times = f"{fewest}" if fewest == most else f"{fewest} or {most}"
+        return [
+            f"rollout.prompts_per_iteration = {wanted}, but there are {there} training prompts: every iteration draws "
+            f"each of them {times} times, as groups of their own"
+        ]
+
+    def cut_prompts(self, config: Config) -> list[CutPrompts]:
+        """Training and held-out prompts that the model does not read to their end."""
+        folder = pipeline_folder(config.model.path)
+        return cut_prompts(folder, [*self.prompts, *self.held_out], config.model.max_sequence_length)
 
 
 def metadata_of(prompts: list[Prompt]) -> dict[str, Mapping[str, Any]] | None:
