@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
@@ -32,6 +32,7 @@ from .data.sources import Sources, metadata_of, shipped_path, told
 from .distributed import Distributed
 from .drawing import DrawOptions
 from .errors import UserError
+from .folders import writable
 from .picture_statistics import STATISTICS
 from .plots import draw_grid
 from .rewards import REWARDS, build_reward
@@ -161,25 +162,6 @@ def check(options: Evaluate) -> None:
     compares = any(name in NEED_REFERENCES for name in options.names)
     if compares and not options.references and options.world is None:
         raise UserError(f"--references is empty, but {' or '.join(NEED_REFERENCES)} compares with references")
-
-
-def check_metrics(settings: MetricOptions) -> None:
-    """UserError for an option of the wrong kind, or a model folder that refutes one."""
-    from .preflight import check_reward
-
-    sections = configuration.RewardsSection.model_fields
-    for name, given in settings.items():
-        section = sections[name].annotation if name in sections else None
-        for option, value in given.items():
-            field = section.model_fields.get(option) if section else None
-            if field is None or option in configuration.RewardSection.model_fields:
-                continue
-            try:
-                section.model_validate({option: value})
-            except ValidationError:
-                want = configuration.wanted(field.annotation, field.metadata)
-                raise UserError(f"{_OPTION}{name}.{option} {configuration.shown(value)}: want {want}") from None
-        check_reward(name, given, f"{_OPTION}{name}")
 
 
 def read_data(options: Evaluate) -> Sources:
@@ -384,15 +366,16 @@ def grid_rows(columns: dict[str, list], references: ReferenceSet | None) -> list
 def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
     """Draw, score, compare; writes evaluation.json and grid.png and returns what the former holds."""
     from .policy.pipelines import pipeline_folder
-    from .preflight import check_model, check_size
-    from .run import prepare_output
+    from .preflight import check_model, check_reward, check_size
 
     check(options)
     metric_settings = metric_options(options, flags)
-    check_metrics(metric_settings)
+    for name, given in metric_settings.items():
+        check_reward(name, given, f"{_OPTION}{name}")
     sources = read_data(options)
     prompts, references = sources.held_out, sources.references
-    prepare_output(options.output)
+    writable(options.output, "--output")
+    writable(Path(options.cache_dir).expanduser(), "--cache-dir")
     check_model(options.model, "--model")
     distributed = Distributed.start(options.device)
     if distributed.world_size > 1:

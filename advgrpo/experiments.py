@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import Field
 from rich.console import Console
 
 from . import config as configuration
@@ -25,6 +26,7 @@ from .command import INTERRUPTED, plain_console, run_command
 from .config import Options, Positional
 from .errors import UserError
 from .experiment_plan import EXPERIMENTS, chains, select, take_shard
+from .folders import writable
 from .train import quiet_libraries
 
 
@@ -37,9 +39,9 @@ class Report(Options):
     """Folder for the pages, figures and results.json."""
     work: Path = Path("runs/experiments")
     """Folder of the runs."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)] = (0, 1, 2)
     """Every arm is trained once with each; intervals are over them."""
-    iterations: int = 120
+    iterations: Annotated[int, Field(ge=1, le=2**31 - 1)] = 120
     """Iterations of every run."""
     config: Path | None = None
     """YAML laid over every arm: other models, data or sizes."""
@@ -48,7 +50,7 @@ class Report(Options):
 class Make(Report):
     """Make the runs, then write the report."""
 
-    jobs: int = 1
+    jobs: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes side by side; the machine's cores are shared out among them."""
     shard: str = "0/1"
     """I/N: only this share of the runs, and no report."""
@@ -65,7 +67,7 @@ def make(options: Make, console: Console) -> int:
     else:
         failed = make_all(mine, runs, console)
         for job in failed:
-            console.print(f"failed: {job}: {runs.failure(job)}", markup=False)
+            console.print(f"failed: {job}: {runs.failure(job)}")
         code = int(bool(failed))
     if code == INTERRUPTED or options.shard != "0/1":
         return code
@@ -104,20 +106,23 @@ def report(options: Report, console: Console) -> int:
 
     missing = write_report(select(options.names), plan(options), options.seeds, options.output)
     for job, reason in missing.items():
-        console.print(f"missing: {job}: {reason}", markup=False)
+        console.print(f"missing: {job}: {reason}")
     console.print(f"wrote {options.output}/README.md")
     return int(bool(missing))
 
 
 def plan(options: Report):
-    """Where the runs are and what they are made with."""
+    """Where the runs are and what they are made with; a bad file is one error here, not one per run."""
     from .experiment_runs import Plan
 
-    if options.iterations < 1 or not options.seeds:
-        raise UserError(f"--iterations {options.iterations} --seeds {list(options.seeds)}: want at least 1 of both")
-    if options.config is not None:
-        configuration.read_yaml(options.config)  # a bad file is one error, not one per run
-    return Plan(options.work.resolve(), options.iterations, options.config)
+    if len(set(options.seeds)) < len(options.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: a seed is given twice; leave one out")
+    for folder, flag in ((options.output, "--output"), (options.work, "--work")):
+        writable(folder, flag)
+    runs = Plan(options.work.resolve(), options.iterations, options.config)
+    for job, *_ in chains(select(options.names), options.seeds[:1]):
+        configuration.check(runs.config(job), 1)
+    return runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,6 +64,8 @@ def _plan(arguments: list[str]) -> int:
         recommended.rollout.micro_batch, recommended.model.gradient_checkpointing = micro_batch, checkpointing
         configuration.check(recommended, chosen.processes, with_data=False)
 
+    if not any(configuration.fits_tiles(config, 1, prompts=n) for n in range(1, config.rollout.micro_batch + 1)):
+        configuration.check_tiles(config, chosen.processes)  # no number of pictures would suit this micro-batch
     check((micro_batches(config, chosen.processes) or [config.rollout.micro_batch])[-1], False)
     quiet_libraries()
     plans = [plan(config, size, processes=chosen.processes) for size in sizes]

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
+from pydantic import ValidationError
 
-from .config import Config, LoraSection
+from .config import Config, LoraSection, RewardSection, RewardsSection, shown, wanted
 from .errors import UserError
+from .folders import writable
 from .model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
 from .policy.adapters import component_of, read_lora_for, stored_network, target_modules
 from .policy.dynamics import check_dynamics
@@ -29,6 +31,7 @@ _CLIP_REWARDS = ("pickscore", "clip_similarity", "clip_reference_similarity", "a
 
 def preflight(config: Config) -> None:
     """UserError for settings that the models' folders refute, or for folders that are not whole."""
+    writable(Path(config.data.cache_dir).expanduser(), "data.cache_dir")
     _check_generator(config)
     _check_adversary(config)
     for name in _scorers(config):
@@ -76,7 +79,7 @@ def _network(folder: Path, source: str) -> ModelMixin:
     """The network without weights; UserError for a config.json that does not describe one."""
     try:
         return stored_network(folder)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # constructors fail in their own ways
         raise UserError(
             f"{source}: its transformer's or UNet's config.json describes no such network ({error})"
         ) from error
@@ -111,7 +114,7 @@ def _vae(folder: Path, source: str) -> AutoencoderKL:
     try:
         with torch.device("meta"):
             return AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # constructors fail in their own ways
         raise UserError(f"{source}: its vae/config.json describes no AutoencoderKL ({error})") from error
 
 
@@ -132,7 +135,7 @@ def _check_generator(config: Config) -> None:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if prediction == "velocity":
         check_resolution(model.resolution, network.config, vae.config)
-        check_schedule(read_json(scheduler, source))
+        check_schedule(read_json(scheduler, source), model.path)
     else:
         check_unet(model, index, network.config, vae.config)
         trained = ddim_scheduler(scheduler, model.path).config.num_train_timesteps
@@ -181,7 +184,11 @@ def _check_adversary(config: Config) -> None:
 
 
 def check_reward(name: str, options: Mapping[str, Any], owner: str) -> None:
-    """UserError for options of a fixed reward whose model folder refutes them; they are called `owner`.OPTION."""
+    """UserError for options of a fixed reward of the wrong kind, or that its model's folder refutes.
+
+    Options that only the reward's constructor knows are left to it. They are called `owner`.OPTION.
+    """
+    _check_kinds(name, options, owner)
     path, default = options.get("path"), {"dino_similarity": 518}
     if name == "dino_similarity" and path:
         size = options.get("image_size", default[name])
@@ -190,6 +197,22 @@ def check_reward(name: str, options: Mapping[str, Any], owner: str) -> None:
         clip = _check_clip(path, options.get("processor"), f"{owner}.path", f"{owner}.processor")
         if name == "aesthetic" and options.get("head"):
             _check_head(options["head"], clip, owner)
+
+
+def _check_kinds(name: str, options: Mapping[str, Any], owner: str) -> None:
+    """The values are what the settings of section rewards.`name` take."""
+    entry = RewardsSection.model_fields.get(name)
+    fields = entry.annotation.model_fields if entry else {}
+    for option, value in options.items():
+        field = fields.get(option)
+        if field is None or option in RewardSection.model_fields:
+            continue
+        try:
+            entry.annotation.model_validate({option: value})
+        except ValidationError:
+            raise UserError(
+                f"{owner}.{option} = {shown(value)}: want {wanted(field.annotation, field.metadata)}"
+            ) from None
 
 
 def _check_head(head: str, clip: Mapping[str, Any] | None, owner: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,6 +27,7 @@ from .data.import_captions import CaptionSource
 from .data.pictures import Fit
 from .data.prompts import load_prompts
 from .errors import UserError
+from .folders import writable
 
 BAD_SET = 1  # exit code of `check` for a set with errors
 
@@ -37,27 +39,27 @@ class Generate(Options):
     """Prompt files, .txt or .jsonl."""
     out: Path
     """Folder to write; a second run with other prompts adds to it."""
-    model: str = "Qwen/Qwen-Image"
+    model: Annotated[str, Field(min_length=1)] = "Qwen/Qwen-Image"
     """Diffusers text-to-image pipeline: folder, hub id, "tiny" or "tiny:words"."""
-    per_prompt: int = 8
+    per_prompt: Annotated[int, Field(ge=1, le=100)] = 8
     """Pictures per prompt."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Noise of picture k of a prompt is keyed by (seed, prompt, k)."""
-    num_steps: int = 0
+    num_steps: Annotated[int, Field(ge=0, le=1000)] = 0
     """Sampler steps; 0 means the pipeline's default."""
-    guidance_scale: float | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     """Classifier-free guidance (Qwen-Image's true_cfg_scale); None means the pipeline's default."""
-    height: int = 0
+    height: Annotated[int, Field(ge=0, le=8192)] = 0
     """Pixels; 0 means the pipeline's default."""
-    width: int = 0
+    width: Annotated[int, Field(ge=0, le=8192)] = 0
     """Pixels; 0 means the pipeline's default."""
     arguments: str = "{}"
     """Further arguments of the pipeline call, as a JSON object: '{"max_sequence_length": 256}'."""
-    batch_size: int = 1
+    batch_size: Annotated[int, Field(ge=1, le=1000)] = 1
     """Pictures of a prompt drawn at once."""
     shard: str = ""
     """Draw part i of n, "i/n" from "0/n" on; empty reads torchrun's RANK and WORLD_SIZE."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto is this process's GPU, or the CPU if there is none."""
 
 
@@ -94,13 +96,13 @@ class Check(Options):
     """Folder with references.json and the pictures, or a style: a folder of pictures alone."""
     prompts: list[Path] | None = None
     """Prompt files whose prompts all need references; without, those of the index, or a style."""
-    min_size: int = 16
+    min_size: Annotated[int, Field(ge=1, le=8192)] = 16
     """Smallest width and height in pixels."""
     fit: Fit = "refuse"
     """What training will do with pictures that are not square: data.fit."""
     sheet: Path | None = None
     """Contact sheet to draw, PNG."""
-    sheet_rows: int = 24
+    sheet_rows: Annotated[int, Field(ge=1, le=1000)] = 24
     """Prompts on it, spread evenly over all; for a style, rows of eight pictures."""
 
 
@@ -112,8 +114,6 @@ def generate(options: Generate) -> None:
 
     prompts = _load_prompts(options.prompts)
     shard = Shard.parse(options.shard)
-    if not 1 <= options.per_prompt <= 100:
-        raise UserError(f"--per-prompt {options.per_prompt}: want 1 to 100")
     settings = DrawSettings(
         model=options.model,
         seed=options.seed,
@@ -125,6 +125,7 @@ def generate(options: Generate) -> None:
         arguments=parse_arguments(options.arguments),
     )
     settings.check()
+    writable(options.out, "--out", leave=False)
     quiet_libraries()
     recipe, draw = open_pipeline(settings, _device(options.device))
     builder = ReferenceBuilder(options.out, recipe, draw, per_prompt=options.per_prompt)
@@ -171,8 +172,8 @@ def check(options: Check, console: Console) -> bool:
     from .data.reference_check import check_set, draw_contact_sheet
     from .data.references import import_command
 
-    if options.sheet_rows < 1:
-        raise UserError(f"--sheet-rows {options.sheet_rows}: want at least 1")
+    if options.sheet is not None and (options.sheet.suffix.lower() != ".png" or options.sheet.is_dir()):
+        raise UserError(f"--sheet {options.sheet}: want the name of a PNG file, such as sheet.png")
     if options.sheet is not None and not options.sheet.parent.is_dir():
         raise UserError(f"--sheet {options.sheet}: the folder {options.sheet.parent} does not exist")
     prompts = None if options.prompts is None else _load_prompts(options.prompts)
@@ -206,9 +207,11 @@ def _load_prompts(files: list[Path]) -> list[str]:
 def _device(choice: str) -> str:
     import torch
 
-    if choice != "auto":
-        return choice
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA build of torch")
+    if choice == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from .distributed import Distributed
 from .errors import UserError
 from .evaluation import Evaluator
 from .fast import FastPaths
+from .folders import writable
 from .graphs import CudaGraphs
 from .memory import advice
 from .metric_names import FIRST, half_widths, held_out_means
@@ -53,13 +54,7 @@ _FREE_TO_CHANGE = (
 
 def prepare_output(folder: Path) -> None:
     """Create the output folder and prove that it can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir = {str(folder)!r} is not writable: {error.strerror or error}") from error
+    writable(folder, "output_dir")
 
 
 class Run:

@@ -109,6 +109,7 @@ def _train(arguments: list[str]) -> int:
 def quiet_libraries() -> None:
     """Loading bars and notices of libraries would tear the progress display."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"huggingface_hub\.")  # diffusers' old arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     import diffusers
     import transformers

@@ -16,6 +16,15 @@ with torch.device("meta"):  # PyTorch remembers which functions a device applies
     torch.empty(0)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Minutes of cases of which the suite takes a sample run only when they are asked for by name."""
+    if "bad_input_all" in config.option.markexpr:
+        return
+    asked = [item for item in items if "bad_input_all" not in item.keywords]
+    config.hook.pytest_deselected(items=[item for item in items if "bad_input_all" in item.keywords])
+    items[:] = asked
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

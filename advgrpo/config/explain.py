@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from .base import Positional
+
 _MOST_SHOWN = 80  # characters of a value
 _HUGE = 1e6  # upper limits from here on are mentioned only to who exceeds them
 
@@ -155,12 +157,13 @@ def _elsewhere(name: str, siblings: list[str], known: list[str]) -> str:
 
 def _wrong(name: str, field: FieldInfo | None, value: Any, problem: Any, rest: tuple, dotted: bool) -> str:
     """ "update.eps = inf: not finite; want a number above 0 (--update.eps; default 1e-08)"."""
-    flag = flag_of(name)
+    free = field is not None and any(each is Positional for each in field.metadata)
+    flag = name.upper() if free else flag_of(name)
     if field is None:  # the settings as a whole
         return f"{name}: {problem['msg']}"
     want = wanted(field.annotation, field.metadata, all_limits=problem["type"].startswith("less_than"))
     if problem["type"] == "missing" and not rest:
-        return f"{name} is missing: want {want}" if dotted else f"{flag} is missing: want {want}"
+        return f"{name if dotted else flag} is missing: want {want}"
     reason = ""
     if problem["type"] == "finite_number":
         reason = "not finite; "

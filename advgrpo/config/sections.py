@@ -123,7 +123,7 @@ class DataSection(Section):
     fit: Literal["refuse", "crop", "letterbox", "stretch"] = "refuse"
     """References that are not square: an error (`advgrpo.references import` makes squares), the middle cropped, white
     bars added, or stretched, which teaches the adversary that good pictures are squashed."""
-    cache_dir: str = "~/.cache/advgrpo"
+    cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
     """Where text embeddings and reference features are kept, keyed by content hash."""
 
 

@@ -96,7 +96,10 @@ def _check_readable(config: Config, prompts: list[str], held_out: list[str], met
         read = read + (held_out if evaluated & set(config.evaluation.metrics) else [])
         if read:
             owner = f"rewards.{name}"
-            build_reward(name, owner=owner, **sections[name].options(), **told(name, metadata)).check_prompts(read)
+            try:
+                build_reward(name, owner=owner, **sections[name].options(), **told(name, metadata)).check_prompts(read)
+            except UserError as error:
+                raise UserError(str(error).replace(f"reward {name}", owner, 1)) from error
 
 
 def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:

@@ -33,10 +33,12 @@ def check_resolution(resolution: int, transformer: Any, vae: Any, field: str = "
         )
 
 
-def check_schedule(scheduler: Mapping[str, Any]) -> None:
+def check_schedule(scheduler: Mapping[str, Any], path: str) -> None:
     """UserError for a schedule that depends on the resolution."""
     if scheduler.get("use_dynamic_shifting"):
-        raise UserError("model.path: its scheduler uses use_dynamic_shifting; only SD3's fixed shift is supported")
+        raise UserError(
+            f"model.path = {path!r}: its scheduler uses use_dynamic_shifting; only SD3's fixed shift is supported"
+        )
 
 
 class SD3Policy(DiffusersPolicy):
@@ -67,7 +69,7 @@ class SD3Policy(DiffusersPolicy):
         except OSError as error:
             raise UserError(f"model.path = {model.path!r}: {error}") from error
         check_resolution(model.resolution, self.transformer.config, self.vae.config)
-        check_schedule(self._scheduler.config)
+        check_schedule(self._scheduler.config, model.path)
         if fused:
             self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
         else:

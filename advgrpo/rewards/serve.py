@@ -19,11 +19,12 @@ import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 
 from .. import config as configuration
 from ..command import run_command
@@ -52,7 +53,7 @@ class BadRequest(Exception):
 def make_server(
     reward: Reward,
     *,
-    host: str = "127.0.0.1",
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1",
     port: int = 0,
     references: ReferenceSet | None = None,
     max_request_bytes: int = 256_000_000,
@@ -160,15 +161,15 @@ def _decode(text: str, number: int) -> np.ndarray:
 class Serve(Options):
     """Serve a reward over HTTP."""
 
-    reward: str
+    reward: Annotated[str, Field(min_length=1)]
     """Name of the reward, such as rule, ocr or pickscore."""
     options: str = "{}"
     """Its options as a JSON object."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """Where its model runs, if it has one."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on."""
-    port: int = 8000
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
     references: Path | None = None
     """Folder with reference pictures and references.json, for rewards that compare with them."""
@@ -180,10 +181,11 @@ def serve(settings: Serve) -> None:
     """Build the reward and answer requests until interrupted."""
     from ..data.prompts import load_prompts
     from ..data.references import ReferenceSet
+    from ..preflight import check_reward
 
     try:
         options = json.loads(settings.options)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--options {settings.options!r} is not JSON ({error})") from None
     if not isinstance(options, dict):
         raise UserError(f"--options {settings.options!r} is not a JSON object of options")
@@ -192,7 +194,13 @@ def serve(settings: Serve) -> None:
     references = None
     if settings.references is not None:
         references = ReferenceSet.load(settings.references, [p.text for p in load_prompts(settings.prompts)])
-    reward = build_reward(settings.reward, **{"device": settings.device, **options})
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA build of torch")
+    if unplaced := {"device", "dtype"} & options.keys():
+        raise UserError(f"--options: {min(unplaced)} is no option of a reward; use --device")
+    owner = f"--options {settings.reward}"
+    check_reward(settings.reward, options, owner)
+    reward = build_reward(settings.reward, device=settings.device, owner=owner, **options)
     with make_server(reward, host=settings.host, port=settings.port, references=references) as server:
         host, port = server.server_address[:2]
         print(f"serving reward {reward.name} at http://{host}:{port}", flush=True)
@@ -208,9 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
+    from ..train import quiet_libraries
+
     program = "python -m advgrpo.rewards.serve"
     settings = configuration.parse_options(Serve, arguments, program=program, about=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    quiet_libraries()
     serve(settings)
     return 0
 

@@ -1,0 +1,164 @@
+"""Output folders, remote judges, the cache, and runs to continue."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.bad_input.case import Bench, Case, flagged
+
+_OUT, _REMOTE, _RESUME = "output dir", "remote reward", "resume"
+
+
+def _into(name: str, *expect: str, make: Callable[[Bench], str]) -> Case:
+    return Case(_OUT, name, expect, lambda bench: bench.train("--output-dir", make(bench)))
+
+
+def _finished(bench: Bench) -> str:
+    return str(bench.copy(bench.world.run, "done"))
+
+
+OUTPUT = [
+    _into("empty", "output_dir = ''", "want text that is not empty", make=lambda b: ""),
+    _into("a file", "output_dir = ", "is not writable", make=lambda b: b.write("file", "")),
+    _into("below a file", "output_dir = ", "is not writable", make=lambda b: b.write("file", "") + "/run"),
+    _into("below /proc", "output_dir = '/proc/run' is not writable", make=lambda b: "/proc/run"),
+    _into(
+        "too long", "output_dir = ", "is not writable: File name too long", make=lambda b: str(b.folder / ("x" * 300))
+    ),
+    _into("holds a run", "output_dir = ", "--resume", make=_finished),
+    _into("brackets below a file", "[/bold]", "is not writable", make=lambda b: b.write("f", "") + "/x[/bold]"),
+]
+
+CACHE = [
+    Case(
+        "cache",
+        "a file",
+        ("data.cache_dir = ", "is not writable"),
+        lambda b: b.train("--data.cache_dir", b.write("c", "")),
+    ),
+    flagged("cache", "--data.cache_dir /proc/cache", "data.cache_dir = '/proc/cache' is not writable"),
+    flagged("cache", "--data.cache_dir=", "data.cache_dir = ''", "want text that is not empty"),
+]
+
+
+def _answers(behaviour: str, *expect: str) -> Case:
+    def make(bench: Bench) -> list[str]:
+        quick = ("--rewards.remote.timeout", "1", "--rewards.remote.retries", "0")
+        return bench.train(
+            "--rewards.remote.weight", "1", "--rewards.remote.url", bench.world.servers[behaviour], *quick
+        )
+
+    return Case(_REMOTE, behaviour, ("rewards.remote", *expect), make)
+
+
+def _url(url: str, *expect: str) -> Case:
+    return flagged(
+        _REMOTE, ["--rewards.remote.weight", "1", "--rewards.remote.url", url, "--rewards.remote.retries", "0"], *expect
+    )
+
+
+REMOTE = [
+    _answers("not-found", "404"),
+    _answers("refuses", "400"),
+    _answers("fails", "500"),
+    _answers("redirects", "302"),
+    _answers("html"),
+    _answers("not-json"),
+    _answers("list"),
+    _answers("no-scores"),
+    _answers("too-many"),
+    _answers("text"),
+    _answers("nan"),
+    _answers("overflow"),
+    _answers("boolean"),
+    _answers("endless"),
+    _answers("hangs"),
+    _url("http://127.0.0.1:1/", "rewards.remote at"),
+    _url("ftp://127.0.0.1/score", "rewards.remote.url = 'ftp://127.0.0.1/score'"),
+    _url("127.0.0.1:8000", "rewards.remote.url = '127.0.0.1:8000'"),
+    _url("http://[::1/score", "rewards.remote.url = 'http://[::1/score'"),
+    _url("http://host:99999/", "rewards.remote.url = 'http://host:99999/'"),
+]  # fmt: skip
+
+
+def _checkpoint(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("iteration-*"))[-1]
+
+
+def _damaged(
+    name: str, damage: Callable[[Path], object], *expect: str, flags: tuple[str, ...] = (), loading: bool = False
+) -> Case:
+    """A run whose folder, given to `damage`, was changed; it is continued for one more iteration."""
+
+    def make(bench: Bench) -> list[str]:
+        run = bench.copy(bench.world.run, "run")
+        damage(run)
+        return ["--resume", str(run), "--iterations", "2", *flags]
+
+    return Case(_RESUME, name, expect, make, loading=loading)
+
+
+def _in_checkpoint(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda run: change(_checkpoint(run))
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def _every(pattern: str, change: Callable[[Path], object]) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        found = [file for file in sorted(_checkpoint(folder).glob(pattern)) if file.is_file()]
+        assert found, pattern
+        for file in found:
+            change(file)
+
+    return damage
+
+
+def _changed(flags: str, *expect: str, loading: bool = False) -> Case:
+    """A setting that may not change."""
+    return _damaged(flags, lambda _: None, *expect, flags=tuple(flags.split()), loading=loading)
+
+
+RESUME = [
+    Case(_RESUME, "nowhere", ("nowhere", "config.yaml is missing"), lambda b: ["--resume", "nowhere"]),
+    Case(_RESUME, "empty folder", ("config.yaml is missing",), lambda b: ["--resume", str(b.folder)]),
+    Case(_RESUME, "a file", ("--resume",), lambda b: ["--resume", b.write("x", "")]),
+    Case(_RESUME, "no value", ("--resume: the value is missing",), lambda b: ["--resume"]),
+    Case(_RESUME, "empty value", ("--resume",), lambda b: ["--resume="]),
+    _damaged("config cut", lambda run: (run / "config.yaml").write_text("model: {"), "config.yaml"),
+    _damaged("config empty", lambda run: (run / "config.yaml").write_text(""), "config.yaml"),
+    _damaged("config binary", lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"), "config.yaml"),
+    _damaged("config of another version", lambda run: (run / "config.yaml").write_text("old_setting: 1\n"), "old_setting"),
+    _damaged("no checkpoints", lambda run: shutil.rmtree(run / "checkpoints"), "checkpoint"),
+    _damaged("checkpoints is a file", lambda run: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").write_text("")), "checkpoint"),
+    _damaged("empty checkpoint", _in_checkpoint(lambda c: [f.unlink() for f in c.iterdir()]), "iteration-"),
+    _damaged("manifest not JSON", _every("*manifest*", lambda f: f.write_text("{")), "iteration-"),
+    _damaged("manifest a list", _every("*manifest*", lambda f: f.write_text("[]")), "iteration-"),
+    _damaged("manifest gone", _every("*manifest*", Path.unlink), "iteration-"),
+    _damaged("tensors cut", _every("*.safetensors", _cut), "iteration-"),
+    _damaged("tensors flipped", _every("*.safetensors", _flip), "iteration-"),
+    _damaged("tensors gone", _every("*.safetensors", Path.unlink), "iteration-"),
+    _damaged("tensors text", _every("*.safetensors", lambda f: f.write_text("x")), "iteration-"),
+    _damaged("state flipped", _every("state*.json", _flip), "iteration-"),
+    _damaged("state not JSON", _every("state*.json", lambda f: f.write_text("{")), "iteration-"),
+    _changed("--seed 7", "seed: 42 -> 7"),
+    _changed("--model.lora.rank 8", "model.lora.rank: 4 -> 8"),
+    _changed("--update.learning_rate 1e-5", "update.learning_rate: "),
+    _changed("--adversary.kind siglip", "adversary.kind: 'dino' -> 'siglip'"),
+    _changed("--rollout.group_size 8", "rollout.group_size: 4 -> 8"),
+    _changed("--iterations 1", "is done already", "raise --iterations to go on", loading=True),
+    _changed("--update.eps nan", "update.eps = nan: not finite"),
+    _changed("--preset tiny", "leave out --preset"),
+]  # fmt: skip
+
+CASES = [*OUTPUT, *CACHE, *REMOTE, *RESUME]

@@ -1,0 +1,263 @@
+"""The other commands: generate, evaluate, references, plan, export, experiments, rewards.serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tests.bad_input.case import Bench, Case
+from tests.bad_input.world import picture
+
+_DRAW, _SCORE, _SETS, _PLAN = "generate", "evaluate", "references check and generate", "plan"
+
+
+def _case(group: str, command: str, base: Callable[[Bench], Sequence[str]]) -> Callable[..., Case]:
+    """Maker of cases: flags, or a function of the bench that gives them, after those of a command that would work."""
+
+    def case(
+        flags: str | Sequence[str] | Callable[[Bench], Sequence[str]], *expect: str, name: str = "", **more
+    ) -> Case:
+        def make(bench: Bench) -> list[str]:
+            before = base(bench)
+            given = flags(bench) if callable(flags) else flags.split() if isinstance(flags, str) else flags
+            return [*before, *given]
+
+        return Case(
+            group, name or (flags if isinstance(flags, str) else str(flags)), expect, make, command=command, **more
+        )
+
+    return case
+
+
+def _drawing(bench: Bench) -> list[str]:
+    return [
+        "--prompt",
+        "a small red star",
+        "--model",
+        str(bench.world.pipeline),
+        "--output",
+        str(bench.folder / "g.png"),
+    ]
+
+
+draw = _case(_DRAW, "generate", _drawing)
+GENERATE = [
+    draw("--prompt=", "--prompt: give at least one non-empty prompt"),
+    Case(_DRAW, "no prompt", ("--prompt: give at least one",), lambda b: [], command="generate"),
+    draw("--device cuda", "device='cuda' but torch sees no GPU"),
+    draw("--device gpu", "--device 'gpu': want one of auto, cpu, cuda"),
+    draw("--num-steps -2", "--num-steps -2: want a whole number from 0 to 1000"),
+    draw("--num-steps many", "--num-steps 'many': want a whole number"),
+    draw("--resolution 33", "--resolution = 33: this model wants a multiple of"),
+    draw("--resolution 4096", "--resolution = 4096: this model wants", "at most"),
+    draw("--guidance-scale nan", "--guidance-scale nan: not finite"),
+    draw("--guidance-scale inf", "--guidance-scale inf: not finite"),
+    draw("--guidance-scale 0.5", "--guidance-scale 0.5: want at least 1, or 0"),
+    draw("--guidance-scale 1e9", "--guidance-scale 1e9: want a number from 0 to 100"),
+    draw("--images-per-prompt 0", "--images-per-prompt 0: want a whole number from 1 to 100"),
+    draw("--seed -1", "--seed -1: want a whole number"),
+    draw("--model nowhere/model", "--model = 'nowhere/model' is neither a folder nor a hub model"),
+    draw(lambda b: ["--model", str(b.world.backbone)], "--model = ", "model_index.json is missing", name="model is a backbone"),
+    draw("--lora nowhere", "--lora = 'nowhere", "does not exist"),
+    draw(lambda b: ["--lora", str(b.world.lora), "--model", "tiny"], "--lora = ", "another model's", name="LoRA of another model"),
+    draw(lambda b: ["--lora", b.write("x/pytorch_lora_weights.safetensors", "x")[: -len("/pytorch_lora_weights.safetensors")]],
+         "--lora = ", "cannot be read as a LoRA", name="LoRA is text"),
+    draw(lambda b: ["--output", str(b.folder)], "--output", "want the name of a picture file", name="output is a folder"),
+    draw("--output g.xyz", "--output g.xyz: want the name of a picture file"),
+    draw("--output no/such/g.png", "the folder no/such does not exist"),
+    draw("--output /proc/g.png", "--output /proc/g.png cannot be written"),
+    draw("--outptu g.png", "unknown flag --outptu; did you mean --output?"),
+    draw("--max-sequence-length 100000", "--max-sequence-length 100000: want a whole number from 0 to 512"),
+]  # fmt: skip
+
+
+def _scoring(bench: Bench) -> list[str]:
+    data = ["--prompts", str(bench.world.folder / "held_out.txt"), "--references", str(bench.world.references)]
+    where = ["--output", str(bench.folder / "scores"), "--cache-dir", str(bench.folder / "cache")]
+    return ["--model", str(bench.world.pipeline), *data, *where, "--metrics", "rule"]
+
+
+score = _case(_SCORE, "evaluate", _scoring)
+EVALUATE = [
+    score("--metrics ,", "--metrics is empty"),
+    score("--metrics pickscor", "unknown metric 'pickscor'; did you mean 'pickscore'?"),
+    score("--metrics saturatoin", "did you mean 'saturation'?"),
+    score("--metrics aesthetic", "needs the option head"),
+    score("--metric-options.rule.strickt 1", "no option 'strickt'; it has strict"),
+    score("--metric-options.rule.strict maybe", "--metric-options.rule.strict = 'maybe': want true or false"),
+    score("--metric-options.ocr.workers 1", "metric 'ocr', which --metrics rule lacks"),
+    score("--metric-options.rule", "want --metric-options.METRIC.OPTION VALUE"),
+    score(["--metric-options.rule.strict", "[1"], "the value cannot be read"),
+    score("--lora nowhere", "--lora = 'nowhere", "does not exist"),
+    score(lambda b: ["--lora", str(b.world.lora), "--against", "x"], "--against = 'x", "does not exist", name="against nowhere"),
+    score(lambda b: ["--lora", str(b.world.lora), "--against", str(b.world.lora)], "is --lora itself", name="against itself"),
+    score("--against base", "compares the base model with itself"),
+    score("--images-per-prompt 0", "--images-per-prompt 0: want a whole number from 1 to 1000"),
+    score("--confidence 95", "--confidence 95: want a number above 0 and below 1"),
+    score("--confidence nan", "--confidence nan"),
+    score("--resamples 3", "--resamples 3: want a whole number of at least 100"),
+    score("--prompts=", "--prompts is empty"),
+    score("--prompts nowhere.txt", "prompt file nowhere.txt does not exist"),
+    score("--metrics dino_similarity --references=", "--references is empty"),
+    score("--num-steps -1", "--num-steps -1"),
+    score("--resolution 33", "--resolution = 33"),
+    score("--guidance-scale inf", "--guidance-scale inf: not finite"),
+    score("--device cuda", "device='cuda' but torch sees no GPU"),
+    score("--model nowhere/model", "--model = 'nowhere/model'"),
+    score(lambda b: ["--output", b.write("file", "")], "--output", "is not writable", name="output is a file"),
+    score("--cache-dir /proc/x", "--cache-dir /proc/x is not writable"),
+    score(lambda b: ["--metrics", "pickscore", "--metric-options.pickscore.path", str(b.world.backbone)],
+          "--metric-options.pickscore.path = ", "is a dinov2; want a clip", name="a DINO for PickScore"),
+    score(lambda b: ["--metric-options-file", b.write("o.yaml", "rule: 3")], "rule wants a mapping of options", name="options file"),
+]  # fmt: skip
+
+
+def _checking(bench: Bench) -> list[str]:
+    return ["check", str(bench.references())]
+
+
+def _making(bench: Bench) -> list[str]:
+    prompts = ["--prompts", str(bench.world.folder / "prompts.txt")]
+    return [
+        "generate",
+        *prompts,
+        "--out",
+        str(bench.folder / "out"),
+        "--model",
+        str(bench.world.pipeline),
+        "--height",
+        "32",
+        "--width",
+        "32",
+    ]
+
+
+def _spoilt(file: str, content: bytes) -> Callable[[Bench], list[str]]:
+    def make(bench: Bench) -> list[str]:
+        (bench.folder / "references" / file).write_bytes(content)
+        return []
+
+    return make
+
+
+def _smaller(bench: Bench) -> list[str]:
+    picture(1, (8, 8)).save(bench.folder / "references" / "0-0.png")
+    return []
+
+
+def _same(bench: Bench) -> list[str]:
+    folder = bench.folder / "references"
+    (folder / "0-1.png").write_bytes((folder / "0-0.png").read_bytes())
+    return []
+
+
+def _gone(bench: Bench) -> list[str]:
+    (bench.folder / "references" / "0-0.png").unlink()
+    return []
+
+
+look = _case(_SETS, "references", _checking)
+make = _case(_SETS, "references", _making)
+REFERENCES = [
+    Case(_SETS, "no command", ("the command is missing",), lambda b: [], command="references"),
+    Case(_SETS, "chekc", ("unknown command 'chekc'; did you mean 'check'?",), lambda b: ["chekc"], command="references"),
+    Case(_SETS, "check nothing", ("FOLDER is missing",), lambda b: ["check"], command="references"),
+    Case(_SETS, "check nowhere", ("nowhere is no folder",), lambda b: ["check", "nowhere"], command="references"),
+    look("--min-size 0", "--min-size 0: want a whole number from 1"),
+    look("--sheet sheet.txt", "--sheet sheet.txt: want the name of a PNG file"),
+    look("--sheet no/such/sheet.png", "the folder no/such does not exist"),
+    look("--sheet-rows 0", "--sheet-rows 0: want a whole number from 1"),
+    look("--prompts nowhere.txt", "prompt file nowhere.txt does not exist"),
+    look(_spoilt("references.json", b"{"), "references.json", "not JSON", name="index cut"),
+    look(_spoilt("references.json", b"[]"), "references.json", "holds a list", name="index a list"),
+    look(_spoilt("0-0.png", b"text"), "error: unreadable files", "0-0.png", name="picture is text", findings=True, code=1),
+    look(_gone, "error: missing files", "0-0.png", name="picture gone", findings=True, code=1),
+    look(_smaller, "error: too small", "0-0.png", name="picture too small", findings=True, code=1),
+    look(_same, "error: duplicates", "0-0.png = 0-1.png", name="picture twice", findings=True, code=1),
+    look(lambda b: ["--prompts", b.write("p.txt", "a prompt without pictures\n")], "error: prompts without references",
+         name="prompt without pictures", findings=True, code=1),
+    make("--per-prompt 0", "--per-prompt 0: want a whole number from 1 to 100"),
+    make("--per-prompt 1000", "--per-prompt 1000"),
+    make("--batch-size 0", "--batch-size 0: want a whole number"),
+    make("--num-steps -1", "--num-steps -1"),
+    make("--guidance-scale nan", "--guidance-scale nan: not finite"),
+    make("--device gpu", "--device 'gpu': want one of auto, cpu, cuda"),
+    make("--device cuda", "--device cuda, but torch sees no GPU"),
+    make("--shard 2/2", "--shard 2/2: want i/n with i from 0 to n-1"),
+    make("--shard half", "--shard half: want i/n"),
+    make("--arguments {", "--arguments '{' is not JSON"),
+    make("--arguments []", "is not a JSON object"),
+    make(["--arguments", '{"prompt": "x"}'], "'prompt' is set by this command"),
+    make("--prompts nowhere.txt", "prompt file nowhere.txt does not exist", name="generate --prompts nowhere.txt"),
+    make("--prompts", "--prompts"),
+    make("--model nowhere/model", "--model nowhere/model"),
+    make("--out /proc/out", "--out /proc/out"),
+]  # fmt: skip
+
+plan = _case(_PLAN, "plan", lambda b: ["--preset", "sd35m-dino-paper"])
+PLAN = [
+    plan("--gpu big", "--gpu big: want sizes in GB"),
+    plan("--gpu inf", "--gpu inf: want sizes above 0"),
+    plan("--gpu nan", "--gpu nan: want sizes above 0"),
+    plan("--gpu 0", "--gpu 0: want sizes above 0"),
+    plan("--gpu -24", "--gpu -24: want sizes above 0"),
+    plan("--gpu 24,,80", "--gpu 24,,80: want sizes in GB"),
+    plan("--gpu=", "--gpu ''", "not empty"),
+    plan("--gpu auto", "--gpu auto: this machine has no CUDA device"),
+    plan("--processes 0", "--processes 0: want a whole number from 1"),
+    plan("--processes 7", "cannot be cut into micro-batches of 8", "set rollout.prompts_per_iteration = 49"),
+    plan("--processes 5", "cannot be cut into micro-batches of 8", "set rollout.prompts_per_iteration = 50"),
+    plan("--processes 256", "rollout.prompts_per_iteration = 256, or rollout.micro_batch = 2 with"),
+    plan("--processes some", "--processes 'some': want a whole number"),
+    plan("--preset nope", "unknown preset 'nope'"),
+    plan("--model.path someone/unknown", "model.path = 'someone/unknown' is not known without a network"),
+    plan("--adversary.backbone someone/unknown", "adversary.backbone = 'someone/unknown' is not known without a network"),
+    plan("--rollout.micro_batch 5", "is not divisible by rollout.micro_batch = 5"),
+    plan("--update.eps inf", "update.eps = inf: not finite"),
+    plan("--gpus 24", "unknown flag --gpus; did you mean --gpu?"),
+    plan("--model.resolution 500", "model.resolution = 500: want a multiple of 8"),
+]  # fmt: skip
+
+serve = _case("rewards.serve", "rewards.serve", lambda b: ["--port", "0"])
+SERVE = [
+    serve("", "--reward is missing: want text"),
+    serve("--reward rul", "unknown reward 'rul'; did you mean 'rule'?"),
+    serve("--reward rule --port 99999", "--port 99999: want a whole number from 0 to 65535"),
+    serve("--reward rule --host nowhere.invalid", "cannot listen on nowhere.invalid"),
+    serve("--reward rule --device gpu", "--device 'gpu': want cpu or cuda"),
+    serve("--reward rule --device cuda", "--device cuda, but torch sees no GPU"),
+    serve("--reward rule --options {", "--options '{' is not JSON"),
+    serve("--reward rule --options []", "is not a JSON object"),
+    serve(["--reward", "rule", "--options", '{"strickt": true}'], "no option 'strickt'; it has strict"),
+    serve(["--reward", "rule", "--options", '{"device": "cpu"}'], "device is no option of a reward; use --device"),
+    serve(["--reward", "ocr", "--options", '{"workers": 0}'], "--options ocr.workers = 0: want a whole number"),
+    serve("--reward rule --references x", "--references and --prompts belong together"),
+]  # fmt: skip
+
+experiment = _case("experiments", "experiments", lambda b: [])
+_HERE = ("--work", "work", "--output", "out")
+EXPERIMENTS = [
+    experiment("", "the command is missing: write python -m advgrpo.experiments run or report"),
+    experiment("run hakcing", "experiment hakcing: want all, or some of"),
+    experiment(["run", "hacking", *_HERE, "--seeds"], "--seeds", "want one or more values"),
+    experiment(["run", "hacking", *_HERE, "--seeds", "0", "0"], "--seeds 0 0: a seed is given twice"),
+    experiment(["run", "hacking", *_HERE, "--seeds", "-1"], "--seeds [-1]"),
+    experiment(["run", "hacking", *_HERE, "--iterations", "0"], "--iterations 0: want a whole number of at least 1"),
+    experiment(["run", "hacking", *_HERE, "--jobs", "0"], "--jobs 0: want a whole number from 1"),
+    experiment(["run", "hacking", *_HERE, "--shard", "3/2"], "--shard 3/2: want I/N"),
+    experiment("run hacking --work /proc/w", "--work /proc/w is not writable"),
+    experiment(["run", "hacking", *_HERE, "--config", "nowhere.yaml"], "config file nowhere.yaml"),
+    experiment(lambda b: ["run", "hacking", *_HERE, "--config", b.write("c.yaml", "itterations: 3")],
+               "unknown key 'itterations'; did you mean 'iterations'?", name="unknown key"),
+]  # fmt: skip
+
+export = _case("export", "export", lambda b: [str(b.world.lora), "--out", str(b.folder / "o.safetensors")])
+EXPORT = [
+    export("--format onnx", "--format 'onnx': want one of diffusers, comfyui, kohya"),
+    export("--out o.bin", "--out o.bin: want a file name that ends in .safetensors"),
+    export(lambda b: ["--out", b.write("file", "") + "/o.safetensors"], "file", name="out below a file"),
+    export("another", "unexpected argument 'another'"),
+    Case("export", "nowhere", ("does not exist",), lambda b: ["nowhere", "--out", "o.safetensors"], command="export"),
+    Case("export", "no arguments", ("LORA is missing", "--out is missing"), lambda b: [], command="export"),
+]
+
+CASES = [*GENERATE, *EVALUATE, *REFERENCES, *PLAN, *SERVE, *EXPERIMENTS, *EXPORT]
