@@ -1,7 +1,8 @@
 """Prompts that are cut: counted by tokenizer, with what is lost, printed before training and kept in summary.json.
 
 Bugs planted in a copy, each seen red: the limit off by one in either direction; the loss begun one token late; a T5
-judged by CLIP's limit, or where no encoder reads it; held-out prompts forgotten; nothing said of prompts that an iteration repeats.
+judged by CLIP's limit, or where no encoder reads it; held-out prompts forgotten; nothing said of prompts that an
+iteration repeats.
 """
 
 import json
