@@ -51,7 +51,7 @@ def test_no_other_decoder_runs(tmp_path, kind, monkeypatch):
     picture = Image.fromarray(gradient(32, 32))
     picture.save(tmp_path / "x.png", kind)
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: pytest.fail("Ghostscript was started"))
-    with pytest.raises(PictureError, match="no PNG, JPEG or WebP"):
+    with pytest.raises(PictureError, match="no PNG, JPEG or WEBP"):
         open_picture(tmp_path / "x.png")
 
 

@@ -44,13 +44,15 @@ def test_images_are_the_pixels(folder):
 
 
 def test_pictures_of_several_sizes_need_a_size(folder):
-    Image.new("RGB", (40, 40), (255, 0, 51)).save(folder / "0.png")
+    halves = Image.new("RGB", (40, 40), (255, 0, 51))
+    halves.paste((0, 0, 51), (0, 0, 20, 40))
+    halves.save(folder / "0.png")
     references = ReferenceSet.load(folder, PROMPTS)
     files = references.files(PROMPTS[0])
     with pytest.raises(ValueError, match=r"0\.png is 40x40 but .*1\.png is 24x24; pass size="):
         references.load_images(files)
     images = references.load_images(files, size=(24, 24))
-    assert torch.allclose(images[0], torch.tensor([1, 0, 0.2]).view(3, 1, 1).expand(3, 24, 24), atol=1e-6)
+    assert torch.allclose(images[0, :, :, 16:], torch.tensor([1, 0, 0.2]).view(3, 1, 1).expand(3, 24, 8), atol=1e-6)
     assert torch.equal(images[1], references.load_images(files[1:])[0])
     with pytest.raises(ValueError, match="files is empty"):
         references.load_images([])
@@ -71,7 +73,7 @@ def test_resizing_is_antialiased_and_stays_in_range(folder):
 def test_exif_orientation_is_applied(folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to show
-    Image.new("RGB", (40, 20)).save(folder / "0.png", exif=exif)
+    Image.linear_gradient("L").resize((40, 20)).convert("RGB").save(folder / "0.png", exif=exif)
     images = ReferenceSet.load(folder, PROMPTS, fit="stretch").load_images([folder / "0.png"])
     assert images.shape[-2:] == (40, 20)
 
@@ -125,7 +127,7 @@ def text(path):
         (gray, "mode L, not RGB"),
         (tiny, "15x40 pixels; the smaller side must be at least 16"),
         (truncated, "unreadable or truncated"),
-        (text, r"unreadable or truncated \(no PNG, JPEG or WebP\)"),
+        (text, r"unreadable or truncated \(no PNG, JPEG or WEBP\)"),
         (lambda path: path.unlink(), "does not exist"),
     ],
 )

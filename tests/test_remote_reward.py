@@ -10,8 +10,10 @@ run that keeps the prompt file's metadata to itself, no trial request.
 import base64
 import io
 import json
+import struct
 import threading
 import time
+import zlib
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -273,6 +275,14 @@ def _png(mode="RGB", size=(4, 4), kind="PNG") -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def _bomb() -> str:
+    """A PNG whose header promises 10^10 pixels: 500 made clients send it again."""
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    content = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(content)).decode()
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "complaint"),
     [
@@ -280,10 +290,15 @@ def _png(mode="RGB", size=(4, 4), kind="PNG") -> str:
         ({"version": 1, "images": [], "prompts": []}, 400, '"images" must be'),
         ({"version": 1, "images": [_png()], "prompts": [3]}, 400, '"prompts" must be'),
         ({"version": 1, "images": [_png()], "prompts": ["a", "b"]}, 400, "1 images but 2 prompts"),
-        ({"version": 1, "images": ["no base64!"], "prompts": ["a"]}, 400, "image 0 is not a PNG"),
-        ({"version": 1, "images": [_png(kind="JPEG")], "prompts": ["a"]}, 400, "image 0 is not a PNG"),
-        ({"version": 1, "images": [_png()[:60]], "prompts": ["a"]}, 400, "image 0 is not a PNG"),
-        ({"version": 1, "images": [_png("RGBA")], "prompts": ["a"]}, 400, "image 0 is RGBA"),
+        ({"version": 1, "images": ["no base64!"], "prompts": ["a"]}, 400, "image 0 is not in base64"),
+        (
+            {"version": 1, "images": [_png(kind="JPEG")], "prompts": ["a"]},
+            400,
+            r"image 0 .*\(no PNG\)",
+        ),
+        ({"version": 1, "images": [_png()[:60]], "prompts": ["a"]}, 400, "image 0 is unreadable or truncated"),
+        ({"version": 1, "images": [_png("RGBA")], "prompts": ["a"]}, 400, "image 0 has mode RGBA"),
+        ({"version": 1, "images": [_bomb()], "prompts": ["a"]}, 400, "image 0 has more than 16,777,216 pixels"),
         ({"version": 1, "images": [_png(), _png(size=(8, 4))], "prompts": ["a", "b"]}, 400, "differ in size"),
         ({"version": 1, "images": [_png()], "prompts": ["a"]}, 500, "ZeroDivisionError"),
         ({"version": 1, "images": [_png()], "prompts": ["nan"]}, 500, "FloatingPointError"),

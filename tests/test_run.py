@@ -326,7 +326,9 @@ def reference_folder(tmp_path, prompts) -> Path:
     folder = tmp_path / "references"
     folder.mkdir()
     for i in range(len(prompts)):
-        Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
+        picture = Image.new("RGB", (32, 32), (i, 0, 0))
+        picture.paste("white", (8, 8, 24, 24))  # pictures in a single colour are refused
+        picture.save(folder / f"{i}.png")
     index = {p: [f"{i}.png"] for i, p in enumerate(prompts)}
     (folder / "references.json").write_text(json.dumps(index))
     return folder
@@ -344,6 +346,10 @@ BAD_INPUT = {
     ),
     "unreadable picture": (lambda c, t: (t / "references" / "0.png").write_bytes(b"no picture"), "unreadable"),
     "grey picture": (lambda c, t: Image.new("L", (32, 32)).save(t / "references" / "0.png"), "mode L, not RGB"),
+    "black picture": (
+        lambda c, t: Image.new("RGB", (32, 32)).save(t / "references" / "0.png"),
+        "0.png is in a single colour; remove it",
+    ),
     "tiny picture": (lambda c, t: Image.new("RGB", (8, 8)).save(t / "references" / "0.png"), "8x8"),
     "wrong model folder": (lambda c, t: setattr(c.model, "path", str(t)), "model.path = "),
     "group not divisible": (

@@ -140,7 +140,9 @@ def test_a_style_folder_serves_every_prompt_and_its_features_are_computed_once(u
     style = tmp_path / "style"
     style.mkdir()
     for number in range(5):
-        Image.new("RGB", (32, 32), (40 * number, 90, 200)).save(style / f"{number}.png")
+        picture = Image.new("RGB", (32, 32), (40 * number, 90, 200))
+        picture.paste("white", (8, 8, 24, 24))
+        picture.save(style / f"{number}.png")
     settings = change(unit_config, data={"references": "", "style": str(style)})
     made = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
     features = made.trainer.scorer.reference_features

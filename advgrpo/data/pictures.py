@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from advgrpo.errors import UserError
 
@@ -24,6 +24,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 2**26  # 8192 x 8192: 200 MB as RGB
 MAX_ASPECT = 1.02  # longer by shorter side of what passes for a square
+_ONE_COLOUR = 8  # levels between the darkest and the lightest pixel of each channel, JPEG's noise included
 Fit = Literal["refuse", "crop", "letterbox", "stretch"]
 
 
@@ -130,7 +131,7 @@ def _opened(source: Path | BinaryIO, name: str, formats: tuple[str, ...], max_pi
     except Image.DecompressionBombError:
         raise PictureError(name, f"has more than {max_pixels:,} pixels", remedy="make it smaller") from None
     except Exception as error:
-        raise _unreadable(name, error) from None
+        raise _unreadable(name, error, formats) from None
     with picture:
         if picture.width * picture.height > max_pixels:
             size = f"{picture.width}x{picture.height}"
@@ -150,15 +151,10 @@ def _check_regular(file: Path, name: str) -> None:
         raise PictureError(name, "is not a regular file", remedy="replace it")
 
 
-def _unreadable(name: str, error: Exception) -> PictureError:
-    return PictureError(
-        name, f"is unreadable or truncated ({_line(error)})", remedy="replace it by a PNG, JPEG or WebP"
-    )
-
-
-def _line(error: Exception) -> str:
-    text = str(error)
-    return "no PNG, JPEG or WebP" if text.startswith("cannot identify image file") else text
+def _unreadable(name: str, error: Exception, formats: tuple[str, ...] = ()) -> PictureError:
+    kinds = " or ".join(", ".join(formats).rsplit(", ", 1))
+    why = f"no {kinds}" if isinstance(error, UnidentifiedImageError) else str(error)
+    return PictureError(name, f"is unreadable or truncated ({why})", remedy="replace the file")
 
 
 def _header_of(picture: Image.Image) -> Header:
@@ -225,6 +221,11 @@ def _in_srgb(picture: Image.Image, notices: list[str]) -> Image.Image | None:
 def is_square(size: tuple[int, int]) -> bool:
     """Whether the sides differ by 2 % at most, which nobody sees."""
     return max(size) <= MAX_ASPECT * min(size)
+
+
+def in_one_colour(picture: Image.Image) -> bool:
+    """Whether nothing can be seen on it, as on black pictures and those that safety checkers return."""
+    return all(high - low <= _ONE_COLOUR for low, high in to_rgb(picture, "white")[0].getextrema())
 
 
 def to_square(picture: Image.Image, fit: Fit, background: str = "white") -> Image.Image:

@@ -193,7 +193,7 @@ class ReferenceBuilder:
         """ "finished", "damaged" or "missing"; UserError for a sound picture of another recipe."""
         path = self._path(prompt, number)
         try:
-            with Image.open(path) as picture:
+            with Image.open(path, formats=["PNG"]) as picture:
                 pixels = np.array(picture)
                 stamp = json.loads(picture.text[_STAMP])
         except FileNotFoundError:

@@ -17,9 +17,9 @@ from advgrpo.data.pictures import (
     Fit,
     PictureError,
     decode_picture,
+    in_one_colour,
     is_square,
     open_picture,
-    to_rgb,
 )
 from advgrpo.data.references import read_index
 from advgrpo.errors import UserError
@@ -28,7 +28,6 @@ from advgrpo.plots import draw_grid
 INDEX = "references.json"
 _SHEET = "sheet.png"  # beside the index: no reference that was forgotten
 _FITTED = {"crop": "their middle is used", "letterbox": "they get bars", "stretch": "they are squashed"}
-_ONE_COLOUR = 8  # levels between the darkest and the lightest pixel of each channel, JPEG's noise included
 
 
 @dataclass
@@ -158,7 +157,7 @@ def _check_file(
         report.not_square.append(size)
     if min(picture.size) < min_size:
         report.too_small.append(size)
-    if all(high - low <= _ONE_COLOUR for low, high in to_rgb(picture, "white")[0].getextrema()):
+    if in_one_colour(picture):
         report.one_colour.append(name)
     report.sizes[picture.size] += 1
     # Pixels, not bytes: the same picture may be stored with another compression or another comment.

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from advgrpo.data.pictures import PICTURE_SUFFIXES, Fit, PictureError, is_square, open_picture, to_square
+from advgrpo.data.pictures import PICTURE_SUFFIXES, Fit, PictureError, in_one_colour, is_square, open_picture, to_square
 from advgrpo.data.reading import parse_json, read_text
 from advgrpo.errors import UserError
 
@@ -55,8 +55,8 @@ class ReferenceSet:
 
         Raises:
             UserError: missing folder, index or file; an index of another shape; a prompt without references; a picture
-                that is unreadable, truncated, not RGB, animated, too small, too large or, with `fit` = refuse, not
-                square.
+                that is unreadable, truncated, not RGB, animated, too small, too large, in a single colour or, with
+                `fit` = refuse, not square.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -194,7 +194,8 @@ def check_reference(file: Path, min_size: int, fit: Fit) -> Image.Image:
     """A picture that may be a reference, decoded.
 
     Raises:
-        PictureError: it cannot be read, is not plain RGB, too small, or not square while `fit` is "refuse".
+        PictureError: it cannot be read, is not plain RGB, too small, in a single colour, or not square while `fit` is
+            "refuse".
     """
     picture = open_picture(file)
     if min(picture.size) < min_size:
@@ -204,6 +205,8 @@ def check_reference(file: Path, min_size: int, fit: Fit) -> Image.Image:
     if fit == "refuse" and not is_square(picture.size):
         reason = f"is {picture.width}x{picture.height}, not square, and would be squashed"
         raise PictureError(str(file), reason, importable=True)
+    if in_one_colour(picture):
+        raise PictureError(str(file), "is in a single colour", remedy="remove it from the set, or replace it")
     return picture
 
 

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 
 from .. import config as configuration
 from ..command import run_command
 from ..config import Options
+from ..data.pictures import PictureError, open_picture
 from ..errors import UserError
 from . import build_reward
 from .checks import finite_scores
@@ -149,13 +149,14 @@ def _parse_request(body: bytes) -> tuple[torch.Tensor, list[str]]:
 
 def _decode(text: str, number: int) -> np.ndarray:
     """uint8 RGB [H, W, 3]."""
+    name = f"image {number}"
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
-            if picture.mode != "RGB" or picture.width * picture.height > _MAX_PIXELS:
-                raise BadRequest(f"image {number} is {picture.mode} of {picture.size}; want RGB, up to 16 megapixels")
-            return np.array(picture)
-    except (binascii.Error, OSError, SyntaxError, ValueError) as error:
-        raise BadRequest(f"image {number} is not a PNG in base64 ({error})") from None
+        content = io.BytesIO(base64.b64decode(text, validate=True))
+        return np.array(open_picture(content, name, formats=("PNG",), max_pixels=_MAX_PIXELS))
+    except binascii.Error as error:
+        raise BadRequest(f"{name} is not in base64 ({error})") from None
+    except PictureError as error:
+        raise BadRequest(f"{name} {error.reason}; want an RGB PNG of up to 16 megapixels") from None
 
 
 class Serve(Options):
