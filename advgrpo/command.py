@@ -63,7 +63,7 @@ def run_command(
 
 def describe(error: BaseException) -> str:
     """One line: the message, the file where the system names one, and the kind of error where that says more."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "this machine's memory is full; use fewer or smaller pictures at once (rollout.micro_batch)"
     if isinstance(error, RecursionError):
         return "something is nested too deeply to be read (a file of settings, prompts or references)"
@@ -88,7 +88,8 @@ def plain_console(**options) -> Console:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"  # torch's, which the flags of a command do not need
+    # torch's errors by name and text: the flags of a command do not need torch
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _tell(line: str) -> None:

@@ -13,9 +13,9 @@ def writable(folder: Path, field: str, *, leave: bool = True) -> None:
 
     Several processes may do this at once. Without `leave` a folder that was not there is gone again.
     """
-    existed = folder.exists()
     probe = folder / f".writable-{os.getpid()}"
     try:
+        existed = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()

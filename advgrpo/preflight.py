@@ -5,6 +5,7 @@ Loading SD3.5 and its text encoders takes minutes; whatever their small files ca
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _CLIP_REWARDS = ("pickscore", "clip_similarity", "clip_reference_similarity", "a
 def preflight(config: Config) -> None:
     """UserError for settings that the models' folders refute, or for folders that are not whole."""
     writable(Path(config.data.cache_dir).expanduser(), "data.cache_dir")
+    _check_installed(config)
     _check_generator(config)
     _check_adversary(config)
     for name in _scorers(config):
@@ -42,6 +44,27 @@ def preflight(config: Config) -> None:
             config.evaluation.backbone_image_size,
             ("evaluation.backbone", "evaluation.backbone_image_size"),
         )
+
+
+def _check_installed(config: Config) -> None:
+    """Packages that only some settings need, before hours of work lead to them."""
+    output, update = config.output, config.update
+    apex = "NVIDIA Apex (github.com/NVIDIA/apex, built with --cpp_ext --cuda_ext; not PyPI's apex)"
+    asked = (
+        (output.tensorboard, "output.tensorboard = true", "tensorboard", "tensorboard", "--output.no-tensorboard"),
+        (output.wandb_project, f"output.wandb_project = {output.wandb_project!r}", "wandb", "wandb", "leave it empty"),
+        (update.optimizer == "apex", "update.optimizer = apex", "apex.optimizers", apex, "--update.optimizer auto"),
+    )
+    for is_asked, setting, module, package, instead in asked:
+        if is_asked and not _found(module):
+            raise UserError(f"{setting} needs {package}, which is not installed; install it, or {instead}")
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that the module is in
+        return False
 
 
 def _scorers(config: Config) -> list[str]:

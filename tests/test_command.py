@@ -82,6 +82,11 @@ def test_the_whole_stack_on_request(how, capsys, monkeypatch):
     assert given == ["--seed", "1"]
 
 
+def test_brackets_in_a_path_are_printed_as_they_stand(capsys):
+    command.plain_console().print("wrote runs/[v2]/x[/bold]")
+    assert capsys.readouterr().out == "wrote runs/[v2]/x[/bold]\n"
+
+
 def test_interruption_has_its_own_code(capsys):
     assert command.run_command(failing(KeyboardInterrupt()), [], interrupted="stopped") == 130
     assert capsys.readouterr().err == "stopped\n"

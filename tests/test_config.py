@@ -208,17 +208,27 @@ def test_a_flag_a_file_and_a_preset_give_the_same_error(tmp_path, monkeypatch, n
     assert said[0].startswith(expected)
 
 
+UNLIMITED = {"update.max_grad_norm", "update.clip_range", "update.importance_cap"}
+
+
 def test_only_where_it_means_no_limit_is_infinity_a_value():
-    unlimited = {"update.max_grad_norm", "update.clip_range", "update.importance_cap"}
     floats = [name for name, field in config.leaves(config.Config).items() if field.annotation is float]
-    assert unlimited < set(floats)
+    assert set(floats) > UNLIMITED
     for name in floats:
         settings = config.nested({name: math.inf})
-        if name in unlimited:
+        if name in UNLIMITED:
             assert config.build(settings, "test")
             continue
         with pytest.raises(UserError, match=rf"{re.escape(name)} = inf: not finite"):
             config.build(settings, "test")
+
+
+def test_every_number_has_a_limit():
+    """Beyond it a slip would allocate, wait or overflow before anything says so."""
+    for name, field in config.leaves(config.Config).items():
+        if field.annotation in (int, float) and name not in UNLIMITED:
+            with pytest.raises(UserError, match=rf"{re.escape(name)} = "):
+                config.build(config.nested({name: 10**31}), "test")
 
 
 def test_infinity_survives_yaml_and_a_checkpoints_json(tmp_path):

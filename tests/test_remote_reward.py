@@ -363,5 +363,5 @@ def test_a_dead_judge_is_an_error_before_a_model_is_loaded(unit_config, monkeypa
     monkeypatch.setattr("advgrpo.run.build_policy", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr("advgrpo.rewards.remote.time.sleep", lambda _: None)
     unit_config.rewards.remote.weight, unit_config.rewards.remote.url = 1.0, "http://127.0.0.1:9/score"
-    with pytest.raises(UserError, match=r"rewards\.remote at http://127\.0\.0\.1:9/score.*start the server, or correct"):
+    with pytest.raises(UserError, match=r"rewards\.remote at http://127\.0\.0\.1:9/score.*start the server"):
         Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))

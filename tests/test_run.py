@@ -429,6 +429,20 @@ def test_resume_refuses_other_settings_and_damaged_or_foreign_checkpoints(unit_c
         run(unit_config, resume=True)
 
 
+def test_a_run_that_trains_nothing_says_so_first_and_last(unit_config, tmp_path, capsys):
+    """All iterations are warm-up: the LoRA stays zero."""
+    unit_config.iterations = unit_config.adversary.warmup_iterations = 1
+    file = tmp_path / "settings.yaml"
+    file.write_text(config.dump(unit_config))
+    assert main(["--config", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("note: all 1 iterations are warm-up of the adversary's head")
+    summary = json.loads((Path(unit_config.output_dir) / "summary.json").read_text())
+    assert summary["trained"] is False
+    assert "adversary.warmup_iterations = 1" in summary["not_trained_because"]
+    trained = load_file(Path(unit_config.output_dir) / "lora" / "pytorch_lora_weights.safetensors")
+    assert not any(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
+
+
 def test_infinity_as_no_limit_trains_and_is_resumed(unit_config):
     """Neither gradient, ratio nor importance weight is limited; the checkpoint's JSON holds that."""
     update = unit_config.update

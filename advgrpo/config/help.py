@@ -127,7 +127,7 @@ def settings_help(
     for name, text in _COMMON.items():
         lines += _entry(name, text)
     lines += _entry("--help-all", "Explain every setting (so does docs/configuration.md).")
-    lines += ["", "settings, with their defaults in brackets:"]
+    lines += ["", "settings, with their defaults in brackets; a preset has values of its own:"]
     for name, field in leaves(model).items():
         if "." not in name:
             lines += _entry(flag_of(name), _explained(field))

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import RunFailure, UserError
 from .checks import finite_scores
 from .pixels import to_uint8
 
@@ -106,7 +106,7 @@ class RemoteReward:
         self._metadata_of(prompts)
         try:
             self.score(torch.full((1, 3, 64, 64), 0.5), prompts[:1], None)
-        except (RuntimeError, FloatingPointError) as error:
+        except (RunFailure, FloatingPointError) as error:
             raise UserError(f"{error}; start the server, or correct its url and settings") from error
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
@@ -116,7 +116,7 @@ class RemoteReward:
             UserError: a prompt without metadata.
             ValueError: unusable pictures (see `to_uint8`).
             FloatingPointError: a score that is not finite in float32; names the prompt.
-            RuntimeError: no valid answer, after the retries if they could help; names the prompts.
+            RunFailure: no valid answer, after the retries if they could help; names the prompts.
         """
         pixels, metadata = to_uint8(images, prompts), self._metadata_of(prompts)
         scores: list[float] = []
@@ -142,10 +142,10 @@ class RemoteReward:
             try:
                 return _parse_scores(self._post(body), len(prompts))
             except _Refused as error:
-                raise RuntimeError(f"{where}: {error}") from error
+                raise RunFailure(f"{where}: {error}") from error
             except _Retryable as error:
                 if attempt == self.retries:
-                    raise RuntimeError(f"{where}: {error}; gave up after {attempt + 1} attempts") from error
+                    raise RunFailure(f"{where}: {error}; gave up after {attempt + 1} attempts") from error
                 pause = min(self.backoff * 2**attempt, _LONGEST_PAUSE)
                 _log.warning("%s: %s; trying again in %.1f s", where, error, pause)
                 time.sleep(pause)

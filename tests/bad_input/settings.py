@@ -188,6 +188,8 @@ CONFLICTS = [
     flagged("conflicts", "--adversary.kind none", "adversary.kind = none and no fixed reward"),
     flagged("conflicts", "--rewards.adversary.weight 0", "the adversary dino would learn for nothing"),
     flagged("conflicts", "--data.references=", "data.references is empty, but adversary.kind needs references"),
+    flagged("conflicts", "--output.wandb_project p", "output.wandb_project = 'p' needs wandb, which is not installed"),
+    flagged("conflicts", "--update.optimizer apex", "update.optimizer = apex needs NVIDIA Apex", "not installed"),
     flagged("conflicts", "--data.prompts=", "data.prompts is empty"),
     flagged(
         "conflicts",
