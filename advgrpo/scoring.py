@@ -120,7 +120,7 @@ class Scorer:
         """Every reward of every picture under the adversary as it stands, gathered over processes.
 
         Raises:
-            FloatingPointError: a reward is not finite; names the prompt.
+            FloatingPointError: a reward of a picture or a reference is not finite; names it and the prompt.
         """
         generated = reference = None
         columns: dict[str, torch.Tensor] = {}
@@ -137,10 +137,10 @@ class Scorer:
         if similar is not None:
             columns["_similarity"] = similar
         by_id = self._gathered(columns, rollout)
+        _check_finite(by_id, rollout, self.config)
         reference_rewards, similarity = by_id.pop("_reference", None), by_id.pop("_similarity", None)
         own = [name for name in by_id if name.startswith(_COLUMN)]
         of_references = {name.removeprefix(_COLUMN): by_id.pop(name) for name in own}
-        _check_finite(by_id, rollout, self.config)
         return Scored(
             generated,
             reference,
@@ -195,22 +195,32 @@ class Scorer:
         return dict(zip(columns, self.distributed.all_gather(table)[ids.argsort()].unbind(1)))
 
 
-def _check_finite(components: Mapping[str, torch.Tensor], rollout: Rollout, config: Config) -> None:
-    """FloatingPointError naming the reward and the first prompt of a picture without a finite one."""
-    finite = torch.stack([torch.isfinite(reward) for reward in components.values()])
+def _check_finite(columns: Mapping[str, torch.Tensor], rollout: Rollout, config: Config) -> None:
+    """FloatingPointError naming the first of the gathered columns, and its prompt, that has a value without meaning."""
+    finite = torch.stack([torch.isfinite(values) for values in columns.values()])
     if bool(finite.all()):
         return
     local = dict(zip(rollout.image_ids.tolist(), rollout.prompts))
-    for name, reward in components.items():
-        bad = (~torch.isfinite(reward)).nonzero().flatten().tolist()
+    for name, values in columns.items():
+        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
         if bad:
-            named = next(
-                (f"prompt {local[i]!r}" for i in bad if i in local), f"group {bad[0] // config.rollout.group_size}"
-            )
+            first = next((i for i in bad if i in local), bad[0])  # one whose prompt this process knows
+            named = f"prompt {local[first]!r}" if first in local else f"group {first // config.rollout.group_size}"
             raise FloatingPointError(
-                f"the reward {name} of {len(bad)} pictures is not finite, first that of {named} (picture {bad[0]}): "
-                f"{reward[bad[0]]}. No score is made up for it; {_to_blame(rollout)}"
+                f"{_what(name)} of {len(bad)} pictures is not finite, first that of {named} (picture {first}): "
+                f"{values[first]}. No score is made up for it; {_to_blame(rollout)}"
             )
+
+
+def _what(column: str) -> str:
+    """A gathered column in the user's words."""
+    if column == "_reference":
+        return "the reward adversary of the references"
+    if column == "_similarity":
+        return "the DINO similarity to the references"
+    if column.startswith(_COLUMN):
+        return f"the reward {column.removeprefix(_COLUMN)} of the references"
+    return f"the reward {column}"
 
 
 def _to_blame(rollout: Rollout) -> str:

@@ -3,7 +3,7 @@
 Bugs planted in a copy, each seen red: the gate gives the mean instead of the lowest; groups normalised over the whole
 iteration; the reference budget counts prompts; shared references computed once per prompt; out of memory passed on as
 it is; components not logged; references of a reward that compares with them scored, or scored at every use; the
-observer names the adversary's field.
+observer names the adversary's field; rewards of references not looked at before the update.
 """
 
 import json
@@ -224,6 +224,38 @@ def test_an_iteration_trains_the_reward_if_it_is_fooled_and_else_the_generator(u
         after = [p for _, p in trainer.policy.trainable_parameters()]
         assert all(torch.equal(*pair) for pair in zip(weights, after)) == fooled
         assert all(torch.equal(head[name], t) for name, t in trainer.adversary.state_dict().items()) == (not fooled)
+
+
+@pytest.mark.parametrize("broken", ["adversary", "fixed"])
+def test_a_reference_without_a_finite_reward_is_named_before_anything_is_trained(unit_config, monkeypatch, broken):
+    settings = change(unit_config, rewards={"rule": {"weight": 0.5}}, adversary={"schedule": "always"})
+    made = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+    trainer = made.trainer
+    if broken == "adversary":
+        real, what = trainer.adversary.score, "the reward adversary of the references of 1 pictures is not finite"
+
+        def score(features, ids, *, purpose, iteration):
+            found = real(features, ids, purpose=purpose, iteration=iteration)
+            if purpose == "reference":
+                found.reward[5] = torch.nan
+            return found
+
+        monkeypatch.setattr(trainer.adversary, "score", score)
+    else:
+        real, what = trainer.scorer._of_references.columns, "the reward rule of the references of 1 pictures is not"
+
+        def columns(prompts, like):
+            found = real(prompts, like)
+            found["rule"][5] = torch.inf
+            return found
+
+        monkeypatch.setattr(trainer.scorer._of_references, "columns", columns)
+    before = {name: t.clone() for name, t in trainer.state()[0].items()}
+    prompt = trainer.prompts[trainer.groups.next(0)[1]]  # of picture 5, in the second group of four
+    with pytest.raises(FloatingPointError, match=rf"{what}.*prompt '{prompt}' \(picture 5\)"):
+        trainer.iterate()
+    after = trainer.state()[0]
+    assert all(torch.equal(before[name], t) for name, t in after.items() if name != "rng.torch")
 
 
 class Brightness:
