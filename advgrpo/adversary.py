@@ -53,6 +53,24 @@ def due(config: AdversarySection, iteration: int, generated: float, reference: f
     raise ValueError(f"adversary.schedule: unknown {config.schedule!r}")
 
 
+def paired_accuracy(generated: torch.Tensor, reference: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Share of (reference, generation) pairs of one prompt in which the reference scores higher; ties count half.
+
+    This is what the generator feels: advantages compare within a prompt, so neither the scores' level nor the levels of
+    different prompts matter, which a threshold on pooled scores mistakes for ability or hides it behind.
+
+    Args:
+        generated, reference: [G] rewards by picture number, groups next to each other, of each picture and of the
+            reference drawn for it.
+
+    Returns:
+        Scalar float32 over all group_size² pairs of every group: the mean of the groups' areas under the ROC curve.
+    """
+    of_generated, of_reference = (scores.float().view(-1, group_size) for scores in (generated, reference))
+    lead = of_reference[:, :, None] - of_generated[:, None, :]
+    return ((lead > 0).float() + 0.5 * (lead == 0).float()).mean()
+
+
 class ReplayBuffer:
     """A ring of older generations' features, the same on every process.
 
@@ -176,18 +194,21 @@ class HeadTrainer:
         return torch.cat(losses)
 
     @torch.no_grad()
-    def evaluate(self, batch: HeadBatch, iteration: int) -> tuple[float, float]:
-        """Head loss and accuracy on this iteration's pictures, before any update of the iteration."""
+    def evaluate(self, batch: HeadBatch, iteration: int) -> tuple[float, float | None]:
+        """Head loss and accuracy on this iteration's pictures, before any update of the iteration.
+
+        The accuracy is by the head's own threshold; None where it has none (see `HeadLoss`).
+        """
         ids = to_device(batch.image_ids, self.adversary.device)
         reference, generated = (
             self.adversary.trained_part(getattr(batch, side), ids, self._patch_seed("evaluate", side, iteration, 0))
             for side in _SIDES
         )
         result = self.adversary.loss(reference, generated, total=batch.total)
-        values = torch.stack([result.loss, result.accuracy])
+        values = torch.stack([value for value in (result.loss, result.accuracy) if value is not None])
         self.reduce([values])
-        loss, accuracy = values.tolist()
-        return loss, accuracy
+        loss, *accuracy = values.tolist()
+        return loss, accuracy[0] if accuracy else None
 
     def remember(self, batch: HeadBatch, iteration: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Add some of this iteration's generations to the replay buffer, the same ones on every process.

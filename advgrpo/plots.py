@@ -128,7 +128,7 @@ def _panels(curves: _Curves) -> list[tuple[Any, list[str]]]:
         (_draw_rewards, [*own, "reward_reference", "adversary_updates"]),
         *((_draw_fixed_reward, [key, key + OF_REFERENCES]) for key in fixed_rewards(curves)),
         (_draw_adversary_loss, ["adversary_loss"]),
-        (_draw_adversary_accuracy, ["adversary_accuracy"]),
+        (_draw_adversary_accuracy, ["adversary_paired_accuracy", "adversary_accuracy"]),
         (_line("Supervised loss", "mean squared error of the velocity"), ["sft_loss"]),
         (_line("Policy loss", "loss"), ["policy_loss"]),
         (_line("KL to the base model", "KL"), ["kl"]),
@@ -219,8 +219,11 @@ def _draw_adversary_loss(axes: Axes, curves: _Curves) -> None:
 
 
 def _draw_adversary_accuracy(axes: Axes, curves: _Curves) -> None:
-    iterations, values = curves["adversary_accuracy"]
-    axes.plot(iterations, values, color=_ORANGE, **_style(iterations))
+    """Pairs of a prompt, which the red flags judge, and the head's own threshold where it has one."""
+    paired, own = (curves.get(key) for key in ("adversary_paired_accuracy", "adversary_accuracy"))
+    for curve, label, color in ((paired, "pairs of a prompt", _ORANGE), (own, "own threshold", _BLUE)):
+        if curve is not None and not (curve is own and own == paired):  # without a threshold both are of pairs
+            axes.plot(*curve, color=color, label=label, **_style(curve[0]))
     axes.axhline(0.5, color=_GREY, linewidth=1, linestyle="--", label="chance: fully fooled")
     axes.set(title="Adversary accuracy", ylabel="share told apart", ylim=(-0.03, 1.03))
     axes.legend(fontsize="small", frameon=False)

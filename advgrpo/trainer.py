@@ -9,7 +9,7 @@ import torch
 from advgrpo_kernels import group_advantages
 
 from . import rng
-from .adversary import Due, HeadBatch, HeadTrainer, due
+from .adversary import Due, HeadBatch, HeadTrainer, due, paired_accuracy
 from .checkpoint import pack_optimizer, unpack_optimizer
 from .config import Config
 from .data.prompts import GroupSampler
@@ -192,17 +192,21 @@ class Trainer:
         if self.head_trainer is None:
             return Due(0, True), {}
         batch = HeadBatch(rollout.image_ids, scored.generated, scored.reference, total=self.config.images_per_iteration)
+        sides = scored.components["adversary"], scored.reference_rewards
+        paired = paired_accuracy(*sides, self.config.rollout.group_size)
+        local = torch.stack([*(rewards.mean() for rewards in sides), paired]).tolist()
+        *means, paired = self.distributed.gather_json(local)[0]  # one process decides how many updates all of them run
+        self.adversary.centre(*means)
         loss, accuracy = self.head_trainer.evaluate(batch, iteration)
-        plan = due(
-            self.config.adversary,
-            iteration,
-            scored.components["adversary"].mean().item(),
-            scored.reference_rewards.mean().item(),
-            self.config.update.optimizer_windows,
-        )
+        plan = due(self.config.adversary, iteration, *means, self.config.update.optimizer_windows)
         self.head_trainer.train(batch, iteration, plan.head_updates)
         self.head_trainer.remember(batch, iteration, self.distributed.all_gather)
-        return plan, {"adversary_loss": loss, "adversary_accuracy": accuracy, "adversary_updates": plan.head_updates}
+        return plan, {
+            "adversary_loss": loss,
+            "adversary_accuracy": paired if accuracy is None else accuracy,
+            "adversary_paired_accuracy": paired,
+            "adversary_updates": plan.head_updates,
+        }
 
     def update(self, rollout: Rollout, scored: Scored, table: StepTable) -> dict[str, float]:
         """Advantages, then one optimizer step and one EMA step per optimizer window."""

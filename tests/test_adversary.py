@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from advgrpo import config
-from advgrpo.adversary import HeadBatch, HeadTrainer, ReplayBuffer, due
+from advgrpo.adversary import HeadBatch, HeadTrainer, ReplayBuffer, due, paired_accuracy
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
 from advgrpo.rewards.dino import DinoAdversary
@@ -144,6 +144,16 @@ def test_patches_are_drawn_as_the_setting_says_for_reward_and_head_alike(unit_ba
     assert torch.equal(
         adversary.trained_part(features.rows(torch.tensor([4])), ids[4:5], 5)["patches"][0, :, 0], trained[4]
     )
+
+
+def test_paired_accuracy_counts_pairs_of_a_prompt_and_no_others():
+    reference, generated = torch.tensor([3.0, 1.0, 0.0, 9.0]), torch.tensor([2.0, 0.0, 5.0, 9.0])
+    # prompt one: 3 > 2, 3 > 0, 1 < 2, 1 > 0; prompt two: 0 < 5, 0 < 9, 9 > 5, and a tie
+    assert paired_accuracy(generated, reference, 2).item() == pytest.approx((3 + 1.5) / 8)
+    levels = torch.tensor([0.0, 0.0, 100.0, 100.0])  # prompts differ more than their pictures do
+    assert paired_accuracy(generated + levels, reference + levels, 2).item() == pytest.approx(4.5 / 8)
+    assert paired_accuracy(generated, generated, 2).item() == 0.5
+    assert paired_accuracy(generated, generated + 20, 4).item() == 1.0
 
 
 def test_replay_is_a_ring():

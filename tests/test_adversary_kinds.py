@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from advgrpo import config
+from advgrpo.adversary import paired_accuracy
 from advgrpo.build import blind_spots, build_observer
 from advgrpo.distributed import Distributed
 from advgrpo.errors import UserError
@@ -41,7 +42,7 @@ def models(tmp_path_factory, unit_backbone) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch):
     """Half of a short run's time; tests/test_plots.py draws them."""
-    monkeypatch.setattr("advgrpo.run.draw_curves", lambda rows, file: None)
+    monkeypatch.setattr("advgrpo.run.draw_curves", lambda rows, file, held_out: None)
 
 
 @pytest.fixture
@@ -119,6 +120,25 @@ def test_a_dino_adversary_shares_its_network_only_with_an_observer_that_is_the_s
     scorer.observer.embed = lambda images: looked.append(images)
     run.train()
     assert not looked  # the adversary's features were enough
+
+
+def test_process_0_decides_for_all_how_many_updates_the_head_gets(settings):
+    """Means that differ in the last bit, as two types of GPU give, would leave some processes in a sum alone."""
+    made, _ = start(settings("pickscore", adversary={"schedule": "when_fooled", "fooled_margin": 0.0}))
+    trainer = made.trainer
+    table = step_table(trainer.policy, 4, window_steps(made.config, 0), rollout=made.config.rollout)
+    rollout = trainer.rollout(table, 0)
+    scored = trainer.scorer.score(rollout, 0)
+    for decided, updates in (([0.7, 0.5, 0.25], made.config.adversary.updates_per_iteration), ([0.5, 0.7, 0.75], 0)):
+        trainer.distributed.gather_json = lambda value, decided=decided: [decided, value]
+        plan, found = trainer.train_head(rollout, scored, 0)
+        assert (plan.head_updates, found["adversary_updates"]) == (updates, updates)
+        assert found["adversary_accuracy"] == found["adversary_paired_accuracy"] == decided[2]
+        assert trainer.adversary.bias.item() == pytest.approx(0.6)
+    trainer.distributed.gather_json = lambda value: [value]
+    found = trainer.train_head(rollout, scored, 0)[1]
+    pairs = paired_accuracy(scored.components["adversary"], scored.reference_rewards, made.config.rollout.group_size)
+    assert found["adversary_accuracy"] == pytest.approx(pairs.item())
 
 
 def test_what_no_dino_can_see_is_said_once_and_never_guessed(settings):

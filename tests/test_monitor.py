@@ -49,6 +49,7 @@ def healthy_row(i, noise):
         "reward_std": 0.7 + 0.1 * noise(),
         "zero_std_fraction": 0.0,
         "adversary_accuracy": min(1.0, 0.8 + 0.08 * noise()),
+        "adversary_paired_accuracy": min(1.0, 1.0 + 0.01 * noise()),
         "log_prob_drift_max": 0.0,
         "pre_update_clip_fraction": 0.0,
         "grad_norm": 3e-3,
@@ -111,7 +112,7 @@ TRIPS = {
     "overpowered_adversary": ({}, lambda i, row, n: {"adversary_accuracy": 0.8 + 0.2 * ramp(i, 30, 10)}),
     "sleeping_adversary": (
         {},
-        lambda i, row, n: {"adversary_accuracy": 0.5 + 0.03 * n() if i >= 30 else row["adversary_accuracy"]},
+        lambda i, row, n: {"adversary_paired_accuracy": 0.5 + 0.03 * n()} if i >= 30 else {},
     ),
 }
 
@@ -160,7 +161,8 @@ def test_one_odd_iteration_raises_nothing_and_one_good_one_clears_nothing():
         "zero_std_fraction": 1.0,
         "log_prob_drift_max": 1.0,
         "monitor_gradient_rms": 1e-12,
-        "adversary_accuracy": 0.5,
+        "adversary_accuracy": 1.0,
+        "adversary_paired_accuracy": 0.5,
         "monitor_group_diversity": 0.0,
         "monitor_saturation": 1.0,
     }
@@ -177,6 +179,16 @@ def test_a_flag_clears_when_the_cause_is_gone():
     assert held == list(range(held[0], held[-1] + 1))
     assert 20 + 5 <= held[0] <= 20 + 9
     assert 50 + 5 <= held[-1] <= 50 + 9
+
+
+def test_an_adversary_that_ranks_a_prompts_pairs_is_awake_whatever_its_threshold_says():
+    """PickScore's scores share a level and a converged game keeps a head's threshold at one half."""
+    assert not any(feed(make(), series(60, lambda i, row, n: {"adversary_accuracy": 0.5 + 0.02 * n()})))
+    for schedule, advice in (("never", "(now never)"), ("always", "Raise adversary"), ("when_fooled", "margin")):
+        monitor = make(adversary={"schedule": schedule})
+        feed(monitor, series(60, lambda i, row, n: {"adversary_paired_accuracy": 0.5}))
+        (flag,) = monitor.active()
+        assert (flag.name, advice in flag.advice) == ("sleeping_adversary", True)
 
 
 def test_hacking_needs_both_the_reward_and_the_drift():
@@ -301,7 +313,7 @@ def test_a_run_that_starts_collapsed_is_caught_by_the_floor():
 
 
 def test_warm_up_and_iterations_without_a_generator_update_are_not_judged():
-    untrained = {"adversary_accuracy": 0.5, "monitor_group_diversity": 0.0}
+    untrained = {"adversary_paired_accuracy": 0.5, "monitor_group_diversity": 0.0}
     active = feed(make(adversary={"warmup_iterations": 20}), series(20, lambda i, row, n: untrained))
     assert not any(active)
     none = dict.fromkeys(("zero_std_fraction", "log_prob_drift_max", "pre_update_clip_fraction", "grad_norm",
@@ -418,7 +430,7 @@ def test_a_run_with_small_groups_large_eps_a_frozen_head_and_foreign_likelihoods
     """slow_convergence, adam_eps, sleeping_adversary and off_policy."""
     unit_config.update.eps = 0.1
     unit_config.update.max_log_prob_drift = 1.0
-    unit_config.adversary.schedule = "never"
+    unit_config.adversary.learning_rate = 1e-12
     run = watched(unit_config)
     for parameter in run.trainer.adversary.parameters():
         parameter.data.zero_()
@@ -462,7 +474,7 @@ def test_a_run_whose_head_learns_the_wrong_way_round(unit_config, monkeypatch):
 
 def test_a_run_whose_fixed_reward_is_saturation(unit_config, monkeypatch):
     """reward_hacking: the reward pays for colour, and the pictures get more of it every iteration."""
-    unit_config.adversary.schedule = "never"
+    unit_config.adversary.learning_rate = 1e-12
     run = watched(unit_config)
     trainer = run.trainer
     real_rollout, real_score = trainer.rollout, trainer.scorer.score

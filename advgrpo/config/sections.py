@@ -511,9 +511,10 @@ class MonitorSection(Section):
     adam_eps_share: Fraction = 0.1
     """adam_eps: share of the optimizer's step that Adam's eps takes away."""
     overpowered_accuracy: Fraction = 0.99
-    """overpowered_adversary: accuracy at or above this."""
+    """overpowered_adversary: accuracy by the head's own threshold, or by pairs where it has none, at or above this."""
     sleeping_accuracy: Fraction = 0.55
-    """sleeping_adversary: accuracy at or below this; guessing gives 0.5."""
+    """sleeping_adversary: share of (reference, generation) pairs of a prompt ranked right, at or below this; guessing
+    gives 0.5."""
 
 
 class Config(Section):

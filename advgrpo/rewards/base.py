@@ -51,8 +51,9 @@ class HeadLoss(Protocol):
         ...
 
     @property
-    def accuracy(self) -> torch.Tensor:
-        """Scalar float32, the share of pictures on the right side, times local pictures / `total`; detached."""
+    def accuracy(self) -> torch.Tensor | None:
+        """Scalar float32, the share of pictures on the right side of the head's own threshold, times local pictures /
+        `total`; detached. None where scores have no threshold: then only pairs of a prompt tell how well it judges."""
         ...
 
 
@@ -133,6 +134,14 @@ class Adversary(Protocol):
         """What the reference cache keeps of a prompt's references (DINO: at most `cached_patches` random patches).
 
         Same names; a function of the features alone, so cached and fresh ones agree to the last bit.
+        """
+        ...
+
+    def centre(self, generated: float, reference: float) -> None:
+        """Hear the mean rewards of both sides over all processes, once before an iteration's head updates.
+
+        An objective that compares scores with a threshold puts it between them, unless its head has a bias to learn.
+        Called outside captured graphs; what it sets stays in the same storage.
         """
         ...
 

@@ -99,6 +99,9 @@ class FeatureHeadAdversary:
             normalize=self.config.normalize != "never",
         )
 
+    def centre(self, generated: float, reference: float) -> None:
+        """Nothing to do: the head's last layer has a bias, which the hinge moves."""
+
     def loss(self, reference: Features, generated: Features, *, total: int | None = None):
         """HingeHeadLoss on features whose patches are already the chosen ones (`trained_part`)."""
         return hinge_head_loss(

@@ -65,7 +65,7 @@ class PickScoreResult:
 @dataclass
 class PreferenceLoss:
     loss: torch.Tensor  # scalar float32
-    accuracy: torch.Tensor  # scalar float32, detached
+    accuracy: None = None  # PickScore has no zero, and prompts differ more than pictures of one: only pairs tell
 
 
 class PickScoreAdversary:
@@ -84,7 +84,9 @@ class PickScoreAdversary:
         seed: of the run.
         path, processor: as PickScore's.
         trainable_layers: how many vision layers learn, from the last (paper 2, released code 1).
-        objective: "binary" is the paper's, cross-entropy of sigmoid(score) with references as 1 and generations as 0;
+        objective: "binary" is the paper's, cross-entropy with references as 1 and generations as 0, but of
+            sigmoid(score - b): PickScore has no zero (all scores are positive), and without b, the mean score of both
+            sides, the first hundreds of updates drag every score to 0, which group-relative advantages cannot see.
             "pairwise" is the released code's, two-way softmax over the logits (26 * score) of a reference and the
             generation of the same prompt. Replayed generations have no partner, so it wants `replay_capacity` 0.
         learning_rate, betas: Adam's.
@@ -132,6 +134,7 @@ class PickScoreAdversary:
         self._norm = copy.deepcopy(self.clip.model.vision_model.post_layernorm).float()
         self._projection = copy.deepcopy(self.clip.model.visual_projection).float()
         self.clip.model.vision_model.encoder.layers = layers[:-trainable_layers]
+        self.bias = torch.zeros((), device=self.device)  # b, in units of the score; `centre` moves it
         for parameter in self.parameters():
             parameter.grad = torch.zeros_like(parameter)  # one storage for the whole run
         self.optimizer = HeadAdam(self.parameters(), lr=learning_rate, betas=betas)
@@ -188,11 +191,13 @@ class PickScoreAdversary:
         """All of it."""
         return features
 
-    def loss(self, reference: Features, generated: Features, *, total: int | None = None) -> PreferenceLoss:
-        """The objective's loss and accuracy, sums over local pictures divided by `total`.
+    def centre(self, generated: float, reference: float) -> None:
+        """Put the binary objective's threshold midway between the sides' mean scores."""
+        if self.objective == "binary":
+            self.bias.fill_((generated + reference) / 2)
 
-        Accuracy: "binary", the share of pictures whose score has the right sign, half the weight on each side;
-        "pairwise", the share of pairs in which the reference scores higher.
+    def loss(self, reference: Features, generated: Features, *, total: int | None = None) -> PreferenceLoss:
+        """The objective's loss, sums over local pictures divided by `total`.
 
         Raises:
             ValueError: "pairwise" with sides of different length.
@@ -203,26 +208,23 @@ class PickScoreAdversary:
         if self.objective == "pairwise":
             if len(real) != len(fake):
                 raise ValueError(f"pairwise: {len(real)} references but {len(fake)} generations; want pairs in order")
-            pairs = total or max(1, count)
-            margin = real - fake
-            return PreferenceLoss(F.softplus(-margin).sum() / pairs, (margin.detach() > 0).float().sum() / pairs)
-        real, fake = real / SCALE, fake / SCALE
+            return PreferenceLoss(F.softplus(fake - real).sum() / (total or max(1, count)))
+        real, fake = real / SCALE - self.bias, fake / SCALE - self.bias
         shares = [2 * (total or max(1, len(side))) for side in (real, fake)]
-        loss = F.softplus(-real).sum() / shares[0] + F.softplus(fake).sum() / shares[1]
-        right = (real.detach() > 0).float().sum() / shares[0] + (fake.detach() < 0).float().sum() / shares[1]
-        return PreferenceLoss(loss, right)
+        return PreferenceLoss(F.softplus(-real).sum() / shares[0] + F.softplus(fake).sum() / shares[1])
 
     def step(self) -> None:
         """One Adam step on the summed gradients."""
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.tail.named_parameters()}
+        return {"bias": self.bias, **{name: p.detach() for name, p in self.tail.named_parameters()}}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self.tail.named_parameters():
-                parameter.copy_(state[name])
+            for name, tensor in self.state_dict().items():
+                if name != "bias" or name in state:  # checkpoints of before it existed lack it; `centre` sets it anew
+                    tensor.copy_(state[name])
 
 
 def _fingerprint(clip: ClipModel) -> str:
