@@ -73,10 +73,12 @@ class Import(Options):
     folder: Annotated[Path, Positional]
     """Folder with pictures, in subfolders too."""
     out: Path
-    """Folder to write: pictures/, references.json, prompts.txt, sheet.png, manifest.json."""
+    """Folder to write: pictures/, references.json, prompts.txt, held_out.txt, sheet.png, manifest.json."""
     captions: CaptionSource = "auto"
     """Where prompts are: index (references.json), metadata (metadata.jsonl with file_name and text, prompt or caption),
     txt (NAME.txt beside NAME.png), folders (their names), none (a style); auto is the first that is there."""
+    held_out: int = 0
+    """Prompts to set aside for evaluation, in held_out.txt; which depends on nothing but their texts."""
     size: int = 512
     """Side of the squares in pixels."""
     fit: Literal["crop", "letterbox"] = "crop"
@@ -141,7 +143,7 @@ def generate(options: Generate) -> None:
 
 def import_pictures(options: Import, console: Console) -> None:
     """Convert and say what was done."""
-    from .data.reference_import import PICTURES, PROMPTS, ImportRecipe, import_folder
+    from .data.reference_import import HELD_OUT, PICTURES, PROMPTS, ImportRecipe, import_folder
 
     recipe = ImportRecipe(options.size, options.fit, options.background, options.min_size)
     imported = import_folder(
@@ -149,6 +151,7 @@ def import_pictures(options: Import, console: Console) -> None:
         options.out,
         recipe,
         options.captions,
+        held_out=options.held_out,
         skip_unusable=options.skip_unusable,
         progress=lambda work, total: track(work, "converting", total=total, console=console),
     )
@@ -162,7 +165,8 @@ def import_pictures(options: Import, console: Console) -> None:
     if "" in imported.prompts:
         use = f"--data.style {shlex.quote(str(options.out / PICTURES))}"
     else:
-        use = shlex.join(["--data.prompts", str(options.out / PROMPTS), "--data.references", str(options.out)])
+        flags = {"prompts": PROMPTS, **({"held-out-prompts": HELD_OUT} if imported.held_out else {}), "references": ""}
+        use = shlex.join(part for flag, name in flags.items() for part in (f"--data.{flag}", str(options.out / name)))
     prompts = sum(bool(prompt) for prompt in imported.prompts)
     console.print(f"{options.out}: {len(pictures)} pictures of {prompts} prompts; train with {use}", soft_wrap=True)
 

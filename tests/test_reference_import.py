@@ -334,6 +334,22 @@ def test_a_style_has_no_prompts(tmp_path, capsys):
     assert (tmp_path / "out" / "sheet.png").exists()
 
 
+def test_prompts_are_set_aside_for_evaluation(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(photos, out, "--held-out", "1") == 0
+    training, aside = ([p.text for p in load_prompts(out / name)] for name in ("prompts.txt", "held_out.txt"))
+    assert len(training) == 2
+    assert len(aside) == 1
+    assert set(json.loads((out / "references.json").read_text())) == {*training, *aside}
+    assert f"--data.held-out-prompts {out}/held_out.txt" in capsys.readouterr().out
+    save(photos / "zz" / "more.png", gradient(50, 50))
+    assert run(photos, tmp_path / "again", "--held-out", "2") == 0
+    assert set(aside) <= {p.text for p in load_prompts(tmp_path / "again" / "held_out.txt")}
+    for number in ("4", "-1"):
+        assert run(photos, out, "--held-out", number) == 2
+        assert f"--held-out {number}: want 0, or fewer than the 4 prompts" in capsys.readouterr().err
+
+
 def metadata(folder, *lines):
     captioned(folder, a=None, b=None)
     (folder / "metadata.jsonl").write_text("\n".join(lines))

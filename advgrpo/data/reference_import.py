@@ -7,6 +7,7 @@ comes last: what has no references.json is not finished.
     OUT/pictures/….png     the squares; a style (no captions) is this folder
     OUT/references.json    {prompt: [files]}, what `ReferenceSet` reads
     OUT/prompts.txt        its prompts, one a line
+    OUT/held_out.txt       those set aside for evaluation, if any
     OUT/manifest.json      recipe, library versions, SHA-256 and original of every picture
     OUT/sheet.png          what it looks like
 """
@@ -30,7 +31,7 @@ from advgrpo.data.reference_builder import INDEX, MANIFEST, library_versions, re
 from advgrpo.data.reference_check import draw_contact_sheet
 from advgrpo.errors import UserError
 
-PICTURES, PROMPTS, SHEET = "pictures", "prompts.txt", "sheet.png"
+PICTURES, PROMPTS, HELD_OUT, SHEET = "pictures", "prompts.txt", "held_out.txt", "sheet.png"
 _STAMP = "advgrpo"  # key of the PNG text chunk: the hash of the pixels
 _OTHER_PICTURES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff", ".psd", ".svg", ".dng", ".cr2"}
 _NAMED = 5
@@ -73,6 +74,7 @@ class Imported:
     kept: int = 0  # finished by an earlier run
     notices: dict[str, list[str]] = field(default_factory=dict)  # what was done to which originals
     skipped: list[str] = field(default_factory=list)  # "file: why", with skip_unusable
+    held_out: list[str] = field(default_factory=list)  # prompts that are not in prompts.txt
 
 
 def import_folder(
@@ -81,6 +83,7 @@ def import_folder(
     recipe: ImportRecipe,
     captions: CaptionSource,
     *,
+    held_out: int = 0,
     skip_unusable: bool = False,
     progress: Callable[[Iterable, int], Iterable] = lambda work, total: work,
 ) -> Imported:
@@ -88,6 +91,7 @@ def import_folder(
 
     Args:
         captions: where the prompts are; see `read_captions`.
+        held_out: how many prompts to set aside for evaluation; which depends on nothing but their texts.
         skip_unusable: leave out what cannot be read, or is too small or too large, instead of refusing to finish.
         progress: wraps the loop over pictures, of which it is told the number.
 
@@ -99,7 +103,8 @@ def import_folder(
     files, notices = _find_pictures(folder)
     _check_out(folder, out, recipe)
     source, captioned = read_captions(folder, files, captions)
-    result = Imported({}, source, notices=notices)
+    aside = _set_aside([text for texts in captioned.values() for text in texts], held_out)
+    result = Imported({}, source, notices=notices, held_out=aside)
     done: dict[Path, _Done] = {}
     unusable: list[str] = []
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))  # Pillow decodes without the GIL
@@ -125,6 +130,14 @@ def import_folder(
     result.skipped = unusable
     _write_set(out, recipe, captioned, done, result)
     return result
+
+
+def _set_aside(prompts: list[str], count: int) -> list[str]:
+    """`count` of the prompts, in an order that depends on each alone."""
+    distinct = set(prompts) - {""}
+    if count and not 0 < count < len(distinct):
+        raise UserError(f"--held-out {count}: want 0, or fewer than the {len(distinct)} prompts")
+    return sorted(distinct, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:count]
 
 
 def _find_pictures(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
@@ -268,7 +281,12 @@ def _write_set(out: Path, recipe: ImportRecipe, captions: Captions, done: dict[P
     if "" in result.prompts:
         draw_contact_sheet(out / PICTURES, out / SHEET)
         return
-    _write(out / PROMPTS, "".join(f"{prompt}\n" for prompt in result.prompts))
+    result.held_out = [prompt for prompt in result.prompts if prompt in result.held_out]
+    lists = {PROMPTS: [prompt for prompt in result.prompts if prompt not in result.held_out]}
+    if result.held_out:
+        lists[HELD_OUT] = result.held_out
+    for name, prompts in lists.items():
+        _write(out / name, "".join(f"{prompt}\n" for prompt in prompts))
     _write(out / INDEX, _json(result.prompts))
     draw_contact_sheet(out, out / SHEET)
 
