@@ -1,23 +1,22 @@
-"""An iteration of ours against B0's on the tiny model, in one process.
+"""An iteration of ours against B0's on the tiny model, in one process, taking turns.
 
 Where the factor comes from, in CPU seconds of one thread: the rows of a prompt are computed once up to the window's
 first step, in sampling and in the update; merged LoRA on ODE steps; adapters folded into the narrow weights; one QKV
 product per stream; a channels_last decoder; cached reference features. What is gated on a GPU is in test_structure.py.
 
-Planted in the test below: every row computed in every step.
+The lower end of the interval is held, so that neighbours on the machine widen it instead of deciding: about 2.1 is
+measured, alone as at a load of ten. Planted, and its own control: every row computed in every step gives 1.2.
 """
-
-import statistics
-import time
 
 import pytest
 import torch
 
+from bench import timing
 from bench.contenders import Contenders, tiny
 from bench.step import units
 
-ROUNDS = 5
-ATTEMPTS = 4  # a busy machine moves a median by a few per cent
+ROUNDS = 6
+AT_LEAST = 1.6
 
 
 @pytest.fixture(scope="module")
@@ -25,30 +24,21 @@ def contenders(tmp_path_factory) -> Contenders:
     return tiny(tmp_path_factory.mktemp("speed"), "cpu")
 
 
-def ratio(contenders: Contenders) -> float:
-    """Median CPU time of B0's iteration over ours, taking turns; CPU time, since others may use the machine too."""
-    unit, seconds = units(contenders)["iteration"], {"ours": [], "baseline": []}
+@pytest.mark.slow
+def test_an_iteration_is_well_ahead_of_the_baseline_and_would_not_be_without_the_shared_prefix(contenders, monkeypatch):
+    iteration, sampler = units(contenders)["iteration"], contenders.trainer.sampler
+
+    def unshared():
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, "share_prefix", False)
+            iteration.ours()
+
+    variants = {"ours": iteration.ours, "unshared": unshared, "baseline": iteration.baseline}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for turn in range(ROUNDS + 1):  # the first is warm-up
-            for name, values in seconds.items():
-                begin = time.process_time()
-                getattr(unit, name)()
-                if turn:
-                    values.append(time.process_time() - begin)
+        times = timing.interleave(variants, "cpu", repeats=ROUNDS, warmup=1)
     finally:
         torch.set_num_threads(threads)
-    return statistics.median(seconds["baseline"]) / statistics.median(seconds["ours"])
-
-
-@pytest.mark.slow
-def test_an_iteration_is_twice_as_fast_as_the_baseline(contenders, monkeypatch):
-    best = 0.0
-    for _ in range(ATTEMPTS):
-        best = max(best, ratio(contenders))
-        if best >= 2.0:
-            break
-    assert best >= 2.0
-    monkeypatch.setattr(contenders.trainer.sampler, "share_prefix", False)
-    assert ratio(contenders) < 2.0
+    assert timing.ratio(times["baseline"], times["ours"]).low >= AT_LEAST
+    assert timing.ratio(times["baseline"], times["unshared"]).high < AT_LEAST
