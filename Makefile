@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint tiny-assets gpu-carry clean
+.PHONY: train test lint golden tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -15,6 +15,10 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Record the numbers of tests/golden/losses anew, after a change that is meant to change them.
+golden: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden_runs $(ARGS)
 
 # Rebuild what advgrpo/tiny/assets ships; about an hour and a half of two CPU cores.
 tiny-assets: $(VENV)/.train

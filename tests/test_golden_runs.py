@@ -1,0 +1,39 @@
+"""Three iterations of every family of jobs against committed numbers (`golden_runs.py`).
+
+Seen red: references scored with the generations' patch draws; patch seeds of both sides alike; references drawn by
+local row. What changes these numbers on purpose records them anew with `make golden` and says why in its message.
+"""
+
+import json
+
+import pytest
+import torch
+
+from tests import golden_runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("golden")  # the runs share a cache of texts and features, as a user's do
+
+
+@pytest.mark.parametrize("name", sorted(golden_runs.RUNS))
+def test_a_run_repeats_its_committed_numbers(name, folder):
+    expected = json.loads((golden_runs.FOLDER / f"{name}.json").read_text())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = json.loads(json.dumps(golden_runs.run(name, folder)))
+    finally:
+        torch.set_num_threads(threads)
+    if expected["machine"] == golden_runs.machine():
+        assert found == expected["iterations"]
+    for own, recorded in zip(found, expected["iterations"], strict=True):
+        assert own.keys() == recorded.keys()
+        for key, value in recorded.items():
+            close = value if value is None else pytest.approx(value, rel=golden_runs.TOLERANCE, abs=1e-5)
+            assert own[key] == close, key
+
+
+def test_every_file_belongs_to_a_run():
+    assert {path.stem for path in golden_runs.FOLDER.glob("*.json")} == set(golden_runs.RUNS)
