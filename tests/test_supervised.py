@@ -175,6 +175,8 @@ def test_each_window_is_a_step_and_a_run_resumes_as_if_never_stopped(settings, t
 
 
 def test_nothing_is_loaded_that_nothing_needs(settings, unit_backbone):
+    with pytest.raises(UserError, match=r"rewards\.rule\.weight = 1 would not be looked at"):
+        build(change(settings, rewards={"rule": {"weight": 1.0}}))
     made = build(settings)
     scorer = made.trainer.scorer
     assert (scorer.adversary, scorer.observer, scorer.rewards, made.trainer.head_trainer) == (None, None, {}, None)
