@@ -93,7 +93,8 @@ def build_observer(config: Config, adversary: Adversary | None, device: torch.de
     is shared. Supervised fine-tuning has no adversary: it takes the DINO that would be one, for evaluation only.
     """
     wanted = _observer_settings(config)
-    unused = config.update.objective == "sft" and "dino_similarity" not in config.evaluation.metrics
+    measured = config.data.held_out_prompts and "dino_similarity" in config.evaluation.metrics
+    unused = config.update.objective == "sft" and not measured
     if wanted is None or unused:
         return None
     path, image_size, fields = wanted

@@ -2,7 +2,9 @@
 
 Bugs planted in a copy, each seen red: a SigLIP adversary as the observer; evaluation.backbone ignored when the
 adversary is DINO; the observer left out of the scorer; a shared DINO loaded a second time; a monitor that says nothing
-about what it cannot judge.
+about what it cannot judge; a held-out similarity through the adversary's DINO instead of the observer; SigLIP's
+features taken for those of an evaluation.backbone of the same folder; fine-tuning that drops an evaluation.backbone in
+silence, or loads it without evaluation.
 """
 
 import io
@@ -16,7 +18,7 @@ from rich.console import Console
 
 from advgrpo import config
 from advgrpo.adversary import paired_accuracy
-from advgrpo.build import blind_spots, build_observer
+from advgrpo.build import blind_spots, build_adversary, build_observer
 from advgrpo.distributed import Distributed
 from advgrpo.errors import UserError
 from advgrpo.policy.dynamics import step_table, window_steps
@@ -47,10 +49,11 @@ def _no_curves(monkeypatch):
 
 @pytest.fixture
 def settings(unit_config, models):
-    """(kind, sections) -> a run of two iterations without evaluation."""
+    """(kind, sections) -> a run of two iterations, evaluated only where `evaluated` says so."""
 
-    def make(kind: str, **sections):
-        quick = {"data": {"held_out_prompts": ""}, "evaluation": {"backbone_image_size": 32}}
+    def make(kind: str, *, evaluated: bool = False, **sections):
+        held_out = unit_config.data.held_out_prompts if evaluated else ""
+        quick = {"data": {"held_out_prompts": held_out}, "evaluation": {"backbone_image_size": 32}}
         made = config.merge(unit_config.model_dump(), quick)
         if kind == "sft":
             made = config.merge(made, {"update": {"objective": "sft"}})
@@ -77,13 +80,19 @@ def rows_of(made: Run) -> list[dict]:
 @pytest.mark.parametrize("kind", ["dino", "siglip", "pickscore", "none", "sft"])
 def test_every_kind_trains_and_is_watched_by_the_dino_that_was_asked_for(settings, models, kind):
     """No reward is trained on the second DINO, whatever the adversary looks through."""
-    chosen = settings(kind, evaluation={"backbone": models["other"], "metrics": ["dino_similarity"]})
+    looks = {"backbone": models["other"], "metrics": ["dino_similarity"]}
+    chosen = settings(kind, evaluated=True, evaluation=looks)
     made, said = start(chosen)
     assert "monitor:" not in said
+    metric = made.evaluator.metrics["dino_similarity"]
+    assert metric.backbone.folder == models["other"]
+    assert metric is made.trainer.scorer.observer
     before = [p.detach().clone() for _, p in made.trainer.policy.trainable_parameters()]
     head = made.trainer.adversary
     heads = {} if head is None else {name: t.clone() for name, t in head.state_dict().items()}
     made.train()
+    summary = json.loads((Path(chosen.output_dir) / "summary.json").read_text())
+    assert -1 <= summary["final"]["dino_similarity"] <= 1
     rows = rows_of(made)
     assert len(rows) == 2
     for row in rows:
@@ -120,6 +129,26 @@ def test_a_dino_adversary_shares_its_network_only_with_an_observer_that_is_the_s
     scorer.observer.embed = lambda images: looked.append(images)
     run.train()
     assert not looked  # the adversary's features were enough
+
+
+def test_a_siglip_is_no_dino_although_its_features_are_there_already(settings, models):
+    """Folder and size are the adversary's own, so that its features would be at hand."""
+    chosen = settings("siglip", evaluation={"backbone": models["siglip"]})
+    adversary = build_adversary(chosen, CPU)
+    assert (adversary.backbone.folder, adversary.backbone.image_size) == (models["siglip"], 32)
+    with pytest.raises(UserError, match=r"evaluation\.backbone = .* is a siglip, not a dinov2"):
+        build_observer(chosen, adversary, CPU)
+    with pytest.raises(UserError, match=r"evaluation\.backbone = .* is a siglip; want a dinov2"):
+        start(chosen)
+
+
+def test_fine_tuning_looks_through_evaluation_backbone_or_refuses_it(settings, models):
+    """Nothing else looks through it there: no reward is given and no picture is sampled while it trains."""
+    looks = {"backbone": models["other"]}
+    with pytest.raises(UserError, match=r"evaluation\.backbone = .*/other' would not be looked through.*sft.*metrics"):
+        start(settings("sft", evaluated=True, evaluation={**looks, "metrics": ["saturation"]}))
+    unevaluated = settings("sft", evaluation={**looks, "metrics": ["dino_similarity"]})
+    assert build_observer(unevaluated, None, CPU) is None  # evaluation is off as a whole: no DINO is loaded for nothing
 
 
 def test_process_0_decides_for_all_how_many_updates_the_head_gets(settings):

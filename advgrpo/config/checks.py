@@ -271,6 +271,13 @@ def _check_supervised(config: Config) -> None:
                 f"update.{name} = {getattr(update, name)!r} is the policy gradient's, but update.objective = sft; "
                 f"set update.{name} = {plain}"
             )
+    evaluation = config.evaluation
+    if evaluation.backbone and "dino_similarity" not in evaluation.metrics:
+        raise UserError(
+            f"evaluation.backbone = {evaluation.backbone!r} would not be looked through: update.objective = sft "
+            "samples no pictures while it trains, and evaluation.metrics does not name dino_similarity; add it or "
+            "leave evaluation.backbone empty"
+        )
 
 
 def noisy_steps(rollout: RolloutSection) -> int:
