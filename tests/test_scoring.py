@@ -3,7 +3,8 @@
 Bugs planted in a copy, each seen red: the gate gives the mean instead of the lowest; groups normalised over the whole
 iteration; the reference budget counts prompts; shared references computed once per prompt; out of memory passed on as
 it is; components not logged; references of a reward that compares with them scored, or scored at every use; the
-observer names the adversary's field; rewards of references not looked at before the update.
+observer names the adversary's field; rewards of references not looked at before the update; a picture exactly at the
+gate barred; references drawn by the row on a process instead of the picture's number.
 """
 
 import json
@@ -22,7 +23,8 @@ from advgrpo.memory import advice
 from advgrpo.rewards import REWARDS, reward_class
 from advgrpo.rewards.compose import compose, normalized
 from advgrpo.run import Run
-from advgrpo.scoring import ReferenceScores
+from advgrpo.scoring import ReferenceScores, Scorer
+from advgrpo.types import Rollout, Tile, TileRollout
 
 
 def run(settings, *, resume=False) -> Run:
@@ -56,7 +58,8 @@ def test_normalisation_is_per_group_or_over_the_iteration():
 
 
 def test_a_gated_picture_gets_its_groups_lowest_total_and_nobody_elses():
-    quality, bar = torch.tensor([5.0, 1.0, 2.0, 9.0, 3.0, 4.0]), torch.tensor([0.1, 0.9, 0.9, 0.9, 0.9, 0.9])
+    """The gate itself passes: a judge's 1.0 is not below a gate of 1.0."""
+    quality, bar = torch.tensor([5.0, 1.0, 2.0, 9.0, 3.0, 4.0]), torch.tensor([0.1, 0.9, 0.9, 0.5, 0.9, 0.9])
     sections = {"quality": RewardSection(weight=1.0), "bar": RewardSection(weight=0.0, gate=0.5)}
     assert compose({"quality": quality, "bar": bar}, sections, 3).tolist() == [1.0, 1.0, 2.0, 9.0, 3.0, 4.0]
 
@@ -186,6 +189,33 @@ def test_the_observer_names_its_own_field(unit_config):
     settings.evaluation.backbone, settings.evaluation.backbone_image_size = unit_config.adversary.backbone, 33
     with pytest.raises(UserError, match=r"evaluation\.backbone_image_size = 33 is not a multiple"):
         Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+
+
+def share(ids: list[int], prompts: list[str], group_size: int) -> Rollout:
+    """What a process holds that drew these pictures, two to a tile."""
+    tiles = []
+    for start in range(0, len(ids), 2):
+        image_ids = torch.tensor(ids[start : start + 2])
+        groups, row = (image_ids // group_size).unique(return_inverse=True)
+        tile = Tile(image_ids, [prompts[group] for group in groups.tolist()], groups, row, optimizer_window=0)
+        tiles.append(TileRollout(tile, conditioning=None, steps=[], images=torch.zeros(len(image_ids), 3, 8, 8)))
+    return Rollout(tiles)
+
+
+@pytest.mark.parametrize("choice", ["random", "in_turn"])
+def test_a_picture_meets_the_same_reference_whoever_holds_it(unit_config, choice):
+    settings = change(unit_config, adversary={"reference_choice": choice})
+    sources = Sources.read(settings)
+    scorer = Scorer(settings, None, None, {}, sources.references, None, Distributed.start("cpu"))
+    of_everything = share(list(range(8)), sources.prompts[:2], settings.rollout.group_size)
+    whole = scorer._reference_draws(of_everything, iteration=3)
+    assert whole.shape == (8,)
+    assert 0 <= whole.min() < whole.max() < 1
+    for ids in ([0, 1, 2, 3], [4, 5, 6, 7], [0, 2, 4, 6], [7, 1, 5, 3]):
+        held = share(ids, sources.prompts[:2], settings.rollout.group_size)
+        assert torch.equal(scorer._reference_draws(held, iteration=3), whole[ids])
+    again = scorer._reference_draws(of_everything, iteration=4)
+    assert torch.equal(again, whole) == (choice == "in_turn")
 
 
 def test_references_in_turn_are_seen_alike_and_go_by_the_place_in_the_group(unit_config, monkeypatch):
