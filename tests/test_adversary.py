@@ -2,7 +2,9 @@
 
 Bugs planted in a copy, each seen red: sign of a hinge; loss weights swapped with reward weights; L2 normalisation left
 on in head training; the generator trained although the reward is fooled; the reward's patches always drawn without
-replacement; replay slots not wrapped; random patches keyed by local instead of global picture number.
+replacement; replay slots not wrapped; random patches keyed by local instead of global picture number; one seed for the
+patches of both sides, in updates or in the evaluation; a seed without the update's or the iteration's number; the
+reward's patches drawn alike for generations and references, or in every iteration.
 """
 
 from pathlib import Path
@@ -136,11 +138,15 @@ def test_patches_are_drawn_as_the_setting_says_for_reward_and_head_alike(unit_ba
         patch.setattr("advgrpo.rewards.feature_head.score_features", spy)
         adversary.score(features, ids, purpose="reward", iteration=0)
         adversary.score(features.rows(torch.tensor([4])), ids[4:5], purpose="reward", iteration=0)
+        adversary.score(features, ids, purpose="reference", iteration=0)
+        adversary.score(features, ids, purpose="reward", iteration=1)
     for drawn in (trained, seen[0]):
         distinct = [len(set(row)) for row in drawn.tolist()]
         assert all(n == 40 for n in distinct) if sampling == "without_replacement" else max(distinct) < 40
         assert len({tuple(row) for row in drawn.tolist()}) == 6  # every picture its own
     assert torch.equal(seen[1][0], seen[0][4])  # whatever the batch
+    for purpose_or_iteration in seen[2:]:
+        assert not any(torch.equal(*pair) for pair in zip(purpose_or_iteration, seen[0]))
     assert torch.equal(
         adversary.trained_part(features.rows(torch.tensor([4])), ids[4:5], 5)["patches"][0, :, 0], trained[4]
     )
@@ -170,6 +176,20 @@ def head_batch(ids: torch.Tensor) -> HeadBatch:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(2, 12, 65, 64, generator=generator)
     return HeadBatch(ids, split_tokens(tokens[0][ids]), split_tokens(tokens[1][ids] + 0.5), total=12)
+
+
+def test_both_sides_and_every_update_draw_their_own_patches(unit_backbone):
+    """The same patches on both sides would let the head compare places in pictures that have nothing in common."""
+    trainer = HeadTrainer(make_adversary(unit_backbone), reduce=lambda t: None, rank=0, world_size=1)
+    batch = head_batch(torch.arange(12))
+    draws = [trainer._draw(batch, *at).seeds.tolist() for at in ((0, 0), (0, 1), (1, 0))]
+    seeds, real = [], trainer.adversary.trained_part
+    trainer.adversary.trained_part = lambda features, ids, seed: seeds.append(seed) or real(features, ids, seed)
+    trainer.evaluate(batch, 0)
+    trainer.evaluate(batch, 1)
+    every = [seed for pair in draws for seed in pair] + seeds
+    assert len(seeds) == 4
+    assert len(every) == len(set(every)) == 10
 
 
 @pytest.mark.parametrize("sampling", ["without_replacement", "with_replacement"])
