@@ -1,4 +1,7 @@
-"""Curves and grids show what they were given, where it belongs."""
+"""Curves and grids show what they were given, where it belongs.
+
+Bugs planted in a copy, each seen red: the accuracy over pairs not drawn; one accuracy drawn twice.
+"""
 
 import numpy as np
 import pytest
@@ -94,6 +97,17 @@ def test_what_the_update_did_has_panels():
     assert {"Policy loss", "KL to the base model", "Likelihood ratio", "Clipped ratios"} <= set(found)
     assert found["Clipped ratios"].get_ylim()[0] == 0
     assert found["Likelihood ratio"].lines[1].get_ydata()[0] == 1
+
+
+def test_accuracy_over_pairs_stands_beside_that_by_the_heads_own_threshold():
+    """Two different things for a head with a threshold; PickScore has none, and both of its keys are of pairs."""
+    two = [record(i, adversary_paired_accuracy=0.9, adversary_accuracy=0.75 + 0.01 * i) for i in range(3)]
+    one = [record(i, adversary_paired_accuracy=0.9, adversary_accuracy=0.9) for i in range(3)]
+    pairs, chance = ("pairs of a prompt", [0.9] * 3), ("chance: fully fooled", [0.5, 0.5])
+    for metrics, expected in ((two, [pairs, ("own threshold", [0.75, 0.76, 0.77]), chance]), (one, [pairs, chance])):
+        axes = panels(metrics)["Adversary accuracy"]
+        assert [(line.get_label(), list(line.get_ydata())) for line in axes.lines] == expected
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [label for label, _ in expected]
 
 
 def test_a_fixed_reward_stands_beside_what_the_references_get():
