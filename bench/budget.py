@@ -13,10 +13,11 @@ class OutOfTime(RuntimeError):
 
 
 class Budget:
-    """Seconds that are left of a run; None never runs out."""
+    """Seconds that are left of a run, or of one part's share of it; None never runs out."""
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, run: Budget | None = None) -> None:
         self.end = None if seconds is None else time.monotonic() + seconds
+        self.run = run or self  # what it is a share of: beyond its share a part may still end within the run
 
     @property
     def left(self) -> float:
@@ -25,7 +26,7 @@ class Budget:
 
     def share(self, part: float) -> Budget:
         """`part` (0 to 1) of what is left, from now on."""
-        return Budget(None if self.end is None else part * self.left)
+        return Budget(None if self.end is None else part * self.left, self.run)
 
 
 class Report(dict):

@@ -10,8 +10,9 @@ machine can say about them.
 weights: no downloads and no diffusers, but a GPU; `--size small` is a random model of seconds, for rehearsals. The unit
 of all is one iteration of `bench/contenders.py`.
 
-`--json` is rewritten after every round of every measurement, so a run that is cut off keeps what it has found; with
-`--seconds` it ends by itself: fewer rounds (every entry says how many), then measurements left out, which are named.
+With `--seconds` it ends by itself: at first every measurement gets the three rounds that make a figure, in the order of
+their worth (`ORDER`), then all get more, in turn, as long as there is time. Every entry says how many it got, and what
+did not fit is named. `--json` is rewritten after every round, so a run that is cut off keeps what it has found.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,10 +42,9 @@ from .random_policy import FULL
 
 SCHEMA = 2
 REPEATS = {"cuda": 7, "cpu": 5}
-WARMUP = {"cuda": 3, "cpu": 1}
 FORWARD_TFLOP = 35.579400290304  # one B=16 forward of SD3.5-medium, counted (tests/test_stock_model.py)
 PEAK_TFLOP_S = 989  # dense bfloat16 of an H100 or H200, for MFU
-WEIGHT = {"sampler": 3, "iteration": 4, "update": 2, "adversary": 1, "waterfall": 4, "peak memory": 1, "FP8 forward": 1}
+ORDER = ("sampler", "iteration", "update", "adversary", "peak memory", "sampler FP8", "FP8 forward", "waterfall")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ class Unit:
     baseline: Callable[[], object]
     amount: float
     unit: str
-    shared: Callable[[], object] | None = (
-        None  # the baseline with the same sharing of a prompt's prefix, if any is left
-    )
+    shared: Callable[[], object] | None = None  # the baseline sharing a prompt's prefix alike, if any is left
+
+    def sides(self) -> dict[str, Callable[[], object]]:
+        given = {"ours": self.ours, "baseline": self.baseline, "baseline_shared": self.shared}
+        return {name: run for name, run in given.items() if run is not None}
 
 
 def units(c: Contenders, *, share_prefix: bool = True) -> dict[str, Unit]:
@@ -105,21 +108,6 @@ def verify(c: Contenders) -> dict[str, Check]:
     return checks
 
 
-def measure(unit: Unit, device: str, repeats: int, budget: Budget, put: Callable[[dict], None]) -> None:
-    """Hand `put` the rates of both sides and their ratio after every round; above 1, ours is faster."""
-    variants = {"ours": unit.ours, "baseline": unit.baseline}
-    if unit.shared:
-        variants["baseline_shared"] = unit.shared
-    timing.interleave(
-        variants,
-        device,
-        repeats=repeats,
-        warmup=WARMUP[device],
-        budget=budget,
-        after_round=lambda times: put(figures(unit, times, repeats)),
-    )
-
-
 def figures(unit: Unit, times: dict[str, np.ndarray], wanted: int) -> dict[str, object]:
     """Rates, ratios with their intervals, and in how many of the wanted rounds."""
     gain = timing.ratio(times["baseline"], times["ours"])
@@ -163,6 +151,7 @@ class Session:
     def __init__(self, size: str, device: str, repeats: int, options: argparse.Namespace, folder: Path) -> None:
         self.size, self.device, self.repeats, self.folder = size, device, repeats, folder
         self.options, self.budget = options, Budget(options.seconds)
+        self.turns: dict[str, timing.Turns] = {}
         facts = timing.environment(device)
         print("  ".join(f"{name} {value}" for name, value in facts.items()))
         known = {"size": size, "seconds": options.seconds, "environment": facts}
@@ -176,7 +165,9 @@ class Session:
             changes["rollout"]["window"] = {"steps": options.window}
         self.changes = changes
         builders = {"tiny": tiny, "small": small, "full": partial(random, size=FULL)}
+        started = time.monotonic()
         self.c: Contenders = builders[size](folder, device, **changes)
+        self.building = time.monotonic() - started
         self.report.put("attention", self._attention_name())
         self.report.put("window", list(self.c.window))
         self.report.put("initial_noise", options.noise)
@@ -186,43 +177,104 @@ class Session:
         return choose_attention(section.attention, self.c.device, self.c.trainer.policy.dtype)[0]
 
     def run(self, only: list[str]) -> Report:
-        """Verify, then everything in the order of its worth, each with its share of the time that is left."""
-        checks = verify(self.c)
-        self.report["parity"] = {name: vars(check) | {"passed": check.passed} for name, check in checks.items()}
-        self.report.put("refused", [name for name in only if not checks[name].passed])
-        self._attempt("on-policy", self._on_policy, Budget(None))
-        parts: dict[str, Callable[[Budget], None]] = {}
+        """Verify; then everything in the order of its worth, as few rounds as make a figure; then more of them."""
+        self.checks = verify(self.c)
+        self.report["parity"] = {name: vars(check) | {"passed": check.passed} for name, check in self.checks.items()}
+        self.report.put("refused", [name for name in only if not self.checks[name].passed])
+        self._attempt("on-policy", self._on_policy)
+        parts: dict[str, Callable[[], None]] = {}
         for name in only:
-            if checks[name].passed:
+            if self.checks[name].passed:
                 parts[name] = partial(self._measure, name)
             else:
-                print(step_report.unit_line(name, None, checks[name]))
-        if checks["sampler"].passed:
+                print(step_report.unit_line(name, None, self.checks[name]))
+        if self.checks["sampler"].passed:
             parts["waterfall"] = self._waterfall
         if self.device == "cuda":
-            parts |= {"peak memory": self._peak_memory}
+            parts["peak memory"] = self._peak_memory
         if self.size == "full":
-            parts |= {"FP8 forward": self._fp8_forward}
-        parts = {name: parts[name] for name in WEIGHT if name in parts}
-        for name, part in parts.items():
-            later = list(parts)[list(parts).index(name) :]
-            self._attempt(name, part, self.budget.share(WEIGHT[name] / sum(WEIGHT[other] for other in later)))
-            if name in checks and name in self.report:
-                print(step_report.unit_line(name, self.report[name], checks[name]))
-        self.report.put("goals", step_report.goals(self.report))
+            parts["FP8 forward"] = self._fp8_forward
+            if self.checks["sampler"].passed:
+                parts["sampler FP8"] = self._sampler_fp8
+        for name in ORDER:
+            if name in parts:
+                self._attempt(name, parts[name], self._expected(name))
+                self._say(name)
+        self._more_rounds()
+        self._put("goals", step_report.goals(self.report))
         return self.report
 
-    def _attempt(self, name: str, part: Callable[[Budget], None], budget: Budget) -> None:
+    def _attempt(self, name: str, part: Callable[[], None], expected: float = 0.0) -> None:
         """Run `part`; what it cannot do is said, and does not take the others with it."""
         try:
-            part(budget)
+            left = self.budget.left
+            if expected > left or not left:
+                raise OutOfTime(f"about {expected:.0f} s do not fit in the {left:.0f} s that are left")
+            part()
         except OutOfTime as error:
             print(f"{name:10} left out: {error}")
             self.report["left_out"][name] = str(error)
         except Exception as error:  # kept in the report; the exit status tells
             traceback.print_exc()
             self.report["failed"][name] = f"{type(error).__name__}: {error}"
+            self.turns.pop(name, None)
+        self._put("goals", step_report.goals(self.report))
+
+    def _expected(self, name: str) -> float:
+        """Seconds until `name` has its first figure, as far as what was timed before tells; 0 where nothing does."""
+
+        def seconds(unit: str) -> float:  # one call of each side
+            entry = self.report.get(unit)
+            return entry["ours_seconds"]["median"] + entry["baseline_seconds"]["median"] if entry else 0.0
+
+        sampler, rows = seconds("sampler"), 7 / 2  # the waterfall's rows lie between both sides
+        of_fp8 = self.building if self.size == "full" and "fp8" not in vars(self) else 0.0
+        return {  # one call to warm up and one that is timed
+            "iteration": 3 * sampler,
+            "update": sampler,
+            "peak memory": seconds("iteration"),
+            "sampler FP8": of_fp8 + 2 * sampler,
+            "FP8 forward": of_fp8,
+            "waterfall": of_fp8 + 2 * rows * sampler,
+        }.get(name, 0.0)
+
+    def _say(self, name: str) -> None:
+        """The line of a unit that has a figure."""
+        if name in self.checks and name in self.report:
+            print(step_report.unit_line(name, self.report[name], self.checks[name]))
+
+    def _put(self, name: str, value: object) -> None:
+        """A figure, and what the goals say with it: on disk at once."""
+        self.report[name] = value
         self.report.put("goals", step_report.goals(self.report))
+
+    def _play(self, name: str, variants: dict[str, Callable[[], object]], put: Callable[[dict], None]) -> None:
+        """The first rounds of `name`, after one call of each (parity has run them before); more come later.
+
+        Raises:
+            OutOfTime: not even one round fits.
+        """
+        turns = timing.Turns(variants, self.device, put)
+        turns.warm_up()
+        turns.play(min(self.repeats, timing.FEWEST), self.budget)
+        if not turns.rounds:
+            left = f"{self.budget.left:.1f} s that are left"
+            raise OutOfTime(f"a round of {turns.last:.1f} s does not fit in the {left}")
+        self.turns[name] = turns
+
+    def _more_rounds(self) -> None:
+        """What time is left: one more round of each part in turn, until all have what was asked for."""
+        grown = set()
+        while self.turns:
+            for name, turns in list(self.turns.items()):
+                if turns.rounds >= self.repeats or turns.last > self.budget.left:
+                    del self.turns[name]
+                    continue
+                grown.add(name)
+                self._attempt(name, partial(turns.play, turns.rounds + 1, self.budget))
+        for name in ORDER:
+            if name in grown:
+                self._say(name)
 
     @cached_property
     def units(self) -> dict[str, Unit]:
@@ -239,31 +291,42 @@ class Session:
         self.report.put("calibration", timing.as_json(found))
         return found
 
-    def _on_policy(self, budget: Budget) -> None:
+    def _on_policy(self) -> None:
         metrics = self.c.trainer.iterate()
         names = ("log_prob_drift_max", "pre_update_clip_fraction")
-        self.report.put("on_policy", {name: metrics[name] for name in names})
+        self._put("on_policy", {name: metrics[name] for name in names})
 
-    def _measure(self, name: str, budget: Budget) -> None:
-        measure(self.units[name], self.device, self.repeats, budget, partial(self.report.put, name))
-        if self.size == "full" and name == "sampler":  # FLOPs of the algorithm: 16 rows are 8 guided pictures, 10 steps
-            rate = self.report["sampler"]["ours"]
-            self.report.put("sampler_mfu", rate * 10 * FORWARD_TFLOP / 8 / PEAK_TFLOP_S)
+    def _measure(self, name: str) -> None:
+        unit = self.units[name]
 
-    def _waterfall(self, budget: Budget) -> None:
+        def put(times: dict[str, np.ndarray]) -> None:
+            self._put(name, figures(unit, times, self.repeats))
+            if self.size == "full" and name == "sampler":  # FLOPs of the algorithm: 16 rows are 8 guided pictures
+                steps, rate = self.c.config.rollout.num_steps, self.report["sampler"]["ours"]
+                self._put("sampler_mfu", rate * steps * FORWARD_TFLOP / 8 / PEAK_TFLOP_S)
+
+        self._play(name, unit.sides(), put)
+
+    def _sampler_fp8(self) -> None:
+        """P2. Not held to B0's numbers: FP8 rounds its ODE steps."""
+        fp8 = self.fp8
+        table, own = fp8.table(), self.units["sampler"]
+        unit = Unit(lambda: fp8.trainer.rollout(table, 0), own.baseline, own.amount, own.unit)
+        self._play(
+            "sampler FP8", unit.sides(), lambda times: self._put("sampler_fp8", figures(unit, times, self.repeats))
+        )
+
+    def _waterfall(self) -> None:
         """Sampler images/s of B0 and after each change in turn; None for what this device does not have."""
         rows = self._waterfall_rows()
-        timed = {name: run for name, run in rows.items() if run is not None}
 
         def put(times: dict[str, np.ndarray]) -> None:
             rates = {name: self.c.images / (float(np.median(values)) * 1e-6) for name, values in times.items()}
             rounds = len(times["B0"])
             entries = [{"step": name, "images_per_second": rates.get(name), "rounds": rounds} for name in rows]
-            self.report.put("waterfall", entries)
+            self._put("waterfall", entries)
 
-        timing.interleave(
-            timed, self.device, repeats=self.repeats, warmup=min(2, WARMUP[self.device]), budget=budget, after_round=put
-        )
+        self._play("waterfall", {name: run for name, run in rows.items() if run is not None}, put)
 
     def _waterfall_rows(self) -> dict[str, Callable[[], object] | None]:
         c, gpu, fp8 = self.c, self.device == "cuda", self.fp8
@@ -280,18 +343,19 @@ class Session:
             "FP8": sampler_with(fp8, graphs=True, share=fp8.trainer.sampler.shared_noise) if fp8 else None,
         }
 
-    def _peak_memory(self, budget: Budget) -> None:
-        """GB allocated at most during one iteration of each side, weights of both included."""
+    def _peak_memory(self) -> None:
+        """GB allocated at most during one iteration of each side; the weights of both are in either figure."""
         found, unit = {}, self.units["iteration"]
+        timing.free()
         for name, run in (("ours", unit.ours), ("baseline", unit.baseline)):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             run()
             torch.cuda.synchronize()
             found[name] = torch.cuda.max_memory_allocated() / 1e9
-        self.report.put("peak_memory_gb", found)
+        self._put("peak_memory_gb", found)
 
-    def _fp8_forward(self, budget: Budget) -> None:
+    def _fp8_forward(self) -> None:
         """A merged FP8 forward of 16 rows, over what its FLOPs take at the matrix-product rate measured here."""
         policy, table = self.fp8.trainer.policy, self.fp8.table()
         policy.merge()
@@ -299,9 +363,10 @@ class Session:
         prepared = policy.prepare(policy.encode([f"prompt {i}" for i in range(8)]), table.timesteps, guided=True)
         with torch.no_grad():
             run = {"forward": lambda: policy.merged_velocity(latents, table.numbers[2], prepared)}
-            times = timing.interleave(run, "cuda", repeats=4 * self.repeats, warmup=10, budget=budget)["forward"]
+            share = self.budget.share(0.2)
+            times = timing.interleave(run, "cuda", repeats=4 * self.repeats, warmup=10, budget=share)["forward"]
         seconds = FORWARD_TFLOP / self.limits.matmul_tflop_s
-        self.report.put("fp8_forward_over_roofline", float(np.median(times)) * 1e-6 / seconds)
+        self._put("fp8_forward_over_roofline", float(np.median(times)) * 1e-6 / seconds)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -9,6 +9,7 @@ the figures are no more than a comparison of both sides there.
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 import time
@@ -51,6 +52,53 @@ class Calibration:
     matmul_tflop_s: float
 
 
+class Turns:
+    """Rounds in which every variant is called once, in turn and timed; each round starts with another one.
+
+    Rounds may be played in several sittings, with other work between them.
+
+    Args:
+        after_round: gets the times so far; reading them waits for the device, between the rounds.
+    """
+
+    def __init__(
+        self,
+        variants: Mapping[str, Callable[[], object]],
+        device: str,
+        after_round: Callable[[dict[str, np.ndarray]], None] | None = None,
+    ) -> None:
+        self.variants, self.device, self.after_round = dict(variants), device, after_round
+        self.rounds, self.last = 0, 0.0  # last: seconds of the latest round, timed or of warm-up
+        self._clock = _cuda_clock if device == "cuda" else _host_clock
+        self._readings: dict[str, list[Callable[[], float]]] = {name: [] for name in self.variants}
+
+    def warm_up(self) -> None:
+        """One call of each that is not timed."""
+        started = time.monotonic()
+        for run in self.variants.values():
+            run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.last = time.monotonic() - started
+
+    def play(self, rounds: int, budget: Budget) -> None:
+        """Until there are `rounds` of them, as long as one that takes as long as the last still fits."""
+        names = list(self.variants)
+        while self.rounds < rounds and self.last <= budget.left:
+            started, first = time.monotonic(), self.rounds % len(names)
+            for name in names[first:] + names[:first]:
+                self._readings[name].append(self._clock(self.variants[name]))
+            self.rounds += 1
+            if self.after_round is not None:
+                self.after_round(self.times)
+            self.last = time.monotonic() - started
+
+    @property
+    def times(self) -> dict[str, np.ndarray]:
+        """us [rounds] by name."""
+        return {name: np.array([read() for read in readings]) for name, readings in self._readings.items()}
+
+
 def interleave(
     variants: Mapping[str, Callable[[], object]],
     device: str,
@@ -63,46 +111,24 @@ def interleave(
     """Time one call of each variant in turn, `repeats` rounds, each starting with another one: us [rounds] by name.
 
     Args:
-        budget: fewer rounds where time runs short, and fewer calls of warm-up, but never under `FEWEST` rounds and
-            two warm-up calls of each (the first of which compiles).
+        budget: fewer rounds where its share runs short, and fewer calls of warm-up, but never under `FEWEST` rounds and
+            two warm-up calls of each (the first of which compiles), as long as the whole run has the time.
         after_round: gets the times so far; reading them waits for the device, between the rounds.
 
     Raises:
-        OutOfTime: after the warm-up not even `FEWEST` rounds fit.
+        OutOfTime: after the warm-up not even `FEWEST` rounds fit into what the run has left.
     """
-    budget, fewest, last = budget or Budget(None), min(repeats, FEWEST), 0.0  # last: seconds of the latest round
+    budget, fewest, turns = budget or Budget(None), min(repeats, FEWEST), Turns(variants, device, after_round)
     for number in range(warmup):
-        if number >= 2 and (fewest + 1) * last > budget.left:
+        if number >= 2 and (fewest + 1) * turns.last > budget.left:
             break
-        started = time.monotonic()
-        _call_each(variants, device)
-        last = time.monotonic() - started
-    if fewest * last > budget.left:
-        raise OutOfTime(f"{fewest} rounds of {last:.1f} s do not fit in the {budget.left:.1f} s that are left for it")
-    clock = _cuda_clock() if device == "cuda" else _host_clock
-    names = list(variants)
-    times: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
-    for i in range(repeats):
-        if i >= fewest and last > budget.left:
-            break
-        started = time.monotonic()
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            times[name].append(clock(variants[name]))
-        if after_round is not None:
-            after_round(_read(times))
-        last = time.monotonic() - started
-    return _read(times)
-
-
-def _call_each(variants: Mapping[str, Callable[[], object]], device: str) -> None:
-    for run in variants.values():
-        run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _read(times: Mapping[str, list[Callable[[], float]]]) -> dict[str, np.ndarray]:
-    return {name: np.array([read() for read in readings]) for name, readings in times.items()}
+        turns.warm_up()
+    if fewest * turns.last > budget.run.left:
+        left = f"{budget.run.left:.1f} s that are left"
+        raise OutOfTime(f"{fewest} rounds of {turns.last:.1f} s do not fit in the {left}")
+    turns.play(fewest, Budget(None))
+    turns.play(repeats, budget)
+    return turns.times
 
 
 def summarise(times: np.ndarray) -> Summary:
@@ -166,25 +192,30 @@ def _host_clock(run: Callable[[], object]) -> Callable[[], float]:
     return lambda: elapsed
 
 
-def _cuda_clock() -> Callable[[Callable[[], object]], Callable[[], float]]:
-    """Events are read at the end of all calls, so nothing waits for the device in between."""
-    buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+def free() -> None:
+    """Give back what the clock holds on the GPU, before memory is measured."""
+    _flush_buffer.cache_clear()
 
-    def clock(run: Callable[[], object]) -> Callable[[], float]:
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        buffer.zero_()
-        start.record()
-        run()
-        end.record()
 
-        def read() -> float:
-            end.synchronize()
-            return start.elapsed_time(end) * 1e3
+@functools.cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-        return read
 
-    return clock
+def _cuda_clock(run: Callable[[], object]) -> Callable[[], float]:
+    """Events are read when somebody asks, so nothing waits for the device between the calls of a round."""
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flush_buffer().zero_()
+    start.record()
+    run()
+    end.record()
+
+    def read() -> float:
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    return read
 
 
 def _output(*command: str) -> str | None:

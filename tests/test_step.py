@@ -1,7 +1,8 @@
 """`bench.step` and `bench.profile` on small random models: what they time agrees, and what does not agree is refused.
 
 Planted bugs that turned this file red: a failed check timed anyway; exit 0 when refused; the ratio inverted; goals
-met by the median instead of the interval's lower end; weights that move between repetitions.
+met by the median instead of the interval's lower end; weights that move between repetitions; the fewest rounds judged
+by a share instead of by the run; --attention ignored.
 """
 
 import gzip
@@ -116,9 +117,9 @@ def test_report(report):
 def test_a_failed_check_is_refused_and_not_timed(pair, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(step, "small", lambda *_, **changes: pair)
     monkeypatch.setattr(step, "check_update", lambda c, allowed: Check(1.0, allowed, "planted"))
-    monkeypatch.setattr(step, "measure", lambda *_: pytest.fail("timed what failed its check"))
+    monkeypatch.setattr(step.Session, "_measure", lambda *_: pytest.fail("timed what failed its check"))
     file = tmp_path / "r.json"
-    monkeypatch.setattr(step.Session, "_waterfall", lambda self, budget: None)
+    monkeypatch.setattr(step.Session, "_waterfall", lambda self: None)
     only = ["--unit", "update", "--unit", "iteration"]
     assert step.main(["--size", "small", "--device", "cpu", "--repeats", "1", *only, "--json", str(file)]) == 1
     assert "update     refused: parity 1.0e+00" in capsys.readouterr().out
@@ -135,7 +136,7 @@ def test_a_unit_that_breaks_does_not_take_the_others_with_it(pair, monkeypatch, 
         return made | {"sampler": broken}
 
     monkeypatch.setattr(step, "units", units)
-    monkeypatch.setattr(step.Session, "_waterfall", lambda self, budget: None)
+    monkeypatch.setattr(step.Session, "_waterfall", lambda self: None)
     file = tmp_path / "r.json"
     only = ["--unit", "sampler", "--unit", "update"]
     assert step.main(["--size", "small", "--device", "cpu", "--repeats", "1", *only, "--json", str(file)]) == 1
@@ -175,6 +176,8 @@ def test_rounds_are_saved_as_they_end_and_cut_where_time_runs_short():
     times = timing.interleave(variants, "cpu", repeats=50, budget=Budget(0.4), **options)
     assert timing.FEWEST <= len(times["ours"]) < 15
     assert seen == list(range(1, len(times["ours"]) + 1))
+    few = timing.interleave(variants, "cpu", repeats=50, budget=Budget(9).share(0.001), **options)
+    assert len(few["ours"]) == timing.FEWEST  # they fit the run, though not its share
     with pytest.raises(OutOfTime, match="3 rounds of"):
         timing.interleave(variants, "cpu", repeats=50, budget=Budget(0.05), **options)
 
@@ -183,7 +186,7 @@ def test_fewer_rounds_than_wanted_are_said():
     times = {"ours": np.array([1e6, 1e6, 1e6]), "baseline": np.array([2e6, 2e6, 2e6])}
     entry = step.figures(step.Unit(None, None, 8, "images/s"), times, wanted=7)
     assert (entry["rounds"], entry["rounds_wanted"]) == (3, 7)
-    assert "3 rounds instead of 7" in step_report.unit_line("sampler", entry, Check(0.0, 1.0, "all"))
+    assert "3 of 7 rounds" in step_report.unit_line("sampler", entry, Check(0.0, 1.0, "all"))
 
 
 def test_a_report_is_whole_at_every_moment(tmp_path):
@@ -199,7 +202,8 @@ def test_goals_are_judged_by_the_lower_end(report):
     gpu["environment"]["device"], gpu["size"] = "cuda", "full"
     gpu["update"] |= {"ratio": 2.9, "ratio_low": 2.7}
     gpu["iteration"] |= {"ratio": 2.6, "ratio_low": 2.5}
-    gpu["waterfall"] = [{"step": s, "images_per_second": r} for s, r in (("B0", 6), ("dedupe", 12), ("FP8", 13))]
+    gpu["sampler"] |= {"ratio": 2.0, "ratio_low": 1.95}
+    gpu["sampler_fp8"] = gpu["sampler"] | {"ratio": 2.5, "ratio_low": 2.3}
     gpu |= {"fp8_forward_over_roofline": 1.05, "peak_memory_gb": {"ours": 50.0, "baseline": 60.0}}
     met = {row["id"]: row["met"] for row in step_report.goals(gpu)}
     assert met == {
@@ -207,7 +211,30 @@ def test_goals_are_judged_by_the_lower_end(report):
         "P12": True, "P13": True,
     }  # fmt: skip
     gpu["on_policy"]["log_prob_drift_max"] = 1e-7
-    assert {row["id"]: row["met"] for row in step_report.goals(gpu)}["P13"] is False
+    gpu["update"] |= {"ratio_low": 2.9, "rounds": 2, "rounds_wanted": 7}  # two rounds have no interval
+    del gpu["sampler"], gpu["sampler_fp8"]  # not asked for: the waterfall then says what it can
+    gpu["waterfall"] = [{"step": s, "images_per_second": r} for s, r in (("B0", 6), ("dedupe", 12), ("FP8", 13))]
+    rows = {row["id"]: row for row in step_report.goals(gpu)}
+    assert {name: rows[name]["met"] for name in ("P1", "P2", "P5", "P13")} == {
+        "P1": True,
+        "P2": False,
+        "P5": None,
+        "P13": False,
+    }
+    assert rows["P5"]["measured"] == "2.90x (2 rounds only)"
+
+
+def test_attention_is_the_one_that_was_asked_for(tmp_path, monkeypatch):
+    given = ["--size", "small", "--device", "cpu", "--attention", "math"]
+    session = step.Session("small", "cpu", 1, step.parse(given), tmp_path)
+    assert session.report["attention"] == session.c.config.model.attention == "math"
+
+    def stop(folder, device, **changes):
+        raise InterruptedError(str(changes))
+
+    monkeypatch.setattr(contenders, "small", stop)
+    with pytest.raises(InterruptedError, match="'attention': 'math'"):
+        profile.main(given)
 
 
 @pytest.mark.parametrize("module", [step, profile])
