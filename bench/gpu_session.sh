@@ -1,18 +1,24 @@
 #!/usr/bin/env bash
-# Half an hour with a GPU that is lent in commands of ten minutes:
+# Fifteen minutes with a lent GPU, in commands of ten at most; starting the machine takes one or two of them:
 #
-#   make gpu-carry                                  at home, once: wheels such a machine may lack, into .whl/ (not in git)
-#   OUT=DIR bench/gpu_session.sh smoke step         there; one command per line, in this order
-#   OUT=DIR bench/gpu_session.sh kernels profile
-#   OUT=DIR bench/gpu_session.sh test sanitize
+#   make gpu-carry                                       at home, once: wheels such a machine may lack, into .whl/ (not in git)
+#   OUT=DIR bench/gpu_session.sh                         there: smoke and step, 9.5 minutes
+#   OUT=DIR LIMIT=150 bench/gpu_session.sh profile       at once after it, while the machine is held
 #
-#   smoke     3 min  does it run at all: csrc/ built, every op against float64 at real shapes, and tests/gpu: capture and
-#                    replay of each kind of step, drift per attention backend, FP8, no wait of the host
-#   step      6 min  whole steps at full size over B0: P1-P7, P12, P13 and where the sampler's time goes
-#   kernels   5 min  every op over eager PyTorch, then over torch.compile: P9
+# and with another fifteen minutes, what is worth less:
+#
+#   OUT=DIR bench/gpu_session.sh smoke kernels
+#   OUT=DIR LIMIT=150 bench/gpu_session.sh test          or: sanitize
+#
+# Parts run in the order they are named in, each within what is left of LIMIT, whatever became of those before it:
+#
+#   smoke     at most 3 min  does it run at all: csrc/ built, every op against float64 at real shapes, and tests/gpu:
+#                            capture and replay of each kind of step, drift per attention backend, FP8, no wait of the host
+#   step      the rest, 6 min  whole steps at full size over B0: P1-P7, P12, P13, then where the sampler's time goes
+#   kernels   the rest, 5 min  every op over eager PyTorch, then over torch.compile: P9
 #   profile   2 min  phases, kernels and idle time of an iteration, with a trace: P8, P11
-#   test      5 min  the whole tests/kernels and tests/test_graphs.py on the GPU; compiles hundreds of kernels
-#   sanitize  5 min  compute-sanitizer over every op at tiny shapes
+#   test      the rest, 5 min  the whole tests/kernels and tests/test_graphs.py on the GPU; compiles hundreds of kernels
+#   sanitize  the rest, 5 min  compute-sanitizer over every op at tiny shapes
 #
 # What the machine has to have: a CUDA GPU, python3 with torch, triton, pytest, numpy, transformers, matplotlib and rich;
 # nvcc for csrc/. No network and no diffusers. The rest is carried: copy .whl/ along (3 MB of the tree), and it is
@@ -22,13 +28,14 @@
 # check.json, <gpu>-step.json and .png, <gpu>-kernels.json, <gpu>-profile.json and <gpu>-trace.json.gz. Figures are written
 # as they are found, so a command that is cut off loses only what it was measuring. Copy the JSON files to bench/results/.
 #
-# LIMIT   seconds this command may take (570); every part ends by itself within what is left of it
+# LIMIT   seconds this command may take (570)
+# SMOKE   seconds of smoke, building and unpacking included where it comes first (180)
 # DEVICE  cpu rehearses everything at small size, without a GPU
 # ATTENTION  model.attention for step and profile
 set -u
 cd "$(dirname "$0")/.."
 : "${OUT:?set OUT to a folder for logs and results}"
-LIMIT=${LIMIT:-570} DEVICE=${DEVICE:-cuda} python=${PYTHON:-python3}
+LIMIT=${LIMIT:-570} SMOKE=${SMOKE:-180} DEVICE=${DEVICE:-cuda} python=${PYTHON:-python3}
 mkdir -p "$OUT"
 work=$(mktemp -d)
 mkdir "$work/logs"
@@ -42,17 +49,19 @@ left() { echo $((LIMIT - SECONDS)); }
 pack() { tar -czf "$work/logs.tar.gz" -C "$work" logs && mv "$work/logs.tar.gz" "$OUT/logs.tar.gz"; }
 trap pack EXIT
 
-step() {  # step NAME COMMAND...: run it within what is left of the limit, keep its log, report its exit status
-    local name=$1 begin=$SECONDS code seconds
-    shift
+step() {  # step NAME MOST COMMAND...: run it within MOST seconds and what is left of the limit, keep its log, report its status
+    local name=$1 most=$2 begin=$SECONDS code seconds
+    shift 2
     seconds=$(($(left) - 10))
+    [ "$most" -lt "$seconds" ] && seconds=$most
     if [ "$seconds" -lt 5 ]; then
-        echo "== $name: left out, $(left) s of $LIMIT are left"
+        echo "== $name: left out, it would have $seconds s ($(left) of $LIMIT are left)"
         status=1
         return
     fi
-    echo "== $name"
-    timeout --foreground --signal=TERM --kill-after=5 "$seconds" "$@" 2>&1 | tee "$work/logs/$name.log"
+    echo "== $name, at most $seconds s"
+    # As Ctrl-C: pytest then still prints the failures it has found.
+    timeout --foreground --signal=INT --kill-after=5 "$seconds" "$@" 2>&1 | tee "$work/logs/$name.log"
     code=${PIPESTATUS[0]}
     echo "== $name: exit $code after $((SECONDS - begin)) s"
     [ "$code" -eq 0 ] || status=1
@@ -82,7 +91,7 @@ csrc() {  # csrc/ is optional: without it its two ops are refused
     local target=build/gpu/advgrpo_cuda.so
     [ "$DEVICE" = cuda ] || return
     if command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ]; then
-        [ -f "$target" ] && [ -z "$(find csrc -newer "$target" -name '*.cu*')" ] || step build-csrc "$python" csrc/build.py "$target"
+        [ -f "$target" ] && [ -z "$(find csrc -newer "$target" -name '*.cu*')" ] || step build-csrc 60 "$python" csrc/build.py "$target"
         [ -f "$target" ] && export ADVGRPO_KERNELS_LIBRARY=$PWD/$target
     else
         echo "no nvcc: merge_lora and multi_tensor_adamw of csrc/ are refused"
@@ -90,34 +99,36 @@ csrc() {  # csrc/ is optional: without it its two ops are refused
 }
 csrc
 
-[ $# -gt 0 ] || set -- smoke step kernels profile test sanitize
+[ $# -gt 0 ] || set -- smoke step
+begun=0  # when this part began: the first one with the command
 for part in "$@"; do
     case $part in
-    smoke)
-        step check-ops "$python" -m bench.kernels --device "$DEVICE" --check --json "$OUT/check.json"
+    smoke)  # the second half of its time, at least, is for tests/gpu; then it makes way for the figures
+        ends=$((begun + SMOKE))
+        step check-ops $(((ends - SECONDS) / 2)) "$python" -m bench.kernels --device "$DEVICE" --check --json "$OUT/check.json"
         marks="gpu"
         [ "$DEVICE" = cuda ] || marks="not gpu and not slow"
-        step check-parts "$python" -m pytest tests/gpu -v -m "$marks" --durations=5 -p no:cacheprovider
+        step check-parts $((ends - SECONDS)) "$python" -m pytest tests/gpu -v -m "$marks" --durations=5 -p no:cacheprovider
         ;;
     step)
-        step step "$python" -m bench.step --size $size --device "$DEVICE" --seconds $(($(left) - 40)) \
+        step step "$LIMIT" "$python" -m bench.step --size $size --device "$DEVICE" --seconds $(($(left) - 40)) \
             ${ATTENTION:+--attention "$ATTENTION"} --json "$OUT/$gpu-step.json" --png "$OUT/$gpu-step.png"
         ;;
     kernels)
-        step kernels "$python" -m bench.kernels --device "$DEVICE" --seconds $(($(left) - 40)) \
+        step kernels "$LIMIT" "$python" -m bench.kernels --device "$DEVICE" --seconds $(($(left) - 40)) \
             --json "$OUT/$gpu-kernels.json"
         for old in bench/results/"$gpu"-kernels.json; do
-            [ -f "$old" ] && step gate "$python" -m bench.gate "$old" "$OUT/$gpu-kernels.json"
+            [ -f "$old" ] && step gate 20 "$python" -m bench.gate "$old" "$OUT/$gpu-kernels.json"
         done
         ;;
     profile)
-        step profile "$python" -m bench.profile --size $size --device "$DEVICE" ${ATTENTION:+--attention "$ATTENTION"} \
+        step profile "$LIMIT" "$python" -m bench.profile --size $size --device "$DEVICE" ${ATTENTION:+--attention "$ATTENTION"} \
             --json "$OUT/$gpu-profile.json" --trace "$OUT/$gpu-trace.json.gz"
         ;;
     test)
         how=(-m "not slow")
         [ "$DEVICE" = cuda ] || how=(-m gpu --collect-only)  # a rehearsal: can all of them be imported?
-        step test "$python" -m pytest tests/kernels tests/test_graphs.py -q "${how[@]}" -p no:cacheprovider
+        step test "$LIMIT" "$python" -m pytest tests/kernels tests/test_graphs.py -q "${how[@]}" -p no:cacheprovider
         ;;
     sanitize)  # PyTorch's caching allocator would hide an access out of bounds
         if ! command -v compute-sanitizer >/dev/null; then
@@ -126,7 +137,7 @@ for part in "$@"; do
             echo "sanitize: compute-sanitizer cannot use this device (virtualised?), left out: $(tail -n 1 "$work/logs/sanitizer-probe.log")"
         else
             for tool in memcheck racecheck initcheck; do
-                step "sanitizer-$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+                step "sanitizer-$tool" "$LIMIT" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
                     --error-exitcode 9 "$python" -m bench.smoke --device "$DEVICE"
             done
         fi
@@ -136,5 +147,6 @@ for part in "$@"; do
         exit 2
         ;;
     esac
+    begun=$SECONDS
 done
 exit $status
