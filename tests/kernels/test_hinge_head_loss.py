@@ -1,15 +1,19 @@
 """The head's hinge loss: kernel against autograd of the reference. The recorded training step is in the reward's tests.
 
 Planted bugs that turned this file red: the same sign on both sides; gradient outside the hinge; NaN scores counted as
-satisfied; patches not averaged; loop lengths compiled in as they are; rows of the second side over the first; upstream
-gradient ignored; patches counted in the accuracy.
+satisfied; patches not averaged; loop lengths compiled in as they are, of either kernel; a kernel for every kind of
+count of pictures; rows of the second side over the first; upstream gradient ignored; patches counted in the accuracy.
 """
+
+import inspect
 
 import pytest
 import torch
 
 from advgrpo_kernels import hinge_head_loss
-from advgrpo_kernels.ops._head import Rows, coarse
+from advgrpo_kernels.ops import _head
+from advgrpo_kernels.ops import hinge_head_loss as module
+from advgrpo_kernels.ops._head import coarse
 from advgrpo_kernels.ops.hinge_head_loss import _hinge_head_loss_op, hinge_head_loss_ref
 from advgrpo_kernels.testing import assert_within_budget
 
@@ -48,16 +52,49 @@ def test_triton_loss_and_gradients_within_error_budget(dtype, normalize, B, B2, 
     assert_within_budget(triton, call(hinge_head_loss_ref), parameters, torch.tensor(0.7, device=device))
 
 
-def test_shares_of_a_batch_that_differ_in_every_update_need_few_kernels():
-    """8 processes draw 96 of 768 pictures a side: what is compiled in of their local rows takes a handful of values."""
-    generator, compiled = torch.Generator().manual_seed(0), set()
-    for _ in range(100):
-        drawn = torch.randperm(768, generator=generator)[:96]
-        for process in range(8):
-            B = int((drawn // 96 == process).sum())
-            rows = Rows(torch.empty(B, 4), torch.empty(B, 64, 4), None, torch.empty(B, 4), torch.empty(B, 64, 4))
-            compiled.add((coarse(rows.tiles()), coarse(-(-2 * B * 65 // 1024))))
-    assert len(compiled) <= 12
+class Recorder:
+    """Stands for a kernel and launches nothing: what Triton would compile another variant for, of every launch.
+
+    That is the compile-time arguments, and of every integer whether it is 1 or a multiple of 16, unless the kernel says
+    not to look.
+    """
+
+    def __init__(self, kernel):
+        self.names = list(inspect.signature(kernel.fn).parameters)
+        options = getattr(kernel, "kwargs", None) or {"do_not_specialize": kernel.do_not_specialize}
+        self.overlooked = set(options["do_not_specialize"] or ())  # by the interpreter's kernels, and by compiled ones
+        self.variants = set()
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            given = dict(zip(self.names, args))
+            looked_at = {k: v for k, v in given.items() if isinstance(v, int) and k not in self.overlooked}
+            kinds = {name: "one" if value == 1 else value % 16 == 0 for name, value in looked_at.items()}
+            self.variants.add(str((kinds, constants)))
+
+        return launch
+
+
+def test_shares_of_a_batch_that_differ_in_every_update_need_few_kernels(monkeypatch):
+    """8 processes draw 96 of 768 pictures a side, so their shares differ: few variants of each kernel serve all."""
+    recorders = {}
+    for owner, name in ((_head, "_head_rows_kernel"), (_head, "_head_bwd_kernel"), (module, "_hinge_kernel")):
+        recorders[name] = Recorder(getattr(owner, name))
+        monkeypatch.setattr(owner, name, recorders[name])
+    generator, shares = torch.Generator().manual_seed(0), set()
+    for _ in range(60):
+        sides = [torch.randperm(768, generator=generator)[:96] // 96 for _ in range(2)]
+        shares |= {tuple(int((side == process).sum()) for side in sides) for process in range(8)}
+    assert len(shares) > 80
+    head = {name: tensor.requires_grad_() for name, tensor in make_head(4, 2, "cpu").items()}
+    for B, B2 in shares:
+        hinge_head_loss(*make_features(B, B2, 1024, 4, "cpu"), head, total=96, backend="triton").loss.backward()
+    variants = {name: len(recorder.variants) for name, recorder in recorders.items()}
+    assert variants["_head_rows_kernel"] == 1
+    assert max(variants.values()) <= 14, variants
+
+
+def test_coarse_loop_lengths_waste_little():
     for tiles in range(1, 300):
         assert tiles <= coarse(tiles) <= 1.25 * tiles
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
-from ._head import Rows, coarse, head_tensors, launch_head_gradients, launch_rows
+from ._head import COUNTS, Rows, coarse, head_tensors, launch_head_gradients, launch_rows
 from .patches import l2_normalize
 from .score_features import _head_scores
 
@@ -29,7 +29,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize=(*COUNTS, "count", "count2"))
     def _hinge_kernel(
         scores_ptr,
         score_grads_ptr,
