@@ -21,6 +21,7 @@ Tests compare both with what autograd saves.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ class AliveBytes(TorchDispatchMode):
 
 
 @lru_cache(maxsize=16)
+@functools.cache
 def decode_bytes(config: DecoderConfig, dtype: torch.dtype, side: int) -> int:
     """Most bytes alive while one picture of `side` latents is decoded, counted on meta."""
     decoder = Decoder(config, dtype=dtype, device="meta")

@@ -19,6 +19,7 @@ from . import known_models
 from .activations import TransformerShape, decode_bytes
 from .config import Config, check_tiles, fits_tiles, nearest_prompts
 from .errors import UserError
+from .policy.decoder import GATED_PICTURES, decoded_at_once
 
 GB = 1e9
 PHASES = ("encode", "sample", "decode", "score", "update")
@@ -26,7 +27,6 @@ _CONTEXT = 1.2  # GB: CUDA context, cuBLAS and cuDNN workspaces, NCCL
 _SLACK = 0.05  # of what is allocated: the allocator's rounding and fragmentation
 _REFERENCES_PER_PROMPT = 8  # docs/method.md section 8
 _PROMPTS_IN_MEMORY = 512  # of data/reference_features.py
-_DECODE_BATCH = 8  # Decoder's default
 _SMS = 132  # streaming multiprocessors of an H100 or H200
 _TILE = (128, 256)  # rows and columns of a matrix product that one of them computes at a time
 _CLOSE = 1.03  # costs within 3 % count as equal
@@ -34,19 +34,14 @@ _CLOSE = 1.03  # costs within 3 % count as equal
 
 @dataclass(frozen=True)
 class Knobs:
-    """What the plan chooses."""
+    """What the plan chooses: settings of training, nothing else."""
 
     micro_batch: int
     gradient_checkpointing: bool
-    text_encoders: str  # "gpu" or "cpu": where they run until the cache is filled
-    decode_batch: int  # pictures decoded at once
 
     def __str__(self) -> str:
         checkpointing = "true" if self.gradient_checkpointing else "false"
-        return (
-            f"rollout.micro_batch = {self.micro_batch}, model.gradient_checkpointing = {checkpointing}, text encoders "
-            f"on {self.text_encoders}, decode {self.decode_batch} at a time"
-        )
+        return f"rollout.micro_batch = {self.micro_batch}, model.gradient_checkpointing = {checkpointing}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class MemoryPlan:
     gpu_gb: float
     knobs: Knobs
     components: tuple[Component, ...]
-    configured_gb: float  # peak with the settings as they are, text encoders on the GPU
+    configured_gb: float  # peak with the settings as they are
     remedies: tuple[str, ...]
     uncounted: tuple[str, ...]  # settings and models that the estimate leaves out
     decided: str = ""  # what kept the micro-batch from being larger, where it was not memory
@@ -118,8 +113,7 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     if fitting:
         costs = {p: estimate.relative_time(p.knobs) for p in fitting}
         close = [p for p in fitting if costs[p] <= _CLOSE * min(costs.values())]
-        order = ("text_encoders", "micro_batch", "decode_batch")
-        chosen = max(close, key=lambda p: tuple(getattr(p.knobs, name) for name in order))
+        chosen = max(close, key=lambda p: p.knobs.micro_batch)
         return replace(chosen, decided=_what_decided(config, chosen, estimate))
     least = min(estimate.plans(gpu_gb), key=lambda p: p.peak_gb)
     return replace(least, remedies=tuple(_remedies(config, gpu_gb, processes)))
@@ -188,10 +182,7 @@ class _Estimate:
         return [self._plan(gpu_gb, knobs, configured) for knobs in self._knobs()]
 
     def _peak_as_configured(self) -> float:
-        rollout = self.config.rollout
-        batch = min(_DECODE_BATCH, rollout.micro_batch)
-        knobs = Knobs(rollout.micro_batch, self.config.model.gradient_checkpointing, "gpu", batch)
-        return self.peak_gb(knobs)
+        return self.peak_gb(Knobs(self.config.rollout.micro_batch, self.config.model.gradient_checkpointing))
 
     def peak_gb(self, knobs: Knobs) -> float:
         return self._plan(math.inf, knobs, 0.0).peak_gb
@@ -201,10 +192,8 @@ class _Estimate:
 
     def _knobs(self) -> Iterator[Knobs]:
         for micro in micro_batches(self.config, self.processes):
-            for batch in sorted({min(size, micro) for size in (1, 2, 4, _DECODE_BATCH)}):
-                for checkpointing in (False, True):
-                    for place in ("gpu", "cpu"):
-                        yield Knobs(micro, checkpointing, place, batch)
+            for checkpointing in (False, True):
+                yield Knobs(micro, checkpointing)
 
     def relative_time(self, knobs: Knobs) -> float:
         """Matrix-product time of a picture's sampling and update, in forwards at full occupancy.
@@ -254,18 +243,29 @@ class _Estimate:
         return weights.stacked * self.element
 
     def _vae_parameters(self) -> int:
-        """What of the stock VAE stays on the GPU beside the decoder in use: without `fast` that is the stock one."""
+        """What of the stock VAE stays on the GPU beside the decoder in use, which is the stock one where not fused."""
         decoder = known_models.count_decoder(self.pipeline.decoder)
-        return known_models.count_vae(self.pipeline.decoder) - (0 if self.config.fast else decoder)
+        return known_models.count_vae(self.pipeline.decoder) - (0 if self.fused else decoder)
 
     def _decoder_dtype(self) -> torch.dtype:
-        given = self.config.model.decoder_dtype
-        if given != "auto":
-            return getattr(torch, given)
-        return torch.bfloat16 if self.config.fast else torch.float32
+        """As `SD3Policy` decodes on a GPU."""
+        model = self.config.model
+        if not self.fused:
+            return torch.float32
+        return getattr(torch, model.dtype if model.decoder_dtype == "auto" else model.decoder_dtype)
 
     def _decoder_bytes(self) -> int:
         return known_models.count_decoder(self.pipeline.decoder) * self._decoder_dtype().itemsize
+
+    def _decoding_bytes(self, micro_batch: int) -> int:
+        """While a tile is decoded as `SD3Policy.decode` does it; the first one through the gate in float32 as well."""
+        at_once = min(decoded_at_once(self.config.model.resolution), micro_batch) if self.fused else micro_batch
+        dtype, decoder = self._decoder_dtype(), self.pipeline.decoder
+        tile = at_once * decode_bytes(decoder, dtype, self.latent_side)
+        if dtype == torch.float32:
+            return tile
+        gated = min(at_once, GATED_PICTURES) * decode_bytes(decoder, torch.float32, self.latent_side)
+        return max(tile, gated + 4 * known_models.count_decoder(decoder))
 
     def _dino(self, knobs: Knobs) -> Iterator[Component]:
         adversary = self.config.adversary
@@ -297,9 +297,8 @@ class _Estimate:
         config, shape = self.config, self.shape
         sequences = knobs.micro_batch * self.guided
         decides = "rollout.micro_batch"
-        if knobs.text_encoders == "gpu":
-            encoders = known_models.count_text_encoders(self.pipeline) * self.element
-            yield Component("text encoders, until cached", encoders, "text encoders on gpu", ("encode",))
+        encoders = known_models.count_text_encoders(self.pipeline) * self.element
+        yield Component("text encoders, until cached", encoders, "model.path", ("encode",))
         side, resolution = self.latent_side, config.model.resolution
         latents = 4 * self.pipeline.decoder.latent_channels * side**2
         steps = config.rollout.window.trained_of(config.rollout.window.count)
@@ -311,8 +310,8 @@ class _Estimate:
         graphs = config.fast  # a captured graph keeps its pool for as long as it may run
         name = "sampler's forward, in the CUDA graphs' pool" if graphs else "sampler's forward"
         yield Component(name, forward, decides, ("sample", *held) if graphs else ("sample",))
-        decode = decode_bytes(self.pipeline.decoder, self._decoder_dtype(), side) * knobs.decode_batch
-        yield Component("decoding", decode, "pictures decoded at once, model.resolution", ("decode",))
+        decode = self._decoding_bytes(knobs.micro_batch)
+        yield Component("decoding", decode, "model.resolution, rollout.micro_batch", ("decode",))
         both = "rollout.micro_batch, model.gradient_checkpointing, model.lora.blocks"
         saved = sequences * shape.saved_bytes(checkpointing=knobs.gradient_checkpointing)
         yield Component("activations saved for the backward", saved, both, ("update",))
@@ -394,7 +393,7 @@ def table(plans: list[MemoryPlan]) -> Table:
     result.add_row("context, workspaces, allocator's slack", *context, f"{_CONTEXT} GB and {_SLACK:.0%}, an allowance")
     result.add_section()
     result.add_row("peak", *(f"{each.peak_gb:.2f}" for each in plans), " | ".join(each.peak_phase for each in plans))
-    result.add_row("peak as configured", *(f"{each.configured_gb:.2f}" for each in plans), "text encoders on gpu")
+    result.add_row("peak as configured", *(f"{each.configured_gb:.2f}" for each in plans), "settings as they are")
     return result
 
 

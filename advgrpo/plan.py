@@ -1,5 +1,5 @@
-"""Estimate GPU memory by component and choose what fits each GPU size: micro-batch, gradient checkpointing, where the
-text encoders run. Needs neither GPU nor network; every flag of python -m advgrpo.train is understood as well.
+"""Estimate GPU memory by component and choose what fits each GPU size: micro-batch and gradient checkpointing. Needs
+neither GPU nor network; every flag of python -m advgrpo.train is understood as well.
 
 python -m advgrpo.plan --preset sd35m-dino-paper --gpu 24,80 --processes 8
 """

@@ -6,10 +6,13 @@ Bugs planted in a copy, each seen red. Bytes: attention's output counted once; t
 one float32 copy for stock LoRA missing; boundaries of the image stream only; views counted as new; freed tensors not
 subtracted; matrices of the dual attention left out. Counts: only A of the adapters; every linear of a block stacked;
 inner linears missing from FP8 weights; guidance forgotten; model.lora.blocks ignored. Choices: the smallest of equally
-fast knobs; checkpointing that saves nothing; processes ignored; text encoders always on the GPU; remedies not tried;
-twice the card's size accepted; an adversary counted for supervised fine-tuning. Advice: order changed; the smallest
-micro-batch instead of the next; GiB read as GB. Exit code always 0.
+fast knobs; checkpointing that saves nothing; processes ignored; a knob that training lacks; remedies not tried; twice
+the card's size accepted; an adversary counted for supervised fine-tuning; eight pictures decoded at once at every
+resolution; the gate of the first pictures forgotten; a stock decoder counted as ours. Advice: order changed; the
+smallest micro-batch instead of the next; GiB read as GB; the ceiling not named. Exit code always 0.
 """
+
+import re
 
 import pytest
 import torch
@@ -23,8 +26,7 @@ from advgrpo.activations import AliveBytes, TransformerShape, decode_bytes
 from advgrpo.errors import UserError
 from advgrpo.memory import PHASES, Knobs, _Estimate, advice, micro_batches, plan, table
 from advgrpo.policy.adapters import LoraAdapters, target_modules
-from advgrpo.policy.decoder import SD3_DECODER
-from advgrpo.policy.sd3 import decoded_at_once
+from advgrpo.policy.decoder import SD3_DECODER, decoded_at_once
 from advgrpo.policy.transformer import FusedTransformer, TransformerConfig
 from advgrpo_kernels import _runtime
 
@@ -168,14 +170,14 @@ def test_more_costs_more(paper):
     estimate = _Estimate(paper, 8)
 
     def peak(micro, checkpointing, phase):
-        held = estimate.components(Knobs(micro, checkpointing, "gpu", 1))
+        held = estimate.components(Knobs(micro, checkpointing))
         return sum(c.bytes for c in held if phase in c.phases)
 
     for small, large in ((1, 2), (2, 4), (4, 8)):
         assert all(peak(small, False, p) <= peak(large, False, p) for p in PHASES)
         assert peak(small, False, "update") < peak(large, False, "update")
     assert peak(8, True, "update") < 0.55 * peak(8, False, "update")
-    times = [estimate.relative_time(Knobs(m, c, "gpu", 1)) for m, c in ((8, False), (8, True), (1, False))]
+    times = [estimate.relative_time(Knobs(m, c)) for m, c in ((8, False), (8, True), (1, False))]
     assert times[0] < times[1]
     assert times[0] < times[2]
     last = paper.model_copy(deep=True)
@@ -189,10 +191,11 @@ def test_more_costs_more(paper):
 def test_smaller_gpus_get_smaller_knobs(paper):
     plans = {size: plan(paper, size, processes=8) for size in (24, 40, 80, 141)}
     assert all(p.fits for p in plans.values())
-    assert plans[80].knobs == plans[141].knobs == Knobs(8, False, "gpu", 8)
+    assert plans[80].knobs == plans[141].knobs == Knobs(8, False)
     assert plans[24].knobs.micro_batch < 8 or plans[24].knobs.gradient_checkpointing
     assert plans[24].peak_gb <= 24 < plans[24].configured_gb == plans[80].peak_gb
-    assert plan(paper, 18, processes=8).knobs.text_encoders == "cpu"
+    for size in (80, 141):  # the same advice for both, and why
+        assert plans[size].line().endswith("; rollout.micro_batch = 8, as set, is the largest tried")
     paper.rollout.micro_batch = 1
     assert plan(paper, 141, processes=8).knobs.micro_batch == 1  # never above what the user set
 
@@ -205,6 +208,51 @@ def test_what_lies_beside_the_weights_is_counted(paper):
     assert sizes["stock VAE, float32"] == 83_819_683 * 4
     assert found.peak_gb == pytest.approx(35.8, rel=0.02)
     assert sizes["rows of a head update"] == paper.adversary.batch_size * 4 * 1370 * 1024
+
+
+def test_text_encoders_are_on_the_gpu_while_they_encode(paper):
+    """As `DiffusersPolicy` has them, which knows no other place: a card that cannot hold them is refused."""
+    needed = plan(paper, 18, processes=8)
+    assert not needed.fits
+    assert needed.peak_phase == "encode"
+    assert "text encoders, until cached" in {c.name for c in needed.components}
+    assert "no setting makes it fit" in needed.line()
+
+
+def test_every_knob_is_a_setting_of_training(paper):
+    for each in re.findall(r"([\w.]+) = ", str(plan(paper, 80).knobs)):
+        value = paper
+        for name in each.split("."):
+            assert name in type(value).model_fields, each
+            value = getattr(value, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fast", "pictures", "dtype"),
+    [
+        ({}, True, 8, torch.bfloat16),
+        ({"resolution": 256}, True, 16, torch.bfloat16),  # 32 would be decoded at once, but a tile has no more
+        ({"resolution": 512, "decoder_dtype": "float32"}, True, 8, torch.float32),
+        ({"resolution": 1024, "decoder_dtype": "float32"}, True, 2, torch.float32),
+        ({"dtype": "float32"}, True, 8, torch.float32),
+        ({}, False, 16, torch.float32),  # diffusers' decoder takes the whole tile
+        ({"train": "full"}, True, 16, torch.float32),
+    ],
+)
+def test_decoding_is_counted_as_training_decodes(changes, fast, pictures, dtype, paper):
+    paper.rollout.micro_batch, paper.fast = 16, fast
+    for name, value in changes.items():
+        setattr(paper.model, name, value)
+    sizes = {c.name: c.bytes for c in _Estimate(paper, 1).components(Knobs(16, False))}
+    assert sizes["decoding"] == pictures * decode_bytes(SD3_DECODER, dtype, paper.model.resolution // 8)
+
+
+def test_the_gate_of_a_runs_first_pictures_is_counted(paper):
+    """At 1024 pixels two pictures are decoded at once in bfloat16, and the first two in float32 as well."""
+    paper.model.resolution = 1024
+    sizes = {c.name: c.bytes for c in _Estimate(paper, 1).components(Knobs(8, False))}
+    weights = 4 * known_models.count_decoder(SD3_DECODER)
+    assert sizes["decoding"] == 2 * decode_bytes(SD3_DECODER, torch.float32, 128) + weights
 
 
 def test_as_many_pixels_are_decoded_at_once_at_every_resolution():

@@ -26,6 +26,7 @@ from .. import rng
 from ..errors import RunFailure, UserError
 
 MIN_PSNR_DB = 40.0
+GATED_PICTURES = 2  # of a run's first tile
 _EPS = 1e-6
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -311,6 +312,11 @@ class Decoder(nn.Module):
             part = latents[start : start + self.micro_batch] / config.scaling_factor + (config.shift_factor or 0.0)
             pictures[start : start + self.micro_batch] = (self(part).float() / 2 + 0.5).clamp_(0, 1)
         return pictures
+
+
+def decoded_at_once(resolution: int) -> int:
+    """Pictures per call of a policy's decoder: as many pixels as eight pictures of 512, one at least."""
+    return max(1, 8 * 512**2 // resolution**2)
 
 
 class PictureQualityError(RunFailure):

@@ -15,11 +15,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from ..config import ModelSection
 from ..errors import UserError
 from ..types import Conditioning
-from .decoder import Decoder, DecoderConfig, psnr_gate
+from .decoder import GATED_PICTURES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
 from .diffusers_policy import DiffusersPolicy
 from .networks import FusedNetwork, StockNetwork
-
-_GATED_PICTURES = 2
 
 
 def check_resolution(resolution: int, transformer: Any, vae: Any, field: str = "model.resolution") -> None:
@@ -110,15 +108,10 @@ class SD3Policy(DiffusersPolicy):
             return super().decode(latents)
         if self.decoder.dtype != torch.float32 and self.decoder_psnr is None:
             reference = self._build_decoder(torch.float32)
-            self.decoder_psnr = psnr_gate(self.decoder, reference, latents[:_GATED_PICTURES].contiguous())
+            self.decoder_psnr = psnr_gate(self.decoder, reference, latents[:GATED_PICTURES].contiguous())
         return self.decoder.images(latents)
 
     def _build_decoder(self, dtype: torch.dtype, **options) -> Decoder:
         config = DecoderConfig.from_mapping(self.vae.config)
         options |= {"dtype": dtype, "device": self.device, "micro_batch": decoded_at_once(self.model.resolution)}
         return Decoder.from_state_dict(config, self.vae.state_dict(), **options)
-
-
-def decoded_at_once(resolution: int) -> int:
-    """Pictures per call of the decoder: as many pixels as eight pictures of 512, one at least."""
-    return max(1, 8 * 512**2 // resolution**2)
