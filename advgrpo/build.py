@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from .config import NEED_REFERENCES, Config
 from .data.reference_features import ReferenceFeatures
 from .data.sources import Sources, told
+from .display import Display
 from .distributed import Distributed
 from .errors import UserError
 from .evaluation import PictureStatistic, check_metrics
 from .fast import FastPaths
 from .monitor import NOT_JUDGED, RED_FLAGS
+from .policy.diffusers_policy import DiffusersPolicy
 from .policy.dynamics import check_dynamics
 from .policy.loading import load_policy
 from .policy.pipelines import PREDICTIONS, pipeline_class
@@ -25,9 +26,11 @@ from .rewards.dino_similarity import DinoSimilarity
 from .rewards.pickscore import PickScoreAdversary
 from .scoring import Scorer
 
+_MOST_SECONDS = 3600.0  # that a batch of prompts may take to encode before the others take this process for stuck
 
-def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, console: Console):
-    """The generator, with every prompt this process needs in the text cache."""
+
+def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, display: Display):
+    """The generator, with this process's share of the prompts in the text cache."""
     cache = Path(config.data.cache_dir).expanduser()
     prediction = PREDICTIONS[pipeline_class(config.model.path)]
     check_dynamics(prediction, config.rollout.dynamics)
@@ -43,12 +46,47 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
         fused=fast.fused,
         precision=config.rollout.precision,
     )
-    mine = ["", *sources.prompts, *sources.held_out][distributed.rank :: distributed.world_size]
-    missing = policy.text_cache.missing(mine)
-    if missing:
-        console.print(f"encoding {len(missing)} prompts into {cache}")
-        policy.text_cache.fill(missing)
+    mine = _texts(sources)[distributed.rank :: distributed.world_size]
+    encode_prompts(policy, mine, cache, display, distributed)
     return policy
+
+
+def _texts(sources: Sources) -> list[str]:
+    return ["", *sources.prompts, *sources.held_out]
+
+
+def encode_prompts(
+    policy: DiffusersPolicy, prompts: list[str], cache: Path, display: Display, distributed: Distributed
+) -> None:
+    """Fill the text cache, with progress for people and for the processes that wait."""
+    missing = policy.text_cache.missing(prompts)
+    if not missing:
+        return
+    display.say(f"encoding {len(missing)} prompts into {cache}")
+    with display.steps("encoding prompts", len(missing)) as show:
+
+        def tell(done: int) -> None:
+            show(done)
+            distributed.progress("encode prompts", within_seconds=_MOST_SECONDS)
+
+        policy.text_cache.fill(missing, tell)
+
+
+def check_cache_is_shared(policy: DiffusersPolicy, sources: Sources, distributed: Distributed, config: Config) -> None:
+    """Call it once all processes have encoded their shares.
+
+    Raises:
+        UserError: this process does not see what others have stored. It would load the text encoders in the middle of
+            training, for every prompt that it comes across.
+    """
+    texts = _texts(sources)
+    absent = policy.text_cache.absent(texts) if distributed.world_size > 1 else []
+    if absent:
+        raise UserError(
+            f"data.cache_dir = {config.data.cache_dir!r}: process {distributed.rank} does not find {len(absent)} of "
+            f"{len(texts)} prompts there that other processes have encoded, first {absent[0]!r}; name a folder that "
+            "all machines share (--data.cache-dir)"
+        )
 
 
 def build_adversary(config: Config, device: torch.device) -> Adversary | None:

@@ -13,7 +13,7 @@ import logging
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -49,6 +49,20 @@ class TensorCache:
 
     def __contains__(self, key: str) -> bool:
         return key in self._memory or self.path(key).exists()
+
+    def absent(self, keys: Collection[str]) -> list[str]:
+        """Keys that have no file, as their folders are listed now.
+
+        A network file system that has once said that a file does not exist may go on saying so for a minute after
+        another machine has written it; to list a folder it asks the server.
+        """
+        listed: dict[Path, set[str]] = {}
+        for folder in {self.path(key).parent for key in keys}:
+            try:
+                listed[folder] = set(os.listdir(folder))
+            except FileNotFoundError:
+                listed[folder] = set()
+        return [key for key in keys if self.path(key).name not in listed[self.path(key).parent]]
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors stored under `key`; None when there are none, or the file was damaged (it is gone then)."""

@@ -19,7 +19,6 @@ import torch
 import yaml
 from pydantic import Field
 from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 
 from . import config as configuration
@@ -29,6 +28,7 @@ from .data.pictures import Fit
 from .data.prompts import load_prompts
 from .data.references import ReferenceSet
 from .data.sources import Sources, metadata_of, shipped_path, told
+from .display import Display
 from .distributed import Distributed
 from .drawing import DrawOptions
 from .errors import UserError
@@ -251,41 +251,45 @@ def lora_section(folder: Path, pipeline: Path, field: str = "--lora") -> configu
     )
 
 
-def load_model(options: Evaluate, settings: Config, prompts: list[str], distributed: Distributed) -> Evaluator:
+def load_model(
+    options: Evaluate, settings: Config, prompts: list[str], distributed: Distributed, display: Display
+) -> Evaluator:
     """Draws pictures of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
+    from .build import encode_prompts
     from .evaluation import Evaluator
     from .fast import FastPaths
     from .policy.loading import load_policy
 
-    device = distributed.device
+    device, cache = distributed.device, Path(options.cache_dir).expanduser()
     policy = load_policy(
         settings.model,
         device=device,
-        cache_dir=Path(options.cache_dir).expanduser(),
+        cache_dir=cache,
         seed=options.seed,
         fused=FastPaths.choose(settings, device).fused,
     )
-    policy.text_cache.fill(["", *prompts])
-    evaluator = Evaluator(policy, None, None, prompts, settings, distributed)
+    encode_prompts(policy, ["", *prompts], cache, display, distributed)
+    evaluator = Evaluator(policy, None, None, prompts, settings, distributed, display)
     return evaluator if settings.model.lora.start_from else evaluator.base()
 
 
 @torch.no_grad()
 def score_model(
-    evaluator: Evaluator, metrics: dict[str, Reward], references: ReferenceSet | None, per_prompt: int, console: Console
+    evaluator: Evaluator, metrics: dict[str, Reward], references: ReferenceSet | None, per_prompt: int, display: Display
 ) -> Scores:
     """Every metric of every picture; a picture that cannot be scored is an error, never a number."""
     count = len(evaluator.prompts)
     at_once = max(1, evaluator.config.rollout.micro_batch // per_prompt)
     scores = {name: torch.empty(count, per_prompt, dtype=torch.float64) for name in metrics}
-    steps = range(0, count, at_once)
-    for start in track(steps, "drawing and scoring", console=console, disable=not console.is_terminal):
-        numbers = range(start, min(start + at_once, count))
-        prompts = [evaluator.prompts[number] for number in numbers for _ in range(per_prompt)]
-        images = evaluator.pictures(prompts, torch.cat([evaluator.ids(number, per_prompt) for number in numbers]))
-        for name, metric in metrics.items():
-            rows = metric.score(images, prompts, references).double().cpu()
-            scores[name][numbers.start : numbers.stop] = rows.view(-1, per_prompt)
+    with display.steps("drawing and scoring", count) as tell:
+        for start in range(0, count, at_once):
+            numbers = range(start, min(start + at_once, count))
+            prompts = [evaluator.prompts[number] for number in numbers for _ in range(per_prompt)]
+            images = evaluator.pictures(prompts, torch.cat([evaluator.ids(number, per_prompt) for number in numbers]))
+            for name, metric in metrics.items():
+                rows = metric.score(images, prompts, references).double().cpu()
+                scores[name][numbers.start : numbers.stop] = rows.view(-1, per_prompt)
+            tell(numbers.stop)
     return scores
 
 
@@ -387,12 +391,12 @@ def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
         loras[options.against] = ("--against", "" if options.against == "base" else options.against)
     models = {name: settings_of(options, folder, lora, device, flag=flag) for name, (flag, lora) in loras.items()}
     metrics = build_metrics(metric_settings, device, sources)
-    scores, pictures = {}, {}
+    scores, pictures, display = {}, {}, Display(console)
     evaluator = None
     for name, settings in models.items():
         again = evaluator is not None and not settings.model.lora.start_from  # the base of the model that is loaded
-        evaluator = evaluator.base() if again else load_model(options, settings, prompts, distributed)
-        scores[name] = score_model(evaluator, metrics, references, options.images_per_prompt, console)
+        evaluator = evaluator.base() if again else load_model(options, settings, prompts, distributed, display)
+        scores[name] = score_model(evaluator, metrics, references, options.images_per_prompt, display)
         pictures[name] = evaluator.grid_pictures()
     found = report(options, metric_settings, scores, prompts)
     (options.output / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -57,7 +57,7 @@ class Evaluator:
         scores = {name: [] for name in self.metrics}
         with (
             self.distributed.monitored("evaluate"),  # shares differ in time; the gather below does not wait for them
-            self._steps(len(numbers)) as tell,
+            self._steps("evaluating", len(numbers)) as tell,
         ):
             for start in range(0, len(numbers), at_once):
                 part = numbers[start : start + at_once]
@@ -78,19 +78,20 @@ class Evaluator:
                 result |= _half_width(f"{HELD_OUT}{name}{FIRST}", by_prompt[:, :first])
         return result
 
-    def _steps(self, prompts: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    def _steps(self, what: str, prompts: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Progress over this process's prompts."""
         if self.display is None:
             return contextlib.nullcontext(lambda done: None)
-        return self.display.steps("evaluating the base model" if self.of_base else "evaluating", prompts)
+        return self.display.steps(f"{what} the base model" if self.of_base else what, prompts)
 
     def grid_pictures(self, columns: int = 4) -> list[tuple[str, torch.Tensor]]:
         """(prompt, pictures [columns, 3, H, W]) of the grid's prompts, always from the same noise; rank 0 calls it."""
-        chosen = self.prompts[: self.config.evaluation.grid_prompts]
-        return [
-            (prompt, self.pictures([prompt] * columns, self.ids(number, columns)).cpu())
-            for number, prompt in enumerate(chosen)
-        ]
+        chosen, drawn = self.prompts[: self.config.evaluation.grid_prompts], []
+        with self._steps("drawing samples of" if self.of_base else "drawing samples", len(chosen)) as tell:
+            for number, prompt in enumerate(chosen):
+                drawn.append((prompt, self.pictures([prompt] * columns, self.ids(number, columns)).cpu()))
+                tell(len(drawn))
+        return drawn
 
     @torch.no_grad()
     def pictures(self, prompts: list[str], ids: torch.Tensor) -> torch.Tensor:

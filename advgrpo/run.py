@@ -18,7 +18,15 @@ from rich.console import Console
 
 from . import checkpoint as checkpoints
 from . import config as configuration
-from .build import blind_spots, build_adversary, build_metrics, build_observer, build_policy, build_scorer
+from .build import (
+    blind_spots,
+    build_adversary,
+    build_metrics,
+    build_observer,
+    build_policy,
+    build_scorer,
+    check_cache_is_shared,
+)
 from .config import Config
 from .data.sources import Sources
 from .display import Display
@@ -80,6 +88,8 @@ class Run:
             fast.print(console)
         with distributed.monitored("load the models"):
             self.trainer, self.evaluator = self._build(sources, fast)
+        with distributed.monitored("look into the cache"):
+            check_cache_is_shared(self.trainer.policy, sources, distributed, config)
         self.base: dict[str, float] = {}
         self.start: dict[str, float] = {}  # of the LoRA that model.lora.start_from names
         self.samples: dict[str, list] = {}
@@ -90,7 +100,7 @@ class Run:
     def _build(self, sources: Sources, fast: FastPaths) -> tuple[Trainer, Evaluator]:
         config, distributed = self.config, self.distributed
         self.cut_prompts = self._tell_of_prompts(sources) if distributed.is_main else {}
-        policy = build_policy(config, sources, distributed, fast, self.console)
+        policy = build_policy(config, sources, distributed, fast, self.display)
         adversary = build_adversary(config, distributed.device)
         observer = build_observer(config, adversary, distributed.device)
         if unseen := blind_spots(config, observer):

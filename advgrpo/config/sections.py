@@ -124,7 +124,8 @@ class DataSection(Section):
     """References that are not square: an error (`advgrpo.references import` makes squares), the middle cropped, white
     bars added, or stretched, which teaches the adversary that good pictures are squashed."""
     cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
-    """Where text embeddings and reference features are kept, keyed by content hash."""
+    """Where text embeddings and reference features are kept, keyed by content hash; every process encodes a share of
+    the prompts into it, so all machines of a run must see the same folder."""
 
 
 class WindowSection(Section):

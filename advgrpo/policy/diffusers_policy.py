@@ -96,7 +96,8 @@ class DiffusersPolicy(GuidedPolicy):
             self._empty = self.encode([""])
         return self._empty
 
-    def _encode_text(self, prompts: list[str]) -> Conditioning:
+    def _encode_text(self, prompts: list[str]) -> Iterator[Conditioning]:
+        """Embeddings on the host, `_TEXT_BATCH` prompts at a time; the encoders are loaded once for all of them."""
         kept = {*self.text_parts, "vae", "scheduler", self.component}
         listed = {name for name, value in self.index.items() if isinstance(value, list)}
         absent = {name for name in listed if name not in kept or self.index[name][0] is None}
@@ -105,14 +106,10 @@ class DiffusersPolicy(GuidedPolicy):
         for part in self.text_parts:
             if isinstance(getattr(pipe, part, None), torch.nn.Module):
                 getattr(pipe, part).to(self.device)
-        with torch.no_grad():
-            batches = [
-                self._encode_batch(pipe, prompts[start : start + _TEXT_BATCH])
-                for start in range(0, len(prompts), _TEXT_BATCH)
-            ]
-        return Conditioning(
-            torch.cat([batch.text.cpu() for batch in batches]), torch.cat([batch.pooled.cpu() for batch in batches])
-        )
+        for start in range(0, len(prompts), _TEXT_BATCH):
+            with torch.no_grad():
+                batch = self._encode_batch(pipe, prompts[start : start + _TEXT_BATCH])
+            yield Conditioning(batch.text.cpu(), batch.pooled.cpu())
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
