@@ -302,24 +302,32 @@ class Run:
             raise UserError(f"--resume {self.folder}: {path} was not written by advgrpo.train")
         different = _differences(state["config"], self.config.model_dump(mode="json"))
         if different:
+            free = ", ".join(
+                name for name in _FREE_TO_CHANGE if name != "output_dir"
+            )  # the folder, wherever it lies now
             raise UserError(
                 f"--resume {self.folder}: the checkpoint was made with other settings: {'; '.join(different)}. Leave "
-                f"them as they were, or start a new run (only {', '.join(_FREE_TO_CHANGE)} may change)"
+                f"them as they were, or start a new run (only {free} may change)"
             )
+        self._refuse_if_done(state["trainer"])
         return tensors, state
 
-    def _restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
-        self.trainer.load(tensors, state)
-        self.base, self.start = state["base"], state.get("start", {})
-        self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}")
+    def _refuse_if_done(self, saved: dict) -> None:
+        """UserError for a run that has its length already, before its models are loaded."""
         evaluated = (self.folder / "summary.json").exists()  # if not, the run was cut short in its last evaluation
-        done, wanted = self.trainer.iteration, self.config.iterations
-        if done > wanted or (evaluated and self.trainer.finished):
+        done, wanted, steps = saved["iteration"], self.config.iterations, self.config.global_steps
+        finished = done >= wanted or 0 < steps <= saved["global_step"]
+        if done > wanted or (evaluated and finished):
             flag = "--iterations" if done >= wanted else "--global-steps"
             raise UserError(
                 f"--resume {self.folder}: iteration {done} of {wanted} is done already, and with it the run; "
                 f"raise {flag} to go on"
             )
+
+    def _restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
+        self.trainer.load(tensors, state)
+        self.base, self.start = state["base"], state.get("start", {})
+        self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -64,6 +64,12 @@ def read_settings(arguments: Sequence[str], own: type[Own], *, program: str, abo
         start = own.model_validate(given)
     except ValidationError as error:
         raise UserError(configuration.explain(error, own, given, dotted=False)) from error
+    elsewhere = flags.get("output_dir")
+    if start.resume is not None and elsewhere is not None and Path(elsewhere) != start.resume:
+        raise UserError(
+            f"--resume {start.resume} goes on in that folder: leave out --output-dir {elsewhere}, or copy the folder "
+            f"there and pass --resume {elsewhere}"
+        )
     base, source = _base(start)
     merged = configuration.merge(base, configuration.nested(flags))
     return configuration.build(merged, "command line" if flags else source), start

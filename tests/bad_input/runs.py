@@ -156,7 +156,8 @@ RESUME = [
     _changed("--update.learning_rate 1e-5", "update.learning_rate: "),
     _changed("--adversary.kind siglip", "adversary.kind: 'dino' -> 'siglip'"),
     _changed("--rollout.group_size 8", "rollout.group_size: 4 -> 8"),
-    _changed("--iterations 1", "is done already", "raise --iterations to go on", loading=True),
+    _changed("--iterations 1", "is done already", "raise --iterations to go on"),
+    _changed("--output-dir another", "goes on in that folder: leave out --output-dir another, or copy the folder there"),
     _changed("--update.eps nan", "update.eps = nan: not finite"),
     _changed("--preset tiny", "leave out --preset"),
 ]  # fmt: skip
