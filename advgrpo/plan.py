@@ -57,6 +57,7 @@ def _plan(arguments: list[str]) -> int:
     config, chosen = read_settings(arguments, Plan, program="python -m advgrpo.plan", about=about)
     sizes = _sizes(chosen.gpu)
     from .memory import micro_batches, plan, table  # imports torch only once the flags are right
+    from .preflight import check_without_network
 
     def check(micro_batch: int, checkpointing: bool) -> None:
         """What training would say to these settings."""
@@ -68,6 +69,7 @@ def _plan(arguments: list[str]) -> int:
         configuration.check_tiles(config, chosen.processes)  # no number of pictures would suit this micro-batch
     check((micro_batches(config, chosen.processes) or [config.rollout.micro_batch])[-1], False)
     quiet_libraries()
+    check_without_network(config)
     plans = [plan(config, size, processes=chosen.processes) for size in sizes]
     for each in plans:
         check(each.knobs.micro_batch, each.knobs.gradient_checkpointing)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from .config import Config, LoraSection, RewardSection, RewardsSection, shown, wanted
 from .errors import UserError
 from .folders import writable
+from .known_models import BACKBONES, TRANSFORMERS, known_pipeline
 from .model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
 from .policy.adapters import component_of, read_lora_for, stored_network, target_modules
 from .policy.dynamics import check_dynamics
@@ -26,6 +28,7 @@ from .policy.sd3 import check_resolution, check_schedule
 from .policy.sdxl import check_unet, ddim_scheduler
 from .rewards.clip_model import preference_folder
 from .rewards.dino import backbone_folder
+from .rewards.loading import expanded, model_config
 
 _CLIP_REWARDS = ("pickscore", "clip_similarity", "clip_reference_similarity", "aesthetic")
 
@@ -35,15 +38,31 @@ def preflight(config: Config) -> None:
     writable(Path(config.data.cache_dir).expanduser(), "data.cache_dir")
     _check_installed(config)
     _check_generator(config)
-    _check_adversary(config)
+    _check_judges(config, network=True)
+
+
+def check_without_network(config: Config) -> None:
+    """What of `preflight` needs no network: folders by their files, models of the hub by their names.
+
+    Raises:
+        UserError: as `preflight`, but not for what is missing on this machine.
+    """
+    if local_pipeline(config.model.path) is not None:
+        _check_generator(config)
+    elif config.model.path in TRANSFORMERS:
+        check_dynamics("velocity", config.rollout.dynamics)  # all of them are SD3
+        _check_known_size(config)
+    _check_judges(config, network=False)
+
+
+def _check_judges(config: Config, *, network: bool) -> None:
+    """Of the adversary, the rewards and the observer; without `network` those of the hub as far as they are known."""
+    _check_adversary(config, network)
     for name in _scorers(config):
-        check_reward(name, config.rewards.sections()[name].options(), f"rewards.{name}")
+        check_reward(name, config.rewards.sections()[name].options(), f"rewards.{name}", network=network)
     if config.evaluation.backbone:
-        _check_dino(
-            config.evaluation.backbone,
-            config.evaluation.backbone_image_size,
-            ("evaluation.backbone", "evaluation.backbone_image_size"),
-        )
+        fields = ("evaluation.backbone", "evaluation.backbone_image_size")
+        _check_dino(config.evaluation.backbone, config.evaluation.backbone_image_size, fields, network)
 
 
 def _check_installed(config: Config) -> None:
@@ -152,6 +171,7 @@ def _check_generator(config: Config) -> None:
             "update.objective = sft fits a rectified flow's velocity, but this model predicts noise: use an SD3 model"
         )
     if folder is None:
+        _check_known_size(config)
         return
     source, network = f"model.path = {model.path!r}", stored_network(folder)
     vae = _vae(folder, source)
@@ -171,6 +191,14 @@ def _check_generator(config: Config) -> None:
         check_adapters(folder, network, model.lora)
 
 
+def _check_known_size(config: Config) -> None:
+    """Of a model of the hub that is not here yet."""
+    model = config.model
+    if model.path in TRANSFORMERS:
+        pipeline = known_pipeline(model.path)
+        check_resolution(model.resolution, SimpleNamespace(**pipeline.transformer), pipeline.decoder)
+
+
 def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection) -> None:
     """UserError for targets or blocks that the network lacks, or a start_from of another shape."""
     targets = target_modules(network, lora)
@@ -188,16 +216,17 @@ def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection) -> None
 # What judges.
 
 
-def _check_adversary(config: Config) -> None:
+def _check_adversary(config: Config, network: bool) -> None:
     section = config.adversary
     used = config.learns_adversary
     measured = "dino_similarity" in config.evaluation.metrics and not config.evaluation.backbone
     if section.kind == "dino" and (used or measured):
-        _check_dino(section.backbone, section.image_size, ("adversary.backbone", "adversary.image_size"))
+        _check_dino(section.backbone, section.image_size, ("adversary.backbone", "adversary.image_size"), network)
     elif section.kind == "siglip" and used:
-        _check_siglip(section.backbone, section.image_size)
+        _check_siglip(section.backbone, section.image_size, network)
     elif section.kind == "pickscore" and used:
-        clip = _check_clip(section.backbone, section.processor, "adversary.backbone", "adversary.processor")
+        fields = ("adversary.backbone", "adversary.processor")
+        clip = _check_clip(section.backbone, section.processor, fields, network)
         layers = _part(clip, "vision_config").get("num_hidden_layers", section.trainable_layers) if clip else None
         if layers is not None and section.trainable_layers > layers:
             raise UserError(
@@ -206,19 +235,23 @@ def _check_adversary(config: Config) -> None:
             )
 
 
-def check_reward(name: str, options: Mapping[str, Any], owner: str) -> None:
+def check_reward(name: str, options: Mapping[str, Any], owner: str, *, network: bool = True) -> None:
     """UserError for options of a fixed reward of the wrong kind, or that its model's folder refutes.
 
     Options that only the reward's constructor knows are left to it. They are called `owner`.OPTION.
     """
+    name = {"clip": "clip_similarity"}.get(name, name)  # its short name
     _check_kinds(name, options, owner)
-    path, default = options.get("path"), {"dino_similarity": 518}
+    if name in RewardsSection.model_fields:
+        options = {**RewardsSection.model_fields[name].annotation().options(), **options}
+    path = options.get("path")
+    if name == "aesthetic" and not options["head"]:
+        return  # which its constructor asks for
     if name == "dino_similarity" and path:
-        size = options.get("image_size", default[name])
-        _check_dino(path, size, (f"{owner}.path", f"{owner}.image_size"))
+        _check_dino(path, options["image_size"], (f"{owner}.path", f"{owner}.image_size"), network)
     elif name in _CLIP_REWARDS and path:
-        clip = _check_clip(path, options.get("processor"), f"{owner}.path", f"{owner}.processor")
-        if name == "aesthetic" and options.get("head"):
+        clip = _check_clip(path, options.get("processor"), (f"{owner}.path", f"{owner}.processor"), network)
+        if name == "aesthetic":
             _check_head(options["head"], clip, owner)
 
 
@@ -250,39 +283,51 @@ def _check_head(head: str, clip: Mapping[str, Any] | None, owner: str) -> None:
         )
 
 
-def _check_dino(path: str, image_size: int, fields: tuple[str, str]) -> None:
-    folder = local_folder(backbone_folder(path))
-    if folder is None:
-        return
-    config = check_vision_model(folder, ("dinov2",), fields[0], path)
-    _check_patches(image_size, config.get("patch_size", 14), fields[1])
-
-
-def _check_siglip(path: str, image_size: int) -> None:
+def _model_config(
+    path: str, kinds: tuple[str, ...], field: str, model_class: str, network: bool
+) -> Mapping[str, Any] | None:
+    """config.json of a folder, whose weights are looked at, or of a hub id; None where that needs a network."""
     folder = local_folder(path)
-    if folder is None:
-        return
-    config = check_vision_model(folder, ("siglip", "siglip_vision_model"), "adversary.backbone", path)
-    _check_patches(image_size, _part(config, "vision_config").get("patch_size", 16), "adversary.image_size")
-    _check_preprocessor(folder, "adversary.backbone", path)
+    if folder is not None:
+        return check_vision_model(folder, kinds, field, path)
+    if network:
+        return model_config(path, model_types=kinds, field=field, model_class=model_class)
+    return BACKBONES.get(path)
 
 
-def _check_clip(path: str, processor: str | None, field: str, processor_field: str) -> dict[str, Any] | None:
-    """config.json of a CLIP with tokenizer and preprocessor; None for a hub id."""
-    folder = local_folder(preference_folder(path))
-    config = None if folder is None else check_vision_model(folder, ("clip",), field, path)
-    beside = folder if processor is None else local_folder(processor)
-    if beside is not None:
-        named = (field, path) if processor is None else (processor_field, processor)
-        _check_preprocessor(beside, *named)
-        check_tokenizer(beside, f"{named[0]} = {named[1]!r}")
+def _check_dino(path: str, image_size: int, fields: tuple[str, str], network: bool) -> None:
+    config = _model_config(backbone_folder(path), ("dinov2",), fields[0], "Dinov2Model", network)
+    if config is not None:
+        _check_patches(image_size, config.get("patch_size", 14), fields[1])
+
+
+def _check_siglip(path: str, image_size: int, network: bool) -> None:
+    field = "adversary.backbone"
+    if path == "tiny":
+        raise UserError(f"{field} = 'tiny': no SigLIP is shipped; pass a folder or a hub id")
+    config = _model_config(path, ("siglip", "siglip_vision_model"), field, "SiglipVisionModel", network)
+    if config is not None:
+        _check_patches(image_size, _part(config, "vision_config").get("patch_size", 16), "adversary.image_size")
+    _check_preprocessor(path, field, network)
+
+
+def _check_clip(path: str, processor: str | None, fields: tuple[str, str], network: bool) -> Mapping[str, Any] | None:
+    """config.json of a CLIP with tokenizer and preprocessor; None for a hub id that is not looked up."""
+    folder = preference_folder(path)
+    config = _model_config(folder, ("clip",), fields[0], "CLIPModel", network)
+    beside, field = (folder, fields[0]) if processor is None else (processor, fields[1])
+    _check_preprocessor(beside, field, network)
+    there = local_folder(beside)
+    if there is not None:
+        check_tokenizer(there, f"{field} = {beside!r}")
     return config
 
 
-def _check_preprocessor(folder: Path, field: str, path: str) -> None:
+def _check_preprocessor(path: str, field: str, network: bool) -> None:
     from .rewards.preprocess import ImagePreprocess
 
-    ImagePreprocess.load(str(folder), field=field)
+    if network or local_folder(path) is not None:
+        ImagePreprocess.load(expanded(path), field=field)
 
 
 def _check_patches(image_size: int, patch: Any, field: str) -> None:

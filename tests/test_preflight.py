@@ -1,13 +1,15 @@
 """What is refused before a weight is read, and settings that would train nothing.
 
 Bugs planted, each seen red: a file's size not compared with its header; shards not looked at; tensors that are absent
-not compared with config.json; plan's own rule for micro-batches; warm-up ignored by `untrained`; FP8 called fast on a
+not compared with config.json; plan's own rule for micro-batches, or models it does not
+look at; a hub id that is looked up only when it is loaded; warm-up ignored by `untrained`; FP8 called fast on a
 CPU; the reward blamed for pictures that are not finite.
 """
 
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from advgrpo.command import plain_console
 from advgrpo.errors import UserError
 from advgrpo.fast import FastPaths
 from advgrpo.generate import main as generate
+from advgrpo.policy import attention
 from advgrpo.preflight import preflight
 from advgrpo.rewards.checks import finite_scores
+from advgrpo.train import parse
 
 
 @pytest.fixture
@@ -150,6 +154,7 @@ def test_a_run_that_would_train_nothing_is_recognised(change, reason, unit_confi
         ({"adversary": {"reward_weights": [0, 0]}}, "adversary.reward_weights = [0, 0]: nothing would be rewarded"),
         ({"adversary": {"loss_weights": [0, 0]}}, "adversary.loss_weights = [0, 0]"),
         ({"adversary": {"schedule": "never"}}, "the head would stay random"),
+        ({"model": {"train": "full", "dtype": "bfloat16"}}, "model.train = full needs float32 weights"),
         (
             {"update": {"objective": "sft"}, "rewards": {"pickscore": {"weight": 1}}},
             "rewards.pickscore.weight = 1 would not be looked at: update.objective = sft",
@@ -188,6 +193,65 @@ def test_plan_recommends_nothing_that_training_refuses(processes, capsys):
         settings.rollout.prompts_per_iteration = int(remedy.split(",")[0])
     settings.data.prompts = settings.data.references = "somewhere"
     configuration.check(settings, processes)
+
+
+SETTINGS = (
+    "",
+    "--model.train full",
+    "--model.train full --model.dtype float32",
+    "--model.resolution 504",
+    "--model.resolution 48",
+    "--model.attention nonsense",
+    "--model.lora.blocks 40",
+    "--model.lora.targets attn.to_qq",
+    "--adversary.image_size 500",
+    "--adversary.image_size 40",
+    "--adversary.kind siglip --adversary.backbone tiny",
+    "--evaluation.backbone tiny --evaluation.backbone_image_size 33",
+    "--rewards.dino_similarity.weight 1 --rewards.dino_similarity.path tiny --rewards.dino_similarity.image_size 33",
+    "--rollout.dynamics ddim",
+    "--rollout.dynamics flow_sde",
+    "--rollout.window.steps 9",
+    "--rollout.precision fp8 --no-fast",
+    "--update.objective sft",
+    "--rewards.adversary.weight 0",
+)
+
+
+def refusal(arguments: list[str]) -> str:
+    """What training would print before it loads anything."""
+    try:
+        settings, _ = parse(arguments)
+        configuration.check(settings, 1)
+        preflight(settings)
+    except UserError as error:
+        return f"error: {error}\n"
+    return ""
+
+
+@pytest.mark.parametrize("flags", SETTINGS)
+def test_plan_and_training_refuse_the_same_settings(flags, unit_config, unit_pipeline, tmp_path, capsys):
+    """Where one goes on the other does: with a local model, whose files both can see."""
+    unit_config.model.dtype = "bfloat16"
+    file = tmp_path / "settings.yaml"
+    file.write_text(configuration.dump(unit_config))
+    arguments = ["--config", str(file), *flags.split()]
+    expected = refusal(arguments)
+    assert plan_command.main([*arguments, "--gpu", "80"]) == (2 if expected else 0)
+    assert capsys.readouterr().err == expected
+
+
+def test_every_preset_can_be_planned_or_is_refused_by_name(capsys):
+    """Of the hub's models only those of SD3 and DINO are known without a network."""
+    for name in configuration.preset_names():
+        code = plan_command.main(["--preset", name, "--gpu", "80"])
+        said = capsys.readouterr().err
+        assert code in (0, 1) or "is not known without a network" in said, (name, said)
+
+
+def test_the_backends_that_can_be_asked_for_are_those_there_are():
+    choices = configuration.ModelSection.model_fields["attention"].annotation
+    assert set(get_args(choices)) == {"auto", *attention._MAKERS}
 
 
 def test_the_table_of_fast_paths_claims_nothing_that_this_machine_lacks(unit_config, capsys):

@@ -134,6 +134,11 @@ def _check_precision(config: Config) -> None:
             "rollout.window_forward = 'merged' samples from other weights than are trained, so ratios would not start "
             "at 1: set update.old_log_prob to recompute or truncated_importance"
         )
+    if config.model.train == "full" and config.model.dtype != "float32":
+        raise UserError(
+            f"model.train = full needs float32 weights, but model.dtype = {config.model.dtype}: set model.dtype = "
+            "float32, or model.train = lora"
+        )
     start = config.model.lora.start_from
     if start and config.model.train != "lora":
         raise UserError(f"model.lora.start_from = {start!r} needs model.train = lora")

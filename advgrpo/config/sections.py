@@ -96,8 +96,8 @@ class ModelSection(Section):
     decoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the picture decoder with --fast; auto follows dtype on a GPU. In bfloat16 the run's first pictures
     must reach 40 dB against float32."""
-    attention: str = "auto"
-    """Attention of the fused transformer: auto, flash3, flash2, cudnn, flash, efficient, cpu or math."""
+    attention: Literal["auto", "flash3", "flash2", "cudnn", "flash", "efficient", "cpu", "math"] = "auto"
+    """Attention of the fused transformer (policy/attention.py has what each needs); auto takes the first that runs."""
     base_precision: Literal["model", "fp8"] = "model"
     """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast."""
 

@@ -178,7 +178,7 @@ class FullWeights:
 
     def __init__(self, network: ModelMixin):
         if network.dtype != torch.float32:
-            raise UserError('model.train = "full" needs float32 masters: set model.dtype = "float32"')
+            raise ValueError(f"every weight of a network is trained in float32 only, not in {network.dtype}")
         logger.warning(
             "model.train = full: every weight is trained; knowledge outside the prompts is forgotten sooner than with "
             "LoRA. Watch the held-out metrics, or set update.kl_weight."

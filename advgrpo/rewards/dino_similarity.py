@@ -33,7 +33,7 @@ class DinoSimilarity:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         backbone: DinoBackbone | None = None,
-        fields: tuple[str, str] = ("rewards.dino_similarity.path", "rewards.dino_similarity.image_size"),
+        fields: tuple[str, str] = ("dino_similarity.path", "dino_similarity.image_size"),
     ):
         self.reduction = check_reduction(reduction)
         self.backbone = backbone or DinoBackbone(

@@ -86,6 +86,7 @@ MODELS = [
     _unet("unet/config.json", "contradict", in_channels=9),
     _unet("scheduler/scheduler_config.json", "prediction_type = 'v_prediction'", prediction_type="v_prediction"),
     Case(_MODEL, "UNet with a flow's dynamics", ("set rollout.dynamics = 'ddim'",), lambda b: b.train("--model.path", str(b.world.unet))),
+    flagged(_MODEL, "--model.train full --model.dtype bfloat16", "model.train = full needs float32 weights", "model.dtype = bfloat16"),
     flagged(_MODEL, "--model.resolution 1024", "model.resolution = 1024: this model wants a multiple of", "at most"),
 ]  # fmt: skip
 
@@ -120,7 +121,13 @@ def _head(name: str, tensors: dict[str, torch.Tensor] | str, *expect: str) -> Ca
 
 JUDGES = [
     flagged(_JUDGES, "--adversary.kind dinno", "want one of dino, siglip, pickscore, none; did you mean 'dino'?"),
-    flagged(_JUDGES, "--adversary.backbone nowhere/dino", "adversary.backbone = 'nowhere/dino'", loading=True),
+    flagged(_JUDGES, "--adversary.backbone nowhere/dino", "adversary.backbone = 'nowhere/dino' cannot be loaded as a Dinov2Model"),
+    flagged(_JUDGES, "--adversary.kind siglip --adversary.backbone nowhere/siglip", "adversary.backbone = 'nowhere/siglip' cannot be loaded"),
+    flagged(_JUDGES, "--adversary.kind siglip --adversary.backbone tiny", "adversary.backbone = 'tiny': no SigLIP is shipped"),
+    flagged(_JUDGES, "--evaluation.backbone nowhere/dino", "evaluation.backbone = 'nowhere/dino' cannot be loaded as a Dinov2Model"),
+    flagged(_JUDGES, "--rewards.dino_similarity.weight 1 --rewards.dino_similarity.path nowhere/dino", "rewards.dino_similarity.path = 'nowhere/dino'"),
+    Case(_JUDGES, "processor nowhere", ("rewards.pickscore.processor = 'nowhere/processor' has no preprocessor_config.json",),
+         lambda b: b.train("--rewards.pickscore.weight", "1", "--rewards.pickscore.path", str(b.world.clip), "--rewards.pickscore.processor", "nowhere/processor")),
     flagged(_JUDGES, "--adversary.image_size 33", "adversary.image_size = 33 is not a multiple of the backbone's patch size"),
     flagged(_JUDGES, "--adversary.reward_weights 0 0", "adversary.reward_weights = [0, 0]: nothing would be rewarded"),
     flagged(_JUDGES, "--adversary.reward_weights -1 0", "adversary.reward_weights = [-1, 0]: want 2 values, each a number of at least 0"),
@@ -136,7 +143,7 @@ JUDGES = [
     flagged(_JUDGES, "--rewards.remote.weight 1", "rewards.remote.url is empty, but rewards.remote needs it"),
     flagged(_JUDGES, "--rewards.aesthetic.weight 1", "rewards.aesthetic.head is empty, but rewards.aesthetic needs it"),
     flagged(_JUDGES, "--rewards.ocr.weight 1 --rewards.ocr.workers 0", "rewards.ocr.workers = 0"),
-    flagged(_JUDGES, "--rewards.pickscore.weight 1 --rewards.pickscore.path nowhere/clip", "rewards.pickscore.path = 'nowhere/clip'", loading=True),
+    flagged(_JUDGES, "--rewards.pickscore.weight 1 --rewards.pickscore.path nowhere/clip", "rewards.pickscore.path = 'nowhere/clip' cannot be loaded as a CLIPModel"),
     Case(_JUDGES, "a CLIP for DINO", ("adversary.backbone = ", "is a clip; want a dinov2"), lambda b: b.train("--adversary.backbone", str(b.world.clip))),
     Case(_JUDGES, "a DINO for CLIP", ("rewards.clip_similarity.path = ", "is a dinov2; want a clip"),
          lambda b: b.train("--rewards.clip_similarity.weight", "1", "--rewards.clip_similarity.path", str(b.world.backbone))),

@@ -65,7 +65,7 @@ def _out_of_range() -> list[Case]:
         "--model.lora.blocks 0": "model.lora.blocks = 0: want all or a whole number",
         "--model.lora.blocks 77": "model.lora.blocks = 77: the model has 2 transformer blocks",
         "--model.lora.blocks some": "model.lora.blocks = 'some'",
-        "--model.attention flash9": "model.attention = 'flash9': want auto or one of",
+        "--model.attention flash9": "model.attention = 'flash9': want one of auto, flash3, flash2",
         "--model.attention cudnn": "model.attention = 'cudnn': it needs a CUDA device",
         "--model.decoder_dtype int8": "model.decoder_dtype = 'int8'",
         "--rollout.group_size 1": "rollout.group_size = 1: want a whole number from 2",

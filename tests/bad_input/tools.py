@@ -98,6 +98,8 @@ EVALUATE = [
     score("--prompts=", "--prompts is empty"),
     score("--prompts nowhere.txt", "prompt file nowhere.txt does not exist"),
     score("--metrics dino_similarity --references=", "--references is empty"),
+    score("--metrics dino_similarity", "--metric-options.dino_similarity.path = 'facebook/dinov2-base' cannot be loaded"),
+    score("--metrics clip", "--metric-options.clip.path = 'openai/clip-vit-large-patch14' cannot be loaded"),
     score("--num-steps -1", "--num-steps -1"),
     score("--resolution 33", "--resolution = 33"),
     score("--guidance-scale inf", "--guidance-scale inf: not finite"),
@@ -215,6 +217,13 @@ PLAN = [
     plan("--update.eps inf", "update.eps = inf: not finite"),
     plan("--gpus 24", "unknown flag --gpus; did you mean --gpu?"),
     plan("--model.resolution 500", "model.resolution = 500: want a multiple of 8"),
+    plan("--model.resolution 504", "model.resolution = 504: this model wants a multiple of 16"),
+    plan("--model.resolution 8192", "model.resolution = 8192: this model wants a multiple of 16, at most 6144"),
+    plan("--model.train full", "model.train = full needs float32 weights"),
+    plan("--model.attention nonsense", "model.attention = 'nonsense': want one of auto, flash3"),
+    plan("--rollout.dynamics ddim", "rollout.dynamics = 'ddim'"),
+    plan("--adversary.image_size 500", "adversary.image_size = 500 is not a multiple of the backbone's patch size 14; use 504"),
+    plan("--evaluation.backbone facebook/dinov2-base --evaluation.backbone_image_size 500", "evaluation.backbone_image_size = 500"),
 ]  # fmt: skip
 
 serve = _case("rewards.serve", "rewards.serve", lambda b: ["--port", "0"])
