@@ -226,6 +226,8 @@ class Run:
         summary = summarize(self.config, rows, self.base, final, self.start)
         summary["prompts_cut_by"] = self.cut_prompts
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if not summary["trained"]:
+            self.console.print(f"note: {summary['not_trained_because']}", soft_wrap=True)
         base = held_out_means(self.base)
         for name, value in held_out_means(final).items():
             self.console.print(f"{name}: base {base[name]:.4f} -> final {value:.4f}")
@@ -381,7 +383,7 @@ def summarize(
     metric's 95 % interval over prompts.
     """
     stages = {"base": base, **({"start": start} if start else {}), "final": final}
-    seconds, reason = sum(r["seconds"] for r in rows), configuration.untrained(config)
+    seconds, reason = sum(r["seconds"] for r in rows), configuration.untrained(config) or _untrained(rows)
     return {
         "seed": config.seed,
         "iterations": len(rows),
@@ -400,6 +402,13 @@ def summarize(
         },
         "versions": versions(),
     }
+
+
+def _untrained(rows: list[dict]) -> str:
+    """Why the generator is as it was, although the settings could have trained it; "" where it was trained."""
+    if any(row.get(loss) is not None for row in rows for loss in ("policy_loss", "sft_loss")):
+        return ""
+    return "no iteration trained the generator: the adversary was fooled, and trained, in each (adversary.schedule)"
 
 
 def versions() -> dict[str, str]:

@@ -138,6 +138,11 @@ def test_settings_that_the_models_refute_are_refused_before_loading(change, expe
         ({"adversary": {"schedule": "alternate", "alternate_period": 3}}, ""),
         ({"adversary": {"warmup_iterations": 2}}, ""),
         ({"adversary": {"kind": "none", "warmup_iterations": 3}}, ""),
+        ({"adversary": {"warmup_iterations": 2}, "global_steps": 2}, "all 2 iterations are warm-up"),
+        ({"adversary": {"warmup_iterations": 2}, "global_steps": 2}, "raise --global-steps above it"),
+        ({"adversary": {"warmup_iterations": 2}, "global_steps": 3}, ""),
+        ({"adversary": {"schedule": "alternate", "alternate_period": 3}, "global_steps": 2}, "and there are 2"),
+        ({"adversary": {"schedule": "alternate", "alternate_period": 3}, "global_steps": 9}, ""),
     ],
 )
 def test_a_run_that_would_train_nothing_is_recognised(change, reason, unit_config):
@@ -154,6 +159,7 @@ def test_a_run_that_would_train_nothing_is_recognised(change, reason, unit_confi
         ({"adversary": {"reward_weights": [0, 0]}}, "adversary.reward_weights = [0, 0]: nothing would be rewarded"),
         ({"adversary": {"loss_weights": [0, 0]}}, "adversary.loss_weights = [0, 0]"),
         ({"adversary": {"schedule": "never"}}, "the head would stay random"),
+        ({"rewards": {"adversary": {"weight": 0, "gate": 0.5}}}, "every total would be 0 and nothing be trained"),
         ({"model": {"train": "full", "dtype": "bfloat16"}}, "model.train = full needs float32 weights"),
         (
             {"update": {"objective": "sft"}, "rewards": {"pickscore": {"weight": 1}}},

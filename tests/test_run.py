@@ -1,7 +1,8 @@
 """Whole runs on untrained unit models: what they leave, exact resume, signals, several processes, bad input.
 
 Bugs planted in a copy, each seen red: EMA left out of the checkpoint; replay buffer left out; iteration off by one
-after resume; reference draw keyed by rank; loss weighted by the local instead of the global number of pictures.
+after resume; reference draw keyed by rank; loss weighted by the local instead of the global number of pictures;
+the generator's turns not looked for in the summary.
 """
 
 import io
@@ -113,6 +114,7 @@ def test_what_a_run_leaves(unit_config, unit_pipeline):
     assert set(summary["base"]) == set(summary["final"]) == {"dino_similarity", "rule_accuracy"}
     assert set(summary["ci95"]["base"]) == set(summary["ci95"]["final"]) == set(summary["base"])
     assert summary["iterations"] == 2
+    assert summary["trained"] is True
     pipe = StableDiffusion3Pipeline.from_pretrained(unit_pipeline)
     pipe.load_lora_weights(folder / "lora")
     assert pipe.get_active_adapters()
@@ -441,6 +443,17 @@ def test_a_run_that_trains_nothing_says_so_first_and_last(unit_config, tmp_path,
     assert "adversary.warmup_iterations = 1" in summary["not_trained_because"]
     trained = load_file(Path(unit_config.output_dir) / "lora" / "pytorch_lora_weights.safetensors")
     assert not any(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
+
+
+def test_a_generator_that_never_had_its_turn_is_said_at_the_end(unit_config):
+    """With this schedule nobody can know beforehand."""
+    unit_config.adversary.schedule, unit_config.adversary.fooled_margin = "fooled_or_generator", 1e6
+    said = io.StringIO()
+    run(unit_config, console=Console(file=said, width=80))
+    summary = json.loads((Path(unit_config.output_dir) / "summary.json").read_text())
+    assert summary["trained"] is False
+    assert summary["not_trained_because"].startswith("no iteration trained the generator")
+    assert f"note: {summary['not_trained_because']}" in said.getvalue()
 
 
 def test_infinity_as_no_limit_trains_and_is_resumed(unit_config):

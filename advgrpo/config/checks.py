@@ -171,6 +171,12 @@ def _check_rewards(config: Config) -> None:
         raise UserError(
             f"rewards.adversary.weight = 0: the adversary {kind} would learn for nothing; set adversary.kind = none"
         )
+    if config.learns_adversary and not rewards.adversary.weight and not any(s.weight for s in rewards.fixed().values()):
+        raise UserError(
+            f"rewards.adversary.weight = 0 with rewards.adversary.gate = {rewards.adversary.gate:g}, and no other "
+            "reward has a weight: a gate only takes away, so every total would be 0 and nothing be trained; give one a "
+            "weight"
+        )
     for name, field in (("aesthetic", "head"), ("remote", "url")):
         section = getattr(rewards, name)
         used = section.used and config.update.objective != "sft"
@@ -222,20 +228,22 @@ def _check_learning(config: Config) -> None:
 
 def untrained(config: Config) -> str:
     """Why a run of these settings would leave the generator as it is; "" where it trains it."""
-    adversary, iterations = config.adversary, config.iterations
+    adversary, iterations, flag = config.adversary, config.iterations, "--iterations"
     if not config.learns_adversary:
         return ""
+    if 0 < config.global_steps < iterations:  # until the generator is trained, an iteration is a global step
+        iterations, flag = config.global_steps, "--global-steps"
     if adversary.warmup_iterations >= iterations:
         return (
             f"all {iterations} iterations are warm-up of the adversary's head (adversary.warmup_iterations = "
-            f"{adversary.warmup_iterations}): the generator is not trained; raise --iterations above it"
+            f"{adversary.warmup_iterations}): the generator is not trained; raise {flag} above it"
         )
     if adversary.schedule == "alternate":
         period, first = adversary.alternate_period, adversary.warmup_iterations
         if not any(number % period == period - 1 for number in range(first, min(iterations, first + period))):
             return (
                 f"adversary.schedule = alternate trains the generator in every {period}th iteration, and there are "
-                f"{iterations}: the generator is not trained; raise --iterations or lower adversary.alternate_period"
+                f"{iterations}: the generator is not trained; raise {flag} or lower adversary.alternate_period"
             )
     return ""
 

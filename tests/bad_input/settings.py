@@ -185,6 +185,12 @@ CONFLICTS = [
     flagged(
         "conflicts", "--update.objective sft --rewards.rule.weight 1", "rewards.rule.weight = 1 would not be looked at"
     ),
+    flagged(
+        "conflicts",
+        "--rewards.adversary.weight 0 --rewards.adversary.gate 0.5",
+        "rewards.adversary.gate = 0.5",
+        "every total would be 0",
+    ),
     flagged("conflicts", "--adversary.kind none", "adversary.kind = none and no fixed reward"),
     flagged("conflicts", "--rewards.adversary.weight 0", "the adversary dino would learn for nothing"),
     flagged("conflicts", "--data.references=", "data.references is empty, but adversary.kind needs references"),
