@@ -3,7 +3,8 @@
 Planted bugs that turned this file red: gradient through the clipped branch, in the kernel and in PyTorch; advantages
 not clipped; the smaller of the two branches as loss (stayed green until the loss was compared outside the clip); KL
 pulling the other way; KL missing from the loss; gradient not divided by B; no gradient for the unconditional
-velocity.
+velocity; kl_std in the KL but not in its gradient, and the other way round; a row's kl_std taken for all rows; the
+slope of the KL halved; the pair's bounds exchanged, in the kernel and in PyTorch; one bound of it for clip_fraction.
 """
 
 import math
@@ -13,7 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from advgrpo_kernels import clipped_policy_loss, clipped_policy_loss_ref, gaussian_log_prob, gaussian_step
+from advgrpo_kernels import (
+    clipped_policy_loss,
+    clipped_policy_loss_ref,
+    gaussian_log_prob,
+    gaussian_step,
+    step_coefficients,
+    step_std,
+)
 from advgrpo_kernels.ops.clipped_policy_loss import _clipped_policy_loss_op
 from advgrpo_kernels.testing import assert_error_within_budget
 
@@ -30,6 +38,10 @@ def problem(batch=6, shape=(3, 5, 7), dtype=torch.float32, spread=2e-4):
     advantages = torch.tensor([1.5, -0.7, 0.3, -7.0, 6.0, 0.0])[:batch]
     inputs = (latents, velocity, taken.next_latents, COEFFICIENTS, old, advantages)
     return inputs, uncond, reference
+
+
+def to_device(inputs, device):
+    return tuple(tensor.to(device) for tensor in inputs)
 
 
 def gradients(function, inputs, uncond, **settings):
@@ -53,6 +65,92 @@ def test_closed_form_gradient_is_autograd_s(likelihood, kl_weight, clip_range):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
     for value, expected in zip(got_grads, want_grads):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+KL_STDS = {"number": 0.7, "shared": torch.tensor(0.7), "per_row": torch.linspace(0.2, 1.2, 6)}
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "squared_error"])
+@pytest.mark.parametrize("kl_std", KL_STDS.values(), ids=KL_STDS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_kl_of_another_std_has_the_gradient_of_autograd(likelihood, kl_std, backend, device):
+    """A clip of 1e-6 and rows far outside it: most of the gradient is the KL's."""
+    inputs, uncond, reference = problem(spread=1.0)
+    *inputs, uncond, reference = to_device((*inputs, uncond, reference), device)
+    kl_std = kl_std.to(device) if torch.is_tensor(kl_std) else kl_std
+    settings = {"clip_range": 1e-6, "guidance_scale": 2.5, "likelihood": likelihood, "kl_weight": 0.3}
+    settings |= {"reference_mean": reference, "kl_std": kl_std}
+    got, got_grads = gradients(clipped_policy_loss, inputs, uncond, backend=backend, **settings)
+    want, want_grads = gradients(clipped_policy_loss_ref, inputs, uncond, **settings)
+    torch.testing.assert_close(got.kl, want.kl, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=1e-6)
+    for value, expected in zip(got_grads, want_grads):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dynamics", ["flow_sde", "flow_cps"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_kl_of_flow_grpo(dynamics, backend, device):
+    """Written out as the original does: squared distance of the means, averaged over elements, over 2·std_dev_t²."""
+    sigma, after = torch.tensor([0.9, 0.6, 0.35]), torch.tensor([0.8, 0.45, 0.15])
+    step = {"dynamics": dynamics, "noise_level": 0.7}
+    coefficients = step_coefficients(sigma, after, **step).to(device)
+    x, v, x_next, reference = torch.randn(4, 3, 4, 5, 5, device=device).unbind()
+    v.requires_grad_()
+    likelihood = "squared_error" if dynamics == "flow_cps" else "gaussian"
+    settings = {"clip_range": 1e-4, "likelihood": likelihood, "kl_weight": 0.04, "reference_mean": reference}
+    rows = torch.zeros(3, device=device)  # no advantage: nothing but the KL
+    got = clipped_policy_loss(
+        *(x, v, x_next, coefficients, rows, rows),
+        **settings,
+        kl_std=step_std(sigma, after, **step).to(device),
+        backend=backend,
+    )
+
+    sigma, after = (t.double().to(device).view(3, 1, 1, 1) for t in (sigma, after))
+    dt = after - sigma
+    if dynamics == "flow_sde":
+        std_dev_t = 0.7 * torch.sqrt(sigma / (1 - sigma))
+        mean = x * (1 + std_dev_t**2 / (2 * sigma) * dt) + v * (1 + std_dev_t**2 * (1 - sigma) / (2 * sigma)) * dt
+    else:
+        std_dev_t = after * math.sin(0.7 * math.pi / 2)
+        clean, noise = x - sigma * v, x + (1 - sigma) * v
+        mean = clean * (1 - after) + noise * torch.sqrt(after**2 - std_dev_t**2)
+    kl = (((mean - reference) ** 2).mean(dim=(1, 2, 3), keepdim=True) / (2 * std_dev_t**2)).mean()
+    assert got.kl.item() == pytest.approx(kl.item(), rel=1e-5)
+    assert got.loss.item() == pytest.approx(0.04 * kl.item(), rel=1e-5)
+    (expected,) = torch.autograd.grad(0.04 * kl, v)
+    (grad,) = torch.autograd.grad(got.loss, v)
+    torch.testing.assert_close(grad.double(), expected.double(), rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_pair_of_clip_bounds_by_hand(backend, device):
+    """Ratios below, inside and above [0.9, 1.3], each with both signs of the advantage."""
+    x = torch.zeros(6, 1, device=device)
+    coefficients = torch.tensor([1.0, 1.0, 1.0], device=device)
+    ratios = torch.tensor([0.8, 0.8, 1.2, 1.2, 1.4, 1.4], device=device)
+    old = gaussian_log_prob(x, x, x, coefficients) - ratios.log()
+    advantages = torch.tensor([1.0, -1.0] * 3, device=device)
+    got = clipped_policy_loss(
+        *(x, x, x + 1, coefficients, old - 0.5, advantages), clip_range=(0.1, 0.3), backend=backend
+    )
+    torch.testing.assert_close(got.ratio, ratios, rtol=1e-6, atol=0)
+    per_row = torch.tensor([-0.8, 0.9, -1.2, 1.2, -1.3, 1.4])
+    assert got.loss.item() == pytest.approx(per_row.mean().item(), rel=1e-5)
+    assert got.clip_fraction.item() == pytest.approx(4 / 6)
+    assert (got.velocity_grad != 0).flatten().tolist() == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_equal_clip_bounds_are_one_number_to_the_bit(backend, device):
+    inputs, uncond, _ = problem()
+    *inputs, uncond = to_device((*inputs, uncond), device)
+    settings = {"guidance_scale": 2.5, "backend": backend}
+    one, one_grads = gradients(clipped_policy_loss, inputs, uncond, clip_range=1e-4, **settings)
+    pair, pair_grads = gradients(clipped_policy_loss, inputs, uncond, clip_range=(1e-4, 1e-4), **settings)
+    assert 0 < one.clip_fraction < 1
+    assert all(torch.equal(*values) for values in zip((*one[:5], *one_grads), (*pair[:5], *pair_grads)))
 
 
 def test_loss_of_the_public_implementation():
@@ -117,16 +215,25 @@ def test_bad_arguments_raise():
         clipped_policy_loss(*inputs[:5], inputs[5][:3], clip_range=1e-4)
     with pytest.raises(ValueError, match="clip_range and adv_clip must be positive"):
         clipped_policy_loss(*inputs, clip_range=0.0)
+    with pytest.raises(ValueError, match=r"pair \(low, high\) for \[1-low, 1\+high\], got \(-0.1, 0.1\)"):
+        clipped_policy_loss(*inputs, clip_range=(-0.1, 0.1))
+    with pytest.raises(ValueError, match="clip_range a number or a pair"):
+        clipped_policy_loss(*inputs, clip_range=(0.1, 0.1, 0.1))
     with pytest.raises(ValueError, match="needs reference_mean"):
         clipped_policy_loss(*inputs, clip_range=1e-4, kl_weight=0.1)
+    with pytest.raises(ValueError, match="kl_std needs reference_mean"):
+        clipped_policy_loss(*inputs, clip_range=1e-4, kl_std=0.1)
+    settings = {"clip_range": 1e-4, "kl_weight": 0.1, "reference_mean": inputs[0]}
+    for bad in (0.0, torch.zeros(6)):
+        with pytest.raises(ValueError, match="kl_std must be positive"):
+            clipped_policy_loss(*inputs, kl_std=bad, **settings)
+    for bad in (torch.ones(3), torch.ones(6, dtype=torch.int64), torch.ones(6, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"kl_std must be a number or floating point \[\] or \[6\] on cpu"):
+            clipped_policy_loss(*inputs, kl_std=bad, **settings)
 
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton interpreter truncates bf16 stores")
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, gpu_only])]
-
-
-def to_device(inputs, device):
-    return tuple(tensor.to(device) for tensor in inputs)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (4500,)], ids=str)
@@ -218,8 +325,10 @@ def test_opcheck(use_triton, device):
     inputs, uncond, reference = problem(batch=2)
     latents, velocity, next_latents, coefficients, old, advantages = to_device(inputs, device)
     args = (latents, velocity.requires_grad_(), uncond.to(device).requires_grad_(), next_latents, coefficients)
-    settings = (2.5, "gaussian", 1e-1, 5.0, 0.1, use_triton)
-    torch.library.opcheck(_clipped_policy_loss_op, (*args, old, advantages, reference.to(device), *settings))
+    settings = (2.5, "gaussian", 1e-1, 1e-1, 5.0, 0.1)
+    rest = (old, advantages, reference.to(device))
+    torch.library.opcheck(_clipped_policy_loss_op, (*args, *rest, None, *settings, None, use_triton))
+    torch.library.opcheck(_clipped_policy_loss_op, (*args, *rest, old.abs(), *settings, None, use_triton))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -95,7 +95,8 @@ def test_log_prob_is_one_launch_each_way(launches):
     assert device_work(launches) == ["_gaussian_log_prob_kernel", "_gaussian_log_prob_bwd_kernel"]
 
 
-def test_policy_loss_with_its_gradient_is_two_launches(launches):
+@pytest.mark.parametrize("kl_std", [None, 0.3, torch.tensor(0.3), torch.full((2,), 0.3)], ids=str)
+def test_policy_loss_with_its_gradient_is_two_launches(launches, kl_std):
     latents, velocity, uncond = latents_and_velocities()
     rows = torch.zeros(2)
     with launches:
@@ -105,6 +106,7 @@ def test_policy_loss_with_its_gradient_is_two_launches(launches):
             uncond_velocity=uncond,
             reference_mean=latents,
             kl_weight=0.1,
+            kl_std=kl_std,
             **GUIDANCE,
         )
     assert result.velocity_grad.shape == velocity.shape
@@ -169,5 +171,5 @@ def test_head_training_step_is_six_launches(launches):
 
 def device_work(launches: Launches) -> list[str]:
     """Without the checks of values that the public functions make on CPU tensors only (`can_look_at`)."""
-    host_checks = ("eq", "ne", "ge", "lt", "bitwise_and", "any", "all", "_local_scalar_dense", "is_nonzero")
+    host_checks = ("eq", "ne", "ge", "lt", "gt", "bitwise_and", "any", "all", "_local_scalar_dense", "is_nonzero")
     return [name for name in launches.names if name not in host_checks]

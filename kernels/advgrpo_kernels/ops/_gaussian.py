@@ -83,6 +83,15 @@ if HAS_TRITON:
         return kl
 
     @triton.jit
+    def load_kl_std(kl_std, row, kl_std_stride, IN_MEMORY: tl.constexpr):
+        """The standard deviation of a row's KL: a number, or in memory with stride 0 for one shared by the batch."""
+        if IN_MEMORY:
+            std = tl.load(kl_std + row * kl_std_stride).to(tl.float32)
+        else:
+            std = tl.full((), kl_std, tl.float32)
+        return std
+
+    @triton.jit
     def mean_square_gradient(difference, s, N, LIKELIHOOD: tl.constexpr):
         """d log p/dμ = d/(s²·N) (gaussian) or 2d/N (squared_error); the same slope serves the KL, with -d."""
         slope = 2.0

@@ -3,13 +3,18 @@
 With A clipped to ±adv_clip, ratio = exp(log p - log p_old), g the guidance scale (PPO's clip, arXiv 1707.06347, on the
 per-image log-prob of Flow-GRPO, arXiv 2505.05470):
 
-    loss = mean_i max(-A·ratio, -A·clip(ratio, 1±ε)) + β·mean_i KL_i
-    KL_i = mean over elements of (μ-μ_ref)², divided by 2s² under the gaussian likelihood
+    loss = mean_i max(-A·ratio, -A·clip(ratio, 1-ε_low, 1+ε_high)) + β·mean_i KL_i
+    KL_i = mean over elements of (μ-μ_ref)², divided by 2·kl_std² if `kl_std` is given, else by 2s² under the gaussian
+           likelihood
+
+s is the standard deviation of the whole step: with it KL_i is that of the two gaussians. Flow-GRPO divides by the one
+per unit of time instead (`std_dev_t`; in the SDEs s = std_dev_t·sqrt(-dt)), a KL smaller by the factor -dt for the same
+β: pass `kl_std=step_std(...)` for that. Under squared_error, where the likelihood has no s, it is passed as well.
 
 and, with w_i = -A_i·ratio_i/B where the unclipped branch is the larger one and 0 elsewhere,
 
-    dL/dμ = w·(x_next-μ)/(s²·N) + β/B·(μ-μ_ref)/(s²·N)       gaussian
-    dL/dμ = w·2(x_next-μ)/N     + β/B·2(μ-μ_ref)/N           squared_error
+    dL/dμ = w·(x_next-μ)/(s²·N) + β/B·(μ-μ_ref)/(s²·N)       gaussian        with kl_std its square in place of s²,
+    dL/dμ = w·2(x_next-μ)/N     + β/B·2(μ-μ_ref)/N           squared_error   and 1/kl_std² in place of the second 2
     dL/dc = g·b·dL/dμ,  dL/du = (1-g)·b·dL/dμ
 
 The forward computes the loss and this gradient, in two launches on a GPU; the backward scales it by the incoming
@@ -25,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, device_guard, pick_backend
 from ._gaussian import (
     LIKELIHOOD_CODES,
     as_stored,
@@ -39,7 +44,7 @@ from ._gaussian import (
     tree_mean,
     velocity_gradients,
 )
-from .gaussian_log_prob import launch_log_prob
+from .gaussian_log_prob import kl_std_stride, launch_log_prob
 
 __all__ = ["PolicyLoss", "clipped_policy_loss", "clipped_policy_loss_ref"]
 
@@ -48,7 +53,9 @@ if HAS_TRITON:
     import triton.language as tl
 
     from ._gaussian import (
+        GAUSSIAN,
         load_coefficients,
+        load_kl_std,
         load_step,
         mean_of,
         mean_square_gradient,
@@ -57,15 +64,26 @@ if HAS_TRITON:
     )
 
     @triton.jit
-    def _clip_rows(log_prob, old_log_prob, advantages, clip_range, adv_clip):
+    def _clip_rows(log_prob, old_log_prob, advantages, clip_low, clip_high, adv_clip):
         """ratio, loss per row and its derivative by log_prob."""
         ratio = tl.exp(log_prob - old_log_prob)
         advantages = tl.minimum(tl.maximum(advantages, -adv_clip), adv_clip)
         unclipped = -advantages * ratio
-        clipped = -advantages * tl.minimum(tl.maximum(ratio, 1.0 - clip_range), 1.0 + clip_range)
+        clipped = -advantages * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
         flows = (unclipped >= clipped) & (advantages != 0.0)
         loss = tl.where(advantages == 0.0, 0.0, tl.maximum(unclipped, clipped))
         return ratio, loss, tl.where(flows, unclipped, 0.0)
+
+    @triton.jit
+    def _kl_pull(kl_weight, s, kl_std, row, kl_std_stride, IN_MEMORY: tl.constexpr, LIKELIHOOD: tl.constexpr):
+        """β in units of the slope that `mean_square_gradient` applies: 1/s² or 2, where the KL's is 1/kl_std²."""
+        if kl_std is not None:
+            std = load_kl_std(kl_std, row, kl_std_stride, IN_MEMORY)
+            if LIKELIHOOD == GAUSSIAN:
+                kl_weight = tl.div_rn(kl_weight * s * s, std * std)
+            else:
+                kl_weight = tl.div_rn(kl_weight * 0.5, std * std)
+        return kl_weight
 
     @triton.jit
     def _store_statistics(
@@ -77,7 +95,8 @@ if HAS_TRITON:
         clip_fraction_ptr,
         kl_ptr,
         B,
-        clip_range,
+        clip_low,
+        clip_high,
         adv_clip,
         kl_weight,
         HAS_REFERENCE: tl.constexpr,
@@ -88,13 +107,13 @@ if HAS_TRITON:
         log_prob = tl.load(log_prob_ptr + i, mask=valid, other=0.0)
         old = tl.load(old_log_prob_ptr + i, mask=valid, other=0.0).to(tl.float32)
         advantages = tl.load(advantages_ptr + i, mask=valid, other=0.0).to(tl.float32)
-        ratio, losses, _ = _clip_rows(log_prob, old, advantages, clip_range, adv_clip)
+        ratio, losses, _ = _clip_rows(log_prob, old, advantages, clip_low, clip_high, adv_clip)
         batch = B.to(tl.float32)
         kl = 0.0
         if HAS_REFERENCE:
             kl = tl.div_rn(tree_sum(tl.load(kl_rows_ptr + i, mask=valid, other=0.0)), batch)
         loss = tl.div_rn(tree_sum(tl.where(valid, losses, 0.0)), batch)
-        outside = (valid & (tl.abs(ratio - 1.0) > clip_range)).to(tl.float32)
+        outside = (valid & ((ratio - 1.0 > clip_high) | (1.0 - ratio > clip_low))).to(tl.float32)
         tl.store(loss_ptr, tl.fma(kl, kl_weight, loss))
         tl.store(clip_fraction_ptr, tl.div_rn(tree_sum(outside), batch))
         tl.store(kl_ptr, kl)
@@ -107,6 +126,7 @@ if HAS_TRITON:
         next_ptr,
         reference_mean_ptr,
         coefficients_ptr,
+        kl_std,
         log_prob_ptr,
         kl_rows_ptr,
         old_log_prob_ptr,
@@ -120,13 +140,16 @@ if HAS_TRITON:
         B,
         N,
         coefficients_stride,
+        kl_std_stride,
         guidance_scale,
         uncond_scale,
-        clip_range,
+        clip_low,
+        clip_high,
         adv_clip,
         kl_weight,
         GUIDED: tl.constexpr,
         HAS_REFERENCE: tl.constexpr,
+        KL_STD_IN_MEMORY: tl.constexpr,
         LIKELIHOOD: tl.constexpr,
         ROWS: tl.constexpr,
         LANES: tl.constexpr,
@@ -140,12 +163,13 @@ if HAS_TRITON:
         mean = mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED)
         log_prob, old = tl.load(log_prob_ptr + row), tl.load(old_log_prob_ptr + row).to(tl.float32)
         advantage = tl.load(advantages_ptr + row).to(tl.float32)
-        ratio, _, weight = _clip_rows(log_prob, old, advantage, clip_range, adv_clip)
+        ratio, _, weight = _clip_rows(log_prob, old, advantage, clip_low, clip_high, adv_clip)
         difference = tl.load(next_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean
         pull = weight * difference
         if HAS_REFERENCE:
             reference = tl.load(reference_mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            pull = tl.fma(mean - reference, kl_weight, pull)
+            kl_pull = _kl_pull(kl_weight, s, kl_std, row, kl_std_stride, KL_STD_IN_MEMORY, LIKELIHOOD)
+            pull = tl.fma(mean - reference, kl_pull, pull)
         grad = mean_square_gradient(pull, s, N, LIKELIHOOD) * tl.div_rn(b, B.to(tl.float32))
         store_velocity_gradients(
             velocity_grad_ptr, uncond_grad_ptr, offsets, mask, grad, guidance_scale, uncond_scale, GUIDED
@@ -162,12 +186,24 @@ if HAS_TRITON:
                     clip_fraction_ptr,
                     kl_ptr,
                     B,
-                    clip_range,
+                    clip_low,
+                    clip_high,
                     adv_clip,
                     kl_weight,
                     HAS_REFERENCE,
                     ROWS,
                 )
+
+
+class _Settings(NamedTuple):
+    """The numbers of a call, in the order in which the custom op takes them."""
+
+    guidance_scale: float
+    likelihood: str
+    clip_low: float
+    clip_high: float
+    adv_clip: float
+    kl_weight: float
 
 
 @torch.library.custom_op(f"{NAMESPACE}::clipped_policy_loss", mutates_args=())
@@ -180,38 +216,43 @@ def _clipped_policy_loss_op(
     old_log_prob: torch.Tensor,
     advantages: torch.Tensor,
     reference_mean: torch.Tensor | None,
+    kl_std: torch.Tensor | None,
     guidance_scale: float,
     likelihood: str,
-    clip_range: float,
+    clip_low: float,
+    clip_high: float,
     adv_clip: float,
     kl_weight: float,
+    kl_std_value: float | None,
     use_triton: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The fields of PolicyLoss in order; the last is empty without guidance."""
+    """The fields of PolicyLoss in order; the last is empty without guidance. KL: kl_std, else kl_std_value, else s."""
     step = (latents, velocity, uncond_velocity, next_latents, reference_mean, coefficients)
     step = tuple(None if tensor is None else tensor.contiguous() for tensor in step)
     compute = _launch if use_triton else _closed_form
     rows = (old_log_prob.contiguous(), advantages.contiguous())
-    return compute(step, rows, guidance_scale, likelihood, clip_range, adv_clip, kl_weight)
+    std = kl_std_value if kl_std is None else kl_std.contiguous()
+    return compute(step, rows, std, _Settings(guidance_scale, likelihood, clip_low, clip_high, adv_clip, kl_weight))
 
 
-def _launch(step, rows, guidance_scale, likelihood, clip_range, adv_clip, kl_weight) -> tuple[torch.Tensor, ...]:
+def _launch(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings) -> tuple[torch.Tensor, ...]:
     latents, velocity, uncond, _, reference, coefficients = step
+    guidance_scale, likelihood, *bounds_and_weight = settings
     code = LIKELIHOOD_CODES[likelihood]
-    log_prob, kl_rows = launch_log_prob(*step, guidance_scale, code)
+    log_prob, kl_rows = launch_log_prob(*step, guidance_scale, code, kl_std)
     grads = velocity_gradients(velocity, uncond)
     ratio, (loss, clip_fraction, kl) = torch.empty_like(log_prob), (log_prob.new_empty(()) for _ in range(3))
     batch, count = latents.shape[0], latents[0].numel()
     lanes, tiles, warps = tiling(count)
-    sizes = (batch, count, 3 if coefficients.dim() == 2 else 0)
-    settings = (guidance_scale, 1.0 - guidance_scale, clip_range, adv_clip, kl_weight)
+    sizes = (batch, count, 3 if coefficients.dim() == 2 else 0, kl_std_stride(kl_std))
     with device_guard(latents):
         _clipped_policy_loss_kernel[(batch, tiles)](
-            *(*step, log_prob, kl_rows, *rows),
+            *(*step, kl_std, log_prob, kl_rows, *rows),
             *(*grads, ratio, loss, clip_fraction, kl),
-            *(*sizes, *settings),
+            *(*sizes, guidance_scale, 1.0 - guidance_scale, *bounds_and_weight),
             GUIDED=uncond is not None,
             HAS_REFERENCE=reference is not None,
+            KL_STD_IN_MEMORY=torch.is_tensor(kl_std),
             LIKELIHOOD=code,
             ROWS=max(2, triton.next_power_of_2(batch)),
             LANES=lanes,
@@ -220,26 +261,31 @@ def _launch(step, rows, guidance_scale, likelihood, clip_range, adv_clip, kl_wei
     return loss, log_prob, ratio, clip_fraction, kl, *grads
 
 
-def _closed_form(step, rows, guidance_scale, likelihood, clip_range, adv_clip, kl_weight) -> tuple[torch.Tensor, ...]:
+def _closed_form(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings) -> tuple[torch.Tensor, ...]:
     """The same in PyTorch operations."""
     latents, velocity, uncond, next_latents, reference, coefficients = step
+    guidance_scale, likelihood, *bounds, kl_weight = settings
     mean = step_mean(latents, velocity, coefficients, uncond, guidance_scale, torch.float32)
     difference = next_latents.float() - mean
     log_prob = row_log_prob(difference, coefficients, likelihood)
-    ratio, per_row_loss, weight = _clip(log_prob, *rows, clip_range, adv_clip)
-    kl = _kl(mean, reference, coefficients, likelihood).mean()
+    ratio, per_row_loss, weight = _clip(log_prob, *rows, *bounds)
+    kl = _kl(mean, reference, coefficients, likelihood, kl_std).mean()
     _, b, s = per_row(coefficients.expand(latents.shape[0], 3), latents.dim(), torch.float32)
+    slope = 1.0 / (s * s) if likelihood == "gaussian" else 2.0
     pull = weight.view_as(b) * difference
     if kl_weight:
-        pull = pull + kl_weight * (mean - reference.float())
-    slope = 1.0 / (s * s) if likelihood == "gaussian" else 2.0
+        kl_pull = kl_weight
+        if kl_std is not None:  # the KL's slope is 1/kl_std², and the other one multiplies the whole pull
+            std = kl_std.float().expand(len(b)).view_as(b) if torch.is_tensor(kl_std) else kl_std
+            kl_pull = kl_weight / (std * std * slope)
+        pull = pull + kl_pull * (mean - reference.float())
     grad = pull * (b * slope / latents.numel())
     loss = per_row_loss.mean() + kl_weight * kl
     if uncond is None:
         grads = grad.to(velocity.dtype), velocity.new_empty(0)
     else:
         grads = (grad * guidance_scale).to(velocity.dtype), (grad * (1.0 - guidance_scale)).to(uncond.dtype)
-    return loss, log_prob, ratio, _clip_fraction(ratio, clip_range), kl, *grads
+    return loss, log_prob, ratio, _clip_fraction(ratio, *bounds[:2]), kl, *grads
 
 
 @_clipped_policy_loss_op.register_fake
@@ -258,7 +304,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     velocity_grad, uncond_grad = ctx.saved_tensors
-    return None, velocity_grad * grad_loss, uncond_grad * grad_loss if ctx.guided else None, *[None] * 11
+    return None, velocity_grad * grad_loss, uncond_grad * grad_loss if ctx.guided else None, *[None] * 14
 
 
 _clipped_policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -270,7 +316,7 @@ class PolicyLoss(NamedTuple):
     loss: torch.Tensor  # scalar float32, differentiable in the velocities
     log_prob: torch.Tensor  # [B] float32
     ratio: torch.Tensor  # [B] float32, exp(log_prob - old_log_prob)
-    clip_fraction: torch.Tensor  # scalar float32, share of rows with |ratio - 1| > clip_range
+    clip_fraction: torch.Tensor  # scalar float32, share of rows whose ratio lies outside the clip
     kl: torch.Tensor  # scalar float32, mean KL to reference_mean before kl_weight; 0 without a reference
     velocity_grad: torch.Tensor | None  # dloss/dvelocity in its shape and dtype, for callers without autograd
     uncond_velocity_grad: torch.Tensor | None  # likewise; None without uncond_velocity
@@ -284,13 +330,14 @@ def clipped_policy_loss(
     old_log_prob: torch.Tensor,
     advantages: torch.Tensor,
     *,
-    clip_range: float,
+    clip_range: float | tuple[float, float],
     adv_clip: float = 5.0,
     uncond_velocity: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     likelihood: str = "gaussian",
     reference_mean: torch.Tensor | None = None,
     kl_weight: float = 0.0,
+    kl_std: torch.Tensor | float | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """Clipped policy loss of one transition per image; formulas in the module docstring.
@@ -304,10 +351,14 @@ def clipped_policy_loss(
         velocity: [B, ...] any float dtype, of the policy being trained; c when `uncond_velocity` is given.
         coefficients: [3] or [B, 3] float32 (a, b, s) on latents' device.
         old_log_prob, advantages: [B] float.
-        clip_range: ε > 0; advantages are clipped to ±adv_clip first.
+        clip_range: ε > 0, or a pair (low, high) of positive numbers: the ratio is clipped to [1-low, 1+high].
+            Advantages are clipped to ±adv_clip first.
         uncond_velocity, guidance_scale: classifier-free guidance v = (1-g)·u + g·c.
         likelihood: "gaussian" or "squared_error".
         reference_mean: [B, ...] float, μ of the reference policy on the same latents; needed by kl_weight > 0.
+        kl_std: the standard deviation that the KL is divided by, a positive number or float [] or [B] on latents'
+            device; None takes s under "gaussian" and divides by nothing under "squared_error". `step_std` gives
+            Flow-GRPO's. See the module docstring.
 
     Raises:
         ValueError: names the argument that does not fit; s = 0 as in `gaussian_log_prob`.
@@ -324,12 +375,14 @@ def clipped_policy_loss(
     )
     check_rows(latents.shape[0], old_log_prob=old_log_prob, advantages=advantages)
     check_has_density(coefficients, likelihood)
-    _check_scalars(clip_range, adv_clip, kl_weight, reference_mean)
+    bounds = _clip_bounds(clip_range, adv_clip)
+    _check_kl(kl_weight, kl_std, reference_mean, latents)
+    in_memory = torch.is_tensor(kl_std)
     use_triton = pick_backend(backend, latents, velocity) == "triton"
     loss, *details, velocity_grad, uncond_grad = _clipped_policy_loss_op(
         *(as_stored(latents), velocity, uncond_velocity, as_stored(next_latents), coefficients),
-        *(old_log_prob.detach(), advantages, reference_mean),
-        *(guidance_scale, likelihood, clip_range, adv_clip, kl_weight, use_triton),
+        *(old_log_prob.detach(), advantages, reference_mean, kl_std.detach() if in_memory else None),
+        *(guidance_scale, likelihood, *bounds, kl_weight, None if in_memory else kl_std, use_triton),
     )
     grads = velocity_grad.detach(), None if uncond_velocity is None else uncond_grad.detach()
     return PolicyLoss(loss, *(value.detach() for value in details), *grads)
@@ -343,22 +396,24 @@ def clipped_policy_loss_ref(
     old_log_prob: torch.Tensor,
     advantages: torch.Tensor,
     *,
-    clip_range: float,
+    clip_range: float | tuple[float, float],
     adv_clip: float = 5.0,
     uncond_velocity: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     likelihood: str = "gaussian",
     reference_mean: torch.Tensor | None = None,
     kl_weight: float = 0.0,
+    kl_std: torch.Tensor | float | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> PolicyLoss:
     """The same loss with its gradient left to autograd: the oracle of the closed form; results in `compute_dtype`."""
     mean = step_mean(latents, velocity, coefficients, uncond_velocity, guidance_scale, compute_dtype)
     log_prob = row_log_prob(next_latents.to(compute_dtype) - mean, coefficients, likelihood)
-    ratio, per_row_loss, _ = _clip(log_prob, old_log_prob, advantages, clip_range, adv_clip)
-    kl = _kl(mean, reference_mean, coefficients, likelihood).mean()
+    bounds = _clip_bounds(clip_range, adv_clip)
+    ratio, per_row_loss, _ = _clip(log_prob, old_log_prob, advantages, *bounds)
+    kl = _kl(mean, reference_mean, coefficients, likelihood, kl_std).mean()
     loss = per_row_loss.mean() + kl_weight * kl
-    clip_fraction = _clip_fraction(ratio, clip_range)
+    clip_fraction = _clip_fraction(ratio, *bounds[:2])
     return PolicyLoss(loss, log_prob.detach(), ratio.detach(), clip_fraction, kl.detach(), None, None)
 
 
@@ -366,38 +421,75 @@ def _clip(
     log_prob: torch.Tensor,
     old_log_prob: torch.Tensor,
     advantages: torch.Tensor,
-    clip_range: float,
+    clip_low: float,
+    clip_high: float,
     adv_clip: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ratio [B], loss per row [B] and d(loss per row)/d(log_prob) [B]."""
     ratio = torch.exp(log_prob - old_log_prob.to(log_prob.dtype))
     advantages = advantages.to(log_prob.dtype).clamp(-adv_clip, adv_clip)
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     flows = (unclipped >= clipped) & (advantages != 0)
     loss = torch.where(advantages == 0, 0.0, torch.maximum(unclipped, clipped))  # a ratio of inf must not give 0·inf
     return ratio, loss, torch.where(flows, unclipped, 0.0)
 
 
-def _clip_fraction(ratio: torch.Tensor, clip_range: float) -> torch.Tensor:
-    return ((ratio.detach() - 1.0).abs() > clip_range).to(ratio.dtype).mean()
+def _clip_fraction(ratio: torch.Tensor, clip_low: float, clip_high: float) -> torch.Tensor:
+    excess = ratio.detach() - 1.0
+    return ((excess > clip_high) | (-excess > clip_low)).to(ratio.dtype).mean()
 
 
 def _kl(
-    mean: torch.Tensor, reference_mean: torch.Tensor | None, coefficients: torch.Tensor, likelihood: str
+    mean: torch.Tensor,
+    reference_mean: torch.Tensor | None,
+    coefficients: torch.Tensor,
+    likelihood: str,
+    kl_std: torch.Tensor | float | None,
 ) -> torch.Tensor:
     """KL per row [B] to the reference policy, per element of the image; 0 without a reference."""
     if reference_mean is None:
         return mean.new_zeros(mean.shape[0])
     mean_square = tree_mean((mean - reference_mean.to(mean.dtype)).square().flatten(1))
-    if likelihood == "squared_error":
+    if kl_std is None and likelihood == "squared_error":
         return mean_square
-    s = coefficients.to(mean.dtype).reshape(-1, 3)[:, 2]
-    return mean_square / (2.0 * s * s)
+    std = coefficients.reshape(-1, 3)[:, 2] if kl_std is None else kl_std
+    std = std.to(mean.dtype) if torch.is_tensor(std) else std
+    return mean_square / (2.0 * std * std)
 
 
-def _check_scalars(clip_range: float, adv_clip: float, kl_weight: float, reference_mean: torch.Tensor | None) -> None:
-    if not clip_range > 0 or not adv_clip > 0:
-        raise ValueError(f"clip_range and adv_clip must be positive, got {clip_range} and {adv_clip}")
+def _clip_bounds(clip_range: float | tuple[float, float], adv_clip: float) -> tuple[float, float, float]:
+    """(low, high, adv_clip), all positive."""
+    pair = tuple(clip_range) if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
+    if len(pair) != 2 or not all(bound > 0 for bound in (*pair, adv_clip)):
+        raise ValueError(
+            "clip_range and adv_clip must be positive, clip_range a number or a pair (low, high) for [1-low, 1+high], "
+            f"got {clip_range} and {adv_clip}"
+        )
+    return float(pair[0]), float(pair[1]), float(adv_clip)
+
+
+def _check_kl(
+    kl_weight: float,
+    kl_std: torch.Tensor | float | None,
+    reference_mean: torch.Tensor | None,
+    latents: torch.Tensor,
+) -> None:
     if kl_weight < 0 or (kl_weight > 0 and reference_mean is None):
         raise ValueError(f"kl_weight={kl_weight} must be >= 0, and > 0 needs reference_mean")
+    if kl_std is None:
+        return
+    if reference_mean is None:
+        raise ValueError("kl_std needs reference_mean: without one there is no KL")
+    if not torch.is_tensor(kl_std):
+        if not kl_std > 0:
+            raise ValueError(f"kl_std must be positive, got {kl_std}")
+        return
+    batch = latents.shape[0]
+    if kl_std.shape not in ((), (batch,)) or not kl_std.is_floating_point() or kl_std.device != latents.device:
+        raise ValueError(
+            f"kl_std must be a number or floating point [] or [{batch}] on {latents.device}, "
+            f"got {kl_std.dtype} {tuple(kl_std.shape)} on {kl_std.device}"
+        )
+    if can_look_at(kl_std) and not bool((kl_std > 0).all()):
+        raise ValueError(f"kl_std must be positive, got {kl_std.tolist()}: leave steps without noise out")

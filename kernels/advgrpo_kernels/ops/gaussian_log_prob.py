@@ -29,8 +29,10 @@ if HAS_TRITON:
     import triton.language as tl
 
     from ._gaussian import (
+        GAUSSIAN,
         kl_of,
         load_coefficients,
+        load_kl_std,
         load_step,
         log_prob_of,
         mean_of,
@@ -49,12 +51,15 @@ if HAS_TRITON:
         coefficients_ptr,
         log_prob_ptr,
         kl_ptr,
+        kl_std,
         N,
         coefficients_stride,
+        kl_std_stride,
         guidance_scale,
         uncond_scale,
         GUIDED: tl.constexpr,
         HAS_REFERENCE: tl.constexpr,
+        KL_STD_IN_MEMORY: tl.constexpr,
         LIKELIHOOD: tl.constexpr,
         TILES: tl.constexpr,
         LANES: tl.constexpr,
@@ -85,7 +90,11 @@ if HAS_TRITON:
             offsets += LANES
         tl.store(log_prob_ptr + row, log_prob_of(tree_sum(square_sums), N, s, LIKELIHOOD))
         if HAS_REFERENCE:
-            tl.store(kl_ptr + row, kl_of(tree_sum(kl_sums), N, s, LIKELIHOOD))
+            if kl_std is None:
+                kl = kl_of(tree_sum(kl_sums), N, s, LIKELIHOOD)
+            else:
+                kl = kl_of(tree_sum(kl_sums), N, load_kl_std(kl_std, row, kl_std_stride, KL_STD_IN_MEMORY), GAUSSIAN)
+            tl.store(kl_ptr + row, kl)
 
     @triton.jit
     def _gaussian_log_prob_bwd_kernel(
@@ -129,6 +138,7 @@ def launch_log_prob(
     coefficients: torch.Tensor,
     guidance_scale: float,
     likelihood: int,
+    kl_std: torch.Tensor | float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log_prob [B], KL to reference_mean [B], empty without one) in one launch; contiguous tensors only."""
     batch, count = latents.shape[0], latents[0].numel()
@@ -145,18 +155,26 @@ def launch_log_prob(
             coefficients,
             log_prob,
             kl,
+            kl_std,
             count,
             3 if coefficients.dim() == 2 else 0,
+            kl_std_stride(kl_std),
             guidance_scale,
             1.0 - guidance_scale,
             GUIDED=uncond is not None,
             HAS_REFERENCE=reference_mean is not None,
+            KL_STD_IN_MEMORY=torch.is_tensor(kl_std),
             LIKELIHOOD=likelihood,
             TILES=tiles,
             LANES=lanes,
             num_warps=warps,
         )
     return log_prob, kl
+
+
+def kl_std_stride(kl_std: torch.Tensor | float | None) -> int:
+    """Of the rows of a contiguous `kl_std`: 1 for [B]; 0 for one value."""
+    return kl_std.dim() if torch.is_tensor(kl_std) else 0
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gaussian_log_prob", mutates_args=())

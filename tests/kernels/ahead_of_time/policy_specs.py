@@ -100,10 +100,39 @@ GIVEN = TILE | {"NOISE": 1, "LIKELIHOOD": 1, "STORE_MEAN": True, "TILES": TILES}
 ODE = TILE | {"NOISE": 0, "LIKELIHOOD": 0, "STORE_MEAN": False, "TILES": 1}
 LOSS_ROWS = pointers("log_prob_ptr kl_rows_ptr old_log_prob_ptr advantages_ptr ratio_ptr", "*fp32")
 LOSS_SCALARS = pointers("loss_ptr clip_fraction_ptr kl_ptr", "*fp32")
-LOSS_SCALARS |= pointers("clip_range adv_clip kl_weight", "fp32")
+LOSS_SCALARS |= pointers("clip_low clip_high adv_clip kl_weight", "fp32")
 GRADS = pointers("velocity_grad_ptr uncond_grad_ptr", "*bf16")
 STORED = pointers("latents_ptr next_ptr", "*bf16")  # a trajectory kept in half precision
-REFERENCE = {"next_ptr": "*fp32", "reference_mean_ptr": "*fp32"}
+REFERENCE = {"next_ptr": "*fp32", "reference_mean_ptr": "*fp32", "kl_std_stride": "i32"}
+NO_KL_STD = {"kl_std": None, "KL_STD_IN_MEMORY": False}
+
+
+def kl_std_constants(types: dict[str, str]) -> dict:
+    return {"KL_STD_IN_MEMORY": types["kl_std"].startswith("*")} if types else NO_KL_STD
+
+
+def log_prob_kl(name: str, **kl_std: str) -> Spec:
+    return Spec(
+        name=name,
+        kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
+        types=STEP | SCALARS | REFERENCE | {"log_prob_ptr": "*fp32", "kl_ptr": "*fp32"} | kl_std,
+        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "TILES": TILES} | kl_std_constants(kl_std),
+        warps=WARPS,
+        vector_loads=5,
+    )
+
+
+def policy_loss(name: str, **kl_std: str) -> Spec:
+    return Spec(
+        name=name,
+        kernel=OPS + "clipped_policy_loss:_clipped_policy_loss_kernel",
+        types=STEP | SCALARS | REFERENCE | LOSS_ROWS | LOSS_SCALARS | GRADS | {"B": "i32"} | kl_std,
+        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "ROWS": 16} | kl_std_constants(kl_std),
+        warps=WARPS,
+        vector_loads=5,
+        vector_stores=2,
+    )
+
 
 SPECS = [
     gaussian_step("gaussian_step/philox", "*bf16", STOCHASTIC, **GRAPH),
@@ -116,29 +145,25 @@ SPECS = [
     Spec(
         name="gaussian_log_prob/forward",
         kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
-        types=STEP | SCALARS | {"next_ptr": "*fp32", "log_prob_ptr": "*fp32"},
+        types=STEP | SCALARS | {"next_ptr": "*fp32", "log_prob_ptr": "*fp32", "kl_std_stride": "i32"},
         constants=TILE
-        | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": TILES, "reference_mean_ptr": None, "kl_ptr": None},
+        | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": TILES, "reference_mean_ptr": None, "kl_ptr": None}
+        | NO_KL_STD,
         warps=WARPS,
         vector_loads=4,
     ),
     Spec(
         name="gaussian_log_prob/forward_stored_bf16",
         kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
-        types=STEP | SCALARS | {"log_prob_ptr": "*fp32"} | STORED,
+        types=STEP | SCALARS | {"log_prob_ptr": "*fp32", "kl_std_stride": "i32"} | STORED,
         constants=TILE
-        | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": TILES, "reference_mean_ptr": None, "kl_ptr": None},
+        | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": TILES, "reference_mean_ptr": None, "kl_ptr": None}
+        | NO_KL_STD,
         warps=WARPS,
         vector_loads=4,
     ),
-    Spec(
-        name="gaussian_log_prob/forward_kl",
-        kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
-        types=STEP | SCALARS | REFERENCE | {"log_prob_ptr": "*fp32", "kl_ptr": "*fp32"},
-        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "TILES": TILES},
-        warps=WARPS,
-        vector_loads=5,
-    ),
+    log_prob_kl("gaussian_log_prob/forward_kl"),
+    log_prob_kl("gaussian_log_prob/forward_kl_std", kl_std="*fp32"),
     Spec(
         name="gaussian_log_prob/backward",
         kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_bwd_kernel",
@@ -148,15 +173,9 @@ SPECS = [
         vector_loads=4,
         vector_stores=2,
     ),
-    Spec(
-        name="clipped_policy_loss",
-        kernel=OPS + "clipped_policy_loss:_clipped_policy_loss_kernel",
-        types=STEP | SCALARS | REFERENCE | LOSS_ROWS | LOSS_SCALARS | GRADS | {"B": "i32"},
-        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "ROWS": 16},
-        warps=WARPS,
-        vector_loads=5,
-        vector_stores=2,
-    ),
+    policy_loss("clipped_policy_loss"),
+    policy_loss("clipped_policy_loss/kl_std", kl_std="*fp32"),
+    policy_loss("clipped_policy_loss/kl_std_value", kl_std="fp32"),
     Spec(
         name="group_advantages",
         kernel=OPS + "group_advantages:_group_advantages_kernel",
