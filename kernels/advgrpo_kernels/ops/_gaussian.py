@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, can_look_at
+from .._runtime import HAS_TRITON, can_look_at, check_tensors
 
 LIKELIHOODS = ("gaussian", "squared_error")
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -143,7 +143,9 @@ def check_step_inputs(
     likelihood: str | None,
     **same_shape: torch.Tensor | None,
 ) -> None:
-    """Raise ValueError unless the arguments of a step fit together; `same_shape` are further [B, ...] float tensors."""
+    """Raise unless the arguments of a step fit together; `same_shape` are further [B, ...] float tensors."""
+    tensors = {"latents": latents, "velocity": velocity, "coefficients": coefficients}
+    check_tensors(**tensors, uncond_velocity=uncond_velocity, **same_shape)
     if latents.dim() < 2 or latents.numel() == 0:
         raise ValueError(f"latents must be a non-empty [B, ...] tensor, got shape {tuple(latents.shape)}")
     for name, tensor in {"velocity": velocity, "uncond_velocity": uncond_velocity, **same_shape}.items():
@@ -193,7 +195,8 @@ def as_stored(latents: torch.Tensor) -> torch.Tensor:
 
 
 def check_rows(batch: int, **rows: torch.Tensor) -> None:
-    """Raise ValueError unless every tensor is a floating point [B]."""
+    """Raise unless every argument is a floating point tensor [B]."""
+    check_tensors(**rows)
     for name, tensor in rows.items():
         if tensor.shape != (batch,) or not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point [{batch}], got {tensor.dtype} {tuple(tensor.shape)}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .._runtime import _warn_once, pick_backend
+from .._runtime import _warn_once, check_tensors, pick_backend
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,7 +30,8 @@ def pick_layer_backend(requested: str, activations: Sequence[torch.Tensor], froz
 
 
 def check_float(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise ValueError unless `tensor` is a float tensor of `shape` on `device`; shapes are never broadcast."""
+    """Raise unless `tensor` is a float tensor of `shape` on `device`; shapes are never broadcast."""
+    check_tensors(**{name: tensor})
     if tuple(tensor.shape) != shape or tensor.dtype not in FLOATS:
         raise ValueError(f"{name} must be floating point {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
     if tensor.device != device:

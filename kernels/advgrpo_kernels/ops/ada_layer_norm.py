@@ -14,7 +14,7 @@ from typing import List
 
 import torch
 
-from .._runtime import NAMESPACE
+from .._runtime import NAMESPACE, check_tensors
 from ._layers import FLOATS, check_float, pick_layer_backend
 from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward, token_major
 from .fp8 import Fp8Tensor, fp8_quantize_ref
@@ -127,6 +127,7 @@ def ada_layer_norm(
         ValueError: names the argument that does not fit.
         RuntimeError: backend="triton" with a shift or scale that requires a gradient.
     """
+    check_tensors(x=x)
     shifts, scales = modulation_sets(x, shift, scale, shift2, scale2)
     if not shifts:
         raise ValueError("ada_layer_norm needs shift and scale")

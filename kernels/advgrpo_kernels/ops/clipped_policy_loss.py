@@ -26,11 +26,12 @@ Shapes: B images, N = elements per image. latents, velocities, next_latents, ref
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, device_guard, pick_backend
+from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, check_tensors, device_guard, pick_backend
 from ._gaussian import (
     LIKELIHOOD_CODES,
     as_stored,
@@ -482,6 +483,8 @@ def _check_kl(
     if reference_mean is None:
         raise ValueError("kl_std needs reference_mean: without one there is no KL")
     if not torch.is_tensor(kl_std):
+        if not isinstance(kl_std, numbers.Real):
+            check_tensors(kl_std=kl_std)
         if not kl_std > 0:
             raise ValueError(f"kl_std must be positive, got {kl_std}")
         return

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard, pick_backend
 from ._layers import FLOATS, check_float
 from ._residual_norm import FP8_FLOOR, FP8_MAX
 
@@ -126,6 +126,7 @@ def fp8_quantize(
     Raises:
         ValueError: names the argument that does not fit.
     """
+    check_tensors(x=x)
     if x.dim() < 1 or x.numel() == 0 or x.dtype not in FLOATS:
         raise ValueError(f"x must be a non-empty floating point [..., K], got {x.dtype} {list(x.shape)}")
     if granularity not in GRANULARITIES:

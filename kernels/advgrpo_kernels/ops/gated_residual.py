@@ -16,7 +16,7 @@ from typing import List
 
 import torch
 
-from .._runtime import NAMESPACE
+from .._runtime import NAMESPACE, check_tensors
 from ._layers import check_float, pick_layer_backend
 from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward
 from .ada_layer_norm import ada_layer_norm_ref, modulation_sets
@@ -144,6 +144,7 @@ def gated_residual(
         ValueError: names the argument that does not fit.
         RuntimeError: backend="triton" with a gate, shift or scale that requires a gradient.
     """
+    check_tensors(residual=residual)
     shifts, scales = modulation_sets(residual, shift, scale, shift2, scale2)
     if (out2 is None) != (gate2 is None):
         raise ValueError("give out2 and gate2 together")

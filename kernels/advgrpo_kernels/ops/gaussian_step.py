@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, device_guard, pick_backend
+from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, check_tensors, device_guard, pick_backend
 from ._gaussian import (
     LIKELIHOOD_CODES,
     as_stored,
@@ -228,6 +228,7 @@ def gaussian_step(
             CPU, and give NaN latents on a GPU, where looking would cost a synchronisation.
     """
     check_step_inputs(latents, velocity, coefficients, uncond_velocity, guidance_scale, likelihood, noise=noise)
+    check_tensors(sample_ids=sample_ids)
     storage_dtype = storage_of(latents, storage_dtype)
     if noise is not None and seed is not None:
         raise ValueError("give noise or seed, not both")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, device_guard
+from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard
 from ._layers import FLOATS, check_float, pick_layer_backend
 from .fp8 import Fp8Tensor, fp8_quantize_ref
 
@@ -145,6 +145,7 @@ def gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, quantize: bool = 
         ValueError: names the argument that does not fit.
         RuntimeError: backend="triton" with a bias that requires a gradient.
     """
+    check_tensors(x=x)
     if x.dim() < 1 or x.shape[-1] == 0 or x.dtype not in FLOATS:
         raise ValueError(f"x must be floating point [..., F], got {x.dtype} {list(x.shape)}")
     if bias is not None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard, pick_backend
 
 __all__ = ["Advantages", "group_advantages", "group_advantages_ref"]
 
@@ -164,6 +164,7 @@ def group_advantages(
     Raises:
         ValueError: names the argument that does not fit.
     """
+    check_tensors(rewards=rewards, group_ids=group_ids)
     if rewards.dim() != 1 or rewards.numel() == 0 or not rewards.is_floating_point():
         raise ValueError(f"rewards must be a non-empty floating point [B], got {rewards.dtype} {tuple(rewards.shape)}")
     if group_ids.shape != rewards.shape or group_ids.dtype != torch.int64:

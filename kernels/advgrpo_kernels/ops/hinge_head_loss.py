@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard, pick_backend
 from ._head import COUNTS, Rows, coarse, head_tensors, launch_head_gradients, launch_rows
 from .patches import l2_normalize
 from .score_features import _head_scores
@@ -179,11 +179,13 @@ def hinge_head_loss(
         ("reference", reference_cls, reference_patches),
         ("generated", generated_cls, generated_patches),
     ):
+        check_tensors(**{f"{name}_cls": cls, f"{name}_patches": patches})
         if cls.dim() != 2 or patches.dim() != 3 or (patches.shape[0], patches.shape[2]) != cls.shape:
             raise ValueError(
                 f"want {name}_cls [B, D] and {name}_patches [B, n, D], "
                 f"got {tuple(cls.shape)} and {tuple(patches.shape)}"
             )
+    check_tensors(**{f"head[{name!r}]": tensor for name, tensor in head.items()})
     if reference_patches.shape[1] != generated_patches.shape[1]:
         raise ValueError(f"patches per picture differ: {reference_patches.shape[1]} and {generated_patches.shape[1]}")
     features = (reference_cls, reference_patches, generated_cls, generated_patches)

@@ -15,7 +15,7 @@ from typing import List
 
 import torch
 
-from .._runtime import NAMESPACE, device_guard
+from .._runtime import NAMESPACE, check_tensors, device_guard
 from ._csrc import (
     Table,
     TableCache,
@@ -96,6 +96,8 @@ def _check(bases, a, b, outs, fp8) -> None:
     if not bases or not (outs or fp8) or any(len(tensors) != len(bases) for tensors in lists.values()):
         lengths = {name: len(tensors) for name, tensors in {"bases": bases, **lists}.items()}
         raise ValueError(f"want lists of one length, and outs or fp8 among them, got {lengths}")
+    for name, tensors in {"bases": bases, "a": a, "b": b, "outs": outs}.items():
+        check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
     first = bases[0]
     if first.dtype not in FLOATS:
         raise ValueError(f"bases must be one of {FLOATS}, got {first.dtype}")

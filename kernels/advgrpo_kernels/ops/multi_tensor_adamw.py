@@ -20,7 +20,7 @@ from typing import List
 
 import torch
 
-from .._runtime import NAMESPACE, device_guard
+from .._runtime import NAMESPACE, check_tensors, device_guard
 from ._csrc import (
     Table,
     TableCache,
@@ -117,6 +117,9 @@ def multi_tensor_adamw(
     if not parameters or any(len(tensors) != len(parameters) for tensors in lists.values()):
         lengths = {name: len(tensors) for name, tensors in {"parameters": parameters, **lists}.items()}
         raise ValueError(f"want lists of one length, got {lengths}")
+    check_tensors(step=step)
+    for name, tensors in {"parameters": parameters, **lists}.items():
+        check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
     device = parameters[0].device
     for name, tensors in {"parameters": parameters, **lists}.items():
         for i, (tensor, parameter) in enumerate(zip(tensors, parameters)):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, device_guard, pick_backend
+from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, check_tensors, device_guard, pick_backend
 from .philox import PATCH_STREAM, philox_permutation, split_integer
 
 __all__ = ["PatchSample", "sample_patches", "sample_patches_ref"]
@@ -187,6 +187,7 @@ def sample_patches(
         ValueError: names the argument that does not fit. Indices outside [0, P) raise on the CPU; on a GPU, where
             looking would cost a synchronisation, those patches come out NaN.
     """
+    check_tensors(patches=patches, indices=indices, sample_ids=sample_ids)
     if patches.dim() != 3 or patches.numel() == 0 or not patches.is_floating_point():
         raise ValueError(
             f"patches must be non-empty floating point [B, P, D], got {patches.dtype} {tuple(patches.shape)}"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .._runtime import HAS_TRITON
+from .._runtime import HAS_TRITON, check_tensors
 
 __all__ = ["NOISE_STREAM", "PATCH_STREAM", "philox_integers", "philox_normal", "philox_permutation", "philox_words"]
 
@@ -88,6 +88,7 @@ def philox_normal(
         step: integer modulo 2³² or a tensor of one element, e.g. the sampler's step.
         device: where the noise is made; default is the device of `sample_ids`.
     """
+    check_tensors(sample_ids=sample_ids)
     shape = tuple(shape)
     if not shape or shape[0] != sample_ids.numel():
         raise ValueError(f"shape {shape} must begin with the number of sample_ids, {sample_ids.numel()}")
@@ -145,6 +146,7 @@ def philox_words(
     stream: int = NOISE_STREAM,
 ) -> torch.Tensor:
     """Random 32-bit words as int64 in [0, 2³²): [B, 4·ceil(count/4)], the mapping of the module docstring."""
+    check_tensors(sample_ids=sample_ids)
     if sample_ids.dim() != 1 or sample_ids.dtype != torch.int64:
         raise ValueError(f"sample_ids must be int64 [B], got {sample_ids.dtype} {tuple(sample_ids.shape)}")
     device = sample_ids.device

@@ -21,7 +21,7 @@ from typing import List, NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, device_guard
+from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard
 from ._layers import FLOATS, check_float, pick_layer_backend
 
 __all__ = ["AttentionInputs", "qk_rms_norm", "qk_rms_norm_ref"]
@@ -348,6 +348,7 @@ def _check_stream(name: str, qkv, weights) -> tuple[list[torch.Tensor], list[tor
         ValueError: names the argument that does not fit.
     """
     tensors = [qkv] if isinstance(qkv, torch.Tensor) else list(qkv)
+    check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
     first = tensors[0]
     if len(tensors) not in (1, 3) or first.dim() != (5 if len(tensors) == 1 else 4) or first.dtype not in FLOATS:
         raise ValueError(

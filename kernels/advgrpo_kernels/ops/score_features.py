@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard, pick_backend
 from ._head import Rows, head_tensors, launch_head_gradients, launch_rows
 from .patches import check_indices, l2_normalize
 
@@ -228,6 +228,7 @@ def _head_scores(features: torch.Tensor, head: Mapping[str, torch.Tensor]) -> to
 def _check(
     cls: torch.Tensor, patches: torch.Tensor, indices: torch.Tensor | None, head: Mapping[str, torch.Tensor]
 ) -> None:
+    check_tensors(cls=cls, patches=patches, indices=indices)
     if patches.dim() != 3 or patches.numel() == 0 or not patches.is_floating_point():
         raise ValueError(
             f"patches must be non-empty floating point [B, P, D], got {patches.dtype} {tuple(patches.shape)}"
@@ -240,6 +241,7 @@ def _check(
     missing = [name for name in ("w1", "b1", "w2", "b2") if name not in head]
     if missing:
         raise ValueError(f"head must have the keys w1, b1, w2, b2; missing {missing}")
+    check_tensors(**{f"head[{name!r}]": head[name] for name in ("w1", "b1", "w2", "b2")})
     H = head["w1"].shape[0]
     expected = {"w1": (H, D), "b1": (H,), "w2": (1, H), "b2": (1,)}
     for name, shape in expected.items():
