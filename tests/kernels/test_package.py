@@ -1,10 +1,12 @@
 """The distribution `advgrpo-kernels` on its own: what importing it does, and the wheel of `pip install ./kernels`.
 
 Planted bugs that turned this file red: `import numpy` in an op; `import advgrpo` in the runtime;
-`list[torch.Tensor]` in an op's signature.
+`list[torch.Tensor]` in an op's signature; no readme, license-files, urls or package-data in kernels/pyproject.toml,
+each on its own; ops left out of its packages; another year in the copy of the license.
 """
 
 import ast
+import email
 import re
 import shutil
 import subprocess
@@ -13,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import advgrpo_kernels
 
@@ -81,17 +85,52 @@ def test_the_reference_runs_without_triton():
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-@pytest.mark.slow
-def test_the_wheel_works_outside_the_repository(tmp_path):
-    """Built without isolation (no network), unpacked, and run from another folder."""
-    source = shutil.copytree(KERNELS, tmp_path / "source")  # a build in place would leave its folders behind
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """What `pip wheel ./kernels` gives, built without isolation (no network)."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # A build in place would leave its folders behind, and put what an earlier one left into the wheel.
+    ignore = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    source = shutil.copytree(KERNELS, folder / "source", ignore=ignore)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-    built = subprocess.run([*command, "--wheel-dir", tmp_path, source], capture_output=True, text=True)
+    built = subprocess.run([*command, "--wheel-dir", folder, source], capture_output=True, text=True)
     if "setuptools" in built.stderr and built.returncode:
         pytest.skip(f"the installed setuptools cannot build it: {built.stderr[-200:]}")
     assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("advgrpo_kernels-*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (path,) = folder.glob("advgrpo_kernels-*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_license_of_the_kernels_is_the_project_s():
+    if (KERNELS.parent / "LICENSE").exists():
+        assert (KERNELS / "LICENSE").read_bytes() == (KERNELS.parent / "LICENSE").read_bytes()
+
+
+@pytest.mark.slow
+def test_what_the_wheel_holds_and_says(wheel):
+    """The package and nothing else; license, long description, links and what it needs, for a page on an index."""
+    (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    held = {name for name in wheel.namelist() if not name.startswith(info)}
+    package = KERNELS / "advgrpo_kernels"
+    sources = {str(path.relative_to(KERNELS)) for path in package.rglob("*.py")}
+    assert held == sources | {"advgrpo_kernels/py.typed"}
+    assert wheel.read(f"{info}/licenses/LICENSE") == (KERNELS / "LICENSE").read_bytes()
+    metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload(decode=True).decode().strip() == (KERNELS / "README.md").read_text().strip()
+    links = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    assert links["Paper"] == "https://arxiv.org/abs/2511.20256"
+    needs = {Requirement(line).name: Requirement(line) for line in metadata.get_all("Requires-Dist")}
+    assert needs.keys() == {"torch", "triton"}
+    assert needs["torch"].specifier == SpecifierSet(">=2.6,<2.14")
+    assert needs["triton"].specifier == SpecifierSet(">=3.2,<3.10")
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
+    """Unpacked, and run from another folder."""
+    wheel.extractall(tmp_path / "site")
     code = (
         "import torch, advgrpo_kernels as k\n"
         "x = torch.randn(2, 3, 4)\n"
