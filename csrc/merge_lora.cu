@@ -20,7 +20,7 @@ constexpr int kPlane = kColumns / 2 + 16;  // columns 8l..8l+3 and 8l+4..8l+7 ap
 constexpr float kFp8Max = 448.0f;
 constexpr float kFp8Floor = 1e-30f;  // FP8_FLOOR in ops/_residual_norm.py
 
-struct MergeModule {  // ops/merge_lora.py packs the same 11 words
+struct MergeModule {  // ops/merge_lora.py packs the same 12 words
   const void* base;
   const float* a;
   const float* b;
@@ -29,6 +29,7 @@ struct MergeModule {  // ops/merge_lora.py packs the same 11 words
   float* fp8_scale;
   int64_t rows, columns, rank, first_block;
   int64_t vectorised;  // columns a multiple of 8 and every pointer 16-byte aligned
+  double scale;
 };
 
 template <typename T>
@@ -142,9 +143,10 @@ __device__ __forceinline__ void accumulate(
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    merge_lora_kernel(const MergeModule* modules, const int* module_of_block, float scale) {
+    merge_lora_kernel(const MergeModule* modules, const int* module_of_block) {
   __shared__ Factors factors;
   const MergeModule m = modules[module_of_block[blockIdx.x]];
+  const float scale = static_cast<float>(m.scale);
   const int64_t row0 = (blockIdx.x - m.first_block) * kRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T* base = in_global(static_cast<const T*>(m.base));
@@ -192,17 +194,16 @@ ADVGRPO_EXPORT int advgrpo_merge_lora_rows_per_block() { return advgrpo::kRows; 
 
 // dtype: 0 float32, 1 float16, 2 bfloat16, of every W and out. Returns cudaError_t.
 ADVGRPO_EXPORT int advgrpo_merge_lora(
-    const void* modules, const void* module_of_block, int64_t blocks, double scale, int dtype, void* stream) {
+    const void* modules, const void* module_of_block, int64_t blocks, int dtype, void* stream) {
   using namespace advgrpo;
   const auto* table = static_cast<const MergeModule*>(modules);
   const auto* of_block = static_cast<const int*>(module_of_block);
   const auto queue = static_cast<cudaStream_t>(stream);
   const dim3 grid(static_cast<unsigned>(blocks));
-  const float s = static_cast<float>(scale);
   switch (dtype) {
-    case 0: merge_lora_kernel<float><<<grid, kThreads, 0, queue>>>(table, of_block, s); break;
-    case 1: merge_lora_kernel<__half><<<grid, kThreads, 0, queue>>>(table, of_block, s); break;
-    case 2: merge_lora_kernel<__nv_bfloat16><<<grid, kThreads, 0, queue>>>(table, of_block, s); break;
+    case 0: merge_lora_kernel<float><<<grid, kThreads, 0, queue>>>(table, of_block); break;
+    case 1: merge_lora_kernel<__half><<<grid, kThreads, 0, queue>>>(table, of_block); break;
+    case 2: merge_lora_kernel<__nv_bfloat16><<<grid, kThreads, 0, queue>>>(table, of_block); break;
     default: return cudaErrorInvalidValue;
   }
   return cudaGetLastError();

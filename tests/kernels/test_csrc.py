@@ -83,11 +83,11 @@ def test_launch_without_a_driver_returns_its_error(monkeypatch):
         loaded = _csrc.library()
         assert loaded.advgrpo_merge_lora_rows_per_block() == 32
         assert loaded.advgrpo_multi_tensor_adamw_elements_per_block() == 8192
-        assert loaded.advgrpo_merge_lora(None, None, 1, 0.5, 2, None) == 35
-        assert loaded.advgrpo_merge_lora(None, None, 1, 0.5, 7, None) == 1  # unknown dtype, nothing launched
+        assert loaded.advgrpo_merge_lora(None, None, 1, 2, None) == 35
+        assert loaded.advgrpo_merge_lora(None, None, 1, 7, None) == 1  # unknown dtype, nothing launched
         assert loaded.advgrpo_multi_tensor_adamw(*[None] * 2, 1, *[None] * 3, *[0.5] * 7, None) == 35
         with pytest.raises(ctypes.ArgumentError):
-            loaded.advgrpo_merge_lora(None, None, 1, "half", 2, None)
+            loaded.advgrpo_merge_lora(None, None, 1, "half", None)
         with pytest.raises(RuntimeError, match="cudaError 35"):
             _csrc.check_launch("merge_lora", 35)
     finally:

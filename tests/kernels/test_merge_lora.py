@@ -5,7 +5,7 @@
 Planted bugs that turned this file red: scale ignored, also by the reference; ranks past 32 left out; right half of
 the columns one lane off; first block of a linear ignored; third of the last odd columns of A not read; row maximum of
 one lane only; barrier before the next factors missing; 128-bit reads of unaligned rows (crash); ragged last rows
-without a block.
+without a block; the first linear's scale for all, in the table and by the reference; scales not in the table's key.
 """
 
 import pytest
@@ -44,7 +44,7 @@ def linears(shapes, dtype, device):
 
 def run_library(bases, a, b, scale, outs=(), fp8=()):
     data, scales = [t.data for t in fp8], [t.scale for t in fp8]
-    _merge_lora_op(bases, a, b, scale, list(outs), data, scales, True)
+    _merge_lora_op(bases, a, b, [scale] * len(bases), list(outs), data, scales, True)
 
 
 def gold(bases, a, b, scale):
@@ -85,6 +85,21 @@ def test_a_linear_does_not_depend_on_the_others(device, library):
         assert torch.equal(alone, outs[i])
 
 
+def test_every_linear_has_its_scale(device, library):
+    """As adapters with `alpha_pattern` have. Of the bits of one scale for all, in one launch."""
+    bases, a, b, outs, _ = linears(SHAPES, torch.float32, device)
+    scale, eager = [0.7, 2.0, -1.0, 0.25], [torch.empty_like(out) for out in outs]
+    merge_lora(bases, a, b, scale, outs=eager, backend="torch")
+    _merge_lora_op(bases, a, b, scale, outs, [], [], True)
+    for i, reference in enumerate(eager):
+        alone = torch.full_like(outs[i], float("nan"))
+        run_library(bases[i : i + 1], a[i : i + 1], b[i : i + 1], scale[i], [alone])
+        assert torch.equal(outs[i], alone)
+        torch.testing.assert_close(outs[i], reference, rtol=1e-5, atol=1e-5)
+    run_library(bases, a, b, 0.7, outs)  # the same tensors with other scales
+    assert not torch.equal(outs[1], eager[1])
+
+
 def test_merging_again_starts_from_the_base_and_sees_new_adapters(device, library):
     """Same storage, so the table is not rebuilt: values must be read at launch."""
     bases, a, b, outs, _ = linears(SHAPES, torch.float32, device)
@@ -118,12 +133,14 @@ def test_zero_adapters_give_the_base_bit_for_bit(device, library):
 def test_opcheck_and_compile(device):
     bases, a, b, outs, fp8 = linears([(4, 16, 2)] * 2, torch.float32, device)
     data, scales = [t.data for t in fp8], [t.scale for t in fp8]
-    torch.library.opcheck(_merge_lora_op, (bases, a, b, 0.5, outs, [], [], False))
+    torch.library.opcheck(_merge_lora_op, (bases, a, b, [0.5, 0.5], outs, [], [], False))
     # Of the fp8 lists only the shapes: opcheck's comparison of results has no arithmetic on e4m3.
-    torch.library.opcheck(_merge_lora_op, (bases, a, b, 0.5, outs, data, scales, False), test_utils="test_faketensor")
+    torch.library.opcheck(
+        _merge_lora_op, (bases, a, b, [0.5, 0.5], outs, data, scales, False), test_utils="test_faketensor"
+    )
 
     def merged(*b):
-        merge_lora(bases, a, b, 0.5, outs=outs, backend="torch")
+        merge_lora(bases, a, b, [0.5, 0.5], outs=outs, backend="torch")
         return outs[0] + outs[1]
 
     got = torch.compile(merged, fullgraph=True, backend="aot_eager")(*b)
@@ -155,6 +172,9 @@ def test_bad_arguments_raise(device):
         merge_lora(bases, a[:1], b, 1.0, outs=outs)
     with pytest.raises(ValueError, match="want lists of one length, and outs or fp8"):
         merge_lora(bases, a, b, 1.0)
+    for bad in ([1.0], [1.0, 2.0, 3.0], [1.0, None], torch.ones(2), "2.0"):
+        with pytest.raises(ValueError, match="scale must be a number or a list of 2 numbers, one per linear, got"):
+            merge_lora(bases, a, b, bad, outs=outs)
     with pytest.raises(ValueError, match=r"outs\[1\] is the base itself"):
         merge_lora(bases, a, b, 1.0, outs=[outs[0], bases[1]])
     with pytest.raises(ValueError, match=r"b\[0\] must be contiguous torch.float32 \[4, 2\]"):

@@ -1,8 +1,8 @@
 """The distribution `advgrpo-kernels` on its own: what importing it does, and the wheel of `pip install ./kernels`.
 
 Planted bugs that turned this file red: `import numpy` in an op; `import advgrpo` in the runtime;
-`list[torch.Tensor]` in an op's signature; no readme, license-files, urls or package-data in kernels/pyproject.toml,
-each on its own; ops left out of its packages; another year in the copy of the license.
+`list[torch.Tensor]` in an op's signature; no readme, license-files or urls in kernels/pyproject.toml, each on its
+own; ops left out of its packages; no upper bound of torch; no py.typed; another year in the copy of the license.
 """
 
 import ast

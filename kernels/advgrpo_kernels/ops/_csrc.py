@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded = ctypes.CDLL(str(paths[0]))
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-    loaded.advgrpo_merge_lora.argtypes = [pointer, pointer, count, number, ctypes.c_int, pointer]
+    loaded.advgrpo_merge_lora.argtypes = [pointer, pointer, count, ctypes.c_int, pointer]
     loaded.advgrpo_multi_tensor_adamw.argtypes = [*[pointer] * 2, count, *[pointer] * 3, *[number] * 7, pointer]
     return loaded
 
@@ -66,17 +66,19 @@ class Table:
     """Rows of 8-byte words in device memory, and for every block the row it works on.
 
     Args:
-        rows: integers, one list per tensor; the word `first_block` is filled in here.
+        rows: integers (and floats, as doubles), one list per tensor; the word `first_block` is filled in here.
         blocks: how many blocks each row gets.
         first_block: position of that word.
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]], blocks: Sequence[int], first_block: int, device: torch.device):
+    def __init__(
+        self, rows: Sequence[Sequence[int | float]], blocks: Sequence[int], first_block: int, device: torch.device
+    ):
         of_block, packed = [], b""
         for index, (row, count) in enumerate(zip(rows, blocks)):
             words = list(row)
             words[first_block] = len(of_block)
-            packed += struct.pack(f"{len(words)}q", *words)
+            packed += struct.pack("".join("d" if isinstance(word, float) else "q" for word in words), *words)
             of_block += [index] * count
         self.blocks = len(of_block)
         self.rows = _upload(torch.frombuffer(bytearray(packed), dtype=torch.int64), device)

@@ -1,4 +1,4 @@
-"""LoRA merged into the weights: W + scale·B·A for a list of linears, in one launch of `csrc/merge_lora.cu`.
+"""LoRA merged into the weights: W + s·B·A for a list of linears, in one launch of `csrc/merge_lora.cu`.
 
 Always from the pristine base W, in place into buffers that a captured graph may hold: weights of the base's dtype, e4m3
 weights with one scale per output row (amax/448, written on the device), or both.
@@ -10,6 +10,7 @@ Numerics: float32 inside, one rounding; e4m3 is quantised from the unrounded flo
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import List
 
@@ -42,7 +43,7 @@ def _merge_lora_op(
     bases: List[torch.Tensor],
     a: List[torch.Tensor],
     b: List[torch.Tensor],
-    scale: float,
+    scale: List[float],
     outs: List[torch.Tensor],
     fp8_data: List[torch.Tensor],
     fp8_scales: List[torch.Tensor],
@@ -66,26 +67,27 @@ def _(bases, a, b, scale, outs, fp8_data, fp8_scales, compiled):
 def _launch(bases, a, b, scale, outs, fp8_data, fp8_scales) -> None:
     nothing = [None] * len(bases)
     linears = list(zip(bases, a, b, outs or nothing, fp8_data or nothing, fp8_scales or nothing))
-    key = tuple((*(pointer(t) for t in linear), *linear[0].shape, len(linear[1])) for linear in linears)
-    table = _TABLES.get(key, lambda: _table(linears), capturing=is_capturing(bases[0]), stream=stream_of(bases[0]))
+    key = tuple((*(pointer(t) for t in linear), *linear[0].shape, len(linear[1])) for linear in linears), tuple(scale)
+    table = _TABLES.get(
+        key, lambda: _table(linears, scale), capturing=is_capturing(bases[0]), stream=stream_of(bases[0])
+    )
     with device_guard(bases[0]):
         error = library().advgrpo_merge_lora(
             table.rows.data_ptr(),
             table.of_block.data_ptr(),
             table.blocks,
-            scale,
             FLOATS.index(bases[0].dtype),
             current_stream(bases[0]),
         )
     check_launch("merge_lora", error)
 
 
-def _table(linears) -> Table:
+def _table(linears, scales: Sequence[float]) -> Table:
     rows_per_block = library().advgrpo_merge_lora_rows_per_block()
     rows, blocks = [], []
-    for linear in linears:
+    for linear, scale in zip(linears, scales):
         (N, K), rank = linear[0].shape, linear[1].shape[0]
-        rows.append([*(pointer(t) for t in linear), N, K, rank, 0, K % 8 == 0 and aligned(*linear)])
+        rows.append([*(pointer(t) for t in linear), N, K, rank, 0, K % 8 == 0 and aligned(*linear), scale])
         blocks.append(-(-N // rows_per_block))
     return Table(rows, blocks, FIRST_BLOCK, linears[0][0].device)
 
@@ -119,11 +121,20 @@ def _check(bases, a, b, outs, fp8) -> None:
                 raise ValueError(f"{name}[{i}] must be contiguous {dtype} {list(shape)} on {first.device}, got {got}")
 
 
+def _scales(scale: float | Sequence[float], count: int) -> list[float]:
+    """One number per linear."""
+    scales = [scale] * count if isinstance(scale, numbers.Real) else scale
+    fits = isinstance(scales, (list, tuple)) and len(scales) == count
+    if not fits or not all(isinstance(value, numbers.Real) for value in scales):
+        raise ValueError(f"scale must be a number or a list of {count} numbers, one per linear, got {scale!r}")
+    return [float(value) for value in scales]
+
+
 def merge_lora(
     bases: Sequence[torch.Tensor],
     a: Sequence[torch.Tensor],
     b: Sequence[torch.Tensor],
-    scale: float,
+    scale: float | Sequence[float],
     *,
     outs: Sequence[torch.Tensor] = (),
     fp8: Sequence[Fp8Tensor] = (),
@@ -134,7 +145,7 @@ def merge_lora(
     Args:
         bases: contiguous [N, K] weights of one dtype (float32, float16 or bfloat16) on one device.
         a, b: contiguous float32 [r, K] and [N, r]; r may differ between linears.
-        scale: alpha / r.
+        scale: alpha / r, a number or one for each linear.
         outs: contiguous buffers of the bases' shapes and dtype; not the bases themselves.
         fp8: contiguous buffers, data [N, K] and scale [N, 1].
         backend: "auto", "cuda" or "torch".
@@ -143,6 +154,7 @@ def merge_lora(
         ValueError: names the argument that does not fit.
     """
     _check(bases, a, b, outs, fp8)
+    scale = _scales(scale, len(bases))
     compiled = pick_cuda_backend(backend, *bases) == "cuda"
     data, scales = [t.data for t in fp8], [t.scale for t in fp8]
     with torch.no_grad():
@@ -154,15 +166,16 @@ def merge_lora_ref(
     bases: Sequence[torch.Tensor],
     a: Sequence[torch.Tensor],
     b: Sequence[torch.Tensor],
-    scale: float,
+    scale: float | Sequence[float],
     *,
     outs: Sequence[torch.Tensor] = (),
     fp8: Sequence[Fp8Tensor] = (),
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Plain PyTorch, one linear after the other."""
+    scales = _scales(scale, len(bases))
     for i, base in enumerate(bases):
-        merged = torch.addmm(base.to(compute_dtype), b[i].to(compute_dtype), a[i].to(compute_dtype), alpha=scale)
+        merged = torch.addmm(base.to(compute_dtype), b[i].to(compute_dtype), a[i].to(compute_dtype), alpha=scales[i])
         if outs:
             outs[i].copy_(merged)
         if fp8:
