@@ -8,37 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from advgrpo_kernels.integrations import adv_grpo, flow_grpo
+from advgrpo_kernels.integrations import _statistics, adv_grpo, flow_grpo
+from tests.kernels import stand_ins
 from tests.kernels.peers import GOLDEN, batch, close, cps_mean, module_with, recording, sd3_scheduler
-
-
-class PerPromptStatTracker:
-    """The books the trainers keep between `update` and `clear`."""
-
-    def __init__(self, global_std=False):
-        self.global_std, self.stats, self.history_prompts = global_std, {}, set()
-
-    def update(self, prompts, rewards, type="grpo"):
-        return f"original {type}"
-
-    def get_stats(self):
-        return sum(len(v) for v in self.stats.values()) / len(self.stats), len(self.history_prompts)
-
-    def clear(self):
-        self.stats = {}
-
-
-def tracker_module():
-    """A module with its own copy of the class: patches act on classes, which tests must not share."""
-    members = {
-        key: value for key, value in vars(PerPromptStatTracker).items() if key not in ("__dict__", "__weakref__")
-    }
-    return module_with(PerPromptStatTracker=type("PerPromptStatTracker", (), members))
 
 
 @pytest.fixture
 def tracker_class():
-    module = tracker_module()
+    module = stand_ins.module(stand_ins.EARLY_TRACKER)
     assert adv_grpo.patch(module) == ["PerPromptStatTracker.update"]
     return module.PerPromptStatTracker
 
@@ -130,28 +107,30 @@ def test_equal_rewards_give_exactly_zero(tracker_class):
 
 
 def test_other_types_run_the_original_and_unpatch_restores_it():
-    module = tracker_module()
-    tracker = module.PerPromptStatTracker()
+    module = stand_ins.module(stand_ins.EARLY_TRACKER)
+    original, tracker = module.PerPromptStatTracker.update, module.PerPromptStatTracker()
     with pytest.raises(ValueError, match="type must be 'grpo' unless"):
-        adv_grpo.update(tracker, ["a"], [1.0], type="dpo")
+        _statistics.update(tracker, ["a"], [1.0], type="dpo")
     adv_grpo.patch(module)
     assert tracker.update(["a"], [1.0], type="dpo") == "original dpo"
     assert isinstance(tracker.update(["a"], [1.0]), np.ndarray)
     adv_grpo.unpatch(module)
-    assert tracker.update(["a"], [1.0]) == "original grpo"
+    assert module.PerPromptStatTracker.update is original
 
 
 def test_a_class_imported_by_two_modules_is_patched_once(caplog):
-    defining = tracker_module()
+    """The importing module has nothing to undo, and says whose it is."""
+    defining = stand_ins.module(stand_ins.EARLY_TRACKER, "defining")
+    original = defining.PerPromptStatTracker.update
     importing = module_with(PerPromptStatTracker=defining.PerPromptStatTracker)
     adv_grpo.patch(defining)
     with caplog.at_level("INFO", "advgrpo_kernels.integrations"):
         assert adv_grpo.patch(importing) == []
     assert "replaced already through another module" in caplog.text
-    adv_grpo.unpatch(importing)
-    assert defining.PerPromptStatTracker.update is adv_grpo.update
+    with pytest.raises(RuntimeError, match="replaced through defining: unpatch that"):
+        adv_grpo.unpatch(importing)
     adv_grpo.unpatch(defining)
-    assert defining.PerPromptStatTracker().update([], []) == "original grpo"
+    assert defining.PerPromptStatTracker.update is original
 
 
 def test_bad_rewards_raise(tracker_class):
@@ -166,13 +145,7 @@ def test_bad_rewards_raise(tracker_class):
 
 
 def test_flow_grpos_tracker_takes_dists():
-    def update(self, prompts, rewards, dists=None, type="grpo"):
-        return f"original {type} {dists}"
-
-    module = tracker_module()
-    with pytest.raises(ValueError, match="another version of that codebase"):
-        flow_grpo.patch(module)
-    module.PerPromptStatTracker.update = update
+    module = stand_ins.module(stand_ins.DISTS_TRACKER)
     flow_grpo.patch(module)
     tracker = module.PerPromptStatTracker()
     assert tracker.update(["a"], [1.0], 7, type="gardo") == "original gardo 7"

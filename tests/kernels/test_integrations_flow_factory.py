@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from advgrpo_kernels.integrations import flow_factory
+from tests.kernels import stand_ins
 from tests.kernels.peers import (
     batch,
     close,
     cps_mean,
     flow_mean,
     gaussian_log_prob,
-    module_with,
     recording,
     sd3_scheduler,
 )
@@ -210,16 +210,20 @@ def test_bad_arguments_raise():
 
 
 def test_patch_replaces_the_method_for_subclasses_and_is_reversible():
-    original = FlowMatchEulerDiscreteSDEScheduler.step
-    module = module_with(FlowMatchEulerDiscreteSDEScheduler=FlowMatchEulerDiscreteSDEScheduler)
-    child = type("Child", (FlowMatchEulerDiscreteSDEScheduler,), {"__module__": sys.__name__})
-    assert flow_factory.patch(module) == ["FlowMatchEulerDiscreteSDEScheduler.step"]
+    module = stand_ins.module(stand_ins.FLOW_FACTORY)
+    sys.modules[module.__name__] = module  # where `step` finds the peer's output class
+    scheduler_class = module.FlowMatchEulerDiscreteSDEScheduler
+    original = scheduler_class.step
+    child = type("Child", (scheduler_class,), {"__module__": sys.__name__})
     try:
+        assert flow_factory.patch(module) == ["FlowMatchEulerDiscreteSDEScheduler.step"]
+        assert scheduler_class.step.__code__ is flow_factory.step.__code__
         x, v = batch()
         scheduler = child("CPS")
-        assert type(scheduler.step(v, scheduler.timesteps[0], x)) is SDESchedulerOutput
+        assert type(scheduler.step(v, scheduler.timesteps[0], x)) is module.SDESchedulerOutput
         with pytest.raises(RuntimeError, match="patched already"):
             flow_factory.patch(module)
-    finally:
         flow_factory.unpatch(module)
-    assert FlowMatchEulerDiscreteSDEScheduler.step is original
+    finally:
+        del sys.modules[module.__name__]
+    assert scheduler_class.step is original

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from advgrpo_kernels.integrations import _transition, adv_grpo, dance_grpo, flow_factory, flow_grpo, mix_grpo
+from advgrpo_kernels.integrations import (
+    _statistics,
+    _transition,
+    adv_grpo,
+    dance_grpo,
+    flow_factory,
+    flow_grpo,
+    mix_grpo,
+)
+from tests.kernels import stand_ins
 from tests.kernels.peers import (
     batch,
     close,
@@ -22,11 +31,6 @@ from tests.kernels.peers import (
     recording,
     sd3_scheduler,
 )
-
-
-def original(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None):
-    """A stand-in with an earlier signature of Flow-GRPO's."""
-    raise AssertionError("not patched")
 
 
 @pytest.mark.parametrize("t", range(10))
@@ -191,10 +195,10 @@ FLUX = "model_output latents eta sigmas index prev_sample"
     ("ours", "theirs"),
     [
         (flow_grpo.sde_step_with_logprob, f"{STEP} sde_type='sde' return_sqrt_dt=False"),
-        (flow_grpo.update, "self prompts rewards dists=None type='grpo'"),
+        (_statistics.update_with_dists, "self prompts rewards dists=None type='grpo'"),
+        (_statistics.update, "self prompts rewards type='grpo'"),
         (adv_grpo.sde_step_with_logprob, STEP),
         (adv_grpo.sde_step_with_logprob_new, STEP),
-        (adv_grpo.update, "self prompts rewards type='grpo'"),
         (dance_grpo.flux_step, f"{FLUX} grpo sde_solver"),
         (mix_grpo.dance_grpo_step, f"{FLUX} grpo sde_solver sde_type='sde' noise_level=None"),
         (
@@ -216,30 +220,27 @@ def test_signatures_are_the_public_ones(ours, theirs):
     assert " ".join(names) == theirs
 
 
-def test_patch_replaces_logs_and_is_reversible(caplog):
-    module = module_with(sde_step_with_logprob=original, helper=len)
+@pytest.mark.parametrize("source", [stand_ins.FLOW_GRPO, stand_ins.EARLY_FLOW_GRPO], ids=["2026", "2025"])
+def test_patch_replaces_logs_and_is_reversible(source, caplog):
+    module = stand_ins.module(source)
+    original, helper = module.sde_step_with_logprob, module.rows
     with caplog.at_level("INFO", "advgrpo_kernels.integrations"):
         assert flow_grpo.patch(module) == ["sde_step_with_logprob"]
-    assert "peer.sde_step_with_logprob -> advgrpo_kernels.integrations.flow_grpo" in caplog.text
-    assert module.sde_step_with_logprob is flow_grpo.sde_step_with_logprob
+    assert "peer.sde_step_with_logprob -> advgrpo_kernels.integrations.flow_grpo.sde_step_with_logprob (" in caplog.text
+    assert module.sde_step_with_logprob.__code__ is flow_grpo.sde_step_with_logprob.__code__
     with pytest.raises(RuntimeError, match="patched already"):
         flow_grpo.patch(module)
     flow_grpo.unpatch(module)
     assert module.sde_step_with_logprob is original
-    assert set(vars(module)) >= {"helper", "sde_step_with_logprob"}
+    assert module.rows is helper
     assert not [name for name in vars(module) if "advgrpo" in name]
     with pytest.raises(RuntimeError, match="is not patched"):
         flow_grpo.unpatch(module)
 
 
-def test_patch_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="has none of sde_step_with_logprob"):
-        flow_grpo.patch(module_with(helper=len))
-    other = module_with(sde_step_with_logprob=lambda self, model_output, timestep, sample, eta=0.7: None)
-    with pytest.raises(ValueError, match="another version of that codebase"):
-        flow_grpo.patch(other)
-    assert "<lambda>" in other.sde_step_with_logprob.__qualname__
-    module = module_with(sde_step_with_logprob=original)
+def test_unpatch_refuses_what_was_replaced_again():
+    module = stand_ins.module(stand_ins.FLOW_GRPO)
+    original = module.sde_step_with_logprob
     flow_grpo.patch(module)
     module.sde_step_with_logprob = original
     with pytest.raises(RuntimeError, match="replaced again"):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from advgrpo_kernels.integrations import dance_grpo, mix_grpo
-from tests.kernels.peers import batch, close, cps_mean, flow_mean, gaussian_log_prob, module_with, recording
+from tests.kernels import stand_ins
+from tests.kernels.peers import batch, close, cps_mean, flow_mean, gaussian_log_prob, recording
 
 SIGMAS = torch.linspace(1, 0, 9) * 3 / (1 + 2 * torch.linspace(1, 0, 9))
 ETA = 0.3
@@ -124,19 +125,21 @@ def test_dance_grpo_step(sde_type, sde_solver, index):
 
 
 @pytest.mark.parametrize("t", range(10))
-def test_flux_step_gives_the_recorded_log_prob_without_its_constants(t):
-    """The recording is Flow-Factory's of the same dynamics, with -log s - ½·log 2π."""
+def test_flux_step_gives_the_recorded_log_prob(t):
+    """The recording is Flow-Factory's of the same dynamics."""
     step = recording("dance_sde_flow_factory.npz", t)
     schedule = torch.stack([step.sigma, step.sigma_next, *([torch.tensor(0.0)] if step.sigma_next > 0 else [])])
     velocity = step.velocity.clone().requires_grad_()
-    call = {"grpo": True, "sde_solver": True, "prev_sample": step.next_latents}
-    got = dance_grpo.flux_step(velocity, step.latents, step.noise_level, schedule, 0, **call)
-    std = step.noise_level * math.sqrt(step.sigma.item() - step.sigma_next.item())
-    close(got[2].detach() - math.log(std) - 0.5 * math.log(2 * math.pi), step.log_prob, rtol=1e-5, atol=4e-6)
+    call = (velocity, step.latents, step.noise_level, schedule, 0, step.next_latents, True, True)
+    got = dance_grpo.flux_step(*call)
+    close(got[2].detach(), step.log_prob, rtol=1e-5, atol=4e-6)
     (grad,) = torch.autograd.grad(got[2].sum(), velocity)
     close(grad, step.grad_velocity, rtol=1e-4, atol=2e-4 * step.grad_velocity.abs().max().item())
-    mean, _ = dance_grpo.flux_step(velocity, step.latents, step.noise_level, schedule, 0, None, False, True)
+    mean, _ = dance_grpo.flux_step(*call[:5], None, False, True)
     close(mean.detach(), step.mean)
+    std = step.noise_level * math.sqrt(step.sigma.item() - step.sigma_next.item())
+    without = dance_grpo.flux_step_without_constants(*call)[2].detach()  # the original's until August 2025
+    close(without - math.log(std) - 0.5 * math.log(2 * math.pi), step.log_prob, rtol=1e-5, atol=4e-6)
 
 
 @pytest.mark.parametrize("sde_solver", [True, False])
@@ -149,7 +152,7 @@ def test_flux_step_adds_noise_with_either_solver(sde_solver):
     torch.manual_seed(6)
     got = dance_grpo.flux_step(v, x, ETA, sigmas=SIGMAS, index=2, prev_sample=None, grpo=True, sde_solver=sde_solver)
     close(got[0], mean + ETA * math.sqrt(now - after) * noise)
-    close(got[2], -noise.square().flatten(1).mean(1) / 2, rtol=1e-4)
+    close(got[2], gaussian_log_prob(got[0], mean, ETA * math.sqrt(now - after)), rtol=1e-4)
     with pytest.raises(ValueError, match="eta must be > 0"):
         dance_grpo.flux_step(v, x, 0.0, SIGMAS, 2, None, True, sde_solver)
 
@@ -162,13 +165,14 @@ def test_bad_arguments_raise():
         mix_grpo.flow_grpo_step(v, x, ETA, SIGMAS, 0, v, generator=torch.Generator())
 
 
-@pytest.mark.parametrize(("peer", "name"), [(mix_grpo, "flow_grpo_step"), (dance_grpo, "flux_step")])
-def test_patch_and_unpatch(peer, name):
-    def theirs(model_output, latents, eta, sigmas, index, prev_sample):
-        raise AssertionError("not patched")
-
-    module = module_with(**{name: theirs})
+@pytest.mark.parametrize(
+    ("peer", "name", "source"),
+    [(mix_grpo, "flow_grpo_step", stand_ins.MIX), (dance_grpo, "flux_step", stand_ins.dance())],
+)
+def test_patch_and_unpatch(peer, name, source):
+    module = stand_ins.module(source)
+    original = getattr(module, name)
     assert peer.patch(module) == [name]
-    assert getattr(module, name) is getattr(peer, name)
+    assert getattr(module, name).__code__ is getattr(peer, name).__code__
     peer.unpatch(module)
-    assert getattr(module, name) is theirs
+    assert getattr(module, name) is original

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..ops.group_advantages import advantages_of_columns
 from . import _patching
+from ._self_check import Case
 
 
 def grpo_advantages(tracker, prompts, rewards):
@@ -44,3 +47,47 @@ def run_original(tracker, *args, type):
     if original is None:
         raise ValueError(f"type must be 'grpo' unless the tracker's class is patched, got {type!r}")
     return original(tracker, *args, type=type)
+
+
+def update(self, prompts, rewards, type="grpo"):
+    """`PerPromptStatTracker.update`: float64 advantages of rewards' shape; other types than "grpo" run the original."""
+    if type != "grpo":
+        return run_original(self, prompts, rewards, type=type)
+    return grpo_advantages(self, prompts, rewards)
+
+
+def update_with_dists(self, prompts, rewards, dists=None, type="grpo"):
+    """`update` of the later versions of Flow-GRPO, whose "gardo" takes features of the pictures."""
+    if type != "grpo":
+        return run_original(self, prompts, rewards, dists, type=type)
+    return grpo_advantages(self, prompts, rewards)
+
+
+def cases(original, cls) -> Iterator[Case]:
+    """Group and global deviation, rewards per image and per timestep, groups of one and of equal rewards."""
+    import numpy as np
+
+    prompts = [f"prompt {i}" for i in (0, 1, 0, 2, 1, 0, 3, 0)]
+    rewards = np.random.default_rng(0).normal(size=(2, 8, 3))
+    rewards[:, [1, 4]] = 0.7
+
+    def run(function, global_std, columns):
+        tracker, results = cls(global_std), {}
+        for epoch in range(2):
+            values = rewards[epoch] if columns else rewards[epoch, :, 0]
+            results[f"advantages of update {epoch}"] = torch.from_numpy(function(tracker, prompts, values))
+            books = [torch.from_numpy(np.asarray(tracker.stats[name])).reshape(-1) for name in sorted(set(prompts))]
+            results[f"rewards kept by update {epoch}"] = torch.cat(books)
+            results[f"statistics of update {epoch}"] = torch.tensor(tracker.get_stats(), dtype=torch.float64)
+            tracker.clear()
+        return results
+
+    for global_std in (False, True):
+        for columns in (False, True):
+            name = f"global_std={global_std}, rewards [{'B, T' if columns else 'B'}]"
+            yield Case(name, lambda function, setting=(global_std, columns): run(function, *setting))
+
+
+def tracker(*modules: str) -> _patching.Target:
+    """`PerPromptStatTracker.update` as these modules define it."""
+    return _patching.Target("PerPromptStatTracker.update", modules, (update_with_dists, update), cases)

@@ -151,8 +151,13 @@ def transition(
     """Take a step with `noise` (None: s must be 0), or evaluate the one to `next_latents`; NaN where s = 0.
 
     A new step is rounded to `storage_dtype` before its log-prob is taken, and returned in float32 all the same.
+    `likelihood` is one of `gaussian_step`'s, or "scaled": the squared error over 2s², a gaussian without its constants.
     Without a gradient to the velocity it is one launch; with one, the mean is PyTorch and the log-prob an op.
     """
+    if likelihood == "scaled":
+        settings = {"next_latents": next_latents, "noise": noise, "storage_dtype": storage_dtype}
+        taken = transition(latents, velocity, coefficients, likelihood="squared_error", **settings)
+        return taken._replace(log_prob=taken.log_prob / (2 * coefficients[..., 2].square()))
     latents = latents.float()
     if torch.is_grad_enabled() and latents.requires_grad:
         raise ValueError("sample requires grad, but these steps are differentiable in the model output only: detach it")

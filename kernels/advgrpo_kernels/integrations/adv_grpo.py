@@ -3,7 +3,7 @@
 
     import adv_grpo.diffusers_patch.sd3_sde_with_logprob as module
     from advgrpo_kernels.integrations import adv_grpo as fused
-    fused.patch(module)
+    fused.patch(module)         # and modules that have imported the functions, under whatever name
 """
 
 from __future__ import annotations
@@ -43,25 +43,21 @@ def sde_step_with_logprob_new(
     return flow_grpo.step(self, model_output, timestep, sample, *settings)
 
 
-def update(self, prompts, rewards, type="grpo"):
-    """`PerPromptStatTracker.update`: float64 advantages of rewards' shape; other types than "grpo" run the original."""
-    if type != "grpo":
-        return _statistics.run_original(self, prompts, rewards, type=type)
-    return _statistics.grpo_advantages(self, prompts, rewards)
+_MODULE = "adv_grpo.diffusers_patch.sd3_sde_with_logprob"
+TARGETS = (
+    *(
+        _patching.Target(function.__name__, modules=(_MODULE,), variants=(function,), cases=flow_grpo.step_cases)
+        for function in (sde_step_with_logprob, sde_step_with_logprob_new)
+    ),
+    _statistics.tracker("adv_grpo.stat_tracking"),
+)
 
 
-REPLACEMENTS = {
-    "sde_step_with_logprob": sde_step_with_logprob,
-    "sde_step_with_logprob_new": sde_step_with_logprob_new,
-    "PerPromptStatTracker.update": update,
-}
-
-
-def patch(module: ModuleType) -> list[str]:
-    """Replace what `module` has of `REPLACEMENTS`; see `_patching.replace` for what it raises."""
-    return _patching.replace(module, REPLACEMENTS)
+def patch(module: ModuleType, everywhere: bool = True) -> list[str]:
+    """Replace what `module` holds of `TARGETS`; `_patching.replace` says where, and what it raises."""
+    return _patching.replace(module, TARGETS, everywhere)
 
 
 def unpatch(module: ModuleType) -> None:
-    """Put the originals back."""
+    """Put the originals back, in every module that holds what `patch(module)` put in their place."""
     _patching.restore(module)

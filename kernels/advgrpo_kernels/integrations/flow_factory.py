@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from . import _patching
+from . import _cases, _patching
+from ._self_check import Case
 from ._transition import Steps, broadcast, steps_of, torch_noise, transition
 
 logger = logging.getLogger("advgrpo_kernels.integrations")
@@ -141,14 +142,44 @@ def _output(scheduler, values: dict[str, torch.Tensor | None], names: Sequence[s
     return output(**{name: values[name] for name in names if name in values})
 
 
-REPLACEMENTS = {"FlowMatchEulerDiscreteSDEScheduler.step": step}
+def _step_cases(original, cls: type) -> Iterator[Case]:
+    """All dynamics on a scheduler of the class itself: sampling from one timestep, training with both given per row."""
+    settings = [{"dynamics_type": name, "noise_level": 0.7} for name in DYNAMICS]
+    kinds = [_cases.FLOAT32_KIND, *map(_cases.stored_in, (torch.bfloat16, torch.float16))]
+
+    def call(function, inputs: _cases.Call, **setting):
+        scheduler, latents = _cases.scheduler_of(cls), inputs.sample
+        times = torch.cat([scheduler.timesteps, torch.zeros(1)])[inputs.step : inputs.step + 2]
+        setting["generator"], time = inputs.generator, times[0]
+        if inputs.prev_sample is not None:
+            time, after = times[:, None].expand(2, latents.shape[0])
+            setting |= {"next_latents": inputs.prev_sample, "timestep_next": after}
+        result = function(scheduler, inputs.model_output, time, latents, **setting)
+        names = {"prev_sample": "next_latents", "mean": "next_latents_mean"}
+        outputs = {name: getattr(result, names.get(name, name)) for name in ("prev_sample", "mean", *RETURNED[2:])}
+        if setting.get("dynamics_type") != "ODE":
+            outputs["left_to_round"] = _cases.left_to_round(outputs["prev_sample"], latents.dtype)
+        return outputs
+
+    yield from _cases.step_cases(original, call, settings, kinds=kinds)
+    yield from _cases.step_cases(original, call, [{}, {"compute_log_prob": False}], steps=[3])
 
 
-def patch(module: ModuleType) -> list[str]:
-    """Replace what `module` has of `REPLACEMENTS`; see `_patching.replace` for what it raises."""
-    return _patching.replace(module, REPLACEMENTS)
+TARGETS = (
+    _patching.Target(
+        "FlowMatchEulerDiscreteSDEScheduler.step",
+        modules=("flow_factory.scheduler.flow_match_euler_discrete",),
+        variants=(step,),
+        cases=_step_cases,
+    ),
+)
+
+
+def patch(module: ModuleType, everywhere: bool = True) -> list[str]:
+    """Replace what `module` holds of `TARGETS`; `_patching.replace` says where, and what it raises."""
+    return _patching.replace(module, TARGETS, everywhere)
 
 
 def unpatch(module: ModuleType) -> None:
-    """Put the originals back."""
+    """Put the originals back, in every module that holds what `patch(module)` put in their place."""
     _patching.restore(module)

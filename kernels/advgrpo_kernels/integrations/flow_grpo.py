@@ -2,9 +2,7 @@
 
     import flow_grpo.diffusers_patch.sd3_sde_with_logprob as module
     from advgrpo_kernels.integrations import flow_grpo as fused
-    fused.patch(module)
-
-Python copies a name on `from ... import`: patch every module that imported the function, or patch before the import.
+    fused.patch(module)        # and modules that have imported the function
 
 Same values as the original to float32 rounding, the same noise from the same generator (also where it is scaled by 0),
 NaN log-probs where the noise level is 0. Differences: no host synchronisation per step (a timestep that the schedule
@@ -13,11 +11,13 @@ lacks gives NaN on a GPU instead of an IndexError), no gradient to `sample` (rai
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 
-from . import _patching, _statistics
+from . import _cases, _patching, _statistics
+from ._self_check import Case
 from ._transition import broadcast, step_indices, steps_at, torch_noise, transition
 
 DYNAMICS = {"sde": ("flow_sde", "gaussian"), "cps": ("flow_cps", "squared_error")}
@@ -78,21 +78,41 @@ def step(
     return (*result, broadcast(torch.sqrt(-steps.dt), sample)) if return_sqrt_dt else result
 
 
-def update(self, prompts, rewards, dists=None, type="grpo"):
-    """`PerPromptStatTracker.update`: float64 advantages of rewards' shape; other types than "grpo" run the original."""
-    if type != "grpo":
-        return _statistics.run_original(self, prompts, rewards, dists, type=type)
-    return _statistics.grpo_advantages(self, prompts, rewards)
+def step_cases(original, cls: type | None = None) -> Iterator[Case]:
+    """Every sde_type the original has, as its pipelines and trainers call it; a step without noise has no density."""
+    settings = [{}]
+    if "sde_type" in _cases.parameters(original):
+        settings = [{"sde_type": name, "return_sqrt_dt": True} for name in DYNAMICS]
+    yield from _cases.step_cases(original, _call, settings)
+    yield from _cases.step_cases(original, _call, [{"noise_level": 0.0}], modes=["drawn"], steps=[3])
 
 
-REPLACEMENTS = {"sde_step_with_logprob": sde_step_with_logprob, "PerPromptStatTracker.update": update}
+def _call(function, call: _cases.Call, **setting):
+    scheduler = _cases.Scheduler()
+    timestep = scheduler.timesteps[call.step : call.step + 1]
+    if call.prev_sample is not None:  # one per row when training, one for all when sampling
+        timestep = timestep.expand(call.sample.shape[0])
+    setting |= {"prev_sample": call.prev_sample, "generator": call.generator}
+    result = function(scheduler, call.model_output, timestep, call.sample, **setting)
+    return dict(zip(("prev_sample", "log_prob", "mean", "std_dev_t", "sqrt_dt"), result))
 
 
-def patch(module: ModuleType) -> list[str]:
-    """Replace what `module` has of `REPLACEMENTS`; see `_patching.replace` for what it raises."""
-    return _patching.replace(module, REPLACEMENTS)
+TARGETS = (
+    _patching.Target(
+        "sde_step_with_logprob",
+        modules=("flow_grpo.diffusers_patch.sd3_sde_with_logprob",),
+        variants=(sde_step_with_logprob,),
+        cases=step_cases,
+    ),
+    _statistics.tracker("flow_grpo.stat_tracking"),
+)
+
+
+def patch(module: ModuleType, everywhere: bool = True) -> list[str]:
+    """Replace what `module` holds of `TARGETS`; `_patching.replace` says where, and what it raises."""
+    return _patching.replace(module, TARGETS, everywhere)
 
 
 def unpatch(module: ModuleType) -> None:
-    """Put the originals back."""
+    """Put the originals back, in every module that holds what `patch(module)` put in their place."""
     _patching.restore(module)

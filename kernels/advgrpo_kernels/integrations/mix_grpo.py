@@ -2,7 +2,7 @@
 
     import fastvideo.utils.sampling_utils as module
     from advgrpo_kernels.integrations import mix_grpo as fused
-    fused.patch(module)            # and fused.patch(train_module), which imports the names
+    fused.patch(module)            # and modules that have imported the functions
 
 Same values to float32 rounding, the same noise from the same generator (drawn in model_output's dtype, as there).
 Differences: a bfloat16 model output is used in float32 where the original rounds b·v to bfloat16 first; no gradient to
@@ -11,11 +11,13 @@ Differences: a bfloat16 model output is used in float32 where the original round
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 
-from . import _patching
+from . import _cases, _patching
+from ._self_check import FLOAT32, Case, Tolerance
 from ._transition import Steps, steps_at, torch_noise, transition
 
 DEFAULT_CPS_LEVEL = 0.8
@@ -76,10 +78,11 @@ def dance_grpo_step(
     noise = None
     if grpo and prev_sample is None and sde_solver:
         noise = torch.randn_like(latents, dtype=torch.promote_types(latents.dtype, model_output.dtype))
-    return unscaled_step(model_output, latents, steps, prev_sample, noise, grpo=grpo, scaled=dynamics == "dance_sde")
+    kind = "scaled" if dynamics == "dance_sde" else "squared_error"
+    return dance_step(model_output, latents, steps, prev_sample, noise, grpo=grpo, likelihood=kind)
 
 
-def unscaled_step(
+def dance_step(
     model_output: torch.Tensor,
     latents: torch.Tensor,
     steps: Steps,
@@ -87,23 +90,20 @@ def unscaled_step(
     noise: torch.Tensor | None,
     *,
     grpo: bool,
-    scaled: bool,
+    likelihood: str,
 ) -> tuple[torch.Tensor, ...]:
-    """A step whose log-prob is -mean(d²), or -mean(d²)/(2s²) if `scaled`; the mean itself without noise."""
+    """A step and its log-prob, `likelihood` as in `transition`; without noise the mean itself."""
     predicted = _clean(model_output, latents, steps)
-    a, b, s = steps.coefficients.unbind()
+    a, b, _ = steps.coefficients.unbind()
     if noise is None and prev_sample is None:
         mean = a * latents.float() + b * model_output.float()
         if not grpo:
             return mean, predicted
         prev_sample = mean
     taken = transition(
-        latents, model_output, steps.coefficients, next_latents=prev_sample, noise=noise, likelihood="squared_error"
+        latents, model_output, steps.coefficients, next_latents=prev_sample, noise=noise, likelihood=likelihood
     )
-    if not grpo:
-        return taken.mean, predicted
-    log_prob = taken.log_prob / (2 * s * s) if scaled else taken.log_prob
-    return taken.next_latents, predicted, log_prob
+    return (taken.next_latents, predicted, taken.log_prob) if grpo else (taken.mean, predicted)
 
 
 def _kind(sde_type: str, sde: str, eta: float, noise_level: float | None) -> tuple[str, str, float]:
@@ -129,14 +129,65 @@ def _without_drift(steps: Steps) -> torch.Tensor:
     return torch.stack([torch.ones_like(steps.dt), steps.dt, steps.coefficients[2]])
 
 
-REPLACEMENTS = {"flow_grpo_step": flow_grpo_step, "dance_grpo_step": dance_grpo_step}
+_ROUNDED = "the original rounds products with a bfloat16 velocity to bfloat16"
+BFLOAT16_VELOCITY = _cases.Kind(
+    torch.bfloat16,
+    torch.float32,
+    {
+        **dict.fromkeys(("prev_sample", "mean", "predicted"), Tolerance(0.0, 2**-8, _ROUNDED)),
+        "log_prob": Tolerance(2e-2, 2e-2, _ROUNDED),
+        "gradient of mean": Tolerance(0.0, 2**-7, _ROUNDED),
+        "gradient of log_prob": Tolerance(2e-3, 0.1, _ROUNDED),
+        "standard deviation": FLOAT32,
+    },
+)
+KINDS = (_cases.FLOAT32_KIND, BFLOAT16_VELOCITY)
 
 
-def patch(module: ModuleType) -> list[str]:
-    """Replace what `module` has of `REPLACEMENTS`; see `_patching.replace` for what it raises."""
-    return _patching.replace(module, REPLACEMENTS)
+def _flow_cases(original, cls: type | None = None) -> Iterator[Case]:
+    settings = [{"determistic": determistic} for determistic in (False, True)]
+    return _cases.step_cases(original, _call_flow, _with_types(original, settings), kinds=KINDS)
+
+
+def _call_flow(function, call: _cases.Call, **setting):
+    output, latents, step, prev_sample, generator = call
+    result = function(output, latents, 0.7, _cases.SIGMAS, step, prev_sample, generator, **setting)
+    return dict(zip(("prev_sample", "predicted", "log_prob", "mean", "standard deviation"), result))
+
+
+def dance_cases(original, cls: type | None = None) -> Iterator[Case]:
+    """With and without the SDE's drift, and the mean alone."""
+    settings = [{"sde_solver": solver} for solver in (True, False)]
+    settings = _with_types(original, settings)
+    yield from _cases.step_cases(original, _call_dance, settings, kinds=KINDS, drawing="global")
+    means = [setting | {"grpo": False} for setting in settings]
+    yield from _cases.step_cases(original, _call_dance, means, kinds=KINDS, drawing="global", modes=["drawn"])
+
+
+def _call_dance(function, call: _cases.Call, grpo: bool = True, **setting):
+    output, latents, step, prev_sample, _ = call
+    result = function(output, latents, 0.3, _cases.SIGMAS, step, prev_sample, grpo, **setting)
+    return dict(zip(("prev_sample", "predicted", "log_prob") if grpo else ("mean", "predicted"), result))
+
+
+def _with_types(original, settings: list[dict]) -> list[dict]:
+    if "sde_type" not in _cases.parameters(original):
+        return settings
+    return [setting | {"sde_type": name} for setting in settings for name in ("sde", "cps")]
+
+
+_MODULE = "fastvideo.utils.sampling_utils"
+TARGETS = (
+    _patching.Target("flow_grpo_step", modules=(_MODULE,), variants=(flow_grpo_step,), cases=_flow_cases),
+    _patching.Target("dance_grpo_step", modules=(_MODULE,), variants=(dance_grpo_step,), cases=dance_cases),
+)
+
+
+def patch(module: ModuleType, everywhere: bool = True) -> list[str]:
+    """Replace what `module` holds of `TARGETS`; `_patching.replace` says where, and what it raises."""
+    return _patching.replace(module, TARGETS, everywhere)
 
 
 def unpatch(module: ModuleType) -> None:
-    """Put the originals back."""
+    """Put the originals back, in every module that holds what `patch(module)` put in their place."""
     _patching.restore(module)
