@@ -161,6 +161,89 @@ ROUNDED = None  # a dtype instead of that of the latents
 STD = lambda std, s: std
 """
 )
+VERL_OMNI = HEADER + (
+    """
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
+    def sample_previous_step(self, sample, model_output, timestep=None, generator=None, per_token_timesteps=None,
+                             noise_level=0.7, prev_sample=None, sde_type="sde", return_logprobs=True,
+                             return_sqrt_dt=False, include_logprob_normalizer=True):
+        if timestep is None:
+            now, after = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        else:
+            now, after = rows(self, timestep, sample)
+        cps, dt, level = sde_type == "cps", now - after, torch.as_tensor(noise_level)
+        std = {"sde": flow_std(self.sigmas, now, level), "cps": after * torch.sin(level * math.pi / 2),
+               "dance_sde": level * torch.ones_like(now)}[sde_type]
+        mean, s = mean_of(sample, model_output, now, after, std, cps), std if cps else std * torch.sqrt(dt)
+        if prev_sample is None:
+            prev_sample = mean + s * new_noise(model_output, generator)
+        d, log_prob = prev_sample.detach() - mean, None
+        if return_logprobs:
+            log_prob = -(d**2).flatten(1).mean(1) if cps else density(d, s, include_logprob_normalizer)
+        result = prev_sample, log_prob, mean, s if sde_type == "dance_sde" else std
+        return (*result, torch.sqrt(dt).reshape(-1).expand(len(sample))) if return_sqrt_dt else result
+"""
+)
+UNIRL = HEADER + (
+    """
+class StepStrategy:
+    cps = False
+
+    def _finalize_logp(self, prev_sample, mean, s, eta, dtype):
+        return prev_sample, None
+
+    def denoise(self, noise_pred, sample, sigma, sigma_next, *, eta=1.0, prev_sample=None, sigma_max=0.99,
+                step_index=0):
+        x, v, dtype = sample.float(), noise_pred.float(), sample.dtype
+        now, after = (t.reshape(-1, *[1] * (x.dim() - 1)) for t in (sigma, sigma_next))
+        mean, s = self.step(x, v, now, after, eta, torch.tensor(sigma_max))
+        prev_sample = mean + s * new_noise(v, None) if prev_sample is None else prev_sample.float()
+        return *self._finalize_logp(prev_sample, mean, s, eta, dtype), mean
+
+class SDEStrategy(StepStrategy):
+    def _finalize_logp(self, prev_sample, mean, s, eta, dtype):
+        if eta < 1e-7:
+            return prev_sample, None
+        prev_sample = prev_sample.to(dtype).float()
+        return prev_sample, self.compute_log_prob(prev_sample.detach() - mean, s)
+
+    def compute_log_prob(self, d, s):
+        return density(d, s)
+
+class FlowSDEStrategy(SDEStrategy):
+    def step(self, x, v, now, after, eta, sigma_max):
+        std = flow_std([None, sigma_max], now, eta)
+        return mean_of(x, v, now, after, std, False), std * torch.sqrt(now - after)
+
+class CPSSDEStrategy(SDEStrategy):
+    def step(self, x, v, now, after, eta, sigma_max):
+        std = after * math.sin(eta * math.pi / 2)
+        return mean_of(x, v, now, after, std, True), std
+
+    def compute_log_prob(self, d, s):
+        return -(d**2).flatten(1).mean(1)
+
+class DanceSDEStrategy(SDEStrategy):
+    def step(self, x, v, now, after, eta, sigma_max):
+        return mean_of(x, v, now, after, eta, False), eta * torch.sqrt(now - after)
+
+class Euler(StepStrategy):
+    def step(self, x, v, now, after, eta, sigma_max):
+        return x + (after - now) * v, torch.zeros_like(now)
+"""
+)
+MILES = HEADER + (
+    """
+def sde_step_with_logprob(scheduler, model_output, timestep, sample, prev_sample, noise_level=0.7):
+    x, v, prev_sample = sample.float(), model_output.float(), prev_sample.float()
+    now, after = rows(scheduler, timestep, x)
+    std = flow_std(scheduler.sigmas, now, noise_level)
+    mean = mean_of(x, v, now, after, std, False)
+    return prev_sample, density(prev_sample - mean, std * torch.sqrt(now - after)), mean, std
+"""
+)
 TRACKER = """
 import numpy as np
 

@@ -18,7 +18,10 @@ from advgrpo_kernels.integrations import (
     dance_grpo,
     flow_factory,
     flow_grpo,
+    miles_diffusion,
     mix_grpo,
+    unirl,
+    verl_omni,
 )
 from tests.kernels import stand_ins
 from tests.kernels.peers import (
@@ -201,6 +204,19 @@ FLUX = "model_output latents eta sigmas index prev_sample"
         (adv_grpo.sde_step_with_logprob_new, STEP),
         (dance_grpo.flux_step, f"{FLUX} grpo sde_solver"),
         (mix_grpo.dance_grpo_step, f"{FLUX} grpo sde_solver sde_type='sde' noise_level=None"),
+        (
+            miles_diffusion.sde_step_with_logprob,
+            "scheduler model_output timestep sample prev_sample noise_level=0.7",
+        ),
+        (
+            verl_omni.sample_previous_step,
+            "self sample model_output timestep=None generator=None per_token_timesteps=None noise_level=0.7 "
+            "prev_sample=None sde_type='sde' return_logprobs=True return_sqrt_dt=False include_logprob_normalizer=True",
+        ),
+        (
+            unirl.denoise,
+            "self noise_pred sample sigma sigma_next eta=1.0 prev_sample=None sigma_max=0.99 step_index=0",
+        ),
         (
             mix_grpo.flow_grpo_step,
             f"{FLUX} generator=None determistic=False sde_type='sde' noise_level=None",

@@ -18,7 +18,10 @@ from advgrpo_kernels.integrations import (
     dance_grpo,
     flow_factory,
     flow_grpo,
+    miles_diffusion,
     mix_grpo,
+    unirl,
+    verl_omni,
 )
 from tests.kernels import stand_ins
 from tests.kernels.peers import module_with
@@ -247,7 +250,7 @@ def test_the_check_takes_the_variant_that_agrees():
 
 @pytest.mark.parametrize("source", [stand_ins.EARLY_TRACKER, stand_ins.DISTS_TRACKER])
 def test_both_trackers_are_accepted_by_every_integration_that_has_one(source):
-    for peer in (flow_grpo, adv_grpo):
+    for peer in (flow_grpo, adv_grpo, miles_diffusion):
         module = stand_ins.module(source)
         assert peer.patch(module) == ["PerPromptStatTracker.update"]
         assert module.PerPromptStatTracker().update(["a"], [1.0], type="dpo").startswith("original dpo")
@@ -279,7 +282,9 @@ def test_a_check_that_refuses_puts_the_random_numbers_back_too():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("peer", [adv_grpo, dance_grpo, flow_factory, flow_grpo, mix_grpo])
+@pytest.mark.parametrize(
+    "peer", [adv_grpo, dance_grpo, flow_factory, flow_grpo, miles_diffusion, mix_grpo, unirl, verl_omni]
+)
 def test_every_integration_says_what_it_looks_for(peer):
     with pytest.raises(ValueError, match=r"peer has none of \w+") as caught:
         peer.patch(module_with(helper=len))

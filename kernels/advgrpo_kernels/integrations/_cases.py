@@ -68,8 +68,18 @@ class Kind(NamedTuple):
         return names[0] if names[0] == names[1] else f"{names[0]} velocity on {names[1]}"
 
 
+def _one_place(dtype: torch.dtype, why: str) -> Tolerance:
+    return Tolerance(torch.finfo(dtype).smallest_normal, torch.finfo(dtype).eps, f"one place of {why}")
+
+
+def half(dtype: torch.dtype) -> Kind:
+    """Velocity and latents in a half-precision dtype, which is also that of the gradients."""
+    place = _one_place(dtype, "the velocity's dtype")
+    return Kind(dtype, dtype, {"gradient of log_prob": place, "gradient of mean": place})
+
+
 FLOAT32_KIND = Kind(torch.float32, torch.float32)
-BFLOAT16_KIND = Kind(torch.bfloat16, torch.bfloat16)
+BFLOAT16_KIND = half(torch.bfloat16)
 
 
 def stored_in(dtype: torch.dtype) -> Kind:
@@ -78,10 +88,9 @@ def stored_in(dtype: torch.dtype) -> Kind:
     A value within float32's error of the boundary between two of that dtype may fall to either side, so a drawn step
     may be off by one place; that it is rounded at all is compared exactly (`left_to_round`).
     """
-    why = "one place of the dtype that latents are stored in"
-    place = Tolerance(0.0, torch.finfo(dtype).eps, why)
-    drawn = {"prev_sample": place, "log_prob": Tolerance(5e-3, 5e-3, why), "left_to_round": EXACT}
-    return Kind(dtype, dtype, {}, drawn)
+    place = _one_place(dtype, "the dtype that latents are stored in")
+    drawn = {"prev_sample": place, "log_prob": Tolerance(5e-3, 5e-3, place.why), "left_to_round": EXACT}
+    return half(dtype)._replace(drawn=drawn)
 
 
 def left_to_round(latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
