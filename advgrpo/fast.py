@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from advgrpo_kernels._runtime import HAS_TRITON
+from advgrpo_kernels._runtime import DEFAULT_BACKEND, HAS_TRITON
 from advgrpo_kernels.ops._csrc import library
 
 from .config import Config
@@ -50,7 +50,8 @@ class FastPaths:
             )
         if not fused_off:  # an explicit backend that this machine lacks is an error now
             choose_attention(config.model.attention, device, getattr(torch, config.model.dtype))
-        no_triton = "" if HAS_TRITON else "triton is not installed: PyTorch's operators instead"
+        no_triton = _why_no_triton(device)
+        norms = "norms and residuals by PyTorch's operators" if no_triton else "one kernel per norm and residual"
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
             own_noise = "rollout.initial_noise = per_image: every picture is its own trajectory"
@@ -60,14 +61,14 @@ class FastPaths:
                 plain or own_noise,
                 "one trajectory per prompt up to the window",
             ),
-            _row("fused transformer", fused_off, "one kernel per norm and residual, stacked matrix products"),
+            _row("fused transformer", fused_off, f"stacked matrix products, {norms}"),
             _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
             _row(
                 "fused AdamW",
-                plain or _why_not_ours(config) or _why_no_csrc(device),
+                _why_not_ours(config) or _why_no_csrc(device),
                 "clipping, AdamW and EMA in three launches, no wait",
             ),
-            _row("Triton kernels", plain or gpu_only or no_triton, "fused step, loss, advantages, patches and head"),
+            _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
             _row("CUDA graphs", fused_off or gpu_only, "one launch per sampling step; per head update on one GPU"),
             _row(
                 "FP8 sampling",
@@ -110,7 +111,19 @@ def _why_not_fused(config: Config) -> str:
 
 
 def _why_not_ours(config: Config) -> str:
-    return "" if config.update.optimizer in ("auto", "fused") else f"update.optimizer = {config.update.optimizer}"
+    optimizer = config.update.optimizer
+    if optimizer == "auto":
+        return "" if config.fast else "--no-fast"
+    return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
+
+
+def _why_no_triton(device: torch.device) -> str:
+    """Why the ops run their PyTorch references, or ""; as `advgrpo_kernels._runtime.pick_backend` decides."""
+    if device.type != "cuda":
+        return "no CUDA device"
+    if DEFAULT_BACKEND == "torch":
+        return "ADVGRPO_KERNELS_BACKEND = torch: PyTorch's operators instead"
+    return "" if HAS_TRITON else "triton is not installed: PyTorch's operators instead"
 
 
 def _why_no_csrc(device: torch.device) -> str:

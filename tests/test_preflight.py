@@ -265,6 +265,7 @@ def test_the_table_of_fast_paths_claims_nothing_that_this_machine_lacks(unit_con
     paths = FastPaths.choose(unit_config, torch.device("cpu"))
     rows = {row.name: row for row in paths.table}
     assert not rows["Triton kernels"].on
+    assert rows["fused transformer"].why == "stacked matrix products, norms and residuals by PyTorch's operators"
     assert not rows["CUDA graphs"].on
     assert "no FP8 tensor cores" in rows["FP8 sampling"].why
     assert "no FP8 tensor cores" in rows["FP8 training"].why

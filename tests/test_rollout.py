@@ -2,7 +2,8 @@
 
 Bugs planted in a copy, each seen red: the noise of a prompt for every picture with per_image; noise keyed by the row in
 the tile; the prefix shared although every picture has its own noise; a contiguous window drawn past the range's end; a
-sliding window that never starts over; an untrained step in the loss's mean; the KL divided by the length.
+sliding window that never starts over; an untrained step in the loss's mean; the KL divided by the length; one kernel
+per norm claimed without triton; ADVGRPO_KERNELS_BACKEND not looked at; the ops called off with --no-fast.
 """
 
 import copy
@@ -205,16 +206,31 @@ def test_steps_beyond_the_trained_share_are_noisy_but_not_in_the_loss(unit_confi
     torch.testing.assert_close(gradients[1], gradients[0] * 3 / 2)
 
 
-@pytest.mark.parametrize("triton", [True, False])
-def test_the_table_does_not_claim_what_a_gpu_machine_lacks(unit_config, monkeypatch, triton):
+@pytest.mark.parametrize(
+    ("triton", "backend", "why"),
+    [
+        (True, "auto", ""),
+        (True, "triton", ""),
+        (False, "auto", "triton is not installed"),
+        (True, "torch", "ADVGRPO_KERNELS_BACKEND = torch"),
+    ],
+)
+def test_the_table_does_not_claim_what_a_gpu_machine_lacks(unit_config, monkeypatch, triton, backend, why):
     monkeypatch.setattr("advgrpo.fast.HAS_TRITON", triton)
+    monkeypatch.setattr("advgrpo.fast.DEFAULT_BACKEND", backend)
     monkeypatch.setattr("advgrpo.fast.library", lambda: None)
     monkeypatch.setattr("advgrpo.fast.choose_attention", lambda *_: None)  # tries it out on the device
     rows = {row.name: row for row in FastPaths.choose(unit_config, torch.device("cuda")).table}
     assert not rows["fused AdamW"].on
     assert "csrc/ is not built" in rows["fused AdamW"].why
-    assert rows["Triton kernels"].on == triton
-    assert triton or "triton is not installed" in rows["Triton kernels"].why
+    assert rows["Triton kernels"].on == (why == "")
+    assert why in rows["Triton kernels"].why
+    assert rows["fused transformer"].on
+    assert ("one kernel per norm" in rows["fused transformer"].why) == (why == "")
+    unit_config.fast = False  # by which the ops do not choose
+    plain = {row.name: row for row in FastPaths.choose(unit_config, torch.device("cuda")).table}
+    assert plain["Triton kernels"].on == (why == "")
+    assert not plain["fused transformer"].on
 
 
 @pytest.mark.parametrize("variance", ["step", "unit_time"])
