@@ -1,10 +1,10 @@
-"""The experiments' Markdown. Nothing is computed here and nothing is asserted that the numbers do not say."""
+"""The experiments' Markdown. Nothing is computed here; what numbers alone would not say is the experiment's note."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from .experiment_plan import ARMS, DISTANCES, EXPERIMENTS, METRIC_LABELS, Claim, Job
+from .experiment_plan import ARMS, DISTANCES, EXPERIMENTS, METRIC_LABELS, Claim, Experiment, Job
 from .experiment_results import Results
 
 _VERDICTS = ("as expected", "contradicts", "undecided")
@@ -15,11 +15,7 @@ def page(results: Results, found: dict) -> str:
     """One experiment's page."""
     name, experiment = results.name, results.experiment
     parts = [
-        f"# {experiment.title}",
-        experiment.question,
-        f"**The paper.** {experiment.paper} (SD3.5-medium at full size: directions can be compared, figures cannot.)",
-        *([f"**Note.** {experiment.note}"] if experiment.note else []),
-        summary(found),
+        heading(experiment, found),
         "## Result",
         _table(results),
         _table_legend(results),
@@ -41,6 +37,18 @@ def page(results: Results, found: dict) -> str:
     if results.missing:
         parts += ["## Missing", "\n".join(f"- {job}: {reason}" for job, reason in results.missing.items())]
     return "\n\n".join(parts) + "\n"
+
+
+def heading(experiment: Experiment, found: dict) -> str:
+    """The page's beginning, up to its tables: what was asked, what the paper says, and how the expectations fared."""
+    parts = [
+        f"# {experiment.title}",
+        experiment.question,
+        f"**The paper.** {experiment.paper} (SD3.5-medium at full size: directions can be compared, figures cannot.)",
+        *([f"**Note.** {experiment.note}"] if experiment.note else []),
+        summary(found),
+    ]
+    return "\n\n".join(parts)
 
 
 def summary(found: dict) -> str:
@@ -162,6 +170,10 @@ def index(known: dict[str, dict]) -> str:
         "| experiment | as expected | contradicts | undecided | seeds × iterations |\n|---|---|---|---|---|\n"
         + "\n".join(_index_row(name, found) for name, found in known.items()),
     ]
+    notes = {name: EXPERIMENTS[name].note for name in known if EXPERIMENTS[name].note}
+    if notes:
+        lines.append("Beside the counts:")
+        lines.append("\n".join(f"- [{EXPERIMENTS[name].title}]({name}.md): {note}" for name, note in notes.items()))
     absent = [name for name in EXPERIMENTS if name not in known]
     if absent:
         lines.append(f"Not made yet: {', '.join(absent)}.")

@@ -63,7 +63,7 @@ class Experiment:
     arms: dict[str, str]  # arm -> label in tables and figures
     metrics: tuple[str, ...]
     claims: tuple[Claim, ...]
-    note: str = ""
+    note: str = ""  # what a reader of the counts must know; stands on the page and in the index
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,9 @@ EXPERIMENTS = {
         "starts from the same model, whose last layers keep learning to tell references from generations.",
         paper="PickScore 21.70 (SD3) → 22.82 (Flow-GRPO) and 22.78 (Adv-GRPO): about the same reward, but people "
         "prefer the quality of Adv-GRPO's pictures in 70.0 % of comparisons.",
+        note="The preference model ranks the reference above the base model's picture in about half of the report "
+        "prompts' pairs (53 %), and with seeds 0 to 2 its reward hardly moves. So what is called hacked here rests on "
+        "the falls of the judge and of DINO similarity; the samples show no over-saturation.",
         arms={"flow-pickscore": "Flow-GRPO", "adv-pickscore": "Adv-GRPO"},
         metrics=("pickscore", "saturation", "saturation_distance", "rule_accuracy", "dino_similarity"),
         claims=(
@@ -202,8 +205,9 @@ EXPERIMENTS = {
         "is to that set; the rule-based judge reads shape and colour as everywhere else. Nothing in such a run reads "
         "the prompt, so a KL to the base model is tried as what keeps the content.",
         paper="Shown by examples; there is no figure to compare with.",
-        note="The judge was made for filled shapes on plain backgrounds, so a picture can be in the style, as asked, "
-        "and fail it.",
+        note="Style transfer was **not reproduced** with seeds 0 to 2, whatever the counts say: similarities rise, but "
+        "in the samples outline is filled, hatched has no hatching and pastel has lost its shapes. The judge was made "
+        "for filled shapes on plain backgrounds, so a picture can be in the style, as asked, and fail it.",
         arms={
             "style-outline": "outline",
             "style-outline-kl": "outline, β = 0.1",

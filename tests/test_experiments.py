@@ -1,4 +1,8 @@
-"""The experiments end to end on untrained unit models, and the rules by which their pages judge what was found."""
+"""The experiments end to end on untrained unit models, and the rules by which their pages judge what was found.
+
+Bugs planted in a copy, each seen red: a note that is not on its page; one that is not in the index; a committed page
+with an older note.
+"""
 
 import json
 import os
@@ -14,7 +18,7 @@ from rich.console import Console
 from advgrpo import experiment_figures, experiment_runs, experiments, tiny
 from advgrpo.errors import UserError
 from advgrpo.experiment_figures import draw_comparison
-from advgrpo.experiment_pages import page
+from advgrpo.experiment_pages import heading, index, page
 from advgrpo.experiment_plan import ARMS, EXPERIMENTS, METRICS, Arm, Claim, Job, chains, select, settings, take_shard
 from advgrpo.experiment_report import sample_rows
 from advgrpo.experiment_results import Change, Results, numbers
@@ -305,6 +309,19 @@ def test_the_page_says_what_the_numbers_say(made_up):
     assert f"Of {len(found['claims'])} expectations: {len(found['claims'])} as expected (3 seeds)" in text
     assert "Linux-test, 2 CPU cores" in text
     assert "torch 2" in text
+
+
+def test_the_committed_pages_begin_as_they_would_be_written_today():
+    """Notes included, such as that no style was reproduced: they are what the counts do not say."""
+    folder = ROOT / "docs" / "results"
+    known = json.loads((folder / "results.json").read_text())
+    assert list(known) == list(EXPERIMENTS)
+    for name, found in known.items():
+        beginning = f"{heading(EXPERIMENTS[name], found)}\n\n## Result\n"
+        assert (folder / f"{name}.md").read_text().startswith(beginning), name
+        assert EXPERIMENTS[name].note in (folder / "README.md").read_text()
+    assert "**not reproduced**" in (folder / "style.md").read_text()
+    assert (folder / "README.md").read_text() == index(known)
 
 
 def test_a_contradiction_is_called_one(made_up, monkeypatch):
