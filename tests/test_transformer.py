@@ -2,7 +2,8 @@
 
 Bugs planted in a copy, each seen red: text rows before image rows; norms of image and text swapped; q and k swapped
 when computed again; adapter of one stream on the other; LoRA without its scale, forward or backward; second gate for
-the first; GELU in its exact form; patches of the output transposed; every row on the first prompt's modulation.
+the first; GELU in its exact form; patches of the output transposed; every row on the first prompt's modulation; q and k
+computed again on a CPU, where it only costs time.
 """
 
 import sys
@@ -14,7 +15,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advgrpo.errors import UserError
-from advgrpo.policy import attention
+from advgrpo.policy import attention, transformer
 from advgrpo.policy.attention import choose_attention
 from advgrpo.policy.lora import LoraWeights
 from advgrpo.policy.transformer import FusedTransformer, TransformerConfig, can_adapt
@@ -139,6 +140,20 @@ def test_gradients_and_recomputed_q_and_k_change_no_bit(kind):
         gradients.append(torch.autograd.grad(velocity.square().sum(), ours.lora.master)[0])
     assert torch.equal(*gradients)
     assert gradients[0].abs().max() > 0
+
+
+def test_q_and_k_are_computed_again_only_where_that_saves_memory(monkeypatch):
+    """Of three blocks two attend twice; before the first one's second attention nothing is trained."""
+    ours, calls, real = fused(stock_model("sd35-medium")), [], transformer.qk_rms_norm
+    train(ours.lora)
+    monkeypatch.setattr(transformer, "qk_rms_norm", lambda *args, **options: calls.append(1) or real(*args, **options))
+    for recompute, in_backward in ((ours.recompute_qk, 0), (True, 4)):
+        ours.recompute_qk = recompute
+        velocity = run_ours(ours, inputs())
+        assert len(calls) == 5
+        torch.autograd.grad(velocity.square().sum(), ours.lora.master)
+        assert len(calls) == 5 + in_backward
+        calls.clear()
 
 
 def test_the_kernels_give_what_their_references_give(device, monkeypatch):

@@ -5,7 +5,8 @@
 Planted bugs that turned this file red: scale ignored, also by the reference; ranks past 32 left out; right half of
 the columns one lane off; first block of a linear ignored; third of the last odd columns of A not read; row maximum of
 one lane only; barrier before the next factors missing; 128-bit reads of unaligned rows (crash); ragged last rows
-without a block; the first linear's scale for all, in the table and by the reference; scales not in the table's key.
+without a block; the first linear's scale for all, in the table and by the reference; scales or the rank not in the
+table's key.
 """
 
 import pytest
@@ -111,6 +112,16 @@ def test_merging_again_starts_from_the_base_and_sees_new_adapters(device, librar
     assert all(torch.equal(base, before) for base, before in zip(bases, pristine))
     assert torch.equal(outs[0], first[0])
     torch.testing.assert_close(outs[2] - bases[2], 2 * (first[2] - bases[2]), rtol=1e-4, atol=1e-4)
+
+
+def test_another_rank_at_the_same_addresses_has_a_table_of_its_own(device, library):
+    """A smaller adapter may be given the storage that a larger one has left."""
+    (base,), (a,), (b,), (out,), _ = linears([(32, 64, 8)], torch.float32, device)
+    for rank in (8, 3):
+        smaller = b.flatten()[: 32 * rank].view(32, rank)
+        assert (a[:rank].data_ptr(), smaller.data_ptr()) == (a.data_ptr(), b.data_ptr())
+        run_library([base], [a[:rank]], [smaller], 0.7, [out])
+        torch.testing.assert_close(out, base + 0.7 * smaller @ a[:rank], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
