@@ -9,7 +9,7 @@ the references'; drift towards the references counted; the baseline lost on resu
 collapse; warm-up judged; no floor for diversity; Adam's share upside down; sleeping and overpowered mixed up; edges
 found at the border; n x n instead of n (n - 1) pairs; reference statistics without resizing; gradient RMS before
 clipping; monitor.stop ignored; the monitor left out of the checkpoint; a fixed reward's lead over the references left
-out; the DINO distance left out.
+out; the DINO distance left out; a recorded run without a metric that a flag judges.
 """
 
 import io
@@ -150,7 +150,9 @@ def test_messages_and_advice_name_existing_fields_with_their_values(name):
 
 
 def test_healthy_runs_raise_nothing():
-    assert not any(feed(make(), HEALTHY))
+    monitor = make()
+    assert not any(feed(monitor, HEALTHY))
+    assert all(red_flag.last is not None for red_flag in monitor.red_flags)  # none for want of a metric
     for seed in range(5):
         assert not any(feed(make(), series(150, seed=seed)))
 
