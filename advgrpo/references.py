@@ -88,7 +88,8 @@ class Import(Options):
     min_size: int = 64
     """Shorter side that an original must have, in pixels."""
     skip_unusable: bool = False
-    """Leave out pictures that cannot be read or are too small or too large, instead of stopping at the end."""
+    """Leave out pictures that cannot be read, or are too small, too large or in a single colour, instead of stopping at
+    the end."""
 
 
 class Check(Options):

@@ -3,7 +3,8 @@
 Bugs planted in a copy, each seen red: 16 bits clipped; alpha dropped; a tRNS colour kept; the colour profile ignored;
 EXIF ignored; the crop at the left; letterbox bars in black; finished pictures made again; a damaged or painted-over one
 kept; hidden folders read; the index written although pictures are unusable; another recipe mixed in; a target around
-the originals; captions of several lines; a blank caption accepted. In `check`: one picture for all prompts, single
+the originals; captions of several lines; a blank caption accepted;
+pictures in a single colour, before or after cropping, let pass. In `check`: one picture for all prompts, single
 colours and pictures that are not square unseen.
 """
 
@@ -281,6 +282,43 @@ def test_unusable_pictures_are_named_and_nothing_is_finished_without_them(photos
     shown = capsys.readouterr().out
     assert "made 0 pictures, kept 6" in shown
     assert "skipped: 3 (" in shown
+
+
+def blank(size, colour, bar=None) -> Image.Image:
+    picture = Image.new("RGB", size, colour)
+    if bar is not None:
+        picture.paste(bar, (0, 0, size[0] // 8, size[1]))
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "flags", "why"),
+    [
+        (blank((64, 64), "black"), [], "is in a single colour"),
+        (blank((96, 48), "black"), ["--fit", "letterbox"], "is in a single colour"),  # white bars make it no picture
+        (blank((96, 48), "white", bar="red"), [], "is in a single colour where it is cropped"),
+        (Image.new("RGBA", (64, 64), (255, 0, 0, 0)), [], "is in a single colour"),  # transparent, so all background
+    ],
+)
+def test_what_shows_nothing_is_not_imported(photos, tmp_path, capsys, picture, flags, why):
+    """Training would refuse it."""
+    out = tmp_path / "out"
+    save(photos / "rain" / "nothing.png", picture)
+    assert run(photos, out, *flags) == 2
+    assert f"1 of 7 pictures cannot be used: rain/nothing.png: {why}. Mend" in capsys.readouterr().err
+    assert run(photos, out, "--skip-unusable", *flags) == 0
+    assert f"skipped: 1 (rain/nothing.png: {why})" in capsys.readouterr().out
+    ReferenceSet.load(out, [p.text for p in load_prompts(out / "prompts.txt")])
+
+
+def test_one_that_an_older_version_let_pass_is_refused(photos, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    save(photos / "rain" / "nothing.png", blank((64, 64), "black"))
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_import, "in_one_colour", lambda _: False)
+        assert run(photos, out) == 0
+    assert run(photos, out) == 2
+    assert "rain/nothing.png: is in a single colour" in capsys.readouterr().err
 
 
 def captioned(folder: Path, **texts) -> Path:

@@ -26,7 +26,14 @@ from typing import Literal
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 
 from advgrpo.data.import_captions import Captions, CaptionSource, read_captions
-from advgrpo.data.pictures import PICTURE_SUFFIXES, PictureError, decode_picture, read_header, to_rgb
+from advgrpo.data.pictures import (
+    PICTURE_SUFFIXES,
+    PictureError,
+    decode_picture,
+    in_one_colour,
+    read_header,
+    to_rgb,
+)
 from advgrpo.data.reference_builder import INDEX, MANIFEST, library_versions, replace_file
 from advgrpo.data.reference_check import draw_contact_sheet
 from advgrpo.errors import UserError
@@ -92,7 +99,8 @@ def import_folder(
     Args:
         captions: where the prompts are; see `read_captions`.
         held_out: how many prompts to set aside for evaluation; which depends on nothing but their texts.
-        skip_unusable: leave out what cannot be read, or is too small or too large, instead of refusing to finish.
+        skip_unusable: leave out what cannot be read, is too small or too large, or shows nothing, instead of refusing
+            to finish.
         progress: wraps the loop over pictures, of which it is told the number.
 
     Raises:
@@ -225,6 +233,9 @@ def convert(file: Path, recipe: ImportRecipe) -> tuple[Image.Image, list[str]]:
     else:
         square = ImageOps.pad(rgb, size, Image.Resampling.LANCZOS, color=recipe.background)
         kept = max(rgb.size)
+    if in_one_colour(rgb) or in_one_colour(square):  # the second where a margin is what cropping left
+        what = "is in a single colour" if in_one_colour(rgb) else "is in a single colour where it is cropped"
+        raise PictureError(str(file), what)
     if rgb.width != rgb.height:
         notices.append("cropped to the middle" if recipe.fit == "crop" else f"letterboxed on {recipe.background}")
     if kept < recipe.size:
@@ -238,7 +249,8 @@ def _finished(path: Path) -> list[str] | None:
         with Image.open(path, formats=["PNG"]) as picture:
             pixels = hashlib.sha256(picture.tobytes()).hexdigest()
             stamp = json.loads(picture.text[_STAMP])
-        return stamp["notices"] if stamp["pixels"] == pixels else None
+            whole = stamp["pixels"] == pixels and not in_one_colour(picture)  # an older version let those pass
+        return stamp["notices"] if whole else None
     except FileNotFoundError:
         return None
     except Exception:  # a damaged file: decoders raise OSError, SyntaxError, ValueError, KeyError, struct.error, ...
