@@ -83,7 +83,7 @@ class ModelSection(Section):
     path: str = "stabilityai/stable-diffusion-3.5-medium"
     """Diffusers pipeline: folder, hub id, or "tiny" for the shipped one ("tiny:words" for the one that draws words)."""
     resolution: Pixels = 512
-    """Height and width of the pictures in pixels."""
+    """Height and width of the pictures in pixels: they are squares (docs/bad_input.md says why)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Weights and activations of the frozen base; adapters and latents are float32 always."""
     train: Literal["lora", "full"] = "lora"

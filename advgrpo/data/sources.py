@@ -55,19 +55,27 @@ class Sources:
         references = _references(config, paths["references"], prompts + held_out)
         if config.data.reference_count:
             prompts = _within_budget(config, references, prompts)
+        if references is not None and not config.data.style:
+            _check_variety(references, prompts)
         return cls(prompts, held_out, references, metadata)
 
     def notes(self, config: Config) -> list[str]:
-        """What training does with these prompts that nobody asked for, a line each."""
-        wanted, there = config.rollout.prompts_per_iteration, len(self.prompts)
-        if wanted <= there:
-            return []
-        fewest, most = wanted // there, -(-wanted // there)
-        times = f"{fewest}" if fewest == most else f"{fewest} or {most}"
-        return [
-            f"rollout.prompts_per_iteration = {wanted}, but there are {there} training prompts: every iteration draws "
-            f"each of them {times} times, as groups of their own"
-        ]
+        """What training does with these prompts and pictures that nobody asked for, a line each."""
+        wanted, there, lines = config.rollout.prompts_per_iteration, len(self.prompts), []
+        if wanted > there:
+            fewest, most = wanted // there, -(-wanted // there)
+            times = f"{fewest}" if fewest == most else f"{fewest} or {most}"
+            lines.append(
+                f"rollout.prompts_per_iteration = {wanted}, but there are {there} training prompts: every iteration "
+                f"draws each of them {times} times, as groups of their own"
+            )
+        alone = [] if self.references is None else [p for p in self.prompts if len(set(self.references.files(p))) == 1]
+        if alone:
+            lines.append(
+                f"{len(alone)} of {there} training prompts have one reference: what the adversary can learn of them is "
+                f"that picture; more of each are better (first: {alone[0]!r})"
+            )
+        return lines
 
     def cut_prompts(self, config: Config) -> list[CutPrompts]:
         """Training and held-out prompts that the model does not read to their end."""
@@ -110,6 +118,18 @@ def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet
         return ReferenceSet.load(folder, prompts, **rules)
     assert not needs_references(config)  # config.check has refused this
     return None
+
+
+def _check_variety(references: ReferenceSet, prompts: list[str]) -> None:
+    """UserError where several prompts have one and the same picture, as a slip in making the index gives."""
+    files = [set(references.files(prompt)) for prompt in prompts]
+    if len(prompts) < 2 or any(len(own) > 1 for own in files):
+        return
+    if len({references.content_key(file) for own in files for file in own}) == 1:
+        raise UserError(
+            f"data.references = {str(references.folder)!r}: all {len(prompts)} training prompts have one and the same "
+            f"picture, {next(iter(files[0])).name}; give each prompt its own, or the folder as --data.style"
+        )
 
 
 def _style_folder(style: str) -> str | Path:

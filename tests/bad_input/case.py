@@ -29,7 +29,7 @@ class World:
     prompts: list[str]
     held_out: list[str]
     references: Path
-    run: Path  # two iterations, with a checkpoint
+    run: Path  # one iteration, with a checkpoint
     servers: Mapping[str, str] = field(default_factory=dict)  # behaviour -> url
 
     @property
@@ -115,8 +115,10 @@ class Case:
             said = errors[0] if errors else said
         flat = " ".join(said.split())
         wrong += [f"{fragment!r} is not in the message" for fragment in self.expect if fragment not in flat]
-        if answer["phase"] == "loading" and not self.loading:
-            wrong.append("found only while models load")
+        if (answer["phase"] == "loading") != self.loading:
+            wrong.append(
+                "found before models load, other than it says" if self.loading else "found only while models load"
+            )
         return wrong
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tests.bad_input.case import Bench, Case, Content, flagged
 from tests.bad_input.world import SIDE, picture
 
 _PROMPTS, _PICTURES = "prompt files", "reference pictures and index"
+_FOREIGN = "is unreadable or truncated (no PNG, JPEG or WEBP)"
 
 
 def _prompts(
@@ -153,7 +155,18 @@ def _indexed(name: str, entries: object, *expect: str) -> Case:
 
 
 def _own(bench: Bench, names: object) -> dict:
-    return {**{key: ["0-0.png"] for key in bench.world.prompts + bench.world.held_out}, bench.world.prompts[0]: names}
+    """The good index but for the first prompt's entry."""
+    return {**json.loads((bench.world.references / "references.json").read_text()), bench.world.prompts[0]: names}
+
+
+def _one_for_all(bench: Bench) -> list[str]:
+    """Under two names, as copies are."""
+    folder = bench.references()
+    shutil.copy(folder / "0-0.png", folder / "copy.png")
+    everyone = bench.world.prompts + bench.world.held_out
+    index = {prompt: [("0-0.png", "copy.png")[number % 2]] for number, prompt in enumerate(everyone)}
+    (folder / "references.json").write_text(json.dumps(index))
+    return bench.train("--data.references", str(folder))
 
 
 def _named(name: str, names: object, *expect: str) -> Case:
@@ -181,19 +194,19 @@ PICTURES = [
     flagged(_PICTURES, "--data.references nowhere", "reference folder nowhere does not exist"),
     Case(_PICTURES, "no index", ("references.json does not exist",), _no_index),
     Case(_PICTURES, "picture missing", ("0-1.png", "does not exist"), _without),
-    Case(_PICTURES, "picture is a folder", ("0-0.png",), _replaced_by("folder")),
-    Case(_PICTURES, "picture is a pipe", ("0-0.png",), _replaced_by("pipe")),
-    Case(_PICTURES, "picture is a device", ("0-0.png",), _replaced_by("device")),
-    _spoilt("empty", b""),
-    _spoilt("truncated", lambda: _png(picture(0))[:-60]),
-    _spoilt("text", "this is no picture"),
-    _spoilt("html", "<html><img src=x></html>"),
-    _spoilt("svg", '<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32"/>'),
-    _spoilt("eps", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\nshowpage\n"),
-    _spoilt("gif", lambda: _png(picture(0), "GIF")),
-    _spoilt("tiff", lambda: _png(picture(0), "TIFF")),
-    _spoilt("bmp", lambda: _png(picture(0), "BMP")),
-    _spoilt("git-lfs pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"),
+    Case(_PICTURES, "picture is a folder", ("0-0.png is not a regular file",), _replaced_by("folder")),
+    Case(_PICTURES, "picture is a pipe", ("0-0.png is not a regular file",), _replaced_by("pipe")),
+    Case(_PICTURES, "picture is a device", ("0-0.png is not a regular file",), _replaced_by("device")),
+    _spoilt("empty", b"", _FOREIGN),
+    _spoilt("truncated", lambda: _png(picture(0))[:-60], "is unreadable or truncated (image file is truncated"),
+    _spoilt("text", "this is no picture", _FOREIGN),
+    _spoilt("html", "<html><img src=x></html>", _FOREIGN),
+    _spoilt("svg", '<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32"/>', _FOREIGN),
+    _spoilt("eps", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\nshowpage\n", _FOREIGN),
+    _spoilt("gif", lambda: _png(picture(0), "GIF"), _FOREIGN),
+    _spoilt("tiff", lambda: _png(picture(0), "TIFF"), _FOREIGN),
+    _spoilt("bmp", lambda: _png(picture(0), "BMP"), _FOREIGN),
+    _spoilt("git-lfs pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", _FOREIGN),
     _spoilt("RGBA", lambda: _of_mode("RGBA"), "mode RGBA", "advgrpo.references import"),
     _spoilt("palette", lambda: _of_mode("P"), "mode P"),
     _spoilt("grey", lambda: _of_mode("L"), "mode L"),
@@ -217,6 +230,7 @@ PICTURES = [
     _named("outside", ["../secret.png"], "must be a path inside"),
     _named("absolute", ["/etc/passwd"], "must be a path inside"),
     _named("unknown file", ["nope.png"], "nope.png", "does not exist"),
+    Case(_PICTURES, "one picture for all prompts", ("data.references = ", "all 3 training prompts have one and the same picture, 0-0.png"), _one_for_all),
     Case(_PICTURES, "index: prompt twice", ("appears twice",), _doubled),
     flagged(_PICTURES, "--data.references= --data.style nowhere", "data.style = 'nowhere' is not a folder"),
     flagged(_PICTURES, "--data.references= --data.style tiny:outlines", "did you mean 'outline'?"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from PIL import Image
+
 from tests.bad_input.case import Bench, Case
 from tests.bad_input.world import picture
 
 _DRAW, _SCORE, _SETS, _PLAN = "generate", "evaluate", "references check and generate", "plan"
+_IMPORT = "references import"
 
 
 def _case(group: str, command: str, base: Callable[[Bench], Sequence[str]]) -> Callable[..., Case]:
@@ -195,6 +198,55 @@ REFERENCES = [
     make("--out /proc/out", "--out /proc/out"),
 ]  # fmt: skip
 
+
+def _photos(bench: Bench) -> list[str]:
+    """A folder with a picture and its caption."""
+    bench.write("photos/a.txt", "a red fox")
+    picture(1, (96, 64)).save(bench.folder / "photos" / "a.png")
+    return ["import", str(bench.folder / "photos"), "--out", str(bench.folder / "out"), "--min-size", "16"]
+
+
+def _with_picture(image: Image.Image, name: str = "b.png", **options) -> Callable[[Bench], list[str]]:
+    """A second one."""
+
+    def add(bench: Bench) -> list[str]:
+        bench.write("photos/b.txt", "a blue whale")
+        image.save(bench.folder / "photos" / name, **options)
+        return []
+
+    return add
+
+
+def _with_file(name: str, content: str | bytes, caption: bool = True) -> Callable[[Bench], list[str]]:
+    def add(bench: Bench) -> list[str]:
+        if caption:
+            bench.write("photos/b.txt", "a blue whale")
+        bench.write(f"photos/{name}", content)
+        return []
+
+    return add
+
+
+take = _case(_IMPORT, "references", _photos)
+_CANNOT = "1 of 2 pictures cannot be used: b.png:"
+IMPORT = [
+    Case(_IMPORT, "nowhere", ("nowhere is not a folder",), lambda b: ["import", "nowhere", "--out", str(b.folder / "out")], command="references"),
+    Case(_IMPORT, "no pictures", ("holds no picture",), lambda b: ["import", b.write("x/y.txt", "")[: -len("/y.txt")], "--out", str(b.folder / "out")], command="references"),
+    take(_with_file("b.png", "this is no picture"), _CANNOT, "no PNG, JPEG or WEBP", name="a text"),
+    take(_with_file("b.png", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"), _CANNOT, "no PNG", name="a git-lfs pointer"),
+    take(_with_picture(Image.new("RGB", (64, 64))), _CANNOT, "is in a single colour", name="black"),
+    take(_with_picture(picture(2, (15, 64))), _CANNOT, "is 15x64; the shorter side must have 16 pixels", name="too small"),
+    take(_with_picture(picture(2), "b.png", format="TIFF"), _CANNOT, "no PNG", name="a TIFF"),
+    take(_with_file("b.png", b"\x89PNG\r\n\x1a\n"), _CANNOT, "b.png", name="its first bytes"),
+    take(_with_file("metadata.jsonl", '{"file_name": "../secret.png", "text": "x"}', caption=False), "must be a path inside", name="caption of a file outside"),
+    take(_with_file("c.png", "", caption=False), "1 picture (c.png) have no caption", name="no caption"),
+    take(lambda b: ["--out", str(b.folder / "photos" / "out")], "--out", "must be outside of", name="out inside"),
+    take(lambda b: ["--out", b.write("taken/x", "")[:-2]], "--out", "holds x, which was not imported", name="out is taken"),
+    take("--out /proc/out", "--out /proc/out"),
+    take("--background clear", "--background 'clear': want a colour"),
+    take("--held-out 5", "--held-out 5: want 0, or fewer than the 1 prompts"),
+]  # fmt: skip
+
 plan = _case(_PLAN, "plan", lambda b: ["--preset", "sd35m-dino-paper"])
 PLAN = [
     plan("--gpu big", "--gpu big: want sizes in GB"),
@@ -269,4 +321,4 @@ EXPORT = [
     Case("export", "no arguments", ("LORA is missing", "--out is missing"), lambda b: [], command="export"),
 ]
 
-CASES = [*GENERATE, *EVALUATE, *REFERENCES, *PLAN, *SERVE, *EXPERIMENTS, *EXPORT]
+CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *EXPERIMENTS, *EXPORT]
