@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint golden tiny-assets gpu-carry clean
+.PHONY: train test lint golden kernels-matrix tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -19,6 +19,13 @@ lint: $(VENV)/.dev
 # Record the numbers of tests/golden/losses anew, after a change that is meant to change them.
 golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden_runs $(ARGS)
+
+# tests/kernels at the lower end of what kernels/pyproject.toml allows and between the ends; `make test` is the upper.
+# Gigabytes: torch's wheels for Linux bring CUDA. MATRIX=PYTHON:TORCH:TRITON runs another lane.
+MATRIX ?= $(PYTHON):2.6.0:3.2.0 python3.12:2.11.0:3.6.0
+
+kernels-matrix:
+	tests/kernels/matrix.sh $(MATRIX)
 
 # Rebuild what advgrpo/tiny/assets ships; about an hour and a half of two CPU cores.
 tiny-assets: $(VENV)/.train
@@ -61,4 +68,4 @@ $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .matrix build *.egg-info

@@ -1,13 +1,15 @@
 """What installs, imports and shadows what: facts of packaging that break a user's environment, not a test run.
 
 Planted bugs that turned this file red: advgrpo_kernels importing advgrpo, advgrpo importing bench inside a function,
-a wheel without advgrpo_kernels.ops, numpy imported by the integrations, an empty kernels/__init__.py (2 tests).
+a wheel without advgrpo_kernels.ops, numpy imported by the integrations, an empty kernels/__init__.py (2 tests), another
+lower bound of torch than the matrix tests.
 """
 
 import ast
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +96,18 @@ def test_the_readme_of_the_kernels_covers_every_op_and_its_examples_are_python()
     assert len(examples) == 8  # use, one per codebase, check
     for example in examples:
         compile(example.split("```")[0], "kernels/README.md", "exec")
+
+
+def test_the_matrix_of_the_kernels_begins_at_what_they_allow():
+    """The first lane has the lowest torch and triton, every lane lies within the bounds."""
+    lanes = re.search(r"^MATRIX \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    project = [line.strip().rstrip(",") for line in (ROOT / "kernels/pyproject.toml").read_text().splitlines()]
+    bounds = [Requirement(line[1:-1]) for line in project if line[1:].startswith(("torch>", "triton>"))]
+    for lane in lanes:
+        for version, needs in zip(lane.split(":")[1:], bounds, strict=True):
+            assert version in needs.specifier, (lane, str(needs))
+    lowest = [next(s.version for s in needs.specifier if s.operator == ">=") for needs in bounds]
+    assert [f"{version}.0" for version in lowest] == lanes[0].split(":")[1:]
 
 
 def run(code: str, *path: Path | str, cwd: Path = ROOT, python: str = sys.executable) -> str:
