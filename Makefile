@@ -21,8 +21,9 @@ golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden_runs $(ARGS)
 
 # tests/kernels at the lower end of what kernels/pyproject.toml allows and between the ends; `make test` is the upper.
-# Gigabytes: torch's wheels for Linux bring CUDA. MATRIX=PYTHON:TORCH:TRITON runs another lane.
-MATRIX ?= $(PYTHON):2.6.0:3.2.0 python3.12:2.11.0:3.6.0
+# Gigabytes: torch's wheels for Linux bring CUDA. MATRIX=LANE runs another lane.
+MATRIX ?= $(PYTHON):2.6.0:3.2.0:diffusers==0.33.1,transformers==4.46.3,peft==0.14.0 \
+  python3.12:2.11.0:3.6.0:diffusers,transformers,peft
 
 kernels-matrix:
 	tests/kernels/matrix.sh $(MATRIX)
