@@ -103,7 +103,7 @@ class SDESchedulerOutput:
 KEPT = ["next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred"]
 
 class FlowMatchEulerDiscreteSDEScheduler:
-    '''Noise on the first five steps only.'''
+    '''Noise on all steps but the last.'''
 
     def __init__(self, dynamics_type="Flow-SDE", shift=3.0):
         self.dynamics_type, self.is_eval, self.shift = dynamics_type, False, shift
@@ -118,7 +118,7 @@ class FlowMatchEulerDiscreteSDEScheduler:
         return int((self.timesteps == timestep).nonzero()[0])
 
     def get_noise_level_for_sigma(self, sigma):
-        return torch.where(torch.isin(sigma, self.sigmas[:5]), 0.6, 0.0)
+        return torch.where(torch.isin(sigma, self.sigmas[:-2]), 0.7, 0.0)
 
     def step(self, noise_pred, timestep, latents, next_latents=None, timestep_next=None, generator=None,
              noise_level=None, compute_log_prob=True, return_dict=True, return_kwargs=KEPT, dynamics_type=None,

@@ -2,7 +2,8 @@
 
 Planted bugs that turned this file red: std_dev_t of dance_sde per unit of time, the normaliser always included, the
 scheduler's own step ignored, sigma_max ignored, no rounding to the sample's dtype, a strategy of one's own taken for
-stock, a step without noise rounded, miles' function without its own variant.
+stock, a step without noise rounded, recorded
+latents not rounded, miles' function without its own variant.
 """
 
 import pytest
@@ -38,6 +39,10 @@ def test_unirl_takes_the_step_of_the_formula(dynamics, dtype):
         v, x, torch.tensor([1.0] * 3), torch.tensor([0.8] * 3), eta=0.6, prev_sample=taken.to(dtype)
     )
     assert torch.equal(again[1], log_prob)
+    if dtype != torch.float32:  # what is given unrounded is scored as it would have been stored
+        given = strategy.denoise(v, x, torch.tensor(1.0), torch.tensor(0.8), eta=0.6, prev_sample=taken * (1 + 1e-4))
+        assert torch.equal(given[0], taken)
+        assert torch.equal(given[1], log_prob)
     if dynamics != "CPSSDEStrategy":
         close(log_prob, gaussian_log_prob(taken, expected, float(std)), rtol=1e-4, atol=1e-4)
 

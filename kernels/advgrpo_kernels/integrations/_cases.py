@@ -134,6 +134,7 @@ class _Run(NamedTuple):
     seed: int
     mode: str
     drawing: str
+    recorded: torch.Tensor | None = None  # next latents to score instead of drawing them
 
     def __call__(self, function: Callable) -> Outputs:
         numbers = torch.Generator().manual_seed(self.seed)
@@ -141,7 +142,10 @@ class _Run(NamedTuple):
         sample = torch.randn(SHAPE, generator=numbers).to(self.kind.sample)
         if self.mode == "drawn":
             return self._draw(function, velocity, sample)
-        drawn = self._draw(self.original, velocity, sample)["prev_sample"].to(self.kind.sample)
+        drawn = self.recorded
+        if drawn is None:
+            drawn = self._draw(self.original, velocity, sample)["prev_sample"]
+        drawn = drawn.to(self.kind.sample)
         velocity.requires_grad_()
         outputs = self.call(function, Call(velocity, sample, self.step, drawn, None), **self.setting)
         for name in ("log_prob", "mean"):

@@ -142,6 +142,11 @@ def restore(module: types.ModuleType) -> None:
     delattr(module, _RECORD)
 
 
+def holds_any(module: types.ModuleType, targets: Sequence[Target]) -> bool:
+    """Whether there is something for `replace` to do in `module`."""
+    return bool(_find(module, targets)[0])
+
+
 def original_of(function: Callable) -> Callable | None:
     """What `function` took the place of; None if it is not one of ours."""
     origin = getattr(function, _MARK, None)
