@@ -7,11 +7,8 @@ again, never trained on.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
-import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .atomic import write_atomically
 from .errors import UserError
 from .fingerprint import tensors_digest
 
@@ -86,16 +84,10 @@ class TensorCache:
             UserError: the folder cannot be written.
         """
         path = self.path(key)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # another process may store the same key
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(own, temporary, metadata={_CHECKSUM: _checksum(key, own)})
-            temporary.chmod(0o644)  # safetensors writes for the owner alone, but a cache may be a group's
-            os.replace(temporary, path)
+            write_atomically(path, lambda file: save_file(own, file, metadata={_CHECKSUM: _checksum(key, own)}))
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise UserError(
                 f"the cache {self.root} cannot be written ({error}); make room there or set data.cache_dir"
             ) from error

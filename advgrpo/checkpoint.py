@@ -15,6 +15,8 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from advgrpo.atomic import SUFFIX, recover, remove, remove_leftovers, write_folder_atomically
+from advgrpo.data.reading import RepeatedKeyError, parse_json, read_text, unique_keys
 from advgrpo.errors import UserError
 
 FORMAT = "advgrpo-checkpoint"
 VERSION = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"iteration-(\d{6,})")
-_TEMPORARY = ".iteration-*.tmp"
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_ASIDE = re.compile(rf"\.(iteration-\d{{6,}})\.old{re.escape(SUFFIX)}")
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full ({free:.0f} MiB free): make room on it",
+    errno.EDQUOT: "the disk quota is used up: make room, or have it raised",
+    errno.EFBIG: "it is larger than this process may write: raise the limit on file sizes (ulimit -f)",
+}
 
 
 def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -55,23 +63,18 @@ def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], stat
         raise ValueError(f"keep={keep} must be at least 1 and iteration={iteration} must not be negative")
     state_text = _exact_json(state)
     root, final = Path(root), Path(root) / f"iteration-{iteration:06d}"
-    temporary = root / f".{final.name}.tmp"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
-        temporary.mkdir()
-        _write_files(temporary, iteration, tensors, state_text)
-        _move_into_place(temporary, final)
+        _clean(root)
+        write_folder_atomically(final, lambda folder: _write_files(folder, iteration, tensors, state_text))
+        _prune(root, final, keep)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise _write_error(error, final) from error
-    _prune(root, final, keep)
     return final
 
 
 def latest_checkpoint(root: Path) -> Path | None:
     """The checkpoint of the highest iteration in `root`, None without one. It is verified only by `load_checkpoint`."""
-    found = _checkpoints(Path(root))
+    found = checkpoints(root)
     return found[-1] if found else None
 
 
@@ -79,16 +82,48 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint folder after verifying its manifest: the (CPU tensors, state) that `save_checkpoint` was given.
 
     Raises:
-        UserError: no such folder, not a checkpoint of this program or of a known version, or a file that is missing,
-            truncated or altered. The message names the file and the checkpoint to resume from instead.
+        UserError: no such folder, not a checkpoint of this program or of a known version, of another iteration than its
+            name says, or a file that is missing, truncated, altered, or that its hash fits although it is no such file.
+            The message names the file, and the flag that continues from another checkpoint.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist; {_remedy(path)}")
     manifest = _read_manifest(path)
-    for name in (TENSORS, STATE):
-        _verify_file(path, name, manifest["files"][name])
-    return safetensors.torch.load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
+    _verify_file(path, TENSORS, manifest["files"][TENSORS])
+    state = _read_state(path, manifest)
+    try:
+        tensors = safetensors.torch.load_file(path / TENSORS)
+    except Exception as error:  # a header can promise anything, and what then fails is not for us to list
+        raise UserError(f"{path / TENSORS} is no safetensors file ({error}); {remedy(path)}") from None
+    return tensors, state
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state alone, as `load_checkpoint` reads it; the tensors are not looked at."""
+    path = Path(path)
+    return _read_state(path, _read_manifest(path))
+
+
+def not_finite(tensors: Mapping[str, Tensor], state: Any = None) -> str | None:
+    """The first tensor or number of a nested `state` ("trainer.global_step") that is not finite; None where all are.
+
+    One read per device, whatever the number of tensors.
+    """
+    flags: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            flags.setdefault(tensor.device, {})[name] = tensor.detach().isfinite().all()
+    for found in flags.values():
+        for name, is_finite in zip(found, torch.stack(list(found.values())).tolist()):
+            if not is_finite:
+                return name
+    return _number_not_finite(state, "")
+
+
+def _number_not_finite(value: Any, path: str) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, each in entries if (found := _number_not_finite(each, _join(path, key)))), None)
 
 
 def _exact_json(state: dict[str, Any]) -> str:
@@ -111,10 +146,6 @@ def _write_files(folder: Path, iteration: int, tensors: dict[str, Tensor], state
     }
     manifest = {"format": FORMAT, "version": VERSION, "iteration": iteration, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for name in (TENSORS, STATE, MANIFEST):
-        (folder / name).chmod(0o644)  # safetensors makes its files readable to the owner only
-        _fsync(folder / name)
-    _fsync(folder)
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,31 +160,13 @@ def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _move_into_place(temporary: Path, final: Path) -> None:
-    """Rename; an older checkpoint of the same iteration is moved aside first, since folders cannot replace folders."""
-    aside = final.with_name(f".{final.name}.old.tmp")
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(temporary, final)
-    _fsync(final.parent)  # makes the rename itself survive a power cut
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_error(error: OSError | SafetensorError, final: Path) -> UserError:
     code = error.errno if isinstance(error, OSError) else _os_error_code(error)
     latest = latest_checkpoint(final.parent)
-    kept = f"; {latest.name} is intact, resume from it" if latest else ""
-    if code in _DISK_FULL:
+    kept = f"; {latest} is whole, --resume-from continues from it" if latest else ""
+    if code in _NO_ROOM:
         free = shutil.disk_usage(_existing_parent(final)).free / 2**20
-        return UserError(f"disk full while writing checkpoint {final} ({free:.0f} MiB free): make room on it{kept}")
+        return UserError(f"checkpoint {final} cannot be written, {_NO_ROOM[code].format(free=free)}{kept}")
     reason = os.strerror(code) if code else str(error)
     return UserError(f"checkpoint {final} cannot be written ({reason}): choose a writable output directory{kept}")
 
@@ -167,55 +180,106 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
-def _checkpoints(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted((path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=_iteration)
+def checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders in `root` in the order of their iterations, unverified.
+
+    One whose replacement was cut short by a kill is found where it was moved aside.
+    """
+    root, found = Path(root), {}
+    for path in root.iterdir() if root.is_dir() else ():
+        if _NAME.fullmatch(path.name) and path.is_dir():
+            found[path.name] = path
+        elif (match := _ASIDE.fullmatch(path.name)) and path.is_dir():
+            found.setdefault(match[1], path)
+    return [found[name] for name in sorted(found, key=lambda name: iteration_of(root / name))]
 
 
-def _iteration(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name).group(1))
+def iteration_of(path: Path) -> int | None:
+    """The number in a checkpoint folder's name; None where it has another name."""
+    moved = _ASIDE.fullmatch(path.name)
+    found = _NAME.fullmatch(moved[1] if moved else path.name)
+    return int(found[1]) if found else None
 
 
-def _remove_leftovers(root: Path) -> None:
-    for leftover in root.glob(_TEMPORARY):
-        shutil.rmtree(leftover)
+def set_later_aside(root: Path, iteration: int) -> list[Path]:
+    """Hide checkpoints of later iterations than the one a run continues from, until its next save removes them.
+
+    Returns:
+        What they were called.
+    """
+    later = [path for path in checkpoints(root) if iteration_of(path) > iteration]
+    for path in later:
+        hidden = root / f".iteration-{iteration_of(path):06d}.later{SUFFIX}"
+        remove(hidden)
+        os.replace(path, hidden)
+    return later
+
+
+def _clean(root: Path) -> None:
+    """Finish what a kill cut short; only leftovers that nobody needs are removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.iterdir():
+        if match := _ASIDE.fullmatch(path.name):
+            recover(root / match[1])
+    remove_leftovers(root)
 
 
 def _prune(root: Path, newest: Path, keep: int) -> None:
-    found = _checkpoints(root)
+    found = checkpoints(root)
     position = found.index(newest)
     for path in found[: max(0, position + 1 - keep)] + found[position + 1 :]:
-        doomed = path.with_name(f".{path.name}.tmp")
+        doomed = path.with_name(f".{path.name}{SUFFIX}")
         os.replace(path, doomed)  # a kill halfway through the removal must not leave half a checkpoint under its name
-        shutil.rmtree(doomed)
+        with suppress(OSError):  # the next save removes it
+            remove(doomed)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / MANIFEST} cannot be read ({error}): not a checkpoint; {_remedy(path)}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path / MANIFEST} does not say format {FORMAT!r}: a foreign checkpoint; {_remedy(path)}")
-    if manifest.get("version") != VERSION:
-        version = manifest.get("version")
-        raise UserError(f"{path} has checkpoint version {version!r}, this program reads {VERSION}; {_remedy(path)}")
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist; {remedy(path)}")
+    manifest = _read_json(path, MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path / MANIFEST} does not say format {FORMAT!r}: a foreign checkpoint; {remedy(path)}")
+    version, iteration = manifest.get("version"), manifest.get("iteration")
+    if type(version) is not int or version != VERSION:
+        raise UserError(f"{path} has checkpoint version {version!r}, this program reads {VERSION}; {remedy(path)}")
+    if type(iteration) is not int or iteration != (iteration if iteration_of(path) is None else iteration_of(path)):
+        raise UserError(f"{path / MANIFEST} says iteration {iteration!r}, unlike its folder; {remedy(path)}")
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(files.get(name), dict) for name in (TENSORS, STATE)):
-        raise UserError(f"{path / MANIFEST} does not list {TENSORS} and {STATE}; {_remedy(path)}")
+        raise UserError(f"{path / MANIFEST} does not list {TENSORS} and {STATE}; {remedy(path)}")
     return manifest
+
+
+def _read_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    _verify_file(path, STATE, manifest["files"][STATE])
+    return _read_json(path, STATE)
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    where = f"checkpoint file {path / name}"
+    try:
+        text = read_text(path / name, "checkpoint file", "every checkpoint has one")
+    except UserError as error:
+        raise UserError(f"{error}; {remedy(path)}") from None
+    try:
+        found = parse_json(text, where, remedy(path), pairs=unique_keys)
+    except RepeatedKeyError as error:
+        raise UserError(f"{where}: the key {error.args[0]!r} stands twice; {remedy(path)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where} holds a {type(found).__name__}, not an object; {remedy(path)}")
+    return found
 
 
 def _verify_file(path: Path, name: str, expected: dict[str, Any]) -> None:
     file = path / name
     if not file.is_file():
-        raise UserError(f"{file} is missing; {_remedy(path)}")
+        raise UserError(f"{file} is missing; {remedy(path)}")
     size = file.stat().st_size
     if size != expected.get("size"):
-        raise UserError(f"{file} is truncated: {size} bytes instead of {expected.get('size')}; {_remedy(path)}")
+        raise UserError(f"{file} is truncated: {size} bytes instead of {expected.get('size')}; {remedy(path)}")
     if _sha256(file) != expected.get("sha256"):
-        raise UserError(f"{file} was altered: its SHA-256 is not the manifest's; {_remedy(path)}")
+        raise UserError(f"{file} was altered: its SHA-256 is not the manifest's; {remedy(path)}")
 
 
 def _sha256(file: Path) -> str:
@@ -226,11 +290,13 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _remedy(path: Path) -> str:
-    siblings = [other for other in _checkpoints(path.parent) if other != path]
-    if _NAME.fullmatch(path.name):
-        siblings = [other for other in siblings if _iteration(other) < _iteration(path)]
-    return f"resume from {siblings[-1]} instead" if siblings else "there is no earlier checkpoint: start the run anew"
+def remedy(path: Path) -> str:
+    """Which flag goes on without the checkpoint folder `path`."""
+    others, number = [other for other in checkpoints(path.parent) if other != path], iteration_of(path)
+    earlier = [other for other in others if number is None or iteration_of(other) < number]
+    if earlier:
+        return f"continue from the one before it with --resume-from {earlier[-1]}"
+    return "there is no earlier checkpoint: --resume auto, with the flags of the run, starts it anew"
 
 
 _TENSOR, _TUPLE, _ITEMS, _FLOAT = "__tensor__", "__tuple__", "__items__", "__float__"

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import config as configuration
+from .atomic import write_atomically
 from .command import plain_console, run_command
 from .config import MOST_PER_PROMPT, NEED_REFERENCES, Config
 from .data.pictures import Fit
@@ -399,7 +400,7 @@ def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
         scores[name] = score_model(evaluator, metrics, references, options.images_per_prompt, display)
         pictures[name] = evaluator.grid_pictures()
     found = report(options, metric_settings, scores, prompts)
-    (options.output / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_atomically(options.output / "evaluation.json", json.dumps(found, indent=1) + "\n")
     draw_grid(grid_rows(pictures, references), options.output / "grid.png")
     console.print(result_table(summarise(scores, options), list(scores), options))
     console.print(f"wrote {options.output}/evaluation.json and grid.png")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from .atomic import write_atomically
 
 _COLOURS = ("#1f6fb4", "#d95f0e", "#2a9d5c", "#7b4fa3", "#8a8a8a", "#c2a000")
 Curve = Sequence[tuple[int, Mapping[str, float]]]  # (iteration, values by metric)
@@ -43,9 +44,7 @@ def draw_comparison(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize="small", frameon=False)
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    write_atomically(Path(path), lambda file: figure.savefig(file, format="png"))
 
 
 def _draw_arm(axes: Axes, label: str, colour: str, curves: Sequence[Curve], metric: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .atomic import write_atomically
 from .data.sources import Sources
 from .experiment_figures import draw_comparison
 from .experiment_pages import index, page
@@ -37,10 +38,10 @@ def write_report(names: Sequence[str], plan: Plan, seeds: Sequence[int], output:
             continue
         known[name] = numbers(results)
         _draw(results, output)
-        (output / f"{name}.md").write_text(page(results, known[name]))
+        write_atomically(output / f"{name}.md", page(results, known[name]))
     known = {name: known[name] for name in EXPERIMENTS if name in known}
-    file.write_text(json.dumps(known, indent=1) + "\n")
-    (output / "README.md").write_text(index(known))
+    write_atomically(file, json.dumps(known, indent=1) + "\n")
+    write_atomically(output / "README.md", index(known))
     return missing
 
 

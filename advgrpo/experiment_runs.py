@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from . import config as configuration
+from .atomic import write_atomically
 from .checkpoint import latest_checkpoint
 from .config import Config
 from .distributed import Distributed
@@ -133,9 +134,8 @@ def _attempt(job: Job, plan: Plan, failed: list[Job]) -> str:
     except Stopped:
         raise
     except Exception as error:  # one arm's error must not cost the others' hours
-        failure.parent.mkdir(parents=True, exist_ok=True)
         text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
-        failure.write_text(text + "\n")
+        write_atomically(failure, text + "\n")
         if not isinstance(error, UserError):
             with (failure.parent / "log.txt").open("a") as log:
                 log.write("".join(traceback.format_exception(error)))
@@ -156,8 +156,7 @@ def make(job: Job, plan: Plan) -> None:
     resume = latest_checkpoint(folder / "checkpoints") is not None and plan.same_origin(job)
     if not resume and folder.exists():
         shutil.rmtree(folder)  # cut short before its first checkpoint, or its start has been trained anew
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _ORIGIN).write_text(origin)
+    write_atomically(folder / _ORIGIN, origin)
     if resume and not (folder / _SAMPLES).is_file():
         (folder / "summary.json").unlink(missing_ok=True)  # cut short between the two: evaluate and draw again
     with (folder / "log.txt").open("a") as log:
@@ -173,4 +172,4 @@ def make(job: Job, plan: Plan) -> None:
         name: torch.stack([(images.clamp(0, 1) * 255).round().byte() for _, images in rows])
         for name, rows in run.samples.items()
     }
-    save_file(pictures, folder / _SAMPLES)
+    write_atomically(folder / _SAMPLES, lambda file: save_file(pictures, file))

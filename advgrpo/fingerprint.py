@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .atomic import write_atomically
 
 _THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 64 << 20  # bytes of a file that one thread hashes at a time
@@ -120,14 +121,8 @@ class FileStamps:
         """Write what is new. Stamps save time only: a folder that cannot be written is left alone."""
         if not self._changed:
             return
-        temporary = self.path.with_suffix(f".{uuid.uuid4().hex}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._found), encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            write_atomically(self.path, json.dumps(self._found))
         self._changed = False
 
     def _name(self, file: Path) -> str:

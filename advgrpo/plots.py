@@ -1,7 +1,6 @@
 """The pictures a run leaves: curves of its metrics and grids of its samples. No display and no global state."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .atomic import write_atomically
 from .captions import Writer
 from .metric_names import CI95, FIRST, HELD_OUT, OF_REFERENCES, fixed_rewards, held_out_metrics
 
@@ -45,9 +45,7 @@ def draw_curves(metrics: Sequence[_Values], path: str | Path, held_out: HeldOut 
         ValueError: nothing to draw.
     """
     figure = _curves_figure(metrics, held_out)
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    write_atomically(Path(path), lambda file: figure.savefig(file, format="png"))
 
 
 def _curves_figure(metrics: Sequence[_Values], held_out: HeldOut | None = None) -> Figure:
@@ -309,9 +307,8 @@ def draw_grid(
             for i, picture in enumerate(_tiles(images, tile)):
                 canvas.paste(picture, (left + i * (tile[1] + _GAP), top))
         top += tile[0] + 8
-    temporary = Path(path).with_suffix(".tmp.png")
-    canvas.save(temporary)
-    os.replace(temporary, path)
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    write_atomically(Path(path), lambda file: canvas.save(file, kind))
 
 
 def _check_rows(rows: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]]) -> list[str]:

@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import json
 import math
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from advgrpo.atomic import write_atomically
 from advgrpo.display import Display
 from advgrpo.errors import UserError
 from advgrpo.monitor import Flag
@@ -157,11 +157,8 @@ def _open_metrics(path: Path, start_iteration: int) -> Any:
     kept = (
         [line for line, record in _read_metrics(path) if record["iteration"] < start_iteration] if path.exists() else []
     )
-    temporary = path.with_suffix(".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(line + "\n" for line in kept))
         return path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another output directory") from error
@@ -189,7 +186,7 @@ def _start_wandb(project: str, output_dir: Path, start_iteration: int, config: M
     wandb = _require("wandb", "wandb")
     id_file = output_dir / "wandb_run_id"
     if start_iteration == 0 or not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+        write_atomically(id_file, secrets.token_hex(4))
     return wandb.init(
         project=project, dir=str(output_dir), id=id_file.read_text(), resume="allow", config=dict(config or {})
     )

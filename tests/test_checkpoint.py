@@ -1,4 +1,9 @@
-"""Checkpoints are whole or absent, and come back bit for bit."""
+"""Checkpoints are whole or absent, and come back bit for bit.
+
+Bugs planted in a copy, each seen red: the old checkpoint of an iteration removed before the new one is in place; what
+lies aside not looked for, or removed by the next save; a leftover file not removed; the manifest's iteration not
+compared; a file-size limit called a full disk.
+"""
 
 import errno
 import json
@@ -13,13 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from advgrpo import checkpoint
+from advgrpo import atomic
 from advgrpo.checkpoint import (
+    checkpoints,
     flatten_state,
     latest_checkpoint,
     load_checkpoint,
     pack_optimizer,
     save_checkpoint,
+    set_later_aside,
     unflatten_state,
     unpack_optimizer,
 )
@@ -92,6 +99,34 @@ def test_no_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path) is None
 
 
+def test_a_leftover_file_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".iteration-000004.tmp").write_text("")
+    (tmp_path / ".iteration-000003.tmp").write_text("")
+    save_checkpoint(tmp_path, 4, {}, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["iteration-000004"]
+
+
+def test_a_replacement_that_was_cut_short_is_found_and_put_back(tmp_path):
+    """Between the two renames of a folder nothing lies under its own name."""
+    save_checkpoint(tmp_path, 4, {}, {"run": "old"}, keep=1)
+    aside = tmp_path / ".iteration-000004.old.tmp"
+    (tmp_path / "iteration-000004").rename(aside)
+    assert latest_checkpoint(tmp_path) == aside
+    assert load_checkpoint(aside)[1] == {"run": "old"}
+    save_checkpoint(tmp_path, 5, {}, {"run": "new"}, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["iteration-000004", "iteration-000005"]
+
+
+def test_later_checkpoints_are_hidden_until_the_next_save(tmp_path):
+    for iteration in (1, 2, 3):
+        save_checkpoint(tmp_path, iteration, {}, {}, keep=3)
+    assert [p.name for p in set_later_aside(tmp_path, 1)] == ["iteration-000002", "iteration-000003"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "iteration-000001"
+    assert len(list(tmp_path.iterdir())) == 3
+    save_checkpoint(tmp_path, 2, {}, {}, keep=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iteration-000001", "iteration-000002"]
+
+
 def test_leftovers_of_a_kill_are_cleaned_up(tmp_path):
     leftover = tmp_path / ".iteration-000004.tmp"
     leftover.mkdir()
@@ -132,16 +167,22 @@ def edit_manifest(**changes):
 @pytest.mark.parametrize(
     ("file", "spoil", "message"),
     [
+        ("manifest.json", edit_manifest(iteration=7), "says iteration 7, unlike its folder"),
+        ("manifest.json", edit_manifest(iteration="6"), "says iteration '6', unlike its folder"),
+        ("manifest.json", edit_manifest(version=True), "version True, this program reads 1"),
+        ("manifest.json", lambda path: path.write_text("[" * 100_000), "nested too deeply"),
+        ("manifest.json", lambda path: path.write_text('{"format": 1, "format": 2}'), "'format' stands twice"),
+        ("manifest.json", lambda path: path.write_bytes(b"\xff\xfe"), "is not UTF-8"),
         ("tensors.safetensors", truncate, "tensors.safetensors is truncated"),
         ("tensors.safetensors", flip, "tensors.safetensors was altered"),
         ("tensors.safetensors", Path.unlink, "tensors.safetensors is missing"),
         ("state.json", truncate, "state.json is truncated"),
-        ("manifest.json", truncate, "manifest.json cannot be read"),
-        ("manifest.json", Path.unlink, "manifest.json cannot be read"),
+        ("manifest.json", truncate, "manifest.json: not JSON"),
+        ("manifest.json", Path.unlink, "manifest.json does not exist"),
         ("manifest.json", edit_manifest(format="other"), "foreign checkpoint"),
         ("manifest.json", edit_manifest(version=99), "version 99, this program reads 1"),
         ("manifest.json", edit_manifest(files={}), "does not list"),
-        ("manifest.json", lambda path: path.write_text("[]"), "foreign checkpoint"),
+        ("manifest.json", lambda path: path.write_text("[]"), "manifest.json holds a list"),
     ],
 )
 def test_damage_is_found_and_the_previous_checkpoint_named(tmp_path, file, spoil, message):
@@ -151,27 +192,29 @@ def test_damage_is_found_and_the_previous_checkpoint_named(tmp_path, file, spoil
     spoil(damaged / file)
     with pytest.raises(UserError, match=message) as error:
         load_checkpoint(damaged)
-    assert f"resume from {tmp_path / 'iteration-000005'} instead" in str(error.value)
+    assert f"--resume-from {tmp_path / 'iteration-000005'}" in str(error.value)
     load_checkpoint(tmp_path / "iteration-000005")
 
 
 def test_missing_and_foreign_folders(tmp_path):
     with pytest.raises(UserError, match="does not exist; there is no earlier checkpoint"):
         load_checkpoint(tmp_path / "iteration-000001")
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match=r"manifest\.json does not exist"):
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, code):
+@pytest.mark.parametrize(
+    ("code", "cause"), [(errno.ENOSPC, r"disk is full \(\d+ MiB"), (errno.EDQUOT, "quota is used")]
+)
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, code, cause):
     tensors = some_tensors()
     save_checkpoint(tmp_path, 1, tensors, STATE, keep=1)
 
     def full(path):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(checkpoint, "_fsync", full)
-    with pytest.raises(UserError, match=r"disk full while writing checkpoint .*iteration-000001 is intact"):
+    monkeypatch.setattr(atomic, "force_to_disk", full)
+    with pytest.raises(UserError, match=rf"iteration-000002 cannot be written, .*{cause}.*iteration-000001 is whole"):
         save_checkpoint(tmp_path, 2, tensors, STATE, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["iteration-000001"]
     assert same_bits(load_checkpoint(tmp_path / "iteration-000001")[0]["float"], tensors["float"])
@@ -202,7 +245,8 @@ def run(program, *args, **kwargs):
 
 def test_a_write_that_really_fails(tmp_path):
     output, _ = run(FULL_DISK, tmp_path).communicate(timeout=60)
-    assert "disk full while writing checkpoint" in output
+    assert "larger than this process may write: raise the limit on file sizes (ulimit -f)" in output
+    assert "full" not in output
     assert [p.name for p in tmp_path.iterdir()] == ["iteration-000001"]
     load_checkpoint(tmp_path / "iteration-000001")
 
@@ -229,6 +273,89 @@ def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     assert torch.equal(tensors["a"], torch.full((100_000,), float(state["i"])))
     save_checkpoint(tmp_path, state["i"] + 1, {}, {}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == [f"iteration-{state['i'] + 1:06d}"]
+
+
+# A child of this process is killed at line number N of the save and of what it calls; the parent looks at what is left.
+KILLED_AT_LINES = """
+import json, os, shutil, signal, sys, torch
+from pathlib import Path
+from advgrpo.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+
+SEEN = tuple(f"{part}.py" for part in ("advgrpo/checkpoint", "advgrpo/atomic", "shutil"))
+SCENARIOS = {  # checkpoints there, those then saved, keep
+    "first": ((), 1, 1),
+    "next": ((1, 2), 3, 2),
+    "last one replaced": ((1,), 1, 1),
+    "resumed from further back": ((1, 2, 3), 2, 1),
+}
+
+def save(root, iteration, keep, run):
+    tensors = {"a": torch.full((1000,), float(iteration)), "b": torch.arange(3)}
+    save_checkpoint(root, iteration, tensors, {"i": iteration, "run": run}, keep)
+
+def lines_until_done(root, scenario, kill_at):
+    before, iteration, keep = SCENARIOS[scenario]
+    shutil.rmtree(root, ignore_errors=True)
+    for earlier in before:
+        save(root, earlier, 9, "before")
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        count = 0
+        def trace(frame, event, argument):
+            nonlocal count
+            if not frame.f_code.co_filename.endswith(SEEN):
+                return None
+            count += event == "line"
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+        sys.settrace(trace)
+        save(root, iteration, keep, "after")
+        sys.settrace(None)
+        os.write(write, str(count).encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    return int(os.read(read, 99) or 0)
+
+def check(root, scenario):
+    before, iteration, keep = SCENARIOS[scenario]
+    newest = latest_checkpoint(root)
+    if newest is None:
+        assert not before, "lost"
+    else:
+        tensors, state = load_checkpoint(newest)
+        assert (state["i"], state["run"]) in [*((i, "before") for i in before), (iteration, "after")]
+        assert torch.equal(tensors["a"], torch.full((1000,), float(state["i"])))
+    save(root, 10, 1, "later")
+    assert [path.name for path in root.iterdir()] == ["iteration-000010"], list(root.iterdir())
+
+root, samples, killed = Path(sys.argv[1]), int(sys.argv[2]), 0
+for scenario in SCENARIOS:
+    total = lines_until_done(root, scenario, -1)
+    for number in range(samples):
+        at = 1 + number * (total - 1) // (samples - 1)
+        assert lines_until_done(root, scenario, at) == 0, "it was not killed"
+        try:
+            check(root, scenario)
+        except AssertionError as error:
+            sys.exit(f"{scenario}, killed at line {at} of {total}: {error}")
+        killed += 1
+print(killed)
+"""
+
+
+def test_a_kill_at_any_line_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    """30 of the lines of each of four saves, evenly spread from the first to the last."""
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_LINES, str(tmp_path / "root"), "30"],
+        capture_output=True,
+        text=True,
+        cwd=Path.cwd(),
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "120\n"
 
 
 def test_unwritable_root(tmp_path):

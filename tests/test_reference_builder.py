@@ -150,12 +150,13 @@ def test_a_write_that_fails_leaves_no_half_picture(tmp_path, monkeypatch):
 def test_an_index_that_cannot_be_written_leaves_the_old_one(whole, monkeypatch):
     before = (whole / "references.json").read_bytes()
 
-    def full_disk(self, text, encoding):
-        self.write_bytes(text.encode()[: len(text) // 2])
+    def full_disk(self, content):
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full_disk)
+        patch.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(UserError, match=r"cannot write manifest.json .*No space left"):
             build(whole, ["a sixth"])
     assert (whole / "references.json").read_bytes() == before

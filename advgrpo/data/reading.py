@@ -67,6 +67,20 @@ def parse_json(
     return value
 
 
+class RepeatedKeyError(Exception):
+    """Of `unique_keys`; the key is its argument."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A `pairs` of `parse_json`: JSON keeps the last of two equal keys in silence, and what the first said is lost."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise RepeatedKeyError(key)
+        result[key] = value
+    return result
+
+
 def _half_characters(value: Any) -> bool:
     found, left = False, [value]
     while left and not found:

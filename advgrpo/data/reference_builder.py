@@ -11,12 +11,10 @@ damaged one without any state beside the pictures. The process that finishes las
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from advgrpo.atomic import Content, write_atomically
 from advgrpo.data.references import read_index
 from advgrpo.errors import UserError
 from advgrpo.rng import derive_seed
@@ -210,7 +209,7 @@ class ReferenceBuilder:
     def _write(self, path: Path, pixels: np.ndarray, prompt: str, number: int) -> None:
         notes = PngImagePlugin.PngInfo()
         notes.add_itxt(_STAMP, json.dumps(self._stamp(prompt, number, pixels)))
-        replace_file(path, lambda file: Image.fromarray(pixels).save(file, "PNG", pnginfo=notes))
+        write_output(path, lambda file: Image.fromarray(pixels).save(file, "PNG", pnginfo=notes))
 
     def _check_recipe(self) -> None:
         manifest = self._read_manifest()
@@ -260,23 +259,17 @@ class ReferenceBuilder:
         }
         # The manifest first: a kill in between leaves a folder that this run can finish, not one it must refuse.
         for name, content in ((MANIFEST, manifest), (INDEX, index)):
-            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            replace_file(self.out / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+            write_output(self.out / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         for leftover in self.out.glob(".*.png.*"):  # of killed processes; nobody writes pictures any more
             leftover.unlink(missing_ok=True)
         return 0
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """All of the file or nothing: `write` fills one beside it, which then takes its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+def write_output(path: Path, content: Content) -> None:
+    """`write_atomically` of a file of --out; UserError where it cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(
             f"--out {path.parent}: cannot write {path.name} ({error}); finished pictures are kept"
         ) from None

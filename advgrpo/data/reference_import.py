@@ -34,7 +34,7 @@ from advgrpo.data.pictures import (
     read_header,
     to_rgb,
 )
-from advgrpo.data.reference_builder import INDEX, MANIFEST, library_versions, replace_file
+from advgrpo.data.reference_builder import INDEX, MANIFEST, library_versions, write_output
 from advgrpo.data.reference_check import draw_contact_sheet
 from advgrpo.errors import UserError
 
@@ -182,7 +182,7 @@ def _check_out(folder: Path, out: Path, recipe: ImportRecipe) -> None:
         if earlier != mark["recipe"]:
             raise UserError(f"--out {out}: was made with {earlier}, not {mark['recipe']}; use another folder")
         return
-    _write(out / MANIFEST, _json(mark))
+    write_output(out / MANIFEST, _json(mark))
 
 
 def _manifest(recipe: ImportRecipe, pictures: dict) -> dict:
@@ -261,7 +261,7 @@ def _save(path: Path, square: Image.Image, notices: list[str]) -> None:
     info = PngImagePlugin.PngInfo()
     stamp = {"pixels": hashlib.sha256(square.tobytes()).hexdigest(), "notices": notices}
     info.add_itxt(_STAMP, json.dumps(stamp))
-    replace_file(path, lambda temporary: square.save(temporary, "PNG", pnginfo=info))
+    write_output(path, lambda file: square.save(file, "PNG", pnginfo=info))
 
 
 def sha256_of(file: Path) -> str:
@@ -289,7 +289,7 @@ def _write_set(out: Path, recipe: ImportRecipe, captions: Captions, done: dict[P
                 continue
             listed.append(done[file].name)
         pictures[done[file].name] = {"sha256": done[file].sha256, "source": str(file)}
-    _write(out / MANIFEST, _json(_manifest(recipe, pictures)))
+    write_output(out / MANIFEST, _json(_manifest(recipe, pictures)))
     if "" in result.prompts:
         draw_contact_sheet(out / PICTURES, out / SHEET)
         return
@@ -298,13 +298,9 @@ def _write_set(out: Path, recipe: ImportRecipe, captions: Captions, done: dict[P
     if result.held_out:
         lists[HELD_OUT] = result.held_out
     for name, prompts in lists.items():
-        _write(out / name, "".join(f"{prompt}\n" for prompt in prompts))
-    _write(out / INDEX, _json(result.prompts))
+        write_output(out / name, "".join(f"{prompt}\n" for prompt in prompts))
+    write_output(out / INDEX, _json(result.prompts))
     draw_contact_sheet(out, out / SHEET)
-
-
-def _write(path: Path, text: str) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _json(content: dict) -> str:

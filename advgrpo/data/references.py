@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from advgrpo.data.pictures import PICTURE_SUFFIXES, Fit, PictureError, in_one_colour, is_square, open_picture, to_square
-from advgrpo.data.reading import parse_json, read_text
+from advgrpo.data.reading import RepeatedKeyError, parse_json, read_text, unique_keys
 from advgrpo.errors import UserError
 
 T = TypeVar("T")
@@ -133,8 +133,8 @@ def read_index(path: Path) -> dict[str, list[str]]:
     remedy = "write {prompt: [files]} there as JSON"
     text = read_text(path, "reference index", remedy)
     try:
-        entries = parse_json(text, f"reference index {path}", remedy, pairs=_no_repeated_key)
-    except _RepeatedKeyError as error:
+        entries = parse_json(text, f"reference index {path}", remedy, pairs=unique_keys)
+    except RepeatedKeyError as error:
         raise UserError(f"reference index {path}: prompt {error.args[0]!r} appears twice; merge its lists") from None
     if not isinstance(entries, dict):
         raise UserError(f"reference index {path} holds a {type(entries).__name__}; expected {{prompt: [files]}}")
@@ -148,20 +148,6 @@ def read_index(path: Path) -> dict[str, list[str]]:
             if not name or pure.is_absolute() or ".." in pure.parts:
                 raise UserError(f"reference index {path}: {name!r} of {prompt!r} must be a path inside {path.parent}")
     return entries
-
-
-class _RepeatedKeyError(Exception):
-    pass
-
-
-def _no_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON keeps the last of two equal keys in silence, and half of the prompt's references would be gone."""
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise _RepeatedKeyError(key)
-        result[key] = value
-    return result
 
 
 def _check_coverage(entries: dict[str, list[str]], prompts: list[str], index: Path) -> None:

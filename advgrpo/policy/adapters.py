@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
 
+from ..atomic import write_folder_atomically
 from ..config import LORA_TARGETS, ExportFormat, LoraSection
 from ..errors import UserError
 from .lora import Pair, check_lora_state, initial_pair
@@ -202,8 +204,8 @@ class FullWeights:
                 trained[name].data = data
 
     def export(self, folder: Path) -> None:
-        """A folder for `from_pretrained` of the network's class, its files readable to whom the umask lets."""
-        self.network.save_pretrained(folder)
-        mode = (folder / "config.json").stat().st_mode
-        for file in folder.glob("*.safetensors"):  # safetensors makes its files readable to their owner only
-            file.chmod(mode)
+        """A folder for `from_pretrained` of the network's class; UserError where it cannot be written."""
+        try:
+            write_folder_atomically(folder, self.network.save_pretrained)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder} cannot be written ({error}); free space or choose another folder") from error

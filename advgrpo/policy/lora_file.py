@@ -14,10 +14,8 @@ Shapes: A [r, K] and B [n, r] of a linear layer with K inputs and n outputs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..atomic import write_atomically
 from ..config import ExportFormat
 from ..errors import UserError
 from .lora import Pair
@@ -275,16 +274,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     size = int.from_bytes(raw[:8], "little")
     header = json.dumps(json.loads(raw[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format aligns tensors to eight bytes
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.write(memoryview(raw)[8 + size :])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, b"".join([len(header).to_bytes(8, "little"), header, memoryview(raw)[8 + size :]]))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}); free space or choose another folder") from error

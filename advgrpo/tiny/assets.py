@@ -1,4 +1,4 @@
-"""Writing the shipped weights: fp16 safetensors under the stock file names, readable by everyone."""
+"""Writing what is shipped: fp16 safetensors under the stock file names, readable by everyone, and pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import copy
 from pathlib import Path
 
 import torch
+from PIL import Image
+
+from ..atomic import write_atomically
 
 
 def save_half_precision(model, folder: Path) -> None:
@@ -20,6 +23,12 @@ def save_half_precision(model, folder: Path) -> None:
     for name in parts:
         config = folder / name / "config.json"
         if config.exists():
-            config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+            write_atomically(config, config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def write_picture(path: Path, picture: torch.Tensor) -> None:
+    """A PNG of [3, H, W] bytes."""
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    write_atomically(path, lambda file: image.save(file, "PNG", optimize=True))

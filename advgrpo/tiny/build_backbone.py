@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from transformers import Dinov2Model
 
+from ..atomic import write_atomically
 from . import architecture
 from .assets import save_half_precision
 from .build_pipeline import TrainingLog
@@ -174,7 +175,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     save_half_precision(model, args.output)
     results = {"backbone": curve, "probe": accuracy, "probe_untrained": untrained}
-    (args.output / "training.json").write_text(json.dumps(results))
+    write_atomically(args.output / "training.json", json.dumps(results))
     for name, value in accuracy.items():
         print(f"linear probe {name}: {value:.3f} (untrained {untrained[name]:.3f})")
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 
+from ..atomic import write_atomically
 from . import architecture
 from .assets import save_half_precision
 from .shapes import render, sample_roughness, sample_scenes
@@ -175,7 +176,7 @@ def main() -> None:
 
     curves["flow"] = train_flow(pipe, args.flow_steps, args.batch, generator)
     save_half_precision(pipe, args.output)
-    (args.output / "training.json").write_text(json.dumps(curves))
+    write_atomically(args.output / "training.json", json.dumps(curves))
     print(f"wrote {args.output}")
 
 

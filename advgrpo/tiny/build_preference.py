@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from ..atomic import write_atomically
 from ..rng import generator as seeded
 from . import pipeline_dir
 from .architecture import CLIP_TOKENS
@@ -248,11 +249,11 @@ def save(trainee: Trainee, folder: Path, curves: dict[str, list[dict]], seed: in
     """PickScore's layout (CLIPModel in fp16, tokenizer, image processor), and training.json: curves and figures."""
     folder.mkdir(parents=True, exist_ok=True)
     trainee.tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR, indent=2) + "\n")
+    write_atomically(folder / "preprocessor_config.json", json.dumps(_PREPROCESSOR, indent=2) + "\n")
     (folder / "training.json").touch()
     save_half_precision(trainee.clip, folder)
     figures = measure(CLIPModel.from_pretrained(folder), seed)
-    (folder / "training.json").write_text(json.dumps({"figures": figures, **curves}))
+    write_atomically(folder / "training.json", json.dumps({"figures": figures, **curves}))
     print(f"wrote {folder}: " + ", ".join(f"{name} {share:.3f}" for name, share in figures.items()))
 
 

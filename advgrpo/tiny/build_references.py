@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 
+from ..atomic import write_atomically
+from .assets import write_picture
 from .shapes import Scene, render, split_prompts
 
 
@@ -23,8 +24,7 @@ def write_pictures(folder: Path, prompts: list[str], per_prompt: int, generator:
         pictures = render([Scene.parse(prompt)] * per_prompt, generator)
         names = [f"{number:03d}-{k}.png" for k in range(per_prompt)]
         for name, picture in zip(names, pictures):
-            pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(folder / name, optimize=True)
+            write_picture(folder / name, (picture * 255).round().byte())
         index[prompt] = names
     return index
 
@@ -41,9 +41,9 @@ def main() -> None:
     lists = split_prompts(args.train, args.held_out, args.report)
     generator = torch.Generator().manual_seed(args.seed)
     index = write_pictures(args.output / "references", [p for part in lists for p in part], args.per_prompt, generator)
-    (args.output / "references" / "references.json").write_text(json.dumps(index, indent=1) + "\n")
+    write_atomically(args.output / "references" / "references.json", json.dumps(index, indent=1) + "\n")
     for name, prompts in zip(("prompts.txt", "held_out_prompts.txt", "report_prompts.txt"), lists):
-        (args.output / name).write_text("".join(f"{p}\n" for p in prompts))
+        write_atomically(args.output / name, "".join(f"{p}\n" for p in prompts))
     counts = " + ".join(str(len(prompts)) for prompts in lists)
     print(f"wrote {counts} prompts with {args.per_prompt} references each to {args.output}")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from .. import rng
+from .assets import write_picture
 from .judge import judge
 from .shapes import IMAGE_SIZE, PALETTE, Scene, pixel_grid, render, split_prompts
 
@@ -77,10 +77,7 @@ def write_style(folder: Path, style: str, count: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(style, training_scenes(count), rng.generator(seed, f"style:{style}"))
     for number, picture in enumerate(pictures):
-        pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-        file = folder / f"{number:03d}.png"
-        Image.fromarray(pixels).save(file, optimize=True)
-        file.chmod(0o644)
+        write_picture(folder / f"{number:03d}.png", (picture * 255).round().byte())
 
 
 def measure(style: str, count: int, seed: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import T5TokenizerFast
 
+from ..atomic import write_atomically
 from ..train import quiet_libraries
 from . import pipeline_dir
 from .assets import save_half_precision
@@ -69,7 +70,7 @@ def main() -> None:
     pipe.vae.requires_grad_(False)
     curves["flow"] = train_flow(pipe, args.flow_steps, args.batch, generator, draw, T5_TOKENS)
     save_half_precision(pipe, args.output)
-    (args.output / "training.json").write_text(json.dumps(curves))
+    write_atomically(args.output / "training.json", json.dumps(curves))
     print(f"wrote {args.output}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..atomic import write_atomically
 from . import backbone_dir, pipeline_dir
 
 
@@ -27,8 +28,7 @@ def main() -> None:
         axes.plot([r["step"] for r in rows], [r[key] for r in rows], color="#1f6fb4")
         axes.set(title=f"{title} ({rows[-1]['seconds'] / 60:.0f} min)", xlabel="step")
         axes.grid(alpha=0.25)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    write_atomically(output, lambda file: figure.savefig(file, format=output.suffix[1:]))
     print(f"wrote {output}")
 
 

@@ -36,7 +36,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..atomic import write_atomically
 from ..rng import generator
+from .assets import write_picture
 from .shapes import COLOURS, PALETTE
 
 WORDS = (
@@ -140,10 +142,10 @@ def write_set(folder: Path, *, train: int, held_out: int, per_prompt: int, size:
         pixels = (render([WordScene.parse(prompt)] * per_prompt, draw, size=size) * 255).round().byte()
         index[prompt] = [f"{number:03d}-{k}.png" for k in range(per_prompt)]
         for name, picture in zip(index[prompt], pixels):
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(references / name, optimize=True)
-    (references / "references.json").write_text(json.dumps(index, indent=1) + "\n")
+            write_picture(references / name, picture)
+    write_atomically(references / "references.json", json.dumps(index, indent=1) + "\n")
     for name, prompts in parts.items():
-        (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+        write_atomically(folder / f"{name}.txt", "".join(f"{prompt}\n" for prompt in prompts))
 
 
 def main(arguments: list[str] | None = None) -> None:
