@@ -176,7 +176,10 @@ class HeadTrainer:
         self._total = 0  # pictures per side of the current update, over all processes
 
     def train(self, batch: HeadBatch, iteration: int, updates: int) -> torch.Tensor:
-        """Run head updates; returns the loss before each of them, [updates] float32 on the adversary's device."""
+        """Run head updates; returns the loss before each of them, [updates] float32 on the adversary's device.
+
+        NaN stands for an update whose loss or gradient is not finite, which learned nothing; see `check`.
+        """
         if updates == 0:
             return torch.zeros(0, device=self.adversary.device)
         draws = [self._draw(batch, iteration, number) for number in range(updates)]
@@ -192,6 +195,16 @@ class HeadTrainer:
             key = (tuple(buffers.key() for buffers in self._inputs.values()), self._total)
             losses.append(self.captured_update(key).clone())  # the next replay overwrites it
         return torch.cat(losses)
+
+    def check(self, losses: torch.Tensor, iteration: int) -> None:
+        """FloatingPointError for losses of `train` that are not all finite; reads them on the host."""
+        wrong = [number for number, loss in enumerate(losses.tolist(), 1) if not math.isfinite(loss)]
+        if wrong:
+            raise FloatingPointError(
+                f"iteration {iteration}: the adversary's loss or gradient is not finite at head update {wrong[0]} of "
+                f"{len(losses)}, which was left out. Start again with a lower adversary.learning_rate (now "
+                f"{self.config.learning_rate:g})"
+            )
 
     @torch.no_grad()
     def evaluate(self, batch: HeadBatch, iteration: int) -> tuple[float, float | None]:
@@ -225,6 +238,13 @@ class HeadTrainer:
         part = self.adversary.trained_part(batch.generated.rows(local), ids_there, seed)
         order = to_device(gather(ids).argsort(), self.adversary.device)
         self.replay.add(Features({name: gather(tensor)[order] for name, tensor in part.tensors.items()}))
+
+    @torch.no_grad()
+    def row_of_replay(self) -> Features:
+        """What the replay buffer holds of one picture, [1, ...] each: of a black one, for names, shapes and dtypes."""
+        side, device = 64, self.adversary.device
+        features = self.adversary.features(torch.zeros(1, 3, side, side, device=device), [""])
+        return self.adversary.trained_part(features, torch.zeros(1, dtype=torch.int64, device=device), 0)
 
     def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int]) -> None:
         """Continue from the replay buffer's `state`; call it after head and optimizer are loaded."""
@@ -266,9 +286,21 @@ class HeadTrainer:
         loss = self.adversary.loss(reference, generated, total=self._total).loss
         loss.backward()
         loss = loss.detach().clone().reshape(1)
-        self.reduce([*(p.grad for p in self.adversary.parameters()), loss])
+        gradients = [p.grad for p in self.adversary.parameters()]
+        self.reduce([*gradients, loss])
+        _leave_out_if_not_finite(gradients, loss)
         self.adversary.step()
         return loss
+
+
+@torch.no_grad()
+def _leave_out_if_not_finite(gradients: list[torch.Tensor], loss: torch.Tensor) -> None:
+    """Where the loss [1] or a gradient is not finite: zero gradients, so that weights and moments stay finite, and a
+    loss of NaN, which tells. Decided on the device, for captured graphs."""
+    largest = torch.stack([*torch._foreach_norm(gradients, math.inf), loss.abs().squeeze()]).max()  # NaN if any is
+    wrong = ~largest.isfinite()
+    for tensor, value in [*((gradient, 0.0) for gradient in gradients), (loss, math.nan)]:
+        tensor.masked_fill_(wrong, value)
 
 
 def _positions(ids: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:

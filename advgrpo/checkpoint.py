@@ -383,28 +383,89 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
         UserError: the checkpoint's optimizer is for other parameters, or its state would be rounded to the parameters'
             dtype (`Optimizer.load_state_dict` casts in silence).
     """
-    state_dict = unflatten_state(tensors, rest)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-    if len(saved) != len(parameters):
-        raise UserError(
-            f"the checkpoint's optimizer has {len(saved)} parameters, this run has {len(parameters)}: "
-            "resume with the configuration the checkpoint was written with"
-        )
-    for index, parameter in zip(saved, parameters):
-        for name, value in state_dict["state"].get(index, {}).items():
-            _check_slot(f"{name} of parameter {index}", value, parameter)
+    optimizer.load_state_dict(checked_optimizer(optimizer, tensors, rest))
+
+
+def checked_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: Any, name: str = "optimizer"
+) -> dict[str, Any]:
+    """The state that `pack_optimizer` took apart, for `load_state_dict` of this optimizer, which is left as it is.
+
+    Raises:
+        UserError: as `unpack_optimizer`, also for settings (learning rate, betas) that are not this optimizer's, and
+            for content that is no optimizer's state at all; `name` is what it calls it.
+    """
     try:
-        optimizer.load_state_dict(state_dict)
-    except ValueError as error:  # groups of other sizes
-        raise UserError(f"the checkpoint's optimizer does not fit this run: {error}") from error
+        found = unflatten_state(tensors, rest)
+        groups, slots = list(found["param_groups"]), dict(found["state"])
+        _check_groups(optimizer.param_groups, groups, name)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        strange = slots.keys() - range(len(parameters))
+        if strange:
+            raise UserError(f"the checkpoint's {name} knows a parameter {strange.pop()!r}, this run does not: {_CURE}")
+        for index, parameter in enumerate(parameters):
+            if slots or getattr(optimizer, "filled_from_start", False):
+                _check_slots(f"{name} state", index, dict(slots.get(index, {})), parameter, optimizer)
+        _check_settings(optimizer.param_groups, groups, name)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise UserError(f"the checkpoint's {name} is no optimizer's state ({type(error).__name__}: {error})") from error
+    # what a newer PyTorch has added to the settings is this run's
+    groups = [{**own, **theirs} for own, theirs in zip(optimizer.param_groups, groups)]
+    return {"state": slots, "param_groups": groups}
 
 
-def _check_slot(name: str, value: Any, parameter: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.dim() == 0:  # step counters keep their own dtype
-        return
-    if value.shape != parameter.shape or (value.is_floating_point() and value.dtype != parameter.dtype):
-        raise UserError(
-            f"the checkpoint's optimizer state {name} is {value.dtype} {list(value.shape)}, the parameter is "
-            f"{parameter.dtype} {list(parameter.shape)}: resume with the configuration the checkpoint was written with"
-        )
+_CURE = "resume with the configuration the checkpoint was written with"
+_OF_THE_MACHINE = ("params", "fused", "capturable", "foreach")  # how a step is computed, not what it does
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
+
+def _check_groups(own: list[dict], saved: list[dict], name: str) -> None:
+    """The same parameters in the same groups."""
+    numbers = [index for group in saved for index in group["params"]]
+    there, here = len(numbers), sum(len(group["params"]) for group in own)
+    if there != here:
+        raise UserError(f"the checkpoint's {name} has {there} parameters, this run has {here}: {_CURE}")
+    sizes = [[len(group["params"]) for group in groups] for groups in (own, saved)]
+    if sizes[0] != sizes[1] or numbers != list(range(here)):
+        raise UserError(f"the checkpoint's {name} does not fit this run: groups of {sizes[1]}, not {sizes[0]}: {_CURE}")
+
+
+def _check_settings(own: list[dict], saved: list[dict], name: str) -> None:
+    """The same learning rate and so on."""
+    for group, theirs in zip(own, saved):
+        for setting, value in theirs.items():
+            if setting in _OF_THE_MACHINE:
+                continue
+            known = type(value) is type(group[setting]) and value == group[setting] if setting in group else None
+            if not (known or (known is None and type(value) in (bool, int, float, str))):  # Apex counts steps here
+                mine = f", this run {group[setting]!r}" if setting in group else ", which no optimizer has"
+                raise UserError(f"the checkpoint's {name} has {setting} = {value!r:.60}{mine}: {_CURE}")
+
+
+def _check_slots(name: str, index: int, slots: dict, parameter: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """What an optimizer remembers of one parameter."""
+    wanted = set(optimizer.state[parameter]) if parameter in optimizer.state else _slots_of(optimizer)
+    if wanted is not None and slots.keys() != wanted:
+        different = sorted(map(str, slots.keys() ^ wanted))[0]
+        raise UserError(f"the checkpoint's {name} of parameter {index}: {different!r} is only in one of the two")
+    for slot, value in slots.items():
+        what = f"the checkpoint's {name} {slot} of parameter {index}"
+        if not isinstance(value, Tensor):
+            continue
+        if slot == "step":
+            if value.numel() != 1 or not float(value) >= 0 or float(value) != int(value):
+                raise UserError(f"{what} is {value.tolist()!r:.60}, want a number of steps")
+        elif value.shape != parameter.shape or (value.is_floating_point() and value.dtype != parameter.dtype):
+            there, here = (f"{t.dtype} {list(t.shape)}" for t in (value, parameter))
+            raise UserError(f"{what} is {there}, the parameter is {here}: {_CURE}")
+        elif slot in _SECOND_MOMENTS and bool((value < 0).any()):
+            raise UserError(f"{what} is negative, which no mean of squares is")
+
+
+def _slots_of(optimizer: torch.optim.Optimizer) -> set[str] | None:
+    """What Adam's family will remember of each parameter; None where only the first step tells."""
+    group = optimizer.param_groups[0]
+    if "betas" not in group:
+        return None
+    counted = set() if "bias_correction" in group else {"step"}  # Apex counts steps in the group
+    return {"exp_avg", "exp_avg_sq"} | counted | ({"max_exp_avg_sq"} if group.get("amsgrad") else set())

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 from .config import Config, MonitorSection
 from .metric_names import OF_REFERENCES
+from .monitor_state import FlagState
 from .picture_statistics import STATISTICS, PictureStatistics
 
 Metrics = Mapping[str, Any]
@@ -111,10 +112,10 @@ class RedFlag(ABC):
         return {"series": self.series, "baseline": self.baseline, "active": self.active, "against": self.against,
                 "last": last}  # fmt: skip
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.series = {name: list(values) for name, values in state["series"].items()}
-        self.baseline, self.active, self.against = dict(state["baseline"]), state["active"], state["against"]
-        self.last = Reading(**state["last"]) if state["last"] else None
+    def load(self, state: FlagState) -> None:
+        self.series = {name: list(values) for name, values in state.series.items()}
+        self.baseline, self.active, self.against = dict(state.baseline), state.active, state.against
+        self.last = Reading(**state.last.model_dump()) if state.last else None
 
 
 class RewardCollapse(RedFlag):
@@ -449,8 +450,13 @@ class Monitor:
         """Everything the next check depends on, as JSON."""
         return {red_flag.name: red_flag.state() for red_flag in self.red_flags}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state()`'s result as if never stopped; a flag it does not know starts anew."""
+    def checked(self, state: Mapping[str, Any]) -> dict[str, FlagState]:
+        """`state()`'s result for `load`; UserError naming the flag whose entry is none."""
+        names = [red_flag.name for red_flag in self.red_flags if red_flag.name in state]
+        return {name: FlagState.read(state[name], f"monitor.{name}") for name in names}
+
+    def load(self, state: Mapping[str, FlagState]) -> None:
+        """Continue from what `checked` returned as if never stopped; a flag it does not know starts anew."""
         for red_flag in self.red_flags:
             if red_flag.name in state:
                 red_flag.load(state[red_flag.name])

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from . import checkpoint as checkpoints
 from . import config as configuration
+from .atomic import write_atomically
 from .build import (
     blind_spots,
     build_adversary,
@@ -31,7 +32,7 @@ from .config import Config
 from .data.sources import Sources
 from .display import Display
 from .distributed import Distributed
-from .errors import UserError
+from .errors import RunFailure, UserError
 from .evaluation import Evaluator
 from .fast import FastPaths
 from .folders import writable
@@ -131,7 +132,7 @@ class Run:
         """Train until trainer.finished; on SIGINT or SIGTERM save a checkpoint and return."""
         config, trainer, main = self.config, self.trainer, self.distributed.is_main
         if main:
-            (self.folder / "config.yaml").write_text(configuration.dump(config))
+            write_atomically(self.folder / "config.yaml", configuration.dump(config))
         if not self.base:
             self.base = self._evaluate_base()
             self.start = self._evaluate_start()
@@ -225,7 +226,7 @@ class Run:
         rows = self._draw_curves(final)
         summary = summarize(self.config, rows, self.base, final, self.start)
         summary["prompts_cut_by"] = self.cut_prompts
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         if not summary["trained"]:
             self.console.print(f"note: {summary['not_trained_because']}", soft_wrap=True)
         base = held_out_means(self.base)
@@ -242,9 +243,14 @@ class Run:
         return rows
 
     def export(self) -> None:
-        """OUT/lora (after full fine-tuning OUT/transformer, or OUT/unet) with the averaged weights."""
+        """OUT/lora (after full fine-tuning OUT/transformer, or OUT/unet) with the averaged weights.
+
+        Raises:
+            RunFailure: a weight is not finite; nothing is written.
+        """
         with self.trainer.ema.swap():
             policy = self.trainer.policy
+            self._refuse_not_finite({f"ema.{name}": p for name, p in policy.trainable_parameters()}, {}, "exported")
             policy.export(self.folder / ("lora" if self.config.model.train == "lora" else policy.component))
 
     def _draw_samples(self, name: str, scores: dict[str, float]) -> None:
@@ -285,15 +291,35 @@ class Run:
         return " · ".join(parts)
 
     def save(self) -> None:
-        """Write a checkpoint; everything in it is the same on every process, so rank 0 alone writes."""
+        """Write a checkpoint; everything in it is the same on every process, so rank 0 alone writes.
+
+        Raises:
+            RunFailure: something in it is not finite. Nothing is written, and older checkpoints stay.
+            UserError: as `save_checkpoint`.
+        """
         with self.distributed.monitored("save a checkpoint"):
             if not self.distributed.is_main:
                 return
             tensors, state = self.trainer.state()
             state |= {"config": self.config.model_dump(mode="json"), "base": self.base, "start": self.start}
+            self._refuse_not_finite(tensors, state, "saved")
             checkpoints.save_checkpoint(
                 self.folder / "checkpoints", self.trainer.iteration, tensors, state, self.config.output.keep_checkpoints
             )
+
+    def _refuse_not_finite(self, tensors: dict[str, torch.Tensor], state: dict, what_for: str) -> None:
+        name = checkpoints.not_finite(tensors, state)
+        if name is None:
+            return
+        remedy = "Look at the last rows of metrics.jsonl"
+        if name in tensors:
+            part = "adversary" if name.startswith(("head", "replay")) else "update"
+            remedy = f"Start again with a lower {part}.learning_rate"
+        latest = checkpoints.latest_checkpoint(self.folder / "checkpoints")
+        kept = f"; {latest} is as it was" if latest else ""
+        raise RunFailure(
+            f"after {self.trainer.iteration} iterations {name} is not finite, so nothing was {what_for}{kept}. {remedy}"
+        )
 
     def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict]:
         path = checkpoints.latest_checkpoint(self.folder / "checkpoints")

@@ -8,9 +8,9 @@ import torch
 
 from advgrpo_kernels import group_advantages
 
-from . import rng
+from . import restoring, rng
 from .adversary import Due, HeadBatch, HeadTrainer, due, paired_accuracy
-from .checkpoint import pack_optimizer, unpack_optimizer
+from .checkpoint import pack_optimizer
 from .config import Config
 from .data.prompts import GroupSampler
 from .distributed import Distributed
@@ -94,6 +94,8 @@ class Trainer:
         """One iteration of `update.objective`; returns its metrics and times."""
         iteration, phases = self.iteration, Phases(self.policy.device)
         started = time.perf_counter()
+        # Nothing of ours draws from torch's own generator; a reward of somebody else's may, and is resumed exactly too.
+        torch.manual_seed(rng.derive_seed(self.config.seed, "torch", iteration))
         train = self.reinforce if self.supervised is None else self.imitate
         metrics = {"iteration": iteration, **train(iteration, phases)}
         self.iteration += 1
@@ -199,7 +201,9 @@ class Trainer:
         self.adversary.centre(*means)
         loss, accuracy = self.head_trainer.evaluate(batch, iteration)
         plan = due(self.config.adversary, iteration, *means, self.config.update.optimizer_windows)
-        self.head_trainer.train(batch, iteration, plan.head_updates)
+        losses = self.head_trainer.train(batch, iteration, plan.head_updates)
+        if plan.head_updates:
+            self.head_trainer.check(losses, iteration)
         self.head_trainer.remember(batch, iteration, self.distributed.all_gather)
         return plan, {
             "adversary_loss": loss,
@@ -298,7 +302,6 @@ class Trainer:
             **{f"policy.{name}": p.detach() for name, p in self.policy.trainable_parameters()},
             **{f"ema.{name}": t for name, t in self.ema.state_dict().items()},
             **optimizer_tensors,
-            "rng.torch": torch.get_rng_state(),
         }
         steps = {"iteration": self.iteration, "global_step": self.ema.global_step}
         state = {**steps, "optimizer": optimizer_state, "monitor": self.monitor.state()}
@@ -313,25 +316,24 @@ class Trainer:
         return tensors, {"trainer": state}
 
     def load(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
-        """Continue from `state()`'s result as if never stopped."""
+        """Continue from `state()`'s result as if never stopped.
 
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        weights, state = part("policy."), state["trainer"]
+        Raises:
+            UserError: it is not this run's, or not finite; see `restoring.check`. Nothing was changed.
+        """
+        found = restoring.check(self, tensors, state)
         with torch.no_grad():
             for name, parameter in self.policy.trainable_parameters():
-                parameter.copy_(weights[name])
-        self.ema.load_state_dict(part("ema."))
-        unpack_optimizer(self.updater.optimizer, tensors, state["optimizer"])
+                parameter.copy_(found.policy[name])
+        self.ema.load_state_dict(found.ema)
+        self.updater.optimizer.load_state_dict(found.optimizer)
         if self.head_trainer is not None:
-            self.adversary.load_state_dict(part("head."))
-            unpack_optimizer(self.adversary.optimizer, tensors, state["head_optimizer"])
-            self.head_trainer.load(part("replay."), state["replay"])
-        torch.set_rng_state(tensors["rng.torch"])
-        self.monitor.load(state["monitor"])
+            self.adversary.load_state_dict(found.head)
+            self.adversary.optimizer.load_state_dict(found.head_optimizer)
+            self.head_trainer.load(found.replay, found.replay_counters)
+        self.monitor.load(found.monitor)
         self.flags = self.monitor.active()
-        self.iteration, self.ema.global_step = state["iteration"], state["global_step"]
+        self.iteration, self.ema.global_step = found.iteration, found.global_step
 
 
 # An iteration that trains only the head (schedule "alternate") has no generator metrics.

@@ -440,4 +440,19 @@ def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(UserError, match="does not fit"):
         unpack_optimizer(torch.optim.AdamW(model.parameters()), *packed)
     with pytest.raises(UserError, match=r"the parameter is torch\.bfloat16"):
-        unpack_optimizer(torch.optim.AdamW([{"params": m.bfloat16().parameters()} for m in model]), *packed)
+        unpack_optimizer(OPTIMIZERS["adamw"]([{"params": m.bfloat16().parameters()} for m in model]), *packed)
+
+
+def test_an_optimizer_of_other_settings_is_refused():
+    model, optimizer = make_model_and_optimizer(OPTIMIZERS["adamw"])
+    step(model, optimizer, 0)
+    tensors, rest = pack_optimizer(optimizer)
+    other = make_model_and_optimizer(OPTIMIZERS["adamw"])[1]
+    other.param_groups[1]["lr"] = 0.5
+    with pytest.raises(UserError, match=r"has lr = 0\.333.*this run 0\.5"):
+        unpack_optimizer(other, tensors, rest)
+    other = make_model_and_optimizer(OPTIMIZERS["adamw"])[1]
+    for group in rest["param_groups"]:
+        group.pop("amsgrad")  # a setting that PyTorch has added since
+    unpack_optimizer(other, tensors, rest)
+    assert other.param_groups[0]["amsgrad"] is True

@@ -29,6 +29,7 @@ READS = {
     "advgrpo/scoring.py:score": 1,  # the mean similarity
     "advgrpo/scoring.py:metrics": 1,
     "advgrpo/adversary.py:evaluate": 1,  # the head's loss and accuracy
+    "advgrpo/adversary.py:check": 1,  # whether every head update was finite
     "advgrpo/trainer.py:train_head": 1,  # the schedule: mean rewards of both sides and the share of pairs
     "advgrpo/trainer.py:update": 1,  # the share of groups without spread
     "advgrpo/trainer.py:_update_metrics": 1,  # the one place where the update waits

@@ -333,7 +333,7 @@ def test_resuming_at_any_iteration_equals_never_stopping(name):
     parts, active = make(**changes), []
     for start in range(0, 90, 7):
         resumed = make(**changes)
-        resumed.load(json.loads(json.dumps(parts.state())))
+        resumed.load(resumed.checked(json.loads(json.dumps(parts.state()))))
         assert resumed.active() == parts.active()
         active += feed(resumed, rows[start : start + 7])
         parts = resumed

@@ -151,9 +151,7 @@ def test_kill_and_resume_equals_never_having_stopped(unit_config, tmp_path):
     ours, theirs = load_file(folder / name), load_file(Path(whole.output_dir) / name)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     last = "checkpoints/iteration-000006/tensors.safetensors"
-    ours, theirs = load_file(folder / last), load_file(Path(whole.output_dir) / last)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if k != "rng.torch")
+    assert (folder / last).read_bytes() == (Path(whole.output_dir) / last).read_bytes()
 
 
 @pytest.mark.slow

@@ -76,6 +76,8 @@ class FusedAdamW:
 class _MomentsOnly(torch.optim.Optimizer):
     """Keeps what AdamW remembers in torch's own format, so that checkpoints need no second one."""
 
+    filled_from_start = True  # torch's own remember nothing before their first step
+
     def __init__(self, parameters: list[torch.nn.Parameter]):
         super().__init__(parameters, {})
         for number, p in enumerate(parameters):

@@ -254,7 +254,7 @@ class Updater:
         if bad:
             raise FloatingPointError(
                 f"iteration {iteration}: gradient norm is {bad[0]}, first in {self._worst()}; the optimizer was not "
-                "stepped. Lower update.learning_rate, or resume from the last checkpoint with another seed"
+                "stepped. Start again with a lower update.learning_rate"
             )
 
     def _worst(self) -> str:

@@ -82,6 +82,7 @@ class Adversary(Protocol):
     config: AdversarySection
     seed: int  # of the run
     optimizer: torch.optim.Optimizer  # over `parameters()`; a `HeadAdam`, or another that a graph can hold
+    # An adversary whose state_dict has grown names what checkpoints of before may lack in `state_added_later`, a tuple.
     text_dependent: bool  # features depend on the prompt: the reference cache then keys by it too
     backbone: Any  # the frozen network whose features these are, for others that look through the same one; or None
 

@@ -99,6 +99,7 @@ class PickScoreAdversary:
 
     text_dependent = True
     backbone = None  # a CLIP whose last layers learn: nobody else looks through it
+    state_added_later = ("bias",)  # that checkpoints of before it existed lack; `centre` sets it anew
 
     def __init__(
         self,
@@ -223,7 +224,7 @@ class PickScoreAdversary:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, tensor in self.state_dict().items():
-                if name != "bias" or name in state:  # checkpoints of before it existed lack it; `centre` sets it anew
+                if name in state or name not in self.state_added_later:
                     tensor.copy_(state[name])
 
 
