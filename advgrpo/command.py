@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from . import __version__
-from .errors import RunFailure, UserError
+from .errors import RunFailure, UserError, one_line
 
 FAILED, INTERRUPTED = 1, 130
 _TRACEBACK = "--traceback"
@@ -74,12 +74,6 @@ def describe(error: BaseException) -> str:
     if len(lines) > 2 and "Traceback" in lines[1]:  # another process's: what it was is its last line
         lines = [lines[0], lines[-1]]
     return one_line(" ".join(lines) or type(error).__name__)
-
-
-def one_line(text: str) -> str:
-    """`text` with line ends as spaces and control characters escaped: it may come from a file or another machine."""
-    joined = " ".join(text.split())
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
 
 
 def plain_console(**options) -> Console:

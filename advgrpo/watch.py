@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from .errors import RunFailure, UserError
+from .errors import RunFailure, UserError, printable
 
 POLL_SECONDS = 1.0
 # A stopped process (SIGSTOP, a frozen machine) costs this + polls + GRACE_SECONDS + the 30 s that torchrun leaves
@@ -295,7 +295,7 @@ class Watch(threading.Thread):
 
 
 def tell(rank: int, text: str) -> None:
-    print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+    print(f"[rank {rank}] {printable(text)}", file=sys.stderr, flush=True)  # other ranks' and machines' words
 
 
 def exit_now(code: int) -> None:

@@ -1,7 +1,7 @@
 """What every command does around its work: one line for what can go wrong, exit codes, --version, --traceback.
 
 Bugs planted, each seen red: OSError not expected; a bug swallowed; control characters printed; --version run as work;
---traceback handed on to the command.
+--traceback handed on to the command; another rank's words printed as they came.
 """
 
 import errno
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import advgrpo
-from advgrpo import command
+from advgrpo import command, watch
 from advgrpo.distributed import CollectiveError, RankFailure
 from advgrpo.errors import UserError
 from advgrpo.policy.decoder import PictureQualityError
@@ -80,6 +80,11 @@ def test_the_whole_stack_on_request(how, capsys, monkeypatch):
     assert "Traceback" in said
     assert said.endswith("error: no such thing\n")
     assert given == ["--seed", "1"]
+
+
+def test_what_another_rank_says_keeps_its_lines_and_moves_no_cursor(capsys):
+    watch.tell(1, "first\n\tsecond \x1b[31mred\r")
+    assert capsys.readouterr().err == "[rank 1] first\n\tsecond \\x1b[31mred\\r\n"
 
 
 def test_brackets_in_a_path_are_printed_as_they_stand(capsys):
