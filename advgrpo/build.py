@@ -110,18 +110,21 @@ def build_adversary(config: Config, device: torch.device) -> Adversary | None:
     )
 
 
-def build_rewards(config: Config, sources: Sources, device: torch.device) -> dict[str, Reward]:
+def build_rewards(config: Config, sources: Sources, distributed: Distributed) -> dict[str, Reward]:
     """The fixed rewards in use; none for supervised fine-tuning."""
     if config.update.objective == "sft":
         return {}
-    return {name: _build_reward(name, config, sources, device) for name in config.rewards.fixed()}
+    return {name: _build_reward(name, config, sources, distributed) for name in config.rewards.fixed()}
 
 
-def _build_reward(name: str, config: Config, sources: Sources, device: torch.device) -> Reward:
+def _build_reward(name: str, config: Config, sources: Sources, distributed: Distributed) -> Reward:
     """A reward with the options of its section, and what the prompt file adds to them."""
     options = {**config.rewards.sections()[name].options(), **told(name, sources.metadata)}
     dtype = getattr(torch, config.adversary.dtype)
-    return build_reward(name, device=device, dtype=dtype, owner=f"rewards.{name}", **options)
+    reward = build_reward(name, device=distributed.device, dtype=dtype, owner=f"rewards.{name}", **options)
+    if hasattr(reward, "progress"):  # it waits for others, and is not stuck while it does
+        reward.progress = distributed.progress
+    return reward
 
 
 def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoSimilarity | None:
@@ -172,7 +175,7 @@ def blind_spots(config: Config, observer: DinoSimilarity | None) -> str:
 
 
 def build_metrics(
-    config: Config, sources: Sources, observer: DinoSimilarity | None, device: torch.device
+    config: Config, sources: Sources, observer: DinoSimilarity | None, distributed: Distributed
 ) -> dict[str, Reward]:
     """What evaluation.metrics names; UserError for one this run cannot compute."""
     if not sources.held_out:
@@ -192,7 +195,7 @@ def build_metrics(
         elif name in PictureStatistic.NAMES:
             metrics[name] = PictureStatistic(name)
         else:
-            metrics[name] = _build_reward(name, config, sources, device)
+            metrics[name] = _build_reward(name, config, sources, distributed)
         if name in NEED_REFERENCES and sources.references is None:
             raise UserError(f"evaluation.metrics: {name} compares with references; set data.references")
     return metrics
@@ -208,5 +211,5 @@ def build_scorer(
     """Rewards, references and their cached features in one place."""
     cache = Path(config.data.cache_dir).expanduser()
     features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
-    rewards = build_rewards(config, sources, distributed.device)
+    rewards = build_rewards(config, sources, distributed)
     return Scorer(config, adversary, features, rewards, sources.references, observer, distributed)

@@ -58,6 +58,7 @@ _FREE_TO_CHANGE = (
     "output",
     "evaluation.every",
     "monitor",
+    *(f"rewards.remote.{name}" for name in ("url", "timeout", "retries", "backoff", "wait", "token_file")),
 )
 
 
@@ -106,7 +107,7 @@ class Run:
         observer = build_observer(config, adversary, distributed.device)
         if unseen := blind_spots(config, observer):
             self.console.print(unseen, highlight=False)
-        metrics = build_metrics(config, sources, observer, distributed.device)
+        metrics = build_metrics(config, sources, observer, distributed)
         trainer = Trainer(
             config,
             policy=policy,

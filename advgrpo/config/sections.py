@@ -409,10 +409,17 @@ class RemoteReward(RewardSection):
     """Where to POST pictures and prompts, e.g. http://host:8000/score."""
     batch_size: Batch = 16
     """Pictures per request."""
-    timeout: Above0 = 60.0
+    timeout: Annotated[float, Field(ge=0.001, le=86400)] = 60.0
     """Seconds a request may take."""
     retries: Annotated[int, Field(ge=0, le=1000)] = 3
     """Further attempts after a lost connection, a time-out or a server error."""
+    backoff: Annotated[float, Field(ge=0.001, le=30)] = 1.0
+    """Seconds before the first of them; doubles each time, up to 30."""
+    wait: Annotated[float, Field(ge=0, le=604800)] = 300.0
+    """Seconds that a judge which is down (nobody listens; status 502, 503, 504) is waited for; 0: only `retries`."""
+    token_file: str = ""
+    """File with the server's token (rewards.serve --token-file), which stands in no output of the run; empty: that of
+    environment variable ADVGRPO_REWARD_TOKEN, or none."""
 
 
 class RewardsSection(Section):

@@ -16,7 +16,11 @@ from ..types import Features
 
 @runtime_checkable
 class Reward(Protocol):
-    """A fixed judge of pictures: higher is better. Nothing in it is trained."""
+    """A fixed judge of pictures: higher is better. Nothing in it is trained.
+
+    One that waits for other machines has an attribute `progress`, which the run sets to `Distributed.progress`, and
+    calls it with what it begins and how long that may take.
+    """
 
     name: str  # the key of its metrics, "reward_<name>"
 

@@ -45,7 +45,7 @@ CACHE = [
 
 def _answers(behaviour: str, *expect: str) -> Case:
     def make(bench: Bench) -> list[str]:
-        quick = ("--rewards.remote.timeout", "1", "--rewards.remote.retries", "0")
+        quick = ("--rewards.remote.timeout", "1", "--rewards.remote.retries", "0", "--rewards.remote.wait", "0")
         return bench.train(
             "--rewards.remote.weight", "1", "--rewards.remote.url", bench.world.servers[behaviour], *quick
         )
@@ -54,15 +54,25 @@ def _answers(behaviour: str, *expect: str) -> Case:
 
 
 def _url(url: str, *expect: str) -> Case:
-    return flagged(
-        _REMOTE, ["--rewards.remote.weight", "1", "--rewards.remote.url", url, "--rewards.remote.retries", "0"], *expect
-    )
+    once = ("--rewards.remote.retries", "0", "--rewards.remote.wait", "0")
+    return flagged(_REMOTE, ["--rewards.remote.weight", "1", "--rewards.remote.url", url, *once], *expect)
+
+
+def _token(name: str, content: bytes, *expect: str) -> Case:
+    def make(bench: Bench) -> list[str]:
+        token = ("--rewards.remote.token_file", bench.write("token", content))
+        return bench.train("--rewards.remote.weight", "1", "--rewards.remote.url", bench.world.servers["good"], *token)
+
+    return Case(_REMOTE, name, ("rewards.remote.token_file = ", *expect), make)
 
 
 REMOTE = [
     _answers("not-found", "404"),
     _answers("refuses", "400"),
     _answers("fails", "500"),
+    _answers("down", "503", "gave up after 1 attempts in 0 s (retries = 0, wait = 0 s)"),
+    _answers("wants-a-token", "401", "set token_file to a file with the server's token"),
+    _answers("rude", "status 400 Bad Request: \\x1b[2J"),
     _answers("redirects", "302"),
     _answers("html"),
     _answers("not-json"),
@@ -80,6 +90,20 @@ REMOTE = [
     _url("127.0.0.1:8000", "rewards.remote.url = '127.0.0.1:8000'"),
     _url("http://[::1/score", "rewards.remote.url = 'http://[::1/score'"),
     _url("http://host:99999/", "rewards.remote.url = 'http://host:99999/'"),
+    _url("http://host:0/", "rewards.remote.url = 'http://host:0/'"),
+    _url("http://ho st:1/", "rewards.remote.url = 'http://ho st:1/' is not an address (it holds a space"),
+    _url("http://a..b/", "rewards.remote.url = 'http://a..b/' is not an address"),
+    flagged(_REMOTE, "--rewards.remote.backoff 0", "rewards.remote.backoff = 0: want a number from 0.001 to 30"),
+    flagged(_REMOTE, "--rewards.remote.wait -1", "rewards.remote.wait = -1: want a number from 0 to 604800"),
+    flagged(_REMOTE, "--rewards.remote.wait inf", "rewards.remote.wait = inf: not finite"),
+    flagged(
+        _REMOTE,
+        "--rewards.remote.weight 1 --rewards.remote.url http://127.0.0.1:1 --rewards.remote.token_file nowhere",
+        "rewards.remote.token_file = nowhere does not exist; write the token into it",
+    ),
+    _token("token of two lines", b"a\nb", "want the token alone"),
+    _token("token binary", b"\xff\x00", "is not UTF-8 text"),
+    _token("no token", b"\n", "want the token alone"),
 ]  # fmt: skip
 
 
