@@ -62,13 +62,19 @@ class Header:
         return None
 
 
-def read_header(source: Path | BinaryIO, name: str | None = None, *, formats: tuple[str, ...] = FORMATS) -> Header:
+def read_header(
+    source: Path | BinaryIO,
+    name: str | None = None,
+    *,
+    formats: tuple[str, ...] = FORMATS,
+    max_pixels: int = MAX_PIXELS,
+) -> Header:
     """The header of a picture; nothing is decoded.
 
     Raises:
         PictureError: as `open_picture`, but for what only decoding finds.
     """
-    with _opened(source, name or str(source), formats, MAX_PIXELS) as picture:
+    with _opened(source, name or str(source), formats, max_pixels) as picture:
         return _header_of(picture)
 
 

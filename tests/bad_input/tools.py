@@ -291,6 +291,13 @@ SERVE = [
     serve(["--reward", "rule", "--options", '{"strickt": true}'], "no option 'strickt'; it has strict"),
     serve(["--reward", "rule", "--options", '{"device": "cpu"}'], "device is no option of a reward; use --device"),
     serve(["--reward", "ocr", "--options", '{"workers": 0}'], "--options ocr.workers = 0: want a whole number"),
+    serve("--reward rule --token-file nowhere", "--token-file nowhere does not exist; write the token into it"),
+    serve(lambda b: ["--reward", "rule", "--token-file", b.write("token", "two words")], "want the token alone", name="token of two words"),
+    serve("--reward rule --allow-hosts http://judge:80", "--allow-hosts http://judge:80: want names of this machine"),
+    serve("--reward rule --max-pixels 0", "--max-pixels 0: want a whole number of at least 1"),
+    serve("--reward rule --max-picture-pixels 1e30", "--max-picture-pixels 1e30: want a whole number"),
+    serve("--reward rule --request-seconds inf", "--request-seconds inf: not finite"),
+    serve("--reward rule --score-seconds 0", "--score-seconds 0: want a number from 0.1 to 86400"),
     serve("--reward rule --references x", "--references and --prompts belong together"),
 ]  # fmt: skip
 
