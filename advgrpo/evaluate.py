@@ -26,6 +26,7 @@ from .atomic import write_atomically
 from .command import plain_console, run_command
 from .config import MOST_PER_PROMPT, NEED_REFERENCES, Config
 from .data.pictures import Fit
+from .data.prompt_lengths import cut_prompts
 from .data.prompts import load_prompts
 from .data.references import ReferenceSet
 from .data.sources import Sources, metadata_of, shipped_path, told
@@ -386,7 +387,10 @@ def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
     if distributed.world_size > 1:
         raise UserError("advgrpo.evaluate runs in one process: start it without torchrun")
     device, folder = distributed.device, pipeline_folder(options.model, field="--model")
-    check_size(folder, options.drawn(folder).resolution, model_field="--model", field="--resolution")
+    drawn = options.drawn(folder)
+    check_size(folder, drawn.resolution, model_field="--model", field="--resolution")
+    for cut in cut_prompts(folder, prompts, drawn.max_sequence_length):
+        console.print(f"note: {cut.describe(len(prompts))}", soft_wrap=True)
     loras = {options.lora or "base": ("--lora", options.lora)}
     if options.against:
         loras[options.against] = ("--against", "" if options.against == "base" else options.against)

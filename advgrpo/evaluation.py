@@ -7,8 +7,7 @@ same noise, whatever the number of processes.
 from __future__ import annotations
 
 import contextlib
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +17,6 @@ from .config import Config
 from .data.references import ReferenceSet
 from .display import Display
 from .distributed import Distributed
-from .errors import UserError
 from .metric_names import CI95, FIRST, HELD_OUT
 from .picture_statistics import STATISTICS, picture_statistics
 from .policy.base import Policy
@@ -135,13 +133,3 @@ class PictureStatistic:
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
         return picture_statistics(images)[self.name]
-
-
-def check_metrics(names: Sequence[str], sections: Mapping[str, object]) -> None:
-    """UserError naming the nearest metric for one that does not exist."""
-    known = [*(name for name in sections if name != "adversary"), "rule_accuracy", *STATISTICS]
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"evaluation.metrics: unknown metric {name!r}; {hint}")

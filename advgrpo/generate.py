@@ -92,6 +92,7 @@ def generate(options: Generate) -> None:
     """Draw every prompt and write the grid."""
     from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
 
+    from .data.prompt_lengths import cut_prompts
     from .distributed import Distributed
     from .plots import draw_grid
     from .policy.adapters import read_lora_for
@@ -104,6 +105,8 @@ def generate(options: Generate) -> None:
     folder = pipeline_folder(options.model, field="--model")
     drawn = options.drawn(folder)
     check_size(folder, drawn.resolution, model_field="--model", field="--resolution")
+    for cut in cut_prompts(folder, options.prompt, drawn.max_sequence_length):
+        print(f"note: {cut.describe(len(options.prompt))}")
     lora = read_lora_for(folder, Path(options.lora), "--lora") if options.lora else None
     dtype = torch.bfloat16 if device == "cuda" and not options.world else torch.float32
     try:

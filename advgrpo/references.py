@@ -112,7 +112,7 @@ class Check(Options):
 def generate(options: Generate) -> None:
     """Everything that can be wrong with the options is found before the model is loaded."""
     from .data.reference_builder import ReferenceBuilder, Shard
-    from .data.reference_pipeline import DrawSettings, open_pipeline, parse_arguments
+    from .data.reference_pipeline import DrawSettings, cut_by, open_pipeline, parse_arguments
     from .train import quiet_libraries
 
     prompts = _load_prompts(options.prompts)
@@ -131,6 +131,9 @@ def generate(options: Generate) -> None:
     writable(options.out, "--out", leave=False)
     quiet_libraries()
     recipe, draw = open_pipeline(settings, _device(options.device))
+    if shard.index == 0:
+        for cut in cut_by(recipe, prompts):
+            print(f"note: {cut.describe(len(prompts))}", flush=True)
     builder = ReferenceBuilder(options.out, recipe, draw, per_prompt=options.per_prompt)
     built = builder.build(prompts, shard, report=lambda line: print(line, flush=True))
     print(f"shard {shard.index}/{shard.count}: drew {built.drawn} pictures, kept {built.kept}")

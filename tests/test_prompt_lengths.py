@@ -2,7 +2,7 @@
 
 Bugs planted in a copy, each seen red: the limit off by one in either direction; the loss begun one token late; a T5
 judged by CLIP's limit, or where no encoder reads it; held-out prompts forgotten; nothing said of prompts that an
-iteration repeats.
+iteration repeats; a command that draws says nothing; a T5's limit of `references generate` not asked for.
 """
 
 import json
@@ -16,7 +16,10 @@ from advgrpo import config
 from advgrpo.data.prompt_lengths import cut_prompts
 from advgrpo.data.sources import Sources, shipped_path
 from advgrpo.distributed import Distributed
+from advgrpo.evaluate import main as evaluate
+from advgrpo.generate import main as generate
 from advgrpo.policy.sd3 import SD3Policy
+from advgrpo.references import main as references
 from advgrpo.run import Run
 
 LONG = "a small red star on the left of a blue background with a green ring beside it"
@@ -79,6 +82,41 @@ def test_a_run_says_which_prompts_are_cut_and_its_summary_too(unit_config, tmp_p
     run.train()
     summary = json.loads((Path(settings.output_dir) / "summary.json").read_text())
     assert summary["prompts_cut_by"]["tokenizer"] == summary["prompts_cut_by"]["tokenizer_2"] == 1
+
+
+def test_a_tokenizer_of_another_family_is_not_judged(unit_pipeline, tmp_path):
+    """Their pipelines cut where only their code says; nor need transformers have it."""
+    index = json.loads((Path(unit_pipeline) / "model_index.json").read_text())
+    others = {part: [index[part][0], "ChatGLMTokenizer"] for part in ("tokenizer", "tokenizer_2", "tokenizer_3")}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **others}))
+    assert cut_prompts(tmp_path, [LONG], 2) == []
+
+
+def test_commands_that_draw_say_which_prompts_are_cut(unit_pipeline, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{LONG}\n{SHORT}\n")
+    model = ["--model", unit_pipeline, "--num-steps", "1", "--device", "cpu"]
+    one = ["--images-per-prompt", "1", "--resolution", "32"]
+    scored = ["--metrics", "saturation", "--output", str(tmp_path / "scores"), "--cache-dir", str(tmp_path / "cache")]
+    drawn = ["--out", str(tmp_path / "set"), "--per-prompt", "1", "--height", "32", "--width", "32"]
+    picture = ["--output", str(tmp_path / "grid.png")]
+    commands = {
+        "generate": lambda: generate(["--prompt", LONG, "--prompt", SHORT, *model, *one, *picture]),
+        "evaluate": lambda: evaluate(["--prompts", str(prompts), *model, *one, *scored]),
+        "references": lambda: references(["generate", "--prompts", str(prompts), *model, *drawn]),
+    }
+    for name, command in commands.items():
+        assert command() == 0, name
+        said = capsys.readouterr().out
+        assert "note: 1 of 2 prompts are longer than the 13 tokens of CLIPTokenizer (tokenizer, tokenizer_2)" in said, (
+            name
+        )
+        assert "T5" not in said, name
+    short = ["--arguments", '{"max_sequence_length": 5}']
+    assert (
+        references(["generate", "--prompts", str(prompts), *model, *drawn, "--out", str(tmp_path / "5"), *short]) == 0
+    )
+    assert "the 5 tokens of T5Tokenizer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(6, []), (8, "1 or 2 times"), (12, "them 2 times")])

@@ -309,7 +309,7 @@ class AdversarySection(Section):
     reference_choice: Literal["random", "in_turn"] = "random"
     """The reference that a generation is compared with in R(ref), head batches and pairs: a random one of its prompt,
     or that of the picture's place in the group modulo their number, so that all are seen alike (released)."""
-    replay_capacity: Count = 1024
+    replay_capacity: Annotated[int, Field(ge=0, le=65536)] = 1024
     """Older generations kept as negatives."""
     replay_share: Fraction = 0.25
     """Share of each head batch drawn from the replay buffer once it holds anything."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_JUDGED = ("CLIP", "T5")  # of other families nobody knows from their files where a pipeline cuts
 _SHOWN = 60  # characters of a prompt, and of what it loses
 
 
@@ -37,14 +38,14 @@ def cut_prompts(pipeline: Path, prompts: Sequence[str], max_sequence_length: int
 
     Args:
         pipeline: folder with model_index.json.
-        max_sequence_length: tokens of a T5; CLIPs have their own limit.
+        max_sequence_length: tokens of a T5; CLIPs have their own limit. Other tokenizers are not looked at.
     """
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     found: dict[tuple[str, int, tuple[str, ...], str], list[str]] = {}
     for part in TOKENIZERS:
         library, kind = index.get(part) or (None, None)
         encoder, _ = index.get(part.replace("tokenizer", "text_encoder")) or (None, None)
-        if library is None or encoder is None or not prompts:
+        if library is None or encoder is None or not prompts or not kind.startswith(_JUDGED):
             continue
         tokenizer = _load(pipeline / part, kind)
         limit = max_sequence_length if kind.startswith("T5") else tokenizer.model_max_length

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from advgrpo.data.prompt_lengths import CutPrompts, cut_prompts
 from advgrpo.data.reference_builder import Recipe
 from advgrpo.errors import UserError
 from advgrpo.fingerprint import folder_fingerprint
@@ -21,6 +22,7 @@ from advgrpo.tiny import WORLDS
 _TINY = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": 32, "width": 32}
 # Without a negative prompt QwenImagePipeline ignores its true_cfg_scale and draws unguided.
 _QWEN = {"negative_prompt": " "}
+_T5_TOKENS = 512  # what a T5 was trained with, where a pipeline's call has no limit
 _OURS = {"prompt", "num_images_per_prompt", "generator", "output_type", "return_dict"}
 
 
@@ -73,6 +75,15 @@ def open_pipeline(settings: DrawSettings, device: str) -> tuple[Recipe, Callable
         arguments=arguments,
     )
     return recipe, lambda prompt, seeds: _draw(pipe, arguments, prompt, seeds)
+
+
+def cut_by(recipe: Recipe, prompts: list[str]) -> list[CutPrompts]:
+    """The prompts that the text encoders of an opened pipeline do not read to their end."""
+    import diffusers
+
+    known = inspect.signature(getattr(diffusers, recipe.pipeline).__call__).parameters
+    own = known["max_sequence_length"].default if "max_sequence_length" in known else _T5_TOKENS
+    return cut_prompts(_model_folder(recipe.model), prompts, recipe.arguments.get("max_sequence_length", own))
 
 
 def _model_folder(model: str) -> Path:

@@ -136,6 +136,7 @@ JUDGES = [
     flagged(_JUDGES, "--adversary.schedule sometimes", "adversary.schedule = 'sometimes'"),
     flagged(_JUDGES, "--adversary.alternate_period 1", "adversary.alternate_period = 1"),
     flagged(_JUDGES, "--adversary.replay_share 2", "adversary.replay_share = 2: want a number from 0 to 1"),
+    flagged(_JUDGES, "--adversary.replay_capacity 2147483647", "adversary.replay_capacity = 2147483647: want a whole number from 0 to 65536"),
     flagged(_JUDGES, "--adversary.num_patches 0", "adversary.num_patches = 0"),
     flagged(_JUDGES, "--rewards.rule.weight -1", "rewards.rule.weight = -1: want a number of at least 0"),
     flagged(_JUDGES, "--rewards.mine.weight 1", "unknown flag --rewards.mine.weight"),
