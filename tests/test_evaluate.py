@@ -2,7 +2,7 @@
 
 Bugs planted in a copy, each seen red: scores of the second model drawn from other noise; LoRA loaded with alpha = rank;
 the picture axis mixed up with the prompt axis; options of the file winning over flags; prompts not checked before work;
-the LoRA scored as its own base.
+the LoRA scored as its own base; rule_accuracy not strict; one statistic given for another.
 """
 
 import json
@@ -19,6 +19,7 @@ from advgrpo.distributed import Distributed
 from advgrpo.errors import UserError
 from advgrpo.evaluate import Evaluate, main, metric_options, split_metric_options
 from advgrpo.evaluation import Evaluator
+from advgrpo.picture_statistics import picture_statistics
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.rewards import REWARDS, build_reward, reward_class
 from advgrpo.statistics import bootstrap_mean, paired_bootstrap
@@ -153,6 +154,25 @@ def test_a_lora_without_metadata_has_alpha_equal_to_rank(unit, tmp_path):
     save_file({"lora_unet.down": torch.zeros(2, 2)}, tmp_path / "bare" / "pytorch_lora_weights.safetensors")
     with pytest.raises(UserError, match="want diffusers' format"):
         lora_section(tmp_path / "bare", Path(pipeline))
+
+
+def test_statistics_and_the_strict_judge_are_what_they_are_in_training(unit, tmp_path):
+    """Of the same pictures, drawn again from the same noise."""
+    folder, pipeline = unit
+    names = ["saturation", "dark_share", "edge_density", "rule_accuracy"]
+    assert main(flags(unit, tmp_path, "--metrics", ",".join(names))) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())["prompts"]
+    settings = config.build({"seed": 42, "evaluation": {"num_steps": 2, "guidance_scale": 1.0}}, "test")
+    prompts = [row["prompt"] for row in found]
+    base = Evaluator(policy(pipeline, folder / "cache"), None, None, prompts, settings, Distributed.start("cpu")).base()
+    judge = build_reward("rule", strict=True)
+    for number, row in enumerate(found):
+        images = base.pictures([row["prompt"]] * 2, base.ids(number, 2))
+        expected = {**picture_statistics(images), "rule_accuracy": judge.score(images, [row["prompt"]] * 2)}
+        for name in names:
+            assert row["scores"]["base"][name] == pytest.approx(expected[name].tolist(), abs=1e-5), name
+    saturation = [value for row in found for value in row["scores"]["base"]["saturation"]]
+    assert len(set(saturation)) > 1
 
 
 def test_options_of_metrics_come_from_defaults_file_and_flags(tmp_path):

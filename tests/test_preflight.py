@@ -260,6 +260,16 @@ def test_the_backends_that_can_be_asked_for_are_those_there_are():
     assert set(get_args(choices)) == {"auto", *attention._MAKERS}
 
 
+def test_a_model_behind_a_licence_names_the_way_to_it(capsys):
+    """SD3.5's pages ask for consent; the hub answers like for a model that does not exist."""
+    assert generate(["--prompt", "a red star", "--model", "stabilityai/stable-diffusion-3.5-medium"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "error: --model = 'stabilityai/stable-diffusion-3.5-medium' is neither a folder nor a hub"
+    )
+    assert "accept that on its page and run `hf auth login`" in message
+
+
 def test_the_table_of_fast_paths_claims_nothing_that_this_machine_lacks(unit_config, capsys):
     unit_config.rollout.precision = unit_config.model.base_precision = "fp8"
     paths = FastPaths.choose(unit_config, torch.device("cpu"))

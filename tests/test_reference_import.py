@@ -5,7 +5,7 @@ EXIF ignored; the crop at the left; letterbox bars in black; finished pictures m
 kept; hidden folders read; the index written although pictures are unusable; another recipe mixed in; a target around
 the originals; captions of several lines; a blank caption accepted;
 pictures in a single colour, before or after cropping, let pass. In `check`: one picture for all prompts, single
-colours and pictures that are not square unseen.
+colours and pictures that are not square unseen; thumbnails squashed.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from advgrpo.data import reference_import
+from advgrpo.data import reference_check, reference_import
 from advgrpo.data.pictures import to_rgb
 from advgrpo.data.prompts import load_prompts
-from advgrpo.data.reference_check import check_set
+from advgrpo.data.reference_check import check_set, draw_contact_sheet
 from advgrpo.data.references import ReferenceSet
 from advgrpo.errors import UserError
 from advgrpo.references import BAD_SET, main
@@ -448,6 +448,20 @@ def test_check_tells_what_training_would_refuse_and_what_it_would_not(tmp_path, 
     assert "not square: their middle is used" in check_set(folder, fit="crop").warnings
     assert main(["check", str(folder)]) == BAD_SET
     assert f"references import {folder} --out {folder}-imported" in capsys.readouterr().out
+
+
+def test_the_contact_sheet_shows_shapes(tmp_path, monkeypatch):
+    """A picture of 40 x 8 stands between white bars of two fifths each; squashed ones look like squares."""
+    drawn = []
+    monkeypatch.setattr(reference_check, "draw_grid", lambda rows, *_, **__: drawn.append(rows))
+    save(tmp_path / "set" / "wide.png", np.zeros((8, 40, 3), dtype=np.uint8))
+    save(tmp_path / "set" / "square.png", np.zeros((8, 8, 3), dtype=np.uint8))
+    assert draw_contact_sheet(tmp_path / "set", tmp_path / "sheet.png", tile=80) == 2
+    square, wide = drawn[0][0][1][0][1]
+    assert (wide[:, :32] == 1).all()
+    assert (wide[:, 32:48] == 0).all()
+    assert (wide[:, 48:] == 1).all()
+    assert (square == 0).all()
 
 
 @pytest.mark.parametrize("copies", [False, True])

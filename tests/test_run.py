@@ -2,7 +2,8 @@
 
 Bugs planted in a copy, each seen red: EMA left out of the checkpoint; replay buffer left out; iteration off by one
 after resume; reference draw keyed by rank; loss weighted by the local instead of the global number of pictures;
-the generator's turns not looked for in the summary.
+the generator's turns not looked for in the summary; in a grid's heading the seed or the score left out, or the base's
+score over all its pictures beside that of one each.
 """
 
 import io
@@ -118,6 +119,26 @@ def test_what_a_run_leaves(unit_config, unit_pipeline):
     pipe = StableDiffusion3Pipeline.from_pretrained(unit_pipeline)
     pipe.load_lora_weights(folder / "lora")
     assert pipe.get_active_adapters()
+
+
+def test_grids_say_what_they_show_and_compare_with_as_many_pictures(unit_config, monkeypatch):
+    """While training one picture of each prompt is scored: the base's number beside it is that of its first ones."""
+    headings = {}
+    monkeypatch.setattr("advgrpo.run.draw_grid", lambda _, path, header: headings.update({path.stem: header}))
+    evaluation = unit_config.evaluation
+    evaluation.every, evaluation.during_images_per_prompt, evaluation.images_per_prompt = 1, 1, 4
+    evaluation.metrics, evaluation.guidance_scale = ("dino_similarity",), 2.5
+    made = run(unit_config)
+    base, few = made.base["eval_dino_similarity"], made.base["eval_dino_similarity_first"]
+    assert f"{base:.3f}" != f"{few:.3f}"
+    during = metrics(unit_config.output_dir)[0]["eval_dino_similarity"]
+    final = json.loads((Path(unit_config.output_dir) / "summary.json").read_text())["final"]["dino_similarity"]
+    drawn = "seed 42 · 2 steps, guidance 2.5 · dino_similarity"
+    assert headings == {
+        "base": f"run · base model · {drawn} {base:.3f}",
+        "iteration-000001": f"run · iteration 1 of 2 · {drawn} {few:.3f} -> {during:.3f}",
+        "final": f"run · iteration 2 of 2 · {drawn} {base:.3f} -> {final:.3f}",
+    }
 
 
 def test_same_seed_same_losses_and_another_seed_others(unit_config, tmp_path):
