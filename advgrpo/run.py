@@ -331,9 +331,7 @@ class Run:
             raise UserError(f"--resume {self.folder}: {path} was not written by advgrpo.train")
         different = _differences(state["config"], self.config.model_dump(mode="json"))
         if different:
-            free = ", ".join(
-                name for name in _FREE_TO_CHANGE if name != "output_dir"
-            )  # the folder, wherever it lies now
+            free = ", ".join(each for each in _FREE_TO_CHANGE if each != "output_dir")  # only that the folder was moved
             raise UserError(
                 f"--resume {self.folder}: the checkpoint was made with other settings: {'; '.join(different)}. Leave "
                 f"them as they were, or start a new run (only {free} may change)"
