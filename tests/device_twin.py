@@ -170,6 +170,9 @@ class _NoOperators(TorchFunctionMode):
             return func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)  # from ordinary memory, as on a GPU
         if func == torch.Tensor.is_meta.__get__ and isinstance(args[0], TwinTensor):
             return False
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], TwinTensor):
+            args[0].held = args[1].held
+            return None
         if func is torch.Tensor.new_tensor and isinstance(args[0], TwinTensor):
             return torch.tensor(args[1], dtype=(kwargs or {}).get("dtype", args[0].dtype)).to(DEVICE)
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and isinstance(args[0], TwinTensor):

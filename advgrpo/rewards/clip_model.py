@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPModel
 
 from ..errors import UserError
+from ..transfer import to_device
 from .loading import expanded, load_pretrained
 from .preprocess import ImagePreprocess
 
@@ -85,10 +86,9 @@ class ClipModel:
         if prompt in self._texts:
             self._texts.move_to_end(prompt)
             return self._texts[prompt]
-        tokens = self.tokenizer(prompt, max_length=self.max_tokens, truncation=True, return_tensors="pt").to(
-            self.device
-        )
-        output = self.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        tokens = self.tokenizer(prompt, max_length=self.max_tokens, truncation=True, return_tensors="pt")
+        ids, mask = (to_device(tokens[name], self.device) for name in ("input_ids", "attention_mask"))
+        output = self.model.text_model(input_ids=ids, attention_mask=mask)
         embedding = F.normalize(self.model.text_projection(output.pooler_output).float()[0], dim=-1)
         self._texts[prompt] = embedding
         if len(self._texts) > _PROMPTS_IN_MEMORY:

@@ -12,6 +12,7 @@ from transformers import Dinov2Model
 from ..config import AdversarySection
 from ..errors import UserError
 from ..fingerprint import module_fingerprint
+from ..transfer import to_device
 from ..types import Features
 from .feature_head import FeatureHeadAdversary
 from .loading import expanded, load_pretrained
@@ -67,7 +68,7 @@ class DinoBackbone:
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] in [0, 1] -> bicubic to image_size, ImageNet mean and standard deviation."""
-        images = images.to(self.device, torch.float32)
+        images = to_device(images, self.device).float()
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

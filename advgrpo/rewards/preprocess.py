@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers.utils import cached_file
 
 from ..errors import UserError
+from ..transfer import to_device
 
 _FILES = ("preprocessor_config.json", "processor_config.json")  # the second is newer transformers' way of saving
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
@@ -97,7 +98,7 @@ class ImagePreprocess:
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"want float images [B, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}")
-        images = images.to(self.device, torch.float32)
+        images = to_device(images, self.device).float()
         size = self.output_size(*images.shape[-2:])
         if tuple(images.shape[-2:]) != size:
             images = F.interpolate(images, size=size, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)

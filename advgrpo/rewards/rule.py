@@ -17,6 +17,7 @@ import torch
 from ..errors import UserError
 from ..tiny.judge import judge
 from ..tiny.shapes import Scene
+from ..transfer import to_device
 from .pixels import check_pictures
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class RuleReward:
             self._score_batch(pictures[start : start + _BATCH], prompts[start : start + _BATCH])
             for start in range(0, len(prompts), _BATCH)
         ]
-        return torch.cat(parts).to(images.device)
+        return to_device(torch.cat(parts), images.device)
 
     def _score_batch(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         verdict = judge(pictures, prompts)
