@@ -188,7 +188,7 @@ class RolloutSection(Section):
     """Log-probability: Flow-CPS drops constants and variance (squared_error), Flow-GRPO keeps them (gaussian)."""
     initial_noise: Literal["per_image", "shared"] = "per_image"
     """Every picture's own initial noise (the paper, the released code), or one for the pictures of a prompt, which up
-    to the window are then one trajectory that --fast computes once (Flow-GRPO-Fast)."""
+    to the window are then one trajectory that --fast computes once (Flow-GRPO-Fast: one per mini-group, 8 of 16)."""
     window: WindowSection = WindowSection()
     precision: Literal["model", "fp8"] = "model"
     """ODE steps, which have no likelihood: merged weights in the model's dtype, or in FP8; needs --fast."""

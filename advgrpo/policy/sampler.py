@@ -1,10 +1,11 @@
 """The sampler: ODE steps, and on the window's steps noise and log-probabilities.
 
-Where the rows of a prompt share their initial noise (Flow-GRPO-Fast), they are one trajectory up to the window's first
-step: `share_prefix` computes it once per prompt and branches at that step; without it every row is computed, with the
-same result up to rounding. Where every picture has its own noise (the released Adv-GRPO code), nothing is shared. The
-window's steps always run the trainer's own forward, so that log-probabilities can be
-repeated to the last bit; merged weights serve ODE steps only, unless `window_merged` gives that exactness up.
+Where the rows of a prompt share their initial noise (in Flow-GRPO-Fast those of a mini-group do), they are one
+trajectory up to the window's first step: `share_prefix` computes it once per prompt and branches at that step;
+without it every row is computed, with the same result up to rounding. Where every picture has its own noise (the
+released Adv-GRPO code), nothing is shared. The window's steps always run the trainer's own forward, so that
+log-probabilities can be repeated to the last bit; merged weights serve ODE steps only, unless `window_merged` gives
+that exactness up.
 
 Every step does the same operations whatever its number: coefficients, timesteps and modulations are device tables read
 at a device step counter, noise is keyed by device tensors, and nothing waits for the device. With a graph backend each
