@@ -2,9 +2,11 @@
 
 On a GPU every call is timed by CUDA events behind the write of a buffer much larger than the L2 cache. That write takes
 about 0.25 ms, in which the host enqueues some 30 operators: of shorter calls the events enclose the kernels' time
-alone, of longer ones also what the host is behind by. Launches are counted elsewhere
-(tests/kernels/test_launch_counts.py). On a CPU the clock is the process's CPU time, which neighbours disturb less, and
-the figures are no more than a comparison of both sides there.
+alone, of longer ones also what the host is behind by. It leaves the L2 full of lines that are still to be written back,
+up to 50 MB of which fall into the timed call: shares of the copy bandwidth, whose own copy of 4 GB does not feel that,
+are lower bounds for calls that move little more. Launches are counted elsewhere (tests/kernels/test_launch_counts.py).
+On a CPU the clock is the process's CPU time, which neighbours disturb less, and the figures are no more than a
+comparison of both sides there.
 """
 
 from __future__ import annotations
