@@ -119,11 +119,11 @@ def measure(
         embeddings: [B, D] their DINO class tokens, in the rollout's order, if there is a DINO.
         references: of the same prompts, if the run has any.
     """
-    images = torch.cat([tile.images for tile in rollout.tiles])
-    columns = _columns(images)
+    columns = torch.cat([_columns(tile.images) for tile in rollout.tiles])
     if references is not None:
-        own = torch.stack([references.prompt(prompt, tuple(images.shape[-2:])) for prompt in rollout.prompts])
-        columns = torch.cat([columns, to_device(own, images.device)], dim=1)
+        size = tuple(rollout.tiles[0].images.shape[-2:])
+        own = torch.stack([references.prompt(prompt, size) for prompt in rollout.prompts])
+        columns = torch.cat([columns, to_device(own, columns.device)], dim=1)
     order = distributed.all_gather(to_device(rollout.image_ids, columns.device)).argsort()
     means = distributed.all_gather(columns)[order].double().mean(0).tolist()
     count, diversity = len(STATISTICS), None

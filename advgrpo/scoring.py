@@ -127,11 +127,9 @@ class Scorer:
         if self.adversary is not None:
             generated, reference = self._features(rollout, iteration)
             columns |= self._adversary_columns(rollout, generated, reference, iteration)
-        images = torch.cat([tile.images for tile in rollout.tiles])
-        for name, reward in self.rewards.items():
-            columns[name] = reward.score(images, rollout.prompts, self.references).to(images.device)
+        columns |= self._fixed_columns(rollout)
         if self._of_references is not None:
-            found = self._of_references.columns(rollout.prompts, images)
+            found = self._of_references.columns(rollout.prompts, rollout.tiles[0].images)
             columns |= {f"{_COLUMN}{name}": column for name, column in found.items()}
         embeddings, similar = self._similarity(rollout, generated)
         if similar is not None:
@@ -175,6 +173,14 @@ class Scorer:
             name: self.adversary.score(features, ids, purpose=purpose, iteration=iteration).reward
             for name, (purpose, features) in sides.items()
         }
+
+    def _fixed_columns(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        """[B] each: the fixed rewards. They alone get the pictures in one piece, a copy that is gone afterwards."""
+        if not self.rewards:
+            return {}
+        images = torch.cat([tile.images for tile in rollout.tiles])
+        scores = {name: reward.score(images, rollout.prompts, self.references) for name, reward in self.rewards.items()}
+        return {name: score.to(images.device) for name, score in scores.items()}
 
     def _similarity(self, rollout: Rollout, generated: Features | None):
         """(class tokens [B, D], cosine to the own references [B]), each None where there is nothing to tell it by."""

@@ -4,7 +4,8 @@ Bugs planted in a copy, each seen red: the gate gives the mean instead of the lo
 iteration; the reference budget counts prompts; shared references computed once per prompt; out of memory passed on as
 it is; components not logged; references of a reward that compares with them scored, or scored at every use; the
 observer names the adversary's field; rewards of references not looked at before the update; a picture exactly at the
-gate barred; references drawn by the row on a process instead of the picture's number.
+gate barred; references drawn by the row on a process instead of the picture's number; all pictures copied together for
+the statistics, or for no reward.
 """
 
 import json
@@ -314,6 +315,18 @@ def test_fixed_rewards_of_the_references_are_taken_once_per_prompt(unit_config):
     for prompt, value in zip([first, second, first], columns["brightness"].tolist()):
         images = sources.references.load_images(sources.references.files(prompt)[:4], size=(32, 32))
         assert value == pytest.approx(images.mean().item() + len(prompt), rel=1e-6)
+
+
+@pytest.mark.parametrize(("rewards", "copies"), [({}, 0), ({"rule": {"weight": 0.5}}, 1)])
+def test_all_pictures_are_copied_together_only_for_fixed_rewards(unit_config, monkeypatch, rewards, copies):
+    """Such a copy is 0.3 GB on each of eight GPUs in the paper's runs."""
+    settings = change(unit_config, rewards=rewards, rollout={"prompts_per_iteration": 4})  # 8 are a prompt's references
+    trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer
+    whole, made, real = (settings.images_per_iteration, 3, 32, 32), [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
+    row = trainer.iterate()
+    assert [tuple(tensor.shape) for tensor in made].count(whole) == copies
+    assert row["monitor_saturation"] > 0
 
 
 def test_what_references_would_get_is_logged_beside_the_reward(unit_config):
