@@ -365,12 +365,7 @@ def clipped_policy_loss(
         ValueError: names the argument that does not fit; s = 0 as in `gaussian_log_prob`.
     """
     check_step_inputs(
-        latents,
-        velocity,
-        coefficients,
-        uncond_velocity,
-        guidance_scale,
-        likelihood,
+        *(latents, velocity, coefficients, uncond_velocity, guidance_scale, likelihood),
         next_latents=next_latents,
         reference_mean=reference_mean,
     )
