@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint golden kernels-matrix tiny-assets gpu-carry clean
+.PHONY: train test lint golden peers kernels-matrix tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -27,6 +27,11 @@ MATRIX ?= $(PYTHON):2.6.0:3.2.0:diffusers==0.33.1,transformers==4.46.3,peft==0.1
 
 kernels-matrix:
 	tests/kernels/matrix.sh $(MATRIX)
+
+# The integrations of kernels/ against the other codebases themselves, cloned at the commits of tests/peers/commits.json.
+peers: $(VENV)/.dev
+	$(BIN)/python -m tests.peers.checkouts .peers
+	ADVGRPO_PEERS=$(CURDIR)/.peers OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers $(ARGS)
 
 # Rebuild what advgrpo/tiny/assets ships; about an hour and a half of two CPU cores.
 tiny-assets: $(VENV)/.train
