@@ -14,17 +14,21 @@ prefixed by the attempt). Each second the thread leaves a note and looks for a f
   `watch.SILENCE_SECONDS`.
 - A rank that lives but hangs, or calls collectives in another order, lets the others run into the collective timeout.
   With gloo that raises where they wait, and says who is missing, at what work; the missing rank's stack is printed.
-  With NCCL its watchdog thread ends the process, some seconds later and without a Python error, which is why the
-  reports above do not depend on it.
+  With NCCL its own watchdog would end the process without a Python error, so it gets a longer timeout, and the ring of
+  watches says the same: a neighbour that lives, is behind and begins nothing new for as long as it may hangs.
+
+`watch.seconds_to_the_end` adds up how long each of these takes with the default timeout. Longer than the minute may
+take only what can be slow for a good reason: reading models and prompts, and what is done for the first time while
+others wait (`SLOW_SECONDS`).
 
 Work that only some ranks do, or that takes them different times (loading a model the first time, writing a checkpoint,
 scoring, evaluating), would run into that timeout too. It belongs in `monitored()`, where ranks wait for each other
 through the store: as long as every rank shows signs of life and begins new work now and then (`progress`).
 
 How a job stops early. Any rank may `ask_to_stop`, from a signal handler too. Rank 0 alone decides where: at its next
-`check_stop`, which stands between two pieces of work, `StopRequested` is raised, and from then on it enters no
-collective. It has to be rank 0, which saves: if another rank left first, rank 0 could wait for it in a collective. The
-others follow at their own `check_stop`, or are ended where they wait.
+`check_stop`, which stands between two pieces of work, or where it waits in `monitored`, `StopRequested` is raised, and
+from then on it enters no collective. It has to be rank 0, which saves: if another rank left first, rank 0 could wait
+for it in a collective. The others follow at their own `check_stop`, or are ended where they wait.
 """
 
 import atexit
@@ -33,7 +37,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -49,6 +53,8 @@ from .watch import CollectiveError, RankFailure, StopRequested, Watch
 
 T = TypeVar("T")
 START_SECONDS = 600.0  # machines of one job come up minutes apart
+SLOW_SECONDS = 600.0  # for one step of work that waits for a disk or network, or compiles kernels the first time
+_NCCL_EXTRA_SECONDS = 20.0  # until NCCL's watchdog ends the process: the watches have said more by then
 _SAY_WHO_IS_LATE_SECONDS = 30.0
 _LONGEST_POLL_SECONDS = 0.05
 
@@ -74,6 +80,7 @@ class Distributed:
         self._watch: Watch | None = None
         self._stop_reason: str | None = None
         self._stopped = False
+        self._interruptible = False
         self._last_meeting = ""
 
     @classmethod
@@ -82,7 +89,8 @@ class Distributed:
 
         Args:
             device: "cuda", "cpu", or "auto" for CUDA where there is a GPU.
-            timeout_seconds: how long a collective may take before it is an error.
+            timeout_seconds: how long a collective may take before it is an error, and a rank that others wait for may
+                take to begin something new.
 
         Raises:
             UserError: an unknown or absent device, more processes than GPUs, or an incomplete environment.
@@ -108,7 +116,7 @@ class Distributed:
             store=dist.PrefixStore("collectives", self._store),
             rank=self.rank,
             world_size=self.world_size,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timedelta(seconds=timeout_seconds + (_NCCL_EXTRA_SECONDS if on_gpu else 0.0)),
             device_id=self.device if on_gpu else None,
         )
 
@@ -174,10 +182,17 @@ class Distributed:
             note.steps += 1
 
     def ask_to_stop(self, reason: str) -> None:
-        """Let the whole job end early; see `check_stop`. May be called from a signal handler, on any rank."""
+        """Let the whole job end early; see `check_stop`. May be called from a signal handler, on any rank.
+
+        Raises:
+            StopRequested: on rank 0, called from a signal handler inside `interruptible`.
+        """
         self._stop_reason = self._stop_reason or reason
         if self._watch is not None:
             self._watch.wanted_stop = self._stop_reason
+        if self._interruptible:
+            self._interruptible = False
+            self._stop_here()
 
     @property
     def stop_reason(self) -> str | None:
@@ -198,25 +213,48 @@ class Distributed:
                 raise watched.failure.as_exception()
             if watched.has_stopped:
                 raise StopRequested(reason)
+        self._stop_here()
+
+    def _stop_here(self) -> None:
+        """StopRequested on rank 0 if somebody asked for it; the others learn that it stops."""
+        reason = self.stop_reason
         if self.is_main and reason is not None:
-            if watched is not None:
+            if self._watch is not None:
                 self._stopped = True
                 self._store.set("stopped", reason)
             raise StopRequested(reason)
 
-    def stoppable(self, work: Iterable[T]) -> Iterator[T]:
-        """The pieces of `work` with a `check_stop` before each of them."""
-        for piece in work:
-            self.check_stop()
+    def step(self, doing: str, *, within_seconds: float | None = None) -> None:
+        """A new piece of work where the job may also end: `check_stop`, then `progress`."""
+        self.check_stop()
+        self.progress(doing, within_seconds=within_seconds)
+
+    def stoppable(self, work: Collection[T], what: str) -> Iterator[T]:
+        """The pieces of `work` with a `step` before each of them, called "WHAT 1 of 8" and so on."""
+        for number, piece in enumerate(work, 1):
+            self.step(f"{what} {number} of {len(work)}")
             yield piece
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Work that may be broken off anywhere, such as waiting for another machine: a signal stops rank 0 at once."""
+        self._interruptible = True
+        try:
+            self.check_stop()
+            yield
+        finally:
+            self._interruptible = False
+
     def before_exit(self, action: Callable[[], None]) -> None:
-        """What to do, in another thread, if this process must be ended because its main thread is stuck."""
+        """What to do, in another thread, once the job has failed; within `watch.SAVE_SECONDS`, and it must not raise.
+
+        The main thread may be stuck, or be ending by itself meanwhile.
+        """
         if self._watch is not None:
             self._watch.before_exit = action
 
     @contextmanager
-    def monitored(self, what: str, *, at_most_seconds: float = 3600.0) -> Iterator[None]:
+    def monitored(self, what: str, *, at_most_seconds: float | None = None) -> Iterator[None]:
         """Work that takes ranks different times, free of the collective timeout; at its end all ranks meet.
 
         The wait ends early with the error of a rank that fails, or falls silent, meanwhile. All ranks enter, also those
@@ -224,11 +262,13 @@ class Distributed:
 
         Args:
             what: names the work in errors, such as "load the models"; the same on all ranks.
-            at_most_seconds: how long a rank may be at it without calling `progress`.
+            at_most_seconds: how long others wait for a rank that does not call `progress`; None: the collective
+                timeout.
 
         Raises:
             CollectiveError: a rank got stuck for that long, or for longer than its `progress` allowed; or another is at
                 other work.
+            StopRequested: on rank 0, which does not wait once the job shall stop, and then on the others.
         """
         self.progress(what, within_seconds=at_most_seconds)
         yield
@@ -262,9 +302,13 @@ class Distributed:
             return
         watched, self._watch = self._watch, None
         in_order = watched.failure is None and not watched.has_reported
-        if in_order:
-            watched.wait_for_goodbyes() if self.is_main else watched.say_goodbye()
         stopped = self._stopped or watched.has_stopped
+        if in_order and not self.is_main:
+            watched.say_goodbye()
+        elif in_order and stopped:  # torchrun may end this process soon: it does not wait for ranks that have died
+            watched.wait_for_goodbyes(2 * watch.POLL_SECONDS + watch.GRACE_SECONDS)
+        elif in_order:
+            watched.wait_for_goodbyes()
         if self.device.type == "cuda" and stopped and in_order:
             atexit.register(watch.exit_now, 0)  # others may have been ended inside a collective, which NCCL waits for
         elif dist.is_initialized() and (in_order or self.device.type == "cpu"):
@@ -329,15 +373,17 @@ class Distributed:
                 raise self._watch.failure.as_exception()
             if self._watch.has_stopped:
                 raise StopRequested(self._watch.stop_reason)
+            self._stop_here()
             now = time.monotonic()
             if now - looked > watch.POLL_SECONDS:
                 looked = now
                 stuck = self._watch.late(place, began, seen)
                 if stuck:
                     raise CollectiveError(f"meeting {what!r}: {stuck}")
-            if self.is_main and now - said > _SAY_WHO_IS_LATE_SECONDS:
+            if now - said > _SAY_WHO_IS_LATE_SECONDS:
                 said = now
-                watch.tell(self.rank, f"{what}: {now - began:.0f} s waiting for {self._watch.behind(place)}")
+                if late := self._watch.waited_for(place):
+                    watch.tell(self.rank, f"{what}: {now - began:.0f} s waiting for {late}")
             time.sleep(min(_LONGEST_POLL_SECONDS, 0.001 + 0.02 * (now - began)))  # short waits end at once
 
 

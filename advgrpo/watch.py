@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import sys
 import threading
@@ -22,15 +23,30 @@ import torch.distributed as dist
 
 from .errors import RunFailure, UserError, printable
 
+# How long a job lives on after a process was stopped or hangs is the sum of these, of the collective timeout, and of
+# what torchrun leaves between SIGTERM and SIGKILL (`seconds_to_the_end`): less than a minute.
 POLL_SECONDS = 1.0
-# A stopped process (SIGSTOP, a frozen machine) costs this + polls + GRACE_SECONDS + the 30 s that torchrun leaves
-# between SIGTERM and SIGKILL, which together stay under a minute. Nothing here holds the GIL this long.
-SILENCE_SECONDS = 20.0
-GRACE_SECONDS = 5.0
-LINGER_SECONDS = (
-    5.0  # a failed rank stays this long for the others to read its report: torchrun ends all once one exits
-)
+SILENCE_SECONDS = 20.0  # without a sign of life a process counts as dead; nothing here holds the GIL this long
+BEHIND_SECONDS = 6.0  # beyond what a process allows itself: a collective's own time-out, which says more, comes first
+GRACE_SECONDS = 5.0  # for the main thread to end by itself
+SAVE_SECONDS = 7.0  # for what is saved before the end, which begins at once, beside the grace
+LINGER_SECONDS = 5.0  # a failed rank stays for the others to read its report: torchrun ends all once one exits
+TORCHRUN_SECONDS = 30.0  # between SIGTERM and SIGKILL, which alone ends a stopped process
 _WAIT_POLL_SECONDS = 0.05
+
+
+def seconds_to_the_end(timeout: float) -> dict[str, float]:
+    """How long a job can go on once a process of it does not, by what became of that process.
+
+    Args:
+        timeout: of collectives, and of work within `monitored` that sets itself no other limit.
+    """
+    leaving = max(GRACE_SECONDS, SAVE_SECONDS)
+    return {
+        "stopped": SILENCE_SECONDS + 2 * POLL_SECONDS + leaving + TORCHRUN_SECONDS,
+        "hangs": timeout + BEHIND_SECONDS + 2 * POLL_SECONDS + leaving,
+        "hangs, and the collective notices": timeout + 3 * POLL_SECONDS + LINGER_SECONDS + leaving,
+    }
 
 
 class CollectiveError(RunFailure):
@@ -112,7 +128,7 @@ class Watch(threading.Thread):
         self.stop_reason: str | None = None  # why the job shall stop, once anybody said so
         self.has_stopped = False  # rank 0 has stopped: nothing is left for this process to do
         self.has_reported = False
-        self.before_exit: Callable[[], None] = lambda: None  # the last thing this process does if the thread ends it
+        self.before_exit: Callable[[], None] = lambda: None  # done once the job has failed; must not raise
         self.note = Note()
         self._store = store
         self._rank = rank
@@ -122,6 +138,8 @@ class Watch(threading.Thread):
         self._neighbour = (rank + 1) % world_size
         self._neighbour_note = b""
         self._neighbour_seen = time.monotonic()
+        self._neighbour_at = (0, 0)  # place and steps of the neighbour when it was last seen to move on
+        self._neighbour_moved = time.monotonic()
 
     def run(self) -> None:
         while self.failure is None and not self.has_stopped:
@@ -174,9 +192,11 @@ class Watch(threading.Thread):
         self._store.set(f"alive/{self._rank}", "done")
         self._store.add("goodbyes", 1)  # last: rank 0, and the store with it, may be gone right after
 
-    def wait_for_goodbyes(self) -> None:
-        while self._store.add("goodbyes", 0) < self._world_size - 1 and self.failure is None:
-            time.sleep(_WAIT_POLL_SECONDS)
+    def wait_for_goodbyes(self, seconds: float = math.inf) -> None:
+        def all_left() -> bool:
+            return self.failure is not None or self._store.add("goodbyes", 0) >= self._world_size - 1
+
+        self._wait_until(all_left, seconds)
         self.leave()
 
     def late(self, place: int, since: float, seen: dict[int, tuple[tuple[int, int], float]]) -> str:
@@ -195,9 +215,15 @@ class Watch(threading.Thread):
                 return f"rank {rank} has not come any further than {note.doing!r} for {now - seen[rank][1]:.0f} s"
         return ""
 
-    def behind(self, place: int) -> str:
-        """The ranks that have not come to `place` yet and what they are doing, for people who wait."""
-        return ", ".join(f"rank {r} ({note.doing})" for r, note in self._notes().items() if note.place < place)
+    def waited_for(self, place: int) -> str:
+        """Who has not come to `place` yet and at what, on the first of the ranks that wait; empty on the others."""
+        notes = self._notes()
+        first = all(note.place < place for rank, note in notes.items() if rank < self._rank)
+        return self._named_behind(notes, place) if first else ""
+
+    def _named_behind(self, notes: dict[int, Note], place: int) -> str:
+        """The ranks that have not come to `place` yet and what they are doing."""
+        return ", ".join(f"rank {rank} ({note.doing})" for rank, note in notes.items() if note.place < place)
 
     def _look(self) -> Failure | None:
         # A C extension that never gives the GIL back stops this thread too; the timer below belongs to C.
@@ -222,7 +248,26 @@ class Watch(threading.Thread):
                 f"memory, or its machine is gone); its last work was {Note.read(note).doing!r}"
             )
             return self._publish(Failure(self._neighbour, self._rank, text, text))
-        return None
+        return self._look_for_a_hang(Note.read(note), now) if note not in (b"", b"done") else None
+
+    def _look_for_a_hang(self, note: Note, now: float) -> Failure | None:
+        """A failure if the neighbour, which lives, keeps this process waiting for longer than it allows itself.
+
+        Every process looks, also one whose main thread waits inside NCCL: somebody in the ring waits for the one that
+        hangs, and is its neighbour.
+        """
+        at = (note.place, note.steps)
+        if at != self._neighbour_at or note.place >= self.note.place or not note.within:
+            self._neighbour_at, self._neighbour_moved = at, now
+        waited = now - self._neighbour_moved
+        if waited <= note.within + BEHIND_SECONDS:
+            return None
+        text = (
+            f"it has not come any further than {note.doing!r} for {waited:.0f} s, while rank {self._rank} waits for it "
+            f"after {self.note.doing!r}"
+        )
+        hangs = Failure(self._neighbour, self._rank, text, text, waits_for=(self._neighbour,))
+        return self._publish(hangs)
 
     def _notes(self) -> dict[int, Note]:
         """The newest note of every other rank that still works."""
@@ -242,22 +287,29 @@ class Watch(threading.Thread):
         behind = tuple(rank for rank, note in after.items() if note.place < self.note.place)
         if not behind:
             return "", ()
-        return f"not there: {self.behind(self.note.place)}; this rank was at {self.note.doing!r}", behind
+        return f"not there: {self._named_behind(after, self.note.place)}; this rank was at {self.note.doing!r}", behind
 
     def _publish(self, failure: Failure) -> Failure:
         """The first report wins; returns the winner."""
         return Failure.read(self._store.compare_set("failure", "", json.dumps(asdict(failure))))
 
     def _leave_after_failure(self) -> None:
+        own, began = self.failure.is_own(self._rank), time.monotonic()
+        grace = GRACE_SECONDS + (LINGER_SECONDS if own else 0.0)
+        # A timer of C's ends the process also where the work before the end hangs, or nobody gets the GIL any more.
+        faulthandler.dump_traceback_later(max(grace, SAVE_SECONDS), exit=True, file=sys.__stderr__)
+        if self._left.is_set():  # while the timer was set
+            faulthandler.cancel_dump_traceback_later()
+            return
         self._acknowledge()
-        if self._left.wait(GRACE_SECONDS + (LINGER_SECONDS if self.failure.is_own(self._rank) else 0)):
+        self.before_exit()
+        if self.failure.reporter == self._rank and not own:
+            self._tell_stacks(self.failure.waits_for)
+        if self._left.wait(max(0.0, grace - (time.monotonic() - began))):
             return
         tell(self._rank, f"{self.failure.as_exception()}\nThis rank did not end by itself and was here:")
         faulthandler.dump_traceback(file=sys.__stderr__)
-        try:
-            self.before_exit()
-        finally:
-            exit_now(self.failure.exit_code)
+        exit_now(self.failure.exit_code)
 
     def _acknowledge(self) -> None:
         if self.failure.is_own(self._rank):
@@ -274,10 +326,13 @@ class Watch(threading.Thread):
         return "".join(traceback.format_stack(frame)) if frame else "its main thread is gone\n"
 
     def _tell_stacks(self, ranks: tuple[int, ...]) -> None:
-        for rank in ranks:
-            key = f"failure/stack/{rank}"
-            if self._store.check([key]):
-                tell(self._rank, f"rank {rank} was here:\n{self._store.get(key).decode().rstrip()}")
+        """The stacks that other ranks leave when they read this rank's report, which takes them a second."""
+        with suppress(dist.DistError):
+            keys = [f"failure/stack/{rank}" for rank in ranks]
+            self._wait_until(lambda: self._store.check(keys), 2 * POLL_SECONDS)
+            for rank, key in zip(ranks, keys):
+                if self._store.check([key]):
+                    tell(self._rank, f"rank {rank} was here:\n{self._store.get(key).decode().rstrip()}")
 
     def _leave_after_stop(self) -> None:
         """A process that waits for rank 0 in a collective would wait for ever: rank 0 has left."""

@@ -1,6 +1,7 @@
 """The jobs that test_distributed.py starts.
 
-`torchrun distributed_worker.py SCENARIO FOLDER` is one rank of one job.
+`torchrun distributed_worker.py SCENARIO FOLDER` is one rank of one job. `python distributed_worker.py --torchrun ...`
+is torchrun that leaves processes `TORCHRUN_SECONDS` between SIGTERM and SIGKILL, instead of 30.
 `python distributed_worker.py --fork FOLDER SCENARIO ...` runs several jobs of two ranks at once, with one import of
 torch and without torchrun, which would end a job's other ranks itself as soon as one ends. Rank r's standard error goes
 to FOLDER/SCENARIO.r.stderr, its exit code to FOLDER/SCENARIO.r.code.
@@ -24,8 +25,11 @@ from advgrpo.watch import StopRequested
 # The scenarios wait for these limits to pass; the defaults would take half a minute each.
 watch.POLL_SECONDS = 0.2
 watch.SILENCE_SECONDS = 5.0
+watch.BEHIND_SECONDS = 2.0
 watch.GRACE_SECONDS = 2.0
+watch.SAVE_SECONDS = 4.0
 TIMEOUT_SECONDS = 3.0
+TORCHRUN_SECONDS = 5.0
 
 
 def collectives(job: Distributed, folder: Path) -> None:
@@ -43,7 +47,7 @@ def collectives(job: Distributed, folder: Path) -> None:
     result["all_reduce"] = [tensor.tolist() for tensor in tensors]
     result["json"] = job.gather_json({"rank": rank, "text": "ü" * rank})
     result["mismatch"] = mismatch(job)
-    with job.monitored("slow start"):
+    with job.monitored("slow start", at_most_seconds=60.0):
         time.sleep(4 * rank)  # longer than the collective timeout
     with job.monitored("ask a judge", at_most_seconds=TIMEOUT_SECONDS):
         for attempt in range(3 * rank):  # each short enough, all together not
@@ -68,6 +72,15 @@ def raises(job: Distributed, folder: Path) -> None:
     job.all_reduce_sum([torch.ones(1)])
 
 
+def restarts(job: Distributed, folder: Path) -> None:
+    """The first attempt fails as `raises`; what it has left in the store is no news to the second."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raises(job, folder)
+    with job.monitored("the second attempt"):
+        pass
+    (folder / f"{job.rank}.restarted").write_text(str(job.gather_json(job.rank)))
+
+
 def user_error(job: Distributed, folder: Path) -> None:
     if job.rank == 1:
         raise UserError("prompts=none.txt does not exist")
@@ -88,6 +101,37 @@ def killed(job: Distributed, folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     with job.monitored("nothing"):
         pass
+
+
+def killed_in_a_collective(job: Distributed, folder: Path) -> None:
+    """As `killed`, but rank 0 waits where the dead rank's connection is, and notices by that."""
+    job.all_gather(torch.ones(1))
+    job.progress("an example")
+    if job.rank == 1:
+        time.sleep(1.0)  # rank 0 is in the collective
+        os.kill(os.getpid(), signal.SIGKILL)
+    job.all_gather(torch.ones(1))
+
+
+def hangs_for_nccl(job: Distributed, folder: Path) -> None:
+    """As `hangs`, where the collective itself never notices."""
+    job.progress("an example")
+    if job.rank == 1:
+        time.sleep(600)
+    job._watch.note.place += 1  # as a collective that has begun
+    time.sleep(600)
+
+
+def saves_first(job: Distributed, folder: Path) -> None:
+    """Rank 1 fails while rank 0's main thread is stuck: what is to be saved is saved, however long the grace is."""
+    job.before_exit(lambda: print("saved", file=sys.stderr))
+    busy(job, folder)
+
+
+def cannot_save(job: Distributed, folder: Path) -> None:
+    """As `saves_first`, but the disk hangs too."""
+    job.before_exit(lambda: time.sleep(600))
+    busy(job, folder)
 
 
 def hangs(job: Distributed, folder: Path) -> None:
@@ -114,26 +158,68 @@ def stopped(job: Distributed, folder: Path) -> None:
         pass
 
 
+def freezes(job: Distributed, folder: Path) -> None:
+    """SIGSTOP under torchrun, which alone can end rank 1; rank 0's main thread never looks."""
+    if job.rank == 1:
+        (folder / "frozen").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
 def lingers(job: Distributed, folder: Path) -> None:
     """Rank 1's report is read by rank 0 before rank 1, and with torchrun the whole job, ends."""
     if job.rank == 1:
         raise OSError("the picture store is on fire")
     watch.POLL_SECONDS = 1.5  # so that it is some time before rank 0 looks
+    acknowledge = job._watch._acknowledge
+
+    def read() -> None:  # before rank 1 is told so: by the main thread it could be later than rank 1's end
+        print(f"read at {time.time()}", file=sys.stderr)
+        acknowledge()
+
+    job._watch._acknowledge = read
     while job._watch.failure is None:
         time.sleep(0.01)
-    print(f"read at {time.time()}", file=sys.stderr)
 
 
 def ends_early(job: Distributed, folder: Path) -> None:
     """Rank 1 asks for the end while it waits for rank 0, which comes to a place where it may stop."""
+    watch.GRACE_SECONDS = 1.0  # rank 1 is ended before its collective times out
     try:
         if job.rank == 1:
             job.ask_to_stop("SIGTERM")
             job.all_reduce_sum([torch.ones(1)])
-        for _ in job.stoppable(range(1000)):
+        for _ in job.stoppable(range(1000), "piece"):
             time.sleep(0.05)
     except StopRequested as reason:
         print(f"stopped: {reason}", file=sys.stderr)
+
+
+def stops_while_waiting(job: Distributed, folder: Path) -> None:
+    """Rank 0 is asked to stop while it waits for rank 1, which is at something long."""
+    try:
+        if job.rank == 0:
+            job.ask_to_stop("SIGTERM")
+        with job.monitored("score", at_most_seconds=600.0):
+            if job.rank == 1:
+                time.sleep(600)
+    except StopRequested as reason:
+        print(f"stopped: {reason}", file=sys.stderr)
+
+
+def stops_without_a_goodbye(job: Distributed, folder: Path) -> None:
+    """Rank 1 is dead when rank 0 stops in order: torchrun, which has noticed, gives it little time."""
+    if job.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1.0)
+    try:
+        job.ask_to_stop("SIGTERM")
+        job.check_stop()
+    except StopRequested as reason:
+        print(f"stopped: {reason}", file=sys.stderr)
+    began = time.monotonic()
+    job.close()
+    print(f"closed after {time.monotonic() - began:.1f} s", file=sys.stderr)
 
 
 def early(job: Distributed, folder: Path) -> None:
@@ -177,6 +263,7 @@ def become_a_rank(folder: str, scenarios: list[str]) -> str:
                 os.dup2(os.open(f"{path}.stderr", os.O_WRONLY | os.O_CREAT), 2)
                 return scenario
             ranks[pid] = path
+        time.sleep(0.3)  # dozens of processes at once would not connect within the timeout
     while ranks:
         pid, status = os.wait()
         path = ranks.pop(pid)
@@ -186,7 +273,28 @@ def become_a_rank(folder: str, scenarios: list[str]) -> str:
     sys.exit(0)
 
 
+def run_and_exit(scenario: str, folder: str) -> None:
+    """As the interpreter would end, without its teardown, which takes dozens of forks of torch a minute."""
+    try:
+        code = main(scenario, folder)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    watch.exit_now(code)
+
+
+def torchrun(arguments: list[str]) -> None:
+    from torch.distributed.elastic.multiprocessing import PContext
+    from torch.distributed.run import main as run
+
+    PContext.close.__defaults__ = (None, TORCHRUN_SECONDS)
+    run(arguments)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--torchrun":
+        torchrun(sys.argv[2:])
+        sys.exit(0)
     if sys.argv[1] == "--fork":
-        sys.exit(main(become_a_rank(sys.argv[2], sys.argv[3:]), sys.argv[2]))
+        run_and_exit(become_a_rank(sys.argv[2], sys.argv[3:]), sys.argv[2])
     sys.exit(main(*sys.argv[1:]))
