@@ -122,8 +122,8 @@ def _build_reward(name: str, config: Config, sources: Sources, distributed: Dist
     options = {**config.rewards.sections()[name].options(), **told(name, sources.metadata)}
     dtype = getattr(torch, config.adversary.dtype)
     reward = build_reward(name, device=distributed.device, dtype=dtype, owner=f"rewards.{name}", **options)
-    if hasattr(reward, "progress"):  # it waits for others, and is not stuck while it does
-        reward.progress = distributed.progress
+    if hasattr(reward, "progress"):  # it takes long, or waits for others, and is not stuck while it does
+        reward.progress = distributed.step
     return reward
 
 

@@ -16,7 +16,7 @@ from . import rng
 from .config import Config
 from .data.references import ReferenceSet
 from .display import Display
-from .distributed import Distributed
+from .distributed import SLOW_SECONDS, Distributed
 from .metric_names import CI95, FIRST, HELD_OUT
 from .picture_statistics import STATISTICS, picture_statistics
 from .policy.base import Policy
@@ -49,6 +49,9 @@ class Evaluator:
         Keys: "eval_<metric>", and "eval_<metric>_ci95", half the width of Student's interval over prompts (pictures of
         one prompt are alike; none for a single prompt). `first` > 0 adds both over every prompt's first `first`
         pictures ("eval_<metric>_first"), to be compared with an evaluation of as many.
+
+        Raises:
+            StopRequested: somebody asked for the end.
         """
         numbers = range(self.distributed.rank, len(self.prompts), self.distributed.world_size)
         at_once = max(1, self.config.rollout.micro_batch // images_per_prompt)
@@ -60,9 +63,12 @@ class Evaluator:
             for start in range(0, len(numbers), at_once):
                 part = numbers[start : start + at_once]
                 prompts = [self.prompts[number] for number in part for _ in range(images_per_prompt)]
+                self._begin(f"evaluate: prompt {start + 1} of {len(numbers)}", first=not start)
                 images = self.pictures(prompts, torch.cat([self.ids(n, images_per_prompt) for n in part]))
                 for name, values in scores.items():
-                    values.append(self.metrics[name].score(images, prompts, self.references))
+                    self._begin(f"evaluate: metric {name}", first=not start)
+                    with self.distributed.interruptible():
+                        values.append(self.metrics[name].score(images, prompts, self.references))
                 tell(start + len(part))
         result = {}
         for name, values in scores.items():
@@ -76,6 +82,10 @@ class Evaluator:
                 result |= _half_width(f"{HELD_OUT}{name}{FIRST}", by_prompt[:, :first])
         return result
 
+    def _begin(self, doing: str, *, first: bool) -> None:
+        """A place to stop. Processes without a share wait from the start, while the first one's may compile kernels."""
+        self.distributed.step(doing, within_seconds=SLOW_SECONDS if first else None)
+
     def _steps(self, what: str, prompts: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Progress over this process's prompts."""
         if self.display is None:
@@ -87,6 +97,7 @@ class Evaluator:
         chosen, drawn = self.prompts[: self.config.evaluation.grid_prompts], []
         with self._steps("drawing samples of" if self.of_base else "drawing samples", len(chosen)) as tell:
             for number, prompt in enumerate(chosen):
+                self._begin(f"draw samples: prompt {number + 1}", first=not number)
                 drawn.append((prompt, self.pictures([prompt] * columns, self.ids(number, columns)).cpu()))
                 tell(len(drawn))
         return drawn

@@ -166,7 +166,7 @@ def make(job: Job, plan: Plan) -> None:
             run.train()
         finally:
             distributed.close()
-    if run.trainer.iteration < config.iterations:
+    if run.stopped:
         raise Stopped(f"{job} was stopped after {run.trainer.iteration} iterations; call again to continue")
     pictures = {
         name: torch.stack([(images.clamp(0, 1) * 255).round().byte() for _, images in rows])

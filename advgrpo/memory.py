@@ -231,6 +231,8 @@ class _Estimate:
             yield Component("frozen base beside the trained weights", 4 * trained, "model.train = full")
         moving = ("sample", "decode", "score", "update")
         yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, "model.lora", moving)
+        if self.lora:  # clean_start.py
+            yield Component("copy of the iteration's start", 4 * 4 * trained, "model.lora", ("score", "update"))
         side = self.pipeline.transformer.get("pos_embed_max_size") or 0
         yield Component("table of positions", side**2 * self.shape.width * self.element, "model.path")
         yield Component("picture decoder", self._decoder_bytes(), "model.path, fast")
@@ -288,6 +290,8 @@ class _Estimate:
         )
         replay = 4 * width * adversary.replay_capacity * (adversary.num_patches + 1)
         yield Component("replay buffer", replay, "adversary.replay_capacity", ("sample", "decode", "score", "update"))
+        if self.lora:
+            yield Component("copy of the replay buffer", replay, "adversary.replay_capacity", ("score", "update"))
         drawn = min(adversary.batch_size, self.config.images_per_iteration) * per_picture
         yield Component("rows of a head update", drawn, "adversary.batch_size", ("score",))
         alive = round(14 * element * tokens * width * knobs.micro_batch)

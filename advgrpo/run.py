@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import platform
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,7 +28,7 @@ from .build import (
 from .config import Config
 from .data.sources import Sources
 from .display import Display
-from .distributed import Distributed
+from .distributed import SLOW_SECONDS, Distributed
 from .errors import RunFailure, UserError
 from .evaluation import Evaluator
 from .fast import FastPaths
@@ -42,8 +39,10 @@ from .metric_names import FIRST, half_widths, held_out_means
 from .monitor import Flag
 from .plots import HeldOut, draw_curves, draw_grid
 from .preflight import preflight
-from .tracking import METRICS_FILE, Tracker, load_metrics
+from .stopping import Keeper, signals_stop
+from .tracking import METRICS_FILE, Tracker, load_metrics, plain
 from .trainer import Trainer
+from .watch import StopRequested
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +74,7 @@ class Run:
         self.display = Display(console)
         self.folder = Path(config.output_dir)
         configuration.check(config, distributed.world_size)
+        distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
         sources = Sources.read(config)
         saved = self._find_checkpoint() if resume else None
         if distributed.is_main:
@@ -88,22 +88,27 @@ class Run:
         fast = FastPaths.choose(config, distributed.device)
         if distributed.is_main:
             fast.print(console)
-        with distributed.monitored("load the models"):
+        with distributed.monitored("load the models", at_most_seconds=SLOW_SECONDS):
             self.trainer, self.evaluator = self._build(sources, fast)
         with distributed.monitored("look into the cache"):
             check_cache_is_shared(self.trainer.policy, sources, distributed, config)
         self.base: dict[str, float] = {}
         self.start: dict[str, float] = {}  # of the LoRA that model.lora.start_from names
         self.samples: dict[str, list] = {}
+        self.unlogged: dict | None = None  # metrics of the newest iteration, while its evaluation is not done
+        self.stopped = ""  # why the run ended early
         if saved is not None:
             self._restore(*saved)
-        self._stop_signal: str | None = None
+        newest = None if saved is None else self.trainer.iteration
+        self.keeper = Keeper(self._write_checkpoint, self.trainer, distributed, newest)
 
     def _build(self, sources: Sources, fast: FastPaths) -> tuple[Trainer, Evaluator]:
         config, distributed = self.config, self.distributed
         self.cut_prompts = self._tell_of_prompts(sources) if distributed.is_main else {}
         policy = build_policy(config, sources, distributed, fast, self.display)
+        distributed.progress("load the adversary", within_seconds=SLOW_SECONDS)
         adversary = build_adversary(config, distributed.device)
+        distributed.progress("load what judges pictures", within_seconds=SLOW_SECONDS)
         observer = build_observer(config, adversary, distributed.device)
         if unseen := blind_spots(config, observer):
             self.console.print(unseen, highlight=False)
@@ -130,7 +135,19 @@ class Run:
         return {name: len(each.prompts) for each in cut for name in each.tokenizers}
 
     def train(self) -> None:
-        """Train until trainer.finished; on SIGINT or SIGTERM save a checkpoint and return."""
+        """Train until trainer.finished; on SIGTERM, SIGINT, SIGHUP or the monitor's wish save a checkpoint and return.
+
+        After it `stopped` says why the run ended early; it is empty where it did not.
+        """
+        with signals_stop(self.distributed):
+            try:
+                self._train()
+                self._finish()
+            except StopRequested as reason:
+                self.stopped = str(reason)
+                self._stop()
+
+    def _train(self) -> None:
         config, trainer, main = self.config, self.trainer, self.distributed.is_main
         if main:
             write_atomically(self.folder / "config.yaml", configuration.dump(config))
@@ -141,39 +158,47 @@ class Run:
         tracker = Tracker(
             self.folder,
             total_iterations=config.iterations,
-            start_iteration=trainer.iteration,
+            start_iteration=trainer.iteration - (self.unlogged is not None),
             is_main=main,
             tensorboard=config.output.tensorboard,
             wandb_project=config.output.wandb_project or None,
             config=config.model_dump(mode="json"),
             display=self.display,
         )
-        with tracker, self._signals():
-            while not trainer.finished:
-                metrics = self._iterate()
-                done = trainer.iteration
-                if not trainer.finished and config.evaluation.every and done % config.evaluation.every == 0:
-                    found = self._evaluate(whole=False)
-                    metrics |= found
-                    self._draw_samples(f"iteration-{done:06d}", found)
-                tracker.log(metrics, trainer.flags)
-                flagged = _flagged_to_stop(trainer.flags)
-                stopping = any(self.distributed.gather_json(bool(self._stop_signal or flagged)))
+        with tracker, self.keeper.at_failure():
+            while self.unlogged is not None or not trainer.finished:
+                if self.unlogged is None:
+                    self.unlogged = plain(self._iterate())
+                self._log(tracker)
+                flagged = [text for text in self.distributed.gather_json(_flagged_to_stop(trainer.flags)) if text]
                 every = config.output.checkpoint_every
-                if stopping or trainer.finished or (every and done % every == 0):
+                if flagged or trainer.finished or (every and trainer.iteration % every == 0):
                     self.save()
-                if stopping:
-                    break
-        if not trainer.finished:
-            if main:
-                self.export()
-                self._draw_curves({})
-            self.console.print(
-                f"stopped by {self._stop_signal or flagged or 'a signal on another rank'} after {trainer.iteration} "
-                f"iterations; continue with --resume {self.folder}"
-            )
+                if flagged and not trainer.finished:
+                    raise StopRequested(flagged[0])
+
+    def _log(self, tracker: Tracker) -> None:
+        """Record the newest iteration, after an evaluation if one is due; cut short, both are done on resuming."""
+        metrics, done, every = self.unlogged, self.trainer.iteration, self.config.evaluation.every
+        if not self.trainer.finished and every and done % every == 0:
+            found = self._evaluate(whole=False)
+            metrics = metrics | found
+            self._draw_samples(f"iteration-{done:06d}", found)
+        tracker.log(metrics, self.trainer.flags)
+        self.unlogged = None
+
+    def _stop(self) -> None:
+        """Leave a run that ends early so that it can be continued: on rank 0 alone, the others may be gone."""
+        if not self.distributed.is_main:
             return
-        self._finish()
+        if self.keeper.began:
+            self.keeper.keep()
+            self.trainer.abandon()
+        again = "start it again" if self.keeper.saved is None else f"continue with --resume {self.folder}"
+        self.console.print(f"stopped by {self.stopped} after {self.trainer.iteration} iterations; {again}")
+        if self.keeper.began and not self.trainer.finished:  # last: whoever stops a run does not wait for long
+            self.export()
+            self._draw_curves({})
 
     def _iterate(self) -> dict:
         """One iteration; running out of GPU memory names the knob to turn."""
@@ -195,7 +220,7 @@ class Run:
         count, first = (evaluation.images_per_prompt, during) if whole else (during, 0)
         if of_base:
             return self.evaluator.base().run(count, first=first)
-        with self.trainer.ema.swap():
+        with self.trainer.averaged():
             return self.evaluator.run(count, first=first)
 
     def _evaluate_base(self) -> dict[str, float]:
@@ -249,7 +274,7 @@ class Run:
         Raises:
             RunFailure: a weight is not finite; nothing is written.
         """
-        with self.trainer.ema.swap():
+        with self.trainer.averaged():
             policy = self.trainer.policy
             self._refuse_not_finite({f"ema.{name}": p for name, p in policy.trainable_parameters()}, {}, "exported")
             policy.export(self.folder / ("lora" if self.config.model.train == "lora" else policy.component))
@@ -262,7 +287,7 @@ class Run:
             if name == "base":
                 self.samples["base"] = self.evaluator.base().grid_pictures()
             else:
-                with self.trainer.ema.swap():
+                with self.trainer.averaged():
                     self.samples["trained"] = self.evaluator.grid_pictures()
             self._write_grid(name, scores)
 
@@ -299,14 +324,25 @@ class Run:
             UserError: as `save_checkpoint`.
         """
         with self.distributed.monitored("save a checkpoint"):
-            if not self.distributed.is_main:
-                return
-            tensors, state = self.trainer.state()
-            state |= {"config": self.config.model_dump(mode="json"), "base": self.base, "start": self.start}
-            self._refuse_not_finite(tensors, state, "saved")
-            checkpoints.save_checkpoint(
-                self.folder / "checkpoints", self.trainer.iteration, tensors, state, self.config.output.keep_checkpoints
-            )
+            if self.distributed.is_main:
+                self.keeper.save()
+
+    def _write_checkpoint(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
+        """Of the trainer's state between two iterations; also called by the thread that watches the other processes."""
+        done = state["trainer"]["iteration"]
+        # What the newest iteration has found is only part of it once that iteration's changes are.
+        unlogged = self.unlogged if self.unlogged and self.unlogged["iteration"] == done - 1 else None
+        state = {
+            **state,
+            "config": self.config.model_dump(mode="json"),
+            "base": self.base,
+            "start": self.start,
+            "unlogged": unlogged,
+        }
+        self._refuse_not_finite(tensors, state, "saved")
+        checkpoints.save_checkpoint(
+            self.folder / "checkpoints", done, tensors, state, self.config.output.keep_checkpoints
+        )
 
     def _refuse_not_finite(self, tensors: dict[str, torch.Tensor], state: dict, what_for: str) -> None:
         name = checkpoints.not_finite(tensors, state)
@@ -353,25 +389,8 @@ class Run:
 
     def _restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         self.trainer.load(tensors, state)
-        self.base, self.start = state["base"], state.get("start", {})
+        self.base, self.start, self.unlogged = state["base"], state.get("start", {}), state.get("unlogged")
         self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}")
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the current iteration; a second one ends it at once."""
-
-        def remember(number, _frame):
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = signal.Signals(number).name
-            self.console.print(f"{self._stop_signal}: saving after this iteration (again to stop at once)")
-
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def _flagged_to_stop(flags: list[Flag]) -> str:

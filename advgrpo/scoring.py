@@ -119,21 +119,19 @@ class Scorer:
     def score(self, rollout: Rollout, iteration: int) -> Scored:
         """Every reward of every picture under the adversary as it stands, gathered over processes.
 
+        Processes may take very different times to sample and to score (a slow judge, references seen for the first
+        time): they wait for each other before the gather, for as long as each of them moves on.
+
         Raises:
             FloatingPointError: a reward of a picture or a reference is not finite; names it and the prompt.
+            CollectiveError: a process has not come any further for too long; names it and the reward.
+            StopRequested: somebody asked for the end.
         """
         generated = reference = None
-        columns: dict[str, torch.Tensor] = {}
-        if self.adversary is not None:
-            generated, reference = self._features(rollout, iteration)
-            columns |= self._adversary_columns(rollout, generated, reference, iteration)
-        columns |= self._fixed_columns(rollout)
-        if self._of_references is not None:
-            found = self._of_references.columns(rollout.prompts, rollout.tiles[0].images)
-            columns |= {f"{_COLUMN}{name}": column for name, column in found.items()}
-        embeddings, similar = self._similarity(rollout, generated)
-        if similar is not None:
-            columns["_similarity"] = similar
+        with self.distributed.monitored("sample and score"):
+            if self.adversary is not None:
+                generated, reference = self._features(rollout, iteration)
+            columns, embeddings = self._columns(rollout, generated, reference, iteration)
         by_id = self._gathered(columns, rollout)
         _check_finite(by_id, rollout, self.config)
         reference_rewards, similarity = by_id.pop("_reference", None), by_id.pop("_similarity", None)
@@ -150,9 +148,25 @@ class Scorer:
             of_references,
         )
 
+    def _columns(self, rollout: Rollout, generated: Features | None, reference: Features | None, iteration: int):
+        """(name -> [B], DINO class tokens [B, D] or None) of this process's pictures."""
+        columns: dict[str, torch.Tensor] = {}
+        if self.adversary is not None:
+            columns |= self._adversary_columns(rollout, generated, reference, iteration)
+        columns |= self._fixed_columns(rollout)
+        if self._of_references is not None:
+            self.distributed.step("rewards of the references")
+            found = self._of_references.columns(rollout.prompts, rollout.tiles[0].images)
+            columns |= {f"{_COLUMN}{name}": column for name, column in found.items()}
+        self.distributed.step("DINO similarity")
+        embeddings, similar = self._similarity(rollout, generated)
+        return columns if similar is None else {**columns, "_similarity": similar}, embeddings
+
     def _features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """The adversary's features of every picture, computed once, and of one reference each, from the cache."""
-        generated = Features.cat([self.adversary.features(t.images, t.tile.captions) for t in rollout.tiles])
+        tiles = self.distributed.stoppable(rollout.tiles, "reward adversary: tile")
+        generated = Features.cat([self.adversary.features(t.images, t.tile.captions) for t in tiles])
+        self.distributed.step("reward adversary: references")
         return generated, self.reference_features.pick(rollout.prompts, self._reference_draws(rollout, iteration))
 
     def _reference_draws(self, rollout: Rollout, iteration: int) -> torch.Tensor:
@@ -179,8 +193,12 @@ class Scorer:
         if not self.rewards:
             return {}
         images = torch.cat([tile.images for tile in rollout.tiles])
-        scores = {name: reward.score(images, rollout.prompts, self.references) for name, reward in self.rewards.items()}
-        return {name: score.to(images.device) for name, score in scores.items()}
+        columns = {}
+        for name, reward in self.rewards.items():
+            self.distributed.progress(f"reward {name}")
+            with self.distributed.interruptible():
+                columns[name] = reward.score(images, rollout.prompts, self.references).to(images.device)
+        return columns
 
     def _similarity(self, rollout: Rollout, generated: Features | None):
         """(class tokens [B, D], cosine to the own references [B]), each None where there is nothing to tell it by."""

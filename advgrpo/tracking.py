@@ -85,7 +85,7 @@ class Tracker:
         """
         if not self.is_main:
             return
-        record: dict[str, Any] = {key: _plain(key, value) for key, value in metrics.items()}
+        record: dict[str, Any] = plain(metrics)
         if flags is not None:
             record["flags"] = [flag.name for flag in flags]
         if not isinstance(record.get("iteration"), int):
@@ -162,6 +162,11 @@ def _open_metrics(path: Path, start_iteration: int) -> Any:
         return path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another output directory") from error
+
+
+def plain(metrics: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """`metrics` as they are recorded; see `Tracker.log`."""
+    return {key: _plain(key, value) for key, value in metrics.items()}
 
 
 def _plain(key: str, value: Scalar) -> Scalar:

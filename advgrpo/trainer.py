@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -11,6 +13,7 @@ from advgrpo_kernels import group_advantages
 from . import restoring, rng
 from .adversary import Due, HeadBatch, HeadTrainer, due, paired_accuracy
 from .checkpoint import pack_optimizer
+from .clean_start import CleanStart
 from .config import Config
 from .data.prompts import GroupSampler
 from .distributed import Distributed
@@ -83,6 +86,8 @@ class Trainer:
         self.reference_statistics = None if scorer.references is None else ReferenceStatistics(scorer.references)
         self.flags: list[Flag] = []  # active after the newest iteration
         self.iteration = 0  # the next one to run
+        # Rank 0 alone saves. After full fine-tuning a copy of weights and moments would not fit beside them.
+        self.clean = CleanStart(self.state, copies=distributed.is_main and config.model.train == "lora")
 
     @property
     def finished(self) -> bool:
@@ -91,7 +96,11 @@ class Trainer:
         return self.iteration >= self.config.iterations or 0 < limit <= self.ema.global_step
 
     def iterate(self) -> dict[str, float]:
-        """One iteration of `update.objective`; returns its metrics and times."""
+        """One iteration of `update.objective`; returns its metrics and times.
+
+        Raises:
+            StopRequested: somebody asked for the end; `abandon` then goes back to the iteration's start.
+        """
         iteration, phases = self.iteration, Phases(self.policy.device)
         started = time.perf_counter()
         # Nothing of ours draws from torch's own generator; a reward of somebody else's may, and is resumed exactly too.
@@ -101,12 +110,9 @@ class Trainer:
         self.iteration += 1
         phase_seconds = {f"seconds_{name}": value for name, value in phases.seconds().items()}
         seconds = time.perf_counter() - started
-        return {
-            **metrics,
-            "images_per_second": self.config.images_per_iteration / seconds,
-            "seconds": seconds,
-            **phase_seconds,
-        }
+        metrics |= {"images_per_second": self.config.images_per_iteration / seconds, "seconds": seconds}
+        self.clean.end()
+        return metrics | phase_seconds
 
     def reinforce(self, iteration: int, phases: Phases) -> dict[str, float]:
         """Rollout, rewards, head updates, generator update. Returns the metrics."""
@@ -116,6 +122,7 @@ class Trainer:
             rollout = self.rollout(table, iteration)
         with phases.measure("score"):
             scored = self.scorer.score(rollout, iteration)
+        self.clean.begin()
         with phases.measure("adversary"):
             plan, head_metrics = self.train_head(rollout, scored, iteration)
         with phases.measure("update"):
@@ -130,9 +137,10 @@ class Trainer:
         """Supervised fine-tuning: one optimizer step per window on references of the iteration's prompts."""
         windows, reports = self.config.update.optimizer_windows, []
         tiles, total = self.tiles(iteration), self.config.images_per_iteration // windows
+        self.clean.begin()
         with phases.measure("update"):
             for window in range(windows):
-                mine = [tile for tile in tiles if tile.optimizer_window == window]
+                mine = self._pieces([tile for tile in tiles if tile.optimizer_window == window], "update: tile")
                 loss = self.supervised.accumulate(mine, iteration, total=total)
                 reports.append(torch.stack([loss, self.updater.step().double()]))
             everywhere = self.distributed.all_gather(torch.stack(reports)[None]).cpu()  # [processes, windows, 2]
@@ -143,6 +151,25 @@ class Trainer:
         with phases.measure("monitor"):
             metrics |= self.watch(metrics, iteration)
         return metrics
+
+    def abandon(self) -> None:
+        """Go back to the start of the iteration under way, if one is and a copy was made of it."""
+        self.clean.restore(self.load)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the policy holds the averaged weights."""
+        with self.clean.changed(), self.ema.swap():
+            yield
+
+    def _pieces(self, tiles: list, what: str) -> Iterator:
+        """Tiles of the update: it may end between them where the iteration's start is kept."""
+        if self.clean.known or not self.distributed.is_main:
+            yield from self.distributed.stoppable(tiles, what)
+            return
+        for number, tile in enumerate(tiles, 1):
+            self.distributed.progress(f"{what} {number} of {len(tiles)}")
+            yield tile
 
     def tiles(self, iteration: int) -> list[Tile]:
         """This process's tiles, in order of optimizer window. Which tiles exist does not depend on the processes."""
@@ -173,7 +200,7 @@ class Trainer:
         tiles, rollouts = self.tiles(iteration), []
         self.scorer.prefetch([prompt for tile in tiles for prompt in tile.prompts])  # while the GPU samples
         encoded: dict[tuple[str, ...], Conditioning] = {}  # the tiles of a prompt share its embeddings
-        for tile in tiles:
+        for tile in self.distributed.stoppable(tiles, "sample: tile"):
             texts = tuple(tile.prompts)
             if texts not in encoded:
                 encoded[texts] = self.policy.encode(tile.prompts)
@@ -226,9 +253,9 @@ class Trainer:
         windows = config.update.optimizer_windows
         reports = []
         if config.update.old_log_prob != "rollout":
-            reweighed = self.updater.reweigh(rollout.tiles, table)
+            reweighed = self.updater.reweigh(self._pieces(rollout.tiles, "reweigh: tile"), table)
         for window in range(windows):
-            tiles = [t for t in rollout.tiles if t.tile.optimizer_window == window]
+            tiles = self._pieces([t for t in rollout.tiles if t.tile.optimizer_window == window], "update: tile")
             total = config.images_per_iteration // windows
             part = self.updater.accumulate(tiles, result.advantages, table, total=total, watch_kl=window == 0)
             drift = part.max_drift()

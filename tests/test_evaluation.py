@@ -1,6 +1,7 @@
 """What an evaluation says about a model, with its uncertainty.
 
-Planted bugs that turn it red: the interval over pictures instead of prompts; `first` taken from the first prompts.
+Planted bugs that turn it red: the interval over pictures instead of prompts; `first` taken from the first prompts; no
+word of what is evaluated to the processes that wait.
 """
 
 import io
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from advgrpo.config import Config
 from advgrpo.display import Display
-from advgrpo.distributed import Distributed
+from advgrpo.distributed import SLOW_SECONDS, Distributed
 from advgrpo.evaluation import Evaluator
 
 SCORES = torch.tensor([[0.1, 0.3, 0.2], [0.5, 0.7, 0.9], [0.2, 0.2, 0.8], [1.0, 0.4, 0.4]])  # [prompts, pictures]
@@ -63,6 +64,21 @@ def test_the_first_pictures_are_those_of_an_evaluation_of_as_many(evaluator):
 def test_one_prompt_has_no_interval(evaluator):
     evaluator.prompts = evaluator.prompts[:1]
     assert set(evaluator.run(3)) == {"eval_looked"}
+
+
+def test_processes_that_wait_learn_of_every_chunk(evaluator, monkeypatch):
+    """Two prompts at once; the first chunk may compile kernels, the others' limit is the collective timeout."""
+    told, cold = [], SLOW_SECONDS
+    monkeypatch.setattr(
+        evaluator.distributed, "progress", lambda what, within_seconds=0: told.append((what, within_seconds))
+    )
+    evaluator.run(3)
+    assert told[1:-1] == [
+        ("evaluate: prompt 1 of 4", cold),
+        ("evaluate: metric looked", cold),
+        ("evaluate: prompt 3 of 4", None),
+        ("evaluate: metric looked", None),
+    ]
 
 
 def test_progress_counts_prompts(evaluator, monkeypatch):

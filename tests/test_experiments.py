@@ -107,10 +107,10 @@ def test_a_stopped_run_goes_on_and_gives_what_an_unstopped_one_gives(tmp_path, s
         patched.setattr(experiment_runs.Run, "save", save_and_ask_to_stop)
         assert call("run", tmp_path, small, "--seeds", "0", "--iterations", "3", names=["dino"]) == 130
     folder = tmp_path / "work" / "dino" / "seed-0"
-    assert "dino, seed 0 was stopped after 2 iterations" in capsys.readouterr().err
+    assert "dino, seed 0 was stopped after 1 iterations" in capsys.readouterr().err
     assert not (folder / "summary.json").exists()
     assert call("run", tmp_path, small, "--seeds", "0", "--iterations", "3", names=["dino"]) == 0
-    assert "at iteration 2" in (folder / "log.txt").read_text()
+    assert "at iteration 1" in (folder / "log.txt").read_text()
     straight = Plan(tmp_path / "straight", 3, small)
     experiment_runs.make(Job("dino", 0), straight)
     assert (

@@ -124,6 +124,13 @@ def test_the_engine_gets_blue_green_red_bytes(fake_reward):
     assert fake_reward.read(orange, ["x"]) == ["[0, 128, 255]"]
 
 
+def test_processes_that_wait_learn_of_every_picture(fake_reward, monkeypatch):
+    told = []
+    monkeypatch.setattr(fake_reward, "progress", told.append)
+    fake_reward.read(torch.ones(2, 3, 8, 8), ['say "a"', 'say "b"'])
+    assert told == ["reward ocr: 1 of 2 pictures read", "reward ocr: 2 of 2 pictures read"]
+
+
 def test_engine_failure_names_the_prompt(fake_reward):
     images = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)])
     with pytest.raises(RuntimeError, match="OCR failed on the picture for prompt 'a \"B\"': model file truncated"):

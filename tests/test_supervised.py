@@ -153,6 +153,7 @@ def test_each_window_is_a_step_and_a_run_resumes_as_if_never_stopped(settings, t
     learned, real = [], made.trainer.supervised.accumulate
 
     def accumulate(tiles, iteration, *, total):
+        tiles = list(tiles)
         learned.append((iteration, [i for tile in tiles for i in tile.image_ids.tolist()]))
         return real(tiles, iteration, total=total)
 

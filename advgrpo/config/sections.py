@@ -542,7 +542,7 @@ class Config(Section):
     fast: bool = True
     """Use every fast path this machine supports; --no-fast is the plain eager path with the same losses."""
     collective_timeout: Above0 = 40.0
-    """Seconds after which a process that waits for a failed one gives up."""
+    """Seconds after which a process counts as hanging that others wait for and that begins nothing new."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     rollout: RolloutSection = RolloutSection()

@@ -14,6 +14,7 @@ Shapes: M pictures of a tile, P prompts of it, latents [., C, h, w] float32.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ class SupervisedUpdater:
         self.policy, self.updater, self.references, self.config = policy, updater, references, config
         self._latents: OrderedDict[str, torch.Tensor] = OrderedDict()  # [C, h, w] by content
 
-    def accumulate(self, tiles: list[Tile], iteration: int, *, total: int) -> torch.Tensor:
+    def accumulate(self, tiles: Iterable[Tile], iteration: int, *, total: int) -> torch.Tensor:
         """Gradients of one optimizer window's tiles, whose pictures number `total` over all processes.
 
         Returns:

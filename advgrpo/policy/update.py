@@ -6,7 +6,7 @@ every likelihood ratio is exactly 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -76,7 +76,7 @@ class Updater:
         self._poison = torch.zeros((), device=policy.device)  # 0, or NaN once an iteration went wrong
 
     @torch.no_grad()
-    def reweigh(self, tiles: list[TileRollout], table: StepTable) -> torch.Tensor:
+    def reweigh(self, tiles: Iterable[TileRollout], table: StepTable) -> torch.Tensor:
         """Replace the rollout's log-probabilities by the trainer's, before any optimizer step.
 
         For rollouts whose window ran other weights than are trained (config: update.old_log_prob). With
@@ -110,7 +110,7 @@ class Updater:
         return sums
 
     def accumulate(
-        self, tiles: list[TileRollout], advantages: torch.Tensor, table: StepTable, *, total: int, watch_kl: bool
+        self, tiles: Iterable[TileRollout], advantages: torch.Tensor, table: StepTable, *, total: int, watch_kl: bool
     ) -> UpdateStats:
         """Gradients of one optimizer window. `advantages` is [B global], indexed by image id; `total` is the window's
         number of pictures over all processes. `watch_kl` measures the KL to the base on the first step of picture 0's

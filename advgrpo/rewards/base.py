@@ -18,8 +18,8 @@ from ..types import Features
 class Reward(Protocol):
     """A fixed judge of pictures: higher is better. Nothing in it is trained.
 
-    One that waits for other machines has an attribute `progress`, which the run sets to `Distributed.progress`, and
-    calls it with what it begins and how long that may take.
+    One that takes long, or waits for other machines, has an attribute `progress`, which the run sets to
+    `Distributed.step`, and calls it with what it begins and how long that may take.
     """
 
     name: str  # the key of its metrics, "reward_<name>"

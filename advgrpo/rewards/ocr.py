@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,7 @@ class OcrReward:
         }
         self._local = threading.local()
         _engine_class()
+        self.progress: Callable[[str], None] = lambda doing: None  # told of every picture; for the run to set
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
 
     def check_prompts(self, prompts: list[str]) -> None:
@@ -120,8 +122,11 @@ class OcrReward:
             ValueError: unusable pictures (see `to_uint8`).
             RuntimeError: the engine failed; names the prompt.
         """
-        pixels = to_uint8(images, prompts)
-        return list(self._pool.map(self._read_one, pixels, prompts))
+        pixels, texts = to_uint8(images, prompts), []
+        for text in self._pool.map(self._read_one, pixels, prompts):
+            texts.append(text)
+            self.progress(f"reward ocr: {len(texts)} of {len(prompts)} pictures read")
+        return texts
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
         """Rewards [B] float32 in [0, 1] on the pictures' device; `references` are not looked at.

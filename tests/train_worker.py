@@ -1,0 +1,41 @@
+"""`advgrpo.train` with a fault: `train_worker.py none|slow|killed FLAGS ...`, which test_restart.py starts.
+
+slow: rank 1 takes a second longer for every tile that it samples, and one for every tile that it scores.
+killed: rank 1 is killed in its third iteration, but only in the first attempt of torchrun.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from advgrpo.policy.sampler import Sampler
+from advgrpo.rewards.dino import DinoAdversary
+from advgrpo.train import main
+from advgrpo.trainer import Trainer
+
+
+def slowed(method):
+    def slower(*arguments, **keywords):
+        time.sleep(1.0)
+        return method(*arguments, **keywords)
+
+    return slower
+
+
+def killed(rollout):
+    def die(trainer, table, iteration):
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rollout(trainer, table, iteration)
+
+    return die
+
+
+if __name__ == "__main__":
+    fault, *flags = sys.argv[1:]
+    if os.environ["RANK"] == "1" and fault == "slow":
+        Sampler.run, DinoAdversary.features = slowed(Sampler.run), slowed(DinoAdversary.features)
+    if os.environ["RANK"] == "1" and fault == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        Trainer.rollout = killed(Trainer.rollout)
+    sys.exit(main(flags))
