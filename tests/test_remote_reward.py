@@ -364,7 +364,7 @@ def test_a_run_s_judges_tell_its_watch_what_they_wait_for(unit_config):
     sources = Sources(["a"], ["b"], None)
     rewards = build_rewards(unit_config, sources, distributed)
     metrics = build_metrics(unit_config, sources, None, distributed)
-    assert rewards["remote"].progress == metrics["remote"].progress == distributed.progress
+    assert rewards["remote"].progress == metrics["remote"].progress == distributed.step
 
 
 def test_metadata_is_checked_before_anything_is_sent():
