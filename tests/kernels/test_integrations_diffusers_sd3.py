@@ -3,11 +3,15 @@
 Planted bugs that turned this file red: the two modulations of a dual block swapped, the second gate taken for the
 first, scale and shift swapped in the last norm, text tokens first, the weights of q and k swapped, another processor
 ignored, the filter ignored, chunking ignored, a restore that leaves one module, a forward bound to the wrong copy, a
-module checked after others were replaced.
+module checked after others were replaced, other models accepted for their last norm, a bound method (no pickle), hooks
+of bypassed modules passed over, a forward of one's own lost, a hook's forward taken for ours.
 """
 
 import copy
+import functools
+import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,8 +195,10 @@ def test_bad_calls_raise():
     model = transformer()
     with pytest.raises(ValueError, match="none chosen by the filter"):
         diffusers_sd3.accelerate(model, filter=lambda name, module: False)
-    with pytest.raises(ValueError, match="0 candidates"):
+    with pytest.raises(ValueError, match=r"knows SD3Transformer2DModel \(SD3, SD3.5\) alone, got Linear"):
         diffusers_sd3.accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"a module such as pipe.transformer, got SimpleNamespace"):
+        diffusers_sd3.accelerate(SimpleNamespace(transformer=model))
     with pytest.raises(RuntimeError, match="no module of SD3Transformer2DModel is replaced"):
         diffusers_sd3.restore(model)
     diffusers_sd3.accelerate(model)
@@ -203,6 +209,151 @@ def test_bad_calls_raise():
     with pytest.raises(ValueError, match="LayerNorm without affine"):
         diffusers_sd3.accelerate(other)
     assert "forward" not in vars(other.transformer_blocks[0])
+
+
+def test_other_models_are_refused_whole():
+    """FLUX and Qwen-Image have the same last norm, which used to be replaced alone."""
+    models = pytest.importorskip("diffusers")
+    flux = models.FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        in_channels=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        axes_dims_rope=(4, 4, 8),
+    )
+    controlnet = models.SD3ControlNetModel.from_transformer(transformer(), num_layers=1)
+    for model in (flux, controlnet):
+        with pytest.raises(ValueError, match=f"alone, got {type(model).__name__}"):
+            diffusers_sd3.accelerate(model)
+        assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_a_block_with_a_forward_of_its_own_is_refused():
+    model = transformer()
+    block = model.transformer_blocks[1]
+    block.__class__ = type("MyBlock", (type(block),), {"forward": lambda self, *args, **kwargs: None})
+    with pytest.raises(ValueError, match=r"blocks.1: MyBlock has a forward of its own, which would be lost"):
+        diffusers_sd3.accelerate(model)
+
+
+def test_an_accelerated_model_is_pickled_saved_and_copied(tmp_path, fused_calls):
+    """Ray and spawned processes send models by pickle."""
+    model = transformer()
+    diffusers_sd3.accelerate(model)
+    expected = outputs(model)
+    torch.save(model, tmp_path / "model.pt")
+    twins = [pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "model.pt", weights_only=False)]
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    for twin in (*twins, copy.deepcopy(twins[0])):
+        fused_calls.clear()
+        assert torch.equal(outputs(twin), expected)
+        assert fused_calls["gated_residual"] == 10
+        assert len(diffusers_sd3.restore(twin)) == 4
+
+
+BYPASSED = [
+    "norm1",
+    "norm1.norm",
+    "norm1_context",
+    "norm2",
+    "norm2_context",
+    "attn",
+    "attn.norm_q",
+    "attn.norm_added_k",
+]
+BYPASSED += ["attn2", "attn2.norm_k", "ff", "ff.net.0", "ff_context"]
+
+
+@pytest.mark.parametrize("part", BYPASSED)
+def test_hooks_of_parts_that_the_fused_forward_does_not_call_fire(part, fused_calls, caplog):
+    model, fired = transformer(), []
+    expected = outputs(model)
+    module = model.get_submodule(f"transformer_blocks.0.{part}")
+    diffusers_sd3.accelerate(model)
+    diffusers_sd3._say_stock.cache_clear()
+    with caplog.at_level("WARNING", "advgrpo_kernels.integrations"):
+        handle = module.register_forward_hook(lambda *_: fired.append(part))
+        torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
+        outputs(model)
+    assert fired == [part] * 2
+    assert caplog.text.count("a part of JointTransformerBlock has a hook") == 1
+    assert fused_calls["gated_residual"] == 2 * (10 - 4)  # the other two blocks stay fused
+    handle.remove()
+    fused_calls.clear()
+    outputs(model)
+    assert fused_calls["gated_residual"] == 10
+
+
+def test_pre_hooks_global_hooks_and_replaced_forwards_are_seen(fused_calls):
+    model, fired = transformer(), []
+    diffusers_sd3.accelerate(model)
+    model.norm_out.norm.register_forward_pre_hook(lambda *_: fired.append("last norm"))
+    attention = model.transformer_blocks[2].attn
+    attention.forward = functools.partial(
+        lambda *args, **kwargs: fired.append("attn") or type(attention).forward(*args, **kwargs), attention
+    )
+    outputs(model)
+    assert fired == ["attn", "last norm"]
+    assert fused_calls["gated_residual"] == 8
+    fused_calls.clear()
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: fired.append(type(module).__name__)
+    )
+    outputs(model)
+    handle.remove()
+    assert not fused_calls
+    assert fired.count("JointTransformerBlock") == 3
+    assert "GELU" in fired
+
+
+def test_hooks_that_replace_a_block_s_forward_are_named_and_may_come_second(fused_calls):
+    """diffusers' LayerSkip, caches and offloading put a forward of theirs on the instance."""
+    skip, hooks = (pytest.importorskip(f"diffusers.hooks.{name}") for name in ("layer_skip", "hooks"))
+    model = transformer()
+    skip.apply_layer_skip(model, skip.LayerSkipConfig(indices=[1], dropout=1.0))
+    with pytest.raises(RuntimeError, match=r"blocks.1: .*replaced by a hook .*call accelerate\(model\) before"):
+        diffusers_sd3.accelerate(model)
+    assert "forward" not in vars(model.transformer_blocks[0])
+
+    model = transformer()
+    expected = outputs(model)
+    diffusers_sd3.accelerate(model)
+    hooks.HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[1]).register_hook(hooks.ModelHook(), "x")
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
+    assert fused_calls["gated_residual"] == 10
+    with pytest.raises(RuntimeError, match=r"blocks.1: a hook was put over its fused forward: remove that hook"):
+        diffusers_sd3.restore(model)
+    with pytest.raises(RuntimeError, match=r"blocks.1: its forward was replaced by a hook"):
+        diffusers_sd3.accelerate(model, filter=lambda name, module: name.endswith("blocks.1"))
+
+
+def test_skipping_the_feed_forward_layers_of_a_block_skips_them():
+    """Such hooks sit on modules that the fused forward does not call, before or after accelerate()."""
+    hooks = pytest.importorskip("diffusers.hooks.layer_skip")
+    configuration = hooks.LayerSkipConfig(indices=[1], dropout=1.0, skip_attention=False)
+    stock = transformer()
+    whole, before, after = outputs(stock), copy.deepcopy(stock), copy.deepcopy(stock)
+    for model in (stock, before):
+        hooks.apply_layer_skip(model, configuration)
+    diffusers_sd3.accelerate(before)
+    diffusers_sd3.accelerate(after)
+    hooks.apply_layer_skip(after, configuration)
+    expected = outputs(stock)
+    assert (expected - whole).abs().max() > 1e-3
+    for model in (before, after):
+        torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiles_without_a_graph_break():
+    model = transformer(num_layers=2, dual_attention_layers=(0,))
+    diffusers_sd3.accelerate(model)
+    expected = outputs(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(outputs(compiled), expected)
 
 
 @pytest.mark.gpu

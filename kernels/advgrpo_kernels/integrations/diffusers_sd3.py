@@ -4,24 +4,30 @@
     diffusers_sd3.accelerate(pipe.transformer)                        # or filter=lambda name, module: ...
     diffusers_sd3.restore(pipe.transformer)
 
-Only `forward` of the chosen modules is replaced, on the instance: parameters, their names and the state dict stay, LoRA
-layers of PEFT are called as they are, and checkpoints are interchangeable.
+Only `forward` of the chosen modules is replaced, on the instance: parameters, their names and the state dict stay,
+LoRA layers of PEFT are called as they are, checkpoints are interchangeable, and copies and pickles of the model keep
+the replacement.
 
 Fused: AdaLN norms (both of a dual-attention block in one pass), gate and residual with the following norm, GELU, and
 the norms of q and k with the layout of attention, the last for models with RMS-normalised q and k (SD3.5) and the stock
 attention processor; other attentions run as they are. float32 results agree with the original to 1e-5, half-precision
 ones round less often than it does.
+
+The fused forward does not call norms, attention, feed-forward and GELU as modules. While one of them has a hook
+(`register_forward_hook`, an offloading or casting hook of diffusers or accelerate, a global one), its block runs its
+own forward instead, so that the hook fires, and says so once.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from ..ops.ada_layer_norm import ada_layer_norm
 from ..ops.gated_residual import gated_residual
@@ -30,7 +36,9 @@ from ..ops.qk_rms_norm import qk_rms_norm
 
 logger = logging.getLogger("advgrpo_kernels.integrations")
 
+MODEL = "SD3Transformer2DModel"
 STOCK_ATTENTION = "JointAttnProcessor2_0"
+_MARK = "_advgrpo_kernels_forward"  # on each replaced module: what `forward` was set to
 
 
 def accelerate(model: nn.Module, filter: Callable[[str, nn.Module], bool] | None = None) -> list[str]:
@@ -41,10 +49,14 @@ def accelerate(model: nn.Module, filter: Callable[[str, nn.Module], bool] | None
         filter: called with (name, module) of each candidate; only those for which it is true are replaced. Default all.
 
     Raises:
-        ValueError: no candidate, or none that the filter lets through; a chosen module is built in a way the fused
-            forward does not cover.
-        RuntimeError: a chosen module is replaced already.
+        ValueError: another model, no candidate that the filter lets through, or a chosen module that is built in a way
+            the fused forward does not cover.
+        RuntimeError: the forward of a chosen module is replaced already, by this or by a hook. Nothing is replaced.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module such as pipe.transformer, got {type(model).__name__}")
+    if not any(_is_a(module, MODEL) for module in model.modules()):
+        raise ValueError(f"accelerate() knows {MODEL} (SD3, SD3.5) alone, got {type(model).__name__}")
     candidates = [(name, module, _forward_of(module)) for name, module in model.named_modules()]
     # The last block's context norm is a part of that block, which replaces it.
     inside = [f"{name}." for name, _, forward in candidates if forward is _block_forward]
@@ -56,11 +68,11 @@ def accelerate(model: nn.Module, filter: Callable[[str, nn.Module], bool] | None
             "AdaLayerNormContinuous), none chosen by the filter"
         )
     for name, module, forward in chosen:
-        if "forward" in vars(module):
-            raise RuntimeError(f"{name}: its forward is replaced already; restore(model) first")
+        _check_free(name, module)
         _check_supported(name, module, forward)
     for name, module, forward in chosen:
-        module.forward = types.MethodType(forward, module)
+        module.forward = functools.partial(forward, module)  # unlike a bound method it can be pickled
+        vars(module)[_MARK] = module.forward
         logger.info("%s (%s): %s", name, type(module).__name__, _description(module))
     return [name for name, _, _ in chosen]
 
@@ -69,25 +81,48 @@ def restore(model: nn.Module) -> list[str]:
     """Give every replaced module its own forward back; returns their names.
 
     Raises:
-        RuntimeError: no module of `model` is replaced.
+        RuntimeError: no module of `model` is replaced, or a hook was put over a replaced forward. Nothing is restored.
     """
-    ours = (_block_forward, _continuous_norm_forward)
-    names = []
-    for name, module in model.named_modules():
-        if getattr(vars(module).get("forward"), "__func__", None) in ours:
-            del module.forward
-            names.append(name)
-            logger.info("%s (%s): original forward restored", name, type(module).__name__)
-    if not names:
+    replaced = [(name, module) for name, module in model.named_modules() if _MARK in vars(module)]
+    if not replaced:
         raise RuntimeError(f"no module of {type(model).__name__} is replaced")
-    return names
+    for name, module in replaced:
+        if not _is_replaced(module):
+            raise RuntimeError(f"{name}: a hook was put over its fused forward: remove that hook, then restore(model)")
+    for name, module in replaced:
+        del module.forward, vars(module)[_MARK]
+        logger.info("%s (%s): original forward restored", name, type(module).__name__)
+    return [name for name, _ in replaced]
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return _MARK in vars(module) and vars(module).get("forward") is vars(module)[_MARK]
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    return name in {cls.__name__ for cls in type(module).__mro__}
+
+
+def _check_free(name: str, module: nn.Module) -> None:
+    """That nothing else has taken the place of the module's forward."""
+    if _is_replaced(module):
+        raise RuntimeError(f"{name}: its forward is replaced already; restore(model) first")
+    if "forward" in vars(module):
+        raise RuntimeError(
+            f"{name}: its forward was replaced by a hook (LayerSkip, offloading, ...) or another patch, which this "
+            "would undo: call accelerate(model) before such hooks are added"
+        )
+    stock = next(
+        cls for cls in type(module).__mro__ if cls.__name__ in ("JointTransformerBlock", "AdaLayerNormContinuous")
+    )
+    if type(module).forward is not stock.forward:
+        raise ValueError(f"{name}: {type(module).__name__} has a forward of its own, which would be lost")
 
 
 def _forward_of(module: nn.Module) -> Callable | None:
-    names = {cls.__name__ for cls in type(module).__mro__}
-    if "JointTransformerBlock" in names:
+    if _is_a(module, "JointTransformerBlock"):
         return _block_forward
-    return _continuous_norm_forward if "AdaLayerNormContinuous" in names else None
+    return _continuous_norm_forward if _is_a(module, "AdaLayerNormContinuous") else None
 
 
 def _check_supported(name: str, module: nn.Module, forward: Callable) -> None:
@@ -120,6 +155,40 @@ def _is_fusible(attn: nn.Module | None) -> bool:
     return all(
         "RMSNorm" in type(n).__name__ and n.weight is not None and getattr(n, "bias", None) is None for n in norms
     )
+
+
+def _runs_stock(module: nn.Module, bypassed: Iterator[nn.Module]) -> bool:
+    """Whether a module that the fused forward would not call has a hook, or all modules have."""
+    hooked = torch_module._has_any_global_hook() or any(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in vars(part)
+        for part in bypassed
+    )
+    if hooked and not torch.compiler.is_compiling():
+        _say_stock(type(module).__name__)
+    return hooked
+
+
+@functools.cache
+def _say_stock(kind: str) -> None:
+    logger.warning("a part of %s has a hook: such modules run their own forward, not the fused one, while it has", kind)
+
+
+def _parts_of_block(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules in a block that `_block_forward` does not call."""
+    for norm in (block.norm1, block.norm1_context):
+        yield from (norm, norm.norm)
+    yield from (block.norm2, block.ff, block.ff.net[0])
+    if not block.context_pre_only:
+        yield from (block.norm2_context, block.ff_context, block.ff_context.net[0])
+    for attn in (block.attn, block.attn2):
+        if attn is not None:
+            yield attn
+            norms = (getattr(attn, f"norm_{name}", None) for name in ("q", "k", "added_q", "added_k"))
+            yield from (norm for norm in norms if norm is not None)
 
 
 def _attention(attn: nn.Module, x: torch.Tensor, context: torch.Tensor | None = None, **kwargs):
@@ -159,7 +228,8 @@ def _block_forward(
     joint_attention_kwargs: dict | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`JointTransformerBlock.forward`: (encoder_hidden_states, hidden_states)."""
-    if self._chunk_size is not None:  # feed-forward in chunks saves memory at the price of speed: not fused
+    # Feed-forward in chunks saves memory at the price of speed: not fused.
+    if self._chunk_size is not None or _runs_stock(self, _parts_of_block(self)):
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
     kwargs = joint_attention_kwargs or {}
     emb = self.norm1.linear(self.norm1.silu(temb))
@@ -186,5 +256,7 @@ def _block_forward(
 
 def _continuous_norm_forward(self, x: torch.Tensor, conditioning_embedding: torch.Tensor) -> torch.Tensor:
     """`AdaLayerNormContinuous.forward`; its linear gives the scale first."""
+    if _runs_stock(self, iter((self.norm,))):
+        return type(self).forward(self, x, conditioning_embedding)
     scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
     return ada_layer_norm(x, shift, scale, eps=self.norm.eps)
