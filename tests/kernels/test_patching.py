@@ -2,9 +2,10 @@
 
 Planted bugs that turned this file red: functions found by their local name, modules that imported before or after the
 patch left out, an importer's `unpatch` that reports success, the check left out, its random numbers not put back, only
-the last function's check decides, drawn steps alone compared, a tolerance of 1.
+the last function's check decides, drawn steps alone compared, a tolerance of 1, a partial that is not named.
 """
 
+import functools
 import logging
 import pickle
 import sys
@@ -109,6 +110,25 @@ def test_an_importer_patched_alone_says_who_keeps_the_original_and_takes_back_wh
         assert third.step is not original
         adv_grpo.unpatch(pipeline)
         assert third.step is original
+
+
+def test_holders_that_are_no_modules_are_named(adv, caplog):
+    """A partial made before keeps the original, one made after keeps ours: nothing can be put in its place."""
+    home, _ = adv
+    with caplog.at_level("WARNING", "advgrpo_kernels.integrations"):
+        adv_grpo.patch(home)
+        adv_grpo.unpatch(home)
+        assert caplog.text == ""
+        before = functools.partial(home.sde_step_with_logprob)
+        adv_grpo.patch(home)
+        name = "adv_grpo.diffusers_patch.sd3_sde_with_logprob.sde_step_with_logprob"
+        assert f"{name} is replaced, but an object of type partial holds the original and keeps it" in caplog.text
+        caplog.clear()
+        after = functools.partial(home.sde_step_with_logprob_new)
+        adv_grpo.unpatch(home)
+    assert f"{name}_new is restored, but an object of type partial holds the replacement and keeps it" in caplog.text
+    assert before.func is home.sde_step_with_logprob
+    assert is_ours(after.func, adv_grpo.sde_step_with_logprob_new)
 
 
 def test_two_modules_with_functions_of_their_own_are_told_apart():

@@ -11,6 +11,7 @@ so that `restore` finds it in every module, also in those that imported it since
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import sys
@@ -111,6 +112,7 @@ def replace(module: types.ModuleType, targets: Sequence[Target], everywhere: boo
             setattr(place.owner, place.attribute, copy)
             ours = f"{variant.__module__}.{variant.__qualname__}"
             logger.info("%s -> %s (%d cases agree)", place, ours, agreeing)
+        _warn_of_others(entry.original, f"{entry.full_name} is replaced", "the original")
     setattr(module, _RECORD, places)
     return list(dict.fromkeys(entry.target.name for entry in found))
 
@@ -140,6 +142,10 @@ def restore(module: types.ModuleType) -> None:
             setattr(owner, attribute, originals[id(value)])
             logger.info("%s: original restored", _Place(owner, attribute, value, value))
     delattr(module, _RECORD)
+    for place in places:
+        if originals.pop(id(place.copy), None) is not None:  # each copy once
+            name = f"{place.copy.__module__}.{place.copy.__qualname__}"
+            _warn_of_others(place.copy, f"{name} is restored", "the replacement")
 
 
 def holds_any(module: types.ModuleType, targets: Sequence[Target]) -> bool:
@@ -255,6 +261,20 @@ def _places(entry: _Found, module: types.ModuleType, everywhere: bool) -> list[t
         remedy = f"patch {entry.original.__module__} to reach all"
         logger.warning("%s is replaced in %s, but not as %s: %s", entry.full_name, _name(module), others, remedy)
     return inside
+
+
+def _warn_of_others(function: Callable, what: str, which: str) -> None:
+    """Objects that hold `function` otherwise than as a module's attribute, where nothing can be put in its place."""
+    namespaces = {id(vars(module)) for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)}
+    known = (_Found, _Place, Origin, types.FrameType)
+    kinds = []
+    for holder in gc.get_referrers(function):
+        if isinstance(holder, known) or id(holder) in namespaces:
+            continue
+        kinds.append(type(holder).__name__)
+    if kinds:
+        held = ", ".join(sorted(set(kinds)))
+        logger.warning("%s, but an object of type %s holds %s and keeps it", what, held, which)
 
 
 def _attributes() -> Iterator[tuple[types.ModuleType, str, Any]]:
