@@ -49,7 +49,9 @@ loss = k.clipped_policy_loss(
 )
 loss.loss.backward()
 assert torch.equal(loss.ratio, torch.ones(2)), loss.ratio
-from advgrpo_kernels.integrations import adv_grpo, dance_grpo, flow_factory, flow_grpo, mix_grpo
+from advgrpo_kernels.integrations import adv_grpo, dance_grpo, flow_factory, flow_grpo, miles_diffusion, mix_grpo
+from advgrpo_kernels.integrations import unirl, verl_omni
+import advgrpo_kernels.patch
 from advgrpo_kernels.testing import assert_within_budget
 print(k.__file__)
 """
@@ -93,7 +95,7 @@ def test_the_readme_of_the_kernels_covers_every_op_and_its_examples_are_python()
     ops = {name for name in advgrpo_kernels.__all__ if name.islower() and not name.endswith("_ref")}
     assert [op for op in sorted(ops) if f"`{op}`" not in table] == []
     examples = text.split("```python\n")[1:]
-    assert len(examples) == 8  # use, one per codebase, check
+    assert len(examples) == 4  # use, patch, diffusers, check
     for example in examples:
         compile(example.split("```")[0], "kernels/README.md", "exec")
 
@@ -109,6 +111,20 @@ def test_the_matrix_of_the_kernels_begins_at_what_they_allow():
             assert version in needs.specifier, (lane, str(needs))
     lowest = [next(s.version for s in needs.specifier if s.operator == ">=") for needs in bounds]
     assert [f"{version}.0" for version in lowest] == lanes[0].split(":")[1:3]
+
+
+def test_the_readme_of_the_kernels_names_the_commits_that_are_tested():
+    """A row per peer of the launcher, with the repository and commit of tests/peers/commits.json."""
+    from advgrpo_kernels.integrations import _launcher
+    from tests.peers import checkouts
+
+    rows = {
+        line.split("`")[1]: line for line in (ROOT / "kernels/README.md").read_text().splitlines() if "/tree/" in line
+    }
+    assert set(rows) == set(_launcher.PEERS)
+    for peer, row in rows.items():
+        entry = checkouts.COMMITS[checkouts.RECIPES[peer].folder]
+        assert f"{entry['repository']}/tree/{entry['commit']}) {entry['commit'][:7]} |" in row
 
 
 def run(code: str, *path: Path | str, cwd: Path = ROOT, python: str = sys.executable) -> str:
