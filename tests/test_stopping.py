@@ -104,6 +104,19 @@ def at(monkeypatch, doing: str, iteration: int, run: Run, action) -> list[str]:
     return begun
 
 
+def within(monkeypatch, judge, iteration: int, run: Run, action) -> None:
+    """Do `action` while `judge` scores in `iteration`, which must not go on after it."""
+    real = judge.score
+
+    def score(*arguments):
+        if run.trainer.iteration == iteration:
+            action()
+            pytest.fail("not broken off")
+        return real(*arguments)
+
+    monkeypatch.setattr(judge, "score", score)
+
+
 PLACES = {  # what is begun when the signal comes: (signal, in iteration, what is saved)
     "sample: tile": (signal.SIGTERM, 0, 0),
     "reward adversary: tile": (signal.SIGINT, 1, 1),
@@ -117,11 +130,21 @@ PLACES = {  # what is begun when the signal comes: (signal, in iteration, what i
 def test_a_signal_ends_the_run_where_it_is_and_nothing_is_lost(doing, own, undisturbed, monkeypatch):
     number, iteration, saved = PLACES[doing]
     run = make(own)
-    begun = at(monkeypatch, doing, iteration, run, lambda: os.kill(os.getpid(), number))
+    kill = lambda: os.kill(os.getpid(), number)  # noqa: E731
+    judges = {
+        "reward rule": run.trainer.scorer.rewards["rule"],
+        "evaluate: metric": run.evaluator.metrics["rule_accuracy"],
+    }
+    if doing in judges:
+        within(monkeypatch, judges[doing], iteration, run, kill)
+    begun = at(monkeypatch, doing, iteration, run, kill if doing not in judges else lambda: None)
     run.train()
     assert run.stopped == number.name
     after = begun[next(i for i, each in enumerate(begun) if each.startswith(f"{iteration} {doing}")) + 1 :]
-    assert after == [f"{iteration} write a checkpoint"], "other work was begun first"
+    assert [each for each in after if not each.startswith(f"{iteration} {doing}")] == [
+        f"{iteration} write a checkpoint"
+    ]
+    assert len(after) == (2 if doing == "evaluate: metric" else 1), "other work was begun first"
     assert [each.name for each in (Path(own.output_dir) / "checkpoints").iterdir()] == [f"iteration-{saved:06d}"]
     if saved:
         assert_same_checkpoint(own.output_dir, undisturbed, saved)
