@@ -41,6 +41,19 @@ _NO_ROOM = {
 }
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be continued; the message ends with the flag that goes on without it.
+
+    Args:
+        path: its folder.
+        reason: what is wrong, with the file's name.
+    """
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{reason}; {remedy(path)}")
+        self.reason = reason
+
+
 def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Write `root/iteration-NNNNNN` atomically and durably, then prune to the newest `keep` checkpoints.
 
@@ -93,7 +106,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = safetensors.torch.load_file(path / TENSORS)
     except Exception as error:  # a header can promise anything, and what then fails is not for us to list
-        raise UserError(f"{path / TENSORS} is no safetensors file ({error}); {remedy(path)}") from None
+        raise CheckpointError(path, f"{path / TENSORS} is no safetensors file ({error})") from None
     return tensors, state
 
 
@@ -236,18 +249,18 @@ def _prune(root: Path, newest: Path, keep: int) -> None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist; {remedy(path)}")
+        raise CheckpointError(path, f"checkpoint {path} does not exist")
     manifest = _read_json(path, MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path / MANIFEST} does not say format {FORMAT!r}: a foreign checkpoint; {remedy(path)}")
+        raise CheckpointError(path, f"{path / MANIFEST} does not say format {FORMAT!r}: a foreign checkpoint")
     version, iteration = manifest.get("version"), manifest.get("iteration")
     if type(version) is not int or version != VERSION:
-        raise UserError(f"{path} has checkpoint version {version!r}, this program reads {VERSION}; {remedy(path)}")
+        raise CheckpointError(path, f"{path} has checkpoint version {version!r}, this program reads {VERSION}")
     if type(iteration) is not int or iteration != (iteration if iteration_of(path) is None else iteration_of(path)):
-        raise UserError(f"{path / MANIFEST} says iteration {iteration!r}, unlike its folder; {remedy(path)}")
+        raise CheckpointError(path, f"{path / MANIFEST} says iteration {iteration!r}, unlike its folder")
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(files.get(name), dict) for name in (TENSORS, STATE)):
-        raise UserError(f"{path / MANIFEST} does not list {TENSORS} and {STATE}; {remedy(path)}")
+        raise CheckpointError(path, f"{path / MANIFEST} does not list {TENSORS} and {STATE}")
     return manifest
 
 
@@ -261,25 +274,27 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         text = read_text(path / name, "checkpoint file", "every checkpoint has one")
     except UserError as error:
-        raise UserError(f"{error}; {remedy(path)}") from None
+        raise CheckpointError(path, str(error)) from None
     try:
-        found = parse_json(text, where, remedy(path), pairs=unique_keys)
+        found = parse_json(text, where, "it is damaged", pairs=unique_keys)
+    except UserError as error:
+        raise CheckpointError(path, str(error)) from None
     except RepeatedKeyError as error:
-        raise UserError(f"{where}: the key {error.args[0]!r} stands twice; {remedy(path)}") from None
+        raise CheckpointError(path, f"{where}: the key {error.args[0]!r} stands twice") from None
     if not isinstance(found, dict):
-        raise UserError(f"{where} holds a {type(found).__name__}, not an object; {remedy(path)}")
+        raise CheckpointError(path, f"{where} holds a {type(found).__name__}, not an object")
     return found
 
 
 def _verify_file(path: Path, name: str, expected: dict[str, Any]) -> None:
     file = path / name
     if not file.is_file():
-        raise UserError(f"{file} is missing; {remedy(path)}")
+        raise CheckpointError(path, f"{file} is missing")
     size = file.stat().st_size
     if size != expected.get("size"):
-        raise UserError(f"{file} is truncated: {size} bytes instead of {expected.get('size')}; {remedy(path)}")
+        raise CheckpointError(path, f"{file} is truncated: {size} bytes instead of {expected.get('size')}")
     if _sha256(file) != expected.get("sha256"):
-        raise UserError(f"{file} was altered: its SHA-256 is not the manifest's; {remedy(path)}")
+        raise CheckpointError(path, f"{file} was altered: its SHA-256 is not the manifest's")
 
 
 def _sha256(file: Path) -> str:

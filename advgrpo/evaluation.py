@@ -82,6 +82,10 @@ class Evaluator:
                 result |= _half_width(f"{HELD_OUT}{name}{FIRST}", by_prompt[:, :first])
         return result
 
+    def names(self) -> set[str]:
+        """Those that every result of `run` with `first` has; intervals need several prompts."""
+        return {f"{HELD_OUT}{metric}{part}" for metric in self.metrics for part in ("", FIRST)}
+
     def _begin(self, doing: str, *, first: bool) -> None:
         """A place to stop. Processes without a share wait from the start, while the first one's may compile kernels."""
         self.distributed.step(doing, within_seconds=SLOW_SECONDS if first else None)

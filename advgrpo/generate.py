@@ -110,7 +110,7 @@ def generate(options: Generate) -> None:
     lora = read_lora_for(folder, Path(options.lora), "--lora") if options.lora else None
     dtype = torch.bfloat16 if device == "cuda" and not options.world else torch.float32
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         raise UserError(f"--model {options.model}: diffusers cannot load it ({error})") from error
     if not isinstance(pipe, StableDiffusion3Pipeline):  # SD1.5 and SDXL, with the sampler that they are trained with

@@ -43,14 +43,12 @@ def read_json(file: Path, source: str) -> dict[str, Any]:
     return content
 
 
-def weight_shapes(folder: Path, stem: str, source: str) -> Shapes | None:
+def weight_shapes(folder: Path, stem: str, source: str) -> Shapes:
     """Shape of every tensor of STEM.safetensors, or of the shards that STEM.safetensors.index.json lists.
 
-    None where the folder has other weights only (such as .bin), for the loader to judge.
-
     Raises:
-        UserError: naming the file: there are no weights, a shard is missing, a git-lfs pointer, or a file that is not
-            whole.
+        UserError: naming the file: there are no weights, or only pickled ones, which run what code they hold; a shard
+            is missing, a git-lfs pointer, or a file that is not whole.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
@@ -63,8 +61,12 @@ def weight_shapes(folder: Path, stem: str, source: str) -> Shapes | None:
         for shard in sorted(set(map(str, listed.values()))):
             shapes |= _header(folder / shard, source)
         return shapes
-    if any(folder.glob("*.bin")):
-        return None
+    pickled = sorted(file.name for pattern in ("*.bin", "*.ckpt", "*.pt") for file in folder.glob(pattern))
+    if pickled:
+        raise UserError(
+            f"{source}: {folder} has its weights in {pickled[0]} only, a pickle, which may run any code when it is "
+            "loaded; take the model's safetensors version, or save it as one with save_pretrained"
+        )
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     found = f"; it holds {', '.join(others)}" if others else ""
     raise UserError(f"{source}: {single} is missing{found}; complete the folder, or download the model again")
@@ -121,13 +123,13 @@ def check_tokenizer(folder: Path, source: str) -> None:
             raise UserError(f"{source}: {file} is a git-lfs pointer; run `git lfs pull`")
 
 
-def check_pipeline(folder: Path, index: Mapping[str, Any], source: str) -> dict[str, Shapes | None]:
+def check_pipeline(folder: Path, index: Mapping[str, Any], source: str) -> dict[str, Shapes]:
     """Every part that model_index.json lists is there and whole; shapes of the weights by part.
 
     Raises:
         UserError: naming the file that is missing, damaged or no JSON.
     """
-    weights: dict[str, Shapes | None] = {}
+    weights: dict[str, Shapes] = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):
             continue

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from . import checkpoint as checkpoints
 from . import config as configuration
-from .atomic import write_atomically
+from .atomic import remove_leftovers, write_atomically
 from .build import (
     blind_spots,
     build_adversary,
@@ -32,33 +32,23 @@ from .distributed import SLOW_SECONDS, Distributed
 from .errors import RunFailure, UserError
 from .evaluation import Evaluator
 from .fast import FastPaths
-from .folders import writable
+from .folders import FolderLock, writable
 from .graphs import CudaGraphs
 from .memory import advice
 from .metric_names import FIRST, half_widths, held_out_means
 from .monitor import Flag
 from .plots import HeldOut, draw_curves, draw_grid
 from .preflight import preflight
+from .resuming import SUMMARY_FILE, Resume, Resuming, Saved, differences, made_from
 from .stopping import Keeper, signals_stop
 from .tracking import METRICS_FILE, Tracker, load_metrics, plain
 from .trainer import Trainer
 from .watch import StopRequested
 
 logger = logging.getLogger(__name__)
+CONFIG_FILE = "config.yaml"
 
-# Settings a resumed run may change; any other difference would make it another run.
-_FREE_TO_CHANGE = (
-    "iterations",
-    "global_steps",
-    "output_dir",
-    "device",
-    "collective_timeout",
-    "data.cache_dir",
-    "output",
-    "evaluation.every",
-    "monitor",
-    *(f"rewards.remote.{name}" for name in ("url", "timeout", "retries", "backoff", "wait", "token_file")),
-)
+_JUDGED_ON = {"held_out_prompts", "references", "base"}  # what the base model's metrics depend on
 
 
 def prepare_output(folder: Path) -> None:
@@ -69,38 +59,69 @@ def prepare_output(folder: Path) -> None:
 class Run:
     """Builds every part from the config and drives the iterations; only rank 0 writes."""
 
-    def __init__(self, config: Config, distributed: Distributed, *, resume: bool, console: Console):
+    def __init__(self, config: Config, distributed: Distributed, *, resume: Resume | bool = False, console: Console):
+        """`resume`: which checkpoint to go on from; True is the newest in the output folder, False a new run.
+
+        Raises:
+            UserError: whatever is wrong with settings, files, models or the checkpoint, or another run in the folder.
+        """
         self.config, self.distributed, self.console = config, distributed, console
         self.display = Display(console)
         self.folder = Path(config.output_dir)
-        configuration.check(config, distributed.world_size)
-        distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
-        sources = Sources.read(config)
-        saved = self._find_checkpoint() if resume else None
-        if distributed.is_main:
-            prepare_output(self.folder)
-            if not resume and (self.folder / METRICS_FILE).exists():
-                raise UserError(
-                    f"output_dir = {config.output_dir!r} already holds a run; continue it with --resume "
-                    f"{config.output_dir}, or choose another --output-dir"
-                )
-        preflight(config)
-        fast = FastPaths.choose(config, distributed.device)
-        if distributed.is_main:
-            fast.print(console)
-        with distributed.monitored("load the models", at_most_seconds=SLOW_SECONDS):
-            self.trainer, self.evaluator = self._build(sources, fast)
-        with distributed.monitored("look into the cache"):
-            check_cache_is_shared(self.trainer.policy, sources, distributed, config)
+        self.nothing_left = ""  # why the run is done already; then nothing is loaded
         self.base: dict[str, float] = {}
         self.start: dict[str, float] = {}  # of the LoRA that model.lora.start_from names
         self.samples: dict[str, list] = {}
         self.unlogged: dict | None = None  # metrics of the newest iteration, while its evaluation is not done
         self.stopped = ""  # why the run ended early
+        self._lock: FolderLock | None = None
+        try:
+            self._prepare(Resume.of(resume))
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, resume: Resume) -> None:
+        """From settings to a trainer that stands where the run goes on."""
+        config, distributed = self.config, self.distributed
+        configuration.check(config, distributed.world_size)
+        distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
+        sources = Sources.read(config)
+        if distributed.is_main:
+            prepare_output(self.folder)
+            self._lock = FolderLock(self.folder, "output_dir")
+            for folder in (self.folder, self.folder / "samples", self.folder / "lora"):
+                remove_leftovers(folder)
+        resuming = Resuming(config, self.folder, distributed, resume, self.console)
+        saved = resuming.choose()
+        self.nothing_left = distributed.gather_json(resuming.done(saved) if distributed.is_main else "")[0]
+        if self.nothing_left:
+            return
+        preflight(config)
+        fast = FastPaths.choose(config, distributed.device)
+        if distributed.is_main:
+            fast.print(self.console)
+        with distributed.monitored("hash what the run is made from", at_most_seconds=SLOW_SECONDS):
+            self.made_from = made_from(config, sources) if distributed.is_main else {}
+        changed = self._changed(resuming, saved)
+        with distributed.monitored("load the models", at_most_seconds=SLOW_SECONDS):
+            self.trainer, self.evaluator = self._build(sources, fast)
+        with distributed.monitored("look into the cache"):
+            check_cache_is_shared(self.trainer.policy, sources, distributed, config)
+        while saved is not None and (reason := self._misfit(saved)):
+            saved = resuming.next(saved, reason)
+            changed = self._changed(resuming, saved)
+        resuming.tell(saved)
+        self.resumed = saved is not None
         if saved is not None:
-            self._restore(*saved)
-        newest = None if saved is None else self.trainer.iteration
+            self._restore(saved, changed)
+        newest = self.trainer.iteration if self.resumed else None
         self.keeper = Keeper(self._write_checkpoint, self.trainer, distributed, newest)
+
+    def close(self) -> None:
+        """Let another run have the output folder; `train` does it at its end."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _build(self, sources: Sources, fast: FastPaths) -> tuple[Trainer, Evaluator]:
         config, distributed = self.config, self.distributed
@@ -139,21 +160,27 @@ class Run:
 
         After it `stopped` says why the run ended early; it is empty where it did not.
         """
-        with signals_stop(self.distributed):
-            try:
-                self._train()
-                self._finish()
-            except StopRequested as reason:
-                self.stopped = str(reason)
-                self._stop()
+        try:
+            if self.nothing_left:
+                self.console.print(self.nothing_left, soft_wrap=True)
+                return
+            with signals_stop(self.distributed):
+                try:
+                    self._train()
+                    self._finish()
+                except StopRequested as reason:
+                    self.stopped = str(reason)
+                    self._stop()
+        finally:
+            self.close()
 
     def _train(self) -> None:
         config, trainer, main = self.config, self.trainer, self.distributed.is_main
         if main:
-            write_atomically(self.folder / "config.yaml", configuration.dump(config))
+            self._clear_the_way()
         if not self.base:
             self.base = self._evaluate_base()
-            self.start = self._evaluate_start()
+            self.start = self.start if self.resumed else self._evaluate_start()
         self._draw_samples("base", self.base)
         tracker = Tracker(
             self.folder,
@@ -173,6 +200,7 @@ class Run:
                 flagged = [text for text in self.distributed.gather_json(_flagged_to_stop(trainer.flags)) if text]
                 every = config.output.checkpoint_every
                 if flagged or trainer.finished or (every and trainer.iteration % every == 0):
+                    tracker.sync()
                     self.save()
                 if flagged and not trainer.finished:
                     raise StopRequested(flagged[0])
@@ -250,9 +278,9 @@ class Run:
             return
         self.export()
         rows = self._draw_curves(final)
-        summary = summarize(self.config, rows, self.base, final, self.start)
+        summary = summarize(self.config, rows, self.base, final, self.start, iterations=self.trainer.iteration)
         summary["prompts_cut_by"] = self.cut_prompts
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         if not summary["trained"]:
             self.console.print(f"note: {summary['not_trained_because']}", soft_wrap=True)
         base = held_out_means(self.base)
@@ -265,7 +293,8 @@ class Run:
         rows = load_metrics(self.folder / METRICS_FILE)
         evaluation = self.config.evaluation
         counts = evaluation.during_images_per_prompt, evaluation.images_per_prompt
-        draw_curves(rows, self.folder / "curves.png", HeldOut(self.base, final, *counts))
+        if rows:  # a damaged file may have held none
+            draw_curves(rows, self.folder / "curves.png", HeldOut(self.base, final, *counts))
         return rows
 
     def export(self) -> None:
@@ -338,6 +367,7 @@ class Run:
             "base": self.base,
             "start": self.start,
             "unlogged": unlogged,
+            "made_from": self.made_from,
         }
         self._refuse_not_finite(tensors, state, "saved")
         checkpoints.save_checkpoint(
@@ -358,39 +388,51 @@ class Run:
             f"after {self.trainer.iteration} iterations {name} is not finite, so nothing was {what_for}{kept}. {remedy}"
         )
 
-    def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict]:
-        path = checkpoints.latest_checkpoint(self.folder / "checkpoints")
-        if path is None:
-            raise UserError(f"--resume {self.folder}: no checkpoint in {self.folder / 'checkpoints'}")
-        tensors, state = checkpoints.load_checkpoint(path)
-        if not isinstance(state.get("config"), dict) or "trainer" not in state:
-            raise UserError(f"--resume {self.folder}: {path} was not written by advgrpo.train")
-        different = _differences(state["config"], self.config.model_dump(mode="json"))
-        if different:
-            free = ", ".join(each for each in _FREE_TO_CHANGE if each != "output_dir")  # only that the folder was moved
-            raise UserError(
-                f"--resume {self.folder}: the checkpoint was made with other settings: {'; '.join(different)}. Leave "
-                f"them as they were, or start a new run (only {free} may change)"
-            )
-        self._refuse_if_done(state["trainer"])
-        return tensors, state
+    def _changed(self, resuming: Resuming, saved: Saved | None) -> tuple[str, ...]:
+        """What of the run's data is not what it was at the checkpoint, by consent; the same on every process."""
+        looks = saved is not None and self.distributed.is_main
+        changed = resuming.refuse_changes(saved, self.made_from) if looks else ()
+        return tuple(self.distributed.gather_json(changed)[0])
 
-    def _refuse_if_done(self, saved: dict) -> None:
-        """UserError for a run that has its length already, before its models are loaded."""
-        evaluated = (self.folder / "summary.json").exists()  # if not, the run was cut short in its last evaluation
-        done, wanted, steps = saved["iteration"], self.config.iterations, self.config.global_steps
-        finished = done >= wanted or 0 < steps <= saved["global_step"]
-        if done > wanted or (evaluated and finished):
-            flag = "--iterations" if done >= wanted else "--global-steps"
-            raise UserError(
-                f"--resume {self.folder}: iteration {done} of {wanted} is done already, and with it the run; "
-                f"raise {flag} to go on"
-            )
+    def _misfit(self, saved: Saved) -> str:
+        """Take the checkpoint over, or say why it does not fit; what process 0 finds counts on all."""
+        reason = ""
+        try:
+            self.trainer.load(saved.tensors, saved.state)
+        except UserError as error:
+            reason = str(error)
+        decided = self.distributed.gather_json(reason)[0]
+        if reason and not decided:
+            raise UserError(f"checkpoint {saved.path}: {reason}")
+        return decided
 
-    def _restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
-        self.trainer.load(tensors, state)
-        self.base, self.start, self.unlogged = state["base"], state.get("start", {}), state.get("unlogged")
-        self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}")
+    def _restore(self, saved: Saved, changed: tuple[str, ...]) -> None:
+        """What the trainer does not know; it has been loaded."""
+        known = {} if _JUDGED_ON.intersection(changed) else saved.state
+        for stage in ("base", "start"):  # those of an older program may lack metrics: then without, or evaluated again
+            values = known.get(stage, {})
+            setattr(self, stage, values if self.evaluator.names() <= values.keys() else {})
+        self.unlogged = saved.state.get("unlogged")
+        self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}", soft_wrap=True)
+        if not self.distributed.is_main or not (self.folder / CONFIG_FILE).exists():
+            return
+        try:
+            first = configuration.load(file=self.folder / CONFIG_FILE).model_dump(mode="json")
+        except UserError as error:
+            self.console.print(f"note: {error}; the checkpoint's settings count", soft_wrap=True)
+            return
+        other = differences(first, self.config.model_dump(mode="json"), free=("output_dir",))
+        if other:
+            self.console.print(f"note: since {CONFIG_FILE} was written: {'; '.join(other)}", soft_wrap=True)
+
+    def _clear_the_way(self) -> None:
+        """Files of a future that does not come, and the settings of a run that begins; rank 0 calls it."""
+        if not self.resumed or not (self.folder / CONFIG_FILE).exists():
+            write_atomically(self.folder / CONFIG_FILE, configuration.dump(self.config))
+        if self.resumed:
+            checkpoints.set_later_aside(self.folder / "checkpoints", self.trainer.iteration)
+        if not self.trainer.finished:
+            (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
 
 
 def _flagged_to_stop(flags: list[Flag]) -> str:
@@ -399,45 +441,39 @@ def _flagged_to_stop(flags: list[Flag]) -> str:
     return f"the monitor (monitor.stop names {names}; leave it out to go on)" if names else ""
 
 
-def _differences(saved: dict, current: dict, prefix: str = "") -> list[str]:
-    """Settings that differ and may not, as "name: old -> new"."""
-    found = []
-    for key in sorted(saved.keys() | current.keys()):
-        name = f"{prefix}{key}"
-        old, new = saved.get(key), current.get(key)
-        if name in _FREE_TO_CHANGE or old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{name}.")
-        else:
-            found.append(f"{name}: {old!r} -> {new!r}")
-    return found
-
-
 def _shown(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in held_out_means(values).items())
 
 
 def summarize(
-    config: Config, rows: list[dict], base: dict[str, float], final: dict[str, float], start: dict[str, float]
+    config: Config,
+    rows: list[dict],
+    base: dict[str, float],
+    final: dict[str, float],
+    start: dict[str, float],
+    *,
+    iterations: int,
 ) -> dict:
     """What OUT/summary.json holds: held-out metrics before and after, speed, versions, seed.
 
+    `rows` are the records of metrics.jsonl, from which iterations may be missing: then speed is that of the others.
     "start" are those of the LoRA the run started from, where there was one; "ci95" holds half the width of every
     metric's 95 % interval over prompts.
     """
     stages = {"base": base, **({"start": start} if start else {}), "final": final}
-    seconds, reason = sum(r["seconds"] for r in rows), configuration.untrained(config) or _untrained(rows)
+    timed = [row["seconds"] for row in rows if isinstance(row.get("seconds"), (int, float))]
+    per_second = len(timed) / sum(timed) if sum(timed) else None
+    reason = configuration.untrained(config) or ("" if len(rows) < iterations else _untrained(rows))
     return {
         "seed": config.seed,
-        "iterations": len(rows),
+        "iterations": iterations,
         "trained": not reason,
         **({"not_trained_because": reason} if reason else {}),
         **{stage: held_out_means(values) for stage, values in stages.items()},
         "ci95": {stage: half_widths(values) for stage, values in stages.items()},
-        "images_per_second": len(rows) * config.images_per_iteration / seconds,
-        "iterations_per_second": len(rows) / seconds,
-        "training_seconds": seconds,
+        "images_per_second": per_second and per_second * config.images_per_iteration,
+        "iterations_per_second": per_second,
+        "training_seconds": sum(timed),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {
             "platform": platform.platform(),

@@ -7,15 +7,17 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
 from rich.console import Console
 
-from advgrpo.atomic import write_atomically
+from advgrpo.atomic import move_aside, write_atomically
+from advgrpo.command import one_line
 from advgrpo.display import Display
 from advgrpo.errors import UserError
 from advgrpo.monitor import Flag
@@ -40,8 +42,7 @@ class Tracker:
         display: where progress goes; a live bar on a terminal, else one line per iteration.
 
     Raises:
-        UserError: the folder cannot be written, `metrics.jsonl` is damaged, or tensorboard or wandb is wanted and
-            missing.
+        UserError: the folder cannot be written, or tensorboard or wandb is wanted and missing.
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class Tracker:
         if not is_main:
             return
         output_dir = Path(output_dir)
-        self._file = _open_metrics(output_dir / METRICS_FILE, start_iteration)
+        self.display = display or Display(Console())
+        self._file = _open_metrics(output_dir / METRICS_FILE, start_iteration, self.display.say)
         if tensorboard:
             module = _require("torch.utils.tensorboard", "tensorboard")
             # purge_step hides the abandoned records of a resumed run, which event files cannot drop.
             self._tensorboard = module.SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
         if wandb_project is not None:
             self._wandb = _start_wandb(wandb_project, output_dir, start_iteration, config)
-        self.display = display or Display(Console())
         self._open.enter_context(self.display.iterations(total_iterations, start_iteration))
 
     def log(self, metrics: Mapping[str, Scalar], flags: Sequence[Flag] | None = None) -> None:
@@ -102,6 +103,12 @@ class Tracker:
         self.display.show(record)
         self.display.show_flags(flags or (), record["iteration"])
 
+    def sync(self) -> None:
+        """Force what was logged to the disk; a checkpoint that is saved then never knows more iterations than it."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar; on rank 0 only."""
         if self.is_main:
@@ -131,33 +138,54 @@ def load_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a missing file, or a damaged line elsewhere (named by its number).
     """
-    return [record for _, record in _read_metrics(Path(path))]
-
-
-def _read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        records, damage = _read_metrics(Path(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: not the folder of a run") from None
+    if damage:
+        raise UserError(f"{path}, {damage}; repair or remove it")
+    return [record for _, record in records]
+
+
+def _read_metrics(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+    """(lines that hold a record, with it; what is wrong with the first that does not, or nothing)."""
+    lines = path.read_bytes().split(b"\n")
     lines.pop()  # what follows the last newline: nothing, or a record that was cut off
-    records = []
-    for number, line in enumerate(lines, start=1):
+    records, damage = [], ""
+    for number, raw in enumerate(lines, start=1):
         try:
+            line = raw.decode("utf-8")
             record = json.loads(line)
-            record["iteration"] + 0
-        except (ValueError, TypeError, KeyError):
-            raise UserError(
-                f"{path}, line {number} is not a metrics record: {line[:80]!r}; repair or remove it"
-            ) from None
+            if not _is_record(record):
+                raise ValueError
+        except (ValueError, RecursionError):  # of which UnicodeDecodeError is one
+            shown = one_line(raw[:80].decode("utf-8", "backslashreplace"))
+            damage = damage or f"line {number} is not a metrics record: {shown!r}"
+            continue
         records.append((line, record))
-    return records
+    return records, damage
 
 
-def _open_metrics(path: Path, start_iteration: int) -> Any:
-    kept = (
-        [line for line, record in _read_metrics(path) if record["iteration"] < start_iteration] if path.exists() else []
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or type(record.get("iteration")) is not int:
+        return False
+    scalars = {name: value for name, value in record.items() if name != "flags"}
+    flags = record.get("flags", [])
+    return all(value is None or isinstance(value, (bool, int, float, str)) for value in scalars.values()) and (
+        isinstance(flags, list) and all(isinstance(name, str) for name in flags)
     )
+
+
+def _open_metrics(path: Path, start_iteration: int, say: Callable[[str], None]) -> Any:
+    """The file with the records before `start_iteration`, to be appended to.
+
+    Training needs nothing of what is in it, so a damaged one is put aside and what can be read of it goes on.
+    """
     try:
+        records, damage = _read_metrics(path) if path.exists() else ([], "")
+        kept = [line for line, record in records if record["iteration"] < start_iteration]
+        if damage:
+            say(f"{path}, {damage}; it is now {move_aside(path).name}, and its {len(kept)} readable records go on")
         write_atomically(path, "".join(line + "\n" for line in kept))
         return path.open("a", encoding="utf-8")
     except OSError as error:

@@ -79,11 +79,11 @@ def unit_backbone(tmp_path_factory) -> str:
 
 @pytest.fixture
 def unit_config(unit_pipeline, unit_backbone, tmp_path):
-    """A run of seconds: 2 groups of 4, untrained models, a few shipped prompts and their references, own caches."""
     return make_unit_config(unit_pipeline, unit_backbone, tmp_path)
 
 
 def make_unit_config(unit_pipeline, unit_backbone, tmp_path):
+    """A run of seconds: 2 groups of 4, untrained models, a few shipped prompts and their references, own caches."""
     from advgrpo import config, tiny
 
     for name, shipped, count in (

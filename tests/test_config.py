@@ -118,8 +118,8 @@ def test_checks_across_fields_name_the_field_to_change(change, expected):
 def test_flags_override_file_and_preset(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"preset": "tiny", "seed": 5, "iterations": 7}))
-    settings, resume = parse(["--config", str(file), "--seed", "9", "--no-fast", "--rollout.window.steps", "1", "2"])
-    assert (settings.seed, settings.iterations, settings.fast, resume) == (9, 7, False, False)
+    settings, start = parse(["--config", str(file), "--seed", "9", "--no-fast", "--rollout.window.steps", "1", "2"])
+    assert (settings.seed, settings.iterations, settings.fast, start.resume) == (9, 7, False, None)
     assert settings.rollout.window.steps == (1, 2)
     assert settings.model.path == "tiny"
 
@@ -289,10 +289,26 @@ def test_the_page_of_settings_is_up_to_date():
 
 
 def test_resume_excludes_preset_and_wants_a_run(tmp_path):
-    with pytest.raises(UserError, match="leave out --preset"):
-        parse(["--resume", str(tmp_path), "--preset", "tiny"])
+    for flag in ("--resume", "--resume-from"):
+        with pytest.raises(UserError, match="leave out --preset"):
+            parse([flag, str(tmp_path), "--preset", "tiny"])
     with pytest.raises(UserError, match="is missing"):
         parse(["--resume", str(tmp_path)])
+    with pytest.raises(UserError, match="exclude each other"):
+        parse(["--resume", "auto", "--resume-from", str(tmp_path)])
+    with pytest.raises(UserError, match=r"--accept-changed says .* give --resume"):
+        parse(["--accept-changed", "base"])
+    with pytest.raises(UserError, match=r"--accept-changed \['bases'\].*prompts, held_out_prompts, references, base"):
+        parse(["--resume", "auto", "--accept-changed", "bases"])
+
+
+def test_resume_auto_takes_the_flags_of_a_start(tmp_path, monkeypatch):
+    settings, start = parse(["--resume", "auto", "--preset", "tiny-sft", "--accept-changed", "base", "prompts"])
+    assert (settings.update.objective, start.resume, start.accept_changed) == ("sft", "auto", ("base", "prompts"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "auto").mkdir()
+    with pytest.raises(UserError, match=r"config\.yaml is missing"):  # a folder of that name
+        parse(["--resume", "./auto"])
 
 
 @pytest.mark.parametrize(

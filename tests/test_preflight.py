@@ -3,9 +3,10 @@
 Bugs planted, each seen red: a file's size not compared with its header; shards not looked at; tensors that are absent
 not compared with config.json; plan's own rule for micro-batches, or models it does not
 look at; a hub id that is looked up only when it is loaded; warm-up ignored by `untrained`; FP8 called fast on a
-CPU; the reward blamed for pictures that are not finite.
+CPU; the reward blamed for pictures that are not finite; pickled weights let through; a loader without use_safetensors.
 """
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -46,6 +47,11 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def pickled(file: Path) -> None:
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+
+
 def drop_tensor(file: Path) -> None:
     tensors = load_file(file)
     tensors.pop(sorted(tensors)[3])
@@ -76,6 +82,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
         (f"transformer/{WEIGHTS}", cut, "is no whole safetensors file"),
         (f"transformer/{WEIGHTS}", drop_tensor, "lack or contradict 1 tensors of its config.json"),
         (f"vae/{WEIGHTS}", Path.unlink, "is missing; complete the folder"),
+        (f"vae/{WEIGHTS}", pickled, "has its weights in diffusion_pytorch_model.bin only, a pickle"),
         ("text_encoder/model.safetensors", cut, "is no whole safetensors file"),
         ("scheduler/scheduler_config.json", lambda file: file.write_bytes(b"\xff\xfe"), "is not JSON"),
     ],
@@ -302,3 +309,20 @@ def test_pictures_that_are_not_finite_are_not_blamed_on_the_reward():
     images[1] = float("nan")
     with pytest.raises(FloatingPointError, match=r"look at what drew it .* not at the reward"):
         finite_scores(scores, images, ["a", "b"], "rule")
+
+
+WITHOUT_WEIGHTS = {"AutoTokenizer", "CLIPTokenizer", "FlowMatchEulerDiscreteScheduler", "getattr(transformers, kind)"}
+
+
+def test_no_loader_would_take_a_pickle():
+    """transformers and diffusers load .bin files where there is nothing else, unless they are told not to."""
+    trees = {file: ast.parse(file.read_text()) for file in Path(configuration.__file__).parents[1].rglob("*.py")}
+    nodes = [(file, node) for file, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    loaders = [
+        (f"{file.name}:{node.lineno}", node)
+        for file, node in nodes
+        if ast.unparse(node.func).endswith((".from_pretrained", "DiffusionPipeline.download"))
+        and ast.unparse(node.func.value) not in WITHOUT_WEIGHTS
+    ]
+    assert len(loaders) >= 10
+    assert not [place for place, node in loaders if "use_safetensors=True" not in ast.unparse(node)]

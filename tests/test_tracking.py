@@ -1,7 +1,11 @@
-"""metrics.jsonl, TensorBoard and the progress line."""
+"""metrics.jsonl, TensorBoard and the progress line.
+
+Bugs planted in a copy, each seen red: a damaged file refused; not moved aside; only JSON errors caught; no fsync.
+"""
 
 import io
 import json
+import os
 import sys
 import types
 
@@ -72,10 +76,44 @@ def test_only_rank_0_writes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_damaged_and_unwritable_files(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\nnonsense\n{"iteration": 2}\n')
-    with pytest.raises(UserError, match="line 2 is not a metrics record: 'nonsense'"):
-        track(tmp_path, [], start=2)
+DAMAGE = {
+    "nonsense": b"nonsense",
+    "zeros": bytes(40),
+    "not UTF-8": b'{"iteration": 1, "\xff": 0}',
+    "nested": b"[" * 100_000,
+    "digits": b'{"iteration": ' + b"9" * 5000 + b"}",
+    "no iteration": b'{"seconds": 1}',
+    "a list": b'{"iteration": 1, "seconds": []}',
+    "a control character": b"\x1b[2J",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_file_is_put_aside_and_what_can_be_read_goes_on(tmp_path, what):
+    content = b'{"iteration": 0}\n' + DAMAGE[what] + b'\n{"iteration": 2}\n{"iteration": 3}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not a metrics record: '.*'; repair"):
+        load_metrics(tmp_path / "metrics.jsonl")
+    said = track(tmp_path, [3], start=3, console=Console(file=io.StringIO(), width=400))
+    assert "line 2 is not a metrics record" in said
+    assert "it is now metrics.jsonl.old-1, and its 2 readable records go on" in said
+    assert "\x1b" not in said
+    assert (tmp_path / "metrics.jsonl.old-1").read_bytes() == content
+    assert [row["iteration"] for row in load_metrics(tmp_path / "metrics.jsonl")] == [0, 2, 3]
+
+
+def test_records_are_forced_to_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
+    forced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: forced.append(os.fstat(descriptor).st_size))
+    with Tracker(tmp_path, total_iterations=1, tensorboard=False, display=silent()) as tracker:
+        tracker.log(record(0))
+        forced.clear()
+        tracker.sync()
+        assert forced == [(tmp_path / "metrics.jsonl").stat().st_size]
+        assert forced[0] > 0
+
+
+def test_unwritable_files(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         track(tmp_path / "file", [])

@@ -60,7 +60,7 @@ def open_pipeline(settings: DrawSettings, device: str) -> tuple[Recipe, Callable
     folder = _model_folder(settings.model)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" and settings.model not in WORLDS else torch.float32
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise UserError(f"--model {settings.model}: diffusers cannot load it ({error})") from error
     pipe.set_progress_bar_config(disable=True)
@@ -95,7 +95,7 @@ def _model_folder(model: str) -> Path:
         from diffusers import DiffusionPipeline
 
         try:
-            folder = Path(DiffusionPipeline.download(model))
+            folder = Path(DiffusionPipeline.download(model, use_safetensors=True))
         except Exception as error:
             raise UserError(
                 f"--model {model}: neither a folder nor a hub model that can be downloaded ({error})"

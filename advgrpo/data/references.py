@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 import os
 import shlex
 from collections.abc import Callable, Iterable
@@ -126,6 +127,13 @@ class ReferenceSet:
             changes = self.fit in ("crop", "letterbox")
             self._content_keys[file] = f"{digest}:{self.fit}" if changes else digest
         return self._content_keys[file]
+
+    def fingerprint(self) -> str:
+        """Hash over the prompts and the contents of their pictures, wherever those lie."""
+        distinct = list(dict.fromkeys(file for group in self._files.values() for file in group))
+        _map_in_threads(self.content_key, distinct)
+        content = {prompt: [self.content_key(file) for file in files] for prompt, files in self._files.items()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_index(path: Path) -> dict[str, list[str]]:

@@ -60,7 +60,7 @@ class DiffusersPolicy(GuidedPolicy):
     def _load(self, kind: type, part: str, dtype: torch.dtype) -> ModelMixin:
         """A frozen part of the pipeline on the policy's device; UserError where its files are missing."""
         try:
-            module = kind.from_pretrained(self.folder, subfolder=part, dtype=dtype)
+            module = kind.from_pretrained(self.folder, subfolder=part, dtype=dtype, use_safetensors=True)
         except OSError as error:
             raise UserError(f"model.path = {self.model.path!r}: {error}") from error
         return module.to(self.device).requires_grad_(False).eval()
@@ -102,7 +102,7 @@ class DiffusersPolicy(GuidedPolicy):
         listed = {name for name, value in self.index.items() if isinstance(value, list)}
         absent = {name for name in listed if name not in kept or self.index[name][0] is None}
         given = {"vae": self.vae, self.component: getattr(self, self.component), **dict.fromkeys(absent)}
-        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, **given)
+        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True, **given)
         for part in self.text_parts:
             if isinstance(getattr(pipe, part, None), torch.nn.Module):
                 getattr(pipe, part).to(self.device)

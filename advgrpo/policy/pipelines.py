@@ -28,7 +28,7 @@ def pipeline_folder(path: str, field: str = "model.path") -> Path:
         from diffusers import DiffusionPipeline  # here: the benchmark at full size runs without diffusers
 
         try:
-            folder = Path(DiffusionPipeline.download(path))
+            folder = Path(DiffusionPipeline.download(path, use_safetensors=True))
         except Exception as error:
             raise _not_found(path, field, error) from error
     _check_class(_read_index(folder, path, field), path, field)

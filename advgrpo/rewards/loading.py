@@ -50,7 +50,8 @@ def load_pretrained(model_class: type, path: str, *, model_types: tuple[str, ...
     """
     model_config(path, model_types=model_types, field=field, model_class=model_class.__name__)
     try:
-        model, report = model_class.from_pretrained(expanded(path), dtype=dtype, output_loading_info=True)
+        folder = expanded(path)
+        model, report = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{field} = {path!r} cannot be loaded as a {model_class.__name__}: {error}") from error
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))

@@ -163,11 +163,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    vae = AutoencoderKL.from_pretrained(args.pipeline / "vae").requires_grad_(False).eval()
+    vae = AutoencoderKL.from_pretrained(args.pipeline / "vae", use_safetensors=True).requires_grad_(False).eval()
     model = architecture.backbone(seed=args.seed)
     untrained = probe(model.eval(), vae, args.seed)
     if args.init:
-        model = Dinov2Model.from_pretrained(args.init)
+        model = Dinov2Model.from_pretrained(args.init, use_safetensors=True)
     curve = train(model, vae, args.steps, args.batch, args.seed)
     accuracy = probe(model, vae, args.seed)
     if args.init:

@@ -168,7 +168,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     curves: dict[str, list] = {}
     if args.vae_from:
-        pipe.register_modules(vae=type(pipe.vae).from_pretrained(args.vae_from / "vae"))
+        pipe.register_modules(vae=type(pipe.vae).from_pretrained(args.vae_from / "vae", use_safetensors=True))
     else:
         curves["vae"] = train_vae(pipe.vae, args.vae_steps, args.batch, generator)
         save_half_precision(pipe, args.output)

@@ -252,7 +252,7 @@ def save(trainee: Trainee, folder: Path, curves: dict[str, list[dict]], seed: in
     write_atomically(folder / "preprocessor_config.json", json.dumps(_PREPROCESSOR, indent=2) + "\n")
     (folder / "training.json").touch()
     save_half_precision(trainee.clip, folder)
-    figures = measure(CLIPModel.from_pretrained(folder), seed)
+    figures = measure(CLIPModel.from_pretrained(folder, use_safetensors=True), seed)
     write_atomically(folder / "training.json", json.dumps({"figures": figures, **curves}))
     print(f"wrote {folder}: " + ", ".join(f"{name} {share:.3f}" for name, share in figures.items()))
 

@@ -63,7 +63,7 @@ def main() -> None:
 
     quiet_libraries()  # one notice per batch that the CLIPs see a part of the text
     torch.manual_seed(args.seed)  # the new embeddings of resize_token_embeddings
-    pipe = StableDiffusion3Pipeline.from_pretrained(args.init)
+    pipe = StableDiffusion3Pipeline.from_pretrained(args.init, use_safetensors=True)
     add_letters(pipe)
     generator = torch.Generator().manual_seed(args.seed)
     curves = {"vae": train_vae(pipe.vae, args.vae_steps, args.batch, generator, draw)}

@@ -33,6 +33,11 @@ def replaced(**values: object) -> Damage:
     return damage
 
 
+def pickled(file: Path) -> None:
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+
+
 def without_tensor(file: Path) -> None:
     tensors = load_file(file)
     tensors.pop(sorted(tensors)[5])
@@ -81,6 +86,7 @@ MODELS = [
     _model(_NETWORK, Path.unlink, "is missing; complete the folder"),
     _model(_NETWORK, text(_POINTER), "git-lfs pointer"),
     _model(_NETWORK, cut, "is no whole safetensors file"),
+    _model(_NETWORK, pickled, "weights in diffusion_pytorch_model.bin only, a pickle"),
     _model(_NETWORK, without_tensor, "lack or contradict 1 tensors"),
     _model("text_encoder_3/model.safetensors", cut, "text_encoder_3", "is no whole safetensors file"),
     _unet("unet/config.json", "contradict", in_channels=9),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
+from advgrpo.checkpoint import MANIFEST, STATE, TENSORS
 from tests.bad_input.case import Bench, Case, flagged
 
 _OUT, _REMOTE, _RESUME = "output dir", "remote reward", "resume"
@@ -148,6 +153,33 @@ def _every(pattern: str, change: Callable[[Path], object]) -> Callable[[Path], o
     return damage
 
 
+def _rewritten(change: Callable[[dict, dict], object]) -> Callable[[Path], object]:
+    """Tensors and state changed, and the manifest made to fit."""
+
+    def damage(run: Path) -> None:
+        folder = _checkpoint(run)
+        tensors, state = load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
+        change(tensors, state)
+        save_file(tensors, folder / TENSORS)
+        (folder / STATE).write_text(json.dumps(state))
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name in (TENSORS, STATE):
+            content = (folder / name).read_bytes()
+            manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return damage
+
+
+def _without_checkpoints(content: bytes) -> Callable[[Path], object]:
+    """Its settings are in config.yaml alone."""
+    return lambda run: (shutil.rmtree(run / "checkpoints"), (run / "config.yaml").write_bytes(content))
+
+
+def _from(name: str, make: Callable[[Bench], str], *expect: str) -> Case:
+    return Case(_RESUME, name, expect, lambda bench: ["--resume-from", make(bench)])
+
+
 def _changed(flags: str, *expect: str, loading: bool = False) -> Case:
     """A setting that may not change."""
     return _damaged(flags, lambda _: None, *expect, flags=tuple(flags.split()), loading=loading)
@@ -159,11 +191,11 @@ RESUME = [
     Case(_RESUME, "a file", ("--resume",), lambda b: ["--resume", b.write("x", "")]),
     Case(_RESUME, "no value", ("--resume: the value is missing",), lambda b: ["--resume"]),
     Case(_RESUME, "empty value", ("--resume",), lambda b: ["--resume="]),
-    _damaged("config cut", lambda run: (run / "config.yaml").write_text("model: {"), "config.yaml"),
-    _damaged("config empty", lambda run: (run / "config.yaml").write_text(""), "config.yaml"),
-    _damaged("config binary", lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"), "config.yaml"),
-    _damaged("config of another version", lambda run: (run / "config.yaml").write_text("old_setting: 1\n"), "old_setting"),
-    _damaged("no checkpoints", lambda run: shutil.rmtree(run / "checkpoints"), "checkpoint"),
+    _damaged("config cut", _without_checkpoints(b"model: {"), "config.yaml"),
+    _damaged("config empty", _without_checkpoints(b""), "config.yaml"),
+    _damaged("config binary", _without_checkpoints(b"\xff\xfe\x00"), "config.yaml"),
+    _damaged("config of another version", _without_checkpoints(b"old_setting: 1\n"), "old_setting"),
+    _damaged("no checkpoints", lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint in", "--resume auto"),
     _damaged("checkpoints is a file", lambda run: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").write_text("")), "checkpoint"),
     _damaged("empty checkpoint", _in_checkpoint(lambda c: [f.unlink() for f in c.iterdir()]), "iteration-"),
     _damaged("manifest not JSON", _every("*manifest*", lambda f: f.write_text("{")), "iteration-"),
@@ -184,6 +216,26 @@ RESUME = [
     _changed("--output-dir another", "goes on in that folder: leave out --output-dir another, or copy the folder there"),
     _changed("--update.eps nan", "update.eps = nan: not finite"),
     _changed("--preset tiny", "leave out --preset"),
+    _changed("--resume-from x", "--resume and --resume-from exclude each other"),
+    _damaged("not finite", _rewritten(lambda t, s: t["head.w1"].fill_(float("nan"))), "iteration-", "head.w1 is not finite"),
+    _damaged("another iteration", _rewritten(lambda t, s: s["trainer"].update(iteration=7)), "says iteration 7, unlike"),
+    _damaged("no trainer", _rewritten(lambda t, s: s.pop("trainer")), "iteration-", "trainer is missing in state.json"),
+    _damaged("base a text", _rewritten(lambda t, s: s.update(base="good")), "iteration-", "base in state.json is 'good'"),
+    _damaged("settings a list", _rewritten(lambda t, s: s.update(config=[])), "iteration-", "config in state.json"),
+    _damaged(
+        "other prompts", _rewritten(lambda t, s: s["made_from"].update(prompts="0")), "the content of prompts", "--accept-changed prompts"
+    ),
+    _damaged("another head", _rewritten(lambda t, s: t.pop("head.b1")), "iteration-", "tensor head.b1 is missing", loading=True),
+    _from("a run", lambda b: str(b.world.run), "--resume-from", "is the folder of a run; want a checkpoint in it, such as"),
+    _from("no checkpoint", lambda b: str(b.folder), "manifest.json does not exist"),
+    _from("no folder", lambda b: "nowhere", "checkpoint nowhere does not exist"),
+    Case(_RESUME, "a checkpoint", ("use --resume-from",), lambda b: ["--resume", str(_checkpoint(b.world.run))]),
+    Case(_RESUME, "accepted without a resume", ("--accept-changed says", "give --resume"), lambda b: b.train("--accept-changed", "base")),
+    Case(_RESUME, "nothing to accept", ("--accept-changed ['all']", "prompts"), lambda b: b.train("--resume", "auto", "--accept-changed", "all")),
+    Case(
+        _RESUME, "auto with other settings", ("other settings: seed: 42 -> 7",),
+        lambda b: b.train("--resume", "auto", "--seed", "7", "--output-dir", str(b.copy(b.world.run, "run"))),
+    ),
 ]  # fmt: skip
 
 CASES = [*OUTPUT, *CACHE, *REMOTE, *RESUME]
