@@ -1,6 +1,6 @@
 """The repository cites only what it contains: a reader can follow every reference.
 
-Planted bugs that turn it red: "METHOD section 4" in a docstring; docs/method.md section 9; a link to a missing file.
+Planted bugs that turn it red: "METHOD section 4" in a docstring; docs/method.md section 9; a link to a missing file; `make matrix`.
 """
 
 import re
@@ -51,3 +51,10 @@ def test_relative_links_of_the_docs_lead_somewhere(everything):
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
             if not re.match(r"[a-z]+:", target):
                 assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_every_make_target_that_is_named_exists(everything):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {(path, name) for path, text in everything.items() for name in re.findall(r"`make ([a-z-]+)", text)}
+    assert len(named) > 10
+    assert [(str(path), name) for path, name in sorted(named) if name not in targets] == []
