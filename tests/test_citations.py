@@ -1,6 +1,7 @@
 """The repository cites only what it contains: a reader can follow every reference.
 
-Planted bugs that turn it red: "METHOD section 4" in a docstring; docs/method.md section 9; a link to a missing file; `make matrix`.
+Planted bugs that turn it red: "METHOD section 4" in a docstring; docs/method.md section 9; a link to a missing file;
+`make matrix`.
 """
 
 import re

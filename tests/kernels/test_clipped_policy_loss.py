@@ -153,9 +153,11 @@ def test_equal_clip_bounds_are_one_number_to_the_bit(backend, device):
     assert all(torch.equal(*values) for values in zip((*one[:5], *one_grads), (*pair[:5], *pair_grads)))
 
 
-def test_loss_of_the_public_implementation():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_loss_of_the_public_implementation(backend, device):
     """Rows of one element, a = b = 1, s chosen so that log p = offset - d²/(2s²) can reach the recorded values."""
-    golden = {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / "policy_loss.npz").items()}
+    recorded = np.load(GOLDEN / "policy_loss.npz")
+    golden = {key: torch.from_numpy(np.asarray(value)).to(device) for key, value in recorded.items()}
     s = math.exp(-0.5 * math.log(2 * math.pi) - 0.05)  # log p = 0.05 - d²/(2s²)
     next_latents = (s * torch.sqrt(2 * (0.05 - golden["log_prob"].double()))).float()[:, None]
     velocity = torch.zeros_like(next_latents, requires_grad=True)
@@ -163,11 +165,12 @@ def test_loss_of_the_public_implementation():
         torch.zeros_like(next_latents),
         velocity,
         next_latents,
-        torch.tensor([1.0, 1.0, s]),
+        torch.tensor([1.0, 1.0, s], device=device),
         golden["old_log_prob"],
         golden["advantages"],
         clip_range=float(golden["clip_range"]),
         adv_clip=float(golden["adv_clip_max"]),
+        backend=backend,
     )
     torch.testing.assert_close(result.log_prob, golden["log_prob"], rtol=0, atol=1e-7)
     torch.testing.assert_close(result.ratio, golden["ratio"], rtol=0, atol=2e-7)

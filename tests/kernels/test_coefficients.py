@@ -31,7 +31,12 @@ def test_mean_of_the_public_implementations(dynamics):
     for t, (a, b, s) in enumerate(table):
         mean = a * torch.from_numpy(golden[f"{t}_latents"]) + b * torch.from_numpy(golden[f"{t}_velocity"])
         torch.testing.assert_close(mean, torch.from_numpy(golden[f"{t}_mean"]), rtol=1e-5, atol=2e-6)
+        assert golden[f"{t}_sigma"] == golden["sigmas"][t]
+        assert golden[f"{t}_sigma_next"] == golden["sigmas"][t + 1]
         if f"{t}_std_dev_t" in golden:
+            now, after = float(golden["sigmas"][t]), float(golden["sigmas"][t + 1])
+            std = step_std(now, after, dynamics=dynamics, noise_level=float(golden["noise_level"]))
+            assert std.item() == pytest.approx(golden[f"{t}_std_dev_t"][0], rel=1e-5, abs=1e-12)
             dt = 1.0 if dynamics == "flow_cps" else float(golden["sigmas"][t] - golden["sigmas"][t + 1])
             assert s.item() == pytest.approx(golden[f"{t}_std_dev_t"][0] * math.sqrt(dt), rel=1e-5)
 

@@ -1,16 +1,19 @@
-"""The head's hinge loss: kernel against autograd of the reference. The recorded training step is in the reward's tests.
+"""The head's hinge loss: the public implementation's recorded step, and the kernel against autograd of the reference.
 
 Planted bugs that turned this file red: the same sign on both sides; gradient outside the hinge; NaN scores counted as
 satisfied; patches not averaged; loop lengths compiled in as they are, of either kernel; a kernel for every kind of
-count of pictures; rows of the second side over the first; upstream gradient ignored; patches counted in the accuracy.
+count of pictures; rows of the second side over the first; upstream gradient ignored; patches counted in the accuracy;
+loss weights exchanged.
 """
 
 import inspect
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from advgrpo_kernels import hinge_head_loss
+from advgrpo_kernels import hinge_head_loss, sample_patches
 from advgrpo_kernels.ops import _head
 from advgrpo_kernels.ops import hinge_head_loss as module
 from advgrpo_kernels.ops._head import coarse
@@ -32,6 +35,26 @@ def make_head(D, H, device):
 def make_features(B, B2, n, D, device, dtype=torch.float32):
     shapes = ((B, D), (B, n, D), (B2, D), (B2, n, D))
     return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_loss_and_gradients_of_the_public_implementation(backend, device):
+    """The released variant: raw features, cls and patches weighted 1 : 0.3, patches drawn with replacement."""
+    recorded = np.load(Path(__file__).parents[1] / "golden" / "dino_adv_grpo.npz")
+    golden = {key: torch.from_numpy(np.asarray(value)).to(device) for key, value in recorded.items()}
+    head = {name: golden[f"w{i}_before"].requires_grad_() for i, name in enumerate(NAMES)}
+    features = []
+    for side in ("real", "fake"):
+        cls, patches = golden[side][:, 0], golden[side][:, 1:]
+        chosen = sample_patches(patches, 16, indices=golden[f"patch_idx_d_{side}"], backend=backend)
+        features += [cls, chosen.patches]
+    weights = (1.0, float(golden["patch_loss_weight"]))
+    got = hinge_head_loss(*features, head, weights=weights, backend=backend)
+    assert got.loss.item() == pytest.approx(float(golden["d_loss"]), abs=1e-6)
+    assert got.accuracy.item() == pytest.approx(float(golden["d_acc"]))
+    grads = torch.autograd.grad(got.loss, [head[name] for name in NAMES])
+    for i, grad in enumerate(grads):
+        torch.testing.assert_close(grad, golden[f"w{i}_grad"], rtol=1e-4, atol=2e-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

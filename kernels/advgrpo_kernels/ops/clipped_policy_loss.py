@@ -9,7 +9,7 @@ per-image log-prob of Flow-GRPO, arXiv 2505.05470):
 
 s is the standard deviation of the whole step: with it KL_i is that of the two gaussians. Flow-GRPO divides by the one
 per unit of time instead (`std_dev_t`; in the SDEs s = std_dev_t·sqrt(-dt)), a KL smaller by the factor -dt for the same
-β: pass `kl_std=step_std(...)` for that. Under squared_error, where the likelihood has no s, it is passed as well.
+β: pass `kl_std=step_std(...)` for that.
 
 and, with w_i = -A_i·ratio_i/B where the unclipped branch is the larger one and 0 elsewhere,
 
