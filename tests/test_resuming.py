@@ -46,6 +46,7 @@ LAST = 4
 def settings_in(folder: Path, pipeline: str, backbone: str) -> Config:
     settings = make_unit_config(pipeline, backbone, folder)
     settings.iterations, settings.data.held_out_prompts = LAST, ""
+    settings.rollout.micro_batch = 2  # so that two processes can share the pictures
     settings.output.checkpoint_every, settings.output.keep_checkpoints = 1, 9
     return settings
 
@@ -489,7 +490,6 @@ def test_checkpoints_of_before_there_were_hashes_are_continued(own):
 def test_of_several_processes_one_decides(cut, whole, tmp_path):
     """The others follow it to the checkpoint before the damaged one."""
     settings = cut(LAST)
-    settings.rollout.micro_batch = 4
     flip(newest(settings) / TENSORS)
     line = command(settings, tmp_path, "--resume", "auto", processes=2)
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
