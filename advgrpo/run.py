@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -116,7 +117,8 @@ class Run:
         if saved is not None:
             self._restore(saved, changed)
         newest = self.trainer.iteration if self.resumed else None
-        self.keeper = Keeper(self._write_checkpoint, self.trainer, distributed, newest)
+        write = weakref.WeakMethod(self._write_checkpoint)  # a cycle would keep the lock of a run nobody holds any more
+        self.keeper = Keeper(lambda tensors, state: write()(tensors, state), self.trainer, distributed, newest)
 
     def close(self) -> None:
         """Let another run have the output folder; `train` does it at its end."""

@@ -106,9 +106,9 @@ def test_two_processes_sample_what_one_does(unit_config, noise):
     settings = changed(unit_config, initial_noise=noise, micro_batch=2, window=WINDOWS["contiguous"])
     trainer = build(settings).trainer
     alone = by_picture(rollout_of(trainer))
-    parts = []
+    parts, own = [], trainer.distributed
     for rank in range(2):
-        trainer.distributed = SimpleNamespace(rank=rank, world_size=2)
+        trainer.distributed = SimpleNamespace(rank=rank, world_size=2, stoppable=own.stoppable, progress=own.progress)
         parts.append(rollout_of(trainer))
     assert [len(part.image_ids) for part in parts] == [4, 4]
     together = by_picture(*parts)

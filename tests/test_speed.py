@@ -4,8 +4,8 @@ Where the factor comes from, in CPU seconds of one thread: the rows of a prompt 
 first step, in sampling and in the update; merged LoRA on ODE steps; adapters folded into the narrow weights; one QKV
 product per stream; a channels_last decoder; cached reference features. What is gated on a GPU is in test_structure.py.
 
-The lower end of the interval is held, so that neighbours on the machine widen it instead of deciding: about 2.1 is
-measured, alone as at a load of ten. Planted, and its own control: every row computed in every step gives 1.2.
+The lower end of the interval is held, so that neighbours on the machine widen it instead of deciding: 1.8 to 2.2 is
+measured at loads up to ten. Planted, and its own control: every row computed in every step gives 1.2.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from bench.contenders import Contenders, tiny
 from bench.step import units
 
 ROUNDS = 6
-AT_LEAST = 1.6
+AT_LEAST = 1.4
 
 
 @pytest.fixture(scope="module")

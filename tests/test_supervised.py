@@ -181,6 +181,7 @@ def test_nothing_is_loaded_that_nothing_needs(settings, unit_backbone):
     made = build(settings)
     scorer = made.trainer.scorer
     assert (scorer.adversary, scorer.observer, scorer.rewards, made.trainer.head_trainer) == (None, None, {}, None)
+    made.close()
     asked = build(change(settings, evaluation={"metrics": ["dino_similarity"]}))
     assert asked.trainer.adversary is None
     assert asked.evaluator.metrics["dino_similarity"] is asked.trainer.scorer.observer is not None
