@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SUFFIX = ".tmp"
+_OLD = f".old{SUFFIX}"
 _SHOWN = 40  # characters of the name in that of the temporary file: the system's limit is near 255 bytes
 
 Content = str | bytes | Callable[[Path], object]
@@ -89,7 +90,7 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], object]) -> None:
 
 def aside(path: Path) -> Path:
     """Where a folder is while another takes its place."""
-    return path.with_name(f".{path.name}.old{SUFFIX}")
+    return path.with_name(f".{path.name}{_OLD}")
 
 
 def recover(path: Path) -> None:
@@ -110,12 +111,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """What processes that were killed left in a folder that nobody else writes to now."""
+def clean(folder: Path) -> None:
+    """Finish or undo what processes that were killed left in a folder that nobody else writes to now."""
+    for moved in folder.glob(f".*{_OLD}"):
+        recover(folder / moved.name[1 : -len(_OLD)])
     for leftover in folder.glob(f".*{SUFFIX}"):
-        if not leftover.name.endswith(f".old{SUFFIX}"):
-            with suppress(OSError):  # it is in nobody's way
-                remove(leftover)
+        with suppress(OSError):  # it is in nobody's way
+            remove(leftover)
 
 
 def move_aside(path: Path) -> Path:

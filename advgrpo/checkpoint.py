@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from advgrpo.atomic import SUFFIX, recover, remove, remove_leftovers, write_folder_atomically
+from advgrpo.atomic import SUFFIX, clean, remove, write_folder_atomically
 from advgrpo.data.reading import RepeatedKeyError, parse_json, read_text, unique_keys
 from advgrpo.errors import UserError
 
@@ -77,7 +77,8 @@ def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], stat
     state_text = _exact_json(state)
     root, final = Path(root), Path(root) / f"iteration-{iteration:06d}"
     try:
-        _clean(root)
+        root.mkdir(parents=True, exist_ok=True)
+        clean(root)
         write_folder_atomically(final, lambda folder: _write_files(folder, iteration, tensors, state_text))
         _prune(root, final, keep)
     except (OSError, SafetensorError) as error:
@@ -226,15 +227,6 @@ def set_later_aside(root: Path, iteration: int) -> list[Path]:
         remove(hidden)
         os.replace(path, hidden)
     return later
-
-
-def _clean(root: Path) -> None:
-    """Finish what a kill cut short; only leftovers that nobody needs are removed."""
-    root.mkdir(parents=True, exist_ok=True)
-    for path in root.iterdir():
-        if match := _ASIDE.fullmatch(path.name):
-            recover(root / match[1])
-    remove_leftovers(root)
 
 
 def _prune(root: Path, newest: Path, keep: int) -> None:

@@ -23,6 +23,7 @@ from rich.console import Console
 from . import checkpoint as checkpoints
 from . import config as configuration
 from .atomic import move_aside
+from .command import one_line
 from .config import Config
 from .data.sources import Sources
 from .distributed import Distributed
@@ -132,7 +133,7 @@ class Resuming:
     def tell(self, saved: Saved | None) -> None:
         """Print, in a line, what was skipped; and what is moved out of the way of a run that starts anew."""
         if self._skipped:
-            self.console.print(f"{self.flag}: skipped {'; '.join(self._skipped)}", soft_wrap=True)
+            self.console.print(f"{self.flag}: skipped {one_line('; '.join(self._skipped))}", soft_wrap=True)
         if saved is None and self.resume.mode == "auto" and self.distributed.is_main:
             old = [
                 path for path in (self.folder / METRICS_FILE, self.folder / SUMMARY_FILE, self.root) if path.exists()
@@ -172,7 +173,7 @@ class Resuming:
         unknown = [name for name in made_from if name not in before]
         if unknown:
             self.console.print(
-                f"note: {saved.path} is older than its hashes of {', '.join(unknown)}, which are not compared",
+                f"note: {saved.path} has no hashes of {', '.join(unknown)}, so they are not compared",
                 soft_wrap=True,
             )
         changed = [name for name in made_from if before.get(name, made_from[name]) != made_from[name]]

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from . import checkpoint as checkpoints
 from . import config as configuration
-from .atomic import remove_leftovers, write_atomically
+from .atomic import clean, write_atomically
 from .build import (
     blind_spots,
     build_adversary,
@@ -92,11 +92,12 @@ class Run:
             prepare_output(self.folder)
             self._lock = FolderLock(self.folder, "output_dir")
             for folder in (self.folder, self.folder / "samples", self.folder / "lora"):
-                remove_leftovers(folder)
+                clean(folder)
         resuming = Resuming(config, self.folder, distributed, resume, self.console)
         saved = resuming.choose()
         self.nothing_left = distributed.gather_json(resuming.done(saved) if distributed.is_main else "")[0]
         if self.nothing_left:
+            resuming.tell(saved)
             return
         preflight(config)
         fast = FastPaths.choose(config, distributed.device)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from advgrpo import atomic
-from advgrpo.atomic import move_aside, recover, remove_leftovers, write_atomically, write_folder_atomically
+from advgrpo.atomic import clean, move_aside, write_atomically, write_folder_atomically
 from advgrpo.policy.lora_file import write_safetensors
 
 PACKAGE = Path(atomic.__file__).parent
@@ -62,7 +62,7 @@ def test_a_kill_leaves_what_was_there_and_a_leftover_that_is_known(tmp_path):
     os.waitpid(pid, 0)
     assert (tmp_path / "file").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
-    remove_leftovers(tmp_path)
+    clean(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -125,8 +125,7 @@ def test_a_folder_whose_replacement_fails_or_is_cut_short_comes_back(tmp_path, m
     monkeypatch.undo()
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
     (tmp_path / "model").rename(atomic.aside(tmp_path / "model"))  # a kill between the two renames
-    remove_leftovers(tmp_path)
-    recover(tmp_path / "model")
+    clean(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
 
 

@@ -481,7 +481,7 @@ def test_checkpoints_of_before_there_were_hashes_are_continued(own):
     save_file({**load_file(folder / TENSORS), "rng.torch": torch.get_rng_state()}, folder / TENSORS)
     rehash(folder)
     said = go(own, True)
-    assert said.count("older than its hashes of prompts, held_out_prompts, references, base, which are not") == 1
+    assert said.count("has no hashes of prompts, held_out_prompts, references, base, so they are not compared") == 1
     assert newest(own).name == "iteration-000003"
     assert len(metrics(own.output_dir)) == 3
 
