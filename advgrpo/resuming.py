@@ -26,7 +26,7 @@ from .atomic import move_aside
 from .command import one_line
 from .config import Config
 from .data.sources import Sources
-from .distributed import Distributed
+from .distributed import SLOW_SECONDS, Distributed
 from .errors import UserError
 from .fingerprint import FileStamps, folder_fingerprint
 from .policy.pipelines import pipeline_folder, pipeline_index
@@ -115,7 +115,7 @@ class Resuming:
             return None
         if self.distributed.is_main and self._left is None:
             self._left = self._candidates()
-        with self.distributed.monitored("look for a checkpoint"):
+        with self.distributed.monitored("look for a checkpoint", at_most_seconds=SLOW_SECONDS):
             found = self._search() if self.distributed.is_main else None
         path = self.distributed.gather_json(None if found is None else str(found.path))[0]
         if found is None and path is not None:
