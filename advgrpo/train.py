@@ -75,7 +75,7 @@ def read_settings(arguments: Sequence[str], own: type[Own], *, program: str, abo
     except ValidationError as error:
         raise UserError(configuration.explain(error, own, given, dotted=False)) from error
     elsewhere = flags.get("output_dir")
-    if start.resume is not None and elsewhere is not None and Path(elsewhere) != start.resume:
+    if isinstance(start.resume, Path) and elsewhere is not None and Path(elsewhere) != start.resume:
         raise UserError(
             f"--resume {start.resume} goes on in that folder: leave out --output-dir {elsewhere}, or copy the folder "
             f"there and pass --resume {elsewhere}"

@@ -34,7 +34,7 @@ from advgrpo.errors import UserError
 from advgrpo.folders import FolderLock
 from advgrpo.resuming import Resume
 from advgrpo.run import Run
-from advgrpo.train import main
+from advgrpo.train import main, parse
 from tests.conftest import make_unit_config
 from tests.test_hostile_checkpoints import rehash
 from tests.test_run import command, environment, metrics, wait_for_rows
@@ -499,3 +499,11 @@ def test_of_several_processes_one_decides(cut, whole, tmp_path):
     again = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("is done already") == 1
+
+
+def test_auto_goes_with_an_output_folder_and_a_folder_with_none():
+    """Seen red: the refusal of two folders took auto for one."""
+    settings, start = parse(["--output-dir", "runs/a", "--resume", "auto"])
+    assert (settings.output_dir, start.resume) == ("runs/a", "auto")
+    with pytest.raises(UserError, match="--resume runs/a goes on in that folder: leave out --output-dir runs/b"):
+        parse(["--output-dir", "runs/b", "--resume", "runs/a"])
