@@ -10,7 +10,7 @@ from .config import NEED_REFERENCES, Config
 from .data.reference_features import ReferenceFeatures
 from .data.sources import Sources, told
 from .display import Display
-from .distributed import Distributed
+from .distributed import SLOW_SECONDS, Distributed
 from .errors import UserError
 from .evaluation import PictureStatistic
 from .fast import FastPaths
@@ -25,8 +25,6 @@ from .rewards.dino import backbone_folder
 from .rewards.dino_similarity import DinoSimilarity
 from .rewards.pickscore import PickScoreAdversary
 from .scoring import Scorer
-
-_MOST_SECONDS = 3600.0  # that a batch of prompts may take to encode before the others take this process for stuck
 
 
 def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, display: Display):
@@ -67,7 +65,7 @@ def encode_prompts(
 
         def tell(done: int) -> None:
             show(done)
-            distributed.progress("encode prompts", within_seconds=_MOST_SECONDS)
+            distributed.progress("encode prompts", within_seconds=SLOW_SECONDS)
 
         policy.text_cache.fill(missing, tell)
 

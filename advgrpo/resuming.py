@@ -23,11 +23,10 @@ from rich.console import Console
 from . import checkpoint as checkpoints
 from . import config as configuration
 from .atomic import move_aside
-from .command import one_line
 from .config import Config
 from .data.sources import Sources
 from .distributed import SLOW_SECONDS, Distributed
-from .errors import UserError
+from .errors import UserError, one_line
 from .fingerprint import FileStamps, folder_fingerprint
 from .policy.pipelines import pipeline_folder, pipeline_index
 from .restoring import count, entry, measured

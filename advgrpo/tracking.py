@@ -17,9 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from advgrpo.atomic import move_aside, write_atomically
-from advgrpo.command import one_line
 from advgrpo.display import Display
-from advgrpo.errors import UserError
+from advgrpo.errors import UserError, one_line
 from advgrpo.monitor import Flag
 
 METRICS_FILE = "metrics.jsonl"
