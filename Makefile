@@ -35,16 +35,16 @@ peers: $(VENV)/.dev
 
 # Rebuild what advgrpo/tiny/assets ships; about an hour and a half of two CPU cores.
 tiny-assets: $(VENV)/.train
-	$(BIN)/python -m advgrpo.tiny.build_references --output advgrpo/tiny/assets
-	$(BIN)/python -m advgrpo.tiny.build_styles --output advgrpo/tiny/assets/styles
-	$(BIN)/python -m advgrpo.tiny.build_pipeline --output advgrpo/tiny/assets/pipeline
-	$(BIN)/python -m advgrpo.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
+	$(BIN)/python -m tools.tiny.build_references --output advgrpo/tiny/assets
+	$(BIN)/python -m tools.tiny.build_styles --output advgrpo/tiny/assets/styles
+	$(BIN)/python -m tools.tiny.build_pipeline --output advgrpo/tiny/assets/pipeline
+	$(BIN)/python -m tools.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
 	  --output advgrpo/tiny/assets/backbone
-	$(BIN)/python -m advgrpo.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
+	$(BIN)/python -m tools.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
 	  --init advgrpo/tiny/assets/backbone --steps 3000 --seed 1 --output advgrpo/tiny/assets/backbone
 	$(BIN)/python -m advgrpo.tiny.words --size 32 --per-prompt 4 --output advgrpo/tiny/assets/words
-	$(BIN)/python -m advgrpo.tiny.build_words --output advgrpo/tiny/assets/words/pipeline
-	$(BIN)/python -m advgrpo.tiny.build_preference --output advgrpo/tiny/assets/preference
+	$(BIN)/python -m tools.tiny.build_words --output advgrpo/tiny/assets/words/pipeline
+	$(BIN)/python -m tools.tiny.build_preference --output advgrpo/tiny/assets/preference
 
 # Wheels for bench/gpu_session.sh on a machine without a network: CPython 3.12 on x86-64 Linux.
 gpu-carry: $(VENV)/.pip

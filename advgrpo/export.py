@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from . import config as configuration
-from .command import run_command
-from .config import ExportFormat, Options, Positional
-from .errors import UserError
+from advgrpo import config as configuration
+from advgrpo.config import ExportFormat, Options, Positional
+from advgrpo.errors import UserError
+from advgrpo.runtime.command import run_command
 
 
 class Export(Options):
@@ -29,7 +29,7 @@ class Export(Options):
 
 def export(options: Export) -> None:
     """Read, convert and write; UserError for anything that is wrong with either file."""
-    from .policy.lora_file import convert, read_lora, write_safetensors
+    from advgrpo.policy.lora_file import convert, read_lora, write_safetensors
 
     if options.out.suffix != ".safetensors" or options.out.is_dir():
         raise UserError(f"--out {options.out}: want a file name that ends in .safetensors")

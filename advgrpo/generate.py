@@ -14,11 +14,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from . import config as configuration
-from .command import run_command
-from .config import Repeated
-from .drawing import Drawn, DrawOptions
-from .errors import RunFailure, UserError
+from advgrpo import config as configuration
+from advgrpo.config import Repeated
+from advgrpo.errors import RunFailure, UserError
+from advgrpo.runtime.command import run_command
+from advgrpo.sampling.drawing import Drawn, DrawOptions
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -92,12 +92,12 @@ def generate(options: Generate) -> None:
     """Draw every prompt and write the grid."""
     from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
 
-    from .data.prompt_lengths import cut_prompts
-    from .distributed import Distributed
-    from .plots import draw_grid
-    from .policy.adapters import read_lora_for
-    from .policy.pipelines import pipeline_folder
-    from .preflight import check_model, check_size
+    from advgrpo.data.prompt_lengths import cut_prompts
+    from advgrpo.policy.adapters import read_lora_for
+    from advgrpo.policy.pipelines import pipeline_folder
+    from advgrpo.reporting.plots import draw_grid
+    from advgrpo.runtime.distributed import Distributed
+    from advgrpo.training.preflight import check_model, check_size
 
     check(options)
     check_model(options.model, "--model")
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(arguments: list[str]) -> int:
-    from .train import quiet_libraries
+    from advgrpo.runtime.libraries import quiet_libraries
 
     options = configuration.parse_options(Generate, arguments, program="python -m advgrpo.generate", about=__doc__)
     quiet_libraries()

@@ -100,3 +100,18 @@ class Features:
     def cat(parts: list[Features]) -> Features:
         """The pictures of all parts, in order; every part has the same names."""
         return Features({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An active red flag."""
+
+    name: str
+    value: float
+    threshold: float
+    message: str  # what is wrong, with the numbers
+    advice: str  # which config field to change, from which value, in which direction
+    stop: bool  # whether monitor.stop names it
+
+    def __str__(self) -> str:
+        return f"red flag {self.name}: {self.message}. {self.advice}"

@@ -14,14 +14,14 @@ import torch
 from rich.console import Console
 
 from advgrpo import config as configuration
+from advgrpo.adversary.build import build_adversary
 from advgrpo.config import Config
-from advgrpo.distributed import Distributed
-from advgrpo.fast import FastPaths
-from advgrpo.graphs import CudaGraphs, GraphBackend
-from advgrpo.policy.dynamics import StepTable, step_table, window_steps
-from advgrpo.rewards.dino import DinoAdversary
-from advgrpo.scoring import Scorer
-from advgrpo.trainer import Trainer
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.graphs import CudaGraphs, GraphBackend
+from advgrpo.sampling.dynamics import StepTable, step_table, window_steps
+from advgrpo.training.fast import FastPaths
+from advgrpo.training.scoring import Scorer
+from advgrpo.training.trainer import Trainer
 
 from .baseline import Baseline
 from .pair import baseline_of, stock_config, stock_transformer
@@ -88,7 +88,7 @@ class Contenders:
 def tiny(folder: Path, device: str, **changes: dict) -> Contenders:
     """The embedded default as `python -m advgrpo.train --fast` builds it; `changes` are sections of the settings."""
     from advgrpo.policy.diffusers_policy import DiffusersPolicy  # needs diffusers, as does the run
-    from advgrpo.run import Run
+    from advgrpo.training.run import Run
 
     settings = configuration.read_preset("tiny")
     for change in (SETTINGS, TINY_SETTINGS, {"output_dir": str(folder / "run"), "device": device}, changes):
@@ -143,7 +143,7 @@ def random(
     save_backbone(size, folder / "backbone", config.seed)
     policy = RandomPolicy(config.model, size, device=place.device, seed=config.seed, precision=precision)
     _wake(policy.lora)
-    adversary = DinoAdversary(config.adversary, device=place.device, seed=config.seed)
+    adversary = build_adversary(config.adversary, device=place.device, seed=config.seed)
     references = RandomReferences(
         adversary.backbone.width,
         config.adversary.cached_patches,

@@ -17,7 +17,7 @@
 #   step      the rest, 6 min  whole steps at full size over B0: P1-P7, P12, P13, then where the sampler's time goes
 #   kernels   the rest, 5 min  every op over eager PyTorch, then over torch.compile: P9
 #   profile   2 min  phases, kernels and idle time of an iteration, with a trace: P8, P11
-#   test      the rest, 5 min  the whole tests/kernels and tests/test_graphs.py on the GPU; compiles hundreds of kernels
+#   test      the rest, 5 min  the whole tests/kernels and tests/runtime/test_graphs.py on the GPU; compiles hundreds of kernels
 #   sanitize  the rest, 5 min  compute-sanitizer over every op at tiny shapes
 #
 # What the machine has to have: a CUDA GPU, python3 with torch, triton, pytest, numpy, transformers, matplotlib and rich;
@@ -128,7 +128,7 @@ for part in "$@"; do
     test)
         how=(-m "not slow")
         [ "$DEVICE" = cuda ] || how=(-m gpu --collect-only)  # a rehearsal: can all of them be imported?
-        step test "$LIMIT" "$python" -m pytest tests/kernels tests/test_graphs.py -q "${how[@]}" -p no:cacheprovider
+        step test "$LIMIT" "$python" -m pytest tests/kernels tests/runtime/test_graphs.py -q "${how[@]}" -p no:cacheprovider
         ;;
     sanitize)  # PyTorch's caching allocator would hide an access out of bounds
         if ! command -v compute-sanitizer >/dev/null; then

@@ -62,7 +62,7 @@ def baseline_of(
     prompts: Iterable[str],
     shift: float = 3.0,
 ) -> Baseline:
-    """B0 beside a `Policy` and a `DinoAdversary`; embeddings of `prompts` are copied.
+    """B0 beside a `Policy` and a `FeatureHeadAdversary`; embeddings of `prompts` are copied.
 
     Args:
         transformer: what `stock_transformer` made of the policy's weights.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from advgrpo import rng
+from advgrpo.runtime import rng
 from advgrpo.types import TileRollout
 from advgrpo_kernels import philox_normal, score_features
 

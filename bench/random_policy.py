@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from advgrpo import rng
 from advgrpo.config import ModelSection
-from advgrpo.policy.decoder import SD3_DECODER, Decoder, DecoderConfig
+from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig
+from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
 from advgrpo.policy.guidance import GuidedPolicy
-from advgrpo.policy.transformer import FusedTransformer, TransformerConfig
+from advgrpo.runtime import rng
 from advgrpo.types import Conditioning, Features
 
 from .baseline import FlowScheduler
@@ -130,7 +130,7 @@ class RandomPolicy(GuidedPolicy):
 
 
 def save_backbone(size: Size, folder: Path, seed: int) -> None:
-    """A random DINOv2 where `DinoAdversary` can load it."""
+    """A random DINOv2 where `FeatureHeadAdversary` can load it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derive_seed(seed, "bench_backbone"))
         Dinov2Model(Dinov2Config(**size.backbone)).save_pretrained(folder)

@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from advgrpo.policy.attention import choose_attention
-from advgrpo.policy.sampler import Sampler
+from advgrpo.policy.fused.attention import choose_attention
+from advgrpo.sampling.sampler import Sampler
 from advgrpo.types import Rollout
 
 from . import step_report, timing
@@ -42,7 +42,7 @@ from .random_policy import FULL
 
 SCHEMA = 2
 REPEATS = {"cuda": 7, "cpu": 5}
-FORWARD_TFLOP = 35.579400290304  # one B=16 forward of SD3.5-medium, counted (tests/test_stock_model.py)
+FORWARD_TFLOP = 35.579400290304  # one B=16 forward of SD3.5-medium, counted (tests/policy/test_stock_model.py)
 PEAK_TFLOP_S = 989  # dense bfloat16 of an H100 or H200, for MFU
 ORDER = ("sampler", "iteration", "update", "adversary", "peak memory", "sampler FP8", "FP8 forward", "waterfall")
 

@@ -2,7 +2,7 @@
 
 Written here, not imported, because the GPU machine has no diffusers. Module names, state dict and the sequence of ATen
 operators are those of diffusers' SD3Transformer2DModel (0.42) with a PEFT adapter named "default"; tests compare the
-operator traces of the two, forward and backward, and the numbers below are gated (tests/test_stock_model.py).
+operator traces of the two, forward and backward, and the numbers below are gated (tests/policy/test_stock_model.py).
 
 Architecture: MMDiT, arXiv 2403.03206; dual attention and QK RMSNorm as in Stable Diffusion 3.5.
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from advgrpo import watch
-from advgrpo.distributed import Distributed
 from advgrpo.errors import UserError
-from advgrpo.watch import StopRequested
+from advgrpo.runtime import watch
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.watch import StopRequested
 
 # The scenarios wait for these limits to pass; the defaults would take half a minute each.
 watch.POLL_SECONDS = 0.2

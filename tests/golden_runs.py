@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 
 from advgrpo import config
-from advgrpo.distributed import Distributed
-from advgrpo.run import Run
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.training.run import Run
 
 FOLDER = Path(__file__).parent / "golden/losses"
 TOLERANCE = 1e-3  # relative, after three iterations from the same weights

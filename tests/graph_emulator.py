@@ -1,4 +1,4 @@
-"""CUDA graphs on a CPU: a backend for `advgrpo.graphs.CapturedFunction` with the semantics of the real one.
+"""CUDA graphs on a CPU: a backend for `advgrpo.runtime.graphs.CapturedFunction` with the semantics of the real one.
 
 `capture` runs the function once under a dispatch mode that records every operator with its tensor arguments by storage
 and its Python arguments frozen, then takes back everything the run wrote: a capture executes nothing. A replay executes

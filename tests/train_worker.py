@@ -9,10 +9,10 @@ import signal
 import sys
 import time
 
-from advgrpo.policy.sampler import Sampler
-from advgrpo.rewards.dino import DinoAdversary
+from advgrpo.adversary.feature_head import FeatureHeadAdversary
+from advgrpo.sampling.sampler import Sampler
 from advgrpo.train import main
-from advgrpo.trainer import Trainer
+from advgrpo.training.trainer import Trainer
 
 
 def slowed(method):
@@ -35,7 +35,7 @@ def killed(rollout):
 if __name__ == "__main__":
     fault, *flags = sys.argv[1:]
     if os.environ["RANK"] == "1" and fault == "slow":
-        Sampler.run, DinoAdversary.features = slowed(Sampler.run), slowed(DinoAdversary.features)
+        Sampler.run, FeatureHeadAdversary.features = slowed(Sampler.run), slowed(FeatureHeadAdversary.features)
     if os.environ["RANK"] == "1" and fault == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         Trainer.rollout = killed(Trainer.rollout)
     sys.exit(main(flags))

@@ -4,8 +4,8 @@ Presets (advgrpo/presets/*.yaml) and `--config FILE` override the defaults, flag
 a value is said in the same words (`explain.py`), wherever it came from.
 """
 
-from .base import Options, Positional, Repeated
-from .checks import (
+from advgrpo.config.base import Options, Positional, Repeated
+from advgrpo.config.checks import (
     NEED_REFERENCES,
     check,
     check_tiles,
@@ -16,11 +16,11 @@ from .checks import (
     noisy_steps,
     untrained,
 )
-from .explain import did_you_mean, explain, leaves, section_names, shown, wanted
-from .flags import nested, parse_command, parse_options, read_flags
-from .help import settings_help
-from .reading import build, dump, load, merge, preset_names, read, read_preset, read_yaml
-from .sections import (
+from advgrpo.config.explain import did_you_mean, explain, leaves, section_names, shown, wanted
+from advgrpo.config.flags import nested, parse_command, parse_options, read_flags
+from advgrpo.config.help import settings_help
+from advgrpo.config.reading import build, dump, load, merge, preset_names, read, read_preset, read_yaml
+from advgrpo.config.sections import (
     LORA_TARGETS,
     MOST_PER_PROMPT,
     AdversarySection,

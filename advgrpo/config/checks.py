@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from ..errors import UserError
-from .explain import did_you_mean
-from .sections import Config, RolloutSection
+from advgrpo.config.explain import did_you_mean
+from advgrpo.config.sections import Config, RolloutSection
+from advgrpo.errors import UserError
 
 NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
+IMAGE_STATISTICS = ("saturation", "dark_share", "edge_density")  # metrics that need no model
 
 
 def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
@@ -250,9 +251,7 @@ def untrained(config: Config) -> str:
 
 def _check_metrics(config: Config) -> None:
     """Metrics exist, are named once, and have what they look through."""
-    from ..picture_statistics import STATISTICS
-
-    known = [*(name for name in config.rewards.sections() if name != "adversary"), "rule_accuracy", *STATISTICS]
+    known = [*(name for name in config.rewards.sections() if name != "adversary"), "rule_accuracy", *IMAGE_STATISTICS]
     metrics = config.evaluation.metrics
     for name in metrics:
         if name not in known:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from .base import Positional
+from advgrpo.config.base import Positional
 
 _MOST_SHOWN = 80  # characters of a value
 _HUGE = 1e6  # upper limits from here on are mentioned only to who exceeds them

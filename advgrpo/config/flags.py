@@ -10,9 +10,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..errors import UserError
-from .base import Options, Positional, Repeated
-from .explain import did_you_mean, explain, flag_of, leaves, wanted
+from advgrpo.config.base import Options, Positional, Repeated
+from advgrpo.config.explain import did_you_mean, explain, flag_of, leaves, wanted
+from advgrpo.errors import UserError
 
 Chosen = TypeVar("Chosen", bound=Options)
 
@@ -79,7 +79,7 @@ def parse_options(model: type[Chosen], arguments: Sequence[str], *, program: str
         UserError: see `read_flags`, or a value that the field does not take, named as on the command line.
         SystemExit: --help, which is printed.
     """
-    from .help import options_help
+    from advgrpo.config.help import options_help
 
     if any(each in ("--help", "-h", "--help-all") for each in arguments):
         print(options_help(model, program, about))
@@ -99,7 +99,7 @@ def parse_command(
     Raises:
         UserError, SystemExit: as `parse_options`; a missing or unknown command names those there are.
     """
-    from .help import commands_help
+    from advgrpo.config.help import commands_help
 
     first = arguments[0] if arguments else ""
     if first in commands:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from .base import Options, Positional
-from .explain import flag_of, leaves, wanted
+from advgrpo.config.base import Options, Positional
+from advgrpo.config.explain import flag_of, leaves, wanted
 
 _COLUMN = 26  # where explanations begin
 _COMMON = {

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..errors import UserError
-from .explain import did_you_mean, explain
-from .sections import Config
+from advgrpo.config.explain import did_you_mean, explain
+from advgrpo.config.sections import Config
+from advgrpo.errors import UserError
 
 _MOST_BYTES = 1_000_000  # of a file of settings
 

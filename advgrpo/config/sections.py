@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer
 
-from .base import Section
+from advgrpo.config.base import Section
 
 LORA_TARGETS = (
     "attn.to_q",
@@ -97,7 +97,8 @@ class ModelSection(Section):
     """Precision of the picture decoder with --fast; auto follows dtype on a GPU. In bfloat16 the run's first pictures
     must reach 40 dB against float32."""
     attention: Literal["auto", "flash3", "flash2", "cudnn", "flash", "efficient", "cpu", "math"] = "auto"
-    """Attention of the fused transformer (policy/attention.py has what each needs); auto takes the first that runs."""
+    """Attention of the fused transformer (policy/fused/attention.py says what each needs); auto takes the first that
+    runs."""
     base_precision: Literal["model", "fp8"] = "model"
     """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast."""
 

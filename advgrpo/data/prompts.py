@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from advgrpo.data.reading import parse_json, read_text
 from advgrpo.errors import UserError
+from advgrpo.runtime.reading import parse_json, read_text
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from advgrpo.data.pictures import PICTURE_SUFFIXES, Fit, PictureError, in_one_colour, is_square, open_picture, to_square
-from advgrpo.data.reading import RepeatedKeyError, parse_json, read_text, unique_keys
+from advgrpo.data.images import PICTURE_SUFFIXES, Fit, PictureError, in_one_colour, is_square, open_picture, to_square
 from advgrpo.errors import UserError
+from advgrpo.runtime.reading import RepeatedKeyError, parse_json, read_text, unique_keys
 
 T = TypeVar("T")
 _NAMED = 5  # unusable pictures that an error names

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from .. import rng, tiny
-from ..config import Config, needs_references
-from ..errors import UserError
-from ..policy.pipelines import pipeline_folder
-from .prompt_lengths import CutPrompts, cut_prompts
-from .prompts import Prompt, load_prompts
-from .references import ReferenceSet
+from advgrpo import tiny
+from advgrpo.config import Config, needs_references
+from advgrpo.data.prompts import Prompt, load_prompts
+from advgrpo.data.references import ReferenceSet
+from advgrpo.errors import UserError
+from advgrpo.runtime import rng
 
 _SHIPPED_STYLE = "tiny:"
 
@@ -51,7 +50,6 @@ class Sources:
                 "them, or evaluation measures memory"
             )
         metadata = metadata_of([*lines[0], *lines[1]])
-        _check_readable(config, prompts, held_out, metadata)
         references = _references(config, paths["references"], prompts + held_out)
         if config.data.reference_count:
             prompts = _within_budget(config, references, prompts)
@@ -77,37 +75,10 @@ class Sources:
             )
         return lines
 
-    def cut_prompts(self, config: Config) -> list[CutPrompts]:
-        """Training and held-out prompts that the model does not read to their end."""
-        folder = pipeline_folder(config.model.path)
-        return cut_prompts(folder, [*self.prompts, *self.held_out], config.model.max_sequence_length)
-
 
 def metadata_of(prompts: list[Prompt]) -> dict[str, Mapping[str, Any]] | None:
     """By prompt, those that have any; None where none has."""
     return {p.text: p.metadata for p in prompts if p.metadata} or None
-
-
-def told(name: str, metadata: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
-    """What the prompt file adds to the options of the reward `name`."""
-    return {"metadata": metadata} if name == "remote" else {}
-
-
-def _check_readable(config: Config, prompts: list[str], held_out: list[str], metadata: Mapping | None) -> None:
-    """UserError for a prompt that a reward or metric cannot use, or a remote judge that does not answer."""
-    from ..rewards import build_reward
-
-    sections = config.rewards.sections()
-    for name in ("rule", "ocr", "remote"):
-        evaluated = {name, "rule_accuracy"} if name == "rule" else {name}
-        read = prompts if sections[name].used else []
-        read = read + (held_out if evaluated & set(config.evaluation.metrics) else [])
-        if read:
-            owner = f"rewards.{name}"
-            try:
-                build_reward(name, owner=owner, **sections[name].options(), **told(name, metadata)).check_prompts(read)
-            except UserError as error:
-                raise UserError(str(error).replace(f"reward {name}", owner, 1)) from error
 
 
 def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:

@@ -18,11 +18,11 @@ from diffusers import ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 
-from ..atomic import write_folder_atomically
-from ..config import LORA_TARGETS, ExportFormat, LoraSection
-from ..errors import UserError
-from .lora import Pair, check_lora_state, initial_pair
-from .lora_file import LoraFile, read_lora, write_lora
+from advgrpo.config import LORA_TARGETS, ExportFormat, LoraSection
+from advgrpo.errors import UserError
+from advgrpo.policy.fused.lora import Pair, check_lora_state, initial_pair
+from advgrpo.policy.lora_file import LoraFile, read_lora, write_lora
+from advgrpo.runtime.atomic import write_folder_atomically
 
 logger = logging.getLogger(__name__)
 ADAPTER = "default"

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from ..types import Conditioning
+from advgrpo.types import Conditioning
 
 Velocity = tuple[torch.Tensor, torch.Tensor | None]  # conditional and, when guided, unconditional: [R, C, H, W] each
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 
-from ..config import ModelSection
-from ..errors import UserError
-from ..fingerprint import FileStamps, folder_fingerprint
-from ..transfer import to_device
-from ..types import Conditioning
-from .guidance import GuidedPolicy
-from .networks import FusedNetwork, StockNetwork
-from .pipelines import PREDICTIONS, pipeline_folder
-from .text_cache import TextCache
+from advgrpo.config import ModelSection
+from advgrpo.errors import UserError
+from advgrpo.policy.guidance import GuidedPolicy
+from advgrpo.policy.networks import FusedNetwork, StockNetwork
+from advgrpo.policy.pipelines import PREDICTIONS, pipeline_folder
+from advgrpo.policy.text_cache import TextCache
+from advgrpo.runtime.fingerprint import FileStamps, folder_fingerprint
+from advgrpo.runtime.transfer import to_device
+from advgrpo.types import Conditioning
 
 _TEXT_BATCH = 32
 

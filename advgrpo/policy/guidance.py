@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..types import Conditioning
-from .base import PreparedPrompts, Velocity
+from advgrpo.policy.base import PreparedPrompts, Velocity
+from advgrpo.types import Conditioning
 
 
 @dataclass

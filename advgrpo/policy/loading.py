@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from ..config import ModelSection
-from .diffusers_policy import DiffusersPolicy
-from .pipelines import pipeline_class
-from .sd3 import SD3Policy
-from .sdxl import UNetPolicy
+from advgrpo.config import ModelSection
+from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.pipelines import pipeline_class
+from advgrpo.policy.sd3 import SD3Policy
+from advgrpo.policy.sdxl import UNetPolicy
 
 _POLICIES: dict[str, type[DiffusersPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,

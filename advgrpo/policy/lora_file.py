@@ -25,10 +25,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..atomic import write_atomically
-from ..config import ExportFormat
-from ..errors import UserError
-from .lora import Pair
+from advgrpo.config import ExportFormat
+from advgrpo.errors import UserError
+from advgrpo.policy.fused.lora import Pair
+from advgrpo.runtime.atomic import write_atomically
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 COMPONENTS = ("transformer", "unet")

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from diffusers import ModelMixin, SD3Transformer2DModel
 
-from ..config import ModelSection
-from .adapters import FullWeights, LoraAdapters, export_lora, start_state, target_modules
-from .transformer import FusedTransformer, Prepared, TransformerConfig
+from advgrpo.config import ModelSection
+from advgrpo.policy.adapters import FullWeights, LoraAdapters, export_lora, start_state, target_modules
+from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig
 
 
 @dataclass

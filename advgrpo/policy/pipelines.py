@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..model_files import local_folder, read_json
-from ..tiny import WORLDS
+from advgrpo.errors import UserError
+from advgrpo.policy.model_files import local_folder, read_json
+from advgrpo.tiny import WORLDS
 
 # Pipeline class -> what its network predicts: the velocity of a rectified flow, or the noise ε of a diffusion.
 PREDICTIONS = {

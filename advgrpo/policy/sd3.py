@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from ..config import ModelSection
-from ..errors import UserError
-from ..types import Conditioning
-from .decoder import GATED_PICTURES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
-from .diffusers_policy import DiffusersPolicy
-from .networks import FusedNetwork, StockNetwork
+from advgrpo.config import ModelSection
+from advgrpo.errors import UserError
+from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.fused.decoder import GATED_PICTURES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
+from advgrpo.policy.networks import FusedNetwork, StockNetwork
+from advgrpo.types import Conditioning
 
 
 def check_resolution(resolution: int, transformer: Any, vae: Any, field: str = "model.resolution") -> None:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
-from ..config import ModelSection
-from ..errors import UserError
-from ..model_files import read_json
-from ..types import Conditioning
-from .diffusers_policy import DiffusersPolicy
-from .networks import StockNetwork
+from advgrpo.config import ModelSection
+from advgrpo.errors import UserError
+from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.model_files import read_json
+from advgrpo.policy.networks import StockNetwork
+from advgrpo.types import Conditioning
 
 
 class UNetPolicy(DiffusersPolicy):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..cache import TensorCache
-from ..types import Conditioning
+from advgrpo.runtime.cache import TensorCache
+from advgrpo.types import Conditioning
 
 _IN_MEMORY = 512  # prompts; about 2 MB each with a T5 at 128 tokens, and every process keeps its own
 

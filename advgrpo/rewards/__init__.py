@@ -1,6 +1,6 @@
-"""Rewards by name. One reward per file; importing this package imports none of them.
+"""Fixed rewards by name. One reward per file; importing this package imports none of them.
 
-What a reward and a learned reward (an adversary) offer is in `base.py`.
+What a reward offers is in `base.py`; a reward that learns is an adversary, in `advgrpo/adversary`.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from advgrpo.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from .base import Reward
-
-ADVERSARIES = {"dino": "DinoAdversary", "siglip": "SiglipAdversary", "pickscore": "PickScoreAdversary"}
+    from advgrpo.rewards.base import Reward
 
 # name -> (module, class)
 REWARDS = {
@@ -34,11 +33,6 @@ REWARDS = {
 }
 
 
-def adversary_class(kind: str) -> type:
-    """The adversary registered under `kind`."""
-    return getattr(import_module(f".{kind}", __name__), ADVERSARIES[kind])
-
-
 def reward_class(name: str) -> type:
     """The fixed reward registered under `name`; UserError naming the nearest for an unknown one."""
     if name not in REWARDS:
@@ -47,6 +41,11 @@ def reward_class(name: str) -> type:
         raise UserError(f"unknown reward {name!r}; {hint}")
     module, class_name = REWARDS[name]
     return getattr(import_module(f".{module}", __name__), class_name)
+
+
+def prompt_options(name: str, metadata: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    """What the prompt file's `metadata`, by prompt, adds to the options of the reward `name`."""
+    return {"metadata": metadata} if name == "remote" else {}
 
 
 def build_reward(

@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..data.references import ReferenceSet
-from ..errors import UserError
-from .checks import check_batch, finite_scores
-from .clip_model import ClipModel
+from advgrpo.data.references import ReferenceSet
+from advgrpo.errors import UserError
+from advgrpo.rewards.base import Reward
+from advgrpo.rewards.checks import check_batch, finite_scores
+from advgrpo.vision.clip import ClipModel
 
 _NAME = re.compile(r"(?:layers\.(\d+)\.)?weight")
 
 
-class Aesthetic:
+class Aesthetic(Reward):
     """`base.Reward`: what the linear head says of the picture; the prompt is not looked at.
 
     Args:

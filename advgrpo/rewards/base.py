@@ -1,17 +1,16 @@
-"""What a reward and an adversary offer; everything outside `rewards/` talks to these two protocols only.
+"""What a reward offers; everything outside `rewards/` talks to this protocol only. A class that names it as its base
+needs to write what differs.
 
 Shapes: B pictures [B, 3, H, W] float32 in [0, 1], one prompt each.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
-from ..config import AdversarySection
-from ..data.references import ReferenceSet
-from ..types import Features
+from advgrpo.data.references import ReferenceSet
 
 
 @runtime_checkable
@@ -23,6 +22,13 @@ class Reward(Protocol):
     """
 
     name: str  # the key of its metrics, "reward_<name>"
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Called once before anything is scored, where possible before a model is loaded. Most judge any prompt.
+
+        Raises:
+            UserError: the first of `prompts` that cannot be judged, or a judge that does not answer.
+        """
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None) -> torch.Tensor:
         """One score per picture.
@@ -42,136 +48,4 @@ class Reward(Protocol):
             RuntimeError: the judge could not score a picture (a remote scorer timed out, a model failed). A failed
                 score is never replaced by a number.
         """
-        ...
-
-
-@runtime_checkable
-class HeadLoss(Protocol):
-    """Result of `Adversary.loss`."""
-
-    @property
-    def loss(self) -> torch.Tensor:
-        """Scalar float32, differentiable in `Adversary.parameters()`."""
-        ...
-
-    @property
-    def accuracy(self) -> torch.Tensor | None:
-        """Scalar float32, the share of pictures on the right side of the head's own threshold, times local pictures /
-        `total`; detached. None where scores have no threshold: then only pairs of a prompt tell how well it judges."""
-        ...
-
-
-@runtime_checkable
-class Score(Protocol):
-    """Result of `Adversary.score`."""
-
-    @property
-    def reward(self) -> torch.Tensor:
-        """[B] float32."""
-        ...
-
-
-@runtime_checkable
-class Adversary(Protocol):
-    """A learned reward: a frozen part that computes features once, and a trained part, the head, that scores them.
-
-    `features` runs once per picture; the reward, the head's training and the reference cache all use its result.
-    Draws are keyed by (run seed, purpose, iteration, global picture number), never by batch or process.
-
-    `trained_part`, `loss`, `optimizer.zero_grad(set_to_none=False)` and `step` run inside a captured CUDA graph: none
-    of them may read a device value on the host or make a device tensor from a host value, and parameters, gradients
-    and optimizer state stay in the same storage for the whole run.
-    """
-
-    config: AdversarySection
-    seed: int  # of the run
-    optimizer: torch.optim.Optimizer  # over `parameters()`; a `HeadAdam`, or another that a graph can hold
-    # An adversary whose state_dict has grown names what checkpoints of before may lack in `state_added_later`, a tuple.
-    text_dependent: bool  # features depend on the prompt: the reference cache then keys by it too
-    backbone: Any  # the frozen network whose features these are, for others that look through the same one; or None
-
-    @property
-    def device(self) -> torch.device:
-        """Where features and head live."""
-        ...
-
-    @property
-    def cache_key(self) -> str:
-        """What `kept_part(features(...))` depends on beside picture and prompt: weights, precision, sizes."""
-        ...
-
-    def features(self, images: torch.Tensor, prompts: list[str]) -> Features:
-        """Everything the head may look at, without gradient; each picture's independent of the rest of the batch.
-
-        Args:
-            images: [B, 3, H, W] float32 in [0, 1], on any device.
-            prompts: their B prompts; an adversary that judges the picture alone (DINO) ignores them.
-
-        Returns:
-            Named tensors [B, ...] on `device`, the same names on every call.
-        """
-        ...
-
-    def score(self, features: Features, sample_ids: torch.Tensor, *, purpose: str, iteration: int) -> Score:
-        """The reward of every picture under the head as it stands, without gradient.
-
-        Args:
-            features: from `features`, or `kept_part` of them.
-            sample_ids: [B] int64 on `device`, global picture numbers of the iteration.
-            purpose: "reward" or "reference"; keys the draws together with `iteration`.
-        """
-        ...
-
-    def trained_part(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
-        """What one head update looks at, and what the replay buffer holds (DINO: `num_patches` random patches).
-
-        Args:
-            features: of B pictures, B = 0 included: a process may hold none of the drawn pictures.
-            sample_ids: [B] int64 on `device`; with `seed` they key every draw.
-            seed: integer, or int64 tensor of one element on `device` (then nothing may be read on the host).
-
-        Returns:
-            The same names, shapes [B, ...] that depend on the settings only.
-        """
-        ...
-
-    def kept_part(self, features: Features) -> Features:
-        """What the reference cache keeps of a prompt's references (DINO: at most `cached_patches` random patches).
-
-        Same names; a function of the features alone, so cached and fresh ones agree to the last bit.
-        """
-        ...
-
-    def centre(self, generated: float, reference: float) -> None:
-        """Hear the mean rewards of both sides over all processes, once before an iteration's head updates.
-
-        An objective that compares scores with a threshold puts it between them, unless its head has a bias to learn.
-        Called outside captured graphs; what it sets stays in the same storage.
-        """
-        ...
-
-    def loss(self, reference: Features, generated: Features, *, total: int | None = None) -> HeadLoss:
-        """The head's loss, references as positives and generations as negatives.
-
-        Args:
-            reference, generated: `trained_part`s; the two sides may differ in length, and either may be empty.
-            total: pictures per side over all processes; means divide by it, so that losses, accuracies and gradients
-                summed over processes are those of the whole batch. None: each side's own.
-        """
-        ...
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The head's, float32, in a fixed order."""
-        ...
-
-    def step(self) -> None:
-        """One step of `optimizer` on the gradients in `parameters()`, already summed over processes."""
-        ...
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The head for a checkpoint, detached; the optimizer is saved by the trainer."""
-        ...
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copy `state` into the existing parameters."""
         ...

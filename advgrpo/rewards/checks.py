@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..data.references import ReferenceSet
-from ..errors import UserError
+from advgrpo.data.references import ReferenceSet
+from advgrpo.errors import UserError
 
 
 def check_batch(images: torch.Tensor, prompts: list[str]) -> None:

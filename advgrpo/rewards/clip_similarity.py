@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ..data.references import ReferenceSet
-from .checks import check_batch, finite_scores, required
-from .clip_model import ClipModel
-from .reference_similarity import Reduction, ReferenceEmbeddings, check_reduction, reference_cosine
+from advgrpo.data.references import ReferenceSet
+from advgrpo.rewards.base import Reward
+from advgrpo.rewards.checks import check_batch, finite_scores, required
+from advgrpo.rewards.reference_similarity import Reduction, ReferenceEmbeddings, check_reduction, reference_cosine
+from advgrpo.vision.clip import ClipModel
 
 
-class ClipSimilarity:
+class ClipSimilarity(Reward):
     """`base.Reward`: cosine of image and text embedding, in [-1, 1], neither scaled nor clipped.
 
     Args:
@@ -40,7 +41,7 @@ class ClipSimilarity:
         return finite_scores(cosine, images, prompts, self.name)
 
 
-class ClipReferenceSimilarity:
+class ClipReferenceSimilarity(Reward):
     """`base.Reward`: mean or max cosine of image embeddings to those of the prompt's own references, in [-1, 1].
 
     Arguments as ClipSimilarity's, and `reduction`, "mean" or "max".

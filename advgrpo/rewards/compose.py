@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..config import RewardSection
+from advgrpo.config import RewardSection
 
 _EPS = 1e-4  # as in the advantages (docs/method.md 4.1): a group that agrees stays at 0
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ..data.references import ReferenceSet
-from .checks import check_batch, finite_scores, required
-from .dino import DinoBackbone
-from .reference_similarity import Reduction, ReferenceEmbeddings, check_reduction, reference_cosine
+from advgrpo.data.references import ReferenceSet
+from advgrpo.rewards.base import Reward
+from advgrpo.rewards.checks import check_batch, finite_scores, required
+from advgrpo.rewards.reference_similarity import Reduction, ReferenceEmbeddings, check_reduction, reference_cosine
+from advgrpo.vision.dino import DinoBackbone
 
 
-class DinoSimilarity:
+class DinoSimilarity(Reward):
     """`base.Reward`: mean or max cosine of class tokens to those of the prompt's own references, in [-1, 1].
 
     Args:

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..errors import UserError
-from .pixels import to_uint8
+from advgrpo.errors import UserError
+from advgrpo.rewards.base import Reward
+from advgrpo.rewards.pixels import to_uint8
 
 if TYPE_CHECKING:
-    from ..data.references import ReferenceSet
+    from advgrpo.data.references import ReferenceSet
 
 _QUOTED = re.compile(r'"([^"]*)"|“([^“”]*)”')
 
@@ -75,7 +76,7 @@ def text_reward(target: str, recognized: str) -> float:
     return 1.0 - min(edit_distance(recognized, target), len(target)) / len(target)
 
 
-class OcrReward:
+class OcrReward(Reward):
     """The `Reward` protocol over RapidOCR.
 
     Args:

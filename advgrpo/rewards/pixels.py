@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .checks import check_batch
+from advgrpo.rewards.checks import check_batch
 
 
 def check_pictures(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

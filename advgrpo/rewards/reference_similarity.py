@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from ..data.references import ReferenceSet
+from advgrpo.data.references import ReferenceSet
 
 Reduction = Literal["mean", "max"]
 _PROMPTS_IN_MEMORY = 8192

@@ -45,13 +45,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.reading import read_text
-from ..errors import RunFailure, UserError, one_line
-from .checks import finite_scores
-from .pixels import to_uint8
+from advgrpo.errors import RunFailure, UserError, one_line
+from advgrpo.rewards.base import Reward
+from advgrpo.rewards.checks import finite_scores
+from advgrpo.rewards.pixels import to_uint8
+from advgrpo.runtime.reading import read_text
 
 if TYPE_CHECKING:
-    from ..data.references import ReferenceSet
+    from advgrpo.data.references import ReferenceSet
 
 PROTOCOL_VERSION = 1
 TOKEN_VARIABLE = "ADVGRPO_REWARD_TOKEN"
@@ -102,7 +103,7 @@ class _Refused(Exception):
     """The request would fail again."""
 
 
-class RemoteReward:
+class RemoteReward(Reward):
     """The `Reward` protocol over the HTTP protocol above. One request at a time; safe to use from one thread.
 
     Args:

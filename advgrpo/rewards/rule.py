@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import UserError
-from ..tiny.judge import judge
-from ..tiny.shapes import Scene
-from ..transfer import to_device
-from .pixels import check_pictures
+from advgrpo.errors import UserError
+from advgrpo.rewards.base import Reward
+from advgrpo.rewards.pixels import check_pictures
+from advgrpo.runtime.transfer import to_device
+from advgrpo.tiny.judge import judge
+from advgrpo.tiny.shapes import Scene
 
 if TYPE_CHECKING:
-    from ..data.references import ReferenceSet
+    from advgrpo.data.references import ReferenceSet
 
 _BATCH = 64  # pictures judged together: the judge holds 30 templates of every picture at once
 
 
-class RuleReward:
+class RuleReward(Reward):
     """The `Reward` protocol over `tiny.judge`. It judges on the CPU, where the same picture always scores the same.
 
     Args:

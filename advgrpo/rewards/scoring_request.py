@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..data.pictures import PictureError, open_picture, read_header
-from .remote import PROTOCOL_VERSION
+from advgrpo.data.images import PictureError, open_picture, read_header
+from advgrpo.rewards.remote import PROTOCOL_VERSION
 
 _RETRY_AFTER = 5  # seconds, for clients that were not served in time
 

@@ -29,14 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UserError, printable
-from .checks import finite_scores
-from .remote import PROTOCOL_VERSION
-from .scoring_request import Limits, Refusal, decode, parse_request, too_late
+from advgrpo.errors import UserError, printable
+from advgrpo.rewards.checks import finite_scores
+from advgrpo.rewards.remote import PROTOCOL_VERSION
+from advgrpo.rewards.scoring_request import Limits, Refusal, decode, parse_request, too_late
 
 if TYPE_CHECKING:
-    from ..data.references import ReferenceSet
-    from .base import Reward
+    from advgrpo.data.references import ReferenceSet
+    from advgrpo.rewards.base import Reward
 
 _ANSWER_SECONDS = 10.0  # for a client to take its answer
 _LINGER_SECONDS = 5.0  # for a client that was refused to stop sending

@@ -22,14 +22,14 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from .. import config as configuration
-from ..command import run_command
-from ..config import Options
-from ..errors import UserError
-from . import build_reward
-from .remote import read_token
-from .scoring_request import Limits
-from .scoring_server import make_server
+from advgrpo import config as configuration
+from advgrpo.config import Options
+from advgrpo.errors import UserError
+from advgrpo.rewards import build_reward
+from advgrpo.rewards.remote import read_token
+from advgrpo.rewards.scoring_request import Limits
+from advgrpo.rewards.scoring_server import make_server
+from advgrpo.runtime.command import run_command
 
 _LIMITS = Limits()
 
@@ -70,9 +70,9 @@ class Serve(Options):
 
 def serve(settings: Serve) -> None:
     """Build the reward and answer requests until interrupted."""
-    from ..data.prompts import load_prompts
-    from ..data.references import ReferenceSet
-    from ..preflight import check_reward
+    from advgrpo.data.prompts import load_prompts
+    from advgrpo.data.references import ReferenceSet
+    from advgrpo.training.preflight import check_reward
 
     try:
         options = json.loads(settings.options)
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
-    from ..train import quiet_libraries
+    from advgrpo.runtime.libraries import quiet_libraries
 
     program = "python -m advgrpo.rewards.serve"
     settings = configuration.parse_options(Serve, arguments, program=program, about=__doc__)

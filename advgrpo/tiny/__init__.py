@@ -14,7 +14,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
+from advgrpo.errors import UserError
 
 _ASSETS = Path(__file__).parent / "assets"
 

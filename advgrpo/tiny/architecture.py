@@ -20,7 +20,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from .shapes import CAPTION_WORDS, IMAGE_SIZE, vocabulary
+from advgrpo.tiny.shapes import CAPTION_WORDS, IMAGE_SIZE, vocabulary
 
 CLIP_TOKENS = CAPTION_WORDS + 2  # begin and end of text
 T5_TOKENS = CAPTION_WORDS + 1  # end of text

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..atomic import write_atomically
+from advgrpo.runtime.atomic import write_atomically
 
 
 def save_half_precision(model, folder: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .shapes import COLOURS, PALETTE, SHAPES, Scene, pixel_grid, shape_distance
+from advgrpo.tiny.shapes import COLOURS, PALETTE, SHAPES, Scene, pixel_grid, shape_distance
 
 MIN_CONTRAST = 0.20  # RGB distance below which nothing counts as drawn
 MIN_OVERLAP = 0.70  # intersection over union of mask and template; crisp drawings reach 0.9, blobs stay below

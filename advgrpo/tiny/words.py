@@ -36,10 +36,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..atomic import write_atomically
-from ..rng import generator
-from .assets import write_picture
-from .shapes import COLOURS, PALETTE
+from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.rng import generator
+from advgrpo.tiny.assets import write_picture
+from advgrpo.tiny.shapes import COLOURS, PALETTE
 
 WORDS = (
     *("ACE", "ANT", "ART", "BAT", "BED", "BEE", "BIG", "BOX", "BUS", "CAB", "CAN", "CAP", "CAR", "CAT", "COW", "CUP"),

@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from tests.commands import COMMANDS, main_of
+
 WORKED, TOO_LONG = 77, 78
-COMMANDS = ("train", "generate", "evaluate", "plan", "references", "experiments", "export", "rewards.serve")
 _phase_file: Path | None = None
 
 
@@ -50,19 +51,19 @@ def prepare() -> dict[str, object]:
     import diffusers
     import transformers
 
-    mains = {name: importlib.import_module(f"advgrpo.{name}").main for name in COMMANDS}
-    importlib.import_module("advgrpo.run")
-    importlib.import_module("advgrpo.preflight")
+    mains = {name: main_of(name) for name in COMMANDS}
+    importlib.import_module("advgrpo.training.run")
+    importlib.import_module("advgrpo.training.preflight")
     for kind in (diffusers.ModelMixin, diffusers.DiffusionPipeline, transformers.PreTrainedModel):
         watch(kind, "from_pretrained", "loading")
-    evaluation = importlib.import_module("advgrpo.evaluation")
+    evaluation = importlib.import_module("advgrpo.evaluate.evaluator")
     watch(evaluation.Evaluator, "pictures", "work")
-    watch(importlib.import_module("advgrpo.trainer").Trainer, "iterate", "work")
-    watch(importlib.import_module("advgrpo.data.reference_builder").ReferenceBuilder, "build", "work")
+    watch(importlib.import_module("advgrpo.training.trainer").Trainer, "iterate", "work")
+    watch(importlib.import_module("advgrpo.references.builder").ReferenceBuilder, "build", "work")
     watch(socketserver.BaseServer, "serve_forever", "work")
     for pipeline in ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline"):
         watch(getattr(diffusers, pipeline), "__call__", "work")
-    runs = importlib.import_module("advgrpo.experiment_runs")
+    runs = importlib.import_module("advgrpo.experiments.runs")
     runs.make_all = lambda *_: reached("work")
     return mains
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from advgrpo.checkpoint import MANIFEST, STATE, TENSORS
+from advgrpo.runtime.checkpoint import MANIFEST, STATE, TENSORS
 from tests.bad_input.case import Bench, Case, flagged
 
 _OUT, _REMOTE, _RESUME = "output dir", "remote reward", "resume"

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from advgrpo import config as configuration
-from advgrpo.policy.attention import choose_attention
-from advgrpo.policy.decoder import SD3_DECODER
-from advgrpo.policy.sampler import Sampler
+from advgrpo.policy.fused.attention import choose_attention
+from advgrpo.policy.fused.decoder import SD3_DECODER
+from advgrpo.sampling.sampler import Sampler
 from advgrpo_kernels import fp8_linear, fp8_linear_ref, fp8_quantize
 from advgrpo_kernels.ops._csrc import library
 from bench import contenders

@@ -1,0 +1,140 @@
+"""The adversary's features of the reference pictures: computed once per prompt, kept on disk by content."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from advgrpo.adversary.base import Adversary
+from advgrpo.data.references import ReferenceSet
+from advgrpo.errors import UserError
+from advgrpo.runtime.cache import TensorCache
+from advgrpo.runtime.transfer import to_device
+from advgrpo.types import Features
+
+_IN_MEMORY = 512  # prompts
+_SAME_NETWORK = 0.1  # relative difference: bfloat16 and float32 of one ViT-L differ by 0.013, two networks by about 1
+
+
+class ReferenceFeatures:
+    """`kept_part` of the features of every reference of a prompt, [n, ...] each.
+
+    All pictures of a prompt go through the adversary in one batch, whether or not some were seen before, so that cached
+    and fresh features agree to the last bit. Generations are judged by features of this process, references by cached
+    ones; that both come from one network is proven on the first entry that another process has stored.
+
+    `prefetch` loads an iteration's prompts in a background thread, on a GPU on a stream of its own, while the sampler
+    runs. What is not on disk yet is computed by whoever asks for it: the GPU belongs to the sampler meanwhile.
+    """
+
+    def __init__(self, references: ReferenceSet, adversary: Adversary, cache_dir: Path):
+        self.references, self.adversary = references, adversary
+        self.tensors = TensorCache(cache_dir / "references", in_memory=_IN_MEMORY, device=adversary.device)
+        self._adversary_key = adversary.cache_key
+        self._computed: set[str] = set()  # keys of this process, until one of another has been proven
+        self._proven = False
+        self._cache_lock = threading.Lock()  # the thread below and the caller's use one cache
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="references")
+        self._pending: dict[str, Future] = {}  # by prompt
+        self._stream = torch.cuda.Stream(adversary.device) if adversary.device.type == "cuda" else None
+
+    def prefetch(self, prompts: list[str]) -> None:
+        """Begin to load the prompts' features and return at once; an error surfaces when a prompt is asked for."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._pending:
+                self._pending[prompt] = self._thread.submit(self._load, prompt)
+
+    def prompt(self, prompt: str) -> Features:
+        """Features of the prompt's references, in the order of the index, on the adversary's device.
+
+        Raises:
+            UserError: a picture can no longer be read, or the cache holds another network's features.
+            FloatingPointError: the adversary's features of a reference are not finite; they are not stored.
+            Exception: whatever `prefetch` came across for this prompt, as its thread raised it.
+        """
+        pending = self._pending.pop(prompt, None)
+        tensors = None if pending is None else pending.result()
+        tensors = tensors or self._load(prompt)  # a prompt with the same references may have computed them since
+        if tensors is None:
+            tensors = self._store(prompt)
+        elif not self._proven and self._key(prompt) not in self._computed:
+            self._prove(prompt, tensors)
+        if self._stream is not None:  # loaded on that stream, used on this one
+            for tensor in tensors.values():
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return Features(tensors)
+
+    def pick(self, prompts: list[str], draws: torch.Tensor) -> Features:
+        """One reference per picture: of the n of its prompt, number floor(draw * n).
+
+        Args:
+            prompts: the prompts of B pictures.
+            draws: [B] float32 in [0, 1), on the host.
+
+        Returns:
+            The features [B, ...], by one gather per tensor, whatever B.
+        """
+        # prompts that share their references share the cache's dict, and are gathered from once
+        own = {prompt: self.prompt(prompt) for prompt in dict.fromkeys(prompts)}
+        sets = {id(features.tensors): features for features in own.values()}
+        first, starts = 0, {}
+        for identity, features in sets.items():
+            starts[identity] = first
+            first += len(features)
+        start = torch.tensor([starts[id(own[prompt].tensors)] for prompt in prompts])
+        count = torch.tensor([len(own[prompt]) for prompt in prompts])
+        index = to_device(start + (draws * count).long(), self.adversary.device)
+        candidates = list(sets.values())
+        return (candidates[0] if len(candidates) == 1 else Features.cat(candidates)).rows(index)
+
+    def _store(self, prompt: str) -> dict[str, torch.Tensor]:
+        computed, key = self._compute(prompt).tensors, self._key(prompt)
+        for name, tensor in computed.items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"the adversary's features ({name}) of the references of prompt {prompt!r} are not finite; check "
+                    f"{self.adversary.config.backbone} and adversary.dtype = {self.adversary.config.dtype}"
+                )
+        if not self._proven:
+            self._computed.add(key)
+        with self._cache_lock:
+            return self.tensors.store(key, computed)
+
+    def _prove(self, prompt: str, cached: dict[str, torch.Tensor]) -> None:
+        """UserError unless the cached features of the prompt's references are what this process's network gives."""
+        for name, fresh in self._compute(prompt).tensors.items():
+            stored, fresh = cached.get(name), fresh.float()
+            known = stored is not None and stored.shape == fresh.shape
+            gap = (stored.float() - fresh).norm() / fresh.norm().clamp_min(1e-12) if known else torch.tensor(torch.inf)
+            if not gap <= _SAME_NETWORK:
+                raise UserError(
+                    f"{self.tensors.path(self._key(prompt))} holds features ({name}) of the references of prompt "
+                    f"{prompt!r} that adversary.backbone = {self.adversary.config.backbone} does not give (relative "
+                    f"difference {gap.item():.2g}); remove {self.tensors.root} or set data.cache_dir to another folder"
+                )
+        self._proven = True
+        self._computed.clear()
+
+    def _load(self, prompt: str) -> dict[str, torch.Tensor] | None:
+        """From memory or disk; None where nothing is stored."""
+        stream = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with self._cache_lock, stream:
+            return self.tensors.load(self._key(prompt))
+
+    def _key(self, prompt: str) -> str:
+        keys = [self._adversary_key, *(self.references.content_key(f) for f in self.references.files(prompt))]
+        if self.adversary.text_dependent:
+            keys.append(f"prompt:{prompt}")
+        return hashlib.sha256("\0".join(keys).encode()).hexdigest()
+
+    def _compute(self, prompt: str) -> Features:
+        pictures = [self.references.load_images([f]) for f in self.references.files(prompt)]
+        if len({p.shape for p in pictures}) == 1:
+            pictures = [torch.cat(pictures)]
+        features = Features.cat([self.adversary.features(p, [prompt] * len(p)) for p in pictures])
+        return self.adversary.kept_part(features)

@@ -1,0 +1,308 @@
+"""Training the discriminator: when it is due, on which pictures, and what it remembers.
+
+Every draw is keyed by (seed, purpose, iteration, update) over global picture numbers, and gradients are summed over
+processes, so the head's losses do not depend on how many processes share the work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from advgrpo.adversary.base import Adversary
+from advgrpo.config import AdversarySection
+from advgrpo.runtime import rng
+from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
+from advgrpo.runtime.transfer import to_device
+from advgrpo.types import Features
+
+_SIDES = ("reference", "generated")  # fields of HeadBatch
+
+
+@dataclass
+class Due:
+    """What this iteration trains."""
+
+    head_updates: int
+    generator: bool
+
+
+def due(config: AdversarySection, iteration: int, generated: float, reference: float, optimizer_steps: int) -> Due:
+    """The schedule (docs/method.md section 6): `generated` and `reference` are mean rewards before any head update."""
+    updates = config.updates_per_iteration
+    if iteration < config.warmup_iterations:
+        return Due(config.warmup_updates, False)
+    if config.schedule == "never":
+        return Due(0, True)
+    if config.schedule == "always":
+        return Due(updates, True)
+    fooled = generated > reference - config.fooled_margin
+    if config.schedule == "when_fooled":
+        return Due(updates if fooled else 0, True)
+    if config.schedule == "fooled_or_generator":
+        return Due(updates, False) if fooled else Due(0, True)
+    if config.schedule == "ratio":
+        per_iteration = config.ratio * optimizer_steps
+        return Due(math.floor((iteration + 1) * per_iteration) - math.floor(iteration * per_iteration), True)
+    if config.schedule == "alternate":
+        trains_generator = iteration % config.alternate_period == config.alternate_period - 1
+        return Due(0 if trains_generator else updates, trains_generator)
+    raise ValueError(f"adversary.schedule: unknown {config.schedule!r}")
+
+
+def paired_accuracy(generated: torch.Tensor, reference: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Share of (reference, generation) pairs of one prompt in which the reference scores higher; ties count half.
+
+    This is what the generator feels: advantages compare within a prompt, so neither the scores' level nor the levels of
+    different prompts matter, which a threshold on pooled scores mistakes for ability or hides it behind.
+
+    Args:
+        generated, reference: [G] rewards by picture number, groups next to each other, of each picture and of the
+            reference drawn for it.
+
+    Returns:
+        Scalar float32 over all group_size² pairs of every group: the mean of the groups' areas under the ROC curve.
+    """
+    of_generated, of_reference = (scores.float().view(-1, group_size) for scores in (generated, reference))
+    lead = of_reference[:, :, None] - of_generated[:, None, :]
+    return ((lead > 0).float() + 0.5 * (lead == 0).float()).mean()
+
+
+class ReplayBuffer:
+    """A ring of older generations' features, the same on every process.
+
+    An iteration adds at most an eighth of the capacity, so the buffer always spans several iterations.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.size = 0  # filled slots
+        self.cursor = 0  # next slot to write
+        self.tensors: dict[str, torch.Tensor] = {}  # each [capacity, ...], as the features' names; empty until filled
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def per_iteration(self) -> int:
+        return math.ceil(self.capacity / 8)
+
+    def add(self, features: Features) -> None:
+        if self.capacity == 0:
+            return
+        if not self.tensors:
+            self.tensors = {
+                name: tensor.new_zeros(self.capacity, *tensor.shape[1:]) for name, tensor in features.tensors.items()
+            }
+        slots = (self.cursor + torch.arange(len(features), device=features.device)) % self.capacity
+        for name, tensor in self.tensors.items():
+            tensor[slots] = features[name]
+        self.cursor = (self.cursor + len(features)) % self.capacity
+        self.size = min(self.capacity, self.size + len(features))
+
+    def rows(self, index: torch.Tensor) -> Features:
+        return Features(self.tensors).rows(index)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """Tensors and counters for a checkpoint."""
+        return dict(self.tensors), {"size": self.size, "cursor": self.cursor}
+
+    def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int], device: torch.device) -> None:
+        self.size, self.cursor = counters["size"], counters["cursor"]
+        self.tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+@dataclass
+class HeadBatch:
+    """This process's pictures of one iteration, as the head's training sees them."""
+
+    image_ids: torch.Tensor  # [B] int64, global, on the host
+    generated: Features  # of those pictures
+    reference: Features  # the reference paired with each of them
+    total: int  # pictures of the iteration over all processes
+
+
+@dataclass
+class _Draw:
+    """Which rows one head update looks at; int64 on the host."""
+
+    references: torch.Tensor  # local rows
+    generations: torch.Tensor  # local rows
+    slots: torch.Tensor  # of the replay buffer
+    seeds: torch.Tensor  # [2] of the patches drawn from references and generations
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return len(self.references), len(self.generations), len(self.slots)
+
+    def flat(self) -> torch.Tensor:
+        return torch.cat([self.references, self.generations, self.slots, self.seeds])
+
+
+class HeadTrainer:
+    """Runs the head updates of an iteration.
+
+    An update first gathers the drawn rows and patches, then learns from them. With `graphs` and one process the second
+    part is one replay of a captured graph, whose inputs are those few rows; the iteration's features are never copied.
+    Several processes run the same function eagerly: how many of the drawn pictures a process holds changes from update
+    to update, and with it every shape, and the sum over processes between backward and step watches for failed
+    processes on the host.
+
+    Args:
+        adversary: what learns.
+        reduce: sums a list of tensors over processes in place.
+        rank, world_size: split replayed negatives.
+        graphs: captures the update; None runs it eagerly.
+    """
+
+    def __init__(
+        self,
+        adversary: Adversary,
+        *,
+        reduce: Callable[[list[torch.Tensor]], None],
+        rank: int,
+        world_size: int,
+        graphs: GraphBackend | None = None,
+    ):
+        self.adversary, self.config, self.seed = adversary, adversary.config, adversary.seed
+        self.reduce, self.rank, self.world_size = reduce, rank, world_size
+        self.replay = ReplayBuffer(self.config.replay_capacity)
+        backend = graphs if world_size == 1 else None
+        self.captured_update = CapturedFunction(self._update, name="head update", backend=backend)
+        self._inputs = {side: StaticBuffers(adversary.device, static=backend is not None) for side in _SIDES}
+        self._total = 0  # pictures per side of the current update, over all processes
+
+    def train(self, batch: HeadBatch, iteration: int, updates: int) -> torch.Tensor:
+        """Run head updates; returns the loss before each of them, [updates] float32 on the adversary's device.
+
+        NaN stands for an update whose loss or gradient is not finite, which learned nothing; see `check`.
+        """
+        if updates == 0:
+            return torch.zeros(0, device=self.adversary.device)
+        draws = [self._draw(batch, iteration, number) for number in range(updates)]
+        self._total = min(self.config.batch_size, batch.total)
+        ids = to_device(batch.image_ids, self.adversary.device)
+        flat = [draw.flat() for draw in draws]
+        moved = to_device(torch.cat(flat), self.adversary.device).split([len(f) for f in flat])  # one transfer
+        losses = []
+        for draw, values in zip(draws, moved):
+            for side, features in self._drawn(batch, ids, draw.counts, values).items():
+                for name, tensor in features.tensors.items():
+                    self._inputs[side].fill(name, tensor)
+            key = (tuple(buffers.key() for buffers in self._inputs.values()), self._total)
+            losses.append(self.captured_update(key).clone())  # the next replay overwrites it
+        return torch.cat(losses)
+
+    def check(self, losses: torch.Tensor, iteration: int) -> None:
+        """FloatingPointError for losses of `train` that are not all finite; reads them on the host."""
+        wrong = [number for number, loss in enumerate(losses.tolist(), 1) if not math.isfinite(loss)]
+        if wrong:
+            raise FloatingPointError(
+                f"iteration {iteration}: the adversary's loss or gradient is not finite at head update {wrong[0]} of "
+                f"{len(losses)}, which was left out. Start again with a lower adversary.learning_rate (now "
+                f"{self.config.learning_rate:g})"
+            )
+
+    @torch.no_grad()
+    def evaluate(self, batch: HeadBatch, iteration: int) -> tuple[float, float | None]:
+        """Head loss and accuracy on this iteration's pictures, before any update of the iteration.
+
+        The accuracy is by the head's own threshold; None where it has none (see `HeadLoss`).
+        """
+        ids = to_device(batch.image_ids, self.adversary.device)
+        reference, generated = (
+            self.adversary.trained_part(getattr(batch, side), ids, self._patch_seed("evaluate", side, iteration, 0))
+            for side in _SIDES
+        )
+        result = self.adversary.loss(reference, generated, total=batch.total)
+        values = torch.stack([value for value in (result.loss, result.accuracy) if value is not None])
+        self.reduce([values])
+        loss, *accuracy = values.tolist()
+        return loss, accuracy[0] if accuracy else None
+
+    def remember(self, batch: HeadBatch, iteration: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Add some of this iteration's generations to the replay buffer, the same ones on every process.
+
+        `gather` concatenates tensors over processes.
+        """
+        if self.config.replay_capacity == 0:
+            return
+        draw = torch.randperm(batch.total, generator=rng.generator(self.seed, "replay_add", iteration))
+        local = _positions(batch.image_ids, draw[: min(batch.total, self.replay.per_iteration)])
+        ids = batch.image_ids[local]
+        local, ids_there = (to_device(index, self.adversary.device) for index in (local, ids))
+        seed = rng.derive_seed(self.seed, "replay_patches", iteration)
+        part = self.adversary.trained_part(batch.generated.rows(local), ids_there, seed)
+        order = to_device(gather(ids).argsort(), self.adversary.device)
+        self.replay.add(Features({name: gather(tensor)[order] for name, tensor in part.tensors.items()}))
+
+    @torch.no_grad()
+    def row_of_replay(self) -> Features:
+        """What the replay buffer holds of one picture, [1, ...] each: of a black one, for names, shapes and dtypes."""
+        side, device = 64, self.adversary.device
+        features = self.adversary.features(torch.zeros(1, 3, side, side, device=device), [""])
+        return self.adversary.trained_part(features, torch.zeros(1, dtype=torch.int64, device=device), 0)
+
+    def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int]) -> None:
+        """Continue from the replay buffer's `state`; call it after head and optimizer are loaded."""
+        self.replay.load(tensors, counters, self.adversary.device)
+        self.captured_update.clear()  # the graphs hold the optimizer's storage of before
+
+    def _draw(self, batch: HeadBatch, iteration: int, number: int) -> _Draw:
+        generator = rng.generator(self.seed, "head_batch", iteration, number)
+        count = min(self.config.batch_size, batch.total)
+        replayed = min(int(self.config.replay_share * count), count - 1) if len(self.replay) else 0
+        order = torch.randperm(batch.total, generator=generator)[:count]
+        slots = torch.randint(max(len(self.replay), 1), (replayed,), generator=generator)
+        return _Draw(
+            _positions(batch.image_ids, order),
+            _positions(batch.image_ids, order[replayed:]),
+            slots[self.rank :: self.world_size],
+            torch.tensor([self._patch_seed("head", side, iteration, number) for side in _SIDES]),
+        )
+
+    def _patch_seed(self, purpose: str, side: str, *indices: int) -> int:
+        return rng.derive_seed(self.seed, f"{purpose}_{side}_patches", *indices)
+
+    @torch.no_grad()
+    def _drawn(self, batch: HeadBatch, ids: torch.Tensor, counts: tuple[int, int, int], draw: torch.Tensor):
+        """What one update learns from, by side; `draw` is a `_Draw.flat` on the device, `ids` the batch's pictures."""
+        *rows, slots, seeds = draw.split([*counts, len(_SIDES)])
+        found = {
+            side: self.adversary.trained_part(getattr(batch, side).rows(index), ids.index_select(0, index), seed)
+            for side, index, seed in zip(_SIDES, rows, seeds.split(1))
+        }
+        if len(slots):
+            found["generated"] = Features.cat([found["generated"], self.replay.rows(slots)])
+        return found
+
+    def _update(self) -> torch.Tensor:
+        """One update on the rows in the buffers; the loss before it, [1]. Obeys the rules of `graphs`."""
+        reference, generated = (Features(dict(self._inputs[side].tensors)) for side in _SIDES)
+        self.adversary.optimizer.zero_grad(set_to_none=False)
+        loss = self.adversary.loss(reference, generated, total=self._total).loss
+        loss.backward()
+        loss = loss.detach().clone().reshape(1)
+        gradients = [p.grad for p in self.adversary.parameters()]
+        self.reduce([*gradients, loss])
+        _leave_out_if_not_finite(gradients, loss)
+        self.adversary.step()
+        return loss
+
+
+@torch.no_grad()
+def _leave_out_if_not_finite(gradients: list[torch.Tensor], loss: torch.Tensor) -> None:
+    """Where the loss [1] or a gradient is not finite: zero gradients, so that weights and moments stay finite, and a
+    loss of NaN, which tells. Decided on the device, for captured graphs."""
+    largest = torch.stack([*torch._foreach_norm(gradients, math.inf), loss.abs().squeeze()]).max()  # NaN if any is
+    wrong = ~largest.isfinite()
+    for tensor, value in [*((gradient, 0.0) for gradient in gradients), (loss, math.nan)]:
+        tensor.masked_fill_(wrong, value)
+
+
+def _positions(ids: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+    """Where the picked ids are in `ids`, in the order of `ids`; both on the host."""
+    return torch.isin(ids, picked).nonzero().flatten()

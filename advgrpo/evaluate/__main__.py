@@ -1,0 +1,429 @@
+r"""Score a model's pictures with several metrics, with intervals, and compare it with a second model on the same noise.
+
+python -m advgrpo.evaluate --lora runs/tiny/lora --against base --metrics rule,dino_similarity --output runs/tiny/scores
+python -m advgrpo.evaluate --model stabilityai/stable-diffusion-3.5-medium --lora A --against B --prompts p.txt \
+    --metrics pickscore,aesthetic --metric-options.aesthetic.head aesthetic_head.safetensors --output scores
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import yaml
+from pydantic import Field
+from rich.console import Console
+from rich.table import Column, Table
+
+from advgrpo import config as configuration
+from advgrpo.config import MOST_PER_PROMPT, NEED_REFERENCES, Config
+from advgrpo.config.checks import IMAGE_STATISTICS
+from advgrpo.data.images import Fit
+from advgrpo.data.prompt_lengths import cut_prompts
+from advgrpo.data.prompts import load_prompts
+from advgrpo.data.references import ReferenceSet
+from advgrpo.data.sources import Sources, metadata_of, shipped_path
+from advgrpo.errors import UserError
+from advgrpo.evaluate.statistics import Comparison, Interval, bootstrap_mean, paired_bootstrap
+from advgrpo.reporting.display import Display
+from advgrpo.reporting.plots import draw_grid
+from advgrpo.rewards import REWARDS, build_reward, prompt_options
+from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.command import plain_console, run_command
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.folders import writable
+from advgrpo.runtime.libraries import quiet_libraries
+from advgrpo.sampling.drawing import DrawOptions
+from advgrpo.tiny import WORLDS
+
+if TYPE_CHECKING:  # diffusers and transformers are loaded once the flags are right and their notices silenced
+    from advgrpo.evaluate.evaluator import Evaluator
+    from advgrpo.rewards.base import Reward
+
+_OPTION = "--metric-options."
+_RULE_ACCURACY = "rule_accuracy"
+_TINY_METRICS: dict[str, dict[str, Any]] = {
+    "dino_similarity": {"path": "tiny", "image_size": 32},
+    "pickscore": {"path": "tiny"},
+    "clip": {"path": "tiny"},
+    "clip_similarity": {"path": "tiny"},
+    "clip_reference_similarity": {"path": "tiny"},
+    "ocr": {"detection_size": 192},
+}
+
+
+class Evaluate(DrawOptions):
+    """Score a model's pictures with several metrics, and compare it with a second model on the same noise."""
+
+    metrics: str
+    """Names separated by commas: rewards (pickscore, ocr, dino_similarity, clip, aesthetic, rule, ...), rule_accuracy,
+    and the statistics saturation, dark_share and edge_density."""
+    output: Path
+    """Folder for evaluation.json and grid.png."""
+    lora: str = ""
+    """Folder with pytorch_lora_weights.safetensors, such as OUT/lora; empty scores the base model."""
+    against: str = ""
+    """Second model, drawn from the same noise: "base", or another LoRA folder."""
+    prompts: str = ""
+    """Prompt file; empty, with a tiny model, means its held-out prompts."""
+    references: str = ""
+    """Folder with references.json for metrics that compare with references; "tiny" for the shipped ones."""
+    fit: Fit = "refuse"
+    """References that are not square: refuse, crop, letterbox or stretch, as data.fit of the training."""
+    metric_options_file: Path | None = None
+    """YAML {metric: {option: value}}; single options are flags, --metric-options.METRIC.OPTION VALUE."""
+    images_per_prompt: Annotated[int, Field(ge=1, le=MOST_PER_PROMPT)] = 4
+    """Pictures of every prompt."""
+    batch_size: Annotated[int, Field(ge=0, le=65536)] = 0
+    """Pictures drawn at once; 0 means 32 for a tiny model, 8 otherwise."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Keys the noise and the resampling; a run's own evaluation uses its seed."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Coverage of the intervals."""
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 4000
+    """Bootstrap resamples of the prompts."""
+    grid_prompts: Annotated[int, Field(ge=1, le=1000)] = 6
+    """Prompts shown in grid.png."""
+    cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
+    """Where text embeddings are kept."""
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name.strip() for name in self.metrics.split(",") if name.strip()))
+
+
+MetricOptions = dict[str, dict[str, Any]]
+Scores = dict[str, torch.Tensor]  # metric -> [prompts, images_per_prompt] float64
+
+
+def split_metric_options(arguments: list[str]) -> tuple[list[str], MetricOptions]:
+    """Take `--metric-options.METRIC.OPTION VALUE` (or `=VALUE`) out of the flags; values are read as YAML.
+
+    Raises:
+        UserError: a flag without METRIC.OPTION or without a value, or given twice.
+    """
+    rest, options, queue = [], {}, list(arguments)
+    while queue:
+        flag = queue.pop(0)
+        if not flag.startswith(_OPTION):
+            rest.append(flag)
+            continue
+        name, given, value = flag.partition("=")
+        metric, dot, option = name.removeprefix(_OPTION).replace("-", "_").partition(".")
+        if not (metric and dot and option):
+            raise UserError(f"{flag}: want --metric-options.METRIC.OPTION VALUE")
+        if not given:
+            if not queue:
+                raise UserError(f"{flag}: the value is missing")
+            value = queue.pop(0)
+        if option in options.setdefault(metric, {}):
+            raise UserError(f"{name} is given twice")
+        try:
+            options[metric][option] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(
+                f"{name} {value}: the value cannot be read; put text with special signs in quotes"
+            ) from None
+    return rest, options
+
+
+def metric_options(options: Evaluate, flags: MetricOptions) -> MetricOptions:
+    """Defaults of the tiny world, then the file, then flags; UserError for metrics that are not evaluated."""
+    file = configuration.read_yaml(options.metric_options_file) if options.metric_options_file else {}
+    for metric, given in file.items():
+        if not isinstance(given, dict):
+            raise UserError(f"{options.metric_options_file}: {metric} wants a mapping of options, got {given!r}")
+    for metric in [*file, *flags]:
+        if metric not in options.names:
+            raise UserError(f"options are given for the metric {metric!r}, which --metrics {options.metrics} lacks")
+    defaults = _TINY_METRICS if options.world else {}
+    return {name: {**defaults.get(name, {}), **file.get(name, {}), **flags.get(name, {})} for name in options.names}
+
+
+def check(options: Evaluate) -> None:
+    """UserError for anything in the flags that would fail after a model is loaded."""
+    if not options.names:
+        raise UserError("--metrics is empty: name at least one, such as rule,dino_similarity")
+    known = [*REWARDS, _RULE_ACCURACY, *IMAGE_STATISTICS]
+    for name in options.names:
+        if name not in known:
+            hint = configuration.did_you_mean(name, known, cutoff=0.4)
+            raise UserError(f"--metrics {options.metrics}: unknown metric {name!r}{hint}")
+    if options.against == "base" and not options.lora:
+        raise UserError("--against base compares the base model with itself: pass --lora")
+    if options.against and options.against == options.lora:
+        raise UserError(f"--against {options.against} is --lora itself: pass another LoRA, or base")
+    if not options.prompts and options.world is None:
+        raise UserError("--prompts is empty: pass a prompt file")
+    compares = any(name in NEED_REFERENCES for name in options.names)
+    if compares and not options.references and options.world is None:
+        raise UserError(f"--references is empty, but {' or '.join(NEED_REFERENCES)} compares with references")
+
+
+def read_data(options: Evaluate) -> Sources:
+    """Prompts to evaluate on and, where a metric or the flags want them, their references."""
+    # `check` has refused empty prompts and references of other models than the shipped
+    world = next((name for name, world in WORLDS.items() if world is options.world), "")
+    named = options.prompts or world
+    lines = load_prompts(shipped_path("held_out_prompts", named))
+    prompts = [p.text for p in lines]
+    folder = options.references
+    if not folder and any(name in NEED_REFERENCES for name in options.names):
+        folder = world
+    references = None
+    if folder:
+        references = ReferenceSet.load(shipped_path("references", folder), prompts, fit=options.fit)
+    return Sources([], prompts, references, metadata_of(lines))
+
+
+def build_metrics(options: MetricOptions, device: torch.device, sources: Sources) -> dict[str, Reward]:
+    """The rewards, each checked against the prompts it will see."""
+    from advgrpo.evaluate.evaluator import PictureStatistic
+
+    built = {}
+    for name, given in options.items():
+        if name in IMAGE_STATISTICS:
+            built[name] = PictureStatistic(name)
+            continue
+        kind, given = ("rule", {"strict": True}) if name == _RULE_ACCURACY else (name, given)
+        try:
+            owner = f"{_OPTION}{name}"
+            built[name] = build_reward(
+                kind, device=device, owner=owner, **prompt_options(name, sources.metadata), **given
+            )
+        except UserError as error:
+            raise UserError(f"--metrics {name}: {error} (options are --metric-options.{name}.OPTION VALUE)") from error
+        built[name].check_prompts(sources.held_out)
+    return built
+
+
+def settings_of(options: Evaluate, folder: Path, lora: str, device: torch.device, *, flag: str = "--lora") -> Config:
+    """The configuration that `Evaluator` and the policy read, for the base model or one LoRA."""
+    world, drawn = options.world, options.drawn(folder)
+    model = {
+        "path": options.model,
+        "resolution": drawn.resolution,
+        "max_sequence_length": drawn.max_sequence_length,
+        "dtype": "bfloat16" if device.type == "cuda" and not world else "float32",
+    }
+    if lora:
+        model["lora"] = lora_section(Path(lora).expanduser(), folder, flag).model_dump()
+    evaluation = {
+        "num_steps": drawn.num_steps,
+        "guidance_scale": drawn.guidance_scale,
+        "grid_prompts": options.grid_prompts,
+    }
+    micro_batch = options.batch_size or (32 if world else 8)
+    settings = {"seed": options.seed, "model": model, "evaluation": evaluation, "rollout": {"micro_batch": micro_batch}}
+    return configuration.build(settings, "command line")
+
+
+def lora_section(folder: Path, pipeline: Path, field: str = "--lora") -> configuration.LoraSection:
+    """Rank, targets and blocks of a LoRA folder, as the policy needs them to load it.
+
+    Raises:
+        UserError: no LoRA of the pipeline's network, or adapters of several ranks or in blocks that are not the last.
+    """
+    from advgrpo.policy.adapters import read_lora_for, stored_blocks
+
+    file, blocks = read_lora_for(pipeline, folder, field), stored_blocks(pipeline)
+    inside = re.compile(r"((?:.+\.)?transformer_blocks\.\d+)\.(.+)")
+    found = {name: inside.fullmatch(name) for name in file.modules}
+    outside = [name for name, match in found.items() if match is None]
+    if outside:
+        raise UserError(f"{file.path} adapts {outside[0]}; only layers of transformer blocks can be loaded")
+    ranks = sorted({len(a) for a, _ in file.modules.values()})
+    if len(ranks) != 1:
+        raise UserError(f"{file.path} holds adapters of ranks {ranks}; only one rank can be loaded")
+    indices = sorted({blocks.index(match[1]) for match in found.values()})
+    count = len(blocks)
+    if indices != list(range(count - len(indices), count)):
+        raise UserError(f"{file.path} adapts blocks {indices} of {count}; only all blocks or the last N can be loaded")
+    return configuration.LoraSection(
+        rank=ranks[0],
+        alpha=ranks[0],
+        targets=tuple(dict.fromkeys(match[2] for match in found.values())),
+        blocks="all" if len(indices) == count else len(indices),
+        start_from=str(folder),
+    )
+
+
+def load_model(
+    options: Evaluate, settings: Config, prompts: list[str], distributed: Distributed, display: Display
+) -> Evaluator:
+    """Draws pictures of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
+    from advgrpo.evaluate.evaluator import Evaluator
+    from advgrpo.policy.loading import load_policy
+    from advgrpo.training.build import encode_prompts
+    from advgrpo.training.fast import FastPaths
+
+    device, cache = distributed.device, Path(options.cache_dir).expanduser()
+    policy = load_policy(
+        settings.model,
+        device=device,
+        cache_dir=cache,
+        seed=options.seed,
+        fused=FastPaths.choose(settings, device).fused,
+    )
+    encode_prompts(policy, ["", *prompts], cache, display, distributed)
+    evaluator = Evaluator(policy, None, None, prompts, settings, distributed, display)
+    return evaluator if settings.model.lora.start_from else evaluator.base()
+
+
+@torch.no_grad()
+def score_model(
+    evaluator: Evaluator, metrics: dict[str, Reward], references: ReferenceSet | None, per_prompt: int, display: Display
+) -> Scores:
+    """Every metric of every picture; a picture that cannot be scored is an error, never a number."""
+    count = len(evaluator.prompts)
+    at_once = max(1, evaluator.config.rollout.micro_batch // per_prompt)
+    scores = {name: torch.empty(count, per_prompt, dtype=torch.float64) for name in metrics}
+    with display.steps("drawing and scoring", count) as tell:
+        for start in range(0, count, at_once):
+            numbers = range(start, min(start + at_once, count))
+            prompts = [evaluator.prompts[number] for number in numbers for _ in range(per_prompt)]
+            images = evaluator.pictures(prompts, torch.cat([evaluator.ids(number, per_prompt) for number in numbers]))
+            for name, metric in metrics.items():
+                rows = metric.score(images, prompts, references).double().cpu()
+                scores[name][numbers.start : numbers.stop] = rows.view(-1, per_prompt)
+            tell(numbers.stop)
+    return scores
+
+
+@dataclass
+class Result:
+    """One metric: the model's mean, the second model's, and their comparison."""
+
+    model: Interval
+    against: Interval | None = None
+    comparison: Comparison | None = None
+
+
+def summarise(scores: dict[str, Scores], options: Evaluate) -> dict[str, Result]:
+    """Intervals of every metric, prompts being resampled; `scores` holds one or two models' by name."""
+    how = {"confidence": options.confidence, "resamples": options.resamples, "seed": options.seed}
+    own, *others = scores.values()
+    results = {}
+    for name in own:
+        results[name] = Result(bootstrap_mean(own[name], **how))
+        for other in others:
+            results[name].against = bootstrap_mean(other[name], **how)
+            results[name].comparison = paired_bootstrap(own[name], other[name], **how)
+    return results
+
+
+def result_table(results: dict[str, Result], names: list[str], options: Evaluate) -> Table:
+    """One row per metric: means with intervals; with a second model also difference and win rate."""
+    title = f"{' against '.join(names)}: mean [{options.confidence:.0%} interval over prompts]"
+    table = Table(Column("metric", no_wrap=True), "model", title=title)
+    for heading in ("against", "difference", "win rate") if len(names) > 1 else ():
+        table.add_column(heading)
+    for name, result in results.items():
+        cells = [_cell(result.model)]
+        if result.comparison is not None:
+            cells += [_cell(result.against), _cell(result.comparison.difference, "{:+.4f}")]
+            cells.append(_cell(result.comparison.win_rate, "{:.1%}"))
+        table.add_row(name, *cells)
+    return table
+
+
+def _cell(interval: Interval, form: str = "{:.4f}") -> str:
+    mean, low, high = (form.format(value) for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def report(options: Evaluate, metric_settings: MetricOptions, scores: dict[str, Scores], prompts: list[str]) -> dict:
+    """What evaluation.json holds."""
+    per_prompt = [
+        {
+            "prompt": prompt,
+            "scores": {model: {name: of[name][i].tolist() for name in of} for model, of in scores.items()},
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    from advgrpo.training.run import versions
+
+    return {
+        "settings": {**options.model_dump(mode="json"), "metric_options": metric_settings},
+        "versions": versions(),
+        "models": list(scores),
+        "results": {name: asdict(result) for name, result in summarise(scores, options).items()},
+        "prompts": per_prompt,
+    }
+
+
+def grid_rows(columns: dict[str, list], references: ReferenceSet | None) -> list:
+    """draw_grid's rows from every model's `Evaluator.grid_pictures`, with up to four references."""
+    rows = []
+    for number, (prompt, pictures) in enumerate(next(iter(columns.values()))):
+        blocks = [(name, of[number][1]) for name, of in columns.items()]
+        if references is not None:
+            size = tuple(pictures.shape[-2:])
+            blocks.append(("references", references.load_images(references.files(prompt)[:4], size=size)))
+        rows.append((prompt, blocks))
+    return rows
+
+
+def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
+    """Draw, score, compare; writes evaluation.json and grid.png and returns what the former holds."""
+    from advgrpo.policy.pipelines import pipeline_folder
+    from advgrpo.training.preflight import check_model, check_reward, check_size
+
+    check(options)
+    metric_settings = metric_options(options, flags)
+    for name, given in metric_settings.items():
+        check_reward(name, given, f"{_OPTION}{name}")
+    sources = read_data(options)
+    prompts, references = sources.held_out, sources.references
+    writable(options.output, "--output")
+    writable(Path(options.cache_dir).expanduser(), "--cache-dir")
+    check_model(options.model, "--model")
+    distributed = Distributed.start(options.device)
+    if distributed.world_size > 1:
+        raise UserError("advgrpo.evaluate runs in one process: start it without torchrun")
+    device, folder = distributed.device, pipeline_folder(options.model, field="--model")
+    drawn = options.drawn(folder)
+    check_size(folder, drawn.resolution, model_field="--model", field="--resolution")
+    for cut in cut_prompts(folder, prompts, drawn.max_sequence_length):
+        console.print(f"note: {cut.describe(len(prompts))}", soft_wrap=True)
+    loras = {options.lora or "base": ("--lora", options.lora)}
+    if options.against:
+        loras[options.against] = ("--against", "" if options.against == "base" else options.against)
+    models = {name: settings_of(options, folder, lora, device, flag=flag) for name, (flag, lora) in loras.items()}
+    metrics = build_metrics(metric_settings, device, sources)
+    scores, pictures, display = {}, {}, Display(console)
+    evaluator = None
+    for name, settings in models.items():
+        again = evaluator is not None and not settings.model.lora.start_from  # the base of the model that is loaded
+        evaluator = evaluator.base() if again else load_model(options, settings, prompts, distributed, display)
+        scores[name] = score_model(evaluator, metrics, references, options.images_per_prompt, display)
+        pictures[name] = evaluator.grid_pictures()
+    found = report(options, metric_settings, scores, prompts)
+    write_atomically(options.output / "evaluation.json", json.dumps(found, indent=1) + "\n")
+    draw_grid(grid_rows(pictures, references), options.output / "grid.png")
+    console.print(result_table(summarise(scores, options), list(scores), options))
+    console.print(f"wrote {options.output}/evaluation.json and grid.png")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes of `command.run_command`."""
+    return run_command(_evaluate, arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    rest, flags = split_metric_options(arguments)
+    options = configuration.parse_options(Evaluate, rest, program="python -m advgrpo.evaluate", about=__doc__)
+    quiet_libraries()
+    evaluate(options, flags, plain_console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Held-out evaluation: fixed prompts, fixed noise, plain ODE sampling, independent metrics.
+
+Pictures are keyed by (seed, prompt number, picture number), so base, intermediate and final model are compared on the
+same noise, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from advgrpo.config import Config
+from advgrpo.config.checks import IMAGE_STATISTICS
+from advgrpo.data.references import ReferenceSet
+from advgrpo.evaluate.statistics import t_interval
+from advgrpo.monitor.image_statistics import picture_statistics
+from advgrpo.policy.base import Policy
+from advgrpo.reporting.display import Display
+from advgrpo.reporting.metric_names import CI95, FIRST, HELD_OUT
+from advgrpo.rewards.base import Reward
+from advgrpo.runtime import rng
+from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
+from advgrpo.sampling.dynamics import step_table
+from advgrpo.sampling.sampler import Sampler
+
+_STRIDE = 1000  # picture k of prompt p has id p * _STRIDE + k
+
+
+@dataclass
+class Evaluator:
+    policy: Policy
+    metrics: Mapping[str, Reward]
+    references: ReferenceSet | None
+    prompts: list[str]
+    config: Config
+    distributed: Distributed
+    display: Display | None = None
+    of_base: bool = False  # evaluate the frozen base instead of the trained weights
+
+    def base(self) -> Evaluator:
+        """The same evaluation of the frozen base model."""
+        return replace(self, of_base=True)
+
+    def run(self, images_per_prompt: int, *, first: int = 0) -> dict[str, float]:
+        """Means over all held-out pictures with their 95 % intervals; the same on every process.
+
+        Keys: "eval_<metric>", and "eval_<metric>_ci95", half the width of Student's interval over prompts (pictures of
+        one prompt are alike; none for a single prompt). `first` > 0 adds both over every prompt's first `first`
+        pictures ("eval_<metric>_first"), to be compared with an evaluation of as many.
+
+        Raises:
+            StopRequested: somebody asked for the end.
+        """
+        numbers = range(self.distributed.rank, len(self.prompts), self.distributed.world_size)
+        at_once = max(1, self.config.rollout.micro_batch // images_per_prompt)
+        scores = {name: [] for name in self.metrics}
+        with (
+            self.distributed.monitored("evaluate"),  # shares differ in time; the gather below does not wait for them
+            self._steps("evaluating", len(numbers)) as tell,
+        ):
+            for start in range(0, len(numbers), at_once):
+                part = numbers[start : start + at_once]
+                prompts = [self.prompts[number] for number in part for _ in range(images_per_prompt)]
+                self._begin(f"evaluate: prompt {start + 1} of {len(numbers)}", first=not start)
+                images = self.pictures(prompts, torch.cat([self.ids(n, images_per_prompt) for n in part]))
+                for name, values in scores.items():
+                    self._begin(f"evaluate: metric {name}", first=not start)
+                    with self.distributed.interruptible():
+                        values.append(self.metrics[name].score(images, prompts, self.references))
+                tell(start + len(part))
+        result = {}
+        for name, values in scores.items():
+            local = torch.cat(values).double() if values else torch.zeros(0, dtype=torch.float64)
+            everywhere = self.distributed.all_gather(local)  # whole prompts, one after the other
+            by_prompt = everywhere.view(-1, images_per_prompt)
+            result[f"{HELD_OUT}{name}"] = everywhere.mean().item()
+            result |= _half_width(f"{HELD_OUT}{name}", by_prompt)
+            if first:
+                result[f"{HELD_OUT}{name}{FIRST}"] = by_prompt[:, :first].mean().item()
+                result |= _half_width(f"{HELD_OUT}{name}{FIRST}", by_prompt[:, :first])
+        return result
+
+    def names(self) -> set[str]:
+        """Those that every result of `run` with `first` has; intervals need several prompts."""
+        return {f"{HELD_OUT}{metric}{part}" for metric in self.metrics for part in ("", FIRST)}
+
+    def _begin(self, doing: str, *, first: bool) -> None:
+        """A place to stop. Processes without a share wait from the start, while the first one's may compile kernels."""
+        self.distributed.step(doing, within_seconds=SLOW_SECONDS if first else None)
+
+    def _steps(self, what: str, prompts: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Progress over this process's prompts."""
+        if self.display is None:
+            return contextlib.nullcontext(lambda done: None)
+        return self.display.steps(f"{what} the base model" if self.of_base else what, prompts)
+
+    def grid_pictures(self, columns: int = 4) -> list[tuple[str, torch.Tensor]]:
+        """(prompt, pictures [columns, 3, H, W]) of the grid's prompts, always from the same noise; rank 0 calls it."""
+        chosen, drawn = self.prompts[: self.config.evaluation.grid_prompts], []
+        with self._steps("drawing samples of" if self.of_base else "drawing samples", len(chosen)) as tell:
+            for number, prompt in enumerate(chosen):
+                self._begin(f"draw samples: prompt {number + 1}", first=not number)
+                drawn.append((prompt, self.pictures([prompt] * columns, self.ids(number, columns)).cpu()))
+                tell(len(drawn))
+        return drawn
+
+    @torch.no_grad()
+    def pictures(self, prompts: list[str], ids: torch.Tensor) -> torch.Tensor:
+        """[n, 3, H, W] of n prompts in micro-batches, with the evaluation's steps and guidance."""
+        evaluation = self.config.evaluation
+        table = step_table(self.policy, evaluation.num_steps)
+        merged = self.policy.has_merged and not self.of_base
+        if merged:
+            self.policy.merge()
+        sampler = Sampler(self.policy, evaluation.guidance_scale, "gaussian", share_prefix=True, merged=merged)
+        images = []
+        for start in range(0, len(prompts), self.config.rollout.micro_batch):
+            part = slice(start, start + self.config.rollout.micro_batch)
+            row = torch.arange(len(prompts[part]), device=self.policy.device)
+            initial = sampler.initial_latents(rng.derive_seed(self.config.seed, "evaluation"), ids[part])
+            with self.policy.reference() if self.of_base else contextlib.nullcontext():
+                latents, _ = sampler.run(table, self.policy.encode(prompts[part]), initial, row)
+            images.append(self.policy.decode(latents))
+        return torch.cat(images)
+
+    def ids(self, number: int, count: int) -> torch.Tensor:
+        """[count] picture numbers of prompt `number`, which key their noise."""
+        return number * _STRIDE + torch.arange(count)
+
+
+def _half_width(name: str, by_prompt: torch.Tensor) -> dict[str, float]:
+    """{"<name>_ci95": half the width of the t-interval of scores [prompts, pictures]}; empty for one prompt."""
+    if len(by_prompt) < 2:
+        return {}
+    interval = t_interval(by_prompt.mean(1).tolist())
+    return {f"{name}{CI95}": interval.high - interval.mean}
+
+
+class PictureStatistic(Reward):
+    """The `Reward` protocol over one of picture_statistics.py's numbers: a metric, never trained on."""
+
+    NAMES = IMAGE_STATISTICS
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
+        return picture_statistics(images)[self.name]

@@ -1,0 +1,154 @@
+"""Uncertainty of means: bootstrap over clusters, paired comparison, and the t-interval over seeds. Pure and seeded.
+
+The pictures of a prompt are alike, so the prompt, not the picture, is the unit that is resampled (cluster bootstrap,
+Davison & Hinkley, "Bootstrap Methods and Their Application", section 3.8). Intervals are percentile intervals; with
+fewer than about 10 clusters they are too narrow, which is why a handful of seeds gets a t-interval instead.
+
+Shapes: n clusters, k pictures of each; scores are [n] or [n, k], of any float dtype, computed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from advgrpo.runtime import rng
+
+_RESAMPLES_AT_ONCE = 2**22  # elements of an index tensor: 32 MB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A against B on the same prompts and noise."""
+
+    difference: Interval  # mean of a - b
+    win_rate: Interval  # share of pairs in which a scores higher; a tie counts half
+
+
+def bootstrap_mean(
+    scores: torch.Tensor | Sequence[float], *, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
+) -> Interval:
+    """Mean of scores [n] or [n, k] with its percentile interval, whole rows being resampled with replacement.
+
+    The same seed draws the same rows for every score matrix with n rows.
+
+    Raises:
+        ValueError: no scores, a score that is not finite, or a confidence outside (0, 1).
+    """
+    clusters = _clusters(scores)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence = {confidence}: want a share between 0 and 1")
+    tail = (1 - confidence) / 2
+    means = _resampled_means(clusters, resamples, seed)
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(clusters.mean().item(), low, high)
+
+
+def paired_bootstrap(
+    a: torch.Tensor | Sequence[float],
+    b: torch.Tensor | Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two models' scores of the same pictures-to-be, element by element, prompts resampled in pairs.
+
+    Args:
+        a, b: [n] or [n, k], the same shape; entry (i, j) of both was drawn for the same prompt from the same noise.
+
+    Raises:
+        ValueError: different shapes, or what `bootstrap_mean` refuses.
+    """
+    a, b = _as_matrix(a), _as_matrix(b)
+    if a.shape != b.shape:
+        raise ValueError(f"scores of {list(a.shape)} cannot be paired with scores of {list(b.shape)}")
+    difference = a - b
+    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
+    settings = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    return Comparison(bootstrap_mean(difference, **settings), bootstrap_mean(wins, **settings))
+
+
+def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Mean of a few independent runs (one value per seed) with Student's t-interval, m +- t * s / sqrt(n).
+
+    Raises:
+        ValueError: fewer than two values (they have no spread), or one that is not finite.
+    """
+    numbers = _as_matrix(values)[:, 0]
+    if len(numbers) < 2:
+        raise ValueError(f"an interval over {len(numbers)} value needs at least 2")
+    mean = numbers.mean().item()
+    half = t_quantile(0.5 + confidence / 2, len(numbers) - 1) * numbers.std().item() / math.sqrt(len(numbers))
+    return Interval(mean, mean - half, mean + half)
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Student's t quantile for a whole number of degrees of freedom, by bisection of its distribution function.
+
+    Raises:
+        ValueError: a probability outside [0.5, 1) or fewer than 1 degree of freedom.
+    """
+    if not 0.5 <= probability < 1 or freedom < 1:
+        raise ValueError(f"t_quantile({probability}, {freedom}): want 0.5 <= probability < 1 and freedom >= 1")
+    low, high = 0.0, 1.0
+    while _t_distribution(high, freedom) < probability:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _t_distribution(middle, freedom) < probability else (low, middle)
+    return high
+
+
+def _t_distribution(t: float, freedom: int) -> float:
+    """P(T <= t) for t >= 0: Abramowitz & Stegun 26.7.3 (odd) and 26.7.4 (even degrees of freedom)."""
+    theta = math.atan2(t, math.sqrt(freedom))
+    square = math.cos(theta) ** 2
+    term, total = 1.0, 0.0
+    odd = freedom % 2
+    for i in range(freedom // 2):
+        total += term
+        term *= square * (2 * i + 1 + odd) / (2 * i + 2 + odd)
+    total *= math.sin(theta) * (math.cos(theta) if odd else 1.0)
+    within = 2 / math.pi * (theta + total) if odd else total
+    return 0.5 + within / 2
+
+
+def _as_matrix(scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    """[n, k] float64 on the CPU; finite."""
+    matrix = torch.as_tensor(scores, dtype=torch.float64, device="cpu")
+    matrix = matrix[:, None] if matrix.dim() == 1 else matrix
+    if matrix.dim() != 2 or not matrix.numel():
+        raise ValueError(f"scores are {list(matrix.shape)}; want a non-empty [n] or [n, k]")
+    if not torch.isfinite(matrix).all():
+        raise ValueError("scores hold a value that is not finite")
+    return matrix
+
+
+def _clusters(scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    """[n] means of equally large clusters: resampling rows of [n, k] only ever needs these."""
+    return _as_matrix(scores).mean(1)
+
+
+def _resampled_means(clusters: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
+    generator, count = rng.generator(seed, "bootstrap"), len(clusters)
+    at_once = max(1, _RESAMPLES_AT_ONCE // count)
+    parts = []
+    for start in range(0, resamples, at_once):
+        rows = torch.randint(count, (min(at_once, resamples - start), count), generator=generator)
+        parts.append(clusters[rows].mean(1))
+    return torch.cat(parts)

@@ -1,0 +1,252 @@
+"""Architectures by name, without a network, and their parameters counted on the meta device.
+
+The constants are the values of the hub's config.json files (transformer/, vae/, text_encoder*/ of each pipeline;
+config.json of each backbone), without the keys that no weight depends on. A local folder's own files are read instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advgrpo.config import LoraSection
+from advgrpo.errors import UserError
+from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig
+from advgrpo.tiny import WORLDS, backbone_dir
+
+_MMDIT: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+_SD35_LARGE = _MMDIT | {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+TRANSFORMERS = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": _MMDIT,
+    "stabilityai/stable-diffusion-3.5-medium": _MMDIT
+    | {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"},
+    "stabilityai/stable-diffusion-3.5-large": _SD35_LARGE,
+    "stabilityai/stable-diffusion-3.5-large-turbo": _SD35_LARGE,
+}
+_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+    "vocab_size": 49408,
+}
+_CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+    "vocab_size": 49408,
+}
+_T5_XXL = {
+    "d_ff": 10240,
+    "d_kv": 64,
+    "d_model": 4096,
+    "feed_forward_proj": "gated-gelu",
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+    "is_decoder": False,
+}
+_CLIP_CLASS, _T5_CLASS = "CLIPTextModelWithProjection", "T5EncoderModel"
+TEXT_ENCODERS = ((_CLIP_CLASS, _CLIP_L), (_CLIP_CLASS, _CLIP_G), (_T5_CLASS, _T5_XXL))
+_TEXT_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+CLIP_TOKENS = 77
+BACKBONES = {
+    "facebook/dinov2-small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "facebook/dinov2-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "facebook/dinov2-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "facebook/dinov2-giant": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 24,
+        "use_swiglu_ffn": True,
+    },
+}
+for _backbone in BACKBONES.values():
+    _backbone |= {"patch_size": 14, "image_size": 518, "mlp_ratio": 4}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The architectures of an SD3 pipeline, as config.json mappings."""
+
+    transformer: dict[str, Any]
+    decoder: DecoderConfig
+    text_encoders: tuple[tuple[str, dict[str, Any]], ...]  # (transformers' class name, config)
+
+    @property
+    def clip_tokens(self) -> int:
+        return max((config.get("max_position_embeddings", CLIP_TOKENS) for _, config in self.text_encoders), default=0)
+
+
+def known_pipeline(path: str) -> Pipeline:
+    """The pipeline of a hub id in `TRANSFORMERS`, of "tiny", or of a local diffusers folder.
+
+    Raises:
+        UserError: any other name, or a folder without transformer/config.json or vae/config.json.
+    """
+    if path in TRANSFORMERS:
+        return Pipeline(TRANSFORMERS[path], SD3_DECODER, TEXT_ENCODERS)
+    folder = WORLDS[path].pipeline if path in WORLDS else Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"model.path = {path!r} is not known without a network; pass a downloaded pipeline's folder, tiny, or one "
+            f"of {', '.join(TRANSFORMERS)}"
+        )
+    encoders = [_read(folder / name / "config.json") for name in _TEXT_FOLDERS if (folder / name).is_dir()]
+    return Pipeline(
+        _read(folder / "transformer" / "config.json"),
+        DecoderConfig.from_mapping(_read(folder / "vae" / "config.json")),
+        tuple((config["architectures"][0], config) for config in encoders),
+    )
+
+
+def known_backbone(path: str) -> dict[str, Any]:
+    """config.json of a DINOv2 by hub id in `BACKBONES`, "tiny" or local folder; UserError otherwise."""
+    if path in BACKBONES:
+        return BACKBONES[path]
+    folder = backbone_dir() if path == "tiny" else Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"adversary.backbone = {path!r} is not known without a network; pass a downloaded folder, tiny, or one of "
+            f"{', '.join(BACKBONES)}"
+        )
+    return _read(folder / "config.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); want a model folder in diffusers' layout") from error
+
+
+@dataclass(frozen=True)
+class TransformerCount:
+    """Weights of a transformer by what a run does with them, in elements."""
+
+    total: int
+    lora: int  # adapters' A and B
+    stacked: int  # linears with an adapter beside them, stacked as the fused forward stacks them
+    stacked_ends: int  # those of the first and last block, which never run in FP8
+    inner: int  # linears of the blocks between, without modulation: what FP8 quantises
+    modulation: int  # outputs of all AdaLN linears
+
+
+def count_transformer(config: dict[str, Any], lora: LoraSection) -> TransformerCount:
+    """Counted on the meta device from diffusers' own module and the run's own choice of LoRA targets."""
+    return _count_transformer(json.dumps(config, sort_keys=True), lora.model_dump_json())
+
+
+@functools.lru_cache(maxsize=16)
+def _count_transformer(config: str, lora_json: str) -> TransformerCount:
+    from advgrpo.policy.adapters import target_modules
+
+    lora, transformer = LoraSection.model_validate_json(lora_json), _meta_transformer(config)
+    targets = target_modules(transformer, lora)
+    linears = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    last = len(transformer.transformer_blocks) - 1
+    ends = ("transformer_blocks.0.", f"transformer_blocks.{last}.")
+    of_blocks = {n: m.weight.numel() for n, m in linears.items() if n.startswith("transformer_blocks.")}
+    plain = {n: size for n, size in of_blocks.items() if ".norm1" not in n}
+    stacks = {_stack(n) for n in targets}
+    stacked = {n: size for n, size in plain.items() if _stack(n) in stacks}
+    return TransformerCount(
+        total=sum(p.numel() for p in transformer.parameters()),
+        lora=sum(lora.rank * (linears[n].in_features + linears[n].out_features) for n in targets),
+        stacked=sum(stacked.values()),
+        stacked_ends=sum(size for n, size in stacked.items() if n.startswith(ends)),
+        inner=sum(size for n, size in plain.items() if not n.startswith(ends)),
+        modulation=sum(m.out_features for n, m in linears.items() if ".norm1" in n or n.startswith("norm_out")),
+    )
+
+
+def _stack(name: str) -> str:
+    """q, k and v of one stream are one matrix in the fused forward."""
+    head, _, tail = name.rpartition(".")
+    return {"to_q": f"{head}.qkv", "to_k": f"{head}.qkv", "to_v": f"{head}.qkv"}.get(
+        tail, f"{head}.add_qkv" if tail in ("add_q_proj", "add_k_proj", "add_v_proj") else name
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _meta_transformer(config: str):
+    from diffusers import SD3Transformer2DModel
+
+    settings = {key: value for key, value in json.loads(config).items() if not key.startswith("_")}
+    if settings.get("dual_attention_layers") is not None:
+        settings["dual_attention_layers"] = tuple(settings["dual_attention_layers"])
+    with torch.device("meta"):
+        return SD3Transformer2DModel(**settings).requires_grad_(False)
+
+
+def count_text_encoders(pipeline: Pipeline) -> int:
+    """Parameters of all text encoders."""
+    return sum(_count_transformers_model(name, json.dumps(config)) for name, config in pipeline.text_encoders)
+
+
+@functools.lru_cache(maxsize=8)
+def count_decoder(config: DecoderConfig) -> int:
+    """Parameters of the picture decoder."""
+    return sum(p.numel() for p in Decoder(config, device="meta").parameters())
+
+
+@functools.lru_cache(maxsize=8)
+def count_vae(config: DecoderConfig) -> int:
+    """Parameters of the whole stock AutoencoderKL around such a decoder."""
+    from diffusers import AutoencoderKL
+
+    blocks = len(config.block_out_channels)
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=config.block_out_channels,
+            latent_channels=config.latent_channels,
+            out_channels=config.out_channels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+            mid_block_add_attention=config.mid_block_add_attention,
+            use_post_quant_conv=config.use_post_quant_conv,
+            use_quant_conv=config.use_post_quant_conv,
+        )
+    return sum(p.numel() for p in vae.parameters())
+
+
+def count_backbone(config: dict[str, Any]) -> int:
+    """Parameters of a Dinov2Model."""
+    return _count_transformers_model("Dinov2Model", json.dumps(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _count_transformers_model(class_name: str, config: str) -> int:
+    import transformers
+
+    kind = getattr(transformers, class_name)
+    with torch.device("meta"):
+        model = kind(kind.config_class(**json.loads(config)))
+    return sum(p.numel() for p in model.parameters())

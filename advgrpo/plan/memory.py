@@ -1,0 +1,458 @@
+"""What a run keeps in GPU memory: a plan before it starts, and advice when it runs out.
+
+Every figure is estimated until measured on a GPU: weights are counted on the meta device, activations follow
+activations.py, the context and the allocator's slack are allowances. 1 GB is 10^9 bytes; a card holds a little more
+than its nominal size, which is part of the margin.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from rich.table import Table
+
+from advgrpo.config import Config, check_tiles, fits_tiles, nearest_prompts
+from advgrpo.errors import UserError
+from advgrpo.plan import known_models
+from advgrpo.plan.activations import TransformerShape, decode_bytes
+from advgrpo.policy.fused.decoder import GATED_PICTURES, decoded_at_once
+
+GB = 1e9
+PHASES = ("encode", "sample", "decode", "score", "update")
+_CONTEXT = 1.2  # GB: CUDA context, cuBLAS and cuDNN workspaces, NCCL
+_SLACK = 0.05  # of what is allocated: the allocator's rounding and fragmentation
+_REFERENCES_PER_PROMPT = 8  # docs/method.md section 8
+_PROMPTS_IN_MEMORY = 512  # of adversary/reference_features.py
+_SMS = 132  # streaming multiprocessors of an H100 or H200
+_TILE = (128, 256)  # rows and columns of a matrix product that one of them computes at a time
+_CLOSE = 1.03  # costs within 3 % count as equal
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What the plan chooses: settings of training, nothing else."""
+
+    micro_batch: int
+    gradient_checkpointing: bool
+
+    def __str__(self) -> str:
+        checkpointing = "true" if self.gradient_checkpointing else "false"
+        return f"rollout.micro_batch = {self.micro_batch}, model.gradient_checkpointing = {checkpointing}"
+
+
+@dataclass(frozen=True)
+class Component:
+    name: str
+    bytes: int
+    decided_by: str
+    phases: tuple[str, ...] = PHASES  # in which it is held
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """An estimate for one GPU; where nothing fits, `knobs` need the least and `remedies` say what would fit."""
+
+    gpu_gb: float
+    knobs: Knobs
+    components: tuple[Component, ...]
+    configured_gb: float  # peak with the settings as they are
+    remedies: tuple[str, ...]
+    uncounted: tuple[str, ...]  # settings and models that the estimate leaves out
+    decided: str = ""  # what kept the micro-batch from being larger, where it was not memory
+
+    def phase_gb(self, phase: str) -> float:
+        held = sum(c.bytes for c in self.components if phase in c.phases)
+        return held / GB * (1 + _SLACK) + _CONTEXT
+
+    @property
+    def peak_phase(self) -> str:
+        return max(PHASES, key=self.phase_gb)
+
+    @property
+    def peak_gb(self) -> float:
+        return self.phase_gb(self.peak_phase)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_gb <= self.gpu_gb
+
+    def line(self) -> str:
+        """One line: the knobs, or what would make it fit."""
+        size = f"{self.gpu_gb:.4g} GB"
+        if self.fits:
+            left_out = f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else ""
+            decided = f"; {self.decided}" if self.decided else ""
+            peak = f"peak {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
+            return f"{size}: {self.knobs}; {peak}{left_out}{decided}"
+        least = f"at least {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
+        return f"{size}: does not fit; {least}, with {self.knobs}; {'; or '.join(self.remedies)}"
+
+
+def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
+    """The fastest knobs that fit one GPU of `gpu_gb` (10^9 bytes), with the breakdown.
+
+    `rollout.micro_batch` is the ceiling of the micro-batches tried. Speed is judged by `relative_time`.
+
+    Args:
+        processes: GPUs that share an iteration's pictures.
+
+    Raises:
+        UserError: gpu_gb or processes not positive, pictures that no micro-batch divides over the processes, or a model
+            whose architecture is not known.
+    """
+    if not (gpu_gb > 0 and math.isfinite(gpu_gb)) or processes < 1:
+        raise UserError(f"GPU size {gpu_gb} GB, {processes} processes: want positive numbers")
+    if not micro_batches(config, processes):
+        check_tiles(config, processes)  # says which numbers of prompts would divide
+    estimate = _Estimate(config, processes)
+    fitting = [p for p in estimate.plans(gpu_gb) if p.fits]
+    if fitting:
+        costs = {p: estimate.relative_time(p.knobs) for p in fitting}
+        close = [p for p in fitting if costs[p] <= _CLOSE * min(costs.values())]
+        chosen = max(close, key=lambda p: p.knobs.micro_batch)
+        return replace(chosen, decided=_what_decided(config, chosen, estimate))
+    least = min(estimate.plans(gpu_gb), key=lambda p: p.peak_gb)
+    return replace(least, remedies=tuple(_remedies(config, gpu_gb, processes)))
+
+
+def _what_decided(config: Config, chosen: MemoryPlan, estimate: _Estimate) -> str:
+    """Why no larger micro-batch is recommended, where the reason is not memory."""
+    group, most, micro = config.rollout.group_size, config.rollout.micro_batch, chosen.knobs.micro_batch
+    if micro == most:
+        return f"rollout.micro_batch = {most}, as set, is the largest tried"
+    refused = [m for m in range(micro + 1, most + 1) if group % m == 0 or m % group == 0]
+    refused = [m for m in refused if not fits_tiles(config, estimate.processes, micro=m)]
+    room = [m for m in refused if estimate.peak_gb(replace(chosen.knobs, micro_batch=m)) <= chosen.gpu_gb]
+    if not room:
+        return ""
+    return (
+        f"divisibility decided, not memory: rollout.micro_batch = {room[-1]} would fit, but "
+        f"{config.images_per_iteration} pictures cannot be cut into it over {estimate.processes} processes; with "
+        f"rollout.prompts_per_iteration = {nearest_prompts(config, estimate.processes, room[-1])} they can"
+    )
+
+
+class _Estimate:
+    """Everything that does not depend on the knobs, counted once."""
+
+    def __init__(self, config: Config, processes: int):
+        self.config, self.processes = config, processes
+        self.pipeline = known_models.known_pipeline(config.model.path)
+        supervised = config.update.objective == "sft"  # loads neither adversary nor rewards
+        learned = config.adversary.kind if config.learns_adversary else "none"
+        self.dino = learned == "dino"
+        other = [] if learned in ("dino", "none") else [f"adversary.kind = {learned}"]
+        fixed = [] if supervised else [f"rewards.{name}" for name in config.rewards.fixed()]
+        observer = ["evaluation.backbone"] if config.evaluation.backbone else []
+        self.uncounted = (*other, *fixed, *observer, *(["the VAE's encoder"] if supervised else []))
+        self.lora = config.model.train == "lora"
+        self.fused = config.fast and self.lora
+        self.element = 2 if config.model.dtype == "bfloat16" else 4
+        self.weights = known_models.count_transformer(self.pipeline.transformer, config.model.lora)
+        self.guided = 2 if config.rollout.guidance_scale != 1.0 else 1
+        self.latent_side = config.model.resolution // self.pipeline.decoder.scale
+        self.pictures = math.ceil(config.images_per_iteration / processes)
+        self.shape = self._shape()
+
+    def _shape(self) -> TransformerShape:
+        stock, model = self.pipeline.transformer, self.config.model
+        layers, blocks = stock["num_layers"], model.lora.blocks
+        return TransformerShape(
+            path="fused" if self.fused else "stock",
+            width=stock["num_attention_heads"] * stock["attention_head_dim"],
+            heads=stock["num_attention_heads"],
+            layers=layers,
+            dual=frozenset(stock.get("dual_attention_layers") or ()),
+            qk_norm=stock.get("qk_norm") is not None,
+            image_tokens=(self.latent_side // stock["patch_size"]) ** 2,
+            text_tokens=self.pipeline.clip_tokens + model.max_sequence_length,
+            element=self.element,
+            rank=model.lora.rank if self.lora else 0,
+            first_trained=0 if blocks == "all" or not self.lora else layers - blocks,
+            math_attention=self.fused and model.attention == "math",
+        )
+
+    def plans(self, gpu_gb: float) -> list[MemoryPlan]:
+        """One plan for every setting of the knobs."""
+        configured = self._peak_as_configured()
+        return [self._plan(gpu_gb, knobs, configured) for knobs in self._knobs()]
+
+    def _peak_as_configured(self) -> float:
+        return self.peak_gb(Knobs(self.config.rollout.micro_batch, self.config.model.gradient_checkpointing))
+
+    def peak_gb(self, knobs: Knobs) -> float:
+        return self._plan(math.inf, knobs, 0.0).peak_gb
+
+    def _plan(self, gpu_gb: float, knobs: Knobs, configured_gb: float) -> MemoryPlan:
+        return MemoryPlan(gpu_gb, knobs, self.components(knobs), configured_gb, (), self.uncounted)
+
+    def _knobs(self) -> Iterator[Knobs]:
+        for micro in micro_batches(self.config, self.processes):
+            for checkpointing in (False, True):
+                yield Knobs(micro, checkpointing)
+
+    def relative_time(self, knobs: Knobs) -> float:
+        """Matrix-product time of a picture's sampling and update, in forwards at full occupancy.
+
+        A forward is 1, forward and backward 2.2, and a recomputed forward 1 more (counted FLOPs, bench/counters.py).
+        Occupancy is the share of the last wave of tiles over 132 multiprocessors that is filled, over products 1, 3
+        and 4 D wide.
+        """
+        rollout = self.config.rollout
+        steps = rollout.window.trained_of(rollout.window.count)
+        work = rollout.num_steps + steps * (2.2 + knobs.gradient_checkpointing)
+        rows = math.ceil(knobs.micro_batch * self.guided * self.shape.tokens / _TILE[0])
+        time = filled = 0
+        for columns in (1, 3, 4):
+            tiles = rows * math.ceil(columns * self.shape.width / _TILE[1])
+            time += math.ceil(tiles / _SMS) * _SMS
+            filled += tiles
+        return work * time / filled
+
+    def components(self, knobs: Knobs) -> tuple[Component, ...]:
+        reward = self._dino(knobs) if self.dino else ()
+        return tuple(c for c in (*self._weights(), *reward, *self._activations(knobs)) if c.bytes)
+
+    def _weights(self) -> Iterator[Component]:
+        config, weights = self.config, self.weights
+        yield Component("transformer", weights.total * self.element, f"model.path, model.dtype = {config.model.dtype}")
+        if self.fused:
+            yield Component("merged weights", self._merged_bytes(), f"rollout.precision = {config.rollout.precision}")
+            if config.model.base_precision == "fp8":  # the weight and its transpose, beside the pristine one
+                yield Component("FP8 base weights", 2 * weights.inner, "model.base_precision = fp8")
+        trained = weights.lora if self.lora else weights.total
+        if self.lora:
+            yield Component("LoRA, float32", 4 * trained, "model.lora")
+        else:
+            yield Component("frozen base beside the trained weights", 4 * trained, "model.train = full")
+        moving = ("sample", "decode", "score", "update")
+        yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, "model.lora", moving)
+        if self.lora:  # clean_start.py
+            yield Component("copy of the iteration's start", 4 * 4 * trained, "model.lora", ("score", "update"))
+        side = self.pipeline.transformer.get("pos_embed_max_size") or 0
+        yield Component("table of positions", side**2 * self.shape.width * self.element, "model.path")
+        yield Component("picture decoder", self._decoder_bytes(), "model.path, fast")
+        yield Component("stock VAE, float32", 4 * self._vae_parameters(), "model.path, fast")
+
+    def _merged_bytes(self) -> int:
+        weights = self.weights
+        if self.config.rollout.precision == "fp8":
+            return weights.inner + weights.stacked_ends * self.element
+        return weights.stacked * self.element
+
+    def _vae_parameters(self) -> int:
+        """What of the stock VAE stays on the GPU beside the decoder in use, which is the stock one where not fused."""
+        decoder = known_models.count_decoder(self.pipeline.decoder)
+        return known_models.count_vae(self.pipeline.decoder) - (0 if self.fused else decoder)
+
+    def _decoder_dtype(self) -> torch.dtype:
+        """As `SD3Policy` decodes on a GPU."""
+        model = self.config.model
+        if not self.fused:
+            return torch.float32
+        return getattr(torch, model.dtype if model.decoder_dtype == "auto" else model.decoder_dtype)
+
+    def _decoder_bytes(self) -> int:
+        return known_models.count_decoder(self.pipeline.decoder) * self._decoder_dtype().itemsize
+
+    def _decoding_bytes(self, micro_batch: int) -> int:
+        """While a tile is decoded as `SD3Policy.decode` does it; the first one through the gate in float32 as well."""
+        at_once = min(decoded_at_once(self.config.model.resolution), micro_batch) if self.fused else micro_batch
+        dtype, decoder = self._decoder_dtype(), self.pipeline.decoder
+        tile = at_once * decode_bytes(decoder, dtype, self.latent_side)
+        if dtype == torch.float32:
+            return tile
+        gated = min(at_once, GATED_PICTURES) * decode_bytes(decoder, torch.float32, self.latent_side)
+        return max(tile, gated + 4 * known_models.count_decoder(decoder))
+
+    def _dino(self, knobs: Knobs) -> Iterator[Component]:
+        adversary = self.config.adversary
+        backbone = known_models.known_backbone(adversary.backbone)
+        width = backbone["hidden_size"]
+        element = 2 if adversary.dtype == "bfloat16" else 4
+        tokens = (adversary.image_size // backbone["patch_size"]) ** 2 + 1
+        per_picture = 4 * tokens * width
+        iteration = "rollout.prompts_per_iteration, group_size, processes"
+        kept = 4 * width * (min(adversary.cached_patches, tokens - 1) + 1)
+        count = known_models.count_backbone(backbone)
+        yield Component("DINO backbone", count * element, f"adversary.backbone = {adversary.backbone}")
+        after = ("score", "update")
+        yield Component("features of an iteration's pictures", self.pictures * per_picture, iteration, after)
+        yield Component("the same, while joined", self.pictures * per_picture, iteration, ("score",))
+        yield Component("features of their references", self.pictures * kept, "adversary.cached_patches", after)
+        cached = _PROMPTS_IN_MEMORY * _REFERENCES_PER_PROMPT * kept
+        yield Component(
+            "reference features in memory, at most", cached, "adversary.cached_patches", ("score", "update")
+        )
+        replay = 4 * width * adversary.replay_capacity * (adversary.num_patches + 1)
+        yield Component("replay buffer", replay, "adversary.replay_capacity", ("sample", "decode", "score", "update"))
+        if self.lora:
+            yield Component("copy of the replay buffer", replay, "adversary.replay_capacity", ("score", "update"))
+        drawn = min(adversary.batch_size, self.config.images_per_iteration) * per_picture
+        yield Component("rows of a head update", drawn, "adversary.batch_size", ("score",))
+        alive = round(14 * element * tokens * width * knobs.micro_batch)
+        yield Component("DINO forward", alive, "rollout.micro_batch", ("score",))
+
+    def _activations(self, knobs: Knobs) -> Iterator[Component]:
+        config, shape = self.config, self.shape
+        sequences = knobs.micro_batch * self.guided
+        decides = "rollout.micro_batch"
+        encoders = known_models.count_text_encoders(self.pipeline) * self.element
+        yield Component("text encoders, until cached", encoders, "model.path", ("encode",))
+        side, resolution = self.latent_side, config.model.resolution
+        latents = 4 * self.pipeline.decoder.latent_channels * side**2
+        steps = config.rollout.window.trained_of(config.rollout.window.count)
+        rollout = self.pictures * (4 * 3 * resolution**2 + 2 * steps * latents)
+        held = ("decode", "score", "update")
+        yield Component("pictures and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
+        modulation = config.rollout.num_steps * sequences * self.weights.modulation * self.element if self.fused else 0
+        forward = sequences * (shape.forward_bytes() + 4 * latents) + modulation
+        graphs = config.fast  # a captured graph keeps its pool for as long as it may run
+        name = "sampler's forward, in the CUDA graphs' pool" if graphs else "sampler's forward"
+        yield Component(name, forward, decides, ("sample", *held) if graphs else ("sample",))
+        decode = self._decoding_bytes(knobs.micro_batch)
+        yield Component("decoding", decode, "model.resolution, rollout.micro_batch", ("decode",))
+        both = "rollout.micro_batch, model.gradient_checkpointing, model.lora.blocks"
+        saved = sequences * shape.saved_bytes(checkpointing=knobs.gradient_checkpointing)
+        yield Component("activations saved for the backward", saved, both, ("update",))
+        backward = sequences * shape.backward_bytes() + (self.element * self.weights.lora if self.fused else 0)
+        yield Component("gradients within the backward", backward, decides, ("update",))
+
+
+def micro_batches(config: Config, processes: int = 1) -> list[int]:
+    """Micro-batches up to the configured one that training accepts (`config.check_tiles`), ascending."""
+    return [m for m in range(1, config.rollout.micro_batch + 1) if fits_tiles(config, processes, micro=m)]
+
+
+def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Config], None]]]:
+    """Settings beyond the knobs that save memory, as (what to set, change), what costs least first."""
+
+    def setting(name: str, value) -> tuple[str, Callable[[Config], None]]:
+        section, field = name.split(".")
+        return f"{name} = {value}", lambda c: setattr(getattr(c, section), field, value)
+
+    adversary, model, rollout = config.adversary, config.model, config.rollout
+    if model.base_precision == "fp8":
+        yield setting("model.base_precision", "model")
+    if not config.fast and model.train == "lora":
+        yield "fast = true", lambda c: setattr(c, "fast", True)
+    dino = adversary.kind == "dino" and config.learns_adversary
+    if dino and adversary.cached_patches > adversary.num_patches:
+        yield setting("adversary.cached_patches", adversary.num_patches)
+    fewer = [n for n in range(1, rollout.prompts_per_iteration // 4 + 1) if fits_tiles(config, processes, prompts=n)]
+    if fewer:
+        yield setting("rollout.prompts_per_iteration", fewer[-1])
+    if model.dtype == "float32" and model.train == "lora":
+        yield setting("model.dtype", "bfloat16")
+    if dino and adversary.backbone in ("facebook/dinov2-large", "facebook/dinov2-giant"):
+        yield setting("adversary.backbone", "facebook/dinov2-base")
+    if model.lora.blocks == "all" and model.train == "lora":
+        yield "model.lora.blocks = 2", lambda c: setattr(c.model.lora, "blocks", 2)
+    if model.resolution >= 512:
+        yield setting("model.resolution", model.resolution // 2)
+    if model.train == "full":
+        yield "model.train = lora", lambda c: setattr(c.model, "train", "lora")
+
+
+def _remedies(config: Config, gpu_gb: float, processes: int) -> Iterator[str]:
+    """Every single change that makes it fit; else the shortest prefix of all changes that does; else what is needed."""
+    changes = list(_changes(config, processes))
+    alone = [name for name, change in changes if _least(config, [change], processes) <= gpu_gb]
+    if alone:
+        yield from (f"set {name}" for name in alone)
+        return
+    for count in range(2, len(changes) + 1):
+        if _least(config, [change for _, change in changes[:count]], processes) <= gpu_gb:
+            yield "set " + ", ".join(name for name, _ in changes[:count])
+            return
+    least = _least(config, [change for _, change in changes], processes)
+    yield f"no setting makes it fit: {config.model.path} needs {least:.1f} GB; take a larger GPU or a smaller model"
+
+
+def _least(config: Config, changes: list[Callable[[Config], None]], processes: int) -> float:
+    """The smallest peak over all knobs with these changes, GB."""
+    changed = config.model_copy(deep=True)
+    for change in changes:
+        change(changed)
+    return min(p.peak_gb for p in _Estimate(changed, processes).plans(math.inf))
+
+
+def table(plans: list[MemoryPlan]) -> Table:
+    """Components by GPU size, in GB; held in the phase of the peak unless in brackets."""
+    result = Table(title="GPU memory in GB, estimated; in brackets: not held at the peak", title_justify="left")
+    result.add_column("component")
+    for each in plans:
+        result.add_column(f"{each.gpu_gb:.4g} GB", justify="right")
+    result.add_column("decided by")
+    by_name = [{c.name: c for c in each.components} for each in plans]
+    for name in dict.fromkeys(name for components in by_name for name in components):
+        cells = [_cell(components.get(name), each) for components, each in zip(by_name, plans)]
+        decided = dict.fromkeys(c[name].decided_by for c in by_name if name in c)
+        result.add_row(name, *cells, " | ".join(decided))
+    context = [f"{each.peak_gb - (each.peak_gb - _CONTEXT) / (1 + _SLACK):.2f}" for each in plans]
+    result.add_row("context, workspaces, allocator's slack", *context, f"{_CONTEXT} GB and {_SLACK:.0%}, an allowance")
+    result.add_section()
+    result.add_row("peak", *(f"{each.peak_gb:.2f}" for each in plans), " | ".join(each.peak_phase for each in plans))
+    result.add_row("peak as configured", *(f"{each.configured_gb:.2f}" for each in plans), "settings as they are")
+    return result
+
+
+def _cell(component: Component | None, each: MemoryPlan) -> str:
+    if component is None:
+        return "-"
+    size = f"{component.bytes / GB:.2f}"
+    return size if each.peak_phase in component.phases else f"({size})"
+
+
+def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
+    """What to change after torch.cuda.OutOfMemoryError, in this order, with this run's values.
+
+    The micro-batch first (it changes no result but rounding), then checkpointing (one more forward in the update), then
+    what changes the run: fewer cached patches, fewer pictures, adapters in fewer blocks.
+
+    Args:
+        error: the exception; its own text is quoted, and the card's capacity is read from it where it is given.
+    """
+    rollout, model = config.rollout, config.model
+    steps = []
+    smaller = [micro for micro in micro_batches(config, processes) if micro < rollout.micro_batch]
+    if smaller:
+        steps.append(f"rollout.micro_batch = {smaller[-1]} instead of {rollout.micro_batch}")
+    if not model.gradient_checkpointing:
+        steps.append("model.gradient_checkpointing = true instead of false")
+    steps += [f"{name} instead of {_current(config, name)}" for name, _ in _changes(config, processes)]
+    if not steps:
+        steps = ["a GPU with more memory: every knob is at its smallest"]
+    order = "; ".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
+    return (
+        f"out of GPU memory ({_first_sentence(error)}). Try in this order: {order}.{_planned(error, config, processes)}"
+    )
+
+
+def _current(config: Config, change: str) -> str:
+    value = config
+    for part in change.split(" = ")[0].split("."):
+        value = getattr(value, part)
+    return str(value)
+
+
+def _first_sentence(error: BaseException) -> str:
+    sentences = re.split(
+        r"(?<=[a-zA-Z])\. ", str(error).strip().splitlines()[0] if str(error).strip() else "no details"
+    )
+    return ". ".join(sentences[:2]).rstrip(".")
+
+
+def _planned(error: BaseException, config: Config, processes: int) -> str:
+    """The plan for this card, where its capacity is known."""
+    found = re.search(r"total capacity of ([\d.]+) GiB", str(error))
+    if not found:
+        return " `python -m advgrpo.plan` shows what fits which GPU"
+    try:
+        return f" Plan for {plan(config, float(found[1]) * 2**30 / GB, processes=processes).line()}"
+    except UserError as unknown:
+        return f" No plan: {unknown}"

@@ -1,0 +1,185 @@
+"""Attention backends behind one call, chosen explicitly or by `auto`.
+
+    name       needs                                  backward repeats its bits
+    flash3     flash_attn_interface, Hopper, half     yes (deterministic=True)
+    flash2     flash_attn, Ampere or newer, half      yes (deterministic=True)
+    cudnn      PyTorch's cuDNN attention, half        no
+    flash      PyTorch's flash attention, half        no
+    efficient  PyTorch's memory-efficient attention   no
+    cpu        PyTorch's fused attention on a CPU     yes
+    math       nothing                                yes
+
+An explicit name is honoured or raises; `auto` takes the first that this device and dtype support and that runs a small
+product; of a package that is there and does not (built for another torch, or FlashAttention-4, which has no
+`flash_attn_func`) it says so once. Likelihood ratios of exactly 1 need a forward that gives the same bits for the same
+input and shape, with a gradient (update) and without (sampler). cuDNN and the memory-efficient kernel are compiled
+differently where the logarithms of the softmax's sums are not wanted, which PyTorch decides by whether there is a
+gradient; here they are always computed, so that both are the same kernel. Training that must repeat bit for bit on a
+GPU needs one whose backward does too.
+
+Shapes: q [B, H, Sq, D], k and v [B, H, S, D] -> [B, Sq, H·D]. Any strides with dense heads. The result lies in memory
+in q's order of images and tokens; not with flash3, which puts image after image, so that to_out copies its input.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from advgrpo.errors import UserError
+
+_logger = logging.getLogger(__name__)
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Recomputed(saved_tensors_hooks):
+    """What autograd saves inside, without `tensors` and views of them: they are computed again when backward asks.
+
+    Args:
+        tensors: e.g. normalised q and k, whose raw form is kept anyway.
+        compute: gives the same ones, bit for bit; called once per backward pass if each is saved once.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], compute: Callable[[], Sequence[torch.Tensor]]):
+        numbers = {t.untyped_storage()._cdata: i for i, t in enumerate(tensors)}
+        made: dict[int, torch.Tensor] = {}  # the ones that backward has not asked for yet
+
+        def pack(tensor: torch.Tensor):
+            number = numbers.get(tensor.untyped_storage()._cdata)
+            return tensor if number is None else (number, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        def unpack(packed):
+            if isinstance(packed, torch.Tensor):
+                return packed
+            number, *view = packed
+            if number not in made:
+                with torch.no_grad():
+                    made.update(enumerate(compute()))
+            return made.pop(number).as_strided(*view)
+
+        super().__init__(pack, unpack)
+
+
+class _Unusable(RuntimeError):
+    """A backend that should run here does not; the message says why."""
+
+
+def _flash_package(module: str) -> Attention:
+    try:
+        kernel = importlib.import_module(module).flash_attn_func
+    except Exception as error:  # a build for another torch fails at import with whatever its loader raises
+        raise _Unusable(f"the package {module} is there but cannot be used ({_said(error)})") from error
+
+    def attend(q, k, v):
+        out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), deterministic=True)
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)
+
+    return attend
+
+
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, compute_log_sumexp=True)[0]
+    return out.transpose(1, 2).flatten(2)
+
+
+def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, compute_log_sumexp=True)[0]
+    return out.transpose(1, 2).flatten(2)
+
+
+def _torch_backend(backend: SDPBackend) -> Attention:
+    def attend(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    return attend
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_MAKERS: dict[str, Callable[[], Attention]] = {
+    "flash3": lambda: _flash_package("flash_attn_interface"),
+    "flash2": lambda: _flash_package("flash_attn"),
+    "cudnn": lambda: _cudnn,
+    "flash": lambda: _torch_backend(SDPBackend.FLASH_ATTENTION),
+    "efficient": lambda: _efficient,
+    "cpu": lambda: _torch_backend(SDPBackend.FLASH_ATTENTION),
+    "math": lambda: _torch_backend(SDPBackend.MATH),
+}
+
+
+def _unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `name` cannot run there, or None."""
+    if name == "math":
+        return None
+    if name == "cpu":
+        return None if device.type == "cpu" else f"it runs on a CPU, not on {device.type}"
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device.type}"
+    if name == "efficient":
+        return None
+    if dtype not in _HALF:
+        return f"it needs bfloat16, got {str(dtype).removeprefix('torch.')}"
+    package, capability = {"flash3": ("flash_attn_interface", (9, 0)), "flash2": ("flash_attn", (8, 0))}.get(
+        name, (None, (8, 0))
+    )
+    if package and importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    if torch.cuda.get_device_capability(device) < capability:
+        return f"it needs compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
+    """(name, function) for `model.attention`.
+
+    Raises:
+        UserError: an unknown name, or an explicit one that this device, dtype or installation does not support.
+    """
+    if requested != "auto" and requested not in _MAKERS:
+        raise UserError(f"model.attention = {requested!r}: want auto or one of {', '.join(_MAKERS)}")
+    for name in _MAKERS if requested == "auto" else (requested,):
+        try:
+            return name, _made(name, device, dtype)
+        except _Unusable as error:
+            if requested != "auto":
+                raise UserError(f"model.attention = {name!r}: {error}; use auto or another backend") from error
+            if error.__cause__ is not None:  # it is there and broken, which is worth a word
+                _say_once(f"model.attention = 'auto' passes over {name}: {error}")
+    raise AssertionError("math runs everywhere")
+
+
+def _made(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """Raises _Unusable, with a cause where what should run does not."""
+    reason = _unsupported(name, device, dtype)
+    if reason:
+        raise _Unusable(reason)
+    attend = _MAKERS[name]()
+    if device.type == "cuda":
+        _try(name, attend, device, dtype)
+    return attend
+
+
+def _try(name: str, attend: Attention, device: torch.device, dtype: torch.dtype) -> None:
+    """One small product: what lacks code for this GPU, or does not fit this PyTorch, fails here and not later."""
+    q = torch.ones(1, 1, 64, 64, device=device, dtype=dtype)
+    try:
+        with torch.no_grad():
+            attend(q, q, q)
+    except Exception as error:
+        raise _Unusable(f"a product of 64 tokens fails ({_said(error)})") from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)

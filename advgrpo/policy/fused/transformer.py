@@ -1,0 +1,516 @@
+"""Our forward of the SD3 family's transformer (MMDiT), over the stock weights.
+
+Same weights and mathematics as diffusers' SD3Transformer2DModel, fewer and larger operations: q, k and v are one matrix
+product per stream, those of image and text write into one tensor; a residual, its gate and the following norm and
+modulation are one kernel (both modulations of a dual-attention block); the modulation of all steps is one product per
+prompt; text queries of the last block, which nothing reads, do not attend. Low-rank adapters are views of one vector
+(lora.py). Three sets of weights: "adapted" (trained), "base" (frozen), "merged" (for steps without a likelihood).
+
+Tokens come first in memory, rows second: image and text are then slices of one dense tensor, so that nothing is copied
+to join them for attention or to part them after it, and every linear is one matrix product with its bias.
+
+Nothing here imports diffusers: a model is a `TransformerConfig` and tensors by their stock names.
+
+Shapes: R rows, T image tokens, S text tokens, D = H·head_dim channels, L layers, K steps; latents [R, C, h, w]; streams
+[T, R, D] and [S, R, D], of which the kernels see [R, T, D] views.
+Modulation vectors of a step lie in one row [R, W], in the order of the blocks, image before text, the last norm at the
+end; W = 499,200 for SD3.5-medium.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from advgrpo.errors import UserError
+from advgrpo.policy.fused.attention import Recomputed, choose_attention
+from advgrpo.policy.fused.linear import StackedLinear, run_joint, run_joint_merged
+from advgrpo.policy.fused.lora import LoraWeights, Pair
+from advgrpo_kernels import Fp8Tensor, ada_layer_norm, gated_residual, gelu, merge_lora, qk_rms_norm
+
+EPS = 1e-6  # of every norm in the family
+WEIGHTS = ("adapted", "base", "merged")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ADAPTABLE = (
+    *(f"attn.{name}" for name in (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"attn2.{name}" for name in _ATTENTION),
+    *(f"{ff}.net.{name}" for ff in ("ff", "ff_context") for name in ("0.proj", "2")),
+)
+
+
+def can_adapt(target: str) -> bool:
+    """Whether every linear whose name ends in `target` can have an adapter here: not those of the AdaLN norms."""
+    return any(f".{name}".endswith(f".{target}") for name in ADAPTABLE)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The part of a stock config.json that decides the computation; diffusers' names."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: int = 2
+    pos_embed_max_size: int = 192
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+
+    @classmethod
+    def from_stock(cls, config: Mapping) -> TransformerConfig:
+        """Raises UserError for a norm of q and k that this forward does not know."""
+        if config.get("qk_norm") not in (None, "rms_norm"):
+            raise UserError(f"the transformer's qk_norm = {config['qk_norm']!r}; want rms_norm or none")
+        chosen = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        return cls(**{**chosen, "dual_attention_layers": tuple(config.get("dual_attention_layers") or ())})
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass
+class Prepared:
+    """What a trajectory needs of its prompts: computed once, for all steps."""
+
+    text: torch.Tensor  # [R, S, D] embedded text tokens
+    modulation: torch.Tensor  # [K, P, W] of P prompts
+    row: torch.Tensor | None = None  # [R] int64 into the prompts of `modulation`; None: the rows are the prompts
+
+    def rows(self, index: torch.Tensor) -> Prepared:
+        row = index if self.row is None else self.row.index_select(0, index)
+        return Prepared(self.text.index_select(0, index), self.modulation, row)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        row = {} if self.row is None else {"row": self.row}
+        return {"text": self.text, "modulation": self.modulation, **row}
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> Prepared:
+        return Prepared(**tensors)
+
+    def at(self, step: torch.Tensor) -> torch.Tensor:
+        """[R, W] modulation of the step whose number the device tensor `step` [1] holds."""
+        modulation = self.modulation.index_select(0, step)[0]
+        return modulation if self.row is None else modulation.index_select(0, self.row)
+
+
+@dataclass
+class _Heads:
+    """One stream's side of an attention."""
+
+    qkv: StackedLinear
+    norms: tuple[torch.Tensor, torch.Tensor] | None  # weights of the norms of q and k
+    out: StackedLinear | None  # None: nothing reads this stream's output
+
+
+@dataclass
+class _Stream:
+    """Image or text side of a block."""
+
+    attention: _Heads
+    dual: _Heads | None  # a second attention among the image tokens
+    feed_forward: tuple[StackedLinear, StackedLinear] | None
+    first: int  # where its modulation starts, in units of D
+    count: int  # vectors of modulation: 9 dual, 6, or 2 for a text stream that ends here
+
+    def modulation(self, row: torch.Tensor, width: int) -> list[torch.Tensor]:
+        """Its vectors [R, D]: shift, scale, gate, shift_mlp, scale_mlp, gate_mlp(, shift2, scale2, gate2)."""
+        chunks = row[:, self.first * width : (self.first + self.count) * width].chunk(self.count, dim=1)
+        return list(chunks) if self.count > 2 else [chunks[1], chunks[0]]  # a last norm gives its scale first
+
+    def linears(self) -> list[StackedLinear]:
+        heads = [self.attention] + ([self.dual] if self.dual else [])
+        found = [layer for h in heads for layer in (h.qkv, h.out) if layer is not None]
+        return found + list(self.feed_forward or ())
+
+
+@dataclass
+class _Block:
+    image: _Stream
+    text: _Stream
+
+
+class _Reader:
+    """Takes stock tensors by name and, where the stock module is given, points it at the stacked copies."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], stock: torch.nn.Module | None):
+        self.tensors, self.stock = tensors, stock
+
+    def stacked(self, *names: str) -> StackedLinear:
+        layer = StackedLinear(names, *([self.tensors[f"{n}.{kind}"] for n in names] for kind in ("weight", "bias")))
+        self.share(names, layer.weight, layer.bias)
+        return layer
+
+    def share(self, names, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """The stock parameters become slices of the stacked ones: no memory is held twice."""
+        if self.stock is None or len(names) == 1:
+            return
+        sizes = [len(self.tensors[f"{n}.weight"]) for n in names]
+        for name, w, b in zip(names, weight.split(sizes), bias.split(sizes)):
+            module = self.stock.get_submodule(name)
+            module.weight.data, module.bias.data = w, b
+
+    def heads(self, prefix: str, projections: tuple[str, ...], norms: tuple[str, str], out: str | None) -> _Heads:
+        weights = tuple(self.tensors.get(f"{prefix}.{norm}.weight") for norm in norms)
+        return _Heads(
+            self.stacked(*(f"{prefix}.{p}" for p in projections)),
+            weights if weights[0] is not None else None,
+            self.stacked(f"{prefix}.{out}") if out else None,
+        )
+
+
+class FusedTransformer:
+    """Forward and adapters of one model. `velocity` is the entry; see the module's docstring.
+
+    Args:
+        config: what to compute.
+        tensors: parameters and buffers by stock name, all on one device, the linears in the model's dtype.
+        stock: the module the tensors came from, whose linears then share the stacked weights.
+        attention: name of attention.py.
+        checkpointing: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        stock: torch.nn.Module | None = None,
+        attention: str = "auto",
+        checkpointing: bool = False,
+    ):
+        self.config, self.checkpointing = config, checkpointing
+        reader = _Reader(tensors, stock)
+        self._small = {name: t for name, t in tensors.items() if not name.startswith("transformer_blocks.")}
+        self.dtype, self.device = tensors["proj_out.weight"].dtype, tensors["proj_out.weight"].device
+        # Normalised q and k are a quarter of what a training step saves; on a CPU recomputing them only costs time.
+        self.recompute_qk = self.device.type != "cpu"
+        self.attention_name, self._attend = choose_attention(attention, self.device, self.dtype)
+        self.blocks = self._read_blocks(reader)
+        self._modulation = self._read_modulation(reader)
+        self._positions: dict[tuple[int, int], torch.Tensor] = {}
+        self.lora: LoraWeights | None = None
+        self._adapted: dict[int, int] = {}  # id of a linear -> its adapter
+
+    def _read_blocks(self, reader: _Reader) -> list[_Block]:
+        blocks, first = [], 0
+        for i in range(self.config.num_layers):
+            prefix, last = f"transformer_blocks.{i}", i == self.config.num_layers - 1
+            dual = i in self.config.dual_attention_layers
+            names, norms = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
+            image = _Stream(
+                reader.heads(f"{prefix}.attn", names, norms, "to_out.0"),
+                reader.heads(f"{prefix}.attn2", names, norms, "to_out.0") if dual else None,
+                (reader.stacked(f"{prefix}.ff.net.0.proj"), reader.stacked(f"{prefix}.ff.net.2")),
+                first,
+                9 if dual else 6,
+            )
+            names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            feed_forward = (f"{prefix}.ff_context.net.0.proj", f"{prefix}.ff_context.net.2")
+            text = _Stream(
+                reader.heads(f"{prefix}.attn", names, norms, None if last else "to_add_out"),
+                None,
+                None if last else tuple(reader.stacked(name) for name in feed_forward),
+                first + image.count,
+                2 if last else 6,
+            )
+            first += image.count + text.count
+            blocks.append(_Block(image, text))
+        self._last_norm = first
+        return blocks
+
+    def _read_modulation(self, reader: _Reader) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [W, D] and bias [W] of every AdaLN linear."""
+        names = [
+            f"transformer_blocks.{i}.{norm}.linear"
+            for i in range(self.config.num_layers)
+            for norm in ("norm1", "norm1_context")
+        ] + ["norm_out.linear"]
+        weight, bias = (torch.cat([reader.tensors[f"{n}.{kind}"] for n in names]) for kind in ("weight", "bias"))
+        reader.share(names, weight, bias)
+        return weight, bias
+
+    def linears(self) -> list[StackedLinear]:
+        """Every linear of the blocks, in order."""
+        return [layer for b in self.blocks for stream in (b.image, b.text) for layer in stream.linears()]
+
+    def adapt(self, is_target: Callable[[str], bool], **settings) -> LoraWeights:
+        """Put adapters beside the linears whose stock names `is_target` accepts; `settings` go to LoraWeights."""
+        adapters = []
+        for layer in self.linears():
+            adapter = layer.adapter(is_target)
+            if adapter is not None:
+                self._adapted[id(layer)] = len(adapters)
+                adapters.append(adapter)
+        self.lora = LoraWeights(adapters, device=self.device, **settings)
+        return self.lora
+
+    def prepare_merged(self, *, fp8: bool) -> None:
+        """Allocate merged weights, e4m3 in all blocks but the first and the last; call `merge` to fill them."""
+        for number, block in enumerate(self.blocks):
+            inner = 0 < number < len(self.blocks) - 1
+            for layer in [*block.image.linears(), *block.text.linears()]:
+                layer.prepare_merged(fp8 and inner and layer.can_quantize)
+        self._merge_lists = self._list_merges()
+
+    def prepare_fp8_base(self) -> None:
+        """Quantise the frozen weights of the inner blocks once; adapters and their products keep the model's dtype."""
+        for block in self.blocks[1:-1]:
+            for layer in [*block.image.linears(), *block.text.linears()]:
+                if layer.can_quantize:
+                    layer.prepare_fp8_base()
+
+    def _list_merges(self):
+        """Arguments of merge_lora: those written in the model's dtype, those written as e4m3."""
+        modules = self.lora.modules()
+        plain, quantised = ([], [], [], []), ([], [], [], [])
+        for layer in self.linears():
+            for part in layer.adapted:
+                rows = slice(part * layer.part_size, (part + 1) * layer.part_size)
+                fp8 = layer.merged_fp8
+                out = layer.merged[rows] if fp8 is None else Fp8Tensor(fp8.data[rows], fp8.scale[rows])
+                arguments = (layer.weight[rows], *modules[layer.names[part]], out)
+                for column, value in zip(plain if fp8 is None else quantised, arguments):
+                    column.append(value)
+        return plain, quantised
+
+    def merge(self) -> None:
+        """W + (alpha/r)·B·A from the pristine base, rounded once, in place: captured graphs read the new weights."""
+        plain, quantised = self._merge_lists
+        if plain[0]:
+            merge_lora(*plain[:3], self.lora.scale, outs=plain[3])
+        if quantised[0]:
+            merge_lora(*quantised[:3], self.lora.scale, fp8=quantised[3])
+
+    @torch.no_grad()
+    def merge_error(self) -> torch.Tensor:
+        """|W' - W - ΔW| / |ΔW| of one adapted linear, a scalar on the device; W' its merged weight, ΔW = (alpha/r)·B·A.
+
+        What rounding to the model's dtype, or to e4m3, takes from the adapters' work on steps that run merged weights:
+        changes below half a unit in the last place of W vanish. 0 while there is no change; the linear is one in the
+        middle of the model, in e4m3 where any is.
+        """
+        plain, quantised = self._merge_lists
+        weight, a, b, merged = (column[len(column) // 2] for column in (quantised if quantised[0] else plain))
+        merged = merged.dequantize() if isinstance(merged, Fp8Tensor) else merged.float()
+        change = self.lora.scale * (b @ a)
+        size = change.norm()
+        return torch.where(size > 0, (merged - weight.float() - change).norm() / size, 0.0)
+
+    @torch.no_grad()
+    def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> Prepared:
+        """Embed text [R, S, E] and pooled [R, E'] for all `timesteps` [K] at once."""
+        embedded = self._linear("context_embedder", text)
+        half = torch.arange(128, dtype=torch.float32, device=self.device) * (-torch.log(torch.tensor(10000.0)) / 128)
+        angles = timesteps.float()[:, None] * torch.exp(half)
+        time = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.dtype)
+        time = self._perceptron("time_text_embed.timestep_embedder", time)
+        pooled = self._perceptron("time_text_embed.text_embedder", pooled)
+        conditioning = F.silu(time[:, None] + pooled[None])
+        return Prepared(embedded, F.linear(conditioning, *self._modulation))
+
+    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._small[f"{name}.weight"], self._small[f"{name}.bias"])
+
+    def _perceptron(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(f"{name}.linear_2", F.silu(self._linear(f"{name}.linear_1", x)))
+
+    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: str) -> torch.Tensor:
+        """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], on the device)."""
+        forward = _Forward(self, weights, prepared.at(step))
+        x, text, normed = self._embed(latents), prepared.text.transpose(0, 1).contiguous(), None
+        for number, block in enumerate(self.blocks):
+            following = self.blocks[number + 1] if number + 1 < len(self.blocks) else None
+            if not self.checkpointing:
+                x, text, normed = forward.block(block, x, text, normed, following)
+            elif torch.is_grad_enabled():
+                arguments = (forward.block, block, x, text, None, None)
+                x, text, _ = checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, text, _ = forward.block(block, x, text, None, None)
+        if self.checkpointing:
+            normed = (forward.last_norm(x), None, None)
+        return self._unpatch(self._linear("proj_out", normed[0]), latents.shape[-2:])
+
+    def _embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Patches [T, R, D] with their positions; the patch convolution as a matrix product."""
+        p, (rows, channels, height, width) = self.config.patch_size, latents.shape
+        patches = latents.to(self.dtype).view(rows, channels, height // p, p, width // p, p).permute(2, 4, 0, 1, 3, 5)
+        weight, bias = self._small["pos_embed.proj.weight"], self._small["pos_embed.proj.bias"]
+        patches = F.linear(patches.reshape(-1, rows, channels * p * p), weight.flatten(1), bias)
+        return (patches + self._position(height // p, width // p)).to(self.dtype)
+
+    def _position(self, height: int, width: int) -> torch.Tensor:
+        """[T, 1, D] the centre of the stock position embedding; kept, so that capture finds it ready."""
+        if (height, width) not in self._positions:
+            side = self.config.pos_embed_max_size
+            top, left = (side - height) // 2, (side - width) // 2
+            grid = self._small["pos_embed.pos_embed"].view(side, side, -1)
+            crop = grid[top : top + height, left : left + width]
+            self._positions[height, width] = crop.reshape(height * width, 1, -1).contiguous()
+        return self._positions[height, width]
+
+    def _unpatch(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        p, channels, rows = self.config.patch_size, self.config.out_channels, x.shape[1]
+        x = x.view(size[0] // p, size[1] // p, rows, p, p, channels).permute(2, 5, 0, 3, 1, 4)
+        return x.reshape(rows, channels, *size)
+
+
+class _Forward:
+    """One pass: the weights it runs and the modulation of its step."""
+
+    def __init__(self, model: FusedTransformer, weights: str, modulation: torch.Tensor):
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
+        self.model, self.weights, self.modulation = model, weights, modulation
+        self.pairs = model.lora.pairs(model.dtype) if weights == "adapted" and model.lora else []
+
+    def linear(self, layer: StackedLinear, x: torch.Tensor | Fp8Tensor) -> torch.Tensor:
+        if self.weights == "merged":
+            return layer.run_merged(x)
+        pair = self._pair(layer)
+        return layer.run_base(x) if pair is None else layer.run_adapted(x, pair, self.model.lora.scale)
+
+    def _pair(self, layer: StackedLinear) -> Pair | None:
+        adapter = self.model._adapted.get(id(layer)) if self.pairs else None
+        return None if adapter is None else self.pairs[adapter]
+
+    def block(self, block: _Block, x, text, normed, following: _Block | None):
+        """Residual streams x and text after `block`, and the norms that `following` (or the output) starts with.
+
+        normed: (image, image for the dual attention, text) as the block before has left it, or None to compute it.
+        A `following` of None leaves those norms to whoever comes next, unless nothing is recomputed there.
+        """
+        fuse = not self.model.checkpointing
+        image_mod, text_mod = (self.vectors(stream) for stream in (block.image, block.text))
+        if normed is None:
+            normed = self._first_norms(block, x, text, image_mod, text_mod)
+        out, text_out = self._joint_attention(block, normed[0], normed[2])
+        dual = () if block.image.dual is None else (self._self_attention(block.image.dual, normed[1]), image_mod[8])
+        x, inner = self._residual(x, out, image_mod[2], *dual, norm=image_mod[3:5], reader=block.image.feed_forward[0])
+        norms = self._following_norms(following) if fuse else (None, None)
+        out = self._feed_forward(block.image, inner)
+        x, *image_normed = self._residual(x, out, image_mod[5], norm=norms[0], reader=_reader(following, "image"))
+        if block.text.feed_forward is None:
+            return x, None, (*image_normed, None)
+        text, inner = self._residual(text, text_out, text_mod[2], norm=text_mod[3:5], reader=block.text.feed_forward[0])
+        out = self._feed_forward(block.text, inner)
+        text, *text_normed = self._residual(text, out, text_mod[5], norm=norms[1], reader=_reader(following, "text"))
+        if not fuse:
+            return x, text, None
+        return x, text, (image_normed[0], image_normed[1] if len(image_normed) > 1 else None, text_normed[0])
+
+    def vectors(self, stream: _Stream) -> list[torch.Tensor]:
+        return stream.modulation(self.modulation, self.model.config.width)
+
+    def last_norm(self, x: torch.Tensor) -> torch.Tensor:
+        return _swapped(ada_layer_norm(_swapped(x), *self._last_vectors(), eps=EPS))
+
+    def _last_vectors(self) -> list[torch.Tensor]:
+        width = self.model.config.width
+        scale, shift = self.modulation[:, self.model._last_norm * width :].chunk(2, dim=1)
+        return [shift, scale]
+
+    def _following_norms(self, following: _Block | None):
+        """Shifts and scales of the norms the next block starts with; after the last block, the output's."""
+        if following is None:
+            return self._last_vectors(), None
+        image = self.vectors(following.image)
+        return image[:2] + (image[6:8] if following.image.dual else []), self.vectors(following.text)[:2]
+
+    def _first_norms(self, block: _Block, x, text, image_mod, text_mod):
+        second = image_mod[6:8] if block.image.dual else []
+        quantize = self._fp8(block.image.attention.qkv)
+        image = ada_layer_norm(_swapped(x), *image_mod[:2], *second, eps=EPS, quantize=quantize)
+        image, image2 = map(_swapped, image) if second else (_swapped(image), None)
+        quantize = self._fp8(block.text.attention.qkv)
+        return image, image2, _swapped(ada_layer_norm(_swapped(text), *text_mod[:2], eps=EPS, quantize=quantize))
+
+    def _fp8(self, reader: StackedLinear | None) -> bool:
+        """Whether the linear that reads a norm's result wants it as e4m3."""
+        return self.weights == "merged" and reader is not None and reader.merged_fp8 is not None
+
+    def _residual(self, x, out, gate, out2=None, gate2=None, *, norm, reader):
+        """(new residual, its norms...): one kernel."""
+        x, out, out2 = _swapped(x), _swapped(out), None if out2 is None else _swapped(out2)
+        if not norm:
+            return (_swapped(gated_residual(x, out, gate, out2, gate2)),)
+        modulation = dict(zip(("shift", "scale", "shift2", "scale2"), norm))
+        results = gated_residual(x, out, gate, out2, gate2, **modulation, eps=EPS, quantize=self._fp8(reader))
+        return tuple(map(_swapped, results))
+
+    def _feed_forward(self, stream: _Stream, x) -> torch.Tensor:
+        first, second = stream.feed_forward
+        if self.weights == "merged" and first.merged_fp8 is None:
+            return self.linear(second, first.run_merged_gelu(x))
+        return self.linear(second, gelu(self.linear(first, x), quantize=self._fp8(second)))
+
+    def _joint_attention(self, block: _Block, image, text):
+        """Outputs of both streams; None for a text stream that ends here, whose queries are left out."""
+        heads, text_heads = block.image.attention, block.text.attention
+        layers, streams, tokens = (heads.qkv, text_heads.qkv), (image, text), len(image.data)
+        if any(self._quantised(layer) for layer in layers):  # that product gives a tensor of its own
+            qkv = [self._split(self.linear(layer, x)) for layer, x in zip(layers, streams)]
+        else:
+            qkv = [self._split(self._joint_linear(layers, streams))]
+        if text_heads.out is None:
+            return self.linear(heads.out, self._attention(qkv, heads.norms, text_heads.norms, tokens, tokens)), None
+        out = self._attention(qkv, heads.norms, text_heads.norms, tokens)
+        out, text_out = out.split([tokens, len(out) - tokens])
+        return self.linear(heads.out, out), self.linear(text_heads.out, text_out)
+
+    def _self_attention(self, heads: _Heads, x) -> torch.Tensor:
+        return self.linear(heads.out, self._attention([self._split(self.linear(heads.qkv, x))], heads.norms))
+
+    def _quantised(self, layer: StackedLinear) -> bool:
+        return (layer.merged_fp8 if self.weights == "merged" else layer.base_fp8) is not None
+
+    def _joint_linear(self, layers, streams) -> torch.Tensor:
+        if self.weights == "merged":
+            return run_joint_merged(layers, streams)
+        pairs = [self._pair(layer) for layer in layers]
+        return run_joint(layers, streams, pairs, self.model.lora.scale if self.pairs else 1.0)
+
+    def _split(self, y: torch.Tensor) -> torch.Tensor:
+        """[R, T, 3, H, head_dim] of the product of q, k and v [T, R, 3·D]."""
+        config = self.model.config
+        return _swapped(y.view(*y.shape[:-1], 3, config.num_attention_heads, config.attention_head_dim))
+
+    def _attention(self, qkv, norms, txt_norms=None, tokens=None, queries=None) -> torch.Tensor:
+        """[Tq, R, D] from the products of image and text, one tensor or two; only the first `queries` attend."""
+        inputs = partial(self._attention_inputs, qkv, norms, txt_norms, tokens)
+        q, k, v = inputs()
+        recompute = self.model.recompute_qk and not self.model.checkpointing  # which recomputes the whole block
+        recompute = recompute and norms is not None and torch.is_grad_enabled()
+        with Recomputed((q, k), lambda: inputs()[:2]) if recompute else nullcontext():
+            return _swapped(self.model._attend(q if queries is None else q[:, :, :queries], k, v))
+
+    def _attention_inputs(self, qkv, norms, txt_norms, tokens) -> Sequence[torch.Tensor]:
+        """q, k and v [R, H, T, head_dim]."""
+        if norms is None:
+            joint = qkv[0] if len(qkv) == 1 else torch.cat(list(map(_swapped, qkv))).transpose(0, 1)
+            return [t.transpose(1, 2) for t in joint.unbind(2)]
+        text = {} if txt_norms is None else {"txt_weights": txt_norms}
+        if len(qkv) == 2:
+            text["txt_qkv"] = qkv[1]
+        elif text:
+            text["txt_tokens"] = qkv[0].shape[1] - tokens
+        return qk_rms_norm(qkv[0], norms, **text, eps=EPS)
+
+
+def _swapped(x: torch.Tensor | Fp8Tensor):
+    """Views [R, T, ...] of [T, R, ...] and back."""
+    if isinstance(x, Fp8Tensor):
+        return Fp8Tensor(x.data.transpose(0, 1), x.scale.transpose(0, 1))
+    return x.transpose(0, 1)
+
+
+def _reader(following: _Block | None, stream: str) -> StackedLinear | None:
+    return None if following is None else getattr(following, stream).attention.qkv

@@ -1,0 +1,1 @@
+"""Reference sets: drawn, imported, resumed, checked."""

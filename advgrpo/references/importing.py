@@ -1,0 +1,300 @@
+"""Make a reference set of any folder of pictures: converted to RGB squares of one size, captioned and indexed.
+
+Originals are only read. An output picture is named after the content of its original and the recipe, so a run that is
+interrupted continues where it stopped, and written aside and renamed, so a half one never has its name. The index
+comes last: what has no references.json is not finished.
+
+    OUT/pictures/….png     the squares; a style (no captions) is this folder
+    OUT/references.json    {prompt: [files]}, what `ReferenceSet` reads
+    OUT/prompts.txt        its prompts, one a line
+    OUT/held_out.txt       those set aside for evaluation, if any
+    OUT/manifest.json      recipe, library versions, SHA-256 and original of every picture
+    OUT/sheet.png          what it looks like
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image, ImageColor, ImageOps, PngImagePlugin
+
+from advgrpo.data.images import PICTURE_SUFFIXES, PictureError, decode_picture, in_one_colour, read_header, to_rgb
+from advgrpo.errors import UserError
+from advgrpo.references.builder import INDEX, MANIFEST, library_versions, write_output
+from advgrpo.references.check import draw_contact_sheet
+from advgrpo.references.import_captions import Captions, CaptionSource, read_captions
+
+PICTURES, PROMPTS, HELD_OUT, SHEET = "pictures", "prompts.txt", "held_out.txt", "sheet.png"
+_STAMP = "advgrpo"  # key of the PNG text chunk: the hash of the pixels
+_OTHER_PICTURES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff", ".psd", ".svg", ".dng", ".cr2"}
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class ImportRecipe:
+    """What becomes of a picture; two imports with one recipe make the same files."""
+
+    size: int = 512
+    fit: Literal["crop", "letterbox"] = "crop"
+    background: str = "white"  # behind transparent pixels and beside letterboxed ones
+    min_size: int = 64  # of the shorter side that is kept
+
+    def check(self) -> None:
+        """UserError for what no picture can be made with."""
+        if not 16 <= self.size <= 4096:
+            raise UserError(f"--size {self.size}: want 16 to 4096 pixels")
+        if self.min_size < 1:
+            raise UserError(f"--min-size {self.min_size}: want at least 1")
+        try:
+            opaque = len(ImageColor.getrgb(self.background)) == 3
+        except ValueError:
+            opaque = False
+        if not opaque:
+            raise UserError(f"--background {self.background!r}: want a colour such as white, black or #808080")
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Imported:
+    """What an import did."""
+
+    prompts: dict[str, list[str]]  # {prompt: [files of OUT]}; {"": files} of a style
+    captions: str  # where they came from
+    made: int = 0
+    kept: int = 0  # finished by an earlier run
+    notices: dict[str, list[str]] = field(default_factory=dict)  # what was done to which originals
+    skipped: list[str] = field(default_factory=list)  # "file: why", with skip_unusable
+    held_out: list[str] = field(default_factory=list)  # prompts that are not in prompts.txt
+
+
+def import_folder(
+    folder: Path,
+    out: Path,
+    recipe: ImportRecipe,
+    captions: CaptionSource,
+    *,
+    held_out: int = 0,
+    skip_unusable: bool = False,
+    progress: Callable[[Iterable, int], Iterable] = lambda work, total: work,
+) -> Imported:
+    """Convert all PNG, JPEG and WebP pictures of `folder` and its subfolders into a reference set at `out`.
+
+    Args:
+        captions: where the prompts are; see `read_captions`.
+        held_out: how many prompts to set aside for evaluation; which depends on nothing but their texts.
+        skip_unusable: leave out what cannot be read, is too small or too large, or shows nothing, instead of refusing
+            to finish.
+        progress: wraps the loop over pictures, of which it is told the number.
+
+    Raises:
+        UserError: no pictures, no captions, pictures that cannot be used, or an `out` that holds something else or
+            cannot be written. The finished pictures are kept; `folder` is as it was in any case.
+    """
+    recipe.check()
+    files, notices = _find_pictures(folder)
+    _check_out(folder, out, recipe)
+    source, captioned = read_captions(folder, files, captions)
+    aside = _set_aside([text for texts in captioned.values() for text in texts], held_out)
+    result = Imported({}, source, notices=notices, held_out=aside)
+    done: dict[Path, _Done] = {}
+    unusable: list[str] = []
+    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))  # Pillow decodes without the GIL
+    try:
+        work = pool.map(lambda file: _attempt(folder / file, out, recipe), captioned)
+        for attempt, file in zip(progress(work, len(captioned)), captioned):  # in this order the loop sees its end
+            if isinstance(attempt, PictureError):
+                unusable.append(f"{file}: {attempt.reason}")
+                continue
+            done[file] = attempt
+            result.made += attempt.made
+            result.kept += not attempt.made
+            for notice in attempt.notices:
+                result.notices.setdefault(notice, []).append(str(file))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt need not wait for thousands of pictures
+    if unusable and not (skip_unusable and done):
+        named = "; ".join(unusable[:_NAMED]) + ("; ..." if len(unusable) > _NAMED else "")
+        raise UserError(
+            f"{folder}: {len(unusable)} of {len(captioned)} pictures cannot be used: {named}. Mend or remove them, or "
+            "pass --skip-unusable to leave them out; the others are converted already"
+        )
+    result.skipped = unusable
+    _write_set(out, recipe, captioned, done, result)
+    return result
+
+
+def _set_aside(prompts: list[str], count: int) -> list[str]:
+    """`count` of the prompts, in an order that depends on each alone."""
+    distinct = set(prompts) - {""}
+    if count and not 0 < count < len(distinct):
+        raise UserError(f"--held-out {count}: want 0, or fewer than the {len(distinct)} prompts")
+    return sorted(distinct, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:count]
+
+
+def _find_pictures(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """Pictures relative to `folder`, hidden ones left out, and a notice of files in other formats."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give one with pictures")
+    found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    found = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    files = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
+    others = [str(path) for path in found if path.suffix.lower() in _OTHER_PICTURES]
+    if not files:
+        kinds = ", ".join(sorted({Path(name).suffix for name in others}))
+        also = f"; {len(others)} are of other kinds ({kinds}): convert them to PNG or JPEG first" if others else ""
+        raise UserError(f"{folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}){also}")
+    return files, {"left out: neither PNG, JPEG nor WebP": others} if others else {}
+
+
+def _check_out(folder: Path, out: Path, recipe: ImportRecipe) -> None:
+    """UserError unless `out` is new, empty, or an import with this recipe; marks it as one."""
+    here, there = folder.resolve(), out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UserError(f"--out {out}: must be outside of {folder}, whose pictures are left as they are")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        holds = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror})") from None
+    mark = _manifest(recipe, {})
+    if holds:
+        try:
+            earlier = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["recipe"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--out {out}: holds {holds[0]}, which was not imported; use an empty folder") from None
+        if earlier != mark["recipe"]:
+            raise UserError(f"--out {out}: was made with {earlier}, not {mark['recipe']}; use another folder")
+        return
+    write_output(out / MANIFEST, _json(mark))
+
+
+def _manifest(recipe: ImportRecipe, pictures: dict) -> dict:
+    return {"format": 1, "recipe": {"import": asdict(recipe)}, "versions": library_versions(), "pictures": pictures}
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A converted picture."""
+
+    name: str  # relative to OUT
+    sha256: str
+    made: bool  # now, not by an earlier run
+    notices: tuple[str, ...]
+
+
+def _attempt(file: Path, out: Path, recipe: ImportRecipe) -> _Done | PictureError:
+    try:
+        read_header(file)  # before anything is read to its end: it may be a pipe
+        name = hashlib.sha256(f"{recipe.fingerprint}:{sha256_of(file)}".encode()).hexdigest()[:16]
+        path = out / PICTURES / f"{name}.png"
+        notices = _finished(path)
+        made = notices is None
+        if notices is None:
+            square, notices = convert(file, recipe)
+            _save(path, square, notices)
+    except PictureError as error:
+        return error
+    return _Done(f"{PICTURES}/{path.name}", sha256_of(path), made, tuple(notices))
+
+
+def convert(file: Path, recipe: ImportRecipe) -> tuple[Image.Image, list[str]]:
+    """An original as an RGB square, and what was done to it that its owner should know.
+
+    Raises:
+        PictureError: it cannot be used.
+    """
+    picture, header = decode_picture(file)
+    if min(picture.size) < recipe.min_size:
+        reason = f"is {picture.width}x{picture.height}; the shorter side must have {recipe.min_size} pixels"
+        raise PictureError(str(file), reason)
+    rgb, notices = to_rgb(picture, recipe.background)
+    if header.animated:
+        notices.append("animated: the first frame was taken")
+    size = (recipe.size, recipe.size)
+    if recipe.fit == "crop":
+        square, kept = ImageOps.fit(rgb, size, Image.Resampling.LANCZOS), min(rgb.size)
+    else:
+        square = ImageOps.pad(rgb, size, Image.Resampling.LANCZOS, color=recipe.background)
+        kept = max(rgb.size)
+    if in_one_colour(rgb) or in_one_colour(square):  # the second where a margin is what cropping left
+        what = "is in a single colour" if in_one_colour(rgb) else "is in a single colour where it is cropped"
+        raise PictureError(str(file), what)
+    if rgb.width != rgb.height:
+        notices.append("cropped to the middle" if recipe.fit == "crop" else f"letterboxed on {recipe.background}")
+    if kept < recipe.size:
+        notices.append("enlarged")
+    return square, notices
+
+
+def _finished(path: Path) -> list[str] | None:
+    """The notices of a picture that an earlier run finished; None where there is none, or a damaged one."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            pixels = hashlib.sha256(picture.tobytes()).hexdigest()
+            stamp = json.loads(picture.text[_STAMP])
+            whole = stamp["pixels"] == pixels and not in_one_colour(picture)  # an older version let those pass
+        return stamp["notices"] if whole else None
+    except FileNotFoundError:
+        return None
+    except Exception:  # a damaged file: decoders raise OSError, SyntaxError, ValueError, KeyError, struct.error, ...
+        return None
+
+
+def _save(path: Path, square: Image.Image, notices: list[str]) -> None:
+    info = PngImagePlugin.PngInfo()
+    stamp = {"pixels": hashlib.sha256(square.tobytes()).hexdigest(), "notices": notices}
+    info.add_itxt(_STAMP, json.dumps(stamp))
+    write_output(path, lambda file: square.save(file, "PNG", pnginfo=info))
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file's bytes, in hex, without holding all of them."""
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise PictureError(str(file), f"cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def _write_set(out: Path, recipe: ImportRecipe, captions: Captions, done: dict[Path, _Done], result: Imported) -> None:
+    """Index, prompts, manifest and sheet; the index last, for it says that the set is whole."""
+    pictures = {}
+    for file, texts in captions.items():
+        if file not in done:
+            continue
+        for prompt in texts:
+            listed = result.prompts.setdefault(prompt, [])
+            if done[file].name in listed:
+                result.notices.setdefault("left out: the same picture twice for a prompt", []).append(str(file))
+                continue
+            listed.append(done[file].name)
+        pictures[done[file].name] = {"sha256": done[file].sha256, "source": str(file)}
+    write_output(out / MANIFEST, _json(_manifest(recipe, pictures)))
+    if "" in result.prompts:
+        draw_contact_sheet(out / PICTURES, out / SHEET)
+        return
+    result.held_out = [prompt for prompt in result.prompts if prompt in result.held_out]
+    lists = {PROMPTS: [prompt for prompt in result.prompts if prompt not in result.held_out]}
+    if result.held_out:
+        lists[HELD_OUT] = result.held_out
+    for name, prompts in lists.items():
+        write_output(out / name, "".join(f"{prompt}\n" for prompt in prompts))
+    write_output(out / INDEX, _json(result.prompts))
+    draw_contact_sheet(out, out / SHEET)
+
+
+def _json(content: dict) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,1 @@
+"""What any run stands on: processes, files that are whole or absent, random keys, captured graphs, commands."""

@@ -1,0 +1,117 @@
+"""Tensors on disk by content key, the most recently used ones in memory: text embeddings and reference features.
+
+Every file carries a checksum over its key and everything in it. A file that does not agree with it (a flipped bit, a
+crash halfway, a copy under another name) is removed, named in a warning and counts as absent: what it held is computed
+again, never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from advgrpo.errors import UserError
+from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.fingerprint import tensors_digest
+
+_CHECKSUM = "checksum"  # key in the file's metadata
+logger = logging.getLogger(__name__)
+
+
+class _DamagedError(Exception):
+    pass
+
+
+class TensorCache:
+    """One safetensors file per key under `root`; several runs may share it.
+
+    Args:
+        root: folder, made on the first store.
+        in_memory: how many entries stay in memory.
+        device: where the tensors handed out live.
+    """
+
+    def __init__(self, root: Path, *, in_memory: int, device: torch.device | str = "cpu"):
+        self.root, self.in_memory, self.device = root, in_memory, device
+        self._memory: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+
+    def path(self, key: str) -> Path:
+        return self.root / key[:2] / f"{key}.safetensors"
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._memory or self.path(key).exists()
+
+    def absent(self, keys: Collection[str]) -> list[str]:
+        """Keys that have no file, as their folders are listed now.
+
+        A network file system that has once said that a file does not exist may go on saying so for a minute after
+        another machine has written it; to list a folder it asks the server.
+        """
+        listed: dict[Path, set[str]] = {}
+        for folder in {self.path(key).parent for key in keys}:
+            try:
+                listed[folder] = set(os.listdir(folder))
+            except FileNotFoundError:
+                listed[folder] = set()
+        return [key for key in keys if self.path(key).name not in listed[self.path(key).parent]]
+
+    def load(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The tensors stored under `key`; None when there are none, or the file was damaged (it is gone then)."""
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            return self._memory[key]
+        try:
+            tensors = _read(self.path(key), key)
+        except FileNotFoundError:
+            return None
+        except (_DamagedError, SafetensorError) as error:
+            logger.warning("cache file %s is damaged (%s); its content is computed again", self.path(key), error)
+            self.path(key).unlink(missing_ok=True)
+            return None
+        return self._remember(key, tensors)
+
+    def store(self, key: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Write `tensors` under `key` and hand them out as `load` would.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        path = self.path(key)
+        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        try:
+            write_atomically(path, lambda file: save_file(own, file, metadata={_CHECKSUM: _checksum(key, own)}))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the cache {self.root} cannot be written ({error}); make room there or set data.cache_dir"
+            ) from error
+        return self._remember(key, own)
+
+    def _remember(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        moved = self._memory[key] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        if len(self._memory) > self.in_memory:
+            self._memory.popitem(last=False)
+        return moved
+
+
+def _checksum(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    return hashlib.sha256(f"{key}:{tensors_digest(tensors)}".encode()).hexdigest()
+
+
+def _read(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """The file's tensors; _DamagedError or SafetensorError unless they are what was written under `key`."""
+    with safe_open(path, "pt") as file:
+        expected = (file.metadata() or {}).get(_CHECKSUM)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if expected is None:
+        raise _DamagedError("it has no checksum")
+    if expected != _checksum(key, tensors):
+        raise _DamagedError("its checksum does not fit")
+    return tensors

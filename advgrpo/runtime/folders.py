@@ -1,0 +1,75 @@
+"""Folders that a command writes to, and the lock on one that only one run may write to."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+
+from advgrpo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def writable(folder: Path, field: str, *, leave: bool = True) -> None:
+    """Create the folder and prove that it can be written to; UserError naming the setting or flag `field`.
+
+    Several processes may do this at once. Without `leave` a folder that was not there is gone again.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        existed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+        if not (existed or leave):
+            folder.rmdir()
+    except OSError as error:
+        given = f"{field} {folder}" if field.startswith("--") else f"{field} = {str(folder)!r}"
+        raise UserError(f"{given} is not writable: {error.strerror or error}; choose another folder") from error
+
+
+class FolderLock:
+    """FOLDER/.lock, held until `release` or until the process is gone, however it ends.
+
+    Args:
+        field: the setting that names the folder.
+
+    Raises:
+        UserError: another process holds it; the message says which.
+    """
+
+    def __init__(self, folder: Path, field: str):
+        file = folder / ".lock"
+        self._descriptor: int | None = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
+            self.release()
+            raise UserError(
+                f"{field} = {str(folder)!r} is in use by {holder or 'another process'}; wait for its end, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:
+            self.release()
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            logger.warning("%s cannot be locked (%s): nothing stops a second run in it", folder, error.strerror)
+            return
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """May be called twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def __del__(self) -> None:
+        with suppress(OSError, AttributeError):
+            self.release()

@@ -1,0 +1,1 @@
+"""From noise to images: schedules as coefficient tables, the sampler, drawing for commands."""

@@ -1,0 +1,91 @@
+"""Schedules and windows as tables: which step is stochastic, and the coefficients (a, b, s) of every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from advgrpo.config import Config, RolloutSection, eligible_steps
+from advgrpo.errors import UserError
+from advgrpo.policy.base import Policy
+from advgrpo.runtime import rng
+from advgrpo.runtime.transfer import to_device
+from advgrpo_kernels import ddim_coefficients, transition_coefficients
+
+
+@dataclass
+class StepTable:
+    """One trajectory's plan, on the policy's device."""
+
+    timesteps: torch.Tensor  # [T] float32
+    coefficients: torch.Tensor  # [T, 3] float32: x_next = a x + b v + s z
+    window: tuple[int, ...]  # stochastic steps, ascending; empty for plain sampling
+    trained: tuple[int, ...]  # those of them that the update trains on: the first ones
+    lengths: tuple[float, ...]  # T: variance of a step's noise over that per unit of time; 1 where there is no such
+    numbers: list[torch.Tensor] = field(init=False)  # T views [1] int64: the step counter
+
+    def __post_init__(self):
+        self.numbers = list(torch.arange(len(self.timesteps), device=self.timesteps.device).split(1))
+
+    def at(self, number: torch.Tensor) -> torch.Tensor:
+        """[3] coefficients of the step that `number` [1] holds, read on the device."""
+        return self.coefficients.index_select(0, number)[0]
+
+
+def check_dynamics(prediction: str, dynamics: str) -> None:
+    """UserError unless `rollout.dynamics` suits what the network predicts ("velocity" or "noise")."""
+    if prediction == "noise" and dynamics != "ddim":
+        raise UserError(
+            f"rollout.dynamics = {dynamics!r} steps along a velocity, but this model predicts noise (SD1.5, SDXL): "
+            "set rollout.dynamics = 'ddim'"
+        )
+    if prediction == "velocity" and dynamics == "ddim":
+        raise UserError(
+            "rollout.dynamics = 'ddim' needs a model that predicts noise (SD1.5, SDXL), but this one predicts a "
+            "velocity: use flow_cps, flow_sde or dance_sde"
+        )
+
+
+def step_table(policy: Policy, num_steps: int, window: tuple[int, ...] = (), *, rollout: RolloutSection | None = None):
+    """Deterministic steps (ODE, or DDIM with η = 0) but on `window`, where the rollout's dynamics add noise.
+
+    Raises:
+        UserError: the rollout's dynamics are not for this model.
+    """
+    levels, timesteps = policy.schedule(num_steps)
+    if window:
+        check_dynamics(policy.prediction, rollout.dynamics)
+    noise = [rollout.noise_level if i in window else 0.0 for i in range(num_steps)]
+    if policy.prediction == "noise":
+        coefficients = ddim_coefficients(levels[:-1], levels[1:], noise)
+    else:
+        dynamics = rollout.dynamics if window else "ode"
+        coefficients = transition_coefficients(levels.tolist(), dynamics=dynamics, noise_level=noise)
+    trained = window[: rollout.window.trained_of(len(window))] if window else ()
+    timed = bool(window) and rollout.dynamics in ("flow_sde", "dance_sde")  # s² = std²·(σ - σ')
+    lengths = tuple((levels[:-1] - levels[1:]).tolist()) if timed else (1.0,) * num_steps
+    return StepTable(*(to_device(t, policy.device) for t in (timesteps, coefficients)), window, trained, lengths)
+
+
+def window_steps(config: Config, iteration: int) -> tuple[int, ...]:
+    """This iteration's stochastic steps, ascending: a function of (seed, iteration) alone, in rollout.window.order.
+
+    A sliding window is MixGRPO's (arXiv 2507.21802): it starts at the noisiest step and moves by the stride after every
+    shift interval. Its code lets the window shrink at the end of the range; here it starts over before that, so that
+    every iteration trains on as many steps.
+    """
+    window = config.rollout.window
+    if window.chosen_order == "fixed":
+        return tuple(sorted(window.steps))
+    steps = eligible_steps(config)
+    starts = len(steps) - window.size + 1
+    draw = rng.generator(config.seed, "window", iteration)
+    if window.chosen_order == "random":
+        return tuple(sorted(steps[i] for i in torch.randperm(len(steps), generator=draw)[: window.size].tolist()))
+    if window.chosen_order == "contiguous":
+        first = int(torch.randint(starts, (), generator=draw))
+    else:
+        places = range(0, starts, window.slide_by)
+        first = places[iteration // window.slide_every % len(places)]
+    return tuple(steps[first : first + window.size])

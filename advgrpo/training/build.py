@@ -1,0 +1,209 @@
+"""From a checked configuration to the parts of a run: policy, adversary, rewards, metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from advgrpo.adversary.base import Adversary
+from advgrpo.adversary.reference_features import ReferenceFeatures
+from advgrpo.config import NEED_REFERENCES, Config
+from advgrpo.data.sources import Sources
+from advgrpo.errors import UserError
+from advgrpo.evaluate.evaluator import PictureStatistic
+from advgrpo.monitor.monitor import NOT_JUDGED, RED_FLAGS
+from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.loading import load_policy
+from advgrpo.policy.pipelines import PREDICTIONS, pipeline_class
+from advgrpo.reporting.display import Display
+from advgrpo.rewards import build_reward, prompt_options, reward_class
+from advgrpo.rewards.base import Reward
+from advgrpo.rewards.dino_similarity import DinoSimilarity
+from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
+from advgrpo.sampling.dynamics import check_dynamics
+from advgrpo.training.fast import FastPaths
+from advgrpo.training.scoring import Scorer
+from advgrpo.vision.dino import backbone_folder
+
+
+def check_prompts(config: Config, sources: Sources) -> None:
+    """UserError for a prompt that a reward or metric cannot use, or a remote judge that does not answer.
+
+    Rewards that judge any prompt are not built for it, so no model is loaded.
+    """
+    measured = {"rule" if name == "rule_accuracy" else name for name in config.evaluation.metrics}
+    for name, section in config.rewards.sections().items():
+        rewarded = section.used and config.update.objective != "sft"
+        read = [*(sources.prompts if rewarded else []), *(sources.held_out if name in measured else [])]
+        if name == "adversary" or not read or reward_class(name).check_prompts is Reward.check_prompts:
+            continue
+        options, owner = {**section.options(), **prompt_options(name, sources.metadata)}, f"rewards.{name}"
+        try:
+            build_reward(name, owner=owner, **options).check_prompts(read)
+        except UserError as error:
+            raise UserError(str(error).replace(f"reward {name}", owner, 1)) from error
+
+
+def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, display: Display):
+    """The generator, with this process's share of the prompts in the text cache."""
+    cache = Path(config.data.cache_dir).expanduser()
+    prediction = PREDICTIONS[pipeline_class(config.model.path)]
+    check_dynamics(prediction, config.rollout.dynamics)
+    if config.update.objective == "sft" and prediction != "velocity":
+        raise UserError(
+            "update.objective = sft fits a rectified flow's velocity, but this model predicts noise: use an SD3 model"
+        )
+    policy = load_policy(
+        config.model,
+        device=distributed.device,
+        cache_dir=cache,
+        seed=config.seed,
+        fused=fast.fused,
+        precision=config.rollout.precision,
+    )
+    mine = _texts(sources)[distributed.rank :: distributed.world_size]
+    encode_prompts(policy, mine, cache, display, distributed)
+    return policy
+
+
+def _texts(sources: Sources) -> list[str]:
+    return ["", *sources.prompts, *sources.held_out]
+
+
+def encode_prompts(
+    policy: DiffusersPolicy, prompts: list[str], cache: Path, display: Display, distributed: Distributed
+) -> None:
+    """Fill the text cache, with progress for people and for the processes that wait."""
+    missing = policy.text_cache.missing(prompts)
+    if not missing:
+        return
+    display.say(f"encoding {len(missing)} prompts into {cache}")
+    with display.steps("encoding prompts", len(missing)) as show:
+
+        def tell(done: int) -> None:
+            show(done)
+            distributed.progress("encode prompts", within_seconds=SLOW_SECONDS)
+
+        policy.text_cache.fill(missing, tell)
+
+
+def check_cache_is_shared(policy: DiffusersPolicy, sources: Sources, distributed: Distributed, config: Config) -> None:
+    """Call it once all processes have encoded their shares.
+
+    Raises:
+        UserError: this process does not see what others have stored. It would load the text encoders in the middle of
+            training, for every prompt that it comes across.
+    """
+    texts = _texts(sources)
+    absent = policy.text_cache.absent(texts) if distributed.world_size > 1 else []
+    if absent:
+        raise UserError(
+            f"data.cache_dir = {config.data.cache_dir!r}: process {distributed.rank} does not find {len(absent)} of "
+            f"{len(texts)} prompts there that other processes have encoded, first {absent[0]!r}; name a folder that "
+            "all machines share (--data.cache-dir)"
+        )
+
+
+def build_rewards(config: Config, sources: Sources, distributed: Distributed) -> dict[str, Reward]:
+    """The fixed rewards in use; none for supervised fine-tuning."""
+    if config.update.objective == "sft":
+        return {}
+    return {name: _build_reward(name, config, sources, distributed) for name in config.rewards.fixed()}
+
+
+def _build_reward(name: str, config: Config, sources: Sources, distributed: Distributed) -> Reward:
+    """A reward with the options of its section, and what the prompt file adds to them."""
+    options = {**config.rewards.sections()[name].options(), **prompt_options(name, sources.metadata)}
+    dtype = getattr(torch, config.adversary.dtype)
+    reward = build_reward(name, device=distributed.device, dtype=dtype, owner=f"rewards.{name}", **options)
+    if hasattr(reward, "progress"):  # it takes long, or waits for others, and is not stuck while it does
+        reward.progress = distributed.step
+    return reward
+
+
+def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoSimilarity | None:
+    """DINO for independent statistics: evaluation.backbone where it is set, else that of adversary.kind = dino.
+
+    No other adversary's features ever stand in for DINO's. One that the adversary has loaded already, at the same size,
+    is shared. Supervised fine-tuning has no adversary: it takes the DINO that would be one, for evaluation only.
+    """
+    wanted = _observer_settings(config)
+    measured = config.data.held_out_prompts and "dino_similarity" in config.evaluation.metrics
+    unused = config.update.objective == "sft" and not measured
+    if wanted is None or unused:
+        return None
+    path, image_size, fields = wanted
+    own = adversary.backbone if adversary is not None and config.adversary.kind == "dino" else None
+    if own is not None and (own.folder, own.image_size) == (backbone_folder(path), image_size):
+        return DinoSimilarity(backbone=own)
+    dtype = getattr(torch, config.adversary.dtype)
+    return DinoSimilarity(path=path, image_size=image_size, device=device, dtype=dtype, fields=fields)
+
+
+def _observer_settings(config: Config) -> tuple[str, int, tuple[str, str]] | None:
+    """(path, image size, the settings that they are) of the DINO that this run's statistics look through."""
+    evaluation, adversary = config.evaluation, config.adversary
+    if evaluation.backbone:
+        fields = ("evaluation.backbone", "evaluation.backbone_image_size")
+        return evaluation.backbone, evaluation.backbone_image_size, fields
+    if adversary.kind == "dino":
+        return adversary.backbone, adversary.image_size, ("adversary.backbone", "adversary.image_size")
+    return None
+
+
+def blind_spots(config: Config, observer: DinoSimilarity | None) -> str:
+    """What the monitor cannot judge in a run without an observer, for the user; empty where nothing is lost.
+
+    Raises:
+        UserError: monitor.stop names a flag that would never be judged.
+    """
+    if observer is not None or config.monitor.every == 0 or config.update.objective == "sft":
+        return ""
+    lost = {flag.name: flag.without_dino for flag in RED_FLAGS if flag.without_dino}
+    why = f"evaluation.backbone is empty and adversary.kind = {config.adversary.kind} has no DINO"
+    never = [name for name in config.monitor.stop if lost.get(name) == NOT_JUDGED]
+    if never:
+        raise UserError(f"monitor.stop names {never[0]}, which {NOT_JUDGED}: {why}; set evaluation.backbone")
+    told = ", ".join(f"{name} {what}" for name, what in lost.items())
+    return f"monitor: {told}: {why}; set evaluation.backbone to a Dinov2Model"
+
+
+def build_metrics(
+    config: Config, sources: Sources, observer: DinoSimilarity | None, distributed: Distributed
+) -> dict[str, Reward]:
+    """What evaluation.metrics names; UserError for one this run cannot compute."""
+    if not sources.held_out:
+        return {}
+    metrics: dict[str, Reward] = {}
+    for name in config.evaluation.metrics:
+        if name == "dino_similarity":
+            if observer is None:
+                raise UserError(
+                    "evaluation.metrics: dino_similarity needs a DINO; set evaluation.backbone, since the adversary "
+                    f"is {config.adversary.kind}"
+                )
+            metrics[name] = observer
+        elif name == "rule_accuracy":
+            metrics[name] = build_reward("rule", strict=True)
+        elif name in PictureStatistic.NAMES:
+            metrics[name] = PictureStatistic(name)
+        else:
+            metrics[name] = _build_reward(name, config, sources, distributed)
+        if name in NEED_REFERENCES and sources.references is None:
+            raise UserError(f"evaluation.metrics: {name} compares with references; set data.references")
+    return metrics
+
+
+def build_scorer(
+    config: Config,
+    sources: Sources,
+    adversary: Adversary | None,
+    observer: DinoSimilarity | None,
+    distributed: Distributed,
+) -> Scorer:
+    """Rewards, references and their cached features in one place."""
+    cache = Path(config.data.cache_dir).expanduser()
+    features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
+    rewards = build_rewards(config, sources, distributed)
+    return Scorer(config, adversary, features, rewards, sources.references, observer, distributed)

@@ -1,0 +1,147 @@
+"""What --fast switches on here, and why the rest is off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from advgrpo.config import Config
+from advgrpo.errors import UserError
+from advgrpo.policy.fused.attention import choose_attention
+from advgrpo.policy.fused.transformer import can_adapt
+from advgrpo.policy.pipelines import PREDICTIONS, pipeline_class
+from advgrpo_kernels._runtime import DEFAULT_BACKEND, HAS_TRITON
+from advgrpo_kernels.ops._csrc import library
+
+
+@dataclass(frozen=True)
+class FastPath:
+    name: str
+    on: bool
+    why: str  # what it saves when on, why it is off otherwise
+
+
+@dataclass(frozen=True)
+class FastPaths:
+    """The decisions the trainer reads, and the table it prints."""
+
+    share_prefix: bool
+    fused: bool  # our transformer, and with it merged weights
+    fused_optimizer: bool
+    graphs: bool
+    table: tuple[FastPath, ...]
+
+    @classmethod
+    def choose(cls, config: Config, device: torch.device) -> FastPaths:
+        """Raises UserError where a path is asked for that this machine or model does not have."""
+        gpu_only = "" if device.type == "cuda" else "no CUDA device"
+        plain = "" if config.fast else "--no-fast"
+        fused_off = plain or _why_not_fused(config)
+        if fused_off and config.rollout.window_forward == "merged":
+            raise UserError(f"rollout.window_forward = 'merged' needs the fused transformer ({fused_off}); use trainer")
+        if fused_off and config.model.attention != "auto":
+            raise UserError(
+                f"model.attention = {config.model.attention!r} is the fused transformer's ({fused_off}); use auto"
+            )
+        if not fused_off:  # an explicit backend that this machine lacks is an error now
+            choose_attention(config.model.attention, device, getattr(torch, config.model.dtype))
+        no_triton = _why_no_triton(device)
+        norms = "norms and residuals by PyTorch's operators" if no_triton else "one kernel per norm and residual"
+        own_noise = ""
+        if config.rollout.initial_noise == "per_image":
+            own_noise = "rollout.initial_noise = per_image: every picture is its own trajectory"
+        rows = (
+            _row(
+                "shared prefix",
+                plain or own_noise,
+                "one trajectory per prompt up to the window",
+            ),
+            _row("fused transformer", fused_off, f"stacked matrix products, {norms}"),
+            _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
+            _row(
+                "fused AdamW",
+                _why_not_ours(config) or _why_no_csrc(device),
+                "clipping, AdamW and EMA in three launches, no wait",
+            ),
+            _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
+            _row("CUDA graphs", fused_off or gpu_only, "one launch per sampling step; per head update on one GPU"),
+            _row(
+                "FP8 sampling",
+                _why_no_fp8(config.rollout.precision, "rollout.precision", device, fused_off),
+                _where_fp8(device, "ODE steps on FP8 tensor cores", "ODE steps in FP8"),
+            ),
+            _row(
+                "FP8 training",
+                _why_no_fp8(config.model.base_precision, "model.base_precision", device, fused_off),
+                _where_fp8(device, "frozen weights quantised once, adapters never", "frozen weights in FP8"),
+            ),
+        )
+        return cls(not (plain or own_noise), not fused_off, config.fast, not (fused_off or gpu_only), rows)
+
+    def print(self, console: Console) -> None:
+        """A line for each path: what it saves, or why it is off."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis")  # a line each, whatever the terminal's width
+        for row in self.table:
+            state = Text("on", "green") if row.on else Text("off", "dim")
+            table.add_row(state, Text(row.name), Text(row.why))
+        console.print(table)
+
+
+def _row(name: str, off_because: str, saves: str) -> FastPath:
+    return FastPath(name, not off_because, off_because or saves)
+
+
+def _why_not_fused(config: Config) -> str:
+    """Why the fused transformer cannot serve this model, or ""; reads no more of it than model_index.json."""
+    name = pipeline_class(config.model.path)
+    if PREDICTIONS[name] != "velocity":
+        return f"a {name} has a UNet; the fused forward is SD3's transformer"
+    if config.model.train != "lora":
+        return "full fine-tuning trains the stock modules"
+    outside = [target for target in config.model.lora.targets if not can_adapt(target)]
+    return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
+
+
+def _why_not_ours(config: Config) -> str:
+    optimizer = config.update.optimizer
+    if optimizer == "auto":
+        return "" if config.fast else "--no-fast"
+    return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
+
+
+def _why_no_triton(device: torch.device) -> str:
+    """Why the ops run their PyTorch references, or ""; as `advgrpo_kernels._runtime.pick_backend` decides."""
+    if device.type != "cuda":
+        return "no CUDA device"
+    if DEFAULT_BACKEND == "torch":
+        return "ADVGRPO_KERNELS_BACKEND = torch: PyTorch's operators instead"
+    return "" if HAS_TRITON else "triton is not installed: PyTorch's operators instead"
+
+
+def _why_no_csrc(device: torch.device) -> str:
+    """Why AdamW is not the compiled one, or ""; the optimizer takes the same steps either way."""
+    if device.type != "cuda":
+        return "no CUDA device: PyTorch's operators, the same steps"
+    return "" if library() is not None else "csrc/ is not built: PyTorch's operators, which wait for the norm"
+
+
+def _where_fp8(device: torch.device, on_gpu: str, elsewhere: str) -> str:
+    return on_gpu if device.type == "cuda" else f"{elsewhere}, slower than without: no FP8 tensor cores"
+
+
+def _why_no_fp8(precision: str, field: str, device: torch.device, fused_off: str) -> str:
+    """Why FP8 is off, or ""; UserError where it is asked for and cannot be."""
+    if precision != "fp8":
+        return f"{field} = {precision}"
+    if fused_off:
+        raise UserError(f"{field} = 'fp8' needs the fused transformer ({fused_off}); use {field} = model")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"{field} = 'fp8' needs a GPU of compute capability 8.9; use {field} = model")
+    return ""

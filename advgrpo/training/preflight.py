@@ -1,0 +1,342 @@
+"""What a run's settings ask of its models, checked on their folders before any weight is read.
+
+Loading SD3.5 and its text encoders takes minutes; whatever their small files can refute is refused here, in a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin
+from pydantic import ValidationError
+
+from advgrpo.config import Config, LoraSection, RewardSection, RewardsSection, shown, wanted
+from advgrpo.errors import UserError
+from advgrpo.plan.known_models import BACKBONES, TRANSFORMERS, known_pipeline
+from advgrpo.policy.adapters import component_of, read_lora_for, stored_network, target_modules
+from advgrpo.policy.fused.lora import check_lora_state
+from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
+from advgrpo.policy.pipelines import PREDICTIONS, local_pipeline, pipeline_index
+from advgrpo.policy.sd3 import check_resolution, check_schedule
+from advgrpo.policy.sdxl import check_unet, ddim_scheduler
+from advgrpo.runtime.folders import writable
+from advgrpo.sampling.dynamics import check_dynamics
+from advgrpo.vision.clip import preference_folder
+from advgrpo.vision.dino import backbone_folder
+from advgrpo.vision.loading import expanded, model_config
+
+_CLIP_REWARDS = ("pickscore", "clip_similarity", "clip_reference_similarity", "aesthetic")
+
+
+def preflight(config: Config) -> None:
+    """UserError for settings that the models' folders refute, or for folders that are not whole."""
+    writable(Path(config.data.cache_dir).expanduser(), "data.cache_dir")
+    _check_installed(config)
+    _check_generator(config)
+    _check_judges(config, network=True)
+
+
+def check_without_network(config: Config) -> None:
+    """What of `preflight` needs no network: folders by their files, models of the hub by their names.
+
+    Raises:
+        UserError: as `preflight`, but not for what is missing on this machine.
+    """
+    if local_pipeline(config.model.path) is not None:
+        _check_generator(config)
+    elif config.model.path in TRANSFORMERS:
+        check_dynamics("velocity", config.rollout.dynamics)  # all of them are SD3
+        _check_known_size(config)
+    _check_judges(config, network=False)
+
+
+def _check_judges(config: Config, *, network: bool) -> None:
+    """Of the adversary, the rewards and the observer; without `network` those of the hub as far as they are known."""
+    _check_adversary(config, network)
+    for name in _scorers(config):
+        check_reward(name, config.rewards.sections()[name].options(), f"rewards.{name}", network=network)
+    if config.evaluation.backbone:
+        fields = ("evaluation.backbone", "evaluation.backbone_image_size")
+        _check_dino(config.evaluation.backbone, config.evaluation.backbone_image_size, fields, network)
+
+
+def _check_installed(config: Config) -> None:
+    """Packages that only some settings need, before hours of work lead to them."""
+    output, update = config.output, config.update
+    apex = "NVIDIA Apex (github.com/NVIDIA/apex, built with --cpp_ext --cuda_ext; not PyPI's apex)"
+    asked = (
+        (output.tensorboard, "output.tensorboard = true", "tensorboard", "tensorboard", "--output.no-tensorboard"),
+        (output.wandb_project, f"output.wandb_project = {output.wandb_project!r}", "wandb", "wandb", "leave it empty"),
+        (update.optimizer == "apex", "update.optimizer = apex", "apex.optimizers", apex, "--update.optimizer auto"),
+    )
+    for is_asked, setting, module, package, instead in asked:
+        if is_asked and not _found(module):
+            raise UserError(f"{setting} needs {package}, which is not installed; install it, or {instead}")
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that the module is in
+        return False
+
+
+def _scorers(config: Config) -> list[str]:
+    """Rewards that are built for training or for evaluation; dino_similarity as a metric looks through another DINO."""
+    trained = [] if config.update.objective == "sft" else list(config.rewards.fixed())
+    measured = config.evaluation.metrics if config.data.held_out_prompts else ()
+    known = config.rewards.sections()
+    return list(dict.fromkeys([*trained, *(m for m in measured if m in known and m != "dino_similarity")]))
+
+
+# The generator.
+
+
+def check_model(path: str, field: str) -> Path | None:
+    """The folder of a pipeline that can be trained and is whole; None for a hub id.
+
+    Raises:
+        UserError: naming `field`: no such pipeline, or a file in it that is missing or damaged.
+    """
+    index = pipeline_index(path, field)  # a hub id is asked for its model_index.json here
+    folder = local_pipeline(path)
+    if folder is None:
+        return None
+    source = f"{field} = {path!r}"
+    weights = check_pipeline(folder, index, source)
+    network = _network(folder, source)
+    component = component_of(network)
+    found = weights.get(component)
+    if found is not None:
+        _check_weights(network, found, f"{source}: {component}")
+    return folder
+
+
+def _network(folder: Path, source: str) -> ModelMixin:
+    """The network without weights; UserError for a config.json that does not describe one."""
+    try:
+        return stored_network(folder)
+    except Exception as error:  # constructors fail in their own ways
+        raise UserError(
+            f"{source}: its transformer's or UNet's config.json describes no such network ({error})"
+        ) from error
+
+
+def _check_weights(network: ModelMixin, found: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """diffusers would fill what is missing with random numbers."""
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    absent = sorted(own.keys() - found.keys())
+    wrong = sorted(name for name in own.keys() & found.keys() if own[name] != found[name])
+    if absent or wrong:
+        first = absent[0] if absent else f"{wrong[0]} ({list(found[wrong[0]])} for {list(own[wrong[0]])})"
+        raise UserError(
+            f"{source}'s weights lack or contradict {len(absent) + len(wrong)} tensors of its config.json, first "
+            f"{first}; download the model again"
+        )
+
+
+def check_size(folder: Path, resolution: int, *, model_field: str, field: str) -> None:
+    """UserError naming `field` for a resolution that this pipeline does not draw."""
+    index, network = pipeline_index(str(folder), model_field), stored_network(folder)
+    vae = _vae(folder, f"{model_field} = {str(folder)!r}")
+    if PREDICTIONS[index["_class_name"]] == "velocity":
+        check_resolution(resolution, network.config, vae.config, field)
+    else:
+        unit = 2 ** (len(vae.config.block_out_channels) - 1)
+        if resolution % unit:
+            raise UserError(f"{field} = {resolution}: this model wants a multiple of {unit}")
+
+
+def _vae(folder: Path, source: str) -> AutoencoderKL:
+    try:
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+    except Exception as error:  # constructors fail in their own ways
+        raise UserError(f"{source}: its vae/config.json describes no AutoencoderKL ({error})") from error
+
+
+def _check_generator(config: Config) -> None:
+    model = config.model
+    folder = check_model(model.path, "model.path")
+    index = pipeline_index(model.path, "model.path")
+    prediction = PREDICTIONS[index["_class_name"]]
+    check_dynamics(prediction, config.rollout.dynamics)
+    if config.update.objective == "sft" and prediction != "velocity":
+        raise UserError(
+            "update.objective = sft fits a rectified flow's velocity, but this model predicts noise: use an SD3 model"
+        )
+    if folder is None:
+        _check_known_size(config)
+        return
+    source, network = f"model.path = {model.path!r}", stored_network(folder)
+    vae = _vae(folder, source)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if prediction == "velocity":
+        check_resolution(model.resolution, network.config, vae.config)
+        check_schedule(read_json(scheduler, source), model.path)
+    else:
+        check_unet(model, index, network.config, vae.config)
+        trained = ddim_scheduler(scheduler, model.path).config.num_train_timesteps
+        for field, steps in (("rollout", config.rollout.num_steps), ("evaluation", config.evaluation.num_steps)):
+            if steps >= trained:
+                raise UserError(
+                    f"{field}.num_steps = {steps}: this model was trained on {trained} timesteps; want fewer"
+                )
+    if model.train == "lora":
+        check_adapters(folder, network, model.lora)
+
+
+def _check_known_size(config: Config) -> None:
+    """Of a model of the hub that is not here yet."""
+    model = config.model
+    if model.path in TRANSFORMERS:
+        pipeline = known_pipeline(model.path)
+        check_resolution(model.resolution, SimpleNamespace(**pipeline.transformer), pipeline.decoder)
+
+
+def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection) -> None:
+    """UserError for targets or blocks that the network lacks, or a start_from of another shape."""
+    targets = target_modules(network, lora)
+    if not lora.start_from:
+        return
+    start = read_lora_for(folder, Path(lora.start_from), "model.lora.start_from")
+    own = {}
+    for name in targets:
+        layer = network.get_submodule(name)
+        own[f"{name}.lora_A.weight"] = torch.empty(lora.rank, layer.in_features, device="meta")
+        own[f"{name}.lora_B.weight"] = torch.empty(layer.out_features, lora.rank, device="meta")
+    check_lora_state(own, start.state_dict(), f"model.lora.start_from = {lora.start_from!r}")
+
+
+# What judges.
+
+
+def _check_adversary(config: Config, network: bool) -> None:
+    section = config.adversary
+    used = config.learns_adversary
+    measured = "dino_similarity" in config.evaluation.metrics and not config.evaluation.backbone
+    if section.kind == "dino" and (used or measured):
+        _check_dino(section.backbone, section.image_size, ("adversary.backbone", "adversary.image_size"), network)
+    elif section.kind == "siglip" and used:
+        _check_siglip(section.backbone, section.image_size, network)
+    elif section.kind == "pickscore" and used:
+        fields = ("adversary.backbone", "adversary.processor")
+        clip = _check_clip(section.backbone, section.processor, fields, network)
+        layers = _part(clip, "vision_config").get("num_hidden_layers", section.trainable_layers) if clip else None
+        if layers is not None and section.trainable_layers > layers:
+            raise UserError(
+                f"adversary.trainable_layers = {section.trainable_layers}: adversary.backbone = {section.backbone!r} "
+                f"has {layers} vision layers; want at most that"
+            )
+
+
+def check_reward(name: str, options: Mapping[str, Any], owner: str, *, network: bool = True) -> None:
+    """UserError for options of a fixed reward of the wrong kind, or that its model's folder refutes.
+
+    Options that only the reward's constructor knows are left to it. They are called `owner`.OPTION.
+    """
+    name = {"clip": "clip_similarity"}.get(name, name)  # its short name
+    _check_kinds(name, options, owner)
+    if name in RewardsSection.model_fields:
+        options = {**RewardsSection.model_fields[name].annotation().options(), **options}
+    path = options.get("path")
+    if name == "aesthetic" and not options["head"]:
+        return  # which its constructor asks for
+    if name == "dino_similarity" and path:
+        _check_dino(path, options["image_size"], (f"{owner}.path", f"{owner}.image_size"), network)
+    elif name in _CLIP_REWARDS and path:
+        clip = _check_clip(path, options.get("processor"), (f"{owner}.path", f"{owner}.processor"), network)
+        if name == "aesthetic":
+            _check_head(options["head"], clip, owner)
+
+
+def _check_kinds(name: str, options: Mapping[str, Any], owner: str) -> None:
+    """The values are what the settings of section rewards.`name` take."""
+    entry = RewardsSection.model_fields.get(name)
+    fields = entry.annotation.model_fields if entry else {}
+    for option, value in options.items():
+        field = fields.get(option)
+        if field is None or option in RewardSection.model_fields:
+            continue
+        try:
+            entry.annotation.model_validate({option: value})
+        except ValidationError:
+            raise UserError(
+                f"{owner}.{option} = {shown(value)}: want {wanted(field.annotation, field.metadata)}"
+            ) from None
+
+
+def _check_head(head: str, clip: Mapping[str, Any] | None, owner: str) -> None:
+    from advgrpo.rewards.aesthetic import load_head
+
+    width = load_head(head, f"{owner}.head")[0][0].shape[1]
+    made = clip.get("projection_dim", 512) if clip else width
+    if width != made:
+        raise UserError(
+            f"{owner}.head = {head!r} reads embeddings of {width} numbers, but {owner}.path makes {made}; use the CLIP "
+            "that the head was fitted on"
+        )
+
+
+def _model_config(
+    path: str, kinds: tuple[str, ...], field: str, model_class: str, network: bool
+) -> Mapping[str, Any] | None:
+    """config.json of a folder, whose weights are looked at, or of a hub id; None where that needs a network."""
+    folder = local_folder(path)
+    if folder is not None:
+        return check_vision_model(folder, kinds, field, path)
+    if network:
+        return model_config(path, model_types=kinds, field=field, model_class=model_class)
+    return BACKBONES.get(path)
+
+
+def _check_dino(path: str, image_size: int, fields: tuple[str, str], network: bool) -> None:
+    config = _model_config(backbone_folder(path), ("dinov2",), fields[0], "Dinov2Model", network)
+    if config is not None:
+        _check_patches(image_size, config.get("patch_size", 14), fields[1])
+
+
+def _check_siglip(path: str, image_size: int, network: bool) -> None:
+    field = "adversary.backbone"
+    if path == "tiny":
+        raise UserError(f"{field} = 'tiny': no SigLIP is shipped; pass a folder or a hub id")
+    config = _model_config(path, ("siglip", "siglip_vision_model"), field, "SiglipVisionModel", network)
+    if config is not None:
+        _check_patches(image_size, _part(config, "vision_config").get("patch_size", 16), "adversary.image_size")
+    _check_preprocessor(path, field, network)
+
+
+def _check_clip(path: str, processor: str | None, fields: tuple[str, str], network: bool) -> Mapping[str, Any] | None:
+    """config.json of a CLIP with tokenizer and preprocessor; None for a hub id that is not looked up."""
+    folder = preference_folder(path)
+    config = _model_config(folder, ("clip",), fields[0], "CLIPModel", network)
+    beside, field = (folder, fields[0]) if processor is None else (processor, fields[1])
+    _check_preprocessor(beside, field, network)
+    there = local_folder(beside)
+    if there is not None:
+        check_tokenizer(there, f"{field} = {beside!r}")
+    return config
+
+
+def _check_preprocessor(path: str, field: str, network: bool) -> None:
+    from advgrpo.vision.preprocess import ImagePreprocess
+
+    if network or local_folder(path) is not None:
+        ImagePreprocess.load(expanded(path), field=field)
+
+
+def _check_patches(image_size: int, patch: Any, field: str) -> None:
+    if isinstance(patch, int) and patch > 0 and image_size % patch:
+        near = max(1, round(image_size / patch)) * patch
+        raise UserError(f"{field} = {image_size} is not a multiple of the backbone's patch size {patch}; use {near}")
+
+
+def _part(config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """A nested configuration, or the whole where it is not nested."""
+    inner = (config or {}).get(name)
+    return inner if isinstance(inner, dict) else config or {}

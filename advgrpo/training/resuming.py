@@ -1,0 +1,311 @@
+"""From which checkpoint a run goes on: found, verified and compared with what the run is made from, before models load.
+
+    --resume DIR             the newest checkpoint of the run in DIR, or an error
+    --output-dir DIR --resume auto
+                             the newest that is whole, finite and this run's; the others are named; without one, a start
+    --resume-from CHECKPOINT exactly that one
+
+One process decides, the others follow it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+
+from advgrpo import config as configuration
+from advgrpo.config import Config
+from advgrpo.config.command_line import Source
+from advgrpo.data.sources import Sources
+from advgrpo.errors import UserError, one_line
+from advgrpo.policy.pipelines import pipeline_folder, pipeline_index
+from advgrpo.reporting.tracking import METRICS_FILE
+from advgrpo.runtime import checkpoint as checkpoints
+from advgrpo.runtime.atomic import move_aside
+from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
+from advgrpo.runtime.fingerprint import FileStamps, folder_fingerprint
+from advgrpo.training.restoring import count, entry, measured
+
+SUMMARY_FILE = "summary.json"
+
+# Settings a resumed run may change; any other difference would make it another run.
+FREE_TO_CHANGE = (
+    "iterations",
+    "global_steps",
+    "output_dir",
+    "device",
+    "collective_timeout",
+    "data.cache_dir",
+    "output",
+    "evaluation.every",
+    "monitor",
+    *(f"rewards.remote.{name}" for name in ("url", "timeout", "retries", "backoff", "wait", "token_file")),
+)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What --resume, --resume-from and --accept-changed ask for."""
+
+    mode: Literal["never", "auto", "folder", "checkpoint"] = "never"
+    checkpoint: Path | None = None  # of mode "checkpoint"
+    accepted: tuple[Source, ...] = ()
+
+    @classmethod
+    def of(cls, wanted: Resume | bool) -> Resume:
+        """True is mode "folder", False "never"."""
+        return wanted if isinstance(wanted, Resume) else cls("folder" if wanted else "never")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole, finite, and of a run with these settings."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        return self.state["trainer"]["iteration"]
+
+    def finished(self, config: Config) -> bool:
+        """Whether the run has its length there, as `Trainer.finished`."""
+        return self.iteration >= config.iterations or 0 < config.global_steps <= self.state["trainer"]["global_step"]
+
+
+class Resuming:
+    """The choice of a checkpoint. `choose`, and `next` after it, are called by all processes.
+
+    Args:
+        folder: the run's output folder.
+    """
+
+    def __init__(self, config: Config, folder: Path, distributed: Distributed, resume: Resume, console: Console):
+        self.config, self.folder, self.distributed = config, folder, distributed
+        self.resume, self.console = resume, console
+        self.root = folder / "checkpoints"
+        self._left: list[Path] | None = None  # those that have not been looked at, newest last
+        self._skipped: list[str] = []
+
+    @property
+    def flag(self) -> str:
+        """What was given on the command line, for errors."""
+        if self.resume.mode == "checkpoint":
+            return f"--resume-from {self.resume.checkpoint}"
+        return "--resume auto" if self.resume.mode == "auto" else f"--resume {self.folder}"
+
+    def choose(self) -> Saved | None:
+        """The checkpoint to go on from; None where the run starts anew.
+
+        Raises:
+            UserError: there is none although one was asked for, it is damaged, or it is another run's. With --resume
+                auto only the last: what is damaged is skipped.
+        """
+        if self.resume.mode == "never":
+            self._refuse_a_run()
+            return None
+        if self.distributed.is_main and self._left is None:
+            self._left = self._candidates()
+        with self.distributed.monitored("look for a checkpoint", at_most_seconds=SLOW_SECONDS):
+            found = self._search() if self.distributed.is_main else None
+        path = self.distributed.gather_json(None if found is None else str(found.path))[0]
+        if found is None and path is not None:
+            found = self._open(Path(path))
+        return found
+
+    def next(self, saved: Saved, reason: str) -> Saved | None:
+        """The one before `saved`, which turned out not to fit; UserError where exactly that one was asked for."""
+        error = checkpoints.CheckpointError(saved.path, f"checkpoint {saved.path}: {reason}")
+        if self.resume.mode != "auto":
+            raise UserError(f"{self.flag}: {error}")
+        self._skipped.append(error.reason)
+        return self.choose()
+
+    def tell(self, saved: Saved | None) -> None:
+        """Print, in a line, what was skipped; and what is moved out of the way of a run that starts anew."""
+        if self._skipped:
+            self.console.print(f"{self.flag}: skipped {one_line('; '.join(self._skipped))}", soft_wrap=True)
+        if saved is None and self.resume.mode == "auto" and self.distributed.is_main:
+            old = [
+                path for path in (self.folder / METRICS_FILE, self.folder / SUMMARY_FILE, self.root) if path.exists()
+            ]
+            moved = [f"{path.name} is now {move_aside(path).name}" for path in old]
+            why = "no checkpoint that can be continued" if self._skipped else "no checkpoint yet"
+            self.console.print(
+                f"{self.flag}: {why} in {self.root}; starting at iteration 0. {', '.join(moved)}".rstrip(". "),
+                soft_wrap=True,
+            )
+
+    def done(self, saved: Saved | None) -> str:
+        """Why nothing is left to do; empty while something is.
+
+        Raises:
+            UserError: the run is done, and it was asked for by --resume DIR or --resume-from.
+        """
+        if saved is None or not saved.finished(self.config):
+            return ""
+        done, wanted = saved.iteration, self.config.iterations
+        evaluated = (self.folder / SUMMARY_FILE).exists()  # if not, the run was cut short in its last evaluation
+        if not (evaluated or done > wanted):
+            return ""
+        flag = "--iterations" if done >= wanted else "--global-steps"
+        text = f"{self.flag}: iteration {done} of {wanted} is done already, and with it the run; raise {flag} to go on"
+        if self.resume.mode != "auto":
+            raise UserError(text)
+        return text
+
+    def refuse_changes(self, saved: Saved, made_from: Mapping[str, str]) -> tuple[Source, ...]:
+        """What has changed since the checkpoint was written, and was accepted by --accept-changed.
+
+        Raises:
+            UserError: naming what else has changed.
+        """
+        before = saved.state.get("made_from", {})
+        unknown = [name for name in made_from if name not in before]
+        if unknown:
+            self.console.print(
+                f"note: {saved.path} has no hashes of {', '.join(unknown)}, so they are not compared",
+                soft_wrap=True,
+            )
+        changed = [name for name in made_from if before.get(name, made_from[name]) != made_from[name]]
+        refused = [name for name in changed if name not in self.resume.accepted]
+        if refused:
+            given = {**{name: getattr(self.config.data, name, "") for name in refused}, "base": self.config.model.path}
+            given["references"] = given.get("references") or self.config.data.style
+            named = ", ".join(f"{name} ({_SETTINGS[name]} = {given[name]!r})" for name in refused)
+            raise UserError(
+                f"{self.flag}: since {saved.path} was written, the content of {named} has changed. Put back what was "
+                f"there, or go on with what is there now by --accept-changed {' '.join(changed)}"
+            )
+        if changed:
+            self.console.print(f"going on with other content of {', '.join(changed)}", soft_wrap=True)
+        return tuple(changed)
+
+    def _refuse_a_run(self) -> None:
+        if not self.distributed.is_main:
+            return
+        if (self.folder / METRICS_FILE).exists() or checkpoints.checkpoints(self.root):
+            raise UserError(
+                f"output_dir = {str(self.folder)!r} already holds a run; continue it with --resume {self.folder}, or "
+                "with the same flags and --resume auto, or choose another --output-dir"
+            )
+
+    def _candidates(self) -> list[Path]:
+        if self.resume.mode == "checkpoint":
+            if self.resume.checkpoint.resolve().parent != self.root.resolve():
+                self._refuse_a_run()  # a fork of that run, in a folder of its own
+            return [self.resume.checkpoint]
+        found = checkpoints.checkpoints(self.root)
+        if self.resume.mode == "folder":
+            if not found:
+                raise UserError(
+                    f"{self.flag}: there is no checkpoint in {self.root} yet; start it again with --config "
+                    f"{self.folder / 'config.yaml'} --output-dir {self.folder} --resume auto"
+                )
+            return found[-1:]
+        return found
+
+    def _search(self) -> Saved | None:
+        while self._left:
+            path = self._left.pop()
+            try:
+                saved = self._open(path)
+            except checkpoints.CheckpointError as error:
+                if self.resume.mode != "auto":
+                    raise UserError(f"{self.flag}: {error}") from error
+                self._skipped.append(error.reason)
+                continue
+            self._refuse_other_settings(saved)
+            return saved
+        return None
+
+    def _open(self, path: Path) -> Saved:
+        """A checkpoint whose files are what was written, and whose numbers are finite."""
+        tensors, state = checkpoints.load_checkpoint(path)
+        try:
+            own = entry(state, "trainer", dict)
+            iteration = count(own, "iteration")
+            count(own, "global_step")
+            measured(state, "base")
+            measured(state, "start")
+            for name, value in (entry(state, "made_from", dict) if "made_from" in state else {}).items():
+                if type(value) is not str:
+                    raise UserError(f"made_from.{name} in state.json is {value!r:.60}, want a hash")
+            unlogged = state.get("unlogged")
+            if unlogged is not None and (not isinstance(unlogged, dict) or unlogged.get("iteration") != iteration - 1):
+                raise UserError(f"unlogged in state.json is {unlogged!r:.60}, want iteration {iteration - 1}'s metrics")
+            if checkpoints.iteration_of(path) not in (None, iteration):
+                raise UserError(f"state.json says iteration {iteration}, unlike the folder")
+            configuration.build(entry(state, "config", dict), "config in state.json")
+            wrong = checkpoints.not_finite(tensors, state)
+            if wrong is not None:
+                raise UserError(f"{wrong} is not finite")
+        except UserError as error:
+            raise checkpoints.CheckpointError(path, f"checkpoint {path}: {error}") from None
+        return Saved(path, tensors, state)
+
+    def _refuse_other_settings(self, saved: Saved) -> None:
+        there = configuration.build(saved.state["config"], str(saved.path))  # settings that are newer get defaults
+        different = differences(there.model_dump(mode="json"), self.config.model_dump(mode="json"))
+        if different:
+            free = ", ".join(name for name in FREE_TO_CHANGE if name != "output_dir")  # only that the folder was moved
+            raise UserError(
+                f"{self.flag}: {saved.path} was made with other settings: {'; '.join(different)}. Leave them as they "
+                f"were, or start a new run (only {free} may change)"
+            )
+
+
+_SETTINGS = {
+    "prompts": "data.prompts",
+    "held_out_prompts": "data.held_out_prompts",
+    "references": "data.references",
+    "base": "model.path",
+}
+
+
+def made_from(config: Config, sources: Sources) -> dict[Source, str]:
+    """Hashes of what a run is made from, beside its settings: prompts, references, and the files of the base model."""
+    hashes = {
+        "prompts": _digest([sources.prompts, sources.metadata]),
+        "held_out_prompts": _digest(sources.held_out),
+        "references": "" if sources.references is None else sources.references.fingerprint(),
+        "base": base_fingerprint(config),
+    }
+    assert tuple(hashes) == get_args(Source)
+    return hashes
+
+
+def base_fingerprint(config: Config) -> str:
+    """Hash of every file of the pipeline's parts; those that did not change since an earlier run are not read again."""
+    folder, index = pipeline_folder(config.model.path), pipeline_index(config.model.path)
+    parts = tuple(sorted(name for name, value in index.items() if isinstance(value, list) and (folder / name).is_dir()))
+    return folder_fingerprint(folder, parts, FileStamps(Path(config.data.cache_dir).expanduser() / "stamps", folder))
+
+
+def _digest(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "", *, free: tuple[str, ...] = FREE_TO_CHANGE
+) -> list[str]:
+    """Settings that differ, but for the `free` ones, as "name: old -> new"."""
+    found = []
+    for key in sorted(saved.keys() | current.keys()):
+        name = f"{prefix}{key}"
+        old, new = saved.get(key), current.get(key)
+        if name in free or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{name}.", free=free)
+        else:
+            found.append(f"{name}: {old!r} -> {new!r}")
+    return found

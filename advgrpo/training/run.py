@@ -1,0 +1,513 @@
+"""A training run: what it needs before work starts, its loop, and what it leaves in the output folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from advgrpo import config as configuration
+from advgrpo.adversary.build import build_adversary
+from advgrpo.config import Config
+from advgrpo.data.prompt_lengths import cut_prompts
+from advgrpo.data.sources import Sources
+from advgrpo.errors import RunFailure, UserError
+from advgrpo.evaluate.evaluator import Evaluator
+from advgrpo.plan.memory import advice
+from advgrpo.policy.pipelines import pipeline_folder
+from advgrpo.reporting.display import Display
+from advgrpo.reporting.metric_names import FIRST, half_widths, held_out_means
+from advgrpo.reporting.plots import HeldOut, draw_curves, draw_grid
+from advgrpo.reporting.tracking import METRICS_FILE, Tracker, load_metrics, plain
+from advgrpo.runtime import checkpoint as checkpoints
+from advgrpo.runtime.atomic import clean, write_atomically
+from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
+from advgrpo.runtime.folders import FolderLock, writable
+from advgrpo.runtime.graphs import CudaGraphs
+from advgrpo.runtime.watch import StopRequested
+from advgrpo.training.build import (
+    blind_spots,
+    build_metrics,
+    build_observer,
+    build_policy,
+    build_scorer,
+    check_cache_is_shared,
+    check_prompts,
+)
+from advgrpo.training.fast import FastPaths
+from advgrpo.training.preflight import preflight
+from advgrpo.training.resuming import SUMMARY_FILE, Resume, Resuming, Saved, differences, made_from
+from advgrpo.training.stopping import Keeper, signals_stop
+from advgrpo.training.trainer import Trainer
+from advgrpo.types import Flag
+
+logger = logging.getLogger(__name__)
+CONFIG_FILE = "config.yaml"
+
+_JUDGED_ON = {"held_out_prompts", "references", "base"}  # what the base model's metrics depend on
+
+
+def prepare_output(folder: Path) -> None:
+    """Create the output folder and prove that it can be written to."""
+    writable(folder, "output_dir")
+
+
+class Run:
+    """Builds every part from the config and drives the iterations; only rank 0 writes."""
+
+    def __init__(self, config: Config, distributed: Distributed, *, resume: Resume | bool = False, console: Console):
+        """`resume`: which checkpoint to go on from; True is the newest in the output folder, False a new run.
+
+        Raises:
+            UserError: whatever is wrong with settings, files, models or the checkpoint, or another run in the folder.
+        """
+        self.config, self.distributed, self.console = config, distributed, console
+        self.display = Display(console)
+        self.folder = Path(config.output_dir)
+        self.nothing_left = ""  # why the run is done already; then nothing is loaded
+        self.base: dict[str, float] = {}
+        self.start: dict[str, float] = {}  # of the LoRA that model.lora.start_from names
+        self.samples: dict[str, list] = {}
+        self.unlogged: dict | None = None  # metrics of the newest iteration, while its evaluation is not done
+        self.stopped = ""  # why the run ended early
+        self._lock: FolderLock | None = None
+        try:
+            self._prepare(Resume.of(resume))
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, resume: Resume) -> None:
+        """From settings to a trainer that stands where the run goes on."""
+        config, distributed = self.config, self.distributed
+        configuration.check(config, distributed.world_size)
+        distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
+        sources = Sources.read(config)
+        check_prompts(config, sources)
+        if distributed.is_main:
+            prepare_output(self.folder)
+            self._lock = FolderLock(self.folder, "output_dir")
+            for folder in (self.folder, self.folder / "samples", self.folder / "lora"):
+                clean(folder)
+        resuming = Resuming(config, self.folder, distributed, resume, self.console)
+        saved = resuming.choose()
+        self.nothing_left = distributed.gather_json(resuming.done(saved) if distributed.is_main else "")[0]
+        if self.nothing_left:
+            resuming.tell(saved)
+            return
+        preflight(config)
+        fast = FastPaths.choose(config, distributed.device)
+        if distributed.is_main:
+            fast.print(self.console)
+        with distributed.monitored("hash what the run is made from", at_most_seconds=SLOW_SECONDS):
+            self.made_from = made_from(config, sources) if distributed.is_main else {}
+        changed = self._changed(resuming, saved)
+        with distributed.monitored("load the models", at_most_seconds=SLOW_SECONDS):
+            self.trainer, self.evaluator = self._build(sources, fast)
+        with distributed.monitored("look into the cache"):
+            check_cache_is_shared(self.trainer.policy, sources, distributed, config)
+        while saved is not None and (reason := self._misfit(saved)):
+            saved = resuming.next(saved, reason)
+            changed = self._changed(resuming, saved)
+        resuming.tell(saved)
+        self.resumed = saved is not None
+        if saved is not None:
+            self._restore(saved, changed)
+        newest = self.trainer.iteration if self.resumed else None
+        write = weakref.WeakMethod(self._write_checkpoint)  # a cycle would keep the lock of a run nobody holds any more
+        self.keeper = Keeper(lambda tensors, state: write()(tensors, state), self.trainer, distributed, newest)
+
+    def close(self) -> None:
+        """Let another run have the output folder; `train` does it at its end."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _build(self, sources: Sources, fast: FastPaths) -> tuple[Trainer, Evaluator]:
+        config, distributed = self.config, self.distributed
+        self.cut_prompts = self._tell_of_prompts(sources) if distributed.is_main else {}
+        policy = build_policy(config, sources, distributed, fast, self.display)
+        distributed.progress("load the adversary", within_seconds=SLOW_SECONDS)
+        adversary = (
+            build_adversary(config.adversary, device=distributed.device, seed=config.seed)
+            if config.learns_adversary
+            else None
+        )
+        distributed.progress("load what judges pictures", within_seconds=SLOW_SECONDS)
+        observer = build_observer(config, adversary, distributed.device)
+        if unseen := blind_spots(config, observer):
+            self.console.print(unseen, highlight=False)
+        metrics = build_metrics(config, sources, observer, distributed)
+        trainer = Trainer(
+            config,
+            policy=policy,
+            scorer=build_scorer(config, sources, adversary, observer, distributed),
+            prompts=sources.prompts,
+            distributed=distributed,
+            fast=fast,
+            graphs=CudaGraphs(distributed.device) if fast.graphs else None,
+        )
+        held_out = sources.held_out
+        return trainer, Evaluator(policy, metrics, sources.references, held_out, config, distributed, self.display)
+
+    def _tell_of_prompts(self, sources: Sources) -> dict[str, int]:
+        """Print what becomes of prompts that nobody would notice; {tokenizer: how many it cuts} for the summary."""
+        lines = sources.notes(self.config)
+        model, prompts = self.config.model, [*sources.prompts, *sources.held_out]
+        cut = cut_prompts(pipeline_folder(model.path), prompts, model.max_sequence_length)
+        lines += [each.describe(len(prompts)) for each in cut]
+        for line in lines:
+            self.console.print(f"note: {line}", soft_wrap=True)
+        return {name: len(each.prompts) for each in cut for name in each.tokenizers}
+
+    def train(self) -> None:
+        """Train until trainer.finished; on SIGTERM, SIGINT, SIGHUP or the monitor's wish save a checkpoint and return.
+
+        After it `stopped` says why the run ended early; it is empty where it did not.
+        """
+        try:
+            if self.nothing_left:
+                self.console.print(self.nothing_left, soft_wrap=True)
+                return
+            with signals_stop(self.distributed):
+                try:
+                    self._train()
+                    self._finish()
+                except StopRequested as reason:
+                    self.stopped = str(reason)
+                    self._stop()
+        finally:
+            self.close()
+
+    def _train(self) -> None:
+        config, trainer, main = self.config, self.trainer, self.distributed.is_main
+        if main:
+            self._clear_the_way()
+        if not self.base:
+            self.base = self._evaluate_base()
+            self.start = self.start if self.resumed else self._evaluate_start()
+        self._draw_samples("base", self.base)
+        tracker = Tracker(
+            self.folder,
+            total_iterations=config.iterations,
+            start_iteration=trainer.iteration - (self.unlogged is not None),
+            is_main=main,
+            tensorboard=config.output.tensorboard,
+            wandb_project=config.output.wandb_project or None,
+            config=config.model_dump(mode="json"),
+            display=self.display,
+        )
+        with tracker, self.keeper.at_failure():
+            while self.unlogged is not None or not trainer.finished:
+                if self.unlogged is None:
+                    self.unlogged = plain(self._iterate())
+                self._log(tracker)
+                flagged = [text for text in self.distributed.gather_json(_flagged_to_stop(trainer.flags)) if text]
+                every = config.output.checkpoint_every
+                if flagged or trainer.finished or (every and trainer.iteration % every == 0):
+                    tracker.sync()
+                    self.save()
+                if flagged and not trainer.finished:
+                    raise StopRequested(flagged[0])
+
+    def _log(self, tracker: Tracker) -> None:
+        """Record the newest iteration, after an evaluation if one is due; cut short, both are done on resuming."""
+        metrics, done, every = self.unlogged, self.trainer.iteration, self.config.evaluation.every
+        if not self.trainer.finished and every and done % every == 0:
+            found = self._evaluate(whole=False)
+            metrics = metrics | found
+            self._draw_samples(f"iteration-{done:06d}", found)
+        tracker.log(metrics, self.trainer.flags)
+        self.unlogged = None
+
+    def _stop(self) -> None:
+        """Leave a run that ends early so that it can be continued: on rank 0 alone, the others may be gone."""
+        if not self.distributed.is_main:
+            return
+        if self.keeper.began:
+            self.keeper.keep()
+            self.trainer.abandon()
+        again = "start it again" if self.keeper.saved is None else f"continue with --resume {self.folder}"
+        self.console.print(f"stopped by {self.stopped} after {self.trainer.iteration} iterations; {again}")
+        if self.keeper.began and not self.trainer.finished:  # last: whoever stops a run does not wait for long
+            self.export()
+            self._draw_curves({})
+
+    def _iterate(self) -> dict:
+        """One iteration; running out of GPU memory names the knob to turn."""
+        try:
+            return self.trainer.iterate()
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(advice(error, self.config, processes=self.distributed.world_size)) from error
+
+    def _evaluate(self, *, whole: bool = True, of_base: bool = False) -> dict[str, float]:
+        """Held-out metrics of the averaged weights, or of the base model; empty without held-out prompts.
+
+        `whole`: as at the ends of the run, and apart from it over each prompt's first pictures, the only ones that are
+        evaluated in between.
+        """
+        if not self.evaluator.prompts:
+            return {}
+        evaluation = self.config.evaluation
+        during = evaluation.during_images_per_prompt
+        count, first = (evaluation.images_per_prompt, during) if whole else (during, 0)
+        if of_base:
+            return self.evaluator.base().run(count, first=first)
+        with self.trainer.averaged():
+            return self.evaluator.run(count, first=first)
+
+    def _evaluate_base(self) -> dict[str, float]:
+        """The base model: adapters are disabled, so a resumed or LoRA-started run measures the same thing."""
+        if not self.evaluator.prompts:
+            return {}
+        self.display.say(f"evaluating the base model on {len(self.evaluator.prompts)} held-out prompts")
+        base = self._evaluate(of_base=True)
+        self.console.print(f"base model: {_shown(base)}")
+        return base
+
+    def _evaluate_start(self) -> dict[str, float]:
+        """The LoRA the run starts from, on the same noise as the base model, which has no LoRA at all."""
+        start = self.config.model.lora.start_from
+        if not start or not self.evaluator.prompts:
+            return {}
+        self.console.print(f"evaluating {start}")
+        found = self._evaluate()
+        self.console.print(f"start: {_shown(found)}")
+        return found
+
+    def _finish(self) -> None:
+        """Export, final evaluation, pictures and summary."""
+        final = self._evaluate()
+        self._draw_samples("final", final)
+        if not self.distributed.is_main:
+            return
+        self.export()
+        rows = self._draw_curves(final)
+        summary = summarize(self.config, rows, self.base, final, self.start, iterations=self.trainer.iteration)
+        summary["prompts_cut_by"] = self.cut_prompts
+        write_atomically(self.folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        if not summary["trained"]:
+            self.console.print(f"note: {summary['not_trained_because']}", soft_wrap=True)
+        base = held_out_means(self.base)
+        for name, value in held_out_means(final).items():
+            self.console.print(f"{name}: base {base[name]:.4f} -> final {value:.4f}")
+        self.console.print(f"wrote {self.folder}/lora, samples/, curves.png, summary.json")
+
+    def _draw_curves(self, final: dict[str, float]) -> list[dict]:
+        """OUT/curves.png from the metrics so far, which are returned."""
+        rows = load_metrics(self.folder / METRICS_FILE)
+        evaluation = self.config.evaluation
+        counts = evaluation.during_images_per_prompt, evaluation.images_per_prompt
+        if rows:  # a damaged file may have held none
+            draw_curves(rows, self.folder / "curves.png", HeldOut(self.base, final, *counts))
+        return rows
+
+    def export(self) -> None:
+        """OUT/lora (after full fine-tuning OUT/transformer, or OUT/unet) with the averaged weights.
+
+        Raises:
+            RunFailure: a weight is not finite; nothing is written.
+        """
+        with self.trainer.averaged():
+            policy = self.trainer.policy
+            self._refuse_not_finite({f"ema.{name}": p for name, p in policy.trainable_parameters()}, {}, "exported")
+            policy.export(self.folder / ("lora" if self.config.model.train == "lora" else policy.component))
+
+    def _draw_samples(self, name: str, scores: dict[str, float]) -> None:
+        """OUT/samples/NAME.png: base, trained (but for the base's own grid) and reference pictures."""
+        with self.distributed.monitored("draw samples"):  # rank 0 draws, the others wait
+            if not self.distributed.is_main or not self.evaluator.prompts:
+                return
+            if name == "base":
+                self.samples["base"] = self.evaluator.base().grid_pictures()
+            else:
+                with self.trainer.averaged():
+                    self.samples["trained"] = self.evaluator.grid_pictures()
+            self._write_grid(name, scores)
+
+    def _write_grid(self, name: str, scores: dict[str, float]) -> None:
+        rows = []
+        for number, (prompt, _) in enumerate(self.samples["base"]):
+            blocks = [(column, pictures[number][1]) for column, pictures in self.samples.items()]
+            references = self.evaluator.references
+            if references is not None:
+                size = tuple(blocks[0][1].shape[-2:])
+                blocks.append(("references", references.load_images(references.files(prompt)[:4], size=size)))
+            rows.append((prompt, blocks))
+        (self.folder / "samples").mkdir(exist_ok=True)
+        draw_grid(rows, self.folder / "samples" / f"{name}.png", header=self._heading(name, scores))
+
+    def _heading(self, name: str, scores: dict[str, float]) -> str:
+        """What a grid shows: the run, how far it is, how it was sampled, and what the held-out pictures score."""
+        config, trained = self.config, name != "base"
+        stage = f"iteration {self.trainer.iteration} of {config.iterations}" if trained else "base model"
+        sampled = f"{config.evaluation.num_steps} steps, guidance {config.evaluation.guidance_scale:g}"
+        parts = [self.folder.name, stage, f"seed {config.seed}", sampled]
+        during = not any(name.endswith(FIRST) for name in scores)  # then compare with as many pictures of the base
+        base = held_out_means(self.base, first=during)
+        for metric, value in held_out_means(scores).items():
+            before = f"{base[metric]:.3f} -> " if trained else ""
+            parts.append(f"{metric} {before}{value:.3f}")
+        return " · ".join(parts)
+
+    def save(self) -> None:
+        """Write a checkpoint; everything in it is the same on every process, so rank 0 alone writes.
+
+        Raises:
+            RunFailure: something in it is not finite. Nothing is written, and older checkpoints stay.
+            UserError: as `save_checkpoint`.
+        """
+        with self.distributed.monitored("save a checkpoint"):
+            if self.distributed.is_main:
+                self.keeper.save()
+
+    def _write_checkpoint(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
+        """Of the trainer's state between two iterations; also called by the thread that watches the other processes."""
+        done = state["trainer"]["iteration"]
+        # What the newest iteration has found is only part of it once that iteration's changes are.
+        unlogged = self.unlogged if self.unlogged and self.unlogged["iteration"] == done - 1 else None
+        state = {
+            **state,
+            "config": self.config.model_dump(mode="json"),
+            "base": self.base,
+            "start": self.start,
+            "unlogged": unlogged,
+            "made_from": self.made_from,
+        }
+        self._refuse_not_finite(tensors, state, "saved")
+        checkpoints.save_checkpoint(
+            self.folder / "checkpoints", done, tensors, state, self.config.output.keep_checkpoints
+        )
+
+    def _refuse_not_finite(self, tensors: dict[str, torch.Tensor], state: dict, what_for: str) -> None:
+        name = checkpoints.not_finite(tensors, state)
+        if name is None:
+            return
+        remedy = "Look at the last rows of metrics.jsonl"
+        if name in tensors:
+            part = "adversary" if name.startswith(("head", "replay")) else "update"
+            remedy = f"Start again with a lower {part}.learning_rate"
+        latest = checkpoints.latest_checkpoint(self.folder / "checkpoints")
+        kept = f"; {latest} is as it was" if latest else ""
+        raise RunFailure(
+            f"after {self.trainer.iteration} iterations {name} is not finite, so nothing was {what_for}{kept}. {remedy}"
+        )
+
+    def _changed(self, resuming: Resuming, saved: Saved | None) -> tuple[str, ...]:
+        """What of the run's data is not what it was at the checkpoint, by consent; the same on every process."""
+        looks = saved is not None and self.distributed.is_main
+        changed = resuming.refuse_changes(saved, self.made_from) if looks else ()
+        return tuple(self.distributed.gather_json(changed)[0])
+
+    def _misfit(self, saved: Saved) -> str:
+        """Take the checkpoint over, or say why it does not fit; what process 0 finds counts on all."""
+        reason = ""
+        try:
+            self.trainer.load(saved.tensors, saved.state)
+        except UserError as error:
+            reason = str(error)
+        decided = self.distributed.gather_json(reason)[0]
+        if reason and not decided:
+            raise UserError(f"checkpoint {saved.path}: {reason}")
+        return decided
+
+    def _restore(self, saved: Saved, changed: tuple[str, ...]) -> None:
+        """What the trainer does not know; it has been loaded."""
+        known = {} if _JUDGED_ON.intersection(changed) else saved.state
+        for stage in ("base", "start"):  # those of an older program may lack metrics: then without, or evaluated again
+            values = known.get(stage, {})
+            setattr(self, stage, values if self.evaluator.names() <= values.keys() else {})
+        self.unlogged = saved.state.get("unlogged")
+        self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}", soft_wrap=True)
+        if not self.distributed.is_main or not (self.folder / CONFIG_FILE).exists():
+            return
+        try:
+            first = configuration.load(file=self.folder / CONFIG_FILE).model_dump(mode="json")
+        except UserError as error:
+            self.console.print(f"note: {error}; the checkpoint's settings count", soft_wrap=True)
+            return
+        other = differences(first, self.config.model_dump(mode="json"), free=("output_dir",))
+        if other:
+            self.console.print(f"note: since {CONFIG_FILE} was written: {'; '.join(other)}", soft_wrap=True)
+
+    def _clear_the_way(self) -> None:
+        """Files of a future that does not come, and the settings of a run that begins; rank 0 calls it."""
+        if not self.resumed or not (self.folder / CONFIG_FILE).exists():
+            write_atomically(self.folder / CONFIG_FILE, configuration.dump(self.config))
+        if self.resumed:
+            checkpoints.set_later_aside(self.folder / "checkpoints", self.trainer.iteration)
+        if not self.trainer.finished:
+            (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
+
+
+def _flagged_to_stop(flags: list[Flag]) -> str:
+    """Why the monitor ends the run; empty while it does not."""
+    names = ", ".join(flag.name for flag in flags if flag.stop)
+    return f"the monitor (monitor.stop names {names}; leave it out to go on)" if names else ""
+
+
+def _shown(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in held_out_means(values).items())
+
+
+def summarize(
+    config: Config,
+    rows: list[dict],
+    base: dict[str, float],
+    final: dict[str, float],
+    start: dict[str, float],
+    *,
+    iterations: int,
+) -> dict:
+    """What OUT/summary.json holds: held-out metrics before and after, speed, versions, seed.
+
+    `rows` are the records of metrics.jsonl, from which iterations may be missing: then speed is that of the others.
+    "start" are those of the LoRA the run started from, where there was one; "ci95" holds half the width of every
+    metric's 95 % interval over prompts.
+    """
+    stages = {"base": base, **({"start": start} if start else {}), "final": final}
+    timed = [row["seconds"] for row in rows if isinstance(row.get("seconds"), (int, float))]
+    per_second = len(timed) / sum(timed) if sum(timed) else None
+    reason = configuration.untrained(config) or ("" if len(rows) < iterations else _untrained(rows))
+    return {
+        "seed": config.seed,
+        "iterations": iterations,
+        "trained": not reason,
+        **({"not_trained_because": reason} if reason else {}),
+        **{stage: held_out_means(values) for stage, values in stages.items()},
+        "ci95": {stage: half_widths(values) for stage, values in stages.items()},
+        "images_per_second": per_second and per_second * config.images_per_iteration,
+        "iterations_per_second": per_second,
+        "training_seconds": sum(timed),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": versions(),
+    }
+
+
+def _untrained(rows: list[dict]) -> str:
+    """Why the generator is as it was, although the settings could have trained it; "" where it was trained."""
+    if any(row.get(loss) is not None for row in rows for loss in ("policy_loss", "sft_loss")):
+        return ""
+    return "no iteration trained the generator: the adversary was fooled, and trained, in each (adversary.schedule)"
+
+
+def versions() -> dict[str, str]:
+    """Of what decides about numbers, for files that hold results."""
+    import diffusers
+    import peft
+    import transformers
+
+    modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "peft": peft}
+    return {"python": sys.version.split()[0], **{name: module.__version__ for name, module in modules.items()}}

@@ -1,0 +1,265 @@
+"""The generator's update: clipped policy loss on the window's steps, one optimizer step per optimizer window.
+
+The forward repeats the rollout's own: same tiles, same weights, same batch shapes, so before the first optimizer step
+every likelihood ratio is exactly 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from advgrpo.config import Config
+from advgrpo.errors import RunFailure
+from advgrpo.policy.base import Policy, PreparedPrompts, Velocity
+from advgrpo.runtime.transfer import to_device
+from advgrpo.sampling.dynamics import StepTable
+from advgrpo.training.ema import Ema
+from advgrpo.training.optimizer import build_optimizer
+from advgrpo.types import TileRollout, WindowStep
+from advgrpo_kernels import clipped_policy_loss, gaussian_log_prob, gaussian_step
+
+
+class DriftError(RunFailure):
+    """Log-probabilities of the update differ from the rollout's although the weights are the same."""
+
+
+@dataclass
+class UpdateStats:
+    """Sums over this process's (picture, step) pairs of an optimizer window; they stay on the device."""
+
+    device: torch.device
+    pairs: int = 0
+    kl_pairs: int = 0
+    loss: list[torch.Tensor] = field(default_factory=list)
+    ratio: list[torch.Tensor] = field(default_factory=list)
+    clipped: list[torch.Tensor] = field(default_factory=list)
+    kl: list[torch.Tensor] = field(default_factory=list)
+    drift: list[torch.Tensor] = field(default_factory=list)  # max |log p - log p_old| of each tile and step
+
+    def sums(self) -> torch.Tensor:
+        """[6] float64: loss, ratio, clipped, kl, pairs, kl_pairs."""
+        zero = torch.zeros((), device=self.device)
+        totals = [sum(column, zero) for column in (self.loss, self.ratio, self.clipped, self.kl)]
+        counts = [zero + self.pairs, zero + self.kl_pairs]
+        return torch.stack([*totals, *counts]).double()
+
+    def max_drift(self) -> torch.Tensor:
+        return torch.stack(self.drift).max() if self.drift else torch.zeros((), device=self.device)
+
+
+class Updater:
+    """Accumulates gradients over tiles, sums them over processes in one flat all-reduce, clips and steps.
+
+    Nothing here waits for the device on the fast path. A gradient that is not finite, or a drift above the bound,
+    leaves the weights as they are: it makes this and all later gradients of the iteration not finite, which the
+    optimizer refuses; `check` reports it when the iteration is logged.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: Config,
+        *,
+        reduce: Callable[[list[torch.Tensor]], None],
+        fused: bool,
+        ema: Ema | None = None,
+    ):
+        self.policy, self.config, self.reduce = policy, config, reduce
+        self.named = list(policy.trainable_parameters())
+        self.ema = ema or Ema.of(self.named, config.update)
+        self.stepper = build_optimizer([p for _, p in self.named], config.update, self.ema, fused=fused)
+        self.optimizer = self.stepper.optimizer
+        self._poison = torch.zeros((), device=policy.device)  # 0, or NaN once an iteration went wrong
+
+    @torch.no_grad()
+    def reweigh(self, tiles: Iterable[TileRollout], table: StepTable) -> torch.Tensor:
+        """Replace the rollout's log-probabilities by the trainer's, before any optimizer step.
+
+        For rollouts whose window ran other weights than are trained (config: update.old_log_prob). With
+        "truncated_importance" each picture's loss is weighted by min(p_trainer / p_rollout, cap) (Yao et al. 2025).
+
+        Returns:
+            [4] float64 sums over pairs: |log p_trainer - log p_rollout|, weight, share at the cap, pairs.
+        """
+        sums = torch.zeros(4, dtype=torch.float64, device=self.policy.device)
+        for rollout in tiles:
+            row = to_device(rollout.tile.row, self.policy.device)
+            prompts = self._prepare(rollout, table)
+            for step in rollout.steps:
+                latents, velocity = self._expanded(step, self._velocity(step, prompts, row, table), row)
+                log_prob = gaussian_log_prob(
+                    latents,
+                    velocity[0],
+                    step.next_latents,
+                    table.coefficients[step.step],
+                    uncond_velocity=velocity[1],
+                    guidance_scale=self._guidance,
+                    likelihood=self.config.rollout.likelihood,
+                )
+                gap, cap = log_prob - step.log_prob, self.config.update.importance_cap
+                step.log_prob = log_prob
+                weight = gap.exp().clamp(max=cap)
+                if self.config.update.old_log_prob == "truncated_importance":
+                    step.weight = weight
+                sums[:3] += torch.stack([gap.abs().sum(), weight.sum(), (weight == cap).sum()])
+                sums[3] += len(row)
+        return sums
+
+    def accumulate(
+        self, tiles: Iterable[TileRollout], advantages: torch.Tensor, table: StepTable, *, total: int, watch_kl: bool
+    ) -> UpdateStats:
+        """Gradients of one optimizer window. `advantages` is [B global], indexed by image id; `total` is the window's
+        number of pictures over all processes. `watch_kl` measures the KL to the base on the first step of picture 0's
+        tile even when the loss does not use it: with a shared prefix that forward has one row per prompt.
+        """
+        self.zero_gradients()
+        stats = UpdateStats(self.policy.device)
+        weight = 1.0 / (total * len(table.trained))
+        for rollout in tiles:
+            row = to_device(rollout.tile.row, self.policy.device)
+            prompts = self._prepare(rollout, table)
+            tile_advantages = advantages[to_device(rollout.tile.image_ids, advantages.device)]
+            for number, step in enumerate(rollout.steps):
+                watched = watch_kl and number == 0 and int(rollout.tile.image_ids[0]) == 0
+                measure_kl = self.config.update.kl_weight > 0 or watched
+                velocity = self._velocity(step, prompts, row, table)
+                loss = self._loss(step, velocity, prompts, row, tile_advantages, table, measure_kl)
+                self._backward(step, velocity, loss, len(row) * weight)
+                self._record(stats, loss, step, measure_kl)
+        return stats
+
+    def zero_gradients(self) -> None:
+        """Before an optimizer window's gradients are accumulated."""
+        for _, parameter in self.named:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
+    def _prepare(self, rollout: TileRollout, table: StepTable) -> PreparedPrompts:
+        """The same call on the same embeddings as in the rollout, so the same bits."""
+        return self.policy.prepare(rollout.conditioning, table.timesteps, guided=self._guidance != 1.0)
+
+    def _velocity(self, step: WindowStep, prompts: PreparedPrompts, row: torch.Tensor, table: StepTable) -> Velocity:
+        """As the rollout computed it: one row per prompt where those are still identical."""
+        return self.policy.velocity(
+            step.latents, table.numbers[step.step], prompts if step.shared else prompts.rows(row)
+        )
+
+    def _expanded(self, step: WindowStep, velocity: Velocity, row: torch.Tensor) -> tuple[torch.Tensor, Velocity]:
+        """(latents, velocity), one row per picture, detached."""
+        tensors = [None if t is None else t.detach() for t in (step.latents, *velocity)]
+        if step.shared:
+            tensors = [None if t is None else t.index_select(0, row) for t in tensors]
+        return tensors[0], (tensors[1], tensors[2])
+
+    def _loss(self, step, velocity: Velocity, prompts, row, advantages, table: StepTable, measure_kl: bool):
+        coefficients = table.coefficients[step.step]
+        latents, expanded = self._expanded(step, velocity, row)
+        reference_mean = None
+        if measure_kl:
+            with torch.no_grad(), self.policy.reference():
+                _, base = self._expanded(step, self._velocity(step, prompts, row, table), row)
+            reference_mean = gaussian_step(
+                latents, base[0], coefficients, uncond_velocity=base[1], guidance_scale=self._guidance,
+                noise=torch.zeros_like(latents), likelihood=None, return_mean=True,
+            ).mean  # fmt: skip
+        clip = self.config.advantage.clip
+        if step.weight is not None:  # weights scale the clipped advantage, so the kernel's own bound is wider
+            advantages, clip = advantages.clamp(-clip, clip) * step.weight, clip * self.config.update.importance_cap
+        return clipped_policy_loss(
+            latents,
+            expanded[0],
+            step.next_latents,
+            coefficients,
+            step.log_prob,
+            advantages,
+            clip_range=self.config.update.clip_range,
+            adv_clip=clip,
+            uncond_velocity=expanded[1],
+            guidance_scale=self._guidance,
+            likelihood=self.config.rollout.likelihood,
+            reference_mean=reference_mean,
+            kl_weight=self._kl_weight(table.lengths[step.step]),
+        )
+
+    def _kl_weight(self, length: float) -> float:
+        """Of a KL over 2s²: with s² = std²·length, weighting by the length is dividing by 2·std² instead."""
+        update = self.config.update
+        return update.kl_weight * (length if update.kl_variance == "unit_time" else 1.0)
+
+    def _backward(self, step: WindowStep, velocity: Velocity, loss, weight: float) -> None:
+        """The loss's closed-form gradient by the velocities, through the network. No graph is built for the glue."""
+        outputs, gradients = [], []
+        for output, gradient in zip(velocity, (loss.velocity_grad, loss.uncond_velocity_grad)):
+            if output is None:
+                continue
+            gradient = gradient * weight
+            if step.shared:  # pictures of a prompt lie next to each other: a sum in fixed order
+                gradient = gradient.unflatten(0, (len(output), -1)).sum(1)
+            outputs.append(output)
+            gradients.append(gradient)
+        torch.autograd.backward(outputs, gradients)
+
+    @property
+    def _guidance(self) -> float:
+        return self.config.rollout.guidance_scale
+
+    def _record(self, stats: UpdateStats, loss, step: WindowStep, measured_kl: bool) -> None:
+        rows = len(loss.log_prob)
+        stats.pairs += rows
+        stats.loss.append(loss.loss.detach() * rows)
+        stats.ratio.append(loss.ratio.sum())
+        stats.clipped.append(loss.clip_fraction * rows)
+        stats.drift.append((loss.log_prob - step.log_prob).abs().max())
+        if measured_kl:
+            stats.kl.append(loss.kl * rows)
+            stats.kl_pairs += rows
+
+    def step(self, drift: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum gradients over processes, clip, step; returns the gradient norm before clipping, on the device.
+
+        `drift` is this process's, where no step was taken since the rollout: above update.max_log_prob_drift it makes
+        the gradient NaN, on every process, and nothing is stepped.
+        """
+        if drift is not None:
+            above = ~(drift <= self.config.update.max_log_prob_drift)
+            self._poison.copy_(torch.where(above, torch.nan, 0.0))
+        gradients = [p.grad for _, p in self.named]
+        gradients[0].add_(self._poison)
+        self.reduce(gradients)
+        norm = self.stepper.step()
+        self._poison.add_(norm * 0.0)  # NaN for a norm that is not finite
+        return norm
+
+    def check(self, drift: float, norms: list[float], iteration: int) -> None:
+        """Raise what stopped the optimizer, with the values the log has just read.
+
+        Raises:
+            DriftError: log-probabilities moved before the first step.
+            FloatingPointError: a gradient was not finite.
+        """
+        bound = self.config.update.max_log_prob_drift
+        if not drift <= bound:
+            raise DriftError(
+                f"iteration {iteration}: log-probabilities moved by {drift:.3e} before any optimizer step "
+                f"(update.max_log_prob_drift = {bound:g}). Rollout and update must run the same forward; raise the "
+                "bound only if you know why they differ"
+            )
+        bad = [norm for norm in norms if not norm < float("inf")]
+        if bad:
+            raise FloatingPointError(
+                f"iteration {iteration}: gradient norm is {bad[0]}, first in {self._worst()}; the optimizer was not "
+                "stepped. Start again with a lower update.learning_rate"
+            )
+
+    def _worst(self) -> str:
+        """The first layer whose gradient is not finite."""
+        for name, parameter in self.named:
+            wrong = (~torch.isfinite(parameter.grad)).flatten().nonzero()
+            if len(wrong):
+                return self.policy.element_name(name, int(wrong[0]))
+        return "the sum"

@@ -1,0 +1,1 @@
+"""Frozen image models that rewards and adversaries look through."""

@@ -1,0 +1,78 @@
+"""DINOv2 (arXiv 2304.07193), frozen: the adversary's backbone and what independent statistics look through.
+
+Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; features cls [B, D], patches [B, P, D].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import Dinov2Model
+
+from advgrpo.errors import UserError
+from advgrpo.runtime.fingerprint import module_fingerprint
+from advgrpo.runtime.transfer import to_device
+from advgrpo.types import Features
+from advgrpo.vision.loading import expanded, load_pretrained
+
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+def backbone_folder(path: str) -> str:
+    if path != "tiny":
+        return expanded(path)
+    from advgrpo.tiny import backbone_dir
+
+    return str(backbone_dir())
+
+
+class DinoBackbone:
+    """A frozen Dinov2Model with the one preprocessing used everywhere; errors name the settings `fields`."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        image_size: int,
+        dtype: str,
+        device: torch.device,
+        fields: tuple[str, str] = ("adversary.backbone", "adversary.image_size"),
+    ):
+        self.folder = backbone_folder(path)
+        model = load_pretrained(
+            Dinov2Model,
+            self.folder,
+            model_types=("dinov2",),
+            field=fields[0],
+            dtype=getattr(torch, dtype),
+        )
+        if image_size % model.config.patch_size:
+            raise UserError(
+                f"{fields[1]} = {image_size} is not a multiple of the backbone's patch size {model.config.patch_size}"
+            )
+        self.model = model.to(device)
+        self.image_size, self.device = image_size, device
+        self.width: int = model.config.hidden_size
+        self.num_patches = (image_size // model.config.patch_size) ** 2
+        self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
+
+    @property
+    def cache_key(self) -> str:
+        """What features depend on beside the picture: every weight, the configuration, precision, preprocessing."""
+        preprocessing = f"bicubic antialiased:{self.image_size}:{_MEAN}:{_STD}"
+        return f"dino:{module_fingerprint(self.model, self.model.dtype, preprocessing)}"
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] in [0, 1] -> bicubic to image_size, ImageNet mean and standard deviation."""
+        images = to_device(images, self.device).float()
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return (images - self._mean) / self._std
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> Features:
+        tokens = self.model(self.preprocess(images).to(self.model.dtype)).last_hidden_state
+        return Features({"cls": tokens[:, 0].float(), "patches": tokens[:, 1:].float()})

@@ -1,0 +1,214 @@
+"""B0 computes what the trainer computes: latents, log-probabilities, rewards, losses and gradients on the same weights.
+
+Planted bugs that turned this file red: guidance the wrong way round; adapters at half strength; noise scaled twice;
+CPS noise without the half pi; likelihood summed; clipping with the other sign; advantages unscaled; reward weights
+swapped; one hinge half doubled; schedule shifted once; average and weight swapped; one optimizer window left out;
+nothing remembered; KL to itself.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from advgrpo.adversary.build import build_adversary
+from advgrpo.policy.sd3 import SD3Policy
+from advgrpo.sampling.dynamics import step_table
+from advgrpo.sampling.sampler import Sampler
+from advgrpo.training.update import Updater
+from advgrpo.types import Features as TrainerFeatures
+from advgrpo.types import Tile, TileRollout
+from advgrpo_kernels import group_advantages, philox_normal, transition_coefficients
+from bench import baseline
+from bench.baseline import Features, FlowScheduler, log_likelihood
+from bench.pair import baseline_of, stock_config, stock_transformer
+
+PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
+ROW = torch.tensor([0, 0, 1, 1])
+CPU = torch.device("cpu")
+
+
+def references(prompt: str) -> torch.Tensor:
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(PROMPTS.index(prompt)))
+
+
+def both(settings):
+    """(our policy, our adversary, B0) with the same weights and adapters that do something."""
+    policy = SD3Policy(
+        settings.model, device=CPU, cache_dir=Path(settings.data.cache_dir), seed=0, fused=True, precision="model"
+    )
+    lora = policy.network.lora
+    with torch.no_grad():
+        lora.master.add_(0.1 * torch.randn(lora.master.shape, generator=torch.Generator().manual_seed(5)))
+    adversary = build_adversary(settings.adversary, device=CPU, seed=0)
+    stock = stock_transformer(
+        stock_config(policy.transformer.config),
+        policy.transformer.state_dict(),
+        lora.state_dict(),
+        rank=settings.model.lora.rank,
+        alpha=settings.model.lora.alpha,
+    )
+    theirs = baseline_of(
+        settings,
+        transformer=stock,
+        policy=policy,
+        decode=policy.decode,
+        adversary=adversary,
+        references=references,
+        prompts=PROMPTS,
+    )
+    return policy, adversary, theirs
+
+
+def sample(policy, theirs, settings, window):
+    """The same tile by our sampler and by B0, from the same initial noise and the same draws."""
+    rollout = settings.rollout
+    sampler = Sampler(policy, rollout.guidance_scale, rollout.likelihood, share_prefix=True, merged=True)
+    table = step_table(policy, rollout.num_steps, window, rollout=rollout)
+    policy.merge()
+    initial, ids = sampler.initial_latents(7, torch.arange(2)), torch.arange(4)
+    text = policy.encode(PROMPTS)
+    latents, steps = sampler.run(table, text, initial, ROW, noise_seed=3, image_ids=ids)
+    tile = TileRollout(Tile(ids, PROMPTS, torch.arange(2), ROW, 0), text, steps, policy.decode(latents))
+    noise = {i: philox_normal((4, *policy.latent_shape()), seed=3, sample_ids=ids, step=i) for i in window}
+    captions = [PROMPTS[i] for i in ROW.tolist()]
+    return (latents, tile, table), theirs.sampler(captions, initial[ROW], window, noise)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize(
+    ("dynamics", "likelihood"), [("flow_cps", "squared_error"), ("flow_sde", "gaussian"), ("dance_sde", "gaussian")]
+)
+def test_sampler_and_update_equal_the_trainers(unit_config, dynamics, likelihood, guidance):
+    settings = unit_config
+    rollout = settings.rollout
+    rollout.dynamics, rollout.likelihood, rollout.guidance_scale, window = dynamics, likelihood, guidance, (1, 2)
+    policy, _, theirs = both(settings)
+    (latents, tile, table), b0 = sample(policy, theirs, settings, window)
+    assert len(b0.steps) == 2
+    torch.testing.assert_close(b0.latents, latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(b0.images, tile.images, rtol=1e-4, atol=1e-4)
+    for ours, other in zip(tile.steps, b0.steps):
+        torch.testing.assert_close(other.next_latents, ours.next_latents, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other.log_prob, ours.log_prob, rtol=1e-4, atol=1e-4)
+
+    advantages = torch.tensor([1.0, -1.0, 0.5, -2.0])
+    settings.update.clip_range = 1.0  # float32 differences between the two forwards must not decide what is clipped
+    updater = Updater(policy, settings, reduce=lambda tensors: None, fused=True)
+    updater.accumulate([tile], advantages, table, total=4, watch_kl=False)
+    lora = policy.network.lora
+    theirs.accumulate([b0], [advantages])
+    found = {n.replace(".default.", "."): p.grad for n, p in theirs.transformer.named_parameters() if p.requires_grad}
+    expected = lora.state_dict(lora.master.grad)
+    error = sum(
+        (found[name] - gradient).square().sum() for name, gradient in expected.items() if found[name] is not None
+    )
+    norm = sum(gradient.square().sum() for gradient in expected.values())
+    assert norm > 0
+    assert (error / norm).sqrt() <= 1e-4
+
+
+def test_the_schedule_is_the_pipelines(unit_config):
+    policy, _, _ = both(unit_config)
+    for count in (4, 10, 40):
+        sigmas, timesteps = policy.schedule(count)
+        scheduler = FlowScheduler(CPU)
+        scheduler.set_timesteps(count)
+        torch.testing.assert_close(scheduler.sigmas.double(), sigmas, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(scheduler.timesteps, timesteps, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamics", ["flow_cps", "flow_sde", "dance_sde"])
+def test_transitions_are_the_affine_steps_of_the_method(dynamics):
+    scheduler = FlowScheduler(CPU)
+    scheduler.set_timesteps(10)
+    table = transition_coefficients(scheduler.sigmas.tolist(), dynamics=dynamics, noise_level=0.7)
+    latents, velocity = torch.randn(2, 3), torch.randn(2, 3)
+    for timestep, (a, b, s) in zip(scheduler.timesteps[:9], table):
+        mean, std = scheduler.transition(velocity, timestep, latents, dynamics, 0.7)
+        torch.testing.assert_close(mean, a * latents + b * velocity, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(std, s, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gaussian_likelihood_is_a_density():
+    value, mean, std = torch.randn(2, 3), torch.randn(2, 3), torch.tensor(0.3)
+    expected = torch.distributions.Normal(mean, std).log_prob(value).mean(dim=1)
+    torch.testing.assert_close(log_likelihood(value, mean, std, "gaussian"), expected)
+
+
+@pytest.mark.parametrize("normalize", ["never", "always", "reward_only"])
+def test_rewards_and_head_updates_equal_the_adversarys(unit_config, normalize):
+    unit_config.adversary.normalize = normalize
+    _, adversary, theirs = both(unit_config)
+    images = torch.rand(4, 3, 24, 24)  # another size than the backbone's
+    features = theirs.features(images)
+    ours = adversary.features(images, PROMPTS * 2)
+    torch.testing.assert_close(features.cls, ours["cls"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features.patches, ours["patches"], rtol=1e-5, atol=1e-5)
+
+    unit_config.adversary.num_patches = features.patches.shape[1]  # all patches: nothing is drawn
+    expected = adversary.score(ours, torch.arange(4), purpose="reward", iteration=0).reward
+    torch.testing.assert_close(theirs.rewards(features), expected, rtol=1e-4, atol=1e-5)
+
+    reference = TrainerFeatures({name: t + 0.3 * torch.randn_like(t) for name, t in ours.tensors.items()})
+    other = Features(reference["cls"], reference["patches"])
+    torch.testing.assert_close(theirs.head_loss(other, features), adversary.loss(reference, ours).loss)
+    adversary.loss(reference, ours).loss.backward()
+    adversary.step()
+    theirs.adversary(features, other, 1)  # its batch is all four, in another order
+    torch.testing.assert_close(theirs.head[0].weight, adversary.head["w1"], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("std", ["group", "global", "none"])
+def test_advantages_equal_ours(unit_config, std):
+    unit_config.advantage.std, unit_config.advantage.clip = std, 1.2
+    rewards = torch.randn(8)
+    theirs = baseline.Baseline.advantages(_Settings(unit_config), rewards)
+    expected = group_advantages(rewards, torch.arange(8) // 4, std=std, eps=unit_config.advantage.eps, clip=1.2)
+    torch.testing.assert_close(theirs, expected.advantages)
+
+
+class _Settings:
+    def __init__(self, config):
+        self.config = config
+
+
+def test_kl_pulls_towards_the_base(unit_config):
+    unit_config.update.kl_weight = 10.0
+    policy, _, theirs = both(unit_config)
+    _, b0 = sample(policy, theirs, unit_config, (1, 2))
+    with_kl = theirs.loss(b0, b0.steps[0], torch.zeros(4))
+    assert with_kl > 0
+    with theirs.base():
+        assert theirs.loss(b0, b0.steps[0], torch.zeros(4)) == 0
+
+
+def test_an_iteration_trains_generator_average_and_head(unit_config):
+    unit_config.adversary.schedule = "always"
+    _, _, theirs = both(unit_config)
+    before = [p.detach().clone() for p in theirs.trained]
+    head = copy.deepcopy(theirs.head.state_dict())
+    steps = []
+    theirs.optimizer.register_step_post_hook(lambda *_: steps.append([p.detach().clone() for p in theirs.trained]))
+    for _ in range(2):
+        metrics = theirs.iteration(PROMPTS, (1, 2))
+    assert set(metrics) == {"reward_generated", "reward_reference"}
+    assert len(steps) == 2 * unit_config.update.optimizer_windows
+    decay, average = unit_config.update.ema_decay, before
+    for after in steps:
+        average = [decay * a + (1 - decay) * p for a, p in zip(average, after)]
+    for got, expected in zip(theirs.averages, average):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+    assert any((p != b).any() for p, b in zip(theirs.trained, before))
+    assert not torch.equal(head["0.weight"], theirs.head[0].weight)
+    assert len(theirs.replay.kept.cls) == 2 * min(8, -(-unit_config.adversary.replay_capacity // 8))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"), [("adversary", "schedule", "ratio"), ("model", "train", "full")]
+)
+def test_settings_it_does_not_run_are_refused(unit_config, section, field, value):
+    setattr(getattr(unit_config, section), field, value)
+    with pytest.raises(ValueError, match=f"B0 has no {section}.{field} = '{value}'"):
+        baseline.check_settings(unit_config)

@@ -1,0 +1,93 @@
+"""What an evaluation says about a model, with its uncertainty.
+
+Planted bugs that turn it red: the interval over pictures instead of prompts; `first` taken from the first prompts; no
+word of what is evaluated to the processes that wait.
+"""
+
+import io
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from advgrpo.config import Config
+from advgrpo.evaluate.evaluator import Evaluator
+from advgrpo.reporting.display import Display
+from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
+
+SCORES = torch.tensor([[0.1, 0.3, 0.2], [0.5, 0.7, 0.9], [0.2, 0.2, 0.8], [1.0, 0.4, 0.4]])  # [prompts, pictures]
+
+
+class Looked:
+    """The `Reward` protocol; a picture's score is its only value."""
+
+    def score(self, images, prompts, references=None):
+        return images[:, 0, 0, 0]
+
+
+@pytest.fixture
+def evaluator(monkeypatch):
+    """Draws picture k of prompt p as a constant SCORES[p, k]."""
+
+    def pictures(self, prompts, ids):
+        return torch.stack([SCORES[i // 1000, i % 1000].expand(3, 2, 2) for i in ids.tolist()])
+
+    monkeypatch.setattr(Evaluator, "pictures", pictures)
+    prompts = [f"prompt {k}" for k in range(len(SCORES))]
+    settings = Config.model_validate({"rollout": {"micro_batch": 8}})
+    return Evaluator(None, {"looked": Looked()}, None, prompts, settings, Distributed.start("cpu"))
+
+
+def half_width(clusters):
+    return 3.182446 * clusters.double().std().item() / math.sqrt(len(clusters))  # t(.975) of 3 degrees of freedom
+
+
+def test_means_come_with_their_interval_over_prompts(evaluator):
+    found = evaluator.run(3, first=1)
+    assert found == pytest.approx(
+        {
+            "eval_looked": SCORES.mean().item(),
+            "eval_looked_ci95": half_width(SCORES.mean(1)),
+            "eval_looked_first": SCORES[:, 0].mean().item(),
+            "eval_looked_first_ci95": half_width(SCORES[:, 0]),
+        },
+        rel=1e-5,
+    )
+
+
+def test_the_first_pictures_are_those_of_an_evaluation_of_as_many(evaluator):
+    whole, few = evaluator.run(3, first=2), evaluator.run(2)
+    assert few == {"eval_looked": whole["eval_looked_first"], "eval_looked_ci95": whole["eval_looked_first_ci95"]}
+
+
+def test_one_prompt_has_no_interval(evaluator):
+    evaluator.prompts = evaluator.prompts[:1]
+    assert set(evaluator.run(3)) == {"eval_looked"}
+
+
+def test_processes_that_wait_learn_of_every_chunk(evaluator, monkeypatch):
+    """Two prompts at once; the first chunk may compile kernels, the others' limit is the collective timeout."""
+    told, cold = [], SLOW_SECONDS
+    monkeypatch.setattr(
+        evaluator.distributed, "progress", lambda what, within_seconds=0: told.append((what, within_seconds))
+    )
+    evaluator.run(3)
+    assert told[1:-1] == [
+        ("evaluate: prompt 1 of 4", cold),
+        ("evaluate: metric looked", cold),
+        ("evaluate: prompt 3 of 4", None),
+        ("evaluate: metric looked", None),
+    ]
+
+
+def test_progress_counts_prompts(evaluator, monkeypatch):
+    told = []
+    evaluator.display = Display(Console(file=io.StringIO()))
+    monkeypatch.setattr("advgrpo.reporting.display._PLAIN_EVERY", 0.0)
+    monkeypatch.setattr(evaluator.display, "say", told.append)
+    evaluator.run(3)
+    assert [line.split("  ")[0] for line in told] == ["evaluating 2/4", "evaluating 4/4"]
+    told.clear()
+    evaluator.base().run(3)
+    assert told[0].startswith("evaluating the base model 2/4")

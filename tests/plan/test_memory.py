@@ -1,0 +1,392 @@
+"""Memory planner: counts against known totals, formulas against what autograd saves, choices, advice, command line.
+
+Everything at full size is on the meta device.
+
+Bugs planted in a copy, each seen red. Bytes: attention's output counted once; the first block's dual attention saved;
+one float32 copy for stock LoRA missing; boundaries of the image stream only; views counted as new; freed tensors not
+subtracted; matrices of the dual attention left out. Counts: only A of the adapters; every linear of a block stacked;
+inner linears missing from FP8 weights; guidance forgotten; model.lora.blocks ignored. Choices: the smallest of equally
+fast knobs; checkpointing that saves nothing; processes ignored; a knob that training lacks; remedies not tried; twice
+the card's size accepted; an adversary counted for supervised fine-tuning; eight pictures decoded at once at every
+resolution; the gate of the first pictures forgotten; a stock decoder counted as ours. Advice: order changed; the
+smallest micro-batch instead of the next; GiB read as GB; the ceiling not named. Exit code always 0.
+"""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+
+from advgrpo import config as configuration
+from advgrpo import tiny
+from advgrpo.errors import UserError
+from advgrpo.plan import __main__ as command
+from advgrpo.plan import known_models
+from advgrpo.plan.activations import AliveBytes, TransformerShape, decode_bytes
+from advgrpo.plan.memory import PHASES, Knobs, _Estimate, advice, micro_batches, plan, table
+from advgrpo.policy.adapters import LoraAdapters, target_modules
+from advgrpo.policy.fused.decoder import SD3_DECODER, decoded_at_once
+from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
+from advgrpo_kernels import _runtime
+
+MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+ROWS = 2
+
+
+@pytest.fixture(autouse=True)
+def no_poison(monkeypatch):
+    monkeypatch.undo()  # conftest's NaN poisoning would allocate full-size weights
+
+
+@pytest.fixture
+def paper():
+    return configuration.load("sd35m-dino-paper")
+
+
+@pytest.fixture(scope="module")
+def medium() -> SD3Transformer2DModel:
+    with torch.device("meta"):
+        return SD3Transformer2DModel(**known_models.TRANSFORMERS[MEDIUM]).to(torch.bfloat16).requires_grad_(False)
+
+
+def saved_bytes(forward) -> int:
+    """Bytes made by `forward` that its graph keeps alive. Hooks would not see what attention's own hooks pack."""
+    with AliveBytes() as alive:
+        _kept = forward()
+        return alive.alive
+
+
+def meta_inputs(rows: int):
+    """Latents, text and pooled embeddings of 512-pixel pictures and 77 + 128 tokens."""
+    shapes = ((rows, 16, 64, 64), (rows, 205, 4096), (rows, 2048))
+    return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+
+
+def flash(query, key, value, **_):
+    """What a GPU runs; on meta PyTorch would take the backend that keeps the attention matrix."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+@pytest.fixture
+def fused(medium, paper, monkeypatch) -> FusedTransformer:
+    monkeypatch.setattr(_runtime, "DEFAULT_BACKEND", "triton")  # what a GPU runs saves other tensors than the reference
+    monkeypatch.setattr(_runtime, "INTERPRET", True)
+    tensors = {name: t.detach() for name, t in [*medium.named_parameters(), *medium.named_buffers()]}
+    model = FusedTransformer(TransformerConfig.from_stock(medium.config), tensors, attention="math")
+    model._attend = lambda q, k, v: flash(q, k, v).transpose(1, 2).flatten(2)
+    targets = set(target_modules(medium, paper.model.lora))
+    model.adapt(targets.__contains__, rank=32, alpha=64, init="gaussian", seed=0)
+    return model
+
+
+def test_counts_are_the_known_totals(paper):
+    pipeline = known_models.known_pipeline(MEDIUM)
+    weights = known_models.count_transformer(pipeline.transformer, paper.model.lora)
+    assert (weights.total, weights.lora) == (2_243_171_520, 18_776_064)
+    assert weights.stacked == 191 * 1536**2  # docs/method.md section 8: 191 modules, each 1536 x 1536
+    assert known_models.count_text_encoders(pipeline) == 123_650_304 + 694_659_840 + 4_762_310_656
+    assert known_models.count_decoder(pipeline.decoder) == 49_545_475
+    assert known_models.count_vae(pipeline.decoder) == 83_819_683
+    assert known_models.count_backbone(known_models.known_backbone("facebook/dinov2-large")) == 304_368_640
+    large = known_models.known_pipeline("stabilityai/stable-diffusion-3.5-large")
+    assert known_models.count_transformer(large.transformer, paper.model.lora).total == 8_056_627_520
+
+
+def test_a_float32_decoder_is_counted_as_one(paper):
+    counted = {}
+    for dtype in ("auto", "bfloat16", "float32"):
+        paper.model.decoder_dtype = dtype
+        parts = plan(paper, 80).components
+        counted[dtype] = {c.name: c.bytes for c in parts if c.name in ("picture decoder", "decoding")}
+    assert counted["auto"] == counted["bfloat16"]
+    assert all(counted["float32"][name] > 1.5 * size for name, size in counted["bfloat16"].items())
+
+
+def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
+    shape = _Estimate(paper, 8).shape
+    prepared = fused.prepare(*meta_inputs(ROWS)[1:], torch.empty(10, device="meta"))
+    step = torch.zeros(1, dtype=torch.int64, device="meta")
+
+    def forward():
+        return fused.velocity(meta_inputs(ROWS)[0], step, prepared, "adapted")
+
+    adapters = 2 * fused.lora.master.numel()  # their bfloat16 copy, which the plan counts once, not per sequence
+    assert shape.saved_bytes(checkpointing=False) == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=0.005)
+    fused.checkpointing = True
+    assert shape.boundary_bytes() == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=0.06)
+    fused.checkpointing = False
+    fused.prepare_merged(fp8=False)
+    with torch.no_grad(), AliveBytes() as alive:
+        fused.velocity(meta_inputs(ROWS)[0], step, prepared, "merged")
+    assert shape.forward_bytes() == pytest.approx(alive.peak / ROWS, rel=0.05)
+    with AliveBytes() as alive:
+        velocity = forward()
+        kept = alive.alive
+        velocity.backward(torch.empty_like(velocity))
+    assert shape.backward_bytes() == pytest.approx((alive.peak - kept) / ROWS, rel=0.1)
+
+
+def test_saved_bytes_of_the_stock_forward_follow_the_table(paper, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
+    paper.fast = False
+    shape = _Estimate(paper, 8).shape
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**known_models.TRANSFORMERS[MEDIUM]).to(torch.bfloat16)
+        LoraAdapters(transformer.requires_grad_(False), paper.model.lora, seed=0)
+    latents, text, pooled = meta_inputs(1)
+    time = torch.empty(1, device="meta")
+
+    def forward():
+        return transformer(latents, text, pooled, time, return_dict=False)
+
+    counted = saved_bytes(forward)
+    assert shape.saved_bytes(checkpointing=False) == pytest.approx(counted, rel=0.03)
+
+
+def test_alive_bytes_counts_new_tensors_once_while_they_live():
+    before = torch.empty(1000, device="meta")
+    with AliveBytes() as counted:
+        view = before.view(10, 100)
+        a = view + 1
+        half = a[:5]
+        del a
+        b = half * 2
+        assert counted.alive == 4000 + 2000  # the slice keeps its storage
+        del half
+        c = b + 1
+        assert counted.alive == 4000
+    assert counted.peak == 6000
+    assert c.shape == b.shape
+
+
+def test_decoding_is_counted_at_its_widest_layer():
+    widest = 3 * 256 * 512 * 512  # input, output and result of the last upsampling, or of the first norm after it
+    for dtype in (torch.bfloat16, torch.float32):
+        assert decode_bytes(SD3_DECODER, dtype, 64) == pytest.approx(widest * dtype.itemsize, rel=0.02)
+
+
+def test_more_costs_more(paper):
+    estimate = _Estimate(paper, 8)
+
+    def peak(micro, checkpointing, phase):
+        held = estimate.components(Knobs(micro, checkpointing))
+        return sum(c.bytes for c in held if phase in c.phases)
+
+    for small, large in ((1, 2), (2, 4), (4, 8)):
+        assert all(peak(small, False, p) <= peak(large, False, p) for p in PHASES)
+        assert peak(small, False, "update") < peak(large, False, "update")
+    assert peak(8, True, "update") < 0.55 * peak(8, False, "update")
+    times = [estimate.relative_time(Knobs(m, c)) for m, c in ((8, False), (8, True), (1, False))]
+    assert times[0] < times[1]
+    assert times[0] < times[2]
+    last = paper.model_copy(deep=True)
+    last.model.lora.blocks = 2
+    shape, every = _Estimate(last, 8).shape, estimate.shape
+    assert shape.saved_bytes(checkpointing=False) < every.saved_bytes(checkpointing=False) / 10
+    last.rollout.precision = "fp8"
+    assert _Estimate(last, 8)._merged_bytes() > _Estimate(paper, 8)._merged_bytes()  # every inner linear, not q, k, v
+
+
+def test_smaller_gpus_get_smaller_knobs(paper):
+    plans = {size: plan(paper, size, processes=8) for size in (24, 40, 80, 141)}
+    assert all(p.fits for p in plans.values())
+    assert plans[80].knobs == plans[141].knobs == Knobs(8, False)
+    assert plans[24].knobs.micro_batch < 8 or plans[24].knobs.gradient_checkpointing
+    assert plans[24].peak_gb <= 24 < plans[24].configured_gb == plans[80].peak_gb
+    for size in (80, 141):  # the same advice for both, and why
+        assert plans[size].line().endswith("; rollout.micro_batch = 8, as set, is the largest tried")
+    paper.rollout.micro_batch = 1
+    assert plan(paper, 141, processes=8).knobs.micro_batch == 1  # never above what the user set
+
+
+def test_what_lies_beside_the_weights_is_counted(paper):
+    """The paper's preset on 8 GPUs by hand: 35.8 GB, with the table of positions and the stock VAE that stay loaded."""
+    found = plan(paper, 80, processes=8)
+    sizes = {c.name: c.bytes for c in found.components}
+    assert sizes["table of positions"] == 384**2 * 1536 * 2
+    assert sizes["stock VAE, float32"] == 83_819_683 * 4
+    assert found.peak_gb == pytest.approx(35.8, rel=0.02)
+    assert sizes["rows of a head update"] == paper.adversary.batch_size * 4 * 1370 * 1024
+
+
+def test_text_encoders_are_on_the_gpu_while_they_encode(paper):
+    """As `DiffusersPolicy` has them, which knows no other place: a card that cannot hold them is refused."""
+    needed = plan(paper, 18, processes=8)
+    assert not needed.fits
+    assert needed.peak_phase == "encode"
+    assert "text encoders, until cached" in {c.name for c in needed.components}
+    assert "no setting makes it fit" in needed.line()
+
+
+def test_every_knob_is_a_setting_of_training(paper):
+    for each in re.findall(r"([\w.]+) = ", str(plan(paper, 80).knobs)):
+        value = paper
+        for name in each.split("."):
+            assert name in type(value).model_fields, each
+            value = getattr(value, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fast", "pictures", "dtype"),
+    [
+        ({}, True, 8, torch.bfloat16),
+        ({"resolution": 256}, True, 16, torch.bfloat16),  # 32 would be decoded at once, but a tile has no more
+        ({"resolution": 512, "decoder_dtype": "float32"}, True, 8, torch.float32),
+        ({"resolution": 1024, "decoder_dtype": "float32"}, True, 2, torch.float32),
+        ({"dtype": "float32"}, True, 8, torch.float32),
+        ({}, False, 16, torch.float32),  # diffusers' decoder takes the whole tile
+        ({"train": "full"}, True, 16, torch.float32),
+    ],
+)
+def test_decoding_is_counted_as_training_decodes(changes, fast, pictures, dtype, paper):
+    paper.rollout.micro_batch, paper.fast = 16, fast
+    for name, value in changes.items():
+        setattr(paper.model, name, value)
+    sizes = {c.name: c.bytes for c in _Estimate(paper, 1).components(Knobs(16, False))}
+    assert sizes["decoding"] == pictures * decode_bytes(SD3_DECODER, dtype, paper.model.resolution // 8)
+
+
+def test_the_gate_of_a_runs_first_pictures_is_counted(paper):
+    """At 1024 pixels two pictures are decoded at once in bfloat16, and the first two in float32 as well."""
+    paper.model.resolution = 1024
+    sizes = {c.name: c.bytes for c in _Estimate(paper, 1).components(Knobs(8, False))}
+    weights = 4 * known_models.count_decoder(SD3_DECODER)
+    assert sizes["decoding"] == 2 * decode_bytes(SD3_DECODER, torch.float32, 128) + weights
+
+
+def test_as_many_pixels_are_decoded_at_once_at_every_resolution():
+    assert [decoded_at_once(side) for side in (256, 512, 640, 768, 1024, 2048)] == [32, 8, 5, 3, 2, 1]
+
+
+def test_large_model_on_40_gb_checkpoints(paper):
+    paper.model.path = "stabilityai/stable-diffusion-3.5-large"
+    chosen = plan(paper, 40, processes=8)
+    assert chosen.fits
+    assert chosen.knobs.gradient_checkpointing or chosen.knobs.micro_batch < 8
+    assert "MemoryPlan" not in chosen.line()
+    assert "peak" in chosen.line()
+    assert "estimated" in chosen.line()
+
+
+def test_what_does_not_fit_says_which_setting_would(paper):
+    refused = plan(paper, 24)
+    assert not refused.fits
+    assert "24 GB: does not fit" in refused.line()
+    assert "set adversary.cached_patches = 64" in refused.remedies
+    paper.adversary.cached_patches = 64
+    assert plan(paper, 24).fits
+    hopeless = plan(paper, 4)
+    assert len(hopeless.remedies) == 1
+    assert "no setting makes it fit" in hopeless.remedies[0]
+    paper.model.path = "stabilityai/stable-diffusion-3.5-large"
+    together = plan(paper, 24)
+    assert not together.fits
+    assert together.remedies
+
+
+def test_micro_batches_are_those_the_config_check_accepts(paper):
+    paper.data.prompts = paper.data.references = "somewhere"
+    for prompts, group, micro, processes in ((48, 16, 8, 8), (48, 12, 24, 2), (48, 16, 32, 1), (4, 16, 16, 4)):
+        paper.rollout.prompts_per_iteration = prompts
+        paper.rollout.group_size, paper.rollout.micro_batch = group, micro
+        accepted = []
+        for value in range(1, micro + 1):
+            changed = paper.model_copy(deep=True)
+            changed.rollout.micro_batch = value
+            try:
+                configuration.check(changed, processes)
+                accepted.append(value)
+            except UserError:
+                pass
+        assert micro_batches(paper, processes) == accepted
+
+
+def test_advice_names_the_knobs_in_order_with_this_runs_values(paper):
+    error = torch.cuda.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 1.20 GiB. GPU 0 has a total capacity of 22.03 GiB of which 1 GiB is left"
+    )
+    text = advice(error, paper, processes=8)
+    order = ["1. rollout.micro_batch = 4 instead of 8", "2. model.gradient_checkpointing = true instead of false"]
+    order += ["3. adversary.cached_patches = 64 instead of 256", "4. rollout.prompts_per_iteration = 8 instead of 48"]
+    order += ["model.lora.blocks = 2 instead of all"]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    assert "Tried to allocate 1.20 GiB" in text
+    assert plan(paper, 22.03 * 2**30 / 1e9, processes=8).line() in text
+    paper.rollout.micro_batch, paper.model.gradient_checkpointing = 1, True
+    text = advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
+    assert "micro_batch" not in text
+    assert "gradient_checkpointing" not in text
+    assert "1. adversary.cached_patches = 64 instead of 256" in text
+    assert "python -m advgrpo.plan" in text
+
+
+def test_local_folders_are_read_and_unknown_names_refused(paper):
+    settings = configuration.load("tiny")
+    named = plan(settings, 24)
+    settings.model.path, settings.adversary.backbone = str(tiny.pipeline_dir()), str(tiny.backbone_dir())
+    assert {c.name: c.bytes for c in plan(settings, 24).components} == {c.name: c.bytes for c in named.components}
+    assert named.peak_gb < 2
+    for name in ("model.path", "adversary.backbone"):
+        changed = paper.model_copy(deep=True)
+        section, field = name.split(".")
+        setattr(getattr(changed, section), field, "someone/unknown")
+        with pytest.raises(UserError, match=rf"{name} = 'someone/unknown' is not known without a network"):
+            plan(changed, 24)
+    with pytest.raises(UserError, match="want positive numbers"):
+        plan(paper, 0)
+
+
+def test_models_that_are_not_counted_are_named(paper):
+    assert plan(paper, 80).uncounted == ()
+    paper.adversary.kind, paper.rewards.pickscore.weight = "siglip", 1.0
+    chosen = plan(paper, 80)
+    assert "not counted: adversary.kind = siglip, rewards.pickscore" in chosen.line()
+    assert not any("DINO" in c.name for c in chosen.components)
+    assert "cached_patches" not in advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
+
+
+def test_supervised_fine_tuning_loads_no_adversary(paper):
+    paper.update.objective = "sft"
+    chosen = plan(paper, 80)
+    assert chosen.uncounted == ("the VAE's encoder",)
+    assert not any("DINO" in c.name for c in chosen.components)
+    assert "dinov2" not in advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
+
+
+def test_math_attention_keeps_its_matrix():
+    shape = TransformerShape("fused", 64, 2, 3, frozenset({1}), False, 16, 4, 2, 4, 0, math_attention=False)
+    matrices = (3 * 20**2 + 16**2) * 2 * 4
+    full = TransformerShape(**{**vars(shape), "math_attention": True})
+    assert full.saved_bytes(checkpointing=False) - shape.saved_bytes(checkpointing=False) == matrices
+
+
+def test_command_line(capsys):
+    assert command.main(["--preset", "sd35m-dino-paper", "--gpu", "24,80", "--processes", "8"]) == 0
+    output = capsys.readouterr().out
+    assert "80 GB: rollout.micro_batch = 8, model.gradient_checkpointing = false" in output
+    assert "estimated" in output
+    assert "merged weights" in output
+    assert command.main(["--preset", "sd35m-dino-paper", "--gpu", "4"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+    for arguments, message in (
+        (["--gpu", "big"], "--gpu big: want sizes in GB"),
+        (["--gpu", "24", "--preset", "nope"], "unknown preset 'nope'"),
+        (["--gpu", "24", "--processes", "0"], "--processes 0: want a whole number from 1"),
+        (["--gpu", "inf"], "--gpu inf: want sizes above 0"),
+    ):
+        assert command.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert command.main(["--gpu", "auto"]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_table_shows_every_component(paper):
+    plans = [plan(paper, size, processes=8) for size in (24, 80)]
+    shown = table(plans)
+    names = list(shown.columns[0].cells)
+    assert {c.name for p in plans for c in p.components} <= set(names)
+    peak = [column._cells[names.index("peak")] for column in shown.columns[1:3]]
+    assert peak == [f"{p.peak_gb:.2f}" for p in plans]

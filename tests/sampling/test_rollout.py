@@ -1,0 +1,274 @@
+"""Initial noise and windows of the rollout: per picture or per prompt, in every order, exact, resumed, split anyhow.
+
+Bugs planted in a copy, each seen red: the noise of a prompt for every picture with per_image; noise keyed by the row in
+the tile; the prefix shared although every picture has its own noise; a contiguous window drawn past the range's end; a
+sliding window that never starts over; an untrained step in the loss's mean; the KL divided by the length; one kernel
+per norm claimed without triton; ADVGRPO_KERNELS_BACKEND not looked at; the ops called off with --no-fast.
+"""
+
+import copy
+
+import pytest
+import torch
+from rich.console import Console
+
+from advgrpo import config
+from advgrpo.config.sections import WindowSection
+from advgrpo.errors import UserError
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.sampling.dynamics import step_table, window_steps
+from advgrpo.sampling.sampler import Sampler
+from advgrpo.training.fast import FastPaths
+from advgrpo.training.run import Run
+
+NOISE = ("per_image", "shared")
+WINDOWS = {
+    "random": {"order": "random"},
+    "contiguous": {"order": "contiguous"},
+    "sliding": {"order": "sliding", "slide_every": 1},
+    "fixed": {"order": "fixed", "steps": [0, 1]},
+}
+
+
+def changed(settings, **rollout):
+    return config.build(config.merge(settings.model_dump(mode="json"), {"rollout": rollout}), "test")
+
+
+def build(settings) -> Run:
+    settings.data.held_out_prompts = ""
+    return Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
+
+
+def without_times(metrics: dict) -> dict:
+    return {name: value for name, value in metrics.items() if "second" not in name}
+
+
+def rollout_of(trainer, iteration=0):
+    window = window_steps(trainer.config, iteration)
+    table = step_table(trainer.policy, trainer.config.rollout.num_steps, window, rollout=trainer.config.rollout)
+    return trainer.rollout(table, iteration)
+
+
+def by_picture(*rollouts) -> dict[int, list[torch.Tensor]]:
+    """Picture number -> its image, and what the window's steps hold of it."""
+    found = {}
+    for tile in (tile for rollout in rollouts for tile in rollout.tiles):
+        for place, number in enumerate(tile.tile.image_ids.tolist()):
+            rows = [tile.tile.row[place] if step.shared else place for step in tile.steps]
+            latents = [step.latents[row] for step, row in zip(tile.steps, rows)]
+            found[number] = [tile.images[place], *latents, *(step.log_prob[place] for step in tile.steps)]
+    return found
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_pictures_of_a_prompt_start_from_their_own_noise_or_from_one(unit_config, fast):
+    """A window at step 0 records the initial noise itself."""
+    first = {}
+    for noise in NOISE:
+        settings = changed(unit_config, initial_noise=noise, window=WINDOWS["fixed"])
+        settings.fast = fast
+        found = by_picture(rollout_of(build(settings).trainer))
+        first[noise] = [found[number][1] for number in range(8)]
+    for group in (range(4), range(4, 8)):
+        for one in group:
+            for other in group:
+                assert torch.equal(first["shared"][one], first["shared"][other])
+                assert torch.equal(first["per_image"][one], first["per_image"][other]) == (one == other)
+    assert not torch.equal(first["shared"][0], first["shared"][4])
+    every = torch.stack(first["per_image"])
+    assert abs(every.mean().item()) < 0.02
+    assert every.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_every_order_is_on_policy_and_resumes_bit_for_bit(unit_config, noise):
+    unit_config.update.learning_rate = 1e-2  # weights that matter after a step
+    settings = changed(unit_config, initial_noise=noise)
+    going, resumed = build(settings).trainer, build(settings).trainer
+    for window in WINDOWS.values():
+        going.config.rollout.window = resumed.config.rollout.window = WindowSection(**window)
+        tensors, state = copy.deepcopy(going.state())
+        metrics = [going.iterate(), going.iterate()]
+        for row in metrics:
+            assert row["log_prob_drift_max"] == 0
+            assert row["pre_update_clip_fraction"] == 0
+            assert row["grad_norm"] > 0
+        resumed.load(tensors, state)
+        again = [resumed.iterate(), resumed.iterate()]
+        assert list(map(without_times, again)) == list(map(without_times, metrics))
+        weights = [[p for _, p in trainer.policy.trainable_parameters()] for trainer in (going, resumed)]
+        assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_two_processes_sample_what_one_does(unit_config, noise):
+    settings = changed(unit_config, initial_noise=noise, micro_batch=2, window=WINDOWS["contiguous"])
+    trainer = build(settings).trainer
+    alone = by_picture(rollout_of(trainer))
+    parts = []
+    for rank in range(2):
+        trainer.distributed.rank, trainer.distributed.world_size = rank, 2
+        parts.append(rollout_of(trainer))
+    assert [len(part.image_ids) for part in parts] == [4, 4]
+    together = by_picture(*parts)
+    assert together.keys() == alone.keys() == set(range(8))
+    for number in alone:
+        assert all(torch.equal(*pair) for pair in zip(alone[number], together[number], strict=True))
+
+
+def test_other_micro_batches_sample_the_same_pictures(unit_config):
+    found = []
+    for micro in (2, 8):
+        settings = changed(unit_config, initial_noise="per_image", micro_batch=micro, window=WINDOWS["fixed"])
+        settings.update.optimizer_windows = 1
+        found.append(by_picture(rollout_of(build(settings).trainer)))
+    for number in range(8):
+        (image, noise, *_), (other_image, other_noise, *_) = (pictures[number] for pictures in found)
+        assert torch.equal(noise, other_noise)
+        torch.testing.assert_close(image, other_image, rtol=1e-4, atol=1e-4)
+
+
+def test_the_prefix_is_shared_with_shared_noise_only_and_the_table_says_so(unit_config):
+    cpu = torch.device("cpu")
+    for noise in NOISE:
+        fast = FastPaths.choose(changed(unit_config, initial_noise=noise), cpu)
+        row = next(row for row in fast.table if row.name == "shared prefix")
+        assert fast.share_prefix == row.on == (noise == "shared")
+        assert row.on or "rollout.initial_noise = per_image" in row.why
+    with pytest.raises(ValueError, match="share_prefix needs shared_noise"):
+        Sampler(None, 1.0, "gaussian", share_prefix=True, merged=False, shared_noise=False)
+
+
+def ten_steps(settings, **window):
+    return changed(settings, num_steps=10, window={"noise_range": [0.5, 1.0], **window})
+
+
+def test_contiguous_windows_are_consecutive_and_reach_both_ends_of_the_range(unit_config):
+    settings = ten_steps(unit_config, order="contiguous", size=2)
+    windows = [window_steps(settings, i) for i in range(60)]
+    assert windows == [window_steps(settings, i) for i in range(60)]  # of seed and iteration alone
+    assert set(windows) == {(0, 1), (1, 2), (2, 3), (3, 4)}
+    settings.seed += 1
+    assert windows != [window_steps(settings, i) for i in range(60)]
+    whole = ten_steps(unit_config, order="contiguous", size=5)
+    assert {window_steps(whole, i) for i in range(9)} == {(0, 1, 2, 3, 4)}
+
+
+def test_a_sliding_window_goes_from_noise_to_picture_and_starts_over(unit_config):
+    settings = ten_steps(unit_config, order="sliding", size=2, slide_every=3, slide_by=1)
+    expected = [(0, 1), (1, 2), (2, 3), (3, 4), (0, 1)]
+    assert [window_steps(settings, i) for i in range(15)] == [window for window in expected for _ in range(3)]
+    strides = ten_steps(unit_config, order="sliding", size=2, slide_every=1, slide_by=2)
+    assert [window_steps(strides, i) for i in range(4)] == [(0, 1), (2, 3), (0, 1), (2, 3)]
+
+
+def test_an_order_of_yore_means_what_it_meant(unit_config):
+    """Unset, `order` is random, or fixed where steps are given."""
+    plain, named = ten_steps(unit_config), ten_steps(unit_config, order="random")
+    assert [window_steps(plain, i) for i in range(30)] == [window_steps(named, i) for i in range(30)]
+    assert any(second > first + 1 for first, second in (window_steps(plain, i) for i in range(30)))
+    assert window_steps(ten_steps(unit_config, steps=[3, 1]), 7) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        ({"order": "fixed"}, "rollout.window.steps = None: want distinct steps within 0..8"),
+        ({"order": "sliding", "steps": [0, 1]}, "rollout.window.steps = [0, 1] would not be looked at"),
+        ({"order": "contiguous", "size": 6}, "fewer than size = 6; widen noise_range"),
+        ({"order": "fixed", "steps": [0], "train_share": 0.5}, "rollout.window.train_share = 0.5 of a window of 1"),
+    ],
+)
+def test_a_window_that_cannot_be_is_named(unit_config, window, expected):
+    with pytest.raises(UserError) as error:
+        config.check(ten_steps(unit_config, **window), 1)
+    assert expected in str(error.value)
+
+
+def test_steps_beyond_the_trained_share_are_noisy_but_not_in_the_loss(unit_config):
+    """Flow-GRPO's timestep_fraction: the loss is the mean over the trained steps."""
+    advantages, images, gradients = torch.linspace(-1, 1, 8), [], []
+    for share in (1.0, 0.7):
+        window = {"order": "fixed", "steps": [0, 1, 2], "train_share": share}
+        settings = changed(unit_config, dynamics="flow_sde", likelihood="gaussian", noise_level=0.7, window=window)
+        trainer = build(settings).trainer
+        table = step_table(trainer.policy, 4, (0, 1, 2), rollout=settings.rollout)
+        tile = trainer.rollout(table, 0).tiles[0]
+        images.append(tile.images)
+        assert [step.step for step in tile.steps] == [0, 1, 2][: len(table.trained)]
+        tile.steps = tile.steps[:2]
+        stats = trainer.updater.accumulate([tile], advantages, table, total=4, watch_kl=False)
+        assert stats.max_drift() == 0
+        gradients.append(torch.cat([p.grad.flatten() for _, p in trainer.policy.trainable_parameters()]))
+    assert torch.equal(*images)
+    assert len(table.trained) == 2
+    torch.testing.assert_close(gradients[1], gradients[0] * 3 / 2)
+
+
+@pytest.mark.parametrize(
+    ("triton", "backend", "why"),
+    [
+        (True, "auto", ""),
+        (True, "triton", ""),
+        (False, "auto", "triton is not installed"),
+        (True, "torch", "ADVGRPO_KERNELS_BACKEND = torch"),
+    ],
+)
+def test_the_table_does_not_claim_what_a_gpu_machine_lacks(unit_config, monkeypatch, triton, backend, why):
+    monkeypatch.setattr("advgrpo.training.fast.HAS_TRITON", triton)
+    monkeypatch.setattr("advgrpo.training.fast.DEFAULT_BACKEND", backend)
+    monkeypatch.setattr("advgrpo.training.fast.library", lambda: None)
+    monkeypatch.setattr("advgrpo.training.fast.choose_attention", lambda *_: None)  # tries it out on the device
+    rows = {row.name: row for row in FastPaths.choose(unit_config, torch.device("cuda")).table}
+    assert not rows["fused AdamW"].on
+    assert "csrc/ is not built" in rows["fused AdamW"].why
+    assert rows["Triton kernels"].on == (why == "")
+    assert why in rows["Triton kernels"].why
+    assert rows["fused transformer"].on
+    assert ("one kernel per norm" in rows["fused transformer"].why) == (why == "")
+    unit_config.fast = False  # by which the ops do not choose
+    plain = {row.name: row for row in FastPaths.choose(unit_config, torch.device("cuda")).table}
+    assert plain["Triton kernels"].on == (why == "")
+    assert not plain["fused transformer"].on
+
+
+@pytest.mark.parametrize("variance", ["step", "unit_time"])
+def test_the_kl_divides_by_the_steps_variance_or_as_flow_grpos_code(unit_config, variance):
+    """With advantages of 0 the loss is beta·mean((mu - mu_base)²)/(2·variance); Flow-GRPO's is std_dev_t²."""
+    window = {"order": "fixed", "steps": [0, 2]}
+    settings = changed(unit_config, dynamics="flow_sde", likelihood="gaussian", noise_level=0.7, window=window)
+    settings.update.kl_weight, settings.update.kl_variance = 0.3, variance
+    config.check(settings, 1)
+    trainer = build(settings).trainer
+    policy, guidance = trainer.policy, settings.rollout.guidance_scale
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    table = step_table(policy, 4, (0, 2), rollout=settings.rollout)
+    tile = trainer.rollout(table, 0).tiles[0]
+    levels, steps = policy.schedule(4)[0], tile.steps
+    prompts = policy.prepare(policy.encode(tile.tile.prompts), table.timesteps, guided=True).rows(tile.tile.row)
+    for step in steps:
+        tile.steps = [step]
+        loss, *_, pairs, _ = (
+            trainer.updater.accumulate([tile], torch.zeros(8), table, total=4, watch_kl=False).sums().tolist()
+        )
+        latents = step.latents[tile.tile.row] if step.shared else step.latents
+        with torch.no_grad():
+            own = policy.velocity(latents, table.numbers[step.step], prompts)
+            with policy.reference():
+                base = policy.velocity(latents, table.numbers[step.step], prompts)
+        difference = [(1 - guidance) * v[1] + guidance * v[0] for v in (own, base)]
+        sigma, after = levels[step.step].item(), levels[step.step + 1].item()
+        std = 0.7 * (sigma / (1 - (levels[1].item() if sigma == 1 else sigma))) ** 0.5
+        gap = table.coefficients[step.step, 1] * (difference[0] - difference[1])
+        divisor = 2 * std**2 * (1 if variance == "unit_time" else sigma - after)
+        expected = 0.3 * gap.square().mean().item() / divisor
+        assert loss / pairs == pytest.approx(expected, rel=1e-3)
+        assert expected > 0
+
+
+def test_a_kl_per_unit_of_time_needs_the_gaussian_likelihood(unit_config):
+    unit_config.update.kl_variance = "unit_time"
+    with pytest.raises(UserError, match=r"update\.kl_variance = 'unit_time' divides"):
+        config.check(unit_config, 1)

@@ -1,0 +1,132 @@
+"""The sampler's steps as captured graphs, on the emulated backend: same bits, live weights, no re-capture.
+
+Bugs planted in a copy, each seen red: results of a replay kept without a copy; one step's coefficients for all; prompts
+not expanded after the branch; shapes left out of the key.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from advgrpo.policy.sd3 import SD3Policy
+from advgrpo.sampling.dynamics import step_table
+from advgrpo.sampling.sampler import Sampler
+from advgrpo.training.update import Updater
+from advgrpo.types import Tile, TileRollout
+from tests.graph_emulator import EmulatedGraphs
+
+PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
+ROW = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    """On a CPU the step also checks values, which is free there; a captured step must not."""
+    for module in ("gaussian_step", "_gaussian"):
+        monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
+
+
+@pytest.fixture
+def policy(unit_config) -> SD3Policy:
+    return SD3Policy(
+        unit_config.model, device=torch.device("cpu"), cache_dir=Path(unit_config.data.cache_dir), seed=0, fused=True
+    )
+
+
+def make_sampler(policy, graphs=None, guidance=1.7, share=True) -> Sampler:
+    return Sampler(policy, guidance, "squared_error", share_prefix=share, merged=True, graphs=graphs)
+
+
+def rollout(sampler: Sampler, settings, *, seed: int, window: tuple[int, ...], row=ROW):
+    policy = sampler.policy
+    policy.merge()
+    table = step_table(policy, 4, window, rollout=settings.rollout if window else None)
+    initial = sampler.initial_latents(seed, torch.arange(2))
+    ids = torch.arange(len(row)) + 10 * seed
+    latents, steps = sampler.run(table, policy.encode(PROMPTS), initial, row, noise_seed=seed, image_ids=ids)
+    return latents, steps, table
+
+
+def move_weights(policy: SD3Policy, seed: int) -> None:
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            parameter.add_(0.1 * noise)
+
+
+def assert_same(one, other) -> None:
+    assert torch.equal(one[0], other[0])
+    assert len(one[1]) == len(other[1])
+    for a, b in zip(one[1], other[1]):
+        assert a.step == b.step
+        assert a.shared == b.shared
+        for name in ("latents", "next_latents", "log_prob"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), (a.step, name)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.7])
+@pytest.mark.parametrize("share", [True, False])
+def test_replays_equal_the_eager_sampler_bit_for_bit_while_everything_changes(policy, unit_config, share, guidance):
+    """Seeds, picture ids, windows and weights differ every time; the captured graphs stay."""
+    backend = EmulatedGraphs()
+    captured, eager = make_sampler(policy, backend, guidance, share), make_sampler(policy, None, guidance, share)
+    counts = []
+    for seed, window in enumerate([(1, 2), (0, 2), (2,), (0, 1)] * 2):
+        move_weights(policy, seed)
+        found = rollout(captured, unit_config, seed=seed, window=window)
+        assert_same(found, rollout(eager, unit_config, seed=seed, window=window))
+        counts.append(captured.captures)
+    assert counts[-1] == counts[-4] > 0
+    assert backend.replays >= 12
+    assert eager.captures == 0
+
+
+def test_only_a_new_shape_captures_again(policy, unit_config):
+    sampler = make_sampler(policy, EmulatedGraphs())
+    for seed in range(4):
+        rollout(sampler, unit_config, seed=seed, window=(1, 2))
+    before = sampler.captures
+    for seed in range(4):
+        rollout(sampler, unit_config, seed=seed, window=(1, 2), row=torch.tensor([0, 0, 1, 1]))
+    assert sampler.captures > before
+    grown = sampler.captures
+    for seed in range(2):
+        rollout(sampler, unit_config, seed=seed, window=(1, 2))
+    assert sampler.captures == grown
+
+
+def test_log_probs_are_repeated_exactly_with_graphs(policy, unit_config):
+    """docs/method.md section 5, captured steps: drift and pre-update clip fraction 0, after several optimizer steps."""
+    unit_config.rollout.guidance_scale = 1.7
+    unit_config.update.learning_rate = 1e-2
+    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    sampler = make_sampler(policy, EmulatedGraphs())
+    for seed in range(5):
+        latents, steps, table = rollout(sampler, unit_config, seed=seed, window=(0, 2) if seed % 2 else (1, 2))
+        pictures, text = policy.decode(latents), policy.encode(PROMPTS)
+        tile = TileRollout(Tile(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0), text, steps, pictures)
+        stats = updater.accumulate([tile], torch.tensor([1.0, -1, 0.5, 2, -0.5, -1.5]), table, total=6, watch_kl=False)
+        assert stats.max_drift() == 0
+        assert stats.sums()[2] == 0
+        assert torch.isfinite(updater.step(stats.max_drift()))
+    assert sampler.captures >= 3
+
+
+def test_averages_and_a_loaded_lora_are_seen_by_captured_graphs(policy, unit_config, tmp_path):
+    """EMA swap and loading write the parameters' own storage."""
+    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    captured, eager = make_sampler(policy, EmulatedGraphs()), make_sampler(policy)
+    for seed in range(4):
+        rollout(captured, unit_config, seed=seed, window=(1, 2))
+    move_weights(policy, 1)
+    own = rollout(captured, unit_config, seed=9, window=(1, 2))
+    with updater.ema.swap():
+        averaged = rollout(captured, unit_config, seed=9, window=(1, 2))
+        assert_same(averaged, rollout(eager, unit_config, seed=9, window=(1, 2)))
+    assert not torch.equal(averaged[0], own[0])
+    assert_same(rollout(captured, unit_config, seed=9, window=(1, 2)), own)
+    policy.export(tmp_path / "lora")
+    move_weights(policy, 2)
+    policy.network.load_lora(tmp_path / "lora")
+    assert_same(rollout(captured, unit_config, seed=9, window=(1, 2)), own)

@@ -1,0 +1,247 @@
+"""A whole iteration beside a device twin (`device_twin.py`): nothing mixes devices, and the host waits only where the
+log, the schedule or a first visit needs it to. In one configuration every wait is counted; others take the paths that
+it does not: further adversaries and rewards, noise per picture, KL, replay, SFT, full fine-tuning, the evaluation.
+
+Bugs planted in a copy, each seen red: a host scalar stacked in `Updater.reweigh`; prompts encoded per tile and copied
+from pageable memory; the ids of `initial_latents`, the step table, the scores' or the statistics' ids copied so;
+pictures for a vision tower or DINO, prompts for CLIP, the judge's scores and SFT's rows copied so; a host scalar
+stacked in the KL or the evaluation's mean; the replay buffer asked by slots of the host.
+"""
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils._python_dispatch import _disable_current_modes
+
+from advgrpo import config as configuration
+from advgrpo.adversary.reference_features import ReferenceFeatures
+from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.runtime import transfer
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.training.run import Run
+from bench import contenders
+from tests.device_twin import DEVICE, DeviceTwin, MixedDevices
+from tests.vision_models import write_clip, write_siglip
+
+# What the host reads of an iteration. All of it lies between the phases or at their end: sampler, update and head
+# updates themselves read nothing.
+READS = {
+    "advgrpo/training/scoring.py:_check_finite": 1,  # a reward that is not finite stops the iteration at once
+    "advgrpo/training/scoring.py:score": 1,  # the mean similarity
+    "advgrpo/training/scoring.py:metrics": 1,
+    "advgrpo/adversary/trainer.py:evaluate": 1,  # the head's loss and accuracy
+    "advgrpo/adversary/trainer.py:check": 1,  # whether every head update was finite
+    "advgrpo/training/trainer.py:train_head": 1,  # the schedule: mean rewards of both sides and the share of pairs
+    "advgrpo/training/trainer.py:update": 1,  # the share of groups without spread
+    "advgrpo/training/trainer.py:_update_metrics": 1,  # the one place where the update waits
+    "advgrpo/monitor/image_statistics.py:measure": 2,  # the monitor's
+    "advgrpo/training/trainer.py:watch": 1,  # what merging loses, the monitor's
+}
+MORE_READS = {  # of the configurations below
+    "advgrpo/rewards/pixels.py:check_pictures",  # the judge is on the CPU
+    "advgrpo/rewards/checks.py:finite_scores",  # a reward that is not finite
+    "advgrpo/training/trainer.py:imitate",  # SFT's log
+    "advgrpo/training/supervised.py:_encoded",  # its first visit of a reference, which it keeps on the host
+}
+FIRST_VISITS = {  # copies that a prompt's first visit makes
+    "advgrpo/runtime/cache.py:<dictcomp>",  # features of its references
+    "advgrpo/training/scoring.py:_prompt",  # references for the fixed rewards
+}
+NOT_EVALUATED = {"data": {"held_out_prompts": ""}, "evaluation": {"backbone_image_size": 32}}
+CONFIGURATIONS = {
+    "sft": {"update": {"objective": "sft"}},
+    "noise per picture, kl, replay": {
+        "rollout": {"initial_noise": "per_image", "window": {"order": "contiguous"}},
+        "update": {"kl_weight": 0.1},
+        "adversary": {
+            "schedule": "always",
+            "replay_share": 0.5,
+            "reference_choice": "in_turn",
+            "patch_sampling": "with_replacement",
+        },
+    },
+    "siglip and a judge": {
+        "adversary": {"kind": "siglip", "schedule": "always"},
+        "rewards": {"rule": {"weight": 1.0, "normalize": "group"}},
+        **NOT_EVALUATED,
+    },
+    "pickscore": {"adversary": {"kind": "pickscore", "schedule": "always"}, **NOT_EVALUATED},
+    "full fine-tuning, no adversary": {
+        "model": {"train": "full", "attention": "auto"},
+        "adversary": {"kind": "none"},
+        "rewards": {"dino_similarity": {"weight": 1.0, "path": "tiny", "image_size": 32}},
+        "data": {"held_out_prompts": ""},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(transfer, "PINNED_FOR", ("cuda", DEVICE.type))
+    for module in ("gaussian_step", "_gaussian", "patches"):  # values are looked at on a CPU only, where it is free
+        monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
+    autocast = torch.autocast  # which the twin's device has none of
+
+    def on_devices(kind: str, **options):
+        return contextlib.nullcontext() if kind == DEVICE.type else autocast(kind, **options)
+
+    monkeypatch.setattr(torch, "autocast", on_devices)
+
+
+def place_on(device: torch.device) -> Distributed:
+    place = Distributed.start("cpu")
+    place.device = device
+    return place
+
+
+def run_on(config, device: torch.device, monkeypatch):
+    """A run; models are loaded outside the twin, because loaders use the meta device themselves."""
+
+    def load(self, kind, part, dtype):
+        with _disable_current_modes():
+            module = kind.from_pretrained(self.folder, subfolder=part, dtype=dtype)
+        return module.to(self.device).requires_grad_(False).eval()
+
+    monkeypatch.setattr(DiffusersPolicy, "_load", load)
+    monkeypatch.setattr(ReferenceFeatures, "prefetch", lambda self, prompts: None)  # a thread leaves the twin
+    return Run(config, place_on(device), resume=False, console=Console(quiet=True))
+
+
+def iterate_on_both(config, monkeypatch) -> list[list]:
+    """Two iterations on a CPU and on the twin, which have to agree: what the twin waited for in each."""
+    prompts = Path(config.data.prompts)
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:2]))  # the second iteration knows all
+    trainer = run_on(config, torch.device("cpu"), monkeypatch).trainer  # encodes the prompts as well
+    expected, waits = [trainer.iterate() for _ in range(2)], []
+    config.output_dir += "_on_the_twin"
+    with DeviceTwin() as twin:
+        trainer = run_on(config, DEVICE, monkeypatch).trainer
+        for other in expected:
+            twin.waits.clear()
+            own = trainer.iterate()
+            waits.append(list(twin.waits))
+            for name, value in other.items():  # composite operators are taken apart on the twin: sums round otherwise
+                if "seconds" not in name and "per_second" not in name:
+                    assert own[name] == (value and pytest.approx(value, rel=1e-3, abs=1e-5)), name
+            assert own["grad_norm"] > 0
+    return waits
+
+
+def places(waits: list, what: str) -> Counter:
+    return Counter(wait.place for wait in waits if wait.what == what)
+
+
+def test_an_iteration_is_the_cpus_and_waits_only_where_it_says(unit_config, monkeypatch):
+    unit_config.model.attention = "math"
+    waits = iterate_on_both(unit_config, monkeypatch)[1]
+    assert not places(waits, "copy")
+    assert places(waits, "read") == READS
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_other_configurations_wait_nowhere_else(name, unit_config, monkeypatch, tmp_path):
+    unit_config.model.attention = "math"
+    made = configuration.merge(unit_config.model_dump(), CONFIGURATIONS[name])
+    if made["adversary"]["kind"] == "siglip":
+        made["adversary"]["backbone"] = str(write_siglip(tmp_path / "siglip"))
+    if made["adversary"]["kind"] == "pickscore":
+        made["adversary"]["backbone"] = str(write_clip(tmp_path / "clip"))
+    first, second = iterate_on_both(configuration.build(made, name), monkeypatch)
+    assert set(places(first, "copy")) <= FIRST_VISITS
+    assert not places(second, "copy")
+    assert set(places(second, "read")) <= READS.keys() | MORE_READS
+
+
+def test_an_evaluation_is_the_cpus_and_copies_nothing_from_ordinary_memory(unit_config, monkeypatch):
+    unit_config.model.attention = "math"
+    unit_config.evaluation.metrics = ["dino_similarity", "rule_accuracy", "saturation"]
+    expected = run_on(unit_config, torch.device("cpu"), monkeypatch).evaluator.run(1)
+    unit_config.output_dir += "_on_the_twin"
+    with DeviceTwin() as twin:
+        evaluator = run_on(unit_config, DEVICE, monkeypatch).evaluator
+        twin.waits.clear()
+        found = evaluator.run(1)
+        base = evaluator.base().run(1)  # nothing is trained, so it is the same
+        pictures = evaluator.grid_pictures()
+        waits = list(twin.waits)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert base == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert {len(drawn) for _, drawn in pictures} == {4}
+    assert not places(waits, "copy")
+
+
+@pytest.mark.parametrize("mode", ["recompute", "truncated_importance"])
+def test_old_log_probs_are_replaced_on_the_device(mode, tmp_path):
+    changes = {"rollout": {"window_forward": "merged"}, "update": {"old_log_prob": mode, "learning_rate": 1e-3}}
+    with DeviceTwin() as twin:
+        with mock.patch.object(contenders.Distributed, "start", return_value=place_on(DEVICE)):
+            trainer = contenders.small(tmp_path, "cpu", **changes).trainer
+        table = contenders.Contenders(trainer, None).table()
+        rollout = trainer.rollout(table, 0)
+        advantages = torch.linspace(-1, 1, trainer.config.images_per_iteration, device=DEVICE)
+        twin.waits.clear()
+        sums = trainer.updater.reweigh(rollout.tiles, table)
+        stats = trainer.updater.accumulate(rollout.tiles, advantages, table, total=len(advantages), watch_kl=True)
+        trainer.updater.step(stats.max_drift())
+        assert twin.waits == []
+        gap, weight, _, pairs = sums.tolist()
+        assert stats.max_drift().item() == 0
+    assert pairs == 2 * len(advantages)
+    assert gap > 0
+    assert weight == pytest.approx(pairs, rel=0.01)
+
+
+def test_the_twin_refuses_what_a_gpu_refuses_and_sees_every_wait():
+    host = torch.arange(4.0)
+    with DeviceTwin() as twin:
+        device = torch.randn(4, device=DEVICE)
+        assert (device * torch.tensor(2.0)).device == DEVICE  # a scalar of the host is fine there
+        for refused in (
+            lambda: device + host,
+            lambda: torch.stack([device.sum(), torch.tensor(4)]),
+            lambda: torch.cat([device, host]),
+        ):
+            with pytest.raises(MixedDevices):
+                refused()
+        transfer.to_device(host, DEVICE)
+        assert twin.waits == []
+        waits = (
+            lambda: host.to(DEVICE),
+            lambda: host.to(DEVICE, non_blocking=True),  # not pinned
+            lambda: torch.tensor([1.0], device=DEVICE),
+            lambda: device.new_tensor([1.0]),
+            lambda: device[torch.tensor([1, 2])],
+            lambda: device.cpu(),
+            lambda: device.sum().item(),
+            lambda: device.tolist(),
+            lambda: bool((device > 9).any()),
+            lambda: device.nonzero(),
+        )
+        for number, wait in enumerate(waits, 1):
+            wait()
+            assert len(twin.waits) == number, number
+        assert Counter(wait.what for wait in twin.waits) == {"copy": 5, "read": 5}
+
+
+def test_values_views_gradients_and_writes_in_place_are_the_cpus():
+    def compute(device):
+        torch.manual_seed(0)
+        weight = torch.randn(3, 4).to(device).requires_grad_()
+        x = torch.zeros(2, 4, device=device)
+        x.view(8)[2:6].fill_(1.5)
+        x[1] += torch.full((4,), 0.25, device=device)
+        kept, x.data = x.data, torch.full((2, 4), 9.0, device=device)
+        y, x.data = x + 1, kept
+        loss = torch.nn.functional.gelu(x @ weight.t()).square().sum()
+        loss.backward()
+        return [x, y, loss.detach(), weight.grad]
+
+    expected = compute(torch.device("cpu"))
+    with DeviceTwin():
+        found = compute(DEVICE)
+    assert all(torch.equal(own.held, other) for own, other in zip(found, expected, strict=True))

@@ -1,0 +1,248 @@
+"""Supervised fine-tuning: latents, levels and gradients against the plainly written loss, resume, settings.
+
+Bugs planted in a copy, each seen red: the velocity's sign; a tile's mean instead of its share of the window; gradients
+kept from the window before; one level for all groups of a tile; noise and levels numbered within the tile; no shift;
+the VAE's shift after its scale; references encoded every time; all tiles in every window; a gradient that is not finite
+left unreported; rewards or an adversary loaded for nothing; the same noise in every iteration.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from advgrpo import config
+from advgrpo.errors import UserError
+from advgrpo.runtime import rng
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.training.run import Run
+from advgrpo_kernels import philox_normal
+
+
+def build(settings, *, resume=False) -> Run:
+    return Run(settings, Distributed.start("cpu"), resume=resume, console=Console(quiet=True))
+
+
+def change(base, **changes):
+    return config.build(config.merge(base.model_dump(), changes), "test")
+
+
+@pytest.fixture
+def settings(unit_config):
+    return change(
+        unit_config,
+        update={"objective": "sft", "optimizer_windows": 2},
+        rollout={"prompts_per_iteration": 3, "micro_batch": 2, "group_size": 4},
+        evaluation={"metrics": ["rule_accuracy"]},
+    )
+
+
+def rows(settings) -> list[dict]:
+    lines = (Path(settings.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+def test_encoding_is_the_inverse_of_decoding(settings):
+    """By the VAE's own scaling and shift, which this pipeline has."""
+    policy = build(settings).trainer.policy
+    images = torch.rand(2, 3, 32, 32)
+    latents = policy.encode_images(images)
+    assert latents.shape == (2, *policy.latent_shape())
+    assert latents.dtype == torch.float32
+    assert torch.equal(policy.encode_images(images), latents)  # the mean, no draw
+    mean = policy.vae.encode(images * 2 - 1).latent_dist.mean
+    scale, shift = policy.vae.config.scaling_factor, policy.vae.config.shift_factor
+    assert (scale, shift) == (1.3, 0.1)
+    torch.testing.assert_close(latents, (mean - shift) * scale)
+    torch.testing.assert_close(policy.decode(latents), (policy.vae.decode(mean).sample / 2 + 0.5).clamp(0, 1),
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+def test_noise_levels_are_the_schedulers_own(settings):
+    """Evenly spaced quantiles give the sigmas and timesteps that diffusers' scheduler steps through."""
+    policy = build(settings).trainer.policy
+    levels, timesteps = policy.schedule(10)
+    assert policy._scheduler.config.shift == 3
+    plain = levels[:-1].float() / (3 - 2 * levels[:-1].float())  # without the shift
+    sigmas, found = policy.noise_levels(plain)
+    torch.testing.assert_close(sigmas, levels[:-1].float())
+    torch.testing.assert_close(found, timesteps)
+
+
+def written_out(trainer, iteration: int, window: int) -> torch.Tensor:
+    """The mean loss of one optimizer window, picture by picture, from the formula."""
+    settings, policy, references = trainer.config, trainer.policy, trainer.scorer.references
+    count, size = settings.images_per_iteration, settings.rollout.group_size
+    groups = trainer.groups.next(iteration)
+    choice = torch.rand(count, generator=rng.generator(settings.seed, "sft_reference", iteration))
+    z = torch.randn(len(groups), generator=rng.generator(settings.seed, "sft_level", iteration))
+    part = count // settings.update.optimizer_windows
+    losses = []
+    for image in range(window * part, (window + 1) * part):
+        prompt = trainer.prompts[groups[image // size]]
+        files = references.files(prompt)
+        picture = references.load_images([files[int(choice[image] * len(files))]], size=(32, 32))
+        mean = policy.vae.encode(picture * 2 - 1).latent_dist.mean
+        x0 = (mean - policy.vae.config.shift_factor) * policy.vae.config.scaling_factor
+        q = torch.sigmoid(z[image // size])
+        sigma = 3 * q / (1 + 2 * q)
+        seed = rng.derive_seed(settings.seed, "sft_noise", iteration)
+        eps = philox_normal(tuple(x0.shape), seed=seed, sample_ids=torch.tensor([image]))
+        prepared = policy.prepare(policy.encode([prompt]), (1000 * sigma).view(1), guided=False)
+        velocity, _ = policy.velocity((1 - sigma) * x0 + sigma * eps, torch.tensor([0]), prepared)
+        losses.append(((velocity - (eps - x0)) ** 2).mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("micro_batch", [2, 12])  # a group in two tiles, and three groups in one
+def test_gradients_are_those_of_the_loss_as_it_is_written(settings, fast, micro_batch):
+    windows = 1 if micro_batch == 12 else 2
+    trainer = build(
+        change(settings, fast=fast, rollout={"micro_batch": micro_batch}, update={"optimizer_windows": windows})
+    ).trainer
+    with torch.no_grad():  # adapters that do something, so that A has a gradient as well
+        for _, parameter in trainer.policy.trainable_parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    parameters = [p for _, p in trainer.policy.trainable_parameters()]
+    for window in range(windows):
+        total = trainer.config.images_per_iteration // windows
+        tiles = [tile for tile in trainer.tiles(1) if tile.optimizer_window == window]
+        summed = trainer.supervised.accumulate(tiles, 1, total=total)
+        got = [p.grad.clone() for p in parameters]
+        loss = written_out(trainer, 1, window)
+        expected = torch.autograd.grad(loss, parameters)
+        assert summed.item() / total == pytest.approx(loss.item(), rel=1e-5)
+        scale = max(float(g.abs().max()) for g in expected)
+        assert scale > 1e-4
+        for mine, theirs in zip(got, expected):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-5 * scale)
+
+
+def test_latents_are_encoded_once_and_draws_change_with_the_iteration(settings, monkeypatch):
+    trainer = build(settings).trainer
+    supervised, encoded = trainer.supervised, []
+    real = trainer.policy.encode_images
+    monkeypatch.setattr(trainer.policy, "encode_images", lambda images: encoded.append(len(images)) or real(images))
+    tile = trainer.tiles(0)[0]
+    first, again = supervised.clean_latents(tile, 0), supervised.clean_latents(tile, 0)
+    assert torch.equal(first, again)
+    assert len(encoded) <= len(tile.image_ids)
+    assert set(encoded) == {1}
+    assert not torch.equal(supervised.noise(tile, 0), supervised.noise(tile, 1))
+    assert not torch.equal(supervised.levels(tile, 0)[0], supervised.levels(tile, 1)[0])
+    picks = {tuple(supervised.clean_latents(tile, i).flatten(1).sum(1).tolist()) for i in range(8)}
+    assert len(picks) > 4
+
+
+def test_tiles_of_another_size_learn_the_same(settings):
+    """What is drawn is keyed by picture and group, so the tiling, and with it the processes, only changes rounding."""
+    found = []
+    for micro_batch in (1, 12):
+        tiled = change(settings, rollout={"micro_batch": micro_batch}, update={"optimizer_windows": 1})
+        metrics = build(tiled).trainer.iterate()
+        found.append((metrics["sft_loss"], metrics["grad_norm"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_each_window_is_a_step_and_a_run_resumes_as_if_never_stopped(settings, tmp_path):
+    settings = change(settings, data={"held_out_prompts": ""})
+    whole = change(settings, iterations=3, output_dir=str(tmp_path / "whole"))
+    made = build(whole)
+    learned, real = [], made.trainer.supervised.accumulate
+
+    def accumulate(tiles, iteration, *, total):
+        tiles = list(tiles)
+        learned.append((iteration, [i for tile in tiles for i in tile.image_ids.tolist()]))
+        return real(tiles, iteration, total=total)
+
+    made.trainer.supervised.accumulate = accumulate
+    steps, step = [], made.trainer.updater.step
+    made.trainer.updater.step = lambda *a: steps.append(len(learned)) or step(*a)
+    made.train()
+    assert learned == [(i, list(half)) for i in range(3) for half in (range(6), range(6, 12))]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    part = change(settings, iterations=2)
+    build(part).train()
+    resumed = build(change(part, iterations=3), resume=True)
+    resumed.train()
+    assert rows(part) == rows(whole)
+    assert all(row["sft_loss"] > 0 and row["grad_norm"] > 0 and "reward_generated" not in row for row in rows(whole))
+    ours, theirs = resumed.trainer.state()[0], made.trainer.state()[0]
+    assert ours.keys() == theirs.keys()
+    assert not any(name.startswith(("head", "replay")) for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "rng.torch")
+
+
+def test_nothing_is_loaded_that_nothing_needs(settings, unit_backbone):
+    with pytest.raises(UserError, match=r"rewards\.rule\.weight = 1 would not be looked at"):
+        build(change(settings, rewards={"rule": {"weight": 1.0}}))
+    made = build(settings)
+    scorer = made.trainer.scorer
+    assert (scorer.adversary, scorer.observer, scorer.rewards, made.trainer.head_trainer) == (None, None, {}, None)
+    made.close()
+    asked = build(change(settings, evaluation={"metrics": ["dino_similarity"]}))
+    assert asked.trainer.adversary is None
+    assert asked.evaluator.metrics["dino_similarity"] is asked.trainer.scorer.observer is not None
+
+
+def test_the_loss_falls_on_the_tiny_pipeline(tmp_path):
+    """The shipped pipeline on one batch: the same draws before and after each of eight steps on it."""
+    tiny = config.load("tiny-sft")
+    settings = change(
+        tiny,
+        output_dir=str(tmp_path / "run"),
+        data={"cache_dir": str(tmp_path / "cache"), "held_out_prompts": ""},
+        rollout={"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 8},
+        update={"optimizer_windows": 1, "learning_rate": 1e-3},
+    )
+    trainer = build(settings).trainer
+    losses = []
+    for _ in range(9):
+        trainer.iteration = 0
+        losses.append(trainer.iterate()["sft_loss"])
+    assert losses[-1] < 0.97 * losses[0]
+    assert losses[-1] < losses[4] < losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(settings, monkeypatch):
+    trainer = build(settings).trainer
+    before = [p.detach().clone() for _, p in trainer.policy.trainable_parameters()]
+    shape = (1, *trainer.policy.latent_shape())
+    monkeypatch.setattr(trainer.policy, "encode_images", lambda images: torch.full(shape, float("nan")))
+    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
+        trainer.iterate()
+    assert all(torch.equal(a, p) for a, (_, p) in zip(before, trainer.policy.trainable_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"update": {"kl_weight": 0.1}}, r"update\.kl_weight = 0\.1 is the policy gradient's"),
+        ({"update": {"old_log_prob": "recompute"}}, r"update\.old_log_prob = 'recompute' is the policy gradient's"),
+        ({"data": {"references": ""}}, r"data\.references is empty, but update\.objective = sft needs references"),
+    ],
+)
+def test_settings_that_it_cannot_follow_are_named(settings, changes, message):
+    with pytest.raises(UserError, match=message):
+        config.check(change(settings, **changes), 1)
+
+
+def test_rewards_may_be_anything_when_nothing_is_rewarded(settings):
+    config.check(change(settings, adversary={"kind": "none"}), 1)
+    config.check(change(settings, rewards={"adversary": {"weight": 0.0}}), 1)
+
+
+def test_a_model_that_predicts_noise_is_refused(settings, tmp_path):
+    from advgrpo.data.sources import Sources
+    from advgrpo.training.build import build_policy
+
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    sources = Sources.read(settings)
+    other = change(settings, model={"path": str(folder)}, rollout={"dynamics": "ddim"})
+    with pytest.raises(UserError, match=r"update\.objective = sft fits a rectified flow's velocity"):
+        build_policy(other, sources, Distributed.start("cpu"), None, Console(quiet=True))
