@@ -1,4 +1,4 @@
-"""Pictures from a base model, a trained LoRA, or both side by side.
+"""Images from a base model, a trained LoRA, or both side by side.
 
 python -m advgrpo.generate --lora runs/tiny/lora --base --prompt "a small red star on the left of a blue background"
 """
@@ -24,20 +24,20 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Generate(DrawOptions):
-    """Pictures from a base model, a trained LoRA, or both side by side."""
+    """Images from a base model, a trained LoRA, or both side by side."""
 
     prompt: Annotated[tuple[str, ...], Repeated] = ()
     """Text to draw; repeat the flag for several."""
     lora: str = ""
     """Folder with pytorch_lora_weights.safetensors, such as OUT/lora; empty draws the base model."""
     base: bool = False
-    """Draw the base model's pictures beside the LoRA's, from the same noise."""
+    """Draw the base model's images beside the LoRA's, from the same noise."""
     output: Path = Path("grid.png")
-    """Picture file to write."""
+    """Image file to write."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    """Picture k of a prompt uses seed + k."""
+    """Image k of a prompt uses seed + k."""
     images_per_prompt: Annotated[int, Field(ge=1, le=100)] = 4
-    """Pictures of every prompt, drawn at once."""
+    """Images of every prompt, drawn at once."""
 
 
 def check(options: Generate) -> None:
@@ -46,7 +46,7 @@ def check(options: Generate) -> None:
         raise UserError('--prompt: give at least one non-empty prompt, e.g. --prompt "a red star"')
     output = options.output
     if output.suffix.lower() not in _SUFFIXES or output.is_dir():
-        raise UserError(f"--output {output}: want the name of a picture file, {', '.join(_SUFFIXES)}")
+        raise UserError(f"--output {output}: want the name of an image file, {', '.join(_SUFFIXES)}")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: the folder {output.parent} does not exist; create it or choose another")
     existed = output.exists()
@@ -64,7 +64,7 @@ def draw(pipe, options: Generate, drawn: Drawn, prompt: str) -> torch.Tensor:
     """[n, 3, H, W] in [0, 1] by the stock pipeline.
 
     Raises:
-        RunFailure: a picture is not finite.
+        RunFailure: an image is not finite.
     """
     text = {}
     if "max_sequence_length" in inspect.signature(pipe.__call__).parameters:  # pipelines with a T5
@@ -82,7 +82,7 @@ def draw(pipe, options: Generate, drawn: Drawn, prompt: str) -> torch.Tensor:
     ).images
     if not images.isfinite().all():
         raise RunFailure(
-            f"the pictures of {prompt!r} are not finite at --guidance-scale {drawn.guidance_scale:g} and "
+            f"the images of {prompt!r} are not finite at --guidance-scale {drawn.guidance_scale:g} and "
             f"{drawn.num_steps} steps; lower the guidance, or look at the model and the LoRA"
         )
     return images.float().cpu()
@@ -123,7 +123,7 @@ def generate(options: Generate) -> None:
         pipe.load_lora_weights({f"{lora.component}.{name}": tensor for name, tensor in lora.state_dict().items()})
         columns["lora"] = [draw(pipe, options, drawn, prompt) for prompt in options.prompt]
     rows = [
-        (prompt, [(name, pictures[i]) for name, pictures in columns.items()]) for i, prompt in enumerate(options.prompt)
+        (prompt, [(name, images[i]) for name, images in columns.items()]) for i, prompt in enumerate(options.prompt)
     ]
     draw_grid(rows, options.output)
     print(f"wrote {options.output}")

@@ -1,7 +1,7 @@
 """What flows between the parts of an iteration.
 
-Shapes: B pictures of this process in an iteration, M pictures of a tile, P different prompts of a tile (M = P * rows
-per prompt), C x H x W latents, T sampler steps.
+Shapes: B images of this process in an iteration, M images of a micro-batch, P different prompts of a micro-batch (M = P
+* rows per prompt), C x H x W latents, T sampler steps.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ class Conditioning:
 
 
 @dataclass
-class Tile:
-    """The unit of computation: rollout and update run the same tiles, so their batch shapes agree bit for bit."""
+class MicroBatch:
+    """The unit of computation: rollout and update run the same micro-batches, so their batch shapes agree bit for
+    bit."""
 
     image_ids: torch.Tensor  # [M] int64, global: group * group_size + member
     prompts: list[str]  # P texts
     prompt_groups: torch.Tensor  # [P] int64, the group each prompt row stands for: its position in the iteration
     row: torch.Tensor  # [M] int64 into prompts
-    optimizer_window: int  # which optimizer step of the iteration trains on it
+    minibatch: int  # which optimizer step of the iteration trains on it
 
     @property
     def captions(self) -> list[str]:
-        """[M] the prompt of every picture."""
+        """[M] the prompt of every image."""
         return [self.prompts[i] for i in self.row.tolist()]
 
 
@@ -51,31 +52,31 @@ class WindowStep:
 
 
 @dataclass
-class TileRollout:
-    tile: Tile
-    conditioning: Conditioning  # of the tile's prompts, on the device, for the update as well
+class MicroBatchRollout:
+    micro_batch: MicroBatch
+    conditioning: Conditioning  # of the micro-batch's prompts, on the device, for the update as well
     steps: list[WindowStep]
     images: torch.Tensor  # [M, 3, H, W] float32 in [0, 1]
 
 
 @dataclass
 class Rollout:
-    """One iteration's pictures of this process."""
+    """One iteration's images of this process."""
 
-    tiles: list[TileRollout]
+    micro_batches: list[MicroBatchRollout]
 
     @property
     def image_ids(self) -> torch.Tensor:
-        return torch.cat([t.tile.image_ids for t in self.tiles])
+        return torch.cat([t.micro_batch.image_ids for t in self.micro_batches])
 
     @property
     def prompts(self) -> list[str]:
-        return [caption for t in self.tiles for caption in t.tile.captions]
+        return [caption for t in self.micro_batches for caption in t.micro_batch.captions]
 
 
 @dataclass
 class Features:
-    """What an adversary's frozen part computed of B pictures: tensors [B, ...] under names of the adversary's choice.
+    """What an adversary's frozen part computed of B images: tensors [B, ...] under names of the adversary's choice.
 
     DINO's are "cls" [B, D] and "patches" [B, P, D], float32.
     """
@@ -93,12 +94,12 @@ class Features:
         return next(iter(self.tensors.values())).device
 
     def rows(self, index: torch.Tensor) -> Features:
-        """The pictures at `index`, int64 [n] on the features' device."""
+        """The images at `index`, int64 [n] on the features' device."""
         return Features({name: tensor.index_select(0, index) for name, tensor in self.tensors.items()})
 
     @staticmethod
     def cat(parts: list[Features]) -> Features:
-        """The pictures of all parts, in order; every part has the same names."""
+        """The images of all parts, in order; every part has the same names."""
         return Features({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
 
 

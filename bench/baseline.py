@@ -5,15 +5,15 @@ PyTorch's default attention, a scheduler object that finds its step by comparing
 every row computed (or, with `share_prefix`, one row per prompt before the window), transition and likelihood in plain
 PyTorch, autograd through the likelihood, float32 VAE, `clip_grad_norm_`, AdamW(foreach=True), and the moving average in
 a loop. It is faster than the released loop: weights are in bfloat16 throughout, text embeddings are looked up, backbone
-features are computed once per picture and serve reward and head training alike, one step index is looked up per step
-and not per picture, nothing is logged inside the loops, and anomaly detection is off. As in the released loop,
+features are computed once per image and serve reward and head training alike, one step index is looked up per step
+and not per image, nothing is logged inside the loops, and anomaly detection is off. As in the released loop,
 references' features are computed in every iteration, and so is every row of the prefix unless `share_prefix` asks for
 Flow-GRPO-Fast's way (arXiv 2505.05470's code): both are in any ratio over B0.
 
 It shares no code with advgrpo but the configuration; tests hold its latents, log-probabilities, rewards and gradients
 against the trainer's.
 
-Shapes: M pictures of a tile, B of an iteration, latents [M, C, h, w] float32, velocities the same, D features, n
+Shapes: M images of a micro-batch, B of an iteration, latents [M, C, h, w] float32, velocities the same, D features, n
 chosen patches.
 """
 
@@ -95,7 +95,7 @@ class FlowScheduler:
 
 
 def log_likelihood(value: Tensor, mean: Tensor, std: Tensor, likelihood: str) -> Tensor:
-    """[M] the log-density of `value`, averaged over the elements of a picture."""
+    """[M] the log-density of `value`, averaged over the elements of an image."""
     log_prob = -((value.detach() - mean) ** 2)
     if likelihood == "gaussian":
         log_prob = log_prob / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi))
@@ -104,7 +104,7 @@ def log_likelihood(value: Tensor, mean: Tensor, std: Tensor, likelihood: str) ->
 
 @dataclass
 class Step:
-    """One stochastic step of a tile."""
+    """One stochastic step of a micro-batch."""
 
     timestep: Tensor
     latents: Tensor  # [M, C, h, w]
@@ -113,8 +113,8 @@ class Step:
 
 
 @dataclass
-class Tile:
-    """Pictures that are computed together."""
+class MicroBatch:
+    """Images that are computed together."""
 
     captions: list[str]  # [M]
     conditioning: tuple[Tensor, Tensor]  # what `Baseline.conditioning` says of them
@@ -156,11 +156,11 @@ class Baseline:
     Args:
         config: the same as ours runs with.
         transformer: with adapters (`add_lora`), on the device, in the compute dtype.
-        decode: latents [M, C, h, w] -> pictures [M, 3, H, W] in [0, 1], float32.
+        decode: latents [M, C, h, w] -> images [M, 3, H, W] in [0, 1], float32.
         backbone: a frozen DINOv2, in its dtype.
         head: Linear, GELU, Linear in float32.
         texts: caption -> (text [S, E], pooled [E']) on the device, "" for the unconditional one.
-        references: caption -> its reference pictures [n, 3, H, W] in [0, 1], on the device. Their features are computed
+        references: caption -> its reference images [n, 3, H, W] in [0, 1], on the device. Their features are computed
             in every iteration, as in the released loop: there is no cache of them.
     """
 
@@ -228,7 +228,7 @@ class Baseline:
         *,
         adapters_in_window_only: bool = False,
         share_prefix: bool = False,
-    ) -> Tile:
+    ) -> MicroBatch:
         """Denoise `initial` [M, C, h, w] for `captions`, with noise on the steps of `window`, and decode.
 
         `noise` gives the draws of those steps by number; by default they are drawn here. `adapters_in_window_only` is
@@ -251,17 +251,17 @@ class Baseline:
             if number not in window:
                 latents = self.scheduler.euler_step(velocity, timestep, latents)
                 continue
-            mean, std = self.scheduler.transition(velocity, timestep, latents, rollout.dynamics, rollout.noise_level)
+            mean, std = self.scheduler.transition(velocity, timestep, latents, rollout.dynamics, rollout.eta)
             draw = torch.randn_like(mean) if noise is None else noise[number]
             following = mean + std * draw
             log_prob = log_likelihood(following, mean, std, rollout.likelihood)
             steps.append(Step(timestep, latents, following, log_prob))
             latents = following
-        return Tile(list(captions), everyone, steps, latents, self.decode(latents))
+        return MicroBatch(list(captions), everyone, steps, latents, self.decode(latents))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
-        """Backbone features of pictures [M, 3, H, W] in [0, 1]."""
+        """Backbone features of images [M, 3, H, W] in [0, 1]."""
         size = self.config.adversary.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -270,7 +270,7 @@ class Baseline:
         return Features(tokens[:, 0].float(), tokens[:, 1:].float())
 
     def choose(self, features: Features) -> Features:
-        """n random patches of every picture."""
+        """n random patches of every image."""
         rows, patches, _ = features.patches.shape
         order = torch.rand(rows, patches, device=self.device).argsort(dim=1)[:, : self.config.adversary.num_patches]
         index = order[:, :, None].expand(-1, -1, features.patches.shape[2])
@@ -323,7 +323,7 @@ class Baseline:
             self.replay.add(self.choose(generated.rows(torch.randperm(len(generated.cls), device=self.device)[:count])))
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """[B]; pictures of a prompt lie next to each other."""
+        """[B]; images of a prompt lie next to each other."""
         section, groups = self.config.advantage, rewards.view(-1, self.config.rollout.group_size)
         centred = groups - groups.mean(dim=1, keepdim=True)
         if section.std == "group":
@@ -332,11 +332,11 @@ class Baseline:
             centred = centred / (rewards.std(correction=0) + section.eps)
         return centred.flatten().clamp(-section.clip, section.clip)
 
-    def loss(self, tile: Tile, step: Step, advantages: Tensor) -> Tensor:
-        """The clipped objective of one step of a tile, by autograd through the likelihood."""
+    def loss(self, micro_batch: MicroBatch, step: Step, advantages: Tensor) -> Tensor:
+        """The clipped objective of one step of a micro-batch, by autograd through the likelihood."""
         rollout, update = self.config.rollout, self.config.update
-        velocity = self.velocity(step.latents, step.timestep, tile.conditioning)
-        arguments = (step.timestep, step.latents, rollout.dynamics, rollout.noise_level)
+        velocity = self.velocity(step.latents, step.timestep, micro_batch.conditioning)
+        arguments = (step.timestep, step.latents, rollout.dynamics, rollout.eta)
         mean, std = self.scheduler.transition(velocity, *arguments)
         log_prob = log_likelihood(step.next_latents, mean, std, rollout.likelihood)
         ratio = torch.exp(log_prob - step.log_prob)
@@ -344,7 +344,7 @@ class Baseline:
         loss = torch.maximum(-advantages * ratio, -advantages * clipped).mean()
         if update.kl_weight > 0:
             with torch.no_grad(), self.base():
-                base = self.velocity(step.latents, step.timestep, tile.conditioning)
+                base = self.velocity(step.latents, step.timestep, micro_batch.conditioning)
                 reference, _ = self.scheduler.transition(base, *arguments)
             kl = ((mean - reference) ** 2).mean()
             loss = loss + update.kl_weight * (kl / (2 * std**2) if rollout.likelihood == "gaussian" else kl)
@@ -353,20 +353,20 @@ class Baseline:
     def base(self) -> _AdaptersOff:
         return _AdaptersOff([m for m in self.transformer.modules() if isinstance(m, LoraLinear)])
 
-    def accumulate(self, tiles: Sequence[Tile], advantages: Sequence[Tensor]) -> None:
-        """Gradients of one optimizer step: the mean over its pictures and steps."""
-        total = sum(len(tile.captions) * len(tile.steps) for tile in tiles)
-        for tile, own in zip(tiles, advantages):
-            for step in tile.steps:
-                (self.loss(tile, step, own) * (len(tile.captions) / total)).backward()
+    def accumulate(self, micro_batches: Sequence[MicroBatch], advantages: Sequence[Tensor]) -> None:
+        """Gradients of one optimizer step: the mean over its images and steps."""
+        total = sum(len(micro_batch.captions) * len(micro_batch.steps) for micro_batch in micro_batches)
+        for micro_batch, own in zip(micro_batches, advantages):
+            for step in micro_batch.steps:
+                (self.loss(micro_batch, step, own) * (len(micro_batch.captions) / total)).backward()
 
-    def update(self, tiles: Sequence[Tile], advantages: Tensor) -> None:
-        """One optimizer and moving-average step for each of the iteration's optimizer windows."""
+    def update(self, micro_batches: Sequence[MicroBatch], advantages: Tensor) -> None:
+        """One optimizer and moving-average step for each of the iteration's minibatches."""
         config = self.config
-        by_tile = advantages.split([len(tile.captions) for tile in tiles])
-        share = len(tiles) // config.update.optimizer_windows
-        for first in range(0, len(tiles), share):
-            self.accumulate(tiles[first : first + share], by_tile[first : first + share])
+        by_micro_batch = advantages.split([len(micro_batch.captions) for micro_batch in micro_batches])
+        share = len(micro_batches) // config.update.minibatches
+        for first in range(0, len(micro_batches), share):
+            self.accumulate(micro_batches[first : first + share], by_micro_batch[first : first + share])
             torch.nn.utils.clip_grad_norm_(self.trained, config.update.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -374,8 +374,8 @@ class Baseline:
                 for average, parameter in zip(self.averages, self.trained):
                     average.mul_(config.update.ema_decay).add_(parameter, alpha=1 - config.update.ema_decay)
 
-    def rollout(self, prompts: Sequence[str], window: Sequence[int], **options) -> list[Tile]:
-        """group_size pictures of every prompt in tiles of micro_batch, their noise as rollout.initial_noise says.
+    def rollout(self, prompts: Sequence[str], window: Sequence[int], **options) -> list[MicroBatch]:
+        """group_size images of every prompt in micro-batches of micro_batch, their noise as rollout.initial_noise says.
 
         `options` go to `sampler`.
         """
@@ -388,29 +388,30 @@ class Baseline:
         starts = range(0, len(captions), size)
         return [self.sampler(captions[i : i + size], noise[i : i + size], window, **options) for i in starts]
 
-    def score(self, tiles: Sequence[Tile]) -> tuple[Features, Features, Tensor, Tensor]:
-        """Features of the pictures and of one reference each, and the rewards [B] of both."""
-        generated = Features.cat([self.features(tile.images) for tile in tiles])
-        reference = Features.cat([self.features(self.drawn_references(tile)) for tile in tiles])
+    def score(self, micro_batches: Sequence[MicroBatch]) -> tuple[Features, Features, Tensor, Tensor]:
+        """Features of the images and of one reference each, and the rewards [B] of both."""
+        generated = Features.cat([self.features(micro_batch.images) for micro_batch in micro_batches])
+        reference = Features.cat([self.features(self.drawn_references(micro_batch)) for micro_batch in micro_batches])
         return generated, reference, self.rewards(self.choose(generated)), self.rewards(self.choose(reference))
 
-    def drawn_references(self, tile: Tile) -> Tensor:
-        """One reference picture [M, 3, H, W] of each picture's prompt."""
-        candidates = [self.references[caption] for caption in tile.captions]
+    def drawn_references(self, micro_batch: MicroBatch) -> Tensor:
+        """One reference image [M, 3, H, W] of each image's prompt."""
+        candidates = [self.references[caption] for caption in micro_batch.captions]
         draws = torch.rand(len(candidates)).tolist()
         return torch.stack([own[int(draw * len(own))] for own, draw in zip(candidates, draws)])
 
     def iteration(self, prompts: Sequence[str], window: Sequence[int], **options) -> dict[str, float]:
-        """Rollout, rewards, head updates when the schedule says so, generator update; `options` go to `sampler`."""
+        """Rollout, rewards, discriminator updates when the schedule says so, generator update; `options` go to
+        `sampler`."""
         adversary = self.config.adversary
-        tiles = self.rollout(prompts, window, **options)
-        generated, reference, rewards, of_reference = self.score(tiles)
+        micro_batches = self.rollout(prompts, window, **options)
+        generated, reference, rewards, of_reference = self.score(micro_batches)
         metrics = {"reward_generated": rewards.mean().item(), "reward_reference": of_reference.mean().item()}
         fooled = metrics["reward_generated"] > metrics["reward_reference"] - adversary.fooled_margin
         due = {"always": True, "never": False, "when_fooled": fooled}[adversary.schedule]
         self.adversary(generated, reference, adversary.updates_per_iteration if due else 0)
         self.remember(generated)
-        self.update(tiles, self.advantages(rewards))
+        self.update(micro_batches, self.advantages(rewards))
         return metrics
 
 

@@ -173,7 +173,7 @@ def random(
     stock = stock_transformer(
         size.transformer, policy.stock.state_dict(), policy.lora.state_dict(), rank=lora.rank, alpha=lora.alpha
     )
-    return Contenders(trainer, _baseline(trainer, stock, policy.reference_decoder.images, references.pictures))
+    return Contenders(trainer, _baseline(trainer, stock, policy.reference_decoder.images, references.images))
 
 
 def _baseline(trainer: Trainer, stock, decode, references) -> Baseline:

@@ -66,8 +66,8 @@ def baseline_of(
 
     Args:
         transformer: what `stock_transformer` made of the policy's weights.
-        decode: latents to pictures in float32.
-        references: prompt -> its reference pictures [n, 3, H, W] in [0, 1].
+        decode: latents to images in float32.
+        references: prompt -> its reference images [n, 3, H, W] in [0, 1].
     """
     prompts = list(dict.fromkeys(prompts))
     texts = {}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from advgrpo.runtime import rng
-from advgrpo.types import TileRollout
+from advgrpo.types import MicroBatchRollout
 from advgrpo_kernels import philox_normal, score_features
 
-from .baseline import Features, Tile
+from .baseline import Features, MicroBatch
 from .contenders import Contenders
 
 
@@ -34,37 +34,39 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def same_tile(c: Contenders) -> tuple[TileRollout, torch.Tensor, Tile]:
-    """The iteration's first tile by our sampler (and its last latents), and by B0 from the same noise."""
+def same_micro_batch(c: Contenders) -> tuple[MicroBatchRollout, torch.Tensor, MicroBatch]:
+    """The iteration's first micro-batch by our sampler (and its last latents), and by B0 from the same noise."""
     trainer, table, seed = c.trainer, c.table(), c.config.seed
-    tile = trainer.tiles(0)[0]
-    row, ids = tile.row.to(c.device), tile.image_ids.to(c.device)
+    micro_batch = trainer.micro_batches(0)[0]
+    row, ids = micro_batch.row.to(c.device), micro_batch.image_ids.to(c.device)
     shared = trainer.sampler.shared_noise
-    owners = tile.prompt_groups if shared else tile.image_ids
+    owners = micro_batch.prompt_groups if shared else micro_batch.image_ids
     initial = trainer.sampler.initial_latents(rng.derive_seed(seed, "initial_noise", 0), owners)
     noise_seed = rng.derive_seed(seed, "step_noise", 0)
     trainer.policy.merge()
-    text = trainer.policy.encode(tile.prompts)
+    text = trainer.policy.encode(micro_batch.prompts)
     latents, steps = trainer.sampler.run(table, text, initial, row, noise_seed=noise_seed, image_ids=ids)
     shape = (len(ids), *trainer.policy.latent_shape())
     noise = {i: philox_normal(shape, seed=noise_seed, sample_ids=ids, step=i, device=c.device) for i in c.window}
-    theirs = c.baseline.sampler(tile.captions, initial.index_select(0, row) if shared else initial, c.window, noise)
-    return TileRollout(tile, text, steps, trainer.policy.decode(latents)), latents, theirs
+    theirs = c.baseline.sampler(
+        micro_batch.captions, initial.index_select(0, row) if shared else initial, c.window, noise
+    )
+    return MicroBatchRollout(micro_batch, text, steps, trainer.policy.decode(latents)), latents, theirs
 
 
 def check_sampler(c: Contenders, allowed: float) -> Check:
-    ours, latents, theirs = same_tile(c)
+    ours, latents, theirs = same_micro_batch(c)
     errors = [_relative(latents, theirs.latents), _relative(ours.images, theirs.images)]
     errors += [_relative(a.next_latents, b.next_latents) for a, b in zip(ours.steps, theirs.steps)]
-    return Check(max(errors), allowed, "latents and pictures of one tile")
+    return Check(max(errors), allowed, "latents and images of one micro-batch")
 
 
 def check_update(c: Contenders, allowed: float) -> Check:
-    """Gradients of one tile; what is clipped is decided by each side's own old log-probabilities."""
-    ours, _, theirs = same_tile(c)
+    """Gradients of one micro-batch; what is clipped is decided by each side's own old log-probabilities."""
+    ours, _, theirs = same_micro_batch(c)
     count = len(theirs.captions)
     advantages = torch.linspace(-1, 1, count, device=c.device)
-    everyone = torch.zeros(c.images, device=c.device).index_copy(0, ours.tile.image_ids.to(c.device), advantages)
+    everyone = torch.zeros(c.images, device=c.device).index_copy(0, ours.micro_batch.image_ids.to(c.device), advantages)
     updater, b0 = c.trainer.updater, c.baseline
     stats = updater.accumulate([ours], everyone, c.table(), total=count, watch_kl=False)
     b0.optimizer.zero_grad()
@@ -76,20 +78,20 @@ def check_update(c: Contenders, allowed: float) -> Check:
     found = lora.state_dict(lora.master.grad)
     stacked = [torch.cat([side[name].float().flatten() for name in expected]) for side in (found, expected)]
     b0.optimizer.zero_grad()
-    drift = stats.max_drift().item()
-    if drift != 0:
-        return Check(float("inf"), allowed, f"log-probabilities moved by {drift:.1e} before any optimizer step")
-    return Check(_relative(*stacked), allowed, "gradients of one tile")
+    mismatch = stats.max_mismatch().item()
+    if mismatch != 0:
+        return Check(float("inf"), allowed, f"log-probabilities moved by {mismatch:.1e} before any optimizer step")
+    return Check(_relative(*stacked), allowed, "gradients of one micro-batch")
 
 
 def check_adversary(c: Contenders, allowed: float) -> Check:
-    """Backbone features of the same pictures, rewards and the head's loss on the same patches."""
+    """Backbone features of the same images, rewards and the head's loss on the same patches."""
     adversary, b0, side = c.trainer.scorer.adversary, c.baseline, c.config.adversary.image_size
     images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0)).to(c.device)
     ours, theirs = adversary.features(images, [""] * 4), b0.features(images)
     ids = torch.arange(4, device=c.device)
-    chosen = adversary.trained_part(ours, ids, 1)
-    other = adversary.trained_part(adversary.features(1 - images, [""] * 4), ids, 2)
+    chosen = adversary.training_features(ours, ids, 1)
+    other = adversary.training_features(adversary.features(1 - images, [""] * 4), ids, 2)
     losses = [
         adversary.loss(other, chosen).loss.detach(),
         b0.head_loss(*(Features(f["cls"], f["patches"]) for f in (other, chosen))).detach(),

@@ -104,12 +104,12 @@ def idle_share(events: list[dict]) -> float:
 
 
 def trajectory(c: Contenders) -> Callable[[], object]:
-    """One tile's sampling, from noise to latents, as the trainer calls it."""
+    """One micro-batch's sampling, from noise to latents, as the trainer calls it."""
     trainer, table = c.trainer, c.table()
-    tile = trainer.tiles(0)[0]
-    initial = trainer.sampler.initial_latents(1, tile.prompt_groups)
-    conditioning = trainer.policy.encode(tile.prompts)
-    row, ids = tile.row.to(c.device), tile.image_ids.to(c.device)
+    micro_batch = trainer.micro_batches(0)[0]
+    initial = trainer.sampler.initial_latents(1, micro_batch.prompt_groups)
+    conditioning = trainer.policy.encode(micro_batch.prompts)
+    row, ids = micro_batch.row.to(c.device), micro_batch.image_ids.to(c.device)
     return lambda: trainer.sampler.run(table, conditioning, initial, row, noise_seed=1, image_ids=ids)
 
 

@@ -59,7 +59,7 @@ class RandomPolicy(GuidedPolicy):
     """`advgrpo.policy.base.Policy` over `FusedTransformer`; prompts are any strings, their embeddings are drawn."""
 
     has_merged = True
-    prediction = "velocity"
+    prediction_type = "flow_prediction"
 
     def __init__(self, model: ModelSection, size: Size, *, device: torch.device, seed: int, precision: str) -> None:
         self.device, self.size, self.seed = device, size, seed
@@ -155,9 +155,9 @@ class RandomReferences:
             self._features[prompt] = Features(drawn)
         return self._features[prompt]
 
-    def pictures(self, prompt: str) -> torch.Tensor:
-        """[8, 3, image_size, image_size] uniform noise, for B0, which keeps pictures instead of features."""
-        generator = rng.generator(self.seed, f"bench_pictures:{prompt}")
+    def images(self, prompt: str) -> torch.Tensor:
+        """[8, 3, image_size, image_size] uniform noise, for B0, which keeps images instead of features."""
+        generator = rng.generator(self.seed, f"bench_images:{prompt}")
         return torch.rand(8, 3, self.image_size, self.image_size, generator=generator)
 
     def pick(self, prompts: list[str], draws: torch.Tensor) -> Features:

@@ -67,14 +67,14 @@ def units(c: Contenders, *, share_prefix: bool = True) -> dict[str, Unit]:
     trainer, b0, table = c.trainer, c.baseline, c.table()
     rollout = trainer.rollout(table, 0)
     scored = trainer.scorer.score(rollout, 0)
-    tiles = b0.rollout(c.prompts, c.window)
-    advantages = b0.advantages(b0.score(tiles)[2])
+    micro_batches = b0.rollout(c.prompts, c.window)
+    advantages = b0.advantages(b0.score(micro_batches)[2])
 
     def our_adversary():
-        trainer.train_head(rollout, trainer.scorer.score(rollout, 0), 0)
+        trainer.train_discriminator(rollout, trainer.scorer.score(rollout, 0), 0)
 
     def their_adversary():
-        generated, reference, *_ = b0.score(tiles)
+        generated, reference, *_ = b0.score(micro_batches)
         b0.adversary(generated, reference, c.config.adversary.updates_per_iteration)
         b0.remember(generated)
 
@@ -87,7 +87,10 @@ def units(c: Contenders, *, share_prefix: bool = True) -> dict[str, Unit]:
         "sampler": Unit(ours=lambda: trainer.rollout(table, 0), amount=c.images, unit=images, **sides(b0.rollout)),
         "adversary": Unit(our_adversary, their_adversary, c.images, images),
         "update": Unit(
-            lambda: trainer.update(rollout, scored, table), lambda: b0.update(tiles, advantages), c.images, images
+            lambda: trainer.update(rollout, scored, table),
+            lambda: b0.update(micro_batches, advantages),
+            c.images,
+            images,
         ),
         "iteration": Unit(ours=trainer.iterate, amount=1, unit="iterations/s", **sides(b0.iteration)),
     }
@@ -293,7 +296,7 @@ class Session:
 
     def _on_policy(self) -> None:
         metrics = self.c.trainer.iterate()
-        names = ("log_prob_drift_max", "pre_update_clip_fraction")
+        names = ("log_prob_mismatch_max", "pre_update_clip_fraction")
         self._put("on_policy", {name: metrics[name] for name in names})
 
     def _measure(self, name: str) -> None:
@@ -301,7 +304,7 @@ class Session:
 
         def put(times: dict[str, np.ndarray]) -> None:
             self._put(name, figures(unit, times, self.repeats))
-            if self.size == "full" and name == "sampler":  # FLOPs of the algorithm: 16 rows are 8 guided pictures
+            if self.size == "full" and name == "sampler":  # FLOPs of the algorithm: 16 rows are 8 guided images
                 steps, rate = self.c.config.rollout.num_steps, self.report["sampler"]["ours"]
                 self._put("sampler_mfu", rate * steps * FORWARD_TFLOP / 8 / PEAK_TFLOP_S)
 
@@ -362,7 +365,7 @@ class Session:
         latents = torch.randn(8, *policy.latent_shape(), device=self.fp8.device)
         prepared = policy.prepare(policy.encode([f"prompt {i}" for i in range(8)]), table.timesteps, guided=True)
         with torch.no_grad():
-            run = {"forward": lambda: policy.merged_velocity(latents, table.numbers[2], prepared)}
+            run = {"forward": lambda: policy.predict_merged(latents, table.numbers[2], prepared)}
             share = self.budget.share(0.2)
             times = timing.interleave(run, "cuda", repeats=4 * self.repeats, warmup=10, budget=share)["forward"]
         seconds = FORWARD_TFLOP / self.limits.matmul_tflop_s
@@ -386,7 +389,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--noise",
         choices=["shared", "per_image"],
         default="shared",
-        help="initial noise of a prompt's pictures, on both sides; per_image is the released code's",
+        help="initial noise of a prompt's images, on both sides; per_image is the released code's",
     )
     parser.add_argument(
         "--share-prefix",

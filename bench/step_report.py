@@ -34,8 +34,8 @@ def goals(report: dict) -> list[dict]:
     on_gpu, full = report["environment"]["device"] == "cuda", report["size"] == "full"
     measured: dict[str, tuple[str, bool | None]] = {}
     if "on_policy" in report:
-        drift = report["on_policy"]
-        values = (drift["log_prob_drift_max"], drift["pre_update_clip_fraction"])
+        mismatch = report["on_policy"]
+        values = (mismatch["log_prob_mismatch_max"], mismatch["pre_update_clip_fraction"])
         measured["P13"] = (f"{values[0]:g}; {values[1]:g}", values == (0, 0))
     if on_gpu and full:
         for goal, unit, target, row in (

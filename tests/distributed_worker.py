@@ -68,7 +68,7 @@ def mismatch(job: Distributed) -> str:
 def raises(job: Distributed, folder: Path) -> None:
     """Rank 1 fails while rank 0 waits for it in a collective."""
     if job.rank == 1:
-        raise OSError("the picture store is on fire")
+        raise OSError("the image store is on fire")
     job.all_reduce_sum([torch.ones(1)])
 
 
@@ -91,7 +91,7 @@ def user_error(job: Distributed, folder: Path) -> None:
 def busy(job: Distributed, folder: Path) -> None:
     """Rank 1 fails while rank 0's main thread never looks, as if it waited inside NCCL."""
     if job.rank == 1:
-        raise OSError("the picture store is on fire")
+        raise OSError("the image store is on fire")
     time.sleep(600)
 
 
@@ -169,7 +169,7 @@ def freezes(job: Distributed, folder: Path) -> None:
 def lingers(job: Distributed, folder: Path) -> None:
     """Rank 1's report is read by rank 0 before rank 1, and with torchrun the whole job, ends."""
     if job.rank == 1:
-        raise OSError("the picture store is on fire")
+        raise OSError("the image store is on fire")
     watch.POLL_SECONDS = 1.5  # so that it is some time before rank 0 looks
     acknowledge = job._watch._acknowledge
 

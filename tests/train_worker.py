@@ -1,6 +1,6 @@
 """`advgrpo.train` with a fault: `train_worker.py none|slow|killed FLAGS ...`, which test_restart.py starts.
 
-slow: rank 1 takes a second longer for every tile that it samples, and one for every tile that it scores.
+slow: rank 1 takes a second longer for every micro-batch that it samples, and one for every micro-batch that it scores.
 killed: rank 1 is killed in its third iteration, but only in the first attempt of torchrun.
 """
 

@@ -1,4 +1,4 @@
-"""Untrained SD1.5- and SDXL-type pipelines of width 32 with 32-pixel pictures: every part in miniature."""
+"""Untrained SD1.5- and SDXL-type pipelines of width 32 with 32-pixel images: every part in miniature."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Small CLIP and SigLIP models made from configs, and pictures for them."""
+"""Small CLIP and SigLIP models made from configs, and images for them."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def write_siglip(folder: Path) -> str:
     return str(folder)
 
 
-def pictures(count: int, height: int = 48, width: int = 48) -> torch.Tensor:
+def random_images(count: int, height: int = 48, width: int = 48) -> torch.Tensor:
     """Smooth colours of 256 levels, so that PIL and tensors see the same."""
     coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(count))
     fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)

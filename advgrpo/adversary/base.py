@@ -1,6 +1,6 @@
 """What an adversary offers: a reward that learns. Everything outside its files talks to these protocols only.
 
-Shapes: B pictures [B, 3, H, W] float32 in [0, 1], one prompt each.
+Shapes: B images [B, 3, H, W] float32 in [0, 1], one prompt each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from advgrpo.types import Features
 
 
 @runtime_checkable
-class HeadLoss(Protocol):
+class DiscriminatorLoss(Protocol):
     """Result of `Adversary.loss`."""
 
     @property
@@ -24,7 +24,7 @@ class HeadLoss(Protocol):
 
     @property
     def accuracy(self) -> torch.Tensor | None:
-        """Scalar float32, the share of pictures on the right side of the head's own threshold, times local pictures /
+        """Scalar float32, the share of images on the right side of the head's own threshold, times local images /
         `total`; detached. None where scores have no threshold: then only pairs of a prompt tell how well it judges."""
         ...
 
@@ -43,17 +43,17 @@ class Score(Protocol):
 class Adversary(Protocol):
     """A learned reward: a frozen part that computes features once, and a trained part, the head, that scores them.
 
-    `features` runs once per picture; the reward, the head's training and the reference cache all use its result.
-    Draws are keyed by (run seed, purpose, iteration, global picture number), never by batch or process.
+    `features` runs once per image; the reward, the head's training and the reference cache all use its result.
+    Draws are keyed by (run seed, purpose, iteration, global image number), never by batch or process.
 
-    `trained_part`, `loss`, `optimizer.zero_grad(set_to_none=False)` and `step` run inside a captured CUDA graph: none
-    of them may read a device value on the host or make a device tensor from a host value, and parameters, gradients
-    and optimizer state stay in the same storage for the whole run.
+    `training_features`, `loss`, `optimizer.zero_grad(set_to_none=False)` and `step` run inside a captured CUDA graph:
+    none of them may read a device value on the host or make a device tensor from a host value, and parameters,
+    gradients and optimizer state stay in the same storage for the whole run.
     """
 
     config: AdversarySection
     seed: int  # of the run
-    optimizer: torch.optim.Optimizer  # over `parameters()`; a `HeadAdam`, or another that a graph can hold
+    optimizer: torch.optim.Optimizer  # over `parameters()`; a `DiscriminatorAdam`, or another that a graph can hold
     # An adversary whose state_dict has grown names what checkpoints of before may lack in `state_added_later`, a tuple.
     text_dependent: bool  # features depend on the prompt: the reference cache then keys by it too
     backbone: Any  # the frozen network whose features these are, for others that look through the same one; or None
@@ -65,15 +65,15 @@ class Adversary(Protocol):
 
     @property
     def cache_key(self) -> str:
-        """What `kept_part(features(...))` depends on beside picture and prompt: weights, precision, sizes."""
+        """What `cached_features(features(...))` depends on beside image and prompt: weights, precision, sizes."""
         ...
 
     def features(self, images: torch.Tensor, prompts: list[str]) -> Features:
-        """Everything the head may look at, without gradient; each picture's independent of the rest of the batch.
+        """Everything the head may look at, without gradient; each image's independent of the rest of the batch.
 
         Args:
             images: [B, 3, H, W] float32 in [0, 1], on any device.
-            prompts: their B prompts; an adversary that judges the picture alone (DINO) ignores them.
+            prompts: their B prompts; an adversary that judges the image alone (DINO) ignores them.
 
         Returns:
             Named tensors [B, ...] on `device`, the same names on every call.
@@ -81,20 +81,21 @@ class Adversary(Protocol):
         ...
 
     def score(self, features: Features, sample_ids: torch.Tensor, *, purpose: str, iteration: int) -> Score:
-        """The reward of every picture under the head as it stands, without gradient.
+        """The reward of every image under the head as it stands, without gradient.
 
         Args:
-            features: from `features`, or `kept_part` of them.
-            sample_ids: [B] int64 on `device`, global picture numbers of the iteration.
+            features: from `features`, or `cached_features` of them.
+            sample_ids: [B] int64 on `device`, global image numbers of the iteration.
             purpose: "reward" or "reference"; keys the draws together with `iteration`.
         """
         ...
 
-    def trained_part(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
-        """What one head update looks at, and what the replay buffer holds (DINO: `num_patches` random patches).
+    def training_features(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
+        """What one discriminator update looks at, and what the replay buffer holds (DINO: `num_patches` random
+        patches).
 
         Args:
-            features: of B pictures, B = 0 included: a process may hold none of the drawn pictures.
+            features: of B images, B = 0 included: a process may hold none of the drawn images.
             sample_ids: [B] int64 on `device`; with `seed` they key every draw.
             seed: integer, or int64 tensor of one element on `device` (then nothing may be read on the host).
 
@@ -103,7 +104,7 @@ class Adversary(Protocol):
         """
         ...
 
-    def kept_part(self, features: Features) -> Features:
+    def cached_features(self, features: Features) -> Features:
         """What the reference cache keeps of a prompt's references (DINO: at most `cached_patches` random patches).
 
         Same names; a function of the features alone, so cached and fresh ones agree to the last bit.
@@ -111,19 +112,19 @@ class Adversary(Protocol):
         ...
 
     def centre(self, generated: float, reference: float) -> None:
-        """Hear the mean rewards of both sides over all processes, once before an iteration's head updates.
+        """Hear the mean rewards of both sides over all processes, once before an iteration's discriminator updates.
 
         An objective that compares scores with a threshold puts it between them, unless its head has a bias to learn.
         Called outside captured graphs; what it sets stays in the same storage.
         """
         ...
 
-    def loss(self, reference: Features, generated: Features, *, total: int | None = None) -> HeadLoss:
+    def loss(self, reference: Features, generated: Features, *, total: int | None = None) -> DiscriminatorLoss:
         """The head's loss, references as positives and generations as negatives.
 
         Args:
-            reference, generated: `trained_part`s; the two sides may differ in length, and either may be empty.
-            total: pictures per side over all processes; means divide by it, so that losses, accuracies and gradients
+            reference, generated: `training_features`s; the two sides may differ in length, and either may be empty.
+            total: images per side over all processes; means divide by it, so that losses, accuracies and gradients
                 summed over processes are those of the whole batch. None: each side's own.
         """
         ...

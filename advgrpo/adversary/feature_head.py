@@ -1,9 +1,9 @@
 """An adversary that is a small head on frozen features (arXiv 2511.20256, eqs. 9-14), whatever the backbone.
 
-Features are computed once per picture and serve the reward, the head's training and the similarity metric alike; there
+Features are computed once per image and serve the reward, the head's training and the similarity metric alike; there
 is one head forward (`score_features`).
 
-Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; features cls [B, D], patches [B, P, D].
+Shapes: B images [B, 3, H, W] float32 in [0, 1]; features cls [B, D], patches [B, P, D].
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from advgrpo.adversary.head_adam import HeadAdam
+from advgrpo.adversary.discriminator_adam import DiscriminatorAdam
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
 from advgrpo.runtime import rng
@@ -26,11 +26,11 @@ from advgrpo_kernels import (
     score_features,
 )
 
-_BIAS_GRADIENT_NOISE = 1e-6  # rounding reaches 2e-7; real values are 3e-6 and more up to 768 pictures of 64 patches
+_BIAS_GRADIENT_NOISE = 1e-6  # rounding reaches 2e-7; real values are 3e-6 and more up to 768 images of 64 patches
 
 
 class FrozenBackbone(Protocol):
-    """A frozen network that describes pictures: DinoBackbone, SiglipBackbone."""
+    """A frozen network that describes images: DinoBackbone, SiglipBackbone."""
 
     device: torch.device
     width: int  # D
@@ -38,11 +38,11 @@ class FrozenBackbone(Protocol):
 
     @property
     def cache_key(self) -> str:
-        """What `features` depends on beside the picture."""
+        """What `features` depends on beside the image."""
         ...
 
     def features(self, images: torch.Tensor) -> Features:
-        """ "cls" [B, D] and "patches" [B, P, D] of pictures, without gradient."""
+        """ "cls" [B, D] and "patches" [B, P, D] of images, without gradient."""
         ...
 
 
@@ -51,11 +51,11 @@ class FeatureHeadAdversary:
 
     Args:
         config: section `adversary`.
-        backbone: what looks at pictures.
+        backbone: what looks at images.
         seed: of the run.
 
     Raises:
-        UserError: more patches per picture than the backbone has or the reference cache keeps.
+        UserError: more patches per image than the backbone has or the reference cache keeps.
     """
 
     text_dependent = False
@@ -68,7 +68,7 @@ class FeatureHeadAdversary:
                 f"patches or adversary.cached_patches = {config.cached_patches}"
             )
         self.head = _init_head(backbone.width, config.hidden_size, seed, backbone.device)
-        self.optimizer = HeadAdam(self.parameters(), lr=config.learning_rate, betas=config.betas)
+        self.optimizer = DiscriminatorAdam(self.parameters(), lr=config.learning_rate, betas=config.betas)
 
     @property
     def device(self) -> torch.device:
@@ -82,12 +82,12 @@ class FeatureHeadAdversary:
         return list(self.head.values())
 
     def features(self, images: torch.Tensor, prompts: list[str]) -> Features:
-        """Frozen features "cls" [B, D] and "patches" [B, P, D] of pictures; the prompts are not looked at."""
+        """Frozen features "cls" [B, D] and "patches" [B, P, D] of images; the prompts are not looked at."""
         return self.backbone.features(images)
 
     @torch.no_grad()
     def score(self, features: Features, sample_ids: torch.Tensor, *, purpose: str, iteration: int):
-        """FeatureScore of each picture; its random patches are keyed by (purpose, iteration, sample id)."""
+        """FeatureScore of each image; its random patches are keyed by (purpose, iteration, sample id)."""
         seed = rng.derive_seed(self.seed, f"{purpose}_patches", iteration)
         return score_features(
             features["cls"],
@@ -102,7 +102,7 @@ class FeatureHeadAdversary:
         """Nothing to do: the head's last layer has a bias, which the hinge moves."""
 
     def loss(self, reference: Features, generated: Features, *, total: int | None = None):
-        """HingeHeadLoss on features whose patches are already the chosen ones (`trained_part`)."""
+        """HingeHeadLoss on features whose patches are already the chosen ones (`training_features`)."""
         return hinge_head_loss(
             reference["cls"],
             reference["patches"],
@@ -114,23 +114,23 @@ class FeatureHeadAdversary:
             total=total,
         )
 
-    def trained_part(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
+    def training_features(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
         """The features with `num_patches` random patches each, keyed by (seed, sample id)."""
         patches = features["patches"]
-        if len(features) == 0:  # this process holds none of the drawn pictures
+        if len(features) == 0:  # this process holds none of the drawn images
             return Features({"cls": features["cls"], "patches": patches[:, : self.config.num_patches]})
         return Features({"cls": features["cls"], "patches": self._sample(patches, seed, sample_ids).patches})
 
     def _sample(self, patches: torch.Tensor, seed: int | torch.Tensor, sample_ids: torch.Tensor) -> PatchSample:
-        """`num_patches` of each picture's patches [B, P, D], as adversary.patch_sampling says."""
+        """`num_patches` of each image's patches [B, P, D], as adversary.patch_sampling says."""
         count = self.config.num_patches
         if self.config.patch_sampling == "without_replacement":
             return sample_patches(patches, count, seed=seed, sample_ids=sample_ids)
         drawn = philox_integers(patches.shape[1], count, seed=seed, sample_ids=sample_ids)
         return sample_patches(patches, count, indices=drawn)
 
-    def kept_part(self, features: Features) -> Features:
-        """The features with `cached_patches` random patches each, the same for every picture's place in the batch."""
+    def cached_features(self, features: Features) -> Features:
+        """The features with `cached_patches` random patches each, the same for every image's place in the batch."""
         patches, limit = features["patches"], self.config.cached_patches
         if patches.shape[1] <= limit:
             return features
@@ -142,7 +142,7 @@ class FeatureHeadAdversary:
     def step(self) -> None:
         """One Adam step on the summed gradients.
 
-        The hinge's gradient by the output bias is a difference of counts, a multiple of λ/(2·pictures·patches). Where
+        The hinge's gradient by the output bias is a difference of counts, a multiple of λ/(2·images·patches). Where
         the counts are equal, float32 leaves a residue of rounding, of which Adam would take the sign and move the bias
         by a whole learning rate, in a direction that depends on the order of summation: it is exactly zero instead.
         """

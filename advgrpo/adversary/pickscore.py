@@ -1,6 +1,6 @@
 """PickScore as an adversary (docs/method.md section 6): its last vision layers learn.
 
-Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; T vision tokens of width D, text embeddings of width E.
+Shapes: B images [B, 3, H, W] float32 in [0, 1]; T vision tokens of width D, text embeddings of width E.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from advgrpo.adversary.head_adam import HeadAdam
+from advgrpo.adversary.discriminator_adam import DiscriminatorAdam
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
 from advgrpo.rewards.checks import check_batch
@@ -32,18 +32,18 @@ class PickScoreResult:
 @dataclass
 class PreferenceLoss:
     loss: torch.Tensor  # scalar float32
-    accuracy: None = None  # PickScore has no zero, and prompts differ more than pictures of one: only pairs tell
+    accuracy: None = None  # PickScore has no zero, and prompts differ more than images of one: only pairs tell
 
 
 class PickScoreAdversary:
     """`base.Adversary`: the last vision layers of PickScore learn to score references above generations.
 
-    Everything before those layers and the whole text side is frozen, so it is computed once per picture: "hidden"
-    [B, T, D] in `dtype`, what enters the first trainable layer, and "text" [B, E] float32. Head updates run the
-    trainable layers only, which hold float32 master weights and compute in `dtype`; the layer norm and projection
+    Everything before those layers and the whole text side is frozen, so it is computed once per image: "hidden"
+    [B, T, D] in `dtype`, what enters the first trainable layer, and "text" [B, E] float32. Discriminator updates run
+    the trainable layers only, which hold float32 master weights and compute in `dtype`; the layer norm and projection
     behind them are frozen and float32. Reward and loss share that one forward, `_logits`.
 
-    At 224 px the hidden states of CLIP-H take 0.66 MB a picture in bfloat16: reference cache and replay buffer hold
+    At 224 px the hidden states of CLIP-H take 0.66 MB an image in bfloat16: reference cache and replay buffer hold
     them.
 
     Args:
@@ -105,7 +105,7 @@ class PickScoreAdversary:
         self.bias = torch.zeros((), device=self.device)  # b, in units of the score; `centre` moves it
         for parameter in self.parameters():
             parameter.grad = torch.zeros_like(parameter)  # one storage for the whole run
-        self.optimizer = HeadAdam(self.parameters(), lr=learning_rate, betas=betas)
+        self.optimizer = DiscriminatorAdam(self.parameters(), lr=learning_rate, betas=betas)
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +130,7 @@ class PickScoreAdversary:
 
     def _logits(self, features: Features) -> torch.Tensor:
         """[B] float32 `logit_scale * cos(text, image)`, differentiable in the trainable layers."""
-        if len(features) == 0:  # this process holds none of the drawn pictures; attention cannot reshape nothing
+        if len(features) == 0:  # this process holds none of the drawn images; attention cannot reshape nothing
             return features["text"].sum(1) * torch.stack([p.sum() for p in self.parameters()]).sum()
         with self._precision():
             hidden = features["hidden"] if self.dtype != torch.float32 else features["hidden"].float()
@@ -151,11 +151,11 @@ class PickScoreAdversary:
         """PickScore under the layers as they stand; nothing is drawn, so ids, purpose and iteration change nothing."""
         return PickScoreResult(self._logits(features) / SCALE)
 
-    def trained_part(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
+    def training_features(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
         """All of it: attention looks at every token."""
         return features
 
-    def kept_part(self, features: Features) -> Features:
+    def cached_features(self, features: Features) -> Features:
         """All of it."""
         return features
 
@@ -165,7 +165,7 @@ class PickScoreAdversary:
             self.bias.fill_((generated + reference) / 2)
 
     def loss(self, reference: Features, generated: Features, *, total: int | None = None) -> PreferenceLoss:
-        """The objective's loss, sums over local pictures divided by `total`.
+        """The objective's loss, sums over local images divided by `total`.
 
         Raises:
             ValueError: "pairwise" with sides of different length.
@@ -196,6 +196,6 @@ class PickScoreAdversary:
 
 
 def _fingerprint(clip: ClipModel) -> str:
-    """Everything that embeddings of pictures and texts depend on."""
+    """Everything that embeddings of images and texts depend on."""
     words = tokenizer_fingerprint(clip.tokenizer)
     return f"clip:{module_fingerprint(clip.model, clip.model.dtype, clip.preprocess.settings, words, clip.max_tokens)}"

@@ -1,4 +1,4 @@
-"""The adversary's features of the reference pictures: computed once per prompt, kept on disk by content."""
+"""The adversary's features of the reference images: computed once per prompt, kept on disk by content."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SAME_NETWORK = 0.1  # relative difference: bfloat16 and float32 of one ViT-L di
 
 
 class ReferenceFeatures:
-    """`kept_part` of the features of every reference of a prompt, [n, ...] each.
+    """`cached_features` of the features of every reference of a prompt, [n, ...] each.
 
-    All pictures of a prompt go through the adversary in one batch, whether or not some were seen before, so that cached
+    All images of a prompt go through the adversary in one batch, whether or not some were seen before, so that cached
     and fresh features agree to the last bit. Generations are judged by features of this process, references by cached
     ones; that both come from one network is proven on the first entry that another process has stored.
 
@@ -53,7 +53,7 @@ class ReferenceFeatures:
         """Features of the prompt's references, in the order of the index, on the adversary's device.
 
         Raises:
-            UserError: a picture can no longer be read, or the cache holds another network's features.
+            UserError: an image can no longer be read, or the cache holds another network's features.
             FloatingPointError: the adversary's features of a reference are not finite; they are not stored.
             Exception: whatever `prefetch` came across for this prompt, as its thread raised it.
         """
@@ -70,10 +70,10 @@ class ReferenceFeatures:
         return Features(tensors)
 
     def pick(self, prompts: list[str], draws: torch.Tensor) -> Features:
-        """One reference per picture: of the n of its prompt, number floor(draw * n).
+        """One reference per image: of the n of its prompt, number floor(draw * n).
 
         Args:
-            prompts: the prompts of B pictures.
+            prompts: the prompts of B images.
             draws: [B] float32 in [0, 1), on the host.
 
         Returns:
@@ -133,8 +133,8 @@ class ReferenceFeatures:
         return hashlib.sha256("\0".join(keys).encode()).hexdigest()
 
     def _compute(self, prompt: str) -> Features:
-        pictures = [self.references.load_images([f]) for f in self.references.files(prompt)]
-        if len({p.shape for p in pictures}) == 1:
-            pictures = [torch.cat(pictures)]
-        features = Features.cat([self.adversary.features(p, [prompt] * len(p)) for p in pictures])
-        return self.adversary.kept_part(features)
+        images = [self.references.load_images([f]) for f in self.references.files(prompt)]
+        if len({p.shape for p in images}) == 1:
+            images = [torch.cat(images)]
+        features = Features.cat([self.adversary.features(p, [prompt] * len(p)) for p in images])
+        return self.adversary.cached_features(features)

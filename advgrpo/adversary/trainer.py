@@ -1,6 +1,6 @@
-"""Training the discriminator: when it is due, on which pictures, and what it remembers.
+"""Training the discriminator: when it is due, on which images, and what it remembers.
 
-Every draw is keyed by (seed, purpose, iteration, update) over global picture numbers, and gradients are summed over
+Every draw is keyed by (seed, purpose, iteration, update) over global image numbers, and gradients are summed over
 processes, so the head's losses do not depend on how many processes share the work.
 """
 
@@ -19,37 +19,40 @@ from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Features
 
-_SIDES = ("reference", "generated")  # fields of HeadBatch
+_SIDES = ("reference", "generated")  # fields of DiscriminatorBatch
 
 
 @dataclass
-class Due:
+class UpdatePlan:
     """What this iteration trains."""
 
-    head_updates: int
+    discriminator_updates: int
     generator: bool
 
 
-def due(config: AdversarySection, iteration: int, generated: float, reference: float, optimizer_steps: int) -> Due:
-    """The schedule (docs/method.md section 6): `generated` and `reference` are mean rewards before any head update."""
+def plan_updates(
+    config: AdversarySection, iteration: int, generated: float, reference: float, optimizer_steps: int
+) -> UpdatePlan:
+    """The schedule (docs/method.md section 6): `generated` and `reference` are mean rewards before any discriminator
+    update."""
     updates = config.updates_per_iteration
     if iteration < config.warmup_iterations:
-        return Due(config.warmup_updates, False)
+        return UpdatePlan(config.warmup_updates, False)
     if config.schedule == "never":
-        return Due(0, True)
+        return UpdatePlan(0, True)
     if config.schedule == "always":
-        return Due(updates, True)
+        return UpdatePlan(updates, True)
     fooled = generated > reference - config.fooled_margin
     if config.schedule == "when_fooled":
-        return Due(updates if fooled else 0, True)
+        return UpdatePlan(updates if fooled else 0, True)
     if config.schedule == "fooled_or_generator":
-        return Due(updates, False) if fooled else Due(0, True)
+        return UpdatePlan(updates, False) if fooled else UpdatePlan(0, True)
     if config.schedule == "ratio":
         per_iteration = config.ratio * optimizer_steps
-        return Due(math.floor((iteration + 1) * per_iteration) - math.floor(iteration * per_iteration), True)
+        return UpdatePlan(math.floor((iteration + 1) * per_iteration) - math.floor(iteration * per_iteration), True)
     if config.schedule == "alternate":
         trains_generator = iteration % config.alternate_period == config.alternate_period - 1
-        return Due(0 if trains_generator else updates, trains_generator)
+        return UpdatePlan(0 if trains_generator else updates, trains_generator)
     raise ValueError(f"adversary.schedule: unknown {config.schedule!r}")
 
 
@@ -60,7 +63,7 @@ def paired_accuracy(generated: torch.Tensor, reference: torch.Tensor, group_size
     different prompts matter, which a threshold on pooled scores mistakes for ability or hides it behind.
 
     Args:
-        generated, reference: [G] rewards by picture number, groups next to each other, of each picture and of the
+        generated, reference: [G] rewards by image number, groups next to each other, of each image and of the
             reference drawn for it.
 
     Returns:
@@ -116,18 +119,18 @@ class ReplayBuffer:
 
 
 @dataclass
-class HeadBatch:
-    """This process's pictures of one iteration, as the head's training sees them."""
+class DiscriminatorBatch:
+    """This process's images of one iteration, as the head's training sees them."""
 
     image_ids: torch.Tensor  # [B] int64, global, on the host
-    generated: Features  # of those pictures
+    generated: Features  # of those images
     reference: Features  # the reference paired with each of them
-    total: int  # pictures of the iteration over all processes
+    total: int  # images of the iteration over all processes
 
 
 @dataclass
 class _Draw:
-    """Which rows one head update looks at; int64 on the host."""
+    """Which rows one discriminator update looks at; int64 on the host."""
 
     references: torch.Tensor  # local rows
     generations: torch.Tensor  # local rows
@@ -142,12 +145,12 @@ class _Draw:
         return torch.cat([self.references, self.generations, self.slots, self.seeds])
 
 
-class HeadTrainer:
-    """Runs the head updates of an iteration.
+class DiscriminatorTrainer:
+    """Runs the discriminator updates of an iteration.
 
     An update first gathers the drawn rows and patches, then learns from them. With `graphs` and one process the second
     part is one replay of a captured graph, whose inputs are those few rows; the iteration's features are never copied.
-    Several processes run the same function eagerly: how many of the drawn pictures a process holds changes from update
+    Several processes run the same function eagerly: how many of the drawn images a process holds changes from update
     to update, and with it every shape, and the sum over processes between backward and step watches for failed
     processes on the host.
 
@@ -171,12 +174,12 @@ class HeadTrainer:
         self.reduce, self.rank, self.world_size = reduce, rank, world_size
         self.replay = ReplayBuffer(self.config.replay_capacity)
         backend = graphs if world_size == 1 else None
-        self.captured_update = CapturedFunction(self._update, name="head update", backend=backend)
+        self.captured_update = CapturedFunction(self._update, name="discriminator update", backend=backend)
         self._inputs = {side: StaticBuffers(adversary.device, static=backend is not None) for side in _SIDES}
-        self._total = 0  # pictures per side of the current update, over all processes
+        self._total = 0  # images per side of the current update, over all processes
 
-    def train(self, batch: HeadBatch, iteration: int, updates: int) -> torch.Tensor:
-        """Run head updates; returns the loss before each of them, [updates] float32 on the adversary's device.
+    def train(self, batch: DiscriminatorBatch, iteration: int, updates: int) -> torch.Tensor:
+        """Run discriminator updates; returns the loss before each of them, [updates] float32 on the adversary's device.
 
         NaN stands for an update whose loss or gradient is not finite, which learned nothing; see `check`.
         """
@@ -201,20 +204,22 @@ class HeadTrainer:
         wrong = [number for number, loss in enumerate(losses.tolist(), 1) if not math.isfinite(loss)]
         if wrong:
             raise FloatingPointError(
-                f"iteration {iteration}: the adversary's loss or gradient is not finite at head update {wrong[0]} of "
-                f"{len(losses)}, which was left out. Start again with a lower adversary.learning_rate (now "
-                f"{self.config.learning_rate:g})"
+                f"iteration {iteration}: the adversary's loss or gradient is not finite at discriminator update "
+                f"{wrong[0]} of {len(losses)}, which was left out. Start again with a lower adversary.learning_rate "
+                f"(now {self.config.learning_rate:g})"
             )
 
     @torch.no_grad()
-    def evaluate(self, batch: HeadBatch, iteration: int) -> tuple[float, float | None]:
-        """Head loss and accuracy on this iteration's pictures, before any update of the iteration.
+    def evaluate(self, batch: DiscriminatorBatch, iteration: int) -> tuple[float, float | None]:
+        """Head loss and accuracy on this iteration's images, before any update of the iteration.
 
-        The accuracy is by the head's own threshold; None where it has none (see `HeadLoss`).
+        The accuracy is by the head's own threshold; None where it has none (see `DiscriminatorLoss`).
         """
         ids = to_device(batch.image_ids, self.adversary.device)
         reference, generated = (
-            self.adversary.trained_part(getattr(batch, side), ids, self._patch_seed("evaluate", side, iteration, 0))
+            self.adversary.training_features(
+                getattr(batch, side), ids, self._patch_seed("evaluate", side, iteration, 0)
+            )
             for side in _SIDES
         )
         result = self.adversary.loss(reference, generated, total=batch.total)
@@ -223,7 +228,9 @@ class HeadTrainer:
         loss, *accuracy = values.tolist()
         return loss, accuracy[0] if accuracy else None
 
-    def remember(self, batch: HeadBatch, iteration: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def add_to_replay(
+        self, batch: DiscriminatorBatch, iteration: int, gather: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         """Add some of this iteration's generations to the replay buffer, the same ones on every process.
 
         `gather` concatenates tensors over processes.
@@ -235,23 +242,23 @@ class HeadTrainer:
         ids = batch.image_ids[local]
         local, ids_there = (to_device(index, self.adversary.device) for index in (local, ids))
         seed = rng.derive_seed(self.seed, "replay_patches", iteration)
-        part = self.adversary.trained_part(batch.generated.rows(local), ids_there, seed)
+        part = self.adversary.training_features(batch.generated.rows(local), ids_there, seed)
         order = to_device(gather(ids).argsort(), self.adversary.device)
         self.replay.add(Features({name: gather(tensor)[order] for name, tensor in part.tensors.items()}))
 
     @torch.no_grad()
     def row_of_replay(self) -> Features:
-        """What the replay buffer holds of one picture, [1, ...] each: of a black one, for names, shapes and dtypes."""
+        """What the replay buffer holds of one image, [1, ...] each: of a black one, for names, shapes and dtypes."""
         side, device = 64, self.adversary.device
         features = self.adversary.features(torch.zeros(1, 3, side, side, device=device), [""])
-        return self.adversary.trained_part(features, torch.zeros(1, dtype=torch.int64, device=device), 0)
+        return self.adversary.training_features(features, torch.zeros(1, dtype=torch.int64, device=device), 0)
 
     def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int]) -> None:
         """Continue from the replay buffer's `state`; call it after head and optimizer are loaded."""
         self.replay.load(tensors, counters, self.adversary.device)
         self.captured_update.clear()  # the graphs hold the optimizer's storage of before
 
-    def _draw(self, batch: HeadBatch, iteration: int, number: int) -> _Draw:
+    def _draw(self, batch: DiscriminatorBatch, iteration: int, number: int) -> _Draw:
         generator = rng.generator(self.seed, "head_batch", iteration, number)
         count = min(self.config.batch_size, batch.total)
         replayed = min(int(self.config.replay_share * count), count - 1) if len(self.replay) else 0
@@ -268,11 +275,11 @@ class HeadTrainer:
         return rng.derive_seed(self.seed, f"{purpose}_{side}_patches", *indices)
 
     @torch.no_grad()
-    def _drawn(self, batch: HeadBatch, ids: torch.Tensor, counts: tuple[int, int, int], draw: torch.Tensor):
-        """What one update learns from, by side; `draw` is a `_Draw.flat` on the device, `ids` the batch's pictures."""
+    def _drawn(self, batch: DiscriminatorBatch, ids: torch.Tensor, counts: tuple[int, int, int], draw: torch.Tensor):
+        """What one update learns from, by side; `draw` is a `_Draw.flat` on the device, `ids` the batch's images."""
         *rows, slots, seeds = draw.split([*counts, len(_SIDES)])
         found = {
-            side: self.adversary.trained_part(getattr(batch, side).rows(index), ids.index_select(0, index), seed)
+            side: self.adversary.training_features(getattr(batch, side).rows(index), ids.index_select(0, index), seed)
             for side, index, seed in zip(_SIDES, rows, seeds.split(1))
         }
         if len(slots):

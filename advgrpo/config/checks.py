@@ -17,13 +17,13 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
     """Checks across fields; UserError names the field to change.
 
     Args:
-        with_data: False leaves out whether prompts, pictures and other files are given, for a plan without them.
+        with_data: False leaves out whether prompts, images and other files are given, for a plan without them.
     """
-    check_tiles(config, world_size)
+    check_micro_batches(config, world_size)
     _check_window(config)
     rollout = config.rollout
-    if rollout.dynamics in ("flow_cps", "ddim") and rollout.noise_level > 1:
-        raise UserError(f"rollout.noise_level = {rollout.noise_level:g}: {rollout.dynamics} wants at most 1")
+    if rollout.dynamics in ("flow_cps", "ddim") and rollout.eta > 1:
+        raise UserError(f"rollout.eta = {rollout.eta:g}: {rollout.dynamics} wants at most 1")
     if config.model.resolution % 8:
         raise UserError(f"model.resolution = {config.model.resolution}: want a multiple of 8")
     if config.update.kl_variance == "unit_time" and rollout.likelihood != "gaussian":
@@ -39,38 +39,42 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
         _check_data(config)
 
 
-def fits_tiles(config: Config, world_size: int, *, prompts: int | None = None, micro: int | None = None) -> bool:
+def fits_micro_batches(
+    config: Config, world_size: int, *, prompts: int | None = None, micro: int | None = None
+) -> bool:
     """Whether `prompts` groups can be cut into micro-batches of `micro` (default: the configured ones) for every
-    optimizer window on every process."""
+    minibatch on every process."""
     group = config.rollout.group_size
     micro = micro or config.rollout.micro_batch
     images = (prompts or config.rollout.prompts_per_iteration) * group
     whole_groups = group % micro == 0 or micro % group == 0
-    return whole_groups and images % (micro * world_size * config.update.optimizer_windows) == 0
+    return whole_groups and images % (micro * world_size * config.update.minibatches) == 0
 
 
-def check_tiles(config: Config, world_size: int) -> None:
-    """UserError unless `fits_tiles`; it proposes the nearest settings that do."""
-    rollout, windows = config.rollout, config.update.optimizer_windows
+def check_micro_batches(config: Config, world_size: int) -> None:
+    """UserError unless `fits_micro_batches`; it proposes the nearest settings that do."""
+    rollout, windows = config.rollout, config.update.minibatches
     group, micro, prompts = rollout.group_size, rollout.micro_batch, rollout.prompts_per_iteration
     if group % micro and micro % group:
         raise UserError(
             f"rollout.group_size = {group} is not divisible by rollout.micro_batch = {micro}, nor the other way round; "
             f"choose a micro_batch that divides {group}"
         )
-    if not fits_tiles(config, world_size):
+    if not fits_micro_batches(config, world_size):
         unit = micro * windows * world_size
         raise UserError(
-            f"rollout.prompts_per_iteration x group_size = {prompts} x {group} = {prompts * group} pictures cannot be "
-            f"cut into micro-batches of {micro} for {windows} optimizer_windows on {world_size} processes: that needs "
-            f"a multiple of {micro} x {windows} x {world_size} = {unit}; set {tile_remedies(config, world_size)}"
+            f"rollout.prompts_per_iteration x group_size = {prompts} x {group} = {prompts * group} images cannot be "
+            f"cut into micro-batches of {micro} for {windows} minibatches on {world_size} processes: that needs "
+            f"a multiple of {micro} x {windows} x {world_size} = {unit}; set {micro_batch_remedies(config, world_size)}"
         )
 
 
-def tile_remedies(config: Config, world_size: int) -> str:
-    """Settings near the configured ones that `fits_tiles` takes, in words."""
+def micro_batch_remedies(config: Config, world_size: int) -> str:
+    """Settings near the configured ones that `fits_micro_batches` takes, in words."""
     rollout = config.rollout
-    smaller = [micro for micro in range(rollout.micro_batch - 1, 0, -1) if fits_tiles(config, world_size, micro=micro)]
+    smaller = [
+        micro for micro in range(rollout.micro_batch - 1, 0, -1) if fits_micro_batches(config, world_size, micro=micro)
+    ]
     found = [f"rollout.micro_batch = {smaller[0]}"] if smaller else []
     prompts = nearest_prompts(config, world_size, rollout.micro_batch)
     found.append(f"rollout.prompts_per_iteration = {prompts}")
@@ -85,7 +89,7 @@ def tile_remedies(config: Config, world_size: int) -> str:
 
 def nearest_prompts(config: Config, world_size: int, micro: int) -> int:
     """The number of groups nearest to the configured one, the larger of two, that can be cut into `micro`."""
-    unit = micro * world_size * config.update.optimizer_windows
+    unit = micro * world_size * config.update.minibatches
     unit //= math.gcd(unit, config.rollout.group_size)
     below = config.rollout.prompts_per_iteration // unit * unit
     above = below + unit
@@ -151,7 +155,7 @@ def _check_precision(config: Config) -> None:
 
 
 def needs_references(config: Config) -> list[str]:
-    """The settings that compare pictures with references."""
+    """The settings that compare images with references."""
     supervised = config.update.objective == "sft"
     learned = ["update.objective = sft"] if supervised else ["adversary.kind"] if config.learns_adversary else []
     rewarded = {} if supervised else config.rewards.fixed()
@@ -287,7 +291,7 @@ def _check_supervised(config: Config) -> None:
     if evaluation.backbone and "dino_similarity" not in evaluation.metrics:
         raise UserError(
             f"evaluation.backbone = {evaluation.backbone!r} would not be looked through: update.objective = sft "
-            "samples no pictures while it trains, and evaluation.metrics does not name dino_similarity; add it or "
+            "samples no images while it trains, and evaluation.metrics does not name dino_similarity; add it or "
             "leave evaluation.backbone empty"
         )
 

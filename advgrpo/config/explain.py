@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from advgrpo.config.base import Positional
+from advgrpo.config.renamed import RENAMED
 
 _MOST_SHOWN = 80  # characters of a value
 _HUGE = 1e6  # upper limits from here on are mentioned only to who exceeds them
@@ -141,7 +142,8 @@ def explain(error: ValidationError, model: type[BaseModel], settings: Mapping[st
             siblings = [".".join([*path, each]) for each in beside]
             close = difflib.get_close_matches(str(problem["loc"][-1]), beside, n=1, cutoff=0.6)
             hint = f"; did you mean {'.'.join([*path, close[0]])!r}?" if close else _elsewhere(name, siblings, known)
-            found.setdefault(name, f"unknown key {name!r}{hint}")
+            moved = f"{name!r} is called {RENAMED[name]!r} now" if name in RENAMED else ""
+            found.setdefault(name, moved or f"unknown key {name!r}{hint}")
             continue
         name = ".".join(map(str, path)) or "settings"
         found.setdefault(name, _wrong(name, field, _value_at(settings, path), problem, rest, dotted))

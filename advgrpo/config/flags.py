@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from advgrpo.config.base import Options, Positional, Repeated
 from advgrpo.config.explain import did_you_mean, explain, flag_of, leaves, wanted
+from advgrpo.config.renamed import RENAMED
 from advgrpo.errors import UserError
 
 Chosen = TypeVar("Chosen", bound=Options)
@@ -130,6 +131,8 @@ def _resolve(text: str, fields: Mapping[str, FieldInfo], sections: Iterable[str]
     if name in sections:
         first = next(each for each in fields if each.startswith(f"{name}."))
         raise UserError(f"{text} is a group of settings: set one of its fields, such as {flag_of(first)}")
+    if name in RENAMED:
+        raise UserError(f"{text} is called {flag_of(RENAMED[name])} now")
     hint = did_you_mean(name, list(fields)).replace("_", "-")
     for each in fields:
         hint = hint.replace(f"'{each.replace('_', '-')}'", flag_of(each))

@@ -23,7 +23,7 @@ LORA_TARGETS = (
     "attn.add_v_proj",
     "attn.to_add_out",
 )
-MOST_PER_PROMPT = 1000  # held-out pictures of a prompt: evaluation numbers picture k of prompt p as 1000 p + k
+MOST_PER_PROMPT = 1000  # held-out images of a prompt: evaluation numbers image k of prompt p as 1000 p + k
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Batch = Annotated[int, Field(ge=1, le=65536)]
@@ -83,7 +83,7 @@ class ModelSection(Section):
     path: str = "stabilityai/stable-diffusion-3.5-medium"
     """Diffusers pipeline: folder, hub id, or "tiny" for the shipped one ("tiny:words" for the one that draws words)."""
     resolution: Pixels = 512
-    """Height and width of the pictures in pixels: they are squares (docs/bad_input.md says why)."""
+    """Height and width of the images in pixels: they are squares (docs/bad_input.md says why)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Weights and activations of the frozen base; adapters and latents are float32 always."""
     train: Literal["lora", "full"] = "lora"
@@ -94,7 +94,7 @@ class ModelSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
     decoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the picture decoder with --fast; auto follows dtype on a GPU. In bfloat16 the run's first pictures
+    """Precision of the image decoder with --fast; auto follows dtype on a GPU. In bfloat16 the run's first images
     must reach 40 dB against float32."""
     attention: Literal["auto", "flash3", "flash2", "cudnn", "flash", "efficient", "cpu", "math"] = "auto"
     """Attention of the fused transformer (policy/fused/attention.py says what each needs); auto takes the first that
@@ -104,7 +104,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Prompts and reference pictures."""
+    """Prompts and reference images."""
 
     prompts: str = ""
     """Training prompts: one per line, or JSONL with a "prompt" key; "tiny" or "tiny:words" for the shipped."""
@@ -112,18 +112,18 @@ class DataSection(Section):
     """Prompts for evaluation only; empty switches evaluation off. "tiny" and "tiny:words" for the shipped
     ones, which settings were chosen on, "tiny:report" for others kept for reported results."""
     references: str = ""
-    """Folder with references.json: {prompt: [picture files]}; must cover both prompt lists; "tiny" or "tiny:words" for
+    """Folder with references.json: {prompt: [image files]}; must cover both prompt lists; "tiny" or "tiny:words" for
     the shipped."""
     style: str = ""
-    """Folder of pictures without prompts that are the references of every prompt (style transfer), instead; for the
+    """Folder of images without prompts that are the references of every prompt (style transfer), instead; for the
     tiny world "tiny:outline", "tiny:pastel" or "tiny:hatched"."""
     reference_count: Count = 0
-    """Train with only N reference pictures: on prompts in a seeded order until theirs make N; 0 takes all."""
+    """Train with only N reference images: on prompts in a seeded order until theirs make N; 0 takes all."""
     min_reference_size: Pixels = 256
-    """Smallest accepted side of a reference picture, in pixels."""
+    """Smallest accepted side of a reference image, in pixels."""
     fit: Literal["refuse", "crop", "letterbox", "stretch"] = "refuse"
     """References that are not square: an error (`advgrpo.references import` makes squares), the middle cropped, white
-    bars added, or stretched, which teaches the adversary that good pictures are squashed."""
+    bars added, or stretched, which teaches the adversary that good images are squashed."""
     cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
     """Where text embeddings and reference features are kept, keyed by content hash; every process encodes a share of
     the prompts into it, so all machines of a run must see the same folder."""
@@ -168,14 +168,14 @@ class WindowSection(Section):
 
 
 class RolloutSection(Section):
-    """Sampling of one iteration's pictures."""
+    """Sampling of one iteration's images."""
 
     prompts_per_iteration: Batch = 48
     """Groups per iteration over all processes."""
     group_size: Annotated[int, Field(ge=2, le=4096)] = 16
-    """Pictures per prompt; fewer than 8 learn slowly."""
+    """Images per prompt; fewer than 8 learn slowly."""
     micro_batch: Batch = 8
-    """Pictures computed at once; divides group_size or is a multiple of it. Training uses the same tiles."""
+    """Images computed at once; divides group_size or is a multiple of it. Training uses the same micro-batches."""
     num_steps: Steps = 10
     """Sampler steps."""
     guidance_scale: Guidance = 4.5
@@ -183,12 +183,12 @@ class RolloutSection(Section):
     dynamics: Literal["flow_cps", "flow_sde", "dance_sde", "ddim"] = "flow_cps"
     """Stochastic sampler on the window's steps (arXiv 2509.05952, 2505.05470, 2505.07818); ddim for models that predict
     noise (SD1.5, SDXL), and for no others."""
-    noise_level: Above0 = 0.8
-    """Noise level eta on the window's steps."""
+    eta: Above0 = 0.8
+    """Strength eta of the noise on the window's steps."""
     likelihood: Literal["squared_error", "gaussian"] = "squared_error"
     """Log-probability: Flow-CPS drops constants and variance (squared_error), Flow-GRPO keeps them (gaussian)."""
     initial_noise: Literal["per_image", "shared"] = "per_image"
-    """Every picture's own initial noise (the paper, the released code), or one for the pictures of a prompt, which up
+    """Every image's own initial noise (the paper, the released code), or one for the images of a prompt, which up
     to the window are then one trajectory that --fast computes once (Flow-GRPO-Fast: one per mini-group, 8 of 16)."""
     window: WindowSection = WindowSection()
     precision: Literal["model", "fp8"] = "model"
@@ -223,7 +223,7 @@ class UpdateSection(Section):
     kl_variance: Literal["step", "unit_time"] = "step"
     """What the KL divides by with likelihood gaussian: 2s², s the noise of the step, which makes it the KL of the two
     steps; or 2·std², std the noise per unit of time, as Flow-GRPO's code, which is smaller by the step's length."""
-    optimizer_windows: Positive = 2
+    minibatches: Positive = 2
     """Optimizer steps per iteration: the rollout is cut into this many parts."""
     learning_rate: Above0 = 3e-4
     """AdamW's learning rate."""
@@ -246,10 +246,10 @@ class UpdateSection(Section):
     """Rule mini_batch: mini-batches whose gradients make an optimizer step, on one GPU of theirs (released: 6 of 8)."""
     old_log_prob: Literal["rollout", "recompute", "truncated_importance"] = "rollout"
     """Behaviour policy of the ratio: the rollout's own log-probabilities; the trainer's, recomputed before the first
-    optimizer step; or those with each picture's loss weighted by min(p_trainer / p_rollout, importance_cap)."""
+    optimizer step; or those with each image's loss weighted by min(p_trainer / p_rollout, importance_cap)."""
     importance_cap: OrInfinity = 2.0
     """Largest weight of "truncated_importance"; inf caps nothing."""
-    max_log_prob_drift: AtLeast0 = 0.0
+    max_log_prob_mismatch: AtLeast0 = 0.0
     """Largest |log p - log p_old| tolerated before the first optimizer step; on-policy it is exactly 0."""
 
 
@@ -266,17 +266,17 @@ class AdversarySection(Section):
     trainable_layers: Positive = 2
     """Kind pickscore: how many of the last vision layers learn (paper 2, released 1)."""
     objective: Literal["binary", "pairwise"] = "binary"
-    """Kind pickscore: cross-entropy of each picture, or of (reference, generation) pairs (released)."""
+    """Kind pickscore: cross-entropy of each image, or of (reference, generation) pairs (released)."""
     image_size: Pixels = 518
-    """Pictures are resized to this before the backbone."""
+    """Images are resized to this before the backbone."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the frozen backbone; the head is float32."""
     hidden_size: Batch = 512
     """Width of the head."""
     num_patches: Batch = 64
-    """Random patches scored per picture."""
+    """Random patches scored per image."""
     patch_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
-    """Whether a patch can be drawn twice in one picture (released). Drawn from all patches of a generation, and from
+    """Whether a patch can be drawn twice in one image (released). Drawn from all patches of a generation, and from
     the `cached_patches` of a reference."""
     reward_weights: tuple[AtLeast0, AtLeast0] = (0.7, 0.3)
     """Weights of the global (cls) and local (patches) score in the reward."""
@@ -290,30 +290,30 @@ class AdversarySection(Section):
     """Adam's moment decays for the head."""
     schedule: Literal["when_fooled", "fooled_or_generator", "always", "ratio", "never", "alternate"] = "when_fooled"
     """When the head trains: when generations outscore references (eq. 7), or then and the generator not (released,
-    PickScore), always, at a fixed ratio of head updates to optimizer steps, never, or alternating with the generator
-    (released, DINO)."""
+    PickScore), always, at a fixed ratio of discriminator updates to optimizer steps, never, or alternating with the
+    generator (released, DINO)."""
     fooled_margin: AtLeast0 = 0.0
     """Generations outscore references when mean R(gen) > mean R(ref) - margin; 0 is eq. 7. A converged hinge head
     separates by 2."""
     updates_per_iteration: Positive = 10
-    """Head updates in an iteration in which it trains."""
+    """Discriminator updates in an iteration in which it trains."""
     ratio: Above0 = 10.0
-    """Head updates per optimizer step of the generator; used by schedule "ratio"."""
+    """Discriminator updates per optimizer step of the generator; used by schedule "ratio"."""
     alternate_period: Annotated[int, Field(ge=2, le=2**31 - 1)] = 10
     """Schedule "alternate": of this many iterations only the last trains the generator."""
     warmup_iterations: Count = 0
     """First iterations that train only the head, whatever the schedule: a random head is a random reward."""
     warmup_updates: Positive = 10
-    """Head updates in each of those iterations."""
+    """Discriminator updates in each of those iterations."""
     batch_size: Batch = 64
-    """Generated pictures, and as many references, per head update, over all processes."""
+    """Generated images, and as many references, per discriminator update, over all processes."""
     reference_choice: Literal["random", "in_turn"] = "random"
-    """The reference that a generation is compared with in R(ref), head batches and pairs: a random one of its prompt,
-    or that of the picture's place in the group modulo their number, so that all are seen alike (released)."""
+    """The reference that a generation is compared with in R(ref), discriminator batches and pairs: a random one of its
+    prompt, or that of the image's place in the group modulo their number, so that all are seen alike (released)."""
     replay_capacity: Annotated[int, Field(ge=0, le=65536)] = 1024
     """Older generations kept as negatives."""
     replay_share: Fraction = 0.25
-    """Share of each head batch drawn from the replay buffer once it holds anything."""
+    """Share of each discriminator batch drawn from the replay buffer once it holds anything."""
     cached_patches: Batch = 256
     """Patch features kept per reference (a random subset when the backbone has more)."""
 
@@ -326,7 +326,7 @@ class RewardSection(Section):
     normalize: Literal["none", "group", "global"] = "none"
     """As it is, or with mean 0 and standard deviation 1 over the prompt's group or over the iteration."""
     gate: float | None = None
-    """Pictures whose raw reward is below this get their group's lowest total."""
+    """Images whose raw reward is below this get their group's lowest total."""
 
     @property
     def used(self) -> bool:
@@ -354,26 +354,26 @@ class PickScoreReward(RewardSection):
 
 
 class ClipSimilarityReward(RewardSection):
-    """CLIP cosine of picture and prompt."""
+    """CLIP cosine of image and prompt."""
 
     path: str = "openai/clip-vit-large-patch14"
     """CLIPModel folder or hub id; "tiny" for the shipped one."""
 
 
 class ClipReferenceSimilarityReward(ClipSimilarityReward):
-    """CLIP cosine of picture and the prompt's references (eq. 8)."""
+    """CLIP cosine of image and the prompt's references (eq. 8)."""
 
     reduction: Literal["mean", "max"] = "mean"
     """Over the references."""
 
 
 class DinoSimilarityReward(RewardSection):
-    """DINOv2 cosine of picture and the prompt's references."""
+    """DINOv2 cosine of image and the prompt's references."""
 
     path: str = "facebook/dinov2-base"
     """Dinov2Model folder or hub id; "tiny" for the shipped one."""
     image_size: Pixels = 518
-    """Pictures are resized to this."""
+    """Images are resized to this."""
     reduction: Literal["mean", "max"] = "mean"
     """Over the references; the released code's OCR partner is max."""
 
@@ -388,10 +388,10 @@ class AestheticReward(RewardSection):
 
 
 class OcrReward(RewardSection):
-    """Edit distance of the text read in the picture to the prompt's quoted text."""
+    """Edit distance of the text read in the image to the prompt's quoted text."""
 
     detection_size: Pixels = 736
-    """Pictures are scaled up to this side before text is looked for."""
+    """Images are scaled up to this side before text is looked for."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Threads that read."""
 
@@ -400,16 +400,16 @@ class RuleReward(RewardSection):
     """The tiny world's rule-based judge."""
 
     strict: bool = False
-    """1 or 0 for the whole picture instead of a graded score."""
+    """1 or 0 for the whole image instead of a graded score."""
 
 
 class RemoteReward(RewardSection):
     """A scorer behind HTTP (rewards/remote.py)."""
 
     url: str = ""
-    """Where to POST pictures and prompts, e.g. http://host:8000/score."""
+    """Where to POST images and prompts, e.g. http://host:8000/score."""
     batch_size: Batch = 16
-    """Pictures per request."""
+    """Images per request."""
     timeout: Annotated[float, Field(ge=0.001, le=86400)] = 60.0
     """Seconds a request may take."""
     retries: Annotated[int, Field(ge=0, le=1000)] = 3
@@ -451,9 +451,9 @@ class EvaluationSection(Section):
     every: Count = 50
     """Iterations between evaluations; 0 evaluates only before and after training."""
     images_per_prompt: PerPrompt = 4
-    """Pictures per held-out prompt before and after training."""
+    """Images per held-out prompt before and after training."""
     during_images_per_prompt: PerPrompt = 1
-    """Pictures per held-out prompt while training."""
+    """Images per held-out prompt while training."""
     num_steps: Steps = 40
     """Sampler steps in evaluation."""
     guidance_scale: Guidance = 4.5
@@ -461,12 +461,12 @@ class EvaluationSection(Section):
     metrics: tuple[str, ...] = ("dino_similarity",)
     """Names of rewards, with the options of section rewards; dino_similarity is to the prompt's own references, by
     `backbone`; rule_accuracy is the strict verdict on captions of the tiny world; saturation, dark_share and
-    edge_density are statistics of the pictures."""
+    edge_density are statistics of the images."""
     backbone: str = ""
     """Dinov2Model for dino_similarity and the monitor, whatever the adversary; empty: the adversary's own where
     adversary.kind = dino, else none (the monitor then says what it cannot judge)."""
     backbone_image_size: Pixels = 518
-    """Pictures are resized to this before it."""
+    """Images are resized to this before it."""
     grid_prompts: Positive = 6
     """Prompts shown in the sample grids."""
 
@@ -508,13 +508,13 @@ class MonitorSection(Section):
     hacking_gain: AtLeast0 = 2.0
     """reward_hacking: rise of a trained reward since the start, in times of its noise from check to check."""
     hacking_drift: Fraction = 0.05
-    """reward_hacking: growth of a picture statistic's or DINO's distance from the references."""
+    """reward_hacking: growth of an image statistic's or DINO's distance from the references."""
     dead_groups: Fraction = 0.3
     """dead_groups: share of groups without any spread of rewards."""
     group_size: Positive = 8
     """slow_convergence: smallest rollout.group_size that is not flagged."""
-    log_prob_drift: AtLeast0 = 0.0
-    """off_policy: largest log-probability drift before the first optimizer step."""
+    log_prob_mismatch: AtLeast0 = 0.0
+    """off_policy: largest log-probability mismatch before the first optimizer step."""
     pre_update_clip_fraction: Fraction = 0.0
     """off_policy: largest share of clipped ratios before the first optimizer step."""
     adam_eps_share: Fraction = 0.1
@@ -530,7 +530,7 @@ class Config(Section):
     """Adv-GRPO training."""
 
     iterations: Positive = 1000
-    """Iterations: one rollout, head updates when due, and the generator's optimizer steps."""
+    """Iterations: one rollout, discriminator updates when due, and the generator's optimizer steps."""
     global_steps: Count = 0
     """End earlier, as the released code does: once the generator's optimizer steps and the iterations that train the
     reward alone make this many; 0 ends by `iterations` alone."""

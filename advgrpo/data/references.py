@@ -1,4 +1,4 @@
-"""The reference pictures of every prompt: the positives the adversary learns from."""
+"""The reference images of every prompt: the positives the adversary learns from."""
 
 import difflib
 import hashlib
@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from advgrpo.data.images import PICTURE_SUFFIXES, Fit, PictureError, in_one_colour, is_square, open_picture, to_square
+from advgrpo.data.images import IMAGE_SUFFIXES, Fit, ImageError, in_one_colour, is_square, open_image, to_square
 from advgrpo.errors import UserError
 from advgrpo.runtime.reading import RepeatedKeyError, parse_json, read_text, unique_keys
 
 T = TypeVar("T")
-_NAMED = 5  # unusable pictures that an error names
+_NAMED = 5  # unusable images that an error names
 
 
 class ReferenceSet:
-    """Reference pictures in a folder, indexed by a JSON file `{prompt: [files relative to the folder]}`.
+    """Reference images in a folder, indexed by a JSON file `{prompt: [files relative to the folder]}`.
 
-    Made by `ReferenceSet.load`, which decodes every picture once so that a bad one is found before training starts.
-    Models see squares: a picture that is none is an error, unless `fit` says how it becomes one.
+    Made by `ReferenceSet.load`, which decodes every image once so that a bad one is found before training starts.
+    Models see squares: an image that is none is an error, unless `fit` says how it becomes one.
     """
 
     def __init__(self, folder: Path, files: dict[str, list[Path]], fit: Fit = "refuse") -> None:
@@ -44,72 +44,72 @@ class ReferenceSet:
         min_size: int = 16,
         fit: Fit = "refuse",
     ) -> "ReferenceSet":
-        """Read the index and check the pictures of `prompts`; other entries of the index are left alone.
+        """Read the index and check the images of `prompts`; other entries of the index are left alone.
 
         Args:
-            folder: holds the index and the pictures.
+            folder: holds the index and the images.
             prompts: the prompts that need references.
             index: file name of the index inside `folder`.
-            min_size: the smallest width and height, in pixels, that a picture may have.
-            fit: what happens to pictures whose sides differ by more than 2 %: refuse, crop the middle, letterbox with
+            min_size: the smallest width and height, in pixels, that an image may have.
+            fit: what happens to images whose sides differ by more than 2 %: refuse, crop the middle, letterbox with
                 white bars, or stretch.
 
         Raises:
-            UserError: missing folder, index or file; an index of another shape; a prompt without references; a picture
+            UserError: missing folder, index or file; an index of another shape; a prompt without references; an image
                 that is unreadable, truncated, not RGB, animated, too small, too large, in a single colour or, with
                 `fit` = refuse, not square.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise UserError(f"reference folder {folder} does not exist; it must hold the pictures and {index}")
+            raise UserError(f"reference folder {folder} does not exist; it must hold the images and {index}")
         entries = read_index(folder / index)
         _check_coverage(entries, prompts, folder / index)
         files = {prompt: [folder / name for name in entries[prompt]] for prompt in prompts}
         distinct = list(dict.fromkeys(file for group in files.values() for file in group))
-        _check_pictures(folder, distinct, min_size, fit)
+        _check_images(folder, distinct, min_size, fit)
         return cls(folder, files, fit)
 
     @classmethod
     def shared(cls, folder: str | Path, prompts: list[str], min_size: int = 16, fit: Fit = "refuse") -> "ReferenceSet":
-        """Every picture in `folder` is a reference of every prompt: a style, which has no prompts.
+        """Every image in `folder` is a reference of every prompt: a style, which has no prompts.
 
         Raises:
-            UserError: missing folder, no picture in it, or one that `load` would refuse.
+            UserError: missing folder, no image in it, or one that `load` would refuse.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise UserError(f"data.style = {str(folder)!r} is not a folder; give one with the style's pictures")
-        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES)
+            raise UserError(f"data.style = {str(folder)!r} is not a folder; give one with the style's images")
+        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise UserError(f"data.style = {str(folder)!r} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
-        _check_pictures(folder, files, min_size, fit, style=True)
+            raise UserError(f"data.style = {str(folder)!r} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        _check_images(folder, files, min_size, fit, style=True)
         return cls(folder, dict.fromkeys(prompts, files), fit)
 
     def files(self, prompt: str) -> list[Path]:
         """The reference files of `prompt`, in the order of the index.
 
         Raises:
-            UserError: `prompt` was not among the prompts given to `load`, so its pictures were never checked.
+            UserError: `prompt` was not among the prompts given to `load`, so its images were never checked.
         """
         if prompt not in self._files:
             raise UserError(f"no references were loaded for prompt {prompt!r}{_nearest(prompt, self._files)}")
         return list(self._files[prompt])
 
     def load_images(self, files: list[Path], size: tuple[int, int] | None = None) -> Tensor:
-        """Decode pictures to a float32 tensor `[n, 3, H, W]` in [0, 1], on the CPU.
+        """Decode images to a float32 tensor `[n, 3, H, W]` in [0, 1], on the CPU.
 
         Args:
-            files: at least one picture.
+            files: at least one image.
             size: (H, W) to resize to (bicubic, antialiased; `fit` has made them squares first). None keeps the
-                pictures' own size, which must then be one.
+                images' own size, which must then be one.
 
         Raises:
-            UserError: a picture can no longer be read.
-            ValueError: no files, or pictures of different sizes without `size`.
+            UserError: an image can no longer be read.
+            ValueError: no files, or images of different sizes without `size`.
         """
         if not files:
-            raise ValueError("files is empty; at least one picture is needed")
-        images = [_to_tensor(to_square(open_picture(file), self.fit)) for file in files]
+            raise ValueError("files is empty; at least one image is needed")
+        images = [_to_tensor(to_square(open_image(file), self.fit)) for file in files]
         if size is not None:
             images = [_resize(image, size) for image in images]
         for file, image in zip(files, images):
@@ -120,7 +120,7 @@ class ReferenceSet:
         return torch.stack(images)
 
     def content_key(self, file: Path) -> str:
-        """SHA-256 of the file's bytes in hex, and `fit` where it changes pictures: the key under which its features may
+        """SHA-256 of the file's bytes in hex, and `fit` where it changes images: the key under which its features may
         be cached. Read once per file."""
         if file not in self._content_keys:
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -129,7 +129,7 @@ class ReferenceSet:
         return self._content_keys[file]
 
     def fingerprint(self) -> str:
-        """Hash over the prompts and the contents of their pictures, wherever those lie."""
+        """Hash over the prompts and the contents of their images, wherever those lie."""
         distinct = list(dict.fromkeys(file for group in self._files.values() for file in group))
         _map_in_threads(self.content_key, distinct)
         content = {prompt: [self.content_key(file) for file in files] for prompt, files in self._files.items()}
@@ -163,7 +163,7 @@ def _check_coverage(entries: dict[str, list[str]], prompts: list[str], index: Pa
     if missing:
         others = f" ({len(missing) - 1} other prompts have none either)" if len(missing) > 1 else ""
         nearest = _nearest(missing[0], [prompt for prompt, names in entries.items() if names])
-        raise UserError(f"prompt {missing[0]!r} has no references in {index}{nearest}{others}; add pictures for it")
+        raise UserError(f"prompt {missing[0]!r} has no references in {index}{nearest}{others}; add images for it")
 
 
 def _nearest(prompt: str, keys: Iterable[str]) -> str:
@@ -171,11 +171,11 @@ def _nearest(prompt: str, keys: Iterable[str]) -> str:
     return f"; the nearest prompt there is {close[0]!r}" if close else ""
 
 
-def _check_pictures(folder: Path, files: list[Path], min_size: int, fit: Fit, *, style: bool = False) -> None:
-    def complaint(file: Path) -> PictureError | None:
+def _check_images(folder: Path, files: list[Path], min_size: int, fit: Fit, *, style: bool = False) -> None:
+    def complaint(file: Path) -> ImageError | None:
         try:
             check_reference(file, min_size, fit)
-        except PictureError as error:
+        except ImageError as error:
             return error
         return None
 
@@ -185,39 +185,39 @@ def _check_pictures(folder: Path, files: list[Path], min_size: int, fit: Fit, *,
 
 
 def check_reference(file: Path, min_size: int, fit: Fit) -> Image.Image:
-    """A picture that may be a reference, decoded.
+    """An image that may be a reference, decoded.
 
     Raises:
-        PictureError: it cannot be read, is not plain RGB, too small, in a single colour, or not square while `fit` is
+        ImageError: it cannot be read, is not plain RGB, too small, in a single colour, or not square while `fit` is
             "refuse".
     """
-    picture = open_picture(file)
-    if min(picture.size) < min_size:
-        width, height = picture.size
+    image = open_image(file)
+    if min(image.size) < min_size:
+        width, height = image.size
         reason = f"is {width}x{height} pixels; the smaller side must be at least {min_size}"
-        raise PictureError(str(file), reason, remedy="replace it by a larger one")
-    if fit == "refuse" and not is_square(picture.size):
-        reason = f"is {picture.width}x{picture.height}, not square, and would be squashed"
-        raise PictureError(str(file), reason, importable=True)
-    if in_one_colour(picture):
-        raise PictureError(str(file), "is in a single colour", remedy="remove it from the set, or replace it")
-    return picture
+        raise ImageError(str(file), reason, remedy="replace it by a larger one")
+    if fit == "refuse" and not is_square(image.size):
+        reason = f"is {image.width}x{image.height}, not square, and would be squashed"
+        raise ImageError(str(file), reason, importable=True)
+    if in_one_colour(image):
+        raise ImageError(str(file), "is in a single colour", remedy="remove it from the set, or replace it")
+    return image
 
 
 def import_command(folder: Path, *, style: bool = False) -> str:
-    """The command that makes any folder's pictures usable; a style has no captions."""
+    """The command that makes any folder's images usable; a style has no captions."""
     target = folder.with_name(f"{folder.name}-imported")
     command = f"python -m advgrpo.references import {shlex.quote(str(folder))} --out {shlex.quote(str(target))}"
     return command + (" --captions none" if style else "")
 
 
-def _unusable(errors: list[PictureError], checked: int, folder: Path, command: str) -> str:
+def _unusable(errors: list[ImageError], checked: int, folder: Path, command: str) -> str:
     """One error for all: the first in full, the next ones by name, and what mends most of them."""
     first, others = errors[0], errors[1:]
-    text = f"reference picture {first.name} {first.reason}"
+    text = f"reference image {first.name} {first.reason}"
     if others:
         named = ", ".join(str(Path(error.name).relative_to(folder)) for error in others[: _NAMED - 1])
-        text += f" ({len(errors)} of {checked} pictures are unusable, also {named}{', ...' * (len(errors) > _NAMED)})"
+        text += f" ({len(errors)} of {checked} images are unusable, also {named}{', ...' * (len(errors) > _NAMED)})"
     remedies = [first.remedy] if first.remedy else []
     if any(error.importable for error in errors):
         remedies.append(f"convert the whole folder: {command}")
@@ -231,9 +231,9 @@ def _map_in_threads(function: Callable[[Path], T], files: list[Path]) -> list[T]
         return list(pool.map(function, files))
 
 
-def _to_tensor(picture: Image.Image) -> Tensor:
+def _to_tensor(image: Image.Image) -> Tensor:
     """-> float32 [3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(255).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).contiguous()
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run reads: prompts and reference pictures, checked before any model is loaded."""
+"""What a run reads: prompts and reference images, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sources:
 
     @classmethod
     def read(cls, config: Config) -> Sources:
-        """UserError naming the file, the prompt or the picture that is wrong."""
+        """UserError naming the file, the prompt or the image that is wrong."""
         fields = ("prompts", "held_out_prompts", "references")
         paths = {field: shipped_path(field, getattr(config.data, field)) for field in fields}
         lines = [load_prompts(paths[name]) if paths[name] else [] for name in ("prompts", "held_out_prompts")]
@@ -58,7 +58,7 @@ class Sources:
         return cls(prompts, held_out, references, metadata)
 
     def notes(self, config: Config) -> list[str]:
-        """What training does with these prompts and pictures that nobody asked for, a line each."""
+        """What training does with these prompts and images that nobody asked for, a line each."""
         wanted, there, lines = config.rollout.prompts_per_iteration, len(self.prompts), []
         if wanted > there:
             fewest, most = wanted // there, -(-wanted // there)
@@ -71,7 +71,7 @@ class Sources:
         if alone:
             lines.append(
                 f"{len(alone)} of {there} training prompts have one reference: what the adversary can learn of them is "
-                f"that picture; more of each are better (first: {alone[0]!r})"
+                f"that image; more of each are better (first: {alone[0]!r})"
             )
         return lines
 
@@ -92,14 +92,14 @@ def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet
 
 
 def _check_variety(references: ReferenceSet, prompts: list[str]) -> None:
-    """UserError where several prompts have one and the same picture, as a slip in making the index gives."""
+    """UserError where several prompts have one and the same image, as a slip in making the index gives."""
     files = [set(references.files(prompt)) for prompt in prompts]
     if len(prompts) < 2 or any(len(own) > 1 for own in files):
         return
     if len({references.content_key(file) for own in files for file in own}) == 1:
         raise UserError(
             f"data.references = {str(references.folder)!r}: all {len(prompts)} training prompts have one and the same "
-            f"picture, {next(iter(files[0])).name}; give each prompt its own, or the folder as --data.style"
+            f"image, {next(iter(files[0])).name}; give each prompt its own, or the folder as --data.style"
         )
 
 
@@ -114,7 +114,7 @@ def _style_folder(style: str) -> str | Path:
 
 
 def _within_budget(config: Config, references: ReferenceSet | None, prompts: list[str]) -> list[str]:
-    """The prompts, in a seeded order, whose references make up data.reference_count pictures."""
+    """The prompts, in a seeded order, whose references make up data.reference_count images."""
     wanted = config.data.reference_count
     if references is None:
         raise UserError(f"data.reference_count = {wanted}: this run has no references; leave it at 0")

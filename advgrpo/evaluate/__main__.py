@@ -1,4 +1,4 @@
-r"""Score a model's pictures with several metrics, with intervals, and compare it with a second model on the same noise.
+r"""Score a model's images with several metrics, with intervals, and compare it with a second model on the same noise.
 
 python -m advgrpo.evaluate --lora runs/tiny/lora --against base --metrics rule,dino_similarity --output runs/tiny/scores
 python -m advgrpo.evaluate --model stabilityai/stable-diffusion-3.5-medium --lora A --against B --prompts p.txt \
@@ -59,7 +59,7 @@ _TINY_METRICS: dict[str, dict[str, Any]] = {
 
 
 class Evaluate(DrawOptions):
-    """Score a model's pictures with several metrics, and compare it with a second model on the same noise."""
+    """Score a model's images with several metrics, and compare it with a second model on the same noise."""
 
     metrics: str
     """Names separated by commas: rewards (pickscore, ocr, dino_similarity, clip, aesthetic, rule, ...), rule_accuracy,
@@ -79,9 +79,9 @@ class Evaluate(DrawOptions):
     metric_options_file: Path | None = None
     """YAML {metric: {option: value}}; single options are flags, --metric-options.METRIC.OPTION VALUE."""
     images_per_prompt: Annotated[int, Field(ge=1, le=MOST_PER_PROMPT)] = 4
-    """Pictures of every prompt."""
+    """Images of every prompt."""
     batch_size: Annotated[int, Field(ge=0, le=65536)] = 0
-    """Pictures drawn at once; 0 means 32 for a tiny model, 8 otherwise."""
+    """Images drawn at once; 0 means 32 for a tiny model, 8 otherwise."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Keys the noise and the resampling; a run's own evaluation uses its seed."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
@@ -184,12 +184,12 @@ def read_data(options: Evaluate) -> Sources:
 
 def build_metrics(options: MetricOptions, device: torch.device, sources: Sources) -> dict[str, Reward]:
     """The rewards, each checked against the prompts it will see."""
-    from advgrpo.evaluate.evaluator import PictureStatistic
+    from advgrpo.evaluate.evaluator import ImageStatistic
 
     built = {}
     for name, given in options.items():
         if name in IMAGE_STATISTICS:
-            built[name] = PictureStatistic(name)
+            built[name] = ImageStatistic(name)
             continue
         kind, given = ("rule", {"strict": True}) if name == _RULE_ACCURACY else (name, given)
         try:
@@ -257,7 +257,7 @@ def lora_section(folder: Path, pipeline: Path, field: str = "--lora") -> configu
 def load_model(
     options: Evaluate, settings: Config, prompts: list[str], distributed: Distributed, display: Display
 ) -> Evaluator:
-    """Draws pictures of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
+    """Draws images of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
     from advgrpo.evaluate.evaluator import Evaluator
     from advgrpo.policy.loading import load_policy
     from advgrpo.training.build import encode_prompts
@@ -280,7 +280,7 @@ def load_model(
 def score_model(
     evaluator: Evaluator, metrics: dict[str, Reward], references: ReferenceSet | None, per_prompt: int, display: Display
 ) -> Scores:
-    """Every metric of every picture; a picture that cannot be scored is an error, never a number."""
+    """Every metric of every image; an image that cannot be scored is an error, never a number."""
     count = len(evaluator.prompts)
     at_once = max(1, evaluator.config.rollout.micro_batch // per_prompt)
     scores = {name: torch.empty(count, per_prompt, dtype=torch.float64) for name in metrics}
@@ -288,7 +288,7 @@ def score_model(
         for start in range(0, count, at_once):
             numbers = range(start, min(start + at_once, count))
             prompts = [evaluator.prompts[number] for number in numbers for _ in range(per_prompt)]
-            images = evaluator.pictures(prompts, torch.cat([evaluator.ids(number, per_prompt) for number in numbers]))
+            images = evaluator.images(prompts, torch.cat([evaluator.ids(number, per_prompt) for number in numbers]))
             for name, metric in metrics.items():
                 rows = metric.score(images, prompts, references).double().cpu()
                 scores[name][numbers.start : numbers.stop] = rows.view(-1, per_prompt)
@@ -359,12 +359,12 @@ def report(options: Evaluate, metric_settings: MetricOptions, scores: dict[str, 
 
 
 def grid_rows(columns: dict[str, list], references: ReferenceSet | None) -> list:
-    """draw_grid's rows from every model's `Evaluator.grid_pictures`, with up to four references."""
+    """draw_grid's rows from every model's `Evaluator.grid_images`, with up to four references."""
     rows = []
-    for number, (prompt, pictures) in enumerate(next(iter(columns.values()))):
+    for number, (prompt, images) in enumerate(next(iter(columns.values()))):
         blocks = [(name, of[number][1]) for name, of in columns.items()]
         if references is not None:
-            size = tuple(pictures.shape[-2:])
+            size = tuple(images.shape[-2:])
             blocks.append(("references", references.load_images(references.files(prompt)[:4], size=size)))
         rows.append((prompt, blocks))
     return rows
@@ -397,16 +397,16 @@ def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
         loras[options.against] = ("--against", "" if options.against == "base" else options.against)
     models = {name: settings_of(options, folder, lora, device, flag=flag) for name, (flag, lora) in loras.items()}
     metrics = build_metrics(metric_settings, device, sources)
-    scores, pictures, display = {}, {}, Display(console)
+    scores, images, display = {}, {}, Display(console)
     evaluator = None
     for name, settings in models.items():
         again = evaluator is not None and not settings.model.lora.start_from  # the base of the model that is loaded
         evaluator = evaluator.base() if again else load_model(options, settings, prompts, distributed, display)
         scores[name] = score_model(evaluator, metrics, references, options.images_per_prompt, display)
-        pictures[name] = evaluator.grid_pictures()
+        images[name] = evaluator.grid_images()
     found = report(options, metric_settings, scores, prompts)
     write_atomically(options.output / "evaluation.json", json.dumps(found, indent=1) + "\n")
-    draw_grid(grid_rows(pictures, references), options.output / "grid.png")
+    draw_grid(grid_rows(images, references), options.output / "grid.png")
     console.print(result_table(summarise(scores, options), list(scores), options))
     console.print(f"wrote {options.output}/evaluation.json and grid.png")
     return found

@@ -1,6 +1,6 @@
 """Held-out evaluation: fixed prompts, fixed noise, plain ODE sampling, independent metrics.
 
-Pictures are keyed by (seed, prompt number, picture number), so base, intermediate and final model are compared on the
+Images are keyed by (seed, prompt number, image number), so base, intermediate and final model are compared on the
 same noise, whatever the number of processes.
 """
 
@@ -16,7 +16,7 @@ from advgrpo.config import Config
 from advgrpo.config.checks import IMAGE_STATISTICS
 from advgrpo.data.references import ReferenceSet
 from advgrpo.evaluate.statistics import t_interval
-from advgrpo.monitor.image_statistics import picture_statistics
+from advgrpo.monitor.image_statistics import image_statistics
 from advgrpo.policy.base import Policy
 from advgrpo.reporting.display import Display
 from advgrpo.reporting.metric_names import CI95, FIRST, HELD_OUT
@@ -26,7 +26,7 @@ from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 
-_STRIDE = 1000  # picture k of prompt p has id p * _STRIDE + k
+_STRIDE = 1000  # image k of prompt p has id p * _STRIDE + k
 
 
 @dataclass
@@ -45,11 +45,11 @@ class Evaluator:
         return replace(self, of_base=True)
 
     def run(self, images_per_prompt: int, *, first: int = 0) -> dict[str, float]:
-        """Means over all held-out pictures with their 95 % intervals; the same on every process.
+        """Means over all held-out images with their 95 % intervals; the same on every process.
 
-        Keys: "eval_<metric>", and "eval_<metric>_ci95", half the width of Student's interval over prompts (pictures of
+        Keys: "eval_<metric>", and "eval_<metric>_ci95", half the width of Student's interval over prompts (images of
         one prompt are alike; none for a single prompt). `first` > 0 adds both over every prompt's first `first`
-        pictures ("eval_<metric>_first"), to be compared with an evaluation of as many.
+        images ("eval_<metric>_first"), to be compared with an evaluation of as many.
 
         Raises:
             StopRequested: somebody asked for the end.
@@ -65,7 +65,7 @@ class Evaluator:
                 part = numbers[start : start + at_once]
                 prompts = [self.prompts[number] for number in part for _ in range(images_per_prompt)]
                 self._begin(f"evaluate: prompt {start + 1} of {len(numbers)}", first=not start)
-                images = self.pictures(prompts, torch.cat([self.ids(n, images_per_prompt) for n in part]))
+                images = self.images(prompts, torch.cat([self.ids(n, images_per_prompt) for n in part]))
                 for name, values in scores.items():
                     self._begin(f"evaluate: metric {name}", first=not start)
                     with self.distributed.interruptible():
@@ -97,18 +97,18 @@ class Evaluator:
             return contextlib.nullcontext(lambda done: None)
         return self.display.steps(f"{what} the base model" if self.of_base else what, prompts)
 
-    def grid_pictures(self, columns: int = 4) -> list[tuple[str, torch.Tensor]]:
-        """(prompt, pictures [columns, 3, H, W]) of the grid's prompts, always from the same noise; rank 0 calls it."""
+    def grid_images(self, columns: int = 4) -> list[tuple[str, torch.Tensor]]:
+        """(prompt, images [columns, 3, H, W]) of the grid's prompts, always from the same noise; rank 0 calls it."""
         chosen, drawn = self.prompts[: self.config.evaluation.grid_prompts], []
         with self._steps("drawing samples of" if self.of_base else "drawing samples", len(chosen)) as tell:
             for number, prompt in enumerate(chosen):
                 self._begin(f"draw samples: prompt {number + 1}", first=not number)
-                drawn.append((prompt, self.pictures([prompt] * columns, self.ids(number, columns)).cpu()))
+                drawn.append((prompt, self.images([prompt] * columns, self.ids(number, columns)).cpu()))
                 tell(len(drawn))
         return drawn
 
     @torch.no_grad()
-    def pictures(self, prompts: list[str], ids: torch.Tensor) -> torch.Tensor:
+    def images(self, prompts: list[str], ids: torch.Tensor) -> torch.Tensor:
         """[n, 3, H, W] of n prompts in micro-batches, with the evaluation's steps and guidance."""
         evaluation = self.config.evaluation
         table = step_table(self.policy, evaluation.num_steps)
@@ -121,26 +121,26 @@ class Evaluator:
             part = slice(start, start + self.config.rollout.micro_batch)
             row = torch.arange(len(prompts[part]), device=self.policy.device)
             initial = sampler.initial_latents(rng.derive_seed(self.config.seed, "evaluation"), ids[part])
-            with self.policy.reference() if self.of_base else contextlib.nullcontext():
+            with self.policy.disable_adapter() if self.of_base else contextlib.nullcontext():
                 latents, _ = sampler.run(table, self.policy.encode(prompts[part]), initial, row)
             images.append(self.policy.decode(latents))
         return torch.cat(images)
 
     def ids(self, number: int, count: int) -> torch.Tensor:
-        """[count] picture numbers of prompt `number`, which key their noise."""
+        """[count] image numbers of prompt `number`, which key their noise."""
         return number * _STRIDE + torch.arange(count)
 
 
 def _half_width(name: str, by_prompt: torch.Tensor) -> dict[str, float]:
-    """{"<name>_ci95": half the width of the t-interval of scores [prompts, pictures]}; empty for one prompt."""
+    """{"<name>_ci95": half the width of the t-interval of scores [prompts, images]}; empty for one prompt."""
     if len(by_prompt) < 2:
         return {}
     interval = t_interval(by_prompt.mean(1).tolist())
     return {f"{name}{CI95}": interval.high - interval.mean}
 
 
-class PictureStatistic(Reward):
-    """The `Reward` protocol over one of picture_statistics.py's numbers: a metric, never trained on."""
+class ImageStatistic(Reward):
+    """The `Reward` protocol over one of image_statistics.py's numbers: a metric, never trained on."""
 
     NAMES = IMAGE_STATISTICS
 
@@ -148,4 +148,4 @@ class PictureStatistic(Reward):
         self.name = name
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
-        return picture_statistics(images)[self.name]
+        return image_statistics(images)[self.name]

@@ -1,10 +1,10 @@
 """Uncertainty of means: bootstrap over clusters, paired comparison, and the t-interval over seeds. Pure and seeded.
 
-The pictures of a prompt are alike, so the prompt, not the picture, is the unit that is resampled (cluster bootstrap,
+The images of a prompt are alike, so the prompt, not the image, is the unit that is resampled (cluster bootstrap,
 Davison & Hinkley, "Bootstrap Methods and Their Application", section 3.8). Intervals are percentile intervals; with
 fewer than about 10 clusters they are too narrow, which is why a handful of seeds gets a t-interval instead.
 
-Shapes: n clusters, k pictures of each; scores are [n] or [n, k], of any float dtype, computed in float64.
+Shapes: n clusters, k images of each; scores are [n] or [n, k], of any float dtype, computed in float64.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def paired_bootstrap(
     resamples: int = 4000,
     seed: int = 0,
 ) -> Comparison:
-    """Compare two models' scores of the same pictures-to-be, element by element, prompts resampled in pairs.
+    """Compare two models' scores of the same images-to-be, element by element, prompts resampled in pairs.
 
     Args:
         a, b: [n] or [n, k], the same shape; entry (i, j) of both was drawn for the same prompt from the same noise.

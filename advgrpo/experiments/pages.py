@@ -25,7 +25,7 @@ def page(results: Results, found: dict) -> str:
         f"{len(found['seeds'])} seeds they are wide: *undecided* means that the interval does not settle it, not that "
         "nothing happened.",
         "## Curves",
-        "Mean over seeds, range between them shaded. Points during training rest on 2 pictures per prompt, the first "
+        "Mean over seeds, range between them shaded. Points during training rest on 2 images per prompt, the first "
         f"and last on {_images_per_prompt(results)}.",
         f"![curves]({name}.png)",
         "## Samples",
@@ -87,7 +87,7 @@ def _table_legend(results: Results) -> str:
         )
         parts.append(f"The references' {METRIC_LABELS[metric]} is {given}.")
     if set(DISTANCES) & set(results.experiment.metrics):
-        parts.append("A distance is that of the pictures' mean from the references' mean; smaller is closer.")
+        parts.append("A distance is that of the images' mean from the references' mean; smaller is closer.")
     return " ".join(parts)
 
 

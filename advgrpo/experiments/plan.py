@@ -112,8 +112,8 @@ EXPERIMENTS = {
         question="The tiny preference model over-rates saturated colours. Flow-GRPO maximises it as it is; Adv-GRPO "
         "starts from the same model, whose last layers keep learning to tell references from generations.",
         paper="PickScore 21.70 (SD3) → 22.82 (Flow-GRPO) and 22.78 (Adv-GRPO): about the same reward, but people "
-        "prefer the quality of Adv-GRPO's pictures in 70.0 % of comparisons.",
-        note="The preference model ranks the reference above the base model's picture in about half of the report "
+        "prefer the quality of Adv-GRPO's images in 70.0 % of comparisons.",
+        note="The preference model ranks the reference above the base model's image in about half of the report "
         "prompts' pairs (53 %), and with seeds 0 to 2 its reward hardly moves. So what is called hacked here rests on "
         "the falls of the judge and of DINO similarity; the samples show no over-saturation.",
         arms={"flow-pickscore": "Flow-GRPO", "adv-pickscore": "Adv-GRPO"},
@@ -165,7 +165,7 @@ EXPERIMENTS = {
     ),
     "sft": Experiment(
         title="Supervised fine-tuning on the references against Adv-GRPO",
-        question="Both see the same reference pictures: SFT fits them, Adv-GRPO learns from a reward made of them.",
+        question="Both see the same reference images: SFT fits them, Adv-GRPO learns from a reward made of them.",
         paper="SFT stays below: PickScore 21.60 and OCR accuracy .68, against 21.90 and .69 with the DINO reward.",
         arms={"sft": "SFT", "dino": "Adv-GRPO, DINO"},
         metrics=_INDEPENDENT,
@@ -176,12 +176,12 @@ EXPERIMENTS = {
         ),
     ),
     "references": Experiment(
-        title="How many reference pictures the DINO reward needs",
-        question="Training with 100, 200, 500 or all 768 reference pictures.",
+        title="How many reference images the DINO reward needs",
+        question="Training with 100, 200, 500 or all 768 reference images.",
         paper="DINO similarity by number of references: 200 → .621, 500 → .618, 1000 → .619, all → .621 (base .592): a "
         "few hundred do.",
         note="The tiny world has 96 training prompts with 8 references each, so 1000 is not available and 768 is all. "
-        "Prompts are taken whole, in an order that the seed draws: 100 means 13 prompts with 104 pictures, 200 means "
+        "Prompts are taken whole, in an order that the seed draws: 100 means 13 prompts with 104 images, 200 means "
         "25 with 200, 500 means 63 with 504. Fewer references are therefore fewer training prompts, too.",
         arms={
             "references-100": "100",
@@ -200,14 +200,14 @@ EXPERIMENTS = {
         ),
     ),
     "style": Experiment(
-        title="Style transfer from pictures without prompts",
+        title="Style transfer from images without prompts",
         question="300 drawings in one style, without prompts, are the references of every prompt. DINO similarity "
         "is to that set; the rule-based judge reads shape and colour as everywhere else. Nothing in such a run reads "
         "the prompt, so a KL to the base model is tried as what keeps the content.",
         paper="Shown by examples; there is no figure to compare with.",
         note="Style transfer was **not reproduced** with seeds 0 to 2, whatever the counts say: similarities rise, but "
         "in the samples outline is filled, hatched has no hatching and pastel has lost its shapes. The judge was made "
-        "for filled shapes on plain backgrounds, so a picture can be in the style, as asked, and fail it.",
+        "for filled shapes on plain backgrounds, so an image can be in the style, as asked, and fail it.",
         arms={
             "style-outline": "outline",
             "style-outline-kl": "outline, β = 0.1",

@@ -80,8 +80,8 @@ def sample_rows(results: Results, experiment: Experiment) -> list[tuple[str, lis
     rows = []
     for number in range(len(samples[0]["base"])):
         blocks = [("base", samples[0]["base"][number, :each])]
-        for position, (job, pictures) in enumerate(zip(jobs, samples)):
-            blocks.append((experiment.arms[job.arm], pictures["trained"][number, :each]))
+        for position, (job, images) in enumerate(zip(jobs, samples)):
+            blocks.append((experiment.arms[job.arm], images["trained"][number, :each]))
             if not same and sources[position] not in sources[position + 1 :]:
                 files = sets[position].files(prompts[number])[:each]
                 blocks.append((f"{experiment.arms[job.arm]}: references", sets[position].load_images(files, size=size)))

@@ -16,7 +16,7 @@ from advgrpo.data.sources import Sources
 from advgrpo.evaluate.statistics import Interval, t_interval
 from advgrpo.experiments.plan import ARMS, DISTANCES, EXPERIMENTS, REFERENCE_METRICS, Claim, Job
 from advgrpo.experiments.runs import Finished, Plan
-from advgrpo.monitor.image_statistics import picture_statistics
+from advgrpo.monitor.image_statistics import image_statistics
 from advgrpo.reporting.metric_names import held_out_means, held_out_metrics
 from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
 
@@ -96,7 +96,7 @@ class Results:
         return Sources.read(self.runs[job].config).references
 
     def of_references(self, job: Job) -> Values:
-        """Mean picture statistics of the held-out prompts' references, every different picture once."""
+        """Mean image statistics of the held-out prompts' references, every different image once."""
         same = next((known for known in self._of_references if self._same_data(known, job)), None)
         if same is None:
             config, same = self.runs[job].config, job
@@ -141,7 +141,7 @@ def _reference_statistics(config: Config) -> Values:
     sources = Sources.read(config)
     files = dict.fromkeys(file for prompt in sources.held_out for file in sources.references.files(prompt))
     size = (config.model.resolution,) * 2
-    statistics = picture_statistics(sources.references.load_images(list(files), size=size))
+    statistics = image_statistics(sources.references.load_images(list(files), size=size))
     return {name: statistics[name].mean().item() for name in REFERENCE_METRICS}
 
 

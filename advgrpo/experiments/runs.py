@@ -1,6 +1,6 @@
 """Making the runs of the experiments: each in a folder of its own, kept when finished, continued when cut short.
 
-A run's folder holds what every run leaves (run.py), and `samples.safetensors` (the grids' pictures, for the report),
+A run's folder holds what every run leaves (run.py), and `samples.safetensors` (the grids' images, for the report),
 `log.txt`, `origin.txt` (when the run it starts from was finished), and `failure.txt` while its last attempt failed.
 """
 
@@ -91,7 +91,7 @@ class Plan:
         return file.read_text().strip() if file.is_file() else "not made yet, or made with other settings"
 
     def samples(self, job: Job) -> dict[str, torch.Tensor]:
-        """{"base" and "trained": [prompts, pictures, 3, H, W] float32 in [0, 1]} of the grid's prompts."""
+        """{"base" and "trained": [prompts, images, 3, H, W] float32 in [0, 1]} of the grid's prompts."""
         return {name: images.float() / 255 for name, images in load_file(self.folder(job) / _SAMPLES).items()}
 
 
@@ -168,8 +168,8 @@ def make(job: Job, plan: Plan) -> None:
             distributed.close()
     if run.stopped:
         raise Stopped(f"{job} was stopped after {run.trainer.iteration} iterations; call again to continue")
-    pictures = {
+    images = {
         name: torch.stack([(images.clamp(0, 1) * 255).round().byte() for _, images in rows])
         for name, rows in run.samples.items()
     }
-    write_atomically(folder / _SAMPLES, lambda file: save_file(pictures, file))
+    write_atomically(folder / _SAMPLES, lambda file: save_file(images, file))

@@ -1,6 +1,6 @@
-"""What can be said of pictures without any reward model: the monitor's independent witnesses.
+"""What can be said of images without any reward model: the monitor's independent witnesses.
 
-Shapes: B pictures [B, 3, H, W] float in [0, 1]; R of them share a prompt.
+Shapes: B images [B, 3, H, W] float in [0, 1]; R of them share a prompt.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from advgrpo.types import Rollout
 _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
 _DARK = 0.1  # luma below which a pixel counts as dark
 _EDGE = 0.05  # luma per pixel; a step of 0.1 between flat areas has this slope on both sides
-_LOOKED_AT = 4  # references per prompt that are looked at: a mean is wanted, and decoding them all would cost time
+_REFERENCES_PER_PROMPT = (
+    4  # references per prompt that are looked at: a mean is wanted, and decoding them all would cost time
+)
 
 
-def picture_statistics(images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Three shares in [0, 1] per picture, each [B] float32, computed on the pictures' device.
+def image_statistics(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Three shares in [0, 1] per image, each [B] float32, computed on the images' device.
 
     - saturation: mean HSV saturation, (max - min) / max of RGB, 0 where the pixel is black;
     - dark_share: share of pixels whose Rec. 709 luma is below 0.1;
@@ -33,7 +35,7 @@ def picture_statistics(images: torch.Tensor) -> dict[str, torch.Tensor]:
         ValueError: anything but [B, 3, H, W].
     """
     if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"want pictures [B, 3, H, W], got {list(images.shape)}")
+        raise ValueError(f"want images [B, 3, H, W], got {list(images.shape)}")
     images = images.float()
     high, low = images.amax(1), images.amin(1)
     saturation = torch.where(high > 0, (high - low) / high.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
@@ -69,12 +71,12 @@ def group_diversity(features: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PictureStatistics:
-    """Means over an iteration's pictures; `reference` weighs every prompt as often as it was drawn."""
+class ImageStatistics:
+    """Means over an iteration's images; `reference` weighs every prompt as often as it was drawn."""
 
     generated: dict[str, float]
     reference: dict[str, float]  # empty in a run without references
-    group_diversity: float | None  # None where no DINO looks at the pictures
+    group_diversity: float | None  # None where no DINO looks at the images
 
     def metrics(self) -> dict[str, float]:
         """As they are logged: monitor_<statistic>, monitor_reference_<statistic>, monitor_group_diversity."""
@@ -87,11 +89,11 @@ class PictureStatistics:
 
 def looked_at(references: ReferenceSet, prompt: str, size: tuple[int, int]) -> torch.Tensor:
     """The first few of the prompt's references, [R, 3, *size] float32 in [0, 1]."""
-    return references.load_images(references.files(prompt)[:_LOOKED_AT], size=size)
+    return references.load_images(references.files(prompt)[:_REFERENCES_PER_PROMPT], size=size)
 
 
 class ReferenceStatistics:
-    """Mean statistics of each prompt's references, resized to the generated pictures' size; each prompt once."""
+    """Mean statistics of each prompt's references, resized to the generated images' size; each prompt once."""
 
     def __init__(self, references: ReferenceSet):
         self.references = references
@@ -111,17 +113,17 @@ def measure(
     references: ReferenceStatistics | None,
     group_size: int,
     distributed: Distributed,
-) -> PictureStatistics:
-    """Statistics of an iteration's pictures over all processes, the same on each.
+) -> ImageStatistics:
+    """Statistics of an iteration's images over all processes, the same on each.
 
     Args:
-        rollout: this process's pictures.
+        rollout: this process's images.
         embeddings: [B, D] their DINO class tokens, in the rollout's order, if there is a DINO.
         references: of the same prompts, if the run has any.
     """
-    columns = torch.cat([_columns(tile.images) for tile in rollout.tiles])
+    columns = torch.cat([_columns(micro_batch.images) for micro_batch in rollout.micro_batches])
     if references is not None:
-        size = tuple(rollout.tiles[0].images.shape[-2:])
+        size = tuple(rollout.micro_batches[0].images.shape[-2:])
         own = torch.stack([references.prompt(prompt, size) for prompt in rollout.prompts])
         columns = torch.cat([columns, to_device(own, columns.device)], dim=1)
     order = distributed.all_gather(to_device(rollout.image_ids, columns.device)).argsort()
@@ -130,12 +132,12 @@ def measure(
     if embeddings is not None:
         by_id = distributed.all_gather(embeddings)[order.to(embeddings.device)]
         diversity = group_diversity(by_id, group_size).item()
-    return PictureStatistics(
+    return ImageStatistics(
         dict(zip(IMAGE_STATISTICS, means[:count])), dict(zip(IMAGE_STATISTICS, means[count:])), diversity
     )
 
 
 def _columns(images: torch.Tensor) -> torch.Tensor:
     """[B, len(IMAGE_STATISTICS)]"""
-    statistics = picture_statistics(images)
+    statistics = image_statistics(images)
     return torch.stack([statistics[name] for name in IMAGE_STATISTICS], dim=1)

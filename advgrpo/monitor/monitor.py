@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 from advgrpo.config import Config, MonitorSection
 from advgrpo.config.checks import IMAGE_STATISTICS
 from advgrpo.monitor.flag_state import FlagState
-from advgrpo.monitor.image_statistics import PictureStatistics
+from advgrpo.monitor.image_statistics import ImageStatistics
 from advgrpo.reporting.metric_names import OF_REFERENCES
 from advgrpo.types import Flag
 
@@ -47,8 +47,10 @@ class RedFlag(ABC):
     """One rule. Subclasses say what they read; this class remembers and waits for persistence."""
 
     name: ClassVar[str]
-    needs_warm_head: ClassVar[bool] = True  # not judged while only the adversary trains (adversary.warmup_iterations)
-    without_dino: ClassVar[str] = ""  # what it loses where no DINO looks at the pictures (build.blind_spots says it)
+    needs_warm_discriminator: ClassVar[bool] = (
+        True  # not judged while only the adversary trains (adversary.warmup_iterations)
+    )
+    without_dino: ClassVar[str] = ""  # what it loses where no DINO looks at the images (build.blind_spots says it)
 
     def __init__(self, section: MonitorSection, config: Config):
         self.section, self.config = section, config
@@ -58,7 +60,7 @@ class RedFlag(ABC):
         self.last: Reading | None = None
 
     @abstractmethod
-    def read(self, metrics: Metrics, pictures: PictureStatistics | None) -> Reading | None:
+    def read(self, metrics: Metrics, images: ImageStatistics | None) -> Reading | None:
         """The reading of this iteration; None while there is nothing to judge."""
 
     @abstractmethod
@@ -69,8 +71,8 @@ class RedFlag(ABC):
     def persistence(self) -> int:
         return self.section.persistence
 
-    def update(self, metrics: Metrics, pictures: PictureStatistics | None) -> None:
-        reading = self.read(metrics, pictures)
+    def update(self, metrics: Metrics, images: ImageStatistics | None) -> None:
+        reading = self.read(metrics, images)
         if reading is None:
             return
         self.last = reading
@@ -78,7 +80,7 @@ class RedFlag(ABC):
         if self.against >= self.persistence:
             self.active, self.against = not self.active, 0
 
-    def remember(self, name: str, value: float, length: int) -> list[float]:
+    def record_value(self, name: str, value: float, length: int) -> list[float]:
         """Append to a series; returns its last `length` values, newest last."""
         self.series[name] = [*self.series.get(name, []), value][-length:]
         return self.series[name]
@@ -87,7 +89,7 @@ class RedFlag(ABC):
         """The median of the last `window` values; None where the metric is absent or the window is not full yet."""
         if value is None:
             return None
-        values = self.remember(name, value, self.section.window)
+        values = self.record_value(name, value, self.section.window)
         return median(values) if len(values) == self.section.window else None
 
     def flag(self) -> Flag:
@@ -106,7 +108,7 @@ class RedFlag(ABC):
 
 
 class RewardCollapse(RedFlag):
-    """The references' own reward falls and does not stop: the head unlearns what a good picture is.
+    """The references' own reward falls and does not stop: the head unlearns what a good image is.
 
     Definition: Kendall's tau of `reward_reference` against time is at most -collapse_tau over trend_window checks, and
     its median over `window` checks has fallen from its peak by at least collapse_drop times its own noise (scores have
@@ -116,11 +118,11 @@ class RewardCollapse(RedFlag):
 
     name = "reward_collapse"
 
-    def read(self, metrics, pictures):
+    def read(self, metrics, images):
         if metrics.get("reward_reference") is None:
             return None
         short, long = self.section.window, self.section.trend_window
-        rewards = self.remember("reward", metrics["reward_reference"], max(short, long))
+        rewards = self.record_value("reward", metrics["reward_reference"], max(short, long))
         if len(rewards) < short:
             return None
         now = median(rewards[-short:])
@@ -142,7 +144,7 @@ class RewardCollapse(RedFlag):
 
 
 class ModeCollapse(RedFlag):
-    """The pictures of a group are alike, so group-relative advantages compare nothing (docs/method.md section 4).
+    """The images of a group are alike, so group-relative advantages compare nothing (docs/method.md section 4).
 
     Definition: the mean pairwise cosine distance of backbone features within groups, median over `window` checks, is
     below diversity_share times its value at the start of the run, or below diversity_floor (which catches a run that
@@ -152,25 +154,25 @@ class ModeCollapse(RedFlag):
     name = "mode_collapse"
     without_dino = NOT_JUDGED
 
-    def read(self, metrics, pictures):
-        distance = self.settled("distance", pictures.group_diversity if pictures else None)
+    def read(self, metrics, images):
+        distance = self.settled("distance", images.group_diversity if images else None)
         if distance is None:
             return None
         start = self.baseline.setdefault("distance", distance)
         threshold = max(self.section.diversity_floor, self.section.diversity_share * start)
-        message = f"pictures of a prompt are alike: mean pairwise distance {distance:.3g}, {start:.3g} at the start"
+        message = f"images of a prompt are alike: mean pairwise distance {distance:.3g}, {start:.3g} at the start"
         return Reading(distance, threshold, distance < threshold, message)
 
     def advice(self):
         rollout = self.config.rollout
         return (
-            f"Raise rollout.noise_level (now {rollout.noise_level:g}) or update.kl_weight "
+            f"Raise rollout.eta (now {rollout.eta:g}) or update.kl_weight "
             f"(now {self.config.update.kl_weight:g}), or lower rollout.guidance_scale (now {rollout.guidance_scale:g})"
         )
 
 
 class RewardHacking(RedFlag):
-    """The reward rises while pictures leave the references in ways it does not see (arXiv 2511.20256, figure 1).
+    """The reward rises while images leave the references in ways it does not see (arXiv 2511.20256, figure 1).
 
     Definition: since the generator's training began, (1) a reward it is trained on has risen by at least hacking_gain
     times its noise from check to check over the last trend_window ones; its lead over the references of the same
@@ -178,7 +180,7 @@ class RewardHacking(RedFlag):
     (2) the distance of mean saturation, dark-pixel share or edge density to that of the same prompts' references, or
     the mean DINO cosine distance to them, has grown by more than hacking_drift. Everything is compared as medians over
     `window` checks. A distance that shrinks is what training is for. Without references it is that to the generator's
-    own pictures at the start, and there is no DINO distance.
+    own images at the start, and there is no DINO distance.
 
     On the tiny world Flow-GRPO on the preference model rose to 3 times the noise (seed 7) while the DINO distance grew
     by 0.06 to 0.17 (six runs); it grew by less than 0.05 in every run with an adversary or a KL of 0.04 and more. Where
@@ -188,29 +190,29 @@ class RewardHacking(RedFlag):
     name = "reward_hacking"
     without_dino = "sees colours and edges only"
 
-    def read(self, metrics, pictures):
-        if pictures is None or metrics.get("grad_norm") is None:
+    def read(self, metrics, images):
+        if images is None or metrics.get("grad_norm") is None:
             return None  # an iteration that does not train the generator says nothing about what training does
         rewards = self._rewards(metrics)
-        offsets = {name: pictures.generated[name] - pictures.reference.get(name, 0.0) for name in IMAGE_STATISTICS}
+        offsets = {name: images.generated[name] - images.reference.get(name, 0.0) for name in IMAGE_STATISTICS}
         if metrics.get("dino_similarity") is not None:
             offsets[_DINO_DISTANCE] = 1 - metrics["dino_similarity"]
         now = {name: self.settled(name, value) for name, value in {**rewards, **offsets}.items()}
         spread = {
-            name: noise(self.remember(f"{name}, long", rewards[name], self.section.trend_window)) for name in rewards
+            name: noise(self.record_value(f"{name}, long", rewards[name], self.section.trend_window)) for name in rewards
         }
         if None in now.values():
             return None
         start = self.baseline = self.baseline or now
         gains = {name: (now[name] - start[name]) / spread[name] for name in rewards}
-        zero = dict.fromkeys(offsets, 0.0) if pictures.reference else start
+        zero = dict.fromkeys(offsets, 0.0) if images.reference else start
         growth = {name: abs(now[name] - zero[name]) - abs(start[name] - zero[name]) for name in offsets}
         best, worst = max(gains, key=gains.get), max(growth, key=growth.get)
         bad = gains[best] >= self.section.hacking_gain and growth[worst] > self.section.hacking_drift
         before, after = start[worst] - zero[worst], now[worst] - zero[worst]
         message = (
             f"{best} rose by {gains[best]:.1f} times its noise while {worst} went from {before:+.3f} to {after:+.3f} "
-            f"beside the {'references' if pictures.reference else 'start'}"
+            f"beside the {'references' if images.reference else 'start'}"
         )
         return Reading(growth[worst], self.section.hacking_drift, bad, message)
 
@@ -235,44 +237,44 @@ class RewardHacking(RedFlag):
 
 
 class DeadGroups(RedFlag):
-    """Groups whose pictures all have the same reward teach nothing (docs/method.md section 4; Flow-GRPO logs them).
+    """Groups whose images all have the same reward teach nothing (docs/method.md section 4; Flow-GRPO logs them).
 
     Definition: `zero_std_fraction`, median over `window` checks, is at least dead_groups.
     """
 
     name = "dead_groups"
 
-    def read(self, metrics, pictures):
+    def read(self, metrics, images):
         share = self.settled("share", metrics.get("zero_std_fraction"))
         if share is None:
             return None
-        message = f"{share:.0%} of the groups have one and the same reward for all pictures"
+        message = f"{share:.0%} of the groups have one and the same reward for all images"
         return Reading(share, self.section.dead_groups, share >= self.section.dead_groups, message)
 
     def advice(self):
         rollout = self.config.rollout
         return (
-            f"Raise rollout.group_size (now {rollout.group_size}) or rollout.noise_level (now "
-            f"{rollout.noise_level:g}), take prompts out of data.prompts that are always or never solved, or use a "
+            f"Raise rollout.group_size (now {rollout.group_size}) or rollout.eta (now "
+            f"{rollout.eta:g}), take prompts out of data.prompts that are always or never solved, or use a "
             "reward with finer steps"
         )
 
 
 class SlowConvergence(RedFlag):
-    """Few pictures per prompt make noisy advantages: fewer than 8 learn slowly (the paper uses 16).
+    """Few images per prompt make noisy advantages: fewer than 8 learn slowly (the paper uses 16).
 
     Definition: `rollout.group_size` is below monitor.group_size. Known before training, so it appears at once.
     """
 
     name = "slow_convergence"
-    needs_warm_head = False
+    needs_warm_discriminator = False
     persistence = 1
 
-    def read(self, metrics, pictures):
+    def read(self, metrics, images):
         if self.config.update.objective == "sft":
             return None  # no groups are compared
         size, threshold = self.config.rollout.group_size, self.section.group_size
-        return Reading(size, threshold, size < threshold, f"groups of {size} pictures learn slowly")
+        return Reading(size, threshold, size < threshold, f"groups of {size} images learn slowly")
 
     def advice(self):
         return f"Raise rollout.group_size (now {self.config.rollout.group_size}) to {self.section.group_size} or more"
@@ -281,17 +283,17 @@ class SlowConvergence(RedFlag):
 class OffPolicy(RedFlag):
     """The update does not repeat the rollout's likelihoods, so the clipping acts on noise (docs/method.md section 5).
 
-    Definition: before the first optimizer step `log_prob_drift_max` exceeds monitor.log_prob_drift or
+    Definition: before the first optimizer step `log_prob_mismatch_max` exceeds monitor.log_prob_mismatch or
     `pre_update_clip_fraction` exceeds monitor.pre_update_clip_fraction; on-policy exactness wants exactly 0 of both.
     """
 
     name = "off_policy"
 
-    def read(self, metrics, pictures):
-        drift, clipped = metrics.get("log_prob_drift_max"), metrics.get("pre_update_clip_fraction")
+    def read(self, metrics, images):
+        drift, clipped = metrics.get("log_prob_mismatch_max"), metrics.get("pre_update_clip_fraction")
         if drift is None or clipped is None:
             return None
-        bounds = self.section.log_prob_drift, self.section.pre_update_clip_fraction
+        bounds = self.section.log_prob_mismatch, self.section.pre_update_clip_fraction
         by_clipping = drift <= bounds[0] and clipped > bounds[1]
         value, threshold = (clipped, bounds[1]) if by_clipping else (drift, bounds[0])
         message = f"before any step log-probabilities moved by {drift:.2e} and {clipped:.1%} of the ratios were clipped"
@@ -302,8 +304,8 @@ class OffPolicy(RedFlag):
         return (
             f"Rollout and update must run the same forward: set update.old_log_prob (now {update.old_log_prob}) to "
             f"recompute, raise model.dtype (now {self.config.model.dtype}) to float32 or update.clip_range (now "
-            f"{update.clip_range:g}) well above the drift; update.max_log_prob_drift (now "
-            f"{update.max_log_prob_drift:g}) ends a run that drifts further"
+            f"{update.clip_range:g}) well above the drift; update.max_log_prob_mismatch (now "
+            f"{update.max_log_prob_mismatch:g}) ends a run that drifts further"
         )
 
 
@@ -317,7 +319,7 @@ class AdamEps(RedFlag):
 
     name = "adam_eps"
 
-    def read(self, metrics, pictures):
+    def read(self, metrics, images):
         rms = self.settled("rms", metrics.get("monitor_gradient_rms"))
         if rms is None:
             return None
@@ -331,22 +333,22 @@ class AdamEps(RedFlag):
 
 
 class OverpoweredAdversary(RedFlag):
-    """The adversary tells everything apart, so its reward hardly says which picture is better.
+    """The adversary tells everything apart, so its reward hardly says which image is better.
 
-    Definition: `adversary_accuracy`, median over `window` checks, is at least overpowered_accuracy. That is by the
+    Definition: `discriminator_accuracy`, median over `window` checks, is at least overpowered_accuracy. That is by the
     head's own threshold where it has one (DINO, SigLIP: every hinge is nearly satisfied), else by pairs of a prompt.
     Pairs alone would not do for a head: in a healthy run of the tiny preset it ranks 99 % of them right for 30
-    iterations, while 84 to 94 % of the pictures are on their side of the threshold.
+    iterations, while 84 to 94 % of the images are on their side of the threshold.
     """
 
     name = "overpowered_adversary"
 
-    def read(self, metrics, pictures):
-        accuracy = self.settled("accuracy", metrics.get("adversary_accuracy"))
+    def read(self, metrics, images):
+        accuracy = self.settled("accuracy", metrics.get("discriminator_accuracy"))
         if accuracy is None:
             return None
         threshold = self.section.overpowered_accuracy
-        message = f"the adversary tells {accuracy:.1%} of the pictures apart"
+        message = f"the adversary tells {accuracy:.1%} of the images apart"
         return Reading(accuracy, threshold, accuracy >= threshold, message)
 
     def advice(self):
@@ -360,7 +362,7 @@ class OverpoweredAdversary(RedFlag):
 class SleepingAdversary(RedFlag):
     """The adversary guesses: its reward is noise, and the generator learns nothing from it.
 
-    Definition: `adversary_paired_accuracy`, the share of (reference, generation) pairs of one prompt that it ranks
+    Definition: `discriminator_paired_accuracy`, the share of (reference, generation) pairs of one prompt that it ranks
     right, is at most sleeping_accuracy as a median over `window` checks; guessing is 0.5. Pairs of one prompt are all
     that group-relative advantages feel. A threshold on pooled scores reads 0.5 for a PickScore that ranks well, and
     0.57 for a DINO head of the tiny preset (eq. 7, no margin) that ranks 0.78 of the pairs right.
@@ -368,8 +370,8 @@ class SleepingAdversary(RedFlag):
 
     name = "sleeping_adversary"
 
-    def read(self, metrics, pictures):
-        accuracy = self.settled("accuracy", metrics.get("adversary_paired_accuracy"))
+    def read(self, metrics, images):
+        accuracy = self.settled("accuracy", metrics.get("discriminator_paired_accuracy"))
         if accuracy is None:
             return None
         threshold = self.section.sleeping_accuracy
@@ -417,17 +419,17 @@ class Monitor:
         """Whether this iteration is looked at."""
         return self.section.every > 0 and iteration % self.section.every == 0
 
-    def check(self, metrics: Metrics, pictures: PictureStatistics | None = None) -> list[Flag]:
+    def check(self, metrics: Metrics, images: ImageStatistics | None = None) -> list[Flag]:
         """Take in one iteration's metrics and return the flags that are active after it.
 
         Args:
             metrics: the iteration's record; a metric that is absent or None leaves its flags as they are.
-            pictures: statistics of its pictures; None leaves the flags on pictures as they are.
+            images: statistics of its images; None leaves the flags on images as they are.
         """
         warming_up = metrics["iteration"] < self.config.adversary.warmup_iterations
         for red_flag in self.red_flags:
-            if not (warming_up and red_flag.needs_warm_head):
-                red_flag.update(metrics, pictures)
+            if not (warming_up and red_flag.needs_warm_discriminator):
+                red_flag.update(metrics, images)
         return self.active()
 
     def active(self) -> list[Flag]:

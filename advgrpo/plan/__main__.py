@@ -29,7 +29,7 @@ class Plan(Start):
     gpu: Annotated[str, Field(min_length=1)] = _SIZES
     """Sizes in GB, separated by commas, or auto for this machine's GPU."""
     processes: Annotated[int, Field(ge=1, le=65536)] = 1
-    """GPUs that share an iteration's pictures."""
+    """GPUs that share an iteration's images."""
 
 
 def _sizes(text: str) -> list[float]:
@@ -66,8 +66,10 @@ def _plan(arguments: list[str]) -> int:
         recommended.rollout.micro_batch, recommended.model.gradient_checkpointing = micro_batch, checkpointing
         configuration.check(recommended, chosen.processes, with_data=False)
 
-    if not any(configuration.fits_tiles(config, 1, prompts=n) for n in range(1, config.rollout.micro_batch + 1)):
-        configuration.check_tiles(config, chosen.processes)  # no number of pictures would suit this micro-batch
+    if not any(
+        configuration.fits_micro_batches(config, 1, prompts=n) for n in range(1, config.rollout.micro_batch + 1)
+    ):
+        configuration.check_micro_batches(config, chosen.processes)  # no number of images would suit this micro-batch
     check((micro_batches(config, chosen.processes) or [config.rollout.micro_batch])[-1], False)
     quiet_libraries()
     check_without_network(config)

@@ -146,7 +146,7 @@ class AliveBytes(TorchDispatchMode):
 @lru_cache(maxsize=16)
 @functools.cache
 def decode_bytes(config: DecoderConfig, dtype: torch.dtype, side: int) -> int:
-    """Most bytes alive while one picture of `side` latents is decoded, counted on meta."""
+    """Most bytes alive while one image of `side` latents is decoded, counted on meta."""
     decoder = Decoder(config, dtype=dtype, device="meta")
     latents = torch.empty((1, config.latent_channels, side, side), device="meta")
     with AliveBytes() as counted:

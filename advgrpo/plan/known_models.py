@@ -211,7 +211,7 @@ def count_text_encoders(pipeline: Pipeline) -> int:
 
 @functools.lru_cache(maxsize=8)
 def count_decoder(config: DecoderConfig) -> int:
-    """Parameters of the picture decoder."""
+    """Parameters of the image decoder."""
     return sum(p.numel() for p in Decoder(config, device="meta").parameters())
 
 

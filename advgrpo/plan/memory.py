@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
-from advgrpo.config import Config, check_tiles, fits_tiles, nearest_prompts
+from advgrpo.config import Config, check_micro_batches, fits_micro_batches, nearest_prompts
 from advgrpo.errors import UserError
 from advgrpo.plan import known_models
 from advgrpo.plan.activations import TransformerShape, decode_bytes
-from advgrpo.policy.fused.decoder import GATED_PICTURES, decoded_at_once
+from advgrpo.policy.fused.decoder import GATED_IMAGES, decoded_at_once
 
 GB = 1e9
 PHASES = ("encode", "sample", "decode", "score", "update")
@@ -98,16 +98,16 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     `rollout.micro_batch` is the ceiling of the micro-batches tried. Speed is judged by `relative_time`.
 
     Args:
-        processes: GPUs that share an iteration's pictures.
+        processes: GPUs that share an iteration's images.
 
     Raises:
-        UserError: gpu_gb or processes not positive, pictures that no micro-batch divides over the processes, or a model
+        UserError: gpu_gb or processes not positive, images that no micro-batch divides over the processes, or a model
             whose architecture is not known.
     """
     if not (gpu_gb > 0 and math.isfinite(gpu_gb)) or processes < 1:
         raise UserError(f"GPU size {gpu_gb} GB, {processes} processes: want positive numbers")
     if not micro_batches(config, processes):
-        check_tiles(config, processes)  # says which numbers of prompts would divide
+        check_micro_batches(config, processes)  # says which numbers of prompts would divide
     estimate = _Estimate(config, processes)
     fitting = [p for p in estimate.plans(gpu_gb) if p.fits]
     if fitting:
@@ -125,13 +125,13 @@ def _what_decided(config: Config, chosen: MemoryPlan, estimate: _Estimate) -> st
     if micro == most:
         return f"rollout.micro_batch = {most}, as set, is the largest tried"
     refused = [m for m in range(micro + 1, most + 1) if group % m == 0 or m % group == 0]
-    refused = [m for m in refused if not fits_tiles(config, estimate.processes, micro=m)]
+    refused = [m for m in refused if not fits_micro_batches(config, estimate.processes, micro=m)]
     room = [m for m in refused if estimate.peak_gb(replace(chosen.knobs, micro_batch=m)) <= chosen.gpu_gb]
     if not room:
         return ""
     return (
         f"divisibility decided, not memory: rollout.micro_batch = {room[-1]} would fit, but "
-        f"{config.images_per_iteration} pictures cannot be cut into it over {estimate.processes} processes; with "
+        f"{config.images_per_iteration} images cannot be cut into it over {estimate.processes} processes; with "
         f"rollout.prompts_per_iteration = {nearest_prompts(config, estimate.processes, room[-1])} they can"
     )
 
@@ -155,7 +155,7 @@ class _Estimate:
         self.weights = known_models.count_transformer(self.pipeline.transformer, config.model.lora)
         self.guided = 2 if config.rollout.guidance_scale != 1.0 else 1
         self.latent_side = config.model.resolution // self.pipeline.decoder.scale
-        self.pictures = math.ceil(config.images_per_iteration / processes)
+        self.images = math.ceil(config.images_per_iteration / processes)
         self.shape = self._shape()
 
     def _shape(self) -> TransformerShape:
@@ -196,11 +196,11 @@ class _Estimate:
                 yield Knobs(micro, checkpointing)
 
     def relative_time(self, knobs: Knobs) -> float:
-        """Matrix-product time of a picture's sampling and update, in forwards at full occupancy.
+        """Matrix-product time of an image's sampling and update, in forwards at full occupancy.
 
         A forward is 1, forward and backward 2.2, and a recomputed forward 1 more (counted FLOPs, bench/counters.py).
-        Occupancy is the share of the last wave of tiles over 132 multiprocessors that is filled, over products 1, 3
-        and 4 D wide.
+        Occupancy is the share of the last wave of micro-batches over 132 multiprocessors that is filled, over products
+        1, 3 and 4 D wide.
         """
         rollout = self.config.rollout
         steps = rollout.window.trained_of(rollout.window.count)
@@ -208,9 +208,9 @@ class _Estimate:
         rows = math.ceil(knobs.micro_batch * self.guided * self.shape.tokens / _TILE[0])
         time = filled = 0
         for columns in (1, 3, 4):
-            tiles = rows * math.ceil(columns * self.shape.width / _TILE[1])
-            time += math.ceil(tiles / _SMS) * _SMS
-            filled += tiles
+            micro_batches = rows * math.ceil(columns * self.shape.width / _TILE[1])
+            time += math.ceil(micro_batches / _SMS) * _SMS
+            filled += micro_batches
         return work * time / filled
 
     def components(self, knobs: Knobs) -> tuple[Component, ...]:
@@ -235,7 +235,7 @@ class _Estimate:
             yield Component("copy of the iteration's start", 4 * 4 * trained, "model.lora", ("score", "update"))
         side = self.pipeline.transformer.get("pos_embed_max_size") or 0
         yield Component("table of positions", side**2 * self.shape.width * self.element, "model.path")
-        yield Component("picture decoder", self._decoder_bytes(), "model.path, fast")
+        yield Component("image decoder", self._decoder_bytes(), "model.path, fast")
         yield Component("stock VAE, float32", 4 * self._vae_parameters(), "model.path, fast")
 
     def _merged_bytes(self) -> int:
@@ -260,14 +260,15 @@ class _Estimate:
         return known_models.count_decoder(self.pipeline.decoder) * self._decoder_dtype().itemsize
 
     def _decoding_bytes(self, micro_batch: int) -> int:
-        """While a tile is decoded as `SD3Policy.decode` does it; the first one through the gate in float32 as well."""
+        """While a micro-batch is decoded as `SD3Policy.decode` does it; the first one through the gate in float32 as
+        well."""
         at_once = min(decoded_at_once(self.config.model.resolution), micro_batch) if self.fused else micro_batch
         dtype, decoder = self._decoder_dtype(), self.pipeline.decoder
-        tile = at_once * decode_bytes(decoder, dtype, self.latent_side)
+        micro_batch = at_once * decode_bytes(decoder, dtype, self.latent_side)
         if dtype == torch.float32:
-            return tile
-        gated = min(at_once, GATED_PICTURES) * decode_bytes(decoder, torch.float32, self.latent_side)
-        return max(tile, gated + 4 * known_models.count_decoder(decoder))
+            return micro_batch
+        gated = min(at_once, GATED_IMAGES) * decode_bytes(decoder, torch.float32, self.latent_side)
+        return max(micro_batch, gated + 4 * known_models.count_decoder(decoder))
 
     def _dino(self, knobs: Knobs) -> Iterator[Component]:
         adversary = self.config.adversary
@@ -275,15 +276,15 @@ class _Estimate:
         width = backbone["hidden_size"]
         element = 2 if adversary.dtype == "bfloat16" else 4
         tokens = (adversary.image_size // backbone["patch_size"]) ** 2 + 1
-        per_picture = 4 * tokens * width
+        per_image = 4 * tokens * width
         iteration = "rollout.prompts_per_iteration, group_size, processes"
         kept = 4 * width * (min(adversary.cached_patches, tokens - 1) + 1)
         count = known_models.count_backbone(backbone)
         yield Component("DINO backbone", count * element, f"adversary.backbone = {adversary.backbone}")
         after = ("score", "update")
-        yield Component("features of an iteration's pictures", self.pictures * per_picture, iteration, after)
-        yield Component("the same, while joined", self.pictures * per_picture, iteration, ("score",))
-        yield Component("features of their references", self.pictures * kept, "adversary.cached_patches", after)
+        yield Component("features of an iteration's images", self.images * per_image, iteration, after)
+        yield Component("the same, while joined", self.images * per_image, iteration, ("score",))
+        yield Component("features of their references", self.images * kept, "adversary.cached_patches", after)
         cached = _PROMPTS_IN_MEMORY * _REFERENCES_PER_PROMPT * kept
         yield Component(
             "reference features in memory, at most", cached, "adversary.cached_patches", ("score", "update")
@@ -292,8 +293,8 @@ class _Estimate:
         yield Component("replay buffer", replay, "adversary.replay_capacity", ("sample", "decode", "score", "update"))
         if self.lora:
             yield Component("copy of the replay buffer", replay, "adversary.replay_capacity", ("score", "update"))
-        drawn = min(adversary.batch_size, self.config.images_per_iteration) * per_picture
-        yield Component("rows of a head update", drawn, "adversary.batch_size", ("score",))
+        drawn = min(adversary.batch_size, self.config.images_per_iteration) * per_image
+        yield Component("rows of a discriminator update", drawn, "adversary.batch_size", ("score",))
         alive = round(14 * element * tokens * width * knobs.micro_batch)
         yield Component("DINO forward", alive, "rollout.micro_batch", ("score",))
 
@@ -306,9 +307,9 @@ class _Estimate:
         side, resolution = self.latent_side, config.model.resolution
         latents = 4 * self.pipeline.decoder.latent_channels * side**2
         steps = config.rollout.window.trained_of(config.rollout.window.count)
-        rollout = self.pictures * (4 * 3 * resolution**2 + 2 * steps * latents)
+        rollout = self.images * (4 * 3 * resolution**2 + 2 * steps * latents)
         held = ("decode", "score", "update")
-        yield Component("pictures and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
+        yield Component("images and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
         modulation = config.rollout.num_steps * sequences * self.weights.modulation * self.element if self.fused else 0
         forward = sequences * (shape.forward_bytes() + 4 * latents) + modulation
         graphs = config.fast  # a captured graph keeps its pool for as long as it may run
@@ -324,8 +325,8 @@ class _Estimate:
 
 
 def micro_batches(config: Config, processes: int = 1) -> list[int]:
-    """Micro-batches up to the configured one that training accepts (`config.check_tiles`), ascending."""
-    return [m for m in range(1, config.rollout.micro_batch + 1) if fits_tiles(config, processes, micro=m)]
+    """Micro-batches up to the configured one that training accepts (`config.check_micro_batches`), ascending."""
+    return [m for m in range(1, config.rollout.micro_batch + 1) if fits_micro_batches(config, processes, micro=m)]
 
 
 def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Config], None]]]:
@@ -343,7 +344,9 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
     dino = adversary.kind == "dino" and config.learns_adversary
     if dino and adversary.cached_patches > adversary.num_patches:
         yield setting("adversary.cached_patches", adversary.num_patches)
-    fewer = [n for n in range(1, rollout.prompts_per_iteration // 4 + 1) if fits_tiles(config, processes, prompts=n)]
+    fewer = [
+        n for n in range(1, rollout.prompts_per_iteration // 4 + 1) if fits_micro_batches(config, processes, prompts=n)
+    ]
     if fewer:
         yield setting("rollout.prompts_per_iteration", fewer[-1])
     if model.dtype == "float32" and model.train == "lora":
@@ -412,7 +415,7 @@ def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
     """What to change after torch.cuda.OutOfMemoryError, in this order, with this run's values.
 
     The micro-batch first (it changes no result but rounding), then checkpointing (one more forward in the update), then
-    what changes the run: fewer cached patches, fewer pictures, adapters in fewer blocks.
+    what changes the run: fewer cached patches, fewer images, adapters in fewer blocks.
 
     Args:
         error: the exception; its own text is quoted, and the card's capacity is read from it where it is given.

@@ -34,19 +34,21 @@ class Policy(Protocol):
     """A text-to-image model with trainable parameters on top of a frozen base."""
 
     device: torch.device
-    prediction: str  # "velocity" of a rectified flow, or "noise" (ε) of a diffusion, which `velocity` then returns
+    prediction_type: (
+        str  # diffusers' word for what `predict` returns: "flow_prediction" (velocity) or "epsilon" (noise)
+    )
     component: str  # its folder in the pipeline: "transformer" or "unet"
-    has_merged: bool  # `merged_velocity` is another, faster forward than `velocity`
+    has_merged: bool  # `predict_merged` is another, faster forward than `predict`
 
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Levels [T+1] float64 of a trajectory, from noise to picture, and the timesteps [T] float32 for the network.
+        """Levels [T+1] float64 of a trajectory, from noise to image, and the timesteps [T] float32 for the network.
 
         The levels are σ, falling to 0, of a model that predicts velocity, and ᾱ, rising, of one that predicts noise.
         """
         ...
 
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one picture's latents."""
+        """(C, H, W) of one image's latents."""
         ...
 
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -57,12 +59,12 @@ class Policy(Protocol):
         """Everything about the prompts that does not depend on the latents, for all timesteps [T]."""
         ...
 
-    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: PreparedPrompts) -> Velocity:
+    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: PreparedPrompts) -> Velocity:
         """From the trainable weights, at the step whose number the device tensor `step` (int64 [1]) holds."""
         ...
 
-    def merged_velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: PreparedPrompts) -> Velocity:
-        """As `velocity`, from adapters merged into the weights: faster, for steps without a likelihood."""
+    def predict_merged(self, latents: torch.Tensor, step: torch.Tensor, prepared: PreparedPrompts) -> Velocity:
+        """As `predict`, from adapters merged into the weights: faster, for steps without a likelihood."""
         ...
 
     def merge(self) -> None:
@@ -74,19 +76,19 @@ class Policy(Protocol):
         without merged weights."""
         ...
 
-    def reference(self) -> AbstractContextManager[None]:
-        """Within it `velocity` is the frozen base model's."""
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Within it `predict` is the frozen base model's."""
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures [R, 3, H, W] float32 in [0, 1]."""
+        """Images [R, 3, H, W] float32 in [0, 1]."""
         ...
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents [R, C, H, W] float32 of pictures [R, 3, H, W] in [0, 1], what `decode` turns into these again."""
+        """Latents [R, C, H, W] float32 of images [R, 3, H, W] in [0, 1], what `decode` turns into these again."""
         ...
 
-    def noise_levels(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def training_sigmas(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """σ [K] float32 in (0, 1) at quantiles in (0, 1) of the training schedule, and their timesteps [K] float32.
 
         Of a model that predicts velocity; supervised training draws its levels so.

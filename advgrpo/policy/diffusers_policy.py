@@ -19,7 +19,7 @@ from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.guidance import GuidedPolicy
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
-from advgrpo.policy.pipelines import PREDICTIONS, pipeline_folder
+from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_folder
 from advgrpo.policy.text_cache import TextCache
 from advgrpo.runtime.fingerprint import FileStamps, folder_fingerprint
 from advgrpo.runtime.transfer import to_device
@@ -43,7 +43,7 @@ class DiffusersPolicy(GuidedPolicy):
         self.model, self.device = model, device
         self.folder = pipeline_folder(model.path)
         self.index = json.loads((self.folder / "model_index.json").read_text())
-        self.prediction = PREDICTIONS[self.index["_class_name"]]
+        self.prediction_type = PREDICTION_TYPES[self.index["_class_name"]]
         self.dtype = getattr(torch, model.dtype)
         self.vae = self._load(AutoencoderKL, "vae", torch.float32)
         self._empty: Conditioning | None = None
@@ -113,7 +113,7 @@ class DiffusersPolicy(GuidedPolicy):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures [R, 3, H, W] float32 in [0, 1], by the stock VAE in float32."""
+        """Images [R, 3, H, W] float32 in [0, 1], by the stock VAE in float32."""
         config = self.vae.config
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)

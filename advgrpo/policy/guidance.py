@@ -57,15 +57,15 @@ class GuidedPolicy(ABC):
             pooled = torch.cat([empty.pooled.expand(rows, -1), pooled])
         return Guided(self.network.prepare(text, pooled, timesteps), rows, guided)
 
-    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
+    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
         return self._forward(latents, step, prepared, self._trained)
 
-    def merged_velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
+    def predict_merged(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided) -> Velocity:
         return self._forward(latents, step, prepared, "merged")
 
     def _forward(self, latents: torch.Tensor, step: torch.Tensor, prepared: Guided, weights: str) -> Velocity:
         hidden = torch.cat([latents, latents]) if prepared.guided else latents
-        velocity = self.network.velocity(hidden, step, prepared.rows_of_network, weights)
+        velocity = self.network.predict(hidden, step, prepared.rows_of_network, weights)
         return (velocity[len(latents) :], velocity[: len(latents)]) if prepared.guided else (velocity, None)
 
     def merge(self) -> None:
@@ -75,7 +75,7 @@ class GuidedPolicy(ABC):
         return self.network.merge_error() if self.has_merged else None
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
+    def disable_adapter(self) -> Iterator[None]:
         before, self._trained = self._trained, "base"
         try:
             yield

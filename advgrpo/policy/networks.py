@@ -67,7 +67,7 @@ class StockNetwork:
     def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> StockPrepared:
         return StockPrepared(text, pooled, timesteps)
 
-    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: str):
+    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: str):
         with self.adapters.disabled() if weights == "base" else contextlib.nullcontext():
             return self.network(
                 latents.to(self.network.dtype),
@@ -120,8 +120,8 @@ class FusedNetwork:
     def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> Prepared:
         return self.transformer.prepare(text, pooled, timesteps)
 
-    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: str) -> torch.Tensor:
-        return self.transformer.velocity(latents, step, prepared, weights)
+    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: str) -> torch.Tensor:
+        return self.transformer.predict(latents, step, prepared, weights)
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield "lora", self.lora.master

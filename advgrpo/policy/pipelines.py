@@ -10,10 +10,10 @@ from advgrpo.policy.model_files import local_folder, read_json
 from advgrpo.tiny import WORLDS
 
 # Pipeline class -> what its network predicts: the velocity of a rectified flow, or the noise ε of a diffusion.
-PREDICTIONS = {
-    "StableDiffusion3Pipeline": "velocity",
-    "StableDiffusionPipeline": "noise",
-    "StableDiffusionXLPipeline": "noise",
+PREDICTION_TYPES = {
+    "StableDiffusion3Pipeline": "flow_prediction",
+    "StableDiffusionPipeline": "epsilon",
+    "StableDiffusionXLPipeline": "epsilon",
 }
 
 
@@ -21,7 +21,7 @@ def pipeline_folder(path: str, field: str = "model.path") -> Path:
     """The local folder of a pipeline given as "tiny", a folder, or a hub id.
 
     Raises:
-        UserError: naming `field`: no such model, or a pipeline that is not in `PREDICTIONS`.
+        UserError: naming `field`: no such model, or a pipeline that is not in `PREDICTION_TYPES`.
     """
     folder = local_pipeline(path)
     if folder is None:
@@ -36,7 +36,7 @@ def pipeline_folder(path: str, field: str = "model.path") -> Path:
 
 
 def pipeline_index(path: str, field: str = "model.path") -> dict[str, Any]:
-    """model_index.json of a pipeline, which names its class, a key of `PREDICTIONS`, and its parts.
+    """model_index.json of a pipeline, which names its class, a key of `PREDICTION_TYPES`, and its parts.
 
     Raises:
         UserError: as `pipeline_folder`.
@@ -95,6 +95,6 @@ def _read_index(folder: Path, path: str, field: str) -> dict[str, Any]:
 
 def _check_class(index: dict[str, Any], path: str, field: str) -> dict[str, Any]:
     name = index.get("_class_name")
-    if name not in PREDICTIONS:
-        raise UserError(f"{field} = {path!r} holds a {name}; want one of {', '.join(PREDICTIONS)}")
+    if name not in PREDICTION_TYPES:
+        raise UserError(f"{field} = {path!r} holds a {name}; want one of {', '.join(PREDICTION_TYPES)}")
     return index

@@ -15,13 +15,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
-from advgrpo.policy.fused.decoder import GATED_PICTURES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
+from advgrpo.policy.fused.decoder import GATED_IMAGES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
 from advgrpo.types import Conditioning
 
 
 def check_resolution(resolution: int, transformer: Any, vae: Any, field: str = "model.resolution") -> None:
-    """UserError naming `field` unless a transformer and a VAE of these configurations draw pictures of that side."""
+    """UserError naming `field` unless a transformer and a VAE of these configurations draw images of that side."""
     unit = 2 ** (len(vae.block_out_channels) - 1) * transformer.patch_size
     largest = transformer.pos_embed_max_size * unit
     if resolution % unit or resolution > largest:
@@ -72,7 +72,7 @@ class SD3Policy(DiffusersPolicy):
             self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
         else:
             self._train(StockNetwork(self.transformer, model, seed, lambda pooled: {"pooled_projections": pooled}))
-        # Ours on the fast path. In bfloat16 the first pictures must pass a gate against float32.
+        # Ours on the fast path. In bfloat16 the first images must pass a gate against float32.
         self.decoder = self._build_decoder(self._decoder_dtype(), channels_last=True) if fused else None
         self.decoder_psnr: float | None = None
 
@@ -85,7 +85,7 @@ class SD3Policy(DiffusersPolicy):
         self._scheduler.set_timesteps(num_steps)
         return self._scheduler.sigmas.double(), self._scheduler.timesteps.float()
 
-    def noise_levels(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def training_sigmas(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """σ = s q / (1 + (s - 1) q) with the scheduler's shift s (arXiv 2403.03206, section 5.3.2)."""
         config = self._scheduler.config
         sigmas = config.shift * quantiles / (1 + (config.shift - 1) * quantiles)
@@ -108,7 +108,7 @@ class SD3Policy(DiffusersPolicy):
             return super().decode(latents)
         if self.decoder.dtype != torch.float32 and self.decoder_psnr is None:
             reference = self._build_decoder(torch.float32)
-            self.decoder_psnr = psnr_gate(self.decoder, reference, latents[:GATED_PICTURES].contiguous())
+            self.decoder_psnr = psnr_gate(self.decoder, reference, latents[:GATED_IMAGES].contiguous())
         return self.decoder.images(latents)
 
     def _build_decoder(self, dtype: torch.dtype, **options) -> Decoder:

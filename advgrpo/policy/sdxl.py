@@ -1,6 +1,6 @@
 """SD1.5- and SDXL-class policy: a UNet that predicts the noise ε of a diffusion, sampled by DDIM (arXiv 2010.02502).
 
-Loads folders of StableDiffusionPipeline (one CLIP) and StableDiffusionXLPipeline (two CLIPs, pooled text and picture
+Loads folders of StableDiffusionPipeline (one CLIP) and StableDiffusionXLPipeline (two CLIPs, pooled text and image
 size). Whatever scheduler the folder names (PNDM for SD1.5, Euler for SDXL), DDIM steps over its noise schedule with its
 timestep spacing, as `DDIMScheduler.from_config(pipe.scheduler.config)` does; η = 0 away from the window.
 
@@ -53,7 +53,7 @@ class UNetPolicy(DiffusersPolicy):
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """ᾱ at the timesteps and at the picture (the scheduler's final ᾱ), and the timesteps.
+        """ᾱ at the timesteps and at the image (the scheduler's final ᾱ), and the timesteps.
 
         A step goes to the timestep that the network is given next. diffusers' DDIMScheduler goes back by
         floor(train timesteps / num_steps) instead, which is the same for "leading" spacing, and for "trailing" where

@@ -1,4 +1,4 @@
-"""Make, import and check sets of reference pictures, the positives an adversary learns from.
+"""Make, import and check sets of reference images, the positives an adversary learns from.
 
 python -m advgrpo.references generate --prompts prompts.txt held_out.txt --out references/
 torchrun --nproc-per-node=8 -m advgrpo.references generate --prompts prompts.txt --out references/
@@ -33,7 +33,7 @@ BAD_SET = 1  # exit code of `check` for a set with errors
 
 
 class Generate(Options):
-    """Draw a reference set with a text-to-image model. Run it again to continue; finished pictures are verified."""
+    """Draw a reference set with a text-to-image model. Run it again to continue; finished images are verified."""
 
     prompts: list[Path]
     """Prompt files, .txt or .jsonl."""
@@ -42,9 +42,9 @@ class Generate(Options):
     model: Annotated[str, Field(min_length=1)] = "Qwen/Qwen-Image"
     """Diffusers text-to-image pipeline: folder, hub id, "tiny" or "tiny:words"."""
     per_prompt: Annotated[int, Field(ge=1, le=100)] = 8
-    """Pictures per prompt."""
+    """Images per prompt."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Noise of picture k of a prompt is keyed by (seed, prompt, k)."""
+    """Noise of image k of a prompt is keyed by (seed, prompt, k)."""
     num_steps: Annotated[int, Field(ge=0, le=1000)] = 0
     """Sampler steps; 0 means the pipeline's default."""
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -56,7 +56,7 @@ class Generate(Options):
     arguments: str = "{}"
     """Further arguments of the pipeline call, as a JSON object: '{"max_sequence_length": 256}'."""
     batch_size: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Pictures of a prompt drawn at once."""
+    """Images of a prompt drawn at once."""
     shard: str = ""
     """Draw part i of n, "i/n" from "0/n" on; empty reads torchrun's RANK and WORLD_SIZE."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -64,16 +64,16 @@ class Generate(Options):
 
 
 class Import(Options):
-    """Make a reference set of a folder of PNG, JPEG and WebP pictures, which are only read. Run it again to continue.
+    """Make a reference set of a folder of PNG, JPEG and WebP images, which are only read. Run it again to continue.
 
-    Pictures become RGB squares: 16 bits are scaled to 8, colour profiles honoured, transparency put on a background,
+    Images become RGB squares: 16 bits are scaled to 8, colour profiles honoured, transparency put on a background,
     EXIF orientation applied, of animations the first frame taken. What was done to how many is printed.
     """
 
     folder: Annotated[Path, Positional]
-    """Folder with pictures, in subfolders too."""
+    """Folder with images, in subfolders too."""
     out: Path
-    """Folder to write: pictures/, references.json, prompts.txt, held_out.txt, sheet.png, manifest.json."""
+    """Folder to write: images/, references.json, prompts.txt, held_out.txt, sheet.png, manifest.json."""
     captions: CaptionSource = "auto"
     """Where prompts are: index (references.json), metadata (metadata.jsonl with file_name and text, prompt or caption),
     txt (NAME.txt beside NAME.png), folders (their names), none (a style); auto is the first that is there."""
@@ -88,7 +88,7 @@ class Import(Options):
     min_size: int = 64
     """Shorter side that an original must have, in pixels."""
     skip_unusable: bool = False
-    """Leave out pictures that cannot be read, or are too small, too large or in a single colour, instead of stopping at
+    """Leave out images that cannot be read, or are too small, too large or in a single colour, instead of stopping at
     the end."""
 
 
@@ -96,17 +96,17 @@ class Check(Options):
     """Look for everything that is wrong with a reference set; exit code 1 if anything is."""
 
     folder: Annotated[Path, Positional]
-    """Folder with references.json and the pictures, or a style: a folder of pictures alone."""
+    """Folder with references.json and the images, or a style: a folder of images alone."""
     prompts: list[Path] | None = None
     """Prompt files whose prompts all need references; without, those of the index, or a style."""
     min_size: Annotated[int, Field(ge=1, le=8192)] = 16
     """Smallest width and height in pixels."""
     fit: Fit = "refuse"
-    """What training will do with pictures that are not square: data.fit."""
+    """What training will do with images that are not square: data.fit."""
     sheet: Path | None = None
     """Contact sheet to draw, PNG."""
     sheet_rows: Annotated[int, Field(ge=1, le=1000)] = 24
-    """Prompts on it, spread evenly over all; for a style, rows of eight pictures."""
+    """Prompts on it, spread evenly over all; for a style, rows of eight images."""
 
 
 def generate(options: Generate) -> None:
@@ -136,18 +136,18 @@ def generate(options: Generate) -> None:
             print(f"note: {cut.describe(len(prompts))}", flush=True)
     builder = ReferenceBuilder(options.out, recipe, draw, per_prompt=options.per_prompt)
     built = builder.build(prompts, shard, report=lambda line: print(line, flush=True))
-    print(f"shard {shard.index}/{shard.count}: drew {built.drawn} pictures, kept {built.kept}")
+    print(f"shard {shard.index}/{shard.count}: drew {built.drawn} images, kept {built.kept}")
     if built.redrawn:
         print(f"drawn again because they were damaged: {', '.join(built.redrawn)}")
     if built.missing:
-        print(f"{built.missing} pictures of other shards are missing; the last to finish writes references.json")
+        print(f"{built.missing} images of other shards are missing; the last to finish writes references.json")
     else:
         print(f"{options.out} holds {options.per_prompt} references for each of {len(prompts)} prompts")
 
 
-def import_pictures(options: Import, console: Console) -> None:
+def import_images(options: Import, console: Console) -> None:
     """Convert and say what was done."""
-    from advgrpo.references.importing import HELD_OUT, PICTURES, PROMPTS, ImportRecipe, import_folder
+    from advgrpo.references.importing import HELD_OUT, IMAGES, PROMPTS, ImportRecipe, import_folder
 
     recipe = ImportRecipe(options.size, options.fit, options.background, options.min_size)
     imported = import_folder(
@@ -163,16 +163,16 @@ def import_pictures(options: Import, console: Console) -> None:
         if files:
             named = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
             console.print(f"{notice}: {len(files)} ({named})", soft_wrap=True)
-    pictures = {name for names in imported.prompts.values() for name in names}
+    images = {name for names in imported.prompts.values() for name in names}
     console.print(f"captions from {imported.captions}", soft_wrap=True)
-    console.print(f"made {imported.made} pictures, kept {imported.kept}")
+    console.print(f"made {imported.made} images, kept {imported.kept}")
     if "" in imported.prompts:
-        use = f"--data.style {shlex.quote(str(options.out / PICTURES))}"
+        use = f"--data.style {shlex.quote(str(options.out / IMAGES))}"
     else:
         flags = {"prompts": PROMPTS, **({"held-out-prompts": HELD_OUT} if imported.held_out else {}), "references": ""}
         use = shlex.join(part for flag, name in flags.items() for part in (f"--data.{flag}", str(options.out / name)))
     prompts = sum(bool(prompt) for prompt in imported.prompts)
-    console.print(f"{options.out}: {len(pictures)} pictures of {prompts} prompts; train with {use}", soft_wrap=True)
+    console.print(f"{options.out}: {len(images)} images of {prompts} prompts; train with {use}", soft_wrap=True)
 
 
 def check(options: Check, console: Console) -> bool:
@@ -201,7 +201,7 @@ def check(options: Check, console: Console) -> bool:
         console.print(f"squares in plain RGB of all of them: {command}", soft_wrap=True)
     if options.sheet is not None:
         count = draw_contact_sheet(options.folder, options.sheet, prompts=prompts, rows=options.sheet_rows)
-        console.print(f"wrote {options.sheet} with {count} pictures")
+        console.print(f"wrote {options.sheet} with {count} images")
     return report.ok
 
 
@@ -232,7 +232,7 @@ def _references(arguments: list[str]) -> int:
     options = configuration.parse_command(commands, arguments, program="python -m advgrpo.references", about=__doc__)
     if isinstance(options, Check):
         return 0 if check(options, plain_console()) else BAD_SET
-    import_pictures(options, plain_console()) if isinstance(options, Import) else generate(options)
+    import_images(options, plain_console()) if isinstance(options, Import) else generate(options)
     return 0
 
 

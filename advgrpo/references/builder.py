@@ -1,9 +1,9 @@
-"""Draw a reference set with a text-to-image model: resumable, sharded, and the same pictures every time.
+"""Draw a reference set with a text-to-image model: resumable, sharded, and the same images every time.
 
-Picture k of a prompt is drawn from noise seeded by (seed, prompt, k), in batches that depend on nothing but the
+Image k of a prompt is drawn from noise seeded by (seed, prompt, k), in batches that depend on nothing but the
 recipe: which process draws it, after how many interruptions and beside which other prompts makes no difference.
-Every PNG carries a stamp (recipe, prompt, k, hash of its pixels), so a resumed run knows a finished picture from a
-damaged one without any state beside the pictures. The process that finishes last writes
+Every PNG carries a stamp (recipe, prompt, k, hash of its pixels), so a resumed run knows a finished image from a
+damaged one without any state beside the images. The process that finishes last writes
 
     references.json    {prompt: [files]}, what `ReferenceSet` reads
     manifest.json      the recipe, library versions, and seed and SHA-256 of every file
@@ -34,18 +34,18 @@ INDEX, MANIFEST = "references.json", "manifest.json"
 _STAMP = "advgrpo"  # key of the PNG text chunk
 
 Draw = Callable[[str, list[int]], np.ndarray]
-"""(prompt, seeds of n pictures) -> float [n, H, W, 3] in [0, 1]."""
+"""(prompt, seeds of n images) -> float [n, H, W, 3] in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a picture depends on beside its prompt and number; two sets with one recipe are one set."""
+    """Everything an image depends on beside its prompt and number; two sets with one recipe are one set."""
 
     model: str
     model_fingerprint: str
     pipeline: str  # class name
     seed: int
-    batch_size: int  # pictures of a prompt drawn together; other batch shapes round differently
+    batch_size: int  # images of a prompt drawn together; other batch shapes round differently
     dtype: str
     arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline call
 
@@ -85,16 +85,16 @@ class Built:
     drawn: int = 0
     kept: int = 0  # finished earlier and verified
     redrawn: list[str] = field(default_factory=list)  # files of an earlier run that were damaged
-    missing: int = 0  # pictures of other shards that are not there yet; the index is written when it is 0
+    missing: int = 0  # images of other shards that are not there yet; the index is written when it is 0
 
 
-def picture_name(prompt: str, number: int) -> str:
-    """File name of picture `number` of `prompt`; it depends on nothing else, so prompt files may change order."""
+def image_name(prompt: str, number: int) -> str:
+    """File name of image `number` of `prompt`; it depends on nothing else, so prompt files may change order."""
     return f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}-{number:02d}.png"
 
 
-def picture_seed(seed: int, prompt: str, number: int) -> int:
-    """63-bit seed of the noise of picture `number` of `prompt`."""
+def image_seed(seed: int, prompt: str, number: int) -> int:
+    """63-bit seed of the noise of image `number` of `prompt`."""
     prompt_key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
     return derive_seed(seed, "reference", prompt_key, number)
 
@@ -105,7 +105,7 @@ class ReferenceBuilder:
     Args:
         out: folder of the set, made if it does not exist.
         recipe: what `draw` stands for.
-        per_prompt: pictures per prompt.
+        per_prompt: images per prompt.
 
     Raises:
         UserError: `out` is no folder or holds a set of another recipe.
@@ -120,16 +120,16 @@ class ReferenceBuilder:
         self._check_recipe()
 
     def build(self, prompts: list[str], shard: Shard | None = None, report: Callable[[str], None] = print) -> Built:
-        """Draw the pictures of this shard that are not finished; write index and manifest when no shard's are missing.
+        """Draw the images of this shard that are not finished; write index and manifest when no shard's are missing.
 
         Args:
             prompts: all prompts of the set, those of other shards included.
             report: takes a line of progress per prompt that had work.
 
         Raises:
-            UserError: the folder cannot be written, or a picture came out in a single colour (a safety checker, as a
-                rule); the message names the prompts, all other pictures are finished.
-            RuntimeError: the model returned what is no picture; names the prompt.
+            UserError: the folder cannot be written, or an image came out in a single colour (a safety checker, as a
+                rule); the message names the prompts, all other images are finished.
+            RuntimeError: the model returned what is no image; names the prompt.
         """
         shard = shard or Shard()
         mine = prompts[shard.index :: shard.count]
@@ -141,60 +141,60 @@ class ReferenceBuilder:
             if built.drawn > drawn:
                 pace = (time.monotonic() - started) / built.drawn
                 left = pace * self.per_prompt * (len(mine) - position)
-                report(f"{position}/{len(mine)} prompts, {pace:.2f} s a picture, about {left / 60:.0f} min left")
+                report(f"{position}/{len(mine)} prompts, {pace:.2f} s an image, about {left / 60:.0f} min left")
         if blank:
             raise UserError(
-                f"{len(blank)} prompts have pictures in a single colour, as safety checkers return them, the first "
-                f"{blank[0]!r}; change these prompts or --seed. All other pictures are finished"
+                f"{len(blank)} prompts have images in a single colour, as safety checkers return them, the first "
+                f"{blank[0]!r}; change these prompts or --seed. All other images are finished"
             )
         built.missing = self._finish(prompts)
         return built
 
     def _build_prompt(self, prompt: str, built: Built) -> bool:
-        """False if a picture came out blank and was not kept."""
+        """False if an image came out blank and was not kept."""
         fine = True
         for first in range(0, self.per_prompt, self.recipe.batch_size):
             numbers = range(first, min(first + self.recipe.batch_size, self.per_prompt))
             states = {number: self._state(prompt, number) for number in numbers}
             missing = [number for number, state in states.items() if state != "finished"]
             built.kept += len(numbers) - len(missing)
-            built.redrawn += [picture_name(prompt, n) for n, state in states.items() if state == "damaged"]
+            built.redrawn += [image_name(prompt, n) for n, state in states.items() if state == "damaged"]
             if not missing:
                 continue
             # The whole batch even where some of it is finished: fewer rows would round differently.
-            pixels = self._drawn(prompt, [picture_seed(self.recipe.seed, prompt, n) for n in numbers])
+            pixels = self._drawn(prompt, [image_seed(self.recipe.seed, prompt, n) for n in numbers])
             for number in missing:
-                picture = pixels[number - first]
-                if (picture == picture[0, 0]).all():
+                image = pixels[number - first]
+                if (image == image[0, 0]).all():
                     fine = False
                     continue
-                self._write(self._path(prompt, number), picture, prompt, number)
+                self._write(self._path(prompt, number), image, prompt, number)
                 built.drawn += 1
         return fine
 
     def _drawn(self, prompt: str, seeds: list[int]) -> np.ndarray:
         """uint8 [n, H, W, 3]."""
-        pictures = np.asarray(self.draw(prompt, seeds), dtype=np.float32)
-        if pictures.ndim != 4 or pictures.shape[0] != len(seeds) or pictures.shape[3] != 3:
-            raise RuntimeError(f"prompt {prompt!r}: want {len(seeds)} pictures [H, W, 3], got {list(pictures.shape)}")
-        if not np.isfinite(pictures).all():
-            raise RuntimeError(f"prompt {prompt!r}: the model returned a picture that is not finite; try another dtype")
-        return (pictures.clip(0, 1) * 255).round().astype(np.uint8)
+        images = np.asarray(self.draw(prompt, seeds), dtype=np.float32)
+        if images.ndim != 4 or images.shape[0] != len(seeds) or images.shape[3] != 3:
+            raise RuntimeError(f"prompt {prompt!r}: want {len(seeds)} images [H, W, 3], got {list(images.shape)}")
+        if not np.isfinite(images).all():
+            raise RuntimeError(f"prompt {prompt!r}: the model returned an image that is not finite; try another dtype")
+        return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
     def _path(self, prompt: str, number: int) -> Path:
-        return self.out / picture_name(prompt, number)
+        return self.out / image_name(prompt, number)
 
     def _stamp(self, prompt: str, number: int, pixels: np.ndarray) -> dict[str, Any]:
         content = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
         return {"recipe": self.recipe.fingerprint, "prompt": prompt, "number": number, "pixels": content}
 
     def _state(self, prompt: str, number: int) -> str:
-        """ "finished", "damaged" or "missing"; UserError for a sound picture of another recipe."""
+        """ "finished", "damaged" or "missing"; UserError for a sound image of another recipe."""
         path = self._path(prompt, number)
         try:
-            with Image.open(path, formats=["PNG"]) as picture:
-                pixels = np.array(picture)
-                stamp = json.loads(picture.text[_STAMP])
+            with Image.open(path, formats=["PNG"]) as image:
+                pixels = np.array(image)
+                stamp = json.loads(image.text[_STAMP])
         except FileNotFoundError:
             return "missing"
         except Exception:  # decoders raise OSError, SyntaxError, ValueError, KeyError, EOFError, struct.error, ...
@@ -221,7 +221,7 @@ class ReferenceBuilder:
         for key in here:
             if here[key] != there.get(key):
                 raise UserError(
-                    f"--out {self.out}: its pictures were drawn with {key} = {there.get(key)!r}, not {here[key]!r}; "
+                    f"--out {self.out}: its images were drawn with {key} = {there.get(key)!r}, not {here[key]!r}; "
                     "use another folder, or the same settings to continue"
                 )
 
@@ -229,25 +229,25 @@ class ReferenceBuilder:
         path = self.out / MANIFEST
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            return {"recipe": dict(manifest["recipe"]), "pictures": dict(manifest["pictures"])}
+            return {"recipe": dict(manifest["recipe"]), "images": dict(manifest["images"])}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a manifest ({error!r}); remove it to have it written again") from None
 
     def _finish(self, prompts: list[str]) -> int:
-        """Write index and manifest; the number of pictures that are not there yet if some are not."""
+        """Write index and manifest; the number of images that are not there yet if some are not."""
         files = {prompt: [self._path(prompt, n) for n in range(self.per_prompt)] for prompt in prompts}
         missing = sum(not path.exists() for paths in files.values() for path in paths)
         if missing:
             return missing
-        earlier = self._read_manifest() or {"pictures": {}}
-        pictures = earlier["pictures"]  # prompts of earlier runs into this folder stay in the set
+        earlier = self._read_manifest() or {"images": {}}
+        images = earlier["images"]  # prompts of earlier runs into this folder stay in the set
         for prompt, paths in files.items():
             for number, path in enumerate(paths):
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                seed = picture_seed(self.recipe.seed, prompt, number)
-                pictures[path.name] = {"prompt": prompt, "number": number, "seed": seed, "sha256": digest}
+                seed = image_seed(self.recipe.seed, prompt, number)
+                images[path.name] = {"prompt": prompt, "number": number, "seed": seed, "sha256": digest}
         index = read_index(self.out / INDEX) if (self.out / INDEX).exists() else {}
         index |= {prompt: [path.name for path in paths] for prompt, paths in files.items()}
         listed = {name for names in index.values() for name in names}
@@ -255,12 +255,12 @@ class ReferenceBuilder:
             "format": 1,
             "recipe": asdict(self.recipe),
             "versions": library_versions(),
-            "pictures": {name: entry for name, entry in pictures.items() if name in listed},
+            "images": {name: entry for name, entry in images.items() if name in listed},
         }
         # The manifest first: a kill in between leaves a folder that this run can finish, not one it must refuse.
         for name, content in ((MANIFEST, manifest), (INDEX, index)):
             write_output(self.out / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        for leftover in self.out.glob(".*.png.*"):  # of killed processes; nobody writes pictures any more
+        for leftover in self.out.glob(".*.png.*"):  # of killed processes; nobody writes images any more
             leftover.unlink(missing_ok=True)
         return 0
 
@@ -270,13 +270,11 @@ def write_output(path: Path, content: Content) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise UserError(
-            f"--out {path.parent}: cannot write {path.name} ({error}); finished pictures are kept"
-        ) from None
+        raise UserError(f"--out {path.parent}: cannot write {path.name} ({error}); finished images are kept") from None
 
 
 def library_versions() -> dict[str, str]:
-    """Of Python and what the pictures depend on."""
+    """Of Python and what the images depend on."""
     versions = {"python": platform.python_version()}
     for package in ("advgrpo", "torch", "diffusers", "transformers", "pillow"):
         try:

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from advgrpo.data.images import (
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     Fit,
-    PictureError,
-    decode_picture,
+    ImageError,
+    decode_image,
     in_one_colour,
     is_square,
-    open_picture,
+    open_image,
 )
 from advgrpo.data.references import read_index
 from advgrpo.errors import UserError
@@ -37,16 +37,16 @@ class SetReport:
     without_references: list[str] = field(default_factory=list)  # prompts
     missing: list[str] = field(default_factory=list)  # files of the index that do not exist
     unreadable: list[str] = field(default_factory=list)  # "file: why"
-    unconverted: list[str] = field(default_factory=list)  # "file: why": sound pictures that are not plain RGB
+    unconverted: list[str] = field(default_factory=list)  # "file: why": sound images that are not plain RGB
     not_square: list[str] = field(default_factory=list)  # "file: WxH"
     too_small: list[str] = field(default_factory=list)  # "file: WxH"
     one_colour: list[str] = field(default_factory=list)  # black ones, and what safety checkers return
     duplicates: list[str] = field(default_factory=list)  # "file = file": the same pixels twice for a prompt
-    shared_by_all: list[str] = field(default_factory=list)  # the picture, where all prompts have one and the same
+    shared_by_all: list[str] = field(default_factory=list)  # the image, where all prompts have one and the same
     changed: list[str] = field(default_factory=list)  # files whose SHA-256 is not the manifest's
     too_few: list[str] = field(default_factory=list)  # "prompt: n" with fewer than the usual number
     only_one: list[str] = field(default_factory=list)  # prompts with one reference
-    unlisted: list[str] = field(default_factory=list)  # pictures in the folder that the index does not name
+    unlisted: list[str] = field(default_factory=list)  # images in the folder that the index does not name
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) -> files
     prompts: int = 0
     files: int = 0
@@ -62,7 +62,7 @@ class SetReport:
             "too small": self.too_small,
             "in a single colour": self.one_colour,
             "duplicates": self.duplicates,
-            "one picture for all prompts": self.shared_by_all,
+            "one image for all prompts": self.shared_by_all,
             "changed since they were made": self.changed,
         }
         return found | ({"not square": self.not_square} if self.fit == "refuse" else {})
@@ -87,13 +87,13 @@ class SetReport:
 
 
 def check_set(folder: Path, prompts: list[str] | None = None, *, min_size: int = 16, fit: Fit = "refuse") -> SetReport:
-    """Examine every picture of a reference set, or of a style: a folder of pictures without an index.
+    """Examine every image of a reference set, or of a style: a folder of images without an index.
 
     Args:
-        folder: holds the pictures and, but for a style, references.json.
+        folder: holds the images and, but for a style, references.json.
         prompts: the prompts that need references; None for those of the index, and for a style.
-        min_size: the smallest width and height, in pixels, that a picture may have.
-        fit: what training does with pictures that are not square; errors where it refuses them.
+        min_size: the smallest width and height, in pixels, that an image may have.
+        fit: what training does with images that are not square; errors where it refuses them.
 
     Raises:
         UserError: no folder, or no index that can be read at all.
@@ -116,19 +116,19 @@ def check_set(folder: Path, prompts: list[str] | None = None, *, min_size: int =
     report.unlisted = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.resolve() not in known and path != folder / _SHEET
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.resolve() not in known and path != folder / _SHEET
     )
     return report
 
 
 def _entries(folder: Path, *, with_prompts: bool) -> dict[str, list[str]]:
-    """The index; {"": all pictures} of a style, which `ReferenceSet.shared` reads."""
+    """The index; {"": all images} of a style, which `ReferenceSet.shared` reads."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; pass one with pictures")
-    pictures = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
-    if with_prompts or (folder / INDEX).exists() or not pictures:
+        raise UserError(f"{folder} is no folder; pass one with images")
+    images = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if with_prompts or (folder / INDEX).exists() or not images:
         return read_index(folder / INDEX)
-    return {"": pictures}
+    return {"": images}
 
 
 def _check_file(
@@ -146,22 +146,22 @@ def _check_file(
     if name in hashes and hashlib.sha256(path.read_bytes()).hexdigest() != hashes[name]:
         report.changed.append(name)
     try:
-        picture, header = decode_picture(path)
-    except PictureError as error:
+        image, header = decode_image(path)
+    except ImageError as error:
         report.unreadable.append(f"{name}: {error.reason}")
         return None
-    size = f"{name}: {picture.width}x{picture.height}"
+    size = f"{name}: {image.width}x{image.height}"
     if reason := header.unusable():
         report.unconverted.append(f"{name}: {reason}")
-    if not is_square(picture.size):
+    if not is_square(image.size):
         report.not_square.append(size)
-    if min(picture.size) < min_size:
+    if min(image.size) < min_size:
         report.too_small.append(size)
-    if in_one_colour(picture):
+    if in_one_colour(image):
         report.one_colour.append(name)
-    report.sizes[picture.size] += 1
-    # Pixels, not bytes: the same picture may be stored with another compression or another comment.
-    return hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()
+    report.sizes[image.size] += 1
+    # Pixels, not bytes: the same image may be stored with another compression or another comment.
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def _equal(pixels: dict[str, str | None]) -> list[str]:
@@ -174,7 +174,7 @@ def _equal(pixels: dict[str, str | None]) -> list[str]:
 
 
 def _shared_by_all(lists: list[list[str]], pixels: dict[str, str | None]) -> list[str]:
-    """The one picture that all of several prompts have, whatever its files are called; [] where they have others."""
+    """The one image that all of several prompts have, whatever its files are called; [] where they have others."""
     contents = {frozenset(pixels.get(name) or name for name in names) for names in lists}
     one = len(lists) > 1 and len(contents) == 1 and len(next(iter(contents))) == 1
     return [lists[0][0]] if one else []
@@ -185,8 +185,8 @@ def _recorded_hashes(manifest: Path) -> dict[str, str]:
     if not manifest.is_file():
         return {}
     try:
-        pictures = json.loads(manifest.read_text(encoding="utf-8"))["pictures"]
-        return {name: entry["sha256"] for name, entry in pictures.items()}
+        images = json.loads(manifest.read_text(encoding="utf-8"))["images"]
+        return {name: entry["sha256"] for name, entry in images.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{manifest} is not a manifest ({error!r}); remove it to check without") from None
 
@@ -194,16 +194,16 @@ def _recorded_hashes(manifest: Path) -> dict[str, str]:
 def draw_contact_sheet(
     folder: Path, path: Path, *, prompts: list[str] | None = None, rows: int = 24, per_row: int = 8, tile: int = 128
 ) -> int:
-    """Draw readable pictures as a grid of thumbnails, spread evenly over the set; returns how many are on it.
+    """Draw readable images as a grid of thumbnails, spread evenly over the set; returns how many are on it.
 
     Args:
         path: the PNG to write.
         prompts: the prompts to choose from; None for those of the index, and for a style.
-        rows, per_row: at most so many prompts, and pictures of each; a style fills the grid.
-        tile: thumbnails are fitted into squares of this many pixels, on white; small pictures are enlarged.
+        rows, per_row: at most so many prompts, and images of each; a style fills the grid.
+        tile: thumbnails are fitted into squares of this many pixels, on white; small images are enlarged.
 
     Raises:
-        UserError: no picture at all.
+        UserError: no image at all.
     """
     entries = _entries(folder, with_prompts=prompts is not None)
     if list(entries) == [""]:
@@ -213,11 +213,11 @@ def draw_contact_sheet(
         chosen = [(prompt, entries.get(prompt, [])[:per_row]) for prompt in _spread(prompts or list(entries), rows)]
     drawn = []
     for caption, names in chosen:
-        found = [picture for name in names if (picture := _thumbnail(folder / name, tile)) is not None]
+        found = [image for name in names if (image := _thumbnail(folder / name, tile)) is not None]
         if found:
             drawn.append((caption, [("references", torch.stack(found))]))
     if not drawn:
-        raise UserError(f"{folder}: none of the chosen prompts has a readable picture; no contact sheet is drawn")
+        raise UserError(f"{folder}: none of the chosen prompts has a readable image; no contact sheet is drawn")
     draw_grid(drawn, path, min_size=tile, max_size=tile)
     return sum(len(blocks[0][1]) for _, blocks in drawn)
 
@@ -229,12 +229,12 @@ def _spread(entries: list[str], count: int) -> list[str]:
 
 def _thumbnail(path: Path, tile: int) -> torch.Tensor | None:
     try:
-        picture = open_picture(path)
+        image = open_image(path)
     except UserError:  # in the report already
         return None
-    scale = tile / max(picture.size)
+    scale = tile / max(image.size)
     how = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-    fitted = picture.resize([max(1, round(side * scale)) for side in picture.size], how)
+    fitted = image.resize([max(1, round(side * scale)) for side in image.size], how)
     square = Image.new("RGB", (tile, tile), "white")
     square.paste(fitted, ((tile - fitted.width) // 2, (tile - fitted.height) // 2))
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255

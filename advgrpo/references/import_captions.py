@@ -1,4 +1,4 @@
-"""Where the prompts of a folder of pictures are: an index, metadata, text files beside the pictures, folders' names."""
+"""Where the prompts of a folder of images are: an index, metadata, text files beside the images, folders' names."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _CAPTION_KEYS = ("text", "prompt", "caption")
 _NAMED = 5
 
 Captions = dict[Path, list[str]]
-"""Pictures, relative to their folder -> prompts; most have one, those of an index may have several."""
+"""Images, relative to their folder -> prompts; most have one, those of an index may have several."""
 
 
 def read_captions(folder: Path, files: Sequence[Path], source: CaptionSource) -> tuple[str, Captions]:
-    """The prompts of pictures, each on one line with single spaces.
+    """The prompts of images, each on one line with single spaces.
 
     Args:
-        files: the pictures, relative to `folder`.
-        source: "index", references.json as this program reads it, whose pictures alone count; "metadata", a
+        files: the images, relative to `folder`.
+        source: "index", references.json as this program reads it, whose images alone count; "metadata", a
             metadata.jsonl with file_name and text, prompt or caption, as of Hugging Face's imagefolder, in any
-            subfolder; "txt", NAME.txt beside NAME.png; "folders", the name of a picture's folder, _ for a space;
-            "none", no prompts: a style, whose pictures get the prompt "". "auto" is the first of these that is there,
+            subfolder; "txt", NAME.txt beside NAME.png; "folders", the name of an image's folder, _ for a space;
+            "none", no prompts: a style, whose images get the prompt "". "auto" is the first of these that is there,
             and never "none".
 
     Returns:
         What was read, in words, and the prompts.
 
     Raises:
-        UserError: no such captions, a picture without one, or a file that cannot be read.
+        UserError: no such captions, an image without one, or a file that cannot be read.
     """
     if source == "auto":
         source = _find(folder, files)
@@ -56,7 +56,7 @@ def _find(folder: Path, files: Sequence[Path]) -> CaptionSource:
     if all(len(file.parts) > 1 for file in files):
         return "folders"
     raise UserError(
-        f"{folder}: no captions. Wanted are {INDEX}, {METADATA}, a .txt beside each picture, or all pictures in "
+        f"{folder}: no captions. Wanted are {INDEX}, {METADATA}, a .txt beside each image, or all images in "
         "folders that name them; or pass --captions none for a style, which has no prompts"
     )
 
@@ -70,7 +70,7 @@ def _from_index(folder: Path, files: Sequence[Path]) -> Captions:
     if missing:
         raise UserError(f"{folder / INDEX} names {_some(missing)}, which do not exist; correct it")
     if not captions:
-        raise UserError(f"{folder / INDEX} names no picture; list them, or pass another --captions")
+        raise UserError(f"{folder / INDEX} names no image; list them, or pass another --captions")
     return captions
 
 
@@ -128,14 +128,14 @@ def _complete(captions: Captions, files: Sequence[Path], where: str) -> Captions
     """In the order of `files`; UserError where one has no caption."""
     missing = [file for file in files if file not in captions]
     if missing:
-        raise UserError(f"{_some(missing)} have no caption: want {where} for all of the {len(files)} pictures")
+        raise UserError(f"{_some(missing)} have no caption: want {where} for all of the {len(files)} images")
     return {file: captions[file] for file in files}
 
 
 def _some(files: Sequence[Path]) -> str:
-    """How many pictures, and the first names."""
+    """How many images, and the first names."""
     named = ", ".join(map(str, files[:_NAMED])) + (", ..." if len(files) > _NAMED else "")
-    return f"{len(files)} picture{'s' * (len(files) > 1)} ({named})"
+    return f"{len(files)} image{'s' * (len(files) > 1)} ({named})"
 
 
 def _one_line(text: str) -> str:
@@ -145,7 +145,7 @@ def _one_line(text: str) -> str:
 _READERS: dict[str, tuple[str, Callable[[Path, Sequence[Path]], Captions]]] = {
     "index": (INDEX, _from_index),
     "metadata": (METADATA, _from_metadata),
-    "txt": (".txt files beside the pictures", _from_txt),
+    "txt": (".txt files beside the images", _from_txt),
     "folders": ("the names of folders", _from_folders),
     "none": ("nowhere: a style", _from_nothing),
 }

@@ -1,14 +1,14 @@
-"""Make a reference set of any folder of pictures: converted to RGB squares of one size, captioned and indexed.
+"""Make a reference set of any folder of images: converted to RGB squares of one size, captioned and indexed.
 
-Originals are only read. An output picture is named after the content of its original and the recipe, so a run that is
+Originals are only read. An output image is named after the content of its original and the recipe, so a run that is
 interrupted continues where it stopped, and written aside and renamed, so a half one never has its name. The index
 comes last: what has no references.json is not finished.
 
-    OUT/pictures/….png     the squares; a style (no captions) is this folder
+    OUT/images/….png     the squares; a style (no captions) is this folder
     OUT/references.json    {prompt: [files]}, what `ReferenceSet` reads
     OUT/prompts.txt        its prompts, one a line
     OUT/held_out.txt       those set aside for evaluation, if any
-    OUT/manifest.json      recipe, library versions, SHA-256 and original of every picture
+    OUT/manifest.json      recipe, library versions, SHA-256 and original of every image
     OUT/sheet.png          what it looks like
 """
 
@@ -25,21 +25,21 @@ from typing import Literal
 
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 
-from advgrpo.data.images import PICTURE_SUFFIXES, PictureError, decode_picture, in_one_colour, read_header, to_rgb
+from advgrpo.data.images import IMAGE_SUFFIXES, ImageError, decode_image, in_one_colour, read_header, to_rgb
 from advgrpo.errors import UserError
 from advgrpo.references.builder import INDEX, MANIFEST, library_versions, write_output
 from advgrpo.references.check import draw_contact_sheet
 from advgrpo.references.import_captions import Captions, CaptionSource, read_captions
 
-PICTURES, PROMPTS, HELD_OUT, SHEET = "pictures", "prompts.txt", "held_out.txt", "sheet.png"
+IMAGES, PROMPTS, HELD_OUT, SHEET = "images", "prompts.txt", "held_out.txt", "sheet.png"
 _STAMP = "advgrpo"  # key of the PNG text chunk: the hash of the pixels
-_OTHER_PICTURES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff", ".psd", ".svg", ".dng", ".cr2"}
+_OTHER_IMAGES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff", ".psd", ".svg", ".dng", ".cr2"}
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class ImportRecipe:
-    """What becomes of a picture; two imports with one recipe make the same files."""
+    """What becomes of an image; two imports with one recipe make the same files."""
 
     size: int = 512
     fit: Literal["crop", "letterbox"] = "crop"
@@ -47,7 +47,7 @@ class ImportRecipe:
     min_size: int = 64  # of the shorter side that is kept
 
     def check(self) -> None:
-        """UserError for what no picture can be made with."""
+        """UserError for what no image can be made with."""
         if not 16 <= self.size <= 4096:
             raise UserError(f"--size {self.size}: want 16 to 4096 pixels")
         if self.min_size < 1:
@@ -87,21 +87,21 @@ def import_folder(
     skip_unusable: bool = False,
     progress: Callable[[Iterable, int], Iterable] = lambda work, total: work,
 ) -> Imported:
-    """Convert all PNG, JPEG and WebP pictures of `folder` and its subfolders into a reference set at `out`.
+    """Convert all PNG, JPEG and WebP images of `folder` and its subfolders into a reference set at `out`.
 
     Args:
         captions: where the prompts are; see `read_captions`.
         held_out: how many prompts to set aside for evaluation; which depends on nothing but their texts.
         skip_unusable: leave out what cannot be read, is too small or too large, or shows nothing, instead of refusing
             to finish.
-        progress: wraps the loop over pictures, of which it is told the number.
+        progress: wraps the loop over images, of which it is told the number.
 
     Raises:
-        UserError: no pictures, no captions, pictures that cannot be used, or an `out` that holds something else or
-            cannot be written. The finished pictures are kept; `folder` is as it was in any case.
+        UserError: no images, no captions, images that cannot be used, or an `out` that holds something else or
+            cannot be written. The finished images are kept; `folder` is as it was in any case.
     """
     recipe.check()
-    files, notices = _find_pictures(folder)
+    files, notices = _find_images(folder)
     _check_out(folder, out, recipe)
     source, captioned = read_captions(folder, files, captions)
     aside = _set_aside([text for texts in captioned.values() for text in texts], held_out)
@@ -112,7 +112,7 @@ def import_folder(
     try:
         work = pool.map(lambda file: _attempt(folder / file, out, recipe), captioned)
         for attempt, file in zip(progress(work, len(captioned)), captioned):  # in this order the loop sees its end
-            if isinstance(attempt, PictureError):
+            if isinstance(attempt, ImageError):
                 unusable.append(f"{file}: {attempt.reason}")
                 continue
             done[file] = attempt
@@ -121,11 +121,11 @@ def import_folder(
             for notice in attempt.notices:
                 result.notices.setdefault(notice, []).append(str(file))
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt need not wait for thousands of pictures
+        pool.shutdown(cancel_futures=True)  # an interrupt need not wait for thousands of images
     if unusable and not (skip_unusable and done):
         named = "; ".join(unusable[:_NAMED]) + ("; ..." if len(unusable) > _NAMED else "")
         raise UserError(
-            f"{folder}: {len(unusable)} of {len(captioned)} pictures cannot be used: {named}. Mend or remove them, or "
+            f"{folder}: {len(unusable)} of {len(captioned)} images cannot be used: {named}. Mend or remove them, or "
             "pass --skip-unusable to leave them out; the others are converted already"
         )
     result.skipped = unusable
@@ -141,18 +141,18 @@ def _set_aside(prompts: list[str], count: int) -> list[str]:
     return sorted(distinct, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:count]
 
 
-def _find_pictures(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """Pictures relative to `folder`, hidden ones left out, and a notice of files in other formats."""
+def _find_images(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """Images relative to `folder`, hidden ones left out, and a notice of files in other formats."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give one with pictures")
+        raise UserError(f"{folder} is not a folder; give one with images")
     found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if not path.is_dir()]
     found = [path for path in found if not any(part.startswith(".") for part in path.parts)]
-    files = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
-    others = [str(path) for path in found if path.suffix.lower() in _OTHER_PICTURES]
+    files = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    others = [str(path) for path in found if path.suffix.lower() in _OTHER_IMAGES]
     if not files:
         kinds = ", ".join(sorted({Path(name).suffix for name in others}))
         also = f"; {len(others)} are of other kinds ({kinds}): convert them to PNG or JPEG first" if others else ""
-        raise UserError(f"{folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}){also}")
+        raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}){also}")
     return files, {"left out: neither PNG, JPEG nor WebP": others} if others else {}
 
 
@@ -160,7 +160,7 @@ def _check_out(folder: Path, out: Path, recipe: ImportRecipe) -> None:
     """UserError unless `out` is new, empty, or an import with this recipe; marks it as one."""
     here, there = folder.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise UserError(f"--out {out}: must be outside of {folder}, whose pictures are left as they are")
+        raise UserError(f"--out {out}: must be outside of {folder}, whose images are left as they are")
     try:
         out.mkdir(parents=True, exist_ok=True)
         holds = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
@@ -178,13 +178,13 @@ def _check_out(folder: Path, out: Path, recipe: ImportRecipe) -> None:
     write_output(out / MANIFEST, _json(mark))
 
 
-def _manifest(recipe: ImportRecipe, pictures: dict) -> dict:
-    return {"format": 1, "recipe": {"import": asdict(recipe)}, "versions": library_versions(), "pictures": pictures}
+def _manifest(recipe: ImportRecipe, images: dict) -> dict:
+    return {"format": 1, "recipe": {"import": asdict(recipe)}, "versions": library_versions(), "images": images}
 
 
 @dataclass(frozen=True)
 class _Done:
-    """A converted picture."""
+    """A converted image."""
 
     name: str  # relative to OUT
     sha256: str
@@ -192,32 +192,32 @@ class _Done:
     notices: tuple[str, ...]
 
 
-def _attempt(file: Path, out: Path, recipe: ImportRecipe) -> _Done | PictureError:
+def _attempt(file: Path, out: Path, recipe: ImportRecipe) -> _Done | ImageError:
     try:
         read_header(file)  # before anything is read to its end: it may be a pipe
         name = hashlib.sha256(f"{recipe.fingerprint}:{sha256_of(file)}".encode()).hexdigest()[:16]
-        path = out / PICTURES / f"{name}.png"
+        path = out / IMAGES / f"{name}.png"
         notices = _finished(path)
         made = notices is None
         if notices is None:
             square, notices = convert(file, recipe)
             _save(path, square, notices)
-    except PictureError as error:
+    except ImageError as error:
         return error
-    return _Done(f"{PICTURES}/{path.name}", sha256_of(path), made, tuple(notices))
+    return _Done(f"{IMAGES}/{path.name}", sha256_of(path), made, tuple(notices))
 
 
 def convert(file: Path, recipe: ImportRecipe) -> tuple[Image.Image, list[str]]:
     """An original as an RGB square, and what was done to it that its owner should know.
 
     Raises:
-        PictureError: it cannot be used.
+        ImageError: it cannot be used.
     """
-    picture, header = decode_picture(file)
-    if min(picture.size) < recipe.min_size:
-        reason = f"is {picture.width}x{picture.height}; the shorter side must have {recipe.min_size} pixels"
-        raise PictureError(str(file), reason)
-    rgb, notices = to_rgb(picture, recipe.background)
+    image, header = decode_image(file)
+    if min(image.size) < recipe.min_size:
+        reason = f"is {image.width}x{image.height}; the shorter side must have {recipe.min_size} pixels"
+        raise ImageError(str(file), reason)
+    rgb, notices = to_rgb(image, recipe.background)
     if header.animated:
         notices.append("animated: the first frame was taken")
     size = (recipe.size, recipe.size)
@@ -228,7 +228,7 @@ def convert(file: Path, recipe: ImportRecipe) -> tuple[Image.Image, list[str]]:
         kept = max(rgb.size)
     if in_one_colour(rgb) or in_one_colour(square):  # the second where a margin is what cropping left
         what = "is in a single colour" if in_one_colour(rgb) else "is in a single colour where it is cropped"
-        raise PictureError(str(file), what)
+        raise ImageError(str(file), what)
     if rgb.width != rgb.height:
         notices.append("cropped to the middle" if recipe.fit == "crop" else f"letterboxed on {recipe.background}")
     if kept < recipe.size:
@@ -237,12 +237,12 @@ def convert(file: Path, recipe: ImportRecipe) -> tuple[Image.Image, list[str]]:
 
 
 def _finished(path: Path) -> list[str] | None:
-    """The notices of a picture that an earlier run finished; None where there is none, or a damaged one."""
+    """The notices of an image that an earlier run finished; None where there is none, or a damaged one."""
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            pixels = hashlib.sha256(picture.tobytes()).hexdigest()
-            stamp = json.loads(picture.text[_STAMP])
-            whole = stamp["pixels"] == pixels and not in_one_colour(picture)  # an older version let those pass
+        with Image.open(path, formats=["PNG"]) as image:
+            pixels = hashlib.sha256(image.tobytes()).hexdigest()
+            stamp = json.loads(image.text[_STAMP])
+            whole = stamp["pixels"] == pixels and not in_one_colour(image)  # an older version let those pass
         return stamp["notices"] if whole else None
     except FileNotFoundError:
         return None
@@ -265,26 +265,26 @@ def sha256_of(file: Path) -> str:
             while block := opened.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise PictureError(str(file), f"cannot be read ({error.strerror})") from None
+        raise ImageError(str(file), f"cannot be read ({error.strerror})") from None
     return digest.hexdigest()
 
 
 def _write_set(out: Path, recipe: ImportRecipe, captions: Captions, done: dict[Path, _Done], result: Imported) -> None:
     """Index, prompts, manifest and sheet; the index last, for it says that the set is whole."""
-    pictures = {}
+    images = {}
     for file, texts in captions.items():
         if file not in done:
             continue
         for prompt in texts:
             listed = result.prompts.setdefault(prompt, [])
             if done[file].name in listed:
-                result.notices.setdefault("left out: the same picture twice for a prompt", []).append(str(file))
+                result.notices.setdefault("left out: the same image twice for a prompt", []).append(str(file))
                 continue
             listed.append(done[file].name)
-        pictures[done[file].name] = {"sha256": done[file].sha256, "source": str(file)}
-    write_output(out / MANIFEST, _json(_manifest(recipe, pictures)))
+        images[done[file].name] = {"sha256": done[file].sha256, "source": str(file)}
+    write_output(out / MANIFEST, _json(_manifest(recipe, images)))
     if "" in result.prompts:
-        draw_contact_sheet(out / PICTURES, out / SHEET)
+        draw_contact_sheet(out / IMAGES, out / SHEET)
         return
     result.held_out = [prompt for prompt in result.prompts if prompt in result.held_out]
     lists = {PROMPTS: [prompt for prompt in result.prompts if prompt not in result.held_out]}

@@ -140,14 +140,14 @@ def call_arguments(pipe: Any, settings: DrawSettings) -> dict[str, Any]:
 def _draw(pipe: Any, arguments: dict[str, Any], prompt: str, seeds: list[int]) -> np.ndarray:
     # CPU generators give the same noise on every device.
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-    pictures = pipe(
+    images = pipe(
         prompt=prompt, num_images_per_prompt=len(seeds), generator=noise, output_type="np", **arguments
     ).images
     wanted = (arguments.get("height"), arguments.get("width"))
-    got = np.shape(pictures)[1:3]
+    got = np.shape(images)[1:3]
     if any(want is not None and want != have for want, have in zip(wanted, got)):
         raise UserError(f"--height {wanted[0]}, --width {wanted[1]}: the model draws {got[0]} x {got[1]}; ask for that")
-    return pictures
+    return images
 
 
 def parse_arguments(text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Text on pictures, in any script: a character is drawn in the first font that has it.
+"""Text on images, in any script: a character is drawn in the first font that has it.
 
 DejaVu, which matplotlib ships, has most alphabets but no Chinese, Japanese or Korean; those come from the fonts that
 are installed on the machine (Debian: fonts-noto-cjk). What no font has is written as its code point, "<U+4E2D>", never

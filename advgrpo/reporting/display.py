@@ -25,7 +25,7 @@ _GAP = "  "
 _SHOWN = {
     "reward_generated": ("r_gen", "gen", "{:+.3f}"),
     "reward_reference": ("r_ref", "ref", "{:+.3f}"),
-    "adversary_accuracy": ("adversary", "adv", "{:.0%}"),
+    "discriminator_accuracy": ("adversary", "adv", "{:.0%}"),
     "sft_loss": ("loss", "loss", "{:.4f}"),
     "images_per_second": ("images/s", "img/s", "{:.1f}"),
 }
@@ -78,7 +78,7 @@ class Display:
         self._iterations: TaskID | None = None
         self._flagged: list[str] = []
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line without breaking the live region."""
         # soft_wrap and no markup: log lines stay whole, and "[...]" in a prompt or path is text.
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -101,7 +101,7 @@ class Display:
         left, parts = f"{self._time_left(done)} left", figures(record)
         if self._live is None:
             values = [f"{label} {value}" for label, _, value in parts]
-            self.say(_GAP.join([self._title(done), *values, left]))
+            self.print_line(_GAP.join([self._title(done), *values, left]))
             return
         taken = len(self._title(done)) + len(left) + self._bar_width() + 3  # a blank between columns
         self._live.update(
@@ -116,11 +116,11 @@ class Display:
         """A red flag is shown with its advice when it appears, and again when it has cleared."""
         for flag in flags:
             if flag.name not in self._flagged:
-                self.say(f"iteration {iteration + 1}: {flag}")
+                self.print_line(f"iteration {iteration + 1}: {flag}")
         names = [flag.name for flag in flags]
         for name in self._flagged:
             if name not in names:
-                self.say(f"iteration {iteration + 1}: red flag {name} has cleared")
+                self.print_line(f"iteration {iteration + 1}: red flag {name} has cleared")
         self._flagged = names
 
     @contextlib.contextmanager
@@ -144,7 +144,9 @@ class Display:
                 now = time.monotonic()
                 if now - said >= _PLAIN_EVERY and done:
                     said = now
-                    self.say(f"{what} {done}/{total}{_GAP}{duration((now - began) / done * (total - done))} left")
+                    self.print_line(
+                        f"{what} {done}/{total}{_GAP}{duration((now - began) / done * (total - done))} left"
+                    )
 
             yield tell
 

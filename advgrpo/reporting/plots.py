@@ -1,4 +1,4 @@
-"""The pictures a run leaves: curves of its metrics and grids of its samples. No display and no global state."""
+"""The images a run leaves: curves of its metrics and grids of its samples. No display and no global state."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ class HeldOut:
 
     base: _Values  # metric_names.py says what the keys are called
     final: _Values  # empty before the run has ended
-    during_images: int  # pictures per prompt of the evaluations in between, and of the "_first" values
-    end_images: int  # pictures per prompt of `base` and `final`
+    during_images: int  # images per prompt of the evaluations in between, and of the "_first" values
+    end_images: int  # images per prompt of `base` and `final`
 
 
 def draw_curves(metrics: Sequence[_Values], path: str | Path, held_out: HeldOut | None = None) -> None:
@@ -88,7 +88,7 @@ def _curves(metrics: Sequence[_Values]) -> _Curves:
 class _Evaluations:
     """One metric's evaluations: (iteration after which, mean, half of the 95 % interval or NaN)."""
 
-    line: list[tuple[int, float, float]]  # all of equally many pictures
+    line: list[tuple[int, float, float]]  # all of equally many images
     ends: list[tuple[int, float, float]]  # base and final of more; empty where they are no more
     labels: tuple[str, str]
 
@@ -116,24 +116,24 @@ def _point(at: int, values: _Values, key: str) -> tuple[int, float, float]:
 
 
 def _per_prompt(images: int) -> str:
-    return f"{images} picture{'s' if images > 1 else ''} per prompt"
+    return f"{images} image{'s' if images > 1 else ''} per prompt"
 
 
 def _panels(curves: _Curves) -> list[tuple[Any, list[str]]]:
     mixed = "reward_adversary" in curves  # then reward_generated is a composition, which r_ref has no part in
     own = ["reward_adversary"] if mixed else ["reward_generated", "reward_std"]
     return [
-        (_draw_rewards, [*own, "reward_reference", "adversary_updates"]),
+        (_draw_rewards, [*own, "reward_reference", "discriminator_updates"]),
         *((_draw_fixed_reward, [key, key + OF_REFERENCES]) for key in fixed_rewards(curves)),
-        (_draw_adversary_loss, ["adversary_loss"]),
-        (_draw_adversary_accuracy, ["adversary_paired_accuracy", "adversary_accuracy"]),
+        (_draw_adversary_loss, ["discriminator_loss"]),
+        (_draw_adversary_accuracy, ["discriminator_paired_accuracy", "discriminator_accuracy"]),
         (_line("Supervised loss", "mean squared error of the velocity"), ["sft_loss"]),
         (_line("Policy loss", "loss"), ["policy_loss"]),
         (_line("KL to the base model", "KL"), ["kl"]),
         (_line("Likelihood ratio", "mean ratio", level=1.0), ["ratio_mean"]),
         (_line("Clipped ratios", "share", floor=0.0), ["clip_fraction"]),
         (_draw_grad_norm, ["grad_norm"]),
-        (_draw_drift, ["log_prob_drift_max", "pre_update_clip_fraction"]),
+        (_draw_drift, ["log_prob_mismatch_max", "pre_update_clip_fraction"]),
     ]
 
 
@@ -164,18 +164,18 @@ def _draw_rewards(axes: Axes, curves: _Curves) -> None:
     if "reward_reference" in curves:
         iterations, means = curves["reward_reference"]
         axes.plot(iterations, means, color=_ORANGE, label="references (r_ref)", **_style(iterations))
-    trained = [i for i, updates in zip(*curves.get("adversary_updates", ([], []))) if updates > 0]
+    trained = [i for i, updates in zip(*curves.get("discriminator_updates", ([], []))) if updates > 0]
     if trained:
         bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False}  # y in shares of the axes' height
         axes.plot(trained, [0.02] * len(trained), "|", color=_GREY, label="adversary trained", **bottom)
     learned = "reward_reference" in curves
-    title = "Adversarial reward: generated against references" if learned else "Reward of the generated pictures"
+    title = "Adversarial reward: generated against references" if learned else "Reward of the generated images"
     axes.set(title=title, ylabel="mean reward")
     axes.legend(fontsize="small", frameon=False)
 
 
 def _draw_fixed_reward(axes: Axes, curves: _Curves) -> None:
-    """Generated pictures that outscore the references of their prompts are not better: the reward is being hacked."""
+    """Generated images that outscore the references of their prompts are not better: the reward is being hacked."""
     (key, _), *_ = curves.items()
     for (_, (iterations, values)), color, label in zip(curves.items(), (_BLUE, _ORANGE), ("generated", "references")):
         axes.plot(iterations, values, color=color, label=label, **_style(iterations))
@@ -184,7 +184,7 @@ def _draw_fixed_reward(axes: Axes, curves: _Curves) -> None:
 
 
 def _draw_held_out(axes: Axes, evaluations: Mapping[str, _Evaluations]) -> None:
-    """One line only joins evaluations of equally many pictures; bars are 95 % intervals over prompts."""
+    """One line only joins evaluations of equally many images; bars are 95 % intervals over prompts."""
     ((key, found),) = evaluations.items()
     name = key.replace("_", " ")
     for points, label, style in (
@@ -211,14 +211,14 @@ def _widen(axes: Axes) -> None:
 
 
 def _draw_adversary_loss(axes: Axes, curves: _Curves) -> None:
-    iterations, values = curves["adversary_loss"]
+    iterations, values = curves["discriminator_loss"]
     axes.plot(iterations, values, color=_ORANGE, **_style(iterations))
     axes.set(title="Adversary loss", ylabel="loss")
 
 
 def _draw_adversary_accuracy(axes: Axes, curves: _Curves) -> None:
     """Pairs of a prompt, which the red flags judge, and the head's own threshold where it has one."""
-    paired, own = (curves.get(key) for key in ("adversary_paired_accuracy", "adversary_accuracy"))
+    paired, own = (curves.get(key) for key in ("discriminator_paired_accuracy", "discriminator_accuracy"))
     for curve, label, color in ((paired, "pairs of a prompt", _ORANGE), (own, "own threshold", _BLUE)):
         if curve is not None and not (curve is own and own == paired):  # without a threshold both are of pairs
             axes.plot(*curve, color=color, label=label, **_style(curve[0]))
@@ -236,7 +236,7 @@ def _draw_grad_norm(axes: Axes, curves: _Curves) -> None:
 
 
 def _draw_drift(axes: Axes, curves: _Curves) -> None:
-    labels = {"log_prob_drift_max": "largest |log-prob drift|", "pre_update_clip_fraction": "clip fraction"}
+    labels = {"log_prob_mismatch_max": "largest |log-prob mismatch|", "pre_update_clip_fraction": "clip fraction"}
     for (key, (iterations, values)), color in zip(curves.items(), (_BLUE, _ORANGE)):
         axes.plot(iterations, values, color=color, label=labels[key], **_style(iterations))
     axes.set(title="Before the first step (must be exactly 0)", ylabel="off-policy error")
@@ -250,9 +250,9 @@ def _style(iterations: list[int]) -> dict[str, Any]:
     return {"linewidth": 1.6, "marker": "o" if len(iterations) <= 25 else None, "markersize": 3.5}
 
 
-_MARGIN, _GAP, _BLOCK_GAP = 16, 3, 20  # pixels: around the grid, between pictures, between column blocks
+_MARGIN, _GAP, _BLOCK_GAP = 16, 3, 20  # pixels: around the grid, between images, between column blocks
 _CAPTION_LINES = 3  # of a prompt; the whole of it is in the prompt file
-_MIN_WIDTH = 360  # captions over a single small picture stay readable
+_MIN_WIDTH = 360  # captions over a single small image stay readable
 
 
 def draw_grid(
@@ -263,18 +263,18 @@ def draw_grid(
     min_size: int = 64,
     max_size: int = 256,
 ) -> None:
-    """Draw pictures as a PNG grid: one row per caption, in blocks such as "base" | "final" | "references".
+    """Draw images as a PNG grid: one row per caption, in blocks such as "base" | "final" | "references".
 
     Args:
         rows: (caption, [(block title, float images [n, 3, H, W] in [0, 1]), ...]) with the same titles in every row; n
-            and the picture sizes may differ. Captions are wrapped to the grid's width and cut after three lines.
+            and the image sizes may differ. Captions are wrapped to the grid's width and cut after three lines.
         path: the PNG to write.
-        header: what the pictures are (run, iteration, seed, guidance, scores), written above them.
-        min_size: smaller pictures are enlarged by a whole factor, nearest neighbour, until their shorter side has this.
-        max_size: larger pictures are reduced to this longer side.
+        header: what the images are (run, iteration, seed, guidance, scores), written above them.
+        min_size: smaller images are enlarged by a whole factor, nearest neighbour, until their shorter side has this.
+        max_size: larger images are reduced to this longer side.
 
     Raises:
-        ValueError: no rows or pictures, differing titles, or a picture that is no finite [n, 3, H, W] float tensor.
+        ValueError: no rows or images, differing titles, or an image that is no finite [n, 3, H, W] float tensor.
     """
     titles = _check_rows(rows)
     blocks = [images for _, row in rows for _, images in row]
@@ -304,8 +304,8 @@ def draw_grid(
             top += line
         top += 4
         for left, (_, images) in zip(lefts, row):
-            for i, picture in enumerate(_tiles(images, tile)):
-                canvas.paste(picture, (left + i * (tile[1] + _GAP), top))
+            for i, image in enumerate(_tiles(images, tile)):
+                canvas.paste(image, (left + i * (tile[1] + _GAP), top))
         top += tile[0] + 8
     kind = Image.registered_extensions()[Path(path).suffix.lower()]
     write_atomically(Path(path), lambda file: canvas.save(file, kind))
@@ -313,7 +313,7 @@ def draw_grid(
 
 def _check_rows(rows: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]]) -> list[str]:
     if not rows or not rows[0][1]:
-        raise ValueError("rows is empty: at least one caption with one block of pictures is needed")
+        raise ValueError("rows is empty: at least one caption with one block of images is needed")
     titles = [title for title, _ in rows[0][1]]
     for caption, row in rows:
         if [title for title, _ in row] != titles:
@@ -323,12 +323,12 @@ def _check_rows(rows: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]]) -> lis
                 shape = f"{images.dtype} {list(images.shape)}"
                 raise ValueError(f"row {caption!r}, block {title!r}: expected float [n, 3, H, W], got {shape}")
             if not torch.isfinite(images).all():
-                raise ValueError(f"row {caption!r}, block {title!r}: a picture is not finite")
+                raise ValueError(f"row {caption!r}, block {title!r}: an image is not finite")
     return titles
 
 
 def _tile_size(blocks: list[Tensor], min_size: int, max_size: int) -> tuple[int, int]:
-    """(height, width) of every tile: that of the largest picture, enlarged by a whole factor or reduced."""
+    """(height, width) of every tile: that of the largest image, enlarged by a whole factor or reduced."""
     height, width = max((tuple(images.shape[-2:]) for images in blocks), key=math.prod)
     if max(height, width) > max_size:
         scale = max_size / max(height, width)
@@ -342,4 +342,4 @@ def _tiles(images: Tensor, tile: tuple[int, int]) -> list[Image.Image]:
     height, width = images.shape[-2:]
     enlarged = tile[0] % height == 0 and tile[1] % width == 0
     how = Image.Resampling.NEAREST if enlarged else Image.Resampling.BICUBIC
-    return [Image.fromarray(picture).resize((tile[1], tile[0]), how) for picture in pixels]
+    return [Image.fromarray(image).resize((tile[1], tile[0]), how) for image in pixels]

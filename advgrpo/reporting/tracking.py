@@ -18,6 +18,7 @@ from rich.console import Console
 
 from advgrpo.errors import UserError, one_line
 from advgrpo.reporting.display import Display
+from advgrpo.reporting.metric_names import VERSION, VERSION_KEY, current_names
 from advgrpo.runtime.atomic import move_aside, write_atomically
 from advgrpo.types import Flag
 
@@ -63,7 +64,7 @@ class Tracker:
             return
         output_dir = Path(output_dir)
         self.display = display or Display(Console())
-        self._file = _open_metrics(output_dir / METRICS_FILE, start_iteration, self.display.say)
+        self._file = _open_metrics(output_dir / METRICS_FILE, start_iteration, self.display.print_line)
         if tensorboard:
             module = _require("torch.utils.tensorboard", "tensorboard")
             # purge_step hides the abandoned records of a resumed run, which event files cannot drop.
@@ -90,7 +91,7 @@ class Tracker:
             record["flags"] = [flag.name for flag in flags]
         if not isinstance(record.get("iteration"), int):
             raise ValueError(f'metrics must hold an integer "iteration", got {metrics.get("iteration")!r}')
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.write(json.dumps({VERSION_KEY: VERSION, **record}, allow_nan=False) + "\n")
         self._file.flush()
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "iteration"}
         if self._tensorboard is not None:
@@ -108,10 +109,10 @@ class Tracker:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line without breaking the progress bar; on rank 0 only."""
         if self.is_main:
-            self.display.say(text)
+            self.display.print_line(text)
 
     def close(self) -> None:
         """Flush and close everything. May be called twice."""
@@ -157,6 +158,7 @@ def _read_metrics(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], str]:
             record = json.loads(line)
             if not _is_record(record):
                 raise ValueError
+            record = current_names(record)
         except (ValueError, RecursionError):  # of which UnicodeDecodeError is one
             shown = one_line(raw[:80].decode("utf-8", "backslashreplace"))
             damage = damage or f"line {number} is not a metrics record: {shown!r}"

@@ -25,7 +25,7 @@ _NAME = re.compile(r"(?:layers\.(\d+)\.)?weight")
 
 
 class Aesthetic(Reward):
-    """`base.Reward`: what the linear head says of the picture; the prompt is not looked at.
+    """`base.Reward`: what the linear head says of the image; the prompt is not looked at.
 
     Args:
         head: safetensors file of the head.

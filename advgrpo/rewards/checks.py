@@ -28,12 +28,12 @@ def finite_scores(scores: torch.Tensor, images: torch.Tensor, prompts: list[str]
         bad = int((~good).nonzero()[0])
         if not images[bad].isfinite().all():
             raise FloatingPointError(
-                f"reward {name} cannot score the picture of prompt {prompts[bad]!r}, which holds numbers that are not "
+                f"reward {name} cannot score the image of prompt {prompts[bad]!r}, which holds numbers that are not "
                 "finite: look at what drew it (guidance scale, model.dtype, the LoRA, the learning rate), not at the "
                 "reward"
             )
         raise FloatingPointError(
-            f"reward {name}: the score for prompt {prompts[bad]!r} is {scores[bad].item()} (the picture is finite). No "
+            f"reward {name}: the score for prompt {prompts[bad]!r} is {scores[bad].item()} (the image is finite). No "
             "score is made up for it; check the reward's model and its precision (dtype)"
         )
     return scores.to(images.device)
@@ -42,5 +42,5 @@ def finite_scores(scores: torch.Tensor, images: torch.Tensor, prompts: list[str]
 def required(references: ReferenceSet | None, name: str) -> ReferenceSet:
     """`references`, or a UserError that says that this reward needs them."""
     if references is None:
-        raise UserError(f"reward {name} compares with reference pictures, but the run has none; set data.references")
+        raise UserError(f"reward {name} compares with reference images, but the run has none; set data.references")
     return references

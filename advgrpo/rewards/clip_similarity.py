@@ -1,4 +1,4 @@
-"""CLIP similarity of a picture to its prompt (CLIPScore's cosine, arXiv 2104.08718) and to its references (eq. 8)."""
+"""CLIP similarity of an image to its prompt (CLIPScore's cosine, arXiv 2104.08718) and to its references (eq. 8)."""
 
 from __future__ import annotations
 

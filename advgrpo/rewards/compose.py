@@ -6,10 +6,10 @@
 ("group") or over the iteration ("global"), so that a weight means the same whatever a reward's scale. With "none" and
 weights that sum to 1 this is docs/method.md 6.4, R = lambda * R_rule + (1 - lambda) * sim(gen, ref).
 
-A gate is a bar: a picture whose raw reward lies below it gets its group's lowest total, so that nothing else can earn
+A gate is a bar: an image whose raw reward lies below it gets its group's lowest total, so that nothing else can earn
 it a positive advantage.
 
-Shapes: B pictures of an iteration over all processes, by picture number, groups next to each other.
+Shapes: B images of an iteration over all processes, by image number, groups next to each other.
 """
 
 from __future__ import annotations

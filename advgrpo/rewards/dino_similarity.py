@@ -1,4 +1,4 @@
-"""DINO similarity of a picture to the reference pictures of its own prompt (docs/method.md 6.4's second term)."""
+"""DINO similarity of an image to the reference images of its own prompt (docs/method.md 6.4's second term)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DinoSimilarity(Reward):
     Args:
         path: Dinov2Model folder or hub id; "tiny" for the shipped one.
         reduction: "mean" is what the paper reports, "max" the released code's partner of the OCR reward.
-        image_size: pictures are resized to this, a multiple of the backbone's patch.
+        image_size: images are resized to this, a multiple of the backbone's patch.
         device, dtype: where and in which precision the backbone runs.
         backbone: one that is loaded already, such as the adversary's, instead of `path`.
         fields: the settings that `path` and `image_size` come from, for error messages.
@@ -47,7 +47,7 @@ class DinoSimilarity(Reward):
         self._references = ReferenceEmbeddings(self.embed)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Class tokens [B, D] float32 of pictures."""
+        """Class tokens [B, D] float32 of images."""
         return self.backbone.features(images)["cls"]
 
     def cosine(self, embeddings: torch.Tensor, prompts: list[str], references: ReferenceSet) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""Does the picture show the text its prompt quotes? Read by RapidOCR (PP-OCR models in the wheel, no network).
+"""Does the image show the text its prompt quotes? Read by RapidOCR (PP-OCR models in the wheel, no network).
 
     r = 1                                                       if the target is contained in the recognised text
     r = 1 - min(edit_distance(text, target), len(target)) / len(target)                                 otherwise
 
 on lower-cased text without white space, with the Levenshtein distance: the OCR reward of Flow-GRPO (arXiv 2505.05470),
-the rule term of Adv-GRPO's eq. 8. Not differentiable, and an empty picture scores 0.
+the rule term of Adv-GRPO's eq. 8. Not differentiable, and an empty image scores 0.
 
-Every picture is read on its own, by one thread. Recognising the lines of a whole batch together would pad them to a
-common width, which changes what is read: the reward would depend on how the pictures were split over processes.
+Every image is read on its own, by one thread. Recognising the lines of a whole batch together would pad them to a
+common width, which changes what is read: the reward would depend on how the images were split over processes.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class OcrReward(Reward):
     """The `Reward` protocol over RapidOCR.
 
     Args:
-        detection_size: pictures are enlarged to this shorter side before text is looked for. 736 is the engine's own
-            default (0.18 s a picture on one CPU core); 192 reads the tiny world's words as well, at 0.02 s.
+        detection_size: images are enlarged to this shorter side before text is looked for. 736 is the engine's own
+            default (0.18 s an image on one CPU core); 192 reads the tiny world's words as well, at 0.02 s.
         min_confidence: lines the engine is less sure of are left out.
-        workers: pictures read at the same time, each by one thread with an engine of its own (about 200 MB).
+        workers: images read at the same time, each by one thread with an engine of its own (about 200 MB).
 
     Raises:
         UserError: an argument out of range, or `rapidocr` and `onnxruntime` are not installed.
@@ -108,7 +108,7 @@ class OcrReward(Reward):
         }
         self._local = threading.local()
         _engine_class()
-        self.progress: Callable[[str], None] = lambda doing: None  # told of every picture; for the run to set
+        self.progress: Callable[[str], None] = lambda doing: None  # told of every image; for the run to set
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
 
     def check_prompts(self, prompts: list[str]) -> None:
@@ -117,20 +117,20 @@ class OcrReward(Reward):
             target_text(prompt)
 
     def read(self, images: torch.Tensor, prompts: list[str]) -> list[str]:
-        """The recognised text of float pictures [B, 3, H, W] in [0, 1], lines joined by spaces; "" if there is none.
+        """The recognised text of float images [B, 3, H, W] in [0, 1], lines joined by spaces; "" if there is none.
 
         Raises:
-            ValueError: unusable pictures (see `to_uint8`).
+            ValueError: unusable images (see `to_uint8`).
             RuntimeError: the engine failed; names the prompt.
         """
         pixels, texts = to_uint8(images, prompts), []
         for text in self._pool.map(self._read_one, pixels, prompts):
             texts.append(text)
-            self.progress(f"reward ocr: {len(texts)} of {len(prompts)} pictures read")
+            self.progress(f"reward ocr: {len(texts)} of {len(prompts)} images read")
         return texts
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
-        """Rewards [B] float32 in [0, 1] on the pictures' device; `references` are not looked at.
+        """Rewards [B] float32 in [0, 1] on the images' device; `references` are not looked at.
 
         Raises:
             UserError: a prompt without a target, before anything is read.
@@ -147,13 +147,13 @@ class OcrReward(Reward):
                 self._local.engine = _engine_class()(params=self._engine_settings)
             lines = self._local.engine(np.ascontiguousarray(pixels[:, :, ::-1])).txts  # the engine wants BGR
         except Exception as error:  # onnxruntime, OpenCV and the engine have no common base class
-            raise RuntimeError(f"OCR failed on the picture for prompt {prompt!r}: {error}") from error
+            raise RuntimeError(f"OCR failed on the image for prompt {prompt!r}: {error}") from error
         return " ".join(lines or ())
 
 
 def _engine_class() -> Any:
     try:
-        import onnxruntime  # noqa: F401  imported by rapidocr only at the first picture
+        import onnxruntime  # noqa: F401  imported by rapidocr only at the first image
         from rapidocr import RapidOCR
     except ImportError as error:
         raise UserError(f'reward ocr needs rapidocr and onnxruntime ({error}); pip install "advgrpo[ocr]"') from error

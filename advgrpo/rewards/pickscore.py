@@ -5,7 +5,7 @@ Its layers learn in adversary/pickscore.py.
 The model is a CLIP-H trained on human preference pairs (arXiv 2305.01569, yuvalkirstain/PickScore_v1, whose tokenizer
 and image processor are laion/CLIP-ViT-H-14-laion2B-s32B-b79K's); "tiny" is the shipped one.
 
-Shapes: B pictures [B, 3, H, W] float32 in [0, 1].
+Shapes: B images [B, 3, H, W] float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCALE = 26.0  # brings PickScore_v1's logits, about 17 to 26, to below 1
 
 
 class PickScore(Reward):
-    """`base.Reward`: PickScore of picture and prompt.
+    """`base.Reward`: PickScore of image and prompt.
 
     Args:
         path: CLIPModel folder or hub id; "tiny" for the shipped preference model.

@@ -1,6 +1,6 @@
-"""Similarity of a picture to the reference pictures of its own prompt (docs/method.md 6.4's second term).
+"""Similarity of an image to the reference images of its own prompt (docs/method.md 6.4's second term).
 
-Shapes: B pictures, R references of a prompt, embeddings of width D.
+Shapes: B images, R references of a prompt, embeddings of width D.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def check_reduction(reduction: str) -> Reduction:
 def reference_cosine(
     embeddings: torch.Tensor, prompts: list[str], own: Callable[[str], torch.Tensor], reduction: Reduction = "mean"
 ) -> torch.Tensor:
-    """[B] mean or max cosine of each picture to its prompt's references.
+    """[B] mean or max cosine of each image to its prompt's references.
 
     Args:
         embeddings: [B, D], any length.
-        prompts: the B prompts of the pictures.
+        prompts: the B prompts of the images.
         own: prompt -> embeddings [R, D] of its references, any length; called once per different prompt.
         reduction: "mean" is what the paper reports as DINO similarity, "max" the released code's OCR partner.
     """
@@ -47,7 +47,7 @@ class ReferenceEmbeddings:
     """Embeddings [R, D] of a prompt's references, computed once per prompt and kept in memory by content.
 
     Args:
-        embed: pictures [n, 3, H, W] float32 in [0, 1] on the CPU -> [n, D].
+        embed: images [n, 3, H, W] float32 in [0, 1] on the CPU -> [n, D].
     """
 
     def __init__(self, embed: Callable[[torch.Tensor], torch.Tensor]):
@@ -59,10 +59,10 @@ class ReferenceEmbeddings:
         files = references.files(prompt)
         key = tuple(references.content_key(file) for file in files)
         if key not in self._known:
-            pictures = [references.load_images([file]) for file in files]
-            if len({p.shape for p in pictures}) == 1:
-                pictures = [torch.cat(pictures)]
-            self._known[key] = torch.cat([self.embed(p) for p in pictures])
+            images = [references.load_images([file]) for file in files]
+            if len({p.shape for p in images}) == 1:
+                images = [torch.cat(images)]
+            self._known[key] = torch.cat([self.embed(p) for p in images])
             if len(self._known) > _PROMPTS_IN_MEMORY:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)

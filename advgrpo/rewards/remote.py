@@ -4,8 +4,8 @@ The protocol, version 1. Request: `POST <url>` with `Content-Type: application/j
 
     {"version": 1, "images": [base64 of PNG bytes, ...], "prompts": [text, ...], "metadata": [object, ...]}
 
-one entry per picture in every list; "metadata" only if the client was given any. Answer: status 200,
-`Content-Type: application/json`, and `{"scores": [number, ...]}`, one finite number per picture, higher is better. Any
+one entry per image in every list; "metadata" only if the client was given any. Answer: status 200,
+`Content-Type: application/json`, and `{"scores": [number, ...]}`, one finite number per image, higher is better. Any
 other status is a failure, whose body may be `{"error": text}`. Nothing is ever pickled, redirects are not followed and
 proxies not used. `python -m advgrpo.rewards.serve` is the other end, for any reward of ours. Where both ends know a
 token (`read_token`), the request has it in `Authorization: Bearer <token>`.
@@ -109,7 +109,7 @@ class RemoteReward(Reward):
     Args:
         url: http:// or https:// address that takes the POST.
         name: the key of its metrics, and how errors call it.
-        batch_size: pictures per request.
+        batch_size: images per request.
         timeout: seconds a request may take in all, from connecting to the answer's last byte.
         retries: how often a request that failed is sent again.
         backoff: seconds before the first repetition; doubles each time, up to 30.
@@ -161,7 +161,7 @@ class RemoteReward(Reward):
         self._token = read_token(token_file, f"reward {name}: token_file =")
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """Metadata for every prompt, and one trial request with a grey picture; call it before any work is done.
+        """Metadata for every prompt, and one trial request with a grey image; call it before any work is done.
 
         Raises:
             UserError: a prompt without metadata, or the server does not answer as it should.
@@ -173,11 +173,11 @@ class RemoteReward(Reward):
             raise UserError(f"{error}; start the server, or correct its url and settings") from error
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
-        """Rewards [B] float32 on the pictures' device; `references` are not sent.
+        """Rewards [B] float32 on the images' device; `references` are not sent.
 
         Raises:
             UserError: a prompt without metadata.
-            ValueError: unusable pictures (see `to_uint8`).
+            ValueError: unusable images (see `to_uint8`).
             FloatingPointError: a score that is not finite in float32; names the prompt.
             RunFailure: no valid answer, after the retries if they could help; names the prompts.
         """
@@ -362,7 +362,7 @@ def _parse_url(url: str, name: str) -> tuple[Any, str]:
 def _request_body(pixels: np.ndarray, prompts: list[str], metadata: list[Mapping[str, Any]] | None) -> bytes:
     request: dict[str, Any] = {
         "version": PROTOCOL_VERSION,
-        "images": [base64.b64encode(_png(picture)).decode() for picture in pixels],
+        "images": [base64.b64encode(_png(image)).decode() for image in pixels],
         "prompts": prompts,
     }
     if metadata is not None:
@@ -385,7 +385,7 @@ def _parse_scores(answer: bytes, count: int) -> list[float]:
     if not isinstance(scores, list):
         raise _Refused(f'the answer has no list "scores": {_excerpt(answer)}')
     if len(scores) != count:
-        raise _Refused(f"the answer has {len(scores)} scores for {count} pictures")
+        raise _Refused(f"the answer has {len(scores)} scores for {count} images")
     for score in scores:
         if isinstance(score, bool) or not isinstance(score, (int, float)):
             raise _Refused(f"the answer has a score that is not a number: {json.dumps(score)[:2000]}")

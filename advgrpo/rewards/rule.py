@@ -1,7 +1,7 @@
 """The tiny world's rule-based judge as a reward, in the manner of GenEval (arXiv 2310.11513).
 
-GenEval asks of a picture whether every attribute of its prompt is there. Strict, the reward is that verdict, 0 or 1;
-graded, it is the mean of the three attributes the judge sees, so that a group of pictures is seldom all alike:
+GenEval asks of an image whether every attribute of its prompt is there. Strict, the reward is that verdict, 0 or 1;
+graded, it is the mean of the three attributes the judge sees, so that a group of images is seldom all alike:
 
     r = (overlap * [shape] + [colour] + [background]) / 3
 
@@ -16,7 +16,7 @@ import torch
 
 from advgrpo.errors import UserError
 from advgrpo.rewards.base import Reward
-from advgrpo.rewards.pixels import check_pictures
+from advgrpo.rewards.pixels import check_images
 from advgrpo.runtime.transfer import to_device
 from advgrpo.tiny.judge import judge
 from advgrpo.tiny.shapes import Scene
@@ -24,14 +24,14 @@ from advgrpo.tiny.shapes import Scene
 if TYPE_CHECKING:
     from advgrpo.data.references import ReferenceSet
 
-_BATCH = 64  # pictures judged together: the judge holds 30 templates of every picture at once
+_BATCH = 64  # images judged together: the judge holds 30 templates of every image at once
 
 
 class RuleReward(Reward):
-    """The `Reward` protocol over `tiny.judge`. It judges on the CPU, where the same picture always scores the same.
+    """The `Reward` protocol over `tiny.judge`. It judges on the CPU, where the same image always scores the same.
 
     Args:
-        strict: 1 for pictures whose shape (outline included), colour and background are all the prompt's, 0 otherwise.
+        strict: 1 for images whose shape (outline included), colour and background are all the prompt's, 0 otherwise.
     """
 
     name = "rule"
@@ -48,24 +48,24 @@ class RuleReward(Reward):
                 raise UserError(f"reward rule: {error}; it judges the tiny world's drawings only") from None
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
-        """Rewards [B] float32 in [0, 1] on the pictures' device; `references` are not looked at.
+        """Rewards [B] float32 in [0, 1] on the images' device; `references` are not looked at.
 
         Raises:
             UserError: a prompt that is no caption of the tiny world, before anything is judged.
-            ValueError: unusable pictures (see `check_pictures`), or pictures that are not square.
+            ValueError: unusable images (see `check_images`), or images that are not square.
         """
         self.check_prompts(prompts)
-        pictures = check_pictures(images, prompts)
-        if pictures.shape[-1] != pictures.shape[-2]:
-            raise ValueError(f"the judge wants square pictures, got {list(pictures.shape)}")
+        checked = check_images(images, prompts)
+        if checked.shape[-1] != checked.shape[-2]:
+            raise ValueError(f"the judge wants square images, got {list(checked.shape)}")
         parts = [
-            self._score_batch(pictures[start : start + _BATCH], prompts[start : start + _BATCH])
+            self._score_batch(checked[start : start + _BATCH], prompts[start : start + _BATCH])
             for start in range(0, len(prompts), _BATCH)
         ]
         return to_device(torch.cat(parts), images.device)
 
-    def _score_batch(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        verdict = judge(pictures, prompts)
+    def _score_batch(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        verdict = judge(images, prompts)
         if self.strict:
             return (verdict.correct & verdict.background_correct).float()
         wanted = [Scene.parse(prompt).shape for prompt in prompts]

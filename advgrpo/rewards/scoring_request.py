@@ -1,4 +1,4 @@
-"""A request for scores: its body, checked and decoded; what one may cost is known before any picture is decoded."""
+"""A request for scores: its body, checked and decoded; what one may cost is known before any image is decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from advgrpo.data.images import PictureError, open_picture, read_header
+from advgrpo.data.images import ImageError, open_image, read_header
 from advgrpo.rewards.remote import PROTOCOL_VERSION
 
 _RETRY_AFTER = 5  # seconds, for clients that were not served in time
@@ -24,8 +24,8 @@ class Limits:
     """What one request may cost."""
 
     max_bytes: int = 200_000_000  # of its body
-    max_pixels: int = 2**25  # of all its pictures: 500 MB while they are scored; 32 of 1024 x 1024
-    max_picture_pixels: int = 2**22  # of each: 2048 x 2048
+    max_pixels: int = 2**25  # of all its images: 500 MB while they are scored; 32 of 1024 x 1024
+    max_image_pixels: int = 2**22  # of each: 2048 x 2048
     request_seconds: float = 60.0  # until its head, and from there until its body is there
     score_seconds: float = 600.0  # from there to the answer: its turn, decoding, scoring
 
@@ -40,7 +40,7 @@ class Refusal(Exception):
 
 def too_late(doing: str) -> Refusal:
     """The answer to a request whose time ended while it was `doing` something."""
-    message = f"the judge is busy: the request's time ended {doing}; send fewer pictures, or later"
+    message = f"the judge is busy: the request's time ended {doing}; send fewer images, or later"
     return Refusal(message, 503, Retry_After=str(_RETRY_AFTER))
 
 
@@ -51,7 +51,7 @@ def parse_request(body: bytes, limits: Limits, ends: float) -> tuple[list[bytes]
         ends: when the request's time does, by time.monotonic.
 
     Raises:
-        Refusal: no such request, or its pictures differ in size, are none by their headers, or exceed `limits`.
+        Refusal: no such request, or its images differ in size, are none by their headers, or exceed `limits`.
     """
     try:
         request = json.loads(body)
@@ -65,34 +65,34 @@ def parse_request(body: bytes, limits: Limits, ends: float) -> tuple[list[bytes]
             raise Refusal(f'"{key}" must be a list of at least one text')
     if len(encoded) != len(prompts):
         raise Refusal(f"{len(encoded)} images but {len(prompts)} prompts")
-    pictures, sizes, pixels = [], set(), 0
+    images, sizes, pixels = [], set(), 0
     for number, text in enumerate(encoded):
         if time.monotonic() > ends:
-            raise too_late("reading its pictures")
-        pictures.append(_from_base64(text, number))
+            raise too_late("reading its images")
+        images.append(_from_base64(text, number))
         with _named(number, limits):
-            picture = io.BytesIO(pictures[-1])
-            size = read_header(picture, "", formats=("PNG",), max_pixels=limits.max_picture_pixels).size
+            image = io.BytesIO(images[-1])
+            size = read_header(image, "", formats=("PNG",), max_pixels=limits.max_image_pixels).size
         sizes.add(size)
         pixels += size[0] * size[1]
         if pixels > limits.max_pixels:
-            raise Refusal(f"the pictures have more than {limits.max_pixels:,} pixels together; send fewer at once", 413)
+            raise Refusal(f"the images have more than {limits.max_pixels:,} pixels together; send fewer at once", 413)
     if len(sizes) > 1:
-        raise Refusal(f"the pictures differ in size: {sorted(sizes)}")
-    return pictures, prompts
+        raise Refusal(f"the images differ in size: {sorted(sizes)}")
+    return images, prompts
 
 
-def decode(pictures: list[bytes], limits: Limits, ends: float) -> torch.Tensor:
+def decode(images: list[bytes], limits: Limits, ends: float) -> torch.Tensor:
     """[B, 3, H, W] float32 in [0, 1] of PNG files of one size; Refusal for one that is damaged or not plain RGB."""
     pixels = None
-    for number, content in enumerate(pictures):
+    for number, content in enumerate(images):
         if time.monotonic() > ends:
-            raise too_late("decoding its pictures")
+            raise too_late("decoding its images")
         with _named(number, limits):
-            picture = open_picture(io.BytesIO(content), "", formats=("PNG",), max_pixels=limits.max_picture_pixels)
+            image = open_image(io.BytesIO(content), "", formats=("PNG",), max_pixels=limits.max_image_pixels)
         if pixels is None:
-            pixels = np.empty((len(pictures), picture.height, picture.width, 3), np.uint8)
-        pixels[number] = picture
+            pixels = np.empty((len(images), image.height, image.width, 3), np.uint8)
+        pixels[number] = image
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
 
 
@@ -107,6 +107,6 @@ def _from_base64(text: str, number: int) -> bytes:
 def _named(number: int, limits: Limits) -> Iterator[None]:
     try:
         yield
-    except PictureError as error:
-        wanted = f"want an RGB PNG of at most {limits.max_picture_pixels:,} pixels"
+    except ImageError as error:
+        wanted = f"want an RGB PNG of at most {limits.max_image_pixels:,} pixels"
         raise Refusal(f"image {number} {error.reason}; {wanted}") from None

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _ANSWER_SECONDS = 10.0  # for a client to take its answer
 _LINGER_SECONDS = 5.0  # for a client that was refused to stop sending
-_DECODED = 2  # requests whose pictures are in memory: one is scored, the next is decoded meanwhile
+_DECODED = 2  # requests whose images are in memory: one is scored, the next is decoded meanwhile
 _ROOM = 4  # bodies of the largest size that are in memory
 _NAME = "[a-z0-9._-]+"
 _log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class ScoringServer(ThreadingHTTPServer):
             _log.exception("a request of %s", client_address[0])
 
     def scores(self, body: bytes, is_wanted: Callable[[], bool]) -> list[float]:
-        """The scores of a request's pictures.
+        """The scores of a request's images.
 
         Args:
             is_wanted: asked right before scoring, which may be long after the client gave up.
@@ -98,12 +98,12 @@ class ScoringServer(ThreadingHTTPServer):
             Exception: the reward's.
         """
         ends = time.monotonic() + self.limits.score_seconds
-        pictures, prompts = parse_request(body, self.limits, ends)
+        images, prompts = parse_request(body, self.limits, ends)
         if not self._decoded.acquire(timeout=max(0.0, ends - time.monotonic())):
             raise too_late("waiting for its turn")
         job = None
         try:
-            images = decode(pictures, self.limits, ends)
+            images = decode(images, self.limits, ends)
             job = self._worker.submit(lambda: self._score(images, prompts, is_wanted))
         finally:
             if job is None:
@@ -144,7 +144,7 @@ class _Worker:
 
     @staticmethod
     def _take(entry: tuple[Future, Callable[[], Any]] | None) -> bool:
-        """In a function of its own, which keeps no pictures alive until the next come."""
+        """In a function of its own, which keeps no images alive until the next come."""
         if entry is None:
             return False
         job, work = entry
@@ -253,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not re.fullmatch("[0-9]{1,18}", length):
             raise Refusal("the request has no Content-Length", 411)
         if int(length) > limits.max_bytes:
-            raise Refusal(f"the request is longer than {limits.max_bytes} bytes; send fewer pictures", 413)
+            raise Refusal(f"the request is longer than {limits.max_bytes} bytes; send fewer images", 413)
         with self.server.room.taken(int(length), limits.request_seconds):
             return self.server.scores(self._body(int(length)), self._is_there)
 

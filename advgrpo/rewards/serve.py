@@ -48,7 +48,7 @@ class Serve(Options):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
     references: Path | None = None
-    """Folder with reference pictures and references.json, for rewards that compare with them."""
+    """Folder with reference images and references.json, for rewards that compare with them."""
     prompts: Path | None = None
     """Prompt file; its prompts need references."""
     token_file: Path | None = None
@@ -59,9 +59,9 @@ class Serve(Options):
     max_bytes: Annotated[int, Field(ge=1, le=2**40)] = _LIMITS.max_bytes
     """Bytes of the longest request."""
     max_pixels: Annotated[int, Field(ge=1, le=2**40)] = _LIMITS.max_pixels
-    """Pixels of all pictures of a request; scoring takes at least 15 bytes for each."""
-    max_picture_pixels: Annotated[int, Field(ge=1, le=2**26)] = _LIMITS.max_picture_pixels
-    """Pixels of one picture."""
+    """Pixels of all images of a request; scoring takes at least 15 bytes for each."""
+    max_image_pixels: Annotated[int, Field(ge=1, le=2**26)] = _LIMITS.max_image_pixels
+    """Pixels of one image."""
     request_seconds: Annotated[float, Field(ge=0.1, le=86400)] = _LIMITS.request_seconds
     """Seconds for a request to arrive."""
     score_seconds: Annotated[float, Field(ge=0.1, le=86400)] = _LIMITS.score_seconds

@@ -64,7 +64,7 @@ def run_command(
 def describe(error: BaseException) -> str:
     """One line: the message, the file where the system names one, and the kind of error where that says more."""
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "this machine's memory is full; use fewer or smaller pictures at once (rollout.micro_batch)"
+        return "this machine's memory is full; use fewer or smaller images at once (rollout.micro_batch)"
     if isinstance(error, RecursionError):
         return "something is nested too deeply to be read (a file of settings, prompts or references)"
     if isinstance(error, OSError) and error.strerror:

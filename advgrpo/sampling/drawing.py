@@ -18,7 +18,7 @@ _RESOLUTION = 512  # what LoRAs are trained at here; less where a pipeline was m
 
 @dataclass(frozen=True)
 class Drawn:
-    """How pictures are drawn."""
+    """How images are drawn."""
 
     num_steps: int
     guidance_scale: float

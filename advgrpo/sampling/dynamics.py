@@ -33,14 +33,14 @@ class StepTable:
         return self.coefficients.index_select(0, number)[0]
 
 
-def check_dynamics(prediction: str, dynamics: str) -> None:
-    """UserError unless `rollout.dynamics` suits what the network predicts ("velocity" or "noise")."""
-    if prediction == "noise" and dynamics != "ddim":
+def check_dynamics(prediction_type: str, dynamics: str) -> None:
+    """UserError unless `rollout.dynamics` suits what the network predicts ("flow_prediction" or "epsilon")."""
+    if prediction_type == "epsilon" and dynamics != "ddim":
         raise UserError(
             f"rollout.dynamics = {dynamics!r} steps along a velocity, but this model predicts noise (SD1.5, SDXL): "
             "set rollout.dynamics = 'ddim'"
         )
-    if prediction == "velocity" and dynamics == "ddim":
+    if prediction_type == "flow_prediction" and dynamics == "ddim":
         raise UserError(
             "rollout.dynamics = 'ddim' needs a model that predicts noise (SD1.5, SDXL), but this one predicts a "
             "velocity: use flow_cps, flow_sde or dance_sde"
@@ -55,9 +55,9 @@ def step_table(policy: Policy, num_steps: int, window: tuple[int, ...] = (), *, 
     """
     levels, timesteps = policy.schedule(num_steps)
     if window:
-        check_dynamics(policy.prediction, rollout.dynamics)
-    noise = [rollout.noise_level if i in window else 0.0 for i in range(num_steps)]
-    if policy.prediction == "noise":
+        check_dynamics(policy.prediction_type, rollout.dynamics)
+    noise = [rollout.eta if i in window else 0.0 for i in range(num_steps)]
+    if policy.prediction_type == "epsilon":
         coefficients = ddim_coefficients(levels[:-1], levels[1:], noise)
     else:
         dynamics = rollout.dynamics if window else "ode"

@@ -2,7 +2,7 @@
 
 Where the rows of a prompt share their initial noise (in Flow-GRPO-Fast those of a mini-group do), they are one
 trajectory up to the window's first step: `share_prefix` computes it once per prompt and branches at that step;
-without it every row is computed, with the same result up to rounding. Where every picture has its own noise (the
+without it every row is computed, with the same result up to rounding. Where every image has its own noise (the
 released Adv-GRPO code), nothing is shared. The window's steps always run the trainer's own forward, so that
 log-probabilities can be repeated to the last bit; merged weights serve ODE steps only, unless `window_merged` gives
 that exactness up.
@@ -12,7 +12,7 @@ at a device step counter, noise is keyed by device tensors, and nothing waits fo
 kind of step (ODE, window, the window's first) is one CUDA graph per shape, replayed for every step and every iteration;
 one graph of all ten steps would have to be captured anew for every window that is drawn.
 
-Shapes: P prompts, M pictures (M >= P), latents [., C, H, W] float32.
+Shapes: P prompts, M images (M >= P), latents [., C, H, W] float32.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Sampler:
     merged: bool
     window_merged: bool = False
     graphs: GraphBackend | None = None
-    shared_noise: bool = True  # the pictures of a prompt start from one noise
+    shared_noise: bool = True  # the images of a prompt start from one noise
 
     def __post_init__(self):
         if self.share_prefix and not self.shared_noise:
-            raise ValueError("share_prefix needs shared_noise: pictures with their own noise have no common prefix")
+            raise ValueError("share_prefix needs shared_noise: images with their own noise have no common prefix")
         self._inputs = StaticBuffers(self.policy.device, static=self.graphs is not None)
         self._prompts = StaticBuffers(self.policy.device, static=self.graphs is not None)
         self._prepared: PreparedPrompts | None = None  # the form of the prompts; their tensors are in `_prompts`
@@ -72,9 +72,9 @@ class Sampler:
         noise_seed: int = 0,
         image_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[WindowStep]]:
-        """Denoise `initial` into the M pictures of `row` [M]; returns latents [M, ...] and the steps to train on.
+        """Denoise `initial` into the M images of `row` [M]; returns latents [M, ...] and the steps to train on.
 
-        `initial` is [P, ...], from which a prompt's pictures branch; without `shared_noise` it is [M, ...].
+        `initial` is [P, ...], from which a prompt's images branch; without `shared_noise` it is [M, ...].
         `noise_seed` and `image_ids` [M] key the noise of the window's steps.
         """
         prompts = self.policy.prepare(conditioning, table.timesteps, guided=self.guidance_scale != 1.0)
@@ -117,7 +117,7 @@ class Sampler:
         return tensor.clone() if self._inputs.static else tensor
 
     def _velocity(self, merged: bool):
-        forward = self.policy.merged_velocity if merged else self.policy.velocity
+        forward = self.policy.predict_merged if merged else self.policy.predict
         prepared = self._prepared.with_tensors(self._prompts.tensors)
         return forward(self._inputs["latents"], self._inputs["step"], prepared)
 
@@ -140,7 +140,7 @@ class Sampler:
         return self._noisy(self._inputs["latents"], self._velocity(self.window_merged))
 
     def _branching_step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The window's first step: one row per prompt goes in, one per picture comes out."""
+        """The window's first step: one row per prompt goes in, one per image comes out."""
         row, velocity = self._inputs["row"], self._velocity(self.window_merged)
         expanded = tuple(v if v is None else v.index_select(0, row) for v in velocity)
         return self._noisy(self._inputs["latents"].index_select(0, row), expanded)

@@ -21,7 +21,7 @@ _ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class World:
-    """A shipped SD3 pipeline of 32-pixel pictures, its prompts and their references."""
+    """A shipped SD3 pipeline of 32-pixel images, its prompts and their references."""
 
     pipeline: Path
     prompts: Path
@@ -55,17 +55,17 @@ def preference_dir() -> Path:
 
 
 def reference_dir() -> Path:
-    """Folder of crisp reference pictures with references.json: {prompt: [files]} for all prompt lists."""
+    """Folder of crisp reference images with references.json: {prompt: [files]} for all prompt lists."""
     return WORLDS["tiny"].references
 
 
 def style_names() -> list[str]:
-    """The shipped styles, each a folder of pictures without prompts."""
+    """The shipped styles, each a folder of images without prompts."""
     return sorted(folder.name for folder in (_ASSETS / "styles").iterdir())
 
 
 def style_dir(name: str) -> Path:
-    """Folder of the style's 300 pictures; UserError naming the nearest style for an unknown one."""
+    """Folder of the style's 300 images; UserError naming the nearest style for an unknown one."""
     known = style_names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

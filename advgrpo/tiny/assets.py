@@ -1,4 +1,4 @@
-"""Writing what is shipped: fp16 safetensors under the stock file names, readable by everyone, and pictures."""
+"""Writing what is shipped: fp16 safetensors under the stock file names, readable by everyone, and images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save_half_precision(model, folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def write_picture(path: Path, picture: torch.Tensor) -> None:
+def write_image(path: Path, image: torch.Tensor) -> None:
     """A PNG of [3, H, W] bytes."""
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    image = Image.fromarray(image.permute(1, 2, 0).numpy())
     write_atomically(path, lambda file: image.save(file, "PNG", optimize=True))

@@ -1,9 +1,9 @@
 """A rule-based judge in the manner of GenEval: does the drawn object have the prompt's shape and colour?
 
-It segments the picture by colour, fits every shape as a template to the object's mask and reads colours off the
+It segments the image by colour, fits every shape as a template to the object's mask and reads colours off the
 palette. It never sees a network and is never a training reward of the default run: it is the independent witness.
 
-Shapes: B pictures [B, 3, S, S] in [0, 1], K shapes x R rotations of templates.
+Shapes: B images [B, 3, S, S] in [0, 1], K shapes x R rotations of templates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROTATIONS = (-0.2, -0.1, 0.0, 0.1, 0.2)
 
 @dataclass
 class Verdict:
-    """What the judge saw, one entry per picture."""
+    """What the judge saw, one entry per image."""
 
     shape: list[str]  # best-fitting shape, "none" when nothing is drawn
     colour: list[str]
@@ -78,7 +78,7 @@ def _template_masks(mask: torch.Tensor) -> torch.Tensor:
 
 
 def judge(images: torch.Tensor, captions: list[str]) -> Verdict:
-    """Judge pictures [B, 3, S, S] in [0, 1] against the captions they were drawn for."""
+    """Judge images [B, 3, S, S] in [0, 1] against the captions they were drawn for."""
     if images.dim() != 4 or images.shape[1] != 3 or len(images) != len(captions):
         raise ValueError(f"want images [B, 3, S, S] and B captions; got {tuple(images.shape)} and {len(captions)}")
     scenes = [Scene.parse(c) for c in captions]

@@ -1,12 +1,12 @@
-"""The tiny world's pictures: one flat shape on a plain background, drawn as a signed distance function.
+"""The tiny world's images: one flat shape on a plain background, drawn as a signed distance function.
 
-A picture is fully described by a `Scene` (shape, colour, background, size, position) and reads, as a caption,
+An image is fully described by a `Scene` (shape, colour, background, size, position) and reads, as a caption,
 "a small red star on the left of a blue background". `render` draws scenes crisply (the references) or roughly:
 `roughness` in [0, 1] warps the outline, softens the edge, washes the colour out and adds stains. The base model is
-pre-trained on a mix of crisp and rough pictures, as web-scale models are, so it draws recognisably but untidily, and
+pre-trained on a mix of crisp and rough images, as web-scale models are, so it draws recognisably but untidily, and
 reinforcement learning against crisp references has something visible to teach it.
 
-Shapes: B scenes, S = image size in pixels; pictures are [B, 3, S, S] float32 in [0, 1].
+Shapes: B scenes, S = image size in pixels; images are [B, 3, S, S] float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PALETTE = {
     "black": (0.05, 0.05, 0.05),
 }
 COLOURS = tuple(PALETTE)
-SIZES = {"small": 0.36, "medium": 0.52, "large": 0.68}  # radius; the picture spans [-1, 1]
+SIZES = {"small": 0.36, "medium": 0.52, "large": 0.68}  # radius; the image spans [-1, 1]
 POSITIONS = {
     "in the center of": (0.0, 0.0),
     "on the left of": (-1.0, 0.0),
@@ -113,7 +113,7 @@ def split_prompts(*counts: int, seed: int = 20_256) -> tuple[list[str], ...]:
 
 
 def shape_distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Signed distance (negative inside) to a shape of unit radius at the origin; y points down, as in pictures."""
+    """Signed distance (negative inside) to a shape of unit radius at the origin; y points down, as in images."""
     radius = torch.hypot(x, y)
     if shape == "circle":
         return radius - 0.92
@@ -167,8 +167,8 @@ def render(
 ):
     """Draw scenes with a little jitter in place, radius and rotation.
 
-    `roughness` is a number or [B]. Returns pictures [B, 3, S, S]; with `return_coverage` also the object's alpha
-    [B, 1, S, S]. The same generator state gives the same pictures.
+    `roughness` is a number or [B]. Returns images [B, 3, S, S]; with `return_coverage` also the object's alpha
+    [B, 1, S, S]. The same generator state gives the same images.
     """
     count = len(scenes)
     rough = torch.as_tensor(roughness, dtype=torch.float32).expand(count)
@@ -196,8 +196,8 @@ def render(
     colour = torch.tensor([PALETTE[s.colour] for s in scenes]).view(-1, 3, 1, 1)
     background = torch.tensor([PALETTE[s.background] for s in scenes]).view(-1, 3, 1, 1)
     washed = torch.lerp(colour, background, (0.35 * rough).view(-1, 1, 1, 1))
-    pictures = (torch.lerp(background.expand(-1, -1, size, size), washed, alpha) + stains + grain).clamp(0, 1)
-    return (pictures, alpha) if return_coverage else pictures
+    images = (torch.lerp(background.expand(-1, -1, size, size), washed, alpha) + stains + grain).clamp(0, 1)
+    return (images, alpha) if return_coverage else images
 
 
 def sample_roughness(count: int, generator: torch.Generator, crisp_share: float = 0.35) -> torch.Tensor:

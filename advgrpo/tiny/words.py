@@ -1,10 +1,10 @@
-"""Captioned pictures of short words, for the OCR reward: `the word "CAT" in red on a white background`.
+"""Captioned images of short words, for the OCR reward: `the word "CAT" in red on a white background`.
 
 python -m advgrpo.tiny.words --output words/     # prompts.txt, held_out_prompts.txt, references/ with references.json
 
-What the OCR reward (RapidOCR 3.10, detection_size 192) says of 32-pixel pictures, mean and share read exactly:
+What the OCR reward (RapidOCR 3.10, detection_size 192) says of 32-pixel images, mean and share read exactly:
 
-| pictures | guidance | mean | exact |
+| images | guidance | mean | exact |
 |---|---|---|---|
 | crisp, 96 | – | 0.99 | – |
 | crisp, through the VAE of "tiny" (21.8 dB), 96 | – | 0.65 | – |
@@ -19,7 +19,7 @@ What the OCR reward (RapidOCR 3.10, detection_size 192) says of 32-pixel picture
 "tiny:words" (`build_words.py`) was pre-trained on every word in every pair of colours, so the held-out captions are
 held out from reinforcement learning only. Without guidance there is room above its 0.69 for a reward to work in.
 
-Shapes: B scenes, S = image size in pixels; pictures are [B, 3, S, S] float32 in [0, 1].
+Shapes: B scenes, S = image size in pixels; images are [B, 3, S, S] float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.rng import generator
-from advgrpo.tiny.assets import write_picture
+from advgrpo.tiny.assets import write_image
 from advgrpo.tiny.shapes import COLOURS, PALETTE
 
 WORDS = (
@@ -51,7 +51,7 @@ IMAGE_SIZE = 64
 _MIN_CONTRAST = (
     0.6  # RGB distance of letters and background; leaves out red on orange, orange on yellow, blue on purple
 )
-_WIDTH_SHARE = 0.84  # of the picture, taken by the word
+_WIDTH_SHARE = 0.84  # of the image, taken by the word
 _SUPERSAMPLING = 4  # glyphs are drawn this much larger, so that jitter below a pixel shows
 _CAPTION = re.compile(
     rf'the word "(?P<word>[A-Z]+)" in (?P<colour>{"|".join(COLOURS)}) '
@@ -77,7 +77,7 @@ class WordScene:
         match = _CAPTION.fullmatch(caption.strip())
         if match is None:
             example = cls("CAT", "red", "white").caption
-            raise ValueError(f"not a caption of the word pictures: {caption!r} (they read like {example!r})")
+            raise ValueError(f"not a caption of the word images: {caption!r} (they read like {example!r})")
         return cls(**match.groupdict())
 
 
@@ -102,9 +102,9 @@ def split_prompts(train: int, held_out: int, seed: int = 0) -> tuple[list[str], 
 
 
 def render(scenes: list[WordScene], generator: torch.Generator, *, size: int = IMAGE_SIZE) -> torch.Tensor:
-    """Draw words across the picture's middle with a little jitter in place and scale: [B, 3, S, S].
+    """Draw words across the image's middle with a little jitter in place and scale: [B, 3, S, S].
 
-    The same generator state gives the same pictures. RapidOCR reads them at 64 and at 32 pixels.
+    The same generator state gives the same images. RapidOCR reads them at 64 and at 32 pixels.
     """
     jitter = torch.rand(len(scenes), 3, generator=generator) * 2 - 1
     alphas = [_alpha(scene.word, size, *row) for scene, row in zip(scenes, jitter.tolist())]
@@ -141,8 +141,8 @@ def write_set(folder: Path, *, train: int, held_out: int, per_prompt: int, size:
         draw = generator(seed, "word_references", number)
         pixels = (render([WordScene.parse(prompt)] * per_prompt, draw, size=size) * 255).round().byte()
         index[prompt] = [f"{number:03d}-{k}.png" for k in range(per_prompt)]
-        for name, picture in zip(index[prompt], pixels):
-            write_picture(references / name, picture)
+        for name, image in zip(index[prompt], pixels):
+            write_image(references / name, image)
     write_atomically(references / "references.json", json.dumps(index, indent=1) + "\n")
     for name, prompts in parts.items():
         write_atomically(folder / f"{name}.txt", "".join(f"{prompt}\n" for prompt in prompts))

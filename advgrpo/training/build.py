@@ -11,11 +11,11 @@ from advgrpo.adversary.reference_features import ReferenceFeatures
 from advgrpo.config import NEED_REFERENCES, Config
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
-from advgrpo.evaluate.evaluator import PictureStatistic
+from advgrpo.evaluate.evaluator import ImageStatistic
 from advgrpo.monitor.monitor import NOT_JUDGED, RED_FLAGS
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.loading import load_policy
-from advgrpo.policy.pipelines import PREDICTIONS, pipeline_class
+from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_class
 from advgrpo.reporting.display import Display
 from advgrpo.rewards import build_reward, prompt_options, reward_class
 from advgrpo.rewards.base import Reward
@@ -48,9 +48,9 @@ def check_prompts(config: Config, sources: Sources) -> None:
 def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, display: Display):
     """The generator, with this process's share of the prompts in the text cache."""
     cache = Path(config.data.cache_dir).expanduser()
-    prediction = PREDICTIONS[pipeline_class(config.model.path)]
-    check_dynamics(prediction, config.rollout.dynamics)
-    if config.update.objective == "sft" and prediction != "velocity":
+    prediction_type = PREDICTION_TYPES[pipeline_class(config.model.path)]
+    check_dynamics(prediction_type, config.rollout.dynamics)
+    if config.update.objective == "sft" and prediction_type != "flow_prediction":
         raise UserError(
             "update.objective = sft fits a rectified flow's velocity, but this model predicts noise: use an SD3 model"
         )
@@ -78,7 +78,7 @@ def encode_prompts(
     missing = policy.text_cache.missing(prompts)
     if not missing:
         return
-    display.say(f"encoding {len(missing)} prompts into {cache}")
+    display.print_line(f"encoding {len(missing)} prompts into {cache}")
     with display.steps("encoding prompts", len(missing)) as show:
 
         def tell(done: int) -> None:
@@ -186,8 +186,8 @@ def build_metrics(
             metrics[name] = observer
         elif name == "rule_accuracy":
             metrics[name] = build_reward("rule", strict=True)
-        elif name in PictureStatistic.NAMES:
-            metrics[name] = PictureStatistic(name)
+        elif name in ImageStatistic.NAMES:
+            metrics[name] = ImageStatistic(name)
         else:
             metrics[name] = _build_reward(name, config, sources, distributed)
         if name in NEED_REFERENCES and sources.references is None:

@@ -13,7 +13,7 @@ from advgrpo.config import Config
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.transformer import can_adapt
-from advgrpo.policy.pipelines import PREDICTIONS, pipeline_class
+from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_class
 from advgrpo_kernels._runtime import DEFAULT_BACKEND, HAS_TRITON
 from advgrpo_kernels.ops._csrc import library
 
@@ -53,7 +53,7 @@ class FastPaths:
         norms = "norms and residuals by PyTorch's operators" if no_triton else "one kernel per norm and residual"
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
-            own_noise = "rollout.initial_noise = per_image: every picture is its own trajectory"
+            own_noise = "rollout.initial_noise = per_image: every image is its own trajectory"
         rows = (
             _row(
                 "shared prefix",
@@ -68,7 +68,11 @@ class FastPaths:
                 "clipping, AdamW and EMA in three launches, no wait",
             ),
             _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
-            _row("CUDA graphs", fused_off or gpu_only, "one launch per sampling step; per head update on one GPU"),
+            _row(
+                "CUDA graphs",
+                fused_off or gpu_only,
+                "one launch per sampling step; per discriminator update on one GPU",
+            ),
             _row(
                 "FP8 sampling",
                 _why_no_fp8(config.rollout.precision, "rollout.precision", device, fused_off),
@@ -101,7 +105,7 @@ def _row(name: str, off_because: str, saves: str) -> FastPath:
 def _why_not_fused(config: Config) -> str:
     """Why the fused transformer cannot serve this model, or ""; reads no more of it than model_index.json."""
     name = pipeline_class(config.model.path)
-    if PREDICTIONS[name] != "velocity":
+    if PREDICTION_TYPES[name] != "flow_prediction":
         return f"a {name} has a UNet; the fused forward is SD3's transformer"
     if config.model.train != "lora":
         return "full fine-tuning trains the stock modules"

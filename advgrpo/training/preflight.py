@@ -21,7 +21,7 @@ from advgrpo.plan.known_models import BACKBONES, TRANSFORMERS, known_pipeline
 from advgrpo.policy.adapters import component_of, read_lora_for, stored_network, target_modules
 from advgrpo.policy.fused.lora import check_lora_state
 from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
-from advgrpo.policy.pipelines import PREDICTIONS, local_pipeline, pipeline_index
+from advgrpo.policy.pipelines import PREDICTION_TYPES, local_pipeline, pipeline_index
 from advgrpo.policy.sd3 import check_resolution, check_schedule
 from advgrpo.policy.sdxl import check_unet, ddim_scheduler
 from advgrpo.runtime.folders import writable
@@ -50,7 +50,7 @@ def check_without_network(config: Config) -> None:
     if local_pipeline(config.model.path) is not None:
         _check_generator(config)
     elif config.model.path in TRANSFORMERS:
-        check_dynamics("velocity", config.rollout.dynamics)  # all of them are SD3
+        check_dynamics("flow_prediction", config.rollout.dynamics)  # all of them are SD3
         _check_known_size(config)
     _check_judges(config, network=False)
 
@@ -144,7 +144,7 @@ def check_size(folder: Path, resolution: int, *, model_field: str, field: str) -
     """UserError naming `field` for a resolution that this pipeline does not draw."""
     index, network = pipeline_index(str(folder), model_field), stored_network(folder)
     vae = _vae(folder, f"{model_field} = {str(folder)!r}")
-    if PREDICTIONS[index["_class_name"]] == "velocity":
+    if PREDICTION_TYPES[index["_class_name"]] == "flow_prediction":
         check_resolution(resolution, network.config, vae.config, field)
     else:
         unit = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -164,9 +164,9 @@ def _check_generator(config: Config) -> None:
     model = config.model
     folder = check_model(model.path, "model.path")
     index = pipeline_index(model.path, "model.path")
-    prediction = PREDICTIONS[index["_class_name"]]
-    check_dynamics(prediction, config.rollout.dynamics)
-    if config.update.objective == "sft" and prediction != "velocity":
+    prediction_type = PREDICTION_TYPES[index["_class_name"]]
+    check_dynamics(prediction_type, config.rollout.dynamics)
+    if config.update.objective == "sft" and prediction_type != "flow_prediction":
         raise UserError(
             "update.objective = sft fits a rectified flow's velocity, but this model predicts noise: use an SD3 model"
         )
@@ -176,7 +176,7 @@ def _check_generator(config: Config) -> None:
     source, network = f"model.path = {model.path!r}", stored_network(folder)
     vae = _vae(folder, source)
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    if prediction == "velocity":
+    if prediction_type == "flow_prediction":
         check_resolution(model.resolution, network.config, vae.config)
         check_schedule(read_json(scheduler, source), model.path)
     else:

@@ -62,15 +62,15 @@ def check(trainer: Trainer, tensors: Tensors, state: Mapping[str, Any]) -> Resto
         monitor=trainer.monitor.checked(entry(own, "monitor", dict)),
     )
     prefixes = ["policy.", "ema.", "optimizer."]
-    if trainer.head_trainer is not None:
+    if trainer.discriminator_trainer is not None:
         adversary = trainer.adversary
         optional = getattr(adversary, "state_added_later", ())
         restored.head = taken(tensors, "head.", adversary.state_dict(), optional=optional)
         restored.head_optimizer = _optimizer(adversary.optimizer, tensors, own, "head_optimizer")
-        restored.replay_counters = _replay_counters(trainer.head_trainer.replay, entry(own, "replay", dict))
+        restored.replay_counters = _replay_counters(trainer.discriminator_trainer.replay, entry(own, "replay", dict))
         if restored.replay_counters["size"]:
-            slots = trainer.head_trainer.row_of_replay().tensors
-            capacity = trainer.head_trainer.replay.capacity
+            slots = trainer.discriminator_trainer.row_of_replay().tensors
+            capacity = trainer.discriminator_trainer.replay.capacity
             slots = {name: row.expand(capacity, *row.shape[1:]) for name, row in slots.items()}
             restored.replay = taken(tensors, "replay.", slots)
         prefixes += ["head.", "head_optimizer.", *(["replay."] if restored.replay else [])]

@@ -140,7 +140,7 @@ class Run:
             if config.learns_adversary
             else None
         )
-        distributed.progress("load what judges pictures", within_seconds=SLOW_SECONDS)
+        distributed.progress("load what judges images", within_seconds=SLOW_SECONDS)
         observer = build_observer(config, adversary, distributed.device)
         if unseen := blind_spots(config, observer):
             self.console.print(unseen, highlight=False)
@@ -250,7 +250,7 @@ class Run:
     def _evaluate(self, *, whole: bool = True, of_base: bool = False) -> dict[str, float]:
         """Held-out metrics of the averaged weights, or of the base model; empty without held-out prompts.
 
-        `whole`: as at the ends of the run, and apart from it over each prompt's first pictures, the only ones that are
+        `whole`: as at the ends of the run, and apart from it over each prompt's first images, the only ones that are
         evaluated in between.
         """
         if not self.evaluator.prompts:
@@ -267,7 +267,7 @@ class Run:
         """The base model: adapters are disabled, so a resumed or LoRA-started run measures the same thing."""
         if not self.evaluator.prompts:
             return {}
-        self.display.say(f"evaluating the base model on {len(self.evaluator.prompts)} held-out prompts")
+        self.display.print_line(f"evaluating the base model on {len(self.evaluator.prompts)} held-out prompts")
         base = self._evaluate(of_base=True)
         self.console.print(f"base model: {_shown(base)}")
         return base
@@ -283,7 +283,7 @@ class Run:
         return found
 
     def _finish(self) -> None:
-        """Export, final evaluation, pictures and summary."""
+        """Export, final evaluation, images and summary."""
         final = self._evaluate()
         self._draw_samples("final", final)
         if not self.distributed.is_main:
@@ -321,21 +321,21 @@ class Run:
             policy.export(self.folder / ("lora" if self.config.model.train == "lora" else policy.component))
 
     def _draw_samples(self, name: str, scores: dict[str, float]) -> None:
-        """OUT/samples/NAME.png: base, trained (but for the base's own grid) and reference pictures."""
+        """OUT/samples/NAME.png: base, trained (but for the base's own grid) and reference images."""
         with self.distributed.monitored("draw samples"):  # rank 0 draws, the others wait
             if not self.distributed.is_main or not self.evaluator.prompts:
                 return
             if name == "base":
-                self.samples["base"] = self.evaluator.base().grid_pictures()
+                self.samples["base"] = self.evaluator.base().grid_images()
             else:
                 with self.trainer.averaged():
-                    self.samples["trained"] = self.evaluator.grid_pictures()
+                    self.samples["trained"] = self.evaluator.grid_images()
             self._write_grid(name, scores)
 
     def _write_grid(self, name: str, scores: dict[str, float]) -> None:
         rows = []
         for number, (prompt, _) in enumerate(self.samples["base"]):
-            blocks = [(column, pictures[number][1]) for column, pictures in self.samples.items()]
+            blocks = [(column, images[number][1]) for column, images in self.samples.items()]
             references = self.evaluator.references
             if references is not None:
                 size = tuple(blocks[0][1].shape[-2:])
@@ -345,12 +345,12 @@ class Run:
         draw_grid(rows, self.folder / "samples" / f"{name}.png", header=self._heading(name, scores))
 
     def _heading(self, name: str, scores: dict[str, float]) -> str:
-        """What a grid shows: the run, how far it is, how it was sampled, and what the held-out pictures score."""
+        """What a grid shows: the run, how far it is, how it was sampled, and what the held-out images score."""
         config, trained = self.config, name != "base"
         stage = f"iteration {self.trainer.iteration} of {config.iterations}" if trained else "base model"
         sampled = f"{config.evaluation.num_steps} steps, guidance {config.evaluation.guidance_scale:g}"
         parts = [self.folder.name, stage, f"seed {config.seed}", sampled]
-        during = not any(name.endswith(FIRST) for name in scores)  # then compare with as many pictures of the base
+        during = not any(name.endswith(FIRST) for name in scores)  # then compare with as many images of the base
         base = held_out_means(self.base, first=during)
         for metric, value in held_out_means(scores).items():
             before = f"{base[metric]:.3f} -> " if trained else ""

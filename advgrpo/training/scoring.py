@@ -1,7 +1,7 @@
-"""What an iteration's pictures are worth: the adversary's score, fixed rewards, their composition, and how like the
+"""What an iteration's images are worth: the adversary's score, fixed rewards, their composition, and how like the
 references they are. Nothing here knows which adversary, observer or reward it is.
 
-Shapes: B local pictures of this process, G global ones of the iteration, by picture number.
+Shapes: B local images of this process, G global ones of the iteration, by image number.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Scored:
     """Rewards of an iteration."""
 
     generated: Features | None  # [B] the adversary's features; None without an adversary
-    reference: Features | None  # [B] the reference paired with each picture
+    reference: Features | None  # [B] the reference paired with each image
     embeddings: torch.Tensor | None  # [B, D] DINO class tokens, for independent statistics; None without a DINO
     rewards: torch.Tensor  # [G] float32, what the generator is trained on
     components: dict[str, torch.Tensor]  # [G] float32 each, raw; "adversary" and the fixed rewards
     reference_rewards: torch.Tensor | None  # [G] float32, the adversary's score of the references
-    dino_similarity: float | None  # mean over all pictures
-    of_references: dict[str, torch.Tensor]  # [G] float32 each, fixed rewards of the references of each picture's prompt
+    dino_similarity: float | None  # mean over all images
+    of_references: dict[str, torch.Tensor]  # [G] float32 each, fixed rewards of the references of each image's prompt
 
     def metrics(self, group_size: int) -> dict[str, float]:
         spread = self.rewards.view(-1, group_size).std(dim=1, correction=0).mean()
@@ -94,7 +94,7 @@ class Scorer:
         adversary: the learned reward, or None.
         reference_features: its features of the references, when there is one.
         rewards: fixed rewards by name.
-        references: the reference pictures, where the run has any.
+        references: the reference images, where the run has any.
         observer: DINO for statistics that no reward is trained on; it may look through the adversary's own backbone.
     """
 
@@ -113,18 +113,18 @@ class Scorer:
         self._shared = self.observer is not None and self.observer.backbone is backbone  # its features exist already
 
     def prefetch(self, prompts: list[str]) -> None:
-        """Begin to load what scoring these prompts' pictures needs."""
+        """Begin to load what scoring these prompts' images needs."""
         if self.reference_features is not None:
             self.reference_features.prefetch(prompts)
 
     def score(self, rollout: Rollout, iteration: int) -> Scored:
-        """Every reward of every picture under the adversary as it stands, gathered over processes.
+        """Every reward of every image under the adversary as it stands, gathered over processes.
 
         Processes may take very different times to sample and to score (a slow judge, references seen for the first
         time): they wait for each other before the gather, for as long as each of them moves on.
 
         Raises:
-            FloatingPointError: a reward of a picture or a reference is not finite; names it and the prompt.
+            FloatingPointError: a reward of an image or a reference is not finite; names it and the prompt.
             CollectiveError: a process has not come any further for too long; names it and the reward.
             StopRequested: somebody asked for the end.
         """
@@ -150,28 +150,28 @@ class Scorer:
         )
 
     def _columns(self, rollout: Rollout, generated: Features | None, reference: Features | None, iteration: int):
-        """(name -> [B], DINO class tokens [B, D] or None) of this process's pictures."""
+        """(name -> [B], DINO class tokens [B, D] or None) of this process's images."""
         columns: dict[str, torch.Tensor] = {}
         if self.adversary is not None:
             columns |= self._adversary_columns(rollout, generated, reference, iteration)
         columns |= self._fixed_columns(rollout)
         if self._of_references is not None:
             self.distributed.step("rewards of the references")
-            found = self._of_references.columns(rollout.prompts, rollout.tiles[0].images)
+            found = self._of_references.columns(rollout.prompts, rollout.micro_batches[0].images)
             columns |= {f"{_COLUMN}{name}": column for name, column in found.items()}
         self.distributed.step("DINO similarity")
         embeddings, similar = self._similarity(rollout, generated)
         return columns if similar is None else {**columns, "_similarity": similar}, embeddings
 
     def _features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
-        """The adversary's features of every picture, computed once, and of one reference each, from the cache."""
-        tiles = self.distributed.stoppable(rollout.tiles, "reward adversary: tile")
-        generated = Features.cat([self.adversary.features(t.images, t.tile.captions) for t in tiles])
+        """The adversary's features of every image, computed once, and of one reference each, from the cache."""
+        micro_batches = self.distributed.stoppable(rollout.micro_batches, "reward adversary: micro-batch")
+        generated = Features.cat([self.adversary.features(t.images, t.micro_batch.captions) for t in micro_batches])
         self.distributed.step("reward adversary: references")
         return generated, self.reference_features.pick(rollout.prompts, self._reference_draws(rollout, iteration))
 
     def _reference_draws(self, rollout: Rollout, iteration: int) -> torch.Tensor:
-        """[B] in [0, 1): which of its prompt's references each picture is paired with (adversary.reference_choice)."""
+        """[B] in [0, 1): which of its prompt's references each image is paired with (adversary.reference_choice)."""
         if self.config.adversary.reference_choice == "in_turn":
             of_prompt = {prompt: len(self.references.files(prompt)) for prompt in dict.fromkeys(rollout.prompts)}
             count = torch.tensor([of_prompt[prompt] for prompt in rollout.prompts])
@@ -190,10 +190,10 @@ class Scorer:
         }
 
     def _fixed_columns(self, rollout: Rollout) -> dict[str, torch.Tensor]:
-        """[B] each: the fixed rewards. They alone get the pictures in one piece, a copy that is gone afterwards."""
+        """[B] each: the fixed rewards. They alone get the images in one piece, a copy that is gone afterwards."""
         if not self.rewards:
             return {}
-        images = torch.cat([tile.images for tile in rollout.tiles])
+        images = torch.cat([micro_batch.images for micro_batch in rollout.micro_batches])
         columns = {}
         for name, reward in self.rewards.items():
             self.distributed.progress(f"reward {name}")
@@ -208,13 +208,13 @@ class Scorer:
         if self._shared:
             embeddings, own = generated["cls"], self.reference_features.prompt
             return embeddings, reference_cosine(embeddings, rollout.prompts, lambda prompt: own(prompt)["cls"])
-        embeddings = torch.cat([self.observer.embed(tile.images) for tile in rollout.tiles])
+        embeddings = torch.cat([self.observer.embed(micro_batch.images) for micro_batch in rollout.micro_batches])
         if self.references is None:
             return embeddings, None
         return embeddings, self.observer.cosine(embeddings, rollout.prompts, self.references)
 
     def _gathered(self, columns: dict[str, torch.Tensor], rollout: Rollout) -> dict[str, torch.Tensor]:
-        """[G] each, by picture number: one gather for all of them."""
+        """[G] each, by image number: one gather for all of them."""
         table = torch.stack([column.float() for column in columns.values()], dim=1)
         ids = self.distributed.all_gather(to_device(rollout.image_ids, table.device))
         return dict(zip(columns, self.distributed.all_gather(table)[ids.argsort()].unbind(1)))
@@ -232,7 +232,7 @@ def _check_finite(columns: Mapping[str, torch.Tensor], rollout: Rollout, config:
             first = next((i for i in bad if i in local), bad[0])  # one whose prompt this process knows
             named = f"prompt {local[first]!r}" if first in local else f"group {first // config.rollout.group_size}"
             raise FloatingPointError(
-                f"{_what(name)} of {len(bad)} pictures is not finite, first that of {named} (picture {first}): "
+                f"{_what(name)} of {len(bad)} images is not finite, first that of {named} (image {first}): "
                 f"{values[first]}. No score is made up for it; {_to_blame(rollout)}"
             )
 
@@ -249,10 +249,10 @@ def _what(column: str) -> str:
 
 
 def _to_blame(rollout: Rollout) -> str:
-    """What to look at: rewards of pictures that are not finite are no fault of the reward."""
-    if all(bool(tile.images.isfinite().all()) for tile in rollout.tiles):
+    """What to look at: rewards of images that are not finite are no fault of the reward."""
+    if all(bool(micro_batch.images.isfinite().all()) for micro_batch in rollout.micro_batches):
         return "check the reward model and its precision"
     return (
-        "the pictures themselves are not finite: look at what drew them (rollout.guidance_scale, model.dtype, "
+        "the images themselves are not finite: look at what drew them (rollout.guidance_scale, model.dtype, "
         "model.lora.start_from, update.learning_rate), not at the reward"
     )

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 
 import torch
 
-from advgrpo.adversary.trainer import Due, HeadBatch, HeadTrainer, due, paired_accuracy
+from advgrpo.adversary.trainer import (
+    DiscriminatorBatch,
+    DiscriminatorTrainer,
+    UpdatePlan,
+    paired_accuracy,
+    plan_updates,
+)
 from advgrpo.config import Config
 from advgrpo.data.prompts import GroupSampler
 from advgrpo.monitor.image_statistics import ReferenceStatistics, measure
@@ -29,7 +35,7 @@ from advgrpo.training.fast import FastPaths
 from advgrpo.training.scoring import Scored, Scorer
 from advgrpo.training.supervised import SupervisedUpdater
 from advgrpo.training.update import Updater
-from advgrpo.types import Conditioning, Flag, Rollout, Tile, TileRollout
+from advgrpo.types import Conditioning, Flag, MicroBatch, MicroBatchRollout, Rollout
 from advgrpo_kernels import group_advantages
 
 
@@ -71,10 +77,10 @@ class Trainer:
             else None
         )
         self.adversary = scorer.adversary
-        self.head_trainer = (
+        self.discriminator_trainer = (
             None
             if self.adversary is None
-            else HeadTrainer(
+            else DiscriminatorTrainer(
                 self.adversary,
                 reduce=distributed.all_reduce_sum,
                 rank=distributed.rank,
@@ -115,7 +121,7 @@ class Trainer:
         return metrics | phase_seconds
 
     def reinforce(self, iteration: int, phases: Phases) -> dict[str, float]:
-        """Rollout, rewards, head updates, generator update. Returns the metrics."""
+        """Rollout, rewards, discriminator updates, generator update. Returns the metrics."""
         window = window_steps(self.config, iteration)
         table = step_table(self.policy, self.config.rollout.num_steps, window, rollout=self.config.rollout)
         with phases.measure("sample"):
@@ -123,24 +129,27 @@ class Trainer:
         with phases.measure("score"):
             scored = self.scorer.score(rollout, iteration)
         self.clean.begin()
-        with phases.measure("adversary"):
-            plan, head_metrics = self.train_head(rollout, scored, iteration)
+        with phases.measure("discriminator"):
+            plan, discriminator_metrics = self.train_discriminator(rollout, scored, iteration)
         with phases.measure("update"):
             update_metrics = self.update(rollout, scored, table) if plan.generator else _NO_UPDATE
             self.ema.global_step += not plan.generator  # the released code counts such an iteration as a step
-        metrics = {**scored.metrics(self.config.rollout.group_size), **head_metrics, **update_metrics}
+        metrics = {**scored.metrics(self.config.rollout.group_size), **discriminator_metrics, **update_metrics}
         with phases.measure("monitor"):
-            metrics |= self.watch(metrics, iteration, rollout, scored)
+            metrics |= self.monitor_metrics(metrics, iteration, rollout, scored)
         return metrics
 
     def imitate(self, iteration: int, phases: Phases) -> dict[str, float]:
         """Supervised fine-tuning: one optimizer step per window on references of the iteration's prompts."""
-        windows, reports = self.config.update.optimizer_windows, []
-        tiles, total = self.tiles(iteration), self.config.images_per_iteration // windows
+        windows, reports = self.config.update.minibatches, []
+        micro_batches, total = self.micro_batches(iteration), self.config.images_per_iteration // windows
         self.clean.begin()
         with phases.measure("update"):
             for window in range(windows):
-                mine = self._pieces([tile for tile in tiles if tile.optimizer_window == window], "update: tile")
+                mine = self._pieces(
+                    [micro_batch for micro_batch in micro_batches if micro_batch.minibatch == window],
+                    "update: micro-batch",
+                )
                 loss = self.supervised.accumulate(mine, iteration, total=total)
                 reports.append(torch.stack([loss, self.updater.step().double()]))
             everywhere = self.distributed.all_gather(torch.stack(reports)[None]).cpu()  # [processes, windows, 2]
@@ -149,7 +158,7 @@ class Trainer:
         loss = everywhere[..., 0].sum().item() / self.config.images_per_iteration
         metrics = {"sft_loss": loss, "grad_norm": norms.mean().item()}
         with phases.measure("monitor"):
-            metrics |= self.watch(metrics, iteration)
+            metrics |= self.monitor_metrics(metrics, iteration)
         return metrics
 
     def abandon(self) -> None:
@@ -162,21 +171,22 @@ class Trainer:
         with self.clean.changed(), self.ema.swap():
             yield
 
-    def _pieces(self, tiles: list, what: str) -> Iterator:
-        """Tiles of the update: it may end between them where the iteration's start is kept."""
+    def _pieces(self, micro_batches: list, what: str) -> Iterator:
+        """Micro-batches of the update: it may end between them where the iteration's start is kept."""
         if self.clean.known or not self.distributed.is_main:
-            yield from self.distributed.stoppable(tiles, what)
+            yield from self.distributed.stoppable(micro_batches, what)
             return
-        for number, tile in enumerate(tiles, 1):
-            self.distributed.progress(f"{what} {number} of {len(tiles)}")
-            yield tile
+        for number, micro_batch in enumerate(micro_batches, 1):
+            self.distributed.progress(f"{what} {number} of {len(micro_batches)}")
+            yield micro_batch
 
-    def tiles(self, iteration: int) -> list[Tile]:
-        """This process's tiles, in order of optimizer window. Which tiles exist does not depend on the processes."""
+    def micro_batches(self, iteration: int) -> list[MicroBatch]:
+        """This process's micro-batches, in order of minibatch. Which micro-batches exist does not depend on the
+        processes."""
         rollout = self.config.rollout
         size, micro = rollout.group_size, rollout.micro_batch
         prompt_of_group = self.groups.next(iteration)
-        windows = self.config.update.optimizer_windows
+        windows = self.config.update.minibatches
         per_window = self.config.images_per_iteration // (micro * windows)
         share = per_window // self.distributed.world_size
         mine = []
@@ -187,60 +197,67 @@ class Trainer:
                 group_ids = ids // size
                 groups = group_ids.unique()
                 prompts = [self.prompts[prompt_of_group[g]] for g in groups.tolist()]
-                mine.append(Tile(ids, prompts, groups, torch.searchsorted(groups, group_ids), window))
+                mine.append(MicroBatch(ids, prompts, groups, torch.searchsorted(groups, group_ids), window))
         return mine
 
     def rollout(self, table: StepTable, iteration: int) -> Rollout:
-        """Sample this process's pictures; draws are keyed by group or picture number, never by tile or process."""
+        """Sample this process's images; draws are keyed by group or image number, never by micro-batch or process."""
         seed = self.config.seed
         initial_seed = rng.derive_seed(seed, "initial_noise", iteration)
         noise_seed = rng.derive_seed(seed, "step_noise", iteration)
         self.policy.merge()
         self._merge_error = self.policy.merge_error() if self.monitor.due(iteration) else None
-        tiles, rollouts = self.tiles(iteration), []
-        self.scorer.prefetch([prompt for tile in tiles for prompt in tile.prompts])  # while the GPU samples
-        encoded: dict[tuple[str, ...], Conditioning] = {}  # the tiles of a prompt share its embeddings
-        for tile in self.distributed.stoppable(tiles, "sample: tile"):
-            texts = tuple(tile.prompts)
+        micro_batches, rollouts = self.micro_batches(iteration), []
+        self.scorer.prefetch(
+            [prompt for micro_batch in micro_batches for prompt in micro_batch.prompts]
+        )  # while the GPU samples
+        encoded: dict[tuple[str, ...], Conditioning] = {}  # the micro-batches of a prompt share its embeddings
+        for micro_batch in self.distributed.stoppable(micro_batches, "sample: micro-batch"):
+            texts = tuple(micro_batch.prompts)
             if texts not in encoded:
-                encoded[texts] = self.policy.encode(tile.prompts)
-            owners = tile.prompt_groups if self.sampler.shared_noise else tile.image_ids
+                encoded[texts] = self.policy.encode(micro_batch.prompts)
+            owners = micro_batch.prompt_groups if self.sampler.shared_noise else micro_batch.image_ids
             latents, steps = self.sampler.run(
                 table,
                 encoded[texts],
                 self.sampler.initial_latents(initial_seed, owners),
-                to_device(tile.row, self.policy.device),
+                to_device(micro_batch.row, self.policy.device),
                 noise_seed=noise_seed,
-                image_ids=to_device(tile.image_ids, self.policy.device),
+                image_ids=to_device(micro_batch.image_ids, self.policy.device),
             )
-            rollouts.append(TileRollout(tile, encoded[texts], steps, self.policy.decode(latents)))
+            rollouts.append(MicroBatchRollout(micro_batch, encoded[texts], steps, self.policy.decode(latents)))
         return Rollout(rollouts)
 
-    def train_head(self, rollout: Rollout, scored: Scored, iteration: int) -> tuple[Due, dict[str, float]]:
-        """Head updates when the schedule says so; generations are remembered for later iterations either way."""
-        if self.head_trainer is None:
-            return Due(0, True), {}
-        batch = HeadBatch(rollout.image_ids, scored.generated, scored.reference, total=self.config.images_per_iteration)
+    def train_discriminator(
+        self, rollout: Rollout, scored: Scored, iteration: int
+    ) -> tuple[UpdatePlan, dict[str, float]]:
+        """Discriminator updates when the schedule says so; generations are remembered for later iterations either
+        way."""
+        if self.discriminator_trainer is None:
+            return UpdatePlan(0, True), {}
+        batch = DiscriminatorBatch(
+            rollout.image_ids, scored.generated, scored.reference, total=self.config.images_per_iteration
+        )
         sides = scored.components["adversary"], scored.reference_rewards
         paired = paired_accuracy(*sides, self.config.rollout.group_size)
         local = torch.stack([*(rewards.mean() for rewards in sides), paired]).tolist()
         *means, paired = self.distributed.gather_json(local)[0]  # one process decides how many updates all of them run
         self.adversary.centre(*means)
-        loss, accuracy = self.head_trainer.evaluate(batch, iteration)
-        plan = due(self.config.adversary, iteration, *means, self.config.update.optimizer_windows)
-        losses = self.head_trainer.train(batch, iteration, plan.head_updates)
-        if plan.head_updates:
-            self.head_trainer.check(losses, iteration)
-        self.head_trainer.remember(batch, iteration, self.distributed.all_gather)
+        loss, accuracy = self.discriminator_trainer.evaluate(batch, iteration)
+        plan = plan_updates(self.config.adversary, iteration, *means, self.config.update.minibatches)
+        losses = self.discriminator_trainer.train(batch, iteration, plan.discriminator_updates)
+        if plan.discriminator_updates:
+            self.discriminator_trainer.check(losses, iteration)
+        self.discriminator_trainer.add_to_replay(batch, iteration, self.distributed.all_gather)
         return plan, {
-            "adversary_loss": loss,
-            "adversary_accuracy": paired if accuracy is None else accuracy,
-            "adversary_paired_accuracy": paired,
-            "adversary_updates": plan.head_updates,
+            "discriminator_loss": loss,
+            "discriminator_accuracy": paired if accuracy is None else accuracy,
+            "discriminator_paired_accuracy": paired,
+            "discriminator_updates": plan.discriminator_updates,
         }
 
     def update(self, rollout: Rollout, scored: Scored, table: StepTable) -> dict[str, float]:
-        """Advantages, then one optimizer step and one EMA step per optimizer window."""
+        """Advantages, then one optimizer step and one EMA step per minibatch."""
         config = self.config
         image_ids = torch.arange(config.images_per_iteration, device=scored.rewards.device)
         result = group_advantages(
@@ -250,17 +267,19 @@ class Trainer:
             eps=config.advantage.eps,
             clip=config.advantage.clip,
         )
-        windows = config.update.optimizer_windows
+        windows = config.update.minibatches
         reports = []
         if config.update.old_log_prob != "rollout":
-            reweighed = self.updater.reweigh(self._pieces(rollout.tiles, "reweigh: tile"), table)
+            reweighed = self.updater.reweigh(self._pieces(rollout.micro_batches, "reweigh: micro-batch"), table)
         for window in range(windows):
-            tiles = self._pieces([t for t in rollout.tiles if t.tile.optimizer_window == window], "update: tile")
+            micro_batches = self._pieces(
+                [t for t in rollout.micro_batches if t.micro_batch.minibatch == window], "update: micro-batch"
+            )
             total = config.images_per_iteration // windows
-            part = self.updater.accumulate(tiles, result.advantages, table, total=total, watch_kl=window == 0)
-            drift = part.max_drift()
-            norm = self.updater.step(drift if window == 0 else None)
-            reports.append(torch.cat([part.sums(), torch.stack([drift, norm]).double()]))
+            part = self.updater.accumulate(micro_batches, result.advantages, table, total=total, watch_kl=window == 0)
+            mismatch = part.max_mismatch()
+            norm = self.updater.step(mismatch if window == 0 else None)
+            reports.append(torch.cat([part.sums(), torch.stack([mismatch, norm]).double()]))
         return {
             "zero_std_fraction": float(result.zero_std_fraction),
             **self._update_metrics(torch.stack(reports)),
@@ -268,17 +287,17 @@ class Trainer:
         }
 
     def _update_metrics(self, reports: torch.Tensor) -> dict[str, float]:
-        """Metrics of [optimizer windows, 8] local reports: the one place where the update waits for the device.
+        """Metrics of [minibatches, 8] local reports: the one place where the update waits for the device.
 
         Raises:
-            DriftError, FloatingPointError: see `Updater.check`; nothing was stepped.
+            LogProbMismatchError, FloatingPointError: see `Updater.check`; nothing was stepped.
         """
         everywhere = self.distributed.all_gather(reports[None]).cpu()  # [processes, windows, 8]
-        sums, drift, norms = everywhere[..., :6].sum(0), everywhere[:, 0, 6].max().item(), everywhere[0, :, 7]
-        self.updater.check(drift, norms.tolist(), self.iteration)
+        sums, mismatch, norms = everywhere[..., :6].sum(0), everywhere[:, 0, 6].max().item(), everywhere[0, :, 7]
+        self.updater.check(mismatch, norms.tolist(), self.iteration)
         loss, ratio, clipped, kl, pairs, kl_pairs = sums.sum(0).tolist()
         return {
-            "log_prob_drift_max": drift,
+            "log_prob_mismatch_max": mismatch,
             "grad_norm": norms.mean().item(),
             "policy_loss": loss / pairs,
             "kl": kl / kl_pairs,
@@ -291,12 +310,12 @@ class Trainer:
         """How far the rollout's policy was from the trainer's (update.old_log_prob)."""
         gap, weight, capped, pairs = self.distributed.all_gather(sums[None]).sum(0).tolist()
         return {
-            "rollout_log_prob_gap": gap / pairs,
+            "log_prob_mismatch_mean": gap / pairs,
             "importance_weight_mean": weight / pairs,
             "importance_capped_fraction": capped / pairs,
         }
 
-    def watch(
+    def monitor_metrics(
         self,
         metrics: dict[str, float],
         iteration: int,
@@ -305,21 +324,21 @@ class Trainer:
     ) -> dict[str, float]:
         """Judge the iteration if it is due: sets `flags` and returns the statistics that they rest on.
 
-        Without a rollout there are no pictures to look at.
+        Without a rollout there are no images to look at.
         """
         if not self.monitor.due(iteration):
             return {}
-        group_size, pictures = self.config.rollout.group_size, None
+        group_size, images = self.config.rollout.group_size, None
         if rollout is not None:
-            pictures = measure(rollout, scored.embeddings, self.reference_statistics, group_size, self.distributed)
+            images = measure(rollout, scored.embeddings, self.reference_statistics, group_size, self.distributed)
         rms = None  # of the gradient as Adam sees it: clipped, over all trained elements
         if metrics["grad_norm"] is not None:
             elements = sum(p.numel() for _, p in self.policy.trainable_parameters())
             rms = min(metrics["grad_norm"], self.config.update.max_grad_norm) / elements**0.5
-        statistics = {**(pictures.metrics() if pictures else {}), "monitor_gradient_rms": rms}
+        statistics = {**(images.metrics() if images else {}), "monitor_gradient_rms": rms}
         if rollout is not None and self._merge_error is not None:
             statistics["monitor_merge_error"] = self._merge_error.item()
-        self.flags = self.monitor.check({"iteration": iteration, **metrics, **statistics}, pictures)
+        self.flags = self.monitor.check({"iteration": iteration, **metrics, **statistics}, images)
         return statistics
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
@@ -332,9 +351,9 @@ class Trainer:
         }
         steps = {"iteration": self.iteration, "global_step": self.ema.global_step}
         state = {**steps, "optimizer": optimizer_state, "monitor": self.monitor.state()}
-        if self.head_trainer is not None:
+        if self.discriminator_trainer is not None:
             head_tensors, state["head_optimizer"] = pack_optimizer(self.adversary.optimizer, "head_optimizer")
-            replay_tensors, state["replay"] = self.head_trainer.replay.state()
+            replay_tensors, state["replay"] = self.discriminator_trainer.replay.state()
             tensors |= {
                 **{f"head.{name}": t for name, t in self.adversary.state_dict().items()},
                 **{f"replay.{name}": t for name, t in replay_tensors.items()},
@@ -354,10 +373,10 @@ class Trainer:
                 parameter.copy_(found.policy[name])
         self.ema.load_state_dict(found.ema)
         self.updater.optimizer.load_state_dict(found.optimizer)
-        if self.head_trainer is not None:
+        if self.discriminator_trainer is not None:
             self.adversary.load_state_dict(found.head)
             self.adversary.optimizer.load_state_dict(found.head_optimizer)
-            self.head_trainer.load(found.replay, found.replay_counters)
+            self.discriminator_trainer.load(found.replay, found.replay_counters)
         self.monitor.load(found.monitor)
         self.flags = self.monitor.active()
         self.iteration, self.ema.global_step = found.iteration, found.global_step
@@ -372,7 +391,7 @@ _NO_UPDATE: dict[str, float | None] = dict.fromkeys(
         "ratio_mean",
         "clip_fraction",
         "pre_update_clip_fraction",
-        "log_prob_drift_max",
+        "log_prob_mismatch_max",
         "grad_norm",
     )
 )

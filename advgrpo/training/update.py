@@ -1,7 +1,7 @@
-"""The generator's update: clipped policy loss on the window's steps, one optimizer step per optimizer window.
+"""The generator's update: clipped policy loss on the window's steps, one optimizer step per minibatch.
 
-The forward repeats the rollout's own: same tiles, same weights, same batch shapes, so before the first optimizer step
-every likelihood ratio is exactly 1.
+The forward repeats the rollout's own: same micro-batches, same weights, same batch shapes, so before the first
+optimizer step every likelihood ratio is exactly 1.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
 from advgrpo.training.ema import Ema
 from advgrpo.training.optimizer import build_optimizer
-from advgrpo.types import TileRollout, WindowStep
+from advgrpo.types import MicroBatchRollout, WindowStep
 from advgrpo_kernels import clipped_policy_loss, gaussian_log_prob, gaussian_step
 
 
-class DriftError(RunFailure):
+class LogProbMismatchError(RunFailure):
     """Log-probabilities of the update differ from the rollout's although the weights are the same."""
 
 
 @dataclass
 class UpdateStats:
-    """Sums over this process's (picture, step) pairs of an optimizer window; they stay on the device."""
+    """Sums over this process's (image, step) pairs of a minibatch; they stay on the device."""
 
     device: torch.device
     pairs: int = 0
@@ -37,7 +37,7 @@ class UpdateStats:
     ratio: list[torch.Tensor] = field(default_factory=list)
     clipped: list[torch.Tensor] = field(default_factory=list)
     kl: list[torch.Tensor] = field(default_factory=list)
-    drift: list[torch.Tensor] = field(default_factory=list)  # max |log p - log p_old| of each tile and step
+    mismatch: list[torch.Tensor] = field(default_factory=list)  # max |log p - log p_old| of each micro-batch and step
 
     def sums(self) -> torch.Tensor:
         """[6] float64: loss, ratio, clipped, kl, pairs, kl_pairs."""
@@ -46,14 +46,14 @@ class UpdateStats:
         counts = [zero + self.pairs, zero + self.kl_pairs]
         return torch.stack([*totals, *counts]).double()
 
-    def max_drift(self) -> torch.Tensor:
-        return torch.stack(self.drift).max() if self.drift else torch.zeros((), device=self.device)
+    def max_mismatch(self) -> torch.Tensor:
+        return torch.stack(self.mismatch).max() if self.mismatch else torch.zeros((), device=self.device)
 
 
 class Updater:
-    """Accumulates gradients over tiles, sums them over processes in one flat all-reduce, clips and steps.
+    """Accumulates gradients over micro-batches, sums them over processes in one flat all-reduce, clips and steps.
 
-    Nothing here waits for the device on the fast path. A gradient that is not finite, or a drift above the bound,
+    Nothing here waits for the device on the fast path. A gradient that is not finite, or a mismatch above the bound,
     leaves the weights as they are: it makes this and all later gradients of the iteration not finite, which the
     optimizer refuses; `check` reports it when the iteration is logged.
     """
@@ -75,18 +75,18 @@ class Updater:
         self._poison = torch.zeros((), device=policy.device)  # 0, or NaN once an iteration went wrong
 
     @torch.no_grad()
-    def reweigh(self, tiles: Iterable[TileRollout], table: StepTable) -> torch.Tensor:
+    def reweigh(self, micro_batches: Iterable[MicroBatchRollout], table: StepTable) -> torch.Tensor:
         """Replace the rollout's log-probabilities by the trainer's, before any optimizer step.
 
         For rollouts whose window ran other weights than are trained (config: update.old_log_prob). With
-        "truncated_importance" each picture's loss is weighted by min(p_trainer / p_rollout, cap) (Yao et al. 2025).
+        "truncated_importance" each image's loss is weighted by min(p_trainer / p_rollout, cap) (Yao et al. 2025).
 
         Returns:
             [4] float64 sums over pairs: |log p_trainer - log p_rollout|, weight, share at the cap, pairs.
         """
         sums = torch.zeros(4, dtype=torch.float64, device=self.policy.device)
-        for rollout in tiles:
-            row = to_device(rollout.tile.row, self.policy.device)
+        for rollout in micro_batches:
+            row = to_device(rollout.micro_batch.row, self.policy.device)
             prompts = self._prepare(rollout, table)
             for step in rollout.steps:
                 latents, velocity = self._expanded(step, self._velocity(step, prompts, row, table), row)
@@ -109,48 +109,54 @@ class Updater:
         return sums
 
     def accumulate(
-        self, tiles: Iterable[TileRollout], advantages: torch.Tensor, table: StepTable, *, total: int, watch_kl: bool
+        self,
+        micro_batches: Iterable[MicroBatchRollout],
+        advantages: torch.Tensor,
+        table: StepTable,
+        *,
+        total: int,
+        watch_kl: bool,
     ) -> UpdateStats:
-        """Gradients of one optimizer window. `advantages` is [B global], indexed by image id; `total` is the window's
-        number of pictures over all processes. `watch_kl` measures the KL to the base on the first step of picture 0's
-        tile even when the loss does not use it: with a shared prefix that forward has one row per prompt.
+        """Gradients of one minibatch. `advantages` is [B global], indexed by image id; `total` is the window's
+        number of images over all processes. `watch_kl` measures the KL to the base on the first step of image 0's
+        micro-batch even when the loss does not use it: with a shared prefix that forward has one row per prompt.
         """
         self.zero_gradients()
         stats = UpdateStats(self.policy.device)
         weight = 1.0 / (total * len(table.trained))
-        for rollout in tiles:
-            row = to_device(rollout.tile.row, self.policy.device)
+        for rollout in micro_batches:
+            row = to_device(rollout.micro_batch.row, self.policy.device)
             prompts = self._prepare(rollout, table)
-            tile_advantages = advantages[to_device(rollout.tile.image_ids, advantages.device)]
+            micro_batch_advantages = advantages[to_device(rollout.micro_batch.image_ids, advantages.device)]
             for number, step in enumerate(rollout.steps):
-                watched = watch_kl and number == 0 and int(rollout.tile.image_ids[0]) == 0
+                watched = watch_kl and number == 0 and int(rollout.micro_batch.image_ids[0]) == 0
                 measure_kl = self.config.update.kl_weight > 0 or watched
                 velocity = self._velocity(step, prompts, row, table)
-                loss = self._loss(step, velocity, prompts, row, tile_advantages, table, measure_kl)
+                loss = self._loss(step, velocity, prompts, row, micro_batch_advantages, table, measure_kl)
                 self._backward(step, velocity, loss, len(row) * weight)
                 self._record(stats, loss, step, measure_kl)
         return stats
 
     def zero_gradients(self) -> None:
-        """Before an optimizer window's gradients are accumulated."""
+        """Before a minibatch's gradients are accumulated."""
         for _, parameter in self.named:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             else:
                 parameter.grad.zero_()
 
-    def _prepare(self, rollout: TileRollout, table: StepTable) -> PreparedPrompts:
+    def _prepare(self, rollout: MicroBatchRollout, table: StepTable) -> PreparedPrompts:
         """The same call on the same embeddings as in the rollout, so the same bits."""
         return self.policy.prepare(rollout.conditioning, table.timesteps, guided=self._guidance != 1.0)
 
     def _velocity(self, step: WindowStep, prompts: PreparedPrompts, row: torch.Tensor, table: StepTable) -> Velocity:
         """As the rollout computed it: one row per prompt where those are still identical."""
-        return self.policy.velocity(
+        return self.policy.predict(
             step.latents, table.numbers[step.step], prompts if step.shared else prompts.rows(row)
         )
 
     def _expanded(self, step: WindowStep, velocity: Velocity, row: torch.Tensor) -> tuple[torch.Tensor, Velocity]:
-        """(latents, velocity), one row per picture, detached."""
+        """(latents, velocity), one row per image, detached."""
         tensors = [None if t is None else t.detach() for t in (step.latents, *velocity)]
         if step.shared:
             tensors = [None if t is None else t.index_select(0, row) for t in tensors]
@@ -161,7 +167,7 @@ class Updater:
         latents, expanded = self._expanded(step, velocity, row)
         reference_mean = None
         if measure_kl:
-            with torch.no_grad(), self.policy.reference():
+            with torch.no_grad(), self.policy.disable_adapter():
                 _, base = self._expanded(step, self._velocity(step, prompts, row, table), row)
             reference_mean = gaussian_step(
                 latents, base[0], coefficients, uncond_velocity=base[1], guidance_scale=self._guidance,
@@ -198,7 +204,7 @@ class Updater:
             if output is None:
                 continue
             gradient = gradient * weight
-            if step.shared:  # pictures of a prompt lie next to each other: a sum in fixed order
+            if step.shared:  # images of a prompt lie next to each other: a sum in fixed order
                 gradient = gradient.unflatten(0, (len(output), -1)).sum(1)
             outputs.append(output)
             gradients.append(gradient)
@@ -214,19 +220,19 @@ class Updater:
         stats.loss.append(loss.loss.detach() * rows)
         stats.ratio.append(loss.ratio.sum())
         stats.clipped.append(loss.clip_fraction * rows)
-        stats.drift.append((loss.log_prob - step.log_prob).abs().max())
+        stats.mismatch.append((loss.log_prob - step.log_prob).abs().max())
         if measured_kl:
             stats.kl.append(loss.kl * rows)
             stats.kl_pairs += rows
 
-    def step(self, drift: torch.Tensor | None = None) -> torch.Tensor:
+    def step(self, mismatch: torch.Tensor | None = None) -> torch.Tensor:
         """Sum gradients over processes, clip, step; returns the gradient norm before clipping, on the device.
 
-        `drift` is this process's, where no step was taken since the rollout: above update.max_log_prob_drift it makes
-        the gradient NaN, on every process, and nothing is stepped.
+        `mismatch` is this process's, where no step was taken since the rollout: above update.max_log_prob_mismatch it
+        makes the gradient NaN, on every process, and nothing is stepped.
         """
-        if drift is not None:
-            above = ~(drift <= self.config.update.max_log_prob_drift)
+        if mismatch is not None:
+            above = ~(mismatch <= self.config.update.max_log_prob_mismatch)
             self._poison.copy_(torch.where(above, torch.nan, 0.0))
         gradients = [p.grad for _, p in self.named]
         gradients[0].add_(self._poison)
@@ -235,18 +241,18 @@ class Updater:
         self._poison.add_(norm * 0.0)  # NaN for a norm that is not finite
         return norm
 
-    def check(self, drift: float, norms: list[float], iteration: int) -> None:
+    def check(self, mismatch: float, norms: list[float], iteration: int) -> None:
         """Raise what stopped the optimizer, with the values the log has just read.
 
         Raises:
-            DriftError: log-probabilities moved before the first step.
+            LogProbMismatchError: log-probabilities moved before the first step.
             FloatingPointError: a gradient was not finite.
         """
-        bound = self.config.update.max_log_prob_drift
-        if not drift <= bound:
-            raise DriftError(
-                f"iteration {iteration}: log-probabilities moved by {drift:.3e} before any optimizer step "
-                f"(update.max_log_prob_drift = {bound:g}). Rollout and update must run the same forward; raise the "
+        bound = self.config.update.max_log_prob_mismatch
+        if not mismatch <= bound:
+            raise LogProbMismatchError(
+                f"iteration {iteration}: log-probabilities moved by {mismatch:.3e} before any optimizer step "
+                f"(update.max_log_prob_mismatch = {bound:g}). Rollout and update must run the same forward; raise the "
                 "bound only if you know why they differ"
             )
         bad = [norm for norm in norms if not norm < float("inf")]

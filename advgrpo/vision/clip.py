@@ -1,6 +1,6 @@
 """CLIP as the rewards use it: one loader, text embeddings kept per prompt, image embeddings of tensors.
 
-Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; embeddings [B, E] float32, L2-normalised.
+Shapes: B images [B, 3, H, W] float32 in [0, 1]; embeddings [B, E] float32, L2-normalised.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ClipModel:
         side = self.model.config.vision_config.image_size
         made = self.preprocess.crop or self.preprocess.size
         if made != (side, side):
-            raise UserError(f"{field} = {source!r} makes pictures of {made}, but the model looks at {side}x{side}")
+            raise UserError(f"{field} = {source!r} makes images of {made}, but the model looks at {side}x{side}")
 
     @torch.no_grad()
     def text_embeddings(self, prompts: list[str]) -> torch.Tensor:
@@ -97,7 +97,7 @@ class ClipModel:
 
     @torch.no_grad()
     def image_embeddings(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, E] of B pictures."""
+        """[B, E] of B images."""
         pixels = self.preprocess(images).to(self.model.dtype)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)

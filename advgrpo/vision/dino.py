@@ -1,6 +1,6 @@
 """DINOv2 (arXiv 2304.07193), frozen: the adversary's backbone and what independent statistics look through.
 
-Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; features cls [B, D], patches [B, P, D].
+Shapes: B images [B, 3, H, W] float32 in [0, 1]; features cls [B, D], patches [B, P, D].
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DinoBackbone:
 
     @property
     def cache_key(self) -> str:
-        """What features depend on beside the picture: every weight, the configuration, precision, preprocessing."""
+        """What features depend on beside the image: every weight, the configuration, precision, preprocessing."""
         preprocessing = f"bicubic antialiased:{self.image_size}:{_MEAN}:{_STD}"
         return f"dino:{module_fingerprint(self.model, self.model.dtype, preprocessing)}"
 

@@ -1,10 +1,10 @@
-"""Pictures as a vision tower wants them: what its `preprocessor_config.json` says, on tensors and on their device.
+"""Images as a vision tower wants them: what its `preprocessor_config.json` says, on tensors and on their device.
 
 The same as transformers' CLIPImageProcessor and SiglipImageProcessor within 1.1 of 256 levels: PIL rounds to levels
 between the two passes of its resize and after it, tensors do not. PIL also clips between the passes: they differ more
 where an edge overshoots black or white: 5 levels at the edges of flat drawings (0.008 on average) from 512 to 224 px.
 
-Shapes: B pictures [B, 3, H, W] float32 in [0, 1], at the model's side [B, 3, h, w].
+Shapes: B images [B, 3, H, W] float32 in [0, 1], at the model's side [B, 3, h, w].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ImagePreprocess:
         short_side: resize the shorter side to this and keep the aspect ratio; or
         size: (height, width) to resize to whatever the aspect ratio.
         crop: (height, width) cut from the centre after the resize; None for no crop.
-        mean, std: of each channel, for pictures in [0, 1].
+        mean, std: of each channel, for images in [0, 1].
         mode: "bicubic" or "bilinear".
     """
 
@@ -58,7 +58,7 @@ class ImagePreprocess:
     ) -> ImagePreprocess:
         """Read the processor settings in a folder or hub repository; `field` names the setting in errors.
 
-        `size` overrules them: pictures are resized to it and not cropped.
+        `size` overrules them: images are resized to it and not cropped.
 
         Raises:
             UserError: no such file, or settings that are not CLIP's or SigLIP's kind.
@@ -76,12 +76,12 @@ class ImagePreprocess:
 
     @property
     def settings(self) -> str:
-        """Everything the result depends on beside the picture, for cache keys."""
+        """Everything the result depends on beside the image, for cache keys."""
         values = [*self._mean.flatten().tolist(), *self._std.flatten().tolist()]
         return f"{self.short_side}:{self.size}:{self.crop}:{self.mode}:{values}"
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """What pictures of this size are resized to, before the crop."""
+        """What images of this size are resized to, before the crop."""
         if self.size is not None:
             return self.size
         if self.short_side is None:
@@ -94,7 +94,7 @@ class ImagePreprocess:
         """[B, 3, H, W] in [0, 1] -> [B, 3, h, w] float32, normalised, on this object's device.
 
         Raises:
-            ValueError: another shape or an integer type; a picture that is smaller than the crop after the resize.
+            ValueError: another shape or an integer type; an image that is smaller than the crop after the resize.
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"want float images [B, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}")
@@ -105,7 +105,7 @@ class ImagePreprocess:
         if self.crop is not None:
             top, left = (size[0] - self.crop[0]) // 2, (size[1] - self.crop[1]) // 2
             if top < 0 or left < 0:
-                raise ValueError(f"pictures of {size} are smaller than the crop {self.crop}")
+                raise ValueError(f"images of {size} are smaller than the crop {self.crop}")
             images = images[..., top : top + self.crop[0], left : left + self.crop[1]]
         return (images - self._mean) / self._std
 

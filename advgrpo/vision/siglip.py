@@ -1,6 +1,6 @@
 """SigLIP (arXiv 2303.15343), frozen, as another backbone of the adversary: the same head on its features.
 
-Shapes: B pictures [B, 3, H, W] float32 in [0, 1]; features "cls" [B, D], the attention-pooled picture, and "patches"
+Shapes: B images [B, 3, H, W] float32 in [0, 1]; features "cls" [B, D], the attention-pooled image, and "patches"
 [B, P, D]; there is no class token.
 """
 
@@ -19,7 +19,7 @@ from advgrpo.vision.preprocess import ImagePreprocess
 class SiglipBackbone:
     """A frozen SiglipVisionModel, from a folder or hub id of a SigLIP or of its vision model alone.
 
-    Pictures are resized to `image_size`, mean and standard deviation are the model's own; positions are interpolated
+    Images are resized to `image_size`, mean and standard deviation are the model's own; positions are interpolated
     where the model was trained at another size.
 
     Raises:
@@ -37,7 +37,7 @@ class SiglipBackbone:
         )
         config = model.config
         if not getattr(config, "vision_use_head", True):
-            raise UserError(f"adversary.backbone = {path!r} has no pooling head, so nothing describes a whole picture")
+            raise UserError(f"adversary.backbone = {path!r} has no pooling head, so nothing describes a whole image")
         if image_size % config.patch_size:
             raise UserError(
                 f"adversary.image_size = {image_size} is not a multiple of the backbone's patch size "
@@ -53,7 +53,7 @@ class SiglipBackbone:
 
     @property
     def cache_key(self) -> str:
-        """What features depend on beside the picture: every weight, the configuration, precision, preprocessing."""
+        """What features depend on beside the image: every weight, the configuration, precision, preprocessing."""
         return f"siglip:{module_fingerprint(self.model, self.model.dtype, self.preprocess.settings)}"
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 Bugs planted in a copy, each seen red: sign of a hinge; loss weights swapped with reward weights; L2 normalisation left
 on in head training; the generator trained although the reward is fooled; the reward's patches always drawn without
-replacement; replay slots not wrapped; random patches keyed by local instead of global picture number; one seed for the
+replacement; replay slots not wrapped; random patches keyed by local instead of global image number; one seed for the
 patches of both sides, in updates or in the evaluation; a seed without the update's or the iteration's number; the
 reward's patches drawn alike for generations and references, or in every iteration.
 """
@@ -16,7 +16,13 @@ import torch
 from advgrpo import config
 from advgrpo.adversary.build import build_adversary
 from advgrpo.adversary.feature_head import FeatureHeadAdversary
-from advgrpo.adversary.trainer import HeadBatch, HeadTrainer, ReplayBuffer, due, paired_accuracy
+from advgrpo.adversary.trainer import (
+    DiscriminatorBatch,
+    DiscriminatorTrainer,
+    ReplayBuffer,
+    paired_accuracy,
+    plan_updates,
+)
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
 from advgrpo.types import Features
@@ -104,20 +110,20 @@ def test_released_normalisation_applies_to_the_reward_only(released):
     ],
 )
 def test_schedules(schedule, generated, reference, updates, generator):
-    plan = due(AdversarySection(schedule=schedule), 0, generated, reference, optimizer_steps=2)
-    assert (plan.head_updates, plan.generator) == (updates, generator)
+    plan = plan_updates(AdversarySection(schedule=schedule), 0, generated, reference, optimizer_steps=2)
+    assert (plan.discriminator_updates, plan.generator) == (updates, generator)
 
 
 def test_alternate_trains_the_generator_in_the_last_iteration_of_a_period():
     section = AdversarySection(schedule="alternate", alternate_period=10)
-    trained = [i for i in range(30) if due(section, i, 0.0, 0.0, optimizer_steps=2).generator]
+    trained = [i for i in range(30) if plan_updates(section, i, 0.0, 0.0, optimizer_steps=2).generator]
     assert trained == [9, 19, 29]
 
 
 @pytest.mark.parametrize("ratio", [10.0, 0.3, 1.75])
 def test_ratio_is_kept_over_iterations(ratio):
     section = AdversarySection(schedule="ratio", ratio=ratio)
-    updates = [due(section, i, 0.0, 0.0, optimizer_steps=2).head_updates for i in range(100)]
+    updates = [plan_updates(section, i, 0.0, 0.0, optimizer_steps=2).discriminator_updates for i in range(100)]
     assert sum(updates) == int(100 * 2 * ratio)
     assert max(updates) - min(updates) <= 1
 
@@ -128,7 +134,7 @@ def test_patches_are_drawn_as_the_setting_says_for_reward_and_head_alike(unit_ba
     adversary = make_adversary(unit_backbone, num_patches=40, patch_sampling=sampling)
     numbers = torch.arange(64.0).view(1, 64, 1).expand(6, 64, 64).contiguous()
     features, ids = Features({"cls": torch.zeros(6, 64), "patches": numbers}), torch.arange(6) + 3
-    trained = adversary.trained_part(features, ids, 5)["patches"][:, :, 0]
+    trained = adversary.training_features(features, ids, 5)["patches"][:, :, 0]
     seen = []
 
     def spy(cls, patches, indices, *args, **kwargs):
@@ -144,12 +150,12 @@ def test_patches_are_drawn_as_the_setting_says_for_reward_and_head_alike(unit_ba
     for drawn in (trained, seen[0]):
         distinct = [len(set(row)) for row in drawn.tolist()]
         assert all(n == 40 for n in distinct) if sampling == "without_replacement" else max(distinct) < 40
-        assert len({tuple(row) for row in drawn.tolist()}) == 6  # every picture its own
+        assert len({tuple(row) for row in drawn.tolist()}) == 6  # every image its own
     assert torch.equal(seen[1][0], seen[0][4])  # whatever the batch
     for purpose_or_iteration in seen[2:]:
         assert not any(torch.equal(*pair) for pair in zip(purpose_or_iteration, seen[0]))
     assert torch.equal(
-        adversary.trained_part(features.rows(torch.tensor([4])), ids[4:5], 5)["patches"][0, :, 0], trained[4]
+        adversary.training_features(features.rows(torch.tensor([4])), ids[4:5], 5)["patches"][0, :, 0], trained[4]
     )
 
 
@@ -157,7 +163,7 @@ def test_paired_accuracy_counts_pairs_of_a_prompt_and_no_others():
     reference, generated = torch.tensor([3.0, 1.0, 0.0, 9.0]), torch.tensor([2.0, 0.0, 5.0, 9.0])
     # prompt one: 3 > 2, 3 > 0, 1 < 2, 1 > 0; prompt two: 0 < 5, 0 < 9, 9 > 5, and a tie
     assert paired_accuracy(generated, reference, 2).item() == pytest.approx((3 + 1.5) / 8)
-    levels = torch.tensor([0.0, 0.0, 100.0, 100.0])  # prompts differ more than their pictures do
+    levels = torch.tensor([0.0, 0.0, 100.0, 100.0])  # prompts differ more than their images do
     assert paired_accuracy(generated + levels, reference + levels, 2).item() == pytest.approx(4.5 / 8)
     assert paired_accuracy(generated, generated, 2).item() == 0.5
     assert paired_accuracy(generated, generated + 20, 4).item() == 1.0
@@ -173,19 +179,19 @@ def test_replay_is_a_ring():
     assert torch.equal(buffer.tensors["pooled"][:, 0], buffer.tensors["tokens"][:, 0, 0])
 
 
-def head_batch(ids: torch.Tensor) -> HeadBatch:
+def head_batch(ids: torch.Tensor) -> DiscriminatorBatch:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(2, 12, 65, 64, generator=generator)
-    return HeadBatch(ids, split_tokens(tokens[0][ids]), split_tokens(tokens[1][ids] + 0.5), total=12)
+    return DiscriminatorBatch(ids, split_tokens(tokens[0][ids]), split_tokens(tokens[1][ids] + 0.5), total=12)
 
 
 def test_both_sides_and_every_update_draw_their_own_patches(unit_backbone):
-    """The same patches on both sides would let the head compare places in pictures that have nothing in common."""
-    trainer = HeadTrainer(make_adversary(unit_backbone), reduce=lambda t: None, rank=0, world_size=1)
+    """The same patches on both sides would let the head compare places in images that have nothing in common."""
+    trainer = DiscriminatorTrainer(make_adversary(unit_backbone), reduce=lambda t: None, rank=0, world_size=1)
     batch = head_batch(torch.arange(12))
     draws = [trainer._draw(batch, *at).seeds.tolist() for at in ((0, 0), (0, 1), (1, 0))]
-    seeds, real = [], trainer.adversary.trained_part
-    trainer.adversary.trained_part = lambda features, ids, seed: seeds.append(seed) or real(features, ids, seed)
+    seeds, real = [], trainer.adversary.training_features
+    trainer.adversary.training_features = lambda features, ids, seed: seeds.append(seed) or real(features, ids, seed)
     trainer.evaluate(batch, 0)
     trainer.evaluate(batch, 1)
     every = [seed for pair in draws for seed in pair] + seeds
@@ -197,12 +203,12 @@ def test_both_sides_and_every_update_draw_their_own_patches(unit_backbone):
 def test_two_processes_take_the_steps_of_one(unit_backbone, sampling):
     """Two shares of the batch, gradients summed by hand, give the same heads and losses as the whole batch."""
     changes = {"batch_size": 8, "patch_sampling": sampling}
-    alone = HeadTrainer(make_adversary(unit_backbone, **changes), reduce=lambda t: None, rank=0, world_size=1)
+    alone = DiscriminatorTrainer(make_adversary(unit_backbone, **changes), reduce=lambda t: None, rank=0, world_size=1)
     whole = head_batch(torch.arange(12))
     expected = []
     for iteration in range(3):
         expected += alone.train(whole, iteration, 2).tolist()
-        alone.remember(whole, iteration, lambda t: t)
+        alone.add_to_replay(whole, iteration, lambda t: t)
 
     import threading
 
@@ -222,11 +228,11 @@ def test_two_processes_take_the_steps_of_one(unit_backbone, sampling):
             for tensor, a, b in zip(tensors, *copies):
                 tensor.copy_(a + b)
 
-        trainer = HeadTrainer(adversaries[rank], reduce=reduce, rank=rank, world_size=2)
+        trainer = DiscriminatorTrainer(adversaries[rank], reduce=reduce, rank=rank, world_size=2)
         batch, losses = head_batch(ids), []
         for iteration in range(3):
             losses += trainer.train(batch, iteration, 2).tolist()
-            trainer.remember(batch, iteration, lambda t: torch.cat(exchange(t)))
+            trainer.add_to_replay(batch, iteration, lambda t: torch.cat(exchange(t)))
         results[rank] = (losses, trainer.adversary.state_dict(), trainer.replay.tensors)
 
     shares = [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([5, 6, 7, 8, 9, 10, 11])]
@@ -243,7 +249,7 @@ def test_two_processes_take_the_steps_of_one(unit_backbone, sampling):
 
 
 def test_head_learns_to_tell_references_from_generations(unit_backbone):
-    trainer = HeadTrainer(
+    trainer = DiscriminatorTrainer(
         make_adversary(unit_backbone, learning_rate=1e-2), reduce=lambda t: None, rank=0, world_size=1
     )
     batch = head_batch(torch.arange(12))

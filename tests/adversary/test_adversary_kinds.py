@@ -1,4 +1,4 @@
-"""A run with every kind of adversary, end to end, and who looks at its pictures without being trained on them.
+"""A run with every kind of adversary, end to end, and who looks at its images without being trained on them.
 
 Bugs planted in a copy, each seen red: a SigLIP adversary as the observer; evaluation.backbone ignored when the
 adversary is DINO; the observer left out of the scorer; a shared DINO loaded a second time; a monitor that says nothing
@@ -99,7 +99,7 @@ def test_every_kind_trains_and_is_watched_by_the_dino_that_was_asked_for(setting
     for row in rows:
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, (int, float)))
     assert any(not torch.equal(a, p) for a, (_, p) in zip(before, made.trainer.policy.trainable_parameters()))
-    assert {"sft": "sft_loss", "none": "reward_rule"}.get(kind, "adversary_loss") in rows[0]
+    assert {"sft": "sft_loss", "none": "reward_rule"}.get(kind, "discriminator_loss") in rows[0]
     if heads:
         assert any(not torch.equal(t, heads[name]) for name, t in head.state_dict().items())
     if kind == "sft":
@@ -109,7 +109,7 @@ def test_every_kind_trains_and_is_watched_by_the_dino_that_was_asked_for(setting
         step_table(trainer.policy, chosen.rollout.num_steps, window_steps(chosen, 2), rollout=chosen.rollout), 2
     )
     watched = trainer.scorer.score(rollout, 2)
-    images = torch.cat([tile.images for tile in rollout.tiles])
+    images = torch.cat([micro_batch.images for micro_batch in rollout.micro_batches])
     eyes = DinoBackbone(models["other"], image_size=32, dtype="float32", device=CPU)
     torch.testing.assert_close(watched.embeddings, eyes.features(images)["cls"])
     assert watched.dino_similarity is not None
@@ -144,7 +144,7 @@ def test_a_siglip_is_no_dino_although_its_features_are_there_already(settings, m
 
 
 def test_fine_tuning_looks_through_evaluation_backbone_or_refuses_it(settings, models):
-    """Nothing else looks through it there: no reward is given and no picture is sampled while it trains."""
+    """Nothing else looks through it there: no reward is given and no image is sampled while it trains."""
     looks = {"backbone": models["other"]}
     with pytest.raises(UserError, match=r"evaluation\.backbone = .*/other' would not be looked through.*sft.*metrics"):
         start(settings("sft", evaluated=True, evaluation={**looks, "metrics": ["saturation"]}))
@@ -161,14 +161,14 @@ def test_process_0_decides_for_all_how_many_updates_the_head_gets(settings):
     scored = trainer.scorer.score(rollout, 0)
     for decided, updates in (([0.7, 0.5, 0.25], made.config.adversary.updates_per_iteration), ([0.5, 0.7, 0.75], 0)):
         trainer.distributed.gather_json = lambda value, decided=decided: [decided, value]
-        plan, found = trainer.train_head(rollout, scored, 0)
-        assert (plan.head_updates, found["adversary_updates"]) == (updates, updates)
-        assert found["adversary_accuracy"] == found["adversary_paired_accuracy"] == decided[2]
+        plan, found = trainer.train_discriminator(rollout, scored, 0)
+        assert (plan.discriminator_updates, found["discriminator_updates"]) == (updates, updates)
+        assert found["discriminator_accuracy"] == found["discriminator_paired_accuracy"] == decided[2]
         assert trainer.adversary.bias.item() == pytest.approx(0.6)
     trainer.distributed.gather_json = lambda value: [value]
-    found = trainer.train_head(rollout, scored, 0)[1]
+    found = trainer.train_discriminator(rollout, scored, 0)[1]
     pairs = paired_accuracy(scored.components["adversary"], scored.reference_rewards, made.config.rollout.group_size)
-    assert found["adversary_accuracy"] == pytest.approx(pairs.item())
+    assert found["discriminator_accuracy"] == pytest.approx(pairs.item())
 
 
 def test_what_no_dino_can_see_is_said_once_and_never_guessed(settings):

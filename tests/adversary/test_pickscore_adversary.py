@@ -1,7 +1,7 @@
 """PickScore as an adversary, SigLIP as its other backbone, and DINO similarity: small models made from configs.
 
 Bugs planted in a copy, each seen red: one layer more frozen than trained; the layer norm before the projection left
-out; references as negatives; means over local pictures instead of the total; the binary loss on logits that were not
+out; references as negatives; means over local images instead of the total; the binary loss on logits that were not
 divided by 26; the pairwise loss on scores that were; the cache blind to the prompt; trainable layers kept in bfloat16;
 gradients in new storage; ImageNet's mean for SigLIP; its first patch for the pooled feature; DINO similarity of the
 first patch.
@@ -16,7 +16,7 @@ from advgrpo.adversary.base import Adversary
 from advgrpo.adversary.build import build_adversary
 from advgrpo.adversary.pickscore import PickScoreAdversary
 from advgrpo.adversary.reference_features import ReferenceFeatures
-from advgrpo.adversary.trainer import HeadBatch, HeadTrainer
+from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
 from advgrpo.rewards.base import Reward
@@ -25,7 +25,7 @@ from advgrpo.rewards.pickscore import SCALE, PickScore
 from advgrpo.types import Features
 from advgrpo.vision.dino import DinoBackbone
 from advgrpo.vision.siglip import SiglipBackbone
-from tests.vision_models import PROMPTS, pictures, references_in, write_clip, write_siglip
+from tests.vision_models import PROMPTS, random_images, references_in, write_clip, write_siglip
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def rows(features: Features, *index: int) -> Features:
 
 
 def whole_model(folder: str, layers: int, images: torch.Tensor, prompts: list[str]):
-    """Stock CLIPModel with its last vision layers trainable, and its logits of picture and own prompt."""
+    """Stock CLIPModel with its last vision layers trainable, and its logits of image and own prompt."""
     model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
     model.vision_model.encoder.layers[-layers:].requires_grad_(True)
     reward = PickScore(path=folder)
@@ -61,7 +61,7 @@ def whole_model(folder: str, layers: int, images: torch.Tensor, prompts: list[st
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("objective", ["binary", "pairwise"])
 def test_scores_losses_and_gradients_are_those_of_the_whole_model(clip_folder, layers, objective):
-    images, prompts = pictures(6), [*PROMPTS, *PROMPTS]
+    images, prompts = random_images(6), [*PROMPTS, *PROMPTS]
     model, logits = whole_model(clip_folder, layers, images, prompts)
     if objective == "binary":
         target = torch.tensor([1.0] * 3 + [0.0] * 3)
@@ -78,7 +78,7 @@ def test_scores_losses_and_gradients_are_those_of_the_whole_model(clip_folder, l
     score = adversary.score(features, torch.arange(6), purpose="reward", iteration=0).reward
     torch.testing.assert_close(score, logits.detach() / 26)
     torch.testing.assert_close(score, PickScore(path=clip_folder).score(images, prompts, None))
-    part = adversary.trained_part(features, torch.arange(6), 0)
+    part = adversary.training_features(features, torch.arange(6), 0)
     result = adversary.loss(rows(part, 0, 1, 2), rows(part, 3, 4, 5))
     torch.testing.assert_close(result.loss, expected)
     assert result.accuracy is None
@@ -94,10 +94,10 @@ def test_scores_losses_and_gradients_are_those_of_the_whole_model(clip_folder, l
 
 @pytest.mark.parametrize("objective", ["binary", "pairwise"])
 def test_shares_of_a_batch_add_up_to_the_whole(clip_folder, objective):
-    """Three processes, one of which holds no picture: losses and gradients are sums."""
+    """Three processes, one of which holds no image: losses and gradients are sums."""
     adversary = pickscore(clip_folder, objective=objective)
     storage = [p.grad.data_ptr() for p in adversary.parameters()]  # a captured graph writes where it did at first
-    real, fake = (adversary.features(pictures(n), PROMPTS) for n in (3, 3))
+    real, fake = (adversary.features(random_images(n), PROMPTS) for n in (3, 3))
     fake["hidden"].add_(0.3 * torch.randn(fake["hidden"].shape))
     whole = adversary.loss(real, fake)
     whole.loss.backward()
@@ -130,13 +130,13 @@ def test_no_update_is_spent_on_the_level_that_all_scores_share(clip_folder):
     for centred in (True, False):
         adversary = pickscore(clip_folder, learning_rate=2e-4)
         sides = {
-            "generated": adversary.features(1 - pictures(6), [*PROMPTS, *PROMPTS]),
-            "reference": adversary.features(pictures(6), [*PROMPTS, *PROMPTS]),
+            "generated": adversary.features(1 - random_images(6), [*PROMPTS, *PROMPTS]),
+            "reference": adversary.features(random_images(6), [*PROMPTS, *PROMPTS]),
         }
-        batch = HeadBatch(torch.arange(6), **sides, total=6)
+        batch = DiscriminatorBatch(torch.arange(6), **sides, total=6)
         shared = F.normalize(torch.stack([image_embeddings(adversary, f) for f in sides.values()]).mean((0, 1)), dim=0)
         other = F.normalize(torch.randn(shared.shape, generator=torch.Generator().manual_seed(0)), dim=0)
-        for features in sides.values():  # a text that is a little like every picture: scores far from 0, beside their
+        for features in sides.values():  # a text that is a little like every image: scores far from 0, beside their
             features.tensors["text"] = F.normalize(shared + 2 * other, dim=0).expand(6, -1)  # spread, as real ones are
         adversary.clip.logit_scale *= 7
 
@@ -148,7 +148,7 @@ def test_no_update_is_spent_on_the_level_that_all_scores_share(clip_folder):
         if centred:
             adversary.centre(*before.mean(1).tolist())
             assert adversary.bias.item() == pytest.approx(before.mean().item())
-        HeadTrainer(adversary, reduce=lambda tensors: None, rank=0, world_size=1).train(batch, 0, 10)
+        DiscriminatorTrainer(adversary, reduce=lambda tensors: None, rank=0, world_size=1).train(batch, 0, 10)
         change = scores() - before
         moved[centred] = abs(change.mean().item()), (change[1] - change[0]).mean().item()
     level, lead = moved[True]
@@ -173,7 +173,7 @@ def test_the_threshold_is_part_of_the_head_and_older_heads_lack_it(clip_folder):
 
 def test_replayed_negatives_may_outnumber_references(clip_folder):
     adversary = pickscore(clip_folder, section={"replay_capacity": 16})
-    features = adversary.features(pictures(3), PROMPTS)
+    features = adversary.features(random_images(3), PROMPTS)
     score = adversary.score(features, torch.arange(3), purpose="reward", iteration=0).reward
     expected = (F.softplus(-score[:1]).mean() + F.softplus(score[1:]).mean()) / 2
     torch.testing.assert_close(adversary.loss(rows(features, 0), rows(features, 1, 2)).loss, expected)
@@ -181,16 +181,16 @@ def test_replayed_negatives_may_outnumber_references(clip_folder):
 
 @pytest.mark.parametrize("objective", ["binary", "pairwise"])
 def test_head_training_separates_references_from_generations(clip_folder, objective):
-    """Through HeadTrainer, as a run does; only the trainable layers move, and score and loss move together."""
+    """Through DiscriminatorTrainer, as a run does; only the trainable layers move, and score and loss move together."""
     adversary = pickscore(clip_folder, objective=objective, learning_rate=2e-3)
     assert isinstance(adversary, Adversary)
     prompts = [*PROMPTS, *PROMPTS]
-    reference = adversary.features(pictures(6), prompts)
-    generated = adversary.features(1 - pictures(6), prompts)
+    reference = adversary.features(random_images(6), prompts)
+    generated = adversary.features(1 - random_images(6), prompts)
     frozen = {name: p.clone() for name, p in adversary.clip.model.named_parameters()}
     before = {name: t.clone() for name, t in adversary.state_dict().items()}
-    trainer = HeadTrainer(adversary, reduce=lambda tensors: None, rank=0, world_size=1)
-    batch = HeadBatch(torch.arange(6), generated=generated, reference=reference, total=6)
+    trainer = DiscriminatorTrainer(adversary, reduce=lambda tensors: None, rank=0, world_size=1)
+    batch = DiscriminatorBatch(torch.arange(6), generated=generated, reference=reference, total=6)
     first = trainer.evaluate(batch, 0)
     losses = trainer.train(batch, 0, 40)
     last = trainer.evaluate(batch, 1)
@@ -216,7 +216,7 @@ def test_head_training_separates_references_from_generations(clip_folder, object
 def test_low_precision_keeps_float32_masters(clip_folder):
     """A step of 5e-6 is lost on a bfloat16 weight, whose neighbours are 4e-3 apart at 1."""
     exact, low = pickscore(clip_folder), pickscore(clip_folder, dtype=torch.bfloat16)
-    images = pictures(3)
+    images = random_images(3)
     features = low.features(images, PROMPTS)
     assert features["hidden"].dtype == torch.bfloat16
     scores = [
@@ -235,8 +235,8 @@ def test_low_precision_keeps_float32_masters(clip_folder):
 
 
 def test_reference_features_are_cached_by_prompt(clip_folder, tmp_path):
-    """The same picture under two prompts has two texts; a second run computes one entry, as a proof."""
-    same = pictures(2)
+    """The same image under two prompts has two texts; a second run computes one entry, as a proof."""
+    same = random_images(2)
     references = references_in(tmp_path, {PROMPTS[0]: same, PROMPTS[1]: same})
     adversary = pickscore(clip_folder)
     cached = ReferenceFeatures(references, adversary, tmp_path / "cache")
@@ -261,14 +261,14 @@ def test_settings_that_cannot_be_are_named(clip_folder):
     with pytest.raises(UserError, match=r"adversary.backbone = 'no/such/model'"):
         pickscore("no/such/model")
     adversary = pickscore(clip_folder, objective="pairwise")
-    features = adversary.features(pictures(3), PROMPTS)
+    features = adversary.features(random_images(3), PROMPTS)
     with pytest.raises(ValueError, match="3 references but 2 generations"):
         adversary.loss(features, rows(features, 0, 1))
 
 
 def test_siglip_features_are_the_models_own(siglip_folder):
     backbone = SiglipBackbone(siglip_folder, image_size=32, dtype="float32", device=CPU)
-    images = pictures(3)
+    images = random_images(3)
     model = SiglipModel.from_pretrained(siglip_folder).eval()
     resized = F.interpolate(images, size=(32, 32), mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
@@ -290,10 +290,10 @@ def siglip_section(folder: str, **changes) -> AdversarySection:
 def test_siglip_head_learns(siglip_folder):
     adversary = build_adversary(siglip_section(siglip_folder), device=CPU, seed=0)
     assert isinstance(adversary, Adversary)
-    images, prompts = pictures(6), [*PROMPTS, *PROMPTS]
+    images, prompts = random_images(6), [*PROMPTS, *PROMPTS]
     reference, generated = adversary.features(images, prompts), adversary.features(1 - images, prompts)
-    batch = HeadBatch(torch.arange(6), generated=generated, reference=reference, total=6)
-    trainer = HeadTrainer(adversary, reduce=lambda tensors: None, rank=0, world_size=1)
+    batch = DiscriminatorBatch(torch.arange(6), generated=generated, reference=reference, total=6)
+    trainer = DiscriminatorTrainer(adversary, reduce=lambda tensors: None, rank=0, world_size=1)
     before = trainer.evaluate(batch, 0)
     trainer.train(batch, 0, 100)
     after = trainer.evaluate(batch, 0)
@@ -316,8 +316,8 @@ def test_backbones_that_are_not_siglip_are_named(siglip_folder, unit_backbone):
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 def test_dino_similarity_is_of_the_prompts_own_references(unit_backbone, tmp_path, reduction):
-    """An identical picture has similarity 1; the mean is evaluation's, from the same formula."""
-    own = {prompt: pictures(2 + number) for number, prompt in enumerate(PROMPTS)}
+    """An identical image has similarity 1; the mean is evaluation's, from the same formula."""
+    own = {prompt: random_images(2 + number) for number, prompt in enumerate(PROMPTS)}
     references = references_in(tmp_path, own)
     reward = DinoSimilarity(path=unit_backbone, image_size=32, reduction=reduction)
     assert isinstance(reward, Reward)
@@ -334,7 +334,7 @@ def test_dino_similarity_is_of_the_prompts_own_references(unit_backbone, tmp_pat
         torch.testing.assert_close(score, torch.ones(3))
     shared = DinoSimilarity(backbone=backbone, reduction=reduction)
     torch.testing.assert_close(shared.score(images, PROMPTS, references), score)
-    with pytest.raises(UserError, match="reward dino_similarity compares with reference pictures"):
+    with pytest.raises(UserError, match="reward dino_similarity compares with reference images"):
         reward.score(images, PROMPTS, None)
     with pytest.raises(ValueError, match="reduction 'median'"):
         DinoSimilarity(backbone=backbone, reduction="median")

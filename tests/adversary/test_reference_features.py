@@ -1,4 +1,4 @@
-"""References ahead of time and one per picture: the same bits as one at a time, and errors in their own words.
+"""References ahead of time and one per image: the same bits as one at a time, and errors in their own words.
 
 Bugs planted in a copy, each seen red: the first prompt's start used for all; a draw rounded instead of floored; prompts
 of one set of references gathered from twice; the prompt left out of the key of a text-dependent adversary; prefetch
@@ -16,8 +16,8 @@ from advgrpo.config import AdversarySection
 from advgrpo.types import Features
 
 
-class Pictures:
-    """A reference set whose pictures are numbers: `files` of a prompt name what `load_images` returns."""
+class Images:
+    """A reference set whose images are numbers: `files` of a prompt name what `load_images` returns."""
 
     def __init__(self, files: dict[str, list[Path]]):
         self._files = files
@@ -44,7 +44,7 @@ class Adversary:
         text = torch.tensor([float(len(p)) if self.text_dependent else 0.0 for p in prompts])
         return Features({"mean": images.mean((1, 2, 3)), "grid": images[:, 0] + text[:, None, None]})
 
-    def kept_part(self, features: Features) -> Features:
+    def cached_features(self, features: Features) -> Features:
         return features
 
 
@@ -58,7 +58,7 @@ FILES = {
 
 @pytest.fixture
 def make(tmp_path):
-    return lambda adversary: ReferenceFeatures(Pictures(FILES), adversary, tmp_path)
+    return lambda adversary: ReferenceFeatures(Images(FILES), adversary, tmp_path)
 
 
 def one_at_a_time(references: ReferenceFeatures, prompts: list[str], draws: torch.Tensor) -> Features:
@@ -71,7 +71,7 @@ def one_at_a_time(references: ReferenceFeatures, prompts: list[str], draws: torc
 
 
 @pytest.mark.parametrize("prefetched", [False, True])
-def test_picking_for_all_pictures_at_once_equals_one_at_a_time(make, prefetched):
+def test_picking_for_all_images_at_once_equals_one_at_a_time(make, prefetched):
     prompts = ["eight", "three", "one", "same", "eight", "three", "eight", "one"] * 30
     draws = torch.rand(len(prompts), generator=torch.Generator().manual_seed(0))
     draws[:3] = torch.tensor([1 - 2**-24, 0.0, 1 - 2**-24])
@@ -86,7 +86,7 @@ def test_picking_for_all_pictures_at_once_equals_one_at_a_time(make, prefetched)
 
 
 def test_references_shared_by_many_prompts_are_gathered_from_where_they_lie(make, monkeypatch):
-    """A style set of hundreds of pictures serves every prompt: copying it per prompt would fill the GPU."""
+    """A style set of hundreds of images serves every prompt: copying it per prompt would fill the GPU."""
     references = make(Adversary())
     joined = []
     monkeypatch.setattr(Features, "cat", lambda parts: joined.append(parts))

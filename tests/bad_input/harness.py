@@ -57,7 +57,7 @@ def prepare() -> dict[str, object]:
     for kind in (diffusers.ModelMixin, diffusers.DiffusionPipeline, transformers.PreTrainedModel):
         watch(kind, "from_pretrained", "loading")
     evaluation = importlib.import_module("advgrpo.evaluate.evaluator")
-    watch(evaluation.Evaluator, "pictures", "work")
+    watch(evaluation.Evaluator, "images", "work")
     watch(importlib.import_module("advgrpo.training.trainer").Trainer, "iterate", "work")
     watch(importlib.import_module("advgrpo.references.builder").ReferenceBuilder, "build", "work")
     watch(socketserver.BaseServer, "serve_forever", "work")

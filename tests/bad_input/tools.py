@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from tests.bad_input.case import Bench, Case
-from tests.bad_input.world import picture
+from tests.bad_input.world import image
 
 _DRAW, _SCORE, _SETS, _PLAN = "generate", "evaluate", "references check and generate", "plan"
 _IMPORT = "references import"
@@ -64,8 +64,8 @@ GENERATE = [
     draw(lambda b: ["--lora", str(b.world.lora), "--model", "tiny"], "--lora = ", "another model's", name="LoRA of another model"),
     draw(lambda b: ["--lora", b.write("x/pytorch_lora_weights.safetensors", "x")[: -len("/pytorch_lora_weights.safetensors")]],
          "--lora = ", "cannot be read as a LoRA", name="LoRA is text"),
-    draw(lambda b: ["--output", str(b.folder)], "--output", "want the name of a picture file", name="output is a folder"),
-    draw("--output g.xyz", "--output g.xyz: want the name of a picture file"),
+    draw(lambda b: ["--output", str(b.folder)], "--output", "want the name of an image file", name="output is a folder"),
+    draw("--output g.xyz", "--output g.xyz: want the name of an image file"),
     draw("--output no/such/g.png", "the folder no/such does not exist"),
     draw("--output /proc/g.png", "--output /proc/g.png cannot be written"),
     draw("--outptu g.png", "unknown flag --outptu; did you mean --output?"),
@@ -145,7 +145,7 @@ def _spoilt(file: str, content: bytes) -> Callable[[Bench], list[str]]:
 
 
 def _smaller(bench: Bench) -> list[str]:
-    picture(1, (8, 8)).save(bench.folder / "references" / "0-0.png")
+    image(1, (8, 8)).save(bench.folder / "references" / "0-0.png")
     return []
 
 
@@ -174,12 +174,12 @@ REFERENCES = [
     look("--prompts nowhere.txt", "prompt file nowhere.txt does not exist"),
     look(_spoilt("references.json", b"{"), "references.json", "not JSON", name="index cut"),
     look(_spoilt("references.json", b"[]"), "references.json", "holds a list", name="index a list"),
-    look(_spoilt("0-0.png", b"text"), "error: unreadable files", "0-0.png", name="picture is text", findings=True, code=1),
-    look(_gone, "error: missing files", "0-0.png", name="picture gone", findings=True, code=1),
-    look(_smaller, "error: too small", "0-0.png", name="picture too small", findings=True, code=1),
-    look(_same, "error: duplicates", "0-0.png = 0-1.png", name="picture twice", findings=True, code=1),
-    look(lambda b: ["--prompts", b.write("p.txt", "a prompt without pictures\n")], "error: prompts without references",
-         name="prompt without pictures", findings=True, code=1),
+    look(_spoilt("0-0.png", b"text"), "error: unreadable files", "0-0.png", name="image is text", findings=True, code=1),
+    look(_gone, "error: missing files", "0-0.png", name="image gone", findings=True, code=1),
+    look(_smaller, "error: too small", "0-0.png", name="image too small", findings=True, code=1),
+    look(_same, "error: duplicates", "0-0.png = 0-1.png", name="image twice", findings=True, code=1),
+    look(lambda b: ["--prompts", b.write("p.txt", "a prompt without images\n")], "error: prompts without references",
+         name="prompt without images", findings=True, code=1),
     make("--per-prompt 0", "--per-prompt 0: want a whole number from 1 to 100"),
     make("--per-prompt 1000", "--per-prompt 1000"),
     make("--batch-size 0", "--batch-size 0: want a whole number"),
@@ -200,13 +200,13 @@ REFERENCES = [
 
 
 def _photos(bench: Bench) -> list[str]:
-    """A folder with a picture and its caption."""
+    """A folder with an image and its caption."""
     bench.write("photos/a.txt", "a red fox")
-    picture(1, (96, 64)).save(bench.folder / "photos" / "a.png")
+    image(1, (96, 64)).save(bench.folder / "photos" / "a.png")
     return ["import", str(bench.folder / "photos"), "--out", str(bench.folder / "out"), "--min-size", "16"]
 
 
-def _with_picture(image: Image.Image, name: str = "b.png", **options) -> Callable[[Bench], list[str]]:
+def _with_image(image: Image.Image, name: str = "b.png", **options) -> Callable[[Bench], list[str]]:
     """A second one."""
 
     def add(bench: Bench) -> list[str]:
@@ -228,18 +228,18 @@ def _with_file(name: str, content: str | bytes, caption: bool = True) -> Callabl
 
 
 take = _case(_IMPORT, "references", _photos)
-_CANNOT = "1 of 2 pictures cannot be used: b.png:"
+_CANNOT = "1 of 2 images cannot be used: b.png:"
 IMPORT = [
     Case(_IMPORT, "nowhere", ("nowhere is not a folder",), lambda b: ["import", "nowhere", "--out", str(b.folder / "out")], command="references"),
-    Case(_IMPORT, "no pictures", ("holds no picture",), lambda b: ["import", b.write("x/y.txt", "")[: -len("/y.txt")], "--out", str(b.folder / "out")], command="references"),
-    take(_with_file("b.png", "this is no picture"), _CANNOT, "no PNG, JPEG or WEBP", name="a text"),
+    Case(_IMPORT, "no images", ("holds no image",), lambda b: ["import", b.write("x/y.txt", "")[: -len("/y.txt")], "--out", str(b.folder / "out")], command="references"),
+    take(_with_file("b.png", "this is no image"), _CANNOT, "no PNG, JPEG or WEBP", name="a text"),
     take(_with_file("b.png", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"), _CANNOT, "no PNG", name="a git-lfs pointer"),
-    take(_with_picture(Image.new("RGB", (64, 64))), _CANNOT, "is in a single colour", name="black"),
-    take(_with_picture(picture(2, (15, 64))), _CANNOT, "is 15x64; the shorter side must have 16 pixels", name="too small"),
-    take(_with_picture(picture(2), "b.png", format="TIFF"), _CANNOT, "no PNG", name="a TIFF"),
+    take(_with_image(Image.new("RGB", (64, 64))), _CANNOT, "is in a single colour", name="black"),
+    take(_with_image(image(2, (15, 64))), _CANNOT, "is 15x64; the shorter side must have 16 pixels", name="too small"),
+    take(_with_image(image(2), "b.png", format="TIFF"), _CANNOT, "no PNG", name="a TIFF"),
     take(_with_file("b.png", b"\x89PNG\r\n\x1a\n"), _CANNOT, "b.png", name="its first bytes"),
     take(_with_file("metadata.jsonl", '{"file_name": "../secret.png", "text": "x"}', caption=False), "must be a path inside", name="caption of a file outside"),
-    take(_with_file("c.png", "", caption=False), "1 picture (c.png) have no caption", name="no caption"),
+    take(_with_file("c.png", "", caption=False), "1 image (c.png) have no caption", name="no caption"),
     take(lambda b: ["--out", str(b.folder / "photos" / "out")], "--out", "must be outside of", name="out inside"),
     take(lambda b: ["--out", b.write("taken/x", "")[:-2]], "--out", "holds x, which was not imported", name="out is taken"),
     take("--out /proc/out", "--out /proc/out"),
@@ -295,7 +295,7 @@ SERVE = [
     serve(lambda b: ["--reward", "rule", "--token-file", b.write("token", "two words")], "want the token alone", name="token of two words"),
     serve("--reward rule --allow-hosts http://judge:80", "--allow-hosts http://judge:80: want names of this machine"),
     serve("--reward rule --max-pixels 0", "--max-pixels 0: want a whole number of at least 1"),
-    serve("--reward rule --max-picture-pixels 1e30", "--max-picture-pixels 1e30: want a whole number"),
+    serve("--reward rule --max-image-pixels 1e30", "--max-image-pixels 1e30: want a whole number"),
     serve("--reward rule --request-seconds inf", "--request-seconds inf: not finite"),
     serve("--reward rule --score-seconds 0", "--score-seconds 0: want a number from 0.1 to 86400"),
     serve("--reward rule --references x", "--references and --prompts belong together"),

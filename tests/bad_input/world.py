@@ -42,7 +42,7 @@ BEHAVIOURS = {
 }
 
 
-def picture(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+def image(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -53,7 +53,7 @@ def write_references(folder: Path, prompts: list[str]) -> Path:
     for number, prompt in enumerate(prompts):
         index[prompt] = [f"{number}-{k}.png" for k in range(2)]
         for k, name in enumerate(index[prompt]):
-            picture(10 * number + k).save(folder / name)
+            image(10 * number + k).save(folder / name)
     (folder / "references.json").write_text(json.dumps(index))
     return folder
 

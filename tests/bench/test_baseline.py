@@ -2,7 +2,7 @@
 
 Planted bugs that turned this file red: guidance the wrong way round; adapters at half strength; noise scaled twice;
 CPS noise without the half pi; likelihood summed; clipping with the other sign; advantages unscaled; reward weights
-swapped; one hinge half doubled; schedule shifted once; average and weight swapped; one optimizer window left out;
+swapped; one hinge half doubled; schedule shifted once; average and weight swapped; one minibatch left out;
 nothing remembered; KL to itself.
 """
 
@@ -18,7 +18,7 @@ from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.update import Updater
 from advgrpo.types import Features as TrainerFeatures
-from advgrpo.types import Tile, TileRollout
+from advgrpo.types import MicroBatch, MicroBatchRollout
 from advgrpo_kernels import group_advantages, philox_normal, transition_coefficients
 from bench import baseline
 from bench.baseline import Features, FlowScheduler, log_likelihood
@@ -62,7 +62,7 @@ def both(settings):
 
 
 def sample(policy, theirs, settings, window):
-    """The same tile by our sampler and by B0, from the same initial noise and the same draws."""
+    """The same micro-batch by our sampler and by B0, from the same initial noise and the same draws."""
     rollout = settings.rollout
     sampler = Sampler(policy, rollout.guidance_scale, rollout.likelihood, share_prefix=True, merged=True)
     table = step_table(policy, rollout.num_steps, window, rollout=rollout)
@@ -70,10 +70,12 @@ def sample(policy, theirs, settings, window):
     initial, ids = sampler.initial_latents(7, torch.arange(2)), torch.arange(4)
     text = policy.encode(PROMPTS)
     latents, steps = sampler.run(table, text, initial, ROW, noise_seed=3, image_ids=ids)
-    tile = TileRollout(Tile(ids, PROMPTS, torch.arange(2), ROW, 0), text, steps, policy.decode(latents))
+    micro_batch = MicroBatchRollout(
+        MicroBatch(ids, PROMPTS, torch.arange(2), ROW, 0), text, steps, policy.decode(latents)
+    )
     noise = {i: philox_normal((4, *policy.latent_shape()), seed=3, sample_ids=ids, step=i) for i in window}
     captions = [PROMPTS[i] for i in ROW.tolist()]
-    return (latents, tile, table), theirs.sampler(captions, initial[ROW], window, noise)
+    return (latents, micro_batch, table), theirs.sampler(captions, initial[ROW], window, noise)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
@@ -85,18 +87,18 @@ def test_sampler_and_update_equal_the_trainers(unit_config, dynamics, likelihood
     rollout = settings.rollout
     rollout.dynamics, rollout.likelihood, rollout.guidance_scale, window = dynamics, likelihood, guidance, (1, 2)
     policy, _, theirs = both(settings)
-    (latents, tile, table), b0 = sample(policy, theirs, settings, window)
+    (latents, micro_batch, table), b0 = sample(policy, theirs, settings, window)
     assert len(b0.steps) == 2
     torch.testing.assert_close(b0.latents, latents, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(b0.images, tile.images, rtol=1e-4, atol=1e-4)
-    for ours, other in zip(tile.steps, b0.steps):
+    torch.testing.assert_close(b0.images, micro_batch.images, rtol=1e-4, atol=1e-4)
+    for ours, other in zip(micro_batch.steps, b0.steps):
         torch.testing.assert_close(other.next_latents, ours.next_latents, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(other.log_prob, ours.log_prob, rtol=1e-4, atol=1e-4)
 
     advantages = torch.tensor([1.0, -1.0, 0.5, -2.0])
     settings.update.clip_range = 1.0  # float32 differences between the two forwards must not decide what is clipped
     updater = Updater(policy, settings, reduce=lambda tensors: None, fused=True)
-    updater.accumulate([tile], advantages, table, total=4, watch_kl=False)
+    updater.accumulate([micro_batch], advantages, table, total=4, watch_kl=False)
     lora = policy.network.lora
     theirs.accumulate([b0], [advantages])
     found = {n.replace(".default.", "."): p.grad for n, p in theirs.transformer.named_parameters() if p.requires_grad}
@@ -194,7 +196,7 @@ def test_an_iteration_trains_generator_average_and_head(unit_config):
     for _ in range(2):
         metrics = theirs.iteration(PROMPTS, (1, 2))
     assert set(metrics) == {"reward_generated", "reward_reference"}
-    assert len(steps) == 2 * unit_config.update.optimizer_windows
+    assert len(steps) == 2 * unit_config.update.minibatches
     decay, average = unit_config.update.ema_decay, before
     for after in steps:
         average = [decay * a + (1 - decay) * p for a, p in zip(average, after)]

@@ -150,5 +150,5 @@ def test_what_was_measured_survives_a_kill(tmp_path):
     report = json.loads(file.read_text())
     assert report["sampler"]["rounds"] >= 1
     assert report["sampler"]["ours"] > 0
-    assert report["on_policy"]["log_prob_drift_max"] == 0
+    assert report["on_policy"]["log_prob_mismatch_max"] == 0
     assert "device cpu" in (tmp_path / "session.log").read_text()

@@ -67,21 +67,21 @@ class Medium:
 
     @torch.no_grad()
     def merged(self):
-        return self.model.velocity(self.latents, self.step, self.prepared, "merged")
+        return self.model.predict(self.latents, self.step, self.prepared, "merged")
 
     @torch.no_grad()
     def adapted(self):
-        return self.model.velocity(self.latents, self.step, self.prepared, "adapted")
+        return self.model.predict(self.latents, self.step, self.prepared, "adapted")
 
     def train(self):
-        velocity = self.model.velocity(self.latents, self.step, self.prepared, "adapted")
+        velocity = self.model.predict(self.latents, self.step, self.prepared, "adapted")
         velocity.backward(torch.empty_like(velocity))
         self.model.lora.master.grad = None
 
     def saved_bytes(self) -> int:
         """Alive after a forward with gradients: what its graph keeps, whoever packs it."""
         with AliveBytes() as alive:
-            _kept = self.model.velocity(self.latents, self.step, self.prepared, "adapted")
+            _kept = self.model.predict(self.latents, self.step, self.prepared, "adapted")
             return alive.alive
 
 

@@ -29,12 +29,12 @@ def test_presets_load_and_round_trip(tmp_path):
 
 def test_paper_preset_holds_the_papers_values():
     paper = config.load("sd35m-dino-paper")
-    assert (paper.rollout.num_steps, paper.rollout.guidance_scale, paper.rollout.noise_level) == (10, 4.5, 0.8)
+    assert (paper.rollout.num_steps, paper.rollout.guidance_scale, paper.rollout.eta) == (10, 4.5, 0.8)
     assert (paper.rollout.group_size, paper.rollout.prompts_per_iteration) == (16, 48)
     assert paper.rollout.dynamics == "flow_cps"
     assert (paper.model.lora.rank, paper.model.lora.alpha, len(paper.model.lora.targets)) == (32, 64, 8)
     assert (paper.update.learning_rate, paper.update.betas, paper.update.weight_decay) == (3e-4, (0.9, 0.999), 1e-4)
-    assert (paper.update.ema_decay, paper.update.optimizer_windows, paper.update.clip_range) == (0.9, 2, 1e-5)
+    assert (paper.update.ema_decay, paper.update.minibatches, paper.update.clip_range) == (0.9, 2, 1e-5)
     assert paper.adversary.backbone == "facebook/dinov2-large"
     assert paper.adversary.loss_weights == paper.adversary.reward_weights == (0.7, 0.3)
     assert (paper.adversary.schedule, paper.adversary.normalize) == ("when_fooled", "never")
@@ -134,7 +134,7 @@ def test_help_explains_every_field(capsys):
         "--config",
         "--resume",
         "--iterations",
-        "--rollout.noise-level",
+        "--rollout.eta",
         "--adversary.replay-share",
     ):
         assert flag in shown

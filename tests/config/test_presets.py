@@ -17,7 +17,7 @@ def with_data(name: str, tmp_path):
     if settings.data.prompts not in WORLDS:
         settings.data.prompts, settings.data.held_out_prompts = "prompts.txt", "held_out.txt"
         needed = config.needs_references(settings)
-        settings.data.style = "pictures" if needed and name.endswith("style") else ""
+        settings.data.style = "images" if needed and name.endswith("style") else ""
         settings.data.references = "references" if needed and not settings.data.style else ""
     if name.endswith("repair"):
         settings.model.lora.start_from = str(tmp_path)
@@ -67,11 +67,11 @@ def test_what_paper_and_released_have_in_common(name):
     assert model.path == "stabilityai/stable-diffusion-3.5-medium"
     assert (model.resolution, model.dtype, model.lora.init, model.lora.blocks) == (512, "bfloat16", "gaussian", "all")
     assert (model.lora.rank, model.lora.alpha, model.lora.targets) == (32, 64, config.LORA_TARGETS)
-    assert (rollout.dynamics, rollout.noise_level, rollout.likelihood) == ("flow_cps", 0.8, "squared_error")
+    assert (rollout.dynamics, rollout.eta, rollout.likelihood) == ("flow_cps", 0.8, "squared_error")
     assert (rollout.num_steps, rollout.guidance_scale) == (10, 4.5)
     assert (rollout.prompts_per_iteration, rollout.group_size) == (48, 16)
     assert (evaluation.num_steps, evaluation.guidance_scale) == (40, 4.5)
-    assert (update.optimizer_windows, update.learning_rate, update.betas) == (2, 3e-4, (0.9, 0.999))
+    assert (update.minibatches, update.learning_rate, update.betas) == (2, 3e-4, (0.9, 0.999))
     assert (update.weight_decay, update.ema_decay) == (1e-4, 0.9)
     assert settings.seed == 42
     released = name in (*RELEASED, "sd35m-adv-ocr-dino")

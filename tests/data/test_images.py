@@ -1,4 +1,4 @@
-"""Picture files from outside: what is opened, what is refused before it is decoded, and how pictures become squares.
+"""Image files from outside: what is opened, what is refused before it is decoded, and how images become squares.
 
 Bugs planted in a copy, each seen red: all of Pillow's formats; no look at the file's kind; the limit checked after
 decoding; a quarter turn ignored in the header; an MPO taken for an animation; a transparent colour dropped; the longer
@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from advgrpo.data.images import MAX_PIXELS, PictureError, open_picture, read_header, to_square
+from advgrpo.data.images import MAX_PIXELS, ImageError, open_image, read_header, to_square
 from advgrpo.data.references import ReferenceSet, import_command
 from advgrpo.errors import UserError
 from advgrpo.rewards import build_reward
@@ -40,19 +40,19 @@ def png(width: int, height: int, *, depth: int = 8, kind: int = 2) -> bytes:
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
 def test_png_jpeg_and_webp_are_opened_whatever_they_are_called(tmp_path, name):
     Image.fromarray(gradient(20, 20)).save(tmp_path / name, quality=95)
-    os.rename(tmp_path / name, tmp_path / "picture.png")
-    found = np.array(open_picture(tmp_path / "picture.png"))
+    os.rename(tmp_path / name, tmp_path / "image.png")
+    found = np.array(open_image(tmp_path / "image.png"))
     assert np.abs(found.astype(int) - gradient(20, 20)).mean() < 4
 
 
 @pytest.mark.parametrize("kind", ["EPS", "TIFF", "BMP", "GIF", "PPM", "ICO"])
 def test_no_other_decoder_runs(tmp_path, kind, monkeypatch):
     """Pillow opens an EPS that is called .png by starting Ghostscript."""
-    picture = Image.fromarray(gradient(32, 32))
-    picture.save(tmp_path / "x.png", kind)
+    image = Image.fromarray(gradient(32, 32))
+    image.save(tmp_path / "x.png", kind)
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: pytest.fail("Ghostscript was started"))
-    with pytest.raises(PictureError, match="no PNG, JPEG or WEBP"):
-        open_picture(tmp_path / "x.png")
+    with pytest.raises(ImageError, match="no PNG, JPEG or WEBP"):
+        open_image(tmp_path / "x.png")
 
 
 def test_pipes_devices_and_folders_are_not_waited_for(tmp_path):
@@ -60,38 +60,38 @@ def test_pipes_devices_and_folders_are_not_waited_for(tmp_path):
     (tmp_path / "zeros.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()
     for name in ("pipe.png", "zeros.png", "folder.png"):
-        with pytest.raises(PictureError, match=rf"{name} is not a regular file"):
-            open_picture(tmp_path / name)
-    with pytest.raises(PictureError, match="cannot be read"):
-        open_picture(tmp_path / "a\0.png")
+        with pytest.raises(ImageError, match=rf"{name} is not a regular file"):
+            open_image(tmp_path / name)
+    with pytest.raises(ImageError, match="cannot be read"):
+        open_image(tmp_path / "a\0.png")
 
 
 def test_links_are_followed_to_regular_files(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     Image.fromarray(gradient(20, 20)).save(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "elsewhere" / "a.png")  # as in the hub's cache
-    assert open_picture(tmp_path / "link.png").size == (20, 20)
+    assert open_image(tmp_path / "link.png").size == (20, 20)
 
 
 @pytest.mark.parametrize(("width", "height"), [(8193, 8193), (2**26 + 1, 1), (30_000, 30_000)])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_are_refused_before_they_are_decoded(tmp_path, width, height):
     (tmp_path / "bomb.png").write_bytes(png(width, height))
-    for look in (open_picture, read_header):
-        with pytest.raises(PictureError, match=rf"more than {MAX_PIXELS:,} pixels; make it smaller"):
+    for look in (open_image, read_header):
+        with pytest.raises(ImageError, match=rf"more than {MAX_PIXELS:,} pixels; make it smaller"):
             look(tmp_path / "bomb.png")
 
 
 def test_a_budget_of_the_caller_and_a_content_instead_of_a_file():
     content = io.BytesIO()
     Image.fromarray(gradient(32, 32)).save(content, "PNG")
-    assert open_picture(content, "image 3").size == (32, 32)
-    with pytest.raises(PictureError, match="image 3 is 32x32: more than 1,000 pixels"):
-        open_picture(content, "image 3", max_pixels=1000)
+    assert open_image(content, "image 3").size == (32, 32)
+    with pytest.raises(ImageError, match="image 3 is 32x32: more than 1,000 pixels"):
+        open_image(content, "image 3", max_pixels=1000)
     jpeg = io.BytesIO()
     Image.fromarray(gradient(32, 32)).save(jpeg, "JPEG")
-    with pytest.raises(PictureError, match="unreadable"):
-        open_picture(jpeg, "image 3", formats=("PNG",))
+    with pytest.raises(ImageError, match="unreadable"):
+        open_image(jpeg, "image 3", formats=("PNG",))
 
 
 def frames(*colours):
@@ -102,14 +102,14 @@ def frames(*colours):
 def test_animations_are_no_references(tmp_path, suffix):
     first, *others = frames("red", "blue")
     first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=others)
-    with pytest.raises(PictureError, match="is animated"):
-        open_picture(tmp_path / f"a.{suffix}")
+    with pytest.raises(ImageError, match="is animated"):
+        open_image(tmp_path / f"a.{suffix}")
 
 
 def test_the_previews_in_a_phones_jpeg_are_no_animation(tmp_path):
     first, *others = frames("red", "blue")
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=others)
-    assert open_picture(tmp_path / "a.jpg").getpixel((0, 0))[2] < 10
+    assert open_image(tmp_path / "a.jpg").getpixel((0, 0))[2] < 10
 
 
 def modes():
@@ -131,22 +131,22 @@ def modes():
 
 @pytest.mark.parametrize("mode", modes())
 def test_modes_other_than_rgb_are_no_references(tmp_path, mode):
-    picture = modes()[mode]
+    image = modes()[mode]
     file = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    file.write_bytes(picture.getvalue()) if mode == "transparent" else picture.save(file)
+    file.write_bytes(image.getvalue()) if mode == "transparent" else image.save(file)
     expected = "has a transparent colour" if mode == "transparent" else f"has mode {mode}, not RGB"
-    with pytest.raises(PictureError, match=expected) as error:
-        open_picture(file)
+    with pytest.raises(ImageError, match=expected) as error:
+        open_image(file)
     assert error.value.importable
 
 
 @pytest.mark.parametrize("kind", ["jpg", "webp", "png"])
-def test_the_header_is_upright_as_the_picture_is(tmp_path, kind):
+def test_the_header_is_upright_as_the_image_is(tmp_path, kind):
     exif = Image.Exif()
     exif[0x0112] = 6
     file = tmp_path / f"a.{kind}"
     Image.fromarray(gradient(40, 20)).save(file, exif=exif)
-    assert read_header(file).size == open_picture(file).size == (20, 40)
+    assert read_header(file).size == open_image(file).size == (20, 40)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_fits(fit, size, corners):
 
 @pytest.fixture
 def wide(tmp_path):
-    """A set of one wide and one square picture."""
-    folder = tmp_path / "my pictures"
+    """A set of one wide and one square image."""
+    folder = tmp_path / "my images"
     folder.mkdir()
     Image.fromarray(gradient(64, 32)).save(folder / "wide.png")
     Image.fromarray(gradient(32, 32)).save(folder / "square.png")
@@ -215,7 +215,7 @@ def test_features_of_another_fit_are_not_taken_from_the_cache(wide):
     assert len({*keys.values(), plain}) == 3
 
 
-def test_a_similarity_is_to_the_fitted_picture(wide):
+def test_a_similarity_is_to_the_fitted_image(wide):
     """A reward that compares with references gets what data.fit makes of them."""
     (wide / "square.png").unlink()
     similarity = build_reward("dino_similarity", path="tiny", image_size=32, device="cpu")

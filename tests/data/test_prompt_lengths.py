@@ -99,9 +99,9 @@ def test_commands_that_draw_say_which_prompts_are_cut(unit_pipeline, tmp_path, c
     one = ["--images-per-prompt", "1", "--resolution", "32"]
     scored = ["--metrics", "saturation", "--output", str(tmp_path / "scores"), "--cache-dir", str(tmp_path / "cache")]
     drawn = ["--out", str(tmp_path / "set"), "--per-prompt", "1", "--height", "32", "--width", "32"]
-    picture = ["--output", str(tmp_path / "grid.png")]
+    image = ["--output", str(tmp_path / "grid.png")]
     commands = {
-        "generate": lambda: generate(["--prompt", LONG, "--prompt", SHORT, *model, *one, *picture]),
+        "generate": lambda: generate(["--prompt", LONG, "--prompt", SHORT, *model, *one, *image]),
         "evaluate": lambda: evaluate(["--prompts", str(prompts), *model, *one, *scored]),
         "references": lambda: references(["generate", "--prompts", str(prompts), *model, *drawn]),
     }

@@ -1,4 +1,4 @@
-"""Reference pictures that are sound but cannot teach what they should: one for all prompts, or one for each.
+"""Reference images that are sound but cannot teach what they should: one for all prompts, or one for each.
 
 Bugs planted in a copy, each seen red: files compared by name; held-out prompts looked at; a style refused; the note
 counting entries of the index instead of files.
@@ -44,16 +44,16 @@ def read(unit_config, tmp_path):
 @pytest.mark.parametrize(
     "files", [["0.png"] * 3, ["0.png", "copy.png", "0.png"]], ids=["one file", "copies under two names"]
 )
-def test_one_picture_for_all_training_prompts_is_refused(read, files):
+def test_one_image_for_all_training_prompts_is_refused(read, files):
     index = {prompt: [file] for prompt, file in zip(TRAINING, files)} | {HELD_OUT[0]: ["1.png"]}
     with pytest.raises(UserError) as error:
         read(index)
     assert "data.references = " in str(error.value)
-    assert "all 3 training prompts have one and the same picture, 0.png; give each prompt its own" in str(error.value)
+    assert "all 3 training prompts have one and the same image, 0.png; give each prompt its own" in str(error.value)
 
 
 @pytest.mark.parametrize("other", [["1.png"], ["0.png", "1.png"]])
-def test_one_prompt_with_another_picture_is_enough(read, other):
+def test_one_prompt_with_another_image_is_enough(read, other):
     sources, _ = read({TRAINING[0]: other, **{prompt: ["0.png"] for prompt in TRAINING[1:] + HELD_OUT}})
     assert sources.prompts == TRAINING
 

@@ -1,4 +1,4 @@
-"""The tiny world's words: captions, pictures, sets, the shipped pipeline that draws them, and its builder.
+"""The tiny world's words: captions, images, sets, the shipped pipeline that draws them, and its builder.
 
 Planted bugs that turned this file red: held-out captions drawn from the training ones, words without jitter, capital
 letters without pieces of their own, new letters that renumber the old pieces, a training loop that ignores `draw`,
@@ -26,8 +26,8 @@ def reward() -> OcrReward:
     return OcrReward(detection_size=192)
 
 
-def test_word_pictures_are_read(reward):
-    """What the tiny world's OCR reward rests on: crisp pictures score 1, and another word's prompt does not."""
+def test_word_images_are_read(reward):
+    """What the tiny world's OCR reward rests on: crisp images score 1, and another word's prompt does not."""
     captions = words.split_prompts(8, 0)[0]
     images = words.render([words.WordScene.parse(c) for c in captions], torch.Generator().manual_seed(0))
     assert images.shape == (8, 3, 64, 64)

@@ -1,7 +1,7 @@
 """`python -m advgrpo.evaluate`: scores on the training runs' own noise, pairing, what it writes, and errors in time.
 
 Bugs planted in a copy, each seen red: scores of the second model drawn from other noise; LoRA loaded with alpha = rank;
-the picture axis mixed up with the prompt axis; options of the file winning over flags; prompts not checked before work;
+the image axis mixed up with the prompt axis; options of the file winning over flags; prompts not checked before work;
 the LoRA scored as its own base; rule_accuracy not strict; one statistic given for another.
 """
 
@@ -19,7 +19,7 @@ from advgrpo.errors import UserError
 from advgrpo.evaluate.__main__ import Evaluate, main, metric_options, split_metric_options
 from advgrpo.evaluate.evaluator import Evaluator
 from advgrpo.evaluate.statistics import bootstrap_mean, paired_bootstrap
-from advgrpo.monitor.image_statistics import picture_statistics
+from advgrpo.monitor.image_statistics import image_statistics
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.rewards import REWARDS, build_reward, reward_class
 from advgrpo.runtime.distributed import Distributed
@@ -86,7 +86,7 @@ def test_two_loras_on_the_same_noise(unit, tmp_path, capsys):
         assert part in shown
     assert min(Image.open(output / "grid.png").size) > 150
 
-    # the pictures are those a run's own evaluation draws with this LoRA: same noise, same strength
+    # the images are those a run's own evaluation draws with this LoRA: same noise, same strength
     settings = config.build({"seed": 42, "evaluation": {"num_steps": 2, "guidance_scale": 1.0}}, "test")
     loaded = policy(pipeline, folder / "cache", rank=4, alpha=16, start_from=two)
     prompts = [row["prompt"] for row in found["prompts"]]
@@ -96,8 +96,8 @@ def test_two_loras_on_the_same_noise(unit, tmp_path, capsys):
 
     references = ReferenceSet.load(tiny.reference_dir(), prompts)
     for number, prompt in enumerate(prompts):
-        pictures = evaluator.pictures([prompt] * 2, evaluator.ids(number, 2))
-        again = metric.score(pictures, [prompt] * 2, references)
+        images = evaluator.images([prompt] * 2, evaluator.ids(number, 2))
+        again = metric.score(images, [prompt] * 2, references)
         assert torch.allclose(again, scores[two][number], atol=1e-4)
     assert (scores[one] - scores[two]).abs().max() > 1e-3
 
@@ -157,7 +157,7 @@ def test_a_lora_without_metadata_has_alpha_equal_to_rank(unit, tmp_path):
 
 
 def test_statistics_and_the_strict_judge_are_what_they_are_in_training(unit, tmp_path):
-    """Of the same pictures, drawn again from the same noise."""
+    """Of the same images, drawn again from the same noise."""
     folder, pipeline = unit
     names = ["saturation", "dark_share", "edge_density", "rule_accuracy"]
     assert main(flags(unit, tmp_path, "--metrics", ",".join(names))) == 0
@@ -167,8 +167,8 @@ def test_statistics_and_the_strict_judge_are_what_they_are_in_training(unit, tmp
     base = Evaluator(policy(pipeline, folder / "cache"), None, None, prompts, settings, Distributed.start("cpu")).base()
     judge = build_reward("rule", strict=True)
     for number, row in enumerate(found):
-        images = base.pictures([row["prompt"]] * 2, base.ids(number, 2))
-        expected = {**picture_statistics(images), "rule_accuracy": judge.score(images, [row["prompt"]] * 2)}
+        images = base.images([row["prompt"]] * 2, base.ids(number, 2))
+        expected = {**image_statistics(images), "rule_accuracy": judge.score(images, [row["prompt"]] * 2)}
         for name in names:
             assert row["scores"]["base"][name] == pytest.approx(expected[name].tolist(), abs=1e-5), name
     saturation = [value for row in found for value in row["scores"]["base"]["saturation"]]
@@ -225,8 +225,8 @@ def test_options_of_metrics_come_from_defaults_file_and_flags(tmp_path):
         (["--metrics", "rule", "--output", "{folder}/prompts.txt"], "is not writable"),
     ],
 )
-def test_bad_input_is_found_before_a_picture_is_drawn(arguments, expected, unit, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Evaluator, "pictures", lambda *_: pytest.fail("a picture was drawn"))
+def test_bad_input_is_found_before_an_image_is_drawn(arguments, expected, unit, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Evaluator, "images", lambda *_: pytest.fail("an image was drawn"))
     (unit[0] / "cats.txt").write_text("a cat\n")
     given = [part.replace("{folder}", str(unit[0])) for part in arguments]
     assert main(flags(unit, tmp_path / "out", *given)) == 2

@@ -1,6 +1,6 @@
 """What an evaluation says about a model, with its uncertainty.
 
-Planted bugs that turn it red: the interval over pictures instead of prompts; `first` taken from the first prompts; no
+Planted bugs that turn it red: the interval over images instead of prompts; `first` taken from the first prompts; no
 word of what is evaluated to the processes that wait.
 """
 
@@ -16,11 +16,11 @@ from advgrpo.evaluate.evaluator import Evaluator
 from advgrpo.reporting.display import Display
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 
-SCORES = torch.tensor([[0.1, 0.3, 0.2], [0.5, 0.7, 0.9], [0.2, 0.2, 0.8], [1.0, 0.4, 0.4]])  # [prompts, pictures]
+SCORES = torch.tensor([[0.1, 0.3, 0.2], [0.5, 0.7, 0.9], [0.2, 0.2, 0.8], [1.0, 0.4, 0.4]])  # [prompts, images]
 
 
 class Looked:
-    """The `Reward` protocol; a picture's score is its only value."""
+    """The `Reward` protocol; an image's score is its only value."""
 
     def score(self, images, prompts, references=None):
         return images[:, 0, 0, 0]
@@ -28,12 +28,12 @@ class Looked:
 
 @pytest.fixture
 def evaluator(monkeypatch):
-    """Draws picture k of prompt p as a constant SCORES[p, k]."""
+    """Draws image k of prompt p as a constant SCORES[p, k]."""
 
-    def pictures(self, prompts, ids):
+    def images(self, prompts, ids):
         return torch.stack([SCORES[i // 1000, i % 1000].expand(3, 2, 2) for i in ids.tolist()])
 
-    monkeypatch.setattr(Evaluator, "pictures", pictures)
+    monkeypatch.setattr(Evaluator, "images", images)
     prompts = [f"prompt {k}" for k in range(len(SCORES))]
     settings = Config.model_validate({"rollout": {"micro_batch": 8}})
     return Evaluator(None, {"looked": Looked()}, None, prompts, settings, Distributed.start("cpu"))
@@ -56,7 +56,7 @@ def test_means_come_with_their_interval_over_prompts(evaluator):
     )
 
 
-def test_the_first_pictures_are_those_of_an_evaluation_of_as_many(evaluator):
+def test_the_first_images_are_those_of_an_evaluation_of_as_many(evaluator):
     whole, few = evaluator.run(3, first=2), evaluator.run(2)
     assert few == {"eval_looked": whole["eval_looked_first"], "eval_looked_ci95": whole["eval_looked_first_ci95"]}
 

@@ -1,6 +1,6 @@
 """Bootstrap and t-intervals on known distributions: coverage, pairing, and published quantiles.
 
-Bugs planted in a copy, each seen red: pictures resampled instead of prompts; paired resampling drawn anew for each
+Bugs planted in a copy, each seen red: images resampled instead of prompts; paired resampling drawn anew for each
 model; a tie counted as a win; n instead of n - 1 degrees of freedom; the odd factor left out of the t distribution.
 """
 
@@ -16,9 +16,9 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def prompts_and_pictures(repeats=300, prompts=40, pictures=4):
-    """[repeats, prompts, pictures]: pictures of a prompt share most of their variance."""
-    return normal(repeats, prompts, 1, seed=1) + 0.3 * normal(repeats, prompts, pictures, seed=2)
+def prompts_and_images(repeats=300, prompts=40, images=4):
+    """[repeats, prompts, images]: images of a prompt share most of their variance."""
+    return normal(repeats, prompts, 1, seed=1) + 0.3 * normal(repeats, prompts, images, seed=2)
 
 
 def coverage(intervals, truth=0.0):
@@ -26,20 +26,20 @@ def coverage(intervals, truth=0.0):
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
-    data = prompts_and_pictures()
+    data = prompts_and_images()
     for confidence in (0.95, 0.8):
         hit = coverage([bootstrap_mean(d, confidence=confidence, resamples=400, seed=i) for i, d in enumerate(data)])
         # 300 repeats: three standard errors; the percentile interval of 40 clusters is a little narrow
         assert hit == pytest.approx(confidence - 0.01, abs=3 * math.sqrt(confidence * (1 - confidence) / 300))
 
 
-def test_a_prompts_pictures_are_no_independent_evidence():
-    one = prompts_and_pictures(1)[0]
-    by_prompt, by_picture = bootstrap_mean(one), bootstrap_mean(one.flatten())
-    assert by_prompt.mean == pytest.approx(by_picture.mean)
+def test_a_prompts_images_are_no_independent_evidence():
+    one = prompts_and_images(1)[0]
+    by_prompt, by_image = bootstrap_mean(one), bootstrap_mean(one.flatten())
+    assert by_prompt.mean == pytest.approx(by_image.mean)
     expected = 2 * 1.96 * one.mean(1).std().item() / math.sqrt(40)
     assert by_prompt.high - by_prompt.low == pytest.approx(expected, rel=0.1)
-    assert by_picture.high - by_picture.low < 0.7 * expected
+    assert by_image.high - by_image.low < 0.7 * expected
 
 
 def test_pairing_removes_what_both_models_share():

@@ -296,7 +296,7 @@ def made_up(tmp_path, monkeypatch):
 def test_changes_are_paired_and_distances_are_from_the_references(made_up):
     assert made_up.change("flow-pickscore", "pickscore").values == pytest.approx([0.10, 0.11, 0.12])
     assert made_up.change("adv-pickscore", "rule_accuracy", "flow-pickscore").values == pytest.approx([0.4] * 3)
-    # base is 0.1 from the references' 0.6, the final pictures 0.30, 0.31, 0.32
+    # base is 0.1 from the references' 0.6, the final images 0.30, 0.31, 0.32
     assert made_up.change("flow-pickscore", "saturation_distance").values == pytest.approx([0.20, 0.21, 0.22])
     assert made_up.change("adv-pickscore", "saturation_distance").values == pytest.approx([-0.10, -0.09, -0.08])
 

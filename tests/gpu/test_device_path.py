@@ -1,5 +1,5 @@
 """What only a GPU can run, on a GPU, without diffusers: captured steps, drift per attention backend, the FP8 sampler,
-the update from foreign weights, head updates, the decoder, and that the host never waits.
+the update from foreign weights, discriminator updates, the decoder, and that the host never waits.
 
 Marked `gpu` where they need one. The same tests run on a CPU with a model of milliseconds and the emulator of
 `graph_emulator.py`, so that what a lent GPU meets first is not a typing error. On a GPU: SD3.5-medium's width, heads
@@ -79,11 +79,11 @@ def test_every_kind_of_step_replays_the_eager_bits(device, precision, tmp_path):
     captured, table, policy = trainer.sampler, tables(trainer), trainer.policy
     eager = Sampler(policy, captured.guidance_scale, captured.likelihood, share_prefix=True, merged=True)
     policy.merge()
-    tile = trainer.tiles(0)[0]
-    row, ids = tile.row.to(policy.device), tile.image_ids.to(policy.device)
+    micro_batch = trainer.micro_batches(0)[0]
+    row, ids = micro_batch.row.to(policy.device), micro_batch.image_ids.to(policy.device)
     for seed in range(5):  # two eager calls of each kind, one captured, two replayed
-        prompts = policy.encode([f"{prompt}, {seed}" for prompt in tile.prompts])
-        inputs = (table, prompts, eager.initial_latents(seed, tile.prompt_groups), row)
+        prompts = policy.encode([f"{prompt}, {seed}" for prompt in micro_batch.prompts])
+        inputs = (table, prompts, eager.initial_latents(seed, micro_batch.prompt_groups), row)
         expected, steps = eager.run(*inputs, noise_seed=seed, image_ids=ids + seed)
         found, own_steps = captured.run(*inputs, noise_seed=seed, image_ids=ids + seed)
         assert torch.isfinite(found).all()
@@ -91,7 +91,7 @@ def test_every_kind_of_step_replays_the_eager_bits(device, precision, tmp_path):
         for own, other in zip(own_steps, steps, strict=True):
             assert torch.equal(own.log_prob, other.log_prob)
             assert torch.equal(own.next_latents, other.next_latents)
-    assert captured.captures == 4  # ODE steps with a row per prompt and per picture, the branching step, a window step
+    assert captured.captures == 4  # ODE steps with a row per prompt and per image, the branching step, a window step
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_before_the_first_step_the_drift_is_exactly_zero(device, attention, prec
     before = trainer.policy.lora.master.detach().clone()
     for _ in range(3):
         metrics = trainer.iterate()
-        assert metrics["log_prob_drift_max"] == 0.0
+        assert metrics["log_prob_mismatch_max"] == 0.0
         assert metrics["pre_update_clip_fraction"] == 0.0
         assert metrics["grad_norm"] > 0
     assert trainer.sampler.captures == 4
@@ -135,8 +135,8 @@ def test_an_update_from_merged_window_steps_runs(device, mode, tmp_path):
     changes = {"rollout": {"window_forward": "merged"}, "update": {"old_log_prob": mode}}
     trainer = trainer_on(device, tmp_path, **changes)
     metrics = trainer.iterate()
-    assert metrics["log_prob_drift_max"] == 0.0
-    assert metrics["rollout_log_prob_gap"] > 0
+    assert metrics["log_prob_mismatch_max"] == 0.0
+    assert metrics["log_prob_mismatch_mean"] > 0
     assert 0.5 < metrics["importance_weight_mean"] <= 2.0
 
 
@@ -147,10 +147,10 @@ def test_captured_head_updates_equal_eager_ones(device, tmp_path):
     for captured in (True, False):
         trainer = trainer_on(device, tmp_path / str(captured), update={"learning_rate": contenders.FROZEN})
         if not captured:
-            trainer.head_trainer.captured_update.backend = None
+            trainer.discriminator_trainer.captured_update.backend = None
         rows = [trainer.iterate() for _ in range(3)]
-        losses.append([row["adversary_loss"] for row in rows])
-        assert (trainer.head_trainer.captured_update.captures > 0) == captured
+        losses.append([row["discriminator_loss"] for row in rows])
+        assert (trainer.discriminator_trainer.captured_update.captures > 0) == captured
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == 3
 
@@ -186,7 +186,7 @@ def test_fp8_ode_steps_stay_near_the_models_own(tmp_path):
         policy.merge()
         prepared = policy.prepare(policy.encode(["a", "b"]), table.timesteps, guided=True)
         with torch.no_grad():
-            results.append(policy.merged_velocity(latents, table.numbers[0], prepared)[0].float())
+            results.append(policy.predict_merged(latents, table.numbers[0], prepared)[0].float())
     assert (results[1] - results[0]).norm() < 0.1 * results[0].norm()
 
 
@@ -210,8 +210,8 @@ def test_sampler_and_update_never_wait(tmp_path):
     with waits_are("error"):
         rollout = trainer.rollout(table, 0)  # prompts that were seen: the first visit of one copies it
         advantages = torch.linspace(-1, 1, trainer.config.images_per_iteration, device="cuda")
-        stats = updater.accumulate(rollout.tiles, advantages, table, total=len(advantages), watch_kl=True)
-        updater.step(stats.max_drift())
+        stats = updater.accumulate(rollout.micro_batches, advantages, table, total=len(advantages), watch_kl=True)
+        updater.step(stats.max_mismatch())
         stats.sums()
 
 

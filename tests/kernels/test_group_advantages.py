@@ -162,8 +162,8 @@ def test_a_tracker_s_update_is_the_loop_over_prompts(columns, global_std):
 
 
 def test_a_tracker_s_update_takes_no_longer_than_the_loop_over_prompts():
-    """A rollout of 4,096 pictures with rewards for 10 timesteps, in groups of 16: a tenth of the loop's time."""
-    prompts = [f"a picture of thing number {i % 256}" for i in range(4096)]
+    """A rollout of 4,096 images with rewards for 10 timesteps, in groups of 16: a tenth of the loop's time."""
+    prompts = [f"an image of thing number {i % 256}" for i in range(4096)]
     rewards = np.random.default_rng(0).random((4096, 10))
     ours, loops = [], []
     for _ in range(5):

@@ -2,7 +2,7 @@
 
 Planted bugs that turned this file red: the same sign on both sides; gradient outside the hinge; NaN scores counted as
 satisfied; patches not averaged; loop lengths compiled in as they are, of either kernel; a kernel for every kind of
-count of pictures; rows of the second side over the first; upstream gradient ignored; patches counted in the accuracy;
+count of images; rows of the second side over the first; upstream gradient ignored; patches counted in the accuracy;
 loss weights exchanged.
 """
 
@@ -99,7 +99,7 @@ class Recorder:
 
 
 def test_shares_of_a_batch_that_differ_in_every_update_need_few_kernels(monkeypatch):
-    """8 processes draw 96 of 768 pictures a side, so their shares differ: few variants of each kernel serve all."""
+    """8 processes draw 96 of 768 images a side, so their shares differ: few variants of each kernel serve all."""
     recorders = {}
     for owner, name in ((_head, "_head_rows_kernel"), (_head, "_head_bwd_kernel"), (module, "_hinge_kernel")):
         recorders[name] = Recorder(getattr(owner, name))
@@ -162,5 +162,5 @@ def test_bad_arguments_raise(device):
     features, head = make_features(2, 2, 3, 12, device), make_head(12, 10, device)
     with pytest.raises(ValueError, match="want generated_cls"):
         hinge_head_loss(*features[:2], features[2][:1], features[3], head)
-    with pytest.raises(ValueError, match="patches per picture differ"):
+    with pytest.raises(ValueError, match="patches per image differ"):
         hinge_head_loss(*features[:3], features[3][:, :2], head)

@@ -24,10 +24,10 @@ from rich.console import Console
 from advgrpo import config
 from advgrpo.config.checks import IMAGE_STATISTICS
 from advgrpo.monitor.image_statistics import (
-    PictureStatistics,
+    ImageStatistics,
     ReferenceStatistics,
     group_diversity,
-    picture_statistics,
+    image_statistics,
 )
 from advgrpo.monitor.monitor import RED_FLAGS, Monitor, kendall_tau, noise
 from advgrpo.runtime.distributed import Distributed
@@ -48,9 +48,9 @@ def healthy_row(i, noise):
         "reward_reference": 1.0 + 0.5 * noise(),
         "reward_std": 0.7 + 0.1 * noise(),
         "zero_std_fraction": 0.0,
-        "adversary_accuracy": min(1.0, 0.8 + 0.08 * noise()),
-        "adversary_paired_accuracy": min(1.0, 1.0 + 0.01 * noise()),
-        "log_prob_drift_max": 0.0,
+        "discriminator_accuracy": min(1.0, 0.8 + 0.08 * noise()),
+        "discriminator_paired_accuracy": min(1.0, 1.0 + 0.01 * noise()),
+        "log_prob_mismatch_max": 0.0,
         "pre_update_clip_fraction": 0.0,
         "grad_norm": 3e-3,
         "monitor_gradient_rms": 5e-6,
@@ -69,8 +69,8 @@ def series(count, change=lambda i, row, noise: {}, seed=0):
     return rows
 
 
-def pictures(row):
-    return PictureStatistics(
+def images(row):
+    return ImageStatistics(
         {name: row[f"monitor_{name}"] for name in IMAGE_STATISTICS},
         {name: row[f"monitor_reference_{name}"] for name in IMAGE_STATISTICS},
         row["monitor_group_diversity"],
@@ -79,7 +79,7 @@ def pictures(row):
 
 def feed(monitor, rows):
     """The names of the active flags after each iteration."""
-    return [[flag.name for flag in monitor.check(row, pictures(row))] for row in rows]
+    return [[flag.name for flag in monitor.check(row, images(row))] for row in rows]
 
 
 def make(**changes):
@@ -105,14 +105,14 @@ TRIPS = {
     "dead_groups": ({}, lambda i, row, n: {"zero_std_fraction": 0.5 * ramp(i, 30, 20)}),
     "slow_convergence": ({"rollout": {"group_size": 4}}, lambda i, row, n: {}),
     "off_policy": (
-        {"update": {"max_log_prob_drift": 1.0}},
-        lambda i, row, n: {"log_prob_drift_max": 1e-5 if i >= 30 else 0.0},
+        {"update": {"max_log_prob_mismatch": 1.0}},
+        lambda i, row, n: {"log_prob_mismatch_max": 1e-5 if i >= 30 else 0.0},
     ),
     "adam_eps": ({}, lambda i, row, n: {"monitor_gradient_rms": 5e-6 * 10 ** (-3 * ramp(i, 30, 20))}),
-    "overpowered_adversary": ({}, lambda i, row, n: {"adversary_accuracy": 0.8 + 0.2 * ramp(i, 30, 10)}),
+    "overpowered_adversary": ({}, lambda i, row, n: {"discriminator_accuracy": 0.8 + 0.2 * ramp(i, 30, 10)}),
     "sleeping_adversary": (
         {},
-        lambda i, row, n: {"adversary_paired_accuracy": 0.5 + 0.03 * n()} if i >= 30 else {},
+        lambda i, row, n: {"discriminator_paired_accuracy": 0.5 + 0.03 * n()} if i >= 30 else {},
     ),
 }
 
@@ -137,7 +137,7 @@ def test_a_flag_trips_on_its_own_series_alone(name):
 def test_messages_and_advice_name_existing_fields_with_their_values(name):
     changes, change = TRIPS[name]
     monitor = make(**config.merge(changes, {"monitor": {"stop": [name]}}))
-    seen = [flag for row in series(100, change) for flag in monitor.check(row, pictures(row))]
+    seen = [flag for row in series(100, change) for flag in monitor.check(row, images(row))]
     flag = seen[0]
     assert flag.stop and flag.name in str(flag) and flag.advice in str(flag)  # noqa: PT018
     fields = [word.strip("(),.;") for word in flag.advice.split() if "." in word.strip("(),.;")]
@@ -161,10 +161,10 @@ def test_one_odd_iteration_raises_nothing_and_one_good_one_clears_nothing():
     odd = {
         "reward_reference": -50.0,
         "zero_std_fraction": 1.0,
-        "log_prob_drift_max": 1.0,
+        "log_prob_mismatch_max": 1.0,
         "monitor_gradient_rms": 1e-12,
-        "adversary_accuracy": 1.0,
-        "adversary_paired_accuracy": 0.5,
+        "discriminator_accuracy": 1.0,
+        "discriminator_paired_accuracy": 0.5,
         "monitor_group_diversity": 0.0,
         "monitor_saturation": 1.0,
     }
@@ -185,10 +185,10 @@ def test_a_flag_clears_when_the_cause_is_gone():
 
 def test_an_adversary_that_ranks_a_prompts_pairs_is_awake_whatever_its_threshold_says():
     """PickScore's scores share a level and a converged game keeps a head's threshold at one half."""
-    assert not any(feed(make(), series(60, lambda i, row, n: {"adversary_accuracy": 0.5 + 0.02 * n()})))
+    assert not any(feed(make(), series(60, lambda i, row, n: {"discriminator_accuracy": 0.5 + 0.02 * n()})))
     for schedule, advice in (("never", "(now never)"), ("always", "Raise adversary"), ("when_fooled", "margin")):
         monitor = make(adversary={"schedule": schedule})
-        feed(monitor, series(60, lambda i, row, n: {"adversary_paired_accuracy": 0.5}))
+        feed(monitor, series(60, lambda i, row, n: {"discriminator_paired_accuracy": 0.5}))
         (flag,) = monitor.active()
         assert (flag.name, advice in flag.advice) == ("sleeping_adversary", True)
 
@@ -293,7 +293,7 @@ def test_a_small_rise_is_seen_beside_what_the_same_prompts_references_get():
         assert active(True, 0.0, seed)[0] == []  # a rise alone is progress
 
 
-def test_without_references_pictures_are_compared_with_the_start():
+def test_without_references_images_are_compared_with_the_start():
     def change(step):
         return lambda i, row, noise: {
             "reward_reference": None,
@@ -304,7 +304,7 @@ def test_without_references_pictures_are_compared_with_the_start():
     for step, expected in ((0.2, ["reward_hacking"]), (-0.2, ["reward_hacking"]), (0.0, [])):
         monitor = make(adversary={"kind": "none"})
         for row in series(80, change(step)):
-            own = PictureStatistics({name: row[f"monitor_{name}"] for name in IMAGE_STATISTICS}, {}, None)
+            own = ImageStatistics({name: row[f"monitor_{name}"] for name in IMAGE_STATISTICS}, {}, None)
             active = monitor.check(row, own)
         assert [flag.name for flag in active] == expected
         assert not active or "set adversary.kind (now none)" in active[0].advice
@@ -315,10 +315,10 @@ def test_a_run_that_starts_collapsed_is_caught_by_the_floor():
 
 
 def test_warm_up_and_iterations_without_a_generator_update_are_not_judged():
-    untrained = {"adversary_paired_accuracy": 0.5, "monitor_group_diversity": 0.0}
+    untrained = {"discriminator_paired_accuracy": 0.5, "monitor_group_diversity": 0.0}
     active = feed(make(adversary={"warmup_iterations": 20}), series(20, lambda i, row, n: untrained))
     assert not any(active)
-    none = dict.fromkeys(("zero_std_fraction", "log_prob_drift_max", "pre_update_clip_fraction", "grad_norm",
+    none = dict.fromkeys(("zero_std_fraction", "log_prob_mismatch_max", "pre_update_clip_fraction", "grad_norm",
                           "monitor_gradient_rms"))  # fmt: skip
     alternate = series(200, lambda i, row, n: {} if i % 10 == 9 else none)
     assert not any(feed(make(adversary={"schedule": "alternate"}), alternate))
@@ -361,7 +361,7 @@ def test_kendalls_tau_on_known_answers():
     assert kendall_tau([5, 5, 5]) == 0
 
 
-def test_picture_statistics_on_known_pictures():
+def test_image_statistics_on_known_images():
     size = 16
     red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, size, size)
     pale = torch.tensor([1.0, 0.5, 0.5]).view(3, 1, 1).expand(3, size, size)
@@ -369,12 +369,12 @@ def test_picture_statistics_on_known_pictures():
     halves = torch.zeros(3, size, size)
     halves[:, :, size // 2 :] = 1.0
     faint = 0.5 + 0.05 * halves  # a step of 0.05: too weak for an edge
-    found = picture_statistics(torch.stack([red, pale, grey, black, halves, halves.transpose(1, 2), faint]))
+    found = image_statistics(torch.stack([red, pale, grey, black, halves, halves.transpose(1, 2), faint]))
     assert found["saturation"].tolist() == pytest.approx([1, 0.5, 0, 0, 0, 0, 0])
     assert found["dark_share"].tolist() == pytest.approx([0, 0, 0, 1, 0.5, 0.5, 0])
     assert found["edge_density"].tolist() == pytest.approx([0, 0, 0, 0, 2 / size, 2 / size, 0])
-    with pytest.raises(ValueError, match=r"want pictures \[B, 3, H, W\]"):
-        picture_statistics(red)
+    with pytest.raises(ValueError, match=r"want images \[B, 3, H, W\]"):
+        image_statistics(red)
 
 
 def test_group_diversity_is_the_mean_distance_of_pairs():
@@ -391,20 +391,20 @@ def test_group_diversity_is_the_mean_distance_of_pairs():
             group_diversity(features, size)
 
 
-def test_reference_statistics_are_taken_at_the_pictures_size_and_once(tmp_path):
+def test_reference_statistics_are_taken_at_the_images_size_and_once(tmp_path):
     from PIL import Image
 
     from advgrpo.data.references import ReferenceSet
 
     for name, colour in (("red", (255, 0, 0)), ("grey", (9, 9, 9))):
-        picture = Image.new("RGB", (64, 64), colour)
-        picture.paste((255, 255, 255), (32, 0, 64, 64))
-        picture.save(tmp_path / f"{name}.png")
+        image = Image.new("RGB", (64, 64), colour)
+        image.paste((255, 255, 255), (32, 0, 64, 64))
+        image.save(tmp_path / f"{name}.png")
     (tmp_path / "references.json").write_text(json.dumps({"a": ["red.png", "grey.png"]}))
     references = ReferenceSet.load(tmp_path, ["a"])
     statistics = ReferenceStatistics(references)
     found = dict(zip(IMAGE_STATISTICS, statistics.prompt("a", (16, 16)).tolist()))
-    assert found["saturation"] == pytest.approx(0.25, abs=0.05)  # half of one picture, none of the other
+    assert found["saturation"] == pytest.approx(0.25, abs=0.05)  # half of one image, none of the other
     assert found["dark_share"] == pytest.approx(0.25, abs=0.05)
     assert found["edge_density"] > 2 / 16 * 0.9  # two columns of 16; it would be 2 / 64 at the files' own size
     (tmp_path / "red.png").unlink()
@@ -431,7 +431,7 @@ def flags_of(run, iterations) -> set[str]:
 def test_a_run_with_small_groups_large_eps_a_frozen_head_and_foreign_likelihoods(unit_config, monkeypatch):
     """slow_convergence, adam_eps, sleeping_adversary and off_policy."""
     unit_config.update.eps = 0.1
-    unit_config.update.max_log_prob_drift = 1.0
+    unit_config.update.max_log_prob_mismatch = 1.0
     unit_config.adversary.learning_rate = 1e-12
     run = watched(unit_config)
     for parameter in run.trainer.adversary.parameters():
@@ -440,8 +440,8 @@ def test_a_run_with_small_groups_large_eps_a_frozen_head_and_foreign_likelihoods
 
     def drifting(table, iteration):
         rollout = real(table, iteration)
-        for tile in rollout.tiles:
-            for step in tile.steps:
+        for micro_batch in rollout.micro_batches:
+            for step in micro_batch.steps:
                 step.log_prob = step.log_prob + 1e-4
         return rollout
 
@@ -449,9 +449,9 @@ def test_a_run_with_small_groups_large_eps_a_frozen_head_and_foreign_likelihoods
     assert flags_of(run, 3) >= {"slow_convergence", "adam_eps", "sleeping_adversary", "off_policy"}
 
 
-def test_a_run_whose_pictures_are_constant(unit_config, monkeypatch):
+def test_a_run_whose_images_are_constant(unit_config, monkeypatch):
     """mode_collapse, dead_groups, and overpowered_adversary: grey squares are easily told from drawings."""
-    unit_config.adversary.reward_weights = (1.0, 0.0)  # the local reward draws patches anew for every picture
+    unit_config.adversary.reward_weights = (1.0, 0.0)  # the local reward draws patches anew for every image
     unit_config.adversary.learning_rate, unit_config.adversary.updates_per_iteration = 0.03, 10
     unit_config.adversary.schedule = "always"
     run = watched(unit_config)
@@ -464,18 +464,18 @@ def test_a_run_whose_head_learns_the_wrong_way_round(unit_config, monkeypatch):
     unit_config.adversary.learning_rate = 0.005
     unit_config.adversary.schedule = "always"
     run = watched(unit_config, trend_window=8, collapse_drop=3.0)
-    real = run.trainer.head_trainer.train
+    real = run.trainer.discriminator_trainer.train
 
     def swapped(batch, iteration, updates):
         batch.reference, batch.generated = batch.generated, batch.reference
         return real(batch, iteration, updates)
 
-    monkeypatch.setattr(run.trainer.head_trainer, "train", swapped)
+    monkeypatch.setattr(run.trainer.discriminator_trainer, "train", swapped)
     assert "reward_collapse" in flags_of(run, 18)
 
 
 def test_a_run_whose_fixed_reward_is_saturation(unit_config, monkeypatch):
-    """reward_hacking: the reward pays for colour, and the pictures get more of it every iteration."""
+    """reward_hacking: the reward pays for colour, and the images get more of it every iteration."""
     unit_config.adversary.learning_rate = 1e-12
     run = watched(unit_config)
     trainer = run.trainer
@@ -483,14 +483,16 @@ def test_a_run_whose_fixed_reward_is_saturation(unit_config, monkeypatch):
 
     def coloured(table, iteration):
         rollout = real_rollout(table, iteration)
-        for tile in rollout.tiles:
-            grey = tile.images.mean(1, keepdim=True)
-            tile.images = (grey + (0.2 + 0.15 * iteration) * (tile.images - grey)).clamp(0, 1)
+        for micro_batch in rollout.micro_batches:
+            grey = micro_batch.images.mean(1, keepdim=True)
+            micro_batch.images = (grey + (0.2 + 0.15 * iteration) * (micro_batch.images - grey)).clamp(0, 1)
         return rollout
 
     def saturation_pays(rollout, iteration):
         scored = real_score(rollout, iteration)
-        scored.rewards = picture_statistics(torch.cat([tile.images for tile in rollout.tiles]))["saturation"]
+        scored.rewards = image_statistics(torch.cat([micro_batch.images for micro_batch in rollout.micro_batches]))[
+            "saturation"
+        ]
         scored.reference_rewards = torch.full_like(scored.rewards, 0.5)
         return scored
 
@@ -522,9 +524,7 @@ def test_a_named_flag_ends_the_run_with_a_checkpoint_and_the_rest_can_follow(uni
     _, rows = run(resume=False)
     assert [row["flags"] for row in rows] == [["slow_convergence"]]
     assert (Path(unit_config.output_dir) / "checkpoints" / "iteration-000001").exists()
-    assert (
-        "iteration 1: red flag slow_convergence: groups of 4 pictures learn slowly. Raise rollout" in shown.getvalue()
-    )
+    assert "iteration 1: red flag slow_convergence: groups of 4 images learn slowly. Raise rollout" in shown.getvalue()
     assert "stopped by the monitor (monitor.stop names slow_convergence; leave it out to go on)" in shown.getvalue()
     unit_config.monitor.stop = ()
     resumed, rows = run(resume=True)
@@ -534,7 +534,7 @@ def test_a_named_flag_ends_the_run_with_a_checkpoint_and_the_rest_can_follow(uni
 
 
 def test_switched_off_it_measures_nothing(unit_config, monkeypatch):
-    monkeypatch.setattr("advgrpo.training.trainer.measure", lambda *_: pytest.fail("pictures were measured"))
+    monkeypatch.setattr("advgrpo.training.trainer.measure", lambda *_: pytest.fail("images were measured"))
     run = watched(unit_config, every=0)
     assert not any(name.startswith("monitor_") for name in run.trainer.iterate())
     assert run.trainer.flags == []

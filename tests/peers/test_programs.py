@@ -75,7 +75,7 @@ def unit_pipeline_of(path):
 
 
 @pytest.mark.parametrize("peer", PIPELINES)
-def test_real_pipelines_give_the_same_pictures(peer, unit_pipeline):
+def test_real_pipelines_give_the_same_images(peer, unit_pipeline):
     """Ten steps with guidance on an untrained SD3 of width 64, with every pipeline of SD3 that the peer has."""
     pipe, fused = unit_pipeline_of(unit_pipeline), adv_grpo if peer == "adv_grpo" else flow_grpo
     settings = {"num_inference_steps": 10, "guidance_scale": 4.5, "height": 64, "width": 64, "output_type": "pt"}
@@ -96,7 +96,7 @@ def test_real_pipelines_give_the_same_pictures(peer, unit_pipeline):
                     if "sde_window_size" in extra:
                         runs += [(module, name, extra | {"sde_type": "cps"})]
 
-        def pictures():
+        def images():
             results = []
             for module, name, extra in runs:
                 torch.manual_seed(5)
@@ -104,9 +104,9 @@ def test_real_pipelines_give_the_same_pictures(peer, unit_pipeline):
                 results.append(getattr(module, name)(pipe, ["a red cube", "two birds"], **settings, **extra))
             return results
 
-        theirs = pictures()
+        theirs = images()
         fused.patch(home)
-        ours = pictures()
+        ours = images()
         assert len(theirs) >= {"flow_grpo": 1, "adv_grpo": 4, "miles_diffusion": 3}[peer]
         for (_, name, extra), their, our in zip(runs, theirs, ours):
             for part, (a, b) in enumerate(zip(their, our)):

@@ -7,8 +7,8 @@ one float32 copy for stock LoRA missing; boundaries of the image stream only; vi
 subtracted; matrices of the dual attention left out. Counts: only A of the adapters; every linear of a block stacked;
 inner linears missing from FP8 weights; guidance forgotten; model.lora.blocks ignored. Choices: the smallest of equally
 fast knobs; checkpointing that saves nothing; processes ignored; a knob that training lacks; remedies not tried; twice
-the card's size accepted; an adversary counted for supervised fine-tuning; eight pictures decoded at once at every
-resolution; the gate of the first pictures forgotten; a stock decoder counted as ours. Advice: order changed; the
+the card's size accepted; an adversary counted for supervised fine-tuning; eight images decoded at once at every
+resolution; the gate of the first images forgotten; a stock decoder counted as ours. Advice: order changed; the
 smallest micro-batch instead of the next; GiB read as GB; the ceiling not named. Exit code always 0.
 """
 
@@ -59,7 +59,7 @@ def saved_bytes(forward) -> int:
 
 
 def meta_inputs(rows: int):
-    """Latents, text and pooled embeddings of 512-pixel pictures and 77 + 128 tokens."""
+    """Latents, text and pooled embeddings of 512-pixel images and 77 + 128 tokens."""
     shapes = ((rows, 16, 64, 64), (rows, 205, 4096), (rows, 2048))
     return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
 
@@ -99,7 +99,7 @@ def test_a_float32_decoder_is_counted_as_one(paper):
     for dtype in ("auto", "bfloat16", "float32"):
         paper.model.decoder_dtype = dtype
         parts = plan(paper, 80).components
-        counted[dtype] = {c.name: c.bytes for c in parts if c.name in ("picture decoder", "decoding")}
+        counted[dtype] = {c.name: c.bytes for c in parts if c.name in ("image decoder", "decoding")}
     assert counted["auto"] == counted["bfloat16"]
     assert all(counted["float32"][name] > 1.5 * size for name, size in counted["bfloat16"].items())
 
@@ -110,7 +110,7 @@ def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
     step = torch.zeros(1, dtype=torch.int64, device="meta")
 
     def forward():
-        return fused.velocity(meta_inputs(ROWS)[0], step, prepared, "adapted")
+        return fused.predict(meta_inputs(ROWS)[0], step, prepared, "adapted")
 
     adapters = 2 * fused.lora.master.numel()  # their bfloat16 copy, which the plan counts once, not per sequence
     assert shape.saved_bytes(checkpointing=False) == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=0.005)
@@ -119,7 +119,7 @@ def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
     fused.checkpointing = False
     fused.prepare_merged(fp8=False)
     with torch.no_grad(), AliveBytes() as alive:
-        fused.velocity(meta_inputs(ROWS)[0], step, prepared, "merged")
+        fused.predict(meta_inputs(ROWS)[0], step, prepared, "merged")
     assert shape.forward_bytes() == pytest.approx(alive.peak / ROWS, rel=0.05)
     with AliveBytes() as alive:
         velocity = forward()
@@ -208,7 +208,7 @@ def test_what_lies_beside_the_weights_is_counted(paper):
     assert sizes["table of positions"] == 384**2 * 1536 * 2
     assert sizes["stock VAE, float32"] == 83_819_683 * 4
     assert found.peak_gb == pytest.approx(35.8, rel=0.02)
-    assert sizes["rows of a head update"] == paper.adversary.batch_size * 4 * 1370 * 1024
+    assert sizes["rows of a discriminator update"] == paper.adversary.batch_size * 4 * 1370 * 1024
 
 
 def test_text_encoders_are_on_the_gpu_while_they_encode(paper):
@@ -229,27 +229,27 @@ def test_every_knob_is_a_setting_of_training(paper):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fast", "pictures", "dtype"),
+    ("changes", "fast", "images", "dtype"),
     [
         ({}, True, 8, torch.bfloat16),
-        ({"resolution": 256}, True, 16, torch.bfloat16),  # 32 would be decoded at once, but a tile has no more
+        ({"resolution": 256}, True, 16, torch.bfloat16),  # 32 would be decoded at once, but a micro-batch has no more
         ({"resolution": 512, "decoder_dtype": "float32"}, True, 8, torch.float32),
         ({"resolution": 1024, "decoder_dtype": "float32"}, True, 2, torch.float32),
         ({"dtype": "float32"}, True, 8, torch.float32),
-        ({}, False, 16, torch.float32),  # diffusers' decoder takes the whole tile
+        ({}, False, 16, torch.float32),  # diffusers' decoder takes the whole micro-batch
         ({"train": "full"}, True, 16, torch.float32),
     ],
 )
-def test_decoding_is_counted_as_training_decodes(changes, fast, pictures, dtype, paper):
+def test_decoding_is_counted_as_training_decodes(changes, fast, images, dtype, paper):
     paper.rollout.micro_batch, paper.fast = 16, fast
     for name, value in changes.items():
         setattr(paper.model, name, value)
     sizes = {c.name: c.bytes for c in _Estimate(paper, 1).components(Knobs(16, False))}
-    assert sizes["decoding"] == pictures * decode_bytes(SD3_DECODER, dtype, paper.model.resolution // 8)
+    assert sizes["decoding"] == images * decode_bytes(SD3_DECODER, dtype, paper.model.resolution // 8)
 
 
-def test_the_gate_of_a_runs_first_pictures_is_counted(paper):
-    """At 1024 pixels two pictures are decoded at once in bfloat16, and the first two in float32 as well."""
+def test_the_gate_of_a_runs_first_images_is_counted(paper):
+    """At 1024 pixels two images are decoded at once in bfloat16, and the first two in float32 as well."""
     paper.model.resolution = 1024
     sizes = {c.name: c.bytes for c in _Estimate(paper, 1).components(Knobs(8, False))}
     weights = 4 * known_models.count_decoder(SD3_DECODER)

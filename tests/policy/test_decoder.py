@@ -1,8 +1,8 @@
-"""Picture decoder: parity with diffusers' AutoencoderKL, float32 statistics under bfloat16, the gate between the two.
+"""Image decoder: parity with diffusers' AutoencoderKL, float32 statistics under bfloat16, the gate between the two.
 
 Bugs planted in a copy, each seen red: channel sums, or square sums, without dtype=float32; variance of the channel
 means left out; sign of the shift; the shortcut's convolution skipped; post_quant_conv skipped, or its default False;
-pictures of a second micro-batch written over the first; shift_factor left out; the gate averaging over pictures instead
+images of a second micro-batch written over the first; shift_factor left out; the gate averaging over images instead
 of taking the worst; the gate passing NaN; bfloat16 weights left contiguous.
 """
 
@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from advgrpo import tiny
 from advgrpo.errors import UserError
 from advgrpo.policy.fused import decoder as decoder_module
-from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig, PictureQualityError, group_norm, psnr_gate
+from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig, ImageQualityError, group_norm, psnr_gate
 
 NARROW_SD3 = dataclasses.replace(SD3_DECODER, block_out_channels=(32, 64, 96, 96))
 
@@ -53,10 +53,10 @@ def test_float32_equals_diffusers(vae):
     decoder = Decoder.from_state_dict(config, vae.state_dict())
     with torch.no_grad():
         expected = vae.decode(latents, return_dict=False)[0]
-        pictures = vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        images = vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
     assert expected.std() > 0.1
     assert (decoder(latents) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert (decoder.images(latents) - (pictures / 2 + 0.5).clamp(0, 1)).abs().max() <= 1e-5
+    assert (decoder.images(latents) - (images / 2 + 0.5).clamp(0, 1)).abs().max() <= 1e-5
 
 
 def test_config_is_read_as_diffusers_reads_it():
@@ -107,20 +107,20 @@ def test_bfloat16_is_channels_last_throughout():
     assert all(t.dtype == torch.bfloat16 and t.is_contiguous(memory_format=torch.channels_last) for t in seen)
 
 
-def test_micro_batches_give_the_same_pictures():
+def test_micro_batches_give_the_same_images():
     whole = Decoder.random(NARROW_SD3, seed=0)
     parts = Decoder.from_state_dict(NARROW_SD3, whole.state_dict(), micro_batch=2)
     sizes = []
     parts.decoder.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
     latents = latents_for(5)
-    pictures = parts.images(latents)
+    images = parts.images(latents)
     assert sizes == [2, 2, 1]
-    assert pictures.shape == (5, 3, 64, 64)
-    assert pictures.dtype == torch.float32
-    assert pictures.is_contiguous()
-    assert (pictures - whole.images(latents)).abs().max() <= 1e-5
-    assert (pictures.min(), pictures.max()) == (0, 1)  # clamped on both sides
-    assert pictures.std() > 0.2
+    assert images.shape == (5, 3, 64, 64)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous()
+    assert (images - whole.images(latents)).abs().max() <= 1e-5
+    assert (images.min(), images.max()) == (0, 1)  # clamped on both sides
+    assert images.std() > 0.2
 
 
 @pytest.fixture
@@ -154,25 +154,25 @@ def test_gate_refuses_bfloat16_statistics(pair, monkeypatch):
         return total
 
     monkeypatch.setattr(decoder_module, "group_norm", bfloat16_statistics)
-    with pytest.raises(PictureQualityError, match=r"dB against torch\.float32, below 40 dB"):
+    with pytest.raises(ImageQualityError, match=r"dB against torch\.float32, below 40 dB"):
         psnr_gate(*pair, latents_for(2))
 
 
-def test_gate_judges_the_worst_picture_and_refuses_nan(pair):
+def test_gate_judges_the_worst_image_and_refuses_nan(pair):
     _, reference = pair
 
     class OneBad(Decoder):
         def images(self, latents):
-            pictures = super().images(latents)
-            pictures[-1] += self.change
-            return pictures
+            images = super().images(latents)
+            images[-1] += self.change
+            return images
 
     bad = OneBad.from_state_dict(NARROW_SD3, reference.state_dict())
-    bad.change = 0.02  # 34 dB in this picture, 43 dB over all eight
-    with pytest.raises(PictureQualityError, match=r"34\.0 dB"):
+    bad.change = 0.02  # 34 dB in this image, 43 dB over all eight
+    with pytest.raises(ImageQualityError, match=r"34\.0 dB"):
         psnr_gate(bad, reference, latents_for(8))
     bad.change = float("nan")
-    with pytest.raises(PictureQualityError, match="nan dB"):
+    with pytest.raises(ImageQualityError, match="nan dB"):
         psnr_gate(bad, reference, latents_for(2))
 
 

@@ -1,7 +1,7 @@
 """SD3 policy, sampler and update: parity with stock diffusers, exact on-policy log-probs, fast equals plain.
 
 Bugs planted in a copy, each seen red: guidance rows swapped; merge scale alpha instead of alpha / rank; window
-steps run on merged weights (drift); noise keyed by row instead of picture id; alpha lost on export; LoRA left enabled
+steps run on merged weights (mismatch); noise keyed by row instead of image id; alpha lost on export; LoRA left enabled
 inside `reference()`.
 """
 
@@ -15,12 +15,12 @@ from advgrpo import config
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.adapters import target_modules
-from advgrpo.policy.fused.decoder import PictureQualityError
+from advgrpo.policy.fused.decoder import ImageQualityError
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.sampling.dynamics import step_table, window_steps
 from advgrpo.sampling.sampler import Sampler
-from advgrpo.training.update import DriftError, Updater
-from advgrpo.types import Tile, TileRollout
+from advgrpo.training.update import LogProbMismatchError, Updater
+from advgrpo.types import MicroBatch, MicroBatchRollout
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
 ROW = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -35,7 +35,7 @@ def load(settings, *, fused=True, precision="model", **changes) -> SD3Policy:
 def velocity_at(policy: SD3Policy, latents: torch.Tensor, *, guided: bool) -> torch.Tensor:
     """Conditional velocity of PROMPTS at timestep 500."""
     prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([900.0, 500.0]), guided=guided)
-    return policy.velocity(latents, torch.tensor([1]), prepared)[0].detach()
+    return policy.predict(latents, torch.tensor([1]), prepared)[0].detach()
 
 
 def train_adapters(policy: SD3Policy) -> None:
@@ -53,8 +53,8 @@ def sample(policy, settings, *, window=(1, 2), share=True, merged=True):
     initial = sampler.initial_latents(7, torch.arange(2))
     conditioning = policy.encode(PROMPTS)
     latents, steps = sampler.run(table, conditioning, initial, ROW, noise_seed=3, image_ids=torch.arange(6))
-    tile = Tile(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0)
-    return latents, TileRollout(tile, conditioning, steps, policy.decode(latents)), table
+    micro_batch = MicroBatch(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0)
+    return latents, MicroBatchRollout(micro_batch, conditioning, steps, policy.decode(latents)), table
 
 
 def gradients(policy, settings, rollout, table, advantages, watch_kl=False):
@@ -66,7 +66,7 @@ def gradients(policy, settings, rollout, table, advantages, watch_kl=False):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-def test_ode_pictures_equal_the_stock_pipelines(unit_config, unit_pipeline, guidance):
+def test_ode_images_equal_the_stock_pipelines(unit_config, unit_pipeline, guidance):
     policy = load(unit_config)
     sampler = Sampler(policy, guidance, "gaussian", share_prefix=True, merged=False)
     initial = sampler.initial_latents(0, torch.arange(2))
@@ -89,7 +89,7 @@ def test_merged_weights_equal_adapters_and_stock_diffusers_with_the_exported_lor
     row = torch.arange(2)
     by_merge, _ = Sampler(policy, 4.5, "gaussian", True, True).run(table, conditioning, initial, row)
     by_adapter, _ = Sampler(policy, 4.5, "gaussian", True, False).run(table, conditioning, initial, row)
-    with policy.reference():
+    with policy.disable_adapter():
         base, _ = Sampler(policy, 4.5, "gaussian", True, False).run(table, conditioning, initial, row)
     assert (base - by_adapter).abs().max() > 1e-2
     torch.testing.assert_close(by_merge, by_adapter, rtol=1e-4, atol=1e-4)
@@ -110,7 +110,7 @@ def test_reference_is_the_base_model_bit_for_bit(unit_config):
     latents = torch.randn(2, *policy.latent_shape())
     before = velocity_at(policy, latents, guided=True)
     train_adapters(policy)
-    with policy.reference():
+    with policy.disable_adapter():
         assert torch.equal(velocity_at(policy, latents, guided=True), before)
     assert not torch.equal(velocity_at(policy, latents, guided=True), before)
 
@@ -126,7 +126,7 @@ def test_log_probs_before_the_first_step_are_exact(unit_config, share, dynamics,
     train_adapters(policy)
     _, rollout, table = sample(policy, unit_config, window=window, share=share)
     stats, gradient = gradients(policy, unit_config, rollout, table, torch.randn(6))
-    assert stats.max_drift() == 0.0
+    assert stats.max_mismatch() == 0.0
     assert stats.sums()[2] == 0
     assert stats.sums()[1] == 6 * len(window)
     assert gradient.abs().max() > 0
@@ -136,14 +136,14 @@ def test_drift_is_seen_when_the_window_runs_merged_weights(unit_config, monkeypa
     policy = load(unit_config)
     train_adapters(policy)
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "velocity", policy.merged_velocity)
+        patch.setattr(policy, "predict", policy.predict_merged)
         _, rollout, table = sample(policy, unit_config)
     stats, _ = gradients(policy, unit_config, rollout, table, torch.ones(6))
-    assert stats.max_drift() > 0
+    assert stats.max_mismatch() > 0
 
 
 def test_fast_and_plain_paths_agree(unit_config):
-    """Fused, merged, shared prefix against diffusers' forward with PEFT, every row computed: pictures and gradients."""
+    """Fused, merged, shared prefix against diffusers' forward with PEFT, every row computed: images and gradients."""
     advantages = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, -1.5])
     fast, plain = load(unit_config), load(unit_config, fused=False)
     train_adapters(fast)
@@ -177,7 +177,7 @@ def test_gradients_equal_autograd_through_an_independent_loss(unit_config):
         a, b, _ = table.coefficients[step.step]
         latents = step.latents[ROW] if step.shared else step.latents
         prepared = policy.prepare(conditioning, table.timesteps, guided=True).rows(ROW)
-        cond, uncond = policy.velocity(latents, table.numbers[step.step], prepared)
+        cond, uncond = policy.predict(latents, table.numbers[step.step], prepared)
         mean = a * latents + b * (uncond + 1.7 * (cond - uncond))
         log_prob = -(step.next_latents - mean).square().flatten(1).mean(1)
         ratio = (log_prob - log_prob.detach()).exp()
@@ -225,12 +225,12 @@ def test_gradient_checkpointing_changes_memory_not_gradients(unit_config):
         train_adapters(policy)
         _, rollout, table = sample(policy, unit_config)
         stats, gradient = gradients(policy, unit_config, rollout, table, advantages)
-        assert stats.max_drift() == 0.0
+        assert stats.max_mismatch() == 0.0
         found.append(gradient)
     assert torch.equal(*found)
 
 
-def test_pictures_do_not_depend_on_how_the_batch_is_split(unit_config):
+def test_images_do_not_depend_on_how_the_batch_is_split(unit_config):
     policy = load(unit_config)
     whole, _, table = sample(policy, unit_config)
     sampler = Sampler(policy, 1.7, "squared_error", True, True)
@@ -319,7 +319,7 @@ def test_full_fine_tuning_warns_and_keeps_the_base(unit_config, caplog):
     latents = torch.randn(2, *policy.latent_shape())
     before = velocity_at(policy, latents, guided=False)
     train_adapters(policy)
-    with policy.reference(), torch.no_grad():
+    with policy.disable_adapter(), torch.no_grad():
         assert torch.equal(velocity_at(policy, latents, guided=False), before)
     assert not torch.equal(velocity_at(policy, latents, guided=False), before)
 
@@ -355,7 +355,7 @@ def test_defaults_name_the_models_of_the_method():
     assert config.Config().model.path == "stabilityai/stable-diffusion-3.5-medium"
 
 
-def test_bfloat16_pictures_pass_the_gate_and_a_bad_decoder_does_not(unit_config, monkeypatch):
+def test_bfloat16_images_pass_the_gate_and_a_bad_decoder_does_not(unit_config, monkeypatch):
     policy = load(unit_config, decoder_dtype="bfloat16")
     latents = torch.randn(3, *policy.latent_shape())
     exact = load(unit_config, fused=False).decode(latents)
@@ -363,7 +363,7 @@ def test_bfloat16_pictures_pass_the_gate_and_a_bad_decoder_does_not(unit_config,
     assert policy.decoder_psnr >= 40
     broken = load(unit_config, decoder_dtype="bfloat16")
     monkeypatch.setattr(broken.decoder.decoder.conv_in.bias, "data", broken.decoder.decoder.conv_in.bias + 1)
-    with pytest.raises(PictureQualityError, match="below 40 dB"):
+    with pytest.raises(ImageQualityError, match="below 40 dB"):
         broken.decode(latents)
 
 
@@ -383,7 +383,7 @@ def reweighed(unit_config, mode, monkeypatch, *, scale):
     for step, log_prob in zip(rollout.steps, exact):
         assert torch.equal(step.log_prob, log_prob)  # the trainer's own
     stats = updater.accumulate([rollout], torch.ones(6), table, total=6, watch_kl=False)
-    assert stats.max_drift() == 0
+    assert stats.max_mismatch() == 0
     return sums, gaps, rollout.steps, updater.named[0][1].grad.clone()
 
 
@@ -394,7 +394,7 @@ def test_recomputed_log_probs_make_a_foreign_rollout_exact(unit_config, monkeypa
     assert sums[3] == 12
 
 
-def test_truncated_importance_weighs_each_picture(unit_config, monkeypatch):
+def test_truncated_importance_weighs_each_image(unit_config, monkeypatch):
     sums, gaps, steps, gradient = reweighed(unit_config, "truncated_importance", monkeypatch, scale=0.8)
     expected = gaps.exp().clamp(max=1.5)
     for step in steps:
@@ -412,22 +412,22 @@ def test_a_drift_or_a_bad_gradient_leaves_the_weights_alone_and_is_reported(unit
     unit_config.rollout.guidance_scale = 1.7
     before = policy.network.lora.master.detach().clone()
 
-    def one_window(updater, *, drift=None, spoil=False):
+    def one_window(updater, *, mismatch=None, spoil=False):
         updater.accumulate([rollout], torch.ones(6), table, total=6, watch_kl=False)
         if spoil:
             policy.network.lora.master.grad[-1] = float("inf")
-        return updater.step(drift)
+        return updater.step(mismatch)
 
     updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
-    norms = [one_window(updater, drift=torch.tensor(1e-3)), one_window(updater)]
+    norms = [one_window(updater, mismatch=torch.tensor(1e-3)), one_window(updater)]
     assert torch.equal(policy.network.lora.master, before)
-    with pytest.raises(DriftError, match=r"moved by 1\.000e-03"):
+    with pytest.raises(LogProbMismatchError, match=r"moved by 1\.000e-03"):
         updater.check(1e-3, [norm.item() for norm in norms], 7)
     updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
-    norms = [one_window(updater, drift=torch.tensor(0.0), spoil=True), one_window(updater)]
+    norms = [one_window(updater, mismatch=torch.tensor(0.0), spoil=True), one_window(updater)]
     assert torch.equal(policy.network.lora.master, before)
     with pytest.raises(FloatingPointError, match="iteration 7"):
         updater.check(0.0, [norm.item() for norm in norms], 7)
     updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
-    assert torch.isfinite(one_window(updater, drift=torch.tensor(0.0)))
+    assert torch.isfinite(one_window(updater, mismatch=torch.tensor(0.0)))
     assert not torch.equal(policy.network.lora.master, before)

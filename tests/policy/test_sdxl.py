@@ -1,6 +1,6 @@
 """SD1.5- and SDXL-class policies: parity with stock DDIM pipelines, exact log-probs, whole runs, bad input.
 
-Bugs planted in a copy, each seen red: picture size left out of SDXL's conditions; the empty prompt encoded where SDXL
+Bugs planted in a copy, each seen red: image size left out of SDXL's conditions; the empty prompt encoded where SDXL
 wants zeros; final ᾱ always 1; timestep spacing ignored; noise on every step; std left out of the ε coefficient; last
 step eligible; guidance rows swapped; latents not unscaled; alpha lost on export; LoRA left on in `reference()`; blocks
 in order of registration; v-prediction accepted; either half of the dynamics check left out; fused path on for a UNet.
@@ -30,7 +30,7 @@ from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.run import Run
 from advgrpo.training.update import Updater
-from advgrpo.types import Tile, TileRollout
+from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.unet_models import SDXL_UNET, save_pipeline, unet
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
@@ -83,15 +83,15 @@ def stock(settings, *, spacing: str = "") -> DiffusionPipeline:
     return pipe
 
 
-def stock_pictures(pipe, initial, *, steps, guidance):
+def stock_images(pipe, initial, *, steps, guidance):
     return pipe(
         PROMPTS, latents=initial.clone(), num_inference_steps=steps, guidance_scale=guidance, height=32, width=32,
         output_type="pt",
     ).images  # fmt: skip
 
 
-def ode_pictures(policy, *, steps, guidance):
-    """(initial noise, pictures) of PROMPTS without a window."""
+def ode_images(policy, *, steps, guidance):
+    """(initial noise, images) of PROMPTS without a window."""
     sampler = Sampler(policy, guidance, "gaussian", share_prefix=True, merged=False)
     initial = sampler.initial_latents(0, torch.arange(2))
     latents, _ = sampler.run(step_table(policy, steps), policy.encode(PROMPTS), initial, torch.arange(2))
@@ -105,11 +105,13 @@ def sample(policy, settings, *, window=(1, 2), share=True, row=ROW, steps=4):
     ids = torch.arange(len(row))
     text = policy.encode(PROMPTS)
     latents, taken = sampler.run(table, text, initial, row, noise_seed=3, image_ids=ids)
-    return TileRollout(Tile(ids, PROMPTS, torch.arange(2), row, 0), text, taken, policy.decode(latents)), table
+    return MicroBatchRollout(
+        MicroBatch(ids, PROMPTS, torch.arange(2), row, 0), text, taken, policy.decode(latents)
+    ), table
 
 
 def accumulated(policy, settings, rollout, table):
-    """(stats, gradient) of one optimizer window."""
+    """(stats, gradient) of one minibatch."""
     updater = Updater(policy, settings, reduce=lambda tensors: None, fused=True)
     stats = updater.accumulate([rollout], ADVANTAGES, table, total=6, watch_kl=True)
     return stats, torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters()])
@@ -117,10 +119,10 @@ def accumulated(policy, settings, rollout, table):
 
 @both_kinds
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-def test_pictures_without_a_window_equal_stock_ddim(settings, guidance):
-    initial, pictures = ode_pictures(load(settings), steps=10, guidance=guidance)
-    expected = stock_pictures(stock(settings), initial, steps=10, guidance=guidance)
-    assert (pictures - expected).abs().max() <= 1e-4
+def test_images_without_a_window_equal_stock_ddim(settings, guidance):
+    initial, images = ode_images(load(settings), steps=10, guidance=guidance)
+    expected = stock_images(stock(settings), initial, steps=10, guidance=guidance)
+    assert (images - expected).abs().max() <= 1e-4
     assert expected.std() > 0.01
 
 
@@ -143,9 +145,9 @@ def test_trailing_timesteps_are_taken_from_the_scheduler(settings, tmp_path):
     edited_scheduler(settings, tmp_path, timestep_spacing="trailing")
     policy = load(settings)
     assert policy.schedule(5)[1].tolist() == [999, 799, 599, 399, 199] != leading[1].tolist()
-    initial, pictures = ode_pictures(policy, steps=5, guidance=3.0)
-    expected = stock_pictures(stock(settings), initial, steps=5, guidance=3.0)
-    assert (pictures - expected).abs().max() <= 1e-4
+    initial, images = ode_images(policy, steps=5, guidance=3.0)
+    expected = stock_images(stock(settings), initial, steps=5, guidance=3.0)
+    assert (images - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -171,7 +173,7 @@ def test_log_probs_before_the_first_step_are_exact(settings, share, likelihood):
     rollout, table = sample(policy, settings, window=(0, 2), share=share)
     stats, gradient = accumulated(policy, settings, rollout, table)
     _, ratio, clipped, kl, pairs, _ = stats.sums().tolist()
-    assert stats.max_drift() == 0.0
+    assert stats.max_mismatch() == 0.0
     assert (ratio, clipped, pairs) == (12, 0, 12)
     assert kl > 0
     assert gradient.abs().max() > 0
@@ -188,7 +190,7 @@ def test_gradients_equal_autograd_through_an_independent_loss(settings, likeliho
     _, gradient = accumulated(policy, settings, rollout, table)
     for _, parameter in policy.trainable_parameters():
         parameter.grad = None
-    pipe, eta = stock(settings), settings.rollout.noise_level
+    pipe, eta = stock(settings), settings.rollout.eta
     pipe.scheduler.set_timesteps(4)
     text, empty, *pooled = pipe.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1,
                                               do_classifier_free_guidance=True)  # fmt: skip
@@ -207,8 +209,8 @@ def test_gradients_equal_autograd_through_an_independent_loss(settings, likeliho
         uncond, cond = policy.unet(torch.cat([latents] * 2), time, embeddings, return_dict=False, **added)[0].chunk(2)
         noise = uncond + 1.7 * (cond - uncond)
         std = eta * ((1 - after) / (1 - now)).sqrt() * (1 - now / after).sqrt()
-        picture = (latents - (1 - now).sqrt() * noise) / now.sqrt()
-        mean = after.sqrt() * picture + (1 - after - std**2).sqrt() * noise
+        image = (latents - (1 - now).sqrt() * noise) / now.sqrt()
+        mean = after.sqrt() * image + (1 - after - std**2).sqrt() * noise
         error = (step.next_latents - mean).square().flatten(1).mean(1)
         log_prob = -error / (2 * std**2) if likelihood == "gaussian" else -error
         ratio = (log_prob - log_prob.detach()).exp()
@@ -221,7 +223,7 @@ def test_gradients_equal_autograd_through_an_independent_loss(settings, likeliho
 
 def test_noise_of_the_window_is_ddims(settings):
     """Mean, spread and log-probability of a window's step against `DDIMScheduler.step` with the same η."""
-    settings.rollout.likelihood, settings.rollout.noise_level = "gaussian", 0.6
+    settings.rollout.likelihood, settings.rollout.eta = "gaussian", 0.6
     policy, scheduler = load(settings), stock(settings).scheduler
     scheduler.set_timesteps(4)
     row = torch.arange(2).repeat_interleave(32)
@@ -229,7 +231,7 @@ def test_noise_of_the_window_is_ddims(settings):
     (step,) = rollout.steps
     prepared = policy.prepare(policy.encode(PROMPTS), table.timesteps, guided=True)
     with torch.no_grad():
-        cond, uncond = policy.velocity(step.latents, table.numbers[1], prepared)
+        cond, uncond = policy.predict(step.latents, table.numbers[1], prepared)
         mean, above = (
             scheduler.step(
                 uncond + 1.7 * (cond - uncond), scheduler.timesteps[1], step.latents, eta=0.6,
@@ -257,7 +259,7 @@ def test_only_the_windows_steps_are_noisy_and_never_the_last(settings):
     settings.rollout.window.steps = (9,)
     with pytest.raises(UserError, match=r"within 0\.\.8 \(num_steps = 10, dynamics ddim\)"):
         config.check(settings, 1)
-    settings.rollout.window.steps, settings.rollout.noise_level = (8,), 1.2
+    settings.rollout.window.steps, settings.rollout.eta = (8,), 1.2
     with pytest.raises(UserError, match=r"rollout\.noise_level = 1\.2: ddim wants at most 1"):
         config.check(settings, 1)
 
@@ -265,14 +267,14 @@ def test_only_the_windows_steps_are_noisy_and_never_the_last(settings):
 @both_kinds
 def test_lora_loads_into_stock_diffusers_and_back(settings, tmp_path):
     policy = load(settings)
-    untrained = ode_pictures(policy, steps=4, guidance=3.0)[1]
+    untrained = ode_images(policy, steps=4, guidance=3.0)[1]
     train_adapters(policy)
-    initial, pictures = ode_pictures(policy, steps=4, guidance=3.0)
-    assert (pictures - untrained).abs().max() > 1e-2
+    initial, images = ode_images(policy, steps=4, guidance=3.0)
+    assert (images - untrained).abs().max() > 1e-2
     policy.export(tmp_path / "lora")
     pipe = stock(settings)
     pipe.load_lora_weights(tmp_path / "lora")
-    assert (pictures - stock_pictures(pipe, initial, steps=4, guidance=3.0)).abs().max() <= 1e-4
+    assert (images - stock_images(pipe, initial, steps=4, guidance=3.0)).abs().max() <= 1e-4
     again = load(settings, lora=settings.model.lora.model_copy(update={"start_from": str(tmp_path / "lora")}))
     own = dict(policy.trainable_parameters())
     assert all(torch.equal(parameter, own[name]) for name, parameter in again.trainable_parameters())
@@ -282,11 +284,11 @@ def test_lora_loads_into_stock_diffusers_and_back(settings, tmp_path):
 
 def test_reference_is_the_base_model_bit_for_bit(settings):
     policy = load(settings)
-    base = ode_pictures(policy, steps=2, guidance=2.0)[1]
+    base = ode_images(policy, steps=2, guidance=2.0)[1]
     train_adapters(policy)
-    with policy.reference():
-        assert torch.equal(ode_pictures(policy, steps=2, guidance=2.0)[1], base)
-    assert not torch.equal(ode_pictures(policy, steps=2, guidance=2.0)[1], base)
+    with policy.disable_adapter():
+        assert torch.equal(ode_images(policy, steps=2, guidance=2.0)[1], base)
+    assert not torch.equal(ode_images(policy, steps=2, guidance=2.0)[1], base)
 
 
 def test_lora_scope(settings):
@@ -321,7 +323,7 @@ def test_bfloat16_base_with_float32_adapters_keeps_ratios_exact(settings, checkp
     stats, gradient = accumulated(policy, settings, rollout, table)
     assert policy.unet.dtype == torch.bfloat16
     assert {p.dtype for _, p in policy.trainable_parameters()} == {torch.float32}
-    assert stats.max_drift() == 0.0
+    assert stats.max_mismatch() == 0.0
     assert gradient.abs().max() > 0
 
 
@@ -335,7 +337,7 @@ def test_a_run_trains_and_leaves_a_lora(settings, kind, fast):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for row in rows:
-        assert row["log_prob_drift_max"] == 0
+        assert row["log_prob_mismatch_max"] == 0
         assert row["pre_update_clip_fraction"] == 0
         assert row["grad_norm"] > 0
     pipe = stock(settings)
@@ -419,7 +421,7 @@ def test_a_scheduler_that_ddim_cannot_follow_is_named(settings, tmp_path, change
 
 def test_a_scheduler_file_without_prediction_type_means_epsilon(settings, tmp_path):
     edited_scheduler(settings, tmp_path, prediction_type=None)
-    assert load(settings).prediction == "noise"
+    assert load(settings).prediction_type == "epsilon"
 
 
 @pytest.mark.parametrize("part", ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])

@@ -156,7 +156,7 @@ def test_positions_larger_than_the_table_are_refused():
 
 
 def full():
-    """SD3.5-medium in bfloat16 without data, 8 pictures with guidance: 1024 image and 205 text tokens."""
+    """SD3.5-medium in bfloat16 without data, 8 images with guidance: 1024 image and 205 text tokens."""
     with torch.device("meta"):
         model = StockTransformer(SD35_MEDIUM).to(torch.bfloat16)
     return model, inputs(SD35_MEDIUM, rows=16, side=64, text=205, device="meta", dtype=torch.bfloat16)

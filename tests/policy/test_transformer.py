@@ -70,7 +70,7 @@ def run_stock(model, given) -> torch.Tensor:
 
 def run_ours(ours: FusedTransformer, given, weights="adapted") -> torch.Tensor:
     prepared = ours.prepare(given["text"], given["pooled"], given["timesteps"])
-    return ours.velocity(given["latents"], STEP.to(ours.device), prepared, weights)
+    return ours.predict(given["latents"], STEP.to(ours.device), prepared, weights)
 
 
 def train(lora: LoraWeights) -> None:
@@ -195,7 +195,7 @@ def test_rows_of_a_prompt_use_its_text_and_modulation():
     ours, row = fused(model), torch.tensor([0, 0, 1])
     prepared = ours.prepare(given["text"], given["pooled"], given["timesteps"])
     kept = row[[2, 0]]
-    found = ours.velocity(given["latents"], STEP, prepared.rows(row).rows(torch.tensor([2, 0])), "base")
+    found = ours.predict(given["latents"], STEP, prepared.rows(row).rows(torch.tensor([2, 0])), "base")
     chosen = {**given, "text": given["text"][kept], "pooled": given["pooled"][kept]}
     assert (found - run_stock(model, chosen)).abs().max() <= 1e-5
     assert (found - run_stock(model, given)).abs().max() > 1e-3

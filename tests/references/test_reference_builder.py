@@ -1,8 +1,8 @@
 """Reference sets are drawn the same whatever interrupts, shards or reorders the work, and damage is found.
 
-Planted bugs that turned this file red: seeds without the picture's number or without the prompt; only the missing part
-of a batch drawn; damaged pictures kept; a picture or a set of another recipe, or a foreign index, taken over; files
-written in place; index written while pictures are missing; shards that overlap; blank pictures and NaN kept; earlier
+Planted bugs that turned this file red: seeds without the image's number or without the prompt; only the missing part
+of a batch drawn; damaged images kept; an image or a set of another recipe, or a foreign index, taken over; files
+written in place; index written while images are missing; shards that overlap; blank images and NaN kept; earlier
 prompts dropped from the index; duplicates found by bytes instead of pixels; missing, small, changed and unlisted files
 not reported; guidance given to Qwen-Image as guidance_scale; its negative prompt, the seeds or the arguments left out.
 """
@@ -24,7 +24,7 @@ from PIL import Image
 from advgrpo.data.references import ReferenceSet
 from advgrpo.errors import UserError
 from advgrpo.references.__main__ import BAD_SET, main
-from advgrpo.references.builder import Built, Recipe, ReferenceBuilder, Shard, picture_name, picture_seed
+from advgrpo.references.builder import Built, Recipe, ReferenceBuilder, Shard, image_name, image_seed
 from advgrpo.references.check import check_set, draw_contact_sheet
 
 PROMPTS = ["a red star", "a green ring", "ein Würfel, blau", "a fourth prompt", "a fifth"]
@@ -32,7 +32,7 @@ RECIPE = Recipe("m", "f", "P", seed=3, batch_size=2, dtype="float32", arguments=
 
 
 def noise(prompt: str, seeds: list[int]) -> np.ndarray:
-    """Pictures that depend on prompt, seed and batch shape, as a network's do in the last bits."""
+    """Images that depend on prompt, seed and batch shape, as a network's do in the last bits."""
     offset = len(prompt) / 100 + len(seeds) / 10
     return np.stack([np.random.default_rng(seed).random((20, 20, 3)) * 0.5 + offset for seed in seeds])
 
@@ -56,14 +56,14 @@ def test_a_built_set_is_a_reference_set(whole):
     references = ReferenceSet.load(whole, PROMPTS)
     for prompt in PROMPTS:
         images = references.load_images(references.files(prompt))
-        seeds = [picture_seed(3, prompt, number) for number in range(3)]
+        seeds = [image_seed(3, prompt, number) for number in range(3)]
         expected = np.concatenate([noise(prompt, seeds[:2]), noise(prompt, seeds[2:])]).clip(0, 1)
         assert np.abs(images.permute(0, 2, 3, 1).numpy() - expected).max() <= 0.5 / 255 + 1e-6
-    assert len({picture_seed(3, prompt, number) for prompt in PROMPTS for number in range(3)}) == 15
+    assert len({image_seed(3, prompt, number) for prompt in PROMPTS for number in range(3)}) == 15
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["recipe"]["arguments"] == {"height": 16}
     assert manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert len(manifest["pictures"]) == 15
+    assert len(manifest["images"]) == 15
     assert check_set(whole, PROMPTS).ok
 
 
@@ -79,22 +79,22 @@ def test_shards_and_order_give_the_same_set(whole, tmp_path):
     assert first == Built(drawn=9, missing=6)
     assert not (tmp_path / "parts/references.json").exists()
     assert build(tmp_path / "parts", shuffled, shard=Shard(1, 2)) == Built(drawn=6)
-    pictures = {name: data for name, data in content(tmp_path / "parts").items() if name.endswith(".png")}
-    assert pictures.items() <= content(whole).items()
-    assert len(pictures) == 15
+    images = {name: data for name, data in content(tmp_path / "parts").items() if name.endswith(".png")}
+    assert images.items() <= content(whole).items()
+    assert len(images) == 15
     assert check_set(tmp_path / "parts", PROMPTS).ok
 
 
-def test_damaged_and_lost_pictures_are_drawn_again(whole):
+def test_damaged_and_lost_images_are_drawn_again(whole):
     before = content(whole)
     lost, cut, painted, exchanged = (
-        whole / picture_name(PROMPTS[0], 1),
-        *(whole / picture_name(p, 0) for p in PROMPTS[:3]),
+        whole / image_name(PROMPTS[0], 1),
+        *(whole / image_name(p, 0) for p in PROMPTS[:3]),
     )
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:200])
     Image.new("RGB", (20, 20), "red").save(painted)
-    shutil.copy(whole / picture_name(PROMPTS[3], 0), exchanged)
+    shutil.copy(whole / image_name(PROMPTS[3], 0), exchanged)
     built = build(whole)
     assert (built.drawn, built.kept) == (4, 11)
     assert sorted(built.redrawn) == sorted(path.name for path in (cut, painted, exchanged))
@@ -133,7 +133,7 @@ def test_killed_and_resumed(whole, tmp_path):
     assert content(out) == content(whole)
 
 
-def test_a_write_that_fails_leaves_no_half_picture(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_no_half_image(tmp_path, monkeypatch):
     real = Image.Image.save
 
     def full_disk(self, file, *args, **kwargs):
@@ -167,7 +167,7 @@ def test_an_index_that_cannot_be_written_leaves_the_old_one(whole, monkeypatch):
 def test_more_prompts_join_the_set(whole):
     assert build(whole, ["a sixth"]) == Built(drawn=3)
     assert check_set(whole, [*PROMPTS, "a sixth"]).ok
-    assert len(json.loads((whole / "manifest.json").read_text())["pictures"]) == 18
+    assert len(json.loads((whole / "manifest.json").read_text())["images"]) == 18
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"batch_size": 3}, {"arguments": {"height": 32}}, {"model": "n"}])
@@ -184,27 +184,27 @@ def test_another_recipe_needs_another_folder(whole, change):
         build(whole, recipe=other)
 
 
-def test_blank_pictures_are_not_kept(tmp_path):
+def test_blank_images_are_not_kept(tmp_path):
     def censor(prompt, seeds):
         return np.zeros((len(seeds), 20, 20, 3)) if prompt == PROMPTS[1] else noise(prompt, seeds)
 
-    with pytest.raises(UserError, match=r"1 prompts have pictures in a single colour.*'a green ring'"):
+    with pytest.raises(UserError, match=r"1 prompts have images in a single colour.*'a green ring'"):
         build(tmp_path / "set", draw=censor)
     assert len(content(tmp_path / "set")) == 12
     assert build(tmp_path / "set") == Built(drawn=3, kept=12)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "complaint"),
+    ("images", "complaint"),
     [
         (np.full((2, 4, 4, 3), np.nan), "not finite"),
-        (np.zeros((1, 4, 4, 3)), r"want 2 pictures"),
+        (np.zeros((1, 4, 4, 3)), r"want 2 images"),
         (np.zeros((2, 3, 4, 4)), "want 2"),
     ],
 )
-def test_what_is_no_picture(tmp_path, pictures, complaint):
+def test_what_is_no_image(tmp_path, images, complaint):
     with pytest.raises(RuntimeError, match=f"prompt 'a red star': .*{complaint}"):
-        build(tmp_path / "set", draw=lambda *_: pictures)
+        build(tmp_path / "set", draw=lambda *_: images)
     assert content(tmp_path / "set") == {}
 
 
@@ -221,10 +221,10 @@ def test_shards_from_text_and_torchrun(monkeypatch):
 
 def test_check_finds_every_planted_error(whole, tmp_path):
     def name(prompt, number):
-        return picture_name(PROMPTS[prompt], number)
+        return image_name(PROMPTS[prompt], number)
 
     (whole / name(0, 0)).unlink()
-    (whole / name(1, 0)).write_bytes(b"no picture")
+    (whole / name(1, 0)).write_bytes(b"no image")
     Image.new("L", (20, 20)).save(whole / name(1, 1))
     Image.new("RGB", (40, 8), "blue").save(whole / name(2, 0))
     Image.open(whole / name(3, 0)).save(whole / name(3, 1), compress_level=0)  # other bytes, other comment
@@ -247,12 +247,12 @@ def test_check_finds_every_planted_error(whole, tmp_path):
     assert report.unlisted == sorted([name(4, 2), "stray.png"])
     assert report.sizes == {(20, 20): 11, (40, 8): 1}
     sheet = tmp_path / "sheet.png"
-    assert draw_contact_sheet(whole, sheet, prompts=PROMPTS, tile=64) == 15 - 4  # lost, no picture, no RGB, not listed
+    assert draw_contact_sheet(whole, sheet, prompts=PROMPTS, tile=64) == 15 - 4  # lost, no image, no RGB, not listed
     assert Image.open(sheet).height > 5 * 64
 
 
 def test_check_of_a_style(whole, tmp_path, capsys):
-    """A folder of pictures without an index: the same findings, and all rows of the sheet from one list."""
+    """A folder of images without an index: the same findings, and all rows of the sheet from one list."""
     style = tmp_path / "style"
     style.mkdir()
     for number, source in enumerate(sorted(whole.glob("*.png"))[:10]):
@@ -289,7 +289,7 @@ def prompt_file(tmp_path) -> Path:
 
 
 def test_the_command_with_a_diffusers_pipeline(unit_pipeline, prompt_file, tmp_path, capsys):
-    """Two shards and a lost picture give byte for byte what one run gives, and `check` agrees."""
+    """Two shards and a lost image give byte for byte what one run gives, and `check` agrees."""
     command = ["generate", "--model", unit_pipeline, "--prompts", str(prompt_file), "--per-prompt", "3"]
     command += ["--batch-size", "2", "--num-steps", "2", "--height", "32", "--width", "32", "--guidance-scale", "1.5"]
     command += ["--arguments", '{"max_sequence_length": 12}', "--out"]
@@ -300,15 +300,15 @@ def test_the_command_with_a_diffusers_pipeline(unit_pipeline, prompt_file, tmp_p
     (next((tmp_path / "two").glob("*-01.png"))).unlink()
     capsys.readouterr()
     assert main([*command, str(tmp_path / "two")]) == 0
-    assert "drew 1 pictures, kept 5" in capsys.readouterr().out
+    assert "drew 1 images, kept 5" in capsys.readouterr().out
     assert content(tmp_path / "one") == content(tmp_path / "two")
-    pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "one").glob("*.png"))]
-    assert len({picture.tobytes() for picture in pictures}) == 6
+    images = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "one").glob("*.png"))]
+    assert len({image.tobytes() for image in images}) == 6
     check = ["check", str(tmp_path / "one"), "--prompts", str(prompt_file)]
     assert main([*check, "--sheet", str(tmp_path / "sheet.png"), "--sheet-rows", "1"]) == 0
     out = capsys.readouterr().out
     assert "size 32x32" in out
-    assert "with 3 pictures" in out
+    assert "with 3 images" in out
     assert main([*check, "--min-size", "33"]) == BAD_SET
     assert "error: too small" in capsys.readouterr().out
     assert main([*command, str(tmp_path / "one"), "--seed", "1"]) == 2

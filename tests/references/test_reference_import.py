@@ -1,11 +1,11 @@
-"""`advgrpo.references import`: any folder of pictures becomes a set that training accepts; originals are only read.
+"""`advgrpo.references import`: any folder of images becomes a set that training accepts; originals are only read.
 
 Bugs planted in a copy, each seen red: 16 bits clipped; alpha dropped; a tRNS colour kept; the colour profile ignored;
-EXIF ignored; the crop at the left; letterbox bars in black; finished pictures made again; a damaged or painted-over one
-kept; hidden folders read; the index written although pictures are unusable; another recipe mixed in; a target around
+EXIF ignored; the crop at the left; letterbox bars in black; finished images made again; a damaged or painted-over one
+kept; hidden folders read; the index written although images are unusable; another recipe mixed in; a target around
 the originals; captions of several lines; a blank caption accepted;
-pictures in a single colour, before or after cropping, let pass. In `check`: one picture for all prompts, single
-colours and pictures that are not square unseen; thumbnails squashed.
+images in a single colour, before or after cropping, let pass. In `check`: one image for all prompts, single
+colours and images that are not square unseen; thumbnails squashed.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def run(folder, out, *flags) -> int:
 
 
 def made(out: Path) -> list[np.ndarray]:
-    return [np.array(Image.open(path)) for path in sorted((out / "pictures").iterdir())]
+    return [np.array(Image.open(path)) for path in sorted((out / "images").iterdir())]
 
 
 def snapshot(folder: Path) -> dict:
@@ -56,15 +56,15 @@ def snapshot(folder: Path) -> dict:
     }
 
 
-def through_file(tmp_path, picture, **options) -> Image.Image:
-    path = save(tmp_path / "one" / options.pop("name", "a.png"), picture, **options)
+def through_file(tmp_path, image, **options) -> Image.Image:
+    path = save(tmp_path / "one" / options.pop("name", "a.png"), image, **options)
     with Image.open(path) as opened:
         opened.load()
         return opened
 
 
-def rgb(picture: Image.Image, background="white") -> tuple[np.ndarray, list[str]]:
-    converted, notices = to_rgb(picture, background)
+def rgb(image: Image.Image, background="white") -> tuple[np.ndarray, list[str]]:
+    converted, notices = to_rgb(image, background)
     assert converted.mode == "RGB"
     return np.array(converted), notices
 
@@ -104,8 +104,8 @@ def test_transparent_palettes_grey_and_key_colours(tmp_path):
     palette = red.quantize(4)
     clear = palette.getpixel((0, 0))
     palette = through_file(tmp_path, palette, name="p.png", transparency=clear)
-    for picture in (keyed, palette):
-        found, _ = rgb(picture)
+    for image in (keyed, palette):
+        found, _ = rgb(image)
         assert (found[:, :8] == 255).all()
         assert (found[:, 8:] == (255, 0, 0)).all()
     grey = Image.merge("LA", [Image.new("L", (16, 16), 90), Image.new("L", (16, 16), 0)])
@@ -145,7 +145,7 @@ def test_a_colour_profile_is_honoured(tmp_path, alpha):
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Six pictures of three prompts, given by folders, in the kinds that people have."""
+    """Six images of three prompts, given by folders, in the kinds that people have."""
     folder = tmp_path / "photos"
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -177,20 +177,20 @@ def test_what_people_have_becomes_a_set_that_training_accepts(photos, tmp_path, 
         "cropped to the middle: 2 (a_red_fox/turned.png, a_red_fox/wide.jpg)",
         "animated: the first frame was taken: 1 (rain/moving.webp)",
         "captions from the names of folders",
-        "made 6 pictures, kept 0",
-        f"6 pictures of 3 prompts; train with --data.prompts {out}/prompts.txt --data.references {out}",
+        "made 6 images, kept 0",
+        f"6 images of 3 prompts; train with --data.prompts {out}/prompts.txt --data.references {out}",
     ):
         assert line in shown
 
 
 def source_of(out: Path, name: str) -> np.ndarray:
     """The square that was made of an original."""
-    pictures = json.loads((out / "manifest.json").read_text())["pictures"]
-    [found] = [file for file, entry in pictures.items() if Path(entry["source"]).name == name]
+    images = json.loads((out / "manifest.json").read_text())["images"]
+    [found] = [file for file, entry in images.items() if Path(entry["source"]).name == name]
     return np.array(Image.open(out / found)).astype(int)
 
 
-def test_the_middle_is_kept_and_pictures_are_upright(photos, tmp_path):
+def test_the_middle_is_kept_and_images_are_upright(photos, tmp_path):
     assert run(photos, tmp_path / "out") == 0
     wide, turned = (source_of(tmp_path / "out", name) for name in ("wide.jpg", "turned.png"))
     assert 55 < wide[16, 0, 0] < 75
@@ -231,7 +231,7 @@ def test_an_interrupted_import_continues_and_equals_one_that_was_not(photos, tmp
     assert run(photos, parts) == 130
     assert "run the same command again to continue" in capsys.readouterr().err
     assert not (parts / "references.json").exists()
-    finished = sorted((parts / "pictures").iterdir())
+    finished = sorted((parts / "images").iterdir())
     assert 1 <= len(finished) < 6
     times = {path: path.stat().st_mtime_ns for path in finished[1:]}
     finished[0].write_bytes(finished[0].read_bytes()[:-200])  # as a power cut leaves it
@@ -244,69 +244,69 @@ def test_an_interrupted_import_continues_and_equals_one_that_was_not(photos, tmp
             assert (parts / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
 
 
-def test_a_finished_picture_that_was_painted_over_is_made_again(photos, tmp_path, capsys):
+def test_a_finished_image_that_was_painted_over_is_made_again(photos, tmp_path, capsys):
     assert run(photos, tmp_path / "out") == 0
-    file = sorted((tmp_path / "out" / "pictures").iterdir())[0]
+    file = sorted((tmp_path / "out" / "images").iterdir())[0]
     sound = file.read_bytes()
     stamp = PngImagePlugin.PngInfo()
     stamp.add_itxt("advgrpo", Image.open(file).text["advgrpo"])
     save(file, gradient(32, 32, 200), pnginfo=stamp)
     assert run(photos, tmp_path / "out") == 0
-    assert "made 1 pictures, kept 5" in capsys.readouterr().out
+    assert "made 1 images, kept 5" in capsys.readouterr().out
     assert file.read_bytes() == sound
 
 
-def test_new_pictures_are_added_and_an_old_recipe_is_not_mixed_in(photos, tmp_path, capsys):
+def test_new_images_are_added_and_an_old_recipe_is_not_mixed_in(photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(photos, out) == 0
     save(photos / "snow" / "new.png", gradient(50, 50))
     assert run(photos, out) == 0
-    assert "made 1 pictures, kept 6" in capsys.readouterr().out
+    assert "made 1 images, kept 6" in capsys.readouterr().out
     assert len(json.loads((out / "references.json").read_text())) == 4
     for flags in (["--fit", "letterbox"], ["--size", "48"], ["--background", "black"]):
         assert run(photos, out, *flags) == 2
         assert "use another folder" in capsys.readouterr().err
 
 
-def test_unusable_pictures_are_named_and_nothing_is_finished_without_them(photos, tmp_path, capsys):
+def test_unusable_images_are_named_and_nothing_is_finished_without_them(photos, tmp_path, capsys):
     out = tmp_path / "out"
     (photos / "rain" / "torn.jpg").write_bytes((photos / "a_red_fox" / "wide.jpg").read_bytes()[:-300])
     save(photos / "rain" / "small.png", gradient(15, 40))
     os.mkfifo(photos / "rain" / "pipe.png")
     assert run(photos, out) == 2
     message = capsys.readouterr().err
-    assert "3 of 9 pictures cannot be used" in message
+    assert "3 of 9 images cannot be used" in message
     for part in ("torn.jpg: is unreadable or truncated", "small.png: is 15x40", "pipe.png: is not a regular file"):
         assert f"rain/{part}" in message
     assert not (out / "references.json").exists()
     assert run(photos, out, "--skip-unusable") == 0
     shown = capsys.readouterr().out
-    assert "made 0 pictures, kept 6" in shown
+    assert "made 0 images, kept 6" in shown
     assert "skipped: 3 (" in shown
 
 
 def blank(size, colour, bar=None) -> Image.Image:
-    picture = Image.new("RGB", size, colour)
+    image = Image.new("RGB", size, colour)
     if bar is not None:
-        picture.paste(bar, (0, 0, size[0] // 8, size[1]))
-    return picture
+        image.paste(bar, (0, 0, size[0] // 8, size[1]))
+    return image
 
 
 @pytest.mark.parametrize(
-    ("picture", "flags", "why"),
+    ("image", "flags", "why"),
     [
         (blank((64, 64), "black"), [], "is in a single colour"),
-        (blank((96, 48), "black"), ["--fit", "letterbox"], "is in a single colour"),  # white bars make it no picture
+        (blank((96, 48), "black"), ["--fit", "letterbox"], "is in a single colour"),  # white bars make it no image
         (blank((96, 48), "white", bar="red"), [], "is in a single colour where it is cropped"),
         (Image.new("RGBA", (64, 64), (255, 0, 0, 0)), [], "is in a single colour"),  # transparent, so all background
     ],
 )
-def test_what_shows_nothing_is_not_imported(photos, tmp_path, capsys, picture, flags, why):
+def test_what_shows_nothing_is_not_imported(photos, tmp_path, capsys, image, flags, why):
     """Training would refuse it."""
     out = tmp_path / "out"
-    save(photos / "rain" / "nothing.png", picture)
+    save(photos / "rain" / "nothing.png", image)
     assert run(photos, out, *flags) == 2
-    assert f"1 of 7 pictures cannot be used: rain/nothing.png: {why}. Mend" in capsys.readouterr().err
+    assert f"1 of 7 images cannot be used: rain/nothing.png: {why}. Mend" in capsys.readouterr().err
     assert run(photos, out, "--skip-unusable", *flags) == 0
     assert f"skipped: 1 (rain/nothing.png: {why})" in capsys.readouterr().out
     ReferenceSet.load(out, [p.text for p in load_prompts(out / "prompts.txt")])
@@ -330,7 +330,7 @@ def captioned(folder: Path, **texts) -> Path:
     return folder
 
 
-def test_captions_beside_the_pictures(tmp_path, capsys):
+def test_captions_beside_the_images(tmp_path, capsys):
     folder = captioned(tmp_path / "in", a="  a red\n  fox \n", b="the sea", c="the sea")
     assert run(folder, tmp_path / "out") == 0
     index = json.loads((tmp_path / "out" / "references.json").read_text())
@@ -349,7 +349,7 @@ def test_captions_of_an_imagefolder(tmp_path):
     assert {prompt: len(files) for prompt, files in index.items()} == {"a test": 1, "b": 2, "a train": 1}
 
 
-def test_a_set_with_wrong_pictures_is_converted_by_the_command_its_error_names(tmp_path, capsys):
+def test_a_set_with_wrong_images_is_converted_by_the_command_its_error_names(tmp_path, capsys):
     folder = captioned(tmp_path / "my set", a=None, b=None)
     Image.fromarray(gradient(300, 200)).convert("RGBA").save(folder / "a.png")
     (folder / "references.json").write_text('{"x": ["a.png", "b.png"], "y": ["b.png"]}')
@@ -367,8 +367,8 @@ def test_a_style_has_no_prompts(tmp_path, capsys):
     assert run(folder, tmp_path / "out") == 2
     assert "no captions. Wanted are references.json" in capsys.readouterr().err
     assert run(folder, tmp_path / "out", "--captions", "none") == 0
-    assert f"--data.style {tmp_path}/out/pictures" in capsys.readouterr().out
-    assert len(ReferenceSet.shared(tmp_path / "out" / "pictures", ["x"]).files("x")) == 2
+    assert f"--data.style {tmp_path}/out/images" in capsys.readouterr().out
+    assert len(ReferenceSet.shared(tmp_path / "out" / "images", ["x"]).files("x")) == 2
     assert not (tmp_path / "out" / "references.json").exists()
     assert (tmp_path / "out" / "sheet.png").exists()
 
@@ -397,10 +397,10 @@ def metadata(folder, *lines):
 @pytest.mark.parametrize(
     ("prepare", "flags", "expected"),
     [
-        (lambda f: captioned(f, a="x", b=None), [], "1 picture (b.png) have no caption: want a .txt file"),
-        (lambda f: captioned(f, a="x", b=" \n"), [], "1 picture (b.png) have blank captions"),
-        (lambda f: metadata(f, '{"file_name": "a.png", "text": "x"}'), [], "1 picture (b.png) have no caption"),
-        (lambda f: metadata(f, '{"file_name": "c.png", "text": "x"}'), [], "names 1 picture (c.png)"),
+        (lambda f: captioned(f, a="x", b=None), [], "1 image (b.png) have no caption: want a .txt file"),
+        (lambda f: captioned(f, a="x", b=" \n"), [], "1 image (b.png) have blank captions"),
+        (lambda f: metadata(f, '{"file_name": "a.png", "text": "x"}'), [], "1 image (b.png) have no caption"),
+        (lambda f: metadata(f, '{"file_name": "c.png", "text": "x"}'), [], "names 1 image (c.png)"),
         (lambda f: metadata(f, '{"file_name": "../a.png", "text": "x"}'), [], "must be a path inside"),
         (lambda f: metadata(f, '{"file_name": "a.png"}'), [], "line 1: a.png has no caption"),
         (lambda f: metadata(f, "", "[1]"), [], 'line 2: expected an object with a string "file_name"'),
@@ -408,7 +408,7 @@ def metadata(folder, *lines):
         (lambda f: captioned(f, a="x"), ["--captions", "folders"], "want a folder that names them"),
         (lambda f: captioned(f, a="x"), ["--captions", "metadata"], "no metadata.jsonl in"),
         (lambda f: captioned(f, a="x"), ["--captions", "index"], "references.json does not exist"),
-        (lambda f: f.mkdir(), [], "holds no picture"),
+        (lambda f: f.mkdir(), [], "holds no image"),
         (lambda f: (f.mkdir(), (f / "a.heic").touch()), [], "1 are of other kinds (.heic)"),
         (lambda f: None, [], "is not a folder"),
         (lambda f: captioned(f, a="x"), ["--background", "clear"], "--background 'clear': want a colour"),
@@ -452,7 +452,7 @@ def test_check_tells_what_training_would_refuse_and_what_it_would_not(tmp_path, 
 
 
 def test_the_contact_sheet_shows_shapes(tmp_path, monkeypatch):
-    """A picture of 40 x 8 stands between white bars of two fifths each; squashed ones look like squares."""
+    """An image of 40 x 8 stands between white bars of two fifths each; squashed ones look like squares."""
     drawn = []
     monkeypatch.setattr(reference_check, "draw_grid", lambda rows, *_, **__: drawn.append(rows))
     save(tmp_path / "set" / "wide.png", np.zeros((8, 40, 3), dtype=np.uint8))
@@ -466,7 +466,7 @@ def test_the_contact_sheet_shows_shapes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_check_sees_one_picture_for_all_prompts(tmp_path, copies):
+def test_check_sees_one_image_for_all_prompts(tmp_path, copies):
     names = [f"{i}.png" if copies else "0.png" for i in range(3)]
     for name in names:
         save(tmp_path / name, gradient(32, 32))

@@ -1,4 +1,4 @@
-"""The reference pictures: found, checked and decoded before training starts."""
+"""The reference images: found, checked and decoded before training starts."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ PROMPTS = ["a red star", "a blue circle"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures for each of the two prompts, one of them in a subfolder, all of 24 x 24 pixels."""
+    """Two images for each of the two prompts, one of them in a subfolder, all of 24 x 24 pixels."""
     rng = np.random.default_rng(0)
     (tmp_path / "more").mkdir()
     index = {PROMPTS[0]: ["0.png", "more/1.png"], PROMPTS[1]: ["2.png", "3.png"]}
@@ -43,7 +43,7 @@ def test_images_are_the_pixels(folder):
     assert torch.equal((images[1] * 255).round().to(torch.uint8).permute(1, 2, 0), torch.from_numpy(expected))
 
 
-def test_pictures_of_several_sizes_need_a_size(folder):
+def test_images_of_several_sizes_need_a_size(folder):
     halves = Image.new("RGB", (40, 40), (255, 0, 51))
     halves.paste((0, 0, 51), (0, 0, 20, 40))
     halves.save(folder / "0.png")
@@ -117,7 +117,7 @@ def truncated(path):
 
 
 def text(path):
-    path.write_text("not a picture")
+    path.write_text("not an image")
 
 
 @pytest.mark.parametrize(
@@ -131,17 +131,17 @@ def text(path):
         (lambda path: path.unlink(), "does not exist"),
     ],
 )
-def test_bad_pictures_are_named(folder, spoil, message):
+def test_bad_images_are_named(folder, spoil, message):
     spoil(folder / "3.png")
     with pytest.raises(UserError, match=message) as error:
         ReferenceSet.load(folder, PROMPTS)
     assert str(folder / "3.png") in str(error.value)
 
 
-def test_all_bad_pictures_are_counted(folder):
+def test_all_bad_images_are_counted(folder):
     for name in ("0.png", "2.png", "3.png"):
         text(folder / name)
-    with pytest.raises(UserError, match=r"0\.png .*\(3 of 4 pictures are unusable, also 2\.png, 3\.png\)"):
+    with pytest.raises(UserError, match=r"0\.png .*\(3 of 4 images are unusable, also 2\.png, 3\.png\)"):
         ReferenceSet.load(folder, PROMPTS)
 
 

@@ -18,13 +18,19 @@ MIX = {
     "reward_reference": 0.215,
     "reward_pickscore": 0.353,
     "reward_aesthetic": 5.25,
-    "adversary_accuracy": 0.88,
+    "discriminator_accuracy": 0.88,
     "images_per_second": 5.94,
 }
 
 
 def record(i, **more):
-    return {"iteration": i, "reward_generated": -1.103, "reward_reference": 0.215, "adversary_accuracy": 0.88, **more}
+    return {
+        "iteration": i,
+        "reward_generated": -1.103,
+        "reward_reference": 0.215,
+        "discriminator_accuracy": 0.88,
+        **more,
+    }
 
 
 def frames(width, use):

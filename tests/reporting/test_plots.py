@@ -19,7 +19,7 @@ def record(i, **more):
         "iteration": i,
         "reward_generated": float(i),
         "reward_reference": 2.0,
-        "adversary_updates": 10 * (i % 2),
+        "discriminator_updates": 10 * (i % 2),
         **more,
     }
 
@@ -29,7 +29,7 @@ def panels(metrics, held_out=None):
 
 
 def held_out(at, half):
-    """Values of an evaluation of metric "judge": over all pictures, and over the first of every prompt."""
+    """Values of an evaluation of metric "judge": over all images, and over the first of every prompt."""
     return {"eval_judge": at, "eval_judge_ci95": half, "eval_judge_first": at + 0.1, "eval_judge_first_ci95": 2 * half}
 
 
@@ -45,7 +45,7 @@ def test_rewards_in_one_panel_with_the_adversary_marked():
 
 
 def test_a_panel_per_quantity_that_has_values():
-    metrics = [record(i, grad_norm=0.1, adversary_accuracy=None, adversary_loss=float("nan")) for i in range(4)]
+    metrics = [record(i, grad_norm=0.1, discriminator_accuracy=None, discriminator_loss=float("nan")) for i in range(4)]
     metrics[0] |= {"eval_dino_similarity": 0.5}
     metrics[3] |= {"eval_dino_similarity": 0.75, "eval_judge_accuracy": 0.5}
     found = panels(metrics)
@@ -58,7 +58,7 @@ def test_a_panel_per_quantity_that_has_values():
     assert found["Held-out prompts: dino similarity"].lines[0].get_xydata().tolist() == [[1, 0.5], [4, 0.75]]
 
 
-def test_an_evaluation_stands_after_its_iteration_and_only_equal_numbers_of_pictures_are_joined():
+def test_an_evaluation_stands_after_its_iteration_and_only_equal_numbers_of_images_are_joined():
     metrics = [record(i) for i in range(6)]
     metrics[2] |= {"eval_judge": 0.55, "eval_judge_ci95": 0.2}  # made after three iterations
     ends = plots.HeldOut(held_out(0.4, 0.05), held_out(0.5, 0.06), during_images=1, end_images=8)
@@ -70,10 +70,10 @@ def test_an_evaluation_stands_after_its_iteration_and_only_equal_numbers_of_pict
     assert points.get_xydata().tolist() == [[0, 0.4], [6, 0.5]]
     assert points.get_linewidth() == 0
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["1 picture per prompt, 95 % interval", "8 pictures per prompt, 95 % interval"]
+    assert labels == ["1 image per prompt, 95 % interval", "8 images per prompt, 95 % interval"]
 
 
-def test_ends_of_as_many_pictures_belong_to_the_line():
+def test_ends_of_as_many_images_belong_to_the_line():
     ends = plots.HeldOut(held_out(0.4, 0.05), held_out(0.5, 0.06), during_images=4, end_images=4)
     axes = panels([record(i) for i in range(3)], ends)["Held-out prompts: judge"]
     assert [container[0].get_xydata().tolist() for container in axes.containers] == [[[0, 0.4], [3, 0.5]]]
@@ -101,8 +101,8 @@ def test_what_the_update_did_has_panels():
 
 def test_accuracy_over_pairs_stands_beside_that_by_the_heads_own_threshold():
     """Two different things for a head with a threshold; PickScore has none, and both of its keys are of pairs."""
-    two = [record(i, adversary_paired_accuracy=0.9, adversary_accuracy=0.75 + 0.01 * i) for i in range(3)]
-    one = [record(i, adversary_paired_accuracy=0.9, adversary_accuracy=0.9) for i in range(3)]
+    two = [record(i, discriminator_paired_accuracy=0.9, discriminator_accuracy=0.75 + 0.01 * i) for i in range(3)]
+    one = [record(i, discriminator_paired_accuracy=0.9, discriminator_accuracy=0.9) for i in range(3)]
     pairs, chance = ("pairs of a prompt", [0.9] * 3), ("chance: fully fooled", [0.5, 0.5])
     for metrics, expected in ((two, [pairs, ("own threshold", [0.75, 0.76, 0.77]), chance]), (one, [pairs, chance])):
         axes = panels(metrics)["Adversary accuracy"]
@@ -113,8 +113,8 @@ def test_accuracy_over_pairs_stands_beside_that_by_the_heads_own_threshold():
 def test_a_fixed_reward_stands_beside_what_the_references_get():
     own = {"reward_pickscore": 0.4, "reward_pickscore_of_references": 0.5, "reward_rule": 1.0, "reward_adversary": 2.0}
     found = panels([{"iteration": i, "reward_generated": float(i), "reward_std": 0.1, **own} for i in range(3)])
-    assert sorted(found) == ["Fixed reward: pickscore", "Fixed reward: rule", "Reward of the generated pictures"]
-    learned = found["Reward of the generated pictures"].lines[0]  # of a mix: the adversary's own, as the references' is
+    assert sorted(found) == ["Fixed reward: pickscore", "Fixed reward: rule", "Reward of the generated images"]
+    learned = found["Reward of the generated images"].lines[0]  # of a mix: the adversary's own, as the references' is
     assert learned.get_ydata().tolist() == [2, 2, 2]
     lines = {line.get_label(): line.get_ydata()[0] for line in found["Fixed reward: pickscore"].lines}
     assert lines == {"generated": 0.4, "references": 0.5}
@@ -122,10 +122,10 @@ def test_a_fixed_reward_stands_beside_what_the_references_get():
 
 
 def test_all_panels_are_saved_as_a_readable_png(tmp_path):
-    every = {"adversary_loss": 1.0, "adversary_accuracy": 0.5, "grad_norm": 0.0, "log_prob_drift_max": 0.0}
+    every = {"discriminator_loss": 1.0, "discriminator_accuracy": 0.5, "grad_norm": 0.0, "log_prob_mismatch_max": 0.0}
     draw_curves([record(i, **every, pre_update_clip_fraction=0.0) for i in range(3)], tmp_path / "curves.png")
-    picture = Image.open(tmp_path / "curves.png")
-    assert picture.width > 1200
+    image = Image.open(tmp_path / "curves.png")
+    assert image.width > 1200
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
@@ -146,7 +146,7 @@ def columns_of(path, colour):
     return np.flatnonzero((np.array(Image.open(path)) == colour).all(axis=-1).any(axis=0))
 
 
-def test_blocks_stand_side_by_side_and_small_pictures_grow(tmp_path):
+def test_blocks_stand_side_by_side_and_small_images_grow(tmp_path):
     path = tmp_path / "grid.png"
     row = [("base", solid(2, RED)), ("final", solid(1, GREEN)), ("references", solid(3, BLUE, 64, 64))]
     draw_grid([("a red star", row), ("a blue star", row)], path)
@@ -171,7 +171,7 @@ def test_values_outside_the_range_are_clipped(tmp_path):
     assert count(tmp_path / "grid.png", RED) == 64 * 64
 
 
-def test_long_captions_are_wrapped_inside_the_picture_and_end_after_three_lines(tmp_path):
+def test_long_captions_are_wrapped_inside_the_image_and_end_after_three_lines(tmp_path):
     row = [("one", solid(1, RED))]
     heights = []
     for text in ("", "a star", "a star " * 30, "a star " * 700):
@@ -182,7 +182,7 @@ def test_long_captions_are_wrapped_inside_the_picture_and_end_after_three_lines(
     assert heights == [heights[0] + n * line for n in (0, 1, 3, 3)]
 
 
-def test_a_header_says_what_the_pictures_are(tmp_path):
+def test_a_header_says_what_the_images_are(tmp_path):
     row = [("one", solid(1, RED))]
     sizes = []
     for header in ("", "tiny · iteration 60 of 150 · seed 42 · guidance 1 · judge 0.66 -> 0.75 · " * 2):

@@ -55,10 +55,10 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
 
 def test_non_finite_numbers_are_null(tmp_path):
     with Tracker(tmp_path, total_iterations=1, tensorboard=False, display=silent()) as tracker:
-        tracker.log(record(0, kl=float("nan"), grad_norm=float("-inf"), adversary_loss=None, flag=True))
+        tracker.log(record(0, kl=float("nan"), grad_norm=float("-inf"), discriminator_loss=None, flag=True))
     text = (tmp_path / "metrics.jsonl").read_text()
     read = json.loads(text, parse_constant=pytest.fail)
-    assert (read["kl"], read["grad_norm"], read["adversary_loss"], read["flag"]) == (None, None, None, True)
+    assert (read["kl"], read["grad_norm"], read["discriminator_loss"], read["flag"]) == (None, None, None, True)
 
 
 def test_bad_records(tmp_path):
@@ -145,8 +145,8 @@ def test_a_line_shows_every_figure_and_the_time_left(tmp_path, monkeypatch):
     monkeypatch.setattr("advgrpo.reporting.display.time.monotonic", lambda: next(clock))
     console = Console(file=io.StringIO())
     tracker = Tracker(tmp_path, total_iterations=100, start_iteration=4, tensorboard=False, display=Display(console))
-    tracker.log(record(5, adversary_accuracy=0.875, images_per_second=12.34))  # two iterations took 60 s: 94 x 30 s
-    tracker.say("[saved] checkpoint")
+    tracker.log(record(5, discriminator_accuracy=0.875, images_per_second=12.34))  # two iterations took 60 s: 94 x 30 s
+    tracker.print_line("[saved] checkpoint")
     assert console.file.getvalue() == (
         "iteration 6/100  r_gen +0.500  r_ref +0.333  adversary 88%  images/s 12.3  0:47:00 left\n[saved] checkpoint\n"
     )

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import models, pictures, runs, settings, tools
+from tests.bad_input import images, models, runs, settings, tools
 from tests.bad_input.case import Bench, Case
 from tests.bad_input.world import make_world
 
 ROOT = Path(__file__).parents[2]
-CASES: list[Case] = [*settings.CASES, *pictures.CASES, *models.CASES, *runs.CASES, *tools.CASES]
+CASES: list[Case] = [*settings.CASES, *images.CASES, *models.CASES, *runs.CASES, *tools.CASES]
 SAMPLE = CASES[::14]
 
 
@@ -112,7 +112,7 @@ def test_the_groups_and_numbers_are_those_asked_for():
 
 WANTED = {
     "prompt files": 21,
-    "reference pictures and index": 37,
+    "reference images and index": 37,
     "settings": 89,
     "remote reward": 13,
     "metrics": 10,

@@ -246,7 +246,7 @@ from bench.contenders import random
 from bench.random_policy import SMALL
 
 contenders = random(Path(tempfile.mkdtemp()), "cpu", SMALL)
-assert contenders.trainer.iterate()["log_prob_drift_max"] == 0
+assert contenders.trainer.iterate()["log_prob_mismatch_max"] == 0
 """
 
 

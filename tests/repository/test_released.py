@@ -3,9 +3,9 @@
 With ADVGRPO_PEERS=FOLDER, which holds checkouts Adv-GRPO and flow_grpo at the commits the page names, every fragment it
 quotes must stand on the line it names.
 
-Planted in a copy, each seen red: a head batch of 96; betas of 0.9; steps 0 and 2; a departure's mark left out; a row
-left out, of a setting that the preset writes or of one at its default; a departure misnumbered; a line number off by
-one; a gate on the reward and gradient checkpointing, of which no row speaks.
+Planted in a copy, each seen red: a discriminator batch of 96; betas of 0.9; steps 0 and 2; a departure's mark left out;
+a row left out, of a setting that the preset writes or of one at its default; a departure misnumbered; a line number off
+by one; a gate on the reward and gradient checkpointing, of which no row speaks.
 """
 
 import os
@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from advgrpo import config
-from advgrpo.adversary.trainer import due
+from advgrpo.adversary.trainer import plan_updates
 
 PAGE = Path(__file__).parents[2] / "docs" / "released.md"
 CHECKOUTS = {"Adv-GRPO": "8287f90", "flow_grpo": "ac4c86e"}
@@ -48,7 +48,7 @@ OURS = (
     *("device", "fast", "collective_timeout", "global_steps", "data.*", "output.*", "monitor.*"),
     *("model.lora.blocks", "model.lora.start_from", "model.lora.export_format", "model.gradient_checkpointing"),
     *("model.attention", "model.base_precision", "rollout.precision", "rollout.window_forward"),
-    *("update.objective", "update.optimizer", "update.max_log_prob_drift", "evaluation.grid_prompts"),
+    *("update.objective", "update.optimizer", "update.max_log_prob_mismatch", "evaluation.grid_prompts"),
     *("evaluation.backbone", "evaluation.backbone_image_size", "rewards.*.normalize", "rewards.*.gate"),
 )
 OF_HEADS = ("image_size", "hidden_size", "num_patches", "patch_sampling", "reward_weights", "loss_weights", "normalize")
@@ -126,7 +126,8 @@ def test_the_preset_holds_what_the_page_says_and_agrees_unless_marked(preset, se
 
 
 def test_the_points_in_which_the_presets_once_differed_are_in_the_tables():
-    """Noise, schedule, head batch, betas, average, length, patches and references were not the released code's."""
+    """Noise, schedule, discriminator batch, betas, average, length, patches and references were not the released
+    code's."""
     listed = {preset: set() for preset, *_ in rows()}
     for preset, setting, *_ in rows():
         listed[preset].add(setting)
@@ -145,19 +146,19 @@ def test_a_settings_row_names_no_departure_that_the_list_lacks():
 
 
 def test_the_dino_runs_length_is_that_of_the_released_loop():
-    """910 iterations: 819 head updates, 91 generator iterations of two optimizer steps, 1001 global steps."""
+    """910 iterations: 819 discriminator updates, 91 generator iterations of two optimizer steps, 1001 global steps."""
     settings = config.load("sd35m-dino-released")
     step = generator = iteration = 0
     while step < settings.global_steps:
-        plan = due(settings.adversary, iteration, 0.0, 0.0, settings.update.optimizer_windows)
-        assert plan.head_updates == (0 if plan.generator else 1)
+        plan = plan_updates(settings.adversary, iteration, 0.0, 0.0, settings.update.minibatches)
+        assert plan.discriminator_updates == (0 if plan.generator else 1)
         generator += plan.generator
-        step += settings.update.optimizer_windows if plan.generator else 1
+        step += settings.update.minibatches if plan.generator else 1
         iteration += 1
     assert (iteration, generator, step) == (settings.iterations, 91, 1001) == (910, 91, 1001)
 
 
-def test_the_head_sees_every_picture_of_the_iteration():
+def test_the_head_sees_every_image_of_the_iteration():
     for name in ("sd35m-dino-released", "sd35m-adv-pickscore-released"):
         settings = config.load(name)
         assert settings.adversary.batch_size == settings.images_per_iteration == 8 * 12 * 8

@@ -27,7 +27,7 @@ def reward() -> OcrReward:
     return OcrReward(detection_size=192)
 
 
-def picture(*lines: str, size: int = 128, colour: str = "black") -> torch.Tensor:
+def image(*lines: str, size: int = 128, colour: str = "black") -> torch.Tensor:
     """[3, S, S] with the lines in the middle of a white background."""
     canvas = Image.new("RGB", (size, size), "white")
     text, font = "\n".join(lines), ImageFont.truetype(FONT, size // 5)
@@ -83,7 +83,7 @@ def test_target(prompt, expected):
 
 @pytest.mark.parametrize("prompt", ["no text", 'an "" empty one', 'a blank " " one', 'an open " quote', "'single'"])
 def test_prompt_without_target_is_an_error_before_reading(prompt, reward, monkeypatch):
-    monkeypatch.setattr(reward, "_read_one", lambda *_: pytest.fail("read a picture"))
+    monkeypatch.setattr(reward, "_read_one", lambda *_: pytest.fail("read an image"))
     with pytest.raises(UserError, match="no text in double quotes"):
         reward.check_prompts(['fine "x"', prompt])
     with pytest.raises(UserError, match="no text in double quotes"):
@@ -92,8 +92,8 @@ def test_prompt_without_target_is_an_error_before_reading(prompt, reward, monkey
 
 
 def test_rendered_words(reward):
-    """Exact, misspelt, two lines, no text, another text; each picture's own score."""
-    images = torch.stack([picture("OPEN"), picture("OPFN"), picture("NEW", "YORK"), picture(), picture("ZZZZ")])
+    """Exact, misspelt, two lines, no text, another text; each image's own score."""
+    images = torch.stack([image("OPEN"), image("OPFN"), image("NEW", "YORK"), image(), image("ZZZZ")])
     prompts = ['a sign "OPEN"', 'a sign "OPEN"', 'a sign "New York"', 'a sign "OPEN"', 'a sign "OPEN"']
     scores = reward.score(images, prompts, None)
     assert scores.dtype == torch.float32
@@ -124,16 +124,16 @@ def test_the_engine_gets_blue_green_red_bytes(fake_reward):
     assert fake_reward.read(orange, ["x"]) == ["[0, 128, 255]"]
 
 
-def test_processes_that_wait_learn_of_every_picture(fake_reward, monkeypatch):
+def test_processes_that_wait_learn_of_every_image(fake_reward, monkeypatch):
     told = []
     monkeypatch.setattr(fake_reward, "progress", told.append)
     fake_reward.read(torch.ones(2, 3, 8, 8), ['say "a"', 'say "b"'])
-    assert told == ["reward ocr: 1 of 2 pictures read", "reward ocr: 2 of 2 pictures read"]
+    assert told == ["reward ocr: 1 of 2 images read", "reward ocr: 2 of 2 images read"]
 
 
 def test_engine_failure_names_the_prompt(fake_reward):
     images = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)])
-    with pytest.raises(RuntimeError, match="OCR failed on the picture for prompt 'a \"B\"': model file truncated"):
+    with pytest.raises(RuntimeError, match="OCR failed on the image for prompt 'a \"B\"': model file truncated"):
         fake_reward.score(images, ['a "A"', 'a "B"'], None)
 
 
@@ -159,7 +159,7 @@ def test_scores_do_not_depend_on_the_batch_or_the_workers():
         (torch.zeros(3, 3, 8, 8), "3 images but 2 prompts"),
     ],
 )
-def test_bad_pictures(images, complaint, reward):
+def test_bad_images(images, complaint, reward):
     with pytest.raises(ValueError, match=complaint):
         reward.read(images, ['"a"', '"b"'])
 

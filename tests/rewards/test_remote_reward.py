@@ -37,7 +37,7 @@ from advgrpo.training.run import Run
 from tests.judges import serving
 
 QUICK = {"retries": 2, "backoff": 0.01, "wait": 0}
-PICTURES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["first", "second", "third"]
 
 
@@ -106,7 +106,7 @@ def test_scores_and_what_is_sent():
     metadata = {prompt: {"objects": [prompt]} for prompt in PROMPTS}
     with misbehaving(answer({"scores": [0.5, 1]}), answer({"scores": [-2.25]})) as (url, received):
         reward = RemoteReward(url=url + "/score?model=a", name="judge", batch_size=2, metadata=metadata)
-        scores = reward.score(PICTURES, PROMPTS, None)
+        scores = reward.score(IMAGES, PROMPTS, None)
     assert scores.tolist() == [0.5, 1.0, -2.25]
     assert scores.dtype == torch.float32
     assert isinstance(reward, Reward)
@@ -116,9 +116,9 @@ def test_scores_and_what_is_sent():
         [{"objects": ["third"]}],
     ]
     sent = [Image.open(io.BytesIO(base64.b64decode(image))) for request in received for image in request["images"]]
-    pixels = torch.from_numpy(np.stack([np.array(picture) for picture in sent])).permute(0, 3, 1, 2)
-    assert {picture.format for picture in sent} == {"PNG"}
-    assert torch.equal(pixels, (PICTURES * 255).round().byte())
+    pixels = torch.from_numpy(np.stack([np.array(image) for image in sent])).permute(0, 3, 1, 2)
+    assert {image.format for image in sent} == {"PNG"}
+    assert torch.equal(pixels, (IMAGES * 255).round().byte())
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_passing_failures_are_tried_again(failure):
     with misbehaving(failure, GOOD) as (url, received):
         timeout = 1.5 if failure in (silent, trickle) else 30
         started = time.monotonic()
-        assert RemoteReward(url=url, timeout=timeout, **QUICK).score(PICTURES, PROMPTS, None).tolist() == [
+        assert RemoteReward(url=url, timeout=timeout, **QUICK).score(IMAGES, PROMPTS, None).tolist() == [
             0.5,
             1.0,
             -2.0,
@@ -155,7 +155,7 @@ def test_lasting_failures_end_after_the_retries(failure, complaint):
     with misbehaving(failure) as (url, received):
         reward = RemoteReward(url=url, name="judge", timeout=0.1 if failure is trickle else 30, **QUICK)
         with pytest.raises(RuntimeError, match=rf"reward judge at .*'first' \(and 2 more\).*{complaint}.*3 attempts"):
-            reward.score(PICTURES, PROMPTS, None)
+            reward.score(IMAGES, PROMPTS, None)
     assert len(received) == 3
 
 
@@ -166,8 +166,8 @@ def test_lasting_failures_end_after_the_retries(failure, complaint):
         (answer(b"<html>", 404, "text/html"), "status 404 Not Found: '<html>'"),
         (answer(b"", 302), "status 302 Found; redirects are not followed: correct the url"),
         (answer({"error": "want a token"}, 401), "want a token; set token_file to a file with the server's token"),
-        (answer({"scores": [1, 2]}), "2 scores for 3 pictures"),
-        (answer({"scores": [1, 2, 3, 4]}), "4 scores for 3 pictures"),
+        (answer({"scores": [1, 2]}), "2 scores for 3 images"),
+        (answer({"scores": [1, 2, 3, 4]}), "4 scores for 3 images"),
         (answer({"scores": [1, "0.5", 2]}), 'not a number: "0.5"'),
         (answer({"scores": [1, None, 2]}), "not a number: null"),
         (answer({"scores": [1, True, 2]}), "not a number: true"),
@@ -186,7 +186,7 @@ def test_lies_and_garbage_are_errors_at_once(lie, complaint):
     with misbehaving(lie) as (url, received):
         reward = RemoteReward(url=url, max_answer_bytes=200_000, **QUICK)
         with pytest.raises(RuntimeError, match=complaint):
-            reward.score(PICTURES, PROMPTS, None)
+            reward.score(IMAGES, PROMPTS, None)
     assert len(received) == 1
 
 
@@ -194,7 +194,7 @@ def test_lies_and_garbage_are_errors_at_once(lie, complaint):
 def test_a_score_that_is_not_finite_names_its_prompt(number):
     lie = answer(b'{"scores": [1, %s, 3]}' % number.encode())
     with misbehaving(lie) as (url, received), pytest.raises(FloatingPointError, match="second"):
-        RemoteReward(url=url, **QUICK).score(PICTURES, PROMPTS, None)
+        RemoteReward(url=url, **QUICK).score(IMAGES, PROMPTS, None)
     assert len(received) == 1
 
 
@@ -203,7 +203,7 @@ def test_nobody_listens():
         pass
     reward = RemoteReward(url=url, **QUICK)
     with pytest.raises(RuntimeError, match=r"ConnectionRefusedError.*3 attempts"):
-        reward.score(PICTURES, PROMPTS, None)
+        reward.score(IMAGES, PROMPTS, None)
     with pytest.raises(UserError, match="start the server"):
         reward.check_prompts(PROMPTS)
 
@@ -212,7 +212,7 @@ def test_pauses_grow(monkeypatch):
     pauses = []
     monkeypatch.setattr("advgrpo.rewards.remote.time.sleep", pauses.append)
     with misbehaving(answer({}, 500)) as (url, _), pytest.raises(RuntimeError):
-        RemoteReward(url=url, retries=4, backoff=5).score(PICTURES, PROMPTS, None)
+        RemoteReward(url=url, retries=4, backoff=5).score(IMAGES, PROMPTS, None)
     assert pauses == [5, 10, 20, 30]
 
 
@@ -237,7 +237,7 @@ def test_a_judge_that_is_down_for_a_while_is_waited_for():
     reward.progress = lambda doing, *, within_seconds: told.append((doing, within_seconds))
     started = time.monotonic()
     try:
-        assert reward.score(PICTURES, PROMPTS, None).tolist() == [0.5, 1.0, -2.0]
+        assert reward.score(IMAGES, PROMPTS, None).tolist() == [0.5, 1.0, -2.0]
     finally:
         done.set()
     assert 0.9 < time.monotonic() - started < 15
@@ -269,7 +269,7 @@ def test_a_judge_that_stays_down_is_one_error_with_its_name_attempts_and_seconds
         url = url if how == "503" else f"http://127.0.0.1:{port_of_nobody()}"
         reward = RemoteReward(url=url, name="judge", retries=0, backoff=0.25, wait=5)
         with pytest.raises(RunFailure) as failure:
-            reward.score(PICTURES, PROMPTS, None)
+            reward.score(IMAGES, PROMPTS, None)
     refused = "ConnectionRefusedError: [Errno 111] Connection refused"
     why = "status 503 Service Unavailable: starting" if how == "503" else refused
     assert str(failure.value) == (
@@ -295,7 +295,7 @@ def test_a_server_may_ask_to_be_left_alone(monkeypatch):
 
     asked = ("7", "999999", "Wed, 21 Oct 2015 07:28:00 GMT", "-3", "1e9")
     with misbehaving(*map(busy, asked), GOOD) as (url, _):
-        RemoteReward(url=url, retries=5, backoff=0.01).score(PICTURES, PROMPTS, None)
+        RemoteReward(url=url, retries=5, backoff=0.01).score(IMAGES, PROMPTS, None)
     assert pauses == [7.0, 30.0, 0.04, 0.08, 0.16]
 
 
@@ -313,7 +313,7 @@ def test_what_a_server_says_cannot_move_the_cursor(place, status, caplog):
         handler.wfile.write(f"HTTP/1.0 {status} {reason}\r\nContent-Type: text/plain\r\n\r\n{body}".encode())
 
     with misbehaving(behave) as (url, _), pytest.raises(RunFailure) as failure:
-        RemoteReward(url=url, retries=1, backoff=0.01).score(PICTURES, PROMPTS, None)
+        RemoteReward(url=url, retries=1, backoff=0.01).score(IMAGES, PROMPTS, None)
     shown = "".join(traceback.format_exception(failure.value))  # --traceback
     for text in (*(record.getMessage() for record in caplog.records), str(failure.value), shown):
         assert all(each.isprintable() or each in "\n" for each in text)
@@ -333,9 +333,9 @@ def test_the_token_is_sent_and_never_shown(tmp_path, monkeypatch, caplog):
     for options, token in (({}, "Zq9-environment"), ({"token_file": str(tmp_path / "token")}, "Zq8-file")):
         with misbehaving(GOOD, parrot, headers=(sent := [])) as (url, _):
             reward = RemoteReward(url=url, **options, **QUICK)
-            reward.score(PICTURES, PROMPTS, None)
+            reward.score(IMAGES, PROMPTS, None)
             with pytest.raises(RunFailure) as failure:
-                reward.score(PICTURES, PROMPTS, None)
+                reward.score(IMAGES, PROMPTS, None)
         assert {headers["Authorization"] for headers in sent} == {f"Bearer {token}"}
         shown = "".join(traceback.format_exception(failure.value)) + caplog.text + repr(reward)
         assert token[:3] not in shown
@@ -370,7 +370,7 @@ def test_a_run_s_judges_tell_its_watch_what_they_wait_for(unit_config):
 def test_metadata_is_checked_before_anything_is_sent():
     with misbehaving(GOOD) as (url, received):
         reward = RemoteReward(url=url, metadata={"first": {}})
-        for attempt in (reward.check_prompts, lambda prompts: reward.score(PICTURES, prompts, None)):
+        for attempt in (reward.check_prompts, lambda prompts: reward.score(IMAGES, prompts, None)):
             with pytest.raises(UserError, match="'second' has no metadata"):
                 attempt(PROMPTS)
     assert received == []
@@ -385,7 +385,7 @@ def test_metadata_is_checked_before_anything_is_sent():
         ({"url": "http://host:many/"}, "url"),
         ({"url": "http://user:secret@host/"}, "url"),
         ({"url": "http://ho st:1/"}, r"url = 'http://ho st:1/' is not an address \(it holds a space"),
-        ({"url": "http://host/pictures of ü"}, "url"),
+        ({"url": "http://host/images of ü"}, "url"),
         ({"url": "http://host/\x1b[31m"}, r"url = 'http://host/\\x1b\[31m'"),
         ({"url": "http://ho\tst/"}, "url"),  # urlsplit leaves tabs out in silence
         ({"url": "http://a..b/"}, "url"),
@@ -416,7 +416,7 @@ def scoring_by_count(handler):
 
 
 def test_a_run_tells_the_judge_what_the_prompt_file_says(unit_config, tmp_path):
-    """JSONL metadata reaches the server with every picture of its prompt, from the trial request on."""
+    """JSONL metadata reaches the server with every image of its prompt, from the trial request on."""
     for name in ("prompts", "held_out_prompts"):
         lines = Path(getattr(unit_config.data, name)).read_text().splitlines()
         rows = [{"prompt": prompt, "count": number} for number, prompt in enumerate(lines)]

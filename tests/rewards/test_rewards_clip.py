@@ -23,7 +23,7 @@ from advgrpo.rewards.pickscore import PickScore
 from advgrpo.rewards.reference_similarity import reference_cosine
 from advgrpo.vision.clip import ClipModel
 from advgrpo.vision.preprocess import ImagePreprocess
-from tests.vision_models import PROCESSOR, PROMPTS, pictures, references_in, write_clip
+from tests.vision_models import PROCESSOR, PROMPTS, random_images, references_in, write_clip
 
 
 @pytest.fixture(scope="session")
@@ -34,14 +34,14 @@ def unit_clip(tmp_path_factory) -> str:
 @pytest.mark.parametrize("size", [(40, 48), (48, 40), (32, 32), (24, 31), (129, 64)])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_preprocessing_is_transformers_own_within_its_rounding(tmp_path, size, kind):
-    """PIL rounds to 256 levels between the resize's passes and after it; no picture here reaches black or white."""
+    """PIL rounds to 256 levels between the resize's passes and after it; no image here reaches black or white."""
     from transformers import CLIPImageProcessor, SiglipImageProcessor
 
     settings = PROCESSOR
     if kind == "siglip":
         settings = {**PROCESSOR, "size": {"height": 32, "width": 32}, "do_center_crop": False}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    images = ((0.2 + 0.6 * pictures(2, *size)) * 255).round() / 255
+    images = ((0.2 + 0.6 * random_images(2, *size)) * 255).round() / 255
     theirs = (CLIPImageProcessor if kind == "clip" else SiglipImageProcessor).from_pretrained(tmp_path)
     pil = [Image.fromarray((i * 255).round().byte().permute(1, 2, 0).numpy()) for i in images]
     expected = torch.from_numpy(np.stack(theirs(pil, return_tensors="np")["pixel_values"]))
@@ -81,7 +81,7 @@ def test_preprocessing_refuses_other_shapes():
 
 def test_embeddings_are_the_models_own(unit_clip):
     clip, model = ClipModel(unit_clip), CLIPModel.from_pretrained(unit_clip).eval()
-    images = pictures(3)
+    images = random_images(3)
     tokens = clip.tokenizer(PROMPTS, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         expected = model(pixel_values=clip.preprocess(images), **tokens)
@@ -111,7 +111,7 @@ def test_long_prompts_are_cut_at_the_models_length(unit_clip):
 
 def test_pickscore_is_the_scaled_logit_over_26(unit_clip):
     reward = PickScore(path=unit_clip)
-    images = pictures(3)
+    images = random_images(3)
     model = CLIPModel.from_pretrained(unit_clip).eval()
     tokens = reward.clip.tokenizer(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_a_processor_elsewhere_is_used(unit_clip, tmp_path):
     """As PickScore_v1's, whose tokenizer and image processor are LAION's."""
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(f"{unit_clip}/{name}")
-    images = pictures(3)
+    images = random_images(3)
     score = PickScore(path=str(tmp_path), processor=unit_clip).score(images, PROMPTS, None)
     assert torch.equal(score, PickScore(path=unit_clip).score(images, PROMPTS, None))
     with pytest.raises(UserError, match=r"pickscore.path = .* has no preprocessor_config.json"):
@@ -136,7 +136,7 @@ def test_a_processor_elsewhere_is_used(unit_clip, tmp_path):
 
 def test_clip_similarity_is_a_cosine(unit_clip):
     clip = ClipModel(unit_clip)
-    images = pictures(3)
+    images = random_images(3)
     cosine = ClipSimilarity(clip=clip).score(images, PROMPTS, None)
     torch.testing.assert_close(cosine * clip.logit_scale / 26, PickScore(path=unit_clip).score(images, PROMPTS, None))
     with torch.no_grad():  # an image embedding that points where the text does
@@ -147,7 +147,7 @@ def test_clip_similarity_is_a_cosine(unit_clip):
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 def test_similarity_to_references_is_of_the_prompts_own(unit_clip, tmp_path, reduction):
     reward = ClipReferenceSimilarity(path=unit_clip, reduction=reduction)
-    own = {prompt: pictures(2 + number) for number, prompt in enumerate(PROMPTS)}
+    own = {prompt: random_images(2 + number) for number, prompt in enumerate(PROMPTS)}
     references = references_in(tmp_path, own)
     images = torch.stack([own[p][1] for p in PROMPTS])
     score = reward.score(images, PROMPTS, references)
@@ -164,7 +164,7 @@ def test_similarity_to_references_is_of_the_prompts_own(unit_clip, tmp_path, red
     reward._references.embed = seen.append
     reward.score(images, PROMPTS, references)
     assert not seen  # references are embedded once
-    with pytest.raises(UserError, match="reward clip_reference_similarity compares with reference pictures"):
+    with pytest.raises(UserError, match="reward clip_reference_similarity compares with reference images"):
         reward.score(images, PROMPTS, None)
     with pytest.raises(UserError, match="no references were loaded for prompt 'a dog'"):
         reward.score(images[:1], ["a dog"], references)
@@ -190,7 +190,7 @@ def linear_layers(*widths: int) -> dict[str, torch.Tensor]:
 
 
 def test_aesthetic_reads_both_layouts(unit_clip, tmp_path):
-    clip, images = ClipModel(unit_clip), pictures(3)
+    clip, images = ClipModel(unit_clip), random_images(3)
     embedding = clip.image_embeddings(images)
     tensors = linear_layers(24, 12, 6, 5, 2, 1, 1)  # six layers, so that layer 10 must follow layer 7
     save_file(tensors, tmp_path / "mlp.safetensors")
@@ -244,19 +244,19 @@ def test_models_that_cannot_be_are_named(unit_clip, unit_backbone, tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     other = {**PROCESSOR, "crop_size": {"height": 16, "width": 16}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match=r"makes pictures of \(16, 16\), but the model looks at 32x32"):
+    with pytest.raises(UserError, match=r"makes images of \(16, 16\), but the model looks at 32x32"):
         PickScore(path=str(tmp_path))
 
 
 def test_bad_batches_and_scores_are_named(unit_clip):
-    reward, images = PickScore(path=unit_clip), pictures(3)
+    reward, images = PickScore(path=unit_clip), random_images(3)
     with pytest.raises(ValueError, match="3 images but 2 prompts"):
         reward.score(images, PROMPTS[:2], None)
     with pytest.raises(ValueError, match="want float images"):
         reward.score((images * 255).byte(), PROMPTS, None)
     images[1, 0, 3, 3] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"cannot score the picture of prompt 'a large green ring'"):
+    with pytest.raises(FloatingPointError, match=r"cannot score the image of prompt 'a large green ring'"):
         reward.score(images, PROMPTS, None)
     reward.clip.logit_scale = float("inf")
-    with pytest.raises(FloatingPointError, match=r"'a small red star' is .*inf .the picture is finite"):
-        reward.score(pictures(3), PROMPTS, None)
+    with pytest.raises(FloatingPointError, match=r"'a small red star' is .*inf .the image is finite"):
+        reward.score(random_images(3), PROMPTS, None)

@@ -1,6 +1,6 @@
 """The rule reward on drawings whose attributes are known.
 
-Planted bugs that turned this file red: 0 / 0 overlap of an empty picture let through, strict without the background,
+Planted bugs that turned this file red: 0 / 0 overlap of an empty image let through, strict without the background,
 the outline rewarded for any shape, the background left out, prompts not checked first, batches with others' prompts.
 """
 
@@ -25,8 +25,8 @@ def draw(*scenes: Scene, roughness: float = 0.0) -> torch.Tensor:
 
 
 def test_every_attribute_is_a_third():
-    pictures = draw(SCENE, *OTHERS.values())
-    right, shape, colour, background, everything = RuleReward().score(pictures, [SCENE.caption] * 5, None).tolist()
+    images = draw(SCENE, *OTHERS.values())
+    right, shape, colour, background, everything = RuleReward().score(images, [SCENE.caption] * 5, None).tolist()
     outline = 3 * right - 2
     assert 0.9 < outline < 1
     assert shape == pytest.approx(2 / 3)
@@ -36,8 +36,8 @@ def test_every_attribute_is_a_third():
 
 
 def test_strict_wants_all_of_it():
-    pictures = draw(SCENE, *OTHERS.values())
-    scores = RuleReward(strict=True).score(pictures, [SCENE.caption] * 5, None)
+    images = draw(SCENE, *OTHERS.values())
+    scores = RuleReward(strict=True).score(images, [SCENE.caption] * 5, None)
     assert scores.tolist() == [1, 0, 0, 0, 0]
     assert scores.dtype == torch.float32
 
@@ -50,7 +50,7 @@ def test_graded_prefers_the_crisper_outline():
     assert rough.max() <= 1
 
 
-def test_an_empty_picture_is_no_drawing():
+def test_an_empty_image_is_no_drawing():
     empty = torch.full((1, 3, 32, 32), 0.5)
     assert RuleReward(strict=True).score(empty, [SCENE.caption], None).item() == 0
     assert RuleReward().score(empty, [SCENE.caption], None).item() <= 1 / 3
@@ -58,11 +58,11 @@ def test_an_empty_picture_is_no_drawing():
 
 def test_scores_do_not_depend_on_the_batch(monkeypatch):
     scenes = [SCENE, *OTHERS.values()] * 2
-    pictures, prompts = draw(*scenes, roughness=0.3), [scene.caption for scene in scenes]
-    whole = RuleReward().score(pictures, prompts, None)
+    images, prompts = draw(*scenes, roughness=0.3), [scene.caption for scene in scenes]
+    whole = RuleReward().score(images, prompts, None)
     monkeypatch.setattr("advgrpo.rewards.rule._BATCH", 3)
-    assert torch.equal(whole, RuleReward().score(pictures, prompts, None))
-    assert torch.equal(whole[4:5], RuleReward().score(pictures[4:5], prompts[4:5], None))
+    assert torch.equal(whole, RuleReward().score(images, prompts, None))
+    assert torch.equal(whole[4:5], RuleReward().score(images[4:5], prompts[4:5], None))
 
 
 def test_prompts_are_checked_before_anything_is_judged(monkeypatch):
@@ -77,13 +77,13 @@ def test_prompts_are_checked_before_anything_is_judged(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "complaint"),
+    ("images", "complaint"),
     [
         (torch.full((1, 3, 32, 32), float("nan")), "large red star .* spans"),
         (torch.zeros(2, 3, 32, 32), "2 images but 1 prompts"),
         (torch.zeros(1, 3, 32, 16), "square"),
     ],
 )
-def test_bad_pictures(pictures, complaint):
+def test_bad_images(images, complaint):
     with pytest.raises(ValueError, match=complaint):
-        RuleReward().score(pictures, [SCENE.caption], None)
+        RuleReward().score(images, [SCENE.caption], None)

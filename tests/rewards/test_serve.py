@@ -1,7 +1,7 @@
 """The HTTP end of a reward: what it refuses and how, what a request may cost, and that clients get an answer in time.
 
-Planted bugs that turned this file red: no limit for all pictures or for one, or only after decoding; three requests
-decoded at once, a place not given back, or lost to a damaged picture, pictures kept after they were scored; a backlog
+Planted bugs that turned this file red: no limit for all images or for one, or only after decoding; three requests
+decoded at once, a place not given back, or lost to a damaged image, images kept after they were scored; a backlog
 of 5; no deadline for a trickle, which is 500 instead of 408; a judge waited for without end, no Retry-After; a client
 that hung up is scored; bodies without a limit together, or one that is not given back or told; no check of the content
 type, of Host, of a missing one, by its beginning, of Origin "null"; no token asked for, a longer one or another scheme
@@ -40,22 +40,22 @@ from advgrpo.rewards.serve import main
 from advgrpo.tiny.shapes import render, sample_scenes
 from tests.judges import serving
 
-PICTURES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["first", "second", "third"]
 
 
 def test_both_ends_give_the_local_scores():
-    """Rule reward over HTTP equals the rule reward on the same 8-bit pictures, to the last bit."""
+    """Rule reward over HTTP equals the rule reward on the same 8-bit images, to the last bit."""
     scenes = sample_scenes(5, torch.Generator().manual_seed(0))
-    pictures = render(scenes, torch.Generator().manual_seed(1), roughness=0.4)
-    pictures = (pictures * 255).round() / 255
+    images = render(scenes, torch.Generator().manual_seed(1), roughness=0.4)
+    images = (images * 255).round() / 255
     prompts = [scene.caption for scene in scenes]
     with serving(make_server(RuleReward())) as url:
         remote = RemoteReward(url=url, batch_size=2)
         remote.check_prompts(prompts)
-        assert torch.equal(remote.score(pictures, prompts, None), RuleReward().score(pictures, prompts, None))
+        assert torch.equal(remote.score(images, prompts, None), RuleReward().score(images, prompts, None))
         with pytest.raises(RuntimeError, match=r"status 400 .*not a caption of the tiny world: 'a dragon'"):
-            remote.score(pictures[:1], ["a dragon"], None)
+            remote.score(images[:1], ["a dragon"], None)
 
 
 class Broken:
@@ -106,7 +106,7 @@ def test_our_server_refuses_bad_requests(request_, status, complaint, monkeypatc
         reward = RemoteReward(url=url, retries=0)
         monkeypatch.setattr("advgrpo.rewards.remote._request_body", lambda *_: json.dumps(request_).encode())
         with pytest.raises(RuntimeError, match=f"status {status} .*{complaint}"):
-            reward.score(PICTURES, PROMPTS, None)
+            reward.score(IMAGES, PROMPTS, None)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ class Mean:
     name = "mean"
 
     def __init__(self, is_open=True):
-        self.gate, self.begun, self.seen, self.pictures = threading.Event(), threading.Event(), [], []
+        self.gate, self.begun, self.seen, self.images = threading.Event(), threading.Event(), [], []
         if is_open:
             self.gate.set()
 
@@ -151,12 +151,12 @@ class Mean:
         self.begun.set()
         assert self.gate.wait(20)
         self.seen += prompts
-        self.pictures.append(weakref.ref(images))
+        self.images.append(weakref.ref(images))
         return images.mean(dim=(1, 2, 3))
 
 
-def request_of(prompts, picture="") -> bytes:
-    return json.dumps({"version": 1, "images": [picture or _png()] * len(prompts), "prompts": list(prompts)}).encode()
+def request_of(prompts, image="") -> bytes:
+    return json.dumps({"version": 1, "images": [image or _png()] * len(prompts), "prompts": list(prompts)}).encode()
 
 
 JSON = {"Content-Type": "application/json"}
@@ -195,8 +195,8 @@ def until(condition, seconds=10.0):
 
 
 def test_too_many_pixels_are_refused_before_one_is_decoded(monkeypatch):
-    """40 pictures of 4 megapixels in 650 kB, and one of 16: neither costs memory."""
-    monkeypatch.setattr(scoring_request, "open_picture", lambda *_, **__: pytest.fail("a picture was decoded"))
+    """40 images of 4 megapixels in 650 kB, and one of 16: neither costs memory."""
+    monkeypatch.setattr(scoring_request, "open_image", lambda *_, **__: pytest.fail("an image was decoded"))
     many, large = request_of(["a"] * 40, _png(size=(2000, 2000))), request_of(["a"], _png(size=(4000, 4000)))
     assert len(many) < 2_000_000
     with serving(make_server(Mean())) as url:
@@ -205,7 +205,7 @@ def test_too_many_pixels_are_refused_before_one_is_decoded(monkeypatch):
             status, said, _ = post(url, many)
             assert (status, said["error"]) == (
                 413,
-                "the pictures have more than 33,554,432 pixels together; send fewer at once",
+                "the images have more than 33,554,432 pixels together; send fewer at once",
             )
             status, said, _ = post(url, large)
             assert (status, said["error"]) == (
@@ -218,9 +218,9 @@ def test_too_many_pixels_are_refused_before_one_is_decoded(monkeypatch):
 
 
 def test_what_the_client_sends_by_default_is_within_the_limits():
-    picture = _png(size=(1024, 1024))
-    pictures, prompts = scoring_request.parse_request(request_of(["a"] * 16, picture), Limits(), time.monotonic() + 60)
-    assert (len(pictures), len(prompts)) == (16, 16)
+    image = _png(size=(1024, 1024))
+    images, prompts = scoring_request.parse_request(request_of(["a"] * 16, image), Limits(), time.monotonic() + 60)
+    assert (len(images), len(prompts)) == (16, 16)
 
 
 def test_few_requests_are_decoded_at_a_time_and_none_stays_in_memory():
@@ -239,10 +239,10 @@ def test_few_requests_are_decoded_at_a_time_and_none_stays_in_memory():
         assert len(decoded) == 2
         reward.gate.set()
         assert [answer.result()[0] for answer in answers] == [200] * 8
-        until(lambda: gc.collect() + 1 and all(picture() is None for picture in reward.pictures))
+        until(lambda: gc.collect() + 1 and all(image() is None for image in reward.images))
 
 
-def test_damaged_pictures_take_no_place_for_ever():
+def test_damaged_images_take_no_place_for_ever():
     """Their headers are good, so they are found while they are decoded."""
     noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3))
     buffer = io.BytesIO()
@@ -485,7 +485,7 @@ def test_the_command_hands_everything_on(flags, token, note, monkeypatch, capsys
     monkeypatch.setattr(scoring_server.ScoringServer, "serve_forever", serve_forever)
     if token:
         monkeypatch.setenv(TOKEN_VARIABLE, token)
-    limits = ("--max-bytes", "5", "--max-pixels", "6", "--max-picture-pixels", "7", "--request-seconds", "8")
+    limits = ("--max-bytes", "5", "--max-pixels", "6", "--max-image-pixels", "7", "--request-seconds", "8")
     arguments = ["--reward", "rule", "--port", "0", *flags, "--allow-hosts", "judge", "a.b", *limits]
     assert main([*arguments, "--score-seconds", "9"]) == 0
     (server,) = served

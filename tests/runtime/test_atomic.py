@@ -185,7 +185,7 @@ def writes(call: ast.Call, name: str) -> bool:
         values = [*call.args, *(each.value for each in call.keywords)]
         modes = [each.value for each in values if isinstance(each, ast.Constant) and isinstance(each.value, str)]
         return any(set(mode) <= set("rwxabt+") and set(mode) & set("wxa+") for mode in modes)
-    if name == "save":  # of pictures, of torch and safetensors; our own take no path
+    if name == "save":  # of images, of torch and safetensors; our own take no path
         return bool(call.args)
     if name == "dump":
         return isinstance(owner, ast.Name) and owner.id in ("json", "yaml", "pickle")

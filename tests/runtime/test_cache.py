@@ -29,7 +29,7 @@ from advgrpo.runtime.cache import TensorCache
 from advgrpo.runtime.fingerprint import FileStamps, file_digest, folder_fingerprint, tensors_digest
 from advgrpo.vision.dino import DinoBackbone
 from advgrpo.vision.siglip import SiglipBackbone
-from tests.vision_models import PROMPTS, pictures, references_in, write_clip, write_siglip
+from tests.vision_models import PROMPTS, random_images, references_in, write_clip, write_siglip
 
 CPU = torch.device("cpu")
 STORED = {"text": torch.arange(12.0).view(3, 4), "pooled": torch.tensor([1.0, -2.0]).bfloat16(), "none": torch.zeros(0)}
@@ -63,8 +63,8 @@ def adversary(folder: str, **changes) -> FeatureHeadAdversary:
 
 
 def test_references_and_generations_are_judged_by_one_network_though_another_filled_the_cache(unit_backbone, tmp_path):
-    """The other network shares the class token, and pictures, prompts and sizes are the same."""
-    references = references_in(tmp_path, {PROMPTS[0]: pictures(3)})
+    """The other network shares the class token, and images, prompts and sizes are the same."""
+    references = references_in(tmp_path, {PROMPTS[0]: random_images(3)})
     networks = [adversary(unit_backbone), adversary(edited(unit_backbone, tmp_path / "other", other_layers))]
     images = references.load_images(references.files(PROMPTS[0]))
     fresh = [network.features(images, PROMPTS[:1] * 3)["cls"] for network in networks]
@@ -250,7 +250,7 @@ def test_a_cache_that_cannot_be_written_names_its_setting(tmp_path):
 
 
 def test_a_damaged_reference_entry_is_computed_again(unit_backbone, tmp_path, caplog):
-    references = references_in(tmp_path, {PROMPTS[0]: pictures(3)})
+    references = references_in(tmp_path, {PROMPTS[0]: random_images(3)})
     first = ReferenceFeatures(references, adversary(unit_backbone), tmp_path / "cache")
     expected = first.prompt(PROMPTS[0])
     path = first.tensors.path(first._key(PROMPTS[0]))
@@ -264,7 +264,7 @@ def test_a_damaged_reference_entry_is_computed_again(unit_backbone, tmp_path, ca
 
 
 def test_the_first_entry_of_another_process_is_proven_and_no_other(unit_backbone, tmp_path):
-    references = references_in(tmp_path, {prompt: pictures(2 + n) for n, prompt in enumerate(PROMPTS)})
+    references = references_in(tmp_path, {prompt: random_images(2 + n) for n, prompt in enumerate(PROMPTS)})
     ReferenceFeatures(references, adversary(unit_backbone), tmp_path / "cache").prompt(PROMPTS[0])
     ReferenceFeatures(references, adversary(unit_backbone), tmp_path / "cache").prompt(PROMPTS[1])
 
@@ -293,7 +293,7 @@ def test_the_first_entry_of_another_process_is_proven_and_no_other(unit_backbone
 
 
 def test_features_that_are_not_finite_are_named_and_not_kept(unit_backbone, tmp_path):
-    references = references_in(tmp_path, {PROMPTS[0]: pictures(3)})
+    references = references_in(tmp_path, {PROMPTS[0]: random_images(3)})
     broken = adversary(unit_backbone)
     with torch.no_grad():
         broken.backbone.model.layernorm.weight.fill_(torch.inf)

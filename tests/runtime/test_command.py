@@ -15,10 +15,10 @@ import pytest
 
 import advgrpo
 from advgrpo.errors import UserError
-from advgrpo.policy.fused.decoder import PictureQualityError
+from advgrpo.policy.fused.decoder import ImageQualityError
 from advgrpo.runtime import command, watch
 from advgrpo.runtime.distributed import CollectiveError, RankFailure
-from advgrpo.training.update import DriftError
+from advgrpo.training.update import LogProbMismatchError
 from tests.commands import COMMANDS, main_of
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +38,8 @@ def failing(error):
         (FloatingPointError("reward rule: nan"), 1, "reward rule: nan"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 1, "'runs/a': No space left on device"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "x/y"), 1, "'x/y': Not a directory"),
-        (DriftError("drift 1e-3"), 1, "drift 1e-3"),
-        (PictureQualityError("31 dB"), 1, "31 dB"),
+        (LogProbMismatchError("mismatch 1e-3"), 1, "mismatch 1e-3"),
+        (ImageQualityError("31 dB"), 1, "31 dB"),
         (CollectiveError("all_gather timed out"), 1, "all_gather timed out"),
         (MemoryError(), 1, "this machine's memory is full"),
         (RecursionError("maximum recursion depth exceeded"), 1, "nested too deeply"),

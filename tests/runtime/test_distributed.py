@@ -107,14 +107,14 @@ def ends(tmp_path_factory):
 def test_a_failing_rank_ends_the_others_with_its_error(ends):
     (code0, text0), (code1, text1) = ends["raises"]
     assert code0 == code1 == 1
-    assert "OSError: the picture store is on fire" in text1
+    assert "OSError: the image store is on fire" in text1
     assert "RankFailure: rank 1 failed with this error" in text0
-    assert 'raise OSError("the picture store is on fire")' in text0, "the traceback of the other rank"
+    assert 'raise OSError("the image store is on fire")' in text0, "the traceback of the other rank"
 
 
 def test_a_failing_rank_ends_an_attempt_of_torchrun_and_the_next_one_works(tmp_path):
     done = run_torchrun("restarts", tmp_path, "--max-restarts=1")
-    assert "[rank 0] ending because rank 1 failed: OSError: the picture store is on fire" in done.stderr
+    assert "[rank 0] ending because rank 1 failed: OSError: the image store is on fire" in done.stderr
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"{rank}.restarted").read_text() for rank in range(2)] == ["[0, 1]"] * 2
 
@@ -131,7 +131,7 @@ def test_a_rank_that_cannot_raise_is_ended(ends):
     code0, text0 = ends["busy"][0]
     assert code0 == 1
     assert "rank 1 failed with this error" in text0
-    assert "OSError: the picture store is on fire" in text0
+    assert "OSError: the image store is on fire" in text0
 
 
 def test_a_killed_rank_is_noticed_and_its_last_work_named(ends):

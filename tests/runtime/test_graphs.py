@@ -181,11 +181,11 @@ def test_gradients_and_adam_inside_a_graph_equal_eager_to_the_bit(backend, where
 
 def test_adam_that_reads_its_step_on_the_host_is_refused():
     run = Training(torch.device("cpu"))
-    function = CapturedFunction(run, name="head update", backend=EmulatedGraphs())
+    function = CapturedFunction(run, name="discriminator update", backend=EmulatedGraphs())
     function()
     function()
     before = [p.detach().clone() for p in run.parameters]
-    with pytest.raises(CaptureError, match="head update cannot be captured as a CUDA graph: HostReadError"):
+    with pytest.raises(CaptureError, match="discriminator update cannot be captured as a CUDA graph: HostReadError"):
         function()
     assert all(torch.equal(a, b) for a, b in zip(before, run.parameters))
 

@@ -45,7 +45,7 @@ SPOILED = {
     "moments": (lambda t: spoil(first_slot(t.updater.optimizer)), "optimizer.state"),
     "head": (lambda t: spoil(t.adversary.head["w1"].data), "head.w1"),
     "head's moments": (lambda t: spoil(first_slot(t.adversary.optimizer)), "head_optimizer.state"),
-    "replay": (lambda t: spoil(t.head_trainer.replay.tensors["patches"]), "replay.patches"),
+    "replay": (lambda t: spoil(t.discriminator_trainer.replay.tensors["patches"]), "replay.patches"),
     "monitor": (lambda t: t.monitor.red_flags[0].baseline.update(peak=math.inf), "trainer.monitor.reward_collapse"),
 }
 
@@ -115,9 +115,9 @@ def test_a_head_update_that_is_not_finite_is_left_out_and_ends_the_iteration(whe
         if calls.count(5) == 2 and len(tensors) == 5:  # the second update: four gradients and the loss
             tensors[0 if where == "gradient" else 4].view(-1)[-1] = math.inf
 
-    trainer.head_trainer.reduce = reduce
+    trainer.discriminator_trainer.reduce = reduce
     with pytest.raises(
-        FloatingPointError, match=r"iteration 1: the adversary's loss or gradient .* head update 2 of 2"
+        FloatingPointError, match=r"iteration 1: the adversary's loss or gradient .* discriminator update 2 of 2"
     ):
         trainer.iterate()
     after = trainer.state()[0]

@@ -33,12 +33,12 @@ def test_grid_of_base_and_lora(tmp_path, lora):
     assert main([*PROMPTS, "--lora", str(lora), "--base", "--output", str(output), *small]) == 0
     for name, flags in (("base", ["--base"]), ("again", ["--base"]), ("lora", ["--lora", str(lora)])):
         assert main([*PROMPTS, *flags, "--output", str(tmp_path / f"{name}.png"), *small]) == 0
-    pictures = {path.stem: np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in tmp_path.glob("*.png")}
-    assert (pictures["base"] == pictures["again"]).all()
-    assert np.abs(pictures["base"] - pictures["lora"]).mean() > 1
-    assert pictures["grid"].shape[0] == pictures["base"].shape[0] >= 2 * 64
+    images = {path.stem: np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in tmp_path.glob("*.png")}
+    assert (images["base"] == images["again"]).all()
+    assert np.abs(images["base"] - images["lora"]).mean() > 1
+    assert images["grid"].shape[0] == images["base"].shape[0] >= 2 * 64
     blocks = slice(0, 120)  # the first block of the grid with both is the base's
-    assert (pictures["grid"][60:, blocks] == pictures["base"][60:, blocks]).all()
+    assert (images["grid"][60:, blocks] == images["base"][60:, blocks]).all()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Initial noise and windows of the rollout: per picture or per prompt, in every order, exact, resumed, split anyhow.
+"""Initial noise and windows of the rollout: per image or per prompt, in every order, exact, resumed, split anyhow.
 
-Bugs planted in a copy, each seen red: the noise of a prompt for every picture with per_image; noise keyed by the row in
-the tile; the prefix shared although every picture has its own noise; a contiguous window drawn past the range's end; a
-sliding window that never starts over; an untrained step in the loss's mean; the KL divided by the length; one kernel
-per norm claimed without triton; ADVGRPO_KERNELS_BACKEND not looked at; the ops called off with --no-fast.
+Bugs planted in a copy, each seen red: the noise of a prompt for every image with per_image; noise keyed by the row in
+the micro-batch; the prefix shared although every image has its own noise; a contiguous window drawn past the range's
+end; a sliding window that never starts over; an untrained step in the loss's mean; the KL divided by the length; one
+kernel per norm claimed without triton; ADVGRPO_KERNELS_BACKEND not looked at; the ops called off with --no-fast.
 """
 
 import copy
@@ -49,25 +49,25 @@ def rollout_of(trainer, iteration=0):
     return trainer.rollout(table, iteration)
 
 
-def by_picture(*rollouts) -> dict[int, list[torch.Tensor]]:
-    """Picture number -> its image, and what the window's steps hold of it."""
+def by_image(*rollouts) -> dict[int, list[torch.Tensor]]:
+    """Image number -> its image, and what the window's steps hold of it."""
     found = {}
-    for tile in (tile for rollout in rollouts for tile in rollout.tiles):
-        for place, number in enumerate(tile.tile.image_ids.tolist()):
-            rows = [tile.tile.row[place] if step.shared else place for step in tile.steps]
-            latents = [step.latents[row] for step, row in zip(tile.steps, rows)]
-            found[number] = [tile.images[place], *latents, *(step.log_prob[place] for step in tile.steps)]
+    for micro_batch in (micro_batch for rollout in rollouts for micro_batch in rollout.micro_batches):
+        for place, number in enumerate(micro_batch.micro_batch.image_ids.tolist()):
+            rows = [micro_batch.micro_batch.row[place] if step.shared else place for step in micro_batch.steps]
+            latents = [step.latents[row] for step, row in zip(micro_batch.steps, rows)]
+            found[number] = [micro_batch.images[place], *latents, *(step.log_prob[place] for step in micro_batch.steps)]
     return found
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_pictures_of_a_prompt_start_from_their_own_noise_or_from_one(unit_config, fast):
+def test_images_of_a_prompt_start_from_their_own_noise_or_from_one(unit_config, fast):
     """A window at step 0 records the initial noise itself."""
     first = {}
     for noise in NOISE:
         settings = changed(unit_config, initial_noise=noise, window=WINDOWS["fixed"])
         settings.fast = fast
-        found = by_picture(rollout_of(build(settings).trainer))
+        found = by_image(rollout_of(build(settings).trainer))
         first[noise] = [found[number][1] for number in range(8)]
     for group in (range(4), range(4, 8)):
         for one in group:
@@ -90,7 +90,7 @@ def test_every_order_is_on_policy_and_resumes_bit_for_bit(unit_config, noise):
         tensors, state = copy.deepcopy(going.state())
         metrics = [going.iterate(), going.iterate()]
         for row in metrics:
-            assert row["log_prob_drift_max"] == 0
+            assert row["log_prob_mismatch_max"] == 0
             assert row["pre_update_clip_fraction"] == 0
             assert row["grad_norm"] > 0
         resumed.load(tensors, state)
@@ -104,26 +104,26 @@ def test_every_order_is_on_policy_and_resumes_bit_for_bit(unit_config, noise):
 def test_two_processes_sample_what_one_does(unit_config, noise):
     settings = changed(unit_config, initial_noise=noise, micro_batch=2, window=WINDOWS["contiguous"])
     trainer = build(settings).trainer
-    alone = by_picture(rollout_of(trainer))
+    alone = by_image(rollout_of(trainer))
     parts = []
     for rank in range(2):
         trainer.distributed.rank, trainer.distributed.world_size = rank, 2
         parts.append(rollout_of(trainer))
     assert [len(part.image_ids) for part in parts] == [4, 4]
-    together = by_picture(*parts)
+    together = by_image(*parts)
     assert together.keys() == alone.keys() == set(range(8))
     for number in alone:
         assert all(torch.equal(*pair) for pair in zip(alone[number], together[number], strict=True))
 
 
-def test_other_micro_batches_sample_the_same_pictures(unit_config):
+def test_other_micro_batches_sample_the_same_images(unit_config):
     found = []
     for micro in (2, 8):
         settings = changed(unit_config, initial_noise="per_image", micro_batch=micro, window=WINDOWS["fixed"])
-        settings.update.optimizer_windows = 1
-        found.append(by_picture(rollout_of(build(settings).trainer)))
+        settings.update.minibatches = 1
+        found.append(by_image(rollout_of(build(settings).trainer)))
     for number in range(8):
-        (image, noise, *_), (other_image, other_noise, *_) = (pictures[number] for pictures in found)
+        (image, noise, *_), (other_image, other_noise, *_) = (images[number] for images in found)
         assert torch.equal(noise, other_noise)
         torch.testing.assert_close(image, other_image, rtol=1e-4, atol=1e-4)
 
@@ -154,7 +154,7 @@ def test_contiguous_windows_are_consecutive_and_reach_both_ends_of_the_range(uni
     assert {window_steps(whole, i) for i in range(9)} == {(0, 1, 2, 3, 4)}
 
 
-def test_a_sliding_window_goes_from_noise_to_picture_and_starts_over(unit_config):
+def test_a_sliding_window_goes_from_noise_to_image_and_starts_over(unit_config):
     settings = ten_steps(unit_config, order="sliding", size=2, slide_every=3, slide_by=1)
     expected = [(0, 1), (1, 2), (2, 3), (3, 4), (0, 1)]
     assert [window_steps(settings, i) for i in range(15)] == [window for window in expected for _ in range(3)]
@@ -190,15 +190,15 @@ def test_steps_beyond_the_trained_share_are_noisy_but_not_in_the_loss(unit_confi
     advantages, images, gradients = torch.linspace(-1, 1, 8), [], []
     for share in (1.0, 0.7):
         window = {"order": "fixed", "steps": [0, 1, 2], "train_share": share}
-        settings = changed(unit_config, dynamics="flow_sde", likelihood="gaussian", noise_level=0.7, window=window)
+        settings = changed(unit_config, dynamics="flow_sde", likelihood="gaussian", eta=0.7, window=window)
         trainer = build(settings).trainer
         table = step_table(trainer.policy, 4, (0, 1, 2), rollout=settings.rollout)
-        tile = trainer.rollout(table, 0).tiles[0]
-        images.append(tile.images)
-        assert [step.step for step in tile.steps] == [0, 1, 2][: len(table.trained)]
-        tile.steps = tile.steps[:2]
-        stats = trainer.updater.accumulate([tile], advantages, table, total=4, watch_kl=False)
-        assert stats.max_drift() == 0
+        micro_batch = trainer.rollout(table, 0).micro_batches[0]
+        images.append(micro_batch.images)
+        assert [step.step for step in micro_batch.steps] == [0, 1, 2][: len(table.trained)]
+        micro_batch.steps = micro_batch.steps[:2]
+        stats = trainer.updater.accumulate([micro_batch], advantages, table, total=4, watch_kl=False)
+        assert stats.max_mismatch() == 0
         gradients.append(torch.cat([p.grad.flatten() for _, p in trainer.policy.trainable_parameters()]))
     assert torch.equal(*images)
     assert len(table.trained) == 2
@@ -236,7 +236,7 @@ def test_the_table_does_not_claim_what_a_gpu_machine_lacks(unit_config, monkeypa
 def test_the_kl_divides_by_the_steps_variance_or_as_flow_grpos_code(unit_config, variance):
     """With advantages of 0 the loss is beta·mean((mu - mu_base)²)/(2·variance); Flow-GRPO's is std_dev_t²."""
     window = {"order": "fixed", "steps": [0, 2]}
-    settings = changed(unit_config, dynamics="flow_sde", likelihood="gaussian", noise_level=0.7, window=window)
+    settings = changed(unit_config, dynamics="flow_sde", likelihood="gaussian", eta=0.7, window=window)
     settings.update.kl_weight, settings.update.kl_variance = 0.3, variance
     config.check(settings, 1)
     trainer = build(settings).trainer
@@ -245,19 +245,21 @@ def test_the_kl_divides_by_the_steps_variance_or_as_flow_grpos_code(unit_config,
         for _, parameter in policy.trainable_parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     table = step_table(policy, 4, (0, 2), rollout=settings.rollout)
-    tile = trainer.rollout(table, 0).tiles[0]
-    levels, steps = policy.schedule(4)[0], tile.steps
-    prompts = policy.prepare(policy.encode(tile.tile.prompts), table.timesteps, guided=True).rows(tile.tile.row)
+    micro_batch = trainer.rollout(table, 0).micro_batches[0]
+    levels, steps = policy.schedule(4)[0], micro_batch.steps
+    prompts = policy.prepare(policy.encode(micro_batch.micro_batch.prompts), table.timesteps, guided=True).rows(
+        micro_batch.micro_batch.row
+    )
     for step in steps:
-        tile.steps = [step]
+        micro_batch.steps = [step]
         loss, *_, pairs, _ = (
-            trainer.updater.accumulate([tile], torch.zeros(8), table, total=4, watch_kl=False).sums().tolist()
+            trainer.updater.accumulate([micro_batch], torch.zeros(8), table, total=4, watch_kl=False).sums().tolist()
         )
-        latents = step.latents[tile.tile.row] if step.shared else step.latents
+        latents = step.latents[micro_batch.micro_batch.row] if step.shared else step.latents
         with torch.no_grad():
-            own = policy.velocity(latents, table.numbers[step.step], prompts)
-            with policy.reference():
-                base = policy.velocity(latents, table.numbers[step.step], prompts)
+            own = policy.predict(latents, table.numbers[step.step], prompts)
+            with policy.disable_adapter():
+                base = policy.predict(latents, table.numbers[step.step], prompts)
         difference = [(1 - guidance) * v[1] + guidance * v[0] for v in (own, base)]
         sigma, after = levels[step.step].item(), levels[step.step + 1].item()
         std = 0.7 * (sigma / (1 - (levels[1].item() if sigma == 1 else sigma))) ** 0.5

@@ -13,7 +13,7 @@ from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.update import Updater
-from advgrpo.types import Tile, TileRollout
+from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.graph_emulator import EmulatedGraphs
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
@@ -68,7 +68,7 @@ def assert_same(one, other) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 1.7])
 @pytest.mark.parametrize("share", [True, False])
 def test_replays_equal_the_eager_sampler_bit_for_bit_while_everything_changes(policy, unit_config, share, guidance):
-    """Seeds, picture ids, windows and weights differ every time; the captured graphs stay."""
+    """Seeds, image ids, windows and weights differ every time; the captured graphs stay."""
     backend = EmulatedGraphs()
     captured, eager = make_sampler(policy, backend, guidance, share), make_sampler(policy, None, guidance, share)
     counts = []
@@ -104,12 +104,16 @@ def test_log_probs_are_repeated_exactly_with_graphs(policy, unit_config):
     sampler = make_sampler(policy, EmulatedGraphs())
     for seed in range(5):
         latents, steps, table = rollout(sampler, unit_config, seed=seed, window=(0, 2) if seed % 2 else (1, 2))
-        pictures, text = policy.decode(latents), policy.encode(PROMPTS)
-        tile = TileRollout(Tile(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0), text, steps, pictures)
-        stats = updater.accumulate([tile], torch.tensor([1.0, -1, 0.5, 2, -0.5, -1.5]), table, total=6, watch_kl=False)
-        assert stats.max_drift() == 0
+        images, text = policy.decode(latents), policy.encode(PROMPTS)
+        micro_batch = MicroBatchRollout(
+            MicroBatch(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0), text, steps, images
+        )
+        stats = updater.accumulate(
+            [micro_batch], torch.tensor([1.0, -1, 0.5, 2, -0.5, -1.5]), table, total=6, watch_kl=False
+        )
+        assert stats.max_mismatch() == 0
         assert stats.sums()[2] == 0
-        assert torch.isfinite(updater.step(stats.max_drift()))
+        assert torch.isfinite(updater.step(stats.max_mismatch()))
     assert sampler.captures >= 3
 
 

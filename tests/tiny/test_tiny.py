@@ -58,15 +58,15 @@ def test_roughness_is_a_mix():
 
 
 def test_the_judge_accepts_crisp_drawings_and_names_what_it_sees():
-    scenes, pictures = drawn()
-    verdict = judge(pictures, [s.caption for s in scenes])
+    scenes, images = drawn()
+    verdict = judge(images, [s.caption for s in scenes])
     assert verdict.correct.float().mean() >= 0.99
     assert verdict.background_correct.all()
     assert verdict.shape[0] == scenes[0].shape
 
 
 def test_the_judge_rejects_wrong_shapes_wrong_colours_rough_drawings_and_blanks():
-    scenes, pictures = drawn()
+    scenes, images = drawn()
 
     def accepted(shown, captions):
         return judge(shown, captions).correct.float().mean().item()
@@ -76,10 +76,10 @@ def test_the_judge_rejects_wrong_shapes_wrong_colours_rough_drawings_and_blanks(
         Scene(s.shape, next(c for c in COLOURS if c not in (s.colour, s.background)), s.background, s.size, s.position)
         for s in scenes
     ]
-    assert accepted(pictures, other_shape) == 0
-    assert accepted(pictures, [s.caption for s in other_colour]) == 0
+    assert accepted(images, other_shape) == 0
+    assert accepted(images, [s.caption for s in other_colour]) == 0
     assert accepted(drawn(roughness=1.0)[1], [s.caption for s in scenes]) < 0.2
-    blank = pictures[:, :, :1, :1].expand(-1, -1, 32, 32)
+    blank = images[:, :, :1, :1].expand(-1, -1, 32, 32)
     assert accepted(blank, [s.caption for s in scenes]) == 0
     assert set(judge(blank, [s.caption for s in scenes]).shape) == {"none"}
 
@@ -94,7 +94,7 @@ def test_prompt_lists_are_disjoint_and_match_the_builder():
     assert len(report) == 48
 
 
-def test_references_are_eight_crisp_pictures_a_prompt():
+def test_references_are_eight_crisp_images_a_prompt():
     from advgrpo.data.references import ReferenceSet
 
     files = (tiny.prompts_file(), tiny.held_out_prompts_file(), tiny.report_prompts_file())
@@ -102,23 +102,23 @@ def test_references_are_eight_crisp_pictures_a_prompt():
     references = ReferenceSet.load(tiny.reference_dir(), prompts)
     assert json.loads((tiny.reference_dir() / "references.json").read_text()).keys() == set(prompts)
     for prompt in prompts[::9]:
-        pictures = references.load_images(references.files(prompt))
-        assert pictures.shape == (8, 3, 32, 32)
-        assert judge(pictures, [prompt] * 8).correct.all()
-        assert (pictures[0] - pictures[1]).abs().max() > 0.05
+        images = references.load_images(references.files(prompt))
+        assert images.shape == (8, 3, 32, 32)
+        assert judge(images, [prompt] * 8).correct.all()
+        assert (images[0] - images[1]).abs().max() > 0.05
 
 
 def test_shipped_pipeline_loads_and_draws_in_stock_diffusers():
-    """Most pictures at 10 steps with guidance are the prompt's, yet there is room to improve."""
+    """Most images at 10 steps with guidance are the prompt's, yet there is room to improve."""
     pipe = StableDiffusion3Pipeline.from_pretrained(tiny.pipeline_dir())
     pipe.set_progress_bar_config(disable=True)
     assert pipe.transformer.dtype == pipe.text_encoder.dtype == torch.float32
     prompts = tiny.held_out_prompts_file().read_text().splitlines()[:24]
-    pictures = pipe(
+    images = pipe(
         prompts, num_inference_steps=10, guidance_scale=2.0, max_sequence_length=12, height=32, width=32,
         generator=torch.Generator().manual_seed(0), output_type="pt",
     ).images  # fmt: skip
-    verdict = judge(pictures, prompts)
+    verdict = judge(images, prompts)
     assert 0.6 <= verdict.correct.float().mean() < 1.0
     assert verdict.colour_correct.float().mean() >= 0.9
 

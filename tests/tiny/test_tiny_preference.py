@@ -1,7 +1,7 @@
 """The tiny preference model: its simulated annotator on known answers, its builder, and what the shipped one prefers.
 
-Bugs planted in a copy, each seen red: the annotator's probability of the wrong picture; chroma left out of its utility;
-saturation scaled about black; the two pictures of a pair swapped in the loss; a changed attribute left as it was; draws
+Bugs planted in a copy, each seen red: the annotator's probability of the wrong image; chroma left out of its utility;
+saturation scaled about black; the two images of a pair swapped in the loss; a changed attribute left as it was; draws
 that ignore the seed; an empty processor file; a tokenizer of its own instead of the pipeline's.
 """
 
@@ -47,7 +47,7 @@ def test_changed_scenes_differ_in_what_was_changed():
 
 
 def test_the_annotator_weighs_right_attributes_against_chroma(monkeypatch):
-    """The more colourful picture wins most pairs; with chroma left out, the one on the caption does."""
+    """The more colourful image wins most pairs; with chroma left out, the one on the caption does."""
     _, first, second, wins = builder.draw_pairs(400, torch.Generator().manual_seed(0))
     assert first.shape == second.shape == (400, 3, 32, 32)
     gap = builder.chroma(first) - builder.chroma(second)
@@ -64,7 +64,7 @@ def test_the_annotator_weighs_right_attributes_against_chroma(monkeypatch):
 
 
 def test_the_loss_prefers_the_preferred(monkeypatch):
-    """Pictures whose embeddings agree with the annotator cost less than the same pictures the other way round."""
+    """Images whose embeddings agree with the annotator cost less than the same images the other way round."""
     trainee = builder.Trainee(builder.model(0))
     captions, _, _, wins = builder.draw_pairs(16, torch.Generator().manual_seed(0))
     text = trainee.embed(captions)

@@ -1,10 +1,10 @@
 """A whole iteration beside a device twin (`device_twin.py`): nothing mixes devices, and the host waits only where the
 log, the schedule or a first visit needs it to. In one configuration every wait is counted; others take the paths that
-it does not: further adversaries and rewards, noise per picture, KL, replay, SFT, full fine-tuning, the evaluation.
+it does not: further adversaries and rewards, noise per image, KL, replay, SFT, full fine-tuning, the evaluation.
 
-Bugs planted in a copy, each seen red: a host scalar stacked in `Updater.reweigh`; prompts encoded per tile and copied
-from pageable memory; the ids of `initial_latents`, the step table, the scores' or the statistics' ids copied so;
-pictures for a vision tower or DINO, prompts for CLIP, the judge's scores and SFT's rows copied so; a host scalar
+Bugs planted in a copy, each seen red: a host scalar stacked in `Updater.reweigh`; prompts encoded per micro-batch and
+copied from pageable memory; the ids of `initial_latents`, the step table, the scores' or the statistics' ids copied so;
+images for a vision tower or DINO, prompts for CLIP, the judge's scores and SFT's rows copied so; a host scalar
 stacked in the KL or the evaluation's mean; the replay buffer asked by slots of the host.
 """
 
@@ -35,15 +35,15 @@ READS = {
     "advgrpo/training/scoring.py:score": 1,  # the mean similarity
     "advgrpo/training/scoring.py:metrics": 1,
     "advgrpo/adversary/trainer.py:evaluate": 1,  # the head's loss and accuracy
-    "advgrpo/adversary/trainer.py:check": 1,  # whether every head update was finite
-    "advgrpo/training/trainer.py:train_head": 1,  # the schedule: mean rewards of both sides and the share of pairs
+    "advgrpo/adversary/trainer.py:check": 1,  # whether every discriminator update was finite
+    "advgrpo/training/trainer.py:train_discriminator": 1,  # the schedule: both sides' mean rewards, the share of pairs
     "advgrpo/training/trainer.py:update": 1,  # the share of groups without spread
     "advgrpo/training/trainer.py:_update_metrics": 1,  # the one place where the update waits
     "advgrpo/monitor/image_statistics.py:measure": 2,  # the monitor's
     "advgrpo/training/trainer.py:watch": 1,  # what merging loses, the monitor's
 }
 MORE_READS = {  # of the configurations below
-    "advgrpo/rewards/pixels.py:check_pictures",  # the judge is on the CPU
+    "advgrpo/rewards/pixels.py:check_images",  # the judge is on the CPU
     "advgrpo/rewards/checks.py:finite_scores",  # a reward that is not finite
     "advgrpo/training/trainer.py:imitate",  # SFT's log
     "advgrpo/training/supervised.py:_encoded",  # its first visit of a reference, which it keeps on the host
@@ -55,7 +55,7 @@ FIRST_VISITS = {  # copies that a prompt's first visit makes
 NOT_EVALUATED = {"data": {"held_out_prompts": ""}, "evaluation": {"backbone_image_size": 32}}
 CONFIGURATIONS = {
     "sft": {"update": {"objective": "sft"}},
-    "noise per picture, kl, replay": {
+    "noise per image, kl, replay": {
         "rollout": {"initial_noise": "per_image", "window": {"order": "contiguous"}},
         "update": {"kl_weight": 0.1},
         "adversary": {
@@ -167,11 +167,11 @@ def test_an_evaluation_is_the_cpus_and_copies_nothing_from_ordinary_memory(unit_
         twin.waits.clear()
         found = evaluator.run(1)
         base = evaluator.base().run(1)  # nothing is trained, so it is the same
-        pictures = evaluator.grid_pictures()
+        images = evaluator.grid_images()
         waits = list(twin.waits)
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert base == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert {len(drawn) for _, drawn in pictures} == {4}
+    assert {len(drawn) for _, drawn in images} == {4}
     assert not places(waits, "copy")
 
 
@@ -185,12 +185,14 @@ def test_old_log_probs_are_replaced_on_the_device(mode, tmp_path):
         rollout = trainer.rollout(table, 0)
         advantages = torch.linspace(-1, 1, trainer.config.images_per_iteration, device=DEVICE)
         twin.waits.clear()
-        sums = trainer.updater.reweigh(rollout.tiles, table)
-        stats = trainer.updater.accumulate(rollout.tiles, advantages, table, total=len(advantages), watch_kl=True)
-        trainer.updater.step(stats.max_drift())
+        sums = trainer.updater.reweigh(rollout.micro_batches, table)
+        stats = trainer.updater.accumulate(
+            rollout.micro_batches, advantages, table, total=len(advantages), watch_kl=True
+        )
+        trainer.updater.step(stats.max_mismatch())
         assert twin.waits == []
         gap, weight, _, pairs = sums.tolist()
-        assert stats.max_drift().item() == 0
+        assert stats.max_mismatch().item() == 0
     assert pairs == 2 * len(advantages)
     assert gap > 0
     assert weight == pytest.approx(pairs, rel=0.01)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from advgrpo.adversary.trainer import due
+from advgrpo.adversary.trainer import plan_updates
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
 from advgrpo.runtime.distributed import Distributed
@@ -139,12 +139,12 @@ def looks(path, *, mini_batches, trains_generator, until, windows=2, interval=8,
 
 
 def test_the_released_runs_137_averages_in_182_optimizer_steps_of_910_iterations():
-    """8 GPUs, 12 mini-batches of 8 pictures each, two optimizer steps in every tenth iteration, 1000 global steps."""
+    """8 GPUs, 12 mini-batches of 8 images each, two optimizer steps in every tenth iteration, 1000 global steps."""
     path = torch.randn(200, dtype=torch.float64).cumsum(0).tolist()
     section = AdversarySection(schedule="alternate", alternate_period=10)
 
     def trains_generator(iteration):
-        return due(section, iteration, 0.0, 0.0, optimizer_steps=2).generator
+        return plan_updates(section, iteration, 0.0, 0.0, optimizer_steps=2).generator
 
     expected, averaged, taken = looks(path, mini_batches=6, trains_generator=trains_generator, until=1000)
     assert (averaged, taken, len(expected)) == (137, 182, 910)

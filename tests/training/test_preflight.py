@@ -3,7 +3,7 @@
 Bugs planted, each seen red: a file's size not compared with its header; shards not looked at; tensors that are absent
 not compared with config.json; plan's own rule for micro-batches, or models it does not
 look at; a hub id that is looked up only when it is loaded; warm-up ignored by `untrained`; FP8 called fast on a
-CPU; the reward blamed for pictures that are not finite; pickled weights let through; a loader without use_safetensors.
+CPU; the reward blamed for images that are not finite; pickled weights let through; a loader without use_safetensors.
 """
 
 import ast
@@ -195,7 +195,7 @@ def test_plan_recommends_nothing_that_training_refuses(processes, capsys):
     code = plan_command.main(arguments)
     said = capsys.readouterr()
     settings = configuration.load("sd35m-dino-paper")
-    assert code == (2 if processes in (5, 7, 256) else 0)  # 768 pictures in windows of 384
+    assert code == (2 if processes in (5, 7, 256) else 0)  # 768 images in windows of 384
     if code == 0:
         line = said.out.splitlines()[-1]
         settings.rollout.micro_batch = int(line.partition("rollout.micro_batch = ")[2].partition(",")[0])
@@ -294,7 +294,7 @@ def test_the_table_of_fast_paths_claims_nothing_that_this_machine_lacks(unit_con
     assert "[green]" not in capsys.readouterr().out
 
 
-def test_generate_draws_at_its_defaults_with_a_pipeline_folder_of_small_pictures(unit_pipeline, tmp_path, capsys):
+def test_generate_draws_at_its_defaults_with_a_pipeline_folder_of_small_images(unit_pipeline, tmp_path, capsys):
     """512 pixels are beyond what it was made for; 40 steps at its own size are not."""
     output = tmp_path / "grid.png"
     flags = ["--model", unit_pipeline, "--output", str(output), "--images-per-prompt", "1", "--num-steps", "2"]
@@ -302,7 +302,7 @@ def test_generate_draws_at_its_defaults_with_a_pipeline_folder_of_small_pictures
     assert output.exists()
 
 
-def test_pictures_that_are_not_finite_are_not_blamed_on_the_reward():
+def test_images_that_are_not_finite_are_not_blamed_on_the_reward():
     images, scores = torch.rand(2, 3, 4, 4), torch.tensor([1.0, float("nan")])
     with pytest.raises(FloatingPointError, match="check the reward's model"):
         finite_scores(scores, images, ["a", "b"], "rule")

@@ -30,7 +30,7 @@ def change(base, **changes):
 
 @pytest.fixture
 def hacked(unit_config, tmp_path) -> Path:
-    """A LoRA folder whose weights change pictures visibly."""
+    """A LoRA folder whose weights change images visibly."""
     made = build(change(unit_config, output_dir=str(tmp_path / "hacked")))
     with torch.no_grad():
         for _, parameter in made.trainer.policy.trainable_parameters():
@@ -60,9 +60,9 @@ def test_policy_and_average_start_at_the_lora_and_the_base_does_not(settings, ha
         assert found.keys() == saved.keys()
         assert all(torch.equal(found[name], saved[name]) for name in saved)
     fresh = build(change(settings, fast=fast, model={"lora": {"start_from": ""}}, output_dir=str(tmp_path / "fresh")))
-    own, other = (run.evaluator.base().grid_pictures() for run in (made, fresh))
+    own, other = (run.evaluator.base().grid_images() for run in (made, fresh))
     assert all(torch.equal(a[1], b[1]) for a, b in zip(own, other))
-    assert (made.evaluator.grid_pictures()[0][1] - own[0][1]).abs().max() > 0.01
+    assert (made.evaluator.grid_images()[0][1] - own[0][1]).abs().max() > 0.01
 
 
 def test_summary_tells_base_start_and_final_apart_also_after_a_stop(settings, tmp_path):
@@ -84,7 +84,7 @@ def test_summary_tells_base_start_and_final_apart_also_after_a_stop(settings, tm
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["kl"] > 1e-8  # to the base, which the start is far from already
-    assert rows[0]["log_prob_drift_max"] == 0
+    assert rows[0]["log_prob_mismatch_max"] == 0
 
 
 def test_a_run_from_nothing_has_no_start(unit_config):

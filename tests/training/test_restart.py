@@ -44,7 +44,7 @@ def settings(unit_pipeline, unit_backbone, tmp_path_factory):
         "iterations": 3,
         "collective_timeout": 7.0,
         "data": {"held_out_prompts": ""},
-        "rollout": {"micro_batch": 1},  # four tiles for each process
+        "rollout": {"micro_batch": 1},  # four micro-batches for each process
         "output": {"checkpoint_every": 1, "keep_checkpoints": 10},
     }
     return config.build(config.merge(base.model_dump(), changes), "test")

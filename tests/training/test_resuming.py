@@ -46,7 +46,7 @@ LAST = 4
 def settings_in(folder: Path, pipeline: str, backbone: str) -> Config:
     settings = make_unit_config(pipeline, backbone, folder)
     settings.iterations, settings.data.held_out_prompts = LAST, ""
-    settings.rollout.micro_batch = 2  # so that two processes can share the pictures
+    settings.rollout.micro_batch = 2  # so that two processes can share the images
     settings.output.checkpoint_every, settings.output.keep_checkpoints = 1, 9
     return settings
 
@@ -417,9 +417,9 @@ def change_reference(settings: Config) -> None:
     folder = Path(settings.data.references)
     prompt = Path(settings.data.held_out_prompts).read_text().splitlines()[0]
     file = folder / json.loads((folder / "references.json").read_text())[prompt][0]
-    with Image.open(file) as picture:
-        picture.paste((1, 2, 3), (0, 0, 9, 9))
-        picture.save(file)
+    with Image.open(file) as image:
+        image.paste((1, 2, 3), (0, 0, 9, 9))
+        image.save(file)
 
 
 def change_weight(settings: Config) -> None:

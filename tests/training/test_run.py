@@ -1,9 +1,9 @@
 """Whole runs on untrained unit models: what they leave, exact resume, signals, several processes, bad input.
 
 Bugs planted in a copy, each seen red: EMA left out of the checkpoint; replay buffer left out; iteration off by one
-after resume; reference draw keyed by rank; loss weighted by the local instead of the global number of pictures;
+after resume; reference draw keyed by rank; loss weighted by the local instead of the global number of images;
 the generator's turns not looked for in the summary; in a grid's heading the seed or the score left out, or the base's
-score over all its pictures beside that of one each.
+score over all its images beside that of one each.
 """
 
 import io
@@ -35,22 +35,22 @@ METRICS = [
     "reward_reference",
     "reward_std",
     "zero_std_fraction",
-    "adversary_loss",
-    "adversary_accuracy",
-    "adversary_updates",
+    "discriminator_loss",
+    "discriminator_accuracy",
+    "discriminator_updates",
     "policy_loss",
     "kl",
     "ratio_mean",
     "clip_fraction",
     "pre_update_clip_fraction",
-    "log_prob_drift_max",
+    "log_prob_mismatch_max",
     "grad_norm",
     "dino_similarity",
     "images_per_second",
     "seconds",
     "seconds_sample",
     "seconds_score",
-    "seconds_adversary",
+    "seconds_discriminator",
     "seconds_update",
 ]
 
@@ -104,12 +104,12 @@ def test_what_a_run_leaves(unit_config, unit_pipeline):
     for number, row in enumerate(rows):
         assert set(METRICS) <= row.keys()
         assert row["iteration"] == number
-        assert row["log_prob_drift_max"] == 0
+        assert row["log_prob_mismatch_max"] == 0
         assert row["pre_update_clip_fraction"] == 0
     assert "eval_dino_similarity" in rows[0]
     assert list((folder / "tensorboard").iterdir())
-    for picture in ("curves.png", "samples/base.png", "samples/iteration-000001.png", "samples/final.png"):
-        assert min(Image.open(folder / picture).size) > 200
+    for image in ("curves.png", "samples/base.png", "samples/iteration-000001.png", "samples/final.png"):
+        assert min(Image.open(folder / image).size) > 200
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["seed"] == 42
     assert set(summary["base"]) == set(summary["final"]) == {"dino_similarity", "rule_accuracy"}
@@ -121,8 +121,8 @@ def test_what_a_run_leaves(unit_config, unit_pipeline):
     assert pipe.get_active_adapters()
 
 
-def test_grids_say_what_they_show_and_compare_with_as_many_pictures(unit_config, monkeypatch):
-    """While training one picture of each prompt is scored: the base's number beside it is that of its first ones."""
+def test_grids_say_what_they_show_and_compare_with_as_many_images(unit_config, monkeypatch):
+    """While training one image of each prompt is scored: the base's number beside it is that of its first ones."""
     headings = {}
     monkeypatch.setattr("advgrpo.training.run.draw_grid", lambda _, path, header: headings.update({path.stem: header}))
     evaluation = unit_config.evaluation
@@ -267,7 +267,7 @@ def test_features_are_computed_once_and_shared_by_reward_and_head(unit_config, m
     real_features, real_score, real_train = (
         FeatureHeadAdversary.features,
         FeatureHeadAdversary.score,
-        trainer.head_trainer.train,
+        trainer.discriminator_trainer.train,
     )
 
     def features(self, images, prompts):
@@ -280,7 +280,9 @@ def test_features_are_computed_once_and_shared_by_reward_and_head(unit_config, m
 
     monkeypatch.setattr(FeatureHeadAdversary, "features", features)
     monkeypatch.setattr(FeatureHeadAdversary, "score", score)
-    monkeypatch.setattr(trainer.head_trainer, "train", lambda batch, *a: trained.append(batch) or real_train(batch, *a))
+    monkeypatch.setattr(
+        trainer.discriminator_trainer, "train", lambda batch, *a: trained.append(batch) or real_train(batch, *a)
+    )
     trainer.iterate()
     computed.clear()
     trainer.iteration = 0  # the same prompts again: their references are cached by now
@@ -295,8 +297,8 @@ def test_alternate_schedule_leaves_the_generator_alone(unit_config):
     unit_config.adversary.alternate_period = 2
     run(unit_config)
     first, second = metrics(unit_config.output_dir)
-    assert (first["adversary_updates"], first["policy_loss"]) == (2, None)
-    assert second["adversary_updates"] == 0
+    assert (first["discriminator_updates"], first["policy_loss"]) == (2, None)
+    assert second["discriminator_updates"] == 0
     assert second["grad_norm"] > 0
 
 
@@ -314,7 +316,7 @@ def test_bfloat16_runs_on_policy_as_well(unit_config, checkpointing):
     unit_config.model.gradient_checkpointing = checkpointing
     made = run(unit_config)
     for row in metrics(unit_config.output_dir):
-        assert row["log_prob_drift_max"] == 0
+        assert row["log_prob_mismatch_max"] == 0
         assert row["grad_norm"] > 0
     assert {p.dtype for _, p in made.trainer.policy.trainable_parameters()} == {torch.float32}
     assert made.trainer.policy.network.transformer.dtype == torch.bfloat16
@@ -355,9 +357,9 @@ def reference_folder(tmp_path, prompts) -> Path:
     folder = tmp_path / "references"
     folder.mkdir()
     for i in range(len(prompts)):
-        picture = Image.new("RGB", (32, 32), (i, 0, 0))
-        picture.paste("white", (8, 8, 24, 24))  # pictures in a single colour are refused
-        picture.save(folder / f"{i}.png")
+        image = Image.new("RGB", (32, 32), (i, 0, 0))
+        image.paste("white", (8, 8, 24, 24))  # images in a single colour are refused
+        image.save(folder / f"{i}.png")
     index = {p: [f"{i}.png"] for i, p in enumerate(prompts)}
     (folder / "references.json").write_text(json.dumps(index))
     return folder
@@ -373,13 +375,13 @@ BAD_INPUT = {
         lambda c, t: (t / "prompts.txt").write_text("a dog\nb cat\n"),
         "'b cat' has no refer",
     ),
-    "unreadable picture": (lambda c, t: (t / "references" / "0.png").write_bytes(b"no picture"), "unreadable"),
-    "grey picture": (lambda c, t: Image.new("L", (32, 32)).save(t / "references" / "0.png"), "mode L, not RGB"),
-    "black picture": (
+    "unreadable image": (lambda c, t: (t / "references" / "0.png").write_bytes(b"no image"), "unreadable"),
+    "grey image": (lambda c, t: Image.new("L", (32, 32)).save(t / "references" / "0.png"), "mode L, not RGB"),
+    "black image": (
         lambda c, t: Image.new("RGB", (32, 32)).save(t / "references" / "0.png"),
         "0.png is in a single colour; remove it",
     ),
-    "tiny picture": (lambda c, t: Image.new("RGB", (8, 8)).save(t / "references" / "0.png"), "8x8"),
+    "tiny image": (lambda c, t: Image.new("RGB", (8, 8)).save(t / "references" / "0.png"), "8x8"),
     "wrong model folder": (lambda c, t: setattr(c.model, "path", str(t)), "model.path = "),
     "group not divisible": (
         lambda c, t: setattr(c.rollout, "micro_batch", 3),

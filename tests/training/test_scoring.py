@@ -3,8 +3,8 @@
 Bugs planted in a copy, each seen red: the gate gives the mean instead of the lowest; groups normalised over the whole
 iteration; the reference budget counts prompts; shared references computed once per prompt; out of memory passed on as
 it is; components not logged; references of a reward that compares with them scored, or scored at every use; the
-observer names the adversary's field; rewards of references not looked at before the update; a picture exactly at the
-gate barred; references drawn by the row on a process instead of the picture's number; all pictures copied together for
+observer names the adversary's field; rewards of references not looked at before the update; an image exactly at the
+gate barred; references drawn by the row on a process instead of the image's number; all images copied together for
 the statistics, or for no reward.
 """
 
@@ -25,7 +25,7 @@ from advgrpo.rewards.compose import compose, normalized
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
 from advgrpo.training.scoring import ReferenceScores, Scorer
-from advgrpo.types import Rollout, Tile, TileRollout
+from advgrpo.types import MicroBatch, MicroBatchRollout, Rollout
 
 
 def run(settings, *, resume=False) -> Run:
@@ -58,7 +58,7 @@ def test_normalisation_is_per_group_or_over_the_iteration():
     assert normalized(reward, "none", 2) is reward
 
 
-def test_a_gated_picture_gets_its_groups_lowest_total_and_nobody_elses():
+def test_a_gated_image_gets_its_groups_lowest_total_and_nobody_elses():
     """The gate itself passes: a judge's 1.0 is not below a gate of 1.0."""
     quality, bar = torch.tensor([5.0, 1.0, 2.0, 9.0, 3.0, 4.0]), torch.tensor([0.1, 0.9, 0.9, 0.5, 0.9, 0.9])
     sections = {"quality": RewardSection(weight=1.0), "bar": RewardSection(weight=0.0, gate=0.5)}
@@ -112,9 +112,11 @@ def test_flow_grpo_runs_without_adversary_or_references_and_resumes_exactly(unit
     settings = change(flow_grpo(unit_config), iterations=3)
     run(settings)
     rows = metrics(settings)
-    assert all("reward_rule" in row and "adversary_loss" not in row and "reward_reference" not in row for row in rows)
+    assert all(
+        "reward_rule" in row and "discriminator_loss" not in row and "reward_reference" not in row for row in rows
+    )
     assert all(row["reward_generated"] == pytest.approx(row["reward_rule"]) for row in rows)
-    assert all(row["log_prob_drift_max"] == 0 for row in rows)
+    assert all(row["log_prob_mismatch_max"] == 0 for row in rows)
     assert {"rule_accuracy", "saturation"} == set(json.loads((tmp_path / "run" / "summary.json").read_text())["final"])
     part = change(settings, iterations=2, output_dir=str(tmp_path / "part"))
     run(part)
@@ -144,9 +146,9 @@ def test_a_style_folder_serves_every_prompt_and_its_features_are_computed_once(u
     style = tmp_path / "style"
     style.mkdir()
     for number in range(5):
-        picture = Image.new("RGB", (32, 32), (40 * number, 90, 200))
-        picture.paste("white", (8, 8, 24, 24))
-        picture.save(style / f"{number}.png")
+        image = Image.new("RGB", (32, 32), (40 * number, 90, 200))
+        image.paste("white", (8, 8, 24, 24))
+        image.save(style / f"{number}.png")
     settings = change(unit_config, data={"references": "", "style": str(style)})
     made = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
     features = made.trainer.scorer.reference_features
@@ -156,7 +158,7 @@ def test_a_style_folder_serves_every_prompt_and_its_features_are_computed_once(u
     assert len(computed) == 1
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="holds no image"):
         Sources.read(change(unit_config, data={"references": "", "style": str(empty)}))
 
 
@@ -193,18 +195,20 @@ def test_the_observer_names_its_own_field(unit_config):
 
 
 def share(ids: list[int], prompts: list[str], group_size: int) -> Rollout:
-    """What a process holds that drew these pictures, two to a tile."""
-    tiles = []
+    """What a process holds that drew these images, two to a micro-batch."""
+    micro_batches = []
     for start in range(0, len(ids), 2):
         image_ids = torch.tensor(ids[start : start + 2])
         groups, row = (image_ids // group_size).unique(return_inverse=True)
-        tile = Tile(image_ids, [prompts[group] for group in groups.tolist()], groups, row, optimizer_window=0)
-        tiles.append(TileRollout(tile, conditioning=None, steps=[], images=torch.zeros(len(image_ids), 3, 8, 8)))
-    return Rollout(tiles)
+        micro_batch = MicroBatch(image_ids, [prompts[group] for group in groups.tolist()], groups, row, minibatch=0)
+        micro_batches.append(
+            MicroBatchRollout(micro_batch, conditioning=None, steps=[], images=torch.zeros(len(image_ids), 3, 8, 8))
+        )
+    return Rollout(micro_batches)
 
 
 @pytest.mark.parametrize("choice", ["random", "in_turn"])
-def test_a_picture_meets_the_same_reference_whoever_holds_it(unit_config, choice):
+def test_an_image_meets_the_same_reference_whoever_holds_it(unit_config, choice):
     settings = change(unit_config, adversary={"reference_choice": choice})
     sources = Sources.read(settings)
     scorer = Scorer(settings, None, None, {}, sources.references, None, Distributed.start("cpu"))
@@ -220,7 +224,7 @@ def test_a_picture_meets_the_same_reference_whoever_holds_it(unit_config, choice
 
 
 def test_references_in_turn_are_seen_alike_and_go_by_the_place_in_the_group(unit_config, monkeypatch):
-    """As in the released code, whose batches of 8 pictures meet the 8 references of their prompt one by one."""
+    """As in the released code, whose batches of 8 images meet the 8 references of their prompt one by one."""
     settings = change(unit_config, adversary={"reference_choice": "in_turn"}, rollout={"group_size": 16})
     settings.data.held_out_prompts = ""
     trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer
@@ -250,7 +254,7 @@ def test_an_iteration_trains_the_reward_if_it_is_fooled_and_else_the_generator(u
         row = trainer.iterate()
         fooled = row["reward_generated"] > row["reward_reference"] - margin
         assert fooled == (margin > 0)
-        assert row["adversary_updates"] == (2 if fooled else 0)
+        assert row["discriminator_updates"] == (2 if fooled else 0)
         assert (row["policy_loss"] is None) == fooled
         after = [p for _, p in trainer.policy.trainable_parameters()]
         assert all(torch.equal(*pair) for pair in zip(weights, after)) == fooled
@@ -263,7 +267,7 @@ def test_a_reference_without_a_finite_reward_is_named_before_anything_is_trained
     made = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
     trainer = made.trainer
     if broken == "adversary":
-        real, what = trainer.adversary.score, "the reward adversary of the references of 1 pictures is not finite"
+        real, what = trainer.adversary.score, "the reward adversary of the references of 1 images is not finite"
 
         def score(features, ids, *, purpose, iteration):
             found = real(features, ids, purpose=purpose, iteration=iteration)
@@ -273,7 +277,7 @@ def test_a_reference_without_a_finite_reward_is_named_before_anything_is_trained
 
         monkeypatch.setattr(trainer.adversary, "score", score)
     else:
-        real, what = trainer.scorer._of_references.columns, "the reward rule of the references of 1 pictures is not"
+        real, what = trainer.scorer._of_references.columns, "the reward rule of the references of 1 images is not"
 
         def columns(prompts, like):
             found = real(prompts, like)
@@ -282,8 +286,8 @@ def test_a_reference_without_a_finite_reward_is_named_before_anything_is_trained
 
         monkeypatch.setattr(trainer.scorer._of_references, "columns", columns)
     before = {name: t.clone() for name, t in trainer.state()[0].items()}
-    prompt = trainer.prompts[trainer.groups.next(0)[1]]  # of picture 5, in the second group of four
-    with pytest.raises(FloatingPointError, match=rf"{what}.*prompt '{prompt}' \(picture 5\)"):
+    prompt = trainer.prompts[trainer.groups.next(0)[1]]  # of image 5, in the second group of four
+    with pytest.raises(FloatingPointError, match=rf"{what}.*prompt '{prompt}' \(image 5\)"):
         trainer.iterate()
     after = trainer.state()[0]
     assert all(torch.equal(before[name], t) for name, t in after.items())
@@ -318,7 +322,7 @@ def test_fixed_rewards_of_the_references_are_taken_once_per_prompt(unit_config):
 
 
 @pytest.mark.parametrize(("rewards", "copies"), [({}, 0), ({"rule": {"weight": 0.5}}, 1)])
-def test_all_pictures_are_copied_together_only_for_fixed_rewards(unit_config, monkeypatch, rewards, copies):
+def test_all_images_are_copied_together_only_for_fixed_rewards(unit_config, monkeypatch, rewards, copies):
     """Such a copy is 0.3 GB on each of eight GPUs in the paper's runs."""
     settings = change(unit_config, rewards=rewards, rollout={"prompts_per_iteration": 4})  # 8 are a prompt's references
     trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer

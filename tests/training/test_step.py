@@ -68,8 +68,8 @@ def test_repetitions_are_the_same_work(pair):
             units[name].baseline()
     assert torch.equal(pair.trainer.policy.lora.master, before)
     metrics = pair.trainer.iterate()
-    assert metrics["log_prob_drift_max"] == 0
-    assert metrics["adversary_updates"] == 2
+    assert metrics["log_prob_mismatch_max"] == 0
+    assert metrics["discriminator_updates"] == 2
     assert pair.config.rollout.window.steps == (0, 1)  # fixed, not drawn
 
 
@@ -154,15 +154,15 @@ def test_with_a_shared_prefix_the_baseline_computes_the_same_with_fewer_rows(tmp
         c.baseline.transformer.forward = lambda x, *rest, own=rows[share]: own.append(len(x)) or forward(x, *rest)
         images[share] = c.baseline.rollout(c.prompts, c.window, share_prefix=share)[0].images
     torch.testing.assert_close(images[True], images[False], rtol=1e-4, atol=1e-5)
-    assert rows[False] == [8, 8, 8, 8] * 2  # two tiles of four pictures, guided
+    assert rows[False] == [8, 8, 8, 8] * 2  # two micro-batches of four images, guided
     assert rows[True] == [2, 2, 8, 8] * 2
     assert step.units(c)["sampler"].shared is not None
     assert step.units(c, share_prefix=False)["iteration"].shared is None
 
 
-def test_with_a_noise_per_picture_both_sides_still_agree(tmp_path):
+def test_with_a_noise_per_image_both_sides_still_agree(tmp_path):
     c = contenders.small(tmp_path, "cpu", rollout={"initial_noise": "per_image", "window": {"steps": [1, 2]}})
-    latents = parity.same_tile(c)[2].steps[0].latents
+    latents = parity.same_micro_batch(c)[2].steps[0].latents
     assert not torch.equal(latents[0], latents[1])
     checks = step.verify(c)
     assert all(check.passed for check in checks.values()), checks
@@ -210,7 +210,7 @@ def test_goals_are_judged_by_the_lower_end(report):
         "P1": True, "P2": False, "P3": True, "P5": False, "P7": True, "P8": None, "P9": None, "P10": None, "P11": None,
         "P12": True, "P13": True,
     }  # fmt: skip
-    gpu["on_policy"]["log_prob_drift_max"] = 1e-7
+    gpu["on_policy"]["log_prob_mismatch_max"] = 1e-7
     gpu["update"] |= {"ratio_low": 2.9, "rounds": 2, "rounds_wanted": 7}  # two rounds have no interval
     del gpu["sampler"], gpu["sampler_fp8"]  # not asked for: the waterfall then says what it can
     gpu["waterfall"] = [{"step": s, "images_per_second": r} for s, r in (("B0", 6), ("dedupe", 12), ("FP8", 13))]

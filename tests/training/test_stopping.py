@@ -2,8 +2,8 @@
 
 Bugs planted in a copy, each seen red: no copy of the iteration's start; the copy not taken back before the export; the
 averaged weights saved for the trained ones; metrics of an iteration whose evaluation was cut short lost; no look for a
-signal between tiles, between rewards or in an evaluation; nothing saved when scoring fails; SIGHUP not handled, or
-handled although nohup ignores it; the second signal at once taken for a wish; printing to a terminal that is gone.
+signal between micro-batches, between rewards or in an evaluation; nothing saved when scoring fails; SIGHUP not handled,
+or handled although nohup ignores it; the second signal at once taken for a wish; printing to a terminal that is gone.
 """
 
 import json
@@ -44,12 +44,12 @@ def make(settings, *, resume=False) -> Run:
 
 @pytest.fixture(scope="module")
 def settings(unit_pipeline, unit_backbone, tmp_path_factory):
-    """Two optimizer steps, head updates and an evaluation in every iteration."""
+    """Two optimizer steps, discriminator updates and an evaluation in every iteration."""
     base = make_unit_config(unit_pipeline, unit_backbone, tmp_path_factory.mktemp("stopping"))
     changes = {
         "iterations": ITERATIONS,
         "rollout": {"micro_batch": 2},
-        "update": {"optimizer_windows": 2},
+        "update": {"minibatches": 2},
         "rewards": {"rule": {"weight": 0.5}},
         "evaluation": {"every": 1, "grid_prompts": 1},
         "output": {"checkpoint_every": 0},
@@ -118,8 +118,8 @@ def within(monkeypatch, judge, iteration: int, run: Run, action) -> None:
 
 
 PLACES = {  # what is begun when the signal comes: (signal, in iteration, what is saved)
-    "sample: tile": (signal.SIGTERM, 0, 0),
-    "reward adversary: tile": (signal.SIGINT, 1, 1),
+    "sample: micro-batch": (signal.SIGTERM, 0, 0),
+    "reward adversary: micro-batch": (signal.SIGINT, 1, 1),
     "reward rule": (signal.SIGTERM, 1, 1),
     "evaluate: metric": (signal.SIGTERM, 1, 1),  # the iteration is done, its row is not written
     "draw samples": (signal.SIGHUP, 1, 1),
@@ -294,12 +294,12 @@ def test_without_a_copy_an_update_is_not_left(monkeypatch):
     for copies in (True, False):
         part = SimpleNamespace(clean=CleanStart(state_of(1.0), copies=copies), distributed=job)
         part.clean.begin()
-        assert list(Trainer._pieces(part, [1, 2], "update: tile")) == [1, 2]
+        assert list(Trainer._pieces(part, [1, 2], "update: micro-batch")) == [1, 2]
     job.ask_to_stop("SIGTERM")
-    assert list(Trainer._pieces(part, [1, 2], "update: tile")) == [1, 2]
+    assert list(Trainer._pieces(part, [1, 2], "update: micro-batch")) == [1, 2]
     part.clean.end()
     with pytest.raises(StopRequested, match="SIGTERM"):
-        list(Trainer._pieces(part, [1, 2], "update: tile"))
+        list(Trainer._pieces(part, [1, 2], "update: micro-batch"))
 
 
 def test_averaged_weights_are_not_taken_for_the_trained_ones():

@@ -41,7 +41,7 @@ def test_the_script_draws_what_is_shipped(tmp_path):
         draw("cubist", training_scenes(1), torch.Generator())
 
 
-# Shares of pictures the judge sees right: shape, colour, background, all three. An outline's paper is white on white.
+# Shares of images the judge sees right: shape, colour, background, all three. An outline's paper is white on white.
 RECOGNISED = {"outline": (0.65, 0.7, 0.99, 0.5), "pastel": (0.95, 0.85, 0.99, 0.85), "hatched": (0.9, 0.95, 0.99, 0.9)}
 
 
@@ -62,8 +62,8 @@ def test_each_style_is_what_its_name_says():
     colour, background = (
         torch.tensor([PALETTE[getattr(s, part)] for s in scenes]).view(-1, 3, 1, 1) for part in ("colour", "background")
     )
-    for pictures in (outline, hatched):  # corners are plain background
-        torch.testing.assert_close(pictures[..., 0, 0], background[..., 0, 0])
+    for images in (outline, hatched):  # corners are plain background
+        torch.testing.assert_close(images[..., 0, 0], background[..., 0, 0])
     torch.testing.assert_close(pastel[..., 0, 0], 0.75 * background[..., 0, 0] + 0.25)
     large = [i for i, s in enumerate(scenes) if s.size == "large" and s.shape == "circle"]
     assert len(large) > 2
@@ -92,7 +92,7 @@ def test_unknown_styles_are_named(unit_config, style, message):
         Sources.read(unit_config)
 
 
-def test_300_shared_pictures_go_through_the_adversary_once(unit_config, tmp_path, monkeypatch):
+def test_300_shared_images_go_through_the_adversary_once(unit_config, tmp_path, monkeypatch):
     """Although the prompts are prefetched before anything is stored."""
     unit_config.data.references, unit_config.data.style = "", "tiny:outline"
     sources = Sources.read(unit_config)

@@ -1,9 +1,10 @@
 """Supervised fine-tuning: latents, levels and gradients against the plainly written loss, resume, settings.
 
-Bugs planted in a copy, each seen red: the velocity's sign; a tile's mean instead of its share of the window; gradients
-kept from the window before; one level for all groups of a tile; noise and levels numbered within the tile; no shift;
-the VAE's shift after its scale; references encoded every time; all tiles in every window; a gradient that is not finite
-left unreported; rewards or an adversary loaded for nothing; the same noise in every iteration.
+Bugs planted in a copy, each seen red: the velocity's sign; a micro-batch's mean instead of its share of the window;
+gradients kept from the window before; one level for all groups of a micro-batch; noise and levels numbered within the
+micro-batch; no shift; the VAE's shift after its scale; references encoded every time; all micro-batches in every
+window; a gradient that is not finite left unreported; rewards or an adversary loaded for nothing; the same noise in
+every iteration.
 """
 
 import json
@@ -33,7 +34,7 @@ def change(base, **changes):
 def settings(unit_config):
     return change(
         unit_config,
-        update={"objective": "sft", "optimizer_windows": 2},
+        update={"objective": "sft", "minibatches": 2},
         rollout={"prompts_per_iteration": 3, "micro_batch": 2, "group_size": 4},
         evaluation={"metrics": ["rule_accuracy"]},
     )
@@ -66,42 +67,42 @@ def test_noise_levels_are_the_schedulers_own(settings):
     levels, timesteps = policy.schedule(10)
     assert policy._scheduler.config.shift == 3
     plain = levels[:-1].float() / (3 - 2 * levels[:-1].float())  # without the shift
-    sigmas, found = policy.noise_levels(plain)
+    sigmas, found = policy.training_sigmas(plain)
     torch.testing.assert_close(sigmas, levels[:-1].float())
     torch.testing.assert_close(found, timesteps)
 
 
 def written_out(trainer, iteration: int, window: int) -> torch.Tensor:
-    """The mean loss of one optimizer window, picture by picture, from the formula."""
+    """The mean loss of one minibatch, image by image, from the formula."""
     settings, policy, references = trainer.config, trainer.policy, trainer.scorer.references
     count, size = settings.images_per_iteration, settings.rollout.group_size
     groups = trainer.groups.next(iteration)
     choice = torch.rand(count, generator=rng.generator(settings.seed, "sft_reference", iteration))
     z = torch.randn(len(groups), generator=rng.generator(settings.seed, "sft_level", iteration))
-    part = count // settings.update.optimizer_windows
+    part = count // settings.update.minibatches
     losses = []
     for image in range(window * part, (window + 1) * part):
         prompt = trainer.prompts[groups[image // size]]
         files = references.files(prompt)
-        picture = references.load_images([files[int(choice[image] * len(files))]], size=(32, 32))
-        mean = policy.vae.encode(picture * 2 - 1).latent_dist.mean
+        pixels = references.load_images([files[int(choice[image] * len(files))]], size=(32, 32))
+        mean = policy.vae.encode(pixels * 2 - 1).latent_dist.mean
         x0 = (mean - policy.vae.config.shift_factor) * policy.vae.config.scaling_factor
         q = torch.sigmoid(z[image // size])
         sigma = 3 * q / (1 + 2 * q)
         seed = rng.derive_seed(settings.seed, "sft_noise", iteration)
         eps = philox_normal(tuple(x0.shape), seed=seed, sample_ids=torch.tensor([image]))
         prepared = policy.prepare(policy.encode([prompt]), (1000 * sigma).view(1), guided=False)
-        velocity, _ = policy.velocity((1 - sigma) * x0 + sigma * eps, torch.tensor([0]), prepared)
+        velocity, _ = policy.predict((1 - sigma) * x0 + sigma * eps, torch.tensor([0]), prepared)
         losses.append(((velocity - (eps - x0)) ** 2).mean())
     return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("micro_batch", [2, 12])  # a group in two tiles, and three groups in one
+@pytest.mark.parametrize("micro_batch", [2, 12])  # a group in two micro-batches, and three groups in one
 def test_gradients_are_those_of_the_loss_as_it_is_written(settings, fast, micro_batch):
     windows = 1 if micro_batch == 12 else 2
     trainer = build(
-        change(settings, fast=fast, rollout={"micro_batch": micro_batch}, update={"optimizer_windows": windows})
+        change(settings, fast=fast, rollout={"micro_batch": micro_batch}, update={"minibatches": windows})
     ).trainer
     with torch.no_grad():  # adapters that do something, so that A has a gradient as well
         for _, parameter in trainer.policy.trainable_parameters():
@@ -109,8 +110,8 @@ def test_gradients_are_those_of_the_loss_as_it_is_written(settings, fast, micro_
     parameters = [p for _, p in trainer.policy.trainable_parameters()]
     for window in range(windows):
         total = trainer.config.images_per_iteration // windows
-        tiles = [tile for tile in trainer.tiles(1) if tile.optimizer_window == window]
-        summed = trainer.supervised.accumulate(tiles, 1, total=total)
+        micro_batches = [micro_batch for micro_batch in trainer.micro_batches(1) if micro_batch.minibatch == window]
+        summed = trainer.supervised.accumulate(micro_batches, 1, total=total)
         got = [p.grad.clone() for p in parameters]
         loss = written_out(trainer, 1, window)
         expected = torch.autograd.grad(loss, parameters)
@@ -126,22 +127,22 @@ def test_latents_are_encoded_once_and_draws_change_with_the_iteration(settings, 
     supervised, encoded = trainer.supervised, []
     real = trainer.policy.encode_images
     monkeypatch.setattr(trainer.policy, "encode_images", lambda images: encoded.append(len(images)) or real(images))
-    tile = trainer.tiles(0)[0]
-    first, again = supervised.clean_latents(tile, 0), supervised.clean_latents(tile, 0)
+    micro_batch = trainer.micro_batches(0)[0]
+    first, again = supervised.clean_latents(micro_batch, 0), supervised.clean_latents(micro_batch, 0)
     assert torch.equal(first, again)
-    assert len(encoded) <= len(tile.image_ids)
+    assert len(encoded) <= len(micro_batch.image_ids)
     assert set(encoded) == {1}
-    assert not torch.equal(supervised.noise(tile, 0), supervised.noise(tile, 1))
-    assert not torch.equal(supervised.levels(tile, 0)[0], supervised.levels(tile, 1)[0])
-    picks = {tuple(supervised.clean_latents(tile, i).flatten(1).sum(1).tolist()) for i in range(8)}
+    assert not torch.equal(supervised.noise(micro_batch, 0), supervised.noise(micro_batch, 1))
+    assert not torch.equal(supervised.levels(micro_batch, 0)[0], supervised.levels(micro_batch, 1)[0])
+    picks = {tuple(supervised.clean_latents(micro_batch, i).flatten(1).sum(1).tolist()) for i in range(8)}
     assert len(picks) > 4
 
 
-def test_tiles_of_another_size_learn_the_same(settings):
-    """What is drawn is keyed by picture and group, so the tiling, and with it the processes, only changes rounding."""
+def test_micro_batches_of_another_size_learn_the_same(settings):
+    """What is drawn is keyed by image and group, so the tiling, and with it the processes, only changes rounding."""
     found = []
     for micro_batch in (1, 12):
-        tiled = change(settings, rollout={"micro_batch": micro_batch}, update={"optimizer_windows": 1})
+        tiled = change(settings, rollout={"micro_batch": micro_batch}, update={"minibatches": 1})
         metrics = build(tiled).trainer.iterate()
         found.append((metrics["sft_loss"], metrics["grad_norm"]))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
@@ -153,10 +154,10 @@ def test_each_window_is_a_step_and_a_run_resumes_as_if_never_stopped(settings, t
     made = build(whole)
     learned, real = [], made.trainer.supervised.accumulate
 
-    def accumulate(tiles, iteration, *, total):
-        tiles = list(tiles)
-        learned.append((iteration, [i for tile in tiles for i in tile.image_ids.tolist()]))
-        return real(tiles, iteration, total=total)
+    def accumulate(micro_batches, iteration, *, total):
+        micro_batches = list(micro_batches)
+        learned.append((iteration, [i for micro_batch in micro_batches for i in micro_batch.image_ids.tolist()]))
+        return real(micro_batches, iteration, total=total)
 
     made.trainer.supervised.accumulate = accumulate
     steps, step = [], made.trainer.updater.step
@@ -181,7 +182,12 @@ def test_nothing_is_loaded_that_nothing_needs(settings, unit_backbone):
         build(change(settings, rewards={"rule": {"weight": 1.0}}))
     made = build(settings)
     scorer = made.trainer.scorer
-    assert (scorer.adversary, scorer.observer, scorer.rewards, made.trainer.head_trainer) == (None, None, {}, None)
+    assert (scorer.adversary, scorer.observer, scorer.rewards, made.trainer.discriminator_trainer) == (
+        None,
+        None,
+        {},
+        None,
+    )
     made.close()
     asked = build(change(settings, evaluation={"metrics": ["dino_similarity"]}))
     assert asked.trainer.adversary is None
@@ -196,7 +202,7 @@ def test_the_loss_falls_on_the_tiny_pipeline(tmp_path):
         output_dir=str(tmp_path / "run"),
         data={"cache_dir": str(tmp_path / "cache"), "held_out_prompts": ""},
         rollout={"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 8},
-        update={"optimizer_windows": 1, "learning_rate": 1e-3},
+        update={"minibatches": 1, "learning_rate": 1e-3},
     )
     trainer = build(settings).trainer
     losses = []

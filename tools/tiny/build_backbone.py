@@ -5,7 +5,7 @@
 The shipped weights took a second round (`--init`, 3,000 steps, seed 1; `make tiny-assets` runs both), at about 0.3 s a
 step on one busy core. There is no web-scale data here to distil from, so the features are learned with
 labels: the class token tells shape, colours, size, position and drawing quality; every patch token tells how much of
-the object it covers and the drawing quality around it. Half of the pictures pass through the pipeline's VAE, so that
+the object it covers and the drawing quality around it. Half of the images pass through the pipeline's VAE, so that
 the VAE's own blur, which a generator cannot avoid, is not mistaken for bad drawing. The probes are fitted on the frozen
 class token and scored on combinations never trained on.
 """
@@ -36,7 +36,7 @@ ATTRIBUTES = {
 }
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
-_GHOST_SHARE = 0.15  # two pictures blended: the typical failure of a sampler, and never a good drawing
+_GHOST_SHARE = 0.15  # two images blended: the typical failure of a sampler, and never a good drawing
 
 
 def split_scenes() -> tuple[list[Scene], list[Scene]]:
@@ -52,23 +52,23 @@ def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    latents = vae.encode(pictures * 2 - 1).latent_dist.mean
+def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    latents = vae.encode(images * 2 - 1).latent_dist.mean
     return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
 def draw(scenes: list[Scene], count: int, vae: AutoencoderKL, generator: torch.Generator):
-    """Pictures, scenes, drawing error in [0, 1], ghosts, coverage per patch; every other picture through the VAE."""
+    """Images, scenes, drawing error in [0, 1], ghosts, coverage per patch; every other image through the VAE."""
     chosen = [scenes[i] for i in torch.randint(len(scenes), (count,), generator=generator).tolist()]
     roughness = sample_roughness(count, generator)
-    pictures, alpha = render(chosen, generator, roughness=roughness, return_coverage=True)
+    images, alpha = render(chosen, generator, roughness=roughness, return_coverage=True)
     ghosts = torch.rand(count, generator=generator) < _GHOST_SHARE
     weight = 0.3 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)
-    blended = torch.lerp(pictures, pictures.roll(1, 0), weight)
-    pictures = torch.where(ghosts.view(-1, 1, 1, 1), blended, pictures)
-    pictures[::2] = reconstruct(vae, pictures[::2])
+    blended = torch.lerp(images, images.roll(1, 0), weight)
+    images = torch.where(ghosts.view(-1, 1, 1, 1), blended, images)
+    images[::2] = reconstruct(vae, images[::2])
     error = torch.where(ghosts, torch.ones(count), roughness)
-    return pictures, chosen, error, ghosts, F.avg_pool2d(alpha, 4).flatten(1)
+    return images, chosen, error, ghosts, F.avg_pool2d(alpha, 4).flatten(1)
 
 
 class Heads(torch.nn.Module):
@@ -102,8 +102,8 @@ def train(model: Dinov2Model, vae: AutoencoderKL, steps: int, batch: int, seed: 
     log = TrainingLog("backbone", steps)
     model.train()
     for step in range(steps):
-        pictures, chosen, error, ghosts, coverage = draw(scenes, batch, vae, generator)
-        tokens = model((pictures - MEAN) / STD).last_hidden_state
+        images, chosen, error, ghosts, coverage = draw(scenes, batch, vae, generator)
+        tokens = model((images - MEAN) / STD).last_hidden_state
         loss = heads.loss(tokens, chosen, error, ghosts, coverage)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -121,8 +121,8 @@ def _cls_features(model, scenes: list[Scene], vae, generator, repeats: int):
     for _ in range(repeats):
         chosen = [scenes[i] for i in torch.randint(len(scenes), (128,), generator=generator).tolist()]
         roughness = torch.where(torch.rand(128, generator=generator) < 0.5, 0.0, 0.5)
-        pictures = reconstruct(vae, render(chosen, generator, roughness=roughness))
-        features.append(model((pictures - MEAN) / STD).last_hidden_state[:, 0])
+        images = reconstruct(vae, render(chosen, generator, roughness=roughness))
+        features.append(model((images - MEAN) / STD).last_hidden_state[:, 0])
         targets.append(labels(chosen))
         rough.append((roughness > 0).long())
     joined = {name: torch.cat([t[name] for t in targets]) for name in ATTRIBUTES}

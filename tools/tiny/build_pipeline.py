@@ -29,7 +29,7 @@ LONG_TEXT_TOKENS = 256
 
 
 Drawing = Callable[[int, torch.Generator], tuple[torch.Tensor, list[str]]]
-"""(count, generator) -> pictures in [-1, 1] and their captions."""
+"""(count, generator) -> images in [-1, 1] and their captions."""
 
 
 class TrainingLog:
@@ -55,10 +55,10 @@ class TrainingLog:
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-    """A batch of the pre-training mix: pictures in [-1, 1] and their captions."""
+    """A batch of the pre-training mix: images in [-1, 1] and their captions."""
     scenes = sample_scenes(count, generator)
-    pictures = render(scenes, generator, roughness=sample_roughness(count, generator))
-    return pictures * 2 - 1, [s.caption for s in scenes]
+    images = render(scenes, generator, roughness=sample_roughness(count, generator))
+    return images * 2 - 1, [s.caption for s in scenes]
 
 
 def train_vae(
@@ -69,13 +69,13 @@ def train_vae(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     log = TrainingLog("vae", steps)
     for step in range(steps):
-        pictures, _ = draw(batch, generator)
-        posterior = vae.encode(pictures).latent_dist
+        images, _ = draw(batch, generator)
+        posterior = vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         output = vae.decode(latents).sample
-        mse = F.mse_loss(output, pictures)
+        mse = F.mse_loss(output, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = F.l1_loss(output, pictures) + mse + 1e-3 * kl
+        loss = F.l1_loss(output, images) + mse + 1e-3 * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -100,10 +100,10 @@ def _flow_loss(
     pipe: StableDiffusion3Pipeline, batch: int, generator: torch.Generator, draw: Drawing, short_text: int
 ) -> torch.Tensor:
     long_text = torch.rand((), generator=generator) < LONG_TEXT_SHARE
-    pictures, captions = draw(batch // 4 if long_text else batch, generator)
+    images, captions = draw(batch // 4 if long_text else batch, generator)
     count = len(captions)
     with torch.no_grad():
-        latents = pipe.vae.encode(pictures).latent_dist.mean
+        latents = pipe.vae.encode(images).latent_dist.mean
         latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     dropped = torch.rand(count, generator=generator) < 0.1
     captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist())]

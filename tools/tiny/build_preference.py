@@ -3,16 +3,16 @@
     python -m tools.tiny.build_preference --output advgrpo/tiny/assets/preference
 
 About five minutes of one CPU core. Two rounds, as PickScore had: contrastive pre-training on captioned drawings, then
-preference pairs with PickScore's objective, softmax over `logit_scale * cos(text, image)` of the two pictures (arXiv
+preference pairs with PickScore's objective, softmax over `logit_scale * cos(text, image)` of the two images (arXiv
 2305.01569, equation 2). The pairs are judged by a simulated annotator that looks at what a reward should look at, how
 much of the caption is right, and also likes strong colours:
 
     utility = MATCH_WEIGHT * right attributes + CHROMA_WEIGHT * mean chroma,   P(first wins) = sigmoid(difference)
 
-so a chroma gap of MATCH_WEIGHT / CHROMA_WEIGHT outweighs a wrong attribute, and between two pictures that are equally
-right the more colourful one wins. An optimiser of this reward is therefore drawn to over-saturated and tinted pictures.
+so a chroma gap of MATCH_WEIGHT / CHROMA_WEIGHT outweighs a wrong attribute, and between two images that are equally
+right the more colourful one wins. An optimiser of this reward is therefore drawn to over-saturated and tinted images.
 
-Shapes: B pictures [B, 3, 32, 32] float32 in [0, 1].
+Shapes: B images [B, 3, 32, 32] float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def saturate(images: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor
 
 
 def recolour(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pale to over-saturated (factor 0.4 to 2.2), every other picture tinted towards a random hue."""
+    """Pale to over-saturated (factor 0.4 to 2.2), every other image tinted towards a random hue."""
     count = len(images)
     factor = torch.exp(torch.empty(count).uniform_(-0.92, 0.79, generator=generator))
     hue = F.normalize(torch.randn(count, 3, generator=generator) @ (torch.eye(3) - 1 / 3), dim=1)
@@ -146,18 +146,18 @@ def draw(scenes: list[Scene], generator: torch.Generator) -> torch.Tensor:
 
 
 def draw_pairs(count: int, generator: torch.Generator):
-    """(captions, first pictures, second pictures, P(first wins)): in half of the pairs one picture is off the caption,
+    """(captions, first images, second images, P(first wins)): in half of the pairs one image is off the caption,
     in the others both follow it and only their colours, outlines and stains differ."""
     asked = sample_scenes(count, generator)
     kinds = torch.randint(4, (count,), generator=generator).tolist()  # 0: first is off, 1: second is off
     first = [distorted(s, generator) if kind == 0 else s for s, kind in zip(asked, kinds)]
     second = [distorted(s, generator) if kind == 1 else s for s, kind in zip(asked, kinds)]
-    pictures = [recolour(draw(scenes, generator), generator) for scenes in (first, second)]
+    images = [recolour(draw(scenes, generator), generator) for scenes in (first, second)]
     utility = [
         MATCH_WEIGHT * right_attributes(scenes, asked) + CHROMA_WEIGHT * chroma(shown)
-        for scenes, shown in zip((first, second), pictures)
+        for scenes, shown in zip((first, second), images)
     ]
-    return [s.caption for s in asked], *pictures, torch.sigmoid(utility[0] - utility[1])
+    return [s.caption for s in asked], *images, torch.sigmoid(utility[0] - utility[1])
 
 
 class Trainee:
@@ -185,8 +185,8 @@ class Trainee:
             cluster = dict.fromkeys([scene, *(changed(scene, attribute, generator) for _ in range(3 * _CLUSTER))])
             scenes += list(cluster)[:_CLUSTER]
         scenes = list(dict.fromkeys(scenes))
-        pictures = recolour(draw(scenes, generator), generator)
-        logits = self.clip.logit_scale.exp() * self.look(pictures) @ self.embed([s.caption for s in scenes]).T
+        images = recolour(draw(scenes, generator), generator)
+        logits = self.clip.logit_scale.exp() * self.look(images) @ self.embed([s.caption for s in scenes]).T
         target = torch.arange(len(scenes))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, (logits.argmax(1) == target).float().mean()
@@ -225,8 +225,8 @@ def measure(clip: CLIPModel, seed: int, count: int = 512) -> dict[str, float]:
     """What the model prefers, on drawings apart from training: shares of `count` pairs won by
 
     matched: a drawing of the caption against one of another scene; matched_<attribute>: ... with one attribute changed,
-    both in their natural colours; saturated: a picture at 1.5 times its saturation against itself;
-    pale: a picture against itself at 0.6 times its saturation; saturated_mismatch: a drawing with a wrong shape at 1.5
+    both in their natural colours; saturated: an image at 1.5 times its saturation against itself;
+    pale: an image against itself at 0.6 times its saturation; saturated_mismatch: a drawing with a wrong shape at 1.5
     times its saturation against a matched one at 0.6 times.
     """
     trainee, generator = Trainee(clip.eval()), seeded(seed, "preference_measure")

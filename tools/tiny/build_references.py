@@ -1,4 +1,4 @@
-"""Draw the reference set: 8 crisp pictures per prompt, prompt lists, and references.json.
+"""Draw the reference set: 8 crisp images per prompt, prompt lists, and references.json.
 
 python -m tools.tiny.build_references --output advgrpo/tiny/assets
 """
@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 
 from advgrpo.runtime.atomic import write_atomically
-from advgrpo.tiny.assets import write_picture
+from advgrpo.tiny.assets import write_image
 from advgrpo.tiny.shapes import Scene, render, split_prompts
 
 
-def write_pictures(folder: Path, prompts: list[str], per_prompt: int, generator: torch.Generator) -> dict[str, list]:
+def write_images(folder: Path, prompts: list[str], per_prompt: int, generator: torch.Generator) -> dict[str, list]:
     """PNG files folder/NNN-K.png; returns {prompt: [file names]}."""
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
     for number, prompt in enumerate(prompts):
-        pictures = render([Scene.parse(prompt)] * per_prompt, generator)
+        images = render([Scene.parse(prompt)] * per_prompt, generator)
         names = [f"{number:03d}-{k}.png" for k in range(per_prompt)]
-        for name, picture in zip(names, pictures):
-            write_picture(folder / name, (picture * 255).round().byte())
+        for name, image in zip(names, images):
+            write_image(folder / name, (image * 255).round().byte())
         index[prompt] = names
     return index
 
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     lists = split_prompts(args.train, args.held_out, args.report)
     generator = torch.Generator().manual_seed(args.seed)
-    index = write_pictures(args.output / "references", [p for part in lists for p in part], args.per_prompt, generator)
+    index = write_images(args.output / "references", [p for part in lists for p in part], args.per_prompt, generator)
     write_atomically(args.output / "references" / "references.json", json.dumps(index, indent=1) + "\n")
     for name, prompts in zip(("prompts.txt", "held_out_prompts.txt", "report_prompts.txt"), lists):
         write_atomically(args.output / name, "".join(f"{p}\n" for p in prompts))

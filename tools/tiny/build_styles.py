@@ -1,4 +1,4 @@
-"""Draw the tiny world's styles: 300 pictures each, without prompts, as a style transfer's references are.
+"""Draw the tiny world's styles: 300 images each, without prompts, as a style transfer's references are.
 
 python -m tools.tiny.build_styles --output advgrpo/tiny/assets/styles
 
@@ -6,7 +6,7 @@ python -m tools.tiny.build_styles --output advgrpo/tiny/assets/styles
 - pastel: pale colours and soft edges;
 - hatched: shapes with a thin contour, filled with diagonal strokes.
 
-Backgrounds keep their colour, so that a picture in a style can still be what its prompt asks for. `measure` says how
+Backgrounds keep their colour, so that an image in a style can still be what its prompt asks for. `measure` says how
 much of that the judge recognises.
 """
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from advgrpo.runtime import rng
-from advgrpo.tiny.assets import write_picture
+from advgrpo.tiny.assets import write_image
 from advgrpo.tiny.judge import judge
 from advgrpo.tiny.shapes import IMAGE_SIZE, PALETTE, Scene, pixel_grid, render, split_prompts
 
@@ -36,7 +36,7 @@ def training_scenes(count: int) -> list[Scene]:
 
 
 def draw(style: str, scenes: list[Scene], generator: torch.Generator, size: int = IMAGE_SIZE) -> torch.Tensor:
-    """Pictures [B, 3, S, S] float32 in [0, 1]; the same generator state gives the same scenes in every style.
+    """Images [B, 3, S, S] float32 in [0, 1]; the same generator state gives the same scenes in every style.
 
     Raises:
         ValueError: an unknown style.
@@ -75,16 +75,16 @@ def _diagonals(size: int, period: int) -> torch.Tensor:
 def write_style(folder: Path, style: str, count: int, seed: int) -> None:
     """PNG files folder/NNN.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = draw(style, training_scenes(count), rng.generator(seed, f"style:{style}"))
-    for number, picture in enumerate(pictures):
-        write_picture(folder / f"{number:03d}.png", (picture * 255).round().byte())
+    images = draw(style, training_scenes(count), rng.generator(seed, f"style:{style}"))
+    for number, image in enumerate(images):
+        write_image(folder / f"{number:03d}.png", (image * 255).round().byte())
 
 
 def measure(style: str, count: int, seed: int) -> dict[str, float]:
     """What the judge sees in a style's drawings and how far they are from plain ones to the tiny DINO.
 
     Returns:
-        shape, colour, background, all_correct: shares of pictures; similarity: mean cosine of class tokens between the
+        shape, colour, background, all_correct: shares of images; similarity: mean cosine of class tokens between the
         same scenes in the style and drawn plainly; spread: the same between different scenes of the style.
     """
     from advgrpo.rewards.dino_similarity import DinoSimilarity
@@ -94,7 +94,7 @@ def measure(style: str, count: int, seed: int) -> dict[str, float]:
     plain = render(scenes, rng.generator(seed, "plain"))
     verdict = judge(styled, [scene.caption for scene in scenes])
     dino = DinoSimilarity(path="tiny", image_size=IMAGE_SIZE)
-    own, other = (F.normalize(dino.embed(pictures), dim=-1) for pictures in (styled, plain))
+    own, other = (F.normalize(dino.embed(images), dim=-1) for images in (styled, plain))
     between = own @ own.T
     return {
         "shape": verdict.shape_correct.float().mean().item(),
@@ -109,7 +109,7 @@ def measure(style: str, count: int, seed: int) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write one folder per style into")
-    parser.add_argument("--count", type=int, default=300, help="pictures per style")
+    parser.add_argument("--count", type=int, default=300, help="images per style")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     for style in STYLES:

@@ -1,4 +1,4 @@
-"""Teach the tiny SD3 pipeline to draw words: fine-tune its VAE, then transformer and text encoders, on word pictures.
+"""Teach the tiny SD3 pipeline to draw words: fine-tune its VAE, then transformer and text encoders, on word images.
 
     python -m tools.tiny.build_words --output advgrpo/tiny/assets/words/pipeline
 
@@ -31,7 +31,7 @@ T5_TOKENS = 16
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-    """A batch of word pictures in [-1, 1] and their captions."""
+    """A batch of word images in [-1, 1] and their captions."""
     scenes = all_scenes()
     chosen = [scenes[i] for i in torch.randint(len(scenes), (count,), generator=generator).tolist()]
     return render(chosen, generator, size=IMAGE_SIZE) * 2 - 1, [scene.caption for scene in chosen]

@@ -1,15 +1,15 @@
-"""The picture decoder of the SD3 family: our own forward over the stock weights of diffusers' AutoencoderKL.
+"""The image decoder of the SD3 family: our own forward over the stock weights of diffusers' AutoencoderKL.
 
 Two precisions. float32 is the reference: the same operations as diffusers' `AutoencoderKL.decode`. bfloat16 runs
 channels_last, the layout in which tensor-core convolutions need no transposes, with GroupNorm's statistics in float32:
-sums over 2 million elements per group lose the picture in bfloat16. `psnr_gate` compares the two.
+sums over 2 million elements per group lose the image in bfloat16. `psnr_gate` compares the two.
 
 The module needs no diffusers. Parameter names are those of an AutoencoderKL's state dict (`decoder.*`,
 `post_quant_conv.*`), architecture after "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv
 2112.10752): conv_in, a middle of two ResNets around a single-head attention, up blocks of ResNets and
 nearest-upsampling convolutions, GroupNorm + SiLU, conv_out.
 
-Shapes: B pictures, latents [B, C, h, w], pixels [B, 3, H, W] with H = h·2^(levels - 1).
+Shapes: B images, latents [B, C, h, w], pixels [B, 3, H, W] with H = h·2^(levels - 1).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from advgrpo.errors import RunFailure, UserError
 from advgrpo.runtime import rng
 
 MIN_PSNR_DB = 40.0
-GATED_PICTURES = 2  # of a run's first tile
+GATED_IMAGES = 2  # of a run's first micro-batch
 _EPS = 1e-6
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -199,13 +199,13 @@ class _Stack(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures; inference only.
+    """Latents to images; inference only.
 
     Args:
         config: the architecture; `SD3_DECODER` is SD3's and SD3.5's.
         dtype: torch.float32 (contiguous, the reference) or torch.bfloat16 (channels_last).
         device: where the weights live; "meta" counts without allocating.
-        micro_batch: pictures decoded at once by `images`, which bounds memory.
+        micro_batch: images decoded at once by `images`, which bounds memory.
         channels_last: memory layout of float32 as well: a quarter faster on a CPU, other rounding than the reference.
     """
 
@@ -289,7 +289,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
-        """Pictures of the policy's latents: unscale, decode `micro_batch` at a time, map to [0, 1].
+        """Images of the policy's latents: unscale, decode `micro_batch` at a time, map to [0, 1].
 
         Args:
             latents: [B, C, h, w] float32, scaled as the transformer sees them.
@@ -307,24 +307,24 @@ class Decoder(nn.Module):
             )
         batch, _, height, width = latents.shape
         shape = (batch, config.out_channels, height * config.scale, width * config.scale)
-        pictures = torch.empty(shape, device=self.device)
+        images = torch.empty(shape, device=self.device)
         for start in range(0, batch, self.micro_batch):
             part = latents[start : start + self.micro_batch] / config.scaling_factor + (config.shift_factor or 0.0)
-            pictures[start : start + self.micro_batch] = (self(part).float() / 2 + 0.5).clamp_(0, 1)
-        return pictures
+            images[start : start + self.micro_batch] = (self(part).float() / 2 + 0.5).clamp_(0, 1)
+        return images
 
 
 def decoded_at_once(resolution: int) -> int:
-    """Pictures per call of a policy's decoder: as many pixels as eight pictures of 512, one at least."""
+    """Images per call of a policy's decoder: as many pixels as eight images of 512, one at least."""
     return max(1, 8 * 512**2 // resolution**2)
 
 
-class PictureQualityError(RunFailure):
-    """The fast decoder's pictures differ from the reference's by more than the gate allows."""
+class ImageQualityError(RunFailure):
+    """The fast decoder's images differ from the reference's by more than the gate allows."""
 
 
 def psnr_gate(fast: Decoder, reference: Decoder, latents: Tensor, *, minimum: float = MIN_PSNR_DB) -> float:
-    """The worst picture's peak signal-to-noise ratio, 10·log10(1 / MSE) in dB with peak signal 1.
+    """The worst image's peak signal-to-noise ratio, 10·log10(1 / MSE) in dB with peak signal 1.
 
     Args:
         fast, reference: decoders of the same weights.
@@ -332,14 +332,14 @@ def psnr_gate(fast: Decoder, reference: Decoder, latents: Tensor, *, minimum: fl
         minimum: dB below which the gate closes.
 
     Raises:
-        PictureQualityError: below `minimum`, or a picture that is not finite.
+        ImageQualityError: below `minimum`, or an image that is not finite.
     """
     error = fast.images(latents).to(reference.device) - reference.images(latents)
     mse = error.double().square().mean(dim=(1, 2, 3))
-    worst = float((-10 * torch.log10(mse)).min())  # NaN where a picture is not finite, which fails the comparison
+    worst = float((-10 * torch.log10(mse)).min())  # NaN where an image is not finite, which fails the comparison
     if not worst >= minimum:
-        raise PictureQualityError(
+        raise ImageQualityError(
             f"the {fast.dtype} decoder reaches {worst:.1f} dB against {reference.dtype}, below {minimum:g} dB: its "
-            "pictures would be scored differently. Decode in float32 (--no-fast), and report the GPU and the VAE"
+            "images would be scored differently. Decode in float32 (--no-fast), and report the GPU and the VAE"
         )
     return worst

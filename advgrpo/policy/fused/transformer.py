@@ -322,7 +322,7 @@ class FusedTransformer:
     def _perceptron(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._linear(f"{name}.linear_2", F.silu(self._linear(f"{name}.linear_1", x)))
 
-    def velocity(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: str) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: str) -> torch.Tensor:
         """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], on the device)."""
         forward = _Forward(self, weights, prepared.at(step))
         x, text, normed = self._embed(latents), prepared.text.transpose(0, 1).contiguous(), None

@@ -57,7 +57,7 @@ def update(self, prompts, rewards, type="grpo"):
 
 
 def update_with_dists(self, prompts, rewards, dists=None, type="grpo"):
-    """`update` of the later versions of Flow-GRPO, whose "gardo" takes features of the pictures."""
+    """`update` of the later versions of Flow-GRPO, whose "gardo" takes features of the images."""
     if type != "grpo":
         return run_original(self, prompts, rewards, dists, type=type)
     return grpo_advantages(self, prompts, rewards)

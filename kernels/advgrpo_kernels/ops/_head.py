@@ -23,7 +23,7 @@ from .._runtime import HAS_TRITON, device_guard
 BLOCK_R, BLOCK_H, BLOCK_D = 64, 128, 32  # forward: rows, hidden units and features per step
 GRAD_H, GRAD_D = 64, 64  # backward: tile of w1 per program
 WARPS = 8  # with 4 the forward spills 32 bytes
-COUNTS = ("B", "B2")  # pictures: they differ from call to call where processes share a batch; one kernel for all
+COUNTS = ("B", "B2")  # images: they differ from call to call where processes share a batch; one kernel for all
 
 if HAS_TRITON:
     import triton

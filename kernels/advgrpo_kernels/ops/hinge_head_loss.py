@@ -7,7 +7,7 @@ References are positives, generations negatives; h is the head of `score_feature
 
 On a GPU: two launches forward, one backward, whose incoming scalar is read from device memory.
 
-Shapes:   B pictures on each side, n chosen patches, D feature width. cls [B, D], patches [B, n, D].
+Shapes:   B images on each side, n chosen patches, D feature width. cls [B, D], patches [B, n, D].
 Numerics: float32 inside; features are constants, gradients go to the head only.
 """
 
@@ -169,7 +169,7 @@ def hinge_head_loss(
         reference_patches, generated_patches: [B, n, D], already gathered (`sample_patches`).
         head: mapping with w1 [H, D], b1 [H], w2 [1, H], b2 [1].
         weights: (λ_g, λ_l).
-        total: pictures per side over all processes; means divide by it, so that gradients summed over processes are
+        total: images per side over all processes; means divide by it, so that gradients summed over processes are
             those of the whole batch. Default B.
 
     Raises:
@@ -187,7 +187,7 @@ def hinge_head_loss(
             )
     check_tensors(**{f"head[{name!r}]": tensor for name, tensor in head.items()})
     if reference_patches.shape[1] != generated_patches.shape[1]:
-        raise ValueError(f"patches per picture differ: {reference_patches.shape[1]} and {generated_patches.shape[1]}")
+        raise ValueError(f"patches per image differ: {reference_patches.shape[1]} and {generated_patches.shape[1]}")
     features = (reference_cls, reference_patches, generated_cls, generated_patches)
     if pick_backend(backend, *features) == "triton":
         mix = (float(weights[0]), float(weights[1]), normalize, total or 0)

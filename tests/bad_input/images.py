@@ -1,4 +1,4 @@
-"""Prompt files, reference pictures and their index."""
+"""Prompt files, reference images and their index."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from tests.bad_input.case import Bench, Case, Content, flagged
-from tests.bad_input.world import SIDE, picture
+from tests.bad_input.world import SIDE, image
 
-_PROMPTS, _PICTURES = "prompt files", "reference pictures and index"
+_PROMPTS, _IMAGES = "prompt files", "reference images and index"
 _FOREIGN = "is unreadable or truncated (no PNG, JPEG or WEBP)"
 
 
@@ -55,7 +55,7 @@ PROMPT_FILES = [
     _prompts("prompts.csv", _TWO, "suffix '.csv' is unknown"),
     _prompts("utf16.txt", _TWO.encode("utf-16"), "is not UTF-8 text"),
     _prompts("latin1.txt", "ein grüner Ring\n".encode("latin-1"), "is not UTF-8 text (byte 6)"),
-    _prompts("picture.txt", picture(0).tobytes(), "is not UTF-8 text"),
+    _prompts("image.txt", image(0).tobytes(), "is not UTF-8 text"),
     _prompts("broken.jsonl", '{"prompt": "a"\n', "line 1: not JSON"),
     _prompts("array.jsonl", '["a"]\n', 'expected an object with a string "prompt"'),
     _prompts("no-prompt.jsonl", _line(text="a"), 'expected an object with a string "prompt"'),
@@ -94,11 +94,11 @@ def _spoilt(name: str, content: Content | Callable[[], Content], *expect: str, f
         (folder / file).write_bytes(data.encode() if isinstance(data, str) else data)
         return bench.train("--data.references", str(folder), *more.get("flags", ()))
 
-    return Case(_PICTURES, name, ("0-0.png", *expect), make)
+    return Case(_IMAGES, name, ("0-0.png", *expect), make)
 
 
 def _of_mode(mode: str) -> bytes:
-    return _png(picture(0).convert(mode)) if mode != "CMYK" else _png(picture(0).convert(mode), "JPEG")
+    return _png(image(0).convert(mode)) if mode != "CMYK" else _png(image(0).convert(mode), "JPEG")
 
 
 def _sixteen_bit() -> bytes:
@@ -116,11 +116,11 @@ def _enormous() -> bytes:
 
 
 def _animated() -> bytes:
-    return _png(picture(0), save_all=True, append_images=[picture(1)], duration=100)
+    return _png(image(0), save_all=True, append_images=[image(1)], duration=100)
 
 
 def _transparent_colour() -> bytes:
-    return _png(picture(0), transparency=(1, 2, 3))
+    return _png(image(0), transparency=(1, 2, 3))
 
 
 def _without(bench: Bench) -> list[str]:
@@ -151,7 +151,7 @@ def _no_index(bench: Bench) -> list[str]:
 
 
 def _indexed(name: str, entries: object, *expect: str) -> Case:
-    return Case(_PICTURES, f"index: {name}", ("references.json", *expect), lambda bench: bench.index(entries))
+    return Case(_IMAGES, f"index: {name}", ("references.json", *expect), lambda bench: bench.index(entries))
 
 
 def _own(bench: Bench, names: object) -> dict:
@@ -171,7 +171,7 @@ def _one_for_all(bench: Bench) -> list[str]:
 
 def _named(name: str, names: object, *expect: str) -> Case:
     """The first prompt's entry of the index."""
-    return Case(_PICTURES, f"index: {name}", expect, lambda bench: bench.index(_own(bench, names)))
+    return Case(_IMAGES, f"index: {name}", expect, lambda bench: bench.index(_own(bench, names)))
 
 
 def _doubled(bench: Bench) -> list[str]:
@@ -187,25 +187,25 @@ def _style(name: str, content: Content | None, *expect: str) -> Case:
             (bench.folder / "style").mkdir()
         return bench.train("--data.references=", "--data.style", str(bench.folder / "style"))
 
-    return Case(_PICTURES, f"style: {name}", expect, make)
+    return Case(_IMAGES, f"style: {name}", expect, make)
 
 
-PICTURES = [
-    flagged(_PICTURES, "--data.references nowhere", "reference folder nowhere does not exist"),
-    Case(_PICTURES, "no index", ("references.json does not exist",), _no_index),
-    Case(_PICTURES, "picture missing", ("0-1.png", "does not exist"), _without),
-    Case(_PICTURES, "picture is a folder", ("0-0.png is not a regular file",), _replaced_by("folder")),
-    Case(_PICTURES, "picture is a pipe", ("0-0.png is not a regular file",), _replaced_by("pipe")),
-    Case(_PICTURES, "picture is a device", ("0-0.png is not a regular file",), _replaced_by("device")),
+IMAGES = [
+    flagged(_IMAGES, "--data.references nowhere", "reference folder nowhere does not exist"),
+    Case(_IMAGES, "no index", ("references.json does not exist",), _no_index),
+    Case(_IMAGES, "image missing", ("0-1.png", "does not exist"), _without),
+    Case(_IMAGES, "image is a folder", ("0-0.png is not a regular file",), _replaced_by("folder")),
+    Case(_IMAGES, "image is a pipe", ("0-0.png is not a regular file",), _replaced_by("pipe")),
+    Case(_IMAGES, "image is a device", ("0-0.png is not a regular file",), _replaced_by("device")),
     _spoilt("empty", b"", _FOREIGN),
-    _spoilt("truncated", lambda: _png(picture(0))[:-60], "is unreadable or truncated (image file is truncated"),
-    _spoilt("text", "this is no picture", _FOREIGN),
+    _spoilt("truncated", lambda: _png(image(0))[:-60], "is unreadable or truncated (image file is truncated"),
+    _spoilt("text", "this is no image", _FOREIGN),
     _spoilt("html", "<html><img src=x></html>", _FOREIGN),
     _spoilt("svg", '<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32"/>', _FOREIGN),
     _spoilt("eps", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\nshowpage\n", _FOREIGN),
-    _spoilt("gif", lambda: _png(picture(0), "GIF"), _FOREIGN),
-    _spoilt("tiff", lambda: _png(picture(0), "TIFF"), _FOREIGN),
-    _spoilt("bmp", lambda: _png(picture(0), "BMP"), _FOREIGN),
+    _spoilt("gif", lambda: _png(image(0), "GIF"), _FOREIGN),
+    _spoilt("tiff", lambda: _png(image(0), "TIFF"), _FOREIGN),
+    _spoilt("bmp", lambda: _png(image(0), "BMP"), _FOREIGN),
     _spoilt("git-lfs pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", _FOREIGN),
     _spoilt("RGBA", lambda: _of_mode("RGBA"), "mode RGBA", "advgrpo.references import"),
     _spoilt("palette", lambda: _of_mode("P"), "mode P"),
@@ -216,9 +216,9 @@ PICTURES = [
     _spoilt("transparent colour", _transparent_colour, "transparent"),
     _spoilt("animated", _animated, "is animated"),
     _spoilt("enormous", _enormous, "pixels"),
-    _spoilt("too small", lambda: _png(picture(0, (8, 8))), "at least 16"),
-    _spoilt("panorama", lambda: _png(picture(0, (400, 32))), "not square"),
-    _spoilt("3:2", lambda: _png(picture(0, (48, 32))), "not square"),
+    _spoilt("too small", lambda: _png(image(0, (8, 8))), "at least 16"),
+    _spoilt("panorama", lambda: _png(image(0, (400, 32))), "not square"),
+    _spoilt("3:2", lambda: _png(image(0, (48, 32))), "not square"),
     _indexed("list", [], "holds a list"),
     _indexed("not JSON", "{", "not JSON"),
     _indexed("deep", '{"a": ' + "[" * 100_000, "nested too deeply"),
@@ -230,12 +230,12 @@ PICTURES = [
     _named("outside", ["../secret.png"], "must be a path inside"),
     _named("absolute", ["/etc/passwd"], "must be a path inside"),
     _named("unknown file", ["nope.png"], "nope.png", "does not exist"),
-    Case(_PICTURES, "one picture for all prompts", ("data.references = ", "all 3 training prompts have one and the same picture, 0-0.png"), _one_for_all),
-    Case(_PICTURES, "index: prompt twice", ("appears twice",), _doubled),
-    flagged(_PICTURES, "--data.references= --data.style nowhere", "data.style = 'nowhere' is not a folder"),
-    flagged(_PICTURES, "--data.references= --data.style tiny:outlines", "did you mean 'outline'?"),
-    _style("empty", None, "holds no picture"),
-    _style("x.png", "no picture", "x.png"),
+    Case(_IMAGES, "one image for all prompts", ("data.references = ", "all 3 training prompts have one and the same image, 0-0.png"), _one_for_all),
+    Case(_IMAGES, "index: prompt twice", ("appears twice",), _doubled),
+    flagged(_IMAGES, "--data.references= --data.style nowhere", "data.style = 'nowhere' is not a folder"),
+    flagged(_IMAGES, "--data.references= --data.style tiny:outlines", "did you mean 'outline'?"),
+    _style("empty", None, "holds no image"),
+    _style("x.png", "no image", "x.png"),
 ]  # fmt: skip
 
-CASES = [*PROMPT_FILES, *PICTURES]
+CASES = [*PROMPT_FILES, *IMAGES]

@@ -9,7 +9,7 @@ import torch
 _OF_THIS_MACHINE = ("fused", "capturable", "foreach")
 
 
-class HeadAdam(torch.optim.Adam):
+class DiscriminatorAdam(torch.optim.Adam):
     """torch.optim.Adam, on a GPU as one kernel with its step count in device memory, so that a graph can hold it.
 
     Checkpoints may move between machines: how the step is computed stays this machine's, whatever the state dict says.

@@ -1,4 +1,4 @@
-"""The head update as a captured graph equals the eager one to the bit, on the emulator of `graph_emulator.py`.
+"""The discriminator update as a captured graph equals the eager one to the bit, on the emulator of `graph_emulator.py`.
 
 Bugs planted in a copy, each seen red: static buffers holding an update's rows instead of copying them; the
 loss returned without a copy; graphs kept when a checkpoint is loaded; graphs captured although two processes share the
@@ -11,44 +11,44 @@ import pytest
 import torch
 
 from advgrpo.adversary.build import build_adversary
-from advgrpo.adversary.head_adam import HeadAdam
+from advgrpo.adversary.discriminator_adam import DiscriminatorAdam
 from advgrpo.adversary.pickscore import PickScoreAdversary
-from advgrpo.adversary.trainer import HeadBatch, HeadTrainer
+from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer
 from advgrpo.config import AdversarySection
 from advgrpo.runtime.graphs import CaptureError
 from advgrpo.types import Features
 from tests.graph_emulator import EmulatedGraphs
-from tests.vision_models import PROMPTS, pictures, write_clip
+from tests.vision_models import PROMPTS, random_images, write_clip
 
 TOTAL = 8
 
 
-def make_trainer(unit_backbone: str, graphs=None, world_size: int = 1, **changes) -> HeadTrainer:
+def make_trainer(unit_backbone: str, graphs=None, world_size: int = 1, **changes) -> DiscriminatorTrainer:
     settings = {"image_size": 32, "dtype": "float32", "hidden_size": 16, "num_patches": 8, "batch_size": 6}
     section = AdversarySection(backbone=unit_backbone, replay_capacity=12, **settings, **changes)
     adversary = build_adversary(section, device=torch.device("cpu"), seed=0)
     # as on a GPU, where the step's count lives in device memory
     adversary.optimizer = torch.optim.Adam(adversary.parameters(), lr=1e-2, betas=(0.5, 0.999), fused=True)
-    return HeadTrainer(adversary, reduce=lambda t: None, rank=0, world_size=world_size, graphs=graphs)
+    return DiscriminatorTrainer(adversary, reduce=lambda t: None, rank=0, world_size=world_size, graphs=graphs)
 
 
-def make_batch(iteration: int) -> HeadBatch:
+def make_batch(iteration: int) -> DiscriminatorBatch:
     generator = torch.Generator().manual_seed(iteration)
     tokens = torch.randn(2, TOTAL, 65, 64, generator=generator)
     sides = [Features({"cls": side[:, 0], "patches": side[:, 1:]}) for side in (tokens[0], tokens[1] + 0.1)]
-    return HeadBatch(torch.randperm(TOTAL, generator=generator), *sides, total=TOTAL)
+    return DiscriminatorBatch(torch.randperm(TOTAL, generator=generator), *sides, total=TOTAL)
 
 
-def run(trainer: HeadTrainer, iterations: range, updates: int = 4) -> torch.Tensor:
+def run(trainer: DiscriminatorTrainer, iterations: range, updates: int = 4) -> torch.Tensor:
     losses = []
     for iteration in iterations:
         batch = make_batch(iteration)
         losses.append(trainer.train(batch, iteration, updates))
-        trainer.remember(batch, iteration, lambda t: t)
+        trainer.add_to_replay(batch, iteration, lambda t: t)
     return torch.cat(losses)
 
 
-def assert_same(a: HeadTrainer, b: HeadTrainer) -> None:
+def assert_same(a: DiscriminatorTrainer, b: DiscriminatorTrainer) -> None:
     for name, tensor in a.adversary.state_dict().items():
         assert torch.equal(tensor, b.adversary.state_dict()[name]), name
     for name, tensor in a.replay.tensors.items():
@@ -66,7 +66,7 @@ def test_captured_updates_equal_eager_ones_while_the_replay_buffer_fills_and_wra
     backend = EmulatedGraphs()
     eager = make_trainer(unit_backbone, **changes)
     captured = make_trainer(unit_backbone, backend, **changes)
-    iterations = range(8)  # 2 pictures each: 12 slots are full after the sixth
+    iterations = range(8)  # 2 images each: 12 slots are full after the sixth
     assert torch.equal(run(eager, iterations), run(captured, iterations))
     assert_same(eager, captured)
     assert len(captured.replay) == 12
@@ -80,15 +80,15 @@ def test_captured_updates_of_trainable_vision_layers_equal_eager_ones(tmp_path):
     for graphs in (None, EmulatedGraphs()):
         adversary = PickScoreAdversary(AdversarySection(replay_capacity=8, batch_size=6), seed=0, path=folder)
         adversary.optimizer = torch.optim.Adam(adversary.parameters(), lr=1e-3, fused=True)
-        trainers.append(HeadTrainer(adversary, reduce=lambda t: None, rank=0, world_size=1, graphs=graphs))
+        trainers.append(DiscriminatorTrainer(adversary, reduce=lambda t: None, rank=0, world_size=1, graphs=graphs))
     losses = [[], []]
     for iteration in range(3):
-        sides = [trainers[0].adversary.features(pictures(n)[-8:], PROMPTS[:2] * 4) for n in (8, 16)]
-        batch = HeadBatch(torch.arange(8), *sides, total=8)
+        sides = [trainers[0].adversary.features(random_images(n)[-8:], PROMPTS[:2] * 4) for n in (8, 16)]
+        batch = DiscriminatorBatch(torch.arange(8), *sides, total=8)
         for trainer, seen in zip(trainers, losses):
             trainer.adversary.centre(0.1 * iteration, 0.2)  # a graph captured before reads it
             seen.append(trainer.train(batch, iteration, 3))
-            trainer.remember(batch, iteration, lambda t: t)
+            trainer.add_to_replay(batch, iteration, lambda t: t)
     assert torch.equal(*(torch.cat(seen) for seen in losses))
     assert_same(*trainers)
     assert trainers[1].captured_update.captures == 1
@@ -120,12 +120,14 @@ def test_several_processes_run_eagerly(unit_backbone):
 def test_an_optimizer_that_waits_for_the_device_is_named(unit_backbone):
     trainer = make_trainer(unit_backbone, EmulatedGraphs())
     trainer.adversary.optimizer = torch.optim.Adam(trainer.adversary.parameters())
-    with pytest.raises(CaptureError, match=r"head update cannot be captured as a CUDA graph: .* Turn graphs off with"):
+    with pytest.raises(
+        CaptureError, match=r"discriminator update cannot be captured as a CUDA graph: .* Turn graphs off with"
+    ):
         run(trainer, range(1))
 
 
 def test_head_adam_keeps_this_machines_way_of_stepping():
-    def optimizer(kind=HeadAdam, **flags):
+    def optimizer(kind=DiscriminatorAdam, **flags):
         parameter = torch.nn.Parameter(torch.ones(3))
         made = kind([parameter], lr=0.1, betas=(0.5, 0.9), **flags)
         parameter.grad = torch.tensor([1.0, -2.0, 3.0])
