@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint golden peers kernels-matrix tiny-assets gpu-carry clean
+.PHONY: train test lint docs golden peers kernels-matrix tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -15,6 +15,11 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The documentation as a site in site/; a broken link, anchor or reference is an error. The variables silence notices on
+# the future of mkdocs, whose version pyproject.toml bounds.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet $(ARGS)
 
 # Record the numbers of tests/golden/losses anew, after a change that is meant to change them.
 golden: $(VENV)/.dev
@@ -74,4 +79,4 @@ $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .matrix build *.egg-info
+	rm -rf $(VENV) .matrix build site *.egg-info

@@ -1,7 +1,7 @@
 """The repository cites only what it contains: a reader can follow every reference.
 
 Planted bugs that turn it red: "METHOD section 4" in a docstring; docs/method.md section 9; a link to a missing file;
-`make matrix`.
+`make matrix`; formula 5.3 taken out, or given twice.
 """
 
 import re
@@ -37,12 +37,20 @@ def test_nothing_outside_the_repository_is_cited(everything):
 def test_sections_and_formulas_of_the_method_exist(everything):
     method = (ROOT / "docs" / "method.md").read_text()
     sections = set(re.findall(r"^## (\d+)\.", method, re.M))
-    formulas = set(re.findall(r"\((\d+\.\d+)\)", method))
+    formulas = set(re.findall(r"\\tag\{(\d+\.\d+)\}", method))
     assert len(sections) >= 8
     assert len(formulas) >= 10
     for path, text in everything.items():
         for kind, number in re.findall(r"docs/method\.md[,:]?\s+(section )?(\d+(?:\.\d+)?)", text):
             assert number in (sections if kind else formulas), f"{path} cites docs/method.md {kind}{number}"
+
+
+def test_formulas_of_the_method_are_numbered_by_section_without_a_gap(everything):
+    method = (ROOT / "docs" / "method.md").read_text()
+    for section, body in re.findall(r"^## (\d+)\.(.*?)(?=^## |\Z)", method, re.M | re.S):
+        numbers = re.findall(r"\\tag\{(\d+)\.(\d+)\}", body)
+        assert numbers == [(section, str(n)) for n in range(1, len(numbers) + 1)]
+    assert method.count("\n$$") == method.count(r"\tag{"), "a formula on a line of its own has a number"
 
 
 def test_relative_links_of_the_docs_lead_somewhere(everything):

@@ -1,0 +1,259 @@
+"""Every command that the documents name is one that the program takes.
+
+Commands are the lines of ``` blocks without a language (what is no command is a ```text block) and inline code that
+begins with a program's name. Each is read by the command's own parser, up to where work would begin; some that are
+cheap on the tiny world are run to their end.
+
+Planted bugs that turn it red: `--image-per-prompt` for a flag of generate; a preset renamed in a job's page;
+`--rollout.group-size 1`; 7 processes for a preset whose 48 prompts do not divide; `make trian`; the extra `[orc]`; a
+``` block of C++; a setting `update.kl_wait` in a page.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import re
+import runpy
+import shlex
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+import advgrpo.config as configuration
+from advgrpo.errors import UserError
+from advgrpo_kernels.integrations import _launcher
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", ROOT / "bench" / "results" / "README.md"]
+    + list((ROOT / "docs").rglob("*.md"))
+)
+PROGRAMS = ("python", "torchrun", "accelerate", "make", "pip", "pytest", "hf", "git", "cp", "bench/gpu_session.sh")
+PLACEHOLDERS = {"N": "1", "NAME": "tiny", "FLAG": "reward_hacking", "PEER": "flow_grpo", "DIR": "runs/a"}
+NOT_CHECKED = {
+    "hf auth login": "the hub's own program, not installed with ours",
+    "pip install wandb": "a tracker of the user's choice",
+    "cp /tmp/session/<gpu>-*.json bench/results/": "the name is the GPU's",
+}
+
+
+class Command(NamedTuple):
+    page: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.text}"
+
+
+def commands_of(page: Path) -> list[Command]:
+    text, name = page.read_text(), page.relative_to(ROOT).as_posix()
+    fences = re.compile(r"^[ ]*```(\w*)[^\n]*\n(.*?)^[ ]*```[ ]*$", re.M | re.S)
+    found = []
+    for language, body in fences.findall(text):
+        if language in ("", "bash", "sh"):
+            lines = body.replace("\\\n", " ").splitlines()
+            found += [Command(name, " ".join(line.split())) for line in lines if line.strip()]
+    for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", fences.sub("", text)):
+        words = [word for word in code.split() if not is_assignment(word)]
+        if len(words) > 1 and words[0] in PROGRAMS:
+            found.append(Command(name, " ".join(code.split())))
+    return found
+
+
+def is_assignment(word: str) -> bool:
+    return re.match(r"[A-Z_]+=", word) is not None
+
+
+EVERY = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
+
+
+class Parsed(BaseException):
+    """Raised where a command has read its flags and would begin to work; no command catches it."""
+
+    def __init__(self, options: object):
+        self.options = options
+
+
+@pytest.fixture
+def parse_only(monkeypatch, tmp_path):
+    """The commands' own parsers, after which nothing happens; in a folder with a run to resume."""
+
+    def stops_after(function):
+        def called(*arguments, **keywords):
+            raise Parsed(function(*arguments, **keywords))
+
+        return called
+
+    for name in ("parse_options", "parse_command", "build"):
+        monkeypatch.setattr(configuration, name, stops_after(getattr(configuration, name)))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stops_after(argparse.ArgumentParser.parse_args))
+    monkeypatch.setattr(_launcher, "Session", stops_after(lambda *arguments: arguments))
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    settings, _ = configuration.read("tiny", None)
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def run_module(module: str, arguments: list[str], monkeypatch) -> tuple[int, str, object]:
+    """(exit code, what it printed, options where it stopped at its parser) of `python -m MODULE ARGUMENTS`."""
+    assert importlib.util.find_spec(module) is not None, f"there is no module {module}"
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy, of modules that a test has imported
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None), printed.getvalue(), None
+        except Parsed as stop:
+            return 0, printed.getvalue(), stop.options
+    return 0, printed.getvalue(), None
+
+
+def check_module(module: str, arguments: list[str], processes: int, monkeypatch) -> None:
+    if module.startswith("tests."):  # without a parser of ours: they would begin to work
+        assert importlib.util.find_spec(module) is not None, f"there is no module {module}"
+        return
+    code, printed, options = run_module(module, arguments, monkeypatch)
+    assert code == 0, printed
+    if isinstance(options, configuration.Config):
+        configuration.check(options, processes, with_data=False)
+    if module == "advgrpo.experiments" and arguments[:1] in (["run"], ["report"]):
+        known = {page.stem for page in (ROOT / "docs" / "results").glob("*.md")} | {"all"}
+        assert set(options.names) <= known
+
+
+@cache
+def make_targets() -> frozenset[str]:
+    return frozenset(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+@cache
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def check_make(words: list[str], monkeypatch) -> None:
+    targets = [word for word in words if not is_assignment(word)]
+    assert set(targets) <= make_targets(), f"the Makefile has no {set(targets) - make_targets()}"
+    arguments = [shlex.split(word.removeprefix("ARGS=")) for word in words if word.startswith("ARGS=")]
+    for given in arguments:
+        if targets == ["train"]:
+            check_module("advgrpo.train", ["--fast", *map(filled, given)], 1, monkeypatch)
+        else:
+            check_pytest(given)
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    for word in words[1:]:
+        path, extras = re.fullmatch(r"(-e|[\w./-]+)(?:\[([\w,]+)\])?", word).groups()
+        assert path == "-e" or (ROOT / path / "pyproject.toml").exists(), f"{path} is no package"
+        known = project()["project"]["optional-dependencies"]
+        assert set((extras or "").split(",")) - {""} <= set(known), f"no such extra: {extras}"
+
+
+def check_pytest(words: list[str]) -> None:
+    marks = {mark.split(":")[0] for mark in project()["tool"]["pytest"]["ini_options"]["markers"]}
+    for before, word in zip(["", *words], words):
+        assert word == "-m" or (word in marks if before == "-m" else (ROOT / word).exists()), f"pytest has no {word}"
+
+
+def check_gpu_session(words: list[str]) -> None:
+    script = (ROOT / "bench" / "gpu_session.sh").read_text()
+    for part in words:
+        assert re.search(rf"\b{part}\b", script), f"bench/gpu_session.sh has no part {part}"
+
+
+def uncommented(text: str) -> str:
+    return text.partition(" # ")[0]
+
+
+def filled(word: str) -> str:
+    return PLACEHOLDERS.get(word, word)
+
+
+def split(text: str) -> list[str]:
+    """The words of a command, without comment, assignments in front, redirection and placeholders."""
+    words = shlex.split(text, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
+    while words and is_assignment(words[0]):
+        name = words.pop(0).partition("=")[0]
+        assert name in ENVIRONMENT, f"no program reads {name}"
+    return words
+
+
+ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ADVGRPO_BUILD_CUDA", "OUT", "LIMIT", "DEVICE")
+
+
+def understand(text: str, monkeypatch) -> None:
+    """AssertionError or UserError for what is no command of ours, or not one that it takes."""
+    words = split(text)
+    if not words:  # a comment, or assignments alone
+        return
+    program, rest = words[0], words[1:]
+    processes = 1
+    if program in ("torchrun", "accelerate"):
+        count = re.search(r"--nproc[-_]per[-_]node[= ](\d+)", text)
+        processes = int(count[1]) if count else 1
+        program, rest = "python", rest[rest.index("-m") :]
+    if program == "python" and rest[0] == "-m":
+        check_module(rest[1], [filled(word) for word in rest[2:]], processes, monkeypatch)
+    elif program == "python":
+        assert (ROOT / rest[0]).exists(), f"there is no {rest[0]}"
+    elif program == "make":
+        check_make(rest, monkeypatch)
+    elif program == "pip":
+        check_pip(rest)
+    elif program == "pytest":
+        check_pytest(rest)
+    elif program == "bench/gpu_session.sh":
+        check_gpu_session(rest)
+    else:
+        pytest.fail(f"{program} is no program known here; a block that holds no commands begins with ```text")
+
+
+@pytest.mark.parametrize("command", EVERY, ids=str)
+def test_commands_are_taken(command, parse_only, monkeypatch):
+    if uncommented(command.text) not in NOT_CHECKED:
+        understand(command.text, monkeypatch)
+
+
+def test_the_documents_name_commands():
+    assert len(EVERY) > 80
+    assert {text for text in NOT_CHECKED if not any(uncommented(command.text) == text for command in EVERY)} == set()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "python -m advgrpo.train --preset tiny --rollout.groupsize 8",
+        "python -m advgrpo.train --preset sd35m-dino-papers",
+        "python -m advgrpo.train --rollout.group-size 1",
+        "torchrun --nproc-per-node=7 -m advgrpo.train --preset sd35m-dino-paper",
+        "python -m advgrpo.generate --prompt star --image-per-prompt 4",
+        "python -m advgrpo.experiments run hackings",
+        "python -m advgrpo.nothing",
+        "python -m bench.step --size huge",
+        "python -m advgrpo_kernels.patch flow_grppo -- train.py",
+        "make trian",
+        'pip install -e ".[orc]"',
+        "pytest tests/nothing",
+        "int main() {",
+    ],
+)
+def test_what_is_wrong_is_found(wrong, parse_only, monkeypatch):
+    with pytest.raises((AssertionError, UserError, pytest.fail.Exception)):
+        understand(wrong, monkeypatch)
