@@ -5,8 +5,8 @@ begins with a program's name. Each is read by the command's own parser, up to wh
 cheap on the tiny world are run to their end.
 
 Planted bugs that turn it red: `--image-per-prompt` for a flag of generate; a preset renamed in a job's page;
-`--rollout.group-size 1`; 7 processes for a preset whose 48 prompts do not divide; `make trian`; the extra `[orc]`; a
-``` block of C++; a setting `update.kl_wait` in a page.
+`--rollout.group-size 1`; 7 processes for a preset whose 48 prompts do not divide; a target `trian` of make; the extra
+`[orc]`; a ``` block of C++; a setting `update.kl_wait` in a page.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from PIL import Image, ImageOps
 
 import advgrpo.config as configuration
 from advgrpo.errors import UserError
@@ -35,10 +36,8 @@ else:
     import tomli as tomllib  # which pytest brings
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", ROOT / "bench" / "results" / "README.md"]
-    + list((ROOT / "docs").rglob("*.md"))
-)
+BESIDE_DOCS = ("README.md", "CONTRIBUTING.md", "kernels/README.md", "bench/results/README.md")
+PAGES = [*(ROOT / name for name in BESIDE_DOCS), *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = ("python", "torchrun", "accelerate", "make", "pip", "pytest", "hf", "git", "cp", "bench/gpu_session.sh")
 PLACEHOLDERS = {"N": "1", "NAME": "tiny", "FLAG": "reward_hacking", "PEER": "flow_grpo", "DIR": "runs/a"}
 NOT_CHECKED = {
@@ -234,6 +233,63 @@ def test_commands_are_taken(command, parse_only, monkeypatch):
 def test_the_documents_name_commands():
     assert len(EVERY) > 80
     assert {text for text in NOT_CHECKED if not any(uncommented(command.text) == text for command in EVERY)} == set()
+
+
+# Commands of the documents that are run to their end, in this order in one folder, and what makes them small.
+RUN = {
+    "python -m advgrpo.train --fast": "--iterations 1 --adversary.warmup-iterations 0 "
+    "--rollout.prompts-per-iteration 4 --rollout.group-size 4 --rollout.micro-batch 8 "
+    "--evaluation.images-per-prompt 1 --evaluation.num-steps 1",
+    "python -m advgrpo.train --resume runs/tiny --iterations 200": "--iterations 2",
+    "python -m advgrpo.generate --lora runs/tiny/lora --base --seed 0 --output grid.png "
+    '--prompt "a small red star on the left of a blue background" '
+    '--prompt "a large green ring at the top of a white background"': "--images-per-prompt 1 --num-steps 2",
+    "python -m advgrpo.evaluate --lora runs/tiny/lora --against base --metrics rule,dino_similarity "
+    "--prompts tiny:report --references tiny --guidance-scale 2 --output scores": "--images-per-prompt 1 --num-steps 1",
+    "python -m advgrpo.export runs/tiny/lora --format comfyui --out lora.safetensors": "",
+    "python -m advgrpo.references import photos/ --out refs/": "--size 64",
+    "python -m advgrpo.references check refs/ --prompts p.txt --sheet sheet.png": "",
+}
+LEFT = (
+    "runs/tiny/curves.png",
+    "runs/tiny/lora/pytorch_lora_weights.safetensors",
+    "runs/tiny/checkpoints/iteration-000002",
+    "grid.png",
+    "scores/evaluation.json",
+    "lora.safetensors",
+    "refs/references.json",
+    "sheet.png",
+)
+
+
+@pytest.mark.slow
+def test_cheap_commands_run_to_their_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, colour in (("one", "red"), ("two", "blue")):
+        shades = ImageOps.colorize(Image.linear_gradient("L"), "black", colour)  # one colour alone is refused
+        shades.resize((96, 64)).save(photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text(f"a {colour} square\n")
+    (tmp_path / "p.txt").write_text("a red square\na blue square\n")
+    named = {uncommented(command.text).strip() for command in EVERY}
+    for text, smaller in RUN.items():
+        assert text in named, f"no document names {text}"
+        module, *arguments = shlex.split(f"{text} {smaller}")[2:]
+        code, printed, _ = run_module(module, arguments, monkeypatch)
+        assert code == 0, f"{text} {smaller}\n{printed}"
+    assert [name for name in LEFT if not (tmp_path / name).exists()] == []
+
+
+SECTIONS = tuple(sorted({name.split(".")[0] for name in configuration.section_names(configuration.Config)}))
+NO_SETTING = re.compile(r"rewards\.serve|.*\.(py|json)")  # a command, files
+
+
+def test_settings_that_the_documents_name_exist():
+    known = {*configuration.leaves(configuration.Config), *configuration.section_names(configuration.Config)}
+    for page in PAGES:
+        for name in re.findall(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_.]+)`", page.read_text()):
+            assert name in known or NO_SETTING.fullmatch(name), f"{page.relative_to(ROOT)} names a setting {name}"
 
 
 @pytest.mark.parametrize(
