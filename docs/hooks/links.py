@@ -12,7 +12,8 @@ from pathlib import Path
 
 log = logging.getLogger("mkdocs.hooks.links")
 ROOT = Path(__file__).parents[2]
-LINK = re.compile(r"(?P<text>!?\[[^\]\n]*\])\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+LINK = re.compile(r"(?P<text>!?\[[^\[\]]*\])\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+LEFT = re.compile(r'(?:href|src)="([^":]+\.(?:md|py|json|sh|yaml))["#]')
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 CITATION = re.compile(r"docs/method\.md,? (?:section )?(?P<section>\d+)(?:\.\d+)?")
 
@@ -54,6 +55,9 @@ def page_of(path: str, documents: dict[str, str], files) -> str | None:
 
 
 def on_page_content(html, page, config, files):
+    for target in LEFT.findall(html):  # mkdocs does not look at links that leave docs/
+        if files.get_file_from_path(target) is None:
+            log.warning("%s has a link to %s, which is not on the site", page.file.src_uri, target)
     if not page.file.src_uri.startswith("reference/"):
         return html
     method = files.get_file_from_path("method.md")
