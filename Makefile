@@ -17,9 +17,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 # The documentation as a site in site/; a broken link, anchor or reference is an error. The variables silence notices on
-# the future of mkdocs, whose version pyproject.toml bounds.
+# the future of mkdocs, whose version pyproject.toml bounds. No --quiet: it silences --strict as well.
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict $(ARGS)
 
 # Record the numbers of tests/golden/losses anew, after a change that is meant to change them.
 golden: $(VENV)/.dev

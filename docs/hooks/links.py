@@ -55,8 +55,9 @@ def page_of(path: str, documents: dict[str, str], files) -> str | None:
 
 
 def on_page_content(html, page, config, files):
+    on_site = {file.dest_uri for file in files}
     for target in LEFT.findall(html):  # mkdocs does not look at links that leave docs/
-        if files.get_file_from_path(target) is None:
+        if posixpath.normpath(posixpath.join(page.url, target)) not in on_site:
             log.warning("%s has a link to %s, which is not on the site", page.file.src_uri, target)
     if not page.file.src_uri.startswith("reference/"):
         return html
