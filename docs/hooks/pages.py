@@ -1,7 +1,7 @@
 """Pages of the site that are not files of docs/: documents from elsewhere in the repository, and the API reference.
 
 The reference is made by walking the packages, so a module that is added, moved or renamed needs no edit here. Left out
-are modules whose name begins with an underscore, and what builds the shipped assets (once, by its authors).
+are modules whose name begins with an underscore.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,13 @@ import mkdocs_gen_files
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (ROOT / "kernels" / "advgrpo_kernels", ROOT / "advgrpo")
-NOT_PUBLIC = ("build_", "draw_training")
 
 
 def modules(package: Path) -> Iterator[Path]:
     """Files of the public modules, a package's own first, then its contents by name."""
     for path in sorted(package.rglob("*.py"), key=lambda path: (path.parent / path.stem.replace("__init__", "")).parts):
         names = path.relative_to(package).with_suffix("").parts
-        hidden = any(name.startswith(("_", *NOT_PUBLIC)) and name != "__init__" for name in names)
+        hidden = any(name.startswith("_") and name != "__init__" for name in names)
         if not hidden and path.read_text().strip():
             yield path
 

@@ -22,7 +22,7 @@ INNER_ROOMS = {"policy.fused"}
 def floors() -> dict[str, int]:
     """Room -> floor, of the image."""
     page = (ROOT / "docs" / "architecture.md").read_text()
-    image = re.search(r"## The house\n.*?```\n(.*?)```", page, re.DOTALL).group(1)
+    image = re.search(r"## The house\n.*?```text\n(.*?)```", page, re.DOTALL).group(1)
     found: dict[str, int] = {}
     for line in image.splitlines():
         number, rest = line.split(maxsplit=1)

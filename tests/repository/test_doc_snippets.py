@@ -10,7 +10,7 @@ from pathlib import Path
 
 import advgrpo_kernels
 
-PAGE = Path(__file__).parent.parent / "docs" / "kernels" / "index.md"
+PAGE = Path(__file__).parents[2] / "docs" / "kernels" / "index.md"
 
 
 def snippets() -> list[tuple[int, str]]:

@@ -35,7 +35,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # which pytest brings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BESIDE_DOCS = ("README.md", "CONTRIBUTING.md", "kernels/README.md", "bench/results/README.md")
 PAGES = [*(ROOT / name for name in BESIDE_DOCS), *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = ("python", "torchrun", "accelerate", "make", "pip", "pytest", "hf", "git", "cp", "bench/gpu_session.sh")
@@ -50,6 +50,7 @@ NOT_CHECKED = {
 class Command(NamedTuple):
     page: str
     text: str
+    inline: bool = False
 
     def __str__(self) -> str:
         return f"{self.page}: {self.text}"
@@ -66,7 +67,7 @@ def commands_of(page: Path) -> list[Command]:
     for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", fences.sub("", text)):
         words = [word for word in code.split() if not is_assignment(word)]
         if len(words) > 1 and words[0] in PROGRAMS:
-            found.append(Command(name, " ".join(code.split())))
+            found.append(Command(name, " ".join(code.split()), inline=True))
     return found
 
 
@@ -226,7 +227,9 @@ def understand(text: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("command", EVERY, ids=str)
 def test_commands_are_taken(command, parse_only, monkeypatch):
-    if uncommented(command.text) not in NOT_CHECKED:
+    if command.inline and (module := re.fullmatch(r"python -m ([\w.]+)", command.text)):  # a command's name
+        assert importlib.util.find_spec(module[1]) is not None, f"there is no module {module[1]}"
+    elif uncommented(command.text) not in NOT_CHECKED:
         understand(command.text, monkeypatch)
 
 

@@ -2,8 +2,8 @@
 
 A quoted message is a ```text block; "…" in it stands for what differs from case to case, where the code has a value.
 
-Planted bugs that turn it red: a word of a message changed in policy/update.py; a "…" left out of a quotation; a quoted
-message that nothing says.
+Planted bugs that turn it red: a word of a message changed in training/update.py; a "…" left out of a quotation; a
+quoted message that nothing says.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOLE = "…"
 
 
