@@ -17,6 +17,7 @@ from pydantic import Field
 from advgrpo import config as configuration
 from advgrpo.config import Repeated
 from advgrpo.errors import RunFailure, UserError
+from advgrpo.runtime.callable_module import make_callable
 from advgrpo.runtime.command import run_command
 from advgrpo.sampling.drawing import Drawn, DrawOptions
 
@@ -40,11 +41,15 @@ class Generate(DrawOptions):
     """Images of every prompt, drawn at once."""
 
 
-def check(options: Generate) -> None:
-    """UserError for anything in the flags that would fail after the model is loaded."""
+def check(options: Generate, *, write: bool = True) -> None:
+    """UserError for anything in the flags that would fail after the model is loaded; `write`: `output` is written."""
     if not options.prompt or not all(p.strip() for p in options.prompt):
         raise UserError('--prompt: give at least one non-empty prompt, e.g. --prompt "a red star"')
-    output = options.output
+    if write:
+        _check_output(options.output)
+
+
+def _check_output(output: Path) -> None:
     if output.suffix.lower() not in _SUFFIXES or output.is_dir():
         raise UserError(f"--output {output}: want the name of an image file, {', '.join(_SUFFIXES)}")
     if not output.parent.is_dir():
@@ -88,8 +93,12 @@ def draw(pipe, options: Generate, drawn: Drawn, prompt: str) -> torch.Tensor:
     return images.float().cpu()
 
 
-def generate(options: Generate) -> None:
-    """Draw every prompt and write the grid."""
+def draw_images(options: Generate, *, write: bool = True) -> dict[str, torch.Tensor]:
+    """Draw every prompt, and write the grid where `write` says so.
+
+    Returns:
+        "base", "lora" or both: [prompts, images_per_prompt, 3, H, W] float32 in [0, 1].
+    """
     from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
 
     from advgrpo.data.prompt_lengths import cut_prompts
@@ -99,7 +108,7 @@ def generate(options: Generate) -> None:
     from advgrpo.runtime.distributed import Distributed
     from advgrpo.training.preflight import check_model, check_size
 
-    check(options)
+    check(options, write=write)
     check_model(options.model, "--model")
     device = Distributed.start(options.device).device.type
     folder = pipeline_folder(options.model, field="--model")
@@ -125,8 +134,10 @@ def generate(options: Generate) -> None:
     rows = [
         (prompt, [(name, images[i]) for name, images in columns.items()]) for i, prompt in enumerate(options.prompt)
     ]
-    draw_grid(rows, options.output)
-    print(f"wrote {options.output}")
+    if write:
+        draw_grid(rows, options.output)
+        print(f"wrote {options.output}")
+    return {name: torch.stack(images) for name, images in columns.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,9 +150,11 @@ def _generate(arguments: list[str]) -> int:
 
     options = configuration.parse_options(Generate, arguments, program="python -m advgrpo.generate", about=__doc__)
     quiet_libraries()
-    generate(options)
+    draw_images(options)
     return 0
 
 
 if __name__ == "__main__":
     sys.exit(main())
+
+make_callable(__name__)

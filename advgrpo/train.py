@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.config.command_line import Start, read_settings
+from advgrpo.runtime.callable_module import make_callable
 from advgrpo.runtime.command import plain_console, run_command
 from advgrpo.runtime.libraries import quiet_libraries
 
@@ -68,3 +69,5 @@ def _train(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+make_callable(__name__)

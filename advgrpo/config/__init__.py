@@ -17,7 +17,7 @@ from advgrpo.config.checks import (
     untrained,
 )
 from advgrpo.config.explain import did_you_mean, explain, leaves, section_names, shown, wanted
-from advgrpo.config.flags import nested, parse_command, parse_options, read_flags
+from advgrpo.config.flags import nested, options_of, parse_command, parse_options, read_flags
 from advgrpo.config.help import settings_help
 from advgrpo.config.reading import build, dump, load, merge, preset_names, read, read_preset, read_yaml
 from advgrpo.config.sections import (
@@ -69,6 +69,7 @@ __all__ = [
     "needs_references",
     "nested",
     "noisy_steps",
+    "options_of",
     "parse_command",
     "parse_options",
     "preset_names",

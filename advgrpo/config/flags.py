@@ -92,6 +92,14 @@ def parse_options(model: type[Chosen], arguments: Sequence[str], *, program: str
         raise UserError(explain(error, model, given, dotted=False)) from error
 
 
+def options_of(model: type[Chosen], given: Mapping[str, Any]) -> Chosen:
+    """A command's options from Python's keyword arguments; UserError naming what is wrong, as it is named there."""
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        raise UserError(explain(error, model, given)) from error
+
+
 def parse_command(
     commands: Mapping[str, type[Options]], arguments: Sequence[str], *, program: str, about: str
 ) -> Options:

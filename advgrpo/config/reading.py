@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def spread(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as nested mappings: {"a.b": 1, "a": {"c": 2}} is {"a": {"b": 1, "c": 2}}."""
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        for part in reversed(str(name).split(".")[1:]):
+            value = {part: value}
+        nested = merge(nested, {str(name).split(".")[0]: value})
+    return nested
 
 
 def build(settings: dict[str, Any], source: str) -> Config:

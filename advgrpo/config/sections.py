@@ -7,6 +7,8 @@ Defaults are the values of Adv-GRPO (arXiv 2511.20256) on SD3.5-medium. Numbers 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer
@@ -554,6 +556,23 @@ class Config(Section):
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
     monitor: MonitorSection = MonitorSection()
+
+    @classmethod
+    def load(cls, preset: str = "", settings: Mapping[str, Any] | None = None, *, file: str | Path = "") -> Config:
+        """A preset with a file's settings and then `settings` laid over it, as a command does with its flags.
+
+        Args:
+            preset: its name; "" is the one that `file` names, else "tiny".
+            settings: by dotted name, {"rollout.group_size": 8}, or nested, {"rollout": {"group_size": 8}}.
+            file: YAML.
+
+        Raises:
+            UserError: an unknown preset or setting, a value of the wrong kind, an unreadable file.
+        """
+        from advgrpo.config import reading
+
+        base, source = reading.read(preset or None, Path(file) if file else None)
+        return reading.build(reading.merge(base, reading.spread(settings or {})), "settings" if settings else source)
 
     @property
     def images_per_iteration(self) -> int:

@@ -370,8 +370,16 @@ def grid_rows(columns: dict[str, list], references: ReferenceSet | None) -> list
     return rows
 
 
-def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
-    """Draw, score, compare; writes evaluation.json and grid.png and returns what the former holds."""
+@dataclass
+class Evaluation:
+    """What an evaluation finds."""
+
+    results: dict[str, Result]  # by metric
+    report: dict[str, Any]  # what evaluation.json holds
+
+
+def evaluate_models(options: Evaluate, flags: MetricOptions, console: Console) -> Evaluation:
+    """Draw, score, compare; writes evaluation.json and grid.png."""
     from advgrpo.policy.pipelines import pipeline_folder
     from advgrpo.training.preflight import check_model, check_reward, check_size
 
@@ -407,9 +415,10 @@ def evaluate(options: Evaluate, flags: MetricOptions, console: Console) -> dict:
     found = report(options, metric_settings, scores, prompts)
     write_atomically(options.output / "evaluation.json", json.dumps(found, indent=1) + "\n")
     draw_grid(grid_rows(images, references), options.output / "grid.png")
-    console.print(result_table(summarise(scores, options), list(scores), options))
+    results = summarise(scores, options)
+    console.print(result_table(results, list(scores), options))
     console.print(f"wrote {options.output}/evaluation.json and grid.png")
-    return found
+    return Evaluation(results, found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -421,7 +430,7 @@ def _evaluate(arguments: list[str]) -> int:
     rest, flags = split_metric_options(arguments)
     options = configuration.parse_options(Evaluate, rest, program="python -m advgrpo.evaluate", about=__doc__)
     quiet_libraries()
-    evaluate(options, flags, plain_console())
+    evaluate_models(options, flags, plain_console())
     return 0
 
 

@@ -199,7 +199,8 @@ class RewardHacking(RedFlag):
             offsets[_DINO_DISTANCE] = 1 - metrics["dino_similarity"]
         now = {name: self.settled(name, value) for name, value in {**rewards, **offsets}.items()}
         spread = {
-            name: noise(self.record_value(f"{name}, long", rewards[name], self.section.trend_window)) for name in rewards
+            name: noise(self.record_value(f"{name}, long", rewards[name], self.section.trend_window))
+            for name in rewards
         }
         if None in now.values():
             return None

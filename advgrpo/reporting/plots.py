@@ -18,7 +18,7 @@ from advgrpo.runtime.atomic import write_atomically
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f6fb4", "#d95f0e", "#2a9d5c", "#8a8a8a"
 
-
+GridRows = Sequence[tuple[str, Sequence[tuple[str, Tensor]]]]
 _Values = Mapping[str, Any]
 
 
@@ -255,20 +255,18 @@ _CAPTION_LINES = 3  # of a prompt; the whole of it is in the prompt file
 _MIN_WIDTH = 360  # captions over a single small image stay readable
 
 
-def draw_grid(
-    rows: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]],
-    path: str | Path,
-    *,
-    header: str = "",
-    min_size: int = 64,
-    max_size: int = 256,
-) -> None:
-    """Draw images as a PNG grid: one row per caption, in blocks such as "base" | "final" | "references".
+def draw_grid(rows: GridRows, path: str | Path, **how: Any) -> None:
+    """Write `grid_image(rows, **how)` to a file, whose suffix says its format."""
+    canvas, kind = grid_image(rows, **how), Image.registered_extensions()[Path(path).suffix.lower()]
+    write_atomically(Path(path), lambda file: canvas.save(file, kind))
+
+
+def grid_image(rows: GridRows, *, header: str = "", min_size: int = 64, max_size: int = 256) -> Image.Image:
+    """Images as one grid: a row per caption, in blocks such as "base" | "final" | "references".
 
     Args:
         rows: (caption, [(block title, float images [n, 3, H, W] in [0, 1]), ...]) with the same titles in every row; n
             and the image sizes may differ. Captions are wrapped to the grid's width and cut after three lines.
-        path: the PNG to write.
         header: what the images are (run, iteration, seed, guidance, scores), written above them.
         min_size: smaller images are enlarged by a whole factor, nearest neighbour, until their shorter side has this.
         max_size: larger images are reduced to this longer side.
@@ -307,11 +305,10 @@ def draw_grid(
             for i, image in enumerate(_tiles(images, tile)):
                 canvas.paste(image, (left + i * (tile[1] + _GAP), top))
         top += tile[0] + 8
-    kind = Image.registered_extensions()[Path(path).suffix.lower()]
-    write_atomically(Path(path), lambda file: canvas.save(file, kind))
+    return canvas
 
 
-def _check_rows(rows: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]]) -> list[str]:
+def _check_rows(rows: GridRows) -> list[str]:
     if not rows or not rows[0][1]:
         raise ValueError("rows is empty: at least one caption with one block of images is needed")
     titles = [title for title, _ in rows[0][1]]

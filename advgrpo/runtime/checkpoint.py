@@ -54,6 +54,11 @@ class CheckpointError(UserError):
         self.reason = reason
 
 
+def folder_of(root: str | Path, iteration: int) -> Path:
+    """Where the checkpoint after `iteration` iterations is kept."""
+    return Path(root) / f"iteration-{iteration:06d}"
+
+
 def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Write `root/iteration-NNNNNN` atomically and durably, then prune to the newest `keep` checkpoints.
 
@@ -75,7 +80,7 @@ def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], stat
     if keep < 1 or iteration < 0:
         raise ValueError(f"keep={keep} must be at least 1 and iteration={iteration} must not be negative")
     state_text = _exact_json(state)
-    root, final = Path(root), Path(root) / f"iteration-{iteration:06d}"
+    root, final = Path(root), folder_of(root, iteration)
     try:
         root.mkdir(parents=True, exist_ok=True)
         clean(root)

@@ -59,9 +59,13 @@ class Resume:
     accepted: tuple[Source, ...] = ()
 
     @classmethod
-    def of(cls, wanted: Resume | bool) -> Resume:
-        """True is mode "folder", False "never"."""
-        return wanted if isinstance(wanted, Resume) else cls("folder" if wanted else "never")
+    def of(cls, wanted: Resume | Literal["auto"] | bool) -> Resume:
+        """True is mode "folder", False "never", "auto" the mode of that name."""
+        if isinstance(wanted, Resume):
+            return wanted
+        if wanted not in (True, False, "auto"):
+            raise UserError(f'resume = {wanted!r}: want True, False or "auto"')
+        return cls("auto" if wanted == "auto" else "folder" if wanted else "never")
 
 
 @dataclass(frozen=True)

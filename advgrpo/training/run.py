@@ -9,7 +9,9 @@ import platform
 import sys
 import time
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -42,6 +44,7 @@ from advgrpo.training.build import (
     check_cache_is_shared,
     check_prompts,
 )
+from advgrpo.training.callbacks import Callback, Callbacks
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.preflight import preflight
 from advgrpo.training.resuming import SUMMARY_FILE, Resume, Resuming, Saved, differences, made_from
@@ -63,14 +66,24 @@ def prepare_output(folder: Path) -> None:
 class Run:
     """Builds every part from the config and drives the iterations; only rank 0 writes."""
 
-    def __init__(self, config: Config, distributed: Distributed, *, resume: Resume | bool = False, console: Console):
-        """`resume`: which checkpoint to go on from; True is the newest in the output folder, False a new run.
+    def __init__(
+        self,
+        config: Config,
+        distributed: Distributed,
+        *,
+        resume: Resume | Literal["auto"] | bool = False,
+        console: Console,
+        callbacks: Iterable[Callback] = (),
+    ):
+        """`resume`: which checkpoint to go on from; True is the newest in the output folder, False a new run. What
+        `callbacks` are told, and when, they say themselves.
 
         Raises:
             UserError: whatever is wrong with settings, files, models or the checkpoint, or another run in the folder.
         """
         self.config, self.distributed, self.console = config, distributed, console
         self.display = Display(console)
+        self.callbacks = Callbacks(callbacks if distributed.is_main else ())
         self.folder = Path(config.output_dir)
         self.nothing_left = ""  # why the run is done already; then nothing is loaded
         self.base: dict[str, float] = {}
@@ -78,6 +91,7 @@ class Run:
         self.samples: dict[str, list] = {}
         self.unlogged: dict | None = None  # metrics of the newest iteration, while its evaluation is not done
         self.stopped = ""  # why the run ended early
+        self._asked = ""  # why a callback wants the end
         self._lock: FolderLock | None = None
         try:
             self._prepare(Resume.of(resume))
@@ -209,7 +223,8 @@ class Run:
                 if self.unlogged is None:
                     self.unlogged = plain(self._iterate())
                 self._log(tracker)
-                flagged = [text for text in self.distributed.gather_json(_flagged_to_stop(trainer.flags)) if text]
+                reasons = self.distributed.gather_json(_flagged_to_stop(trainer.flags) or self._asked)
+                flagged = [text for text in reasons if text]
                 every = config.output.checkpoint_every
                 if flagged or trainer.finished or (every and trainer.iteration % every == 0):
                     tracker.sync()
@@ -222,18 +237,23 @@ class Run:
         metrics, done, every = self.unlogged, self.trainer.iteration, self.config.evaluation.every
         if not self.trainer.finished and every and done % every == 0:
             found = self._evaluate(whole=False)
+            self.callbacks.on_evaluation("during", found, done)
             metrics = metrics | found
             self._draw_samples(f"iteration-{done:06d}", found)
         tracker.log(metrics, self.trainer.flags)
         self.unlogged = None
+        self._asked = self.callbacks.on_iteration(metrics, self.trainer.flags) or ""
 
     def _stop(self) -> None:
         """Leave a run that ends early so that it can be continued: on rank 0 alone, the others may be gone."""
         if not self.distributed.is_main:
             return
         if self.keeper.began:
+            before = self.keeper.saved
             self.keeper.keep()
             self.trainer.abandon()
+            if self.keeper.saved != before:
+                self._tell_of_checkpoint()
         again = "start it again" if self.keeper.saved is None else f"continue with --resume {self.folder}"
         self.console.print(f"stopped by {self.stopped} after {self.trainer.iteration} iterations; {again}")
         if self.keeper.began and not self.trainer.finished:  # last: whoever stops a run does not wait for long
@@ -270,6 +290,7 @@ class Run:
         self.display.print_line(f"evaluating the base model on {len(self.evaluator.prompts)} held-out prompts")
         base = self._evaluate(of_base=True)
         self.console.print(f"base model: {_shown(base)}")
+        self.callbacks.on_evaluation("base", base, self.trainer.iteration)
         return base
 
     def _evaluate_start(self) -> dict[str, float]:
@@ -280,11 +301,14 @@ class Run:
         self.console.print(f"evaluating {start}")
         found = self._evaluate()
         self.console.print(f"start: {_shown(found)}")
+        self.callbacks.on_evaluation("start", found, self.trainer.iteration)
         return found
 
     def _finish(self) -> None:
         """Export, final evaluation, images and summary."""
         final = self._evaluate()
+        if final:
+            self.callbacks.on_evaluation("final", final, self.trainer.iteration)
         self._draw_samples("final", final)
         if not self.distributed.is_main:
             return
@@ -367,6 +391,11 @@ class Run:
         with self.distributed.monitored("save a checkpoint"):
             if self.distributed.is_main:
                 self.keeper.save()
+                self._tell_of_checkpoint()
+
+    def _tell_of_checkpoint(self) -> None:
+        done = self.keeper.saved
+        self.callbacks.on_checkpoint(checkpoints.folder_of(self.folder / "checkpoints", done), done)
 
     def _write_checkpoint(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         """Of the trainer's state between two iterations; also called by the thread that watches the other processes."""

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -30,9 +31,14 @@ _SLOWEST_DISK = 20e6  # bytes per second: a checkpoint that is written slower co
 def signals_stop(distributed: Distributed) -> Iterator[None]:
     """SIGTERM, SIGINT and SIGHUP ask for the job's end; another one, seconds later, ends this process at once.
 
+    In another thread than the main one, which alone may handle signals, they do what they did before.
+
     Raises:
         KeyboardInterrupt: at the second signal.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     first: float | None = None
 
     def ask(number: int, _frame: object) -> None:

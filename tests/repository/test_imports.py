@@ -1,6 +1,6 @@
-"""The direction of imports is the image in docs/architecture.md: a line uses what stands on floors below its own.
+"""The direction of imports is the drawing in docs/architecture.md: a line uses what stands on floors below its own.
 
-Planted: `from advgrpo.training import build` inside a function of data/sources.py, a room missing from the image, a
+Planted: `from advgrpo.training import build` inside a function of data/sources.py, a room missing from the drawing, a
 room drawn twice.
 """
 
@@ -20,11 +20,11 @@ INNER_ROOMS = {"policy.fused"}
 
 @functools.cache
 def floors() -> dict[str, int]:
-    """Room -> floor, of the image."""
+    """Room -> floor, of the drawing."""
     page = (ROOT / "docs" / "architecture.md").read_text()
-    image = re.search(r"## The house\n.*?```text\n(.*?)```", page, re.DOTALL).group(1)
+    drawing = re.search(r"## The house\n.*?```text\n(.*?)```", page, re.DOTALL).group(1)
     found: dict[str, int] = {}
-    for line in image.splitlines():
+    for line in drawing.splitlines():
         number, rest = line.split(maxsplit=1)
         for name in rest.split():
             if name in rooms():
@@ -72,7 +72,7 @@ def imports(path: Path, name: str) -> Iterator[tuple[int, str]]:
                     yield node.lineno, full if full in modules() else base.removeprefix("advgrpo").lstrip(".")
 
 
-def test_every_room_is_in_the_image_once():
+def test_every_room_is_in_the_drawing_once():
     assert set(floors()) == rooms()
 
 
