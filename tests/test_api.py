@@ -69,7 +69,7 @@ def test_a_callback_ends_a_run_which_goes_on_as_if_it_had_not(config, tmp_path):
     timed = ("seconds", "images_per_second")
     rows = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in r.metrics] for r in (whole, resumed)]
     assert rows[0] == rows[1]
-    again = advgrpo.train(config, resume=True, console=QUIET)
+    again = advgrpo.train(config, resume="auto", console=QUIET)
     assert again.summary == resumed.summary  # it is done: nothing is trained
 
 

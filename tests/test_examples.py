@@ -1,11 +1,21 @@
 """What stands in examples/ works as it stands there."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str):
+    """The module that an example is."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
@@ -21,3 +31,46 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     shown = [key for cell in cells for output in cell.outputs for key in output.get("data", {})]
     assert shown.count("image/png") >= 2  # the curves and the grid
     assert (tmp_path / "runs/notebook/lora/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("changes", [{}, {"rollout.initial_noise": "per_image", "rollout.guidance_scale": 2.0}])
+def test_the_method_in_one_file_gives_the_trainers_numbers_to_the_last_bit(tmp_path, changes):
+    """Warm-up, discriminator updates, and the generator's, on the shipped world."""
+    from rich.console import Console
+
+    from advgrpo import Config
+    from advgrpo.runtime.distributed import Distributed
+    from advgrpo.training.run import Run
+
+    minimal = load("adv_grpo_minimal")
+    settings = {
+        **minimal.SETTINGS,
+        "iterations": 3,
+        "output_dir": str(tmp_path / "run"),
+        "data.cache_dir": str(tmp_path / "cache"),
+        "data.held_out_prompts": "",
+        "evaluation.metrics": [],
+        "rollout.prompts_per_iteration": 4,
+        "rollout.group_size": 4,
+        "rollout.micro_batch": 4,
+        "rollout.num_steps": 6,
+        "adversary.warmup_iterations": 1,
+        "adversary.warmup_updates": 3,
+        "adversary.schedule": "always",
+        "adversary.updates_per_iteration": 2,
+        "adversary.batch_size": 6,
+        **changes,
+    }
+    config = Config.load("tiny", settings)
+    run = Run(config, Distributed.start("cpu"), console=Console(quiet=True))
+    expected = [run.trainer.iterate() for _ in range(3)]
+    run.close()
+    own = minimal.AdvGRPO(config, torch.device("cpu"))
+    for iteration, row in enumerate(expected):
+        found = own.iterate(iteration)
+        assert ("policy_loss" in found) == (iteration > 0)
+        assert found == {name: row[name] for name in found}
+
+
+def test_the_method_in_one_file_is_one_page():
+    assert len((EXAMPLES / "adv_grpo_minimal.py").read_text().splitlines()) <= 150
