@@ -29,12 +29,17 @@ SETTINGS = {"fast": False, "adversary.replay_capacity": 0}  # nothing that is on
 
 class AdvGRPO:
     def __init__(self, config: Config, device: torch.device):
-        self.config, self.device, cache = config, device, Path(config.data.cache_dir).expanduser()
+        self.config, self.seed, self.device, cache = (
+            config,
+            config.seed,
+            device,
+            Path(config.data.cache_dir).expanduser(),
+        )
         self.policy = load_policy(config.model, device=device, cache_dir=cache, seed=config.seed)
         self.adversary = build_adversary(config.adversary, device=device, seed=config.seed)
         self.prompts = [p.text for p in load_prompts(shipped_path("prompts", config.data.prompts))]
-        folder, size = shipped_path("references", config.data.references), config.data.min_reference_size
-        self.references = ReferenceSet.load(folder, self.prompts, min_size=size)
+        folder, smallest = shipped_path("references", config.data.references), config.data.min_reference_size
+        self.references = ReferenceSet.load(folder, self.prompts, min_size=smallest)
         self.reference_features: dict[str, Features] = {}  # by prompt
         self.groups = GroupSampler(len(self.prompts), config.rollout.prompts_per_iteration, config.seed)
         named, how = list(self.policy.trainable_parameters()), config.update
@@ -55,7 +60,7 @@ class AdvGRPO:
 
         # The discriminator scores them, and of every image's prompt one reference.
         generated = Features.cat([self.adversary.features(b["images"], b["captions"]) for b in batches])
-        draws = torch.rand(total, generator=rng.generator(self.config.seed, "reference", iteration))
+        draws = torch.rand(total, generator=rng.generator(self.seed, "reference", iteration))
         captions = [caption for b in batches for caption in b["captions"]]
         reference = Features.cat([self.reference(caption, draw) for caption, draw in zip(captions, draws)])
         ids, sides = torch.arange(total, device=self.device), {"reward": generated, "reference": reference}
@@ -80,15 +85,15 @@ class AdvGRPO:
     @torch.no_grad()
     def sample(self, ids: torch.Tensor, prompts: list[str], plan: tuple, iteration: int) -> dict:
         """A micro-batch: its images, and of the window's steps what the update needs."""
-        (timesteps, coefficients, window), rollout, seed = plan, self.config.rollout, self.config.seed
+        (timesteps, coefficients, window), rollout = plan, self.config.rollout
         groups, row = (ids // rollout.group_size).unique(return_inverse=True)
         text = self.policy.encode([prompts[g] for g in groups.tolist()])
         prepared = self.policy.prepare(text, timesteps, guided=rollout.guidance_scale != 1.0).rows(row.to(self.device))
         shared = rollout.initial_noise == "shared"  # by the images of a prompt
         owners, steps, shape = groups[row] if shared else ids, [], (len(ids), *self.policy.latent_shape())
-        initial = {"seed": rng.derive_seed(seed, "initial_noise", iteration), "sample_ids": owners.to(self.device)}
+        initial = {"seed": rng.derive_seed(self.seed, "initial_noise", iteration), "sample_ids": owners.to(self.device)}
         latents = philox_normal(shape, **initial)
-        keys = {"seed": rng.derive_seed(seed, "step_noise", iteration), "sample_ids": ids.to(self.device)}
+        keys = {"seed": rng.derive_seed(self.seed, "step_noise", iteration), "sample_ids": ids.to(self.device)}
         for i, number in enumerate(torch.arange(len(timesteps), device=self.device).split(1)):
             velocity, unguided = self.policy.predict(latents, number, prepared)
             how = {"uncond_velocity": unguided, "guidance_scale": rollout.guidance_scale, "step": number}
@@ -111,14 +116,12 @@ class AdvGRPO:
 
     def discriminator_loss(self, generated: Features, reference: Features, ids: torch.Tensor, purpose: str, *key: int):
         """The hinge loss on random patches of both sides (eqs. 11-14)."""
-        seeds = [rng.derive_seed(self.config.seed, f"{purpose}_{s}_patches", *key) for s in ("reference", "generated")]
+        seeds = [rng.derive_seed(self.seed, f"{purpose}_{s}_patches", *key) for s in ("reference", "generated")]
         drawn = [self.adversary.training_features(of, ids, s) for of, s in zip((reference, generated), seeds)]
         return self.adversary.loss(*drawn, total=len(ids)).loss
 
     def update_discriminator(self, generated: Features, reference: Features, iteration: int, number: int) -> None:
-        order = torch.randperm(
-            len(generated), generator=rng.generator(self.config.seed, "head_batch", iteration, number)
-        )
+        order = torch.randperm(len(generated), generator=rng.generator(self.seed, "head_batch", iteration, number))
         rows = order[: self.config.adversary.batch_size].sort().values.to(self.device)
         self.adversary.optimizer.zero_grad(set_to_none=False)
         self.discriminator_loss(generated.rows(rows), reference.rows(rows), rows, "head", iteration, number).backward()
