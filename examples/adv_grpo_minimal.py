@@ -29,12 +29,8 @@ SETTINGS = {"fast": False, "adversary.replay_capacity": 0}  # nothing that is on
 
 class AdvGRPO:
     def __init__(self, config: Config, device: torch.device):
-        self.config, self.seed, self.device, cache = (
-            config,
-            config.seed,
-            device,
-            Path(config.data.cache_dir).expanduser(),
-        )
+        self.config, self.seed, self.device = config, config.seed, device
+        cache = Path(config.data.cache_dir).expanduser()
         self.policy = load_policy(config.model, device=device, cache_dir=cache, seed=config.seed)
         self.adversary = build_adversary(config.adversary, device=device, seed=config.seed)
         self.prompts = [p.text for p in load_prompts(shipped_path("prompts", config.data.prompts))]
@@ -59,9 +55,11 @@ class AdvGRPO:
         batches = [self.sample(ids, prompts, plan, iteration) for ids in torch.arange(total).split(rollout.micro_batch)]
 
         # The discriminator scores them, and of every image's prompt one reference.
-        generated = Features.cat([self.adversary.features(b["images"], b["captions"]) for b in batches])
+        captions = [prompts[i // rollout.group_size] for i in range(total)]
+        generated = Features.cat(
+            [self.adversary.features(b["images"], [captions[i] for i in b["ids"]]) for b in batches]
+        )
         draws = torch.rand(total, generator=rng.generator(self.seed, "reference", iteration))
-        captions = [caption for b in batches for caption in b["captions"]]
         reference = Features.cat([self.reference(caption, draw) for caption, draw in zip(captions, draws)])
         ids, sides = torch.arange(total, device=self.device), {"reward": generated, "reference": reference}
         scores = [self.adversary.score(of, ids, purpose=p, iteration=iteration).reward for p, of in sides.items()]
@@ -102,8 +100,7 @@ class AdvGRPO:
             if i in window:
                 steps.append((number, latents, taken.next_latents, taken.log_prob))
             latents = taken.next_latents
-        captions, images = [prompts[g] for g in groups[row].tolist()], self.policy.decode(latents)
-        return {"ids": ids, "prepared": prepared, "steps": steps, "captions": captions, "images": images}
+        return {"ids": ids, "prepared": prepared, "steps": steps, "images": self.policy.decode(latents)}
 
     def reference(self, prompt: str, draw: torch.Tensor) -> Features:
         """Frozen features of one of a prompt's references; those of all are computed when it is first seen."""
