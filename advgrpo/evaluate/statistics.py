@@ -1,8 +1,10 @@
 """Uncertainty of means: bootstrap over clusters, paired comparison, and the t-interval over seeds. Pure and seeded.
 
 The images of a prompt are alike, so the prompt, not the image, is the unit that is resampled (cluster bootstrap,
-Davison & Hinkley, "Bootstrap Methods and Their Application", section 3.8). Intervals are percentile intervals; with
-fewer than about 10 clusters they are too narrow, which is why a handful of seeds gets a t-interval instead.
+Davison & Hinkley, "Bootstrap Methods and Their Application", section 3.8). Intervals are scipy's bias-corrected and
+accelerated ones (BCa, Efron 1987): scores near their upper end, such as a judge's, are skewed, which percentile
+intervals ignore. With fewer than about 10 clusters they are too narrow, which is why a handful of seeds gets a
+t-interval instead.
 
 Shapes: n clusters, k images of each; scores are [n] or [n, k], of any float dtype, computed in float64.
 """
@@ -13,11 +15,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from advgrpo.runtime import rng
 
-_RESAMPLES_AT_ONCE = 2**22  # elements of an index tensor: 32 MB
+_RESAMPLES_AT_ONCE = 2**22  # elements of an array of resampled clusters: 32 MB
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,32 @@ class Comparison:
 def bootstrap_mean(
     scores: torch.Tensor | Sequence[float], *, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
 ) -> Interval:
-    """Mean of scores [n] or [n, k] with its percentile interval, whole rows being resampled with replacement.
+    """Mean of scores [n] or [n, k] with its BCa interval, whole rows being resampled with replacement.
 
-    The same seed draws the same rows for every score matrix with n rows.
+    The same seed draws the same rows for every score matrix with n rows. Rows of equal means, or a single row, have no
+    spread to estimate: low = mean = high.
 
     Raises:
         ValueError: no scores, a score that is not finite, or a confidence outside (0, 1).
     """
+    from scipy.stats import bootstrap  # half a second, which --help need not wait for
+
     clusters = _clusters(scores)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence = {confidence}: want a share between 0 and 1")
-    tail = (1 - confidence) / 2
-    means = _resampled_means(clusters, resamples, seed)
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(clusters.mean().item(), low, high)
+    mean = clusters.mean().item()
+    if bool((clusters == clusters[0]).all()):
+        return Interval(mean, mean, mean)
+    found = bootstrap(
+        (clusters.numpy(),),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, _RESAMPLES_AT_ONCE // len(clusters)),
+        confidence_level=confidence,
+        method="BCa",
+        rng=np.random.default_rng(rng.derive_seed(seed, "bootstrap")),
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))
 
 
 def paired_bootstrap(
@@ -96,36 +111,16 @@ def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Student's t quantile for a whole number of degrees of freedom, by bisection of its distribution function.
+    """Student's t quantile for a whole number of degrees of freedom.
 
     Raises:
         ValueError: a probability outside [0.5, 1) or fewer than 1 degree of freedom.
     """
+    from scipy.special import stdtrit  # scipy.stats.t.ppf without the quarter of a second that scipy.stats takes
+
     if not 0.5 <= probability < 1 or freedom < 1:
         raise ValueError(f"t_quantile({probability}, {freedom}): want 0.5 <= probability < 1 and freedom >= 1")
-    low, high = 0.0, 1.0
-    while _t_distribution(high, freedom) < probability:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if _t_distribution(middle, freedom) < probability else (low, middle)
-    return high
-
-
-def _t_distribution(t: float, freedom: int) -> float:
-    """P(T <= t) for t >= 0: Abramowitz & Stegun 26.7.3 (odd) and 26.7.4 (even degrees of freedom)."""
-    theta = math.atan2(t, math.sqrt(freedom))
-    square = math.cos(theta) ** 2
-    term, total = 1.0, 0.0
-    odd = freedom % 2
-    for i in range(freedom // 2):
-        total += term
-        term *= square * (2 * i + 1 + odd) / (2 * i + 2 + odd)
-    total *= math.sin(theta) * (math.cos(theta) if odd else 1.0)
-    within = 2 / math.pi * (theta + total) if odd else total
-    return 0.5 + within / 2
+    return float(stdtrit(freedom, probability))
 
 
 def _as_matrix(scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
@@ -142,13 +137,3 @@ def _as_matrix(scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
 def _clusters(scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
     """[n] means of equally large clusters: resampling rows of [n, k] only ever needs these."""
     return _as_matrix(scores).mean(1)
-
-
-def _resampled_means(clusters: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
-    generator, count = rng.generator(seed, "bootstrap"), len(clusters)
-    at_once = max(1, _RESAMPLES_AT_ONCE // count)
-    parts = []
-    for start in range(0, resamples, at_once):
-        rows = torch.randint(count, (min(at_once, resamples - start), count), generator=generator)
-        parts.append(clusters[rows].mean(1))
-    return torch.cat(parts)
