@@ -44,7 +44,20 @@ def resume_of(start: Start) -> Resume:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes of `command.run_command`."""
-    return run_command(_train, arguments, interrupted=_INTERRUPTED)
+    return run_command(_recorded, arguments, interrupted=_INTERRUPTED)
+
+
+def _recorded(arguments: list[str]) -> int:
+    """`_train`; under torchrun its error is also in the file that torchrun, and who started it, look into.
+
+    Inside of `run_command`, which turns errors into exit codes. A process that ends because another has failed records
+    that one's error, so whichever torchrun takes for the first, it names what went wrong.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return _train(arguments)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(_train)(arguments) or 0
 
 
 def _train(arguments: list[str]) -> int:

@@ -1,7 +1,10 @@
-"""`advgrpo.train` with a fault: `train_worker.py none|slow|killed FLAGS ...`, which test_restart.py starts.
+"""`advgrpo.train` with a fault: `train_worker.py none|slow|killed|burning|misconfigured FLAGS ...`.
+
+Started by test_restart.py and test_distributed.py.
 
 slow: rank 1 takes a second longer for every micro-batch that it samples, and one for every micro-batch that it scores.
 killed: rank 1 is killed in its third iteration, but only in the first attempt of torchrun.
+burning, misconfigured: rank 1 fails, with an error of the machine or of the user, where rank 0 waits for it.
 """
 
 import os
@@ -10,8 +13,10 @@ import sys
 import time
 
 from advgrpo.adversary.feature_head import FeatureHeadAdversary
+from advgrpo.errors import UserError
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.train import main
+from advgrpo.training.run import Run
 from advgrpo.training.trainer import Trainer
 
 
@@ -32,10 +37,22 @@ def killed(rollout):
     return die
 
 
+ERRORS = {"burning": OSError("the image store is on fire"), "misconfigured": UserError("seed = -1: want 0 or more")}
+
+
+def failing(error):
+    def prepare(run, resume):
+        raise error
+
+    return prepare
+
+
 if __name__ == "__main__":
     fault, *flags = sys.argv[1:]
     if os.environ["RANK"] == "1" and fault == "slow":
         Sampler.run, FeatureHeadAdversary.features = slowed(Sampler.run), slowed(FeatureHeadAdversary.features)
     if os.environ["RANK"] == "1" and fault == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         Trainer.rollout = killed(Trainer.rollout)
+    if os.environ["RANK"] == "1" and fault in ERRORS:
+        Run._prepare = failing(ERRORS[fault])
     sys.exit(main(flags))

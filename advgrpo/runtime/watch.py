@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from advgrpo.errors import RunFailure, UserError, printable
 
@@ -307,7 +308,9 @@ class Watch(threading.Thread):
             self._tell_stacks(self.failure.waits_for)
         if self._left.wait(max(0.0, grace - (time.monotonic() - began))):
             return
-        tell(self._rank, f"{self.failure.as_exception()}\nThis rank did not end by itself and was here:")
+        error = self.failure.as_exception()
+        record_error(error)
+        tell(self._rank, f"{error}\nThis rank did not end by itself and was here:")
         faulthandler.dump_traceback(file=sys.__stderr__)
         exit_now(self.failure.exit_code)
 
@@ -351,6 +354,17 @@ class Watch(threading.Thread):
 
 def tell(rank: int, text: str) -> None:
     print(f"[rank {rank}] {printable(text)}", file=sys.stderr, flush=True)  # other ranks' and machines' words
+
+
+def record_error(error: Exception) -> None:
+    """Leave `error` in the file that torchrun names in its report, where torchrun has started this process."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    try:
+        raise error  # what is recorded is the exception that is being handled
+    except Exception:
+        with suppress(OSError):
+            get_error_handler().record_exception(error)
 
 
 def exit_now(code: int) -> None:

@@ -2,7 +2,8 @@
 
 Bugs planted in a copy, each seen red: the store's keys without the attempt; no look at whether the neighbour hangs;
 nothing done before the exit; no timer behind it; rank 0 that does not stop while it waits; rank 0 that waits for a dead
-rank's goodbye; a killed rank taken for one that hangs; 25 seconds of silence.
+rank's goodbye; a killed rank taken for one that hangs; 25 seconds of silence;
+`record` outside of `run_command`; an error that the watch does not record; nothing recorded under torchrun.
 """
 
 import inspect
@@ -40,11 +41,18 @@ def clean_environment():
     return {key: value for key, value in env.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
-def run_torchrun(scenario, folder, *flags, launcher=("-m", "torch.distributed.run")):
-    command = [sys.executable, *launcher, "--standalone", "--nproc-per-node=2", *flags, WORKER]
+def run_torchrun(scenario, folder, *flags, launcher=("-m", "torch.distributed.run"), worker=WORKER):
+    """Torchrun leaves the first error of its processes in `folder`/error.json."""
+    command = [sys.executable, *launcher, "--standalone", "--nproc-per-node=2", *flags, worker, scenario]
+    arguments = [folder] if worker == WORKER else ["--output-dir", f"{folder}/run", "--device", "cpu"]
+    environment = clean_environment() | {"TORCHELASTIC_ERROR_FILE": f"{folder}/error.json"}
     return subprocess.run(
-        [*command, scenario, folder], env=clean_environment(), capture_output=True, text=True, timeout=2 * LIMIT_SECONDS
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS
     )
+
+
+def recorded_error(folder):
+    return json.loads((folder / "error.json").read_text())["message"]
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,22 @@ def test_a_failing_rank_ends_an_attempt_of_torchrun_and_the_next_one_works(tmp_p
     assert "[rank 0] ending because rank 1 failed: OSError: the image store is on fire" in done.stderr
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"{rank}.restarted").read_text() for rank in range(2)] == ["[0, 1]"] * 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "error"),
+    [
+        ("burning", 1, "OSError: the image store is on fire"),
+        ("misconfigured", UserError.EXIT_CODE, "UserError: seed = -1: want 0 or more"),
+    ],
+)
+def test_torchruns_error_file_has_the_first_error_of_a_training(fault, code, error, tmp_path):
+    """Whichever of the two torchrun takes for the first; the exit codes and the one line for the user stay."""
+    done = run_torchrun(fault, tmp_path, worker=WORKER.with_name("train_worker.py"))
+    found = recorded_error(tmp_path)
+    assert error in found["extraInfo"]["py_callstack"]
+    assert found["errorCode"] == code
+    assert re.search(rf"^error: .*{error.split(': ', 1)[1]}", done.stderr, re.MULTILINE)
 
 
 def test_a_user_error_stays_one(ends):
@@ -236,6 +260,7 @@ def test_a_job_whose_rank_is_stopped_ends_in_time(tmp_path):
     took = time.time() - float((tmp_path / "frozen").read_text())
     assert done.returncode != 0
     assert "[rank 0] ending because rank 1 failed: it has given no sign of life for 5 s" in done.stderr
+    assert "it has given no sign of life for 5 s" in recorded_error(tmp_path)["extraInfo"]["py_callstack"]
     assert took < 5 + 2 * 0.2 + 4 + 5 + 3  # silence, polls, saving, torchrun's patience; torchrun itself ends
 
 
