@@ -15,6 +15,9 @@ from advgrpo.errors import UserError
 from advgrpo.training.ema import Ema
 from advgrpo_kernels import multi_tensor_adamw
 
+# The package `apex` on PyPI is something else.
+APEX = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation 'apex @ git+https://github.com/NVIDIA/apex'"
+
 
 class ClippedOptimizer(Protocol):
     """What `Updater` steps; `optimizer` holds the state that a checkpoint keeps."""
@@ -98,13 +101,12 @@ class _MomentsOnly(torch.optim.Optimizer):
 
 
 def _apex_adam() -> type:
-    """NVIDIA Apex's FusedAdam; the package `apex` on PyPI is something else."""
+    """NVIDIA Apex's FusedAdam."""
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
         raise UserError(
-            f"update.optimizer = 'apex': NVIDIA Apex is not installed ({error}); build it from "
-            "github.com/NVIDIA/apex with --cpp_ext --cuda_ext, or use auto"
+            f"update.optimizer = 'apex': NVIDIA Apex is not installed ({error}); build it with {APEX}, or use auto"
         ) from error
     return FusedAdam
 

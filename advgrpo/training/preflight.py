@@ -26,6 +26,7 @@ from advgrpo.policy.sd3 import check_resolution, check_schedule
 from advgrpo.policy.sdxl import check_unet, ddim_scheduler
 from advgrpo.runtime.folders import writable
 from advgrpo.sampling.dynamics import check_dynamics
+from advgrpo.training.optimizer import APEX
 from advgrpo.vision.clip import preference_folder
 from advgrpo.vision.dino import backbone_folder
 from advgrpo.vision.loading import expanded, model_config
@@ -68,7 +69,7 @@ def _check_judges(config: Config, *, network: bool) -> None:
 def _check_installed(config: Config) -> None:
     """Packages that only some settings need, before hours of work lead to them."""
     output, update = config.output, config.update
-    apex = "NVIDIA Apex (github.com/NVIDIA/apex, built with --cpp_ext --cuda_ext; not PyPI's apex)"
+    apex = f"NVIDIA Apex (not PyPI's apex: {APEX})"
     asked = (
         (output.tensorboard, "output.tensorboard = true", "tensorboard", "tensorboard", "--output.no-tensorboard"),
         (output.wandb_project, f"output.wandb_project = {output.wandb_project!r}", "wandb", "wandb", "leave it empty"),
