@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: train test lint docs golden peers kernels-matrix tiny-assets gpu-carry clean
+.PHONY: train test lint golden peers kernels-matrix wheels tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -32,6 +33,10 @@ MATRIX ?= $(PYTHON):2.6.0:3.2.0:diffusers==0.33.1,transformers==4.46.3,peft==0.1
 
 kernels-matrix:
 	tests/kernels/matrix.sh $(MATRIX)
+
+# Both wheels into dist/, each installed and used in an environment of its own.
+wheels:
+	PYTHON=$(PYTHON) tests/wheels.sh
 
 # The integrations of kernels/ against the other codebases themselves, cloned at the commits of tests/peers/commits.json.
 peers: $(VENV)/.dev
