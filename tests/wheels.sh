@@ -22,7 +22,7 @@ train/bin/python -c 'import advgrpo, advgrpo_kernels
 print(advgrpo.__file__)
 assert "site-packages" in advgrpo.__file__ and "site-packages" in advgrpo_kernels.__file__'
 train/bin/python -m advgrpo.train --help >/dev/null
-train/bin/python -m advgrpo.train --iterations 1 --output-dir run >train.log 2>&1 || { cat train.log; exit 1; }
+OMP_NUM_THREADS=1 train/bin/python -m advgrpo.train --iterations 1 --data.held-out-prompts= --output-dir run >train.log 2>&1 || { cat train.log; exit 1; }
 test -f run/lora/pytorch_lora_weights.safetensors
 
 echo "advgrpo-kernels: install, import"
