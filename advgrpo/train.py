@@ -9,6 +9,7 @@ python -m advgrpo.train --output-dir runs/a --resume auto   # start or continue
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -17,7 +17,7 @@ from advgrpo import config
 from tests.conftest import make_unit_config
 from tests.training.test_run import environment, metrics, wait_for_rows
 
-WORKER = Path(__file__).with_name("train_worker.py")
+WORKER = Path(__file__).parents[1] / "train_worker.py"
 RESUME = ("--resume", "auto")  # starts the run, or continues it after a restart
 LIMIT_SECONDS = 180
 

@@ -21,14 +21,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from advgrpo import phases
-from advgrpo.checkpoint import pack_optimizer, unpack_optimizer
 from advgrpo.config import Config, UpdateSection
-from advgrpo.ema import Ema
 from advgrpo.errors import UserError
-from advgrpo.policy.attention import choose_attention
-from advgrpo.policy.optimizer import APEX, build_optimizer
-from advgrpo.preflight import _check_installed
+from advgrpo.policy.fused.attention import choose_attention
+from advgrpo.runtime import phases
+from advgrpo.runtime.checkpoint import pack_optimizer, unpack_optimizer
+from advgrpo.training.ema import Ema
+from advgrpo.training.optimizer import APEX, build_optimizer
+from advgrpo.training.preflight import _check_installed
 from tests.projects import PROJECT, ROOT, all_requirements, requirements
 
 
@@ -45,7 +45,7 @@ def install(monkeypatch, name: str, **content) -> types.ModuleType:
 @pytest.fixture
 def gpu(monkeypatch):
     """A function that makes choosing think of a GPU of this capability; no product is tried on it."""
-    monkeypatch.setattr("advgrpo.policy.attention._try", lambda *_: None)
+    monkeypatch.setattr("advgrpo.policy.fused.attention._try", lambda *_: None)
 
     def of(*capability: int) -> tuple[torch.device, torch.dtype]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
