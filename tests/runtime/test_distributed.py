@@ -44,7 +44,7 @@ def clean_environment():
 def run_torchrun(scenario, folder, *flags, launcher=("-m", "torch.distributed.run"), worker=WORKER):
     """Torchrun leaves the first error of its processes in `folder`/error.json."""
     command = [sys.executable, *launcher, "--standalone", "--nproc-per-node=2", *flags, worker, scenario]
-    arguments = [folder] if worker == WORKER else ["--output-dir", f"{folder}/run", "--device", "cpu"]
+    arguments = [folder] if worker == WORKER else ["--output-dir", f"{folder}/run", "--rollout.micro-batch", "16"]
     environment = clean_environment() | {"TORCHELASTIC_ERROR_FILE": f"{folder}/error.json"}
     return subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS
