@@ -1,7 +1,7 @@
 """Bootstrap and t-intervals on known distributions: coverage, skewness, pairing, and published quantiles.
 
 Bugs planted in a copy, each seen red: images resampled instead of prompts; paired resampling drawn anew for each
-model; a tie counted as a win; n instead of n - 1 degrees of freedom; percentile intervals; scipy's own seed; a sample
+model; a tie counted as a win; n instead of n - 1 degrees of freedom; percentile intervals; one seed for all; a sample
 without spread handed to scipy; an interval in results.json that its seeds do not give.
 """
 

@@ -3,7 +3,7 @@
 Bugs planted in a copy, each seen red: the store's keys without the attempt; no look at whether the neighbour hangs;
 nothing done before the exit; no timer behind it; rank 0 that does not stop while it waits; rank 0 that waits for a dead
 rank's goodbye; a killed rank taken for one that hangs; 25 seconds of silence;
-`record` outside of `run_command`; an error that the watch does not record; nothing recorded under torchrun.
+a training without `record`; an error that the watch does not record.
 """
 
 import inspect
