@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint docs golden peers kernels-matrix tiny-assets gpu-carry clean
-.PHONY: train test lint golden peers kernels-matrix wheels tiny-assets gpu-carry clean
+.PHONY: train test lint docs golden peers kernels-matrix wheels tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
