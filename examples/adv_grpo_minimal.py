@@ -49,18 +49,16 @@ class AdvGRPO:
         noise = [rollout.eta if i in window else 0.0 for i in range(rollout.num_steps)]
         coefficients = transition_coefficients(sigmas.tolist(), dynamics=rollout.dynamics, noise_level=noise)
         plan = timesteps.to(self.device), coefficients.to(self.device), window
-
         # Sample `group_size` images of every prompt; noise is keyed by group and image, never by batch.
         prompts = [self.prompts[i] for i in self.groups.next(iteration)]
         batches = [self.sample(ids, prompts, plan, iteration) for ids in torch.arange(total).split(rollout.micro_batch)]
 
         # The discriminator scores them, and of every image's prompt one reference.
         captions = [prompts[i // rollout.group_size] for i in range(total)]
-        generated = Features.cat(
-            [self.adversary.features(b["images"], [captions[i] for i in b["ids"]]) for b in batches]
-        )
+        frozen = [self.adversary.features(b["images"], [captions[i] for i in b["ids"]]) for b in batches]
+        generated = Features.cat(frozen)
         draws = torch.rand(total, generator=rng.generator(self.seed, "reference", iteration))
-        reference = Features.cat([self.reference(caption, draw) for caption, draw in zip(captions, draws)])
+        reference = Features.cat([self.reference(*pair) for pair in zip(captions, draws)])
         ids, sides = torch.arange(total, device=self.device), {"reward": generated, "reference": reference}
         scores = [self.adversary.score(of, ids, purpose=p, iteration=iteration).reward for p, of in sides.items()]
         means = [column.mean().item() for column in torch.stack(scores, 1).unbind(1)]  # rounded as the trainer's
