@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: train test lint docs golden peers kernels-matrix wheels tiny-assets gpu-carry clean
+.PHONY: train test lint golden peers kernels-matrix kernel-hub tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -36,6 +37,20 @@ kernels-matrix:
 # Both wheels into dist/, each installed and used in an environment of its own.
 wheels:
 	PYTHON=$(PYTHON) tests/wheels.sh
+# The kernels as a repository of the Hugging Face kernel hub, and that repository's own tests, on the PyTorch references
+# and in Triton's interpreter. Their client, the package `kernels`, stays out of $(VENV): transformers and diffusers look
+# for it and change with what they find.
+HUB_REPO ?= local/advgrpo-kernels
+HUB_CLIENT ?= kernels>=0.17,<0.19
+hub-test = cd .hub/advgrpo-kernels && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.hub/client \
+  LOCAL_KERNELS=$(HUB_REPO)=$(CURDIR)/.hub/advgrpo-kernels/build $(1) $(abspath $(BIN))/python -m pytest -q tests
+
+kernel-hub: $(VENV)/.dev
+	rm -rf .hub/advgrpo-kernels
+	$(BIN)/python -m tools.kernel_hub .hub/advgrpo-kernels --repo-id $(HUB_REPO)
+	@$(call install,--no-deps --upgrade --target .hub/client "$(HUB_CLIENT)")
+	$(call hub-test,)
+	$(call hub-test,TRITON_INTERPRET=1 ADVGRPO_KERNELS_BACKEND=triton)
 
 # The integrations of kernels/ against the other codebases themselves, cloned at the commits of tests/peers/commits.json.
 peers: $(VENV)/.dev
@@ -84,3 +99,4 @@ $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 
 clean:
 	rm -rf $(VENV) .matrix build site *.egg-info
+	rm -rf $(VENV) .matrix .hub build *.egg-info

@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from advgrpo_kernels._runtime import HAS_TRITON, NAMESPACE
+from advgrpo_kernels._ops import NAMESPACE
+from advgrpo_kernels._runtime import HAS_TRITON
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
 FREE = {*ALLOCATIONS, "_unsafe_view", "detach", "lift_fresh", "alias", "device"}  # prim.device: fake tensors ask for it

@@ -1,8 +1,10 @@
 """Fused kernels for reinforcement learning of flow models: Triton on a GPU, the PyTorch reference elsewhere.
 
-Importing touches no CUDA and compiles nothing. Ops are registered under `torch.ops.advgrpo_kernels`.
+Importing touches no CUDA and compiles nothing. Ops are registered under `torch.ops.advgrpo_kernels`, in a build for the
+Hugging Face hub under a name of its own (`_ops.py`).
 """
 
+from . import layers
 from .ops.ada_layer_norm import ada_layer_norm, ada_layer_norm_ref
 from .ops.clipped_policy_loss import PolicyLoss, clipped_policy_loss, clipped_policy_loss_ref
 from .ops.coefficients import ddim_coefficients, step_coefficients, step_std, transition_coefficients
@@ -49,6 +51,7 @@ __all__ = [
     "group_advantages",
     "group_advantages_ref",
     "hinge_head_loss",
+    "layers",
     "merge_lora",
     "merge_lora_ref",
     "multi_tensor_adamw",

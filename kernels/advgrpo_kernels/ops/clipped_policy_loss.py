@@ -31,7 +31,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, check_tensors, device_guard, pick_backend
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, can_look_at, check_tensors, device_guard, pick_backend
 from ._gaussian import (
     LIKELIHOOD_CODES,
     as_stored,
@@ -207,7 +208,7 @@ class _Settings(NamedTuple):
     kl_weight: float
 
 
-@torch.library.custom_op(f"{NAMESPACE}::clipped_policy_loss", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("clipped_policy_loss"), mutates_args=())
 def _clipped_policy_loss_op(
     latents: torch.Tensor,
     velocity: torch.Tensor,

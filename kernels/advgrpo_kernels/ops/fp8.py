@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard, pick_backend
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, check_tensors, device_guard, pick_backend
 from ._layers import FLOATS, check_float
 from ._residual_norm import FP8_FLOOR, FP8_MAX
 
@@ -68,7 +69,7 @@ if HAS_TRITON:
         tl.store(data_ptr + offsets, quantize_rows(x, inverse), mask=offsets < N)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::fp8_quantize", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("fp8_quantize"), mutates_args=())
 def _fp8_quantize_op(
     x: torch.Tensor, by_row: bool, given_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,8 @@ from typing import List
 
 import torch
 
-from .._runtime import NAMESPACE, check_tensors
+from .._ops import add_op_namespace_prefix
+from .._runtime import check_tensors
 from ._layers import check_float, pick_layer_backend
 from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward
 from .ada_layer_norm import ada_layer_norm_ref, modulation_sets
@@ -25,7 +26,7 @@ from .fp8 import Fp8Tensor
 __all__ = ["gated_residual", "gated_residual_ref"]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_residual", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gated_residual"), mutates_args=())
 def _gated_residual_op(
     residual: torch.Tensor,
     outs: List[torch.Tensor],
@@ -45,7 +46,7 @@ def _(residual, outs, gates, shifts, scales, eps):
     return tuple([*results, residual.new_empty(0), residual.new_empty(0)][:3])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_residual_fp8", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gated_residual_fp8"), mutates_args=())
 def _gated_residual_fp8_op(
     residual: torch.Tensor,
     outs: List[torch.Tensor],
@@ -66,7 +67,7 @@ def _(residual, outs, gates, shifts, scales, eps):
     return empty_like_rows(residual), y, y2 if len(shifts) > 1 else y.new_empty(0), row_scales
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_residual_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gated_residual_backward"), mutates_args=())
 def _gated_residual_backward_op(
     hidden: torch.Tensor,
     hidden_grad: torch.Tensor | None,

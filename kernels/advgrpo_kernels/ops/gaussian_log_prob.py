@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, device_guard, pick_backend
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, device_guard, pick_backend
 from ._gaussian import (
     LIKELIHOOD_CODES,
     as_stored,
@@ -177,7 +178,7 @@ def kl_std_stride(kl_std: torch.Tensor | float | None) -> int:
     return kl_std.dim() if torch.is_tensor(kl_std) else 0
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gaussian_log_prob", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gaussian_log_prob"), mutates_args=())
 def _gaussian_log_prob_op(
     latents: torch.Tensor,
     velocity: torch.Tensor,
@@ -198,7 +199,7 @@ def _(latents, *_):
     return latents.new_empty(latents.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gaussian_log_prob_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gaussian_log_prob_backward"), mutates_args=())
 def _gaussian_log_prob_backward_op(
     grad_log_prob: torch.Tensor,
     latents: torch.Tensor,

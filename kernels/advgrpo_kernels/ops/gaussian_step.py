@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, check_tensors, device_guard, pick_backend
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, can_look_at, check_tensors, device_guard, pick_backend
 from ._gaussian import (
     LIKELIHOOD_CODES,
     as_stored,
@@ -110,7 +111,7 @@ if HAS_TRITON:
             tl.store(log_prob_ptr + row, log_prob_of(tree_sum(square_sums), N, s, LIKELIHOOD))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gaussian_step", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gaussian_step"), mutates_args=())
 def _gaussian_step_op(
     latents: torch.Tensor,
     velocity: torch.Tensor,

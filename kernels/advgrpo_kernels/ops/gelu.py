@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, check_tensors, device_guard
 from ._layers import FLOATS, check_float, pick_layer_backend
 from .fp8 import Fp8Tensor, fp8_quantize_ref
 
@@ -67,7 +68,7 @@ if HAS_TRITON:
         tl.store(x_grad_ptr + offsets, grad.to(x_grad_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gelu", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gelu"), mutates_args=())
 def _gelu_op(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch(_gelu_fwd_kernel, x, bias, y, None)
@@ -79,7 +80,7 @@ def _(x, bias):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gelu_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gelu_backward"), mutates_args=())
 def _gelu_backward_op(y_grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch(_gelu_bwd_kernel, x, bias, y_grad.contiguous(), x_grad)
@@ -91,7 +92,7 @@ def _(y_grad, x, bias):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gelu_fp8", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gelu_fp8"), mutates_args=())
 def _gelu_fp8_op(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3 values, row scales [...])."""
     y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)

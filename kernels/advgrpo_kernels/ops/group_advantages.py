@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard, pick_backend
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, check_tensors, device_guard, pick_backend
 
 __all__ = ["Advantages", "group_advantages", "group_advantages_ref"]
 
@@ -105,7 +106,7 @@ if HAS_TRITON:
         tl.store(zero_std_fraction_ptr, fraction.to(tl.float32))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::group_advantages", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("group_advantages"), mutates_args=())
 def _group_advantages_op(
     rewards: torch.Tensor, group_ids: torch.Tensor, std: str, eps: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard, pick_backend
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, check_tensors, device_guard, pick_backend
 from ._head import COUNTS, Rows, coarse, head_tensors, launch_head_gradients, launch_rows
 from .patches import l2_normalize
 from .score_features import _head_scores
@@ -64,7 +65,7 @@ if HAS_TRITON:
         tl.store(accuracy_ptr, tl.sum(right, axis=0))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::hinge_head_loss", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("hinge_head_loss"), mutates_args=())
 def _hinge_head_loss_op(
     reference_cls: torch.Tensor,
     reference_patches: torch.Tensor,
@@ -101,7 +102,7 @@ def _(reference_cls, reference_patches, generated_cls, generated_patches, w1, *_
     return w1.new_empty(()), w1.new_empty(()), w1.new_empty(R, w1.shape[0]), w1.new_empty(R), w1.new_empty(R)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::hinge_head_loss_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("hinge_head_loss_backward"), mutates_args=())
 def _hinge_head_loss_backward_op(
     grad_loss: torch.Tensor,
     reference_cls: torch.Tensor,

@@ -16,7 +16,8 @@ from typing import List
 
 import torch
 
-from .._runtime import NAMESPACE, check_tensors, device_guard
+from .._ops import add_op_namespace_prefix
+from .._runtime import check_tensors, device_guard
 from ._csrc import (
     Table,
     TableCache,
@@ -38,7 +39,7 @@ FIRST_BLOCK = 9  # of the words of MergeModule in csrc/merge_lora.cu
 _TABLES = TableCache()
 
 
-@torch.library.custom_op(f"{NAMESPACE}::merge_lora", mutates_args=("outs", "fp8_data", "fp8_scales"))
+@torch.library.custom_op(add_op_namespace_prefix("merge_lora"), mutates_args=("outs", "fp8_data", "fp8_scales"))
 def _merge_lora_op(
     bases: List[torch.Tensor],
     a: List[torch.Tensor],

@@ -20,7 +20,8 @@ from typing import List
 
 import torch
 
-from .._runtime import NAMESPACE, check_tensors, device_guard
+from .._ops import add_op_namespace_prefix
+from .._runtime import check_tensors, device_guard
 from ._csrc import (
     Table,
     TableCache,
@@ -41,7 +42,8 @@ _TABLES = TableCache()
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::multi_tensor_adamw", mutates_args=("parameters", "exp_avgs", "exp_avg_sqs", "emas", "step")
+    add_op_namespace_prefix("multi_tensor_adamw"),
+    mutates_args=("parameters", "exp_avgs", "exp_avg_sqs", "emas", "step"),
 )
 def _multi_tensor_adamw_op(
     parameters: List[torch.Tensor],

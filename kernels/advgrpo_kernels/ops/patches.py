@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, can_look_at, check_tensors, device_guard, pick_backend
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, can_look_at, check_tensors, device_guard, pick_backend
 from .philox import PATCH_STREAM, philox_permutation, split_integer
 
 __all__ = ["PatchSample", "sample_patches", "sample_patches_ref"]
@@ -109,7 +110,7 @@ if HAS_TRITON:
             tl.store(store_at + column[None, :], x, mask=taken[:, None] & inside)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sample_patches", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("sample_patches"), mutates_args=())
 def _sample_patches_op(
     patches: torch.Tensor,
     num_patches: int,

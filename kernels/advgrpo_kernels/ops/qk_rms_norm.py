@@ -21,7 +21,8 @@ from typing import List, NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, check_tensors, device_guard
 from ._layers import FLOATS, check_float, pick_layer_backend
 
 __all__ = ["AttentionInputs", "qk_rms_norm", "qk_rms_norm_ref"]
@@ -232,7 +233,7 @@ def _pad(tensors: Sequence[torch.Tensor], count: int) -> list[torch.Tensor | Non
     return [*tensors, *[None] * (count - len(tensors))]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::qk_rms_norm", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("qk_rms_norm"), mutates_args=())
 def _qk_rms_norm_op(
     qkv: List[torch.Tensor], weights: List[torch.Tensor], txt_qkv: List[torch.Tensor], txt_weights: List[torch.Tensor],
     txt_tokens: int, eps: float,
@@ -269,7 +270,7 @@ def _with_common_strides(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list(grads) if same else [g.contiguous() for g in grads]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::qk_rms_norm_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("qk_rms_norm_backward"), mutates_args=())
 def _qk_rms_norm_backward_op(
     grads: List[torch.Tensor], qkv: List[torch.Tensor], weights: List[torch.Tensor], txt_qkv: List[torch.Tensor],
     txt_weights: List[torch.Tensor], txt_tokens: int, eps: float,

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import HAS_TRITON, NAMESPACE, check_tensors, device_guard, pick_backend
+from .._ops import add_op_namespace_prefix
+from .._runtime import HAS_TRITON, check_tensors, device_guard, pick_backend
 from ._head import Rows, head_tensors, launch_head_gradients, launch_rows
 from .patches import check_indices, l2_normalize
 
@@ -70,7 +71,7 @@ if HAS_TRITON:
         tl.store(score_grads_ptr + row, tl.where(is_cls, of_cls, tl.div_rn(of_patch, n.to(tl.float32))), mask=valid)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::score_features", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("score_features"), mutates_args=())
 def _score_features_op(
     cls: torch.Tensor,
     patches: torch.Tensor,
@@ -105,7 +106,7 @@ def _(cls, patches, indices, w1, b1, w2, b2, global_weight, local_weight, normal
     return *scores, w1.new_empty((R, w1.shape[0]) if keep else 0), w1.new_empty(R)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::score_features_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("score_features_backward"), mutates_args=())
 def _score_features_backward_op(
     reward_grad: torch.Tensor | None,
     global_grad: torch.Tensor | None,
