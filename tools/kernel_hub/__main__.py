@@ -53,8 +53,12 @@ def sources(package: Path) -> dict[str, bytes]:
     paths = [path for path in sorted(package.rglob("*.py")) if path.relative_to(package).parts[0] not in LEFT_OUT]
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
             if any(name.split(".")[0] == package.name for name in names):
                 raise ValueError(f"{path}:{node.lineno} imports {package.name} by name: write it relatively")
     return {path.relative_to(package).as_posix(): path.read_bytes() for path in paths}
@@ -83,8 +87,8 @@ def metadata(identifier: str, backend: str, files: dict[str, bytes]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def first_line(node: ast.AST) -> str:
-    """A docstring's first sentence or line, for a table."""
+def first_paragraph(node: ast.FunctionDef | ast.ClassDef) -> str:
+    """Of a docstring, for a table."""
     text = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
     return text.replace("|", "\\|")
 
@@ -94,8 +98,8 @@ def tables(files: dict[str, bytes]) -> dict[str, str]:
     nodes = {}
     for name, content in files.items():
         for node in ast.parse(content).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                nodes.setdefault(("layers" if name == "layers.py" else "", node.name), node)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):  # the last of a name: stubs of overloads go before it
+                nodes["layers" if name == "layers.py" else "", node.name] = node
     init = ast.parse(files["__init__.py"])
     public = next(ast.literal_eval(n.value) for n in init.body if isinstance(n, ast.Assign))  # __all__
     functions = [n for n in public if n.islower() and not n.endswith("_ref") and n != "layers"]
@@ -104,7 +108,7 @@ def tables(files: dict[str, bytes]) -> dict[str, str]:
         "layers": ("layer", [(n, node) for (where, n), node in nodes.items() if where and not n.startswith("_")]),
     }
     return {
-        key: "\n".join([f"| {title} | |", "|---|---|", *(f"| `{n}` | {first_line(node)} |" for n, node in found)])
+        key: "\n".join([f"| {title} | |", "|---|---|", *(f"| `{n}` | {first_paragraph(node)} |" for n, node in found)])
         for key, (title, found) in rows.items()
     }
 

@@ -39,6 +39,18 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def loaded_library() -> ctypes.CDLL:
+    """The compiled library, for a launch that `pick_cuda_backend` has chosen it for.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError("the CUDA library of csrc/ is not there: build with ADVGRPO_BUILD_CUDA=1")
+    return loaded
+
+
 def pick_cuda_backend(requested: str, *tensors: torch.Tensor) -> str:
     """ "cuda" or "torch" for the list ops; an explicit "cuda" is honoured or raises, "auto" says once why not."""
     if requested not in CUDA_BACKENDS:
@@ -88,7 +100,7 @@ class Table:
 
     def use_on(self, stream: torch.cuda.Stream | None) -> None:
         """Order a use on `stream` (None: a CPU) behind the upload, and keep the memory until that use is done."""
-        if stream is None or stream == self._stream:
+        if stream is None or self._uploaded is None or stream == self._stream:
             return
         stream.wait_event(self._uploaded)
         for tensor in (self.rows, self.of_block):

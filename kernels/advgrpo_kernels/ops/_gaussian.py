@@ -129,9 +129,11 @@ def velocity_gradients(
     velocity: torch.Tensor, uncond_velocity: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised gradients of both velocities; the second is empty without guidance (custom ops return no None)."""
-    contiguous = {"memory_format": torch.contiguous_format}
-    uncond_grad = velocity.new_empty(0) if uncond_velocity is None else torch.empty_like(uncond_velocity, **contiguous)
-    return torch.empty_like(velocity, **contiguous), uncond_grad
+    contiguous = torch.contiguous_format
+    velocity_grad = torch.empty_like(velocity, memory_format=contiguous)
+    if uncond_velocity is None:
+        return velocity_grad, velocity.new_empty(0)
+    return velocity_grad, torch.empty_like(uncond_velocity, memory_format=contiguous)
 
 
 def check_step_inputs(

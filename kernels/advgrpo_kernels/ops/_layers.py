@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from .._runtime import _warn_once, check_tensors, pick_backend
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Given = TypeVar("Given")
 
 
 def pick_layer_backend(requested: str, activations: Sequence[torch.Tensor], frozen: dict[str, torch.Tensor]) -> str:
@@ -36,6 +38,13 @@ def check_float(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device:
         raise ValueError(f"{name} must be floating point {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
+def given(name: str, value: Given | None) -> Given:
+    """`value`; ValueError where it was left out although another argument needs it."""
+    if value is None:
+        raise ValueError(f"{name} is missing: it goes with another argument that was given")
+    return value
 
 
 def shared_stride(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:

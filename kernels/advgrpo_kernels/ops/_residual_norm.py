@@ -210,8 +210,8 @@ def launch_forward(
     eps: float,
     *,
     fp8: bool = False,
-) -> tuple[torch.Tensor | None, list[torch.Tensor], torch.Tensor | None]:
-    """(h, None without outs; [y, y2] as many as shifts; fp8 row scales [sets, B, T]) in one launch."""
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(h, which is x without outs; [y, y2] as many as shifts, and fp8 row scales [sets, B, T]) in one launch."""
     B, T, C = x.shape
     by_token = token_major(x)
     hidden = empty_like_rows(x) if outs else None
@@ -233,7 +233,7 @@ def launch_forward(
                 BLOCK_C=triton.next_power_of_2(C),
                 num_warps=WARPS,
             )
-    return hidden, ys, fp8_scales
+    return x if hidden is None else hidden, ys if fp8_scales is None else [*ys, fp8_scales]
 
 
 def launch_backward(
@@ -246,8 +246,8 @@ def launch_backward(
     *,
     out_dtype: torch.dtype | None = None,
     want_x: bool = True,
-) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """(gradient of x, None unless wanted; gradients of the outs) in one launch."""
+) -> list[torch.Tensor]:
+    """[gradient of x if wanted, gradients of the outs] in one launch."""
     B, T, C = hidden.shape
     by_token = token_major(hidden)
     x_grad = empty_like_rows(hidden) if want_x else None
@@ -268,4 +268,4 @@ def launch_backward(
                 BLOCK_C=triton.next_power_of_2(C),
                 num_warps=WARPS,
             )
-    return x_grad, out_grads
+    return out_grads if x_grad is None else [x_grad, *out_grads]

@@ -10,17 +10,20 @@ Gradient: of x only, shift and scale are outputs of frozen layers. It recomputes
 
 from __future__ import annotations
 
-from typing import List
+from typing import List, Literal, Union, overload
 
 import torch
 
 from .._ops import add_op_namespace_prefix
 from .._runtime import check_tensors
-from ._layers import FLOATS, check_float, pick_layer_backend
+from ._layers import FLOATS, check_float, given, pick_layer_backend
 from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward, token_major
 from .fp8 import Fp8Tensor, fp8_quantize_ref
 
 __all__ = ["ada_layer_norm", "ada_layer_norm_ref"]
+
+# One result or two, quantised or not.
+Modulated = Union[torch.Tensor, Fp8Tensor, "tuple[torch.Tensor | Fp8Tensor, torch.Tensor | Fp8Tensor]"]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("ada_layer_norm"), mutates_args=())
@@ -28,7 +31,7 @@ def _ada_layer_norm_op(
     x: torch.Tensor, shifts: List[torch.Tensor], scales: List[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, y2); y2 is empty with one modulation."""
-    _, ys, _ = launch_forward(x, (), (), shifts, scales, eps)
+    _, ys = launch_forward(x, (), (), shifts, scales, eps)
     return ys[0], ys[1] if len(ys) > 1 else x.new_empty(0)
 
 
@@ -54,7 +57,7 @@ def _ada_layer_norm_fp8_op(
     x: torch.Tensor, shifts: List[torch.Tensor], scales: List[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, y2, row scales [sets, B, T]); y2 is empty with one modulation."""
-    _, ys, fp8_scales = launch_forward(x, (), (), shifts, scales, eps, fp8=True)
+    _, (*ys, fp8_scales) = launch_forward(x, (), (), shifts, scales, eps, fp8=True)
     return ys[0], ys[1] if len(ys) > 1 else ys[0].new_empty(0), fp8_scales
 
 
@@ -106,6 +109,42 @@ def modulation_sets(
     return [s for s in (shift, shift2) if s is not None], [s for s in (scale, scale2) if s is not None]
 
 
+@overload
+def ada_layer_norm(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: None = ...,
+    scale2: None = ...,
+    *,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    backend: str = ...,
+) -> torch.Tensor: ...
+@overload
+def ada_layer_norm(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: torch.Tensor,
+    scale2: torch.Tensor,
+    *,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def ada_layer_norm(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: torch.Tensor | None = ...,
+    scale2: torch.Tensor | None = ...,
+    *,
+    eps: float = ...,
+    quantize: bool = ...,
+    backend: str = ...,
+) -> Modulated: ...
 def ada_layer_norm(
     x: torch.Tensor,
     shift: torch.Tensor,
@@ -116,7 +155,7 @@ def ada_layer_norm(
     eps: float = 1e-6,
     quantize: bool = False,
     backend: str = "auto",
-):
+) -> Modulated:
     """Normalise and modulate x: y, or (y, y2) with a second modulation.
 
     Args:
@@ -139,11 +178,47 @@ def ada_layer_norm(
         with torch.no_grad():
             y, y2, row_scales = _ada_layer_norm_fp8_op(x, shifts, scales, eps)
         results = [Fp8Tensor(data, s.unsqueeze(-1)) for data, s in zip((y, y2), row_scales.unbind(0))]
-    else:
-        results = _ada_layer_norm_op(x, shifts, scales, eps)
-    return tuple(results) if len(shifts) > 1 else results[0]
+        return (results[0], results[1]) if len(shifts) > 1 else results[0]
+    y, y2 = _ada_layer_norm_op(x, shifts, scales, eps)
+    return (y, y2) if len(shifts) > 1 else y
 
 
+@overload
+def ada_layer_norm_ref(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: None = ...,
+    scale2: None = ...,
+    *,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    compute_dtype: torch.dtype = ...,
+) -> torch.Tensor: ...
+@overload
+def ada_layer_norm_ref(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: torch.Tensor,
+    scale2: torch.Tensor,
+    *,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    compute_dtype: torch.dtype = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def ada_layer_norm_ref(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: torch.Tensor | None = ...,
+    scale2: torch.Tensor | None = ...,
+    *,
+    eps: float = ...,
+    quantize: bool = ...,
+    compute_dtype: torch.dtype = ...,
+) -> Modulated: ...
 def ada_layer_norm_ref(
     x: torch.Tensor,
     shift: torch.Tensor,
@@ -154,14 +229,15 @@ def ada_layer_norm_ref(
     eps: float = 1e-6,
     quantize: bool = False,
     compute_dtype: torch.dtype = torch.float32,
-):
+) -> Modulated:
     """Plain PyTorch, differentiable in every input."""
     order = (1, 0, 2) if token_major(x) else (0, 1, 2)  # layer_norm makes its input contiguous
     normed = torch.nn.functional.layer_norm(x.to(compute_dtype).permute(order), x.shape[-1:], eps=eps).permute(order)
-    results = []
-    for shift_, scale_ in ((shift, scale), (shift2, scale2)):
-        if shift_ is not None:
-            shift_, scale_ = (t.to(compute_dtype).unsqueeze(1) for t in (shift_, scale_))
-            y = torch.addcmul(shift_, normed, 1.0 + scale_)
-            results.append(fp8_quantize_ref(y.detach()) if quantize else y.to(x.dtype))
-    return tuple(results) if len(results) > 1 else results[0]
+
+    def modulated(shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | Fp8Tensor:
+        shift, scale = (t.to(compute_dtype).unsqueeze(1) for t in (shift, scale))
+        y = torch.addcmul(shift, normed, 1.0 + scale)
+        return fp8_quantize_ref(y.detach()) if quantize else y.to(x.dtype)
+
+    y = modulated(shift, scale)
+    return y if shift2 is None else (y, modulated(shift2, given("scale2", scale2)))

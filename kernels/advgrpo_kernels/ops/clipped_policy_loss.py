@@ -197,6 +197,11 @@ if HAS_TRITON:
                 )
 
 
+_Fields = tuple[  # of PolicyLoss, in order
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]
+
+
 class _Settings(NamedTuple):
     """The numbers of a call, in the order in which the custom op takes them."""
 
@@ -237,7 +242,7 @@ def _clipped_policy_loss_op(
     return compute(step, rows, std, _Settings(guidance_scale, likelihood, clip_low, clip_high, adv_clip, kl_weight))
 
 
-def _launch(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings) -> tuple[torch.Tensor, ...]:
+def _launch(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings) -> _Fields:
     latents, velocity, uncond, _, reference, coefficients = step
     guidance_scale, likelihood, *bounds_and_weight = settings
     code = LIKELIHOOD_CODES[likelihood]
@@ -263,7 +268,7 @@ def _launch(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings
     return loss, log_prob, ratio, clip_fraction, kl, *grads
 
 
-def _closed_form(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings) -> tuple[torch.Tensor, ...]:
+def _closed_form(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings) -> _Fields:
     """The same in PyTorch operations."""
     latents, velocity, uncond, next_latents, reference, coefficients = step
     guidance_scale, likelihood, *bounds, kl_weight = settings

@@ -12,18 +12,21 @@ Gradient: of residual and outs; gates, shifts and scales come from frozen layers
 
 from __future__ import annotations
 
-from typing import List
+from typing import List, Literal, Union, cast, overload
 
 import torch
 
 from .._ops import add_op_namespace_prefix
 from .._runtime import check_tensors
-from ._layers import check_float, pick_layer_backend
+from ._layers import check_float, given, pick_layer_backend
 from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward
 from .ada_layer_norm import ada_layer_norm_ref, modulation_sets
 from .fp8 import Fp8Tensor
 
 __all__ = ["gated_residual", "gated_residual_ref"]
+
+# h alone, or with one or two modulated norms of it, which may be quantised.
+Residual = Union[torch.Tensor, "tuple[torch.Tensor | Fp8Tensor, ...]"]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("gated_residual"), mutates_args=())
@@ -36,8 +39,9 @@ def _gated_residual_op(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(h, y, y2); the last ones are empty without their modulation."""
-    hidden, ys, _ = launch_forward(residual, outs, gates, shifts, scales, eps)
-    return hidden, *[*ys, residual.new_empty(0), residual.new_empty(0)][:2]
+    hidden, ys = launch_forward(residual, outs, gates, shifts, scales, eps)
+    y, y2 = [*ys, residual.new_empty(0), residual.new_empty(0)][:2]
+    return hidden, y, y2
 
 
 @_gated_residual_op.register_fake
@@ -56,7 +60,7 @@ def _gated_residual_fp8_op(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(h, y, y2, row scales [sets, B, T]); y2 is empty with one modulation."""
-    hidden, ys, fp8_scales = launch_forward(residual, outs, gates, shifts, scales, eps, fp8=True)
+    hidden, (*ys, fp8_scales) = launch_forward(residual, outs, gates, shifts, scales, eps, fp8=True)
     return hidden, ys[0], ys[1] if len(ys) > 1 else ys[0].new_empty(0), fp8_scales
 
 
@@ -78,11 +82,7 @@ def _gated_residual_backward_op(
     out_dtype: torch.dtype,
 ) -> List[torch.Tensor]:
     """[gradient of residual, of out, of out2]; without a norm the first is hidden_grad itself and left out."""
-    normed = bool(y_grads)
-    residual_grad, out_grads = launch_backward(
-        hidden, hidden_grad, y_grads, scales, gates, eps, out_dtype=out_dtype, want_x=normed
-    )
-    return [residual_grad, *out_grads] if normed else out_grads
+    return launch_backward(hidden, hidden_grad, y_grads, scales, gates, eps, out_dtype=out_dtype, want_x=bool(y_grads))
 
 
 @_gated_residual_backward_op.register_fake
@@ -118,6 +118,70 @@ def _backward(ctx, hidden_grad, *y_grads):
 _gated_residual_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@overload
+def gated_residual(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = ...,
+    gate2: torch.Tensor | None = ...,
+    *,
+    shift: None = ...,
+    scale: None = ...,
+    shift2: None = ...,
+    scale2: None = ...,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    backend: str = ...,
+) -> torch.Tensor: ...
+@overload
+def gated_residual(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = ...,
+    gate2: torch.Tensor | None = ...,
+    *,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: None = ...,
+    scale2: None = ...,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def gated_residual(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = ...,
+    gate2: torch.Tensor | None = ...,
+    *,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: torch.Tensor,
+    scale2: torch.Tensor,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@overload
+def gated_residual(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = ...,
+    gate2: torch.Tensor | None = ...,
+    *,
+    shift: torch.Tensor | None = ...,
+    scale: torch.Tensor | None = ...,
+    shift2: torch.Tensor | None = ...,
+    scale2: torch.Tensor | None = ...,
+    eps: float = ...,
+    quantize: bool = ...,
+    backend: str = ...,
+) -> Residual: ...
 def gated_residual(
     residual: torch.Tensor,
     out: torch.Tensor,
@@ -132,7 +196,7 @@ def gated_residual(
     eps: float = 1e-6,
     quantize: bool = False,
     backend: str = "auto",
-):
+) -> Residual:
     """The new residual h; with modulations (h, y) or (h, y, y2), where y is the input of the next layer.
 
     Args:
@@ -160,8 +224,15 @@ def gated_residual(
         raise ValueError("quantize needs shift and scale: only the modulated norm is quantised")
     frozen = {f"gate or modulation {i}": tensor for i, tensor in enumerate([*gates, *shifts, *scales])}
     if pick_layer_backend(backend, [residual, *outs], frozen) == "torch":
-        norm = {"shift": shift, "scale": scale, "shift2": shift2, "scale2": scale2, "eps": eps, "quantize": quantize}
-        return gated_residual_ref(residual, out, gate, out2, gate2, **norm)
+        return gated_residual_ref(
+            *(residual, out, gate, out2, gate2),
+            shift=shift,
+            scale=scale,
+            shift2=shift2,
+            scale2=scale2,
+            eps=eps,
+            quantize=quantize,
+        )
     if quantize:
         with torch.no_grad():
             hidden, y, y2, row_scales = _gated_residual_fp8_op(residual, outs, gates, shifts, scales, eps)
@@ -170,6 +241,70 @@ def gated_residual(
     return tuple(results[: 1 + len(shifts)]) if shifts else results[0]
 
 
+@overload
+def gated_residual_ref(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = ...,
+    gate2: torch.Tensor | None = ...,
+    *,
+    shift: None = ...,
+    scale: None = ...,
+    shift2: None = ...,
+    scale2: None = ...,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    compute_dtype: torch.dtype = ...,
+) -> torch.Tensor: ...
+@overload
+def gated_residual_ref(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = ...,
+    gate2: torch.Tensor | None = ...,
+    *,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: None = ...,
+    scale2: None = ...,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    compute_dtype: torch.dtype = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def gated_residual_ref(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = ...,
+    gate2: torch.Tensor | None = ...,
+    *,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    shift2: torch.Tensor,
+    scale2: torch.Tensor,
+    eps: float = ...,
+    quantize: Literal[False] = ...,
+    compute_dtype: torch.dtype = ...,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@overload
+def gated_residual_ref(
+    residual: torch.Tensor,
+    out: torch.Tensor,
+    gate: torch.Tensor,
+    out2: torch.Tensor | None = ...,
+    gate2: torch.Tensor | None = ...,
+    *,
+    shift: torch.Tensor | None = ...,
+    scale: torch.Tensor | None = ...,
+    shift2: torch.Tensor | None = ...,
+    scale2: torch.Tensor | None = ...,
+    eps: float = ...,
+    quantize: bool = ...,
+    compute_dtype: torch.dtype = ...,
+) -> Residual: ...
 def gated_residual_ref(
     residual: torch.Tensor,
     out: torch.Tensor,
@@ -184,14 +319,20 @@ def gated_residual_ref(
     eps: float = 1e-6,
     quantize: bool = False,
     compute_dtype: torch.dtype = torch.float32,
-):
+) -> Residual:
     """Plain PyTorch, differentiable in every input."""
     hidden = torch.addcmul(residual.to(compute_dtype), gate.to(compute_dtype).unsqueeze(1), out.to(compute_dtype))
     if out2 is not None:
+        gate2 = given("gate2", gate2)
         hidden = torch.addcmul(hidden, gate2.to(compute_dtype).unsqueeze(1), out2.to(compute_dtype))
     hidden = hidden.to(residual.dtype)
     if shift is None:
         return hidden
-    modulations = {"eps": eps, "quantize": quantize, "compute_dtype": compute_dtype}
-    results = ada_layer_norm_ref(hidden, shift, scale, shift2, scale2, **modulations)
-    return hidden, *(results if shift2 is not None else (results,))
+    results = ada_layer_norm_ref(
+        *(hidden, shift, given("scale", scale), shift2, scale2),
+        eps=eps,
+        quantize=quantize,
+        compute_dtype=compute_dtype,
+    )
+    ys = results if shift2 is not None else (results,)  # not by isinstance: an Fp8Tensor is a tuple too
+    return hidden, *cast("tuple[torch.Tensor | Fp8Tensor, ...]", ys)

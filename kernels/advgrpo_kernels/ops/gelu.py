@@ -10,6 +10,8 @@ Gradient: of x only, from x itself; the bias is frozen.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from .._ops import add_op_namespace_prefix
@@ -134,7 +136,17 @@ def _backward(ctx, y_grad):
 _gelu_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, quantize: bool = False, backend: str = "auto"):
+@overload
+def gelu(
+    x: torch.Tensor, bias: torch.Tensor | None = ..., *, quantize: Literal[False] = ..., backend: str = ...
+) -> torch.Tensor: ...
+@overload
+def gelu(
+    x: torch.Tensor, bias: torch.Tensor | None = ..., *, quantize: bool, backend: str = ...
+) -> torch.Tensor | Fp8Tensor: ...
+def gelu(
+    x: torch.Tensor, bias: torch.Tensor | None = None, *, quantize: bool = False, backend: str = "auto"
+) -> torch.Tensor | Fp8Tensor:
     """gelu_tanh(x + bias).
 
     Args:
@@ -160,13 +172,25 @@ def gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, quantize: bool = 
     return _gelu_op(x, bias)
 
 
+@overload
+def gelu_ref(
+    x: torch.Tensor,
+    bias: torch.Tensor | None = ...,
+    *,
+    quantize: Literal[False] = ...,
+    compute_dtype: torch.dtype = ...,
+) -> torch.Tensor: ...
+@overload
+def gelu_ref(
+    x: torch.Tensor, bias: torch.Tensor | None = ..., *, quantize: bool, compute_dtype: torch.dtype = ...
+) -> torch.Tensor | Fp8Tensor: ...
 def gelu_ref(
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
     quantize: bool = False,
     compute_dtype: torch.dtype = torch.float32,
-):
+) -> torch.Tensor | Fp8Tensor:
     """Plain PyTorch, differentiable in both inputs."""
     u = x.to(compute_dtype)
     y = torch.nn.functional.gelu(u if bias is None else u + bias.to(compute_dtype), approximate="tanh")

@@ -25,7 +25,7 @@ from ._csrc import (
     check_launch,
     current_stream,
     is_capturing,
-    library,
+    loaded_library,
     pick_cuda_backend,
     pointer,
     stream_of,
@@ -73,7 +73,7 @@ def _launch(bases, a, b, scale, outs, fp8_data, fp8_scales) -> None:
         key, lambda: _table(linears, scale), capturing=is_capturing(bases[0]), stream=stream_of(bases[0])
     )
     with device_guard(bases[0]):
-        error = library().advgrpo_merge_lora(
+        error = loaded_library().advgrpo_merge_lora(
             table.rows.data_ptr(),
             table.of_block.data_ptr(),
             table.blocks,
@@ -84,7 +84,7 @@ def _launch(bases, a, b, scale, outs, fp8_data, fp8_scales) -> None:
 
 
 def _table(linears, scales: Sequence[float]) -> Table:
-    rows_per_block = library().advgrpo_merge_lora_rows_per_block()
+    rows_per_block = loaded_library().advgrpo_merge_lora_rows_per_block()
     rows, blocks = [], []
     for linear, scale in zip(linears, scales):
         (N, K), rank = linear[0].shape, linear[1].shape[0]

@@ -29,7 +29,7 @@ from ._csrc import (
     check_launch,
     current_stream,
     is_capturing,
-    library,
+    loaded_library,
     pick_cuda_backend,
     pointer,
     stream_of,
@@ -72,7 +72,7 @@ def _launch(parameters, grads, exp_avgs, exp_avg_sqs, emas, step, settings) -> t
     square_sums = step.new_empty(table.blocks, dtype=torch.float64)
     state = parameters[0].new_empty(4)
     with device_guard(step):
-        error = library().advgrpo_multi_tensor_adamw(
+        error = loaded_library().advgrpo_multi_tensor_adamw(
             *(table.rows.data_ptr(), table.of_block.data_ptr(), table.blocks),
             *(square_sums.data_ptr(), state.data_ptr(), step.data_ptr(), *settings, current_stream(step)),
         )
@@ -81,7 +81,7 @@ def _launch(parameters, grads, exp_avgs, exp_avg_sqs, emas, step, settings) -> t
 
 
 def _table(tensors) -> Table:
-    per_block = library().advgrpo_multi_tensor_adamw_elements_per_block()
+    per_block = loaded_library().advgrpo_multi_tensor_adamw_elements_per_block()
     counts = [row[0].numel() for row in tensors]
     rows = [[*(pointer(t) for t in row), count, 0, aligned(*row)] for row, count in zip(tensors, counts)]
     return Table(rows, [-(-count // per_block) for count in counts], FIRST_BLOCK, tensors[0][0].device)

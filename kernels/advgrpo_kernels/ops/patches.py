@@ -10,7 +10,7 @@ Numerics: x / max(|x|, 1e-12), the norm in float32, as torch.nn.functional.norma
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -212,6 +212,7 @@ def sample_patches(
         return PatchSample(taken, drawn if indices is None else indices)
     if indices is None:
         ids = torch.arange(B, device=patches.device) if sample_ids is None else sample_ids.to(patches.device)
+        seed = cast("int | torch.Tensor", seed)  # exactly one of it and indices is given
         indices = philox_permutation(P, num_patches, seed=seed, sample_ids=ids, step=step)
     return PatchSample(sample_patches_ref(patches, indices, normalize=normalize), indices)
 

@@ -23,7 +23,7 @@ import torch
 
 from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, check_tensors, device_guard
-from ._layers import FLOATS, check_float, pick_layer_backend
+from ._layers import FLOATS, check_float, given, pick_layer_backend
 
 __all__ = ["AttentionInputs", "qk_rms_norm", "qk_rms_norm_ref"]
 
@@ -422,8 +422,7 @@ def qk_rms_norm(
     texts, text_weights = _check_text(txt_qkv, txt_weights, txt_tokens, tensors[0], weights)
     frozen = {f"norm weight {i}": weight for i, weight in enumerate([*weights, *text_weights])}
     if pick_layer_backend(backend, [*tensors, *texts], frozen) == "torch":
-        text = {"txt_qkv": txt_qkv, "txt_weights": txt_weights, "txt_tokens": txt_tokens}
-        return qk_rms_norm_ref(qkv, weights, **text, eps=eps)
+        return qk_rms_norm_ref(qkv, weights, txt_qkv=txt_qkv, txt_weights=txt_weights, txt_tokens=txt_tokens, eps=eps)
     if not texts and len(tensors) == 1:
         return AttentionInputs(*_ValueInPlace.apply(tensors[0], txt_tokens, eps, *weights, *text_weights))
     if texts:
@@ -453,13 +452,15 @@ def qk_rms_norm_ref(
         return (y * torch.rsqrt(mean_square + eps) * weight.to(compute_dtype)).to(x.dtype)
 
     if txt_tokens:  # one weight per token, so that nothing has to be joined
+        if not isinstance(qkv, torch.Tensor):
+            raise ValueError("txt_tokens needs qkv as one tensor [B, T + S, 3, H, D]")
         images = qkv.shape[1] - txt_tokens
-        pairs = zip(weights, txt_weights)
+        pairs = zip(weights, given("txt_weights", txt_weights))
         weights = [torch.cat([w.expand(images, 1, -1), t.expand(txt_tokens, 1, -1)]) for w, t in pairs]
     joint = split(qkv)
     joint[:2] = [normed(x, weight) for x, weight in zip(joint, weights)]
     if txt_qkv is not None:
         text = split(txt_qkv)
-        text[:2] = [normed(x, weight) for x, weight in zip(text, txt_weights)]
+        text[:2] = [normed(x, weight) for x, weight in zip(text, given("txt_weights", txt_weights))]
         joint = [torch.cat(pair, dim=1) for pair in zip(joint, text)]
     return AttentionInputs(*(x.transpose(1, 2) for x in joint))

@@ -90,12 +90,14 @@ def _score_features_op(
     head = tuple(tensor.contiguous() for tensor in (w1, b1, w2, b2))
     scores, hidden, inverse_norm = launch_rows(rows, head, normalize=normalize, store_hidden=keep)
     B, _, n, _, _ = rows.sizes()
-    outputs = tuple(scores.new_empty(B) for _ in range(3))
+    reward, of_cls, of_patches = (scores.new_empty(B) for _ in range(3))
     with device_guard(cls):
         _mix_kernel[(B,)](
-            *(scores, *outputs, B, n, global_weight, local_weight), BLOCK=triton.next_power_of_2(n), num_warps=4
+            *(scores, reward, of_cls, of_patches, B, n, global_weight, local_weight),
+            BLOCK=triton.next_power_of_2(n),
+            num_warps=4,
         )
-    return *outputs, hidden, inverse_norm
+    return reward, of_cls, of_patches, hidden, inverse_norm
 
 
 @_score_features_op.register_fake
