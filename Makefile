@@ -6,6 +6,7 @@ ARGS ?=
 
 .PHONY: train test lint docs golden peers kernels-matrix wheels tiny-assets gpu-carry clean
 .PHONY: train test lint golden peers kernels-matrix kernel-hub tiny-assets gpu-carry clean
+.PHONY: train test lint types golden peers kernels-matrix kernel-hub tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -21,6 +22,9 @@ lint: $(VENV)/.dev
 # the future of mkdocs, whose version pyproject.toml bounds. No --quiet: it silences --strict as well.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict $(ARGS)
+# What pyproject.toml lists under [tool.ty.src], and tests/typing, which is only read by the checker.
+types: $(VENV)/.dev
+	$(BIN)/ty check --python $(VENV) $(ARGS)
 
 # Record the numbers of tests/golden/losses anew, after a change that is meant to change them.
 golden: $(VENV)/.dev

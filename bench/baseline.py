@@ -68,7 +68,7 @@ class FlowScheduler:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def index_for_timestep(self, timestep: Tensor) -> int:
-        return (self.timesteps == timestep).nonzero()[0].item()
+        return int((self.timesteps == timestep).nonzero()[0].item())
 
     def euler_step(self, velocity: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
         index = self.index_for_timestep(timestep)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import advgrpo_kernels as k
@@ -43,14 +45,14 @@ def multi_tensor_adamw(bench: Bench) -> Workload:
     mine, theirs, ema, their_ema = ([tensor.clone() for tensor in start] for _ in range(4))
     moments = [[torch.zeros_like(tensor) for tensor in start] for _ in range(2)]
     step = torch.zeros((), dtype=torch.int64, device=bench.device)
-    settings = {"lr": 3e-4, "weight_decay": 1e-4}
+    settings: dict[str, Any] = {"lr": 3e-4, "weight_decay": 1e-4}
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in theirs], foreach=True, **settings)
 
     for parameter, grad in zip(theirs, grads):
         parameter.grad = grad.clone()  # clipped in place at every call, by a factor of 1 after the first
 
     def ours():
-        extra = {"max_grad_norm": 1.0, "emas": ema, "ema_decay": 0.9, "backend": _backend(bench)}
+        extra: dict[str, Any] = {"max_grad_norm": 1.0, "emas": ema, "ema_decay": 0.9, "backend": _backend(bench)}
         k.multi_tensor_adamw(mine, grads, *moments, step, **settings, **extra)
         return [*mine, *ema]
 

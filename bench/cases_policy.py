@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -18,14 +19,15 @@ def _transition(bench: Bench, images: int) -> tuple[torch.Tensor, torch.Tensor, 
     """latents, both velocities and the coefficients of an early CPS step."""
     shape = (images, *bench.sizes.latent)
     coefficients = torch.tensor([0.10, -0.86, 0.87], device=bench.device)
-    velocities = (bench.randn(*shape, dtype=bench.dtype) for _ in range(2))
-    return bench.randn(*shape), *velocities, coefficients
+    x = bench.randn(*shape)
+    c, u = (bench.randn(*shape, dtype=bench.dtype) for _ in range(2))
+    return x, c, u, coefficients
 
 
 def gaussian_step(bench: Bench) -> Workload:
     """Guidance, mean, noise, next latents and log-prob of a window step."""
     x, c, u, coefficients = _transition(bench, bench.sizes.rollout)
-    settings = {"uncond_velocity": u, "guidance_scale": GUIDANCE, "likelihood": "squared_error"}
+    settings: dict[str, Any] = {"uncond_velocity": u, "guidance_scale": GUIDANCE, "likelihood": "squared_error"}
 
     def run(noise: torch.Tensor):
         return k.gaussian_step_ref(x, c, coefficients, noise=noise, compute_dtype=bench.wide, **settings)[:2]
@@ -46,7 +48,7 @@ def gaussian_step_ode(bench: Bench) -> Workload:
     """A step outside the window: no noise, no log-prob."""
     x, c, u, _ = _transition(bench, bench.sizes.rollout)
     coefficients = torch.tensor([1.0, -0.05, 0.0], device=bench.device)
-    settings = {"uncond_velocity": u, "guidance_scale": GUIDANCE, "likelihood": None}
+    settings: dict[str, Any] = {"uncond_velocity": u, "guidance_scale": GUIDANCE, "likelihood": None}
     return Workload(
         lambda: k.gaussian_step(x, c, coefficients, **settings).next_latents,
         lambda: k.gaussian_step_ref(x, c, coefficients, compute_dtype=bench.wide, **settings).next_latents,
@@ -75,14 +77,14 @@ def clipped_policy_loss(bench: Bench) -> Workload:
     x_next = bench.randn(*x.shape)
     c.requires_grad_(), u.requires_grad_()
     old, advantages = bench.randn(bench.sizes.train) - 1.4, bench.randn(bench.sizes.train)
-    settings = {"clip_range": LEARNING_CLIP, "uncond_velocity": u, "guidance_scale": GUIDANCE}
+    settings: dict[str, Any] = {"clip_range": LEARNING_CLIP, "uncond_velocity": u, "guidance_scale": GUIDANCE}
 
     def ours():
         result = k.clipped_policy_loss(x, c, x_next, coefficients, old, advantages, **settings)
         return result.velocity_grad, result.uncond_velocity_grad
 
     def eager():
-        options = {**settings, "compute_dtype": bench.wide}
+        options: dict[str, Any] = {**settings, "compute_dtype": bench.wide}
         loss = k.clipped_policy_loss_ref(x, c, x_next, coefficients, old, advantages, **options).loss
         return torch.autograd.grad(loss, (c, u))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from unittest import mock
 
 import torch
@@ -48,7 +48,7 @@ OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_"
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
 COPIES = {"_to_copy", "copy_", "_copy_from"}
 HOST_READS = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.__array__: "__array__"}  # no operator on a CPU
-_IS_CUDA = Tensor.is_cuda.__get__
+_IS_CUDA = getattr(Tensor, "is_cuda").__get__  # noqa: B009  the property itself, which stubs call a bool
 
 
 class HostSyncError(AssertionError):
@@ -56,7 +56,7 @@ class HostSyncError(AssertionError):
 
 
 class _OnGpu(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args: tuple = (), kwargs=None):
         kwargs = kwargs or {}
         if func == _IS_CUDA and args[0].is_meta:
             return True
@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _kernels_replaced(launched: Callable[[str], None]) -> Iterator[None]:
+def _kernels_replaced(launched: Callable[[str], None]) -> Generator[None, None, None]:
     """Inside, launching a Triton kernel only reports its name, compiled or interpreted."""
     if not HAS_TRITON:
         yield
@@ -241,8 +241,8 @@ class HostSyncs(Recorder):
         self._python.enter_once()
         return super().__enter__()
 
-    def __exit__(self, *error):
-        super().__exit__(*error)
+    def __exit__(self, exc_type, exc_val, exc_tb):
+        super().__exit__(exc_type, exc_val, exc_tb)
         self._python.leave_once()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -290,7 +290,7 @@ class _HostReads(TorchFunctionMode):
         if self.depth == 0:
             self.__exit__(None, None, None)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args: tuple = (), kwargs=None):
         if func in HOST_READS and args[0].device.type == self.syncs.device:
             self.syncs.synced(HOST_READS[func])
         return func(*args, **(kwargs or {}))
@@ -331,7 +331,7 @@ class SavedTensors(saved_tensors_hooks):
         self._kept: dict[int, torch.UntypedStorage] = {}  # kept alive: an address may be used again
         super().__init__(self._pack, lambda tensor: tensor)
 
-    def __enter__(self) -> SavedTensors:
+    def __enter__(self) -> SavedTensors:  # ty: ignore[incompatible-method-override]  PyTorch's gives None
         super().__enter__()
         return self
 

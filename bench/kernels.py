@@ -138,7 +138,9 @@ class Session:
                 continue
             workload = case.build()
             compiled = compile_or_none(workload.eager)
-            times = compiled and self._interleave(case, {"ours": workload.ours, "compiled": compiled}, budget)
+            times = compiled is not None and self._interleave(
+                case, {"ours": workload.ours, "compiled": compiled}, budget
+            )
             if times:
                 ratio = timing.ratio(times["compiled"], times["ours"])
                 compiled_us = timing.as_json(timing.summarise(times["compiled"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,5 +92,6 @@ def baseline_of(
 def stock_config(config: Mapping) -> StockConfig:
     """From the contents of a stock transformer/config.json."""
     known = StockConfig.__dataclass_fields__
-    chosen = {name: value for name, value in config.items() if name in known}
-    return StockConfig(**{**chosen, "dual_attention_layers": tuple(chosen.get("dual_attention_layers") or ())})
+    chosen: dict[str, Any] = {name: value for name, value in config.items() if name in known}
+    chosen["dual_attention_layers"] = tuple(chosen.get("dual_attention_layers") or ())
+    return StockConfig(**chosen)

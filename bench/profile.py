@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         builders = {"tiny": contenders.tiny, "small": contenders.small, "full": partial(contenders.random, size=FULL)}
-        changes = {"model": {"attention": args.attention}} if args.attention else {}
+        changes: dict[str, Any] = {"model": {"attention": args.attention}} if args.attention else {}
         c = builders[args.size](Path(folder), args.device, **changes)
         report.update(phases(c, args.iterations))
         report.save()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -178,9 +179,10 @@ class Attention(nn.Module):
         qkv = self._qkv(image, (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k))
         if self.joint:
             norms = (self.norm_added_q, self.norm_added_k)
-            added = self._qkv(text, (self.add_q_proj, self.add_k_proj, self.add_v_proj), norms)
+            added = self._qkv(cast(Tensor, text), (self.add_q_proj, self.add_k_proj, self.add_v_proj), norms)
             qkv = [torch.cat([own, other], dim=2) for own, other in zip(qkv, added)]
-        out = F.scaled_dot_product_attention(*qkv)
+        q, k, v = qkv
+        out = F.scaled_dot_product_attention(q, k, v)
         out = out.transpose(1, 2).reshape(len(image), -1, self.heads * self.head_dim)
         out_text = None
         if self.joint:
@@ -250,6 +252,8 @@ class JointTransformerBlock(nn.Module):
 
 class PatchEmbed(nn.Module):
     """Patches as tokens plus a crop from the middle of a larger table of 2-D sine positions."""
+
+    pos_embed: Tensor
 
     def __init__(self, config: StockConfig) -> None:
         super().__init__()
@@ -358,18 +362,18 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.base_layer, self.scaling, self.enabled = base, alpha / rank, True
-        options = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.ModuleDict({ADAPTER: nn.Linear(base.in_features, rank, **options)})
-        self.lora_B = nn.ModuleDict({ADAPTER: nn.Linear(rank, base.out_features, **options)})
+        options: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        a, b = nn.Linear(base.in_features, rank, **options), nn.Linear(rank, base.out_features, **options)
+        self.lora_A, self.lora_B = nn.ModuleDict({ADAPTER: a}), nn.ModuleDict({ADAPTER: b})
         with torch.no_grad():
-            self.lora_A[ADAPTER].weight.normal_(std=1 / rank, generator=generator)
-            self.lora_B[ADAPTER].weight.zero_()
+            a.weight.normal_(std=1 / rank, generator=generator)
+            b.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
         if not self.enabled:
             return result
-        a, b = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        a, b = (cast(nn.Linear, lora[ADAPTER]) for lora in (self.lora_A, self.lora_B))
         added = result + b(a(x.to(a.weight.dtype))) * self.scaling
         return added.to(result.dtype)
 
@@ -384,14 +388,15 @@ def add_lora(
     model.requires_grad_(False)
     adapters = []
     for block in model.transformer_blocks:
+        attn: Any = block.attn
         for target in LORA_TARGETS:
             owner, _, index = target.partition(".")
-            if not hasattr(block.attn, owner):
+            if not hasattr(attn, owner):
                 continue
-            base = block.attn.get_submodule(target)
+            base = attn.get_submodule(target)
             adapters.append(LoraLinear(base, rank, alpha, generator))
             if index:
-                block.attn.to_out[int(index)] = adapters[-1]
+                attn.to_out[int(index)] = adapters[-1]
             else:
-                setattr(block.attn, owner, adapters[-1])
+                setattr(attn, owner, adapters[-1])
     return adapters

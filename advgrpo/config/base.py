@@ -19,7 +19,7 @@ class Section(BaseModel):
     @classmethod
     def _converts_nothing_silently(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take true for 1 and "" for the current folder; no operating system takes NUL in a path."""
-        annotation = cls.model_fields[info.field_name].annotation
+        annotation = cls.model_fields[info.field_name or ""].annotation  # a field's validator is told its name
         if value == "" and Path in (annotation, *get_args(annotation)):
             raise ValueError("it is empty")
         for each in value if isinstance(value, (list, tuple)) else [value]:

@@ -138,7 +138,8 @@ def explain(error: ValidationError, model: type[BaseModel], settings: Mapping[st
         if problem["type"] == "extra_forbidden":
             name = ".".join(map(str, problem["loc"]))
             known = list(leaves(model))
-            beside = list(_model_at(model, path).model_fields) if _model_at(model, path) else []
+            at = _model_at(model, path)
+            beside = list(at.model_fields) if at else []
             siblings = [".".join([*path, each]) for each in beside]
             close = difflib.get_close_matches(str(problem["loc"][-1]), beside, n=1, cutoff=0.6)
             hint = f"; did you mean {'.'.join([*path, close[0]])!r}?" if close else _elsewhere(name, siblings, known)

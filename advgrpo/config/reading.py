@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+import yaml.constructor
 from pydantic import ValidationError
 
 from advgrpo.config.explain import did_you_mean, explain

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -128,7 +128,9 @@ def open_image(
 
 
 @contextlib.contextmanager
-def _opened(source: Path | BinaryIO, name: str, formats: tuple[str, ...], max_pixels: int) -> Iterator[Image.Image]:
+def _opened(
+    source: Path | BinaryIO, name: str, formats: tuple[str, ...], max_pixels: int
+) -> Generator[Image.Image, None, None]:
     """The image with its header read and within the limit."""
     if isinstance(source, Path):
         _check_regular(source, name)
@@ -231,7 +233,8 @@ def is_square(size: tuple[int, int]) -> bool:
 
 def in_one_colour(image: Image.Image) -> bool:
     """Whether nothing can be seen on it, as on black images and those that safety checkers return."""
-    return all(high - low <= _ONE_COLOUR for low, high in to_rgb(image, "white")[0].getextrema())
+    extrema: Any = to_rgb(image, "white")[0].getextrema()  # a pair for each of the three bands
+    return all(high - low <= _ONE_COLOUR for low, high in extrema)
 
 
 def to_square(image: Image.Image, fit: Fit, background: str = "white") -> Image.Image:

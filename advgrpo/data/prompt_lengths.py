@@ -43,8 +43,8 @@ def cut_prompts(pipeline: Path, prompts: Sequence[str], max_sequence_length: int
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     found: dict[tuple[str, int, tuple[str, ...], str], list[str]] = {}
     for part in TOKENIZERS:
-        library, kind = index.get(part) or (None, None)
-        encoder, _ = index.get(part.replace("tokenizer", "text_encoder")) or (None, None)
+        library, kind = index.get(part) or (None, "")
+        encoder, _ = index.get(part.replace("tokenizer", "text_encoder")) or (None, "")
         if library is None or encoder is None or not prompts or not kind.startswith(_JUDGED):
             continue
         tokenizer = _load(pipeline / part, kind)

@@ -82,7 +82,7 @@ def metadata_of(prompts: list[Prompt]) -> dict[str, Mapping[str, Any]] | None:
 
 
 def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:
-    rules = {"min_size": config.data.min_reference_size, "fit": config.data.fit}
+    rules: dict[str, Any] = {"min_size": config.data.min_reference_size, "fit": config.data.fit}
     if config.data.style:
         return ReferenceSet.shared(_style_folder(config.data.style), prompts, **rules)
     if folder:

@@ -116,7 +116,7 @@ def call_arguments(pipe: Any, settings: DrawSettings) -> dict[str, Any]:
     needed = [name for name, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if not {"prompt", "generator", "num_images_per_prompt", "output_type"} <= set(known) or set(needed) - {"prompt"}:
         raise UserError(f"--model {settings.model}: {kind} is no text-to-image pipeline")
-    arguments = dict(_QWEN) if kind.startswith("QwenImage") else {}
+    arguments: dict[str, Any] = dict(_QWEN) if kind.startswith("QwenImage") else {}
     if settings.model in WORLDS:
         arguments = {**_TINY, "max_sequence_length": WORLDS[settings.model].max_sequence_length}
     guidance = "true_cfg_scale" if kind.startswith("QwenImage") else "guidance_scale"

@@ -2,11 +2,13 @@
 
 Planted bugs that turned this file red: `import numpy` in an op; `import advgrpo` in the runtime;
 `list[torch.Tensor]` in an op's signature; no readme, license-files or urls in kernels/pyproject.toml, each on its
-own; ops left out of its packages; no upper bound of torch; no py.typed; another year in the copy of the license.
+own; ops left out of its packages; no upper bound of torch; no py.typed; another year in the copy of the license;
+a parameter of a public function without a type.
 """
 
 import ast
 import email
+import inspect
 import re
 import shutil
 import subprocess
@@ -61,6 +63,20 @@ def test_every_public_name_exists():
     missing = [name for name in advgrpo_kernels.__all__ if not hasattr(advgrpo_kernels, name)]
     assert missing == []
     assert list(advgrpo_kernels.__all__) == sorted(advgrpo_kernels.__all__)
+
+
+def test_every_public_signature_is_typed():
+    """Without a type a checker takes anything for it, so `make types` would be content with no types at all."""
+    public = [getattr(advgrpo_kernels, name) for name in advgrpo_kernels.__all__]
+    public += [getattr(advgrpo_kernels.layers, name).forward for name in advgrpo_kernels.layers.__all__]
+    untyped = [
+        f"{function.__qualname__}: {name}"
+        for function in public
+        if inspect.isfunction(function)
+        for name in (*inspect.signature(function).parameters, "return")
+        if name != "self" and name not in function.__annotations__
+    ]
+    assert untyped == []
 
 
 def test_the_reference_runs_without_triton():

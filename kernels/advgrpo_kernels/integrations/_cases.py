@@ -145,12 +145,15 @@ class _Run(NamedTuple):
         drawn = self.recorded
         if drawn is None:
             drawn = self._draw(self.original, velocity, sample)["prev_sample"]
+        if drawn is None:
+            raise ValueError("a step that draws gave no prev_sample")
         drawn = drawn.to(self.kind.sample)
         velocity.requires_grad_()
         outputs = self.call(function, Call(velocity, sample, self.step, drawn, None), **self.setting)
         for name in ("log_prob", "mean"):
-            if outputs.get(name) is not None and outputs[name].requires_grad:
-                (gradient,) = torch.autograd.grad(outputs[name].sum(), velocity, retain_graph=True)
+            value = outputs.get(name)
+            if value is not None and value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), velocity, retain_graph=True)
                 outputs[f"gradient of {name}"] = gradient
         return outputs
 

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from types import CodeType, ModuleType
+from typing import Any
 
 _CALL = "__advgrpo_kernels_patch__"  # a global of the script until it has been called
 
@@ -49,8 +50,9 @@ def run_module(name: str, args: list[str], names: Collection[str], call: Callabl
     if spec is not None and spec.submodule_search_locations is not None:
         name = f"{name}.__main__"
         spec = _spec_of(name)
-    source = spec and spec.loader and spec.origin and spec.loader.get_source(name)
-    if not source:
+    loader: Any = spec and spec.loader  # those that run a file can give its source
+    source = loader.get_source(name) if spec and loader and spec.origin else None
+    if spec is None or spec.origin is None or not source:
         raise CannotRun(f"No module named {name} with a source to run", 1)
     sys.argv[0] = spec.origin
     names_of_module = {"__file__": spec.origin, "__loader__": spec.loader, "__cached__": spec.cached, "__spec__": spec}

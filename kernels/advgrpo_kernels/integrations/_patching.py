@@ -39,8 +39,8 @@ class Target:
 
     name: str
     modules: tuple[str, ...]
-    variants: tuple[Callable, ...]
-    cases: Callable[[Callable, type | None], Iterable[Case]]
+    variants: tuple[types.FunctionType, ...]
+    cases: Callable[[Callable, Any], Iterable[Case]]  # of the original and its class, which a function has not: None
 
     def is_defined_in(self, module_name: str) -> bool:
         return any(f".{module_name}".endswith(f".{known}") for known in self.modules)
@@ -49,13 +49,13 @@ class Target:
 class Origin(NamedTuple):
     """Where a copy of ours comes from."""
 
-    original: Callable
+    original: types.FunctionType
     through: str  # name of the module that was patched
 
 
 class _Found(NamedTuple):
     target: Target
-    original: Callable
+    original: types.FunctionType
     cls: type | None  # of a method
 
     @property
@@ -66,7 +66,7 @@ class _Found(NamedTuple):
 class _Place(NamedTuple):
     owner: Any  # a module or a class
     attribute: str
-    original: Callable
+    original: types.FunctionType
     copy: Callable
 
     def __str__(self) -> str:
@@ -153,7 +153,7 @@ def holds_any(module: types.ModuleType, targets: Sequence[Target]) -> bool:
     return bool(_find(module, targets)[0])
 
 
-def original_of(function: Callable) -> Callable | None:
+def original_of(function: Any) -> types.FunctionType | None:
     """What `function` took the place of; None if it is not one of ours."""
     origin = getattr(function, _MARK, None)
     return origin and origin.original
@@ -217,7 +217,7 @@ def _signature(function: Callable) -> str:
     return str(inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters]))
 
 
-def _variant_of(entry: _Found) -> tuple[Callable, int]:
+def _variant_of(entry: _Found) -> tuple[types.FunctionType, int]:
     """The first variant that fits and agrees in all cases, and how many those are."""
     misfit = _misfit(entry)
     if misfit:
@@ -236,7 +236,7 @@ def _variant_of(entry: _Found) -> tuple[Callable, int]:
     )
 
 
-def _copy_of(function: Callable, origin: Origin) -> Callable:
+def _copy_of(function: types.FunctionType, origin: Origin) -> types.FunctionType:
     """`function` as an object of its own that goes by its original's name, so that pickles of either are the same."""
     made = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,13 +106,13 @@ def _form(value: torch.Tensor | None) -> str:
 
 
 @contextlib.contextmanager
-def _isolated() -> Iterator[None]:
+def _isolated() -> Generator[None, None, None]:
     """Float32 on the CPU with gradients, whatever the caller has set; its random numbers are put back."""
     generator = torch.default_generator  # not manual_seed(), which also seeds every GPU
     state, dtype, silenced = generator.get_state(), torch.get_default_dtype(), logging.root.manager.disable
     torch.set_default_dtype(torch.float32)
     logging.disable(logging.WARNING)  # a step without a log-prob warns, here of a call that the caller never made
-    modes = [torch.device("cpu"), torch.inference_mode(False), torch.enable_grad()]
+    modes: list[Any] = [torch.device("cpu"), torch.inference_mode(False), torch.enable_grad()]
     modes += [torch.autocast("cpu", enabled=False), reference_only()]
     try:
         with contextlib.ExitStack() as stack:

@@ -9,6 +9,7 @@ import torch
 
 from .._runtime import can_look_at
 from ..ops._gaussian import per_row, step_mean
+from ..ops._layers import given
 from ..ops.coefficients import Scalars, step_terms
 from ..ops.gaussian_log_prob import gaussian_log_prob
 from ..ops.gaussian_step import gaussian_step
@@ -137,6 +138,11 @@ class Transition(NamedTuple):
     log_prob: torch.Tensor | None
     mean: torch.Tensor
 
+    @property
+    def required_log_prob(self) -> torch.Tensor:
+        """`log_prob` of a step that was taken with a likelihood."""
+        return given("likelihood", self.log_prob)
+
 
 def transition(
     latents: torch.Tensor,
@@ -155,19 +161,29 @@ def transition(
     Without a gradient to the velocity it is one launch; with one, the mean is PyTorch and the log-prob an op.
     """
     if likelihood == "scaled":
-        settings = {"next_latents": next_latents, "noise": noise, "storage_dtype": storage_dtype}
-        taken = transition(latents, velocity, coefficients, likelihood="squared_error", **settings)
-        return taken._replace(log_prob=taken.log_prob / (2 * coefficients[..., 2].square()))
+        taken = transition(
+            *(latents, velocity, coefficients),
+            next_latents=next_latents,
+            noise=noise,
+            likelihood="squared_error",
+            storage_dtype=storage_dtype,
+        )
+        return taken._replace(log_prob=taken.required_log_prob / (2 * coefficients[..., 2].square()))
     latents = latents.float()
     if torch.is_grad_enabled() and latents.requires_grad:
         raise ValueError("sample requires grad, but these steps are differentiable in the model output only: detach it")
     if next_latents is None and not (torch.is_grad_enabled() and velocity.requires_grad):
-        settings = {"noise": noise, "likelihood": likelihood, "storage_dtype": storage_dtype, "return_mean": True}
-        step = gaussian_step(latents, velocity, coefficients, **settings)
+        step = gaussian_step(
+            *(latents, velocity, coefficients),
+            noise=noise,
+            likelihood=likelihood,
+            storage_dtype=storage_dtype,
+            return_mean=True,
+        )
         next_latents, log_prob = step.next_latents.float(), step.log_prob
         if likelihood is not None and log_prob is None:
             log_prob = density(latents, velocity, next_latents, coefficients, likelihood)
-        return Transition(next_latents, log_prob, step.mean)
+        return Transition(next_latents, log_prob, given("return_mean", step.mean))
     mean = step_mean(latents, velocity, coefficients, None, 1.0, torch.float32)
     if next_latents is None:
         s = per_row(coefficients, latents.dim(), torch.float32)[2]

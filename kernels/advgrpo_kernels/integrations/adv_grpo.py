@@ -23,7 +23,7 @@ def sde_step_with_logprob(
     noise_level: float = 0.7,
     prev_sample: torch.Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Flow-SDE step: (prev_sample, log_prob, prev_sample_mean, std_dev_t)."""
     settings = (noise_level, prev_sample, generator, "flow_sde", "gaussian")
     return flow_grpo.step(self, model_output, timestep, sample, *settings)
@@ -37,7 +37,7 @@ def sde_step_with_logprob_new(
     noise_level: float = 0.7,
     prev_sample: torch.Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Flow-CPS step with the squared-error likelihood: (prev_sample, log_prob, prev_sample_mean, std_dev_t)."""
     settings = (noise_level, prev_sample, generator, "flow_cps", "squared_error")
     return flow_grpo.step(self, model_output, timestep, sample, *settings)

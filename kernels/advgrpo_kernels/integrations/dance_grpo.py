@@ -12,8 +12,7 @@ Differences as in `mix_grpo`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import torch
 
@@ -23,7 +22,7 @@ from ._transition import steps_at
 TRAINERS = ("flux", "flux_lora", "hunyuan", "qwenimage", "qwenimage_edit", "skyreels_i2v", "wan_2_1")
 
 
-def _variant(name: str, likelihood: str) -> Callable:
+def _variant(name: str, likelihood: str) -> FunctionType:
     def flux_step(
         model_output: torch.Tensor,
         latents: torch.Tensor,

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +58,10 @@ def accelerate(model: nn.Module, filter: Callable[[str, nn.Module], bool] | None
         raise ValueError(f"model must be a module such as pipe.transformer, got {type(model).__name__}")
     if not any(_is_a(module, MODEL) for module in model.modules()):
         raise ValueError(f"accelerate() knows {MODEL} (SD3, SD3.5) alone, got {type(model).__name__}")
-    candidates = [(name, module, _forward_of(module)) for name, module in model.named_modules()]
+    candidates = [(name, m, forward) for name, m in model.named_modules() if (forward := _forward_of(m)) is not None]
     # The last block's context norm is a part of that block, which replaces it.
     inside = [f"{name}." for name, _, forward in candidates if forward is _block_forward]
-    candidates = [c for c in candidates if c[2] and not any(c[0].startswith(prefix) for prefix in inside)]
+    candidates = [c for c in candidates if not any(c[0].startswith(prefix) for prefix in inside)]
     chosen = [c for c in candidates if filter is None or filter(c[0], c[1])]
     if not chosen:
         raise ValueError(
@@ -112,7 +113,7 @@ def _check_free(name: str, module: nn.Module) -> None:
             f"{name}: its forward was replaced by a hook (LayerSkip, offloading, ...) or another patch, which this "
             "would undo: call accelerate(model) before such hooks are added"
         )
-    stock = next(
+    stock: Any = next(
         cls for cls in type(module).__mro__ if cls.__name__ in ("JointTransformerBlock", "AdaLayerNormContinuous")
     )
     if type(module).forward is not stock.forward:
@@ -125,7 +126,7 @@ def _forward_of(module: nn.Module) -> Callable | None:
     return _continuous_norm_forward if _is_a(module, "AdaLayerNormContinuous") else None
 
 
-def _check_supported(name: str, module: nn.Module, forward: Callable) -> None:
+def _check_supported(name: str, module: Any, forward: Callable) -> None:
     norms = [module.norm] if forward is _continuous_norm_forward else [module.norm1.norm, module.norm2]
     if forward is _block_forward:
         norms += [module.norm1_context.norm, *([] if module.context_pre_only else [module.norm2_context])]
@@ -145,7 +146,7 @@ def _description(module: nn.Module) -> str:
     return f"fused norms, residuals and GELU; q and k norms of {', '.join(fused) or 'no attention'}"
 
 
-def _is_fusible(attn: nn.Module | None) -> bool:
+def _is_fusible(attn: Any) -> bool:
     """Whether q and k are RMS-normalised with a weight and nothing was hooked into the attention."""
     if attn is None or type(attn.processor).__name__ != STOCK_ATTENTION:
         return False
@@ -177,7 +178,7 @@ def _say_stock(kind: str) -> None:
     logger.warning("a part of %s has a hook: such modules run their own forward, not the fused one, while it has", kind)
 
 
-def _parts_of_block(block: nn.Module) -> Iterator[nn.Module]:
+def _parts_of_block(block: Any) -> Iterator[nn.Module]:
     """The modules in a block that `_block_forward` does not call."""
     for norm in (block.norm1, block.norm1_context):
         yield from (norm, norm.norm)
@@ -191,7 +192,7 @@ def _parts_of_block(block: nn.Module) -> Iterator[nn.Module]:
             yield from (norm for norm in norms if norm is not None)
 
 
-def _attention(attn: nn.Module, x: torch.Tensor, context: torch.Tensor | None = None, **kwargs):
+def _attention(attn: Any, x: torch.Tensor, context: torch.Tensor | None = None, **kwargs):
     """What `attn(hidden_states=x, encoder_hidden_states=context)` gives."""
     if kwargs or not _is_fusible(attn):
         if context is None:
@@ -213,7 +214,7 @@ def _attention(attn: nn.Module, x: torch.Tensor, context: torch.Tensor | None = 
     return image, text if attn.context_pre_only else attn.to_add_out(text)
 
 
-def _feed_forward(ff: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _feed_forward(ff: Any, x: torch.Tensor) -> torch.Tensor:
     x = gelu(ff.net[0].proj(x))
     for layer in ff.net[1:]:
         x = layer(x)
@@ -235,14 +236,14 @@ def _block_forward(
     emb = self.norm1.linear(self.norm1.silu(temb))
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = emb.chunk(9 if self.use_dual_attention else 6, dim=1)
     normed = ada_layer_norm(hidden_states, shift, scale, *second[:2], eps=self.norm1.norm.eps)
-    normed, normed2 = normed if self.use_dual_attention else (normed, None)
+    normed, *normed2 = normed if self.use_dual_attention else (normed,)
     if self.context_pre_only:
         context = _continuous_norm_forward(self.norm1_context, encoder_hidden_states, temb)
     else:
         text_emb = self.norm1_context.linear(self.norm1_context.silu(temb)).chunk(6, dim=1)
         context = ada_layer_norm(encoder_hidden_states, *text_emb[:2], eps=self.norm1_context.norm.eps)
     out, text_out = _attention(self.attn, normed, context, **kwargs)
-    dual = (_attention(self.attn2, normed2, **kwargs), second[2]) if self.use_dual_attention else ()
+    dual = (_attention(self.attn2, *normed2, **kwargs), second[2]) if self.use_dual_attention else ()
     modulation = {"shift": shift_mlp, "scale": scale_mlp, "eps": self.norm2.eps}
     hidden_states, normed = gated_residual(hidden_states, out, gate, *dual, **modulation)
     hidden_states = gated_residual(hidden_states, _feed_forward(self.ff, normed), gate_mlp)

@@ -74,7 +74,7 @@ def step(
         noise=noise,
         likelihood=likelihood,
     )
-    result = taken.next_latents, taken.log_prob, taken.mean, broadcast(steps.std, sample)
+    result = taken.next_latents, taken.required_log_prob, taken.mean, broadcast(steps.std, sample)
     return (*result, broadcast(torch.sqrt(-steps.dt), sample)) if return_sqrt_dt else result
 
 

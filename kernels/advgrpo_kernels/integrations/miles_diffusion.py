@@ -26,7 +26,7 @@ def sde_step_with_logprob(
     sample: torch.Tensor,
     prev_sample: torch.Tensor,
     noise_level: float = 0.7,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Log-prob of a recorded Flow-SDE step: (prev_sample, log_prob [B], prev_sample_mean, std_dev_t), float32."""
     if prev_sample is None:
         raise ValueError("prev_sample must be the recorded next latents: this function draws none")

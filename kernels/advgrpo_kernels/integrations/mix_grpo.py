@@ -52,7 +52,7 @@ def flow_grpo_step(
         latents, model_output, steps.coefficients, next_latents=prev_sample, noise=noise, likelihood=likelihood
     )
     predicted = _clean(model_output, latents, steps)
-    return taken.next_latents, predicted, taken.log_prob, taken.mean, steps.coefficients[2]
+    return taken.next_latents, predicted, taken.required_log_prob, taken.mean, steps.coefficients[2]
 
 
 def dance_grpo_step(
@@ -103,7 +103,7 @@ def dance_step(
     taken = transition(
         latents, model_output, steps.coefficients, next_latents=prev_sample, noise=noise, likelihood=likelihood
     )
-    return (taken.next_latents, predicted, taken.log_prob) if grpo else (taken.mean, predicted)
+    return (taken.next_latents, predicted, taken.required_log_prob) if grpo else (taken.mean, predicted)
 
 
 def _kind(sde_type: str, sde: str, eta: float, noise_level: float | None) -> tuple[str, str, float]:

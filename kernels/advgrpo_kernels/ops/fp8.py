@@ -143,7 +143,11 @@ def fp8_quantize(
 
 
 def fp8_quantize_ref(
-    x: torch.Tensor, *, granularity: str = "row", scale: torch.Tensor | None = None, compute_dtype=torch.float32
+    x: torch.Tensor,
+    *,
+    granularity: str = "row",
+    scale: torch.Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Fp8Tensor:
     """Plain PyTorch, the same bits as the kernels on a GPU."""
     x = x.detach().to(compute_dtype)
