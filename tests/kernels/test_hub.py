@@ -163,6 +163,8 @@ def test_the_card_lists_what_is_there_and_has_no_blanks(hub, kernel):
     rows = set(re.findall(r"^\| `(\w+)` \| \S", text, re.MULTILINE))
     functions = {n for n in kernel.__all__ if n.islower() and not n.endswith("_ref")} - {"layers"}
     assert rows == functions | set(layers.__all__)
+    for needed in ("python >=3.10", "torch >=2.6,<2.14", "triton >=3.2,<3.10"):
+        assert needed in text
     for path in hub.rglob("*"):
         if path.suffix in (".py", ".md", ".toml", ".nix"):
             assert not re.search(r"@[a-z_]+@", path.read_text()), path

@@ -15,6 +15,7 @@ import ast
 import base64
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -122,6 +123,13 @@ def loading(repo_id: str) -> str:
     return f"import torch\nfrom kernels import get_kernel\n\n{MODULE} = {call}"
 
 
+def requirements() -> str:
+    """What the distribution asks for, as its pyproject.toml has it."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    bounds = re.findall(r"""^(?:requires-)?\W*(python|torch|triton)(?: = ")?([<>=][^"';]+)""", text, re.MULTILINE)
+    return ", ".join(f"{name} {bound}" for name, bound in bounds)
+
+
 def write(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         path = folder / name
@@ -140,7 +148,13 @@ def generate(folder: Path, *, repo_id: str = UNPUBLISHED, package: Path = PACKAG
         raise FileExistsError(f"{folder} is not empty: give another folder, or remove it")
     kernel = sources(package)
     unique = identity(kernel)
-    filled = {"repo_id": repo_id, "version": str(VERSION), "load": loading(repo_id), **tables(kernel)}
+    filled = {
+        "repo_id": repo_id,
+        "version": str(VERSION),
+        "load": loading(repo_id),
+        "requirements": requirements(),
+        **tables(kernel),
+    }
     for path in sorted(p for p in FILES.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
         text = path.read_text()
         for key, value in filled.items():
