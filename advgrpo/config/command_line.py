@@ -78,7 +78,10 @@ def _base(start: Start) -> tuple[dict, str]:
         raise UserError(
             f"{flag} continues with the run's own settings; leave out --preset and --config, or use --resume auto"
         )
-    return _settings_of_run(start.resume) if start.resume_from is None else _settings_at(start.resume_from)
+    if start.resume_from is not None:
+        return _settings_at(start.resume_from)
+    assert isinstance(start.resume, Path)  # "auto" and None have gone above
+    return _settings_of_run(start.resume)
 
 
 def _settings_of_run(folder: Path) -> tuple[dict, str]:

@@ -183,42 +183,6 @@ def ada_layer_norm(
     return (y, y2) if len(shifts) > 1 else y
 
 
-@overload
-def ada_layer_norm_ref(
-    x: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    shift2: None = ...,
-    scale2: None = ...,
-    *,
-    eps: float = ...,
-    quantize: Literal[False] = ...,
-    compute_dtype: torch.dtype = ...,
-) -> torch.Tensor: ...
-@overload
-def ada_layer_norm_ref(
-    x: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    shift2: torch.Tensor,
-    scale2: torch.Tensor,
-    *,
-    eps: float = ...,
-    quantize: Literal[False] = ...,
-    compute_dtype: torch.dtype = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...
-@overload
-def ada_layer_norm_ref(
-    x: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    shift2: torch.Tensor | None = ...,
-    scale2: torch.Tensor | None = ...,
-    *,
-    eps: float = ...,
-    quantize: bool = ...,
-    compute_dtype: torch.dtype = ...,
-) -> Modulated: ...
 def ada_layer_norm_ref(
     x: torch.Tensor,
     shift: torch.Tensor,
