@@ -4,9 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint docs golden peers kernels-matrix wheels tiny-assets gpu-carry clean
-.PHONY: train test lint golden peers kernels-matrix kernel-hub tiny-assets gpu-carry clean
-.PHONY: train test lint types golden peers kernels-matrix kernel-hub tiny-assets gpu-carry clean
+.PHONY: train test lint types docs golden peers kernels-matrix kernel-hub wheels tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -22,6 +20,7 @@ lint: $(VENV)/.dev
 # the future of mkdocs, whose version pyproject.toml bounds. No --quiet: it silences --strict as well.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict $(ARGS)
+
 # What pyproject.toml lists under [tool.ty.src], and tests/typing, which is only read by the checker.
 types: $(VENV)/.dev
 	$(BIN)/ty check --python $(VENV) $(ARGS)
@@ -41,6 +40,7 @@ kernels-matrix:
 # Both wheels into dist/, each installed and used in an environment of its own.
 wheels:
 	PYTHON=$(PYTHON) tests/wheels.sh
+
 # The kernels as a repository of the Hugging Face kernel hub, and that repository's own tests, on the PyTorch references
 # and in Triton's interpreter. Their client, the package `kernels`, stays out of $(VENV): transformers and diffusers look
 # for it and change with what they find.
@@ -102,5 +102,4 @@ $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .matrix build site *.egg-info
-	rm -rf $(VENV) .matrix .hub build *.egg-info
+	rm -rf $(VENV) .matrix .hub build site *.egg-info

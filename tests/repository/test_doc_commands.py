@@ -17,6 +17,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 import warnings
 from functools import cache
 from pathlib import Path
@@ -29,11 +30,6 @@ from PIL import Image, ImageOps
 import advgrpo.config as configuration
 from advgrpo.errors import UserError
 from advgrpo_kernels.integrations import _launcher
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # which pytest brings
 
 ROOT = Path(__file__).parents[2]
 BESIDE_DOCS = ("README.md", "CONTRIBUTING.md", "kernels/README.md", "bench/results/README.md")

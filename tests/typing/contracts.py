@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import assert_type
+from typing_extensions import assert_type  # noqa: UP035  # the kernels are checked as Python 3.10
 
 import advgrpo_kernels as k
 from advgrpo_kernels import layers
