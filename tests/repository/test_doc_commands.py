@@ -39,6 +39,9 @@ PLACEHOLDERS = {"N": "1", "NAME": "tiny", "FLAG": "reward_hacking", "PEER": "flo
 NOT_CHECKED = {
     "hf auth login": "the hub's own program, not installed with ours",
     "pip install wandb": "a tracker of the user's choice",
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation 'apex @ git+https://github.com/NVIDIA/apex'": (
+        "NVIDIA's own line; tests/repository/test_gpu_extra.py holds the one that errors name to it"
+    ),
     "cp /tmp/session/<gpu>-*.json bench/results/": "the name is the GPU's",
 }
 
@@ -155,6 +158,8 @@ def check_make(words: list[str], monkeypatch) -> None:
 def check_pip(words: list[str]) -> None:
     assert words[0] == "install"
     for word in words[1:]:
+        if word == "--no-build-isolation":
+            continue
         path, extras = re.fullmatch(r"(-e|[\w./-]+)(?:\[([\w,]+)\])?", word).groups()
         assert path == "-e" or (ROOT / path / "pyproject.toml").exists(), f"{path} is no package"
         known = project()["project"]["optional-dependencies"]
