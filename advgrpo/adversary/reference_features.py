@@ -13,6 +13,7 @@ import torch
 from advgrpo.adversary.base import Adversary
 from advgrpo.data.references import ReferenceSet
 from advgrpo.errors import UserError
+from advgrpo.runtime import rng
 from advgrpo.runtime.cache import TensorCache
 from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Features
@@ -138,3 +139,34 @@ class ReferenceFeatures:
             images = [torch.cat(images)]
         features = Features.cat([self.adversary.features(p, [prompt] * len(p)) for p in images])
         return self.adversary.cached_features(features)
+
+
+def reference_draws(
+    choice: str,
+    references: ReferenceSet,
+    prompts: list[str],
+    image_ids: torch.Tensor,
+    places: torch.Tensor,
+    *,
+    total: int,
+    seed: int,
+    iteration: int,
+) -> torch.Tensor:
+    """Which of its prompt's references each image is paired with, for `ReferenceFeatures.pick`.
+
+    Args:
+        choice: adversary.reference_choice, "random" or "in_turn".
+        prompts: the prompts of B images.
+        image_ids: [B] int64 on the host, their numbers in the iteration, below `total`.
+        places: [B] int64 on the host, their places among the images of their prompt ("in_turn" goes by them).
+        total: images of the iteration over all processes.
+        seed: of the run.
+
+    Returns:
+        [B] float32 in [0, 1), on the host; keyed by (seed, iteration, image number).
+    """
+    if choice == "in_turn":
+        of_prompt = {prompt: len(references.files(prompt)) for prompt in dict.fromkeys(prompts)}
+        count = torch.tensor([of_prompt[prompt] for prompt in prompts])
+        return (places % count + 0.5) / count
+    return torch.rand(total, generator=rng.generator(seed, "reference", iteration))[image_ids]

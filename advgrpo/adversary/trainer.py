@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from advgrpo.adversary.base import Adversary
 from advgrpo.config import AdversarySection
 from advgrpo.runtime import rng
+from advgrpo.runtime.checkpoint import pack_optimizer
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Features
@@ -178,6 +180,47 @@ class DiscriminatorTrainer:
         self._inputs = {side: StaticBuffers(adversary.device, static=backend is not None) for side in _SIDES}
         self._total = 0  # images per side of the current update, over all processes
 
+    def learn(
+        self,
+        batch: DiscriminatorBatch,
+        rewards: tuple[torch.Tensor, torch.Tensor],
+        paired: torch.Tensor,
+        iteration: int,
+        *,
+        optimizer_steps: int,
+        agree: Callable[[list[float]], list[float]],
+        gather: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[UpdatePlan, dict[str, float]]:
+        """One iteration: discriminator updates when the schedule says so; generations are remembered either way.
+
+        Args:
+            rewards: [G] float32 of the generations, and of the reference drawn for each, under the head as it stands.
+            paired: scalar float32, `paired_accuracy` of them.
+            optimizer_steps: those of the generator in an iteration, for schedule "ratio".
+            agree: the first process's numbers: one decides how many updates all of them run.
+            gather: concatenates tensors over processes.
+
+        Returns:
+            What was due, and the metrics.
+
+        Raises:
+            FloatingPointError: see `check`.
+        """
+        *means, share = agree(torch.stack([*(each.mean() for each in rewards), paired]).tolist())
+        self.adversary.centre(*means)
+        loss, accuracy = self.evaluate(batch, iteration)
+        plan = plan_updates(self.config, iteration, *means, optimizer_steps)
+        losses = self.train(batch, iteration, plan.discriminator_updates)
+        if plan.discriminator_updates:
+            self.check(losses, iteration)
+        self.add_to_replay(batch, iteration, gather)
+        return plan, {
+            "discriminator_loss": loss,
+            "discriminator_accuracy": share if accuracy is None else accuracy,
+            "discriminator_paired_accuracy": share,
+            "discriminator_updates": plan.discriminator_updates,
+        }
+
     def train(self, batch: DiscriminatorBatch, iteration: int, updates: int) -> torch.Tensor:
         """Run discriminator updates; returns the loss before each of them, [updates] float32 on the adversary's device.
 
@@ -252,6 +295,17 @@ class DiscriminatorTrainer:
         side, device = 64, self.adversary.device
         features = self.adversary.features(torch.zeros(1, 3, side, side, device=device), [""])
         return self.adversary.training_features(features, torch.zeros(1, dtype=torch.int64, device=device), 0)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Head, optimizer and replay buffer as tensors and JSON for a checkpoint; `restoring.check_head` reads them."""
+        optimizer_tensors, optimizer = pack_optimizer(self.adversary.optimizer, "head_optimizer")
+        replay_tensors, counters = self.replay.state()
+        tensors = {
+            **{f"head.{name}": tensor for name, tensor in self.adversary.state_dict().items()},
+            **{f"replay.{name}": tensor for name, tensor in replay_tensors.items()},
+            **optimizer_tensors,
+        }
+        return tensors, {"head_optimizer": optimizer, "replay": counters}
 
     def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int]) -> None:
         """Continue from the replay buffer's `state`; call it after head and optimizer are loaded."""

@@ -8,6 +8,7 @@ from advgrpo.config.base import Options, Positional, Repeated
 from advgrpo.config.checks import (
     NEED_REFERENCES,
     check,
+    check_learning,
     check_micro_batches,
     eligible_steps,
     fits_micro_batches,
@@ -56,6 +57,7 @@ __all__ = [
     "UpdateSection",
     "build",
     "check",
+    "check_learning",
     "check_micro_batches",
     "did_you_mean",
     "dump",

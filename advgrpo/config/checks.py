@@ -33,7 +33,7 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
         )
     _check_precision(config)
     _check_rewards(config)
-    _check_learning(config)
+    check_learning(config)
     _check_metrics(config)
     if with_data:
         _check_data(config)
@@ -207,7 +207,7 @@ def _check_data(config: Config) -> None:
         )
 
 
-def _check_learning(config: Config) -> None:
+def check_learning(config: Config) -> None:
     """Weights that leave nothing to learn from are slips."""
     adversary = config.adversary
     if not config.learns_adversary:

@@ -30,9 +30,11 @@ class ReferenceSet:
     Models see squares: an image that is none is an error, unless `fit` says how it becomes one.
     """
 
-    def __init__(self, folder: Path, files: dict[str, list[Path]], fit: Fit = "refuse") -> None:
+    def __init__(
+        self, folder: Path, files: dict[str, list[Path]], fit: Fit = "refuse", shared: list[Path] | None = None
+    ) -> None:
         self.folder, self.fit = folder, fit
-        self._files = files
+        self._files, self._shared = files, shared
         self._content_keys: dict[Path, str] = {}
 
     @classmethod
@@ -70,8 +72,13 @@ class ReferenceSet:
         return cls(folder, files, fit)
 
     @classmethod
-    def shared(cls, folder: str | Path, prompts: list[str], min_size: int = 16, fit: Fit = "refuse") -> "ReferenceSet":
+    def shared(
+        cls, folder: str | Path, prompts: list[str] | None, min_size: int = 16, fit: Fit = "refuse"
+    ) -> "ReferenceSet":
         """Every image in `folder` is a reference of every prompt: a style, which has no prompts.
+
+        Args:
+            prompts: those that there are; None: any.
 
         Raises:
             UserError: missing folder, no image in it, or one that `load` would refuse.
@@ -83,6 +90,8 @@ class ReferenceSet:
         if not files:
             raise UserError(f"data.style = {str(folder)!r} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         _check_images(folder, files, min_size, fit, style=True)
+        if prompts is None:
+            return cls(folder, {"": files}, fit, shared=files)
         return cls(folder, dict.fromkeys(prompts, files), fit)
 
     def files(self, prompt: str) -> list[Path]:
@@ -91,6 +100,8 @@ class ReferenceSet:
         Raises:
             UserError: `prompt` was not among the prompts given to `load`, so its images were never checked.
         """
+        if self._shared is not None:
+            return list(self._shared)
         if prompt not in self._files:
             raise UserError(f"no references were loaded for prompt {prompt!r}{_nearest(prompt, self._files)}")
         return list(self._files[prompt])

@@ -64,7 +64,7 @@ class Tracker:
             return
         output_dir = Path(output_dir)
         self.display = display or Display(Console())
-        self._file = _open_metrics(output_dir / METRICS_FILE, start_iteration, self.display.print_line)
+        self._file = open_metrics(output_dir / METRICS_FILE, start_iteration, self.display.print_line)
         if tensorboard:
             module = _require("torch.utils.tensorboard", "tensorboard")
             # purge_step hides the abandoned records of a resumed run, which event files cannot drop.
@@ -177,7 +177,7 @@ def _is_record(record: Any) -> bool:
     )
 
 
-def _open_metrics(path: Path, start_iteration: int, say: Callable[[str], None]) -> Any:
+def open_metrics(path: Path, start_iteration: int, say: Callable[[str], None]) -> Any:
     """The file with the records before `start_iteration`, to be appended to.
 
     Training needs nothing of what is in it, so a damaged one is put aside and what can be read of it goes on.

@@ -7,8 +7,9 @@ The protocol, version 1. Request: `POST <url>` with `Content-Type: application/j
 one entry per image in every list; "metadata" only if the client was given any. Answer: status 200,
 `Content-Type: application/json`, and `{"scores": [number, ...]}`, one finite number per image, higher is better. Any
 other status is a failure, whose body may be `{"error": text}`. Nothing is ever pickled, redirects are not followed and
-proxies not used. `python -m advgrpo.rewards.serve` is the other end, for any reward of ours. Where both ends know a
-token (`read_token`), the request has it in `Authorization: Bearer <token>`.
+proxies not used. `python -m advgrpo.rewards.serve` is the other end, for any reward of ours; what a request to a
+discriminator that learns may hold besides is in service/server.py. Where both ends know a token (`read_token`), the
+request has it in `Authorization: Bearer <token>`.
 
 A failure is an error, never a score. What becomes of it:
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,20 +46,30 @@ def too_late(doing: str) -> Refusal:
 
 
 def parse_request(body: bytes, limits: Limits, ends: float) -> tuple[list[bytes], list[str]]:
-    """(PNG files, as many prompts) of a request; nothing is decoded.
+    """`parse_images` of `read_request`; raises as they do."""
+    return parse_images(read_request(body), limits, ends)
 
-    Args:
-        ends: when the request's time does, by time.monotonic.
 
-    Raises:
-        Refusal: no such request, or its images differ in size, are none by their headers, or exceed `limits`.
-    """
+def read_request(body: bytes) -> dict[str, Any]:
+    """The JSON object of a request of this version of the protocol; Refusal for anything else."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refusal(f"the request is not JSON ({error})") from None
     if not isinstance(request, dict) or request.get("version") != PROTOCOL_VERSION:
         raise Refusal(f'want an object with "version": {PROTOCOL_VERSION}')
+    return request
+
+
+def parse_images(request: dict[str, Any], limits: Limits, ends: float) -> tuple[list[bytes], list[str]]:
+    """(PNG files, as many prompts) of a request; nothing is decoded.
+
+    Args:
+        ends: when the request's time does, by time.monotonic.
+
+    Raises:
+        Refusal: no such lists, or the images differ in size, are none by their headers, or exceed `limits`.
+    """
     encoded, prompts = request.get("images"), request.get("prompts")
     for key, value in (("images", encoded), ("prompts", prompts)):
         if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -43,6 +43,7 @@ _LINGER_SECONDS = 5.0  # for a client that was refused to stop sending
 _DECODED = 2  # requests whose images are in memory: one is scored, the next is decoded meanwhile
 _ROOM = 4  # bodies of the largest size that are in memory
 _NAME = "[a-z0-9._-]+"
+Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
@@ -74,12 +75,15 @@ class ScoringServer(ThreadingHTTPServer):
         self.hosts = frozenset(name.lower().rstrip(".") for name in ("localhost", socket.gethostname(), *hosts))
         self.room = _Room(_ROOM * limits.max_bytes)
         self._decoded = threading.BoundedSemaphore(_DECODED)
-        self._worker = _Worker()
+        self._worker = Worker(self.after_each)
         super().__init__(address, _Handler)
 
     def server_close(self) -> None:
         super().server_close()
         self._worker.stop()
+
+    def after_each(self) -> None:
+        """Runs in the thread of scoring after every job, once its result is known to who waits for it."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if isinstance(sys.exc_info()[1], OSError):
@@ -87,8 +91,12 @@ class ScoringServer(ThreadingHTTPServer):
         else:
             _log.exception("a request of %s", client_address[0])
 
-    def scores(self, body: bytes, is_wanted: Callable[[], bool]) -> list[float]:
-        """The scores of a request's images.
+    def describe(self, path: str) -> dict[str, Any]:
+        """The answer to a GET."""
+        return {"reward": self.reward.name, "version": PROTOCOL_VERSION}
+
+    def answer(self, path: str, body: bytes, is_wanted: Callable[[], bool]) -> dict[str, Any]:
+        """The answer to a POST: the scores of its images.
 
         Args:
             is_wanted: asked right before scoring, which may be long after the client gave up.
@@ -99,35 +107,65 @@ class ScoringServer(ThreadingHTTPServer):
         """
         ends = time.monotonic() + self.limits.score_seconds
         images, prompts = parse_request(body, self.limits, ends)
+        return {"scores": self.in_turn(images, ends, is_wanted, lambda images: self._score(images, prompts))}
+
+    def in_turn(
+        self,
+        images: list[bytes],
+        ends: float,
+        is_wanted: Callable[[], bool],
+        work: Callable[[torch.Tensor], Result],
+    ) -> Result:
+        """`work` on the decoded images, in the thread of scoring.
+
+        Raises:
+            Refusal: a damaged image, or it is not done by `ends` (time.monotonic).
+            Exception: that of `work`.
+        """
         if not self._decoded.acquire(timeout=max(0.0, ends - time.monotonic())):
             raise too_late("waiting for its turn")
         job = None
         try:
             images = decode(images, self.limits, ends)
-            job = self._worker.submit(lambda: self._score(images, prompts, is_wanted))
+            job = self._worker.submit(lambda: _wanted(is_wanted, lambda: work(images)))
         finally:
             if job is None:
                 self._decoded.release()
         job.add_done_callback(lambda _: self._decoded.release())
-        wait([job], max(0.0, ends - time.monotonic()))
-        if not job.done():
-            job.cancel()  # where it has begun it goes on, and nobody else's begins
-            raise too_late("waiting for its scores")
-        return job.result()
+        return result_of(job, ends)
 
-    def _score(self, images: torch.Tensor, prompts: list[str], is_wanted: Callable[[], bool]) -> list[float]:
-        if not is_wanted():
-            raise _Gone
+    def _score(self, images: torch.Tensor, prompts: list[str]) -> list[float]:
         scores = self.reward.score(images, prompts, self.references)
         return finite_scores(scores, images, prompts, self.reward.name).tolist()
 
 
-class _Worker:
-    """One thread for all scoring: rewards are not made for several, and it can be left alone with what hangs."""
+def result_of(job: Future, ends: float) -> Any:
+    """What a job of `Worker` gives; Refusal where that is not known by `ends`, and it is not begun any more."""
+    wait([job], max(0.0, ends - time.monotonic()))
+    if not job.done():
+        job.cancel()  # where it has begun it goes on, and nobody else's begins
+        raise too_late("waiting for its scores")
+    return job.result()
 
-    def __init__(self) -> None:
+
+def _wanted(is_wanted: Callable[[], bool], work: Callable[[], Result]) -> Result:
+    if not is_wanted():
+        raise _Gone
+    return work()
+
+
+class Worker:
+    """One thread for all scoring: rewards are not made for several, and it can be left alone with what hangs.
+
+    Args:
+        after_each: called in that thread after every job.
+    """
+
+    def __init__(self, after_each: Callable[[], None]) -> None:
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="advgrpo-score", daemon=True).start()
+        self._after_each = after_each
+        self._thread = threading.Thread(target=self._run, name="advgrpo-score", daemon=True)
+        self._thread.start()
 
     def submit(self, work: Callable[[], Any]) -> Future:
         job: Future = Future()
@@ -138,9 +176,13 @@ class _Worker:
         """After what is waiting now."""
         self._jobs.put(None)
 
+    def join(self) -> None:
+        """Wait until it has stopped."""
+        self._thread.join()
+
     def _run(self) -> None:
         while self._take(self._jobs.get()):
-            pass
+            self._after_each()
 
     @staticmethod
     def _take(entry: tuple[Future, Callable[[], Any]] | None) -> bool:
@@ -154,6 +196,9 @@ class _Worker:
             except BaseException as error:
                 job.set_exception(error)
         return True
+
+
+Server = TypeVar("Server", bound=ScoringServer)
 
 
 class _Room:
@@ -207,10 +252,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._is_read = False  # all of the request
 
     def do_POST(self) -> None:
-        self._respond(lambda: {"scores": self._scores()})
+        self._respond(self._posted)
 
     def do_GET(self) -> None:
-        self._respond(lambda: {"reward": self.server.reward.name, "version": PROTOCOL_VERSION})
+        self._respond(lambda: self.server.describe(self.path))
 
     def _respond(self, work: Callable[[], dict[str, Any]]) -> None:
         headers: dict[str, str] = {}
@@ -245,7 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token and not (kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode("utf-8"), token)):
             raise Refusal("want the server's token as Authorization: Bearer TOKEN", 401, WWW_Authenticate="Bearer")
 
-    def _scores(self) -> list[float]:
+    def _posted(self) -> dict[str, Any]:
         limits = self.server.limits
         if self.headers.get_content_type() != "application/json":
             raise Refusal(f"want Content-Type: application/json, not {self.headers.get_content_type()}", 415)
@@ -255,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > limits.max_bytes:
             raise Refusal(f"the request is longer than {limits.max_bytes} bytes; send fewer images", 413)
         with self.server.room.taken(int(length), limits.request_seconds):
-            return self.server.scores(self._body(int(length)), self._is_there)
+            return self.server.answer(self.path, self._body(int(length)), self._is_there)
 
     def _body(self, length: int) -> bytes:
         seconds = self.server.limits.request_seconds
@@ -344,10 +389,20 @@ def make_server(
     Raises:
         UserError: the address cannot be listened on, or one of `hosts` is no name.
     """
+    return listening(
+        lambda: ScoringServer((host, port), reward, references, limits or Limits(), token, (host, *hosts)),
+        host,
+        port,
+        hosts,
+    )
+
+
+def listening(make: Callable[[], Server], host: str, port: int, hosts: tuple[str, ...]) -> Server:
+    """`make()`, a server at this address that may be called by `hosts`; UserError as `make_server`."""
     for name in hosts:
         if not re.fullmatch(_NAME, name.lower()):
             raise UserError(f"--allow-hosts {name}: want names of this machine, without port, such as judge.local")
     try:
-        return ScoringServer((host, port), reward, references, limits or Limits(), token, (host, *hosts))
+        return make()
     except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from None

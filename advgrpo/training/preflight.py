@@ -58,7 +58,7 @@ def check_without_network(config: Config) -> None:
 
 def _check_judges(config: Config, *, network: bool) -> None:
     """Of the adversary, the rewards and the observer; without `network` those of the hub as far as they are known."""
-    _check_adversary(config, network)
+    check_adversary(config, network)
     for name in _scorers(config):
         check_reward(name, config.rewards.sections()[name].options(), f"rewards.{name}", network=network)
     if config.evaluation.backbone:
@@ -217,7 +217,8 @@ def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection) -> None
 # What judges.
 
 
-def _check_adversary(config: Config, network: bool) -> None:
+def check_adversary(config: Config, network: bool) -> None:
+    """UserError for settings of the adversary that its model's folder refutes, or for one that is not whole."""
     section = config.adversary
     used = config.learns_adversary
     measured = "dino_similarity" in config.evaluation.metrics and not config.evaluation.backbone

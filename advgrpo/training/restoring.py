@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from advgrpo.adversary.trainer import ReplayBuffer
+from advgrpo.adversary.trainer import DiscriminatorTrainer, ReplayBuffer
 from advgrpo.errors import UserError
 from advgrpo.monitor.flag_state import FlagState
 from advgrpo.runtime.checkpoint import checked_optimizer, flatten_state, not_finite, unflatten_state
@@ -26,6 +26,27 @@ _REMEDY = "it is another run's, or damaged"
 
 
 @dataclass
+class RestoredHead:
+    """What a head trainer takes over (`apply`)."""
+
+    weights: Tensors
+    optimizer: dict[str, Any]  # for Optimizer.load_state_dict
+    replay_counters: dict[str, int]
+    replay: Tensors = field(default_factory=dict)
+
+    @property
+    def prefixes(self) -> list[str]:
+        """How the names of its tensors begin in a checkpoint."""
+        return ["head.", "head_optimizer.", *(["replay."] if self.replay else [])]
+
+    def apply(self, discriminator_trainer: DiscriminatorTrainer) -> None:
+        """Continue from it as if never stopped."""
+        discriminator_trainer.adversary.load_state_dict(self.weights)
+        discriminator_trainer.adversary.optimizer.load_state_dict(self.optimizer)
+        discriminator_trainer.load(self.replay, self.replay_counters)
+
+
+@dataclass
 class Restored:
     """What `Trainer.load` takes over; every tensor has the name, shape and dtype of the run's own, and is finite."""
 
@@ -35,10 +56,7 @@ class Restored:
     ema: Tensors
     optimizer: dict[str, Any]  # for Optimizer.load_state_dict
     monitor: dict[str, FlagState]
-    head: Tensors = field(default_factory=dict)
-    head_optimizer: dict[str, Any] = field(default_factory=dict)
-    replay: Tensors = field(default_factory=dict)
-    replay_counters: dict[str, int] = field(default_factory=dict)
+    head: RestoredHead | None = None
 
 
 def check(trainer: Trainer, tensors: Tensors, state: Mapping[str, Any]) -> Restored:
@@ -63,21 +81,37 @@ def check(trainer: Trainer, tensors: Tensors, state: Mapping[str, Any]) -> Resto
     )
     prefixes = ["policy.", "ema.", "optimizer."]
     if trainer.discriminator_trainer is not None:
-        adversary = trainer.adversary
-        optional = getattr(adversary, "state_added_later", ())
-        restored.head = taken(tensors, "head.", adversary.state_dict(), optional=optional)
-        restored.head_optimizer = _optimizer(adversary.optimizer, tensors, own, "head_optimizer")
-        restored.replay_counters = _replay_counters(trainer.discriminator_trainer.replay, entry(own, "replay", dict))
-        if restored.replay_counters["size"]:
-            slots = trainer.discriminator_trainer.row_of_replay().tensors
-            capacity = trainer.discriminator_trainer.replay.capacity
-            slots = {name: row.expand(capacity, *row.shape[1:]) for name, row in slots.items()}
-            restored.replay = taken(tensors, "replay.", slots)
-        prefixes += ["head.", "head_optimizer.", *(["replay."] if restored.replay else [])]
+        restored.head = check_head(trainer.discriminator_trainer, tensors, own)
+        prefixes += restored.head.prefixes
+    refuse_others(tensors, prefixes)
+    return restored
+
+
+def check_head(discriminator_trainer: DiscriminatorTrainer, tensors: Tensors, own: Mapping[str, Any]) -> RestoredHead:
+    """What `DiscriminatorTrainer.state()` once returned, for one that would return the same names and shapes.
+
+    Raises:
+        UserError: as `check`. Nothing was changed.
+    """
+    adversary, replay = discriminator_trainer.adversary, discriminator_trainer.replay
+    optional = getattr(adversary, "state_added_later", ())
+    restored = RestoredHead(
+        weights=taken(tensors, "head.", adversary.state_dict(), optional=optional),
+        optimizer=_optimizer(adversary.optimizer, tensors, own, "head_optimizer"),
+        replay_counters=_replay_counters(replay, entry(own, "replay", dict)),
+    )
+    if restored.replay_counters["size"]:
+        slots = discriminator_trainer.row_of_replay().tensors
+        slots = {name: row.expand(replay.capacity, *row.shape[1:]) for name, row in slots.items()}
+        restored.replay = taken(tensors, "replay.", slots)
+    return restored
+
+
+def refuse_others(tensors: Tensors, prefixes: list[str]) -> None:
+    """UserError for a tensor whose name begins with none of the prefixes."""
     for name in tensors:
         if not name.startswith(tuple(prefixes)) and name not in _OF_OLDER_PROGRAMS:
             raise UserError(f"tensor {name} is none of this run's; {_REMEDY}")
-    return restored
 
 
 def entry(state: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from advgrpo.adversary.base import Adversary
-from advgrpo.adversary.reference_features import ReferenceFeatures
+from advgrpo.adversary.reference_features import ReferenceFeatures, reference_draws
 from advgrpo.config import NEED_REFERENCES, Config
 from advgrpo.data.references import ReferenceSet
 from advgrpo.monitor.image_statistics import looked_at
@@ -21,7 +21,6 @@ from advgrpo.rewards.base import Reward
 from advgrpo.rewards.compose import compose
 from advgrpo.rewards.dino_similarity import DinoSimilarity
 from advgrpo.rewards.reference_similarity import reference_cosine
-from advgrpo.runtime import rng
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Features, Rollout
@@ -172,14 +171,16 @@ class Scorer:
 
     def _reference_draws(self, rollout: Rollout, iteration: int) -> torch.Tensor:
         """[B] in [0, 1): which of its prompt's references each image is paired with (adversary.reference_choice)."""
-        if self.config.adversary.reference_choice == "in_turn":
-            of_prompt = {prompt: len(self.references.files(prompt)) for prompt in dict.fromkeys(rollout.prompts)}
-            count = torch.tensor([of_prompt[prompt] for prompt in rollout.prompts])
-            return (rollout.image_ids % self.config.rollout.group_size % count + 0.5) / count
-        draws = torch.rand(
-            self.config.images_per_iteration, generator=rng.generator(self.config.seed, "reference", iteration)
+        return reference_draws(
+            self.config.adversary.reference_choice,
+            self.references,
+            rollout.prompts,
+            rollout.image_ids,
+            rollout.image_ids % self.config.rollout.group_size,
+            total=self.config.images_per_iteration,
+            seed=self.config.seed,
+            iteration=iteration,
         )
-        return draws[rollout.image_ids]
 
     def _adversary_columns(self, rollout: Rollout, generated: Features, reference: Features, iteration: int):
         ids = to_device(rollout.image_ids, generated.device)

@@ -8,13 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from advgrpo.adversary.trainer import (
-    DiscriminatorBatch,
-    DiscriminatorTrainer,
-    UpdatePlan,
-    paired_accuracy,
-    plan_updates,
-)
+from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer, UpdatePlan, paired_accuracy
 from advgrpo.config import Config
 from advgrpo.data.prompts import GroupSampler
 from advgrpo.monitor.image_statistics import ReferenceStatistics, measure
@@ -239,22 +233,15 @@ class Trainer:
             rollout.image_ids, scored.generated, scored.reference, total=self.config.images_per_iteration
         )
         sides = scored.components["adversary"], scored.reference_rewards
-        paired = paired_accuracy(*sides, self.config.rollout.group_size)
-        local = torch.stack([*(rewards.mean() for rewards in sides), paired]).tolist()
-        *means, paired = self.distributed.gather_json(local)[0]  # one process decides how many updates all of them run
-        self.adversary.centre(*means)
-        loss, accuracy = self.discriminator_trainer.evaluate(batch, iteration)
-        plan = plan_updates(self.config.adversary, iteration, *means, self.config.update.minibatches)
-        losses = self.discriminator_trainer.train(batch, iteration, plan.discriminator_updates)
-        if plan.discriminator_updates:
-            self.discriminator_trainer.check(losses, iteration)
-        self.discriminator_trainer.add_to_replay(batch, iteration, self.distributed.all_gather)
-        return plan, {
-            "discriminator_loss": loss,
-            "discriminator_accuracy": paired if accuracy is None else accuracy,
-            "discriminator_paired_accuracy": paired,
-            "discriminator_updates": plan.discriminator_updates,
-        }
+        return self.discriminator_trainer.learn(
+            batch,
+            sides,
+            paired_accuracy(*sides, self.config.rollout.group_size),
+            iteration,
+            optimizer_steps=self.config.update.minibatches,
+            agree=lambda numbers: self.distributed.gather_json(numbers)[0],
+            gather=self.distributed.all_gather,
+        )
 
     def update(self, rollout: Rollout, scored: Scored, table: StepTable) -> dict[str, float]:
         """Advantages, then one optimizer step and one EMA step per minibatch."""
@@ -352,13 +339,9 @@ class Trainer:
         steps = {"iteration": self.iteration, "global_step": self.ema.global_step}
         state = {**steps, "optimizer": optimizer_state, "monitor": self.monitor.state()}
         if self.discriminator_trainer is not None:
-            head_tensors, state["head_optimizer"] = pack_optimizer(self.adversary.optimizer, "head_optimizer")
-            replay_tensors, state["replay"] = self.discriminator_trainer.replay.state()
-            tensors |= {
-                **{f"head.{name}": t for name, t in self.adversary.state_dict().items()},
-                **{f"replay.{name}": t for name, t in replay_tensors.items()},
-                **head_tensors,
-            }
+            head_tensors, head_state = self.discriminator_trainer.state()
+            tensors |= head_tensors
+            state |= head_state
         return tensors, {"trainer": state}
 
     def load(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -374,9 +357,7 @@ class Trainer:
         self.ema.load_state_dict(found.ema)
         self.updater.optimizer.load_state_dict(found.optimizer)
         if self.discriminator_trainer is not None:
-            self.adversary.load_state_dict(found.head)
-            self.adversary.optimizer.load_state_dict(found.head_optimizer)
-            self.discriminator_trainer.load(found.replay, found.replay_counters)
+            found.head.apply(self.discriminator_trainer)
         self.monitor.load(found.monitor)
         self.flags = self.monitor.active()
         self.iteration, self.ema.global_step = found.iteration, found.global_step

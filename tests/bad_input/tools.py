@@ -1,4 +1,4 @@
-"""The other commands: generate, evaluate, references, plan, export, experiments, rewards.serve."""
+"""The other commands: generate, evaluate, references, plan, export, experiments, rewards.serve, fixed and learning."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
+from advgrpo.runtime.checkpoint import save_checkpoint
+from advgrpo.service.command import load_references, read_settings, sizes_of
 from tests.bad_input.case import Bench, Case
 from tests.bad_input.world import image
 
@@ -301,6 +303,85 @@ SERVE = [
     serve("--reward rule --references x", "--references and --prompts belong together"),
 ]  # fmt: skip
 
+
+def serving(bench: Bench) -> list[str]:
+    """A discriminator that learns."""
+    model = ["--adversary.backbone", str(bench.world.backbone), "--adversary.image-size", "32"]
+    head = ["--adversary.num-patches", "8", "--adversary.dtype", "float32", "--min-reference-size", "16"]
+    where = ["--checkpoint", str(bench.folder / "kept"), "--cache-dir", str(bench.folder / "cache"), "--port", "0"]
+    return ["--adversary", "dino", "--references", str(bench.world.references), *model, *head, *where]
+
+
+def _kept(change: Callable[[dict], None]) -> Callable[[Bench], list[str]]:
+    """A checkpoint in its folder, of the settings that `change` has changed."""
+
+    def make(bench: Bench) -> list[str]:
+        settings, config = read_settings(serving(bench), "serve")
+        state = {"settings": sizes_of(settings, config).settings(config), "service": {}}
+        state["references"] = load_references(settings, config).fingerprint()
+        change(state)
+        save_checkpoint(bench.folder / "kept", 3, {}, state, keep=1)
+        return []
+
+    return make
+
+
+def _damaged(bench: Bench) -> list[str]:
+    _kept(lambda state: None)(bench)
+    (bench.folder / "kept" / "iteration-000003" / "state.json").write_text("{")
+    return []
+
+
+learn = _case("rewards.serve --adversary", "rewards.serve", serving)
+LEARN = [
+    Case("rewards.serve --adversary", "no references", ("--references DIR (with references.json) or --style DIR",),
+         lambda b: ["--adversary", "dino", "--checkpoint", str(b.folder / "kept")], command="rewards.serve"),
+    Case("rewards.serve --adversary", "no checkpoint", ("--checkpoint is missing: want a path",),
+         lambda b: ["--adversary", "dino", "--references", str(b.world.references)], command="rewards.serve"),
+    learn("--adversary dno", "--adversary 'dno'", "did you mean 'dino'?"),
+    learn("--adversary none", "--adversary 'none': want one of dino, siglip, pickscore"),
+    learn("--reward rule", "--reward and --adversary exclude each other"),
+    learn("--style photos", "--references DIR (with references.json) or --style DIR (without): give one of them"),
+    learn("--references nowhere", "--references nowhere is no folder"),
+    learn("--references=", "--references"),
+    learn(lambda b: ["--references", b.write("r/references.json", "{}")[: -len("/references.json")]],
+          "references.json has no prompt with images", name="an empty index"),
+    learn(lambda b: ["--references", b.write("r/references.json", "[")[: -len("/references.json")]],
+          "references.json", "not JSON", name="an index that is none"),
+    learn("--min-reference-size 100", "must be at least 100"),
+    learn("--fit squash", "--fit 'squash': want one of refuse, crop"),
+    learn("--preset tinny", "unknown preset 'tinny'; did you mean 'tiny'?"),
+    learn("--preset tiny-adv-pickscore", "--adversary dino, but preset tiny-adv-pickscore has adversary.kind = pickscore"),
+    learn("--preset tiny-sft --adversary pickscore", "--adversary pickscore, but preset tiny-sft has adversary.kind = dino"),
+    learn("--config nowhere.yaml", "nowhere.yaml: No such file"),
+    learn(lambda b: ["--config", b.write("c.yaml", "adversary: {learning_rat: 1}")], "did you mean 'adversary.learning_rate'?", name="a key of no setting"),
+    learn("--adversary.learning-rate inf", "adversary.learning_rate = inf: not finite"),
+    learn("--adversary.learning-rat 1", "unknown flag --adversary.learning-rat; did you mean --adversary.learning-rate?"),
+    learn("--adversary.kind dino", "unknown flag --adversary.kind"),
+    learn("--rollout.group-size 4", "unknown flag --rollout.group-size"),
+    learn("--adversary.reward-weights 0 0", "adversary.reward_weights = [0, 0]: nothing would be rewarded or learned"),
+    learn("--adversary.schedule never", "adversary.schedule = never without adversary.warmup_iterations"),
+    learn("--adversary.image-size 33", "adversary.image_size = 33 is not a multiple of the backbone's patch size"),
+    learn("--adversary.backbone nowhere/model", "adversary.backbone = 'nowhere/model'"),
+    learn(lambda b: ["--adversary.backbone", str(b.world.clip)], "adversary.backbone = ", "is a clip", name="a CLIP for DINO"),
+    learn("--images 0", "--images 0: want a whole number"),
+    learn("--batch-size 0", "--batch-size 0: want a whole number from 1 to 65536"),
+    learn("--optimizer-steps 0", "--optimizer-steps 0"),
+    learn("--checkpoint-every 0", "--checkpoint-every 0"),
+    learn("--keep-checkpoints many", "--keep-checkpoints 'many': want a whole number"),
+    learn("--seed -1", "--seed -1"),
+    learn("--device cuda", "--device cuda, but torch sees no GPU"),
+    learn("--token-file nowhere", "--token-file nowhere does not exist"),
+    learn("--checkpoint=", "--checkpoint ''", "it is empty"),
+    learn("--checkpoint /proc/kept", "--checkpoint /proc/kept is not writable"),
+    learn("--cache-dir /proc/x", "--cache-dir /proc/x is not writable"),
+    learn(_kept(lambda state: state["settings"].update(seed=1)), "iteration-000003: it was made with other settings (seed: 1 -> 42)", name="other settings"),
+    learn(_kept(lambda state: state.update(references="")), "the references are others than it was made with", name="other references"),
+    learn(_kept(lambda state: state.pop("settings")), "settings is missing in state.json", name="a checkpoint of something else"),
+    learn(lambda b: ["--checkpoint", str(b.world.run / "checkpoints")], "settings is missing in state.json", "start in another folder", name="checkpoints of a run"),
+    learn(_damaged, "state.json is truncated", "or remove", name="a damaged checkpoint"),
+]  # fmt: skip
+
 experiment = _case("experiments", "experiments", lambda b: [])
 _HERE = ("--work", "work", "--output", "out")
 EXPERIMENTS = [
@@ -328,4 +409,4 @@ EXPORT = [
     Case("export", "no arguments", ("LORA is missing", "--out is missing"), lambda b: [], command="export"),
 ]
 
-CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *EXPERIMENTS, *EXPORT]
+CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *LEARN, *EXPERIMENTS, *EXPORT]

@@ -91,6 +91,12 @@ def test_the_good_run_that_cases_spoil_is_good(harness, world, tmp_path):
     assert (answer["phase"], answer["code"]) == ("work", 77), answer
 
 
+def test_the_good_server_that_cases_spoil_is_good(harness, world, tmp_path):
+    good = Case("none", "a good server", (), tools.serving, command="rewards.serve")
+    answer = harness.run(good, Bench(world, tmp_path))
+    assert (answer["phase"], answer["code"]) == ("work", 77), answer
+
+
 def test_the_documents_have_the_counts():
     """Of the cases as they are: `Case.judge` holds each to what it says of itself, and all of them to no traceback and
     no silence, so the table has no column for these."""

@@ -148,7 +148,7 @@ ALLOWED = {  # (file, function): why
     ("generate.py", "check"): "a probe that is removed at once",
     ("experiment_runs.py", "make"): "a log, appended to",
     ("experiment_runs.py", "_attempt"): "a log, appended to",
-    ("tracking.py", "_open_metrics"): "metrics.jsonl, appended to",
+    ("tracking.py", "open_metrics"): "metrics.jsonl, appended to",
     ("rewards/remote.py", "_png"): "into memory",
     ("policy/lora_file.py", "write_safetensors"): "into memory",
     ("tiny/assets.py", "save_half_precision"): "what is shipped, made by its developers",

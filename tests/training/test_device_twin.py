@@ -36,7 +36,7 @@ READS = {
     "advgrpo/training/scoring.py:metrics": 1,
     "advgrpo/adversary/trainer.py:evaluate": 1,  # the head's loss and accuracy
     "advgrpo/adversary/trainer.py:check": 1,  # whether every discriminator update was finite
-    "advgrpo/training/trainer.py:train_discriminator": 1,  # the schedule: both sides' mean rewards, the share of pairs
+    "advgrpo/adversary/trainer.py:learn": 1,  # the schedule: mean rewards of both sides and the share of pairs
     "advgrpo/training/trainer.py:update": 1,  # the share of groups without spread
     "advgrpo/training/trainer.py:_update_metrics": 1,  # the one place where the update waits
     "advgrpo/monitor/image_statistics.py:measure": 2,  # the monitor's
