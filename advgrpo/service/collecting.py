@@ -210,7 +210,7 @@ class AdversaryService:
         if self.count >= self.images:
             self._learn()
 
-    def end(self, iteration: int | None, *, discard: bool) -> dict[str, Any]:
+    def end(self, iteration: int, *, discard: bool) -> dict[str, Any]:
         """End the iteration with the images that there are, or forget them and begin it anew.
 
         Returns:
@@ -222,7 +222,7 @@ class AdversaryService:
         over = self.newest is not None and iteration == self.iteration - 1 == self.newest["iteration"]
         if over and not discard:  # sent again, or the last image has ended it
             return {"iteration": self.iteration, "record": self.newest}
-        if iteration not in (None, self.iteration):
+        if iteration != self.iteration:
             raise Refusal(f"iteration {self.iteration} is collected, not {iteration}", 409)
         if discard:
             self.collected = []
@@ -289,17 +289,22 @@ class AdversaryService:
     def _learn(self) -> Record:
         """The iteration's end: what `Scorer` and `Trainer` do with its images, then the next begins."""
         started = time.perf_counter()
-        batch, prompts, places = self._batch()
+        batch, prompts, groups = self._batch()
         sides = [
             self._rewards(features, batch.image_ids, purpose)
             for purpose, features in (("reward", batch.generated), ("reference", batch.reference))
         ]
         # columns of one table, as the trainer gathers them: a sum over a strided column rounds in another order
         rewards = torch.stack([each.float() for each in sides], dim=1).unbind(1)
+        if not bool(rewards[1].isfinite().all()):  # those of the images were looked at when they came
+            raise FloatingPointError(
+                f"iteration {self.iteration}: the reward {self.name} of the references is not finite; check the model "
+                "and its precision (adversary.dtype)"
+            )
         plan, metrics = self.discriminator_trainer.learn(
             batch,
             rewards,
-            _paired_accuracy(*rewards, places),
+            _paired_accuracy(*rewards, groups),
             self.iteration,
             optimizer_steps=self.sizes.optimizer_steps,
             agree=lambda numbers: numbers,

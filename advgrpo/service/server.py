@@ -85,8 +85,8 @@ class AdversaryServer(ScoringServer):
 
     def _end(self, request: dict[str, Any], ends: float) -> dict[str, Any]:
         iteration, discard = request.get("iteration"), request.get("discard", False)
-        if not (iteration is None or type(iteration) is int) or type(discard) is not bool:
-            raise Refusal('want "iteration", a whole number, and "discard", true or false')
+        if type(iteration) is not int or type(discard) is not bool:
+            raise Refusal('want "iteration", a whole number (GET /status tells it), and "discard", true or false')
 
         def work(_: None) -> dict[str, Any]:
             try:

@@ -1,9 +1,10 @@
 """A served discriminator: the trainer's to the last bit, whoever posts what in which order, killed and started again.
 
-Bugs planted, each seen red: the head trained before the last scores are known; the mean rewards of contiguous columns;
-references drawn by arrival; updates before the trainer's evaluation; retries collected twice; the next iteration's
-images collected before the last was learned from; a restart without the replay buffer, the collected images, the
-answers or the iteration; NaN saved.
+Bugs planted, each seen red: mean rewards of contiguous columns; images learned from in the order of arrival; a retry
+collected twice, or answered for other images; the next iteration's images taken early; a restart without the replay
+buffer, the collected images, their answers or the iteration; NaN saved; references in turn all at place 0; pairs of
+single images; a draw of the references with the key of the images'; scoring alone that collects; features one by one;
+an iteration that is not learned from; a server that goes on after its head has failed; no flags.
 """
 
 import functools
@@ -248,6 +249,8 @@ def test_an_iteration_is_ended_or_begun_anew_by_who_posts_it(posts):
         assert (status, answer["error"]) == (409, "iteration 0 has no images to learn from")
         post(url, posts.body(0, slice(0, 2)))
         assert post(f"{url}/end", {"version": 1, "iteration": 1})[0] == 409
+        for wrong in ({}, {"iteration": True}, {"iteration": 0, "discard": 1}):
+            assert post(f"{url}/end", {"version": 1, **wrong})[0] == 400
         assert post(f"{url}/end", {"version": 1, "iteration": 0, "discard": True})[1] == {
             "iteration": 0,
             "record": None,
@@ -537,6 +540,25 @@ def test_a_head_that_fails_to_learn_ends_the_server_and_keeps_the_last_checkpoin
     server.finish()
     assert (checkpoints(kept)[-1] / "manifest.json").read_text() == before
     folder.close()
+
+
+def test_references_without_a_finite_reward_are_learned_from_by_nobody(posts):
+    service = service_of(posts.settings)
+    pick = service.reference_features.pick
+
+    def broken(prompts, draws):
+        features = pick(prompts, draws)
+        features.tensors["cls"][3] = float("nan")
+        return features
+
+    service.reference_features.pick = broken
+    before = {name: tensor.clone() for name, tensor in service.discriminator_trainer.state()[0].items()}
+    asked = Asked(collect=True, request="all")
+    service.score(posts.images[0], posts.prompts[0], asked, "")
+    with pytest.raises(FloatingPointError, match="of the references is not finite"):
+        service.settle()
+    after = service.discriminator_trainer.state()[0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_one_server_at_a_time_uses_a_folder(kept):
