@@ -138,7 +138,7 @@ def test_flow_grpo(multi_score, others, service, url):
     totals = [float(score) + 2 * adversary for score, adversary in zip(own, details[0]["adversary"])]
     assert [float(total) for total in details[0]["avg"]] == pytest.approx(totals)
     wait_for(lambda: service.iteration == 1)
-    assert service.newest["adversary_updates"] == 2
+    assert service.newest["discriminator_updates"] == 2
 
 
 # Flow-Factory: model(prompt=[...], image=[PIL]) for batches of every rank's samples.
