@@ -3,7 +3,7 @@
 Bugs planted, each seen red: mean rewards of contiguous columns; images learned from in the order of arrival; a retry
 collected twice, or answered for other images; the next iteration's images taken early; a restart without the replay
 buffer, the collected images, their answers or the iteration; NaN saved; references in turn all at place 0; pairs of
-single images; a draw of the references with the key of the images'; scoring alone that collects; features one by one;
+single images; a draw of the references with the key of the images'; scoring alone that collects;
 an iteration that is not learned from; a server that goes on after its head has failed; no flags.
 """
 
