@@ -18,7 +18,7 @@ from advgrpo.policy.lora_file import write_safetensors
 from advgrpo.runtime import atomic
 from advgrpo.runtime.atomic import clean, move_aside, write_atomically, write_folder_atomically
 
-PACKAGE = Path(atomic.__file__).parent
+PACKAGE = Path(atomic.__file__).parents[1]
 
 
 @pytest.fixture
@@ -140,20 +140,18 @@ WRITES = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained"
 MODULES = {"os": {"replace", "rename", "link", "symlink"}, "shutil": {"copy", "copyfile", "copy2", "move", "copytree"}}
 WRAPPERS = {"write_atomically", "write_folder_atomically", "write_output"}
 ALLOWED = {  # (file, function): why
-    ("checkpoint.py", "_write_files"): "fills the folder that write_folder_atomically renames",
-    ("checkpoint.py", "set_later_aside"): "renames whole checkpoints",
-    ("checkpoint.py", "_prune"): "renames whole checkpoints",
-    ("folders.py", "writable"): "a probe that is removed at once",
-    ("folders.py", "__init__"): "the lock, which is no content",
-    ("generate.py", "check"): "a probe that is removed at once",
-    ("experiment_runs.py", "make"): "a log, appended to",
-    ("experiment_runs.py", "_attempt"): "a log, appended to",
-    ("tracking.py", "open_metrics"): "metrics.jsonl, appended to",
+    ("runtime/checkpoint.py", "_write_files"): "fills the folder that write_folder_atomically renames",
+    ("runtime/checkpoint.py", "set_later_aside"): "renames whole checkpoints",
+    ("runtime/checkpoint.py", "_prune"): "renames whole checkpoints",
+    ("runtime/folders.py", "writable"): "a probe that is removed at once",
+    ("runtime/folders.py", "__init__"): "the lock, which is no content",
+    ("generate.py", "_check_output"): "a probe that is removed at once",
+    ("experiments/runs.py", "make"): "a log, appended to",
+    ("experiments/runs.py", "_attempt"): "a log, appended to",
+    ("reporting/tracking.py", "open_metrics"): "metrics.jsonl, appended to",
     ("rewards/remote.py", "_png"): "into memory",
     ("policy/lora_file.py", "write_safetensors"): "into memory",
     ("tiny/assets.py", "save_half_precision"): "what is shipped, made by its developers",
-    ("tools/tiny/build_preference.py", "save"): "what is shipped, made by its developers",
-    ("tools/tiny/build_preference.py", "main"): "its own `save`, above",
 }
 
 
