@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from advgrpo.errors import UserError
+from advgrpo.reporting.metric_names import VERSION, VERSION_KEY
 from advgrpo.reporting.tracking import METRICS_FILE, open_metrics, plain
 from advgrpo.runtime.checkpoint import (
     CheckpointError,
@@ -115,7 +116,7 @@ class ServiceFolder:
 
     def _learned(self, service: AdversaryService, record: Record) -> None:
         flags = service.monitor.active()
-        line = {**plain(record), "flags": [flag.name for flag in flags]}
+        line = {VERSION_KEY: VERSION, **plain(record), "flags": [flag.name for flag in flags]}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         self._metrics.flush()
         self.print_line(

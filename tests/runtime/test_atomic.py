@@ -151,6 +151,8 @@ ALLOWED = {  # (file, function): why
     ("reporting/tracking.py", "open_metrics"): "metrics.jsonl, appended to",
     ("rewards/remote.py", "_png"): "into memory",
     ("policy/lora_file.py", "write_safetensors"): "into memory",
+    ("service/command.py", "serve_adversary"): "its own `save`, a checkpoint",
+    ("service/folder.py", "_learned"): "its own `save`, a checkpoint",
     ("tiny/assets.py", "save_half_precision"): "what is shipped, made by its developers",
 }
 
