@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from advgrpo.data.record_source import parse_source
+from advgrpo.data.records import read_prompts
 from advgrpo.errors import UserError
 from advgrpo.runtime.reading import parse_json, read_text
 
@@ -20,22 +22,28 @@ class Prompt:
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read a prompt file: `.txt` with one prompt per line, or `.jsonl` with `{"prompt": ..., **metadata}` per line.
+    """Read prompts: `.txt` with one per line, `.jsonl` with `{"prompt": ..., **metadata}` per line, or what
+    `parse_source` names (parquet, webdataset shards, a folder with metadata.jsonl, a data set of the hub).
 
-    Surrounding white space is removed; empty lines at the end of the file are ignored.
+    Surrounding white space is removed; empty lines at the end of the file are ignored. A prompt that several records
+    share, as images of one prompt do, is taken once; in a text file, where it can only be a slip, it is an error.
 
     Returns:
-        The prompts in file order, all different and none blank.
+        The prompts in the order of the file, all different and none blank.
 
     Raises:
-        UserError: missing or empty file, unknown suffix, text that is not UTF-8, or a line (named by its number) that
-            is blank, repeats an earlier prompt, or is not a JSON object with a string "prompt".
+        UserError: missing or empty file, unknown suffix, text that is not UTF-8, or a line (named by its number), row
+            or member that is blank, or not text; in a text file also one that repeats an earlier prompt.
     """
+    source = parse_source(path)
+    if source is not None:
+        return [Prompt(text) for text in dict.fromkeys(read_prompts(source))]
     path = Path(path)
     parse = {".txt": _parse_text, ".jsonl": _parse_json}.get(path.suffix)
     if parse is None:
         raise UserError(
-            f"prompt file {path}: suffix {path.suffix!r} is unknown; use .txt (a prompt per line) or .jsonl"
+            f"prompt file {path}: suffix {path.suffix!r} is unknown; use .txt (a prompt per line), .jsonl, .parquet, "
+            ".tar, a folder with metadata.jsonl, or hf:OWNER/NAME"
         )
     prompts, first_seen = [], {}
     for number, line in enumerate(_read_lines(path), start=1):

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from advgrpo.data.images import IMAGE_SUFFIXES, Fit, ImageError, in_one_colour, is_square, open_image, to_square
+from advgrpo.data.record_source import parse_source
 from advgrpo.errors import UserError
 from advgrpo.runtime.reading import RepeatedKeyError, parse_json, read_text, unique_keys
 
@@ -62,6 +63,10 @@ class ReferenceSet:
                 `fit` = refuse, not square.
         """
         folder = Path(folder)
+        source = parse_source(folder)
+        if source is not None and not (folder / index).exists():
+            command = f"python -m advgrpo.references import {shlex.quote(source.address)} --out references/"
+            raise UserError(f"references {source.address} must become a reference set first: {command}")
         if not folder.is_dir():
             raise UserError(f"reference folder {folder} does not exist; it must hold the images and {index}")
         entries = read_index(folder / index)

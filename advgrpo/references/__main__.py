@@ -3,6 +3,7 @@
 python -m advgrpo.references generate --prompts prompts.txt held_out.txt --out references/
 torchrun --nproc-per-node=8 -m advgrpo.references generate --prompts prompts.txt --out references/
 python -m advgrpo.references import photos/ --out references/
+python -m advgrpo.references import hf:OWNER/NAME:split=train:column=caption --out references/
 python -m advgrpo.references check references/ --prompts prompts.txt --sheet sheet.png
 """
 
@@ -36,7 +37,7 @@ class Generate(Options):
     """Draw a reference set with a text-to-image model. Run it again to continue; finished images are verified."""
 
     prompts: list[Path]
-    """Prompt files, .txt or .jsonl."""
+    """Prompt files, .txt or .jsonl, or other sources of prompts (docs/data.md)."""
     out: Path
     """Folder to write; a second run with other prompts adds to it."""
     model: Annotated[str, Field(min_length=1)] = "Qwen/Qwen-Image"
@@ -64,14 +65,15 @@ class Generate(Options):
 
 
 class Import(Options):
-    """Make a reference set of a folder of PNG, JPEG and WebP images, which are only read. Run it again to continue.
+    """Make a reference set of PNG, JPEG and WebP images, which are only read. Run it again to continue.
 
     Images become RGB squares: 16 bits are scaled to 8, colour profiles honoured, transparency put on a background,
     EXIF orientation applied, of animations the first frame taken. What was done to how many is printed.
     """
 
     folder: Annotated[Path, Positional]
-    """Folder with images, in subfolders too."""
+    """Folder with images, in subfolders too; or records with captions: FILE.parquet, shards/{0000..0009}.tar
+    (webdataset), hf:OWNER/NAME[:split=S][:column=C][:image=I][:config=C] (docs/data.md)."""
     out: Path
     """Folder to write: images/, references.json, prompts.txt, held_out.txt, sheet.png, manifest.json."""
     captions: CaptionSource = "auto"
@@ -147,11 +149,14 @@ def generate(options: Generate) -> None:
 
 def import_images(options: Import, console: Console) -> None:
     """Convert and say what was done."""
-    from advgrpo.references.importing import HELD_OUT, IMAGES, PROMPTS, ImportRecipe, import_folder
+    from advgrpo.data.record_source import parse_source
+    from advgrpo.references.importing import HELD_OUT, IMAGES, PROMPTS, ImportRecipe, import_folder, import_records
 
     recipe = ImportRecipe(options.size, options.fit, options.background, options.min_size)
-    imported = import_folder(
-        options.folder,
+    source = parse_source(options.folder)
+    records = source is not None and source.kind != "metadata"  # its images are files, which import_folder reads
+    imported = (import_records if records else import_folder)(
+        source if records else options.folder,
         options.out,
         recipe,
         options.captions,

@@ -1,4 +1,5 @@
-"""Make a reference set of any folder of images: converted to RGB squares of one size, captioned and indexed.
+"""Make a reference set of any images (a folder's, or records of parquet, webdataset or the hub): converted to RGB
+squares of one size, captioned and indexed.
 
 Originals are only read. An output image is named after the content of its original and the recipe, so a run that is
 interrupted continues where it stopped, and written aside and renamed, so a half one never has its name. The index
@@ -15,26 +16,31 @@ comes last: what has no references.json is not finished.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 
 from advgrpo.data.images import IMAGE_SUFFIXES, ImageError, decode_image, in_one_colour, read_header, to_rgb
+from advgrpo.data.record_source import RecordSource
+from advgrpo.data.records import read_images, read_prompts
 from advgrpo.errors import UserError
 from advgrpo.references.builder import INDEX, MANIFEST, library_versions, write_output
 from advgrpo.references.check import draw_contact_sheet
-from advgrpo.references.import_captions import Captions, CaptionSource, read_captions
+from advgrpo.references.import_captions import CaptionSource, read_captions
 
 IMAGES, PROMPTS, HELD_OUT, SHEET = "images", "prompts.txt", "held_out.txt", "sheet.png"
 _STAMP = "advgrpo"  # key of the PNG text chunk: the hash of the pixels
 _OTHER_IMAGES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff", ".psd", ".svg", ".dng", ".cr2"}
 _NAMED = 5
+_IN_FLIGHT = 32  # originals in memory
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,21 @@ class ImportRecipe:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Original:
+    """An image as it comes: its name, its prompts, and the file or the bytes."""
+
+    name: str
+    texts: tuple[str, ...]
+    source: Path | bytes
+
+    def opened(self) -> Path | BinaryIO:
+        return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.source).hexdigest() if isinstance(self.source, bytes) else sha256_of(self.source)
+
+
 @dataclass
 class Imported:
     """What an import did."""
@@ -85,7 +106,7 @@ def import_folder(
     *,
     held_out: int = 0,
     skip_unusable: bool = False,
-    progress: Callable[[Iterable, int], Iterable] = lambda work, total: work,
+    progress: Callable[[Iterable, int | None], Iterable] = lambda work, total: work,
 ) -> Imported:
     """Convert all PNG, JPEG and WebP images of `folder` and its subfolders into a reference set at `out`.
 
@@ -102,35 +123,97 @@ def import_folder(
     """
     recipe.check()
     files, notices = _find_images(folder)
-    _check_out(folder, out, recipe)
+    _check_outside(folder, out)
+    _check_out(out, recipe)
     source, captioned = read_captions(folder, files, captions)
-    aside = _set_aside([text for texts in captioned.values() for text in texts], held_out)
-    result = Imported({}, source, notices=notices, held_out=aside)
-    done: dict[Path, _Done] = {}
+    originals = (Original(str(file), tuple(texts), folder / file) for file, texts in captioned.items())
+    every = [text for texts in captioned.values() for text in texts]
+    result = Imported({}, source, notices=notices, held_out=_set_aside(every, held_out))
+    return _import(str(folder), originals, len(captioned), out, recipe, result, skip_unusable, progress)
+
+
+def import_records(
+    source: RecordSource,
+    out: Path,
+    recipe: ImportRecipe,
+    captions: CaptionSource,
+    *,
+    held_out: int = 0,
+    skip_unusable: bool = False,
+    progress: Callable[[Iterable, int | None], Iterable] = lambda work, total: work,
+) -> Imported:
+    """As `import_folder`, of records: their texts are all read and checked before the first image is.
+
+    Args:
+        captions: "auto", the records' texts, or "none", a style.
+
+    Raises:
+        UserError: as `import_folder` and `read_images`; also other `captions`.
+    """
+    recipe.check()
+    if captions not in ("auto", "none"):
+        raise UserError(f"--captions {captions}: {source.address} brings its own; want auto, or none for a style")
+    _check_out(out, recipe)
+    style = captions == "none"
+    texts = [] if style else list(read_prompts(source))
+    records = read_images(source, texts=not style)
+    originals = (Original(each.where, ("" if style else str(each.text),), each.image or b"") for each in records)
+    result = Imported({}, "nowhere: a style" if style else source.address, held_out=_set_aside(texts, held_out))
+    return _import(source.address, originals, len(texts) or None, out, recipe, result, skip_unusable, progress)
+
+
+def _import(
+    name: str,
+    originals: Iterable[Original],
+    count: int | None,
+    out: Path,
+    recipe: ImportRecipe,
+    result: Imported,
+    skip_unusable: bool,
+    progress: Callable[[Iterable, int | None], Iterable],
+) -> Imported:
+    """Convert `count` originals (None: nobody knows how many) of `name`, and write the set."""
+    done: dict[str, _Done] = {}
     unusable: list[str] = []
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))  # Pillow decodes without the GIL
     try:
-        work = pool.map(lambda file: _attempt(folder / file, out, recipe), captioned)
-        for attempt, file in zip(progress(work, len(captioned)), captioned):  # in this order the loop sees its end
+        for original, attempt in progress(_attempts(pool, originals, out, recipe), count):
             if isinstance(attempt, ImageError):
-                unusable.append(f"{file}: {attempt.reason}")
+                unusable.append(f"{original}: {attempt.reason}")
                 continue
-            done[file] = attempt
+            done[original] = attempt
             result.made += attempt.made
             result.kept += not attempt.made
             for notice in attempt.notices:
-                result.notices.setdefault(notice, []).append(str(file))
+                result.notices.setdefault(notice, []).append(original)
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt need not wait for thousands of images
     if unusable and not (skip_unusable and done):
         named = "; ".join(unusable[:_NAMED]) + ("; ..." if len(unusable) > _NAMED else "")
         raise UserError(
-            f"{folder}: {len(unusable)} of {len(captioned)} images cannot be used: {named}. Mend or remove them, or "
-            "pass --skip-unusable to leave them out; the others are converted already"
+            f"{name}: {len(unusable)} of {len(unusable) + len(done)} images cannot be used: {named}. Mend or remove "
+            "them, or pass --skip-unusable to leave them out; the others are converted already"
         )
+    if not done:
+        raise UserError(f"{name} holds no image")
     result.skipped = unusable
-    _write_set(out, recipe, captioned, done, result)
+    _write_set(out, recipe, done, result)
     return result
+
+
+def _attempts(
+    pool: Executor, originals: Iterable[Original], out: Path, recipe: ImportRecipe
+) -> Iterator[tuple[str, _Done | ImageError]]:
+    """What became of each, in their order; only a few are held in memory, which records' bytes would fill."""
+    waiting: deque[tuple[str, Future]] = deque()
+    for original in originals:
+        waiting.append((original.name, pool.submit(_attempt, original, out, recipe)))
+        if len(waiting) >= _IN_FLIGHT:
+            name, future = waiting.popleft()
+            yield name, future.result()
+    while waiting:
+        name, future = waiting.popleft()
+        yield name, future.result()
 
 
 def _set_aside(prompts: list[str], count: int) -> list[str]:
@@ -156,11 +239,14 @@ def _find_images(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
     return files, {"left out: neither PNG, JPEG nor WebP": others} if others else {}
 
 
-def _check_out(folder: Path, out: Path, recipe: ImportRecipe) -> None:
-    """UserError unless `out` is new, empty, or an import with this recipe; marks it as one."""
+def _check_outside(folder: Path, out: Path) -> None:
     here, there = folder.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"--out {out}: must be outside of {folder}, whose images are left as they are")
+
+
+def _check_out(out: Path, recipe: ImportRecipe) -> None:
+    """UserError unless `out` is new, empty, or an import with this recipe; marks it as one."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         holds = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
@@ -190,33 +276,35 @@ class _Done:
     sha256: str
     made: bool  # now, not by an earlier run
     notices: tuple[str, ...]
+    texts: tuple[str, ...]  # its original's
 
 
-def _attempt(file: Path, out: Path, recipe: ImportRecipe) -> _Done | ImageError:
+def _attempt(original: Original, out: Path, recipe: ImportRecipe) -> _Done | ImageError:
     try:
-        read_header(file)  # before anything is read to its end: it may be a pipe
-        name = hashlib.sha256(f"{recipe.fingerprint}:{sha256_of(file)}".encode()).hexdigest()[:16]
+        read_header(original.opened(), original.name)  # before anything is read to its end: it may be a pipe
+        name = hashlib.sha256(f"{recipe.fingerprint}:{original.sha256()}".encode()).hexdigest()[:16]
         path = out / IMAGES / f"{name}.png"
         notices = _finished(path)
         made = notices is None
         if notices is None:
-            square, notices = convert(file, recipe)
+            square, notices = convert(original.opened(), recipe, original.name)
             _save(path, square, notices)
     except ImageError as error:
         return error
-    return _Done(f"{IMAGES}/{path.name}", sha256_of(path), made, tuple(notices))
+    return _Done(f"{IMAGES}/{path.name}", sha256_of(path), made, tuple(notices), original.texts)
 
 
-def convert(file: Path, recipe: ImportRecipe) -> tuple[Image.Image, list[str]]:
-    """An original as an RGB square, and what was done to it that its owner should know.
+def convert(source: Path | BinaryIO, recipe: ImportRecipe, name: str = "") -> tuple[Image.Image, list[str]]:
+    """An original, a file or its content, as an RGB square, and what was done to it that its owner should know.
 
     Raises:
         ImageError: it cannot be used.
     """
-    image, header = decode_image(file)
+    name = name or str(source)
+    image, header = decode_image(source, name)
     if min(image.size) < recipe.min_size:
         reason = f"is {image.width}x{image.height}; the shorter side must have {recipe.min_size} pixels"
-        raise ImageError(str(file), reason)
+        raise ImageError(name, reason)
     rgb, notices = to_rgb(image, recipe.background)
     if header.animated:
         notices.append("animated: the first frame was taken")
@@ -228,7 +316,7 @@ def convert(file: Path, recipe: ImportRecipe) -> tuple[Image.Image, list[str]]:
         kept = max(rgb.size)
     if in_one_colour(rgb) or in_one_colour(square):  # the second where a margin is what cropping left
         what = "is in a single colour" if in_one_colour(rgb) else "is in a single colour where it is cropped"
-        raise ImageError(str(file), what)
+        raise ImageError(name, what)
     if rgb.width != rgb.height:
         notices.append("cropped to the middle" if recipe.fit == "crop" else f"letterboxed on {recipe.background}")
     if kept < recipe.size:
@@ -269,19 +357,17 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_set(out: Path, recipe: ImportRecipe, captions: Captions, done: dict[Path, _Done], result: Imported) -> None:
+def _write_set(out: Path, recipe: ImportRecipe, done: Mapping[str, _Done], result: Imported) -> None:
     """Index, prompts, manifest and sheet; the index last, for it says that the set is whole."""
     images = {}
-    for file, texts in captions.items():
-        if file not in done:
-            continue
-        for prompt in texts:
+    for original, made in done.items():
+        for prompt in made.texts:
             listed = result.prompts.setdefault(prompt, [])
-            if done[file].name in listed:
-                result.notices.setdefault("left out: the same image twice for a prompt", []).append(str(file))
+            if made.name in listed:
+                result.notices.setdefault("left out: the same image twice for a prompt", []).append(original)
                 continue
-            listed.append(done[file].name)
-        images[done[file].name] = {"sha256": done[file].sha256, "source": str(file)}
+            listed.append(made.name)
+        images[made.name] = {"sha256": made.sha256, "source": original}
     write_output(out / MANIFEST, _json(_manifest(recipe, images)))
     if "" in result.prompts:
         draw_contact_sheet(out / IMAGES, out / SHEET)

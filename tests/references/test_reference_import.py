@@ -221,11 +221,11 @@ def test_an_interrupted_import_continues_and_equals_one_that_was_not(photos, tmp
     assert run(photos, whole) == 0
     real, calls = reference_import.convert, []
 
-    def stops(file, recipe):
+    def stops(file, recipe, name):
         calls.append(file)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(file, recipe)
+        return real(file, recipe, name)
 
     monkeypatch.setattr(reference_import, "convert", stops)
     assert run(photos, parts) == 130
