@@ -483,7 +483,15 @@ class OutputSection(Section):
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb_project: str = ""
-    """Log to Weights & Biases under this project when set (needs `pip install wandb`)."""
+    """Report to Weights & Biases under this project when set (extra `wandb`; WANDB_MODE=offline works)."""
+    trackio_project: str = ""
+    """Report to trackio under this project when set (extra `trackio`)."""
+    run_name: str = ""
+    """What wandb and trackio call the run; empty: the name of the output folder."""
+    group: str = ""
+    """Runs that belong together, such as the seeds of a comparison, for the trackers."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by in the trackers."""
 
 
 class MonitorSection(Section):

@@ -1,17 +1,15 @@
-"""What a run says about itself while it runs: metrics.jsonl, TensorBoard, wandb on request, and a progress bar.
+"""What a run says about itself while it runs: metrics.jsonl, a progress bar, and what trackers are told (trackers.py).
 
 Only rank 0 says anything, and nothing here is ever read back to decide how training goes on.
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +17,7 @@ from rich.console import Console
 from advgrpo.errors import UserError, one_line
 from advgrpo.reporting.display import Display
 from advgrpo.reporting.metric_names import VERSION, VERSION_KEY, current_names
+from advgrpo.reporting.trackers import Trackers
 from advgrpo.runtime.atomic import move_aside, write_atomically
 from advgrpo.types import Flag
 
@@ -27,22 +26,20 @@ METRICS_FILE = "metrics.jsonl"
 Scalar = float | int | str | None
 
 
-class Tracker:
+class RunLog:
     """Records one dictionary of metrics per iteration. A context manager; on ranks other than 0 it does nothing.
 
     Args:
-        output_dir: the run's folder; gets `metrics.jsonl` and `tensorboard/`.
+        output_dir: the run's folder; gets `metrics.jsonl`.
         total_iterations: where the display's bar ends.
         start_iteration: the first iteration this process runs. Records of it and of later ones, left by the process
             that is resumed, are removed, so that the files become those of a run that never stopped.
         is_main: whether this is rank 0.
-        tensorboard: write TensorBoard event files.
-        wandb_project: name of a Weights & Biases project to report to; None leaves wandb alone, not even imported.
-        config: what wandb shows as the run's configuration.
+        trackers: are told every number; started and finished by whoever made them.
         display: where progress goes; a live bar on a terminal, else one line per iteration.
 
     Raises:
-        UserError: the folder cannot be written, or tensorboard or wandb is wanted and missing.
+        UserError: the folder cannot be written.
     """
 
     def __init__(
@@ -52,25 +49,18 @@ class Tracker:
         total_iterations: int,
         start_iteration: int = 0,
         is_main: bool = True,
-        tensorboard: bool = True,
-        wandb_project: str | None = None,
-        config: Mapping[str, Any] | None = None,
+        trackers: Trackers | None = None,
         display: Display | None = None,
     ) -> None:
         self.is_main = is_main
-        self._file = self._tensorboard = self._wandb = None
+        self._file = None
+        self._trackers = trackers or Trackers([], print)
         self._open = contextlib.ExitStack()
         if not is_main:
             return
         output_dir = Path(output_dir)
         self.display = display or Display(Console())
         self._file = open_metrics(output_dir / METRICS_FILE, start_iteration, self.display.print_line)
-        if tensorboard:
-            module = _require("torch.utils.tensorboard", "tensorboard")
-            # purge_step hides the abandoned records of a resumed run, which event files cannot drop.
-            self._tensorboard = module.SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
-        if wandb_project is not None:
-            self._wandb = _start_wandb(wandb_project, output_dir, start_iteration, config)
         self._open.enter_context(self.display.iterations(total_iterations, start_iteration))
 
     def log(self, metrics: Mapping[str, Scalar], flags: Sequence[Flag] | None = None) -> None:
@@ -94,12 +84,7 @@ class Tracker:
         self._file.write(json.dumps({VERSION_KEY: VERSION, **record}, allow_nan=False) + "\n")
         self._file.flush()
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "iteration"}
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, record["iteration"])
-            self._tensorboard.flush()  # a killed run keeps what it logged
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=record["iteration"])
+        self._trackers.log(numbers, record["iteration"])
         self.display.show(record)
         self.display.show_flags(flags or (), record["iteration"])
 
@@ -117,13 +102,12 @@ class Tracker:
     def close(self) -> None:
         """Flush and close everything. May be called twice."""
         self._open.close()
-        for part, finish in ((self._file, "close"), (self._tensorboard, "close"), (self._wandb, "finish")):
-            if part is not None:
-                getattr(part, finish)()
-        self._file = self._tensorboard = self._wandb = None
+        if self._file is not None:
+            self._file.close()
+        self._file = None
         self.is_main = False
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(
@@ -194,7 +178,7 @@ def open_metrics(path: Path, start_iteration: int, say: Callable[[str], None]) -
 
 
 def plain(metrics: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """`metrics` as they are recorded; see `Tracker.log`."""
+    """`metrics` as they are recorded; see `RunLog.log`."""
     return {key: _plain(key, value) for key, value in metrics.items()}
 
 
@@ -204,23 +188,3 @@ def _plain(key: str, value: Scalar) -> Scalar:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     raise TypeError(f"metric {key!r} is a {type(value).__name__}; convert it to a Python scalar first")
-
-
-def _require(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"{package} is switched on but not installed: pip install {package}, or switch it off"
-        ) from error
-
-
-def _start_wandb(project: str, output_dir: Path, start_iteration: int, config: Mapping[str, Any] | None) -> Any:
-    """A resumed run continues its own wandb run, whose id is kept in the output folder."""
-    wandb = _require("wandb", "wandb")
-    id_file = output_dir / "wandb_run_id"
-    if start_iteration == 0 or not id_file.exists():
-        write_atomically(id_file, secrets.token_hex(4))
-    return wandb.init(
-        project=project, dir=str(output_dir), id=id_file.read_text(), resume="allow", config=dict(config or {})
-    )

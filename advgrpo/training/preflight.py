@@ -24,6 +24,7 @@ from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vi
 from advgrpo.policy.pipelines import PREDICTION_TYPES, local_pipeline, pipeline_index
 from advgrpo.policy.sd3 import check_resolution, check_schedule
 from advgrpo.policy.sdxl import check_unet, ddim_scheduler
+from advgrpo.reporting.trackers import check_installed, choose
 from advgrpo.runtime.folders import writable
 from advgrpo.sampling.dynamics import check_dynamics
 from advgrpo.training.optimizer import APEX
@@ -68,16 +69,14 @@ def _check_judges(config: Config, *, network: bool) -> None:
 
 def _check_installed(config: Config) -> None:
     """Packages that only some settings need, before hours of work lead to them."""
-    output, update = config.output, config.update
+    update = config.update
+    for tracker in choose(config.output):
+        check_installed(tracker)
     apex = f"NVIDIA Apex (not PyPI's apex: {APEX})"
-    asked = (
-        (output.tensorboard, "output.tensorboard = true", "tensorboard", "tensorboard", "--output.no-tensorboard"),
-        (output.wandb_project, f"output.wandb_project = {output.wandb_project!r}", "wandb", "wandb", "leave it empty"),
-        (update.optimizer == "apex", "update.optimizer = apex", "apex.optimizers", apex, "--update.optimizer auto"),
-    )
-    for is_asked, setting, module, package, instead in asked:
-        if is_asked and not _found(module):
-            raise UserError(f"{setting} needs {package}, which is not installed; install it, or {instead}")
+    if update.optimizer == "apex" and not _found("apex.optimizers"):
+        raise UserError(
+            f"update.optimizer = apex needs {apex}, which is not installed; install it, or --update.optimizer auto"
+        )
 
 
 def _found(module: str) -> bool:

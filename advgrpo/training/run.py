@@ -28,7 +28,8 @@ from advgrpo.policy.pipelines import pipeline_folder
 from advgrpo.reporting.display import Display
 from advgrpo.reporting.metric_names import FIRST, half_widths, held_out_means
 from advgrpo.reporting.plots import HeldOut, draw_curves, draw_grid
-from advgrpo.reporting.tracking import METRICS_FILE, Tracker, load_metrics, plain
+from advgrpo.reporting.trackers import RunInfo, Trackers, choose
+from advgrpo.reporting.tracking import METRICS_FILE, RunLog, load_metrics, plain
 from advgrpo.runtime import checkpoint as checkpoints
 from advgrpo.runtime.atomic import clean, write_atomically
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
@@ -46,6 +47,7 @@ from advgrpo.training.build import (
 )
 from advgrpo.training.callbacks import Callback, Callbacks
 from advgrpo.training.fast import FastPaths
+from advgrpo.training.model_card import CARD, RunFacts, newest_grid, write_card, write_samples
 from advgrpo.training.preflight import preflight
 from advgrpo.training.resuming import SUMMARY_FILE, Resume, Resuming, Saved, differences, made_from
 from advgrpo.training.stopping import Keeper, signals_stop
@@ -92,6 +94,7 @@ class Run:
         self.unlogged: dict | None = None  # metrics of the newest iteration, while its evaluation is not done
         self.stopped = ""  # why the run ended early
         self._asked = ""  # why a callback wants the end
+        self.trackers = Trackers([], self.display.print_line)
         self._lock: FolderLock | None = None
         try:
             self._prepare(Resume.of(resume))
@@ -198,41 +201,69 @@ class Run:
                     self.stopped = str(reason)
                     self._stop()
         finally:
+            self._finish_trackers()
             self.close()
 
     def _train(self) -> None:
         config, trainer, main = self.config, self.trainer, self.distributed.is_main
         if main:
             self._clear_the_way()
+        self._start_trackers()
         if not self.base:
             self.base = self._evaluate_base()
             self.start = self.start if self.resumed else self._evaluate_start()
         self._draw_samples("base", self.base)
-        tracker = Tracker(
+        log = RunLog(
             self.folder,
             total_iterations=config.iterations,
-            start_iteration=trainer.iteration - (self.unlogged is not None),
+            start_iteration=self._first_to_log,
             is_main=main,
-            tensorboard=config.output.tensorboard,
-            wandb_project=config.output.wandb_project or None,
-            config=config.model_dump(mode="json"),
+            trackers=self.trackers,
             display=self.display,
         )
-        with tracker, self.keeper.at_failure():
+        with log, self.keeper.at_failure():
             while self.unlogged is not None or not trainer.finished:
                 if self.unlogged is None:
                     self.unlogged = plain(self._iterate())
-                self._log(tracker)
+                self._log(log)
                 reasons = self.distributed.gather_json(_flagged_to_stop(trainer.flags) or self._asked)
                 flagged = [text for text in reasons if text]
                 every = config.output.checkpoint_every
                 if flagged or trainer.finished or (every and trainer.iteration % every == 0):
-                    tracker.sync()
+                    log.sync()
                     self.save()
                 if flagged and not trainer.finished:
                     raise StopRequested(flagged[0])
 
-    def _log(self, tracker: Tracker) -> None:
+    @property
+    def _first_to_log(self) -> int:
+        return self.trainer.iteration - (self.unlogged is not None)
+
+    def _start_trackers(self) -> None:
+        """On process 0 alone: what it waits for must not look like hanging."""
+        if not self.distributed.is_main:
+            return
+        config, output = self.config, self.config.output
+        self.trackers = Trackers(choose(output), self.display.print_line)
+        self.distributed.progress("start the trackers", within_seconds=SLOW_SECONDS)
+        self.trackers.start(
+            RunInfo(
+                folder=self.folder,
+                settings=config.model_dump(mode="json"),
+                name=output.run_name or self.folder.resolve().name,
+                resumed=self.resumed,
+                start_iteration=self._first_to_log,
+                group=output.group,
+                tags=output.tags,
+            )
+        )
+
+    def _finish_trackers(self) -> None:
+        if self.distributed.is_main:
+            self.distributed.progress("finish the trackers", within_seconds=SLOW_SECONDS)
+            self.trackers.finish()
+
+    def _log(self, log: RunLog) -> None:
         """Record the newest iteration, after an evaluation if one is due; cut short, both are done on resuming."""
         metrics, done, every = self.unlogged, self.trainer.iteration, self.config.evaluation.every
         if not self.trainer.finished and every and done % every == 0:
@@ -240,7 +271,7 @@ class Run:
             self.callbacks.on_evaluation("during", found, done)
             metrics = metrics | found
             self._draw_samples(f"iteration-{done:06d}", found)
-        tracker.log(metrics, self.trainer.flags)
+        log.log(metrics, self.trainer.flags)
         self.unlogged = None
         self._asked = self.callbacks.on_iteration(metrics, self.trainer.flags) or ""
 
@@ -258,6 +289,7 @@ class Run:
         self.console.print(f"stopped by {self.stopped} after {self.trainer.iteration} iterations; {again}")
         if self.keeper.began and not self.trainer.finished:  # last: whoever stops a run does not wait for long
             self.export()
+            self._write_card({})
             self._draw_curves({})
 
     def _iterate(self) -> dict:
@@ -316,13 +348,40 @@ class Run:
         rows = self._draw_curves(final)
         summary = summarize(self.config, rows, self.base, final, self.start, iterations=self.trainer.iteration)
         summary["prompts_cut_by"] = self.cut_prompts
-        write_atomically(self.folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        self._tell_trackers(final)
+        self._write_card(summary)
+        self._write_summary(summary)
         if not summary["trained"]:
             self.console.print(f"note: {summary['not_trained_because']}", soft_wrap=True)
         base = held_out_means(self.base)
         for name, value in held_out_means(final).items():
             self.console.print(f"{name}: base {base[name]:.4f} -> final {value:.4f}")
         self.console.print(f"wrote {self.folder}/lora, samples/, curves.png, summary.json")
+
+    def _write_card(self, summary: dict) -> None:
+        """README.md beside the LoRA, as the hub reads it; of full fine-tuning none, which is no LoRA."""
+        if self.config.model.train != "lora":
+            return
+        lora = self.folder / "lora"
+        write_samples(lora, self.samples.get("trained", []))
+        facts = RunFacts.of(self.config, summary, self.trainer.iteration)
+        if write_card(lora, facts, newest_grid(self.folder)) is None:
+            self.display.print_line(f"note: {lora / CARD} was not written by this program and stays as it is")
+
+    def _tell_trackers(self, final: dict[str, float]) -> None:
+        """The held-out metrics before and after training, which no iteration's record has."""
+        stages = {"base": self.base, "final": final}
+        ends = {f"{stage}_{name}": v for stage, found in stages.items() for name, v in held_out_means(found).items()}
+        self.trackers.log(ends, max(self.trainer.iteration - 1, 0))
+
+    def _write_summary(self, summary: dict) -> None:
+        """OUT/summary.json: before the trackers send what is left, which may take minutes, and with what that gave."""
+        before = None
+        while before != self.trackers.lost:
+            before = dict(self.trackers.lost)
+            text = json.dumps({**summary, "trackers_lost": before}, indent=2) + "\n"
+            write_atomically(self.folder / SUMMARY_FILE, text)
+            self._finish_trackers()
 
     def _draw_curves(self, final: dict[str, float]) -> list[dict]:
         """OUT/curves.png from the metrics so far, which are returned."""
@@ -366,7 +425,12 @@ class Run:
                 blocks.append(("references", references.load_images(references.files(prompt)[:4], size=size)))
             rows.append((prompt, blocks))
         (self.folder / "samples").mkdir(exist_ok=True)
-        draw_grid(rows, self.folder / "samples" / f"{name}.png", header=self._heading(name, scores))
+        file = self.folder / "samples" / f"{name}.png"
+        draw_grid(rows, file, header=self._heading(name, scores))
+        if name != "base":
+            self.trackers.images("samples", file, [prompt for prompt, _ in rows], max(self.trainer.iteration - 1, 0))
+        elif not self.resumed:  # a resumed run draws it again, and the trackers have it
+            self.trackers.images("samples_base", file, [prompt for prompt, _ in rows], 0)
 
     def _heading(self, name: str, scores: dict[str, float]) -> str:
         """What a grid shows: the run, how far it is, how it was sampled, and what the held-out images score."""

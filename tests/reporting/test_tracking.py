@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and the progress line.
+"""metrics.jsonl and the progress line; tests/reporting/test_trackers.py has TensorBoard, wandb and trackio.
 
 Bugs planted in a copy, each seen red: a damaged file refused; not moved aside; only JSON errors caught; no fsync.
 """
@@ -6,8 +6,6 @@ Bugs planted in a copy, each seen red: a damaged file refused; not moved aside; 
 import io
 import json
 import os
-import sys
-import types
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from rich.console import Console
 
 from advgrpo.errors import UserError
 from advgrpo.reporting.display import Display
-from advgrpo.reporting.tracking import Tracker, load_metrics
+from advgrpo.reporting.tracking import RunLog, load_metrics
 from advgrpo.types import Flag
 
 
@@ -29,15 +27,14 @@ def silent():
 
 def track(folder, iterations, *, start=0, total=10, console=None, **options):
     console = console or Console(file=io.StringIO())
-    options.setdefault("tensorboard", False)
-    with Tracker(folder, total_iterations=total, start_iteration=start, display=Display(console), **options) as tracker:
+    with RunLog(folder, total_iterations=total, start_iteration=start, display=Display(console), **options) as tracker:
         for i in iterations:
             tracker.log(record(i))
     return console.file.getvalue()
 
 
 def test_one_object_per_iteration_at_once(tmp_path):
-    with Tracker(tmp_path / "run", total_iterations=3, tensorboard=False, display=silent()) as tracker:
+    with RunLog(tmp_path / "run", total_iterations=3, display=silent()) as tracker:
         for i in range(3):
             tracker.log(record(i))
             assert load_metrics(tmp_path / "run" / "metrics.jsonl") == [record(k) for k in range(i + 1)]
@@ -54,7 +51,7 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_non_finite_numbers_are_null(tmp_path):
-    with Tracker(tmp_path, total_iterations=1, tensorboard=False, display=silent()) as tracker:
+    with RunLog(tmp_path, total_iterations=1, display=silent()) as tracker:
         tracker.log(record(0, kl=float("nan"), grad_norm=float("-inf"), discriminator_loss=None, flag=True))
     text = (tmp_path / "metrics.jsonl").read_text()
     read = json.loads(text, parse_constant=pytest.fail)
@@ -62,7 +59,7 @@ def test_non_finite_numbers_are_null(tmp_path):
 
 
 def test_bad_records(tmp_path):
-    with Tracker(tmp_path, total_iterations=1, tensorboard=False, display=silent()) as tracker:
+    with RunLog(tmp_path, total_iterations=1, display=silent()) as tracker:
         with pytest.raises(TypeError, match="metric 'loss' is a Tensor"):
             tracker.log(record(0, loss=torch.tensor(1.0)))
         with pytest.raises(ValueError, match='integer "iteration", got None'):
@@ -105,7 +102,7 @@ def test_a_damaged_file_is_put_aside_and_what_can_be_read_goes_on(tmp_path, what
 def test_records_are_forced_to_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
     forced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: forced.append(os.fstat(descriptor).st_size))
-    with Tracker(tmp_path, total_iterations=1, tensorboard=False, display=silent()) as tracker:
+    with RunLog(tmp_path, total_iterations=1, display=silent()) as tracker:
         tracker.log(record(0))
         forced.clear()
         tracker.sync()
@@ -130,7 +127,7 @@ def test_plain_lines_without_a_terminal(tmp_path):
 
 def test_a_mix_shows_every_reward_instead_of_their_sum(tmp_path):
     console = Console(file=io.StringIO(), width=200)
-    tracker = Tracker(tmp_path, total_iterations=9, tensorboard=False, display=Display(console))
+    tracker = RunLog(tmp_path, total_iterations=9, display=Display(console))
     mix = {"reward_adversary": -1.5, "reward_rule": 0.25, "reward_rule_of_references": 0.9}
     tracker.log(record(0, **mix, images_per_second=5.0))
     assert "r_gen -1.500  r_ref +0.333  rule +0.250  images/s 5.0" in console.file.getvalue()
@@ -144,7 +141,7 @@ def test_a_line_shows_every_figure_and_the_time_left(tmp_path, monkeypatch):
     clock = iter([100.0, 160.0])
     monkeypatch.setattr("advgrpo.reporting.display.time.monotonic", lambda: next(clock))
     console = Console(file=io.StringIO())
-    tracker = Tracker(tmp_path, total_iterations=100, start_iteration=4, tensorboard=False, display=Display(console))
+    tracker = RunLog(tmp_path, total_iterations=100, start_iteration=4, display=Display(console))
     tracker.log(record(5, discriminator_accuracy=0.875, images_per_second=12.34))  # two iterations took 60 s: 94 x 30 s
     tracker.print_line("[saved] checkpoint")
     assert console.file.getvalue() == (
@@ -159,7 +156,7 @@ def flag(name):
 def test_flags_are_shown_when_they_appear_and_when_they_clear(tmp_path):
     console = Console(file=io.StringIO())
     flags = [[], [flag("a")], [flag("a"), flag("b")], [flag("b")], []]
-    with Tracker(tmp_path, total_iterations=5, tensorboard=False, display=Display(console)) as tracker:
+    with RunLog(tmp_path, total_iterations=5, display=Display(console)) as tracker:
         for i, active in enumerate(flags):
             tracker.log(record(i), active)
     shown = [line for line in console.file.getvalue().splitlines() if "red flag" in line]
@@ -179,50 +176,3 @@ def test_a_live_bar_on_a_terminal(tmp_path):
     assert "iteration 3/3" in output
     assert "r_gen +0.200" in output
     assert "\x1b[" in output
-
-
-def test_tensorboard_gets_every_number(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    track(tmp_path, range(4), tensorboard=True)
-    track(tmp_path, range(2, 5), start=2, tensorboard=True)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["reward_generated", "reward_reference"]
-    assert [event.step for event in events.Scalars("reward_generated")] == [0, 1, 2, 3, 4]
-
-
-class FakeWandb(types.ModuleType):
-    def __init__(self):
-        super().__init__("wandb")
-        self.calls = []
-
-    def init(self, **options):
-        self.calls.append(("init", options))
-        return self
-
-    def log(self, numbers, step):
-        self.calls.append(("log", step, numbers))
-
-    def finish(self):
-        self.calls.append(("finish",))
-
-
-def test_wandb_continues_its_run(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    track(tmp_path, [0], wandb_project="p", config={"seed": 1})
-    track(tmp_path, [1], start=1, wandb_project="p")
-    inits = [call[1] for call in fake.calls if call[0] == "init"]
-    assert inits[0]["project"] == "p"
-    assert inits[0]["config"] == {"seed": 1}
-    assert inits[0]["id"] == inits[1]["id"]
-    assert ("log", 1, {"reward_generated": 0.1, "reward_reference": 1 / 3}) in fake.calls
-    assert fake.calls[-1] == ("finish",)
-
-
-def test_wandb_is_touched_only_when_configured(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails, as if it were not installed
-    track(tmp_path, [0])
-    with pytest.raises(UserError, match="pip install wandb"):
-        track(tmp_path, [0], wandb_project="p")
