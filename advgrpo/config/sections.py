@@ -109,13 +109,15 @@ class DataSection(Section):
     """Prompts and reference images."""
 
     prompts: str = ""
-    """Training prompts: one per line, or JSONL with a "prompt" key; "tiny" or "tiny:words" for the shipped."""
+    """Training prompts: one per line, or JSONL with a "prompt" key; a .parquet, webdataset .tar, folder with
+    metadata.jsonl, or data set of the hub, hf:OWNER/NAME[:split=S][:column=C] (docs/data.md); "tiny" or "tiny:words"
+    for the shipped."""
     held_out_prompts: str = ""
-    """Prompts for evaluation only; empty switches evaluation off. "tiny" and "tiny:words" for the shipped
-    ones, which settings were chosen on, "tiny:report" for others kept for reported results."""
+    """Prompts for evaluation only, from the same sources; empty switches evaluation off. "tiny" and "tiny:words" for
+    the shipped ones, which settings were chosen on, "tiny:report" for others kept for reported results."""
     references: str = ""
-    """Folder with references.json: {prompt: [image files]}; must cover both prompt lists; "tiny" or "tiny:words" for
-    the shipped."""
+    """Folder with references.json: {prompt: [image files]}; must cover both prompt lists; `advgrpo.references import`
+    makes one of any source; "tiny" or "tiny:words" for the shipped."""
     style: str = ""
     """Folder of images without prompts that are the references of every prompt (style transfer), instead; for the
     tiny world "tiny:outline", "tiny:pastel" or "tiny:hatched"."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from advgrpo.config.sections import OutputSection
 from advgrpo.errors import UserError, one_line
 from advgrpo.runtime.atomic import write_atomically
 
@@ -250,7 +249,15 @@ def install_line(package: str) -> str:
     return f"pip install 'advgrpo[{extra}]'"
 
 
-def choose(output: OutputSection) -> list[Tracker]:
+class TrackerSettings(Protocol):
+    """Of section `output`."""
+
+    tensorboard: bool
+    wandb_project: str
+    trackio_project: str
+
+
+def choose(output: TrackerSettings) -> list[Tracker]:
     """Those that the settings name."""
     chosen: list[Tracker] = [TensorBoardTracker()] if output.tensorboard else []
     chosen += [WandbTracker(output.wandb_project)] if output.wandb_project else []

@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
-from tests.training.test_run import run
 
 from advgrpo.config import Config
 from advgrpo.errors import UserError
@@ -28,6 +27,7 @@ from advgrpo.reporting.display import Display
 from advgrpo.reporting.trackers import RunInfo, TensorBoardTracker, Trackers, TrackioTracker, WandbTracker, choose
 from advgrpo.reporting.tracking import RunLog, load_metrics
 from advgrpo.training.run import Run
+from tests.training.test_run import run
 
 SETTINGS = {"seed": 1, "rollout": {"group_size": 8}}
 
