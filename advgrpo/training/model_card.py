@@ -126,10 +126,10 @@ def write_samples(lora: Path, images: Sequence[tuple[str, torch.Tensor]]) -> Non
     Args:
         images: (prompt, [n, 3, H, W] in [0, 1]) each.
     """
-    for number, (prompt, images) in enumerate(images[:SAMPLES], start=1):
+    for number, (prompt, of_prompt) in enumerate(images[:SAMPLES], start=1):
         info = PngImagePlugin.PngInfo()
         info.add_itxt(_PROMPT, prompt)
-        pixels = images[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+        pixels = of_prompt[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
         image = Image.fromarray(pixels)
         write_atomically(
             lora / f"sample-{number}.png",

@@ -1,5 +1,7 @@
 """Values of settings, metrics, files of settings, flags, and settings that contradict each other."""
 
+import importlib.util
+
 from tests.bad_input.case import Case, changed, flagged, written
 
 _NOT_FINITE = (
@@ -194,7 +196,6 @@ CONFLICTS = [
     flagged("conflicts", "--adversary.kind none", "adversary.kind = none and no fixed reward"),
     flagged("conflicts", "--rewards.adversary.weight 0", "the adversary dino would learn for nothing"),
     flagged("conflicts", "--data.references=", "data.references is empty, but adversary.kind needs references"),
-    flagged("conflicts", "--output.wandb_project p", "output.wandb_project = 'p' needs wandb, which is not installed"),
     flagged("conflicts", "--update.optimizer apex", "update.optimizer = apex needs NVIDIA Apex", "not installed"),
     flagged("conflicts", "--data.prompts=", "data.prompts is empty"),
     flagged(
@@ -210,4 +211,15 @@ CONFLICTS = [
     ),
 ]
 
-CASES = [*_infinite(), *_out_of_range(), *METRICS, *CONFIG_FILES, *FLAGS, *CONFLICTS]
+
+def _absent() -> list[Case]:
+    """Trackers that are not installed here."""
+    return [
+        flagged("conflicts", f"--output.{name}_project p",
+                f"output.{name}_project = 'p' needs {name}, which is not installed: pip install 'advgrpo[{name}]'")
+        for name in ("wandb", "trackio")
+        if importlib.util.find_spec(name) is None
+    ]  # fmt: skip
+
+
+CASES = [*_infinite(), *_out_of_range(), *METRICS, *CONFIG_FILES, *FLAGS, *CONFLICTS, *_absent()]

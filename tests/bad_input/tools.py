@@ -246,6 +246,12 @@ IMPORT = [
     take(lambda b: ["--out", b.write("taken/x", "")[:-2]], "--out", "holds x, which was not imported", name="out is taken"),
     take("--out /proc/out", "--out /proc/out"),
     take("--background clear", "--background 'clear': want a colour"),
+    Case(_IMPORT, "parquet nowhere", ("nowhere.parquet does not exist",), lambda b: ["import", "nowhere.parquet", "--out", str(b.folder / "out")], command="references"),
+    Case(_IMPORT, "no parquet", ("p.parquet cannot be read as parquet",), lambda b: ["import", b.write("p.parquet", "x" * 99), "--out", str(b.folder / "out")], command="references"),
+    Case(_IMPORT, "no tar", ("s.tar cannot be read as a tar",), lambda b: ["import", b.write("s.tar", "x" * 2000), "--out", str(b.folder / "out")], command="references"),
+    Case(_IMPORT, "missing shard", ("s-1.tar does not exist",), lambda b: ["import", b.write("s-0.tar", b"")[: -len("0.tar")] + "{1..2}.tar", "--out", str(b.folder / "out")], command="references"),
+    Case(_IMPORT, "unknown setting of a source", ("no setting 'spilt'; such a source has split",), lambda b: ["import", "hf:o/n:spilt=test", "--out", str(b.folder / "out")], command="references"),
+    Case(_IMPORT, "hub without network", ("hf:o/n cannot be loaded",), lambda b: ["import", "hf:o/n", "--out", str(b.folder / "out")], command="references", environment={"HF_HUB_OFFLINE": "1"}),
     take("--held-out 5", "--held-out 5: want 0, or fewer than the 1 prompts"),
 ]  # fmt: skip
 
@@ -401,12 +407,25 @@ EXPERIMENTS = [
 
 export = _case("export", "export", lambda b: [str(b.world.lora), "--out", str(b.folder / "o.safetensors")])
 EXPORT = [
+    export("--push-to name", "--push-to name: want USER/NAME"),
+    export("--push-to a/b/c", "--push-to a/b/c: no name of a repository"),
+    export("--private", "--private says how --push-to uploads"),
+    export(
+        "--push-to me/x", "--push-to me/x: the hub was not reached", environment={"HF_ENDPOINT": "http://127.0.0.1:9"}
+    ),
+    Case(
+        "export",
+        "nothing asked for",
+        ("--out is missing: want a file to write, or --card",),
+        lambda b: [str(b.world.lora)],
+        command="export",
+    ),
     export("--format onnx", "--format 'onnx': want one of diffusers, comfyui, kohya"),
     export("--out o.bin", "--out o.bin: want a file name that ends in .safetensors"),
     export(lambda b: ["--out", b.write("file", "") + "/o.safetensors"], "file", name="out below a file"),
     export("another", "unexpected argument 'another'"),
     Case("export", "nowhere", ("does not exist",), lambda b: ["nowhere", "--out", "o.safetensors"], command="export"),
-    Case("export", "no arguments", ("LORA is missing", "--out is missing"), lambda b: [], command="export"),
+    Case("export", "no arguments", ("LORA is missing",), lambda b: [], command="export"),
 ]
 
 CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *LEARN, *EXPERIMENTS, *EXPORT]

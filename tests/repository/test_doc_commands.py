@@ -38,7 +38,6 @@ PROGRAMS = ("python", "torchrun", "accelerate", "make", "pip", "pytest", "hf", "
 PLACEHOLDERS = {"N": "1", "NAME": "tiny", "FLAG": "reward_hacking", "PEER": "flow_grpo", "DIR": "runs/a"}
 NOT_CHECKED = {
     "hf auth login": "the hub's own program, not installed with ours",
-    "pip install wandb": "a tracker of the user's choice",
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation 'apex @ git+https://github.com/NVIDIA/apex'": (
         "NVIDIA's own line; tests/repository/test_gpu_extra.py holds the one that errors name to it"
     ),
