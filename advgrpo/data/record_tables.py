@@ -45,7 +45,7 @@ def _pyarrow(source: RecordSource) -> Any:
 
 
 def _missing(source: RecordSource, package: str) -> str:
-    return f"{source.address} needs {package}, which is not installed: pip install 'advgrpo[data]'"
+    return f"{source.address} needs {package}, which is not installed: pip install datasets"
 
 
 def _rows(source: RecordSource, file: Path, table: Any, texts: bool, images: bool) -> Iterator[Record]:

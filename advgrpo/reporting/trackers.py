@@ -231,7 +231,7 @@ def check_installed(tracker: Tracker) -> None:
     """UserError with the line that installs it where a tracker's package is missing."""
     if not installed(tracker.name):
         raise UserError(
-            f"{tracker.setting} needs {tracker.name}, which is not installed: {install_line(tracker.name)}, or switch "
+            f"{tracker.setting} needs {tracker.name}, which is not installed: pip install {tracker.name}, or switch "
             "it off"
         )
 
@@ -242,11 +242,6 @@ def installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ValueError:  # of a module that stands in for it, without a spec
         return True
-
-
-def install_line(package: str) -> str:
-    extra = "train" if package == "tensorboard" else package
-    return f"pip install 'advgrpo[{extra}]'"
 
 
 class TrackerSettings(Protocol):

@@ -214,7 +214,7 @@ def _absent() -> list[Case]:
     """Trackers, which no extra of ours for tests installs."""
     return [
         flagged("conflicts", f"--output.{name}_project p",
-                f"output.{name}_project = 'p' needs {name}, which is not installed: pip install 'advgrpo[{name}]'")
+                f"output.{name}_project = 'p' needs {name}, which is not installed: pip install {name}")
         for name in ("wandb", "trackio")
     ]  # fmt: skip
 
