@@ -1,10 +1,4 @@
-"""The card beside a LoRA, and its way to the hub, against a stand-in that speaks what huggingface_hub really sends.
-
-Bugs planted in a copy, each seen red: another licence; a base_model that is a folder; a card of somebody else
-overwritten; paths of the machine in it; intervals left out; the wrong preset named; prompts of samples lost; files that
-are not the LoRA's uploaded; private forgotten; a public repository taken for a private one; nothing listed before the
-upload; the hub's errors as they come.
-"""
+"""The card beside a LoRA, and its way to the hub, against a stand-in that speaks what huggingface_hub really sends."""
 
 import json
 import os
