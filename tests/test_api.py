@@ -6,7 +6,9 @@ thread; settings laid under the file; the module `advgrpo.train` not callable on
 """
 
 import json
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,3 +149,19 @@ def test_the_names_are_callable_whoever_imports_what_first():
     assert set(advgrpo.__all__) <= set(dir(advgrpo))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         advgrpo.trian  # noqa: B018
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    short = {
+        '"iterations": 20': '"iterations": 1, "evaluation.images_per_prompt": 1',
+        "metrics=[": "images_per_prompt=1, metrics=[",
+    }
+    for old, new in short.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/python.md", "exec"), {})
+    assert (tmp_path / "grid.png").is_file()

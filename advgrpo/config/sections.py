@@ -110,8 +110,8 @@ class DataSection(Section):
 
     prompts: str = ""
     """Training prompts: one per line, or JSONL with a "prompt" key; a .parquet, webdataset .tar, folder with
-    metadata.jsonl, or data set of the hub, hf:OWNER/NAME[:split=S][:column=C] (docs/data.md); "tiny" or "tiny:words"
-    for the shipped."""
+    metadata.jsonl, or data set of the hub, such as hf:OWNER/NAME:split=S:column=C (docs/data.md); "tiny" or
+    "tiny:words" for the shipped."""
     held_out_prompts: str = ""
     """Prompts for evaluation only, from the same sources; empty switches evaluation off. "tiny" and "tiny:words" for
     the shipped ones, which settings were chosen on, "tiny:report" for others kept for reported results."""

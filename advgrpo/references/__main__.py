@@ -73,7 +73,7 @@ class Import(Options):
 
     folder: Annotated[Path, Positional]
     """Folder with images, in subfolders too; or records with captions: FILE.parquet, shards/{0000..0009}.tar
-    (webdataset), hf:OWNER/NAME[:split=S][:column=C][:image=I][:config=C] (docs/data.md)."""
+    (webdataset), such as hf:OWNER/NAME:split=S:column=C:image=I:config=C (docs/data.md)."""
     out: Path
     """Folder to write: images/, references.json, prompts.txt, held_out.txt, sheet.png, manifest.json."""
     captions: CaptionSource = "auto"
