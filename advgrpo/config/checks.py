@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from advgrpo.config.explain import did_you_mean
-from advgrpo.config.sections import Config, RolloutSection
+from advgrpo.config.sections import Config, RewardSection, RolloutSection
 from advgrpo.errors import UserError
 
 NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
 IMAGE_STATISTICS = ("saturation", "dark_share", "edge_density")  # metrics that need no model
+# What metrics of rewards and evaluations are called besides (reporting/metric_names.py).
+_TAKEN_NAMES = ("generated", "reference", "std", "remotes", "custom", "clip", "rule_accuracy")
+_TAKEN_ENDINGS = ("_of_references", "_ci95", "_first")
+_NEEDED = {"aesthetic": ("head",), "remote": ("url",), "vlm_judge": ("base_url", "model")}  # to be built at all
 
 
 def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
@@ -32,6 +37,7 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
             f"{rollout.likelihood!r} divides by nothing; set update.kl_variance = 'step'"
         )
     _check_precision(config)
+    _check_names(config)
     _check_rewards(config)
     check_learning(config)
     _check_metrics(config)
@@ -182,13 +188,40 @@ def _check_rewards(config: Config) -> None:
             "reward has a weight: a gate only takes away, so every total would be 0 and nothing be trained; give one a "
             "weight"
         )
-    for name, field in (("aesthetic", "head"), ("remote", "url")):
-        section = getattr(rewards, name)
-        used = section.used and config.update.objective != "sft"
-        measured = name in config.evaluation.metrics
-        if (used or measured) and not getattr(section, field):
-            who = f"rewards.{name}" if used else f"evaluation.metrics: {name}"
-            raise UserError(f"rewards.{name}.{field} is empty, but {who} needs it: pass --rewards.{name}.{field}")
+    for name, entry in rewards.entries().items():
+        used = entry.section.used and config.update.objective != "sft"
+        if not (used or name in config.evaluation.metrics):
+            continue
+        for field in _NEEDED.get(entry.kind, ()):
+            if not getattr(entry.section, field):
+                who = entry.owner if used else f"evaluation.metrics: {name}"
+                setting = f"{entry.owner}.{field}"
+                remedy = f"give {setting}" if "[" in setting else f"pass --{setting}"
+                raise UserError(f"{setting} is empty, but {who} needs it: {remedy}")
+
+
+def _check_names(config: Config) -> None:
+    """Rewards of lists have names of their own that can be keys of metrics, and each of them is used."""
+    rewards = config.rewards
+    built_in = [name for name in type(rewards).model_fields if isinstance(getattr(rewards, name), RewardSection)]
+    taken = dict.fromkeys([*built_in, *_TAKEN_NAMES, *IMAGE_STATISTICS], "advgrpo")
+    for field in ("remotes", "custom"):
+        for number, section in enumerate(getattr(rewards, field)):
+            owner = f"rewards.{field}[{number}]"
+            where = f"{owner}.name = {section.name!r}"
+            if not re.fullmatch("[a-z][a-z0-9_]{0,63}", section.name) or section.name.endswith(_TAKEN_ENDINGS):
+                raise UserError(
+                    f"{where}: want a name for metrics: a letter, then letters, digits and underscores, all small, "
+                    f"at most 64, not ending in {', '.join(_TAKEN_ENDINGS)}"
+                )
+            if section.name in taken:
+                raise UserError(f"{where} is the name of another reward or metric, of {taken[section.name]}: change it")
+            taken[section.name] = owner
+            if not section.used and section.name not in config.evaluation.metrics:
+                raise UserError(
+                    f"{owner}.weight = 0, {owner}.gate = None, and evaluation.metrics does not name {section.name}: "
+                    "the reward would do nothing; give it a weight, or leave it out"
+                )
 
 
 def _check_data(config: Config) -> None:
@@ -276,9 +309,9 @@ def _check_supervised(config: Config) -> None:
     """UserError for settings that supervised fine-tuning would ignore although they ask for something."""
     update = config.update
     for name, section in config.rewards.fixed().items():
-        field = "weight" if section.weight else "gate"
+        field, owner = "weight" if section.weight else "gate", config.rewards.entries()[name].owner
         raise UserError(
-            f"rewards.{name}.{field} = {getattr(section, field):g} would not be looked at: update.objective = sft "
+            f"{owner}.{field} = {getattr(section, field):g} would not be looked at: update.objective = sft "
             "learns from the references; leave it out"
         )
     for name, plain in (("kl_weight", 0.0), ("old_log_prob", "rollout")):

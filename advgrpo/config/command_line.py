@@ -14,7 +14,7 @@ from advgrpo.config.base import Options
 from advgrpo.config.sections import Config
 from advgrpo.errors import UserError
 
-Source = Literal["prompts", "held_out_prompts", "references", "base"]
+Source = Literal["prompts", "held_out_prompts", "references", "base", "rewards"]
 
 
 class Start(Options):
@@ -30,7 +30,8 @@ class Start(Options):
     resume_from: Path | None = None
     """Continue from this checkpoint (OUT/checkpoints/iteration-N), with its settings; what came after it is dropped."""
     accept_changed: tuple[Source, ...] = ()
-    """Resume although the content of these has changed: prompts, held_out_prompts, references, base (the model)."""
+    """Resume although the content of these has changed: prompts, held_out_prompts, references, base (the model),
+    rewards (the files of rewards.custom)."""
 
 
 Own = TypeVar("Own", bound=Start)

@@ -20,8 +20,13 @@ _HUGE = 1e6  # upper limits from here on are mentioned only to who exceeds them
 
 
 def flag_of(name: str) -> str:
-    """--update.max-grad-norm of "update.max_grad_norm"."""
-    return "--" + name.replace("_", "-")
+    """--update.max-grad-norm of "update.max_grad_norm", and --rewards.custom of "rewards.custom[0].weight"."""
+    return "--" + name.partition("[")[0].replace("_", "-")
+
+
+def dotted_name(path: Sequence[Any]) -> str:
+    """ "rewards.custom[0].weight" of ("rewards", "custom", 0, "weight")."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
@@ -78,6 +83,9 @@ def _wanted_sequence(origin: Any, arguments: tuple, metadata: Sequence[Any], all
         if len(set(parts)) > 1:
             return ", then ".join(parts)
         return f"{len(parts)} values, each {parts[0]}"
+    element = element_model(arguments[0])
+    if element is not None:
+        return f"a list of mappings ({', '.join(element.model_fields)}), on the command line as JSON"
     some = "one or more" if any(getattr(each, "min_length", 0) for each in metadata) else "any number of"
     return f"{some} values, each {wanted(arguments[0], all_limits=all_limits)}"
 
@@ -136,17 +144,17 @@ def explain(error: ValidationError, model: type[BaseModel], settings: Mapping[st
     for problem in error.errors():
         path, field, rest = _locate(model, problem["loc"])
         if problem["type"] == "extra_forbidden":
-            name = ".".join(map(str, problem["loc"]))
+            name = dotted_name(problem["loc"])
             known = list(leaves(model))
             at = _model_at(model, path)
             beside = list(at.model_fields) if at else []
-            siblings = [".".join([*path, each]) for each in beside]
+            siblings = [dotted_name([*path, each]) for each in beside]
             close = difflib.get_close_matches(str(problem["loc"][-1]), beside, n=1, cutoff=0.6)
-            hint = f"; did you mean {'.'.join([*path, close[0]])!r}?" if close else _elsewhere(name, siblings, known)
+            hint = f"; did you mean {dotted_name([*path, close[0]])!r}?" if close else _elsewhere(name, siblings, known)
             moved = f"{name!r} is called {RENAMED[name]!r} now" if name in RENAMED else ""
             found.setdefault(name, moved or f"unknown key {name!r}{hint}")
             continue
-        name = ".".join(map(str, path)) or "settings"
+        name = dotted_name(path) or "settings"
         found.setdefault(name, _wrong(name, field, _value_at(settings, path), problem, rest, dotted))
     return "; ".join(found.values())
 
@@ -184,7 +192,7 @@ def _wrong(name: str, field: FieldInfo | None, value: Any, problem: Any, rest: t
 
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True) if not field.is_required() else None
-    if value in (None, "", ()) or isinstance(value, BaseModel):
+    if value in (None, "", (), {}) or isinstance(value, BaseModel):
         return ""
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
@@ -203,11 +211,11 @@ def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     return found
 
 
-def _element(annotation: Any) -> type[BaseModel] | None:
+def element_model(annotation: Any) -> type[BaseModel] | None:
     """The model that a field holds, itself or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for each in get_args(annotation) if (found := _element(each))), None)
+    return next((found for each in get_args(annotation) if (found := element_model(each))), None)
 
 
 def _locate(model: type[BaseModel], location: tuple) -> tuple[list, FieldInfo | None, tuple]:
@@ -216,7 +224,7 @@ def _locate(model: type[BaseModel], location: tuple) -> tuple[list, FieldInfo | 
     for number, part in enumerate(location):
         if here is not None and part in here.model_fields:
             field = here.model_fields[part]
-            here = _element(field.annotation)
+            here = element_model(field.annotation)
         elif not (isinstance(part, int) and here is not None):
             return path, field, location[number:]
         path.append(part)
@@ -227,7 +235,7 @@ def _model_at(model: type[BaseModel], path: list) -> type[BaseModel] | None:
     here: type[BaseModel] | None = model
     for part in path:
         if here is not None and part in here.model_fields:
-            here = _element(here.model_fields[part].annotation)
+            here = element_model(here.model_fields[part].annotation)
     return here
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from advgrpo.config.base import Options, Positional
-from advgrpo.config.explain import flag_of, leaves, wanted
+from advgrpo.config.explain import element_model, flag_of, leaves, wanted
 
 _COLUMN = 26  # where explanations begin
 _COMMON = {
@@ -77,7 +77,7 @@ def default_text(field: FieldInfo) -> str:
         return str(value).lower()
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value))
-    return "" if value is None else str(value)
+    return "" if value in (None, {}) else str(value)
 
 
 def _explained(field: FieldInfo) -> str:
@@ -150,9 +150,24 @@ def sections_of(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str
             continue
         path = f"{prefix}{name}"
         own = {full: each for full, each in leaves(inner, f"{path}.").items() if full.count(".") == path.count(".") + 1}
-        found.append((path, (inner.__doc__ or "").strip().splitlines()[0], own))
+        found.append((path, _first_line(inner), own))
         found += sections_of(inner, f"{path}.")
     return found
+
+
+def _entries_of(model: type[BaseModel]) -> list[tuple[str, str, dict[str, FieldInfo]]]:
+    """As `sections_of`, of the entries of lists: "rewards.custom[]"."""
+    found = []
+    for name, field in leaves(model).items():
+        entry = element_model(field.annotation)
+        if entry is not None:
+            own = {each.rpartition(".")[2]: inner for each, inner in leaves(entry).items()}
+            found.append((f"each of {name}", _first_line(entry), own))
+    return found
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    return (model.__doc__ or "").strip().splitlines()[0]
 
 
 def reference_page(model: type[BaseModel]) -> str:
@@ -168,12 +183,14 @@ def reference_page(model: type[BaseModel]) -> str:
         "several values follow one flag: `--update.betas 0.9 0.99`. A number may be inf only where its line says so.",
     ]
     top = {name: field for name, field in leaves(model).items() if "." not in name}
-    for section, text, fields in [("the run", (model.__doc__ or "").strip().splitlines()[0], top), *sections_of(model)]:
+    sections = [("the run", _first_line(model), top), *sections_of(model), *_entries_of(model)]
+    for section, text, fields in sections:
         if not fields:
             continue
         lines += ["", f"## {section}", text, "", "| setting | takes | default | |", "|---|---|---|---|"]
         for name, field in fields.items():
-            cells = (f"`{name}`", wanted(field.annotation, field.metadata), default_text(field), _plain(field))
+            default = "required" if field.is_required() else default_text(field)
+            cells = (f"`{name}`", wanted(field.annotation, field.metadata), default, _plain(field))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

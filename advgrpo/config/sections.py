@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer
+from pydantic import Field, PlainSerializer, create_model
 
 from advgrpo.config.base import Section
 
@@ -336,7 +337,7 @@ class RewardSection(Section):
     def used(self) -> bool:
         return self.weight > 0 or self.gate is not None
 
-    def options(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """What the reward itself is built with."""
         return {n: getattr(self, n) for n in type(self).model_fields if n not in RewardSection.model_fields}
 
@@ -407,13 +408,9 @@ class RuleReward(RewardSection):
     """1 or 0 for the whole image instead of a graded score."""
 
 
-class RemoteReward(RewardSection):
-    """A scorer behind HTTP (rewards/remote.py)."""
+class WaitsForServer(RewardSection):
+    """What every reward behind HTTP has (rewards/judge_client.py)."""
 
-    url: str = ""
-    """Where to POST images and prompts, e.g. http://host:8000/score."""
-    batch_size: Batch = 16
-    """Images per request."""
     timeout: Annotated[float, Field(ge=0.001, le=86400)] = 60.0
     """Seconds a request may take."""
     retries: Annotated[int, Field(ge=0, le=1000)] = 3
@@ -422,9 +419,86 @@ class RemoteReward(RewardSection):
     """Seconds before the first of them; doubles each time, up to 30."""
     wait: Annotated[float, Field(ge=0, le=604800)] = 300.0
     """Seconds that a judge which is down (nobody listens; status 502, 503, 504) is waited for; 0: only `retries`."""
+
+
+class RemoteReward(WaitsForServer):
+    """A scorer behind HTTP (rewards/remote.py)."""
+
+    url: str = ""
+    """Where to POST images and prompts, e.g. http://host:8000/score."""
+    protocol: Literal["advgrpo", "flow_grpo"] = "advgrpo"
+    """What the server speaks: our JSON and PNG, or the pickles of flow_grpo's reward servers (GenEval, DeQA), of whose
+    answers nothing but plain numbers is read (rewards/flow_grpo.py)."""
+    scores_key: str = ""
+    """Protocol flow_grpo: which list of the answer is the reward, such as strict_rewards of GenEval; empty: "scores",
+    or "outputs" where there is no such list."""
+    batch_size: Batch = 16
+    """Images per request."""
     token_file: str = ""
     """File with the server's token (rewards.serve --token-file), which stands in no output of the run; empty: that of
-    environment variable ADVGRPO_REWARD_TOKEN, or none."""
+    environment variable ADVGRPO_REWARD_TOKEN, or none. In rewards.remotes the variable is ADVGRPO_REWARD_TOKEN_NAME."""
+
+
+class NamedRemote(RemoteReward):
+    """One more scorer behind HTTP, with a name of its own."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """What it is called: metric reward_NAME, evaluation.metrics, errors."""
+
+
+class VlmJudgeReward(WaitsForServer):
+    """A vision-language model's yes or no, as the probability of yes (rewards/vlm_judge.py)."""
+
+    base_url: str = ""
+    """OpenAI-compatible server (vLLM, SGLang), e.g. http://host:8000/v1."""
+    model: str = ""
+    """The model's name there."""
+    question: Annotated[str, Field(min_length=1)] = (
+        'Does this image show exactly what the caption says: "{prompt}"? Answer with one word, yes or no.'
+    )
+    """What it is asked about each image; {prompt} stands for the prompt."""
+    min_probability: Fraction = 0.1
+    """Share of the first token's probability that yes and no must have together; with less it is an error."""
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Requests under way at once; each is about one image."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """More keys of the request, as YAML, e.g. {chat_template_kwargs: {enable_thinking: false}}."""
+    token_file: str = ""
+    """File with the API key; empty: that of environment variable ADVGRPO_REWARD_TOKEN_VLM_JUDGE, or none."""
+
+
+_Imported = create_model(
+    "_Imported",
+    __base__=RewardSection,
+    **{  # "import" is a word of Python: it can be no attribute of a class body
+        "import": (
+            Annotated[str, Field(min_length=1)],
+            Field(
+                description='Where it is: "file.py:NAME" or "package.module:NAME", a class or a function '
+                "(rewards/custom.py says what it must look like). Its file's content is part of the run: a checkpoint "
+                "is continued with another only by --accept-changed rewards."
+            ),
+        )
+    },
+)
+
+
+class CustomReward(_Imported):
+    """A reward of your own, by name."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """What it is called: metric reward_NAME, evaluation.metrics, errors."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class, or of the function at every call."""
+
+
+@dataclass(frozen=True)
+class RewardEntry:
+    """One reward of the settings."""
+
+    kind: str  # the name in rewards.REWARDS
+    owner: str  # how errors call its settings: "rewards.ocr", "rewards.custom[0]"
+    section: RewardSection
 
 
 class RewardsSection(Section):
@@ -439,10 +513,30 @@ class RewardsSection(Section):
     ocr: OcrReward = OcrReward()
     rule: RuleReward = RuleReward()
     remote: RemoteReward = RemoteReward()
+    vlm_judge: VlmJudgeReward = VlmJudgeReward()
+    remotes: tuple[NamedRemote, ...] = ()
+    """More scorers behind HTTP: a list of {name, url, weight, ...}, with the settings of `remote`; on the command line
+    as JSON, --rewards.remotes '[{"name": "geneval", "url": "http://host:8000", "weight": 1}]'."""
+    custom: tuple[CustomReward, ...] = ()
+    """Rewards of your own: a list of {name, import, weight, options, ...}; on the command line as JSON,
+    --rewards.custom '[{"name": "red", "import": "my_reward.py:redness", "weight": 1}]' (docs/rewards.md)."""
+
+    def entries(self) -> dict[str, RewardEntry]:
+        """Every reward by name; `check` has seen to it that no two have the same."""
+        lists = {"remotes": "remote", "custom": "custom"}
+        found = {
+            name: RewardEntry(name, f"rewards.{name}", getattr(self, name))
+            for name in type(self).model_fields
+            if name not in lists
+        }
+        for field, kind in lists.items():
+            for number, section in enumerate(getattr(self, field)):
+                found.setdefault(section.name, RewardEntry(kind, f"rewards.{field}[{number}]", section))
+        return found
 
     def sections(self) -> dict[str, RewardSection]:
         """Every reward's section by name."""
-        return {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: entry.section for name, entry in self.entries().items()}
 
     def fixed(self) -> dict[str, RewardSection]:
         """Those in use that do not learn."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,7 +63,8 @@ class Evaluate(DrawOptions):
 
     metrics: str
     """Names separated by commas: rewards (pickscore, ocr, dino_similarity, clip, aesthetic, rule, ...), rule_accuracy,
-    and the statistics saturation, dark_share and edge_density."""
+    the statistics saturation, dark_share and edge_density, and names of your own, whose options have `import`
+    (--metric-options.NAME.import file.py:CLASS) or the `url` of a judge."""
     output: Path
     """Folder for evaluation.json and grid.png."""
     lora: str = ""
@@ -146,11 +147,22 @@ def metric_options(options: Evaluate, flags: MetricOptions) -> MetricOptions:
     return {name: {**defaults.get(name, {}), **file.get(name, {}), **flags.get(name, {})} for name in options.names}
 
 
-def check(options: Evaluate) -> None:
-    """UserError for anything in the flags that would fail after a model is loaded."""
+def own_metrics(given: MetricOptions) -> dict[str, str]:
+    """Kinds of metrics that are no reward's name, by what their options have."""
+    marks = {"import": "custom", "url": "remote", "base_url": "vlm_judge"}
+    new = {name: each for name, each in given.items() if name not in (*REWARDS, _RULE_ACCURACY, *IMAGE_STATISTICS)}
+    return {name: kind for name, each in new.items() for mark, kind in marks.items() if mark in each}
+
+
+def check(options: Evaluate, own: Collection[str] = ()) -> None:
+    """UserError for anything in the flags that would fail after a model is loaded.
+
+    Args:
+        own: metrics of the user's, besides those that are known.
+    """
     if not options.names:
         raise UserError("--metrics is empty: name at least one, such as rule,dino_similarity")
-    known = [*REWARDS, _RULE_ACCURACY, *IMAGE_STATISTICS]
+    known = [*REWARDS, _RULE_ACCURACY, *IMAGE_STATISTICS, *own]
     for name in options.names:
         if name not in known:
             hint = configuration.did_you_mean(name, known, cutoff=0.4)
@@ -182,20 +194,35 @@ def read_data(options: Evaluate) -> Sources:
     return Sources([], prompts, references, metadata_of(lines))
 
 
-def build_metrics(options: MetricOptions, device: torch.device, sources: Sources) -> dict[str, Reward]:
-    """The rewards, each checked against the prompts it will see."""
-    from advgrpo.evaluate.evaluator import ImageStatistic
+def build_metrics(
+    options: MetricOptions, device: torch.device, sources: Sources, own: Mapping[str, str] | None = None, size: int = 64
+) -> dict[str, Reward]:
+    """The rewards, each checked against the prompts it will see.
 
-    built = {}
+    Args:
+        own: see `own_metrics`.
+        size: side of the images, on which custom rewards are tried out.
+    """
+    from advgrpo.evaluate.evaluator import ImageStatistic
+    from advgrpo.rewards.custom import CustomReward
+
+    own, built = own or {}, {}
     for name, given in options.items():
         if name in IMAGE_STATISTICS:
             built[name] = ImageStatistic(name)
             continue
-        kind, given = ("rule", {"strict": True}) if name == _RULE_ACCURACY else (name, given)
+        owner, kind = f"{_OPTION}{name}", own.get(name, name)
+        if kind == "custom":
+            rest = {key: value for key, value in given.items() if key != "import"}
+            how = {"name": name, "options": rest, "owner": owner, "metadata": sources.metadata, "device": device}
+            built[name] = CustomReward(str(given["import"]), **how)
+            built[name].try_out(sources.held_out, sources.references, size, device)
+            continue
+        kind, given = ("rule", {"strict": True}) if name == _RULE_ACCURACY else (kind, given)
+        given = {**given, "name": name} if name in own else given
         try:
-            owner = f"{_OPTION}{name}"
             built[name] = build_reward(
-                kind, device=device, owner=owner, **prompt_options(name, sources.metadata), **given
+                kind, device=device, owner=owner, **prompt_options(kind, sources.metadata), **given
             )
         except UserError as error:
             raise UserError(f"--metrics {name}: {error} (options are --metric-options.{name}.OPTION VALUE)") from error
@@ -383,10 +410,12 @@ def evaluate_models(options: Evaluate, flags: MetricOptions, console: Console) -
     from advgrpo.policy.pipelines import pipeline_folder
     from advgrpo.training.preflight import check_model, check_reward, check_size
 
-    check(options)
     metric_settings = metric_options(options, flags)
+    own = own_metrics(metric_settings)
+    check(options, own)
     for name, given in metric_settings.items():
-        check_reward(name, given, f"{_OPTION}{name}")
+        if own.get(name) != "custom":
+            check_reward(own.get(name, name), given, f"{_OPTION}{name}")
     sources = read_data(options)
     prompts, references = sources.held_out, sources.references
     writable(options.output, "--output")
@@ -404,7 +433,7 @@ def evaluate_models(options: Evaluate, flags: MetricOptions, console: Console) -
     if options.against:
         loras[options.against] = ("--against", "" if options.against == "base" else options.against)
     models = {name: settings_of(options, folder, lora, device, flag=flag) for name, (flag, lora) in loras.items()}
-    metrics = build_metrics(metric_settings, device, sources)
+    metrics = build_metrics(metric_settings, device, sources, own, drawn.resolution)
     scores, images, display = {}, {}, Display(console)
     evaluator = None
     for name, settings in models.items():

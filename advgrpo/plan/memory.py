@@ -146,7 +146,8 @@ class _Estimate:
         learned = config.adversary.kind if config.learns_adversary else "none"
         self.dino = learned == "dino"
         other = [] if learned in ("dino", "none") else [f"adversary.kind = {learned}"]
-        fixed = [] if supervised else [f"rewards.{name}" for name in config.rewards.fixed()]
+        entries = config.rewards.entries()
+        fixed = [] if supervised else [entries[name].owner for name in config.rewards.fixed()]
         observer = ["evaluation.backbone"] if config.evaluation.backbone else []
         self.uncounted = (*other, *fixed, *observer, *(["the VAE's encoder"] if supervised else []))
         self.lora = config.model.train == "lora"

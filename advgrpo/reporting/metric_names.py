@@ -23,7 +23,7 @@ OF_REFERENCES = "_of_references"  # reward_<name>_of_references: what the same p
 HELD_OUT = "eval_"  # eval_<metric>: the mean over the held-out pictures
 CI95 = "_ci95"  # eval_<metric>_ci95: half the width of its 95 % interval over prompts
 FIRST = "_first"  # eval_<metric>_first: the same over a prompt's first pictures only, as evaluated during training
-_OTHERS = ("reward_generated", "reward_reference", "reward_std", "reward_adversary")
+OTHER_REWARDS = ("reward_generated", "reward_reference", "reward_std", "reward_adversary")
 
 
 def current_names(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def current_names(record: Mapping[str, Any]) -> dict[str, Any]:
 def fixed_rewards(names: Iterable[str]) -> list[str]:
     """Those of `names` that are a fixed reward's mean over the generated pictures, sorted."""
     rewards = (n for n in names if n.startswith("reward_") and not n.endswith(OF_REFERENCES))
-    return sorted(name for name in rewards if name not in _OTHERS)
+    return sorted(name for name in rewards if name not in OTHER_REWARDS)
 
 
 def held_out_metrics(names: Iterable[str]) -> list[str]:

@@ -30,6 +30,7 @@ REWARDS = {
     "pickscore": ("pickscore", "PickScore"),
     "remote": ("remote", "RemoteReward"),
     "rule": ("rule", "RuleReward"),
+    "vlm_judge": ("vlm_judge", "VlmJudge"),
 }
 
 
@@ -76,7 +77,7 @@ def build_reward(
     try:
         return kind(**{key: value for key, value in placement.items() if key in known}, **options)
     except UserError as error:
-        raise UserError(in_section(str(error), name, owner)) from error
+        raise UserError(in_section(str(error), options.get("name", name), owner)) from error
 
 
 def in_section(message: str, name: str, owner: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_class
 from advgrpo.reporting.display import Display
 from advgrpo.rewards import build_reward, prompt_options, reward_class
 from advgrpo.rewards.base import Reward
+from advgrpo.rewards.custom import CustomReward
 from advgrpo.rewards.dino_similarity import DinoSimilarity
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.sampling.dynamics import check_dynamics
 from advgrpo.training.fast import FastPaths
+from advgrpo.training.preflight import used_rewards
 from advgrpo.training.scoring import Scorer
 from advgrpo.vision.dino import backbone_folder
 
@@ -33,16 +36,18 @@ def check_prompts(config: Config, sources: Sources) -> None:
     Rewards that judge any prompt are not built for it, so no model is loaded.
     """
     measured = {"rule" if name == "rule_accuracy" else name for name in config.evaluation.metrics}
-    for name, section in config.rewards.sections().items():
-        rewarded = section.used and config.update.objective != "sft"
+    for name, entry in config.rewards.entries().items():
+        rewarded = entry.section.used and config.update.objective != "sft"
         read = [*(sources.prompts if rewarded else []), *(sources.held_out if name in measured else [])]
-        if name == "adversary" or not read or reward_class(name).check_prompts is Reward.check_prompts:
+        if entry.kind in ("adversary", "custom") or not read:  # custom ones are tried out (build_custom_rewards)
             continue
-        options, owner = {**section.options(), **prompt_options(name, sources.metadata)}, f"rewards.{name}"
+        if reward_class(entry.kind).check_prompts is Reward.check_prompts:
+            continue
+        options = {**entry.section.arguments(), **prompt_options(entry.kind, sources.metadata)}
         try:
-            build_reward(name, owner=owner, **options).check_prompts(read)
+            build_reward(entry.kind, owner=entry.owner, **options).check_prompts(read)
         except UserError as error:
-            raise UserError(str(error).replace(f"reward {name}", owner, 1)) from error
+            raise UserError(str(error).replace(f"reward {name}", entry.owner, 1)) from error
 
 
 def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, display: Display):
@@ -105,18 +110,61 @@ def check_cache_is_shared(policy: DiffusersPolicy, sources: Sources, distributed
         )
 
 
-def build_rewards(config: Config, sources: Sources, distributed: Distributed) -> dict[str, Reward]:
-    """The fixed rewards in use; none for supervised fine-tuning."""
+def build_custom_rewards(config: Config, sources: Sources, distributed: Distributed) -> dict[str, Reward]:
+    """The rewards of section rewards.custom that are used, built and tried out; call it before other models are loaded.
+
+    Raises:
+        UserError: see `CustomReward`.
+    """
+    found: dict[str, Reward] = {}
+    entries = config.rewards.entries()
+    for name in used_rewards(config):
+        if entries[name].kind != "custom":
+            continue
+        distributed.progress(f"load reward {name}", within_seconds=SLOW_SECONDS)
+        section = entries[name].section
+        reward = CustomReward(
+            getattr(section, "import"),
+            name=name,
+            options=section.options,
+            owner=entries[name].owner,
+            metadata=sources.metadata,
+            device=distributed.device,
+            dtype=getattr(torch, config.adversary.dtype),
+        )
+        reward.progress = distributed.step
+        distributed.progress(f"try out reward {name}", within_seconds=SLOW_SECONDS)
+        trained = sources.prompts if name in config.rewards.fixed() and config.update.objective != "sft" else []
+        measured = sources.held_out if name in config.evaluation.metrics else []
+        reward.try_out([*trained, *measured], sources.references, config.model.resolution, distributed.device)
+        found[name] = reward
+    return found
+
+
+def build_rewards(
+    config: Config, sources: Sources, distributed: Distributed, custom: Mapping[str, Reward] | None = None
+) -> dict[str, Reward]:
+    """The fixed rewards in use; none for supervised fine-tuning.
+
+    Args:
+        custom: those of `build_custom_rewards`; built here where not given.
+    """
     if config.update.objective == "sft":
         return {}
-    return {name: _build_reward(name, config, sources, distributed) for name in config.rewards.fixed()}
+    custom = build_custom_rewards(config, sources, distributed) if custom is None else custom
+    return {name: _build_reward(name, config, sources, distributed, custom) for name in config.rewards.fixed()}
 
 
-def _build_reward(name: str, config: Config, sources: Sources, distributed: Distributed) -> Reward:
+def _build_reward(
+    name: str, config: Config, sources: Sources, distributed: Distributed, custom: Mapping[str, Reward]
+) -> Reward:
     """A reward with the options of its section, and what the prompt file adds to them."""
-    options = {**config.rewards.sections()[name].options(), **prompt_options(name, sources.metadata)}
+    if name in custom:
+        return custom[name]
+    entry = config.rewards.entries()[name]
+    options = {**entry.section.arguments(), **prompt_options(entry.kind, sources.metadata)}
     dtype = getattr(torch, config.adversary.dtype)
-    reward = build_reward(name, device=distributed.device, dtype=dtype, owner=f"rewards.{name}", **options)
+    reward = build_reward(entry.kind, device=distributed.device, dtype=dtype, owner=entry.owner, **options)
     if hasattr(reward, "progress"):  # it takes long, or waits for others, and is not stuck while it does
         reward.progress = distributed.step
     return reward
@@ -170,11 +218,16 @@ def blind_spots(config: Config, observer: DinoSimilarity | None) -> str:
 
 
 def build_metrics(
-    config: Config, sources: Sources, observer: DinoSimilarity | None, distributed: Distributed
+    config: Config,
+    sources: Sources,
+    observer: DinoSimilarity | None,
+    distributed: Distributed,
+    custom: Mapping[str, Reward] | None = None,
 ) -> dict[str, Reward]:
-    """What evaluation.metrics names; UserError for one this run cannot compute."""
+    """What evaluation.metrics names; UserError for one this run cannot compute. `custom`: as in `build_rewards`."""
     if not sources.held_out:
         return {}
+    custom = build_custom_rewards(config, sources, distributed) if custom is None else custom
     metrics: dict[str, Reward] = {}
     for name in config.evaluation.metrics:
         if name == "dino_similarity":
@@ -189,7 +242,7 @@ def build_metrics(
         elif name in ImageStatistic.NAMES:
             metrics[name] = ImageStatistic(name)
         else:
-            metrics[name] = _build_reward(name, config, sources, distributed)
+            metrics[name] = _build_reward(name, config, sources, distributed, custom)
         if name in NEED_REFERENCES and sources.references is None:
             raise UserError(f"evaluation.metrics: {name} compares with references; set data.references")
     return metrics
@@ -201,9 +254,10 @@ def build_scorer(
     adversary: Adversary | None,
     observer: DinoSimilarity | None,
     distributed: Distributed,
+    custom: Mapping[str, Reward] | None = None,
 ) -> Scorer:
-    """Rewards, references and their cached features in one place."""
+    """Rewards, references and their cached features in one place. `custom`: as in `build_rewards`."""
     cache = Path(config.data.cache_dir).expanduser()
     features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
-    rewards = build_rewards(config, sources, distributed)
+    rewards = build_rewards(config, sources, distributed, custom)
     return Scorer(config, adversary, features, rewards, sources.references, observer, distributed)

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from pydantic import ValidationError
 
-from advgrpo.config import Config, LoraSection, RewardSection, RewardsSection, shown, wanted
+from advgrpo.config import Config, LoraSection, RewardEntry, RewardSection, RewardsSection, shown, wanted
 from advgrpo.errors import UserError
 from advgrpo.plan.known_models import BACKBONES, TRANSFORMERS, known_pipeline
 from advgrpo.policy.adapters import component_of, read_lora_for, stored_network, target_modules
@@ -60,8 +60,13 @@ def check_without_network(config: Config) -> None:
 def _check_judges(config: Config, *, network: bool) -> None:
     """Of the adversary, the rewards and the observer; without `network` those of the hub as far as they are known."""
     check_adversary(config, network)
-    for name in _scorers(config):
-        check_reward(name, config.rewards.sections()[name].options(), f"rewards.{name}", network=network)
+    entries = config.rewards.entries()
+    for name in used_rewards(config):
+        entry = entries[name]
+        if entry.kind == "custom":
+            check_import(entry)
+        else:
+            check_reward(entry.kind, entry.section.arguments(), entry.owner, network=network)
     if config.evaluation.backbone:
         fields = ("evaluation.backbone", "evaluation.backbone_image_size")
         _check_dino(config.evaluation.backbone, config.evaluation.backbone_image_size, fields, network)
@@ -86,7 +91,7 @@ def _found(module: str) -> bool:
         return False
 
 
-def _scorers(config: Config) -> list[str]:
+def used_rewards(config: Config) -> list[str]:
     """Rewards that are built for training or for evaluation; dino_similarity as a metric looks through another DINO."""
     trained = [] if config.update.objective == "sft" else list(config.rewards.fixed())
     measured = config.evaluation.metrics if config.data.held_out_prompts else ()
@@ -244,7 +249,7 @@ def check_reward(name: str, options: Mapping[str, Any], owner: str, *, network: 
     name = {"clip": "clip_similarity"}.get(name, name)  # its short name
     _check_kinds(name, options, owner)
     if name in RewardsSection.model_fields:
-        options = {**RewardsSection.model_fields[name].annotation().options(), **options}
+        options = {**RewardsSection.model_fields[name].annotation().arguments(), **options}
     path = options.get("path")
     if name == "aesthetic" and not options["head"]:
         return  # which its constructor asks for
@@ -254,6 +259,13 @@ def check_reward(name: str, options: Mapping[str, Any], owner: str, *, network: 
         clip = _check_clip(path, options.get("processor"), (f"{owner}.path", f"{owner}.processor"), network)
         if name == "aesthetic":
             _check_head(options["head"], clip, owner)
+
+
+def check_import(entry: RewardEntry) -> None:
+    """UserError for a custom reward that cannot be imported; its file is run, and nothing built."""
+    from advgrpo.rewards.custom import load_object
+
+    load_object(getattr(entry.section, "import"), entry.owner)
 
 
 def _check_kinds(name: str, options: Mapping[str, Any], owner: str) -> None:

@@ -11,6 +11,7 @@ One process decides, the others follow it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -27,6 +28,7 @@ from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError, one_line
 from advgrpo.policy.pipelines import pipeline_folder, pipeline_index
 from advgrpo.reporting.tracking import METRICS_FILE
+from advgrpo.rewards.custom import source_digest
 from advgrpo.runtime import checkpoint as checkpoints
 from advgrpo.runtime.atomic import move_aside
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
@@ -46,7 +48,12 @@ FREE_TO_CHANGE = (
     "output",
     "evaluation.every",
     "monitor",
-    *(f"rewards.remote.{name}" for name in ("url", "timeout", "retries", "backoff", "wait", "token_file")),
+    *(
+        f"rewards.{judge}.{name}"
+        for judge, where in (("remote", "url"), ("remotes[]", "url"), ("vlm_judge", "base_url"))
+        for name in (where, "timeout", "retries", "backoff", "wait", "token_file")
+    ),
+    "rewards.vlm_judge.concurrency",
 )
 
 
@@ -173,7 +180,7 @@ class Resuming:
             UserError: naming what else has changed.
         """
         before = saved.state.get("made_from", {})
-        unknown = [name for name in made_from if name not in before]
+        unknown = [name for name in made_from if made_from[name] and name not in before]
         if unknown:
             self.console.print(
                 f"note: {saved.path} has no hashes of {', '.join(unknown)}, so they are not compared",
@@ -184,6 +191,7 @@ class Resuming:
         if refused:
             given = {**{name: getattr(self.config.data, name, "") for name in refused}, "base": self.config.model.path}
             given["references"] = given.get("references") or self.config.data.style
+            given["rewards"] = ", ".join(getattr(each, "import") for each in self.config.rewards.custom)
             named = ", ".join(f"{name} ({_SETTINGS[name]} = {given[name]!r})" for name in refused)
             raise UserError(
                 f"{self.flag}: since {saved.path} was written, the content of {named} has changed. Put back what was "
@@ -272,16 +280,19 @@ _SETTINGS = {
     "held_out_prompts": "data.held_out_prompts",
     "references": "data.references",
     "base": "model.path",
+    "rewards": "rewards.custom",
 }
 
 
 def made_from(config: Config, sources: Sources) -> dict[Source, str]:
-    """Hashes of what a run is made from, beside its settings: prompts, references, and the files of the base model."""
+    """Hashes of what a run is made from, beside its settings: prompts, references, the files of the base model and of
+    its own rewards."""
     hashes = {
         "prompts": _digest([sources.prompts, sources.metadata]),
         "held_out_prompts": _digest(sources.held_out),
         "references": "" if sources.references is None else sources.references.fingerprint(),
         "base": base_fingerprint(config),
+        "rewards": _rewards_digest(config),
     }
     assert tuple(hashes) == get_args(Source)
     return hashes
@@ -292,6 +303,13 @@ def base_fingerprint(config: Config) -> str:
     folder, index = pipeline_folder(config.model.path), pipeline_index(config.model.path)
     parts = tuple(sorted(name for name, value in index.items() if isinstance(value, list) and (folder / name).is_dir()))
     return folder_fingerprint(folder, parts, FileStamps(Path(config.data.cache_dir).expanduser() / "stamps", folder))
+
+
+def _rewards_digest(config: Config) -> str:
+    """Of the files of rewards.custom that are used; "" without any."""
+    custom = [entry for entry in config.rewards.entries().values() if entry.kind == "custom"]
+    files = {entry.section.name: source_digest(getattr(entry.section, "import"), entry.owner) for entry in custom}
+    return _digest(files) if files else ""
 
 
 def _digest(value: Any) -> str:
@@ -306,10 +324,19 @@ def differences(
     for key in sorted(saved.keys() | current.keys()):
         name = f"{prefix}{key}"
         old, new = saved.get(key), current.get(key)
-        if name in free or old == new:
+        if re.sub(r"\[\d+\]", "[]", name) in free or old == new:
             continue
-        if isinstance(old, dict) and isinstance(new, dict):
+        if _are_entries(old, new):
+            for number, (before, after) in enumerate(zip(old, new)):
+                found += differences(before, after, f"{name}[{number}].", free=free)
+        elif isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{name}.", free=free)
         else:
             found.append(f"{name}: {old!r} -> {new!r}")
     return found
+
+
+def _are_entries(old: Any, new: Any) -> bool:
+    """Whether both are lists of as many mappings, such as rewards.remotes."""
+    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    return lists and all(isinstance(each, dict) for each in (*old, *new))

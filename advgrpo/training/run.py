@@ -38,6 +38,7 @@ from advgrpo.runtime.graphs import CudaGraphs
 from advgrpo.runtime.watch import StopRequested
 from advgrpo.training.build import (
     blind_spots,
+    build_custom_rewards,
     build_metrics,
     build_observer,
     build_policy,
@@ -57,7 +58,7 @@ from advgrpo.types import Flag
 logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 
-_JUDGED_ON = {"held_out_prompts", "references", "base"}  # what the base model's metrics depend on
+_JUDGED_ON = {"held_out_prompts", "references", "base", "rewards"}  # what the base model's metrics depend on
 
 
 def prepare_output(folder: Path) -> None:
@@ -150,6 +151,7 @@ class Run:
     def _build(self, sources: Sources, fast: FastPaths) -> tuple[Trainer, Evaluator]:
         config, distributed = self.config, self.distributed
         self.cut_prompts = self._tell_of_prompts(sources) if distributed.is_main else {}
+        custom = build_custom_rewards(config, sources, distributed)  # first: what is wrong with one is found at once
         policy = build_policy(config, sources, distributed, fast, self.display)
         distributed.progress("load the adversary", within_seconds=SLOW_SECONDS)
         adversary = (
@@ -161,11 +163,11 @@ class Run:
         observer = build_observer(config, adversary, distributed.device)
         if unseen := blind_spots(config, observer):
             self.console.print(unseen, highlight=False)
-        metrics = build_metrics(config, sources, observer, distributed)
+        metrics = build_metrics(config, sources, observer, distributed, custom)
         trainer = Trainer(
             config,
             policy=policy,
-            scorer=build_scorer(config, sources, adversary, observer, distributed),
+            scorer=build_scorer(config, sources, adversary, observer, distributed, custom),
             prompts=sources.prompts,
             distributed=distributed,
             fast=fast,

@@ -59,11 +59,16 @@ class ReferenceScores:
 
     Rewards of different prompts differ more than a few iterations of training move them. Beside the references' of the
     same prompts a rise can be seen, and one far above them is not progress (monitor.py's reward_hacking). Left out are
-    rewards that compare with the references themselves, and a remote judge's, whose time is not ours to spend.
+    rewards that compare with the references themselves, and judges behind HTTP, whose time is not ours to spend
+    (`scores_references` of a reward that is not known here).
     """
 
     def __init__(self, rewards: Mapping[str, Reward], references: ReferenceSet):
-        self.rewards = {name: r for name, r in rewards.items() if name not in (*NEED_REFERENCES, "remote")}
+        self.rewards = {
+            name: reward
+            for name, reward in rewards.items()
+            if name not in NEED_REFERENCES and getattr(reward, "scores_references", True)
+        }
         self.references = references
         self._of_prompt: dict[tuple[str, tuple[int, int]], dict[str, torch.Tensor]] = {}
 

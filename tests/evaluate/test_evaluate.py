@@ -242,3 +242,16 @@ def test_every_registered_reward_exists():
         reward_class("zzz")
     assert build_reward("rule", device="cpu", dtype=torch.float32, strict=True).strict
     assert build_reward("remote", url="http://127.0.0.1:1/", name="geneval").name == "geneval"  # an option called name
+
+
+def test_metrics_of_one_s_own_by_an_import(unit, tmp_path, capsys):
+    """An example's function, with an option; the file that does not exist is found before an image is drawn."""
+    source = Path(__file__).parents[2] / "examples" / "custom_reward.py"
+    own = ["--metric-options.red.import", f"{source}:redness", "--metric-options.red.strength", "2.0"]
+    assert main(flags(unit, tmp_path / "out", "--metrics", "rule,red", *own)) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["results"]["red"]["model"]["mean"] < 0
+    assert main(flags(unit, tmp_path / "no", "--metrics", "red", "--metric-options.red.import", "nowhere.py:f")) == 2
+    assert "--metric-options.red.import = 'nowhere.py:f': nowhere.py does not exist" in capsys.readouterr().err
+    assert main(flags(unit, tmp_path / "no", "--metrics", "far", "--metric-options.far.url", "ftp://host")) == 2
+    assert "--metric-options.far.url = 'ftp://host'" in capsys.readouterr().err

@@ -210,7 +210,7 @@ def test_nobody_listens():
 
 def test_pauses_grow(monkeypatch):
     pauses = []
-    monkeypatch.setattr("advgrpo.rewards.remote.time.sleep", pauses.append)
+    monkeypatch.setattr("advgrpo.rewards.judge_client.time.sleep", pauses.append)
     with misbehaving(answer({}, 500)) as (url, _), pytest.raises(RuntimeError):
         RemoteReward(url=url, retries=4, backoff=5).score(IMAGES, PROMPTS, None)
     assert pauses == [5, 10, 20, 30]
@@ -264,7 +264,7 @@ class Clock:
 
 @pytest.mark.parametrize("how", ["nobody listens", "503"])
 def test_a_judge_that_stays_down_is_one_error_with_its_name_attempts_and_seconds(how, monkeypatch):
-    monkeypatch.setattr("advgrpo.rewards.remote.time", clock := Clock())
+    monkeypatch.setattr("advgrpo.rewards.judge_client.time", clock := Clock())
     with misbehaving(answer({"error": "starting"}, 503)) as (url, received):
         url = url if how == "503" else f"http://127.0.0.1:{port_of_nobody()}"
         reward = RemoteReward(url=url, name="judge", retries=0, backoff=0.25, wait=5)
@@ -282,7 +282,7 @@ def test_a_judge_that_stays_down_is_one_error_with_its_name_attempts_and_seconds
 
 def test_a_server_may_ask_to_be_left_alone(monkeypatch):
     pauses = []
-    monkeypatch.setattr("advgrpo.rewards.remote.time.sleep", pauses.append)
+    monkeypatch.setattr("advgrpo.rewards.judge_client.time.sleep", pauses.append)
 
     def busy(seconds):
         def behave(handler):
@@ -440,7 +440,7 @@ def test_a_run_tells_the_judge_what_the_prompt_file_says(unit_config, tmp_path):
 
 def test_a_dead_judge_is_an_error_before_a_model_is_loaded(unit_config, monkeypatch):
     monkeypatch.setattr("advgrpo.training.run.build_policy", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("advgrpo.rewards.remote.time.sleep", lambda _: None)
+    monkeypatch.setattr("advgrpo.rewards.judge_client.time.sleep", lambda _: None)
     unit_config.rewards.remote.weight, unit_config.rewards.remote.url = 1.0, "http://127.0.0.1:9/score"
     unit_config.rewards.remote.wait = 0.0
     with pytest.raises(UserError, match=r"rewards\.remote at http://127\.0\.0\.1:9/score.*start the server"):

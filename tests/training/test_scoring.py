@@ -22,6 +22,8 @@ from advgrpo.errors import UserError
 from advgrpo.plan.memory import advice
 from advgrpo.rewards import REWARDS, reward_class
 from advgrpo.rewards.compose import compose, normalized
+from advgrpo.rewards.remote import RemoteReward
+from advgrpo.rewards.vlm_judge import VlmJudge
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
 from advgrpo.training.scoring import ReferenceScores, Scorer
@@ -73,7 +75,7 @@ def test_every_section_fits_its_reward():
     assert set(sections) - {"adversary"} <= set(REWARDS)
     for name, section in sections.items():
         if name != "adversary":
-            assert set(section.options()) <= set(inspect.signature(reward_class(name)).parameters), name
+            assert set(section.arguments()) <= set(inspect.signature(reward_class(name)).parameters), name
 
 
 @pytest.mark.parametrize(
@@ -308,7 +310,11 @@ class Brightness:
 
 def test_fixed_rewards_of_the_references_are_taken_once_per_prompt(unit_config):
     sources, reward = Sources.read(unit_config), Brightness()
-    rewards = {"brightness": reward, "dino_similarity": reward, "clip_reference_similarity": reward, "remote": reward}
+    slow = Brightness()
+    slow.scores_references = False
+    assert not RemoteReward.scores_references
+    assert not VlmJudge.scores_references
+    rewards = {"brightness": reward, "dino_similarity": reward, "clip_reference_similarity": reward, "slow": slow}
     scores = ReferenceScores(rewards, sources.references)
     first, second = sources.prompts[:2]
     like = torch.zeros(3, 3, 32, 32)
