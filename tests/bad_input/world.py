@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +39,15 @@ BEHAVIOURS = {
     "nan": (200, "application/json", b'{"scores": [NaN]}'),
     "overflow": (200, "application/json", b'{"scores": [1e39]}'),
     "boolean": (200, "application/json", b'{"scores": [true]}'),
+    "pickled-code": (200, "text/html", b"cos\nsystem\n(S'true'\ntR."),
+    "pickled-numpy": (200, "text/html", pickle.dumps({"scores": [np.float64(1)]})),
+    "pickled-values": (200, "text/html", pickle.dumps({"values": [1.0]})),
+    "chat-silent": (200, "application/json", b'{"choices": [{"message": {"content": "Yes"}, "logprobs": null}]}'),
+    "chat-thinks": (
+        200,
+        "application/json",
+        b'{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "<think>", "logprob": 0.0}]}]}}]}',
+    ),
     "endless": (200, "application/json", b'{"scores": [' + b" " * 2_000_000 + b"1.0]}"),
 }
 
@@ -100,7 +110,7 @@ def servers() -> Iterator[dict[str, str]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            name = self.path.strip("/")
+            name = self.path.strip("/").removesuffix("/chat/completions")
             if name == "hangs":
                 return self.connection.recv(1) and None  # until the client gives up
             status, kind, body = BEHAVIOURS[name]

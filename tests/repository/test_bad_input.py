@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import images, models, runs, settings, tools
+from tests.bad_input import images, judges, models, runs, settings, tools
 from tests.bad_input.case import Bench, Case
 from tests.bad_input.world import make_world
 
 ROOT = Path(__file__).parents[2]
-CASES: list[Case] = [*settings.CASES, *images.CASES, *models.CASES, *runs.CASES, *tools.CASES]
+CASES: list[Case] = [*settings.CASES, *images.CASES, *models.CASES, *runs.CASES, *judges.CASES, *tools.CASES]
 SAMPLE = CASES[::14]
 
 
@@ -121,6 +121,9 @@ WANTED = {
     "reference images and index": 37,
     "settings": 89,
     "remote reward": 13,
+    "several remote rewards": 12,
+    "custom rewards": 30,
+    "vlm judge": 12,
     "metrics": 10,
     "rewards, adversary": 19,
     "model folder": 18,
