@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, create_model
 
@@ -467,20 +467,23 @@ class VlmJudgeReward(WaitsForServer):
     """File with the API key; empty: that of environment variable ADVGRPO_REWARD_TOKEN_VLM_JUDGE, or none."""
 
 
-_Imported = create_model(
-    "_Imported",
-    __base__=RewardSection,
-    **{  # "import" is a word of Python: it can be no attribute of a class body
-        "import": (
-            Annotated[str, Field(min_length=1)],
-            Field(
-                description='Where it is: "file.py:NAME" or "package.module:NAME", a class or a function '
-                "(rewards/custom.py says what it must look like). Its file's content is part of the run: a checkpoint "
-                "is continued with another only by --accept-changed rewards."
-            ),
-        )
-    },
-)
+if TYPE_CHECKING:
+    _Imported = RewardSection
+else:
+    _Imported = create_model(
+        "_Imported",
+        __base__=RewardSection,
+        **{  # "import" is a word of Python: it can be no attribute of a class body
+            "import": (
+                Annotated[str, Field(min_length=1)],
+                Field(
+                    description='Where it is: "file.py:NAME" or "package.module:NAME", a class or a function '
+                    "(rewards/custom.py says what it must look like). Its file's content is part of the run: a checkpoint "
+                    "is continued with another only by --accept-changed rewards."
+                ),
+            )
+        },
+    )
 
 
 class CustomReward(_Imported):

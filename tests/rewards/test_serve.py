@@ -32,7 +32,7 @@ from PIL import Image
 
 from advgrpo.errors import UserError
 from advgrpo.rewards import scoring_request, scoring_server
-from advgrpo.rewards.remote import TOKEN_VARIABLE, RemoteReward
+from advgrpo.rewards.remote import PROTOCOLS, TOKEN_VARIABLE, RemoteReward
 from advgrpo.rewards.rule import RuleReward
 from advgrpo.rewards.scoring_request import Limits, Refusal
 from advgrpo.rewards.scoring_server import is_own_host, make_server
@@ -104,7 +104,7 @@ def _bomb() -> str:
 def test_our_server_refuses_bad_requests(request_, status, complaint, monkeypatch):
     with serving(make_server(Broken(), limits=Limits(max_bytes=2000))) as url:
         reward = RemoteReward(url=url, retries=0)
-        monkeypatch.setattr("advgrpo.rewards.remote._request_body", lambda *_: json.dumps(request_).encode())
+        monkeypatch.setattr(PROTOCOLS["advgrpo"], "request", lambda *_: json.dumps(request_).encode())
         with pytest.raises(RuntimeError, match=f"status {status} .*{complaint}"):
             reward.score(IMAGES, PROMPTS, None)
 
