@@ -478,8 +478,8 @@ else:
                 Annotated[str, Field(min_length=1)],
                 Field(
                     description='Where it is: "file.py:NAME" or "package.module:NAME", a class or a function '
-                    "(rewards/custom.py says what it must look like). Its file's content is part of the run: a checkpoint "
-                    "is continued with another only by --accept-changed rewards."
+                    "(rewards/custom.py says what it must look like). Its file's content is part of the run: a "
+                    "checkpoint is continued with another only by --accept-changed rewards."
                 ),
             )
         },
