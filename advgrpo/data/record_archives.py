@@ -93,7 +93,7 @@ def _shard(source: RecordSource, file: Path, texts: bool, images: bool) -> Itera
                     raise UserError(f"{file}, member {member.name}: {key}.{extension} is there twice; remove one")
                 current = key
                 sample[extension] = member
-                archive.members = []  # which tarfile keeps for seeking back; a shard may have millions
+                archive.members = []  # ty: ignore[missing-attribute]  # kept for seeking back; a shard may have millions
             if sample:
                 yield _sample(source, archive, file, str(current), sample, texts, images)
             _check_end(archive, file)

@@ -8,8 +8,8 @@ one entry per image in every list; "metadata" only if the client was given any. 
 `Content-Type: application/json`, and `{"scores": [number, ...]}`, one finite number per image, higher is better. Any
 other status is a failure, whose body may be `{"error": text}`. Nothing is ever pickled, redirects are not followed and
 proxies not used. `python -m advgrpo.rewards.serve` is the other end, for any reward of ours, and
-`examples/rewards/serve_elsewhere.py` for environments without advgrpo; what a request to a discriminator that learns may
-hold besides is in service/server.py. Where both ends know a token, the request has it in `Authorization: Bearer <token>`.
+`examples/rewards/serve_elsewhere.py` for environments without advgrpo; what a request to a discriminator that learns
+may hold besides is in service/server.py. Where both ends know a token, it is in `Authorization: Bearer <token>`.
 
 Protocol flow_grpo is that of flow_grpo's reward servers (`flow_grpo.py`). What becomes of failures is in
 `judge_client.py`.

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from advgrpo.rewards.pixels import to_uint8
-from advgrpo.rewards.remote import _png
+from advgrpo.rewards.remote import png
 
 
 def body_of(images: torch.Tensor, prompts: list[str], **more: Any) -> dict[str, Any]:
     """The JSON object of a request."""
-    encoded = [base64.b64encode(_png(pixels)).decode() for pixels in to_uint8(images, prompts)]
+    encoded = [base64.b64encode(png(pixels)).decode() for pixels in to_uint8(images, prompts)]
     return {"version": 1, "images": encoded, "prompts": list(prompts), **more}
 
 

@@ -32,7 +32,7 @@ from advgrpo.adversary.trainer import paired_accuracy
 from advgrpo.data.references import ReferenceSet, read_index
 from advgrpo.errors import UserError
 from advgrpo.rewards.pixels import to_uint8
-from advgrpo.rewards.remote import RemoteReward, _png
+from advgrpo.rewards.remote import RemoteReward, png
 from advgrpo.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.service.collecting import AdversaryService, Asked, Sizes, _paired_accuracy
@@ -646,4 +646,4 @@ def test_png_files_hold_what_the_trainer_saw(posts):
     """Otherwise nothing above could be equal."""
     pixels = to_uint8(posts.images[0], posts.prompts[0])
     assert torch.equal(torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255), posts.images[0])
-    assert _png(pixels[0]).startswith(b"\x89PNG")
+    assert png(pixels[0]).startswith(b"\x89PNG")
