@@ -41,6 +41,14 @@ NOT_CHECKED = {
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation 'apex @ git+https://github.com/NVIDIA/apex'": (
         "NVIDIA's own line; tests/repository/test_gpu_extra.py holds the one that errors name to it"
     ),
+    "vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000": "another server, on another machine",
+    "hpsv3/bin/python examples/rewards/serve_elsewhere.py examples/rewards/hpsv3.py:HPSv3 --port 8001": (
+        "in an environment of its own; tests/rewards/test_reward_recipes.py runs the file"
+    ),
+    "pip install git+https://github.com/tgxs002/HPSv2": "a judge of the user's choice",
+    "pip install hpsv3": "a judge of the user's choice",
+    "pip install image-reward git+https://github.com/openai/CLIP": "a judge of the user's choice",
+    "pip install vllm": "a judge of the user's choice",
     "cp /tmp/session/<gpu>-*.json bench/results/": "the name is the GPU's",
 }
 
