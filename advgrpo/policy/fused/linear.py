@@ -5,24 +5,32 @@
     merged    W + (alpha/r)·B·A, in the model's dtype or as e4m3, rewritten in place after every update
 
 Only x, A·x and the adapter are saved for the backward: the frozen weight needs no gradient, and dx, dA and dB are
-written out. Low-rank products are never quantised.
+written out. What has a gradient is one autograd function for each way to compute it:
 
-Where a low-rank product costs more than a full one, `adapted` folds the adapter into W in the forward and takes dA and
-dB from dW: per row that is 2KN instead of 6r(K + N) operations, less for K < 6r. Only in float32: in bfloat16 small
-updates would vanish in W.
+    _Quantised  W as e4m3, no adapter
+    _LowRank    W in either form and low-rank products beside it, which are never quantised
+    _Folded     W + scale·B·A in the forward, dA and dB from dW, where a low-rank product costs more than a full one:
+                per row 2KN instead of 6r(K + N) operations, less for K < 6r. Only in float32: in bfloat16 small updates
+                would vanish in W
+    _Joint      two layers into one tensor, each in the way it has alone
 
 Shapes: rows M, inputs K, outputs N = g·n of g stacked parts, rank r: x [..., K] -> [..., N]; A [g, r, K], B [g, n, r].
+Of joint layers T image tokens and S text tokens, R rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 
 from advgrpo.policy.fused.lora import Pair, StackedAdapter
 from advgrpo_kernels import Fp8Tensor, fp8_linear, fp8_quantize, gelu
+
+_Both = tuple[torch.Tensor, torch.Tensor]  # of image and of text
+_Two = tuple["StackedLinear", "StackedLinear"]
 
 
 class StackedLinear:
@@ -34,6 +42,7 @@ class StackedLinear:
         self.bias = biases[0] if len(biases) == 1 else torch.cat(list(biases))
         self.part_size = len(weights[0])
         self.adapted: list[int] = []  # parts with an adapter
+        self.adapter_number: int | None = None  # which of `LoraWeights.pairs` is theirs
         self.merged: torch.Tensor | None = None
         self.merged_fp8: Fp8Tensor | None = None
         self.base_fp8: tuple[Fp8Tensor, Fp8Tensor] | None = None  # W and its transpose, each with row scales
@@ -50,7 +59,9 @@ class StackedLinear:
             own.baddbmm_(b[parts], a[parts], alpha=scale)
         return weight
 
-    def folded_gradients(self, weight_grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float):
+    def folded_gradients(
+        self, weight_grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(dA, dB) from dW [N, K]."""
         a_grad, b_grad = torch.empty_like(a), torch.empty_like(b)
         for parts, own in self._adapted_rows(weight_grad):
@@ -71,7 +82,7 @@ class StackedLinear:
         """Whether the tensor cores take the shape."""
         return all(size % 16 == 0 for size in self.weight.shape)
 
-    def adapter(self, is_target) -> StackedAdapter | None:
+    def adapter(self, is_target: Callable[[str], bool]) -> StackedAdapter | None:
         """Decide which parts are adapted; None without any."""
         self.adapted = [i for i, name in enumerate(self.names) if is_target(name)]
         if not self.adapted:
@@ -93,12 +104,16 @@ class StackedLinear:
         self.base_fp8 = fp8_quantize(self.weight), fp8_quantize(self.weight.t().contiguous())
 
     def run_base(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N] of W alone."""
         if self.base_fp8 is None:
             return F.linear(x, self.weight, self.bias)
-        return _FrozenLinear.apply(1.0, [self], x, None, None)
+        return _Quantised.apply(x, self)
 
     def run_adapted(self, x: torch.Tensor, pair: Pair, scale: float) -> torch.Tensor:
-        return _FrozenLinear.apply(scale, [self], x, *pair)
+        """x [..., K] -> [..., N] of W + scale·B·A, differentiable in x, A and B."""
+        a, b = pair
+        way = _Folded if self.folds(a.shape[1]) else _LowRank
+        return way.apply(x, a, b, self, scale)
 
     def run_merged(self, x: torch.Tensor | Fp8Tensor) -> torch.Tensor:
         if self.merged_fp8 is not None:
@@ -134,91 +149,242 @@ class StackedLinear:
         return fp8_linear(y, self.base_fp8[1], out_dtype=y.dtype)
 
 
-def run_joint(
-    layers: Sequence[StackedLinear], inputs: Sequence[torch.Tensor], pairs: Sequence[Pair | None], scale: float
-) -> torch.Tensor:
-    """Each layer of its own input [T_i, ..., K], base weights with LoRA, one after the other in one [ΣT_i, ..., N]."""
-    flat = [t for x, pair in zip(inputs, pairs, strict=True) for t in (x, *(pair or (None, None)))]
-    return _FrozenLinear.apply(scale, list(layers), *flat)
+def run_joint(layers: _Two, inputs: _Both, pairs: tuple[Pair | None, Pair | None], scale: float) -> torch.Tensor:
+    """Image and text layer of their inputs [T, R, K] and [S, R, K], base weights with LoRA or without, as one
+    [T + S, R, N], image first."""
+    (image_a, image_b), (text_a, text_b) = (pair or (None, None) for pair in pairs)
+    return _Joint.apply(inputs[0], image_a, image_b, inputs[1], text_a, text_b, layers, scale)
 
 
-def run_joint_merged(layers: Sequence[StackedLinear], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+def run_joint_merged(layers: _Two, inputs: _Both) -> torch.Tensor:
     """Likewise with merged weights in the model's dtype; no gradient."""
-    y = _joint_empty(layers, inputs)
-    for layer, x, out in zip(layers, inputs, y.split([len(x) for x in inputs]), strict=True):
-        torch.addmm(layer.bias, x.flatten(0, -2), layer._merged_or_base().t(), out=out.flatten(0, -2))
+    y, outs = _joint_output(layers, inputs)
+    for layer, x, out in zip(layers, inputs, outs, strict=True):
+        torch.addmm(layer.bias, _as_rows(x), layer._merged_or_base().t(), out=out)
     return y
 
 
-def _joint_empty(layers: Sequence[StackedLinear], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    first = inputs[0]
-    return first.new_empty(sum(len(x) for x in inputs), *first.shape[1:-1], len(layers[0].weight))
+def _joint_output(layers: _Two, inputs: _Both) -> tuple[torch.Tensor, _Both]:
+    """Uninitialised [T + S, R, N], and its parts as matrices [T·R, N] and [S·R, N]."""
+    image, text = inputs
+    y = image.new_empty(len(image) + len(text), *image.shape[1:-1], len(layers[0].weight))
+    image_out, text_out = (part.flatten(0, -2) for part in y.split([len(image), len(text)]))
+    return y, (image_out, text_out)
 
 
-class _FrozenLinear(torch.autograd.Function):
-    """y_i = x_i·W_iᵀ + b_i + scale·(x_i·A_iᵀ)·B_iᵀ part by part, one below the other; A and B may be None."""
-
-    @staticmethod
-    def forward(ctx, scale, layers: list[StackedLinear], *tensors):
-        ctx.layers, ctx.scale = layers, scale
-        inputs = tensors[::3]
-        ctx.shapes, ctx.adapted = [x.shape for x in inputs], [a is not None for a in tensors[1::3]]
-        joint = len(layers) > 1
-        y = _joint_empty(layers, inputs) if joint else None
-        outs = [out.flatten(0, -2) for out in y.split([len(x) for x in inputs])] if joint else [None]
-        saved = []
-        for i, (layer, out) in enumerate(zip(layers, outs, strict=True)):
-            x, a, b = tensors[3 * i : 3 * i + 3]
-            rows = x.reshape(-1, x.shape[-1])
-            if a is not None and layer.folds(a.shape[1]):
-                weight = layer.folded(a, b, scale)
-                product = torch.addmm(layer.bias, rows, weight.t(), out=out)
-                saved += [rows, weight, a, b]
-                continue
-            product = layer.product(rows, out)
-            if a is not None:
-                low = rows @ a.flatten(0, 1).t()  # [M, g·r]
-                for part, out_part in _parts(layer, product):
-                    torch.baddbmm(
-                        out_part, _by_part(low, len(a))[part], b[part].transpose(1, 2), alpha=scale, out=out_part
-                    )
-                saved += [rows, low, a, b]
-        ctx.save_for_backward(*saved)
-        return y if joint else product.view(*inputs[0].shape[:-1], -1)
+class _Quantised(torch.autograd.Function):
+    """x·Wᵀ + b with W as e4m3; nothing is saved."""
 
     @staticmethod
-    def backward(ctx, y_grad):
-        saved = list(ctx.saved_tensors)  # read once: under recomputation a second read fails
-        grads: list[torch.Tensor | None] = []
-        y_grads = y_grad.split([shape[0] for shape in ctx.shapes]) if len(ctx.shapes) > 1 else [y_grad]
-        for i, (layer, part, shape) in enumerate(zip(ctx.layers, y_grads, ctx.shapes, strict=True)):
-            rows_grad = part.reshape(-1, part.shape[-1])
-            wants_x, pair_grads = ctx.needs_input_grad[2 + 3 * i], (None, None)
-            if ctx.adapted[i] and layer.folds(saved[2].shape[1]):
-                rows, weight, a, b = saved[:4]
-                x_grad = rows_grad @ weight if wants_x else None
-                pair_grads = layer.folded_gradients(rows_grad.t() @ rows, a, b, ctx.scale)
-                grads += [None if x_grad is None else x_grad.view(shape), *pair_grads]
-                saved = saved[4:]
-                continue
-            x_grad = layer.product_back(rows_grad) if wants_x else None
-            if ctx.adapted[i]:
-                x_grad, *pair_grads = _adapter_gradients(layer, ctx.scale, rows_grad, x_grad, *saved[:4])
-                saved = saved[4:]
-            grads += [None if x_grad is None else x_grad.view(shape), *pair_grads]
-        return None, None, *grads
+    def forward(ctx, x: torch.Tensor, layer: StackedLinear) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        ctx.layer = layer
+        return _as_tokens(layer.product(_as_rows(x)), x)
+
+    @staticmethod
+    def backward(ctx, y_grad: torch.Tensor):
+        """dy [..., N] -> dx [..., K]."""
+        return _as_tokens(ctx.layer.product_back(_as_rows(y_grad)), y_grad), None
 
 
-def _adapter_gradients(layer: StackedLinear, scale: float, y_grad, x_grad, rows, low, a, b):
-    """(x_grad with the adapter's part, gradients of A and B)."""
+class _LowRank(torch.autograd.Function):
+    """x·Wᵀ + b + scale·(x·Aᵀ)·Bᵀ part by part."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: StackedLinear, scale: float):
+        """x [..., K], A [g, r, K], B [g, n, r] -> [..., N]."""
+        rows = _as_rows(x)
+        y, low = _low_rank(layer, scale, rows, a, b)
+        ctx.layer, ctx.scale = layer, scale
+        ctx.save_for_backward(rows, low, a, b)
+        return _as_tokens(y, x)
+
+    @staticmethod
+    def backward(ctx, y_grad: torch.Tensor):
+        """dy [..., N] -> dx [..., K], dA, dB."""
+        rows, low, a, b = ctx.saved_tensors
+        x_grad, a_grad, b_grad = _low_rank_gradients(
+            ctx.layer, ctx.scale, _as_rows(y_grad), rows, low, a, b, wants_x=ctx.needs_input_grad[0]
+        )
+        return _as_tokens(x_grad, y_grad), a_grad, b_grad, None, None
+
+
+class _Folded(torch.autograd.Function):
+    """x·(W + scale·B·A)ᵀ + b."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: StackedLinear, scale: float):
+        """x [..., K], A [g, r, K], B [g, n, r] -> [..., N]."""
+        rows = _as_rows(x)
+        y, weight = _folded(layer, scale, rows, a, b)
+        ctx.layer, ctx.scale = layer, scale
+        ctx.save_for_backward(rows, weight, a, b)
+        return _as_tokens(y, x)
+
+    @staticmethod
+    def backward(ctx, y_grad: torch.Tensor):
+        """dy [..., N] -> dx [..., K], dA, dB."""
+        rows, weight, a, b = ctx.saved_tensors
+        x_grad, a_grad, b_grad = _folded_gradients(
+            ctx.layer, ctx.scale, _as_rows(y_grad), rows, weight, a, b, wants_x=ctx.needs_input_grad[0]
+        )
+        return _as_tokens(x_grad, y_grad), a_grad, b_grad, None, None
+
+
+class _Joint(torch.autograd.Function):
+    """Image and text layer one below the other; never with W as e4m3, whose product is a tensor of its own."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        image: torch.Tensor,
+        image_a: torch.Tensor | None,
+        image_b: torch.Tensor | None,
+        text: torch.Tensor,
+        text_a: torch.Tensor | None,
+        text_b: torch.Tensor | None,
+        layers: _Two,
+        scale: float,
+    ):
+        """image [T, R, K], text [S, R, K], A [g, r, K] and B [g, n, r] of each or None -> [T + S, R, N]."""
+        y, (image_out, text_out) = _joint_output(layers, (image, text))
+        image_saved = _write(image_out, layers[0], scale, image, image_a, image_b)
+        text_saved = _write(text_out, layers[1], scale, text, text_a, text_b)
+        ctx.layers, ctx.scale, ctx.lengths = layers, scale, [len(image), len(text)]
+        ctx.save_for_backward(*image_saved, *text_saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, y_grad: torch.Tensor):
+        """dy [T + S, R, N] -> image and text of [., R, K], each followed by dA and dB."""
+        saved = ctx.saved_tensors  # read once: under recomputation a second read fails
+        (image, text), (image_grad, text_grad) = ctx.layers, y_grad.split(ctx.lengths)
+        of_image = _written_gradients(image_grad, image, ctx.scale, _Saved(*saved[:4]), ctx.needs_input_grad[0])
+        of_text = _written_gradients(text_grad, text, ctx.scale, _Saved(*saved[4:]), ctx.needs_input_grad[3])
+        return *of_image, *of_text, None, None
+
+
+class _Saved(NamedTuple):
+    """What a joint layer's backward reads; nothing without an adapter."""
+
+    rows: torch.Tensor | None = None  # [M, K]
+    kept: torch.Tensor | None = None  # `low` of `_low_rank` or `weight` of `_folded`
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+
+
+def _write(
+    out: torch.Tensor,
+    layer: StackedLinear,
+    scale: float,
+    x: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+) -> _Saved:
+    """The layer of x [..., K] into `out` [M, N]."""
+    rows = _as_rows(x)
+    if a is None or b is None:
+        layer.product(rows, out)
+        return _Saved()
+    way = _folded if layer.folds(a.shape[1]) else _low_rank
+    _, kept = way(layer, scale, rows, a, b, out)
+    return _Saved(rows, kept, a, b)
+
+
+def _written_gradients(
+    y_grad: torch.Tensor, layer: StackedLinear, scale: float, saved: _Saved, wants_x: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dy [..., N] -> (dx [..., K] or None, dA, dB), the last two None without an adapter."""
+    rows_grad = _as_rows(y_grad)
+    rows, kept, a, b = saved
+    if rows is None or kept is None or a is None or b is None:
+        return _as_tokens(layer.product_back(rows_grad) if wants_x else None, y_grad), None, None
+    way = _folded_gradients if layer.folds(a.shape[1]) else _low_rank_gradients
+    x_grad, a_grad, b_grad = way(layer, scale, rows_grad, rows, kept, a, b, wants_x=wants_x)
+    return _as_tokens(x_grad, y_grad), a_grad, b_grad
+
+
+def _low_rank(
+    layer: StackedLinear,
+    scale: float,
+    rows: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows [M, K] -> (y [M, N], in `out` where it is given, and low = x·Aᵀ [M, g·r])."""
+    y = layer.product(rows, out)
+    low = rows @ a.flatten(0, 1).t()
+    for part, y_part in _parts(layer, y):
+        torch.baddbmm(y_part, _by_part(low, len(a))[part], b[part].transpose(1, 2), alpha=scale, out=y_part)
+    return y, low
+
+
+def _low_rank_gradients(
+    layer: StackedLinear,
+    scale: float,
+    y_grad: torch.Tensor,
+    rows: torch.Tensor,
+    low: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    wants_x: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """dy [M, N] -> (dx [M, K] or None, dA [g, r, K], dB [g, n, r]) from rows [M, K] and low [M, g·r]."""
+    x_grad = layer.product_back(y_grad) if wants_x else None
     low_grad, b_grad = torch.empty_like(low), torch.empty_like(b)
-    for part, out in _parts(layer, y_grad):
+    for part, y_part in _parts(layer, y_grad):
         low_part, b_part = _by_part(low_grad, len(a))[part], b_grad[part]
-        torch.baddbmm(low_part, out, b[part], beta=0, alpha=scale, out=low_part)
-        torch.baddbmm(b_part, out.transpose(1, 2), _by_part(low, len(a))[part], beta=0, alpha=scale, out=b_part)
+        torch.baddbmm(low_part, y_part, b[part], beta=0, alpha=scale, out=low_part)
+        torch.baddbmm(b_part, y_part.transpose(1, 2), _by_part(low, len(a))[part], beta=0, alpha=scale, out=b_part)
     if x_grad is not None:
         x_grad = x_grad.addmm_(low_grad, a.flatten(0, 1))
     return x_grad, (low_grad.t() @ rows).view(a.shape), b_grad
+
+
+def _folded(
+    layer: StackedLinear,
+    scale: float,
+    rows: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows [M, K] -> (y [M, N], in `out` where it is given, and weight = W + scale·B·A [N, K])."""
+    weight = layer.folded(a, b, scale)
+    return torch.addmm(layer.bias, rows, weight.t(), out=out), weight
+
+
+def _folded_gradients(
+    layer: StackedLinear,
+    scale: float,
+    y_grad: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    wants_x: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """dy [M, N] -> (dx [M, K] or None, dA [g, r, K], dB [g, n, r]) from rows [M, K] and weight [N, K]."""
+    x_grad = y_grad @ weight if wants_x else None
+    a_grad, b_grad = layer.folded_gradients(y_grad.t() @ rows, a, b, scale)
+    return x_grad, a_grad, b_grad
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] as [M, K]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+@overload
+def _as_tokens(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _as_tokens(rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None: ...
+def _as_tokens(rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """[M, N] as [..., N] where `like` is [..., any]."""
+    return None if rows is None else rows.view(*like.shape[:-1], -1)
 
 
 def _by_part(low: torch.Tensor, parts: int) -> torch.Tensor:

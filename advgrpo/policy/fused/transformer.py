@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +32,14 @@ from torch.utils.checkpoint import checkpoint
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import Recomputed, choose_attention
 from advgrpo.policy.fused.linear import StackedLinear, run_joint, run_joint_merged
-from advgrpo.policy.fused.lora import LoraWeights, Pair
+from advgrpo.policy.fused.lora import LoraWeights, Pair, StackedAdapter
 from advgrpo_kernels import Fp8Tensor, ada_layer_norm, gated_residual, gelu, merge_lora, qk_rms_norm
 
 EPS = 1e-6  # of every norm in the family
-WEIGHTS = ("adapted", "base", "merged")
+Weights = Literal["adapted", "base", "merged"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+Activations = torch.Tensor | Fp8Tensor  # the latter between merged linears in e4m3
+_NormWeights = tuple[torch.Tensor, torch.Tensor]
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ADAPTABLE = (
     *(f"attn.{name}" for name in (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
@@ -101,12 +105,73 @@ class Prepared:
         return modulation if self.row is None else modulation.index_select(0, self.row)
 
 
+class Norm(NamedTuple):
+    """Modulation [R, D] of one norm, of which a dual-attention block reads two forms: arguments of the kernels."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    shift2: torch.Tensor | None = None
+    scale2: torch.Tensor | None = None
+
+
+class Modulation(NamedTuple):
+    """A stream's vectors [R, D] in one step, in the order in which the stock AdaLN linears give them.
+
+    A text stream that ends has a shift and a scale alone, and its linear, that of a last norm, gives the scale first.
+    """
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor | None = None
+    mlp_shift: torch.Tensor | None = None
+    mlp_scale: torch.Tensor | None = None
+    mlp_gate: torch.Tensor | None = None
+    dual_shift: torch.Tensor | None = None
+    dual_scale: torch.Tensor | None = None
+    dual_gate: torch.Tensor | None = None
+
+    @property
+    def attention(self) -> Norm:
+        """Of what the block's attention reads, and its dual attention."""
+        return Norm(self.shift, self.scale, self.dual_shift, self.dual_scale)
+
+    @property
+    def mlp(self) -> Norm:
+        """Of what the block's feed-forward reads."""
+        return Norm(self.mlp_shift, self.mlp_scale)
+
+
+class Normed(NamedTuple):
+    """What a block's attentions read: modulated norms of the streams, as e4m3 where the linear that reads them is."""
+
+    image: Activations | None  # [T, R, D]; after the last block what the output's linear reads
+    dual: Activations | None  # [T, R, D] the image in the form that its dual attention reads
+    text: Activations | None  # [S, R, D]
+
+
+class _Next(NamedTuple):
+    """A norm that a residual is followed by, in the same kernel; without one it is left to whoever reads it."""
+
+    norm: Norm | None = None
+    reader: StackedLinear | None = None  # what reads the result, as e4m3 where its weights are
+
+
+class _Ending(NamedTuple):
+    """What the streams of a block are followed by."""
+
+    image: _Next = _Next()
+    text: _Next = _Next()
+
+
+_NO_NORMS = _Ending()
+
+
 @dataclass
 class _Heads:
     """One stream's side of an attention."""
 
     qkv: StackedLinear
-    norms: tuple[torch.Tensor, torch.Tensor] | None  # weights of the norms of q and k
+    norms: _NormWeights | None  # of q and k
     out: StackedLinear | None  # None: nothing reads this stream's output
 
 
@@ -120,10 +185,10 @@ class _Stream:
     first: int  # where its modulation starts, in units of D
     count: int  # vectors of modulation: 9 dual, 6, or 2 for a text stream that ends here
 
-    def modulation(self, row: torch.Tensor, width: int) -> list[torch.Tensor]:
-        """Its vectors [R, D]: shift, scale, gate, shift_mlp, scale_mlp, gate_mlp(, shift2, scale2, gate2)."""
+    def modulation(self, row: torch.Tensor, width: int) -> Modulation:
+        """Its vectors in one step's [R, W]."""
         chunks = row[:, self.first * width : (self.first + self.count) * width].chunk(self.count, dim=1)
-        return list(chunks) if self.count > 2 else [chunks[1], chunks[0]]  # a last norm gives its scale first
+        return Modulation(*chunks) if self.count > 2 else Modulation(scale=chunks[0], shift=chunks[1])
 
     def linears(self) -> list[StackedLinear]:
         heads = [self.attention] + ([self.dual] if self.dual else [])
@@ -167,7 +232,7 @@ class _Reader:
 
 
 class FusedTransformer:
-    """Forward and adapters of one model. `velocity` is the entry; see the module's docstring.
+    """Forward and adapters of one model. `predict` is the entry; see the module's docstring.
 
     Args:
         config: what to compute.
@@ -197,7 +262,6 @@ class FusedTransformer:
         self._modulation = self._read_modulation(reader)
         self._positions: dict[tuple[int, int], torch.Tensor] = {}
         self.lora: LoraWeights | None = None
-        self._adapted: dict[int, int] = {}  # id of a linear -> its adapter
 
     def _read_blocks(self, reader: _Reader) -> list[_Block]:
         blocks, first = [], 0
@@ -243,11 +307,11 @@ class FusedTransformer:
 
     def adapt(self, is_target: Callable[[str], bool], **settings) -> LoraWeights:
         """Put adapters beside the linears whose stock names `is_target` accepts; `settings` go to LoraWeights."""
-        adapters = []
+        adapters: list[StackedAdapter] = []
         for layer in self.linears():
             adapter = layer.adapter(is_target)
+            layer.adapter_number = None if adapter is None else len(adapters)
             if adapter is not None:
-                self._adapted[id(layer)] = len(adapters)
                 adapters.append(adapter)
         self.lora = LoraWeights(adapters, device=self.device, **settings)
         return self.lora
@@ -322,22 +386,19 @@ class FusedTransformer:
     def _perceptron(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._linear(f"{name}.linear_2", F.silu(self._linear(f"{name}.linear_1", x)))
 
-    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: str) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], on the device)."""
         forward = _Forward(self, weights, prepared.at(step))
         x, text, normed = self._embed(latents), prepared.text.transpose(0, 1).contiguous(), None
-        for number, block in enumerate(self.blocks):
-            following = self.blocks[number + 1] if number + 1 < len(self.blocks) else None
+        for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             if not self.checkpointing:
-                x, text, normed = forward.block(block, x, text, normed, following)
-            elif torch.is_grad_enabled():
-                arguments = (forward.block, block, x, text, None, None)
-                x, text, _ = checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False)
+                x, text, normed = forward.block(block, x, text, normed=normed, ending=forward.start_of(following))
+            elif torch.is_grad_enabled():  # no norm leaves a block: each is computed again with the block that reads it
+                x, text, _ = checkpoint(forward.block, block, x, text, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, text, _ = forward.block(block, x, text, None, None)
-        if self.checkpointing:
-            normed = (forward.last_norm(x), None, None)
-        return self._unpatch(self._linear("proj_out", normed[0]), latents.shape[-2:])
+                x, text, _ = forward.block(block, x, text)
+        last = forward.last_norm(x) if self.checkpointing else normed.image
+        return self._unpatch(self._linear("proj_out", last), latents.shape[-2:])
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Patches [T, R, D] with their positions; the patch convolution as a matrix product."""
@@ -366,116 +427,172 @@ class FusedTransformer:
 class _Forward:
     """One pass: the weights it runs and the modulation of its step."""
 
-    def __init__(self, model: FusedTransformer, weights: str, modulation: torch.Tensor):
+    def __init__(self, model: FusedTransformer, weights: Weights, modulation: torch.Tensor):
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
         self.model, self.weights, self.modulation = model, weights, modulation
         self.pairs = model.lora.pairs(model.dtype) if weights == "adapted" and model.lora else []
 
-    def linear(self, layer: StackedLinear, x: torch.Tensor | Fp8Tensor) -> torch.Tensor:
+    def linear(self, layer: StackedLinear, x: Activations) -> torch.Tensor:
+        """[..., N] of x [..., K] by the weights of this pass."""
         if self.weights == "merged":
             return layer.run_merged(x)
         pair = self._pair(layer)
         return layer.run_base(x) if pair is None else layer.run_adapted(x, pair, self.model.lora.scale)
 
     def _pair(self, layer: StackedLinear) -> Pair | None:
-        adapter = self.model._adapted.get(id(layer)) if self.pairs else None
-        return None if adapter is None else self.pairs[adapter]
+        """A [g, r, K] and B [g, n, r] that stand beside the layer in this pass."""
+        return self.pairs[layer.adapter_number] if self.pairs and layer.adapter_number is not None else None
 
-    def block(self, block: _Block, x, text, normed, following: _Block | None):
-        """Residual streams x and text after `block`, and the norms that `following` (or the output) starts with.
+    def block(
+        self,
+        block: _Block,
+        x: torch.Tensor,
+        text: torch.Tensor,
+        *,
+        normed: Normed | None = None,
+        ending: _Ending = _NO_NORMS,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Normed]:
+        """Residual streams [T, R, D] and [S, R, D] after `block`, None for a text that ends here, and their norms.
 
-        normed: (image, image for the dual attention, text) as the block before has left it, or None to compute it.
-        A `following` of None leaves those norms to whoever comes next, unless nothing is recomputed there.
+        Args:
+            x, text: the streams before it.
+            normed: the streams' norms that the block before has left; None computes them here.
+            ending: the norms to leave for the next block.
         """
-        fuse = not self.model.checkpointing
-        image_mod, text_mod = (self.vectors(stream) for stream in (block.image, block.text))
+        image_mod, text_mod = self.vectors(block.image), self.vectors(block.text)
         if normed is None:
             normed = self._first_norms(block, x, text, image_mod, text_mod)
-        out, text_out = self._joint_attention(block, normed[0], normed[2])
-        dual = () if block.image.dual is None else (self._self_attention(block.image.dual, normed[1]), image_mod[8])
-        x, inner = self._residual(x, out, image_mod[2], *dual, norm=image_mod[3:5], reader=block.image.feed_forward[0])
-        norms = self._following_norms(following) if fuse else (None, None)
-        out = self._feed_forward(block.image, inner)
-        x, *image_normed = self._residual(x, out, image_mod[5], norm=norms[0], reader=_reader(following, "image"))
-        if block.text.feed_forward is None:
-            return x, None, (*image_normed, None)
-        text, inner = self._residual(text, text_out, text_mod[2], norm=text_mod[3:5], reader=block.text.feed_forward[0])
-        out = self._feed_forward(block.text, inner)
-        text, *text_normed = self._residual(text, out, text_mod[5], norm=norms[1], reader=_reader(following, "text"))
-        if not fuse:
-            return x, text, None
-        return x, text, (image_normed[0], image_normed[1] if len(image_normed) > 1 else None, text_normed[0])
+        out, text_out = self._joint_attention(block, normed.image, normed.text)
+        dual = None if block.image.dual is None else self._self_attention(block.image.dual, normed.dual)
+        x, image, second = self._after_attention(block.image, x, image_mod, out, dual=dual, then=ending.image)
+        if text_out is None:
+            return x, None, Normed(image, second, None)
+        text, text_normed, _ = self._after_attention(block.text, text, text_mod, text_out, then=ending.text)
+        return x, text, Normed(image, second, text_normed)
 
-    def vectors(self, stream: _Stream) -> list[torch.Tensor]:
+    def vectors(self, stream: _Stream) -> Modulation:
         return stream.modulation(self.modulation, self.model.config.width)
 
+    def start_of(self, following: _Block | None) -> _Ending:
+        """The norms that a block starts with, for the one before it; after the last block the output's."""
+        if following is None:
+            return _Ending(image=_Next(self._last_vectors()))
+        image, text = following.image, following.text
+        return _Ending(
+            _Next(self.vectors(image).attention, image.attention.qkv),
+            _Next(self.vectors(text).attention, text.attention.qkv),
+        )
+
     def last_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, R, D] what the output's linear reads of the residual stream x [T, R, D]."""
         return _swapped(ada_layer_norm(_swapped(x), *self._last_vectors(), eps=EPS))
 
-    def _last_vectors(self) -> list[torch.Tensor]:
+    def _last_vectors(self) -> Norm:
         width = self.model.config.width
         scale, shift = self.modulation[:, self.model._last_norm * width :].chunk(2, dim=1)
-        return [shift, scale]
+        return Norm(shift, scale)
 
-    def _following_norms(self, following: _Block | None):
-        """Shifts and scales of the norms the next block starts with; after the last block, the output's."""
-        if following is None:
-            return self._last_vectors(), None
-        image = self.vectors(following.image)
-        return image[:2] + (image[6:8] if following.image.dual else []), self.vectors(following.text)[:2]
-
-    def _first_norms(self, block: _Block, x, text, image_mod, text_mod):
-        second = image_mod[6:8] if block.image.dual else []
+    def _first_norms(
+        self, block: _Block, x: torch.Tensor, text: torch.Tensor, image_mod: Modulation, text_mod: Modulation
+    ) -> Normed:
+        """Of residual streams x [T, R, D] and text [S, R, D]."""
         quantize = self._fp8(block.image.attention.qkv)
-        image = ada_layer_norm(_swapped(x), *image_mod[:2], *second, eps=EPS, quantize=quantize)
-        image, image2 = map(_swapped, image) if second else (_swapped(image), None)
+        image = ada_layer_norm(_swapped(x), *image_mod.attention, eps=EPS, quantize=quantize)
+        image, dual = map(_swapped, image) if block.image.dual else (_swapped(image), None)
         quantize = self._fp8(block.text.attention.qkv)
-        return image, image2, _swapped(ada_layer_norm(_swapped(text), *text_mod[:2], eps=EPS, quantize=quantize))
+        normed_text = ada_layer_norm(_swapped(text), *text_mod.attention, eps=EPS, quantize=quantize)
+        return Normed(image, dual, _swapped(normed_text))
 
     def _fp8(self, reader: StackedLinear | None) -> bool:
         """Whether the linear that reads a norm's result wants it as e4m3."""
         return self.weights == "merged" and reader is not None and reader.merged_fp8 is not None
 
-    def _residual(self, x, out, gate, out2=None, gate2=None, *, norm, reader):
-        """(new residual, its norms...): one kernel."""
-        x, out, out2 = _swapped(x), _swapped(out), None if out2 is None else _swapped(out2)
-        if not norm:
-            return (_swapped(gated_residual(x, out, gate, out2, gate2)),)
-        modulation = dict(zip(("shift", "scale", "shift2", "scale2"), norm))
-        results = gated_residual(x, out, gate, out2, gate2, **modulation, eps=EPS, quantize=self._fp8(reader))
-        return tuple(map(_swapped, results))
+    def _after_attention(
+        self,
+        stream: _Stream,
+        x: torch.Tensor,
+        mod: Modulation,
+        out: torch.Tensor,
+        *,
+        dual: torch.Tensor | None = None,
+        then: _Next,
+    ) -> tuple[torch.Tensor, Activations | None, Activations | None]:
+        """The rest of a block for one stream: attention's and the feed-forward's residual.
 
-    def _feed_forward(self, stream: _Stream, x) -> torch.Tensor:
+        Args:
+            x: residual stream [T, R, D] (or S) before the block.
+            out, dual: [T, R, D] of its attentions.
+            then: the norm to end with.
+
+        Returns:
+            The stream after the block, and what `_residual` says of its norm.
+        """
+        into_mlp = _Next(mod.mlp, stream.feed_forward[0])
+        x, inner, _ = self._residual(x, out, mod.gate, out2=dual, gate2=mod.dual_gate, then=into_mlp)
+        return self._residual(x, self._feed_forward(stream, inner), mod.mlp_gate, then=then)
+
+    def _residual(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        gate: torch.Tensor,
+        *,
+        out2: torch.Tensor | None = None,
+        gate2: torch.Tensor | None = None,
+        then: _Next,
+    ) -> tuple[torch.Tensor, Activations | None, Activations | None]:
+        """x + gate·out (+ gate2·out2), and of that the norm in its first and second form, None where there is none: one
+        kernel. x, out, out2 and results [T, R, D], gates [R, D]."""
+        x, out, out2 = _swapped(x), _swapped(out), None if out2 is None else _swapped(out2)
+        if then.norm is None:
+            return _swapped(gated_residual(x, out, gate, out2, gate2)), None, None
+        quantize = self._fp8(then.reader)
+        results = gated_residual(x, out, gate, out2, gate2, **then.norm._asdict(), eps=EPS, quantize=quantize)
+        x, first, *second = map(_swapped, results)
+        return x, first, second[0] if second else None
+
+    def _feed_forward(self, stream: _Stream, x: Activations) -> torch.Tensor:
+        """[T, R, D] of the modulated norm x [T, R, D]."""
         first, second = stream.feed_forward
         if self.weights == "merged" and first.merged_fp8 is None:
             return self.linear(second, first.run_merged_gelu(x))
         return self.linear(second, gelu(self.linear(first, x), quantize=self._fp8(second)))
 
-    def _joint_attention(self, block: _Block, image, text):
-        """Outputs of both streams; None for a text stream that ends here, whose queries are left out."""
+    def _joint_attention(
+        self, block: _Block, image: Activations, text: Activations
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Outputs [T, R, D] and [S, R, D] of the modulated norms image [T, R, D] and text [S, R, D].
+
+        None for a text stream that ends here, whose queries are left out.
+        """
         heads, text_heads = block.image.attention, block.text.attention
-        layers, streams, tokens = (heads.qkv, text_heads.qkv), (image, text), len(image.data)
+        layers, tokens = (heads.qkv, text_heads.qkv), len(image.data)
         if any(self._quantised(layer) for layer in layers):  # that product gives a tensor of its own
-            qkv = [self._split(self.linear(layer, x)) for layer, x in zip(layers, streams)]
+            qkv = [self._split(self.linear(layer, x)) for layer, x in zip(layers, (image, text), strict=True)]
         else:
-            qkv = [self._split(self._joint_linear(layers, streams))]
+            qkv = [self._split(self._joint_linear(layers, (image, text)))]
+        attend = partial(self._attention, qkv, heads.norms, txt_norms=text_heads.norms, tokens=tokens)
         if text_heads.out is None:
-            return self.linear(heads.out, self._attention(qkv, heads.norms, text_heads.norms, tokens, tokens)), None
-        out = self._attention(qkv, heads.norms, text_heads.norms, tokens)
+            return self.linear(heads.out, attend(queries=tokens)), None
+        out = attend()
         out, text_out = out.split([tokens, len(out) - tokens])
         return self.linear(heads.out, out), self.linear(text_heads.out, text_out)
 
-    def _self_attention(self, heads: _Heads, x) -> torch.Tensor:
+    def _self_attention(self, heads: _Heads, x: Activations) -> torch.Tensor:
+        """[T, R, D] of the modulated norm x [T, R, D]: image tokens among themselves."""
         return self.linear(heads.out, self._attention([self._split(self.linear(heads.qkv, x))], heads.norms))
 
     def _quantised(self, layer: StackedLinear) -> bool:
         return (layer.merged_fp8 if self.weights == "merged" else layer.base_fp8) is not None
 
-    def _joint_linear(self, layers, streams) -> torch.Tensor:
+    def _joint_linear(
+        self, layers: tuple[StackedLinear, StackedLinear], streams: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """[T + S, R, N] of image [T, R, K] and text [S, R, K]."""
         if self.weights == "merged":
             return run_joint_merged(layers, streams)
-        pairs = [self._pair(layer) for layer in layers]
+        pairs = self._pair(layers[0]), self._pair(layers[1])
         return run_joint(layers, streams, pairs, self.model.lora.scale if self.pairs else 1.0)
 
     def _split(self, y: torch.Tensor) -> torch.Tensor:
@@ -483,8 +600,22 @@ class _Forward:
         config = self.model.config
         return _swapped(y.view(*y.shape[:-1], 3, config.num_attention_heads, config.attention_head_dim))
 
-    def _attention(self, qkv, norms, txt_norms=None, tokens=None, queries=None) -> torch.Tensor:
-        """[Tq, R, D] from the products of image and text, one tensor or two; only the first `queries` attend."""
+    def _attention(
+        self,
+        qkv: list[torch.Tensor],
+        norms: _NormWeights | None,
+        *,
+        txt_norms: _NormWeights | None = None,
+        tokens: int = 0,
+        queries: int | None = None,
+    ) -> torch.Tensor:
+        """[Tq, R, D] from the products [R, T, 3, H, head_dim] of image and text, one tensor or two.
+
+        Args:
+            norms, txt_norms: of q and k of the image, and of a text that attends with it.
+            tokens: how many of a joint product's tokens are the image's.
+            queries: only the first ones attend; None: all.
+        """
         inputs = partial(self._attention_inputs, qkv, norms, txt_norms, tokens)
         q, k, v = inputs()
         recompute = self.model.recompute_qk and not self.model.checkpointing  # which recomputes the whole block
@@ -492,8 +623,10 @@ class _Forward:
         with Recomputed((q, k), lambda: inputs()[:2]) if recompute else nullcontext():
             return _swapped(self.model._attend(q if queries is None else q[:, :, :queries], k, v))
 
-    def _attention_inputs(self, qkv, norms, txt_norms, tokens) -> Sequence[torch.Tensor]:
-        """q, k and v [R, H, T, head_dim]."""
+    def _attention_inputs(
+        self, qkv: list[torch.Tensor], norms: _NormWeights | None, txt_norms: _NormWeights | None, tokens: int
+    ) -> Sequence[torch.Tensor]:
+        """q, k and v [R, H, T, head_dim] of all tokens; see `_attention`."""
         if norms is None:
             joint = qkv[0] if len(qkv) == 1 else torch.cat(list(map(_swapped, qkv))).transpose(0, 1)
             return [t.transpose(1, 2) for t in joint.unbind(2)]
@@ -505,12 +638,14 @@ class _Forward:
         return qk_rms_norm(qkv[0], norms, **text, eps=EPS)
 
 
-def _swapped(x: torch.Tensor | Fp8Tensor):
+@overload
+def _swapped(x: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _swapped(x: Fp8Tensor) -> Fp8Tensor: ...
+@overload
+def _swapped(x: Activations) -> Activations: ...
+def _swapped(x: Activations) -> Activations:
     """Views [R, T, ...] of [T, R, ...] and back."""
     if isinstance(x, Fp8Tensor):
         return Fp8Tensor(x.data.transpose(0, 1), x.scale.transpose(0, 1))
     return x.transpose(0, 1)
-
-
-def _reader(following: _Block | None, stream: str) -> StackedLinear | None:
-    return None if following is None else getattr(following, stream).attention.qkv
