@@ -171,6 +171,19 @@ class ModeCollapse(RedFlag):
         )
 
 
+@dataclass(frozen=True)
+class _Move:
+    """An offset of the images from where they should be, at the start and now."""
+
+    name: str
+    before: float
+    after: float
+
+    @property
+    def growth(self) -> float:
+        return abs(self.after) - abs(self.before)
+
+
 class RewardHacking(RedFlag):
     """The reward rises while images leave the references in ways it does not see (arXiv 2511.20256, figure 1).
 
@@ -193,29 +206,34 @@ class RewardHacking(RedFlag):
     def read(self, metrics, images):
         if images is None or metrics.get("grad_norm") is None:
             return None  # an iteration that does not train the generator says nothing about what training does
-        rewards = self._rewards(metrics)
-        offsets = {name: images.generated[name] - images.reference.get(name, 0.0) for name in IMAGE_STATISTICS}
-        if metrics.get("dino_similarity") is not None:
-            offsets[_DINO_DISTANCE] = 1 - metrics["dino_similarity"]
+        rewards, offsets = self._rewards(metrics), self._offsets(metrics, images)
         now = {name: self.settled(name, value) for name, value in {**rewards, **offsets}.items()}
-        spread = {
-            name: noise(self.record_value(f"{name}, long", rewards[name], self.section.trend_window))
-            for name in rewards
-        }
+        spread = {name: self._spread(name, value) for name, value in rewards.items()}
         if None in now.values():
             return None
         start = self.baseline = self.baseline or now
         gains = {name: (now[name] - start[name]) / spread[name] for name in rewards}
         zero = dict.fromkeys(offsets, 0.0) if images.reference else start
-        growth = {name: abs(now[name] - zero[name]) - abs(start[name] - zero[name]) for name in offsets}
-        best, worst = max(gains, key=gains.get), max(growth, key=growth.get)
-        bad = gains[best] >= self.section.hacking_gain and growth[worst] > self.section.hacking_drift
-        before, after = start[worst] - zero[worst], now[worst] - zero[worst]
+        moves = [_Move(name, start[name] - zero[name], now[name] - zero[name]) for name in offsets]
+        best, worst = max(gains, key=gains.get), max(moves, key=lambda move: move.growth)
+        bad = gains[best] >= self.section.hacking_gain and worst.growth > self.section.hacking_drift
         message = (
-            f"{best} rose by {gains[best]:.1f} times its noise while {worst} went from {before:+.3f} to {after:+.3f} "
-            f"beside the {'references' if images.reference else 'start'}"
+            f"{best} rose by {gains[best]:.1f} times its noise while {worst.name} went from {worst.before:+.3f} to "
+            f"{worst.after:+.3f} beside the {'references' if images.reference else 'start'}"
         )
-        return Reading(growth[worst], self.section.hacking_drift, bad, message)
+        return Reading(worst.growth, self.section.hacking_drift, bad, message)
+
+    def _offsets(self, metrics: Metrics, images: ImageStatistics) -> dict[str, float]:
+        """How far the images are from the references of their prompts, or from zero without references: by name of
+        statistic, signed, and as the mean DINO distance."""
+        offsets = {name: images.generated[name] - images.reference.get(name, 0.0) for name in IMAGE_STATISTICS}
+        if metrics.get("dino_similarity") is not None:
+            offsets[_DINO_DISTANCE] = 1 - metrics["dino_similarity"]
+        return offsets
+
+    def _spread(self, name: str, value: float) -> float:
+        """Noise of the reward `name` from check to check, over the trend's window."""
+        return noise(self.record_value(f"{name}, long", value, self.section.trend_window))
 
     def _rewards(self, metrics: Metrics) -> dict[str, float]:
         """Means of the rewards in training: with several, each by itself, as their normalised sum cannot rise."""
