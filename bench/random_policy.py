@@ -55,9 +55,13 @@ def stock_weights(config: StockConfig, device: torch.device, dtype: torch.dtype,
             torch.set_default_dtype(before)
 
 
-class RandomPolicy(GuidedPolicy):
-    """`advgrpo.policy.base.Policy` over `FusedTransformer`; prompts are any strings, their embeddings are drawn."""
+class RandomPolicy(GuidedPolicy[FusedTransformer]):
+    """`Policy` and `Capturable` (advgrpo/policy/base.py) over `FusedTransformer`.
 
+    Prompts are any strings; their embeddings are drawn.
+    """
+
+    component = "transformer"
     has_merged = True
     prediction_type = "flow_prediction"
 

@@ -28,8 +28,8 @@ from advgrpo.types import Conditioning
 _TEXT_BATCH = 32
 
 
-class DiffusersPolicy(GuidedPolicy):
-    """The `Policy` protocol but for what differs between families: schedule, shape of latents, encoding, the network.
+class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
+    """`Policy` and `Capturable` (base.py) but for what differs between families: schedule, text, the network.
 
     A subclass names its parts, loads the stock module into the attribute called `component`, builds a network over it
     and hands that to `_train`.
@@ -37,7 +37,6 @@ class DiffusersPolicy(GuidedPolicy):
 
     component: str  # the network's folder in the pipeline
     text_parts: tuple[str, ...]  # folders of text encoders and tokenizers
-    network: StockNetwork | FusedNetwork
 
     def __init__(self, model: ModelSection, *, device: torch.device, cache_dir: Path):
         self.model, self.device = model, device

@@ -20,7 +20,7 @@ from diffusers import ModelMixin, SD3Transformer2DModel
 
 from advgrpo.config import ModelSection
 from advgrpo.policy.adapters import FullWeights, LoraAdapters, export_lora, start_state, target_modules
-from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig
+from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig, Weights
 
 
 @dataclass
@@ -67,7 +67,9 @@ class StockNetwork:
     def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> StockPrepared:
         return StockPrepared(text, pooled, timesteps)
 
-    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: str):
+    def predict(
+        self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: Weights
+    ) -> torch.Tensor:
         with self.adapters.disabled() if weights == "base" else contextlib.nullcontext():
             return self.network(
                 latents.to(self.network.dtype),
@@ -85,6 +87,9 @@ class StockNetwork:
 
     def merge(self) -> None:
         """Nothing to merge: sampling runs the trained weights."""
+
+    def merge_error(self) -> None:
+        """Nothing is rounded."""
 
     def load_lora(self, folder: Path) -> None:
         self.adapters.load_lora(folder)
@@ -120,7 +125,7 @@ class FusedNetwork:
     def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> Prepared:
         return self.transformer.prepare(text, pooled, timesteps)
 
-    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: str) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         return self.transformer.predict(latents, step, prepared, weights)
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:

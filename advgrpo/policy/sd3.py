@@ -40,7 +40,7 @@ def check_schedule(scheduler: Mapping[str, Any], path: str) -> None:
 
 
 class SD3Policy(DiffusersPolicy):
-    """The `Policy` protocol for the SD3 family.
+    """`Policy`, `SupervisedTarget` and `Capturable` (base.py) for the SD3 family.
 
     Args:
         fused: run our forward (transformer.py) instead of diffusers'.

@@ -25,7 +25,7 @@ from advgrpo.types import Conditioning
 
 
 class UNetPolicy(DiffusersPolicy):
-    """The `Policy` protocol for SD1.5 and SDXL; `velocity` is the predicted noise ε, levels are ᾱ.
+    """`Policy` and `Capturable` (base.py) for SD1.5 and SDXL; what it predicts is the noise ε, levels are ᾱ.
 
     Raises:
         UserError: a model that does not predict ε, a scheduler whose step is not affine, a UNet of another task, or a

@@ -4,7 +4,9 @@ A graph repeats the launches of one call with the addresses and Python numbers o
 captured function:
 
 - It takes no arguments. What varies lies in tensors that are overwritten in place (`StaticBuffers`, parameters, seeds
-  and counters as device tensors); what it writes that must survive lies in tensors made before the capture.
+  and counters as device tensors); what it writes that must survive lies in tensors made before the capture. What varies
+  and is no tensor is set on the function's owner before the call and is part of the call's key: the form of the
+  prompts (`Sampler._prompts`), a number of images (`DiscriminatorTrainer._total`).
 - It reads nothing on the host (`item`, `tolist`, `nonzero`, boolean masks, `torch.equal`) and makes no tensor from host
   values (`torch.tensor`); a Python number it uses is frozen, so put whatever selects it into the key.
 - Gradients and optimizer state keep their storage: `zero_grad(set_to_none=False)`, a `fused` or `capturable` optimizer.

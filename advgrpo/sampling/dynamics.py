@@ -8,7 +8,7 @@ import torch
 
 from advgrpo.config import Config, RolloutSection, eligible_steps
 from advgrpo.errors import UserError
-from advgrpo.policy.base import Policy
+from advgrpo.policy.base import Generator
 from advgrpo.runtime import rng
 from advgrpo.runtime.transfer import to_device
 from advgrpo_kernels import ddim_coefficients, transition_coefficients
@@ -47,7 +47,9 @@ def check_dynamics(prediction_type: str, dynamics: str) -> None:
         )
 
 
-def step_table(policy: Policy, num_steps: int, window: tuple[int, ...] = (), *, rollout: RolloutSection | None = None):
+def step_table(
+    policy: Generator, num_steps: int, window: tuple[int, ...] = (), *, rollout: RolloutSection | None = None
+) -> StepTable:
     """Deterministic steps (ODE, or DDIM with η = 0) but on `window`, where the rollout's dynamics add noise.
 
     Raises:

@@ -17,39 +17,89 @@ Shapes: P prompts, M images (M >= P), latents [., C, H, W] float32.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any, Generic
 
 import torch
 
-from advgrpo.policy.base import Policy, PreparedPrompts
+from advgrpo.policy.base import Capturable, Generator, P, Prediction, Trainable
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
 from advgrpo.types import Conditioning, WindowStep
 from advgrpo_kernels import GaussianStep, gaussian_step, philox_normal
 
+logger = logging.getLogger(__name__)
+
+
+class _CurrentPrompts(Generic[P]):
+    """The prepared prompts of the step under way: a captured step takes no arguments and finds them here.
+
+    For one that is captured they lie in storage that stays the same for each shape; else they are the ones given.
+    """
+
+    def __init__(self, device: torch.device, storage: Capturable[P] | None):
+        self.storage = storage
+        self._buffers = StaticBuffers(device, static=storage is not None)
+        self._prepared: P | None = None
+
+    def set(self, prepared: P) -> None:
+        if self.storage is None:
+            self._prepared = prepared
+            return
+        self._buffers.reset()
+        for name, tensor in self.storage.prompt_tensors(prepared).items():
+            self._buffers.fill(name, tensor)
+        self._prepared = self.storage.with_prompt_tensors(prepared, self._buffers.tensors)
+
+    def get(self) -> P:
+        if self._prepared is None:
+            raise RuntimeError("no prompts are set")
+        return self._prepared
+
+    def key(self) -> Hashable:
+        """What a capture freezes of them."""
+        return self._buffers.key()
+
 
 @dataclass
-class Sampler:
-    policy: Policy
+class Sampler(Generic[P]):
+    """See the module's docstring.
+
+    Args:
+        policy: what is sampled; merged weights need a `Trainable` one, and graphs a `Capturable` one: another runs
+            eagerly, and says so.
+        merged, window_merged: whether ODE steps and the window's steps run merged weights.
+        graphs: captures the steps; None runs them eagerly.
+        shared_noise: the images of a prompt start from one noise.
+    """
+
+    policy: Generator[P]
     guidance_scale: float
     likelihood: str
     share_prefix: bool
     merged: bool
     window_merged: bool = False
     graphs: GraphBackend | None = None
-    shared_noise: bool = True  # the images of a prompt start from one noise
+    shared_noise: bool = True
 
     def __post_init__(self):
         if self.share_prefix and not self.shared_noise:
             raise ValueError("share_prefix needs shared_noise: images with their own noise have no common prefix")
-        self._inputs = StaticBuffers(self.policy.device, static=self.graphs is not None)
-        self._prompts = StaticBuffers(self.policy.device, static=self.graphs is not None)
-        self._prepared: PreparedPrompts | None = None  # the form of the prompts; their tensors are in `_prompts`
+        self._trainable = self.policy if isinstance(self.policy, Trainable) else None
+        if (self.merged or self.window_merged) and self._trainable is None:
+            raise ValueError(f"merged steps need a Trainable policy, which a {type(self.policy).__name__} is not")
+        storage = self.policy if self.graphs is not None and isinstance(self.policy, Capturable) else None
+        if self.graphs is not None and storage is None:
+            logger.warning("a %s is not Capturable: its sampling steps run eagerly", type(self.policy).__name__)
+        backend = None if storage is None else self.graphs
+        # What the steps below read, since a captured function takes no arguments (runtime/graphs.py).
+        self._inputs = StaticBuffers(self.policy.device, static=storage is not None)
+        self._prompts = _CurrentPrompts(self.policy.device, storage)
         steps = {"ODE step": self._ode_step, "window step": self._window_step, "branching step": self._branching_step}
-        self._steps = {
-            name: CapturedFunction(function, name=name, backend=self.graphs) for name, function in steps.items()
-        }
+        self._steps = {name: CapturedFunction(function, name=name, backend=backend) for name, function in steps.items()}
 
     @property
     def captures(self) -> int:
@@ -80,9 +130,11 @@ class Sampler:
         prompts = self.policy.prepare(conditioning, table.timesteps, guided=self.guidance_scale != 1.0)
         shared, inputs = self.share_prefix, self._inputs
         latents = initial if shared or not self.shared_noise else initial.index_select(0, row)
-        self._set_prompts(prompts if shared else prompts.rows(row))
+        self._prompts.set(prompts if shared else prompts.rows(row))
         inputs.fill("coefficients", table.coefficients)
         if table.window:
+            if image_ids is None:
+                raise ValueError("a window's noise is keyed by image_ids: give them")
             inputs.fill("seed", to_device(torch.tensor([noise_seed]), self.policy.device))
             inputs.fill("image_ids", image_ids)
             inputs.fill("row", row)
@@ -99,53 +151,74 @@ class Sampler:
             if i in table.trained:
                 steps.append(WindowStep(i, before, latents, self._keep(log_prob), shared))
             if shared:
-                self._set_prompts(prompts.rows(row))
+                self._prompts.set(prompts.rows(row))
                 shared = False
         return (latents.index_select(0, row) if shared else self._keep(latents)), steps
 
-    def _set_prompts(self, prepared: PreparedPrompts) -> None:
-        self._prepared = prepared
-        self._prompts.reset()
-        for name, tensor in prepared.tensors().items():
-            self._prompts.fill(name, tensor)
-
-    def _run(self, step: str):
-        """One step; the result may be overwritten by the next."""
+    def _run(self, step: str) -> Any:
+        """What one of the steps returns; the next may overwrite it."""
         return self._steps[step]((self._inputs.key(), self._prompts.key()))
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone() if self._inputs.static else tensor
 
-    def _velocity(self, merged: bool):
-        forward = self.policy.predict_merged if merged else self.policy.predict
-        prepared = self._prepared.with_tensors(self._prompts.tensors)
-        return forward(self._inputs["latents"], self._inputs["step"], prepared)
+    def _predict(self, merged: bool) -> Prediction:
+        """Of the latents, step and prompts that are set."""
+        latents, step, prompts = self._inputs["latents"], self._inputs["step"], self._prompts.get()
+        if not merged:
+            return self.policy.predict(latents, step, prompts)
+        assert self._trainable is not None  # __post_init__ has seen to it
+        return self._trainable.predict_merged(latents, step, prompts)
 
-    def _transition(self, latents, velocity, **options) -> GaussianStep:
+    def _transition(
+        self,
+        latents: torch.Tensor,
+        predicted: Prediction,
+        *,
+        likelihood: str | None,
+        seed: torch.Tensor | None = None,
+        sample_ids: torch.Tensor | None = None,
+    ) -> GaussianStep:
+        """The step that is set, from latents [R, C, H, W] along what was predicted of them; without noise where its
+        coefficients have none.
+
+        Args:
+            likelihood: of the log-probability; None computes none.
+            seed, sample_ids: int64 [1] and [R], keys of the noise.
+        """
         number = self._inputs["step"]
         return gaussian_step(
             latents,
-            velocity[0],
+            predicted[0],
             self._inputs["coefficients"].index_select(0, number)[0],
-            uncond_velocity=velocity[1],
+            uncond_velocity=predicted[1],
             guidance_scale=self.guidance_scale,
             step=number,
-            **options,
+            likelihood=likelihood,
+            seed=seed,
+            sample_ids=sample_ids,
         )
 
     def _ode_step(self) -> torch.Tensor:
-        return self._transition(self._inputs["latents"], self._velocity(self.merged), likelihood=None).next_latents
+        """The next latents, of as many rows."""
+        return self._transition(self._inputs["latents"], self._predict(self.merged), likelihood=None).next_latents
 
-    def _window_step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._noisy(self._inputs["latents"], self._velocity(self.window_merged))
+    def _window_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_noisy`."""
+        return self._noisy(self._inputs["latents"], self._predict(self.window_merged))
 
-    def _branching_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _branching_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The window's first step: one row per prompt goes in, one per image comes out."""
-        row, velocity = self._inputs["row"], self._velocity(self.window_merged)
-        expanded = tuple(v if v is None else v.index_select(0, row) for v in velocity)
-        return self._noisy(self._inputs["latents"].index_select(0, row), expanded)
+        row, (conditional, unconditional) = self._inputs["row"], self._predict(self.window_merged)
+        of_images = None if unconditional is None else unconditional.index_select(0, row)
+        predicted = conditional.index_select(0, row), of_images
+        return self._noisy(self._inputs["latents"].index_select(0, row), predicted)
 
-    def _noisy(self, latents, velocity) -> tuple[torch.Tensor, torch.Tensor]:
+    def _noisy(self, latents: torch.Tensor, predicted: Prediction) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A step of the window from latents [M, C, H, W]: the next ones and their log-probabilities [M].
+
+        None on a CPU, where the step is seen to have no noise: the last one, which settings keep out of a window.
+        """
         seed, ids = self._inputs["seed"], self._inputs["image_ids"]
-        step = self._transition(latents, velocity, seed=seed, sample_ids=ids, likelihood=self.likelihood)
+        step = self._transition(latents, predicted, likelihood=self.likelihood, seed=seed, sample_ids=ids)
         return step.next_latents, step.log_prob

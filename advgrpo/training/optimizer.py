@@ -1,7 +1,8 @@
 """AdamW with gradient clipping and the moving average of the weights, as one step.
 
-A gradient whose norm is not finite changes neither weights nor moments, and the average never sees it. The norm comes
-back as a tensor, so that the fast path waits for the device only when the iteration is logged.
+A gradient whose norm is not finite changes neither weights nor moments, and the average never sees it: the refusal that
+`DeviceAbort` (device_abort.py) counts on. The norm comes back as a tensor, so that the fast path waits for the device
+only when the iteration is logged.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import torch
 
 from advgrpo.config import Config
 from advgrpo.data.references import ReferenceSet
-from advgrpo.policy.base import Policy
+from advgrpo.policy.base import SupervisedTarget
 from advgrpo.runtime import rng
 from advgrpo.runtime.transfer import to_device
 from advgrpo.training.update import Updater
@@ -38,7 +38,7 @@ class SupervisedUpdater:
     nor the size of the micro-batches changes it.
     """
 
-    def __init__(self, policy: Policy, updater: Updater, references: ReferenceSet, config: Config):
+    def __init__(self, policy: SupervisedTarget, updater: Updater, references: ReferenceSet, config: Config):
         self.policy, self.updater, self.references, self.config = policy, updater, references, config
         self._latents: OrderedDict[str, torch.Tensor] = OrderedDict()  # [C, h, w] by content
 

@@ -13,13 +13,14 @@ import torch
 
 from advgrpo.config import Config
 from advgrpo.errors import RunFailure
-from advgrpo.policy.base import Policy, PreparedPrompts, Velocity
+from advgrpo.policy.base import Policy, Prediction, PreparedPrompts
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
+from advgrpo.training.device_abort import DeviceAbort
 from advgrpo.training.ema import Ema
 from advgrpo.training.optimizer import build_optimizer
 from advgrpo.types import MicroBatchRollout, WindowStep
-from advgrpo_kernels import clipped_policy_loss, gaussian_log_prob, gaussian_step
+from advgrpo_kernels import PolicyLoss, clipped_policy_loss, gaussian_log_prob, gaussian_step
 
 
 class LogProbMismatchError(RunFailure):
@@ -47,6 +48,7 @@ class UpdateStats:
         return torch.stack([*totals, *counts]).double()
 
     def max_mismatch(self) -> torch.Tensor:
+        """Scalar float32; 0 before the first pair."""
         return torch.stack(self.mismatch).max() if self.mismatch else torch.zeros((), device=self.device)
 
 
@@ -54,8 +56,8 @@ class Updater:
     """Accumulates gradients over micro-batches, sums them over processes in one flat all-reduce, clips and steps.
 
     Nothing here waits for the device on the fast path. A gradient that is not finite, or a mismatch above the bound,
-    leaves the weights as they are: it makes this and all later gradients of the iteration not finite, which the
-    optimizer refuses; `check` reports it when the iteration is logged.
+    leaves the weights as they are, in this and all later steps of the iteration (`DeviceAbort`); `check` reports it
+    when the iteration is logged.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Updater:
         self.ema = ema or Ema.of(self.named, config.update)
         self.stepper = build_optimizer([p for _, p in self.named], config.update, self.ema, fused=fused)
         self.optimizer = self.stepper.optimizer
-        self._poison = torch.zeros((), device=policy.device)  # 0, or NaN once an iteration went wrong
+        self.abort = DeviceAbort(policy.device)
 
     @torch.no_grad()
     def reweigh(self, micro_batches: Iterable[MicroBatchRollout], table: StepTable) -> torch.Tensor:
@@ -89,13 +91,13 @@ class Updater:
             row = to_device(rollout.micro_batch.row, self.policy.device)
             prompts = self._prepare(rollout, table)
             for step in rollout.steps:
-                latents, velocity = self._expanded(step, self._velocity(step, prompts, row, table), row)
+                latents, predicted = self._expanded(step, self._predict(step, prompts, row, table), row)
                 log_prob = gaussian_log_prob(
                     latents,
-                    velocity[0],
+                    predicted[0],
                     step.next_latents,
                     table.coefficients[step.step],
-                    uncond_velocity=velocity[1],
+                    uncond_velocity=predicted[1],
                     guidance_scale=self._guidance,
                     likelihood=self.config.rollout.likelihood,
                 )
@@ -131,9 +133,11 @@ class Updater:
             for number, step in enumerate(rollout.steps):
                 watched = watch_kl and number == 0 and int(rollout.micro_batch.image_ids[0]) == 0
                 measure_kl = self.config.update.kl_weight > 0 or watched
-                velocity = self._velocity(step, prompts, row, table)
-                loss = self._loss(step, velocity, prompts, row, micro_batch_advantages, table, measure_kl)
-                self._backward(step, velocity, loss, len(row) * weight)
+                predicted = self._predict(step, prompts, row, table)
+                latents, expanded = self._expanded(step, predicted, row)
+                base_mean = self._base_mean(step, latents, prompts, row, table) if measure_kl else None
+                loss = self._loss(step, latents, expanded, micro_batch_advantages, table, base_mean)
+                self._backward(step, predicted, loss, len(row) * weight)
                 self._record(stats, loss, step, measure_kl)
         return stats
 
@@ -149,46 +153,66 @@ class Updater:
         """The same call on the same embeddings as in the rollout, so the same bits."""
         return self.policy.prepare(rollout.conditioning, table.timesteps, guided=self._guidance != 1.0)
 
-    def _velocity(self, step: WindowStep, prompts: PreparedPrompts, row: torch.Tensor, table: StepTable) -> Velocity:
+    def _predict(self, step: WindowStep, prompts: PreparedPrompts, row: torch.Tensor, table: StepTable) -> Prediction:
         """As the rollout computed it: one row per prompt where those are still identical."""
         return self.policy.predict(
             step.latents, table.numbers[step.step], prompts if step.shared else prompts.rows(row)
         )
 
-    def _expanded(self, step: WindowStep, velocity: Velocity, row: torch.Tensor) -> tuple[torch.Tensor, Velocity]:
-        """(latents, velocity), one row per image, detached."""
-        tensors = [None if t is None else t.detach() for t in (step.latents, *velocity)]
-        if step.shared:
-            tensors = [None if t is None else t.index_select(0, row) for t in tensors]
-        return tensors[0], (tensors[1], tensors[2])
+    def _expanded(self, step: WindowStep, predicted: Prediction, row: torch.Tensor) -> tuple[torch.Tensor, Prediction]:
+        """(latents, predicted), one row per image [M, C, H, W], detached."""
 
-    def _loss(self, step, velocity: Velocity, prompts, row, advantages, table: StepTable, measure_kl: bool):
-        coefficients = table.coefficients[step.step]
-        latents, expanded = self._expanded(step, velocity, row)
-        reference_mean = None
-        if measure_kl:
-            with torch.no_grad(), self.policy.disable_adapter():
-                _, base = self._expanded(step, self._velocity(step, prompts, row, table), row)
-            reference_mean = gaussian_step(
-                latents, base[0], coefficients, uncond_velocity=base[1], guidance_scale=self._guidance,
-                noise=torch.zeros_like(latents), likelihood=None, return_mean=True,
-            ).mean  # fmt: skip
+        def of_images(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.detach()
+            return tensor.index_select(0, row) if step.shared else tensor
+
+        conditional, unconditional = predicted
+        guided = None if unconditional is None else of_images(unconditional)
+        return of_images(step.latents), (of_images(conditional), guided)
+
+    def _base_mean(
+        self, step: WindowStep, latents: torch.Tensor, prompts: PreparedPrompts, row: torch.Tensor, table: StepTable
+    ) -> torch.Tensor | None:
+        """[M, C, H, W] where the frozen base would go on average from the latents [M, C, H, W]."""
+        with torch.no_grad(), self.policy.disable_adapter():
+            _, base = self._expanded(step, self._predict(step, prompts, row, table), row)
+        return gaussian_step(
+            latents, base[0], table.coefficients[step.step], uncond_velocity=base[1], guidance_scale=self._guidance,
+            noise=torch.zeros_like(latents), likelihood=None, return_mean=True,
+        ).mean  # fmt: skip
+
+    def _loss(
+        self,
+        step: WindowStep,
+        latents: torch.Tensor,
+        predicted: Prediction,
+        advantages: torch.Tensor,
+        table: StepTable,
+        base_mean: torch.Tensor | None,
+    ) -> PolicyLoss:
+        """Of M images, with its gradient by what was predicted.
+
+        Args:
+            latents, predicted: [M, C, H, W] of `_expanded`.
+            advantages: [M], before clipping.
+            base_mean: [M, C, H, W] of `_base_mean`; None measures no KL.
+        """
         clip = self.config.advantage.clip
         if step.weight is not None:  # weights scale the clipped advantage, so the kernel's own bound is wider
             advantages, clip = advantages.clamp(-clip, clip) * step.weight, clip * self.config.update.importance_cap
         return clipped_policy_loss(
             latents,
-            expanded[0],
+            predicted[0],
             step.next_latents,
-            coefficients,
+            table.coefficients[step.step],
             step.log_prob,
             advantages,
             clip_range=self.config.update.clip_range,
             adv_clip=clip,
-            uncond_velocity=expanded[1],
+            uncond_velocity=predicted[1],
             guidance_scale=self._guidance,
             likelihood=self.config.rollout.likelihood,
-            reference_mean=reference_mean,
+            reference_mean=base_mean,
             kl_weight=self._kl_weight(table.lengths[step.step]),
         )
 
@@ -197,12 +221,19 @@ class Updater:
         update = self.config.update
         return update.kl_weight * (length if update.kl_variance == "unit_time" else 1.0)
 
-    def _backward(self, step: WindowStep, velocity: Velocity, loss, weight: float) -> None:
-        """The loss's closed-form gradient by the velocities, through the network. No graph is built for the glue."""
+    def _backward(self, step: WindowStep, predicted: Prediction, loss: PolicyLoss, weight: float) -> None:
+        """The loss's closed-form gradient by the predictions, through the network. No graph is built for the glue.
+
+        Args:
+            predicted: what the network gave, [M, C, H, W], or [P, C, H, W] where the step is shared.
+            weight: of the micro-batch's mean loss in the minibatch's.
+        """
         outputs, gradients = [], []
-        for output, gradient in zip(velocity, (loss.velocity_grad, loss.uncond_velocity_grad)):
+        for output, gradient in zip(predicted, (loss.velocity_grad, loss.uncond_velocity_grad)):
             if output is None:
                 continue
+            if gradient is None:
+                raise RuntimeError("the loss has no gradient: nothing that was predicted requires one")
             gradient = gradient * weight
             if step.shared:  # images of a prompt lie next to each other: a sum in fixed order
                 gradient = gradient.unflatten(0, (len(output), -1)).sum(1)
@@ -214,7 +245,7 @@ class Updater:
     def _guidance(self) -> float:
         return self.config.rollout.guidance_scale
 
-    def _record(self, stats: UpdateStats, loss, step: WindowStep, measured_kl: bool) -> None:
+    def _record(self, stats: UpdateStats, loss: PolicyLoss, step: WindowStep, measured_kl: bool) -> None:
         rows = len(loss.log_prob)
         stats.pairs += rows
         stats.loss.append(loss.loss.detach() * rows)
@@ -228,18 +259,26 @@ class Updater:
     def step(self, mismatch: torch.Tensor | None = None) -> torch.Tensor:
         """Sum gradients over processes, clip, step; returns the gradient norm before clipping, on the device.
 
-        `mismatch` is this process's, where no step was taken since the rollout: above update.max_log_prob_mismatch it
-        makes the gradient NaN, on every process, and nothing is stepped.
+        `mismatch` is this process's, where no step was taken since the rollout: above update.max_log_prob_mismatch the
+        iteration's update is called off, on every process.
         """
         if mismatch is not None:
-            above = ~(mismatch <= self.config.update.max_log_prob_mismatch)
-            self._poison.copy_(torch.where(above, torch.nan, 0.0))
-        gradients = [p.grad for _, p in self.named]
-        gradients[0].add_(self._poison)
+            self.abort.begin(~(mismatch <= self.config.update.max_log_prob_mismatch))
+        gradients = self._gradients()
+        self.abort.spoil(gradients)
         self.reduce(gradients)
         norm = self.stepper.step()
-        self._poison.add_(norm * 0.0)  # NaN for a norm that is not finite
+        self.abort.watch(norm)
         return norm
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Of every trainable parameter, in order."""
+        found = []
+        for name, parameter in self.named:
+            if parameter.grad is None:
+                raise RuntimeError(f"{name} has no gradient: accumulate a minibatch first")
+            found.append(parameter.grad)
+        return found
 
     def check(self, mismatch: float, norms: list[float], iteration: int) -> None:
         """Raise what stopped the optimizer, with the values the log has just read.
@@ -264,8 +303,8 @@ class Updater:
 
     def _worst(self) -> str:
         """The first layer whose gradient is not finite."""
-        for name, parameter in self.named:
-            wrong = (~torch.isfinite(parameter.grad)).flatten().nonzero()
+        for (name, _), gradient in zip(self.named, self._gradients(), strict=True):
+            wrong = (~torch.isfinite(gradient)).flatten().nonzero()
             if len(wrong):
                 return self.policy.element_name(name, int(wrong[0]))
         return "the sum"

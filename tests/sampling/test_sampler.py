@@ -1,7 +1,7 @@
 """The sampler's steps as captured graphs, on the emulated backend: same bits, live weights, no re-capture.
 
 Bugs planted in a copy, each seen red: results of a replay kept without a copy; one step's coefficients for all; prompts
-not expanded after the branch; shapes left out of the key.
+not expanded after the branch; shapes left out of the key; static storage for a policy that has none.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from advgrpo.policy.base import Capturable, Generator, Trainable
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
@@ -134,3 +135,49 @@ def test_averages_and_a_loaded_lora_are_seen_by_captured_graphs(policy, unit_con
     move_weights(policy, 2)
     policy.network.load_lora(tmp_path / "lora")
     assert_same(rollout(captured, unit_config, seed=9, window=(1, 2)), own)
+
+
+class OnlyGenerates:
+    """What `Generator` asks of a policy and nothing beyond: what a new family of models has to write."""
+
+    def __init__(self, policy: SD3Policy):
+        self._own = policy
+
+    def __getattr__(self, name: str):
+        if name not in {*Generator.__annotations__, *vars(Generator)}:
+            raise AttributeError(name)
+        return getattr(self._own, name)
+
+
+def test_a_generator_alone_is_sampled_and_a_graph_backend_leaves_it_eager_and_says_so(policy, unit_config, caplog):
+    table = step_table(policy, 4, (1, 2), rollout=unit_config.rollout)
+    results, text = [], policy.encode(PROMPTS)
+    alone, backend = OnlyGenerates(policy), EmulatedGraphs()
+    assert not isinstance(alone, (Trainable, Capturable))
+    assert isinstance(policy, Trainable)
+    assert isinstance(policy, Capturable)
+    for given, graphs in ((policy, None), (alone, None), (alone, backend)):
+        caplog.clear()
+        sampler = Sampler(given, 1.7, "squared_error", share_prefix=True, merged=False, graphs=graphs)
+        assert ("OnlyGenerates is not Capturable" in caplog.text) == (graphs is not None)
+        for seed in range(4):
+            initial = sampler.initial_latents(seed, torch.arange(2))
+            ids = torch.arange(6) + 10 * seed
+            results.append(sampler.run(table, text, initial, ROW, noise_seed=seed, image_ids=ids))
+        assert sampler.captures == 0
+    for number, result in enumerate(results):
+        assert_same(result, results[number % 4])
+
+
+@pytest.mark.parametrize("where", ["merged", "window_merged"])
+def test_merged_steps_are_refused_where_nothing_can_be_merged(policy, where):
+    merged = {"merged": False, **{where: True}}
+    with pytest.raises(ValueError, match="need a Trainable policy, which a OnlyGenerates is not"):
+        Sampler(OnlyGenerates(policy), 1.0, "gaussian", share_prefix=True, **merged)
+
+
+def test_a_window_without_image_ids_is_refused(policy, unit_config):
+    sampler = make_sampler(policy)
+    table = step_table(policy, 4, (1,), rollout=unit_config.rollout)
+    with pytest.raises(ValueError, match="image_ids"):
+        sampler.run(table, policy.encode(PROMPTS), sampler.initial_latents(0, torch.arange(2)), ROW)
