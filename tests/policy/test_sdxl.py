@@ -260,7 +260,7 @@ def test_only_the_windows_steps_are_noisy_and_never_the_last(settings):
     with pytest.raises(UserError, match=r"within 0\.\.8 \(num_steps = 10, dynamics ddim\)"):
         config.check(settings, 1)
     settings.rollout.window.steps, settings.rollout.eta = (8,), 1.2
-    with pytest.raises(UserError, match=r"rollout\.noise_level = 1\.2: ddim wants at most 1"):
+    with pytest.raises(UserError, match=r"rollout\.eta = 1\.2: ddim wants at most 1"):
         config.check(settings, 1)
 
 
