@@ -3,7 +3,8 @@
     from advgrpo import Config, train
     result = train(Config.load("tiny", {"iterations": 20}))
 
-`train`, `evaluate` and `generate` are described in `advgrpo.api`; importing this package imports no torch.
+`evaluate` and `generate` beside it. They do what the commands do, with the same settings, checks and errors, as often
+as you like in one process. Importing this package imports no torch.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from advgrpo.api import Result, evaluate, generate, train
     from advgrpo.config import Config
+    from advgrpo.evaluate import evaluate
+    from advgrpo.generate import generate
+    from advgrpo.train import Result, train
     from advgrpo.training.callbacks import Callback
 
 __version__ = "0.1.0"
 __all__ = ["Callback", "Config", "Result", "__version__", "evaluate", "generate", "train"]
 
-_HOMES = {"Callback": "advgrpo.training.callbacks", "Config": "advgrpo.config", "Result": "advgrpo.api"}
+_HOMES = {"Callback": "advgrpo.training.callbacks", "Config": "advgrpo.config", "Result": "advgrpo.train"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -20,6 +21,9 @@ from advgrpo.errors import RunFailure, UserError
 from advgrpo.runtime.callable_module import make_callable
 from advgrpo.runtime.command import run_command
 from advgrpo.sampling.drawing import Drawn, DrawOptions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -138,6 +142,45 @@ def draw_images(options: Generate, *, write: bool = True) -> dict[str, torch.Ten
         draw_grid(rows, options.output)
         print(f"wrote {options.output}")
     return {name: torch.stack(images) for name, images in columns.items()}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images of some prompts."""
+
+    prompts: list[str]
+    images: dict[str, torch.Tensor]  # "base", "lora": [prompts, images_per_prompt, 3, H, W] float32 in [0, 1]
+
+    def grid(self) -> Image:
+        """One picture of all of them, a row per prompt."""
+        from advgrpo.reporting.plots import grid_image
+
+        return grid_image(
+            [(prompt, [(name, of[i]) for name, of in self.images.items()]) for i, prompt in enumerate(self.prompts)]
+        )
+
+
+def generate(
+    prompts: str | Sequence[str], *, lora: str | Path = "", output: str | Path | None = None, **options: Any
+) -> Drawing:
+    """Images of a base model, a trained LoRA, or both from the same noise.
+
+    Args:
+        prompts: one, or several.
+        lora: folder of a LoRA; "" draws the base model.
+        output: image file for the grid; None writes none.
+        options: the other flags of `python -m advgrpo.generate`, by name: base, model, seed, images_per_prompt, ...
+
+    Raises:
+        UserError: an unknown option, or whatever is wrong with files and models.
+        RunFailure: an image is not finite.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    given = {**options, "prompt": tuple(prompts), "lora": str(lora)}
+    if output is not None:
+        given["output"] = Path(output)
+    images = draw_images(configuration.options_of(Generate, given), write=output is not None)
+    return Drawing(prompts, images)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,10 +9,13 @@ python -m advgrpo.train --output-dir runs/a --resume auto   # start or continue
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from advgrpo import config as configuration
 from advgrpo.config import Config
@@ -22,9 +25,67 @@ from advgrpo.runtime.command import plain_console, run_command
 from advgrpo.runtime.libraries import quiet_libraries
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from advgrpo.training.callbacks import Callback
     from advgrpo.training.resuming import Resume
 
 _INTERRUPTED = "interrupted; the last checkpoint, if there is one, is what --resume continues from"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training leaves."""
+
+    folder: Path  # the output folder, with samples/, curves.png, checkpoints/ and what follows
+    lora: Path | None  # what `evaluate`, `generate` and stock diffusers load; None after full fine-tuning
+    metrics: list[dict[str, Any]]  # one dictionary per iteration, as in metrics.jsonl
+    summary: dict[str, Any]  # summary.json: held-out metrics before and after, speed, versions; {} where it was stopped
+    stopped: str  # why it ended early; "" where it did not
+
+
+def train(
+    config: Config | None = None,
+    *,
+    callbacks: Iterable[Callback] = (),
+    resume: Literal["auto"] | bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Train, from the first iteration or from a checkpoint in `config.output_dir`.
+
+    Args:
+        config: `Config.load(...)`; None is the embedded tiny run.
+        callbacks: told of iterations, evaluations and checkpoints; one can end the run.
+        resume: True goes on from the newest checkpoint, as if the run had never stopped; "auto" does so where there is
+            one.
+        console: where progress goes; None prints it, `Console(quiet=True)` does not.
+
+    Returns:
+        The result; the same on every process, but that only process 0's has metrics and summary.
+
+    Raises:
+        UserError: whatever is wrong with settings, files or models, before any work.
+        RunFailure: the training went wrong; the state of the last whole iteration is saved.
+    """
+    from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
+    from advgrpo.runtime.distributed import Distributed
+    from advgrpo.training.resuming import SUMMARY_FILE
+    from advgrpo.training.run import Run
+
+    config = Config.load() if config is None else config
+    distributed = Distributed.start(config.device, timeout_seconds=config.collective_timeout)
+    console = plain_console(quiet=not distributed.is_main) if console is None else console
+    folder = Path(config.output_dir)
+    try:
+        with distributed.guard():
+            run = Run(config, distributed, resume=resume, console=console, callbacks=callbacks)
+            run.train()
+            rows = load_metrics(folder / METRICS_FILE) if distributed.is_main else []
+            summary = folder / SUMMARY_FILE
+            found = json.loads(summary.read_text()) if distributed.is_main and summary.exists() else {}
+    finally:
+        distributed.close()
+    return Result(folder, folder / "lora" if config.model.train == "lora" else None, rows, found, run.stopped)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, Start]:

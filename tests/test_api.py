@@ -140,7 +140,7 @@ def test_settings_lie_over_the_file_and_the_file_over_the_preset(tmp_path):
 
 
 def test_the_names_are_callable_whoever_imports_what_first():
-    import advgrpo.evaluate.__main__
+    import advgrpo.evaluate
     import advgrpo.generate
     import advgrpo.train
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from advgrpo.config import Config
 from advgrpo.data.references import ReferenceSet
 from advgrpo.data.sources import Sources
-from advgrpo.evaluate.statistics import Interval, t_interval
+from advgrpo.evaluation.statistics import Interval, t_interval
 from advgrpo.experiments.plan import ARMS, DISTANCES, EXPERIMENTS, REFERENCE_METRICS, Claim, Job
 from advgrpo.experiments.runs import Finished, Plan
 from advgrpo.monitor.image_statistics import image_statistics

@@ -12,7 +12,7 @@ from advgrpo.adversary.reference_features import ReferenceFeatures
 from advgrpo.config import NEED_REFERENCES, Config
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
-from advgrpo.evaluate.evaluator import ImageStatistic
+from advgrpo.evaluation.evaluator import ImageStatistic
 from advgrpo.monitor.monitor import NOT_JUDGED, RED_FLAGS
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.loading import load_policy

@@ -22,7 +22,7 @@ from advgrpo.config import Config
 from advgrpo.data.prompt_lengths import cut_prompts
 from advgrpo.data.sources import Sources
 from advgrpo.errors import RunFailure, UserError
-from advgrpo.evaluate.evaluator import Evaluator
+from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.plan.memory import advice
 from advgrpo.policy.pipelines import pipeline_folder
 from advgrpo.reporting.display import Display

@@ -56,7 +56,7 @@ def prepare() -> dict[str, object]:
     importlib.import_module("advgrpo.training.preflight")
     for kind in (diffusers.ModelMixin, diffusers.DiffusionPipeline, transformers.PreTrainedModel):
         watch(kind, "from_pretrained", "loading")
-    evaluation = importlib.import_module("advgrpo.evaluate.evaluator")
+    evaluation = importlib.import_module("advgrpo.evaluation.evaluator")
     watch(evaluation.Evaluator, "images", "work")
     watch(importlib.import_module("advgrpo.training.trainer").Trainer, "iterate", "work")
     watch(importlib.import_module("advgrpo.references.builder").ReferenceBuilder, "build", "work")

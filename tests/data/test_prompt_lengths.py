@@ -15,7 +15,7 @@ from rich.console import Console
 from advgrpo import config
 from advgrpo.data.prompt_lengths import cut_prompts
 from advgrpo.data.sources import Sources, shipped_path
-from advgrpo.evaluate.__main__ import main as evaluate
+from advgrpo.evaluate import main as evaluate
 from advgrpo.generate import main as generate
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.references.__main__ import main as references

@@ -18,7 +18,7 @@ from rich.console import Console
 from advgrpo import config
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
-from advgrpo.evaluate.__main__ import lora_section
+from advgrpo.evaluate import lora_section
 from advgrpo.generate import main as generate
 from advgrpo.policy.adapters import target_modules
 from advgrpo.policy.loading import load_policy

@@ -20,7 +20,7 @@ from rich.console import Console
 from advgrpo import config
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
-from advgrpo.evaluate.__main__ import main as evaluate
+from advgrpo.evaluate import main as evaluate
 from advgrpo.policy import text_cache
 from advgrpo.policy.text_cache import TextCache
 from advgrpo.reporting.display import Display

@@ -15,7 +15,7 @@ import torch
 from advgrpo.config import Config
 from advgrpo.config.checks import IMAGE_STATISTICS
 from advgrpo.data.references import ReferenceSet
-from advgrpo.evaluate.statistics import t_interval
+from advgrpo.evaluation.statistics import t_interval
 from advgrpo.monitor.image_statistics import image_statistics
 from advgrpo.policy.base import Policy
 from advgrpo.reporting.display import Display

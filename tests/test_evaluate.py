@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from advgrpo import config, tiny
 from advgrpo.errors import UserError
-from advgrpo.evaluate.__main__ import Evaluate, main, metric_options, split_metric_options
-from advgrpo.evaluate.evaluator import Evaluator
-from advgrpo.evaluate.statistics import bootstrap_mean, paired_bootstrap
+from advgrpo.evaluate import Evaluate, main, metric_options, split_metric_options
+from advgrpo.evaluation.evaluator import Evaluator
+from advgrpo.evaluation.statistics import bootstrap_mean, paired_bootstrap
 from advgrpo.monitor.image_statistics import image_statistics
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.rewards import REWARDS, build_reward, reward_class
@@ -134,7 +134,7 @@ def test_base_beside_a_lora_is_the_base_alone(unit, tmp_path):
 
 
 def test_a_lora_without_metadata_has_alpha_equal_to_rank(unit, tmp_path):
-    from advgrpo.evaluate.__main__ import lora_section
+    from advgrpo.evaluate import lora_section
 
     folder, pipeline = unit
     section = lora_section(folder / "one", Path(pipeline))

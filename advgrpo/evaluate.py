@@ -30,11 +30,12 @@ from advgrpo.data.prompts import load_prompts
 from advgrpo.data.references import ReferenceSet
 from advgrpo.data.sources import Sources, metadata_of, shipped_path
 from advgrpo.errors import UserError
-from advgrpo.evaluate.statistics import Comparison, Interval, bootstrap_mean, paired_bootstrap
+from advgrpo.evaluation.statistics import Comparison, Interval, bootstrap_mean, paired_bootstrap
 from advgrpo.reporting.display import Display
 from advgrpo.reporting.plots import draw_grid
 from advgrpo.rewards import REWARDS, build_reward, prompt_options
 from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.callable_module import make_callable
 from advgrpo.runtime.command import plain_console, run_command
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.folders import writable
@@ -43,7 +44,7 @@ from advgrpo.sampling.drawing import DrawOptions
 from advgrpo.tiny import WORLDS
 
 if TYPE_CHECKING:  # diffusers and transformers are loaded once the flags are right and their notices silenced
-    from advgrpo.evaluate.evaluator import Evaluator
+    from advgrpo.evaluation.evaluator import Evaluator
     from advgrpo.rewards.base import Reward
 
 _OPTION = "--metric-options."
@@ -203,7 +204,7 @@ def build_metrics(
         own: see `own_metrics`.
         size: side of the images, on which custom rewards are tried out.
     """
-    from advgrpo.evaluate.evaluator import ImageStatistic
+    from advgrpo.evaluation.evaluator import ImageStatistic
     from advgrpo.rewards.custom import CustomReward
 
     own, built = own or {}, {}
@@ -285,7 +286,7 @@ def load_model(
     options: Evaluate, settings: Config, prompts: list[str], distributed: Distributed, display: Display
 ) -> Evaluator:
     """Draws images of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
-    from advgrpo.evaluate.evaluator import Evaluator
+    from advgrpo.evaluation.evaluator import Evaluator
     from advgrpo.policy.loading import load_policy
     from advgrpo.training.build import encode_prompts
     from advgrpo.training.fast import FastPaths
@@ -450,6 +451,37 @@ def evaluate_models(options: Evaluate, flags: MetricOptions, console: Console) -
     return Evaluation(results, found)
 
 
+def evaluate(
+    lora: str | Path = "",
+    *,
+    metrics: Sequence[str],
+    output: str | Path,
+    metric_options: Mapping[str, Mapping[str, Any]] | None = None,
+    console: Console | None = None,
+    **options: Any,
+) -> dict[str, Result]:
+    """Score a model's images, and compare it with a second one on the same noise.
+
+    Args:
+        lora: folder of a LoRA, such as `Result.lora`; "" scores the base model.
+        metrics: names, such as ["rule", "dino_similarity"].
+        output: folder for evaluation.json and grid.png.
+        metric_options: options by metric, such as {"aesthetic": {"head": "head.safetensors"}}.
+        console: where progress and the table go; None prints them.
+        options: the other flags of `python -m advgrpo.evaluate`, by name: model, against, prompts, seed, ...
+
+    Returns:
+        By metric, means with intervals over prompts, and with `against` the difference and the win rate.
+
+    Raises:
+        UserError: an unknown option or metric, or whatever is wrong with files and models.
+    """
+    names = {"metrics": ",".join(metrics), "output": Path(output), "lora": str(lora)}
+    given = configuration.options_of(Evaluate, {**options, **names})
+    own = {name: dict(each) for name, each in (metric_options or {}).items()}
+    return evaluate_models(given, own, plain_console() if console is None else console).results
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes of `command.run_command`."""
     return run_command(_evaluate, arguments)
@@ -465,3 +497,5 @@ def _evaluate(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+make_callable(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from advgrpo.evaluate.statistics import bootstrap_mean, paired_bootstrap, t_interval, t_quantile
+from advgrpo.evaluation.statistics import bootstrap_mean, paired_bootstrap, t_interval, t_quantile
 
 
 def normal(*shape, seed=0):

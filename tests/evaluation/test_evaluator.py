@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from advgrpo.config import Config
-from advgrpo.evaluate.evaluator import Evaluator
+from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.reporting.display import Display
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 

@@ -1,0 +1,1 @@
+"""Held-out metrics on fixed noise, and the intervals they are reported with."""
