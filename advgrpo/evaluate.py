@@ -300,7 +300,17 @@ def load_model(
         fused=FastPaths.choose(settings, device).fused,
     )
     encode_prompts(policy, ["", *prompts], cache, display, distributed)
-    evaluator = Evaluator(policy, None, None, prompts, settings, distributed, display)
+    evaluator = Evaluator(
+        policy,
+        None,
+        None,
+        prompts,
+        settings.evaluation,
+        settings.rollout.micro_batch,
+        settings.seed,
+        distributed,
+        display,
+    )
     return evaluator if settings.model.lora.start_from else evaluator.base()
 
 
@@ -310,7 +320,7 @@ def score_model(
 ) -> Scores:
     """Every metric of every image; an image that cannot be scored is an error, never a number."""
     count = len(evaluator.prompts)
-    at_once = max(1, evaluator.config.rollout.micro_batch // per_prompt)
+    at_once = max(1, evaluator.micro_batch // per_prompt)
     scores = {name: torch.empty(count, per_prompt, dtype=torch.float64) for name in metrics}
     with display.steps("drawing and scoring", count) as tell:
         for start in range(0, count, at_once):

@@ -18,8 +18,10 @@ from advgrpo.adversary.build import build_adversary
 from advgrpo.config import Config
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.graphs import CudaGraphs, GraphBackend
-from advgrpo.sampling.dynamics import StepTable, step_table, window_steps
+from advgrpo.sampling.dynamics import StepTable, window_steps
+from advgrpo.training.build import build_trainer
 from advgrpo.training.fast import FastPaths
+from advgrpo.training.policy_gradient import PolicyGradient
 from advgrpo.training.scoring import Scorer
 from advgrpo.training.trainer import Trainer
 
@@ -57,12 +59,14 @@ FULL_SETTINGS = {
 
 @dataclass
 class Contenders:
+    config: Config
     trainer: Trainer
     baseline: Baseline
 
     @property
-    def config(self) -> Config:
-        return self.trainer.config
+    def objective(self) -> PolicyGradient:
+        """Our parts, which are timed apart."""
+        return self.trainer.objective
 
     @property
     def device(self) -> torch.device:
@@ -70,19 +74,19 @@ class Contenders:
 
     @property
     def window(self) -> tuple[int, ...]:
-        return window_steps(self.config, 0)
+        return window_steps(self.config.rollout, self.config.seed, 0)
 
     @property
     def prompts(self) -> list[str]:
         """One per group, those of our iteration 0."""
-        return [self.trainer.prompts[i] for i in self.trainer.groups.next(0)]
+        return self.objective.micro_batches.prompts_of(0)
 
     @property
     def images(self) -> int:
         return self.config.images_per_iteration
 
     def table(self) -> StepTable:
-        return step_table(self.trainer.policy, self.config.rollout.num_steps, self.window, rollout=self.config.rollout)
+        return self.objective.table(0)
 
 
 def tiny(folder: Path, device: str, **changes: dict) -> Contenders:
@@ -104,10 +108,12 @@ def tiny(folder: Path, device: str, **changes: dict) -> Contenders:
         rank=config.model.lora.rank,
         alpha=config.model.lora.alpha,
     )
-    own = trainer.scorer.references
+    own = trainer.objective.scorer.references
     return Contenders(
+        config,
         trainer,
         _baseline(
+            config,
             trainer,
             stock,
             lambda latents: DiffusersPolicy.decode(policy, latents),
@@ -160,31 +166,36 @@ def random(
         graphs=graphs is not None,
         table=(),
     )
-    trainer = Trainer(
-        config,
-        policy=policy,
-        scorer=Scorer(config, adversary, references, rewards={}, references=None, observer=None, distributed=place),
-        prompts=[f"prompt {i}" for i in range(8)],
+    scorer = Scorer(
+        rollout=config.rollout,
+        seed=config.seed,
+        adversary=adversary,
+        reference_features=references,
+        rewards={},
+        weights=config.rewards.sections(),
+        references=None,
+        observer=None,
         distributed=place,
-        fast=fast,
-        graphs=graphs,
     )
+    prompts = [f"prompt {i}" for i in range(8)]
+    trainer = build_trainer(config, policy, prompts, None, lambda: scorer, place, fast, graphs)
     lora = config.model.lora
     stock = stock_transformer(
         size.transformer, policy.stock.state_dict(), policy.lora.state_dict(), rank=lora.rank, alpha=lora.alpha
     )
-    return Contenders(trainer, _baseline(trainer, stock, policy.reference_decoder.images, references.images))
+    theirs = _baseline(config, trainer, stock, policy.reference_decoder.images, references.images)
+    return Contenders(config, trainer, theirs)
 
 
-def _baseline(trainer: Trainer, stock, decode, references) -> Baseline:
+def _baseline(config: Config, trainer: Trainer, stock, decode, references) -> Baseline:
     return baseline_of(
-        trainer.config,
+        config,
         transformer=stock,
         policy=trainer.policy,
         decode=decode,
-        adversary=trainer.adversary,
+        adversary=trainer.objective.scorer.adversary,
         references=references,
-        prompts=trainer.prompts,
+        prompts=trainer.objective.micro_batches.prompts,
     )
 
 

@@ -37,15 +37,16 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def same_micro_batch(c: Contenders) -> tuple[MicroBatchRollout, torch.Tensor, MicroBatch]:
     """The iteration's first micro-batch by our sampler (and its last latents), and by B0 from the same noise."""
     trainer, table, seed = c.trainer, c.table(), c.config.seed
-    micro_batch = trainer.micro_batches(0)[0]
+    micro_batch = c.objective.micro_batches.of(0)[0]
     row, ids = micro_batch.row.to(c.device), micro_batch.image_ids.to(c.device)
-    shared = trainer.sampler.shared_noise
+    sampler = c.objective.sampler
+    shared = sampler.shared_noise
     owners = micro_batch.prompt_groups if shared else micro_batch.image_ids
-    initial = trainer.sampler.initial_latents(rng.derive_seed(seed, "initial_noise", 0), owners)
+    initial = sampler.initial_latents(rng.derive_seed(seed, "initial_noise", 0), owners)
     noise_seed = rng.derive_seed(seed, "step_noise", 0)
     trainer.policy.merge()
     text = trainer.policy.encode(micro_batch.prompts)
-    latents, steps = trainer.sampler.run(table, text, initial, row, noise_seed=noise_seed, image_ids=ids)
+    latents, steps = sampler.run(table, text, initial, row, noise_seed=noise_seed, image_ids=ids)
     shape = (len(ids), *trainer.policy.latent_shape())
     noise = {i: philox_normal(shape, seed=noise_seed, sample_ids=ids, step=i, device=c.device) for i in c.window}
     theirs = c.baseline.sampler(
@@ -86,7 +87,7 @@ def check_update(c: Contenders, allowed: float) -> Check:
 
 def check_adversary(c: Contenders, allowed: float) -> Check:
     """Backbone features of the same images, rewards and the head's loss on the same patches."""
-    adversary, b0, side = c.trainer.scorer.adversary, c.baseline, c.config.adversary.image_size
+    adversary, b0, side = c.objective.scorer.adversary, c.baseline, c.config.adversary.image_size
     images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0)).to(c.device)
     ours, theirs = adversary.features(images, [""] * 4), b0.features(images)
     ids = torch.arange(4, device=c.device)

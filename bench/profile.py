@@ -106,12 +106,12 @@ def idle_share(events: list[dict]) -> float:
 
 def trajectory(c: Contenders) -> Callable[[], object]:
     """One micro-batch's sampling, from noise to latents, as the trainer calls it."""
-    trainer, table = c.trainer, c.table()
-    micro_batch = trainer.micro_batches(0)[0]
-    initial = trainer.sampler.initial_latents(1, micro_batch.prompt_groups)
-    conditioning = trainer.policy.encode(micro_batch.prompts)
+    ours, policy, table = c.objective, c.trainer.policy, c.table()
+    micro_batch = ours.micro_batches.of(0)[0]
+    initial = ours.sampler.initial_latents(1, micro_batch.prompt_groups)
+    conditioning = policy.encode(micro_batch.prompts)
     row, ids = micro_batch.row.to(c.device), micro_batch.image_ids.to(c.device)
-    return lambda: trainer.sampler.run(table, conditioning, initial, row, noise_seed=1, image_ids=ids)
+    return lambda: ours.sampler.run(table, conditioning, initial, row, noise_seed=1, image_ids=ids)
 
 
 def run(args: argparse.Namespace) -> Report:

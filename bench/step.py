@@ -64,14 +64,14 @@ class Unit:
 
 def units(c: Contenders, *, share_prefix: bool = True) -> dict[str, Unit]:
     """What is timed; rollouts that adversary and update start from are made here, once."""
-    trainer, b0, table = c.trainer, c.baseline, c.table()
-    rollout = trainer.rollout(table, 0)
-    scored = trainer.scorer.score(rollout, 0)
+    ours, b0, table = c.objective, c.baseline, c.table()
+    rollout = ours.rollout(table, 0)
+    scored = ours.scorer.score(rollout, 0)
     micro_batches = b0.rollout(c.prompts, c.window)
     advantages = b0.advantages(b0.score(micro_batches)[2])
 
     def our_adversary():
-        trainer.train_discriminator(rollout, trainer.scorer.score(rollout, 0), 0)
+        ours.train_discriminator(rollout, ours.scorer.score(rollout, 0), 0)
 
     def their_adversary():
         generated, reference, *_ = b0.score(micro_batches)
@@ -79,20 +79,20 @@ def units(c: Contenders, *, share_prefix: bool = True) -> dict[str, Unit]:
         b0.remember(generated)
 
     def sides(run: Callable[..., object]) -> dict[str, Callable[[], object] | None]:
-        own, prefix = partial(run, c.prompts, c.window), trainer.sampler.shared_noise and c.window[0] > 0
+        own, prefix = partial(run, c.prompts, c.window), ours.sampler.shared_noise and c.window[0] > 0
         return {"baseline": own, "shared": partial(own, share_prefix=True) if share_prefix and prefix else None}
 
     images = "images/s"
     return {
-        "sampler": Unit(ours=lambda: trainer.rollout(table, 0), amount=c.images, unit=images, **sides(b0.rollout)),
+        "sampler": Unit(ours=lambda: ours.rollout(table, 0), amount=c.images, unit=images, **sides(b0.rollout)),
         "adversary": Unit(our_adversary, their_adversary, c.images, images),
         "update": Unit(
-            lambda: trainer.update(rollout, scored, table),
+            lambda: ours.update(rollout, scored, table, c.trainer.begin(0)),
             lambda: b0.update(micro_batches, advantages),
             c.images,
             images,
         ),
-        "iteration": Unit(ours=trainer.iterate, amount=1, unit="iterations/s", **sides(b0.iteration)),
+        "iteration": Unit(ours=c.trainer.iterate, amount=1, unit="iterations/s", **sides(b0.iteration)),
     }
 
 
@@ -124,7 +124,7 @@ def figures(unit: Unit, times: dict[str, np.ndarray], wanted: int) -> dict[str, 
 
 def sampler_with(c: Contenders, *, attention=None, graphs: bool, share: bool) -> Callable[[], Rollout]:
     """Our rollout with some of what makes it fast switched off."""
-    trainer, own = c.trainer, c.trainer.sampler
+    trainer, ours, own = c.trainer, c.objective, c.objective.sampler
     network = trainer.policy.network
     transformer = getattr(network, "transformer", network)  # of a FusedNetwork, or RandomPolicy's own
     chosen, table = transformer._attend, c.table()
@@ -139,11 +139,11 @@ def sampler_with(c: Contenders, *, attention=None, graphs: bool, share: bool) ->
     )
 
     def run() -> Rollout:
-        trainer.sampler, transformer._attend = sampler, attention or chosen
+        ours.sampler, transformer._attend = sampler, attention or chosen
         try:
-            return trainer.rollout(table, 0)
+            return ours.rollout(table, 0)
         finally:
-            trainer.sampler, transformer._attend = own, chosen
+            ours.sampler, transformer._attend = own, chosen
 
     return run
 
@@ -314,7 +314,7 @@ class Session:
         """P2. Not held to B0's numbers: FP8 rounds its ODE steps."""
         fp8 = self.fp8
         table, own = fp8.table(), self.units["sampler"]
-        unit = Unit(lambda: fp8.trainer.rollout(table, 0), own.baseline, own.amount, own.unit)
+        unit = Unit(lambda: fp8.objective.rollout(table, 0), own.baseline, own.amount, own.unit)
         self._play(
             "sampler FP8", unit.sides(), lambda times: self._put("sampler_fp8", figures(unit, times, self.repeats))
         )
@@ -342,8 +342,8 @@ class Session:
             "fuse": sampler_with(c, attention=plain, graphs=False, share=False),
             "attention": sampler_with(c, graphs=False, share=False) if gpu else None,
             "graph": sampler_with(c, graphs=True, share=False) if gpu else None,
-            "dedupe": sampler_with(c, graphs=True, share=True) if c.trainer.sampler.shared_noise else None,
-            "FP8": sampler_with(fp8, graphs=True, share=fp8.trainer.sampler.shared_noise) if fp8 else None,
+            "dedupe": sampler_with(c, graphs=True, share=True) if c.objective.sampler.shared_noise else None,
+            "FP8": sampler_with(fp8, graphs=True, share=fp8.objective.sampler.shared_noise) if fp8 else None,
         }
 
     def _peak_memory(self) -> None:

@@ -44,7 +44,7 @@ class AdvGRPO:
 
     def iterate(self, iteration: int) -> dict[str, float]:
         rollout, total = self.config.rollout, self.config.images_per_iteration
-        window = window_steps(self.config, iteration)  # the steps that are stochastic and trained on
+        window = window_steps(rollout, self.seed, iteration)  # the steps that are stochastic and trained on
         sigmas, timesteps = self.policy.schedule(rollout.num_steps)
         noise = [rollout.eta if i in window else 0.0 for i in range(rollout.num_steps)]
         coefficients = transition_coefficients(sigmas.tolist(), dynamics=rollout.dynamics, noise_level=noise)

@@ -22,7 +22,7 @@ from advgrpo.evaluation.statistics import bootstrap_mean, paired_bootstrap
 from advgrpo.monitor.image_statistics import image_statistics
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.rewards import REWARDS, build_reward, reward_class
-from advgrpo.runtime.distributed import Distributed
+from tests.parts import evaluator_of
 
 
 def policy(path, cache, **lora):
@@ -90,7 +90,7 @@ def test_two_loras_on_the_same_noise(unit, tmp_path, capsys):
     settings = config.build({"seed": 42, "evaluation": {"num_steps": 2, "guidance_scale": 1.0}}, "test")
     loaded = policy(pipeline, folder / "cache", rank=4, alpha=16, start_from=two)
     prompts = [row["prompt"] for row in found["prompts"]]
-    evaluator = Evaluator(loaded, None, None, prompts, settings, Distributed.start("cpu"))
+    evaluator = evaluator_of(loaded, settings, prompts)
     metric = build_reward("dino_similarity", path="tiny", image_size=32)
     from advgrpo.data.references import ReferenceSet
 
@@ -164,7 +164,7 @@ def test_statistics_and_the_strict_judge_are_what_they_are_in_training(unit, tmp
     found = json.loads((tmp_path / "evaluation.json").read_text())["prompts"]
     settings = config.build({"seed": 42, "evaluation": {"num_steps": 2, "guidance_scale": 1.0}}, "test")
     prompts = [row["prompt"] for row in found]
-    base = Evaluator(policy(pipeline, folder / "cache"), None, None, prompts, settings, Distributed.start("cpu")).base()
+    base = evaluator_of(policy(pipeline, folder / "cache"), settings, prompts).base()
     judge = build_reward("rule", strict=True)
     for number, row in enumerate(found):
         images = base.images([row["prompt"]] * 2, base.ids(number, 2))

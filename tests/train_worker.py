@@ -16,8 +16,8 @@ from advgrpo.adversary.feature_head import FeatureHeadAdversary
 from advgrpo.errors import UserError
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.train import main
+from advgrpo.training.policy_gradient import PolicyGradient
 from advgrpo.training.run import Run
-from advgrpo.training.trainer import Trainer
 
 
 def slowed(method):
@@ -29,10 +29,10 @@ def slowed(method):
 
 
 def killed(rollout):
-    def die(trainer, table, iteration):
+    def die(objective, table, iteration):
         if iteration == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return rollout(trainer, table, iteration)
+        return rollout(objective, table, iteration)
 
     return die
 
@@ -52,7 +52,7 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "1" and fault == "slow":
         Sampler.run, FeatureHeadAdversary.features = slowed(Sampler.run), slowed(FeatureHeadAdversary.features)
     if os.environ["RANK"] == "1" and fault == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        Trainer.rollout = killed(Trainer.rollout)
+        PolicyGradient.rollout = killed(PolicyGradient.rollout)
     if os.environ["RANK"] == "1" and fault in ERRORS:
         Run._prepare = failing(ERRORS[fault])
     sys.exit(main(flags))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from advgrpo.adversary.base import Adversary
+from advgrpo.data.per_reference import PerReference
 from advgrpo.data.references import ReferenceSet
 from advgrpo.errors import UserError
 from advgrpo.runtime import rng
@@ -27,7 +27,8 @@ class ReferenceFeatures:
 
     All images of a prompt go through the adversary in one batch, whether or not some were seen before, so that cached
     and fresh features agree to the last bit. Generations are judged by features of this process, references by cached
-    ones; that both come from one network is proven on the first entry that another process has stored.
+    ones; that both come from one network is proven on the first entry that another process has stored. For that,
+    `PerReference` is used step by step: loaded apart from computed, and a foreign entry computed beside the stored one.
 
     `prefetch` loads an iteration's prompts in a background thread, on a GPU on a stream of its own, while the sampler
     runs. What is not on disk yet is computed by whoever asks for it: the GPU belongs to the sampler meanwhile.
@@ -36,7 +37,9 @@ class ReferenceFeatures:
     def __init__(self, references: ReferenceSet, adversary: Adversary, cache_dir: Path):
         self.references, self.adversary = references, adversary
         self.tensors = TensorCache(cache_dir / "references", in_memory=_IN_MEMORY, device=adversary.device)
-        self._adversary_key = adversary.cache_key
+        self._values = PerReference(
+            self._features, self.tensors, owner=adversary.cache_key, of_text=adversary.text_dependent
+        )
         self._computed: set[str] = set()  # keys of this process, until one of another has been proven
         self._proven = False
         self._cache_lock = threading.Lock()  # the thread below and the caller's use one cache
@@ -94,7 +97,7 @@ class ReferenceFeatures:
         return (candidates[0] if len(candidates) == 1 else Features.cat(candidates)).rows(index)
 
     def _store(self, prompt: str) -> dict[str, torch.Tensor]:
-        computed, key = self._compute(prompt).tensors, self._key(prompt)
+        computed, key = self._compute(prompt), self._key(prompt)
         for name, tensor in computed.items():
             if not tensor.isfinite().all():
                 raise FloatingPointError(
@@ -108,7 +111,7 @@ class ReferenceFeatures:
 
     def _prove(self, prompt: str, cached: dict[str, torch.Tensor]) -> None:
         """UserError unless the cached features of the prompt's references are what this process's network gives."""
-        for name, fresh in self._compute(prompt).tensors.items():
+        for name, fresh in self._compute(prompt).items():
             stored, fresh = cached.get(name), fresh.float()
             known = stored is not None and stored.shape == fresh.shape
             gap = (stored.float() - fresh).norm() / fresh.norm().clamp_min(1e-12) if known else torch.tensor(torch.inf)
@@ -125,20 +128,17 @@ class ReferenceFeatures:
         """From memory or disk; None where nothing is stored."""
         stream = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with self._cache_lock, stream:
-            return self.tensors.load(self._key(prompt))
+            return self._values.load(self.references, prompt)
 
     def _key(self, prompt: str) -> str:
-        keys = [self._adversary_key, *(self.references.content_key(f) for f in self.references.files(prompt))]
-        if self.adversary.text_dependent:
-            keys.append(f"prompt:{prompt}")
-        return hashlib.sha256("\0".join(keys).encode()).hexdigest()
+        return self._values.key(self.references, prompt)
 
-    def _compute(self, prompt: str) -> Features:
-        images = [self.references.load_images([f]) for f in self.references.files(prompt)]
-        if len({p.shape for p in images}) == 1:
-            images = [torch.cat(images)]
-        features = Features.cat([self.adversary.features(p, [prompt] * len(p)) for p in images])
-        return self.adversary.cached_features(features)
+    def _compute(self, prompt: str) -> dict[str, torch.Tensor]:
+        return self._values.make(self.references, prompt)
+
+    def _features(self, batches: list[torch.Tensor], prompt: str) -> dict[str, torch.Tensor]:
+        found = Features.cat([self.adversary.features(images, [prompt] * len(images)) for images in batches])
+        return self.adversary.cached_features(found).tensors
 
 
 def reference_draws(

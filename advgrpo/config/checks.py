@@ -24,9 +24,9 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
     Args:
         with_data: False leaves out whether prompts, images and other files are given, for a plan without them.
     """
-    check_micro_batches(config, world_size)
-    _check_window(config)
     rollout = config.rollout
+    check_micro_batches(rollout, config.update.minibatches, world_size)
+    _check_window(rollout)
     if rollout.dynamics in ("flow_cps", "ddim") and rollout.eta > 1:
         raise UserError(f"rollout.eta = {rollout.eta:g}: {rollout.dynamics} wants at most 1")
     if config.model.resolution % 8:
@@ -46,66 +46,72 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
 
 
 def fits_micro_batches(
-    config: Config, world_size: int, *, prompts: int | None = None, micro: int | None = None
+    rollout: RolloutSection,
+    minibatches: int,
+    world_size: int,
+    *,
+    prompts: int | None = None,
+    micro: int | None = None,
 ) -> bool:
     """Whether `prompts` groups can be cut into micro-batches of `micro` (default: the configured ones) for every
     minibatch on every process."""
-    group = config.rollout.group_size
-    micro = micro or config.rollout.micro_batch
-    images = (prompts or config.rollout.prompts_per_iteration) * group
+    group = rollout.group_size
+    micro = micro or rollout.micro_batch
+    images = (prompts or rollout.prompts_per_iteration) * group
     whole_groups = group % micro == 0 or micro % group == 0
-    return whole_groups and images % (micro * world_size * config.update.minibatches) == 0
+    return whole_groups and images % (micro * world_size * minibatches) == 0
 
 
-def check_micro_batches(config: Config, world_size: int) -> None:
+def check_micro_batches(rollout: RolloutSection, minibatches: int, world_size: int) -> None:
     """UserError unless `fits_micro_batches`; it proposes the nearest settings that do."""
-    rollout, windows = config.rollout, config.update.minibatches
     group, micro, prompts = rollout.group_size, rollout.micro_batch, rollout.prompts_per_iteration
     if group % micro and micro % group:
         raise UserError(
             f"rollout.group_size = {group} is not divisible by rollout.micro_batch = {micro}, nor the other way round; "
             f"choose a micro_batch that divides {group}"
         )
-    if not fits_micro_batches(config, world_size):
-        unit = micro * windows * world_size
+    if not fits_micro_batches(rollout, minibatches, world_size):
+        unit = micro * minibatches * world_size
+        remedies = micro_batch_remedies(rollout, minibatches, world_size)
         raise UserError(
             f"rollout.prompts_per_iteration x group_size = {prompts} x {group} = {prompts * group} images cannot be "
-            f"cut into micro-batches of {micro} for {windows} minibatches on {world_size} processes: that needs "
-            f"a multiple of {micro} x {windows} x {world_size} = {unit}; set {micro_batch_remedies(config, world_size)}"
+            f"cut into micro-batches of {micro} for {minibatches} minibatches on {world_size} processes: that needs "
+            f"a multiple of {micro} x {minibatches} x {world_size} = {unit}; set {remedies}"
         )
 
 
-def micro_batch_remedies(config: Config, world_size: int) -> str:
+def micro_batch_remedies(rollout: RolloutSection, minibatches: int, world_size: int) -> str:
     """Settings near the configured ones that `fits_micro_batches` takes, in words."""
-    rollout = config.rollout
     smaller = [
-        micro for micro in range(rollout.micro_batch - 1, 0, -1) if fits_micro_batches(config, world_size, micro=micro)
+        micro
+        for micro in range(rollout.micro_batch - 1, 0, -1)
+        if fits_micro_batches(rollout, minibatches, world_size, micro=micro)
     ]
     found = [f"rollout.micro_batch = {smaller[0]}"] if smaller else []
-    prompts = nearest_prompts(config, world_size, rollout.micro_batch)
+    prompts = nearest_prompts(rollout, minibatches, world_size, rollout.micro_batch)
     found.append(f"rollout.prompts_per_iteration = {prompts}")
     if not smaller:
         micros = [m for m in range(rollout.micro_batch - 1, 0, -1) if rollout.group_size % m == 0]
-        each = {m: nearest_prompts(config, world_size, m) for m in micros}
+        each = {m: nearest_prompts(rollout, minibatches, world_size, m) for m in micros}
         near = min(each, key=lambda m: (abs(each[m] - rollout.prompts_per_iteration), -m), default=None)
         if near is not None and each[near] != prompts:
             found.append(f"rollout.micro_batch = {near} with rollout.prompts_per_iteration = {each[near]}")
     return ", or ".join(found)
 
 
-def nearest_prompts(config: Config, world_size: int, micro: int) -> int:
+def nearest_prompts(rollout: RolloutSection, minibatches: int, world_size: int, micro: int) -> int:
     """The number of groups nearest to the configured one, the larger of two, that can be cut into `micro`."""
-    unit = micro * world_size * config.update.minibatches
-    unit //= math.gcd(unit, config.rollout.group_size)
-    below = config.rollout.prompts_per_iteration // unit * unit
+    unit = micro * world_size * minibatches
+    unit //= math.gcd(unit, rollout.group_size)
+    below = rollout.prompts_per_iteration // unit * unit
     above = below + unit
-    near_below = config.rollout.prompts_per_iteration - below < above - config.rollout.prompts_per_iteration
+    near_below = rollout.prompts_per_iteration - below < above - rollout.prompts_per_iteration
     return below if below and near_below else above
 
 
-def _check_window(config: Config) -> None:
+def _check_window(rollout: RolloutSection) -> None:
     """The window's order has what it needs, and the schedule has the steps."""
-    rollout, window = config.rollout, config.rollout.window
+    window = rollout.window
     order, steps, last = window.chosen_order, window.steps, noisy_steps(rollout)
     if steps is not None and order != "fixed":
         raise UserError(
@@ -118,10 +124,10 @@ def _check_window(config: Config) -> None:
             f"rollout.window.steps = {given}: want distinct steps within 0..{last - 1} "
             f"(num_steps = {rollout.num_steps}, dynamics {rollout.dynamics})"
         )
-    if order != "fixed" and len(eligible_steps(config)) < window.size:
+    if order != "fixed" and len(eligible_steps(rollout)) < window.size:
         raise UserError(
             f"rollout.window: noise_range {list(window.noise_range)} of {rollout.num_steps} steps holds "
-            f"{len(eligible_steps(config))} usable steps, fewer than size = {window.size}; widen noise_range"
+            f"{len(eligible_steps(rollout))} usable steps, fewer than size = {window.size}; widen noise_range"
         )
     if window.trained_of(window.count) == 0:
         raise UserError(
@@ -162,34 +168,33 @@ def _check_precision(config: Config) -> None:
 
 def needs_references(config: Config) -> list[str]:
     """The settings that compare images with references."""
-    supervised = config.update.objective == "sft"
-    learned = ["update.objective = sft"] if supervised else ["adversary.kind"] if config.learns_adversary else []
-    rewarded = {} if supervised else config.rewards.fixed()
-    fixed = [f"rewards.{name}" for name in rewarded if name in NEED_REFERENCES]
+    itself = [f"update.objective = {config.update.objective}"] if config.objective.learns_from_references else []
+    learned = ["adversary.kind"] if config.learns_adversary else []
+    fixed = [f"rewards.{name}" for name in config.fixed_rewards if name in NEED_REFERENCES]
     evaluated = [f"evaluation.metrics: {name}" for name in config.evaluation.metrics if name in NEED_REFERENCES]
-    return [*learned, *fixed, *(evaluated if config.data.held_out_prompts else [])]
+    return [*itself, *learned, *fixed, *(evaluated if config.data.held_out_prompts else [])]
 
 
 def _check_rewards(config: Config) -> None:
     """Something rewards the generator, whatever is learned is used, and references are there for those who compare."""
     kind, rewards = config.adversary.kind, config.rewards
-    if config.update.objective == "sft":
-        _check_supervised(config)
-    elif kind == "none" and not any(section.weight for section in rewards.fixed().values()):
+    _check_not_looked_at(config)
+    weighted = any(section.weight for section in rewards.fixed().values())
+    if config.objective.uses_rewards and kind == "none" and not weighted:
         names = ", ".join(name for name in rewards.sections() if name != "adversary")
         raise UserError(f"adversary.kind = none and no fixed reward: give one of rewards.{{{names}}}.weight")
     if config.learns_adversary and not rewards.adversary.used:
         raise UserError(
             f"rewards.adversary.weight = 0: the adversary {kind} would learn for nothing; set adversary.kind = none"
         )
-    if config.learns_adversary and not rewards.adversary.weight and not any(s.weight for s in rewards.fixed().values()):
+    if config.learns_adversary and not rewards.adversary.weight and not weighted:
         raise UserError(
             f"rewards.adversary.weight = 0 with rewards.adversary.gate = {rewards.adversary.gate:g}, and no other "
             "reward has a weight: a gate only takes away, so every total would be 0 and nothing be trained; give one a "
             "weight"
         )
     for name, entry in rewards.entries().items():
-        used = entry.section.used and config.update.objective != "sft"
+        used = name in config.fixed_rewards
         if not (used or name in config.evaluation.metrics):
             continue
         for field in _NEEDED.get(entry.kind, ()):
@@ -297,35 +302,35 @@ def _check_metrics(config: Config) -> None:
             raise UserError(f"evaluation.metrics names {name} {metrics.count(name)} times; leave it once")
     if not config.data.held_out_prompts:
         return
-    dino = config.adversary.kind == "dino" or config.evaluation.backbone
-    if "dino_similarity" in metrics and not dino:
+    if "dino_similarity" in metrics and config.observer is None:
         raise UserError(
             "evaluation.metrics: dino_similarity needs a DINO; set evaluation.backbone, since the adversary is "
             f"{config.adversary.kind}"
         )
 
 
-def _check_supervised(config: Config) -> None:
-    """UserError for settings that supervised fine-tuning would ignore although they ask for something."""
-    update = config.update
+def _check_not_looked_at(config: Config) -> None:
+    """UserError for settings that the objective would ignore although they ask for something."""
+    update, evaluation, chosen = config.update, config.evaluation, f"update.objective = {config.update.objective}"
     for name, section in config.rewards.fixed().items():
-        field, owner = "weight" if section.weight else "gate", config.rewards.entries()[name].owner
-        raise UserError(
-            f"{owner}.{field} = {getattr(section, field):g} would not be looked at: update.objective = sft "
-            "learns from the references; leave it out"
-        )
-    for name, plain in (("kl_weight", 0.0), ("old_log_prob", "rollout")):
+        if name not in config.fixed_rewards:
+            field, owner = "weight" if section.weight else "gate", config.rewards.entries()[name].owner
+            raise UserError(
+                f"{owner}.{field} = {getattr(section, field):g} would not be looked at: {chosen} learns from the "
+                "references; leave it out"
+            )
+    for name, plain in config.objective.not_looked_at:
         if getattr(update, name) != plain:
             raise UserError(
-                f"update.{name} = {getattr(update, name)!r} is the policy gradient's, but update.objective = sft; "
-                f"set update.{name} = {plain}"
+                f"update.{name} = {getattr(update, name)!r} is the policy gradient's, but {chosen}; set update.{name} "
+                f"= {plain}"
             )
-    evaluation = config.evaluation
-    if evaluation.backbone and "dino_similarity" not in evaluation.metrics:
+    watches = config.objective.samples_images or "dino_similarity" in evaluation.metrics
+    if evaluation.backbone and not watches:
         raise UserError(
-            f"evaluation.backbone = {evaluation.backbone!r} would not be looked through: update.objective = sft "
-            "samples no images while it trains, and evaluation.metrics does not name dino_similarity; add it or "
-            "leave evaluation.backbone empty"
+            f"evaluation.backbone = {evaluation.backbone!r} would not be looked through: {chosen} samples no images "
+            "while it trains, and evaluation.metrics does not name dino_similarity; add it or leave "
+            "evaluation.backbone empty"
         )
 
 
@@ -334,11 +339,10 @@ def noisy_steps(rollout: RolloutSection) -> int:
     return rollout.num_steps - 1 if rollout.dynamics in ("flow_cps", "ddim") else rollout.num_steps
 
 
-def eligible_steps(config: Config) -> list[int]:
+def eligible_steps(rollout: RolloutSection) -> list[int]:
     """Consecutive steps that a window may contain unless it is fixed: their share of the schedule left is in the range.
 
     The range is open below: of ten steps, 0.5 to 1.0 holds the first five.
     """
-    rollout = config.rollout
     low, high = rollout.window.noise_range
     return [i for i in range(noisy_steps(rollout)) if low < 1 - i / rollout.num_steps <= high]

@@ -10,11 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PlainSerializer, create_model
 
 from advgrpo.config.base import Section
+from advgrpo.config.objectives import OBJECTIVES, ObjectiveTraits
 
 LORA_TARGETS = (
     "attn.to_q",
@@ -202,6 +203,11 @@ class RolloutSection(Section):
     """Forward of the stochastic steps: the trainer's own, so that likelihood ratios start at exactly 1, or the merged
     weights in `precision`, which needs another update.old_log_prob."""
 
+    @property
+    def images(self) -> int:
+        """Of an iteration, over all processes."""
+        return self.prompts_per_iteration * self.group_size
+
 
 class AdvantageSection(Section):
     """Group-relative advantages (arXiv 2511.20256, eq. 1)."""
@@ -217,7 +223,7 @@ class AdvantageSection(Section):
 class UpdateSection(Section):
     """The generator's optimizer and loss (arXiv 2511.20256, eqs. 2-3)."""
 
-    objective: Literal["policy", "sft"] = "policy"
+    objective: Literal["policy", "sft"] = "policy"  # the names of objectives.py
     """Policy gradient on the rewards, or supervised fine-tuning on the references: nothing is sampled, no reward and
     no adversary is loaded or trained, and prompts_per_iteration x group_size references are learned from per iteration,
     without guidance."""
@@ -635,6 +641,15 @@ class MonitorSection(Section):
     gives 0.5."""
 
 
+class ObserverSettings(NamedTuple):
+    """A DINO that nothing is trained on."""
+
+    backbone: str
+    image_size: int
+    dtype: str
+    fields: tuple[str, str]  # the settings that backbone and image size come from, for error messages
+
+
 class Config(Section):
     """Adv-GRPO training."""
 
@@ -683,9 +698,31 @@ class Config(Section):
 
     @property
     def images_per_iteration(self) -> int:
-        return self.rollout.prompts_per_iteration * self.rollout.group_size
+        return self.rollout.images
+
+    @property
+    def objective(self) -> ObjectiveTraits:
+        """What `update.objective` asks of the run."""
+        return OBJECTIVES[self.update.objective]
 
     @property
     def learns_adversary(self) -> bool:
         """Whether an adversary is loaded and trained."""
-        return self.adversary.kind != "none" and self.update.objective == "policy"
+        return self.adversary.kind != "none" and self.objective.uses_rewards
+
+    @property
+    def fixed_rewards(self) -> dict[str, RewardSection]:
+        """Those that the generator is trained on, beside the adversary."""
+        return self.rewards.fixed() if self.objective.uses_rewards else {}
+
+    @property
+    def observer(self) -> ObserverSettings | None:
+        """The DINO that this run's statistics look through: no other adversary's features ever stand in for it."""
+        evaluation, adversary = self.evaluation, self.adversary
+        if evaluation.backbone:
+            fields = ("evaluation.backbone", "evaluation.backbone_image_size")
+            return ObserverSettings(evaluation.backbone, evaluation.backbone_image_size, adversary.dtype, fields)
+        if adversary.kind == "dino":
+            fields = ("adversary.backbone", "adversary.image_size")
+            return ObserverSettings(adversary.backbone, adversary.image_size, adversary.dtype, fields)
+        return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from advgrpo.config import Config
+from advgrpo.config import EvaluationSection
 from advgrpo.config.checks import IMAGE_STATISTICS
 from advgrpo.data.references import ReferenceSet
 from advgrpo.evaluation.statistics import t_interval
@@ -31,11 +31,22 @@ _STRIDE = 1000  # image k of prompt p has id p * _STRIDE + k
 
 @dataclass
 class Evaluator:
+    """Draws held-out images and measures them.
+
+    Args:
+        metrics, references: what judges the images, and what they are compared with.
+        settings: section `evaluation`.
+        micro_batch: how many images are drawn at once.
+        seed: of the run.
+    """
+
     policy: Policy
     metrics: Mapping[str, Reward]
     references: ReferenceSet | None
     prompts: list[str]
-    config: Config
+    settings: EvaluationSection
+    micro_batch: int
+    seed: int
     distributed: Distributed
     display: Display | None = None
     of_base: bool = False  # evaluate the frozen base instead of the trained weights
@@ -55,7 +66,7 @@ class Evaluator:
             StopRequested: somebody asked for the end.
         """
         numbers = range(self.distributed.rank, len(self.prompts), self.distributed.world_size)
-        at_once = max(1, self.config.rollout.micro_batch // images_per_prompt)
+        at_once = max(1, self.micro_batch // images_per_prompt)
         scores = {name: [] for name in self.metrics}
         with (
             self.distributed.monitored("evaluate"),  # shares differ in time; the gather below does not wait for them
@@ -99,7 +110,7 @@ class Evaluator:
 
     def grid_images(self, columns: int = 4) -> list[tuple[str, torch.Tensor]]:
         """(prompt, images [columns, 3, H, W]) of the grid's prompts, always from the same noise; rank 0 calls it."""
-        chosen, drawn = self.prompts[: self.config.evaluation.grid_prompts], []
+        chosen, drawn = self.prompts[: self.settings.grid_prompts], []
         with self._steps("drawing samples of" if self.of_base else "drawing samples", len(chosen)) as tell:
             for number, prompt in enumerate(chosen):
                 self._begin(f"draw samples: prompt {number + 1}", first=not number)
@@ -110,17 +121,16 @@ class Evaluator:
     @torch.no_grad()
     def images(self, prompts: list[str], ids: torch.Tensor) -> torch.Tensor:
         """[n, 3, H, W] of n prompts in micro-batches, with the evaluation's steps and guidance."""
-        evaluation = self.config.evaluation
-        table = step_table(self.policy, evaluation.num_steps)
+        table = step_table(self.policy, self.settings.num_steps)
         merged = self.policy.has_merged and not self.of_base
         if merged:
             self.policy.merge()
-        sampler = Sampler(self.policy, evaluation.guidance_scale, "gaussian", share_prefix=True, merged=merged)
+        sampler = Sampler(self.policy, self.settings.guidance_scale, "gaussian", share_prefix=True, merged=merged)
         images = []
-        for start in range(0, len(prompts), self.config.rollout.micro_batch):
-            part = slice(start, start + self.config.rollout.micro_batch)
+        for start in range(0, len(prompts), self.micro_batch):
+            part = slice(start, start + self.micro_batch)
             row = torch.arange(len(prompts[part]), device=self.policy.device)
-            initial = sampler.initial_latents(rng.derive_seed(self.config.seed, "evaluation"), ids[part])
+            initial = sampler.initial_latents(rng.derive_seed(self.seed, "evaluation"), ids[part])
             with self.policy.disable_adapter() if self.of_base else contextlib.nullcontext():
                 latents, _ = sampler.run(table, self.policy.encode(prompts[part]), initial, row)
             images.append(self.policy.decode(latents))

@@ -5,13 +5,15 @@ Shapes: B images [B, 3, H, W] float in [0, 1]; R of them share a prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from advgrpo.config.checks import IMAGE_STATISTICS
-from advgrpo.data.references import ReferenceSet
+from advgrpo.data.per_reference import PerReference
+from advgrpo.runtime.cache import LastUsed
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Rollout
@@ -19,9 +21,8 @@ from advgrpo.types import Rollout
 _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
 _DARK = 0.1  # luma below which a pixel counts as dark
 _EDGE = 0.05  # luma per pixel; a step of 0.1 between flat areas has this slope on both sides
-_REFERENCES_PER_PROMPT = (
-    4  # references per prompt that are looked at: a mean is wanted, and decoding them all would cost time
-)
+REFERENCES_LOOKED_AT = 4  # of a prompt, from the first: a mean is wanted, and decoding them all would cost time
+PROMPTS_IN_MEMORY = 65_536  # a few numbers each
 
 
 def image_statistics(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -87,30 +88,19 @@ class ImageStatistics:
         }
 
 
-def looked_at(references: ReferenceSet, prompt: str, size: tuple[int, int]) -> torch.Tensor:
-    """The first few of the prompt's references, [R, 3, *size] float32 in [0, 1]."""
-    return references.load_images(references.files(prompt)[:_REFERENCES_PER_PROMPT], size=size)
-
-
-class ReferenceStatistics:
-    """Mean statistics of each prompt's references, resized to the generated images' size; each prompt once."""
-
-    def __init__(self, references: ReferenceSet):
-        self.references = references
-        self._of_prompt: dict[tuple[str, tuple[int, int]], torch.Tensor] = {}
-
-    def prompt(self, prompt: str, size: tuple[int, int]) -> torch.Tensor:
-        """[len(IMAGE_STATISTICS)] float32 on the CPU."""
-        key = (prompt, size)
-        if key not in self._of_prompt:
-            self._of_prompt[key] = _columns(looked_at(self.references, prompt, size)).mean(0)
-        return self._of_prompt[key]
+def reference_statistics() -> PerReference[torch.Tensor]:
+    """Mean statistics [len(IMAGE_STATISTICS)] float32 of a prompt's first references, on the CPU."""
+    return PerReference(
+        lambda batches, prompt: _columns(torch.cat(batches)).mean(0),
+        LastUsed(PROMPTS_IN_MEMORY),
+        first=REFERENCES_LOOKED_AT,
+    )
 
 
 def measure(
     rollout: Rollout,
     embeddings: torch.Tensor | None,
-    references: ReferenceStatistics | None,
+    of_references: Callable[[str, tuple[int, int]], torch.Tensor] | None,
     group_size: int,
     distributed: Distributed,
 ) -> ImageStatistics:
@@ -119,12 +109,13 @@ def measure(
     Args:
         rollout: this process's images.
         embeddings: [B, D] their DINO class tokens, in the rollout's order, if there is a DINO.
-        references: of the same prompts, if the run has any.
+        of_references: (prompt, height and width) -> `reference_statistics` of it, if the run has references.
     """
     columns = torch.cat([_columns(micro_batch.images) for micro_batch in rollout.micro_batches])
-    if references is not None:
+    if of_references is not None:
         size = tuple(rollout.micro_batches[0].images.shape[-2:])
-        own = torch.stack([references.prompt(prompt, size) for prompt in rollout.prompts])
+        by_prompt = {prompt: of_references(prompt, size) for prompt in dict.fromkeys(rollout.prompts)}
+        own = torch.stack([by_prompt[prompt] for prompt in rollout.prompts])
         columns = torch.cat([columns, to_device(own, columns.device)], dim=1)
     order = distributed.all_gather(to_device(rollout.image_ids, columns.device)).argsort()
     means = distributed.all_gather(columns)[order].double().mean(0).tolist()

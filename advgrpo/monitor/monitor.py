@@ -21,7 +21,15 @@ from itertools import combinations, pairwise
 from statistics import median
 from typing import Any, ClassVar
 
-from advgrpo.config import Config, MonitorSection
+from advgrpo.config import (
+    AdversarySection,
+    Config,
+    ModelSection,
+    MonitorSection,
+    RewardsSection,
+    RolloutSection,
+    UpdateSection,
+)
 from advgrpo.config.checks import IMAGE_STATISTICS
 from advgrpo.monitor.flag_state import FlagState
 from advgrpo.monitor.image_statistics import ImageStatistics
@@ -43,6 +51,31 @@ class Reading:
     message: str
 
 
+@dataclass(frozen=True)
+class Knobs:
+    """The run's settings that flags read, and name with their values in their advice."""
+
+    model: ModelSection
+    rollout: RolloutSection
+    update: UpdateSection
+    rewards: RewardsSection
+    adversary: AdversarySection
+    learns_adversary: bool
+    compares_groups: bool  # images of one prompt with each other
+
+    @classmethod
+    def of(cls, config: Config) -> Knobs:
+        return cls(
+            config.model,
+            config.rollout,
+            config.update,
+            config.rewards,
+            config.adversary,
+            config.learns_adversary,
+            config.objective.compares_groups,
+        )
+
+
 class RedFlag(ABC):
     """One rule. Subclasses say what they read; this class remembers and waits for persistence."""
 
@@ -52,8 +85,8 @@ class RedFlag(ABC):
     )
     without_dino: ClassVar[str] = ""  # what it loses where no DINO looks at the images (build.blind_spots says it)
 
-    def __init__(self, section: MonitorSection, config: Config):
-        self.section, self.config = section, config
+    def __init__(self, section: MonitorSection, knobs: Knobs):
+        self.section, self.knobs = section, knobs
         self.series: dict[str, list[float]] = {}  # newest last, at most as many as are judged
         self.baseline: dict[str, float] = {}
         self.active, self.against = False, 0  # readings in a row that contradict `active`
@@ -135,7 +168,7 @@ class RewardCollapse(RedFlag):
         return Reading(fall, self.section.collapse_drop, bad, message)
 
     def advice(self):
-        adversary, update = self.config.adversary, self.config.update
+        adversary, update = self.knobs.adversary, self.knobs.update
         return (
             f"Let the head keep up: raise adversary.updates_per_iteration (now {adversary.updates_per_iteration}) or "
             f"adversary.replay_share (now {adversary.replay_share:g}), or lower update.learning_rate "
@@ -164,10 +197,10 @@ class ModeCollapse(RedFlag):
         return Reading(distance, threshold, distance < threshold, message)
 
     def advice(self):
-        rollout = self.config.rollout
+        rollout = self.knobs.rollout
         return (
             f"Raise rollout.eta (now {rollout.eta:g}) or update.kl_weight "
-            f"(now {self.config.update.kl_weight:g}), or lower rollout.guidance_scale (now {rollout.guidance_scale:g})"
+            f"(now {self.knobs.update.kl_weight:g}), or lower rollout.guidance_scale (now {rollout.guidance_scale:g})"
         )
 
 
@@ -238,15 +271,15 @@ class RewardHacking(RedFlag):
     def _rewards(self, metrics: Metrics) -> dict[str, float]:
         """Means of the rewards in training: with several, each by itself, as their normalised sum cannot rise."""
         reference = metrics.get("reward_reference") or 0.0
-        parts = {f"reward_{name}" for name, part in self.config.rewards.sections().items() if part.weight > 0}
+        parts = {f"reward_{name}" for name, part in self.knobs.rewards.sections().items() if part.weight > 0}
         found = {name: metrics[name] for name in sorted(parts) if metrics.get(name) is not None}
         for name in found:
             found[name] -= reference if name == "reward_adversary" else metrics.get(f"{name}{OF_REFERENCES}") or 0.0
         return found or {"reward_generated": metrics["reward_generated"] - reference}
 
     def advice(self):
-        adversary, update = self.config.adversary, self.config.update
-        if adversary.kind == "none":
+        adversary, update = self.knobs.adversary, self.knobs.update
+        if not self.knobs.learns_adversary:
             remedy = "Let a reward learn: set adversary.kind (now none)"
         elif adversary.schedule == "never":
             remedy = "Let the reward learn: set adversary.schedule (now never) to when_fooled"
@@ -271,7 +304,7 @@ class DeadGroups(RedFlag):
         return Reading(share, self.section.dead_groups, share >= self.section.dead_groups, message)
 
     def advice(self):
-        rollout = self.config.rollout
+        rollout = self.knobs.rollout
         return (
             f"Raise rollout.group_size (now {rollout.group_size}) or rollout.eta (now "
             f"{rollout.eta:g}), take prompts out of data.prompts that are always or never solved, or use a "
@@ -290,13 +323,13 @@ class SlowConvergence(RedFlag):
     persistence = 1
 
     def read(self, metrics, images):
-        if self.config.update.objective == "sft":
-            return None  # no groups are compared
-        size, threshold = self.config.rollout.group_size, self.section.group_size
+        if not self.knobs.compares_groups:
+            return None
+        size, threshold = self.knobs.rollout.group_size, self.section.group_size
         return Reading(size, threshold, size < threshold, f"groups of {size} images learn slowly")
 
     def advice(self):
-        return f"Raise rollout.group_size (now {self.config.rollout.group_size}) to {self.section.group_size} or more"
+        return f"Raise rollout.group_size (now {self.knobs.rollout.group_size}) to {self.section.group_size} or more"
 
 
 class OffPolicy(RedFlag):
@@ -319,10 +352,10 @@ class OffPolicy(RedFlag):
         return Reading(value, threshold, drift > bounds[0] or clipped > bounds[1], message)
 
     def advice(self):
-        update = self.config.update
+        update = self.knobs.update
         return (
             f"Rollout and update must run the same forward: set update.old_log_prob (now {update.old_log_prob}) to "
-            f"recompute, raise model.dtype (now {self.config.model.dtype}) to float32 or update.clip_range (now "
+            f"recompute, raise model.dtype (now {self.knobs.model.dtype}) to float32 or update.clip_range (now "
             f"{update.clip_range:g}) well above the drift; update.max_log_prob_mismatch (now "
             f"{update.max_log_prob_mismatch:g}) ends a run that drifts further"
         )
@@ -342,13 +375,13 @@ class AdamEps(RedFlag):
         rms = self.settled("rms", metrics.get("monitor_gradient_rms"))
         if rms is None:
             return None
-        eps, threshold = self.config.update.eps, self.section.adam_eps_share
+        eps, threshold = self.knobs.update.eps, self.section.adam_eps_share
         lost = eps / (rms + eps)
         message = f"gradients of {rms:.1e} beside Adam's eps of {eps:.0e}: eps takes {lost:.0%} of every step"
         return Reading(lost, threshold, lost >= threshold, message)
 
     def advice(self):
-        return f"Lower update.eps (now {self.config.update.eps:g}) to a hundredth of the gradient's size"
+        return f"Lower update.eps (now {self.knobs.update.eps:g}) to a hundredth of the gradient's size"
 
 
 class OverpoweredAdversary(RedFlag):
@@ -371,7 +404,7 @@ class OverpoweredAdversary(RedFlag):
         return Reading(accuracy, threshold, accuracy >= threshold, message)
 
     def advice(self):
-        adversary = self.config.adversary
+        adversary = self.knobs.adversary
         return (
             f"Lower adversary.updates_per_iteration (now {adversary.updates_per_iteration}), adversary.learning_rate "
             f"(now {adversary.learning_rate:g}) or adversary.warmup_updates (now {adversary.warmup_updates})"
@@ -401,7 +434,7 @@ class SleepingAdversary(RedFlag):
         return Reading(accuracy, threshold, accuracy <= threshold, message)
 
     def advice(self):
-        adversary = self.config.adversary
+        adversary = self.knobs.adversary
         if adversary.schedule == "never":
             return "Let the adversary train: set adversary.schedule (now never) to when_fooled"
         margin = ""
@@ -430,9 +463,9 @@ RED_FLAGS: tuple[type[RedFlag], ...] = (
 class Monitor:
     """All red flags of a run."""
 
-    def __init__(self, section: MonitorSection, config: Config):
-        self.section, self.config = section, config
-        self.red_flags = [kind(section, config) for kind in RED_FLAGS]
+    def __init__(self, section: MonitorSection, knobs: Knobs):
+        self.section, self.knobs = section, knobs
+        self.red_flags = [kind(section, knobs) for kind in RED_FLAGS]
 
     def due(self, iteration: int) -> bool:
         """Whether this iteration is looked at."""
@@ -445,7 +478,7 @@ class Monitor:
             metrics: the iteration's record; a metric that is absent or None leaves its flags as they are.
             images: statistics of its images; None leaves the flags on images as they are.
         """
-        warming_up = metrics["iteration"] < self.config.adversary.warmup_iterations
+        warming_up = metrics["iteration"] < self.knobs.adversary.warmup_iterations
         for red_flag in self.red_flags:
             if not (warming_up and red_flag.needs_warm_discriminator):
                 red_flag.update(metrics, images)

@@ -66,11 +66,10 @@ def _plan(arguments: list[str]) -> int:
         recommended.rollout.micro_batch, recommended.model.gradient_checkpointing = micro_batch, checkpointing
         configuration.check(recommended, chosen.processes, with_data=False)
 
-    if not any(
-        configuration.fits_micro_batches(config, 1, prompts=n) for n in range(1, config.rollout.micro_batch + 1)
-    ):
-        configuration.check_micro_batches(config, chosen.processes)  # no number of images would suit this micro-batch
-    check((micro_batches(config, chosen.processes) or [config.rollout.micro_batch])[-1], False)
+    cut, most = (config.rollout, config.update.minibatches), config.rollout.micro_batch
+    if not any(configuration.fits_micro_batches(*cut, 1, prompts=n) for n in range(1, most + 1)):
+        configuration.check_micro_batches(*cut, chosen.processes)  # no number of images would suit this micro-batch
+    check((micro_batches(*cut, chosen.processes) or [most])[-1], False)
     quiet_libraries()
     check_without_network(config)
     plans = [plan(config, size, processes=chosen.processes) for size in sizes]

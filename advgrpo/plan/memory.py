@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
-from advgrpo.config import Config, check_micro_batches, fits_micro_batches, nearest_prompts
+from advgrpo.config import Config, RolloutSection, check_micro_batches, fits_micro_batches, nearest_prompts
 from advgrpo.errors import UserError
 from advgrpo.plan import known_models
 from advgrpo.plan.activations import TransformerShape, decode_bytes
@@ -106,33 +106,36 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     """
     if not (gpu_gb > 0 and math.isfinite(gpu_gb)) or processes < 1:
         raise UserError(f"GPU size {gpu_gb} GB, {processes} processes: want positive numbers")
-    if not micro_batches(config, processes):
-        check_micro_batches(config, processes)  # says which numbers of prompts would divide
+    cut = config.rollout, config.update.minibatches, processes
+    if not micro_batches(*cut):
+        check_micro_batches(*cut)  # says which numbers of prompts would divide
     estimate = _Estimate(config, processes)
     fitting = [p for p in estimate.plans(gpu_gb) if p.fits]
     if fitting:
         costs = {p: estimate.relative_time(p.knobs) for p in fitting}
         close = [p for p in fitting if costs[p] <= _CLOSE * min(costs.values())]
         chosen = max(close, key=lambda p: p.knobs.micro_batch)
-        return replace(chosen, decided=_what_decided(config, chosen, estimate))
+        decided = _what_decided(config.rollout, config.update.minibatches, chosen, estimate)
+        return replace(chosen, decided=decided)
     least = min(estimate.plans(gpu_gb), key=lambda p: p.peak_gb)
     return replace(least, remedies=tuple(_remedies(config, gpu_gb, processes)))
 
 
-def _what_decided(config: Config, chosen: MemoryPlan, estimate: _Estimate) -> str:
+def _what_decided(rollout: RolloutSection, minibatches: int, chosen: MemoryPlan, estimate: _Estimate) -> str:
     """Why no larger micro-batch is recommended, where the reason is not memory."""
-    group, most, micro = config.rollout.group_size, config.rollout.micro_batch, chosen.knobs.micro_batch
+    group, most, micro = rollout.group_size, rollout.micro_batch, chosen.knobs.micro_batch
     if micro == most:
         return f"rollout.micro_batch = {most}, as set, is the largest tried"
     refused = [m for m in range(micro + 1, most + 1) if group % m == 0 or m % group == 0]
-    refused = [m for m in refused if not fits_micro_batches(config, estimate.processes, micro=m)]
+    refused = [m for m in refused if not fits_micro_batches(rollout, minibatches, estimate.processes, micro=m)]
     room = [m for m in refused if estimate.peak_gb(replace(chosen.knobs, micro_batch=m)) <= chosen.gpu_gb]
     if not room:
         return ""
+    prompts = nearest_prompts(rollout, minibatches, estimate.processes, room[-1])
     return (
         f"divisibility decided, not memory: rollout.micro_batch = {room[-1]} would fit, but "
-        f"{config.images_per_iteration} images cannot be cut into it over {estimate.processes} processes; with "
-        f"rollout.prompts_per_iteration = {nearest_prompts(config, estimate.processes, room[-1])} they can"
+        f"{rollout.images} images cannot be cut into it over {estimate.processes} processes; with "
+        f"rollout.prompts_per_iteration = {prompts} they can"
     )
 
 
@@ -142,14 +145,14 @@ class _Estimate:
     def __init__(self, config: Config, processes: int):
         self.config, self.processes = config, processes
         self.pipeline = known_models.known_pipeline(config.model.path)
-        supervised = config.update.objective == "sft"  # loads neither adversary nor rewards
         learned = config.adversary.kind if config.learns_adversary else "none"
         self.dino = learned == "dino"
         other = [] if learned in ("dino", "none") else [f"adversary.kind = {learned}"]
         entries = config.rewards.entries()
-        fixed = [] if supervised else [entries[name].owner for name in config.rewards.fixed()]
+        fixed = [entries[name].owner for name in config.fixed_rewards]
         observer = ["evaluation.backbone"] if config.evaluation.backbone else []
-        self.uncounted = (*other, *fixed, *observer, *(["the VAE's encoder"] if supervised else []))
+        encoder = ["the VAE's encoder"] if config.objective.learns_from_references else []
+        self.uncounted = (*other, *fixed, *observer, *encoder)
         self.lora = config.model.train == "lora"
         self.fused = config.fast and self.lora
         self.element = 2 if config.model.dtype == "bfloat16" else 4
@@ -192,7 +195,7 @@ class _Estimate:
         return MemoryPlan(gpu_gb, knobs, self.components(knobs), configured_gb, (), self.uncounted)
 
     def _knobs(self) -> Iterator[Knobs]:
-        for micro in micro_batches(self.config, self.processes):
+        for micro in micro_batches(self.config.rollout, self.config.update.minibatches, self.processes):
             for checkpointing in (False, True):
                 yield Knobs(micro, checkpointing)
 
@@ -325,9 +328,10 @@ class _Estimate:
         yield Component("gradients within the backward", backward, decides, ("update",))
 
 
-def micro_batches(config: Config, processes: int = 1) -> list[int]:
+def micro_batches(rollout: RolloutSection, minibatches: int, processes: int = 1) -> list[int]:
     """Micro-batches up to the configured one that training accepts (`config.check_micro_batches`), ascending."""
-    return [m for m in range(1, config.rollout.micro_batch + 1) if fits_micro_batches(config, processes, micro=m)]
+    sizes = range(1, rollout.micro_batch + 1)
+    return [size for size in sizes if fits_micro_batches(rollout, minibatches, processes, micro=size)]
 
 
 def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Config], None]]]:
@@ -345,9 +349,8 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
     dino = adversary.kind == "dino" and config.learns_adversary
     if dino and adversary.cached_patches > adversary.num_patches:
         yield setting("adversary.cached_patches", adversary.num_patches)
-    fewer = [
-        n for n in range(1, rollout.prompts_per_iteration // 4 + 1) if fits_micro_batches(config, processes, prompts=n)
-    ]
+    cut, quarter = (rollout, config.update.minibatches, processes), rollout.prompts_per_iteration // 4
+    fewer = [n for n in range(1, quarter + 1) if fits_micro_batches(*cut, prompts=n)]
     if fewer:
         yield setting("rollout.prompts_per_iteration", fewer[-1])
     if model.dtype == "float32" and model.train == "lora":
@@ -423,7 +426,8 @@ def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
     """
     rollout, model = config.rollout, config.model
     steps = []
-    smaller = [micro for micro in micro_batches(config, processes) if micro < rollout.micro_batch]
+    fitting = micro_batches(rollout, config.update.minibatches, processes)
+    smaller = [micro for micro in fitting if micro < rollout.micro_batch]
     if smaller:
         steps.append(f"rollout.micro_batch = {smaller[-1]} instead of {rollout.micro_batch}")
     if not model.gradient_checkpointing:

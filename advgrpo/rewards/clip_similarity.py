@@ -7,7 +7,7 @@ import torch
 from advgrpo.data.references import ReferenceSet
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.checks import check_batch, finite_scores, required
-from advgrpo.rewards.reference_similarity import Reduction, ReferenceEmbeddings, check_reduction, reference_cosine
+from advgrpo.rewards.reference_similarity import Reduction, check_reduction, reference_cosine, reference_embeddings
 from advgrpo.vision.clip import ClipModel
 
 
@@ -61,7 +61,7 @@ class ClipReferenceSimilarity(Reward):
     ):
         self.reduction = check_reduction(reduction)
         self.clip = clip or ClipModel(path, processor=processor, device=device, dtype=dtype, field=f"{self.name}.path")
-        self._references = ReferenceEmbeddings(self.clip.image_embeddings)
+        self._references = reference_embeddings(self.clip.image_embeddings)
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None) -> torch.Tensor:
         """[B] float32 on the device of `images`; UserError without references or for a prompt that has none."""
@@ -70,7 +70,7 @@ class ClipReferenceSimilarity(Reward):
         cosine = reference_cosine(
             self.clip.image_embeddings(images),
             prompts,
-            lambda prompt: self._references.prompt(known, prompt),
+            lambda prompt: self._references.of_prompt(known, prompt),
             self.reduction,
         )
         return finite_scores(cosine, images, prompts, self.name)

@@ -7,7 +7,7 @@ import torch
 from advgrpo.data.references import ReferenceSet
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.checks import check_batch, finite_scores, required
-from advgrpo.rewards.reference_similarity import Reduction, ReferenceEmbeddings, check_reduction, reference_cosine
+from advgrpo.rewards.reference_similarity import Reduction, check_reduction, reference_cosine, reference_embeddings
 from advgrpo.vision.dino import DinoBackbone
 
 
@@ -44,7 +44,7 @@ class DinoSimilarity(Reward):
             device=torch.device(device),
             fields=fields,
         )
-        self._references = ReferenceEmbeddings(self.embed)
+        self._references = reference_embeddings(self.embed)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Class tokens [B, D] float32 of images."""
@@ -52,7 +52,7 @@ class DinoSimilarity(Reward):
 
     def cosine(self, embeddings: torch.Tensor, prompts: list[str], references: ReferenceSet) -> torch.Tensor:
         """[B] from class tokens [B, D] that are computed already."""
-        own = self._references.prompt
+        own = self._references.of_prompt
         return reference_cosine(embeddings, prompts, lambda prompt: own(references, prompt), self.reduction)
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None) -> torch.Tensor:

@@ -5,14 +5,14 @@ Shapes: B images, R references of a prompt, embeddings of width D.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from advgrpo.data.references import ReferenceSet
+from advgrpo.data.per_reference import PerReference
+from advgrpo.runtime.cache import LastUsed
 
 Reduction = Literal["mean", "max"]
 _PROMPTS_IN_MEMORY = 8192
@@ -43,27 +43,12 @@ def reference_cosine(
     return torch.stack([(references[prompt] @ row).amax() for prompt, row in zip(prompts, unit)])
 
 
-class ReferenceEmbeddings:
-    """Embeddings [R, D] of a prompt's references, computed once per prompt and kept in memory by content.
+def reference_embeddings(embed: Callable[[torch.Tensor], torch.Tensor]) -> PerReference[torch.Tensor]:
+    """Embeddings [R, D] of a prompt's references, in memory.
 
     Args:
         embed: images [n, 3, H, W] float32 in [0, 1] on the CPU -> [n, D].
     """
-
-    def __init__(self, embed: Callable[[torch.Tensor], torch.Tensor]):
-        self.embed = embed
-        self._known: OrderedDict[tuple[str, ...], torch.Tensor] = OrderedDict()
-
-    def prompt(self, references: ReferenceSet, prompt: str) -> torch.Tensor:
-        """UserError for a prompt that `references` was not loaded with."""
-        files = references.files(prompt)
-        key = tuple(references.content_key(file) for file in files)
-        if key not in self._known:
-            images = [references.load_images([file]) for file in files]
-            if len({p.shape for p in images}) == 1:
-                images = [torch.cat(images)]
-            self._known[key] = torch.cat([self.embed(p) for p in images])
-            if len(self._known) > _PROMPTS_IN_MEMORY:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+    return PerReference(
+        lambda batches, prompt: torch.cat([embed(images) for images in batches]), LastUsed(_PROMPTS_IN_MEMORY)
+    )

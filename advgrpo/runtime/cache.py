@@ -13,6 +13,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +25,40 @@ from advgrpo.runtime.fingerprint import tensors_digest
 
 _CHECKSUM = "checksum"  # key in the file's metadata
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class _DamagedError(Exception):
     pass
+
+
+class LastUsed(Generic[T]):
+    """Values by key in memory, the `most` that were used last."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._values: OrderedDict[str, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def load(self, key: str) -> T | None:
+        """The value stored under `key`; None when there is none."""
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def store(self, key: str, value: T) -> T:
+        """Keep `value` under `key`, and hand it out."""
+        self._values[key] = value
+        self._values.move_to_end(key)
+        if len(self._values) > self.most:
+            self._values.popitem(last=False)
+        return value
 
 
 class TensorCache:
@@ -40,8 +71,8 @@ class TensorCache:
     """
 
     def __init__(self, root: Path, *, in_memory: int, device: torch.device | str = "cpu"):
-        self.root, self.in_memory, self.device = root, in_memory, device
-        self._memory: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+        self.root, self.device = root, device
+        self._memory: LastUsed[dict[str, torch.Tensor]] = LastUsed(in_memory)
 
     def path(self, key: str) -> Path:
         return self.root / key[:2] / f"{key}.safetensors"
@@ -65,9 +96,9 @@ class TensorCache:
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors stored under `key`; None when there are none, or the file was damaged (it is gone then)."""
-        if key in self._memory:
-            self._memory.move_to_end(key)
-            return self._memory[key]
+        known = self._memory.load(key)
+        if known is not None:
+            return known
         try:
             tensors = _read(self.path(key), key)
         except FileNotFoundError:
@@ -95,10 +126,7 @@ class TensorCache:
         return self._remember(key, own)
 
     def _remember(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        moved = self._memory[key] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        if len(self._memory) > self.in_memory:
-            self._memory.popitem(last=False)
-        return moved
+        return self._memory.store(key, {name: tensor.to(self.device) for name, tensor in tensors.items()})
 
 
 def _checksum(key: str, tensors: Mapping[str, torch.Tensor]) -> str:

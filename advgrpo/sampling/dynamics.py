@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from advgrpo.config import Config, RolloutSection, eligible_steps
+from advgrpo.config import OBJECTIVES, RolloutSection, eligible_steps
 from advgrpo.errors import UserError
 from advgrpo.policy.base import Generator
 from advgrpo.runtime import rng
@@ -47,6 +47,15 @@ def check_dynamics(prediction_type: str, dynamics: str) -> None:
         )
 
 
+def check_objective(prediction_type: str, objective: str) -> None:
+    """UserError unless the loss of `update.objective` exists for what the network predicts."""
+    if OBJECTIVES[objective].fits_velocity and prediction_type != "flow_prediction":
+        raise UserError(
+            f"update.objective = {objective} fits a rectified flow's velocity, but this model predicts noise: use an "
+            "SD3 model"
+        )
+
+
 def step_table(
     policy: Generator, num_steps: int, window: tuple[int, ...] = (), *, rollout: RolloutSection | None = None
 ) -> StepTable:
@@ -70,19 +79,19 @@ def step_table(
     return StepTable(*(to_device(t, policy.device) for t in (timesteps, coefficients)), window, trained, lengths)
 
 
-def window_steps(config: Config, iteration: int) -> tuple[int, ...]:
-    """This iteration's stochastic steps, ascending: a function of (seed, iteration) alone, in rollout.window.order.
+def window_steps(rollout: RolloutSection, seed: int, iteration: int) -> tuple[int, ...]:
+    """This iteration's stochastic steps, ascending: a function of (seed, iteration) alone, in window.order.
 
     A sliding window is MixGRPO's (arXiv 2507.21802): it starts at the noisiest step and moves by the stride after every
     shift interval. Its code lets the window shrink at the end of the range; here it starts over before that, so that
     every iteration trains on as many steps.
     """
-    window = config.rollout.window
+    window = rollout.window
     if window.chosen_order == "fixed":
         return tuple(sorted(window.steps))
-    steps = eligible_steps(config)
+    steps = eligible_steps(rollout)
     starts = len(steps) - window.size + 1
-    draw = rng.generator(config.seed, "window", iteration)
+    draw = rng.generator(seed, "window", iteration)
     if window.chosen_order == "random":
         return tuple(sorted(steps[i] for i in torch.randperm(len(steps), generator=draw)[: window.size].tolist()))
     if window.chosen_order == "contiguous":

@@ -1,8 +1,8 @@
-"""From a checked configuration to the parts of a run: policy, adversary, rewards, metrics."""
+"""From a checked configuration to the parts of a run: policy, adversary, rewards, metrics, objective, trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,10 +10,12 @@ import torch
 from advgrpo.adversary.base import Adversary
 from advgrpo.adversary.reference_features import ReferenceFeatures
 from advgrpo.config import NEED_REFERENCES, Config
+from advgrpo.data.references import ReferenceSet
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
 from advgrpo.evaluation.evaluator import ImageStatistic
-from advgrpo.monitor.monitor import NOT_JUDGED, RED_FLAGS
+from advgrpo.monitor.monitor import NOT_JUDGED, RED_FLAGS, Knobs, Monitor
+from advgrpo.policy.base import Policy
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.loading import load_policy
 from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_class
@@ -23,11 +25,19 @@ from advgrpo.rewards.base import Reward
 from advgrpo.rewards.custom import CustomReward
 from advgrpo.rewards.dino_similarity import DinoSimilarity
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
-from advgrpo.sampling.dynamics import check_dynamics
+from advgrpo.runtime.graphs import GraphBackend
+from advgrpo.sampling.dynamics import check_dynamics, check_objective
 from advgrpo.training.fast import FastPaths
+from advgrpo.training.micro_batches import MicroBatches
+from advgrpo.training.objective import Objective, Parts
+from advgrpo.training.observer import DinoObserver
+from advgrpo.training.policy_gradient import PolicyGradient
 from advgrpo.training.preflight import used_rewards
 from advgrpo.training.scoring import Scorer
-from advgrpo.vision.dino import backbone_folder
+from advgrpo.training.supervised import SupervisedFineTuning
+from advgrpo.training.trainer import Length, Trainer
+from advgrpo.training.update import Updater
+from advgrpo.vision.dino import DinoBackbone, backbone_folder
 
 
 def check_prompts(config: Config, sources: Sources) -> None:
@@ -37,8 +47,8 @@ def check_prompts(config: Config, sources: Sources) -> None:
     """
     measured = {"rule" if name == "rule_accuracy" else name for name in config.evaluation.metrics}
     for name, entry in config.rewards.entries().items():
-        rewarded = entry.section.used and config.update.objective != "sft"
-        read = [*(sources.prompts if rewarded else []), *(sources.held_out if name in measured else [])]
+        trained = sources.prompts if name in config.fixed_rewards else []
+        read = [*trained, *(sources.held_out if name in measured else [])]
         if entry.kind in ("adversary", "custom") or not read:  # custom ones are tried out (build_custom_rewards)
             continue
         if reward_class(entry.kind).check_prompts is Reward.check_prompts:
@@ -55,10 +65,7 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
     cache = Path(config.data.cache_dir).expanduser()
     prediction_type = PREDICTION_TYPES[pipeline_class(config.model.path)]
     check_dynamics(prediction_type, config.rollout.dynamics)
-    if config.update.objective == "sft" and prediction_type != "flow_prediction":
-        raise UserError(
-            "update.objective = sft fits a rectified flow's velocity, but this model predicts noise: use an SD3 model"
-        )
+    check_objective(prediction_type, config.update.objective)
     policy = load_policy(
         config.model,
         device=distributed.device,
@@ -93,7 +100,7 @@ def encode_prompts(
         policy.text_cache.fill(missing, tell)
 
 
-def check_cache_is_shared(policy: DiffusersPolicy, sources: Sources, distributed: Distributed, config: Config) -> None:
+def check_cache_is_shared(policy: DiffusersPolicy, sources: Sources, distributed: Distributed, cache_dir: str) -> None:
     """Call it once all processes have encoded their shares.
 
     Raises:
@@ -104,7 +111,7 @@ def check_cache_is_shared(policy: DiffusersPolicy, sources: Sources, distributed
     absent = policy.text_cache.absent(texts) if distributed.world_size > 1 else []
     if absent:
         raise UserError(
-            f"data.cache_dir = {config.data.cache_dir!r}: process {distributed.rank} does not find {len(absent)} of "
+            f"data.cache_dir = {cache_dir!r}: process {distributed.rank} does not find {len(absent)} of "
             f"{len(texts)} prompts there that other processes have encoded, first {absent[0]!r}; name a folder that "
             "all machines share (--data.cache-dir)"
         )
@@ -134,7 +141,7 @@ def build_custom_rewards(config: Config, sources: Sources, distributed: Distribu
         )
         reward.progress = distributed.step
         distributed.progress(f"try out reward {name}", within_seconds=SLOW_SECONDS)
-        trained = sources.prompts if name in config.rewards.fixed() and config.update.objective != "sft" else []
+        trained = sources.prompts if name in config.fixed_rewards else []
         measured = sources.held_out if name in config.evaluation.metrics else []
         reward.try_out([*trained, *measured], sources.references, config.model.resolution, distributed.device)
         found[name] = reward
@@ -144,15 +151,13 @@ def build_custom_rewards(config: Config, sources: Sources, distributed: Distribu
 def build_rewards(
     config: Config, sources: Sources, distributed: Distributed, custom: Mapping[str, Reward] | None = None
 ) -> dict[str, Reward]:
-    """The fixed rewards in use; none for supervised fine-tuning.
+    """The fixed rewards that the generator is trained on.
 
     Args:
         custom: those of `build_custom_rewards`; built here where not given.
     """
-    if config.update.objective == "sft":
-        return {}
     custom = build_custom_rewards(config, sources, distributed) if custom is None else custom
-    return {name: _build_reward(name, config, sources, distributed, custom) for name in config.rewards.fixed()}
+    return {name: _build_reward(name, config, sources, distributed, custom) for name in config.fixed_rewards}
 
 
 def _build_reward(
@@ -170,43 +175,39 @@ def _build_reward(
     return reward
 
 
-def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoSimilarity | None:
-    """DINO for independent statistics: evaluation.backbone where it is set, else that of adversary.kind = dino.
+def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoObserver | None:
+    """Who looks at images for statistics: the DINO that `config.observer` names; None where there is none, or no use.
 
-    No other adversary's features ever stand in for DINO's. One that the adversary has loaded already, at the same size,
-    is shared. Supervised fine-tuning has no adversary: it takes the DINO that would be one, for evaluation only.
+    One that the adversary has loaded already, at the same size, is shared. Where no images are drawn while it trains,
+    only evaluation looks through it.
     """
-    wanted = _observer_settings(config)
+    wanted = config.observer
     measured = config.data.held_out_prompts and "dino_similarity" in config.evaluation.metrics
-    unused = config.update.objective == "sft" and not measured
-    if wanted is None or unused:
+    if wanted is None or not (config.objective.samples_images or measured):
         return None
-    path, image_size, fields = wanted
-    own = adversary.backbone if adversary is not None and config.adversary.kind == "dino" else None
-    if own is not None and (own.folder, own.image_size) == (backbone_folder(path), image_size):
-        return DinoSimilarity(backbone=own)
-    dtype = getattr(torch, config.adversary.dtype)
-    return DinoSimilarity(path=path, image_size=image_size, device=device, dtype=dtype, fields=fields)
+    own = None if adversary is None else adversary.backbone
+    if isinstance(own, DinoBackbone):
+        same = (own.folder, own.image_size) == (backbone_folder(wanted.backbone), wanted.image_size)
+        if same:
+            return DinoObserver(DinoSimilarity(backbone=own))
+    return DinoObserver(
+        DinoSimilarity(
+            path=wanted.backbone,
+            image_size=wanted.image_size,
+            device=device,
+            dtype=getattr(torch, wanted.dtype),
+            fields=wanted.fields,
+        )
+    )
 
 
-def _observer_settings(config: Config) -> tuple[str, int, tuple[str, str]] | None:
-    """(path, image size, the settings that they are) of the DINO that this run's statistics look through."""
-    evaluation, adversary = config.evaluation, config.adversary
-    if evaluation.backbone:
-        fields = ("evaluation.backbone", "evaluation.backbone_image_size")
-        return evaluation.backbone, evaluation.backbone_image_size, fields
-    if adversary.kind == "dino":
-        return adversary.backbone, adversary.image_size, ("adversary.backbone", "adversary.image_size")
-    return None
-
-
-def blind_spots(config: Config, observer: DinoSimilarity | None) -> str:
+def blind_spots(config: Config, observer: DinoObserver | None) -> str:
     """What the monitor cannot judge in a run without an observer, for the user; empty where nothing is lost.
 
     Raises:
         UserError: monitor.stop names a flag that would never be judged.
     """
-    if observer is not None or config.monitor.every == 0 or config.update.objective == "sft":
+    if observer is not None or config.monitor.every == 0 or not config.objective.samples_images:
         return ""
     lost = {flag.name: flag.without_dino for flag in RED_FLAGS if flag.without_dino}
     why = f"evaluation.backbone is empty and adversary.kind = {config.adversary.kind} has no DINO"
@@ -220,7 +221,7 @@ def blind_spots(config: Config, observer: DinoSimilarity | None) -> str:
 def build_metrics(
     config: Config,
     sources: Sources,
-    observer: DinoSimilarity | None,
+    observer: DinoObserver | None,
     distributed: Distributed,
     custom: Mapping[str, Reward] | None = None,
 ) -> dict[str, Reward]:
@@ -236,7 +237,7 @@ def build_metrics(
                     "evaluation.metrics: dino_similarity needs a DINO; set evaluation.backbone, since the adversary "
                     f"is {config.adversary.kind}"
                 )
-            metrics[name] = observer
+            metrics[name] = observer.metric
         elif name == "rule_accuracy":
             metrics[name] = build_reward("rule", strict=True)
         elif name in ImageStatistic.NAMES:
@@ -252,12 +253,72 @@ def build_scorer(
     config: Config,
     sources: Sources,
     adversary: Adversary | None,
-    observer: DinoSimilarity | None,
+    observer: DinoObserver | None,
     distributed: Distributed,
     custom: Mapping[str, Reward] | None = None,
 ) -> Scorer:
     """Rewards, references and their cached features in one place. `custom`: as in `build_rewards`."""
     cache = Path(config.data.cache_dir).expanduser()
     features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
-    rewards = build_rewards(config, sources, distributed, custom)
-    return Scorer(config, adversary, features, rewards, sources.references, observer, distributed)
+    return Scorer(
+        rollout=config.rollout,
+        seed=config.seed,
+        adversary=adversary,
+        reference_features=features,
+        rewards=build_rewards(config, sources, distributed, custom),
+        weights=config.rewards.sections(),
+        references=sources.references,
+        observer=observer,
+        distributed=distributed,
+        watches=config.monitor.every > 0,
+    )
+
+
+OBJECTIVES: dict[str, Callable[[Parts], Objective]] = {
+    "policy": PolicyGradient.build,
+    "sft": SupervisedFineTuning.build,
+}
+
+
+def build_trainer(
+    config: Config,
+    policy: Policy,
+    prompts: list[str],
+    references: ReferenceSet | None,
+    scorer: Callable[[], Scorer],
+    distributed: Distributed,
+    fast: FastPaths,
+    graphs: GraphBackend | None = None,
+) -> Trainer:
+    """A trainer at iteration 0.
+
+    Args:
+        policy: the generator.
+        prompts, references: what it is trained on.
+        scorer: builds what judges its images, if the objective wants it.
+        fast: which of the machine's fast paths are used.
+        graphs: captures functions; None runs them eagerly.
+    """
+    place = {"rank": distributed.rank, "world_size": distributed.world_size}
+    updater = Updater(
+        policy,
+        config.update,
+        config.rollout,
+        config.advantage,
+        reduce=distributed.all_reduce_sum,
+        fused=fast.fused_optimizer,
+    )
+    micro_batches = MicroBatches(prompts, config.rollout, config.update.minibatches, seed=config.seed, **place)
+    monitor = Monitor(config.monitor, Knobs.of(config))
+    parts = Parts(config, policy, updater, micro_batches, monitor, references, scorer, distributed, fast, graphs)
+    return Trainer(
+        policy,
+        updater,
+        OBJECTIVES[config.update.objective](parts),
+        monitor,
+        distributed,
+        length=Length(config.iterations, config.global_steps, config.images_per_iteration),
+        seed=config.seed,
+        max_grad_norm=config.update.max_grad_norm,
+        copies=config.model.train == "lora",  # after full fine-tuning weights and moments would not fit a second time
+    )

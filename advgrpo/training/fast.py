@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from advgrpo.config import Config
+from advgrpo.config import Config, ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.transformer import can_adapt
@@ -40,7 +40,7 @@ class FastPaths:
         """Raises UserError where a path is asked for that this machine or model does not have."""
         gpu_only = "" if device.type == "cuda" else "no CUDA device"
         plain = "" if config.fast else "--no-fast"
-        fused_off = plain or _why_not_fused(config)
+        fused_off = plain or _why_not_fused(config.model)
         if fused_off and config.rollout.window_forward == "merged":
             raise UserError(f"rollout.window_forward = 'merged' needs the fused transformer ({fused_off}); use trainer")
         if fused_off and config.model.attention != "auto":
@@ -64,7 +64,7 @@ class FastPaths:
             _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
             _row(
                 "fused AdamW",
-                _why_not_ours(config) or _why_no_csrc(device),
+                _why_not_ours(config.update.optimizer, config.fast) or _why_no_csrc(device),
                 "clipping, AdamW and EMA in three launches, no wait",
             ),
             _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
@@ -102,21 +102,20 @@ def _row(name: str, off_because: str, saves: str) -> FastPath:
     return FastPath(name, not off_because, off_because or saves)
 
 
-def _why_not_fused(config: Config) -> str:
+def _why_not_fused(model: ModelSection) -> str:
     """Why the fused transformer cannot serve this model, or ""; reads no more of it than model_index.json."""
-    name = pipeline_class(config.model.path)
+    name = pipeline_class(model.path)
     if PREDICTION_TYPES[name] != "flow_prediction":
         return f"a {name} has a UNet; the fused forward is SD3's transformer"
-    if config.model.train != "lora":
+    if model.train != "lora":
         return "full fine-tuning trains the stock modules"
-    outside = [target for target in config.model.lora.targets if not can_adapt(target)]
+    outside = [target for target in model.lora.targets if not can_adapt(target)]
     return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
 
 
-def _why_not_ours(config: Config) -> str:
-    optimizer = config.update.optimizer
+def _why_not_ours(optimizer: str, fast: bool) -> str:
     if optimizer == "auto":
-        return "" if config.fast else "--no-fast"
+        return "" if fast else "--no-fast"
     return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
 
 

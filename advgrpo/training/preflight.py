@@ -15,7 +15,19 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from pydantic import ValidationError
 
-from advgrpo.config import Config, LoraSection, RewardEntry, RewardSection, RewardsSection, shown, wanted
+from advgrpo.config import (
+    AdversarySection,
+    Config,
+    LoraSection,
+    ModelSection,
+    OutputSection,
+    RewardEntry,
+    RewardSection,
+    RewardsSection,
+    UpdateSection,
+    shown,
+    wanted,
+)
 from advgrpo.errors import UserError
 from advgrpo.plan.known_models import BACKBONES, TRANSFORMERS, known_pipeline
 from advgrpo.policy.adapters import component_of, read_lora_for, stored_network, target_modules
@@ -26,7 +38,7 @@ from advgrpo.policy.sd3 import check_resolution, check_schedule
 from advgrpo.policy.sdxl import check_unet, ddim_scheduler
 from advgrpo.reporting.trackers import check_installed, choose
 from advgrpo.runtime.folders import writable
-from advgrpo.sampling.dynamics import check_dynamics
+from advgrpo.sampling.dynamics import check_dynamics, check_objective
 from advgrpo.training.optimizer import APEX
 from advgrpo.vision.clip import preference_folder
 from advgrpo.vision.dino import backbone_folder
@@ -38,7 +50,7 @@ _CLIP_REWARDS = ("pickscore", "clip_similarity", "clip_reference_similarity", "a
 def preflight(config: Config) -> None:
     """UserError for settings that the models' folders refute, or for folders that are not whole."""
     writable(Path(config.data.cache_dir).expanduser(), "data.cache_dir")
-    _check_installed(config)
+    _check_installed(config.output, config.update)
     _check_generator(config)
     _check_judges(config, network=True)
 
@@ -53,13 +65,14 @@ def check_without_network(config: Config) -> None:
         _check_generator(config)
     elif config.model.path in TRANSFORMERS:
         check_dynamics("flow_prediction", config.rollout.dynamics)  # all of them are SD3
-        _check_known_size(config)
+        _check_known_size(config.model)
     _check_judges(config, network=False)
 
 
 def _check_judges(config: Config, *, network: bool) -> None:
     """Of the adversary, the rewards and the observer; without `network` those of the hub as far as they are known."""
-    check_adversary(config, network)
+    if config.learns_adversary:
+        check_adversary(config.adversary, network)
     entries = config.rewards.entries()
     for name in used_rewards(config):
         entry = entries[name]
@@ -67,15 +80,14 @@ def _check_judges(config: Config, *, network: bool) -> None:
             check_import(entry)
         else:
             check_reward(entry.kind, entry.section.arguments(), entry.owner, network=network)
-    if config.evaluation.backbone:
-        fields = ("evaluation.backbone", "evaluation.backbone_image_size")
-        _check_dino(config.evaluation.backbone, config.evaluation.backbone_image_size, fields, network)
+    observer, evaluation = config.observer, config.evaluation
+    if observer is not None and (evaluation.backbone or "dino_similarity" in evaluation.metrics):
+        _check_dino(observer.backbone, observer.image_size, observer.fields, network)
 
 
-def _check_installed(config: Config) -> None:
+def _check_installed(output: OutputSection, update: UpdateSection) -> None:
     """Packages that only some settings need, before hours of work lead to them."""
-    update = config.update
-    for tracker in choose(config.output):
+    for tracker in choose(output):
         check_installed(tracker)
     apex = f"NVIDIA Apex (not PyPI's apex: {APEX})"
     if update.optimizer == "apex" and not _found("apex.optimizers"):
@@ -93,10 +105,9 @@ def _found(module: str) -> bool:
 
 def used_rewards(config: Config) -> list[str]:
     """Rewards that are built for training or for evaluation; dino_similarity as a metric looks through another DINO."""
-    trained = [] if config.update.objective == "sft" else list(config.rewards.fixed())
     measured = config.evaluation.metrics if config.data.held_out_prompts else ()
     known = config.rewards.sections()
-    return list(dict.fromkeys([*trained, *(m for m in measured if m in known and m != "dino_similarity")]))
+    return list(dict.fromkeys([*config.fixed_rewards, *(m for m in measured if m in known and m != "dino_similarity")]))
 
 
 # The generator.
@@ -171,12 +182,9 @@ def _check_generator(config: Config) -> None:
     index = pipeline_index(model.path, "model.path")
     prediction_type = PREDICTION_TYPES[index["_class_name"]]
     check_dynamics(prediction_type, config.rollout.dynamics)
-    if config.update.objective == "sft" and prediction_type != "flow_prediction":
-        raise UserError(
-            "update.objective = sft fits a rectified flow's velocity, but this model predicts noise: use an SD3 model"
-        )
+    check_objective(prediction_type, config.update.objective)
     if folder is None:
-        _check_known_size(config)
+        _check_known_size(model)
         return
     source, network = f"model.path = {model.path!r}", stored_network(folder)
     vae = _vae(folder, source)
@@ -196,9 +204,8 @@ def _check_generator(config: Config) -> None:
         check_adapters(folder, network, model.lora)
 
 
-def _check_known_size(config: Config) -> None:
+def _check_known_size(model: ModelSection) -> None:
     """Of a model of the hub that is not here yet."""
-    model = config.model
     if model.path in TRANSFORMERS:
         pipeline = known_pipeline(model.path)
         check_resolution(model.resolution, SimpleNamespace(**pipeline.transformer), pipeline.decoder)
@@ -221,16 +228,13 @@ def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection) -> None
 # What judges.
 
 
-def check_adversary(config: Config, network: bool) -> None:
+def check_adversary(section: AdversarySection, network: bool) -> None:
     """UserError for settings of the adversary that its model's folder refutes, or for one that is not whole."""
-    section = config.adversary
-    used = config.learns_adversary
-    measured = "dino_similarity" in config.evaluation.metrics and not config.evaluation.backbone
-    if section.kind == "dino" and (used or measured):
+    if section.kind == "dino":
         _check_dino(section.backbone, section.image_size, ("adversary.backbone", "adversary.image_size"), network)
-    elif section.kind == "siglip" and used:
+    elif section.kind == "siglip":
         _check_siglip(section.backbone, section.image_size, network)
-    elif section.kind == "pickscore" and used:
+    elif section.kind == "pickscore":
         fields = ("adversary.backbone", "adversary.processor")
         clip = _check_clip(section.backbone, section.processor, fields, network)
         layers = _part(clip, "vision_config").get("num_hidden_layers", section.trainable_layers) if clip else None

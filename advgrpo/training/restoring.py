@@ -26,8 +26,18 @@ _REMEDY = "it is another run's, or damaged"
 
 
 @dataclass
-class RestoredHead:
-    """What a head trainer takes over (`apply`)."""
+class Restorable:
+    """What an objective takes over; nothing, unless it remembers something."""
+
+    @property
+    def prefixes(self) -> list[str]:
+        """How the names of its tensors begin in a checkpoint."""
+        return []
+
+
+@dataclass
+class RestoredHead(Restorable):
+    """What a discriminator trainer takes over (`apply`)."""
 
     weights: Tensors
     optimizer: dict[str, Any]  # for Optimizer.load_state_dict
@@ -36,7 +46,6 @@ class RestoredHead:
 
     @property
     def prefixes(self) -> list[str]:
-        """How the names of its tensors begin in a checkpoint."""
         return ["head.", "head_optimizer.", *(["replay."] if self.replay else [])]
 
     def apply(self, discriminator_trainer: DiscriminatorTrainer) -> None:
@@ -56,7 +65,7 @@ class Restored:
     ema: Tensors
     optimizer: dict[str, Any]  # for Optimizer.load_state_dict
     monitor: dict[str, FlagState]
-    head: RestoredHead | None = None
+    objective: Restorable
 
 
 def check(trainer: Trainer, tensors: Tensors, state: Mapping[str, Any]) -> Restored:
@@ -78,12 +87,9 @@ def check(trainer: Trainer, tensors: Tensors, state: Mapping[str, Any]) -> Resto
         ema=taken(tensors, "ema.", parameters),
         optimizer=_optimizer(trainer.updater.optimizer, tensors, own, "optimizer"),
         monitor=trainer.monitor.checked(entry(own, "monitor", dict)),
+        objective=trainer.objective.checked(tensors, own),
     )
-    prefixes = ["policy.", "ema.", "optimizer."]
-    if trainer.discriminator_trainer is not None:
-        restored.head = check_head(trainer.discriminator_trainer, tensors, own)
-        prefixes += restored.head.prefixes
-    refuse_others(tensors, prefixes)
+    refuse_others(tensors, ["policy.", "ema.", "optimizer.", *restored.objective.prefixes])
     return restored
 
 

@@ -43,6 +43,7 @@ from advgrpo.training.build import (
     build_observer,
     build_policy,
     build_scorer,
+    build_trainer,
     check_cache_is_shared,
     check_prompts,
 )
@@ -131,7 +132,7 @@ class Run:
         with distributed.monitored("load the models", at_most_seconds=SLOW_SECONDS):
             self.trainer, self.evaluator = self._build(sources, fast)
         with distributed.monitored("look into the cache"):
-            check_cache_is_shared(self.trainer.policy, sources, distributed, config)
+            check_cache_is_shared(self.trainer.policy, sources, distributed, config.data.cache_dir)
         while saved is not None and (reason := self._misfit(saved)):
             saved = resuming.next(saved, reason)
             changed = self._changed(resuming, saved)
@@ -164,17 +165,28 @@ class Run:
         if unseen := blind_spots(config, observer):
             self.console.print(unseen, highlight=False)
         metrics = build_metrics(config, sources, observer, distributed, custom)
-        trainer = Trainer(
+        trainer = build_trainer(
             config,
-            policy=policy,
-            scorer=build_scorer(config, sources, adversary, observer, distributed, custom),
-            prompts=sources.prompts,
-            distributed=distributed,
-            fast=fast,
-            graphs=CudaGraphs(distributed.device) if fast.graphs else None,
+            policy,
+            sources.prompts,
+            sources.references,
+            lambda: build_scorer(config, sources, adversary, observer, distributed, custom),
+            distributed,
+            fast,
+            CudaGraphs(distributed.device) if fast.graphs else None,
         )
-        held_out = sources.held_out
-        return trainer, Evaluator(policy, metrics, sources.references, held_out, config, distributed, self.display)
+        evaluator = Evaluator(
+            policy,
+            metrics,
+            sources.references,
+            sources.held_out,
+            config.evaluation,
+            config.rollout.micro_batch,
+            config.seed,
+            distributed,
+            self.display,
+        )
+        return trainer, evaluator
 
     def _tell_of_prompts(self, sources: Sources) -> dict[str, int]:
         """Print what becomes of prompts that nobody would notice; {tokenizer: how many it cuts} for the summary."""
@@ -570,7 +582,8 @@ def summarize(
     stages = {"base": base, **({"start": start} if start else {}), "final": final}
     timed = [row["seconds"] for row in rows if isinstance(row.get("seconds"), (int, float))]
     per_second = len(timed) / sum(timed) if sum(timed) else None
-    reason = configuration.untrained(config) or ("" if len(rows) < iterations else _untrained(rows))
+    missing = len(rows) < iterations
+    reason = configuration.untrained(config) or ("" if missing else _untrained(rows, config.objective.loss))
     return {
         "seed": config.seed,
         "iterations": iterations,
@@ -591,9 +604,9 @@ def summarize(
     }
 
 
-def _untrained(rows: list[dict]) -> str:
+def _untrained(rows: list[dict], loss: str) -> str:
     """Why the generator is as it was, although the settings could have trained it; "" where it was trained."""
-    if any(row.get(loss) is not None for row in rows for loss in ("policy_loss", "sft_loss")):
+    if any(row.get(loss) is not None for row in rows):
         return ""
     return "no iteration trained the generator: the adversary was fooled, and trained, in each (adversary.schedule)"
 

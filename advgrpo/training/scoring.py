@@ -13,19 +13,19 @@ import torch
 
 from advgrpo.adversary.base import Adversary
 from advgrpo.adversary.reference_features import ReferenceFeatures, reference_draws
-from advgrpo.config import NEED_REFERENCES, Config
+from advgrpo.config import NEED_REFERENCES, RewardSection, RolloutSection
+from advgrpo.data.per_reference import PerReference
 from advgrpo.data.references import ReferenceSet
-from advgrpo.monitor.image_statistics import looked_at
+from advgrpo.monitor.image_statistics import PROMPTS_IN_MEMORY, REFERENCES_LOOKED_AT
 from advgrpo.reporting.metric_names import OF_REFERENCES
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.compose import compose
-from advgrpo.rewards.dino_similarity import DinoSimilarity
-from advgrpo.rewards.reference_similarity import reference_cosine
+from advgrpo.runtime.cache import LastUsed
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.transfer import to_device
+from advgrpo.training.columns import Columns
+from advgrpo.training.observer import DinoObserver
 from advgrpo.types import Features, Rollout
-
-_COLUMN = "_of_references_"  # prefix of columns that are gathered with the rewards
 
 
 @dataclass
@@ -63,31 +63,30 @@ class ReferenceScores:
     (`scores_references` of a reward that is not known here).
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], references: ReferenceSet):
+    def __init__(self, rewards: Mapping[str, Reward], references: ReferenceSet, device: torch.device):
         self.rewards = {
             name: reward
             for name, reward in rewards.items()
             if name not in NEED_REFERENCES and getattr(reward, "scores_references", True)
         }
-        self.references = references
-        self._of_prompt: dict[tuple[str, tuple[int, int]], dict[str, torch.Tensor]] = {}
+        self.references, self.device = references, device
+        self._means = PerReference(
+            self._mean_scores, LastUsed(PROMPTS_IN_MEMORY), of_text=True, first=REFERENCES_LOOKED_AT
+        )
 
-    def columns(self, prompts: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
-        """name -> [len(prompts)] float32 on the device of `like` [B, 3, H, W], whose size the references get."""
+    def columns(self, prompts: list[str], size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """name -> [len(prompts)] float32 on the device; the references are resized to `size`, (height, width)."""
         if not self.rewards:
             return {}
-        rows = [self._prompt(prompt, like) for prompt in prompts]
+        rows = [self._means.of_prompt(self.references, prompt, size) for prompt in prompts]
         return {name: torch.stack([row[name] for row in rows]) for name in self.rewards}
 
-    def _prompt(self, prompt: str, like: torch.Tensor) -> dict[str, torch.Tensor]:
-        key = (prompt, tuple(like.shape[-2:]))
-        if key not in self._of_prompt:
-            images = looked_at(self.references, *key).to(like.device)
-            self._of_prompt[key] = {
-                name: reward.score(images, [prompt] * len(images), None).to(like.device).float().mean()
-                for name, reward in self.rewards.items()
-            }
-        return self._of_prompt[key]
+    def _mean_scores(self, batches: list[torch.Tensor], prompt: str) -> dict[str, torch.Tensor]:
+        images = torch.cat(batches).to(self.device)
+        return {
+            name: reward.score(images, [prompt] * len(images), None).to(self.device).float().mean()
+            for name, reward in self.rewards.items()
+        }
 
 
 @dataclass
@@ -95,26 +94,32 @@ class Scorer:
     """Scores rollouts.
 
     Args:
+        rollout: how many images there are, and in which groups.
+        seed: of the run.
         adversary: the learned reward, or None.
         reference_features: its features of the references, when there is one.
         rewards: fixed rewards by name.
+        weights: sections of `rewards` by name, the adversary's too: how they make one reward.
         references: the reference images, where the run has any.
-        observer: DINO for statistics that no reward is trained on; it may look through the adversary's own backbone.
+        observer: looks at the images for statistics; it may look through the adversary's own backbone.
+        watches: whether what the references would get is of interest.
     """
 
-    config: Config
+    rollout: RolloutSection
+    seed: int
     adversary: Adversary | None
     reference_features: ReferenceFeatures | None
     rewards: Mapping[str, Reward]
+    weights: Mapping[str, RewardSection]
     references: ReferenceSet | None
-    observer: DinoSimilarity | None
+    observer: DinoObserver | None
     distributed: Distributed
+    watches: bool = False
 
     def __post_init__(self) -> None:
-        watched = self.references is not None and self.config.monitor.every > 0
-        self._of_references = ReferenceScores(self.rewards, self.references) if watched else None
-        backbone = None if self.adversary is None else self.adversary.backbone
-        self._shared = self.observer is not None and self.observer.backbone is backbone  # its features exist already
+        watched = self.references is not None and self.watches
+        device = self.distributed.device
+        self._of_references = ReferenceScores(self.rewards, self.references, device) if watched else None
 
     def prefetch(self, prompts: list[str]) -> None:
         """Begin to load what scoring these prompts' images needs."""
@@ -137,35 +142,39 @@ class Scorer:
             if self.adversary is not None:
                 generated, reference = self._features(rollout, iteration)
             columns, embeddings = self._columns(rollout, generated, reference, iteration)
-        by_id = self._gathered(columns, rollout)
-        _check_finite(by_id, rollout, self.config)
-        reference_rewards, similarity = by_id.pop("_reference", None), by_id.pop("_similarity", None)
-        own = [name for name in by_id if name.startswith(_COLUMN)]
-        of_references = {name.removeprefix(_COLUMN): by_id.pop(name) for name in own}
+        everywhere = columns.gathered(rollout.image_ids, self.distributed)
+        _check_finite(everywhere, rollout, self.rollout.group_size)
         return Scored(
             generated,
             reference,
             embeddings,
-            compose(by_id, self.config.rewards.sections(), self.config.rollout.group_size),
-            by_id,
-            reference_rewards,
-            None if similarity is None else similarity.mean().item(),
-            of_references,
+            compose(everywhere.rewards, self.weights, self.rollout.group_size),
+            everywhere.rewards,
+            everywhere.paired,
+            None if everywhere.similarity is None else everywhere.similarity.mean().item(),
+            everywhere.of_references,
         )
 
-    def _columns(self, rollout: Rollout, generated: Features | None, reference: Features | None, iteration: int):
-        """(name -> [B], DINO class tokens [B, D] or None) of this process's images."""
-        columns: dict[str, torch.Tensor] = {}
+    def _columns(
+        self, rollout: Rollout, generated: Features | None, reference: Features | None, iteration: int
+    ) -> tuple[Columns, torch.Tensor | None]:
+        """(columns [B], DINO class tokens [B, D] or None) of this process's images."""
+        columns = Columns()
         if self.adversary is not None:
-            columns |= self._adversary_columns(rollout, generated, reference, iteration)
-        columns |= self._fixed_columns(rollout)
+            ids = to_device(rollout.image_ids, generated.device)
+            columns.rewards["adversary"] = self._adversary_reward(generated, ids, "reward", iteration)
+            columns.paired = self._adversary_reward(reference, ids, "reference", iteration)
+        columns.rewards |= self._fixed_rewards(rollout)
         if self._of_references is not None:
             self.distributed.step("rewards of the references")
-            found = self._of_references.columns(rollout.prompts, rollout.micro_batches[0].images)
-            columns |= {f"{_COLUMN}{name}": column for name, column in found.items()}
+            size = tuple(rollout.micro_batches[0].images.shape[-2:])
+            columns.of_references = self._of_references.columns(rollout.prompts, size)
         self.distributed.step("DINO similarity")
-        embeddings, similar = self._similarity(rollout, generated)
-        return columns if similar is None else {**columns, "_similarity": similar}, embeddings
+        if self.observer is None:
+            return columns, None
+        looked = self.observer.look(rollout, self.references, generated, self.reference_features)
+        embeddings, columns.similarity = looked
+        return columns, embeddings
 
     def _features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """The adversary's features of every image, computed once, and of one reference each, from the cache."""
@@ -177,25 +186,20 @@ class Scorer:
     def _reference_draws(self, rollout: Rollout, iteration: int) -> torch.Tensor:
         """[B] in [0, 1): which of its prompt's references each image is paired with (adversary.reference_choice)."""
         return reference_draws(
-            self.config.adversary.reference_choice,
+            self.adversary.config.reference_choice,
             self.references,
             rollout.prompts,
             rollout.image_ids,
-            rollout.image_ids % self.config.rollout.group_size,
-            total=self.config.images_per_iteration,
-            seed=self.config.seed,
+            rollout.image_ids % self.rollout.group_size,
+            total=self.rollout.images,
+            seed=self.seed,
             iteration=iteration,
         )
 
-    def _adversary_columns(self, rollout: Rollout, generated: Features, reference: Features, iteration: int):
-        ids = to_device(rollout.image_ids, generated.device)
-        sides = {"adversary": ("reward", generated), "_reference": ("reference", reference)}
-        return {
-            name: self.adversary.score(features, ids, purpose=purpose, iteration=iteration).reward
-            for name, (purpose, features) in sides.items()
-        }
+    def _adversary_reward(self, features: Features, ids: torch.Tensor, purpose: str, iteration: int) -> torch.Tensor:
+        return self.adversary.score(features, ids, purpose=purpose, iteration=iteration).reward
 
-    def _fixed_columns(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+    def _fixed_rewards(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """[B] each: the fixed rewards. They alone get the images in one piece, a copy that is gone afterwards."""
         if not self.rewards:
             return {}
@@ -207,51 +211,23 @@ class Scorer:
                 columns[name] = reward.score(images, rollout.prompts, self.references).to(images.device)
         return columns
 
-    def _similarity(self, rollout: Rollout, generated: Features | None):
-        """(class tokens [B, D], cosine to the own references [B]), each None where there is nothing to tell it by."""
-        if self.observer is None:
-            return None, None
-        if self._shared:
-            embeddings, own = generated["cls"], self.reference_features.prompt
-            return embeddings, reference_cosine(embeddings, rollout.prompts, lambda prompt: own(prompt)["cls"])
-        embeddings = torch.cat([self.observer.embed(micro_batch.images) for micro_batch in rollout.micro_batches])
-        if self.references is None:
-            return embeddings, None
-        return embeddings, self.observer.cosine(embeddings, rollout.prompts, self.references)
 
-    def _gathered(self, columns: dict[str, torch.Tensor], rollout: Rollout) -> dict[str, torch.Tensor]:
-        """[G] each, by image number: one gather for all of them."""
-        table = torch.stack([column.float() for column in columns.values()], dim=1)
-        ids = self.distributed.all_gather(to_device(rollout.image_ids, table.device))
-        return dict(zip(columns, self.distributed.all_gather(table)[ids.argsort()].unbind(1)))
-
-
-def _check_finite(columns: Mapping[str, torch.Tensor], rollout: Rollout, config: Config) -> None:
+def _check_finite(columns: Columns, rollout: Rollout, group_size: int) -> None:
     """FloatingPointError naming the first of the gathered columns, and its prompt, that has a value without meaning."""
-    finite = torch.stack([torch.isfinite(values) for values in columns.values()])
+    described = columns.described()
+    finite = torch.stack([torch.isfinite(values) for values in described.values()])
     if bool(finite.all()):
         return
     local = dict(zip(rollout.image_ids.tolist(), rollout.prompts))
-    for name, values in columns.items():
+    for what, values in described.items():
         bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
         if bad:
             first = next((i for i in bad if i in local), bad[0])  # one whose prompt this process knows
-            named = f"prompt {local[first]!r}" if first in local else f"group {first // config.rollout.group_size}"
+            named = f"prompt {local[first]!r}" if first in local else f"group {first // group_size}"
             raise FloatingPointError(
-                f"{_what(name)} of {len(bad)} images is not finite, first that of {named} (image {first}): "
+                f"{what} of {len(bad)} images is not finite, first that of {named} (image {first}): "
                 f"{values[first]}. No score is made up for it; {_to_blame(rollout)}"
             )
-
-
-def _what(column: str) -> str:
-    """A gathered column in the user's words."""
-    if column == "_reference":
-        return "the reward adversary of the references"
-    if column == "_similarity":
-        return "the DINO similarity to the references"
-    if column.startswith(_COLUMN):
-        return f"the reward {column.removeprefix(_COLUMN)} of the references"
-    return f"the reward {column}"
 
 
 def _to_blame(rollout: Rollout) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from advgrpo.config import Config
+from advgrpo.config import AdvantageSection, RolloutSection, UpdateSection
 from advgrpo.errors import RunFailure
 from advgrpo.policy.base import Policy, Prediction, PreparedPrompts
 from advgrpo.runtime.transfer import to_device
@@ -52,6 +53,14 @@ class UpdateStats:
         return torch.stack(self.mismatch).max() if self.mismatch else torch.zeros((), device=self.device)
 
 
+class _Sections(NamedTuple):
+    """The settings that the update looks at."""
+
+    update: UpdateSection
+    rollout: RolloutSection
+    advantage: AdvantageSection
+
+
 class Updater:
     """Accumulates gradients over micro-batches, sums them over processes in one flat all-reduce, clips and steps.
 
@@ -63,16 +72,18 @@ class Updater:
     def __init__(
         self,
         policy: Policy,
-        config: Config,
+        update: UpdateSection,
+        rollout: RolloutSection,
+        advantage: AdvantageSection,
         *,
         reduce: Callable[[list[torch.Tensor]], None],
         fused: bool,
         ema: Ema | None = None,
     ):
-        self.policy, self.config, self.reduce = policy, config, reduce
+        self.policy, self.config, self.reduce = policy, _Sections(update, rollout, advantage), reduce
         self.named = list(policy.trainable_parameters())
-        self.ema = ema or Ema.of(self.named, config.update)
-        self.stepper = build_optimizer([p for _, p in self.named], config.update, self.ema, fused=fused)
+        self.ema = ema or Ema.of(self.named, update)
+        self.stepper = build_optimizer([p for _, p in self.named], update, self.ema, fused=fused)
         self.optimizer = self.stepper.optimizer
         self.abort = DeviceAbort(policy.device)
 
@@ -119,7 +130,7 @@ class Updater:
         total: int,
         watch_kl: bool,
     ) -> UpdateStats:
-        """Gradients of one minibatch. `advantages` is [B global], indexed by image id; `total` is the window's
+        """Gradients of one minibatch. `advantages` is [B global], indexed by image id; `total` is its
         number of images over all processes. `watch_kl` measures the KL to the base on the first step of image 0's
         micro-batch even when the loss does not use it: with a shared prefix that forward has one row per prompt.
         """

@@ -21,7 +21,6 @@ from advgrpo.adversary.build import build_adversary
 from advgrpo.adversary.trainer import paired_accuracy
 from advgrpo.errors import UserError
 from advgrpo.runtime.distributed import Distributed
-from advgrpo.sampling.dynamics import step_table, window_steps
 from advgrpo.training.build import blind_spots, build_observer
 from advgrpo.training.run import Run
 from advgrpo.vision.dino import DinoBackbone
@@ -87,9 +86,11 @@ def test_every_kind_trains_and_is_watched_by_the_dino_that_was_asked_for(setting
     assert "monitor:" not in said
     metric = made.evaluator.metrics["dino_similarity"]
     assert metric.backbone.folder == models["other"]
-    assert metric is made.trainer.scorer.observer
+    objective = made.trainer.objective
+    scorer = getattr(objective, "scorer", None)  # fine-tuning has nothing to score
+    assert scorer is None or metric is scorer.observer.metric
     before = [p.detach().clone() for _, p in made.trainer.policy.trainable_parameters()]
-    head = made.trainer.adversary
+    head = None if scorer is None else scorer.adversary
     heads = {} if head is None else {name: t.clone() for name, t in head.state_dict().items()}
     made.train()
     summary = json.loads((Path(chosen.output_dir) / "summary.json").read_text())
@@ -104,11 +105,8 @@ def test_every_kind_trains_and_is_watched_by_the_dino_that_was_asked_for(setting
         assert any(not torch.equal(t, heads[name]) for name, t in head.state_dict().items())
     if kind == "sft":
         return
-    trainer = made.trainer
-    rollout = trainer.rollout(
-        step_table(trainer.policy, chosen.rollout.num_steps, window_steps(chosen, 2), rollout=chosen.rollout), 2
-    )
-    watched = trainer.scorer.score(rollout, 2)
+    rollout = objective.rollout(objective.table(2), 2)
+    watched = scorer.score(rollout, 2)
     images = torch.cat([micro_batch.images for micro_batch in rollout.micro_batches])
     eyes = DinoBackbone(models["other"], image_size=32, dtype="float32", device=CPU)
     torch.testing.assert_close(watched.embeddings, eyes.features(images)["cls"])
@@ -119,7 +117,7 @@ def test_every_kind_trains_and_is_watched_by_the_dino_that_was_asked_for(setting
 def test_a_dino_adversary_shares_its_network_only_with_an_observer_that_is_the_same(settings, models):
     shared = settings("dino")
     run, _ = start(shared)
-    scorer = run.trainer.scorer
+    scorer = run.trainer.objective.scorer
     assert scorer.observer.backbone is scorer.adversary.backbone
     same = {"backbone": models["dino"], "backbone_image_size": shared.adversary.image_size}
     for changes, is_shared in ((same, True), ({**same, "backbone_image_size": 64}, False)):
@@ -127,7 +125,7 @@ def test_a_dino_adversary_shares_its_network_only_with_an_observer_that_is_the_s
         assert (observer.backbone is scorer.adversary.backbone) == is_shared
         assert observer.backbone.image_size == changes["backbone_image_size"]
     looked = []
-    scorer.observer.embed = lambda images: looked.append(images)
+    scorer.observer.metric.embed = lambda images: looked.append(images)
     run.train()
     assert not looked  # the adversary's features were enough
 
@@ -155,18 +153,17 @@ def test_fine_tuning_looks_through_evaluation_backbone_or_refuses_it(settings, m
 def test_process_0_decides_for_all_how_many_updates_the_head_gets(settings):
     """Means that differ in the last bit, as two types of GPU give, would leave some processes in a sum alone."""
     made, _ = start(settings("pickscore", adversary={"schedule": "when_fooled", "fooled_margin": 0.0}))
-    trainer = made.trainer
-    table = step_table(trainer.policy, 4, window_steps(made.config, 0), rollout=made.config.rollout)
-    rollout = trainer.rollout(table, 0)
-    scored = trainer.scorer.score(rollout, 0)
+    objective = made.trainer.objective
+    rollout = objective.rollout(objective.table(0), 0)
+    scored = objective.scorer.score(rollout, 0)
     for decided, updates in (([0.7, 0.5, 0.25], made.config.adversary.updates_per_iteration), ([0.5, 0.7, 0.75], 0)):
-        trainer.distributed.gather_json = lambda value, decided=decided: [decided, value]
-        plan, found = trainer.train_discriminator(rollout, scored, 0)
+        objective.distributed.gather_json = lambda value, decided=decided: [decided, value]
+        plan, found = objective.train_discriminator(rollout, scored, 0)
         assert (plan.discriminator_updates, found["discriminator_updates"]) == (updates, updates)
         assert found["discriminator_accuracy"] == found["discriminator_paired_accuracy"] == decided[2]
-        assert trainer.adversary.bias.item() == pytest.approx(0.6)
-    trainer.distributed.gather_json = lambda value: [value]
-    found = trainer.train_discriminator(rollout, scored, 0)[1]
+        assert objective.scorer.adversary.bias.item() == pytest.approx(0.6)
+    objective.distributed.gather_json = lambda value: [value]
+    found = objective.train_discriminator(rollout, scored, 0)[1]
     pairs = paired_accuracy(scored.components["adversary"], scored.reference_rewards, made.config.rollout.group_size)
     assert found["discriminator_accuracy"] == pytest.approx(pairs.item())
 
@@ -176,7 +173,7 @@ def test_what_no_dino_can_see_is_said_once_and_never_guessed(settings):
     assert said.count("monitor:") == 1
     assert "mode_collapse is not judged, reward_hacking sees colours and edges only" in said
     assert "adversary.kind = siglip has no DINO; set evaluation.backbone" in said
-    assert made.trainer.scorer.observer is None
+    assert made.trainer.objective.scorer.observer is None
     made.train()
     (row,) = rows_of(made)
     assert row["monitor_group_diversity"] is None

@@ -90,7 +90,7 @@ def test_references_shared_by_many_prompts_are_gathered_from_where_they_lie(make
     references = make(Adversary())
     joined = []
     monkeypatch.setattr(Features, "cat", lambda parts: joined.append(parts))
-    monkeypatch.setattr(references, "_compute", lambda prompt: Features({"x": torch.arange(3.0)}))
+    monkeypatch.setattr(references, "_compute", lambda prompt: {"x": torch.arange(3.0)})
     got = references.pick(["three", "same", "three"], torch.tensor([0.0, 0.5, 0.9]))
     assert got["x"].tolist() == [0.0, 1.0, 2.0]
     assert not joined

@@ -16,13 +16,13 @@ from advgrpo.adversary.build import build_adversary
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
-from advgrpo.training.update import Updater
 from advgrpo.types import Features as TrainerFeatures
 from advgrpo.types import MicroBatch, MicroBatchRollout
 from advgrpo_kernels import group_advantages, philox_normal, transition_coefficients
 from bench import baseline
 from bench.baseline import Features, FlowScheduler, log_likelihood
 from bench.pair import baseline_of, stock_config, stock_transformer
+from tests.parts import updater_of
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
 ROW = torch.tensor([0, 0, 1, 1])
@@ -97,7 +97,7 @@ def test_sampler_and_update_equal_the_trainers(unit_config, dynamics, likelihood
 
     advantages = torch.tensor([1.0, -1.0, 0.5, -2.0])
     settings.update.clip_range = 1.0  # float32 differences between the two forwards must not decide what is clipped
-    updater = Updater(policy, settings, reduce=lambda tensors: None, fused=True)
+    updater = updater_of(policy, settings)
     updater.accumulate([micro_batch], advantages, table, total=4, watch_kl=False)
     lora = policy.network.lora
     theirs.accumulate([b0], [advantages])

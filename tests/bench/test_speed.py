@@ -26,7 +26,7 @@ def contenders(tmp_path_factory) -> Contenders:
 
 @pytest.mark.slow
 def test_an_iteration_is_well_ahead_of_the_baseline_and_would_not_be_without_the_shared_prefix(contenders, monkeypatch):
-    iteration, sampler = units(contenders)["iteration"], contenders.trainer.sampler
+    iteration, sampler = units(contenders)["iteration"], contenders.trainer.objective.sampler
 
     def unshared():
         with monkeypatch.context() as patch:

@@ -38,7 +38,7 @@ def test_paper_preset_holds_the_papers_values():
     assert paper.adversary.backbone == "facebook/dinov2-large"
     assert paper.adversary.loss_weights == paper.adversary.reward_weights == (0.7, 0.3)
     assert (paper.adversary.schedule, paper.adversary.normalize) == ("when_fooled", "never")
-    assert config.eligible_steps(paper) == [0, 1, 2, 3, 4]
+    assert config.eligible_steps(paper.rollout) == [0, 1, 2, 3, 4]
 
 
 def test_released_preset_differs_where_the_released_code_does():

@@ -14,7 +14,8 @@ from rich.console import Console
 from advgrpo.config import Config
 from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.reporting.display import Display
-from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
+from advgrpo.runtime.distributed import SLOW_SECONDS
+from tests.parts import evaluator_of
 
 SCORES = torch.tensor([[0.1, 0.3, 0.2], [0.5, 0.7, 0.9], [0.2, 0.2, 0.8], [1.0, 0.4, 0.4]])  # [prompts, images]
 
@@ -36,7 +37,7 @@ def evaluator(monkeypatch):
     monkeypatch.setattr(Evaluator, "images", images)
     prompts = [f"prompt {k}" for k in range(len(SCORES))]
     settings = Config.model_validate({"rollout": {"micro_batch": 8}})
-    return Evaluator(None, {"looked": Looked()}, None, prompts, settings, Distributed.start("cpu"))
+    return evaluator_of(None, settings, prompts, {"looked": Looked()})
 
 
 def half_width(clusters):

@@ -55,7 +55,7 @@ def trainer_on(device: str, folder, *, precision: str = "model", **changes):
     if device == "cpu":
         settings = configuration.merge(configuration.merge(contenders.SMALL_SETTINGS, ON_CPU), changes)
         trainer = contenders.random(folder, "cpu", SMALL, graphs=EmulatedGraphs(), **settings).trainer
-        for group in trainer.adversary.optimizer.param_groups:
+        for group in trainer.objective.scorer.adversary.optimizer.param_groups:
             group["fused"] = True  # as on a GPU: the plain one reads its step count on the host
         return trainer
     settings = configuration.merge(ON_GPU, changes)
@@ -63,7 +63,7 @@ def trainer_on(device: str, folder, *, precision: str = "model", **changes):
 
 
 def tables(trainer):
-    return contenders.Contenders(trainer, None).table()
+    return trainer.objective.table(0)
 
 
 def on_gpu(*values):
@@ -76,10 +76,10 @@ DEVICES = ["cpu", on_gpu("cuda")]
 @pytest.mark.parametrize(("device", "precision"), [("cpu", "model"), on_gpu("cuda", "model"), on_gpu("cuda", "fp8")])
 def test_every_kind_of_step_replays_the_eager_bits(device, precision, tmp_path):
     trainer = trainer_on(device, tmp_path, precision=precision)
-    captured, table, policy = trainer.sampler, tables(trainer), trainer.policy
+    captured, table, policy = trainer.objective.sampler, tables(trainer), trainer.policy
     eager = Sampler(policy, captured.guidance_scale, captured.likelihood, share_prefix=True, merged=True)
     policy.merge()
-    micro_batch = trainer.micro_batches(0)[0]
+    micro_batch = trainer.objective.micro_batches.of(0)[0]
     row, ids = micro_batch.row.to(policy.device), micro_batch.image_ids.to(policy.device)
     for seed in range(5):  # two eager calls of each kind, one captured, two replayed
         prompts = policy.encode([f"{prompt}, {seed}" for prompt in micro_batch.prompts])
@@ -110,7 +110,7 @@ def test_before_the_first_step_the_drift_is_exactly_zero(device, attention, prec
         assert metrics["log_prob_mismatch_max"] == 0.0
         assert metrics["pre_update_clip_fraction"] == 0.0
         assert metrics["grad_norm"] > 0
-    assert trainer.sampler.captures == 4
+    assert trainer.objective.sampler.captures == 4
     assert not torch.equal(trainer.policy.lora.master, before)
 
 
@@ -147,10 +147,10 @@ def test_captured_head_updates_equal_eager_ones(device, tmp_path):
     for captured in (True, False):
         trainer = trainer_on(device, tmp_path / str(captured), update={"learning_rate": contenders.FROZEN})
         if not captured:
-            trainer.discriminator_trainer.captured_update.backend = None
+            trainer.objective.discriminator_trainer.captured_update.backend = None
         rows = [trainer.iterate() for _ in range(3)]
         losses.append([row["discriminator_loss"] for row in rows])
-        assert (trainer.discriminator_trainer.captured_update.captures > 0) == captured
+        assert (trainer.objective.discriminator_trainer.captured_update.captures > 0) == captured
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == 3
 
@@ -208,8 +208,8 @@ def test_sampler_and_update_never_wait(tmp_path):
         trainer.iterate()  # everything is captured
     table, updater = tables(trainer), trainer.updater
     with waits_are("error"):
-        rollout = trainer.rollout(table, 0)  # prompts that were seen: the first visit of one copies it
-        advantages = torch.linspace(-1, 1, trainer.config.images_per_iteration, device="cuda")
+        rollout = trainer.objective.rollout(table, 0)  # prompts that were seen: the first visit of one copies it
+        advantages = torch.linspace(-1, 1, trainer.length.images, device="cuda")
         stats = updater.accumulate(rollout.micro_batches, advantages, table, total=len(advantages), watch_kl=True)
         updater.step(stats.max_mismatch())
         stats.sums()

@@ -300,7 +300,7 @@ def test_micro_batches_are_those_the_config_check_accepts(paper):
                 accepted.append(value)
             except UserError:
                 pass
-        assert micro_batches(paper, processes) == accepted
+        assert micro_batches(paper.rollout, paper.update.minibatches, processes) == accepted
 
 
 def test_advice_names_the_knobs_in_order_with_this_runs_values(paper):

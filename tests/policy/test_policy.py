@@ -17,10 +17,11 @@ from advgrpo.errors import UserError
 from advgrpo.policy.adapters import target_modules
 from advgrpo.policy.fused.decoder import ImageQualityError
 from advgrpo.policy.sd3 import SD3Policy
-from advgrpo.sampling.dynamics import step_table, window_steps
+from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
-from advgrpo.training.update import LogProbMismatchError, Updater
+from advgrpo.training.update import LogProbMismatchError
 from advgrpo.types import MicroBatch, MicroBatchRollout
+from tests.parts import steps_of, updater_of
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
 ROW = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -60,7 +61,7 @@ def sample(policy, settings, *, window=(1, 2), share=True, merged=True):
 def gradients(policy, settings, rollout, table, advantages, watch_kl=False):
     settings = settings.model_copy(deep=True)
     settings.rollout.guidance_scale = 1.7
-    updater = Updater(policy, settings, reduce=lambda tensors: None, fused=True)
+    updater = updater_of(policy, settings)
     stats = updater.accumulate([rollout], advantages, table, total=6, watch_kl=watch_kl)
     return stats, torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters()])
 
@@ -326,12 +327,12 @@ def test_full_fine_tuning_warns_and_keeps_the_base(unit_config, caplog):
 
 def test_random_windows_stay_in_range_and_depend_on_the_iteration_alone(unit_config):
     unit_config.rollout.num_steps = 10
-    windows = [window_steps(unit_config, i) for i in range(50)]
-    assert windows == [window_steps(unit_config, i) for i in range(50)]
+    windows = [steps_of(unit_config, i) for i in range(50)]
+    assert windows == [steps_of(unit_config, i) for i in range(50)]
     assert {s for w in windows for s in w} == {0, 1, 2, 3, 4}
     assert all(len(w) == 2 and w[0] < w[1] for w in windows)
     unit_config.rollout.window.steps = (1, 0)
-    assert window_steps(unit_config, 3) == (0, 1)
+    assert steps_of(unit_config, 3) == (0, 1)
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "other"])
@@ -378,7 +379,7 @@ def reweighed(unit_config, mode, monkeypatch, *, scale):
     gaps = torch.linspace(-1, 1, 6) * scale
     for step in rollout.steps:
         step.log_prob = step.log_prob - gaps
-    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    updater = updater_of(policy, unit_config)
     sums = updater.reweigh([rollout], table)
     for step, log_prob in zip(rollout.steps, exact):
         assert torch.equal(step.log_prob, log_prob)  # the trainer's own
@@ -418,16 +419,16 @@ def test_a_drift_or_a_bad_gradient_leaves_the_weights_alone_and_is_reported(unit
             policy.network.lora.master.grad[-1] = float("inf")
         return updater.step(mismatch)
 
-    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    updater = updater_of(policy, unit_config)
     norms = [one_window(updater, mismatch=torch.tensor(1e-3)), one_window(updater)]
     assert torch.equal(policy.network.lora.master, before)
     with pytest.raises(LogProbMismatchError, match=r"moved by 1\.000e-03"):
         updater.check(1e-3, [norm.item() for norm in norms], 7)
-    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    updater = updater_of(policy, unit_config)
     norms = [one_window(updater, mismatch=torch.tensor(0.0), spoil=True), one_window(updater)]
     assert torch.equal(policy.network.lora.master, before)
     with pytest.raises(FloatingPointError, match="iteration 7"):
         updater.check(0.0, [norm.item() for norm in norms], 7)
-    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    updater = updater_of(policy, unit_config)
     assert torch.isfinite(one_window(updater, mismatch=torch.tensor(0.0)))
     assert not torch.equal(policy.network.lora.master, before)

@@ -25,12 +25,12 @@ from advgrpo.policy.loading import load_policy
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.policy.sdxl import UNetPolicy
 from advgrpo.runtime.distributed import Distributed
-from advgrpo.sampling.dynamics import step_table, window_steps
+from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.run import Run
-from advgrpo.training.update import Updater
 from advgrpo.types import MicroBatch, MicroBatchRollout
+from tests.parts import steps_of, updater_of
 from tests.unet_models import SDXL_UNET, save_pipeline, unet
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
@@ -112,7 +112,7 @@ def sample(policy, settings, *, window=(1, 2), share=True, row=ROW, steps=4):
 
 def accumulated(policy, settings, rollout, table):
     """(stats, gradient) of one minibatch."""
-    updater = Updater(policy, settings, reduce=lambda tensors: None, fused=True)
+    updater = updater_of(policy, settings)
     stats = updater.accumulate([rollout], ADVANTAGES, table, total=6, watch_kl=True)
     return stats, torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters()])
 
@@ -255,7 +255,7 @@ def test_only_the_windows_steps_are_noisy_and_never_the_last(settings):
     assert (table.coefficients[:, 2] > 0).nonzero().flatten().tolist() == [3, 5]
     assert step_table(policy, 10).coefficients[:, 2].abs().max() == 0
     settings.rollout.num_steps, settings.rollout.window.noise_range = 10, (0.0, 1.0)
-    assert {i for n in range(60) for i in window_steps(settings, n)} == set(range(9))
+    assert {i for n in range(60) for i in steps_of(settings, n)} == set(range(9))
     settings.rollout.window.steps = (9,)
     with pytest.raises(UserError, match=r"within 0\.\.8 \(num_steps = 10, dynamics ddim\)"):
         config.check(settings, 1)

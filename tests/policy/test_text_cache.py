@@ -147,15 +147,17 @@ def test_a_cache_that_processes_do_not_share_is_found_before_training(encoding, 
     first, _, _ = encoding(place(0))
     second, _, _ = encoding(place(1))
     for rank, policy in enumerate((first, second)):
-        check_cache_is_shared(policy, sources, place(rank), unit_config)
+        check_cache_is_shared(policy, sources, place(rank), unit_config.data.cache_dir)
     unit_config.data.cache_dir = str(tmp_path / "of another machine")
     alone, _, _ = encoding(place(1))
     with pytest.raises(UserError) as error:
-        check_cache_is_shared(alone, sources, place(1), unit_config)
+        check_cache_is_shared(alone, sources, place(1), unit_config.data.cache_dir)
     assert str(error.value).startswith(
         f"data.cache_dir = {unit_config.data.cache_dir!r}: process 1 does not find 5 of 10"
     )
-    check_cache_is_shared(alone, sources, Distributed.start("cpu"), unit_config)  # one process encodes what it needs
+    check_cache_is_shared(
+        alone, sources, Distributed.start("cpu"), unit_config.data.cache_dir
+    )  # one process encodes what it needs
 
 
 @pytest.mark.slow

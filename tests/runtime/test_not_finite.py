@@ -43,9 +43,9 @@ SPOILED = {
     "policy": (lambda t: spoil(next(t.policy.trainable_parameters())[1].data), "policy."),
     "average": (lambda t: spoil(next(iter(t.ema.state_dict().values()))), "ema."),
     "moments": (lambda t: spoil(first_slot(t.updater.optimizer)), "optimizer.state"),
-    "head": (lambda t: spoil(t.adversary.head["w1"].data), "head.w1"),
-    "head's moments": (lambda t: spoil(first_slot(t.adversary.optimizer)), "head_optimizer.state"),
-    "replay": (lambda t: spoil(t.discriminator_trainer.replay.tensors["patches"]), "replay.patches"),
+    "head": (lambda t: spoil(t.objective.scorer.adversary.head["w1"].data), "head.w1"),
+    "head's moments": (lambda t: spoil(first_slot(t.objective.scorer.adversary.optimizer)), "head_optimizer.state"),
+    "replay": (lambda t: spoil(t.objective.discriminator_trainer.replay.tensors["patches"]), "replay.patches"),
     "monitor": (lambda t: t.monitor.red_flags[0].baseline.update(peak=math.inf), "trainer.monitor.reward_collapse"),
 }
 
@@ -115,7 +115,7 @@ def test_a_head_update_that_is_not_finite_is_left_out_and_ends_the_iteration(whe
         if calls.count(5) == 2 and len(tensors) == 5:  # the second update: four gradients and the loss
             tensors[0 if where == "gradient" else 4].view(-1)[-1] = math.inf
 
-    trainer.discriminator_trainer.reduce = reduce
+    trainer.objective.discriminator_trainer.reduce = reduce
     with pytest.raises(
         FloatingPointError, match=r"iteration 1: the adversary's loss or gradient .* discriminator update 2 of 2"
     ):

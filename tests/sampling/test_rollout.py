@@ -16,10 +16,11 @@ from advgrpo import config
 from advgrpo.config.sections import WindowSection
 from advgrpo.errors import UserError
 from advgrpo.runtime.distributed import Distributed
-from advgrpo.sampling.dynamics import step_table, window_steps
+from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.run import Run
+from tests.parts import steps_of
 
 NOISE = ("per_image", "shared")
 WINDOWS = {
@@ -44,9 +45,8 @@ def without_times(metrics: dict) -> dict:
 
 
 def rollout_of(trainer, iteration=0):
-    window = window_steps(trainer.config, iteration)
-    table = step_table(trainer.policy, trainer.config.rollout.num_steps, window, rollout=trainer.config.rollout)
-    return trainer.rollout(table, iteration)
+    table = trainer.objective.table(iteration)
+    return trainer.objective.rollout(table, iteration)
 
 
 def by_image(*rollouts) -> dict[int, list[torch.Tensor]]:
@@ -145,29 +145,29 @@ def ten_steps(settings, **window):
 
 def test_contiguous_windows_are_consecutive_and_reach_both_ends_of_the_range(unit_config):
     settings = ten_steps(unit_config, order="contiguous", size=2)
-    windows = [window_steps(settings, i) for i in range(60)]
-    assert windows == [window_steps(settings, i) for i in range(60)]  # of seed and iteration alone
+    windows = [steps_of(settings, i) for i in range(60)]
+    assert windows == [steps_of(settings, i) for i in range(60)]  # of seed and iteration alone
     assert set(windows) == {(0, 1), (1, 2), (2, 3), (3, 4)}
     settings.seed += 1
-    assert windows != [window_steps(settings, i) for i in range(60)]
+    assert windows != [steps_of(settings, i) for i in range(60)]
     whole = ten_steps(unit_config, order="contiguous", size=5)
-    assert {window_steps(whole, i) for i in range(9)} == {(0, 1, 2, 3, 4)}
+    assert {steps_of(whole, i) for i in range(9)} == {(0, 1, 2, 3, 4)}
 
 
 def test_a_sliding_window_goes_from_noise_to_image_and_starts_over(unit_config):
     settings = ten_steps(unit_config, order="sliding", size=2, slide_every=3, slide_by=1)
     expected = [(0, 1), (1, 2), (2, 3), (3, 4), (0, 1)]
-    assert [window_steps(settings, i) for i in range(15)] == [window for window in expected for _ in range(3)]
+    assert [steps_of(settings, i) for i in range(15)] == [window for window in expected for _ in range(3)]
     strides = ten_steps(unit_config, order="sliding", size=2, slide_every=1, slide_by=2)
-    assert [window_steps(strides, i) for i in range(4)] == [(0, 1), (2, 3), (0, 1), (2, 3)]
+    assert [steps_of(strides, i) for i in range(4)] == [(0, 1), (2, 3), (0, 1), (2, 3)]
 
 
 def test_an_order_of_yore_means_what_it_meant(unit_config):
     """Unset, `order` is random, or fixed where steps are given."""
     plain, named = ten_steps(unit_config), ten_steps(unit_config, order="random")
-    assert [window_steps(plain, i) for i in range(30)] == [window_steps(named, i) for i in range(30)]
-    assert any(second > first + 1 for first, second in (window_steps(plain, i) for i in range(30)))
-    assert window_steps(ten_steps(unit_config, steps=[3, 1]), 7) == (1, 3)
+    assert [steps_of(plain, i) for i in range(30)] == [steps_of(named, i) for i in range(30)]
+    assert any(second > first + 1 for first, second in (steps_of(plain, i) for i in range(30)))
+    assert steps_of(ten_steps(unit_config, steps=[3, 1]), 7) == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_steps_beyond_the_trained_share_are_noisy_but_not_in_the_loss(unit_confi
         settings = changed(unit_config, dynamics="flow_sde", likelihood="gaussian", eta=0.7, window=window)
         trainer = build(settings).trainer
         table = step_table(trainer.policy, 4, (0, 1, 2), rollout=settings.rollout)
-        micro_batch = trainer.rollout(table, 0).micro_batches[0]
+        micro_batch = trainer.objective.rollout(table, 0).micro_batches[0]
         images.append(micro_batch.images)
         assert [step.step for step in micro_batch.steps] == [0, 1, 2][: len(table.trained)]
         micro_batch.steps = micro_batch.steps[:2]
@@ -245,7 +245,7 @@ def test_the_kl_divides_by_the_steps_variance_or_as_flow_grpos_code(unit_config,
         for _, parameter in policy.trainable_parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     table = step_table(policy, 4, (0, 2), rollout=settings.rollout)
-    micro_batch = trainer.rollout(table, 0).micro_batches[0]
+    micro_batch = trainer.objective.rollout(table, 0).micro_batches[0]
     levels, steps = policy.schedule(4)[0], micro_batch.steps
     prompts = policy.prepare(policy.encode(micro_batch.micro_batch.prompts), table.timesteps, guided=True).rows(
         micro_batch.micro_batch.row

@@ -13,9 +13,9 @@ from advgrpo.policy.base import Capturable, Generator, Trainable
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
-from advgrpo.training.update import Updater
 from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.graph_emulator import EmulatedGraphs
+from tests.parts import updater_of
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
 ROW = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -101,7 +101,7 @@ def test_log_probs_are_repeated_exactly_with_graphs(policy, unit_config):
     """docs/method.md section 5, captured steps: drift and pre-update clip fraction 0, after several optimizer steps."""
     unit_config.rollout.guidance_scale = 1.7
     unit_config.update.learning_rate = 1e-2
-    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    updater = updater_of(policy, unit_config)
     sampler = make_sampler(policy, EmulatedGraphs())
     for seed in range(5):
         latents, steps, table = rollout(sampler, unit_config, seed=seed, window=(0, 2) if seed % 2 else (1, 2))
@@ -120,7 +120,7 @@ def test_log_probs_are_repeated_exactly_with_graphs(policy, unit_config):
 
 def test_averages_and_a_loaded_lora_are_seen_by_captured_graphs(policy, unit_config, tmp_path):
     """EMA swap and loading write the parameters' own storage."""
-    updater = Updater(policy, unit_config, reduce=lambda tensors: None, fused=True)
+    updater = updater_of(policy, unit_config)
     captured, eager = make_sampler(policy, EmulatedGraphs()), make_sampler(policy)
     for seed in range(4):
         rollout(captured, unit_config, seed=seed, window=(1, 2))

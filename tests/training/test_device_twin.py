@@ -36,21 +36,21 @@ READS = {
     "advgrpo/training/scoring.py:metrics": 1,
     "advgrpo/adversary/trainer.py:evaluate": 1,  # the head's loss and accuracy
     "advgrpo/adversary/trainer.py:check": 1,  # whether every discriminator update was finite
-    "advgrpo/adversary/trainer.py:learn": 1,  # the schedule: mean rewards of both sides and the share of pairs
-    "advgrpo/training/trainer.py:update": 1,  # the share of groups without spread
-    "advgrpo/training/trainer.py:_update_metrics": 1,  # the one place where the update waits
+    "advgrpo/adversary/trainer.py:learn": 1,  # for the schedule: means and pairs
+    "advgrpo/training/policy_gradient.py:update": 1,  # the share of groups without spread
+    "advgrpo/training/policy_gradient.py:_update_metrics": 1,  # the one place where the update waits
     "advgrpo/monitor/image_statistics.py:measure": 2,  # the monitor's
-    "advgrpo/training/trainer.py:watch": 1,  # what merging loses, the monitor's
+    "advgrpo/training/trainer.py:judge": 1,  # what merging loses, the monitor's
 }
 MORE_READS = {  # of the configurations below
     "advgrpo/rewards/pixels.py:check_images",  # the judge is on the CPU
     "advgrpo/rewards/checks.py:finite_scores",  # a reward that is not finite
-    "advgrpo/training/trainer.py:imitate",  # SFT's log
+    "advgrpo/training/supervised.py:iterate",  # SFT's log
     "advgrpo/training/supervised.py:_encoded",  # its first visit of a reference, which it keeps on the host
 }
 FIRST_VISITS = {  # copies that a prompt's first visit makes
     "advgrpo/runtime/cache.py:<dictcomp>",  # features of its references
-    "advgrpo/training/scoring.py:_prompt",  # references for the fixed rewards
+    "advgrpo/training/scoring.py:_mean_scores",  # references for the fixed rewards
 }
 NOT_EVALUATED = {"data": {"held_out_prompts": ""}, "evaluation": {"backbone_image_size": 32}}
 CONFIGURATIONS = {
@@ -181,9 +181,9 @@ def test_old_log_probs_are_replaced_on_the_device(mode, tmp_path):
     with DeviceTwin() as twin:
         with mock.patch.object(contenders.Distributed, "start", return_value=place_on(DEVICE)):
             trainer = contenders.small(tmp_path, "cpu", **changes).trainer
-        table = contenders.Contenders(trainer, None).table()
-        rollout = trainer.rollout(table, 0)
-        advantages = torch.linspace(-1, 1, trainer.config.images_per_iteration, device=DEVICE)
+        table = trainer.objective.table(0)
+        rollout = trainer.objective.rollout(table, 0)
+        advantages = torch.linspace(-1, 1, trainer.length.images, device=DEVICE)
         twin.waits.clear()
         sums = trainer.updater.reweigh(rollout.micro_batches, table)
         stats = trainer.updater.accumulate(

@@ -115,7 +115,7 @@ def test_bad_arguments(model):
         Ema(model.bfloat16().named_parameters(), decay=0.9)
 
 
-def looks(path, *, mini_batches, trains_generator, until, windows=2, interval=8, decay=0.9):
+def looks(path, *, mini_batches, trains_generator, until, minibatches=2, interval=8, decay=0.9):
     """Flow-GRPO's rule on one number, mini-batch by mini-batch: `path` [optimizer steps] are the weights.
 
     `trains_generator(iteration)`; an iteration that does not counts one global step. Returns the average after every
@@ -128,7 +128,7 @@ def looks(path, *, mini_batches, trains_generator, until, windows=2, interval=8,
         if not trains_generator(len(history)):
             step += 1
         else:
-            for number in range(windows * mini_batches):
+            for number in range(minibatches * mini_batches):
                 if number % mini_batches == mini_batches - 1:
                     weight, taken, step = path[taken], taken + 1, step + 1
                 if (step + 1) % interval == 0:

@@ -195,7 +195,7 @@ def test_plan_recommends_nothing_that_training_refuses(processes, capsys):
     code = plan_command.main(arguments)
     said = capsys.readouterr()
     settings = configuration.load("sd35m-dino-paper")
-    assert code == (2 if processes in (5, 7, 256) else 0)  # 768 images in windows of 384
+    assert code == (2 if processes in (5, 7, 256) else 0)  # 768 images in minibatches of 384
     if code == 0:
         line = said.out.splitlines()[-1]
         settings.rollout.micro_batch = int(line.partition("rollout.micro_batch = ")[2].partition(",")[0])

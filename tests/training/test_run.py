@@ -229,14 +229,14 @@ def test_a_failing_rank_ends_all_with_its_error(unit_config, tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
         "import os, sys\n"
-        "from advgrpo import trainer\n"
+        "from advgrpo.training.policy_gradient import PolicyGradient\n"
         "from advgrpo.train import main\n"
-        "real = trainer.Trainer.rollout\n"
+        "real = PolicyGradient.rollout\n"
         "def rollout(self, table, iteration):\n"
         "    if self.distributed.rank == 1 and iteration == 1:\n"
         "        raise RuntimeError('planted failure')\n"
         "    return real(self, table, iteration)\n"
-        "trainer.Trainer.rollout = rollout\n"
+        "PolicyGradient.rollout = rollout\n"
         "sys.exit(main())\n"
     )
     line = command(unit_config, tmp_path, processes=2)
@@ -264,10 +264,11 @@ def test_features_are_computed_once_and_shared_by_reward_and_head(unit_config, m
 
     made = Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
     trainer, computed, scored, trained = made.trainer, [], [], []
+    discriminators = trainer.objective.discriminator_trainer
     real_features, real_score, real_train = (
         FeatureHeadAdversary.features,
         FeatureHeadAdversary.score,
-        trainer.discriminator_trainer.train,
+        discriminators.train,
     )
 
     def features(self, images, prompts):
@@ -281,7 +282,9 @@ def test_features_are_computed_once_and_shared_by_reward_and_head(unit_config, m
     monkeypatch.setattr(FeatureHeadAdversary, "features", features)
     monkeypatch.setattr(FeatureHeadAdversary, "score", score)
     monkeypatch.setattr(
-        trainer.discriminator_trainer, "train", lambda batch, *a: trained.append(batch) or real_train(batch, *a)
+        trainer.objective.discriminator_trainer,
+        "train",
+        lambda batch, *a: trained.append(batch) or real_train(batch, *a),
     )
     trainer.iterate()
     computed.clear()
@@ -324,7 +327,7 @@ def test_bfloat16_runs_on_policy_as_well(unit_config, checkpointing):
 
 def test_nan_reward_stops_the_run_with_the_prompts_name(unit_config, monkeypatch):
     made = Run(unit_config, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
-    monkeypatch.setattr(made.trainer.adversary.head["b2"], "data", torch.tensor([float("nan")]))
+    monkeypatch.setattr(made.trainer.objective.scorer.adversary.head["b2"], "data", torch.tensor([float("nan")]))
     with pytest.raises(FloatingPointError, match=r"prompt 'a .* background'"):
         made.train()
     assert (Path(unit_config.output_dir) / "metrics.jsonl").read_text() == ""

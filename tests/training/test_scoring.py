@@ -10,6 +10,7 @@ the statistics, or for no reward.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_a_mix_logs_every_component(unit_config):
     assert all({"reward_adversary", "reward_rule", "reward_reference", "dino_similarity"} <= set(row) for row in rows)
     # the normalised adversary's mean is 0
     assert rows[0]["reward_generated"] == pytest.approx(0.5 * rows[0]["reward_rule"], abs=1e-5)
-    assert list(made.trainer.scorer.rewards) == ["rule"]
+    assert list(made.trainer.objective.scorer.rewards) == ["rule"]
 
 
 def test_a_style_folder_serves_every_prompt_and_its_features_are_computed_once(unit_config, tmp_path, monkeypatch):
@@ -153,7 +154,7 @@ def test_a_style_folder_serves_every_prompt_and_its_features_are_computed_once(u
         image.save(style / f"{number}.png")
     settings = change(unit_config, data={"references": "", "style": str(style)})
     made = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
-    features = made.trainer.scorer.reference_features
+    features = made.trainer.objective.scorer.reference_features
     computed, real = [], features._compute
     monkeypatch.setattr(features, "_compute", lambda prompt: computed.append(prompt) or real(prompt))
     made.train()
@@ -213,7 +214,17 @@ def share(ids: list[int], prompts: list[str], group_size: int) -> Rollout:
 def test_an_image_meets_the_same_reference_whoever_holds_it(unit_config, choice):
     settings = change(unit_config, adversary={"reference_choice": choice})
     sources = Sources.read(settings)
-    scorer = Scorer(settings, None, None, {}, sources.references, None, Distributed.start("cpu"))
+    scorer = Scorer(
+        rollout=settings.rollout,
+        seed=settings.seed,
+        adversary=SimpleNamespace(config=settings.adversary, backbone=None),
+        reference_features=None,
+        rewards={},
+        weights={},
+        references=sources.references,
+        observer=None,
+        distributed=Distributed.start("cpu"),
+    )
     of_everything = share(list(range(8)), sources.prompts[:2], settings.rollout.group_size)
     whole = scorer._reference_draws(of_everything, iteration=3)
     assert whole.shape == (8,)
@@ -230,7 +241,7 @@ def test_references_in_turn_are_seen_alike_and_go_by_the_place_in_the_group(unit
     settings = change(unit_config, adversary={"reference_choice": "in_turn"}, rollout={"group_size": 16})
     settings.data.held_out_prompts = ""
     trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer
-    features, paired = trainer.scorer.reference_features, []
+    features, paired = trainer.objective.scorer.reference_features, []
     real = features.pick
     monkeypatch.setattr(
         features, "pick", lambda prompts, draws: paired.append((prompts, real(prompts, draws))) or paired[-1][1]
@@ -250,9 +261,10 @@ def test_an_iteration_trains_the_reward_if_it_is_fooled_and_else_the_generator(u
     settings.data.held_out_prompts = ""
     trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer
     for margin in (1e6, 0.0, 1e6, 0.0):
-        trainer.config.adversary.fooled_margin = margin
+        settings.adversary.fooled_margin = margin
         weights = [p.detach().clone() for _, p in trainer.policy.trainable_parameters()]
-        head = {name: tensor.clone() for name, tensor in trainer.adversary.state_dict().items()}
+        adversary = trainer.objective.scorer.adversary
+        head = {name: tensor.clone() for name, tensor in adversary.state_dict().items()}
         row = trainer.iterate()
         fooled = row["reward_generated"] > row["reward_reference"] - margin
         assert fooled == (margin > 0)
@@ -260,16 +272,16 @@ def test_an_iteration_trains_the_reward_if_it_is_fooled_and_else_the_generator(u
         assert (row["policy_loss"] is None) == fooled
         after = [p for _, p in trainer.policy.trainable_parameters()]
         assert all(torch.equal(*pair) for pair in zip(weights, after)) == fooled
-        assert all(torch.equal(head[name], t) for name, t in trainer.adversary.state_dict().items()) == (not fooled)
+        assert all(torch.equal(head[name], t) for name, t in adversary.state_dict().items()) == (not fooled)
 
 
 @pytest.mark.parametrize("broken", ["adversary", "fixed"])
 def test_a_reference_without_a_finite_reward_is_named_before_anything_is_trained(unit_config, monkeypatch, broken):
     settings = change(unit_config, rewards={"rule": {"weight": 0.5}}, adversary={"schedule": "always"})
     made = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))
-    trainer = made.trainer
+    trainer, scorer = made.trainer, made.trainer.objective.scorer
     if broken == "adversary":
-        real, what = trainer.adversary.score, "the reward adversary of the references of 1 images is not finite"
+        real, what = scorer.adversary.score, "the reward adversary of the references of 1 images is not finite"
 
         def score(features, ids, *, purpose, iteration):
             found = real(features, ids, purpose=purpose, iteration=iteration)
@@ -277,18 +289,18 @@ def test_a_reference_without_a_finite_reward_is_named_before_anything_is_trained
                 found.reward[5] = torch.nan
             return found
 
-        monkeypatch.setattr(trainer.adversary, "score", score)
+        monkeypatch.setattr(scorer.adversary, "score", score)
     else:
-        real, what = trainer.scorer._of_references.columns, "the reward rule of the references of 1 images is not"
+        real, what = scorer._of_references.columns, "the reward rule of the references of 1 images is not"
 
-        def columns(prompts, like):
-            found = real(prompts, like)
+        def columns(prompts, size):
+            found = real(prompts, size)
             found["rule"][5] = torch.inf
             return found
 
-        monkeypatch.setattr(trainer.scorer._of_references, "columns", columns)
+        monkeypatch.setattr(scorer._of_references, "columns", columns)
     before = {name: t.clone() for name, t in trainer.state()[0].items()}
-    prompt = trainer.prompts[trainer.groups.next(0)[1]]  # of image 5, in the second group of four
+    prompt = trainer.objective.micro_batches.prompts_of(0)[1]  # of image 5, in the second group of four
     with pytest.raises(FloatingPointError, match=rf"{what}.*prompt '{prompt}' \(image 5\)"):
         trainer.iterate()
     after = trainer.state()[0]
@@ -315,11 +327,10 @@ def test_fixed_rewards_of_the_references_are_taken_once_per_prompt(unit_config):
     assert not RemoteReward.scores_references
     assert not VlmJudge.scores_references
     rewards = {"brightness": reward, "dino_similarity": reward, "clip_reference_similarity": reward, "slow": slow}
-    scores = ReferenceScores(rewards, sources.references)
+    scores = ReferenceScores(rewards, sources.references, torch.device("cpu"))
     first, second = sources.prompts[:2]
-    like = torch.zeros(3, 3, 32, 32)
     for _ in range(2):
-        columns = scores.columns([first, second, first], like)
+        columns = scores.columns([first, second, first], (32, 32))
     assert list(columns) == ["brightness"]  # the others compare with references, or are someone else's time
     assert reward.calls == 2
     for prompt, value in zip([first, second, first], columns["brightness"].tolist()):

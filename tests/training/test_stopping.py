@@ -29,6 +29,7 @@ from advgrpo.runtime.watch import StopRequested
 from advgrpo.training import stopping
 from advgrpo.training.clean_start import CleanStart
 from advgrpo.training.ema import Ema
+from advgrpo.training.objective import Iteration
 from advgrpo.training.run import Run
 from advgrpo.training.stopping import Keeper, signals_stop
 from advgrpo.training.trainer import Trainer
@@ -132,7 +133,7 @@ def test_a_signal_ends_the_run_where_it_is_and_nothing_is_lost(doing, own, undis
     run = make(own)
     kill = lambda: os.kill(os.getpid(), number)  # noqa: E731
     judges = {
-        "reward rule": run.trainer.scorer.rewards["rule"],
+        "reward rule": run.trainer.objective.scorer.rewards["rule"],
         "evaluate: metric": run.evaluator.metrics["rule_accuracy"],
     }
     if doing in judges:
@@ -292,14 +293,14 @@ def test_without_a_copy_an_update_is_not_left(monkeypatch):
     """Full fine-tuning: the iteration is finished from there on."""
     job = Distributed.start("cpu")
     for copies in (True, False):
-        part = SimpleNamespace(clean=CleanStart(state_of(1.0), copies=copies), distributed=job)
-        part.clean.begin()
-        assert list(Trainer._pieces(part, [1, 2], "update: micro-batch")) == [1, 2]
+        part = Iteration(0, None, CleanStart(state_of(1.0), copies=copies), job)
+        part.changes()
+        assert list(part.stoppable([1, 2], "update: micro-batch")) == [1, 2]
     job.ask_to_stop("SIGTERM")
-    assert list(Trainer._pieces(part, [1, 2], "update: micro-batch")) == [1, 2]
+    assert list(part.stoppable([1, 2], "update: micro-batch")) == [1, 2]
     part.clean.end()
     with pytest.raises(StopRequested, match="SIGTERM"):
-        list(Trainer._pieces(part, [1, 2], "update: micro-batch"))
+        list(part.stoppable([1, 2], "update: micro-batch"))
 
 
 def test_averaged_weights_are_not_taken_for_the_trained_ones():

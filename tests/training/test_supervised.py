@@ -1,9 +1,9 @@
 """Supervised fine-tuning: latents, levels and gradients against the plainly written loss, resume, settings.
 
-Bugs planted in a copy, each seen red: the velocity's sign; a micro-batch's mean instead of its share of the window;
-gradients kept from the window before; one level for all groups of a micro-batch; noise and levels numbered within the
-micro-batch; no shift; the VAE's shift after its scale; references encoded every time; all micro-batches in every
-window; a gradient that is not finite left unreported; rewards or an adversary loaded for nothing; the same noise in
+Bugs planted in a copy, each seen red: the velocity's sign; a micro-batch's mean instead of its share of the minibatch;
+gradients kept from the minibatch before; one level for all groups of a micro-batch; noise and levels numbered within
+the micro-batch; no shift; the VAE's shift after its scale; references encoded every time; all micro-batches in every
+minibatch; a gradient that is not finite left unreported; rewards or an adversary loaded for nothing; the same noise in
 every iteration.
 """
 
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from advgrpo import config
 from advgrpo.errors import UserError
+from advgrpo.rewards.dino_similarity import DinoSimilarity
 from advgrpo.runtime import rng
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
@@ -72,24 +73,25 @@ def test_noise_levels_are_the_schedulers_own(settings):
     torch.testing.assert_close(found, timesteps)
 
 
-def written_out(trainer, iteration: int, window: int) -> torch.Tensor:
+def written_out(trainer, iteration: int, minibatch: int) -> torch.Tensor:
     """The mean loss of one minibatch, image by image, from the formula."""
-    settings, policy, references = trainer.config, trainer.policy, trainer.scorer.references
-    count, size = settings.images_per_iteration, settings.rollout.group_size
-    groups = trainer.groups.next(iteration)
-    choice = torch.rand(count, generator=rng.generator(settings.seed, "sft_reference", iteration))
-    z = torch.randn(len(groups), generator=rng.generator(settings.seed, "sft_level", iteration))
-    part = count // settings.update.minibatches
+    objective, policy = trainer.objective, trainer.policy
+    references, run_seed = objective.references, objective.seed
+    count, size = trainer.length.images, objective.settings.group_size
+    prompts = objective.micro_batches.prompts_of(iteration)
+    choice = torch.rand(count, generator=rng.generator(run_seed, "sft_reference", iteration))
+    z = torch.randn(len(prompts), generator=rng.generator(run_seed, "sft_level", iteration))
+    part = count // objective.micro_batches.minibatches
     losses = []
-    for image in range(window * part, (window + 1) * part):
-        prompt = trainer.prompts[groups[image // size]]
+    for image in range(minibatch * part, (minibatch + 1) * part):
+        prompt = prompts[image // size]
         files = references.files(prompt)
         pixels = references.load_images([files[int(choice[image] * len(files))]], size=(32, 32))
         mean = policy.vae.encode(pixels * 2 - 1).latent_dist.mean
         x0 = (mean - policy.vae.config.shift_factor) * policy.vae.config.scaling_factor
         q = torch.sigmoid(z[image // size])
         sigma = 3 * q / (1 + 2 * q)
-        seed = rng.derive_seed(settings.seed, "sft_noise", iteration)
+        seed = rng.derive_seed(run_seed, "sft_noise", iteration)
         eps = philox_normal(tuple(x0.shape), seed=seed, sample_ids=torch.tensor([image]))
         prepared = policy.prepare(policy.encode([prompt]), (1000 * sigma).view(1), guided=False)
         velocity, _ = policy.predict((1 - sigma) * x0 + sigma * eps, torch.tensor([0]), prepared)
@@ -100,20 +102,22 @@ def written_out(trainer, iteration: int, window: int) -> torch.Tensor:
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("micro_batch", [2, 12])  # a group in two micro-batches, and three groups in one
 def test_gradients_are_those_of_the_loss_as_it_is_written(settings, fast, micro_batch):
-    windows = 1 if micro_batch == 12 else 2
+    minibatches = 1 if micro_batch == 12 else 2
     trainer = build(
-        change(settings, fast=fast, rollout={"micro_batch": micro_batch}, update={"minibatches": windows})
+        change(settings, fast=fast, rollout={"micro_batch": micro_batch}, update={"minibatches": minibatches})
     ).trainer
     with torch.no_grad():  # adapters that do something, so that A has a gradient as well
         for _, parameter in trainer.policy.trainable_parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
     parameters = [p for _, p in trainer.policy.trainable_parameters()]
-    for window in range(windows):
-        total = trainer.config.images_per_iteration // windows
-        micro_batches = [micro_batch for micro_batch in trainer.micro_batches(1) if micro_batch.minibatch == window]
-        summed = trainer.supervised.accumulate(micro_batches, 1, total=total)
+    for minibatch in range(minibatches):
+        total = trainer.length.images // minibatches
+        micro_batches = [
+            micro_batch for micro_batch in trainer.objective.micro_batches.of(1) if micro_batch.minibatch == minibatch
+        ]
+        summed = trainer.objective.accumulate(micro_batches, 1, total=total)
         got = [p.grad.clone() for p in parameters]
-        loss = written_out(trainer, 1, window)
+        loss = written_out(trainer, 1, minibatch)
         expected = torch.autograd.grad(loss, parameters)
         assert summed.item() / total == pytest.approx(loss.item(), rel=1e-5)
         scale = max(float(g.abs().max()) for g in expected)
@@ -124,10 +128,10 @@ def test_gradients_are_those_of_the_loss_as_it_is_written(settings, fast, micro_
 
 def test_latents_are_encoded_once_and_draws_change_with_the_iteration(settings, monkeypatch):
     trainer = build(settings).trainer
-    supervised, encoded = trainer.supervised, []
+    supervised, encoded = trainer.objective, []
     real = trainer.policy.encode_images
     monkeypatch.setattr(trainer.policy, "encode_images", lambda images: encoded.append(len(images)) or real(images))
-    micro_batch = trainer.micro_batches(0)[0]
+    micro_batch = trainer.objective.micro_batches.of(0)[0]
     first, again = supervised.clean_latents(micro_batch, 0), supervised.clean_latents(micro_batch, 0)
     assert torch.equal(first, again)
     assert len(encoded) <= len(micro_batch.image_ids)
@@ -148,18 +152,18 @@ def test_micro_batches_of_another_size_learn_the_same(settings):
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-def test_each_window_is_a_step_and_a_run_resumes_as_if_never_stopped(settings, tmp_path):
+def test_each_minibatch_is_a_step_and_a_run_resumes_as_if_never_stopped(settings, tmp_path):
     settings = change(settings, data={"held_out_prompts": ""})
     whole = change(settings, iterations=3, output_dir=str(tmp_path / "whole"))
     made = build(whole)
-    learned, real = [], made.trainer.supervised.accumulate
+    learned, real = [], made.trainer.objective.accumulate
 
     def accumulate(micro_batches, iteration, *, total):
         micro_batches = list(micro_batches)
         learned.append((iteration, [i for micro_batch in micro_batches for i in micro_batch.image_ids.tolist()]))
         return real(micro_batches, iteration, total=total)
 
-    made.trainer.supervised.accumulate = accumulate
+    made.trainer.objective.accumulate = accumulate
     steps, step = [], made.trainer.updater.step
     made.trainer.updater.step = lambda *a: steps.append(len(learned)) or step(*a)
     made.train()
@@ -177,21 +181,20 @@ def test_each_window_is_a_step_and_a_run_resumes_as_if_never_stopped(settings, t
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "rng.torch")
 
 
-def test_nothing_is_loaded_that_nothing_needs(settings, unit_backbone):
+def test_nothing_is_loaded_that_nothing_needs(settings, unit_backbone, monkeypatch):
     with pytest.raises(UserError, match=r"rewards\.rule\.weight = 1 would not be looked at"):
         build(change(settings, rewards={"rule": {"weight": 1.0}}))
     made = build(settings)
-    scorer = made.trainer.scorer
-    assert (scorer.adversary, scorer.observer, scorer.rewards, made.trainer.discriminator_trainer) == (
-        None,
-        None,
-        {},
-        None,
-    )
+    assert not hasattr(made.trainer.objective, "scorer")
+    assert not hasattr(made.trainer.objective, "discriminator_trainer")
+    assert list(made.evaluator.metrics) == ["rule_accuracy"]
     made.close()
+    loaded = []
+    monkeypatch.setattr("advgrpo.training.run.build_adversary", lambda *_, **options: loaded.append("adversary"))
+    monkeypatch.setattr("advgrpo.training.run.build_scorer", lambda *_: loaded.append("scorer"))
     asked = build(change(settings, evaluation={"metrics": ["dino_similarity"]}))
-    assert asked.trainer.adversary is None
-    assert asked.evaluator.metrics["dino_similarity"] is asked.trainer.scorer.observer is not None
+    assert isinstance(asked.evaluator.metrics["dino_similarity"], DinoSimilarity)
+    assert not loaded
 
 
 def test_the_loss_falls_on_the_tiny_pipeline(tmp_path):

@@ -1,0 +1,35 @@
+"""What each objective (`update.objective`) asks of a run. A new one is an entry here and a class in `training/`.
+
+Everybody who would ask for an objective's name asks for one of these instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ObjectiveTraits:
+    """What a run prepares for an objective, and what it must not be given."""
+
+    loss: str  # its metric, which iterations that do not train the generator have not
+    uses_rewards: bool = True  # fixed rewards and, where one is set, the adversary are loaded and trained on
+    samples_images: bool = True  # the generator draws while it trains, so that there are images to look at
+    compares_groups: bool = True  # images of one prompt with each other
+    learns_from_references: bool = False  # whatever the rewards are: it cannot do without them, and encodes them
+    fits_velocity: bool = False  # its loss is a rectified flow's, which other models do not have
+    not_looked_at: tuple[tuple[str, object], ...] = ()  # settings of section `update`, each with its plain value
+
+
+OBJECTIVES: dict[str, ObjectiveTraits] = {
+    "policy": ObjectiveTraits(loss="policy_loss"),
+    "sft": ObjectiveTraits(
+        loss="sft_loss",
+        uses_rewards=False,
+        samples_images=False,
+        compares_groups=False,
+        learns_from_references=True,
+        fits_velocity=True,
+        not_looked_at=(("kl_weight", 0.0), ("old_log_prob", "rollout")),
+    ),
+}
