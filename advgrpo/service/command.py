@@ -174,7 +174,7 @@ def _check(config: Config) -> None:
     from advgrpo.training.preflight import check_adversary
 
     configuration.check_learning(config)
-    check_adversary(config, network=True)
+    check_adversary(config.adversary, network=True)
 
 
 def load_references(settings: ServeAdversary, config: Config) -> ReferenceSet:
