@@ -13,6 +13,7 @@ class ObjectiveTraits:
     """What a run prepares for an objective, and what it must not be given."""
 
     loss: str  # its metric, which iterations that do not train the generator have not
+    described: str = ""  # in a model card; "": by its rewards
     uses_rewards: bool = True  # fixed rewards and, where one is set, the adversary are loaded and trained on
     samples_images: bool = True  # the generator draws while it trains, so that there are images to look at
     compares_groups: bool = True  # images of one prompt with each other
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
     "policy": ObjectiveTraits(loss="policy_loss"),
     "sft": ObjectiveTraits(
         loss="sft_loss",
+        described="supervised fine-tuning on reference images",
         uses_rewards=False,
         samples_images=False,
         compares_groups=False,

@@ -25,7 +25,7 @@ from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer, 
 from advgrpo.config import Config
 from advgrpo.data.references import ReferenceSet
 from advgrpo.errors import UserError
-from advgrpo.monitor.monitor import Monitor, OverpoweredAdversary, RewardCollapse, SleepingAdversary
+from advgrpo.monitor.monitor import Knobs, Monitor, OverpoweredAdversary, RewardCollapse, SleepingAdversary
 from advgrpo.rewards.checks import finite_scores
 from advgrpo.rewards.remote import PROTOCOL_VERSION
 from advgrpo.rewards.scoring_request import Refusal
@@ -144,7 +144,7 @@ class AdversaryService:
         self.name = f"adversary {config.adversary.kind}"
         self.reference_features = features
         self.discriminator_trainer = DiscriminatorTrainer(adversary, reduce=lambda _: None, rank=0, world_size=1)
-        self.monitor = Monitor(config.monitor, config)
+        self.monitor = Monitor(config.monitor, Knobs.of(config))
         self.monitor.red_flags = [flag for flag in self.monitor.red_flags if isinstance(flag, _WATCHED)]
         self.learned: Callable[[Record], None] = lambda _: None
         self.iteration = 0  # the one that is collected

@@ -244,9 +244,7 @@ def _what_it_is(facts: RunFacts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "a local model"
     if facts.config.model.path in _SHIPPED:
         base = "advgrpo's tiny model of drawings"
-    how = {"sft": "supervised fine-tuning on reference images"}.get(
-        facts.config.update.objective, _rewards(facts.config)
-    )
+    how = facts.config.objective.described or _rewards(facts.config)
     ended = "" if facts.summary else " The run has not ended; nothing was measured at this point."
     return f"A LoRA of {base}, trained with advgrpo by {how}.{ended}"
 

@@ -57,7 +57,7 @@ class Posts:
         trainer = run.trainer
         decode = trainer.policy.decode
         trainer.policy.decode = lambda latents: (decode(latents) * 255).round() / 255  # as PNG files hold them
-        score = trainer.scorer.score
+        score = trainer.objective.scorer.score
 
         def scored(rollout, iteration):
             result = score(rollout, iteration)
@@ -66,10 +66,10 @@ class Posts:
             self.rewards.append(result.components["adversary"].tolist())
             return result
 
-        trainer.scorer.score = scored
+        trainer.objective.scorer.score = scored
         for _ in range(ITERATIONS):
             self.metrics.append(trainer.iterate())
-        self.tensors, self.state = trainer.discriminator_trainer.state()
+        self.tensors, self.state = trainer.objective.discriminator_trainer.state()
         run.close()
 
     def body(self, iteration: int, part: slice = slice(None), **more) -> dict:
