@@ -26,7 +26,7 @@ class MicroBatches:
         self.prompts, self.minibatches = prompts, minibatches
         self._groups = GroupSampler(len(prompts), rollout.prompts_per_iteration, seed)
         self._group_size, self._micro = rollout.group_size, rollout.micro_batch
-        self._images, self._rank, self._world_size = rollout.images, rank, world_size
+        self._images, self.rank, self.world_size = rollout.images, rank, world_size
 
     @property
     def images_per_minibatch(self) -> int:
@@ -41,10 +41,10 @@ class MicroBatches:
         """This process's micro-batches, in order of minibatch."""
         prompt_of_group = self.prompts_of(iteration)
         per_minibatch = self._images // (self._micro * self.minibatches)
-        share = per_minibatch // self._world_size
+        share = per_minibatch // self.world_size
         mine = []
         for minibatch in range(self.minibatches):
-            first = minibatch * per_minibatch + self._rank * share
+            first = minibatch * per_minibatch + self.rank * share
             for number in range(first, first + share):
                 ids = torch.arange(number * self._micro, (number + 1) * self._micro)
                 group_ids = ids // self._group_size

@@ -86,7 +86,7 @@ def test_progress_counts_prompts(evaluator, monkeypatch):
     told = []
     evaluator.display = Display(Console(file=io.StringIO()))
     monkeypatch.setattr("advgrpo.reporting.display._PLAIN_EVERY", 0.0)
-    monkeypatch.setattr(evaluator.display, "say", told.append)
+    monkeypatch.setattr(evaluator.display, "print_line", told.append)
     evaluator.run(3)
     assert [line.split("  ")[0] for line in told] == ["evaluating 2/4", "evaluating 4/4"]
     told.clear()

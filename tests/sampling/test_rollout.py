@@ -86,7 +86,7 @@ def test_every_order_is_on_policy_and_resumes_bit_for_bit(unit_config, noise):
     settings = changed(unit_config, initial_noise=noise)
     going, resumed = build(settings).trainer, build(settings).trainer
     for window in WINDOWS.values():
-        going.config.rollout.window = resumed.config.rollout.window = WindowSection(**window)
+        going.objective.settings.window = resumed.objective.settings.window = WindowSection(**window)
         tensors, state = copy.deepcopy(going.state())
         metrics = [going.iterate(), going.iterate()]
         for row in metrics:
@@ -107,7 +107,8 @@ def test_two_processes_sample_what_one_does(unit_config, noise):
     alone = by_image(rollout_of(trainer))
     parts = []
     for rank in range(2):
-        trainer.distributed.rank, trainer.distributed.world_size = rank, 2
+        mine = trainer.objective.micro_batches
+        mine.rank, mine.world_size = rank, 2
         parts.append(rollout_of(trainer))
     assert [len(part.image_ids) for part in parts] == [4, 4]
     together = by_image(*parts)
