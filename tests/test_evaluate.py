@@ -246,7 +246,7 @@ def test_every_registered_reward_exists():
 
 def test_metrics_of_one_s_own_by_an_import(unit, tmp_path, capsys):
     """An example's function, with an option; the file that does not exist is found before an image is drawn."""
-    source = Path(__file__).parents[2] / "examples" / "custom_reward.py"
+    source = Path(__file__).parents[1] / "examples" / "custom_reward.py"
     own = ["--metric-options.red.import", f"{source}:redness", "--metric-options.red.strength", "2.0"]
     assert main(flags(unit, tmp_path / "out", "--metrics", "rule,red", *own)) == 0
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
