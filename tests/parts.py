@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from advgrpo.evaluation.evaluator import Evaluator
-
 from advgrpo.config import Config
+from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.policy.base import Policy
 from advgrpo.rewards.base import Reward
 from advgrpo.runtime.distributed import Distributed

@@ -1,6 +1,6 @@
 """docs/configuration.md on standard output: python -m advgrpo.config > docs/configuration.md"""
 
+from advgrpo.config.config import Config
 from advgrpo.config.help import reference_page
-from advgrpo.config.sections import Config
 
 print(reference_page(Config))

@@ -6,8 +6,9 @@ import math
 import re
 from pathlib import Path
 
+from advgrpo.config.config import Config
 from advgrpo.config.explain import did_you_mean
-from advgrpo.config.sections import Config, RewardSection, RolloutSection
+from advgrpo.config.sections import RewardSection, RolloutSection
 from advgrpo.errors import UserError
 
 NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from advgrpo import config as configuration
 from advgrpo.config.base import Options
-from advgrpo.config.sections import Config
+from advgrpo.config.config import Config
 from advgrpo.errors import UserError
 
 Source = Literal["prompts", "held_out_prompts", "references", "base", "rewards"]

@@ -1,4 +1,4 @@
-"""Presets, YAML files and what is laid over what; unknown keys are errors that name the nearest key."""
+"""Presets, YAML files and what is laid over what."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 
 import yaml
 import yaml.constructor
-from pydantic import ValidationError
 
-from advgrpo.config.explain import did_you_mean, explain
-from advgrpo.config.sections import Config
+from advgrpo.config.explain import did_you_mean
 from advgrpo.errors import UserError
 
 _MOST_BYTES = 1_000_000  # of a file of settings
@@ -102,14 +100,6 @@ def spread(settings: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def build(settings: dict[str, Any], source: str) -> Config:
-    """A Config of valid values; UserError naming each wrong field, its value and what is wanted (`explain`)."""
-    try:
-        return Config.model_validate(settings)
-    except ValidationError as error:
-        raise UserError(f"{source}: {explain(error, Config, settings)}") from error
-
-
 def read(preset: str | None = None, file: Path | None = None) -> tuple[dict[str, Any], str]:
     """(settings of the preset with the file's laid over them, not yet validated; what to call them in errors).
 
@@ -118,13 +108,3 @@ def read(preset: str | None = None, file: Path | None = None) -> tuple[dict[str,
     settings = read_yaml(file) if file else {}
     named = settings.pop("preset", None)
     return merge(read_preset(preset or named or "tiny"), settings), str(file) if file else f"preset {preset or 'tiny'}"
-
-
-def load(preset: str | None = None, file: Path | None = None) -> Config:
-    """Preset (default "tiny", or the file's own `preset:` key), with the file's settings laid over it."""
-    return build(*read(preset, file))
-
-
-def dump(config: Config) -> str:
-    """YAML that `load(file=...)` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

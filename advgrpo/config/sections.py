@@ -7,15 +7,12 @@ Defaults are the values of Adv-GRPO (arXiv 2511.20256) on SD3.5-medium. Numbers 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PlainSerializer, create_model
 
 from advgrpo.config.base import Section
-from advgrpo.config.objectives import OBJECTIVES, ObjectiveTraits
 
 LORA_TARGETS = (
     "attn.to_q",
@@ -648,81 +645,3 @@ class ObserverSettings(NamedTuple):
     image_size: int
     dtype: str
     fields: tuple[str, str]  # the settings that backbone and image size come from, for error messages
-
-
-class Config(Section):
-    """Adv-GRPO training."""
-
-    iterations: Positive = 1000
-    """Iterations: one rollout, discriminator updates when due, and the generator's optimizer steps."""
-    global_steps: Count = 0
-    """End earlier, as the released code does: once the generator's optimizer steps and the iterations that train the
-    reward alone make this many; 0 ends by `iterations` alone."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    """Every random draw derives from it."""
-    output_dir: Annotated[str, Field(min_length=1)] = "runs/advgrpo"
-    """Folder the run writes to."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes CUDA where there is a GPU."""
-    fast: bool = True
-    """Use every fast path this machine supports; --no-fast is the plain eager path with the same losses."""
-    collective_timeout: Above0 = 40.0
-    """Seconds after which a process counts as hanging that others wait for and that begins nothing new."""
-    model: ModelSection = ModelSection()
-    data: DataSection = DataSection()
-    rollout: RolloutSection = RolloutSection()
-    advantage: AdvantageSection = AdvantageSection()
-    update: UpdateSection = UpdateSection()
-    adversary: AdversarySection = AdversarySection()
-    rewards: RewardsSection = RewardsSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    output: OutputSection = OutputSection()
-    monitor: MonitorSection = MonitorSection()
-
-    @classmethod
-    def load(cls, preset: str = "", settings: Mapping[str, Any] | None = None, *, file: str | Path = "") -> Config:
-        """A preset with a file's settings and then `settings` laid over it, as a command does with its flags.
-
-        Args:
-            preset: its name; "" is the one that `file` names, else "tiny".
-            settings: by dotted name, {"rollout.group_size": 8}, or nested, {"rollout": {"group_size": 8}}.
-            file: YAML.
-
-        Raises:
-            UserError: an unknown preset or setting, a value of the wrong kind, an unreadable file.
-        """
-        from advgrpo.config import reading
-
-        base, source = reading.read(preset or None, Path(file) if file else None)
-        return reading.build(reading.merge(base, reading.spread(settings or {})), "settings" if settings else source)
-
-    @property
-    def images_per_iteration(self) -> int:
-        return self.rollout.images
-
-    @property
-    def objective(self) -> ObjectiveTraits:
-        """What `update.objective` asks of the run."""
-        return OBJECTIVES[self.update.objective]
-
-    @property
-    def learns_adversary(self) -> bool:
-        """Whether an adversary is loaded and trained."""
-        return self.adversary.kind != "none" and self.objective.uses_rewards
-
-    @property
-    def fixed_rewards(self) -> dict[str, RewardSection]:
-        """Those that the generator is trained on, beside the adversary."""
-        return self.rewards.fixed() if self.objective.uses_rewards else {}
-
-    @property
-    def observer(self) -> ObserverSettings | None:
-        """The DINO that this run's statistics look through: no other adversary's features ever stand in for it."""
-        evaluation, adversary = self.evaluation, self.adversary
-        if evaluation.backbone:
-            fields = ("evaluation.backbone", "evaluation.backbone_image_size")
-            return ObserverSettings(evaluation.backbone, evaluation.backbone_image_size, adversary.dtype, fields)
-        if adversary.kind == "dino":
-            fields = ("adversary.backbone", "adversary.image_size")
-            return ObserverSettings(adversary.backbone, adversary.image_size, adversary.dtype, fields)
-        return None
