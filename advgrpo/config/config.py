@@ -97,6 +97,13 @@ class Config(Section):
         return self.rewards.fixed() if self.objective.uses_rewards else {}
 
     @property
+    def used_rewards(self) -> list[str]:
+        """Built for training or for evaluation; dino_similarity as a metric looks through another DINO."""
+        measured = self.evaluation.metrics if self.data.held_out_prompts else ()
+        known = [name for name in measured if name in self.rewards.sections() and name != "dino_similarity"]
+        return list(dict.fromkeys([*self.fixed_rewards, *known]))
+
+    @property
     def observer(self) -> ObserverSettings | None:
         """The DINO that this run's statistics look through: no other adversary's features ever stand in for it."""
         evaluation, adversary = self.evaluation, self.adversary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,8 +17,6 @@ from advgrpo.errors import UserError
 from advgrpo.evaluation.evaluator import ImageStatistic
 from advgrpo.monitor.monitor import NOT_JUDGED, RED_FLAGS, Knobs, Monitor
 from advgrpo.policy.base import Policy
-from advgrpo.policy.diffusers_policy import DiffusersPolicy
-from advgrpo.policy.loading import load_policy
 from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_class
 from advgrpo.reporting.display import Display
 from advgrpo.rewards import build_reward, prompt_options, reward_class
@@ -32,12 +31,14 @@ from advgrpo.training.micro_batches import MicroBatches
 from advgrpo.training.objective import Objective, Parts
 from advgrpo.training.observer import DinoObserver
 from advgrpo.training.policy_gradient import PolicyGradient
-from advgrpo.training.preflight import used_rewards
 from advgrpo.training.scoring import Scorer
 from advgrpo.training.supervised import SupervisedFineTuning
 from advgrpo.training.trainer import Length, Trainer
 from advgrpo.training.update import Updater
 from advgrpo.vision.dino import DinoBackbone, backbone_folder
+
+if TYPE_CHECKING:
+    from advgrpo.policy.diffusers_policy import DiffusersPolicy
 
 
 def check_prompts(config: Config, sources: Sources) -> None:
@@ -66,6 +67,8 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
     prediction_type = PREDICTION_TYPES[pipeline_class(config.model.path)]
     check_dynamics(prediction_type, config.rollout.dynamics)
     check_objective(prediction_type, config.update.objective)
+    from advgrpo.policy.loading import load_policy  # needs diffusers, which a trainer around another policy does not
+
     policy = load_policy(
         config.model,
         device=distributed.device,
@@ -125,7 +128,7 @@ def build_custom_rewards(config: Config, sources: Sources, distributed: Distribu
     """
     found: dict[str, Reward] = {}
     entries = config.rewards.entries()
-    for name in used_rewards(config):
+    for name in config.used_rewards:
         if entries[name].kind != "custom":
             continue
         distributed.progress(f"load reward {name}", within_seconds=SLOW_SECONDS)

@@ -74,7 +74,7 @@ def _check_judges(config: Config, *, network: bool) -> None:
     if config.learns_adversary:
         check_adversary(config.adversary, network)
     entries = config.rewards.entries()
-    for name in used_rewards(config):
+    for name in config.used_rewards:
         entry = entries[name]
         if entry.kind == "custom":
             check_import(entry)
@@ -101,13 +101,6 @@ def _found(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package that the module is in
         return False
-
-
-def used_rewards(config: Config) -> list[str]:
-    """Rewards that are built for training or for evaluation; dino_similarity as a metric looks through another DINO."""
-    measured = config.evaluation.metrics if config.data.held_out_prompts else ()
-    known = config.rewards.sections()
-    return list(dict.fromkeys([*config.fixed_rewards, *(m for m in measured if m in known and m != "dino_similarity")]))
 
 
 # The generator.
