@@ -59,7 +59,7 @@ def test_another_head_is_noticed(pair):
 
 
 def test_repetitions_are_the_same_work(pair):
-    """No weight moves, so the drift stays exactly 0 however often a rollout's update is timed."""
+    """No weight moves, so the mismatch stays exactly 0 however often a rollout's update is timed."""
     before = pair.trainer.policy.lora.master.detach().clone()
     units = step.units(pair)
     for _ in range(2):
@@ -254,7 +254,7 @@ def test_profile_writes_shares_and_a_trace_with_the_phases(pair, monkeypatch, tm
     assert shares["sample"] > shares["score"] > 0
     assert result["images_per_second"] == pytest.approx(8 * result["iterations_per_second"])
     names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
-    assert {"sample", "score", "adversary", "update"} <= names
+    assert {"sample", "score", "discriminator", "update"} <= names
     assert "unmeasured" in capsys.readouterr().out
 
 
