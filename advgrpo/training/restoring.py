@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from advgrpo.adversary.trainer import DiscriminatorTrainer, ReplayBuffer
 from advgrpo.errors import UserError
 from advgrpo.monitor.flag_state import FlagState
+from advgrpo.monitor.monitor import Monitor
 from advgrpo.runtime.checkpoint import checked_optimizer, flatten_state, not_finite, unflatten_state
-
-if TYPE_CHECKING:
-    from advgrpo.training.trainer import Trainer
 
 Tensors = dict[str, torch.Tensor]
 _OF_OLDER_PROGRAMS = {"rng.torch"}  # what was saved once and says nothing any more
@@ -68,8 +66,25 @@ class Restored:
     objective: Restorable
 
 
-def check(trainer: Trainer, tensors: Tensors, state: Mapping[str, Any]) -> Restored:
-    """What `Trainer.state()` once returned, for a trainer that would return the same names and shapes.
+class Remembers(Protocol):
+    """An objective (objective.py), as far as a checkpoint is concerned."""
+
+    def checked(self, tensors: Tensors, state: Mapping[str, Any]) -> Restorable: ...
+
+
+def check(
+    tensors: Tensors,
+    state: Mapping[str, Any],
+    *,
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    monitor: Monitor,
+    objective: Remembers,
+) -> Restored:
+    """What `Trainer.state()` once returned, for a trainer of these parts, which would return the same names and shapes.
+
+    Args:
+        parameters: what the policy trains, by name.
 
     Raises:
         UserError: a tensor or entry that is missing, one too many, of another shape, dtype or kind, not finite, or
@@ -79,15 +94,14 @@ def check(trainer: Trainer, tensors: Tensors, state: Mapping[str, Any]) -> Resto
     if wrong is not None:
         raise UserError(f"{wrong} is not finite; {_REMEDY}")
     own = entry(state, "trainer", dict)
-    parameters = dict(trainer.policy.trainable_parameters())
     restored = Restored(
         iteration=count(own, "iteration"),
         global_step=count(own, "global_step"),
         policy=taken(tensors, "policy.", parameters),
         ema=taken(tensors, "ema.", parameters),
-        optimizer=_optimizer(trainer.updater.optimizer, tensors, own, "optimizer"),
-        monitor=trainer.monitor.checked(entry(own, "monitor", dict)),
-        objective=trainer.objective.checked(tensors, own),
+        optimizer=_optimizer(optimizer, tensors, own, "optimizer"),
+        monitor=monitor.checked(entry(own, "monitor", dict)),
+        objective=objective.checked(tensors, own),
     )
     refuse_others(tensors, ["policy.", "ema.", "optimizer.", *restored.objective.prefixes])
     return restored

@@ -142,7 +142,14 @@ class Trainer:
         Raises:
             UserError: it is not this run's, or not finite; see `restoring.check`. Nothing was changed.
         """
-        found = restoring.check(self, tensors, state)
+        found = restoring.check(
+            tensors,
+            state,
+            parameters=dict(self.policy.trainable_parameters()),
+            optimizer=self.updater.optimizer,
+            monitor=self.monitor,
+            objective=self.objective,
+        )
         with torch.no_grad():
             for name, parameter in self.policy.trainable_parameters():
                 parameter.copy_(found.policy[name])
