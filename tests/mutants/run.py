@@ -46,7 +46,7 @@ PAGE = Path("docs/mutants.md")
 GOAL = 0.95
 CAUGHT, SURVIVED, BROKEN, LATE = "caught", "survived", "broken", "timed out"
 _FIELDS = ("Bug", "Harm", "Tests")
-_SUMMARY = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+_SUMMARY = re.compile(r"^(?:FAILED|ERROR) (\S+\.py\S*?::.+?|\S+)(?: - .*)?$", re.MULTILINE)
 
 
 class MutantError(Exception):
