@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint types docs golden peers kernels-matrix kernel-hub wheels tiny-assets gpu-carry clean
+.PHONY: train test lint types docs golden mutants peers kernels-matrix kernel-hub wheels tiny-assets gpu-carry clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -28,6 +28,11 @@ types: $(VENV)/.dev
 # Record the numbers of tests/golden/losses anew, after a change that is meant to change them.
 golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden_runs $(ARGS)
+
+# Plant every bug of tests/mutants in a copy of the tree and see its tests go red: those whose patch, tests or files have
+# changed since tests/mutants/results.json. ARGS="--all -j 4" plants all of them, four at a time.
+mutants: $(VENV)/.dev
+	@$(BIN)/python -m tests.mutants.run $(ARGS)
 
 # tests/kernels at the lower end of what kernels/pyproject.toml allows and between the ends; `make test` is the upper.
 # Gigabytes: torch's wheels for Linux bring CUDA. MATRIX=LANE runs another lane.

@@ -4,7 +4,7 @@ A patch is a bug that somebody could make, written against the code. Above its d
 
     Bug: what is wrong, in a line
     Harm: why a user would care
-    Tests: the test files that must go red, each with or without ::test
+    Tests: the test files or folders that must go red, files with or without ::test
     Equivalent: why no test can tell it from the code (only where that is so; it is then left out of the score)
 
 Red is a test that fails, or whose fixtures do. Tests that cannot be collected and a run that does not end are no
@@ -91,7 +91,9 @@ class Mutant:
         """Hash of what the verdict depends on first: the patch, the tests, the files it touches."""
         digest = hashlib.sha256(self.text.encode())
         for name in [*self.test_files(), *self.touched]:
-            digest.update(b"\0" + (root / name).read_bytes())
+            path = root / name
+            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+                digest.update(b"\0" + file.read_bytes())
         return digest.hexdigest()[:16]
 
 
@@ -266,9 +268,9 @@ class Session:
         tree = trees.get()
         try:
             verdict = tree.judge(mutant)
+            verdict.key, verdict.seconds = mutant.key(tree.folder), round(verdict.seconds, 1)  # of what was tested
         finally:
             trees.put(tree)
-        verdict.key, verdict.seconds = mutant.key(self.root), round(verdict.seconds, 1)
         return verdict
 
     def stale(self, mutants: list[Mutant]) -> list[Mutant]:
@@ -331,9 +333,10 @@ def renew(root: Path, name: str) -> None:
     """Put the working tree's diff below the lines of a patch, and take it out of the tree."""
     path = root / FOLDER / f"{name}.patch"
     above = path.read_text(encoding="utf-8").partition("diff --git ")[0] if path.is_file() else ""
-    diff = subprocess.run(["git", "diff", "-U2", "--", "advgrpo", "kernels"], cwd=root, capture_output=True, check=True)
+    command = ["git", "diff", "-U2", "--", ".", ":!tests", ":!docs"]
+    diff = subprocess.run(command, cwd=root, capture_output=True, check=True)
     if not diff.stdout:
-        raise MutantError("git diff of advgrpo and kernels is empty: plant the bug first")
+        raise MutantError("git diff is empty but for tests and docs: plant the bug first")
     path.write_text(above + diff.stdout.decode(), encoding="utf-8")
     git_apply(root, Mutant.read(path), "--reverse")
 

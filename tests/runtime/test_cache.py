@@ -119,13 +119,15 @@ def test_the_tokenizer_is_in_the_key_of_features_that_depend_on_the_text(tmp_pat
 
 
 def test_a_bit_in_the_middle_of_an_encoder_changes_the_text_caches_key(unit_config, unit_pipeline, tmp_path):
-    def key(folder) -> str:
-        model = unit_config.model.model_copy(update={"path": str(folder)})
+    def key(folder, **settings) -> str:
+        model = unit_config.model.model_copy(update={"path": str(folder), **settings})
         return SD3Policy(model, device=CPU, cache_dir=tmp_path / "cache", seed=0).text_cache.key("a prompt")
 
     copy = Path(shutil.copytree(unit_pipeline, tmp_path / "copy"))
     before = key(unit_pipeline)
     assert key(copy) == before
+    assert key(copy, max_sequence_length=unit_config.model.max_sequence_length + 1) != before, "texts are cut later"
+    assert key(copy, dtype="bfloat16") != before
     file = next((copy / "text_encoder").glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -296,8 +298,19 @@ def test_features_that_are_not_finite_are_named_and_not_kept(unit_backbone, tmp_
     references = references_in(tmp_path, {PROMPTS[0]: random_images(3)})
     broken = adversary(unit_backbone)
     with torch.no_grad():
-        broken.backbone.model.layernorm.weight.fill_(torch.inf)
+        broken.backbone.model.layernorm.bias[3] = torch.inf  # one number of many
     features = ReferenceFeatures(references, broken, tmp_path / "cache")
     with pytest.raises(FloatingPointError, match=rf"features \(cls\) of the references of prompt '{PROMPTS[0]}'"):
         features.prompt(PROMPTS[0])
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_what_was_used_last_stays_in_memory_and_the_rest_is_read_again(tmp_path):
+    cache = TensorCache(tmp_path, in_memory=2)
+    for key in ("first", "second"):
+        cache.store(key, STORED)
+    assert cache.load("first") is not None, "used after the second"
+    cache.store("third", STORED)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    assert [key for key in ("first", "second", "third") if cache.load(key) is not None] == ["first", "third"]

@@ -82,6 +82,7 @@ def test_order_is_numeric_past_six_digits(tmp_path):
     for iteration in (999_999, 1_000_000):
         save_checkpoint(tmp_path, iteration, {}, {}, keep=5)
     assert latest_checkpoint(tmp_path).name == "iteration-1000000"
+    assert [path.name for path in checkpoints(tmp_path)] == ["iteration-999999", "iteration-1000000"], "both are kept"
 
 
 def test_resuming_from_further_back_drops_the_abandoned_future(tmp_path):
@@ -456,3 +457,19 @@ def test_an_optimizer_of_other_settings_is_refused():
         group.pop("amsgrad")  # a setting that PyTorch has added since
     unpack_optimizer(other, tensors, rest)
     assert other.param_groups[0]["amsgrad"] is True
+
+
+def in_two_groups(first: int) -> torch.optim.Optimizer:
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    return torch.optim.AdamW([{"params": parameters[:first]}, {"params": parameters[first:]}])
+
+
+def test_an_optimizer_whose_groups_are_cut_otherwise_is_refused():
+    with pytest.raises(UserError, match=r"groups of \[1, 2\], not \[2, 1\]"):
+        unpack_optimizer(in_two_groups(2), *pack_optimizer(in_two_groups(1)))
+
+
+def test_an_optimizer_that_has_not_stepped_yet_is_continued():
+    optimizer = in_two_groups(1)
+    unpack_optimizer(optimizer, *pack_optimizer(in_two_groups(1)))
+    assert not optimizer.state

@@ -148,6 +148,10 @@ WRONG_CONTENT: dict[str, tuple[Spoil, str]] = {
     "moments missing": (removed("head_optimizer.state.1.exp_avg_sq"), "no tensor 'head_optimizer.state.1.exp_avg_sq'"),
     "moments not finite": (tensor("optimizer.state.0.exp_avg", lambda t: not_finite(t, float("nan"))), "is not finite"),
     "mean square below zero": (tensor("optimizer.state.0.exp_avg_sq", lambda t: t - 1), "is negative, which no mean"),
+    "one mean square below zero": (
+        tensor("optimizer.state.0.exp_avg_sq", lambda t: torch.cat([t[:-1], -1 - t[-1:]])),
+        "is negative, which no mean",
+    ),
     "steps below zero": (tensor("head_optimizer.state.0.step", lambda t: t - 99), "want a number of steps"),
     "half a step": (tensor("head_optimizer.state.0.step", lambda t: t + 0.5), "want a number of steps"),
     "steps per element": (tensor("optimizer.state.0.step", lambda t: t.expand(3)), "want a number of steps"),

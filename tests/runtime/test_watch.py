@@ -1,0 +1,63 @@
+"""What a watch sees in the notes of the others, in one process: who is looked at, and how long what may take."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch.distributed as dist
+
+from advgrpo.runtime import watch
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.watch import Note, Watch
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that only the test moves on."""
+    now = [1000.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    return now
+
+
+def watches(world_size: int) -> tuple[list[Watch], dist.HashStore]:
+    """A watch of every rank, not running, over one store."""
+    store = dist.HashStore()
+    return [Watch(store, rank, world_size) for rank in range(world_size)], store
+
+
+def look(one: Watch):
+    try:
+        return one._look()
+    finally:
+        one.leave()  # of faulthandler's timer
+
+
+def test_every_rank_is_watched_by_another_one(clock):
+    """A rank that nobody looks at can die unseen."""
+    seen = set()
+    for rank in range(3):
+        everyone, store = watches(3)
+        for one in everyone:
+            store.set(f"alive/{one._rank}", json.dumps(asdict(Note(beat=7, doing="its work"))))
+        assert look(everyone[rank]) is None
+        clock[0] += watch.SILENCE_SECONDS + 1
+        failure = look(everyone[rank])
+        assert failure.reporter == rank
+        assert "its last work was 'its work'" in failure.summary
+        seen.add(failure.rank)
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("within", "wanted"), [(None, 40.0), (7.0, 7.0)])
+def test_work_without_a_limit_of_its_own_has_the_collectives(within, wanted):
+    job = Distributed(0, 2, 0, "cpu")
+    job.timeout_seconds, (job._watch, _) = 40.0, watches(2)[0]
+    job.progress("its work", within_seconds=within)
+    assert (job._watch.note.doing, job._watch.note.within) == ("its work", wanted)
+
+
+def test_the_first_report_counts(monkeypatch):
+    monkeypatch.setattr(watch, "LINGER_SECONDS", 0.0)
+    (first, second), _ = watches(2)
+    causes = [one.report(error) for one, error in ((first, OSError("fire")), (second, RuntimeError("echo")))]
+    assert [cause.summary for cause in causes] == ["OSError: fire"] * 2
