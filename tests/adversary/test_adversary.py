@@ -114,6 +114,13 @@ def test_schedules(schedule, generated, reference, updates, generator):
     assert (plan.discriminator_updates, plan.generator) == (updates, generator)
 
 
+@pytest.mark.parametrize("schedule", ["when_fooled", "fooled_or_generator"])
+def test_within_the_margin_the_head_counts_as_fooled(schedule):
+    section = AdversarySection(schedule=schedule, fooled_margin=0.5)
+    plans = [plan_updates(section, 0, 0.0, lead, optimizer_steps=2) for lead in (0.4, 0.6)]
+    assert [plan.discriminator_updates for plan in plans] == [10, 0]
+
+
 def test_alternate_trains_the_generator_in_the_last_iteration_of_a_period():
     section = AdversarySection(schedule="alternate", alternate_period=10)
     trained = [i for i in range(30) if plan_updates(section, i, 0.0, 0.0, optimizer_steps=2).generator]
@@ -179,6 +186,32 @@ def test_replay_is_a_ring():
     assert torch.equal(buffer.tensors["pooled"][:, 0], buffer.tensors["tokens"][:, 0, 0])
 
 
+def test_older_images_take_the_place_of_new_ones(unit_backbone):
+    settings = {"batch_size": 8, "replay_share": 0.5}
+    trainer = DiscriminatorTrainer(
+        make_adversary(unit_backbone, **settings), reduce=lambda t: None, rank=0, world_size=1
+    )
+    batch, real, sides = head_batch(torch.arange(12)), trainer.adversary.loss, []
+    trainer.adversary.loss = lambda *both, **kw: sides.append([len(side) for side in both]) or real(*both, **kw)
+    trainer.train(batch, 0, 1)
+    trainer.add_to_replay(batch, 0, lambda t: t)
+    trainer.replay.rows = lambda index, rows=trainer.replay.rows: sides.append(len(index)) or rows(index)
+    trainer.train(batch, 1, 1)
+    assert sides == [[8, 8], 4, [8, 8]], "as many negatives as positives, half of them replayed"
+
+
+def test_an_iteration_adds_an_eighth_of_the_buffer(unit_backbone):
+    """So that the buffer spans several iterations however many images each has."""
+    trainer = DiscriminatorTrainer(
+        make_adversary(unit_backbone, replay_capacity=16), reduce=lambda t: None, rank=0, world_size=1
+    )
+    sizes = []
+    for iteration in range(9):
+        trainer.add_to_replay(head_batch(torch.arange(12)), iteration, lambda t: t)
+        sizes.append(len(trainer.replay))
+    assert sizes == [2, 4, 6, 8, 10, 12, 14, 16, 16]
+
+
 def head_batch(ids: torch.Tensor) -> DiscriminatorBatch:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(2, 12, 65, 64, generator=generator)
@@ -207,7 +240,7 @@ def test_two_processes_take_the_steps_of_one(unit_backbone, sampling):
     whole = head_batch(torch.arange(12))
     expected = []
     for iteration in range(3):
-        expected += alone.train(whole, iteration, 2).tolist()
+        expected += [*alone.evaluate(whole, iteration), *alone.train(whole, iteration, 2).tolist()]
         alone.add_to_replay(whole, iteration, lambda t: t)
 
     import threading
@@ -231,11 +264,11 @@ def test_two_processes_take_the_steps_of_one(unit_backbone, sampling):
         trainer = DiscriminatorTrainer(adversaries[rank], reduce=reduce, rank=rank, world_size=2)
         batch, losses = head_batch(ids), []
         for iteration in range(3):
-            losses += trainer.train(batch, iteration, 2).tolist()
+            losses += [*trainer.evaluate(batch, iteration), *trainer.train(batch, iteration, 2).tolist()]
             trainer.add_to_replay(batch, iteration, lambda t: torch.cat(exchange(t)))
         results[rank] = (losses, trainer.adversary.state_dict(), trainer.replay.tensors)
 
-    shares = [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([5, 6, 7, 8, 9, 10, 11])]
+    shares = [torch.tensor([0, 2, 4, 7, 11]), torch.tensor([1, 3, 5, 6, 8, 9, 10])]
     threads = [threading.Thread(target=run, args=(r, ids)) for r, ids in enumerate(shares)]
     for thread in threads:
         thread.start()
@@ -258,6 +291,21 @@ def test_head_learns_to_tell_references_from_generations(unit_backbone):
     after = trainer.evaluate(batch, 0)
     assert after[0] < 0.5 * before[0]
     assert after[1] == 1.0
+
+
+def test_the_head_is_judged_before_it_learns_from_the_same_images(unit_backbone):
+    settings = {"schedule": "always", "warmup_iterations": 0, "updates_per_iteration": 20, "learning_rate": 1e-2}
+    trainer = DiscriminatorTrainer(
+        make_adversary(unit_backbone, **settings), reduce=lambda t: None, rank=0, world_size=1
+    )
+    batch, scores = head_batch(torch.arange(12)), (torch.zeros(12), torch.zeros(12))
+    before = trainer.evaluate(batch, 0)
+    _, metrics = trainer.learn(
+        batch, scores, torch.tensor(0.5), 0, optimizer_steps=1, agree=lambda numbers: numbers, gather=lambda t: t
+    )
+    assert (metrics["discriminator_loss"], metrics["discriminator_accuracy"]) == before
+    assert trainer.evaluate(batch, 0)[0] < before[0]
+    assert len(trainer.replay) == 12, "what was generated is remembered"
 
 
 def test_features_do_not_depend_on_the_rest_of_the_batch(unit_backbone):

@@ -99,7 +99,7 @@ class Mutant:
 
 def _entry() -> str:
     names = "|".join([*_FIELDS, "Equivalent"])
-    return rf"^({names}): (.*?)(?=^(?:{names}): |\Z)"
+    return rf"^({names}):\s(.*?)(?=^(?:{names}):\s|\Z)"
 
 
 def read_all(root: Path) -> list[Mutant]:

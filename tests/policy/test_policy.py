@@ -424,6 +424,8 @@ def test_a_drift_or_a_bad_gradient_leaves_the_weights_alone_and_is_reported(unit
     assert torch.equal(policy.network.lora.master, before)
     with pytest.raises(LogProbMismatchError, match=r"moved by 1\.000e-03"):
         updater.check(1e-3, [norm.item() for norm in norms], 7)
+    one_window(updater_of(policy, unit_config), mismatch=torch.tensor(float("nan")))
+    assert torch.equal(policy.network.lora.master, before), "what is no number is within no bound"
     updater = updater_of(policy, unit_config)
     norms = [one_window(updater, mismatch=torch.tensor(0.0), spoil=True), one_window(updater)]
     assert torch.equal(policy.network.lora.master, before)

@@ -80,6 +80,18 @@ def test_images_of_a_prompt_start_from_their_own_noise_or_from_one(unit_config, 
     assert every.std().item() == pytest.approx(1, abs=0.02)
 
 
+def test_the_start_and_the_steps_of_every_iteration_draw_from_seeds_of_their_own(unit_config):
+    """One seed for both would repeat the start's noise in a window's first step."""
+    trainer, seeds = build(unit_config).trainer, set()
+    sampler = trainer.objective.sampler
+    initial, run = sampler.initial_latents, sampler.run
+    sampler.initial_latents = lambda seed, ids: seeds.add(seed) or initial(seed, ids)
+    sampler.run = lambda *parts, noise_seed, **ids: seeds.add(noise_seed) or run(*parts, noise_seed=noise_seed, **ids)
+    for iteration in range(3):
+        rollout_of(trainer, iteration)
+    assert len(seeds) == 6
+
+
 @pytest.mark.parametrize("noise", NOISE)
 def test_every_order_is_on_policy_and_resumes_bit_for_bit(unit_config, noise):
     unit_config.update.learning_rate = 1e-2  # weights that matter after a step

@@ -28,12 +28,13 @@ from safetensors.torch import load_file, save_file
 
 from advgrpo import config
 from advgrpo.config import Config
+from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
 from advgrpo.runtime.checkpoint import STATE, TENSORS, checkpoints
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.folders import FolderLock
 from advgrpo.train import main, parse
-from advgrpo.training.resuming import Resume
+from advgrpo.training.resuming import Resume, differences, made_from
 from advgrpo.training.run import Run
 from tests.conftest import make_unit_config
 from tests.runtime.test_hostile_checkpoints import rehash
@@ -507,3 +508,17 @@ def test_auto_goes_with_an_output_folder_and_a_folder_with_none():
     assert (settings.output_dir, start.resume) == ("runs/a", "auto")
     with pytest.raises(UserError, match="--resume runs/a goes on in that folder: leave out --output-dir runs/b"):
         parse(["--output-dir", "runs/b", "--resume", "runs/a"])
+
+
+def test_what_a_judge_is_told_of_a_prompt_belongs_to_the_prompts(unit_config):
+    """GenEval's objects: with others the same prompts are another task."""
+    hashes = [made_from(unit_config, Sources(["a cat"], [], None, {"a cat": {"count": n}})) for n in (1, 2)]
+    assert [name for name in hashes[0] if hashes[0][name] != hashes[1][name]] == ["prompts"]
+
+
+def test_a_judge_may_move_but_what_is_rewarded_stays():
+    there, here = (config.load("tiny").model_dump(mode="json") for _ in range(2))
+    here["rewards"]["remote"]["url"] = "http://elsewhere/"
+    assert differences(there, here) == []
+    here["rewards"]["adversary"]["weight"] += 1
+    assert [each.split(":")[0] for each in differences(there, here)] == ["rewards.adversary.weight"]
