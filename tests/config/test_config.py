@@ -15,6 +15,7 @@ import yaml
 
 from advgrpo import config
 from advgrpo.config.help import reference_page
+from advgrpo.config.reading import spread
 from advgrpo.errors import UserError
 from advgrpo.train import parse
 
@@ -325,3 +326,17 @@ def test_precision_settings_that_cannot_work_are_named(change, message):
     settings = config.build(config.merge(config.read_preset("tiny"), change), "test")
     with pytest.raises(UserError, match=message):
         config.check(settings, 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("monitor.log_prob_drift", "monitor.log_prob_mismatch"),
+        ("rollout.noise_level", "rollout.eta"),
+        ("update.max_log_prob_drift", "update.max_log_prob_mismatch"),
+        ("update.optimizer_windows", "update.minibatches"),
+    ],
+)
+def test_a_setting_that_was_renamed_is_told_by_its_new_name(old, new):
+    with pytest.raises(UserError, match=re.escape(new)):
+        config.build(config.merge(config.read_preset("tiny"), spread({old: 1})), "old.yaml")

@@ -140,13 +140,15 @@ def test_modes_other_than_rgb_are_no_references(tmp_path, mode):
     assert error.value.importable
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "webp", "png"])
-def test_the_header_is_upright_as_the_image_is(tmp_path, kind):
+def test_the_header_is_upright_as_the_image_is(tmp_path, kind, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     file = tmp_path / f"a.{kind}"
     Image.fromarray(gradient(40, 20)).save(file, exif=exif)
-    assert read_header(file).size == open_image(file).size == (20, 40)
+    expected = (40, 20) if orientation < 5 else (20, 40)  # from 5 on it is turned by a quarter, mirrored or not
+    assert read_header(file).size == open_image(file).size == expected
 
 
 @pytest.mark.parametrize(

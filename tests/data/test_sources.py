@@ -77,3 +77,9 @@ def test_prompts_with_one_reference_are_counted(read):
     whole = {prompt: ["0.png", "1.png"] for prompt in TRAINING}
     sources, settings = read({**whole, HELD_OUT[0]: ["1.png"]})
     assert sources.notes(settings) == []
+
+
+def test_held_out_prompts_are_none_that_are_trained_on(read, tmp_path):
+    (tmp_path / "held_out_prompts.txt").write_text("\n".join([*HELD_OUT, TRAINING[1]]))
+    with pytest.raises(UserError, match="shares 1 prompts with data.prompts, first 'a green ring'"):
+        read({prompt: [f"{number}.png"] for number, prompt in enumerate(TRAINING + HELD_OUT)})

@@ -34,6 +34,21 @@ def test_files_follow_the_index(folder):
         references.files("a red stir")
 
 
+def test_the_order_is_that_of_the_index_and_no_other(folder):
+    """Cached features are kept in it."""
+    (folder / "references.json").write_text(json.dumps({PROMPTS[0]: ["more/1.png", "0.png"]}))
+    references = ReferenceSet.load(folder, PROMPTS[:1])
+    assert references.files(PROMPTS[0]) == [folder / "more/1.png", folder / "0.png"]
+
+
+def test_the_fingerprint_says_which_prompt_has_which_images(folder):
+    before = ReferenceSet.load(folder, PROMPTS).fingerprint()
+    index = json.loads((folder / "references.json").read_text())
+    swapped = dict(zip(PROMPTS, reversed([index[prompt] for prompt in PROMPTS])))
+    (folder / "references.json").write_text(json.dumps(swapped))
+    assert ReferenceSet.load(folder, PROMPTS).fingerprint() != before
+
+
 def test_images_are_the_pixels(folder):
     references = ReferenceSet.load(folder, PROMPTS)
     images = references.load_images(references.files(PROMPTS[0]))

@@ -274,7 +274,10 @@ def alone(monkeypatch):
 def test_one_process_needs_no_setup(alone):
     assert (alone.rank, alone.world_size, alone.is_main, alone.device) == (0, 1, True, torch.device("cpu"))
     tensor = torch.randn(3, 2)
-    assert torch.equal(alone.all_gather(tensor), tensor)
+    gathered, before = alone.all_gather(tensor), tensor.clone()
+    assert torch.equal(gathered, tensor)
+    gathered.zero_()
+    assert torch.equal(tensor, before), "what was gathered is a copy, as it is between processes"
     alone.all_reduce_sum([tensor])
     assert alone.gather_json([1]) == [[1]]
     assert list(alone.stoppable([1, 2], "piece")) == [1, 2]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from advgrpo.runtime import watch
 from advgrpo.runtime.distributed import Distributed
-from advgrpo.runtime.watch import Note, Watch
+from advgrpo.runtime.watch import Note, StopRequested, Watch
 
 
 @pytest.fixture
@@ -61,3 +61,18 @@ def test_the_first_report_counts(monkeypatch):
     (first, second), _ = watches(2)
     causes = [one.report(error) for one, error in ((first, OSError("fire")), (second, RuntimeError("echo")))]
     assert [cause.summary for cause in causes] == ["OSError: fire"] * 2
+
+
+def test_a_rank_that_was_asked_to_stop_goes_on_until_rank_0_has_stopped():
+    """Rank 0 saves: if another one left first it could wait for that one in a collective."""
+    job = Distributed(1, 2, 0, "cpu")
+    (_, job._watch), job._store = watches(2)
+    job.ask_to_stop("SIGTERM")
+    job.check_stop()
+    look(job._watch)
+    assert job._store.get("stop") == b"SIGTERM", "rank 0 will read it"
+    job.check_stop()
+    job._store.set("stopped", "SIGTERM")
+    look(job._watch)
+    with pytest.raises(StopRequested, match="SIGTERM"):
+        job.check_stop()
