@@ -81,5 +81,5 @@ def test_prompts_with_one_reference_are_counted(read):
 
 def test_held_out_prompts_are_none_that_are_trained_on(read, tmp_path):
     (tmp_path / "held_out_prompts.txt").write_text("\n".join([*HELD_OUT, TRAINING[1]]))
-    with pytest.raises(UserError, match="shares 1 prompts with data.prompts, first 'a green ring'"):
+    with pytest.raises(UserError, match=r"shares 1 prompts with data\.prompts, first 'a green ring'"):
         read({prompt: [f"{number}.png"] for number, prompt in enumerate(TRAINING + HELD_OUT)})

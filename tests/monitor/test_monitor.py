@@ -177,6 +177,13 @@ def test_one_odd_iteration_raises_nothing_and_one_good_one_clears_nothing():
     assert all(names == ["dead_groups"] for names in active[30:])
 
 
+def test_bad_readings_must_follow_each_other():
+    """off_policy looks at each iteration by itself, so two of three here are bad, and no three in a row."""
+    assert not any(feed(make(), series(80, lambda i, row, n: {"log_prob_mismatch_max": float(i % 3 > 0)})))
+    active = feed(make(), series(80, lambda i, row, n: {"log_prob_mismatch_max": float(i >= 40)}))
+    assert [i for i, names in enumerate(active) if names] == list(range(42, 80))
+
+
 def test_a_flag_clears_when_the_cause_is_gone():
     active = feed(make(), series(100, lambda i, row, n: {"zero_std_fraction": 0.6 if 20 <= i < 50 else 0.0}))
     held = [i for i, names in enumerate(active) if names == ["dead_groups"]]

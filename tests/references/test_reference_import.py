@@ -480,3 +480,10 @@ def test_bytes_do_not_depend_on_the_order_of_threads(photos, tmp_path):
     assert run(photos, tmp_path / "a") == run(photos, tmp_path / "b") == 0
     contents = [sorted((p.name, p.read_bytes()) for p in (tmp_path / n).rglob("*") if p.is_file()) for n in "ab"]
     assert contents[0] == contents[1]
+
+
+def test_which_prompts_are_set_aside_does_not_depend_on_the_order_of_the_images():
+    prompts = [f"a {colour} {thing}" for colour in ("red", "green", "blue") for thing in ("star", "ring", "cat")]
+    aside = reference_import._set_aside(prompts, 3)
+    assert reference_import._set_aside(prompts[::-1], 3) == reference_import._set_aside(sorted(prompts), 3) == aside
+    assert set(reference_import._set_aside([*prompts, "a grey dog"], 4)) >= set(aside), "more images move none back"

@@ -14,7 +14,8 @@ from tests.mutants import run
 
 ROOT = Path(__file__).parents[2]
 MUTANTS = run.read_all(ROOT)
-ROOMS = {"adversary", "config", "data", "evaluation", "kernels", "monitor", "policy", "references", "rewards", "runtime"}
+ROOMS = {"adversary", "config", "data", "evaluation", "kernels", "monitor", "policy", "references", "rewards"}
+ROOMS |= {"runtime", "sampling", "training"}
 QUICK = "rng-indices-run-together"  # its test imports little
 
 CODE = "def limit(x):\n    return x > 3\n"
