@@ -20,6 +20,7 @@ from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.run import Run
+from advgrpo_kernels import gaussian_step
 from tests.parts import steps_of
 
 NOISE = ("per_image", "shared")
@@ -90,6 +91,19 @@ def test_the_start_and_the_steps_of_every_iteration_draw_from_seeds_of_their_own
     for iteration in range(3):
         rollout_of(trainer, iteration)
     assert len(seeds) == 6
+
+
+def test_every_step_of_a_window_draws_its_own_noise(unit_config, monkeypatch):
+    """The kernels key noise by the step's number: with one number the steps would add up along one direction."""
+    trainer, steps = build(changed(unit_config, window=WINDOWS["fixed"])).trainer, []
+
+    def spy(*tensors, step, seed=None, **settings):
+        steps.append(None if seed is None else int(step))
+        return gaussian_step(*tensors, step=step, seed=seed, **settings)
+
+    monkeypatch.setattr("advgrpo.sampling.sampler.gaussian_step", spy)
+    rollout_of(trainer)
+    assert set(steps) == {0, 1, None}, "the window's two, and those without noise"
 
 
 @pytest.mark.parametrize("noise", NOISE)
