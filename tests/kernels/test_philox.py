@@ -4,13 +4,14 @@ Planted bugs that turned this file red: nine rounds instead of ten; sine replace
 high half of the sample id dropped; the high half of the seed dropped.
 """
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from advgrpo_kernels import philox_integers, philox_normal, philox_permutation, philox_words
-from advgrpo_kernels.ops.philox import _rounds, as_int64
+from advgrpo_kernels.ops.philox import NOISE_STREAM, PATCH_STREAM, _rounds, as_int64
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -139,3 +140,11 @@ def test_bad_arguments_raise():
         philox_words(4, seed=0, sample_ids=torch.tensor([1.0]))
     with pytest.raises(ValueError, match="must hold one integer"):
         as_int64(torch.tensor([1, 2]), torch.device("cpu"))
+
+
+def test_streams_have_nothing_in_common():
+    """Else the patches of an image would be chosen by the numbers that made its noise."""
+    ids = torch.arange(3)
+    streams = (NOISE_STREAM, PATCH_STREAM, PATCH_STREAM + 1)
+    words = [philox_words(256, seed=5, sample_ids=ids, step=2, stream=stream) for stream in streams]
+    assert not any((one == other).any() for one, other in itertools.combinations(words, 2))
