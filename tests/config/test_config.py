@@ -340,3 +340,14 @@ def test_precision_settings_that_cannot_work_are_named(change, message):
 def test_a_setting_that_was_renamed_is_told_by_its_new_name(old, new):
     with pytest.raises(UserError, match=re.escape(new)):
         config.build(config.merge(config.read_preset("tiny"), spread({old: 1})), "old.yaml")
+
+
+@pytest.mark.parametrize("dynamics", ["flow_cps", "ddim"])
+def test_the_strongest_noise_can_be_set(dynamics):
+    """eta = 1: fresh noise at every step of the window, as DDPM has it."""
+    settings = {"rollout": {"dynamics": dynamics, "eta": 1.0, "likelihood": "squared_error"}}
+    settings["update"] = {"kl_variance": "step"}
+    built = config.build(config.merge(config.read_preset("tiny"), settings), "test")
+    config.check(built, world_size=1, with_data=False)
+    with pytest.raises(UserError, match=r"rollout\.eta = 1\.01: .* wants at most 1"):
+        config.check(built.model_copy(update={"rollout": built.rollout.model_copy(update={"eta": 1.01})}), 1)
