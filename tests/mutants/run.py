@@ -368,13 +368,13 @@ def _run(wanted: argparse.Namespace, root: Path) -> int:
         raise MutantError(f"no patch of that name in {FOLDER}: {', '.join(sorted(unknown))}")
     session = Session(root, max(1, wanted.jobs), wanted.timeout, wanted.green)
     session.read_results()
-    session.results = {m.name: session.results[m.name] for m in mutants if m.name in session.results}
+    counted = [m for m in mutants if not m.equivalent]
+    session.results = {m.name: session.results[m.name] for m in counted if m.name in session.results}
     chosen = [m for m in mutants if m.name in wanted.names] if wanted.names else mutants
     todo = chosen if wanted.all or wanted.names else session.stale(mutants)
     todo = [m for m in todo if not m.equivalent]
     if todo:
         session.run(todo)
-    counted = [m for m in mutants if not m.equivalent]
     caught = sum(m.name in session.results and session.results[m.name].outcome == CAUGHT for m in counted)
     print(f"{caught} of {len(counted)} mutants are caught ({caught / max(1, len(counted)):.1%})")
     if all(m.name in session.results for m in counted):
