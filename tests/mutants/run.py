@@ -299,9 +299,9 @@ def page(mutants: list[Mutant], results: dict[str, Verdict]) -> str:
     lines = [
         "# Planted bugs",
         "",
-        "A test must be able to fail. Each file of `tests/mutants` is a bug: `make mutants` plants one after the other in",
-        "a copy of the tree, runs the tests that are named in it, and expects a test to fail. GitHub does so every week;",
-        "[CONTRIBUTING](../CONTRIBUTING.md) says when to add one. This page is written by that command.",
+        "A test must be able to fail. Each file of `tests/mutants` is a bug: `make mutants` plants one after the",
+        "other in a copy of the tree, runs the tests that are named in it, and expects a test to fail. GitHub does so",
+        "every week; [CONTRIBUTING](../CONTRIBUTING.md) says when to add one. This page is written by that command.",
         "",
         f"**{len(caught)} of {len(counted)} are caught ({len(caught) / max(1, len(counted)):.1%}); the goal is "
         f"{GOAL:.0%}.**",
