@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,13 @@ class Sources:
     metadata: dict[str, Mapping[str, Any]] | None = None
 
     @classmethod
-    def read(cls, config: Config) -> Sources:
-        """UserError naming the file, the prompt or the image that is wrong."""
+    def read(cls, config: Config, *, check: Callable[[Sources], None] | None = None) -> Sources:
+        """UserError naming the file, the prompt or the image that is wrong.
+
+        Args:
+            check: of the prompts, before their references are looked for: who has to draw those wants to know first
+                whether a prompt can be judged. It gets sources without references.
+        """
         fields = ("prompts", "held_out_prompts", "references")
         paths = {field: shipped_path(field, getattr(config.data, field)) for field in fields}
         lines = [load_prompts(paths[name]) if paths[name] else [] for name in ("prompts", "held_out_prompts")]
@@ -50,6 +55,8 @@ class Sources:
                 "them, or evaluation measures memory"
             )
         metadata = metadata_of([*lines[0], *lines[1]])
+        if check is not None:
+            check(cls(prompts, held_out, None, metadata))
         references = _references(config, paths["references"], prompts + held_out)
         if config.data.reference_count:
             prompts = _within_budget(config, references, prompts)

@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -109,8 +110,7 @@ class Run:
         config, distributed = self.config, self.distributed
         configuration.check(config, distributed.world_size)
         distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
-        sources = Sources.read(config)
-        check_prompts(config, sources)
+        sources = Sources.read(config, check=partial(check_prompts, config))
         if distributed.is_main:
             prepare_output(self.folder)
             self._lock = FolderLock(self.folder, "output_dir")
