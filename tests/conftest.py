@@ -17,17 +17,9 @@ with torch.device("meta"):  # PyTorch remembers which functions a device applies
 
 
 def pytest_collection_modifyitems(config, items):
-    """Files with slow tests first, so that no process is left alone with one at the end.
-
-    Of the minutes of bad input the suite takes a sample, unless all are asked for by name.
-    """
+    """Files with slow tests first, so that no process is left alone with one at the end."""
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)
-    if "bad_input_all" in config.option.markexpr:
-        return
-    asked = [item for item in items if "bad_input_all" not in item.keywords]
-    config.hook.pytest_deselected(items=[item for item in items if "bad_input_all" in item.keywords])
-    items[:] = asked
 
 
 @pytest.fixture
