@@ -376,7 +376,13 @@ def _cell(interval: Interval, form: str = "{:.4f}") -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def report(options: Evaluate, metric_settings: MetricOptions, scores: dict[str, Scores], prompts: list[str]) -> dict:
+def report(
+    options: Evaluate,
+    metric_settings: MetricOptions,
+    scores: dict[str, Scores],
+    results: dict[str, Result],
+    prompts: list[str],
+) -> dict:
     """What evaluation.json holds."""
     per_prompt = [
         {
@@ -391,7 +397,7 @@ def report(options: Evaluate, metric_settings: MetricOptions, scores: dict[str, 
         "settings": {**options.model_dump(mode="json"), "metric_options": metric_settings},
         "versions": versions(),
         "models": list(scores),
-        "results": {name: asdict(result) for name, result in summarise(scores, options).items()},
+        "results": {name: asdict(result) for name, result in results.items()},
         "prompts": per_prompt,
     }
 
@@ -452,10 +458,10 @@ def evaluate_models(options: Evaluate, flags: MetricOptions, console: Console) -
         evaluator = evaluator.base() if again else load_model(options, settings, prompts, distributed, display)
         scores[name] = score_model(evaluator, metrics, references, options.images_per_prompt, display)
         images[name] = evaluator.grid_images()
-    found = report(options, metric_settings, scores, prompts)
+    results = summarise(scores, options)
+    found = report(options, metric_settings, scores, results, prompts)
     write_atomically(options.output / "evaluation.json", json.dumps(found, indent=1) + "\n")
     draw_grid(grid_rows(images, references), options.output / "grid.png")
-    results = summarise(scores, options)
     console.print(result_table(results, list(scores), options))
     console.print(f"wrote {options.output}/evaluation.json and grid.png")
     return Evaluation(results, found)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from advgrpo.training.callbacks import Callback
     from advgrpo.training.resuming import Resume
+    from advgrpo.training.run import Run
 
 _INTERRUPTED = "interrupted; the last checkpoint, if there is one, is what --resume continues from"
 
@@ -68,24 +69,40 @@ def train(
         RunFailure: the training went wrong; the state of the last whole iteration is saved.
     """
     from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
-    from advgrpo.runtime.distributed import Distributed
     from advgrpo.training.resuming import SUMMARY_FILE
-    from advgrpo.training.run import Run
 
     config = Config.load() if config is None else config
+    run = _run(config, resume=resume, console=console, callbacks=callbacks)
+    folder, is_main = run.folder, run.distributed.is_main
+    rows = load_metrics(folder / METRICS_FILE) if is_main else []
+    summary = folder / SUMMARY_FILE
+    found = json.loads(summary.read_text()) if is_main and summary.exists() else {}
+    return Result(folder, folder / "lora" if config.model.train == "lora" else None, rows, found, run.stopped)
+
+
+def _run(
+    config: Config,
+    *,
+    resume: Resume | Literal["auto"] | bool,
+    console: Console | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> Run:
+    """A run from its start to its end, in this process's place among those of the job."""
+    # torch and diffusers are imported only once the settings are right
+    from advgrpo.runtime.distributed import Distributed
+    from advgrpo.training.run import Run
+
     distributed = Distributed.start(config.device, timeout_seconds=config.collective_timeout)
     console = plain_console(quiet=not distributed.is_main) if console is None else console
-    folder = Path(config.output_dir)
+    if reason := configuration.untrained(config):
+        console.print(f"note: {reason}", soft_wrap=True)
     try:
         with distributed.guard():
             run = Run(config, distributed, resume=resume, console=console, callbacks=callbacks)
             run.train()
-            rows = load_metrics(folder / METRICS_FILE) if distributed.is_main else []
-            summary = folder / SUMMARY_FILE
-            found = json.loads(summary.read_text()) if distributed.is_main and summary.exists() else {}
     finally:
         distributed.close()
-    return Result(folder, folder / "lora" if config.model.train == "lora" else None, rows, found, run.stopped)
+    return run
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, Start]:
@@ -125,20 +142,7 @@ def _recorded(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     config, start = parse(arguments)
     quiet_libraries()
-    from advgrpo.runtime.distributed import Distributed  # imports of torch and diffusers only once the flags are right
-    from advgrpo.training.run import Run
-
-    console = plain_console()
-    distributed = Distributed.start(config.device, timeout_seconds=config.collective_timeout)
-    if not distributed.is_main:
-        console.quiet = True
-    if reason := configuration.untrained(config):
-        console.print(f"note: {reason}", soft_wrap=True)
-    try:
-        with distributed.guard():
-            Run(config, distributed, resume=resume_of(start), console=console).train()
-    finally:
-        distributed.close()
+    _run(config, resume=resume_of(start))
     return 0
 
 

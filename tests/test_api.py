@@ -16,7 +16,7 @@ from rich.console import Console
 
 import advgrpo
 from advgrpo import Callback, Config
-from advgrpo.config.reading import spread
+from advgrpo.config.reading import nested
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.runtime.checkpoint import load_state
 
@@ -136,7 +136,7 @@ def test_settings_lie_over_the_file_and_the_file_over_the_preset(tmp_path):
     file.write_text("preset: tiny-sft\nseed: 1\nrollout: {group_size: 8}\n")
     config = Config.load(file=file, settings={"rollout.group_size": 4, "iterations": 3})
     assert (config.update.objective, config.seed, config.rollout.group_size, config.iterations) == ("sft", 1, 4, 3)
-    assert spread({"a.b": 1, "a": {"c": 2}, "d": 3}) == {"a": {"b": 1, "c": 2}, "d": 3}
+    assert nested({"a.b": 1, "a": {"c": 2}, "d": 3}) == {"a": {"b": 1, "c": 2}, "d": 3}
 
 
 def test_the_names_are_callable_whoever_imports_what_first():

@@ -19,10 +19,10 @@ from advgrpo.config.checks import (
 )
 from advgrpo.config.config import Config, build, dump, load
 from advgrpo.config.explain import did_you_mean, explain, leaves, section_names, shown, wanted
-from advgrpo.config.flags import nested, options_of, parse_command, parse_options, read_flags
+from advgrpo.config.flags import options_of, parse_command, parse_options, read_flags
 from advgrpo.config.help import settings_help
 from advgrpo.config.objectives import OBJECTIVES, ObjectiveTraits
-from advgrpo.config.reading import merge, preset_names, read, read_preset, read_yaml
+from advgrpo.config.reading import merge, nested, preset_names, read, read_preset, read_yaml
 from advgrpo.config.sections import (
     LORA_TARGETS,
     MOST_PER_PROMPT,

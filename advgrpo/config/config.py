@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from advgrpo.config.base import Section
 from advgrpo.config.explain import explain
 from advgrpo.config.objectives import OBJECTIVES, ObjectiveTraits
-from advgrpo.config.reading import merge, read, spread
+from advgrpo.config.reading import merge, nested, read
 from advgrpo.config.sections import (
     Above0,
     AdvantageSection,
@@ -75,7 +75,7 @@ class Config(Section):
             UserError: an unknown preset or setting, a value of the wrong kind, an unreadable file.
         """
         base, source = read(preset or None, Path(file) if file else None)
-        return build(merge(base, spread(settings or {})), "settings" if settings else source)
+        return build(merge(base, nested(settings or {})), "settings" if settings else source)
 
     @property
     def images_per_iteration(self) -> int:
@@ -126,7 +126,7 @@ def build(settings: dict[str, Any], source: str) -> Config:
 
 def load(preset: str | None = None, file: Path | None = None) -> Config:
     """Preset (default "tiny", or the file's own `preset:` key), with the file's settings laid over it."""
-    return build(*read(preset, file))
+    return Config.load(preset or "", file=file or "")
 
 
 def dump(config: Config) -> str:

@@ -58,18 +58,6 @@ def read_flags(arguments: Sequence[str], fields: Mapping[str, FieldInfo], sectio
     return found
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *sections, last = name.split(".")
-        here = tree
-        for section in sections:
-            here = here.setdefault(section, {})
-        here[last] = value
-    return tree
-
-
 def parse_options(model: type[Chosen], arguments: Sequence[str], *, program: str, about: str) -> Chosen:
     """The options of a command from its flags.
 

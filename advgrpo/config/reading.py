@@ -90,14 +90,14 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def spread(settings: Mapping[str, Any]) -> dict[str, Any]:
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted names as nested mappings: {"a.b": 1, "a": {"c": 2}} is {"a": {"b": 1, "c": 2}}."""
-    nested: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for name, value in settings.items():
         for part in reversed(str(name).split(".")[1:]):
             value = {part: value}
-        nested = merge(nested, {str(name).split(".")[0]: value})
-    return nested
+        tree = merge(tree, {str(name).split(".")[0]: value})
+    return tree
 
 
 def read(preset: str | None = None, file: Path | None = None) -> tuple[dict[str, Any], str]:

@@ -81,7 +81,7 @@ class RunLog:
             record["flags"] = [flag.name for flag in flags]
         if not isinstance(record.get("iteration"), int):
             raise ValueError(f'metrics must hold an integer "iteration", got {metrics.get("iteration")!r}')
-        self._file.write(json.dumps({VERSION_KEY: VERSION, **record}, allow_nan=False) + "\n")
+        self._file.write(metrics_line(record))
         self._file.flush()
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "iteration"}
         self._trackers.log(numbers, record["iteration"])
@@ -114,6 +114,11 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def metrics_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of metrics.jsonl; ValueError for a number that is not finite."""
+    return json.dumps({VERSION_KEY: VERSION, **record}, allow_nan=False) + "\n"
 
 
 def load_metrics(path: str | Path) -> list[dict[str, Any]]:

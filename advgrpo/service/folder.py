@@ -7,7 +7,6 @@ FOLDER/iteration-000123/   as checkpoint.py writes them: head, optimizer, replay
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import Any
 import torch
 
 from advgrpo.errors import UserError
-from advgrpo.reporting.metric_names import VERSION, VERSION_KEY
-from advgrpo.reporting.tracking import METRICS_FILE, open_metrics, plain
+from advgrpo.reporting.tracking import METRICS_FILE, metrics_line, open_metrics, plain
 from advgrpo.runtime.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -116,8 +114,7 @@ class ServiceFolder:
 
     def _learned(self, service: AdversaryService, record: Record) -> None:
         flags = service.monitor.active()
-        line = {VERSION_KEY: VERSION, **plain(record), "flags": [flag.name for flag in flags]}
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.write(metrics_line({**plain(record), "flags": [flag.name for flag in flags]}))
         self._metrics.flush()
         self.print_line(
             f"iteration {record['iteration']}: {record['images']} images, reward {record['reward_generated']:.3f} "

@@ -15,7 +15,7 @@ import yaml
 
 from advgrpo import config
 from advgrpo.config.help import reference_page
-from advgrpo.config.reading import spread
+from advgrpo.config.reading import nested
 from advgrpo.errors import UserError
 from advgrpo.train import parse
 
@@ -339,7 +339,7 @@ def test_precision_settings_that_cannot_work_are_named(change, message):
 )
 def test_a_setting_that_was_renamed_is_told_by_its_new_name(old, new):
     with pytest.raises(UserError, match=re.escape(new)):
-        config.build(config.merge(config.read_preset("tiny"), spread({old: 1})), "old.yaml")
+        config.build(config.merge(config.read_preset("tiny"), nested({old: 1})), "old.yaml")
 
 
 @pytest.mark.parametrize("dynamics", ["flow_cps", "ddim"])
