@@ -57,6 +57,7 @@ class MicroBatchRollout:
     conditioning: Conditioning  # of the micro-batch's prompts, on the device, for the update as well
     steps: list[WindowStep]
     images: torch.Tensor  # [M, 3, H, W] float32 in [0, 1]
+    clean: torch.Tensor | None = None  # [M, C, h, w] float32, what they were decoded from, where that is learned from
 
 
 @dataclass

@@ -1,190 +1,56 @@
-"""The policy gradient (docs/method.md section 7): rollout, rewards, discriminator updates, the clipped update.
+"""The policy gradient (docs/method.md section 7): a window of stochastic steps, and the clipped update on them.
 
-Readable top to bottom; nothing here knows a model, a reward or a kind of adversary.
+The iteration around it, readable top to bottom, is rewarded.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer, UpdatePlan, paired_accuracy
-from advgrpo.config import AdvantageSection, RolloutSection
-from advgrpo.monitor.image_statistics import ImageStatistics, measure, reference_statistics
-from advgrpo.policy.base import Policy
-from advgrpo.runtime import rng
-from advgrpo.runtime.distributed import Distributed
-from advgrpo.runtime.transfer import to_device
+from advgrpo.config import Config
 from advgrpo.sampling.dynamics import StepTable, step_table, window_steps
-from advgrpo.sampling.sampler import Sampler
-from advgrpo.training.clean_start import State
-from advgrpo.training.micro_batches import MicroBatches
-from advgrpo.training.objective import Iteration, Outcome, Parts
-from advgrpo.training.restoring import Restorable, RestoredHead, check_head
-from advgrpo.training.scoring import Scored, Scorer
-from advgrpo.training.update import Updater
-from advgrpo.types import Conditioning, MicroBatch, MicroBatchRollout, Rollout
-from advgrpo_kernels import group_advantages
+from advgrpo.training.objective import Iteration
+from advgrpo.training.rewarded import RewardedObjective
+from advgrpo.training.scoring import Scored
+from advgrpo.types import Rollout
 
 
 @dataclass
-class PolicyGradient:
-    """`objective.Objective`: images are drawn, judged beside the others of their prompt, and made likelier or rarer.
+class PolicyGradient(RewardedObjective):
+    """`objective.Objective`: what was drawn is made likelier or rarer.
 
     Args:
-        policy, updater: what is trained, and how.
-        sampler, scorer: what draws images, and what they are worth.
-        discriminator_trainer: trains the reward that learns; None where none does.
-        micro_batches: which images an iteration has.
-        settings: sections of the run's settings.
         old_log_prob: `update.old_log_prob`.
-        seed: of the run.
-        due: iteration -> whether the monitor looks at it.
     """
 
-    policy: Policy
-    updater: Updater
-    sampler: Sampler
-    scorer: Scorer
-    discriminator_trainer: DiscriminatorTrainer | None
-    micro_batches: MicroBatches
-    distributed: Distributed
-    settings: RolloutSection
-    advantage: AdvantageSection
-    old_log_prob: str
-    seed: int
-    due: Callable[[int], bool]
+    update_metrics: ClassVar[tuple[str, ...]] = (
+        "zero_std_fraction",
+        "policy_loss",
+        "kl",
+        "ratio_mean",
+        "clip_fraction",
+        "pre_update_clip_fraction",
+        "log_prob_mismatch_max",
+        "grad_norm",
+    )
 
-    def __post_init__(self) -> None:
-        self._of_references = None
-        if self.scorer.references is not None:
-            self._of_references = partial(reference_statistics().of_prompt, self.scorer.references)
+    old_log_prob: str
 
     @classmethod
-    def build(cls, parts: Parts) -> PolicyGradient:
-        """Sampler and discriminator trainer as the settings say."""
-        config, distributed, scorer = parts.config, parts.distributed, parts.scorer()
-        sampler = Sampler(
-            parts.policy,
-            config.rollout.guidance_scale,
-            config.rollout.likelihood,
-            share_prefix=parts.fast.share_prefix,
-            merged=parts.policy.has_merged,
-            window_merged=config.rollout.window_forward == "merged",
-            graphs=parts.graphs,
-            shared_noise=config.rollout.initial_noise == "shared",
-        )
-        discriminator_trainer = None
-        if scorer.adversary is not None:
-            discriminator_trainer = DiscriminatorTrainer(
-                scorer.adversary,
-                reduce=distributed.all_reduce_sum,
-                rank=distributed.rank,
-                world_size=distributed.world_size,
-                graphs=parts.graphs,
-            )
-        return cls(
-            policy=parts.policy,
-            updater=parts.updater,
-            sampler=sampler,
-            scorer=scorer,
-            discriminator_trainer=discriminator_trainer,
-            micro_batches=parts.micro_batches,
-            distributed=distributed,
-            settings=config.rollout,
-            advantage=config.advantage,
-            old_log_prob=config.update.old_log_prob,
-            seed=config.seed,
-            due=parts.monitor.due,
-        )
-
-    def iterate(self, iteration: Iteration) -> Outcome:
-        """Rollout, rewards, discriminator updates, generator update."""
-        number = iteration.number
-        table = self.table(number)
-        with iteration.phase("sample"):
-            rollout = self.rollout(table, number)
-            merge_error = self.policy.merge_error() if self.due(number) else None
-        with iteration.phase("score"):
-            scored = self.scorer.score(rollout, number)
-        iteration.changes()
-        with iteration.phase("discriminator"):
-            plan, discriminator_metrics = self.train_discriminator(rollout, scored, number)
-        with iteration.phase("update"):
-            update_metrics = self.update(rollout, scored, table, iteration) if plan.generator else _NO_UPDATE
-            self.updater.ema.global_step += not plan.generator  # the released code counts such an iteration as a step
-        metrics = {**scored.metrics(self.settings.group_size), **discriminator_metrics, **update_metrics}
-        statistics = {} if merge_error is None else {"monitor_merge_error": merge_error}
-        return Outcome(metrics, partial(self.measure, rollout, scored), statistics)
+    def own_settings(cls, config: Config) -> dict[str, Any]:
+        return {"old_log_prob": config.update.old_log_prob}
 
     def table(self, iteration: int) -> StepTable:
         """This iteration's steps, the stochastic ones among them."""
         window = window_steps(self.settings, self.seed, iteration)
         return step_table(self.policy, self.settings.num_steps, window, rollout=self.settings)
 
-    def rollout(self, table: StepTable, iteration: int) -> Rollout:
-        """Sample this process's images; draws are keyed by group or image number, never by micro-batch or process."""
-        initial_seed = rng.derive_seed(self.seed, "initial_noise", iteration)
-        noise_seed = rng.derive_seed(self.seed, "step_noise", iteration)
-        self.policy.merge()
-        micro_batches, rollouts = self.micro_batches.of(iteration), []
-        self.scorer.prefetch([prompt for each in micro_batches for prompt in each.prompts])  # while the GPU samples
-        encoded: dict[tuple[str, ...], Conditioning] = {}  # the micro-batches of a prompt share its embeddings
-        for micro_batch in self.distributed.stoppable(micro_batches, "sample: micro-batch"):
-            texts = tuple(micro_batch.prompts)
-            if texts not in encoded:
-                encoded[texts] = self.policy.encode(micro_batch.prompts)
-            rollouts.append(self._sample(table, micro_batch, encoded[texts], initial_seed, noise_seed))
-        return Rollout(rollouts)
-
-    def _sample(
-        self, table: StepTable, micro_batch: MicroBatch, conditioning: Conditioning, initial_seed: int, noise_seed: int
-    ) -> MicroBatchRollout:
-        owners = micro_batch.prompt_groups if self.sampler.shared_noise else micro_batch.image_ids
-        latents, steps = self.sampler.run(
-            table,
-            conditioning,
-            self.sampler.initial_latents(initial_seed, owners),
-            to_device(micro_batch.row, self.policy.device),
-            noise_seed=noise_seed,
-            image_ids=to_device(micro_batch.image_ids, self.policy.device),
-        )
-        return MicroBatchRollout(micro_batch, conditioning, steps, self.policy.decode(latents))
-
-    def train_discriminator(
-        self, rollout: Rollout, scored: Scored, iteration: int
-    ) -> tuple[UpdatePlan, dict[str, float]]:
-        """Discriminator updates when the schedule says so; generations are remembered for later iterations either
-        way."""
-        trainer = self.discriminator_trainer
-        if trainer is None:
-            return UpdatePlan(0, True), {}
-        batch = DiscriminatorBatch(rollout.image_ids, scored.generated, scored.reference, total=self.settings.images)
-        sides = scored.components["adversary"], scored.reference_rewards
-        return trainer.learn(
-            batch,
-            sides,
-            paired_accuracy(*sides, self.settings.group_size),
-            iteration,
-            optimizer_steps=self.micro_batches.minibatches,
-            agree=lambda numbers: self.distributed.gather_json(numbers)[0],
-            gather=self.distributed.all_gather,
-        )
-
     def update(self, rollout: Rollout, scored: Scored, table: StepTable, iteration: Iteration) -> dict[str, float]:
         """Advantages, then one optimizer step and one EMA step per minibatch."""
-        image_ids = torch.arange(self.settings.images, device=scored.rewards.device)
-        result = group_advantages(
-            scored.rewards,
-            image_ids // self.settings.group_size,
-            std=self.advantage.std,
-            eps=self.advantage.eps,
-            clip=self.advantage.clip,
-        )
+        result = self.advantages(scored)
         reports, reweighs = [], self.old_log_prob != "rollout"
         if reweighs:
             pieces = iteration.stoppable(rollout.micro_batches, "reweigh: micro-batch")
@@ -232,37 +98,3 @@ class PolicyGradient:
             "importance_weight_mean": weight / pairs,
             "importance_capped_fraction": capped / pairs,
         }
-
-    def measure(self, rollout: Rollout, scored: Scored) -> ImageStatistics:
-        """What the monitor sees of the images."""
-        return measure(rollout, scored.embeddings, self._of_references, self.settings.group_size, self.distributed)
-
-    def state(self) -> State:
-        """The head that learns, its optimizer and its memory of older images; nothing where none learns."""
-        return ({}, {}) if self.discriminator_trainer is None else self.discriminator_trainer.state()
-
-    def checked(self, tensors: dict[str, torch.Tensor], state: Mapping[str, Any]) -> Restorable:
-        """See `restoring.check_head`."""
-        if self.discriminator_trainer is None:
-            return Restorable()
-        return check_head(self.discriminator_trainer, tensors, state)
-
-    def load(self, found: Restorable) -> None:
-        """Continue from what `checked` returned."""
-        if isinstance(found, RestoredHead):
-            found.apply(self.discriminator_trainer)
-
-
-# An iteration that trains only the head (schedule "alternate") has no generator metrics.
-_NO_UPDATE: dict[str, float | None] = dict.fromkeys(
-    (
-        "zero_std_fraction",
-        "policy_loss",
-        "kl",
-        "ratio_mean",
-        "clip_fraction",
-        "pre_update_clip_fraction",
-        "log_prob_mismatch_max",
-        "grad_norm",
-    )
-)

@@ -544,7 +544,7 @@ def test_a_named_flag_ends_the_run_with_a_checkpoint_and_the_rest_can_follow(uni
 
 
 def test_switched_off_it_measures_nothing(unit_config, monkeypatch):
-    monkeypatch.setattr("advgrpo.training.policy_gradient.measure", lambda *_: pytest.fail("images were measured"))
+    monkeypatch.setattr("advgrpo.training.rewarded.measure", lambda *_: pytest.fail("images were measured"))
     run = watched(unit_config, every=0)
     assert not any(name.startswith("monitor_") for name in run.trainer.iterate())
     assert run.trainer.flags == []
