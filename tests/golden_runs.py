@@ -52,6 +52,8 @@ RUNS: dict[str, tuple[str, dict]] = {
     "mixed": ("tiny-adv-rule", {"adversary": _HEAD}),
     "style": ("tiny-style-outline", {"adversary": _HEAD}),
     "sft": ("tiny-sft", {}),
+    "nft": ("tiny-nft", {"update": {"kl_weight": 0.01}}),
+    "nft-adv": ("tiny-nft-adv", {"adversary": _HEAD}),
     "words": ("tiny-adv-ocr", {}),
 }
 

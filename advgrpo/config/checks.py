@@ -27,7 +27,10 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
     """
     rollout = config.rollout
     check_micro_batches(rollout, config.update.minibatches, world_size)
-    _check_window(rollout)
+    if config.objective.forward_process:
+        _check_forward_process(config)
+    else:
+        _check_window(rollout)
     if rollout.dynamics in ("flow_cps", "ddim") and rollout.eta > 1:
         raise UserError(f"rollout.eta = {rollout.eta:g}: {rollout.dynamics} wants at most 1")
     if config.model.resolution % 8:
@@ -134,6 +137,26 @@ def _check_window(rollout: RolloutSection) -> None:
         raise UserError(
             f"rollout.window.train_share = {window.train_share:g} of a window of {window.count} steps trains none; "
             f"want at least {1 / window.count:.3g}"
+        )
+
+
+def _check_forward_process(config: Config) -> None:
+    """Each image has noise of its own, which nothing else tells from the others of its prompt, and is trained on."""
+    rollout, chosen = config.rollout, f"update.objective = {config.update.objective}"
+    if rollout.initial_noise == "shared":
+        raise UserError(
+            f"rollout.initial_noise = 'shared': {chosen} adds no noise on the way, so the images of a prompt would all "
+            "be the same; set rollout.initial_noise = per_image"
+        )
+    if rollout.window_forward != "trainer":
+        raise UserError(
+            f"rollout.window_forward = {rollout.window_forward!r} is of the policy gradient's window, but {chosen} has "
+            "none; set rollout.window_forward = trainer"
+        )
+    if config.nft.trained_of(rollout.num_steps) == 0:
+        raise UserError(
+            f"nft.step_share = {config.nft.step_share:g} of rollout.num_steps = {rollout.num_steps} trains at no noise "
+            f"level; want at least {1 / rollout.num_steps:.3g}"
         )
 
 

@@ -22,6 +22,7 @@ from advgrpo.config.sections import (
     EvaluationSection,
     ModelSection,
     MonitorSection,
+    NftSection,
     ObserverSettings,
     OutputSection,
     Positive,
@@ -56,6 +57,7 @@ class Config(Section):
     rollout: RolloutSection = RolloutSection()
     advantage: AdvantageSection = AdvantageSection()
     update: UpdateSection = UpdateSection()
+    nft: NftSection = NftSection()
     adversary: AdversarySection = AdversarySection()
     rewards: RewardsSection = RewardsSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -85,6 +87,14 @@ class Config(Section):
     def objective(self) -> ObjectiveTraits:
         """What `update.objective` asks of the run."""
         return OBJECTIVES[self.update.objective]
+
+    @property
+    def trained_steps(self) -> int:
+        """At how many of its steps, or at their noise levels, an image is trained in an iteration."""
+        window = self.rollout.window
+        if self.objective.forward_process:
+            return self.nft.trained_of(self.rollout.num_steps)
+        return window.trained_of(window.count)
 
     @property
     def learns_adversary(self) -> bool:

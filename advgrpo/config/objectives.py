@@ -14,16 +14,25 @@ class ObjectiveTraits:
 
     loss: str  # its metric, which iterations that do not train the generator have not
     described: str = ""  # in a model card; "": by its rewards
+    method: str = "GRPO"  # the name of learning from rewards so, in a model card
     uses_rewards: bool = True  # fixed rewards and, where one is set, the adversary are loaded and trained on
     samples_images: bool = True  # the generator draws while it trains, so that there are images to look at
     compares_groups: bool = True  # images of one prompt with each other
     learns_from_references: bool = False  # whatever the rewards are: it cannot do without them, and encodes them
+    forward_process: bool = False  # section nft: no window; clean latents are learned from, beside an old policy
     fits_velocity: bool = False  # its loss is a rectified flow's, which other models do not have
     not_looked_at: tuple[tuple[str, object], ...] = ()  # settings of section `update`, each with its plain value
 
 
 OBJECTIVES: dict[str, ObjectiveTraits] = {
     "policy": ObjectiveTraits(loss="policy_loss"),
+    "nft": ObjectiveTraits(
+        loss="nft_loss",
+        method="DiffusionNFT",
+        forward_process=True,
+        fits_velocity=True,
+        not_looked_at=(("old_log_prob", "rollout"), ("kl_variance", "step")),
+    ),
     "sft": ObjectiveTraits(
         loss="sft_loss",
         described="supervised fine-tuning on reference images",

@@ -220,10 +220,10 @@ class AdvantageSection(Section):
 class UpdateSection(Section):
     """The generator's optimizer and loss (arXiv 2511.20256, eqs. 2-3)."""
 
-    objective: Literal["policy", "sft"] = "policy"  # the names of objectives.py
-    """Policy gradient on the rewards, or supervised fine-tuning on the references: nothing is sampled, no reward and
-    no adversary is loaded or trained, and prompts_per_iteration x group_size references are learned from per iteration,
-    without guidance."""
+    objective: Literal["policy", "nft", "sft"] = "policy"  # the names of objectives.py
+    """Policy gradient on the rewards; nft, the same rewards without likelihoods (section nft); or sft, supervised
+    fine-tuning on the references: nothing is sampled, no reward and no adversary is loaded or trained, and
+    prompts_per_iteration x group_size references are learned from per iteration, without guidance."""
     clip_range: OrInfinity = 1e-5
     """PPO clip epsilon on the likelihood ratio; inf does not clip."""
     kl_weight: AtLeast0 = 0.0
@@ -259,6 +259,36 @@ class UpdateSection(Section):
     """Largest weight of "truncated_importance"; inf caps nothing."""
     max_log_prob_mismatch: AtLeast0 = 0.0
     """Largest |log p - log p_old| tolerated before the first optimizer step; on-policy it is exactly 0."""
+
+
+class NftSection(Section):
+    """Negative-aware fine-tuning, update.objective nft (DiffusionNFT, arXiv 2509.16117): images are drawn by ODE steps
+    alone, and their latents, noised again, are fitted or avoided by their reward. No likelihood and no window; guidance
+    counts in sampling only."""
+
+    beta: Above0 = 1.0
+    """Good images are fitted by v_old + beta (v - v_old), bad ones by v_old - beta (v - v_old); v may leave the old
+    policy by about 1/beta (released: 1, and 0.1 for OCR and for several rewards)."""
+    step_share: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Share of the sampler's steps at whose noise levels an image is trained, drawn anew for each image, rounded down:
+    0.99 of ten are nine."""
+    old_decay_start: Count = 0
+    """Optimizer steps during which the old policy, which draws the images, is the trained one of the iteration before
+    (released: 0, and 75 for OCR)."""
+    old_decay_rate: AtLeast0 = 0.001
+    """After them it keeps a share of itself in every iteration: this times the optimizer steps since (released: 0.001,
+    and 0.0075 for OCR)."""
+    old_decay_max: Decay = 0.5
+    """That share grows to this (released: 0.5, and 0.999 for OCR)."""
+
+    def trained_of(self, num_steps: int) -> int:
+        """At how many noise levels each image is trained."""
+        return int(num_steps * self.step_share)
+
+    def old_decay(self, steps: int) -> float:
+        """What the old policy keeps of itself after the iteration that ends with `steps` optimizer steps in all."""
+        since = max(0, steps - self.old_decay_start)
+        return min(since * self.old_decay_rate, self.old_decay_max)
 
 
 class AdversarySection(Section):

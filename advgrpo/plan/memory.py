@@ -207,8 +207,9 @@ class _Estimate:
         1, 3 and 4 D wide.
         """
         rollout = self.config.rollout
-        steps = rollout.window.trained_of(rollout.window.count)
-        work = rollout.num_steps + steps * (2.2 + knobs.gradient_checkpointing)
+        old_policy = self.config.objective.forward_process  # one forward more
+        learning = 2.2 + knobs.gradient_checkpointing + old_policy
+        work = rollout.num_steps + self.config.trained_steps * learning
         rows = math.ceil(knobs.micro_batch * self.guided * self.shape.tokens / _TILE[0])
         time = filled = 0
         for columns in (1, 3, 4):
@@ -235,8 +236,12 @@ class _Estimate:
             yield Component("frozen base beside the trained weights", 4 * trained, "model.train = full")
         moving = ("sample", "decode", "score", "update")
         yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, "model.lora", moving)
+        old = self.config.objective.forward_process  # training/nft.py
+        if old:  # while it draws, the trained weights are set aside
+            yield Component("old policy, and the weights that it stands in for", 2 * 4 * trained, "model.lora", moving)
         if self.lora:  # clean_start.py
-            yield Component("copy of the iteration's start", 4 * 4 * trained, "model.lora", ("score", "update"))
+            kept, phases = (5, moving) if old else (4, ("score", "update"))
+            yield Component("copy of the iteration's start", 4 * kept * trained, "model.lora", phases)
         side = self.pipeline.transformer.get("pos_embed_max_size") or 0
         yield Component("table of positions", side**2 * self.shape.width * self.element, "model.path")
         yield Component("image decoder", self._decoder_bytes(), "model.path, fast")
@@ -310,10 +315,13 @@ class _Estimate:
         yield Component("text encoders, until cached", encoders, "model.path", ("encode",))
         side, resolution = self.latent_side, config.model.resolution
         latents = 4 * self.pipeline.decoder.latent_channels * side**2
-        steps = config.rollout.window.trained_of(config.rollout.window.count)
-        rollout = self.images * (4 * 3 * resolution**2 + 2 * steps * latents)
+        forward_process = config.objective.forward_process
+        rollout = self.images * (4 * 3 * resolution**2 + (1 if forward_process else 2 * config.trained_steps) * latents)
         held = ("decode", "score", "update")
         yield Component("images and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
+        if forward_process:  # noised latents, their flow, and two policies' velocities
+            levels = 4 * config.trained_steps * knobs.micro_batch * latents
+            yield Component("noise levels of a micro-batch", levels, "nft.step_share, rollout.micro_batch", ("update",))
         modulation = config.rollout.num_steps * sequences * self.weights.modulation * self.element if self.fused else 0
         forward = sequences * (shape.forward_bytes() + 4 * latents) + modulation
         graphs = config.fast  # a captured graph keeps its pool for as long as it may run

@@ -65,7 +65,11 @@ class Generator(Protocol[P]):
         ...
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: P) -> Prediction:
-        """From the trainable weights, at the step whose number the device tensor `step` (int64 [1]) holds."""
+        """From the trainable weights, at the step whose number the device tensor `step` (int64 [1]) holds.
+
+        A model that learns at noise levels of its own (update.objective nft) also takes int64 [R], one per row, of
+        prompts that are not guided.
+        """
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ class Network(Protocol[N]):
         ...
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: N, weights: Weights) -> torch.Tensor:
-        """[R, C, H, W] in the model's dtype at step number `step`, int64 [1] on the device."""
+        """[R, C, H, W] in the model's dtype at step number `step`, int64 [1] on the device, or [R] for one per row."""
         ...
 
     def merge(self) -> None:

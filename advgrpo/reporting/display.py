@@ -27,6 +27,7 @@ _SHOWN = {
     "reward_reference": ("r_ref", "ref", "{:+.3f}"),
     "discriminator_accuracy": ("adversary", "adv", "{:.0%}"),
     "sft_loss": ("loss", "loss", "{:.4f}"),
+    "nft_loss": ("loss", "loss", "{:.4f}"),
     "images_per_second": ("images/s", "img/s", "{:.1f}"),
 }
 

@@ -128,6 +128,8 @@ def _panels(curves: _Curves) -> list[tuple[Any, list[str]]]:
         (_draw_adversary_loss, ["discriminator_loss"]),
         (_draw_adversary_accuracy, ["discriminator_paired_accuracy", "discriminator_accuracy"]),
         (_line("Supervised loss", "mean squared error of the velocity"), ["sft_loss"]),
+        (_line("Negative-aware loss", "loss"), ["nft_loss"]),
+        (_line("Distance from the old policy", "mean squared velocity", floor=0.0), ["old_policy_distance"]),
         (_line("Policy loss", "loss"), ["policy_loss"]),
         (_line("KL to the base model", "KL"), ["kl"]),
         (_line("Likelihood ratio", "mean ratio", level=1.0), ["ratio_mean"]),

@@ -28,6 +28,7 @@ from advgrpo.runtime.graphs import GraphBackend
 from advgrpo.sampling.dynamics import check_dynamics, check_objective
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.micro_batches import MicroBatches
+from advgrpo.training.nft import NegativeAwareFineTuning
 from advgrpo.training.objective import Objective, Parts
 from advgrpo.training.observer import DinoObserver
 from advgrpo.training.policy_gradient import PolicyGradient
@@ -279,6 +280,7 @@ def build_scorer(
 
 OBJECTIVES: dict[str, Callable[[Parts], Objective]] = {
     "policy": PolicyGradient.build,
+    "nft": NegativeAwareFineTuning.build,
     "sft": SupervisedFineTuning.build,
 }
 

@@ -79,6 +79,10 @@ class Ema:
             return 1.0
         return min(self.decay, (1 + self.global_step) / (10 + self.global_step)) ** looks
 
+    def average(self, kept: float) -> None:
+        """Keep `kept` in [0, 1] of the average, for a rule that is the caller's; the steps are not counted."""
+        self._move(kept)
+
     @torch.no_grad()
     def _move(self, kept: float) -> None:
         self._refuse_if_swapped()

@@ -252,7 +252,7 @@ def _what_it_is(facts: RunFacts) -> str:
 def _rewards(config: Config) -> str:
     used = [name for name, section in config.rewards.sections().items() if section.used]
     used = [f"the adversary ({config.adversary.kind})" if name == "adversary" else name for name in used]
-    return f"reinforcement learning (GRPO) on {', '.join(used)}"
+    return f"reinforcement learning ({config.objective.method}) on {', '.join(used)}"
 
 
 def _grid_section(facts: RunFacts) -> str:

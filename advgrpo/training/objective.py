@@ -1,7 +1,8 @@
 """What an objective offers: how the generator learns in an iteration. The trainer talks to this protocol only.
 
-A new objective is a class like those in policy_gradient.py and supervised.py, which is built of `Parts`, a line in
-`build.OBJECTIVES`, and what it asks of a run in `config.OBJECTIVES`.
+A new objective is a class like those in policy_gradient.py, nft.py and supervised.py, which is built of `Parts`, a line
+in `build.OBJECTIVES`, and what it asks of a run in `config.OBJECTIVES`. One that learns from rewards has rewarded.py's
+iteration.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What an iteration leaves behind, and what surrounds it: phases, the monitor, a clean start, the checkpoint's state.
 
-How the generator learns is the objective's (policy_gradient.py, supervised.py).
+How the generator learns is the objective's (policy_gradient.py, nft.py, supervised.py).
 """
 
 from __future__ import annotations

@@ -58,7 +58,12 @@ RELEASED = ("sd35m-dino-released", "sd35m-adv-pickscore-released")
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in config.preset_names() if name.startswith("sd35m") and name != "sd35m-flow-grpo-original"]
+    "name",
+    [
+        name
+        for name in config.preset_names()
+        if name.startswith("sd35m") and name != "sd35m-flow-grpo-original" and "-nft-" not in name
+    ],
 )
 def test_what_paper_and_released_have_in_common(name):
     """docs/method.md section 8, for every job."""
@@ -129,6 +134,27 @@ def test_ocr_and_its_partners():
     assert (paper.ocr.gate, released.ocr.gate) == (None, None)
 
 
+def test_nft_on_pickscore_is_the_released_codes():
+    """sd3_pickscore of NVlabs/DiffusionNFT 24af555, config/nft.py and config/base.py; with DINO the adversary is the
+    paper's."""
+    pickscore, dino, paper = (config.load(f"sd35m-{job}") for job in ("nft-pickscore", "nft-dino", "dino-paper"))
+    for settings in (pickscore, dino):
+        model, rollout, update = settings.model, settings.rollout, settings.update
+        assert model.path == "stabilityai/stable-diffusion-3.5-medium"
+        assert (model.resolution, model.lora.rank, model.lora.alpha, model.lora.init) == (512, 32, 64, "gaussian")
+        assert (rollout.prompts_per_iteration, rollout.group_size, rollout.num_steps) == (48, 24, 10)
+        assert (rollout.guidance_scale, settings.evaluation.guidance_scale) == (1, 1)
+        assert (settings.advantage.std, settings.advantage.clip, settings.advantage.eps) == ("global", 5, 1e-4)
+        assert (update.objective, update.minibatches, update.kl_weight, update.ema_decay) == ("nft", 1, 1e-4, 0.9)
+        assert (update.learning_rate, update.weight_decay, update.max_grad_norm) == (3e-4, 1e-4, 1)
+        nft = settings.nft
+        assert (nft.beta, nft.old_decay_start, nft.old_decay_rate, nft.old_decay_max) == (1, 0, 0.001, 0.5)
+        assert nft.trained_of(rollout.num_steps) == 9
+    assert dino.adversary == paper.adversary
+    assert pickscore.rewards == config.load("sd35m-flow-grpo-original").rewards
+    assert (pickscore.adversary.kind, dino.rewards.fixed()) == ("none", {})
+
+
 def test_jobs_differ_from_their_base_in_the_job_only():
     for job, base, fields in (
         ("sd35m-flow-grpo-pickscore-kl", "sd35m-flow-grpo-pickscore", {"update"}),
@@ -136,6 +162,8 @@ def test_jobs_differ_from_their_base_in_the_job_only():
         ("sd35m-style", "sd35m-dino-paper", set()),
         ("sd35m-repair", "sd35m-dino-paper", set()),
         ("tiny-sft", "tiny", {"update"}),
+        ("tiny-nft", "tiny-flow-grpo-pickscore", {"update", "rollout"}),
+        ("tiny-nft-adv", "tiny", {"update", "rollout"}),
         ("tiny-repair", "tiny", set()),
     ):
         ours, theirs = config.load(job).model_dump(), config.load(base).model_dump()

@@ -355,6 +355,19 @@ def test_supervised_fine_tuning_loads_no_adversary(paper):
     assert "dinov2" not in advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
 
 
+def test_the_forward_process_keeps_an_old_policy_and_no_window(paper):
+    before = {c.name: c.bytes for c in plan(paper, 80).components}
+    paper.update.objective = "nft"
+    after = {c.name: c.bytes for c in plan(paper, 80).components}
+    lora = after["LoRA, float32"]
+    assert after["old policy, and the weights that it stands in for"] == 2 * lora
+    assert after["copy of the iteration's start"] - before["copy of the iteration's start"] == lora
+    latents = 4 * 16 * 64**2
+    images, name = paper.images_per_iteration, "images and window latents"
+    assert before[name] - after[name] == images * 3 * latents  # two ends of two steps, against the clean ones
+    assert after["noise levels of a micro-batch"] == 4 * 9 * 8 * latents
+
+
 def test_math_attention_keeps_its_matrix():
     shape = TransformerShape("fused", 64, 2, 3, frozenset({1}), False, 16, 4, 2, 4, 0, math_attention=False)
     matrices = (3 * 20**2 + 16**2) * 2 * 4

@@ -46,6 +46,7 @@ MORE_READS = {  # of the configurations below
     "advgrpo/rewards/pixels.py:check_images",  # the judge is on the CPU
     "advgrpo/rewards/checks.py:finite_scores",  # a reward that is not finite
     "advgrpo/training/supervised.py:iterate",  # SFT's log
+    "advgrpo/training/nft.py:update",  # NFT's log
     "advgrpo/training/supervised.py:_encoded",  # its first visit of a reference, which it keeps on the host
 }
 FIRST_VISITS = {  # copies that a prompt's first visit makes
@@ -55,6 +56,7 @@ FIRST_VISITS = {  # copies that a prompt's first visit makes
 NOT_EVALUATED = {"data": {"held_out_prompts": ""}, "evaluation": {"backbone_image_size": 32}}
 CONFIGURATIONS = {
     "sft": {"update": {"objective": "sft"}},
+    "nft, kl": {"update": {"objective": "nft", "kl_weight": 0.1}, "rollout": {"initial_noise": "per_image"}},
     "noise per image, kl, replay": {
         "rollout": {"initial_noise": "per_image", "window": {"order": "contiguous"}},
         "update": {"kl_weight": 0.1},

@@ -156,7 +156,9 @@ def test_a_run_that_was_stopped_has_no_metrics(tmp_path):
     assert yaml.safe_load(text(lora).split("---")[1])["license"] == "apache-2.0"
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-sft", "sd35m-adv-ocr", "sdxl-dino", "sd35m-flow-grpo-original"])
+@pytest.mark.parametrize(
+    "preset", ["tiny", "tiny-sft", "tiny-nft-adv", "sd35m-adv-ocr", "sdxl-dino", "sd35m-flow-grpo-original"]
+)
 def test_every_preset_is_its_own_nearest(preset):
     assert nearest_preset(configuration.load(preset=preset)) == (preset, [])
 

@@ -196,8 +196,9 @@ def test_signals_save_and_exit_cleanly(unit_config, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(unit_config, tmp_path):
-    unit_config.iterations = 3
+@pytest.mark.parametrize("objective", ["policy", "nft"])
+def test_two_processes_give_the_losses_of_one(objective, unit_config, tmp_path):
+    unit_config.iterations, unit_config.update.objective = 3, objective
     unit_config.rollout.prompts_per_iteration = 4
     unit_config.rollout.micro_batch = 2  # a group of four spans both processes
     unit_config.rollout.initial_noise, unit_config.rollout.window.order = "per_image", "contiguous"

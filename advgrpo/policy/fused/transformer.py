@@ -100,7 +100,10 @@ class Prepared:
         return Prepared(**tensors)
 
     def at(self, step: torch.Tensor) -> torch.Tensor:
-        """[R, W] modulation of the step whose number the device tensor `step` [1] holds."""
+        """[R, W] modulation of the step whose number the device tensor `step` [1] holds, or of each row's own, [R]."""
+        if len(step) > 1:
+            row = torch.arange(len(step), device=step.device) if self.row is None else self.row
+            return self.modulation[step, row]
         modulation = self.modulation.index_select(0, step)[0]
         return modulation if self.row is None else modulation.index_select(0, self.row)
 
@@ -387,7 +390,7 @@ class FusedTransformer:
         return self._linear(f"{name}.linear_2", F.silu(self._linear(f"{name}.linear_1", x)))
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
-        """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], on the device)."""
+        """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], or [R] for one per row)."""
         forward = _Forward(self, weights, prepared.at(step))
         x, text, normed = self._embed(latents), prepared.text.transpose(0, 1).contiguous(), None
         for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
