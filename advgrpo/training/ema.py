@@ -79,15 +79,15 @@ class Ema:
             return 1.0
         return min(self.decay, (1 + self.global_step) / (10 + self.global_step)) ** looks
 
-    def average(self, kept: float) -> None:
-        """Keep `kept` in [0, 1] of the average, for a rule that is the caller's; the steps are not counted."""
-        self._move(kept)
-
     @torch.no_grad()
     def _move(self, kept: float) -> None:
         self._refuse_if_swapped()
         if kept < 1:
             torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), 1 - kept)
+
+    def average(self, kept: float) -> None:
+        """Keep `kept` in [0, 1] of the average, for a rule that is the caller's; the steps are not counted."""
+        self._move(kept)
 
     def averages_for_update(self) -> dict[str, Tensor]:
         """The averages by name, for an optimizer step that moves them itself."""
