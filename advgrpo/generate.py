@@ -5,7 +5,6 @@ python -m advgrpo.generate --lora runs/tiny/lora --base --prompt "a small red st
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from pydantic import Field
 
 from advgrpo import config as configuration
 from advgrpo.config import Repeated
-from advgrpo.errors import RunFailure, UserError
+from advgrpo.errors import UserError
 from advgrpo.runtime.callable_module import make_callable
 from advgrpo.runtime.command import run_command
-from advgrpo.sampling.drawing import Drawn, DrawOptions
+from advgrpo.sampling.drawing import DrawOptions
+from advgrpo.sampling.stock import add_lora, draw_stock, open_stock
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,43 +68,12 @@ def _check_output(output: Path) -> None:
         output.unlink()
 
 
-@torch.no_grad()
-def draw(pipe, options: Generate, drawn: Drawn, prompt: str) -> torch.Tensor:
-    """[n, 3, H, W] in [0, 1] by the stock pipeline.
-
-    Raises:
-        RunFailure: an image is not finite.
-    """
-    text = {}
-    if "max_sequence_length" in inspect.signature(pipe.__call__).parameters:  # pipelines with a T5
-        text["max_sequence_length"] = drawn.max_sequence_length
-    images = pipe(
-        prompt,
-        num_images_per_prompt=options.images_per_prompt,
-        num_inference_steps=drawn.num_steps,
-        guidance_scale=drawn.guidance_scale,
-        **text,
-        height=drawn.resolution,
-        width=drawn.resolution,
-        generator=[torch.Generator().manual_seed(options.seed + k) for k in range(options.images_per_prompt)],
-        output_type="pt",
-    ).images
-    if not images.isfinite().all():
-        raise RunFailure(
-            f"the images of {prompt!r} are not finite at --guidance-scale {drawn.guidance_scale:g} and "
-            f"{drawn.num_steps} steps; lower the guidance, or look at the model and the LoRA"
-        )
-    return images.float().cpu()
-
-
 def draw_images(options: Generate, *, write: bool = True) -> dict[str, torch.Tensor]:
     """Draw every prompt, and write the grid where `write` says so.
 
     Returns:
         "base", "lora" or both: [prompts, images_per_prompt, 3, H, W] float32 in [0, 1].
     """
-    from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
-
     from advgrpo.data.prompt_lengths import cut_prompts
     from advgrpo.policy.adapters import read_lora_for
     from advgrpo.policy.pipelines import pipeline_folder
@@ -122,19 +91,14 @@ def draw_images(options: Generate, *, write: bool = True) -> dict[str, torch.Ten
         print(f"note: {cut.describe(len(options.prompt))}")
     lora = read_lora_for(folder, Path(options.lora), "--lora") if options.lora else None
     dtype = torch.bfloat16 if device == "cuda" and not options.world else torch.float32
-    try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
-    except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"--model {options.model}: diffusers cannot load it ({error})") from error
-    if not isinstance(pipe, StableDiffusion3Pipeline):  # SD1.5 and SDXL, with the sampler that they are trained with
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_stock(folder, device, dtype, f"--model {options.model}")
+    seeds = [options.seed + k for k in range(options.images_per_prompt)]
     columns: dict[str, list[torch.Tensor]] = {}
     if options.base or lora is None:
-        columns["base"] = [draw(pipe, options, drawn, prompt) for prompt in options.prompt]
+        columns["base"] = [draw_stock(pipe, drawn, prompt, seeds) for prompt in options.prompt]
     if lora is not None:
-        pipe.load_lora_weights({f"{lora.component}.{name}": tensor for name, tensor in lora.state_dict().items()})
-        columns["lora"] = [draw(pipe, options, drawn, prompt) for prompt in options.prompt]
+        add_lora(pipe, lora)
+        columns["lora"] = [draw_stock(pipe, drawn, prompt, seeds) for prompt in options.prompt]
     rows = [
         (prompt, [(name, images[i]) for name, images in columns.items()]) for i, prompt in enumerate(options.prompt)
     ]

@@ -7,7 +7,7 @@
         page.screenshot(folder / "phone.png")
         assert not page.errors and page.requests == [page.address]
 
-A machine without a browser skips these tests and says so: `needs_browser`. With ADVGRPO_BROWSER=required they fail there
+A machine without a browser skips these tests and says so (`needs_browser`); with ADVGRPO_BROWSER=required they fail
 instead. Debian: `apt-get install chromium`. `python -m tests.browser PAGE OUT.png [WIDTH HEIGHT]` takes a picture of a
 whole page.
 """
