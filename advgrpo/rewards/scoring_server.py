@@ -198,7 +198,7 @@ class Worker:
         return True
 
 
-Server = TypeVar("Server", bound=ScoringServer)
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
 class _Room:

@@ -1,7 +1,8 @@
-"""The other commands: generate, evaluate, references, plan, export, experiments, rewards.serve, fixed and learning."""
+"""The other commands: generate, evaluate, references, plan, export, compare, experiments, rewards.serve."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 from PIL import Image
@@ -428,4 +429,57 @@ EXPORT = [
     Case("export", "no arguments", ("LORA is missing",), lambda b: [], command="export"),
 ]
 
-CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *LEARN, *EXPERIMENTS, *EXPORT]
+
+def _comparing(bench: Bench) -> list[str]:
+    sides = [str(bench.world.pipeline), str(bench.world.run)]
+    flags = ["--prompts", str(bench.world.folder / "held_out.txt"), "--out", str(bench.folder / "out")]
+    return [*sides, *flags, "--device", "cpu"]
+
+
+def _with_pictures(bench: Bench, index: str) -> list[str]:
+    """A third side: a folder of pictures with this index."""
+    folder = bench.folder / "pictures"
+    bench.write("pictures/references.json", index)
+    image(0).save(folder / "a.png")
+    return [str(folder)]
+
+
+compare = _case("compare", "compare", _comparing)
+_voted = _case("compare", "compare", lambda b: [])
+COMPARE = [
+    Case("compare", "no arguments", ("--prompts is missing", "--out is missing"), lambda b: [], command="compare"),
+    Case("compare", "one side", ("sides: 1 given; want at least two",), lambda b: ["tiny", *_comparing(b)[2:]], command="compare"),
+    compare("tiny tiny", "sides: 'tiny' is given twice"),
+    compare(lambda b: [str(b.world.backbone)], "is none of what can be compared", name="a side is a backbone"),
+    compare(lambda b: [b.write("x.txt", "x")], "is none of what can be compared", name="a side is a text"),
+    compare("nowhere/model", "sides = 'nowhere/model' is neither a folder nor a hub model"),
+    compare(lambda b: [b.write("run/config.yaml", "iterations: 3")[: -len("/config.yaml")]], "has no lora/", name="a run that has not ended"),
+    compare(lambda b: [b.write("run/config.yaml", "itterations: 3")[: -len("/config.yaml")]], "unknown key 'itterations'", name="a run of other settings"),
+    compare(lambda b: [str(b.world.lora), "--model", "tiny"], "another model's", name="LoRA of another model"),
+    compare(lambda b: [b.write("x/pytorch_lora_weights.safetensors", "x")[: -len("/pytorch_lora_weights.safetensors")], "--model", str(b.world.pipeline)],
+            "cannot be read as a LoRA", name="LoRA is text"),
+    compare(lambda b: _with_pictures(b, "{}"), "references.json has 0 pictures of the prompt", name="pictures lack a prompt"),
+    compare(lambda b: _with_pictures(b, json.dumps({p: ["../a.png"] for p in b.world.held_out})), "must be a path inside", name="pictures elsewhere"),
+    compare(lambda b: _with_pictures(b, json.dumps({p: ["b.png"] for p in b.world.held_out})), "b.png", name="pictures that are not there"),
+    compare("--names one", "--names one: want 2 different names"),
+    compare("--names one one", "--names one one: want 2 different names"),
+    compare("--prompts nowhere.txt", "prompt file nowhere.txt does not exist"),
+    compare("--checks -1", "--checks -1: want a whole number from 0 to 100"),
+    compare("--images-per-prompt 0", "--images-per-prompt 0: want a whole number"),
+    compare("--encoding gif", "--encoding 'gif': want png or webp"),
+    compare("--guidance-scale 0.5", "--guidance-scale 0.5: want at least 1, or 0"),
+    compare("--resolution 33", "--resolution = 33: this model wants a multiple of"),
+    compare("--device cuda", "device='cuda' but torch sees no GPU"),
+    compare("--out /proc/out", "--out /proc/out is not writable"),
+    compare("--pair-per-rater 3", "unknown flag --pair-per-rater; did you mean --pairs-per-rater?"),
+    _voted("serve", "FOLDER", "missing", name="serve nothing"),
+    _voted("serve nowhere", "comparison nowhere/comparison.json does not exist; make the comparison again"),
+    _voted(lambda b: ["serve", b.write("c/comparison.json", "{}")[: -len("/comparison.json")]], "is not what this version writes", name="serve no comparison"),
+    _voted("serve . --port 70000", "--port 70000: want a whole number from 0 to 65535"),
+    _voted("report", "paths: none given", name="report nothing"),
+    _voted("report nowhere", "comparison nowhere/comparison.json does not exist"),
+    _voted("report nowhere --confidence 1", "--confidence 1: want a number above 0 and below 1"),
+    _voted("report nowhere --resamples 5", "--resamples 5: want a whole number from 100"),
+]  # fmt: skip
+
+CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *LEARN, *EXPERIMENTS, *EXPORT, *COMPARE]

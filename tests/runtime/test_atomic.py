@@ -149,6 +149,8 @@ ALLOWED = {  # (file, function): why
     ("experiments/runs.py", "make"): "a log, appended to",
     ("experiments/runs.py", "_attempt"): "a log, appended to",
     ("reporting/tracking.py", "open_metrics"): "metrics.jsonl, appended to",
+    ("compare/votes.py", "__init__"): "votes.jsonl, appended to",
+    ("compare/page.py", "data_address"): "into memory",
     ("rewards/flow_grpo.py", "_jpeg"): "into memory",
     ("rewards/remote.py", "png"): "into memory",
     ("policy/lora_file.py", "write_safetensors"): "into memory",
