@@ -40,7 +40,7 @@ class Studio:
         self._opened: tuple[Path, Any] | None = None
 
     def pictures(self, side: Side) -> list[list[Path]]:
-        """Files [prompts][images_per_prompt] of a side, those that are missing drawn.
+        """Files [prompts, images_per_prompt] of a side, those that are missing drawn.
 
         Raises:
             UserError: the folder cannot be written, or pictures in a single colour (a safety checker's).
@@ -126,7 +126,7 @@ def recipe_of(source: Drawer, options: Compare) -> Recipe:
 
 
 def load_pictures(files: Sequence[list[list[Path]]], sides: Sequence[Side]) -> list[list[list[Image.Image]]]:
-    """RGB pictures [sides][prompts][images_per_prompt], those of one place all of one size.
+    """RGB pictures [sides, prompts, images_per_prompt], those of one place all of one size.
 
     A larger one is reduced to the smallest of its place: its size would tell which side it is.
 

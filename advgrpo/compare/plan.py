@@ -118,7 +118,7 @@ def plan(
 
     Args:
         sides: their names.
-        contents: hashes of the pictures [sides][prompts][images_per_prompt], which the comparison's id depends on.
+        contents: hashes of the pictures [sides, prompts, images_per_prompt], which the comparison's id depends on.
     """
     random = np.random.default_rng(derive_seed(seed, "comparison"))
     pictures: dict[str, Picture] = {}

@@ -52,7 +52,7 @@ class Pictures:
     """A side that is drawn already.
 
     Attributes:
-        files: [prompts][images_per_prompt].
+        files: [prompts, images_per_prompt].
     """
 
     folder: Path
