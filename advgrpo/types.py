@@ -49,6 +49,7 @@ class WindowStep:
     log_prob: torch.Tensor  # [M] float32, under the weights that sampled
     shared: bool  # latents hold one row per prompt
     weight: torch.Tensor | None = None  # [M] float32 importance of each row's loss; None: 1
+    mean: torch.Tensor | None = None  # [M, C, H, W] float32 of the step's distribution, where the update compares it
 
 
 @dataclass

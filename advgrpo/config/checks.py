@@ -40,6 +40,11 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
             f"update.kl_variance = 'unit_time' divides the KL of likelihood gaussian, but rollout.likelihood = "
             f"{rollout.likelihood!r} divides by nothing; set update.kl_variance = 'step'"
         )
+    if config.update.step_weights == "inverse_length" and rollout.dynamics == "ddim":
+        raise UserError(
+            "update.step_weights = 'inverse_length' divides by a step's length in noise levels of a flow, which "
+            "rollout.dynamics = 'ddim' has not; set update.step_weights = 'uniform'"
+        )
     _check_precision(config)
     _check_names(config)
     _check_rewards(config)

@@ -31,7 +31,12 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         method="DiffusionNFT",
         forward_process=True,
         fits_velocity=True,
-        not_looked_at=(("old_log_prob", "rollout"), ("kl_variance", "step")),
+        not_looked_at=(
+            ("old_log_prob", "rollout"),
+            ("kl_variance", "step"),
+            ("trust_region", "ratio"),
+            ("step_weights", "uniform"),
+        ),
     ),
     "sft": ObjectiveTraits(
         loss="sft_loss",
@@ -41,6 +46,11 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         compares_groups=False,
         learns_from_references=True,
         fits_velocity=True,
-        not_looked_at=(("kl_weight", 0.0), ("old_log_prob", "rollout")),
+        not_looked_at=(
+            ("kl_weight", 0.0),
+            ("old_log_prob", "rollout"),
+            ("trust_region", "ratio"),
+            ("step_weights", "uniform"),
+        ),
     ),
 }

@@ -224,8 +224,16 @@ class UpdateSection(Section):
     """Policy gradient on the rewards; nft, the same rewards without likelihoods (section nft); or sft, supervised
     fine-tuning on the references: nothing is sampled, no reward and no adversary is loaded or trained, and
     prompts_per_iteration x group_size references are learned from per iteration, without guidance."""
+    trust_region: Literal["ratio", "normalized_ratio", "divergence"] = "ratio"
+    """What keeps the update near the policy of the rollout: PPO's clip of the likelihood ratio; that of GRPO-Guard's
+    ratio, normalised to be spread alike at every step (arXiv 2510.22319); or Flow-DPPO's mask (2606.11025), which
+    leaves out images whose step has moved too far and would move on, and clips nothing (docs/jobs/objectives.md)."""
     clip_range: OrInfinity = 1e-5
-    """PPO clip epsilon on the likelihood ratio; inf does not clip."""
+    """PPO clip epsilon on the ratio; inf does not clip. Trust region "divergence" does not look at it."""
+    max_divergence: Above0 = 1e-5
+    """Trust region "divergence": the KL of a step to the rollout's, a mean over elements, from which it is masked."""
+    step_weights: Literal["uniform", "inverse_length"] = "uniform"
+    """Weights of the steps' policy losses: all 1, or 1 / (sigma - sigma') by the step's noise levels (GRPO-Guard)."""
     kl_weight: AtLeast0 = 0.0
     """Weight beta of the KL to the adapter-disabled model."""
     kl_variance: Literal["step", "unit_time"] = "step"

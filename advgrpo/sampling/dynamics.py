@@ -79,6 +79,17 @@ def step_table(
     return StepTable(*(to_device(t, policy.device) for t in (timesteps, coefficients)), window, trained, lengths)
 
 
+def step_weights(policy: Generator, rollout: RolloutSection, which: str) -> tuple[float, ...]:
+    """Of each step's policy loss, T: `update.step_weights`.
+
+    "inverse_length" is 1/(σ - σ'), the division by -dt of GRPO-Guard (arXiv 2510.22319) as in verl-omni at a1139ba.
+    """
+    levels, _ = policy.schedule(rollout.num_steps)
+    if which == "inverse_length":
+        return tuple((1.0 / (levels[:-1] - levels[1:])).tolist())
+    return (1.0,) * rollout.num_steps
+
+
 def window_steps(rollout: RolloutSection, seed: int, iteration: int) -> tuple[int, ...]:
     """This iteration's stochastic steps, ascending: a function of (seed, iteration) alone, in window.order.
 

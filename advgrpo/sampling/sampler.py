@@ -74,6 +74,7 @@ class Sampler(Generic[P]):
         merged, window_merged: whether ODE steps and the window's steps run merged weights.
         graphs: captures the steps; None runs them eagerly.
         shared_noise: the images of a prompt start from one noise.
+        keep_means: the steps to train on hold the means of their distributions, for trust regions that compare them.
     """
 
     policy: Generator[P]
@@ -84,6 +85,7 @@ class Sampler(Generic[P]):
     window_merged: bool = False
     graphs: GraphBackend | None = None
     shared_noise: bool = True
+    keep_means: bool = False
 
     def __post_init__(self):
         if self.share_prefix and not self.shared_noise:
@@ -146,10 +148,11 @@ class Sampler(Generic[P]):
                 latents = self._run("ODE step")
                 continue
             before = self._keep(latents)
-            latents, log_prob = self._run("branching step" if shared else "window step")
+            latents, log_prob, *means = self._run("branching step" if shared else "window step")
             latents = self._keep(latents)
             if i in table.trained:
-                steps.append(WindowStep(i, before, latents, self._keep(log_prob), shared))
+                mean = self._keep(means[0]) if means else None
+                steps.append(WindowStep(i, before, latents, self._keep(log_prob), shared, mean=mean))
             if shared:
                 self._prompts.set(prompts.rows(row))
                 shared = False
@@ -178,6 +181,7 @@ class Sampler(Generic[P]):
         likelihood: str | None,
         seed: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
+        return_mean: bool = False,
     ) -> GaussianStep:
         """The step that is set, from latents [R, C, H, W] along what was predicted of them; without noise where its
         coefficients have none.
@@ -197,28 +201,31 @@ class Sampler(Generic[P]):
             likelihood=likelihood,
             seed=seed,
             sample_ids=sample_ids,
+            return_mean=return_mean,
         )
 
     def _ode_step(self) -> torch.Tensor:
         """The next latents, of as many rows."""
         return self._transition(self._inputs["latents"], self._predict(self.merged), likelihood=None).next_latents
 
-    def _window_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _window_step(self) -> tuple[torch.Tensor | None, ...]:
         """As `_noisy`."""
         return self._noisy(self._inputs["latents"], self._predict(self.window_merged))
 
-    def _branching_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _branching_step(self) -> tuple[torch.Tensor | None, ...]:
         """The window's first step: one row per prompt goes in, one per image comes out."""
         row, (conditional, unconditional) = self._inputs["row"], self._predict(self.window_merged)
         of_images = None if unconditional is None else unconditional.index_select(0, row)
         predicted = conditional.index_select(0, row), of_images
         return self._noisy(self._inputs["latents"].index_select(0, row), predicted)
 
-    def _noisy(self, latents: torch.Tensor, predicted: Prediction) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A step of the window from latents [M, C, H, W]: the next ones and their log-probabilities [M].
+    def _noisy(self, latents: torch.Tensor, predicted: Prediction) -> tuple[torch.Tensor | None, ...]:
+        """A step of the window from latents [M, C, H, W]: the next ones, their log-probabilities [M], and with
+        `keep_means` their mean [M, C, H, W].
 
-        None on a CPU, where the step is seen to have no noise: the last one, which settings keep out of a window.
+        The second is None on a CPU, where the step is seen to have no noise: the last one, which settings keep out of a
+        window.
         """
-        seed, ids = self._inputs["seed"], self._inputs["image_ids"]
-        step = self._transition(latents, predicted, likelihood=self.likelihood, seed=seed, sample_ids=ids)
-        return step.next_latents, step.log_prob
+        keys = {"seed": self._inputs["seed"], "sample_ids": self._inputs["image_ids"]}
+        step = self._transition(latents, predicted, likelihood=self.likelihood, return_mean=self.keep_means, **keys)
+        return tuple(step) if self.keep_means else (step.next_latents, step.log_prob)

@@ -71,15 +71,16 @@ class PolicyGradient(RewardedObjective):
         }
 
     def _update_metrics(self, reports: torch.Tensor, iteration: int) -> dict[str, float]:
-        """Metrics of [minibatches, 8] local reports: the one place where the update waits for the device.
+        """Metrics of [minibatches, 9] local reports: the one place where the update waits for the device.
 
         Raises:
             LogProbMismatchError, FloatingPointError: see `Updater.check`; nothing was stepped.
         """
-        everywhere = self.distributed.all_gather(reports[None]).cpu()  # [processes, minibatches, 8]
-        sums, mismatch, norms = everywhere[..., :6].sum(0), everywhere[:, 0, 6].max().item(), everywhere[0, :, 7]
+        everywhere = self.distributed.all_gather(reports[None]).cpu()  # [processes, minibatches, 9]
+        sums, mismatch, norms = everywhere[..., :7].sum(0), everywhere[:, 0, 7].max().item(), everywhere[0, :, 8]
         self.updater.check(mismatch, norms.tolist(), iteration)
-        loss, ratio, clipped, kl, pairs, kl_pairs = sums.sum(0).tolist()
+        loss, ratio, clipped, kl, divergence, pairs, kl_pairs = sums.sum(0).tolist()
+        compared = self.updater.config.update.trust_region == "divergence"
         return {
             "log_prob_mismatch_max": mismatch,
             "grad_norm": norms.mean().item(),
@@ -87,7 +88,8 @@ class PolicyGradient(RewardedObjective):
             "kl": kl / kl_pairs,
             "ratio_mean": ratio / pairs,
             "clip_fraction": clipped / pairs,
-            "pre_update_clip_fraction": (sums[0, 2] / sums[0, 4]).item(),
+            "pre_update_clip_fraction": (sums[0, 2] / sums[0, 5]).item(),
+            **({"policy_divergence": divergence / pairs} if compared else {}),
         }
 
     def _reweighed_metrics(self, sums: torch.Tensor) -> dict[str, float]:

@@ -82,6 +82,7 @@ class RewardedObjective(ABC):
             window_merged=config.rollout.window_forward == "merged",
             graphs=parts.graphs,
             shared_noise=config.rollout.initial_noise == "shared",
+            keep_means=config.update.trust_region != "ratio",
         )
         discriminator_trainer = None
         if scorer.adversary is not None:

@@ -16,7 +16,7 @@ from advgrpo.config import AdvantageSection, RolloutSection, UpdateSection
 from advgrpo.errors import RunFailure
 from advgrpo.policy.base import Policy, Prediction, PreparedPrompts
 from advgrpo.runtime.transfer import to_device
-from advgrpo.sampling.dynamics import StepTable
+from advgrpo.sampling.dynamics import StepTable, step_weights
 from advgrpo.training.device_abort import DeviceAbort
 from advgrpo.training.ema import Ema
 from advgrpo.training.optimizer import build_optimizer
@@ -39,12 +39,14 @@ class UpdateStats:
     ratio: list[torch.Tensor] = field(default_factory=list)
     clipped: list[torch.Tensor] = field(default_factory=list)
     kl: list[torch.Tensor] = field(default_factory=list)
+    divergence: list[torch.Tensor] = field(default_factory=list)  # of that trust region, from the rollout's policy
     mismatch: list[torch.Tensor] = field(default_factory=list)  # max |log p - log p_old| of each micro-batch and step
 
     def sums(self) -> torch.Tensor:
-        """[6] float64: loss, ratio, clipped, kl, pairs, kl_pairs."""
+        """[7] float64: loss, ratio, clipped, kl, divergence, pairs, kl_pairs."""
         zero = torch.zeros((), device=self.device)
-        totals = [sum(column, zero) for column in (self.loss, self.ratio, self.clipped, self.kl)]
+        columns = (self.loss, self.ratio, self.clipped, self.kl, self.divergence)
+        totals = [sum(column, zero) for column in columns]
         counts = [zero + self.pairs, zero + self.kl_pairs]
         return torch.stack([*totals, *counts]).double()
 
@@ -81,6 +83,7 @@ class Updater:
         ema: Ema | None = None,
     ):
         self.policy, self.config, self.reduce = policy, _Sections(update, rollout, advantage), reduce
+        self.step_weights = step_weights(policy, rollout, update.step_weights)
         self.named = list(policy.trainable_parameters())
         self.ema = ema or Ema.of(self.named, update)
         self.stepper = build_optimizer([p for _, p in self.named], update, self.ema, fused=fused)
@@ -114,6 +117,8 @@ class Updater:
                 )
                 gap, cap = log_prob - step.log_prob, self.config.update.importance_cap
                 step.log_prob = log_prob
+                if step.mean is not None:
+                    step.mean = self._mean(latents, predicted, table, step)
                 weight = gap.exp().clamp(max=cap)
                 if self.config.update.old_log_prob == "truncated_importance":
                     step.weight = weight
@@ -187,9 +192,15 @@ class Updater:
         """[M, C, H, W] where the frozen base would go on average from the latents [M, C, H, W]."""
         with torch.no_grad(), self.policy.disable_adapter():
             _, base = self._expanded(step, self._predict(step, prompts, row, table), row)
+        return self._mean(latents, base, table, step)
+
+    def _mean(
+        self, latents: torch.Tensor, predicted: Prediction, table: StepTable, step: WindowStep
+    ) -> torch.Tensor | None:
+        """[M, C, H, W] of the step's distribution from the latents [M, C, H, W], with the bits that the rollout has."""
         return gaussian_step(
-            latents, base[0], table.coefficients[step.step], uncond_velocity=base[1], guidance_scale=self._guidance,
-            noise=torch.zeros_like(latents), likelihood=None, return_mean=True,
+            latents, predicted[0], table.coefficients[step.step], uncond_velocity=predicted[1],
+            guidance_scale=self._guidance, noise=torch.zeros_like(latents), likelihood=None, return_mean=True,
         ).mean  # fmt: skip
 
     def _loss(
@@ -211,6 +222,9 @@ class Updater:
         clip = self.config.advantage.clip
         if step.weight is not None:  # weights scale the clipped advantage, so the kernel's own bound is wider
             advantages, clip = advantages.clamp(-clip, clip) * step.weight, clip * self.config.update.importance_cap
+        weight, update = self.step_weights[step.step], self.config.update
+        if weight != 1:
+            advantages, clip = advantages.clamp(-clip, clip) * weight, clip * weight
         return clipped_policy_loss(
             latents,
             predicted[0],
@@ -218,13 +232,15 @@ class Updater:
             table.coefficients[step.step],
             step.log_prob,
             advantages,
-            clip_range=self.config.update.clip_range,
+            clip_range=update.max_divergence if update.trust_region == "divergence" else update.clip_range,
             adv_clip=clip,
             uncond_velocity=predicted[1],
             guidance_scale=self._guidance,
             likelihood=self.config.rollout.likelihood,
             reference_mean=base_mean,
             kl_weight=self._kl_weight(table.lengths[step.step]),
+            trust_region=update.trust_region,
+            old_mean=step.mean,
         )
 
     def _kl_weight(self, length: float) -> float:
@@ -262,6 +278,8 @@ class Updater:
         stats.loss.append(loss.loss.detach() * rows)
         stats.ratio.append(loss.ratio.sum())
         stats.clipped.append(loss.clip_fraction * rows)
+        if loss.divergence is not None:
+            stats.divergence.append(loss.divergence.sum())
         stats.mismatch.append((loss.log_prob - step.log_prob).abs().max())
         if measured_kl:
             stats.kl.append(loss.kl * rows)

@@ -50,6 +50,9 @@ def _out_of_range() -> list[Case]:
         "--seed -1": "seed = -1",
         "--seed 9223372036854775808": "seed = 9223372036854775808",
         "--device gpu": "device = 'gpu': want one of auto, cpu, cuda",
+        "--update.trust_region kl": "update.trust_region = 'kl': want one of ratio, normalized_ratio, divergence",
+        "--update.max_divergence 0": "update.max_divergence = 0: want a number above 0",
+        "--update.step_weights dt": "update.step_weights = 'dt': want",
         "--device cuda": "device='cuda' but torch sees no GPU",
         "--model.resolution 33": "model.resolution = 33: want a multiple of 8",
         "--model.resolution 0": "model.resolution = 0",
@@ -177,6 +180,11 @@ FLAGS = [
 CONFLICTS = [
     flagged("conflicts", "--no-fast --rollout.precision fp8", "rollout.precision = 'fp8' needs --fast"),
     flagged("conflicts", "--no-fast --model.base_precision fp8", "model.base_precision = 'fp8' needs --fast"),
+    flagged(
+        "conflicts",
+        "--update.objective sft --update.trust_region divergence",
+        "update.trust_region = 'divergence' is the policy gradient's",
+    ),
     flagged("conflicts", "--rollout.window_forward merged", "set update.old_log_prob to recompute"),
     flagged("conflicts", "--data.style tiny:outline", "data.references and data.style are both set"),
     flagged("conflicts", "--model.train full --model.lora.start_from lora", "needs model.train = lora"),

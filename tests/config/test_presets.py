@@ -57,12 +57,32 @@ OF_PAPER = ("sd35m-dino-paper", "sd35m-dino-fast", "sd35m-adv-pickscore-paper", 
 RELEASED = ("sd35m-dino-released", "sd35m-adv-pickscore-released")
 
 
+# Other articles' losses, on Flow-GRPO's own run: docs/jobs/objectives.md.
+OTHER_LOSSES = {
+    "grpo-guard": {"trust_region": "normalized_ratio", "step_weights": "inverse_length"},
+    "flow-dppo": {"trust_region": "divergence"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+@pytest.mark.parametrize(("size", "base"), [("tiny", "tiny"), ("sd35m", "sd35m-flow-grpo-original")])
+def test_another_loss_changes_nothing_else(size, base, name):
+    ours, theirs = config.load(f"{size}-{name}").model_dump(), config.load(base).model_dump()
+    assert {section for section in ours if ours[section] != theirs[section]} == {"output_dir", "update"}
+    bounds = {"clip_range", "max_divergence"}
+    changed = {field: value for field, value in ours["update"].items() if value != theirs["update"][field]}
+    assert {field: value for field, value in changed.items() if field not in bounds} == OTHER_LOSSES[name]
+
+
+ON_FLOW_GRPO = ("sd35m-flow-grpo-original", *(f"sd35m-{name}" for name in OTHER_LOSSES))
+
+
 @pytest.mark.parametrize(
     "name",
     [
         name
         for name in config.preset_names()
-        if name.startswith("sd35m") and name != "sd35m-flow-grpo-original" and "-nft-" not in name
+        if name.startswith("sd35m") and name not in ON_FLOW_GRPO and "-nft-" not in name
     ],
 )
 def test_what_paper_and_released_have_in_common(name):

@@ -328,7 +328,7 @@ def test_opcheck(use_triton, device):
     inputs, uncond, reference = problem(batch=2)
     latents, velocity, next_latents, coefficients, old, advantages = to_device(inputs, device)
     args = (latents, velocity.requires_grad_(), uncond.to(device).requires_grad_(), next_latents, coefficients)
-    settings = (2.5, "gaussian", 1e-1, 1e-1, 5.0, 0.1)
+    settings = (None, 2.5, "gaussian", 1e-1, 1e-1, 5.0, 0.1, "ratio")
     rest = (old, advantages, reference.to(device))
     torch.library.opcheck(_clipped_policy_loss_op, (*args, *rest, None, *settings, None, use_triton))
     torch.library.opcheck(_clipped_policy_loss_op, (*args, *rest, old.abs(), *settings, None, use_triton))

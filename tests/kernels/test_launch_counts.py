@@ -113,6 +113,23 @@ def test_policy_loss_with_its_gradient_is_two_launches(launches, kl_std):
     assert device_work(launches) == ["_gaussian_log_prob_kernel", "_clipped_policy_loss_kernel"]
 
 
+@pytest.mark.parametrize("trust_region", ["normalized_ratio", "divergence"])
+def test_another_trust_region_costs_no_launch(launches, trust_region):
+    latents, velocity, uncond = latents_and_velocities()
+    rows = torch.zeros(2)
+    with launches:
+        result = clipped_policy_loss(
+            *(latents, velocity, latents, COEFFICIENTS, rows, rows),
+            clip_range=1e-4,
+            uncond_velocity=uncond,
+            trust_region=trust_region,
+            old_mean=latents,
+            **GUIDANCE,
+        )
+    assert result.velocity_grad.shape == velocity.shape
+    assert device_work(launches) == ["_gaussian_log_prob_kernel", "_clipped_policy_loss_kernel"]
+
+
 def test_policy_loss_backward_only_scales(launches):
     latents, velocity, uncond = latents_and_velocities()
     rows = torch.zeros(2)

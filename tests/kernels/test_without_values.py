@@ -54,7 +54,16 @@ CALLS = {
             kl_weight=0.1,
             kl_std=t["rows"],
         ),
-        [(), (B,), (B,), (), (), (B, 3, 4), (B, 3, 4)],
+        [(), (B,), (B,), (), (), (B, 3, 4), (B, 3, 4), None],
+    ),
+    "clipped_policy_loss_divergence": (
+        lambda t: k.clipped_policy_loss(
+            *(t["x"], t["x"], t["x"], t["c"], t["rows"], t["rows"]),
+            clip_range=0.1,
+            trust_region="divergence",
+            old_mean=t["x"],
+        ),
+        [(), (B,), (B,), (), (), (B, 3, 4), None, (B,)],
     ),
     "group_advantages": (lambda t: k.group_advantages(t["rows"], t["ids"], std="global"), [(B,), (B,), (B,), ()]),
     "sample_patches_seeded": (lambda t: k.sample_patches(t["features"], N, seed=1), [(B, N, D), (B, N)]),
@@ -136,6 +145,9 @@ ARRAYS = {
     "advantages": lambda: k.clipped_policy_loss(x, x, x, c, rows, np.zeros(B), **loss),
     "reference_mean": lambda: k.clipped_policy_loss(x, x, x, c, rows, rows, reference_mean=array, **loss),
     "kl_std": lambda: k.clipped_policy_loss(x, x, x, c, rows, rows, reference_mean=x, kl_std=np.ones(B), **loss),
+    "old_mean": lambda: k.clipped_policy_loss(
+        x, x, x, c, rows, rows, trust_region="divergence", old_mean=array, **loss
+    ),
     "rewards": lambda: k.group_advantages(np.zeros(B), ids),
     "group_ids": lambda: k.group_advantages(rows, [0, 1]),
     "patches": lambda: k.sample_patches(np.zeros((B, P, D)), N, seed=1),

@@ -172,7 +172,7 @@ def test_log_probs_before_the_first_step_are_exact(settings, share, likelihood):
     train_adapters(policy)
     rollout, table = sample(policy, settings, window=(0, 2), share=share)
     stats, gradient = accumulated(policy, settings, rollout, table)
-    _, ratio, clipped, kl, pairs, _ = stats.sums().tolist()
+    _, ratio, clipped, kl, _, pairs, _ = stats.sums().tolist()
     assert stats.max_mismatch() == 0.0
     assert (ratio, clipped, pairs) == (12, 0, 12)
     assert kl > 0

@@ -181,3 +181,24 @@ def test_a_window_without_image_ids_is_refused(policy, unit_config):
     table = step_table(policy, 4, (1,), rollout=unit_config.rollout)
     with pytest.raises(ValueError, match="image_ids"):
         sampler.run(table, policy.encode(PROMPTS), sampler.initial_latents(0, torch.arange(2)), ROW)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_means_are_kept_on_demand_by_captured_steps_as_well(policy, unit_config, share):
+    """They are where the steps would have gone without noise, and the rest of the rollout does not change."""
+    kept = []
+    for graphs in (None, EmulatedGraphs()):
+        plain, keeping = make_sampler(policy, graphs, share=share), make_sampler(policy, graphs, share=share)
+        keeping.keep_means = True
+        for seed in range(3):  # captured at the second call, replayed at the third
+            own = rollout(plain, unit_config, seed=seed, window=(1, 2))
+            latents, steps, table = rollout(keeping, unit_config, seed=seed, window=(1, 2))
+        assert torch.equal(own[0], latents)
+        assert all(step.mean is None for step in own[1])
+        kept.append([step.mean for step in steps])
+    for eager, captured, step in zip(*kept, steps):
+        assert torch.equal(eager, captured)
+        noise = (step.next_latents - captured) / table.coefficients[step.step, 2]
+        assert noise.std().item() == pytest.approx(1, abs=0.05)
+        assert abs(noise.mean().item()) < 0.05
+    assert not torch.equal(*kept[1])

@@ -26,12 +26,16 @@ HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 LIKELIHOOD_CODES = {None: 0, "gaussian": 1, "squared_error": 2}  # LIKELIHOOD in the kernels
 LANES = 4096
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of a trajectory's latents
+TRUST_REGIONS = ("ratio", "normalized_ratio", "divergence")  # see clipped_policy_loss.py
+TRUST_REGION_CODES = {name: code for code, name in enumerate(TRUST_REGIONS)}  # TRUST_REGION in the kernels
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
     GAUSSIAN: tl.constexpr = tl.constexpr(LIKELIHOOD_CODES["gaussian"])
+    NORMALIZED_RATIO: tl.constexpr = tl.constexpr(TRUST_REGION_CODES["normalized_ratio"])
+    DIVERGENCE: tl.constexpr = tl.constexpr(TRUST_REGION_CODES["divergence"])
 
     @triton.jit
     def load_coefficients(coefficients_ptr, row, coefficients_stride):
@@ -81,6 +85,16 @@ if HAS_TRITON:
         if LIKELIHOOD == GAUSSIAN:
             kl = kl * tl.div_rn(0.5, s * s)
         return kl
+
+    @triton.jit
+    def shift_of(product_sum, count, s, TRUST_REGION: tl.constexpr):
+        """The row's shift from its sum of (x_next-μ_old)·(μ-μ_old) or of (μ-μ_old)²; see `row_shift`."""
+        shift = tl.div_rn(product_sum, count.to(tl.float32))
+        if TRUST_REGION == NORMALIZED_RATIO:
+            shift = tl.div_rn(shift, s)
+        else:
+            shift = shift * tl.div_rn(0.5, s * s)
+        return shift
 
     @triton.jit
     def load_kl_std(kl_std, row, kl_std_stride, IN_MEMORY: tl.constexpr):
@@ -246,6 +260,25 @@ def row_log_prob(difference: torch.Tensor, coefficients: torch.Tensor, likelihoo
     s = coefficients.double().reshape(-1, 3)[:, 2]  # float64: vectorised and scalar float32 logs differ in the last bit
     log_normalizer = (torch.log(s) + HALF_LOG_TWO_PI).to(mean_square.dtype)
     return -mean_square * (0.5 / (s * s)).to(mean_square.dtype) - log_normalizer
+
+
+def row_shift(
+    mean: torch.Tensor,
+    next_latents: torch.Tensor,
+    old_mean: torch.Tensor,
+    coefficients: torch.Tensor,
+    trust_region: str,
+) -> torch.Tensor:
+    """How far a row's step has moved from the rollout's [B], exactly 0 where μ = μ_old.
+
+    normalized_ratio: mean((x_next-μ_old)·(μ-μ_old))/s, the log of its ratio; divergence: mean((μ-μ_old)²)/(2s²).
+    """
+    moved = mean - old_mean.to(mean.dtype)
+    s = coefficients.to(mean.dtype).reshape(-1, 3)[:, 2]
+    if trust_region == "normalized_ratio":
+        taken = next_latents.to(mean.dtype) - old_mean.to(mean.dtype)
+        return tree_mean((taken * moved).flatten(1)) / s
+    return tree_mean(moved.square().flatten(1)) * (0.5 / (s * s))
 
 
 def tree_mean(values: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,22 @@ and, with w_i = -A_i·ratio_i/B where the unclipped branch is the larger one and
     dL/dμ = w·2(x_next-μ)/N     + β/B·2(μ-μ_ref)/N           squared_error   and 1/kl_std² in place of the second 2
     dL/dc = g·b·dL/dμ,  dL/du = (1-g)·b·dL/dμ
 
+What keeps the update near the policy of the rollout is its `trust_region`. "ratio" is the clip above. The other two
+compare μ with the mean μ_old that the rollout's step had, and need the step's s > 0 whatever the likelihood:
+
+    normalized_ratio   ratio = exp(mean((x_next-μ_old)·(μ-μ_old))/s), clipped as above (GRPO-Guard, arXiv 2510.22319,
+                       whose exp(s·(log p - log p_old + mean((μ-μ_old)²)/(2s²))) this is without the cancellation);
+                       dL/dμ = w·(x_next-μ_old)/(s·N)
+    divergence         the ratio is not clipped; a row whose D = mean((μ-μ_old)²)/(2s²) is at least the threshold, and
+                       whose ratio has moved the way its advantage pushes, has neither loss nor gradient (Flow-DPPO,
+                       arXiv 2606.11025)
+
 The forward computes the loss and this gradient, in two launches on a GPU; the backward scales it by the incoming
 scalar, after the gradient was rounded to the velocity's dtype: exact for powers of two, one more rounding otherwise.
 `torch.autograd.backward(velocity, result.velocity_grad)` spares even that.
 
-Shapes: B images, N = elements per image. latents, velocities, next_latents, reference_mean [B, ...]; the rest [B].
+Shapes: B images, N = elements per image. latents, velocities, next_latents, reference_mean, old_mean [B, ...]; the
+rest [B].
 """
 
 from __future__ import annotations
@@ -35,12 +46,15 @@ from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, can_look_at, check_tensors, device_guard, pick_backend
 from ._gaussian import (
     LIKELIHOOD_CODES,
+    TRUST_REGION_CODES,
+    TRUST_REGIONS,
     as_stored,
     check_has_density,
     check_rows,
     check_step_inputs,
     per_row,
     row_log_prob,
+    row_shift,
     step_mean,
     tiling,
     tree_mean,
@@ -55,7 +69,9 @@ if HAS_TRITON:
     import triton.language as tl
 
     from ._gaussian import (
+        DIVERGENCE,
         GAUSSIAN,
+        NORMALIZED_RATIO,
         load_coefficients,
         load_kl_std,
         load_step,
@@ -66,15 +82,33 @@ if HAS_TRITON:
     )
 
     @triton.jit
-    def _clip_rows(log_prob, old_log_prob, advantages, clip_low, clip_high, adv_clip):
-        """ratio, loss per row and its derivative by log_prob."""
-        ratio = tl.exp(log_prob - old_log_prob)
+    def _clip_rows(
+        log_prob, old_log_prob, shift, advantages, clip_low, clip_high, adv_clip, TRUST_REGION: tl.constexpr
+    ):
+        """ratio, loss per row and its derivative by the log of the ratio."""
+        log_ratio = log_prob - old_log_prob
+        if TRUST_REGION == NORMALIZED_RATIO:
+            log_ratio = shift
+        ratio = tl.exp(log_ratio)
         advantages = tl.minimum(tl.maximum(advantages, -adv_clip), adv_clip)
         unclipped = -advantages * ratio
-        clipped = -advantages * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-        flows = (unclipped >= clipped) & (advantages != 0.0)
-        loss = tl.where(advantages == 0.0, 0.0, tl.maximum(unclipped, clipped))
+        if TRUST_REGION == DIVERGENCE:
+            onwards = ((ratio > 1.0) & (advantages > 0.0)) | ((ratio < 1.0) & (advantages < 0.0))
+            flows = (advantages != 0.0) & ~((shift >= clip_high) & onwards)
+            loss = tl.where(flows, unclipped, 0.0)
+        else:
+            clipped = -advantages * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+            flows = (unclipped >= clipped) & (advantages != 0.0)
+            loss = tl.where(advantages == 0.0, 0.0, tl.maximum(unclipped, clipped))
         return ratio, loss, tl.where(flows, unclipped, 0.0)
+
+    @triton.jit
+    def _load_shift(shift_ptr, i, mask, TRUST_REGION: tl.constexpr):
+        """`row_shift` of rows, or nothing that is looked at."""
+        shift = 0.0
+        if TRUST_REGION > 0:
+            shift = tl.load(shift_ptr + i, mask=mask, other=0.0)
+        return shift
 
     @triton.jit
     def _kl_pull(kl_weight, s, kl_std, row, kl_std_stride, IN_MEMORY: tl.constexpr, LIKELIHOOD: tl.constexpr):
@@ -88,9 +122,19 @@ if HAS_TRITON:
         return kl_weight
 
     @triton.jit
+    def _normalized_slope(s, LIKELIHOOD: tl.constexpr):
+        """1/s in units of the slope that `mean_square_gradient` applies: 1/s² or 2."""
+        if LIKELIHOOD == GAUSSIAN:
+            slope = s
+        else:
+            slope = tl.div_rn(0.5, s)
+        return slope
+
+    @triton.jit
     def _store_statistics(
         log_prob_ptr,
         kl_rows_ptr,
+        shift_ptr,
         old_log_prob_ptr,
         advantages_ptr,
         loss_ptr,
@@ -102,6 +146,7 @@ if HAS_TRITON:
         adv_clip,
         kl_weight,
         HAS_REFERENCE: tl.constexpr,
+        TRUST_REGION: tl.constexpr,
         ROWS: tl.constexpr,
     ):
         i = tl.arange(0, ROWS)
@@ -109,15 +154,19 @@ if HAS_TRITON:
         log_prob = tl.load(log_prob_ptr + i, mask=valid, other=0.0)
         old = tl.load(old_log_prob_ptr + i, mask=valid, other=0.0).to(tl.float32)
         advantages = tl.load(advantages_ptr + i, mask=valid, other=0.0).to(tl.float32)
-        ratio, losses, _ = _clip_rows(log_prob, old, advantages, clip_low, clip_high, adv_clip)
+        shift = _load_shift(shift_ptr, i, valid, TRUST_REGION)
+        ratio, losses, _ = _clip_rows(log_prob, old, shift, advantages, clip_low, clip_high, adv_clip, TRUST_REGION)
         batch = B.to(tl.float32)
         kl = 0.0
         if HAS_REFERENCE:
             kl = tl.div_rn(tree_sum(tl.load(kl_rows_ptr + i, mask=valid, other=0.0)), batch)
         loss = tl.div_rn(tree_sum(tl.where(valid, losses, 0.0)), batch)
-        outside = (valid & ((ratio - 1.0 > clip_high) | (1.0 - ratio > clip_low))).to(tl.float32)
+        if TRUST_REGION == DIVERGENCE:
+            outside = valid & (shift >= clip_high)
+        else:
+            outside = valid & ((ratio - 1.0 > clip_high) | (1.0 - ratio > clip_low))
         tl.store(loss_ptr, tl.fma(kl, kl_weight, loss))
-        tl.store(clip_fraction_ptr, tl.div_rn(tree_sum(outside), batch))
+        tl.store(clip_fraction_ptr, tl.div_rn(tree_sum(outside.to(tl.float32)), batch))
         tl.store(kl_ptr, kl)
 
     @triton.jit
@@ -127,10 +176,12 @@ if HAS_TRITON:
         uncond_ptr,
         next_ptr,
         reference_mean_ptr,
+        old_mean_ptr,
         coefficients_ptr,
         kl_std,
         log_prob_ptr,
         kl_rows_ptr,
+        shift_ptr,
         old_log_prob_ptr,
         advantages_ptr,
         velocity_grad_ptr,
@@ -152,6 +203,7 @@ if HAS_TRITON:
         GUIDED: tl.constexpr,
         HAS_REFERENCE: tl.constexpr,
         KL_STD_IN_MEMORY: tl.constexpr,
+        TRUST_REGION: tl.constexpr,
         LIKELIHOOD: tl.constexpr,
         ROWS: tl.constexpr,
         LANES: tl.constexpr,
@@ -165,9 +217,14 @@ if HAS_TRITON:
         mean = mean_of(x, c, u, a, b, guidance_scale, uncond_scale, GUIDED)
         log_prob, old = tl.load(log_prob_ptr + row), tl.load(old_log_prob_ptr + row).to(tl.float32)
         advantage = tl.load(advantages_ptr + row).to(tl.float32)
-        ratio, _, weight = _clip_rows(log_prob, old, advantage, clip_low, clip_high, adv_clip)
-        difference = tl.load(next_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean
-        pull = weight * difference
+        shift = _load_shift(shift_ptr, row, row >= 0, TRUST_REGION)
+        ratio, _, weight = _clip_rows(log_prob, old, shift, advantage, clip_low, clip_high, adv_clip, TRUST_REGION)
+        x_next = tl.load(next_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if TRUST_REGION == NORMALIZED_RATIO:
+            old_mean = tl.load(old_mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            pull = weight * _normalized_slope(s, LIKELIHOOD) * (x_next - old_mean)
+        else:
+            pull = weight * (x_next - mean)
         if HAS_REFERENCE:
             reference = tl.load(reference_mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             kl_pull = _kl_pull(kl_weight, s, kl_std, row, kl_std_stride, KL_STD_IN_MEMORY, LIKELIHOOD)
@@ -182,6 +239,7 @@ if HAS_TRITON:
                 _store_statistics(
                     log_prob_ptr,
                     kl_rows_ptr,
+                    shift_ptr,
                     old_log_prob_ptr,
                     advantages_ptr,
                     loss_ptr,
@@ -193,12 +251,13 @@ if HAS_TRITON:
                     adv_clip,
                     kl_weight,
                     HAS_REFERENCE,
+                    TRUST_REGION,
                     ROWS,
                 )
 
 
-_Fields = tuple[  # of PolicyLoss, in order
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+_Fields = tuple[  # loss, log_prob, ratio, clip_fraction, kl, shift, gradients of both velocities
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]
 
 
@@ -211,6 +270,7 @@ class _Settings(NamedTuple):
     clip_high: float
     adv_clip: float
     kl_weight: float
+    trust_region: str
 
 
 @torch.library.custom_op(add_op_namespace_prefix("clipped_policy_loss"), mutates_args=())
@@ -224,29 +284,36 @@ def _clipped_policy_loss_op(
     advantages: torch.Tensor,
     reference_mean: torch.Tensor | None,
     kl_std: torch.Tensor | None,
+    old_mean: torch.Tensor | None,
     guidance_scale: float,
     likelihood: str,
     clip_low: float,
     clip_high: float,
     adv_clip: float,
     kl_weight: float,
+    trust_region: str,
     kl_std_value: float | None,
     use_triton: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The fields of PolicyLoss in order; the last is empty without guidance. KL: kl_std, else kl_std_value, else s."""
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    """`_Fields`; shift is empty without old_mean, the last without guidance. KL: kl_std, else kl_std_value, else s."""
     step = (latents, velocity, uncond_velocity, next_latents, reference_mean, coefficients)
     step = tuple(None if tensor is None else tensor.contiguous() for tensor in step)
     compute = _launch if use_triton else _closed_form
     rows = (old_log_prob.contiguous(), advantages.contiguous())
     std = kl_std_value if kl_std is None else kl_std.contiguous()
-    return compute(step, rows, std, _Settings(guidance_scale, likelihood, clip_low, clip_high, adv_clip, kl_weight))
+    settings = _Settings(guidance_scale, likelihood, clip_low, clip_high, adv_clip, kl_weight, trust_region)
+    return compute(step, rows, std, None if old_mean is None else old_mean.contiguous(), settings)
 
 
-def _launch(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings) -> _Fields:
+def _launch(
+    step, rows, kl_std: torch.Tensor | float | None, old_mean: torch.Tensor | None, settings: _Settings
+) -> _Fields:
     latents, velocity, uncond, _, reference, coefficients = step
-    guidance_scale, likelihood, *bounds_and_weight = settings
-    code = LIKELIHOOD_CODES[likelihood]
-    log_prob, kl_rows = launch_log_prob(*step, guidance_scale, code, kl_std)
+    guidance_scale, likelihood, *bounds_and_weight, trust_region = settings
+    code, region = LIKELIHOOD_CODES[likelihood], TRUST_REGION_CODES[trust_region]
+    log_prob, kl_rows, shift = launch_log_prob(*step, guidance_scale, code, kl_std, old_mean, region)
     grads = velocity_gradients(velocity, uncond)
     ratio, (loss, clip_fraction, kl) = torch.empty_like(log_prob), (log_prob.new_empty(()) for _ in range(3))
     batch, count = latents.shape[0], latents[0].numel()
@@ -254,32 +321,39 @@ def _launch(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings
     sizes = (batch, count, 3 if coefficients.dim() == 2 else 0, kl_std_stride(kl_std))
     with device_guard(latents):
         _clipped_policy_loss_kernel[(batch, tiles)](
-            *(*step, kl_std, log_prob, kl_rows, *rows),
+            *(*step[:5], old_mean, coefficients, kl_std, log_prob, kl_rows, shift, *rows),
             *(*grads, ratio, loss, clip_fraction, kl),
             *(*sizes, guidance_scale, 1.0 - guidance_scale, *bounds_and_weight),
             GUIDED=uncond is not None,
             HAS_REFERENCE=reference is not None,
             KL_STD_IN_MEMORY=torch.is_tensor(kl_std),
+            TRUST_REGION=region,
             LIKELIHOOD=code,
             ROWS=max(2, triton.next_power_of_2(batch)),
             LANES=lanes,
             num_warps=warps,
         )
-    return loss, log_prob, ratio, clip_fraction, kl, *grads
+    return loss, log_prob, ratio, clip_fraction, kl, shift, *grads
 
 
-def _closed_form(step, rows, kl_std: torch.Tensor | float | None, settings: _Settings) -> _Fields:
+def _closed_form(
+    step, rows, kl_std: torch.Tensor | float | None, old_mean: torch.Tensor | None, settings: _Settings
+) -> _Fields:
     """The same in PyTorch operations."""
     latents, velocity, uncond, next_latents, reference, coefficients = step
-    guidance_scale, likelihood, *bounds, kl_weight = settings
+    guidance_scale, likelihood, *bounds, kl_weight, trust_region = settings
     mean = step_mean(latents, velocity, coefficients, uncond, guidance_scale, torch.float32)
     difference = next_latents.float() - mean
     log_prob = row_log_prob(difference, coefficients, likelihood)
-    ratio, per_row_loss, weight = _clip(log_prob, *rows, *bounds)
+    shift = _shift(mean, next_latents, old_mean, coefficients, trust_region)
+    ratio, per_row_loss, weight = _clip(log_prob, *rows, *bounds, shift=shift, trust_region=trust_region)
     kl = _kl(mean, reference, coefficients, likelihood, kl_std).mean()
     _, b, s = per_row(coefficients.expand(latents.shape[0], 3), latents.dim(), torch.float32)
     slope = 1.0 / (s * s) if likelihood == "gaussian" else 2.0
-    pull = weight.view_as(b) * difference
+    if old_mean is not None and trust_region == "normalized_ratio":  # its slope is 1/s in place of the likelihood's
+        pull = weight.view_as(b) * (1.0 / (s * slope)) * (next_latents.float() - old_mean.float())
+    else:
+        pull = weight.view_as(b) * difference
     if kl_weight:
         kl_pull = kl_weight
         if kl_std is not None:  # the KL's slope is 1/kl_std², and the other one multiplies the whole pull
@@ -292,15 +366,16 @@ def _closed_form(step, rows, kl_std: torch.Tensor | float | None, settings: _Set
         grads = grad.to(velocity.dtype), velocity.new_empty(0)
     else:
         grads = (grad * guidance_scale).to(velocity.dtype), (grad * (1.0 - guidance_scale)).to(uncond.dtype)
-    return loss, log_prob, ratio, _clip_fraction(ratio, *bounds[:2]), kl, *grads
+    return loss, log_prob, ratio, _clip_fraction(ratio, shift, trust_region, *bounds[:2]), kl, shift, *grads
 
 
 @_clipped_policy_loss_op.register_fake
-def _(latents, velocity, uncond_velocity, *_):
+def _(latents, velocity, uncond_velocity, *rest):
     log_prob = latents.new_empty(latents.shape[0], dtype=torch.float32)
     loss, clip_fraction, kl = (log_prob.new_empty(()) for _ in range(3))
+    shift = log_prob.new_empty(0 if rest[-3] == "ratio" else len(log_prob))
     grads = velocity_gradients(velocity, uncond_velocity)
-    return loss, log_prob, torch.empty_like(log_prob), clip_fraction, kl, *grads
+    return loss, log_prob, torch.empty_like(log_prob), clip_fraction, kl, shift, *grads
 
 
 def _setup_context(ctx, inputs, output):
@@ -311,7 +386,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     velocity_grad, uncond_grad = ctx.saved_tensors
-    return None, velocity_grad * grad_loss, uncond_grad * grad_loss if ctx.guided else None, *[None] * 14
+    return None, velocity_grad * grad_loss, uncond_grad * grad_loss if ctx.guided else None, *[None] * 16
 
 
 _clipped_policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -322,11 +397,12 @@ class PolicyLoss(NamedTuple):
 
     loss: torch.Tensor  # scalar float32, differentiable in the velocities
     log_prob: torch.Tensor  # [B] float32
-    ratio: torch.Tensor  # [B] float32, exp(log_prob - old_log_prob)
-    clip_fraction: torch.Tensor  # scalar float32, share of rows whose ratio lies outside the clip
+    ratio: torch.Tensor  # [B] float32, exp(log_prob - old_log_prob), or the normalised one
+    clip_fraction: torch.Tensor  # scalar float32, share of rows outside the clip or at or above the divergence allowed
     kl: torch.Tensor  # scalar float32, mean KL to reference_mean before kl_weight; 0 without a reference
     velocity_grad: torch.Tensor | None  # dloss/dvelocity in its shape and dtype, for callers without autograd
     uncond_velocity_grad: torch.Tensor | None  # likewise; None without uncond_velocity
+    divergence: torch.Tensor | None = None  # [B] float32, D of the module docstring, of that trust region
 
 
 def clipped_policy_loss(
@@ -345,6 +421,8 @@ def clipped_policy_loss(
     reference_mean: torch.Tensor | None = None,
     kl_weight: float = 0.0,
     kl_std: torch.Tensor | float | None = None,
+    trust_region: str = "ratio",
+    old_mean: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """Clipped policy loss of one transition per image; formulas in the module docstring.
@@ -359,13 +437,16 @@ def clipped_policy_loss(
         coefficients: [3] or [B, 3] float32 (a, b, s) on latents' device.
         old_log_prob, advantages: [B] float.
         clip_range: ε > 0, or a pair (low, high) of positive numbers: the ratio is clipped to [1-low, 1+high].
-            Advantages are clipped to ±adv_clip first.
+            Advantages are clipped to ±adv_clip first. Under "divergence" it is the largest D, one number.
         uncond_velocity, guidance_scale: classifier-free guidance v = (1-g)·u + g·c.
         likelihood: "gaussian" or "squared_error".
         reference_mean: [B, ...] float, μ of the reference policy on the same latents; needed by kl_weight > 0.
         kl_std: the standard deviation that the KL is divided by, a positive number or float [] or [B] on latents'
             device; None takes s under "gaussian" and divides by nothing under "squared_error". `step_std` gives
             Flow-GRPO's. See the module docstring.
+        trust_region: "ratio", "normalized_ratio" or "divergence".
+        old_mean: [B, ...] float, the μ of the rollout's step (`return_mean` of `gaussian_step`); the trust regions
+            other than "ratio" need it.
 
     Raises:
         ValueError: names the argument that does not fit; s = 0 as in `gaussian_log_prob`.
@@ -374,20 +455,23 @@ def clipped_policy_loss(
         *(latents, velocity, coefficients, uncond_velocity, guidance_scale, likelihood),
         next_latents=next_latents,
         reference_mean=reference_mean,
+        old_mean=old_mean,
     )
     check_rows(latents.shape[0], old_log_prob=old_log_prob, advantages=advantages)
-    check_has_density(coefficients, likelihood)
+    _check_trust_region(trust_region, old_mean, clip_range)
+    check_has_density(coefficients, likelihood if trust_region == "ratio" else "gaussian")
     bounds = _clip_bounds(clip_range, adv_clip)
     _check_kl(kl_weight, kl_std, reference_mean, latents)
     in_memory = torch.is_tensor(kl_std)
     use_triton = pick_backend(backend, latents, velocity) == "triton"
-    loss, *details, velocity_grad, uncond_grad = _clipped_policy_loss_op(
+    loss, *details, shift, velocity_grad, uncond_grad = _clipped_policy_loss_op(
         *(as_stored(latents), velocity, uncond_velocity, as_stored(next_latents), coefficients),
-        *(old_log_prob.detach(), advantages, reference_mean, kl_std.detach() if in_memory else None),
-        *(guidance_scale, likelihood, *bounds, kl_weight, None if in_memory else kl_std, use_triton),
+        *(old_log_prob.detach(), advantages, reference_mean, kl_std.detach() if in_memory else None, old_mean),
+        *(guidance_scale, likelihood, *bounds, kl_weight, trust_region, None if in_memory else kl_std, use_triton),
     )
     grads = velocity_grad.detach(), None if uncond_velocity is None else uncond_grad.detach()
-    return PolicyLoss(loss, *(value.detach() for value in details), *grads)
+    divergence = shift.detach() if trust_region == "divergence" else None
+    return PolicyLoss(loss, *(value.detach() for value in details), *grads, divergence)
 
 
 def clipped_policy_loss_ref(
@@ -406,17 +490,34 @@ def clipped_policy_loss_ref(
     reference_mean: torch.Tensor | None = None,
     kl_weight: float = 0.0,
     kl_std: torch.Tensor | float | None = None,
+    trust_region: str = "ratio",
+    old_mean: torch.Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> PolicyLoss:
     """The same loss with its gradient left to autograd: the oracle of the closed form; results in `compute_dtype`."""
     mean = step_mean(latents, velocity, coefficients, uncond_velocity, guidance_scale, compute_dtype)
     log_prob = row_log_prob(next_latents.to(compute_dtype) - mean, coefficients, likelihood)
     bounds = _clip_bounds(clip_range, adv_clip)
-    ratio, per_row_loss, _ = _clip(log_prob, old_log_prob, advantages, *bounds)
+    shift = _shift(mean, next_latents, old_mean, coefficients, trust_region)
+    ratio, per_row_loss, _ = _clip(log_prob, old_log_prob, advantages, *bounds, shift=shift, trust_region=trust_region)
     kl = _kl(mean, reference_mean, coefficients, likelihood, kl_std).mean()
     loss = per_row_loss.mean() + kl_weight * kl
-    clip_fraction = _clip_fraction(ratio, *bounds[:2])
-    return PolicyLoss(loss, log_prob.detach(), ratio.detach(), clip_fraction, kl.detach(), None, None)
+    clip_fraction = _clip_fraction(ratio, shift, trust_region, *bounds[:2])
+    divergence = shift.detach() if trust_region == "divergence" else None
+    return PolicyLoss(loss, log_prob.detach(), ratio.detach(), clip_fraction, kl.detach(), None, None, divergence)
+
+
+def _shift(
+    mean: torch.Tensor,
+    next_latents: torch.Tensor,
+    old_mean: torch.Tensor | None,
+    coefficients: torch.Tensor,
+    trust_region: str,
+) -> torch.Tensor:
+    """`row_shift` [B] of the trust region; empty where it looks at none."""
+    if old_mean is None or trust_region == "ratio":
+        return mean.new_empty(0)
+    return row_shift(mean, next_latents, old_mean, coefficients, trust_region)
 
 
 def _clip(
@@ -426,18 +527,29 @@ def _clip(
     clip_low: float,
     clip_high: float,
     adv_clip: float,
+    *,
+    shift: torch.Tensor,
+    trust_region: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ratio [B], loss per row [B] and d(loss per row)/d(log_prob) [B]."""
-    ratio = torch.exp(log_prob - old_log_prob.to(log_prob.dtype))
+    """ratio [B], loss per row [B] and d(loss per row)/d(log ratio) [B]."""
+    ratio = torch.exp(shift if trust_region == "normalized_ratio" else log_prob - old_log_prob.to(log_prob.dtype))
     advantages = advantages.to(log_prob.dtype).clamp(-adv_clip, adv_clip)
     unclipped = -advantages * ratio
+    if trust_region == "divergence":
+        onwards = ((ratio > 1) & (advantages > 0)) | ((ratio < 1) & (advantages < 0))
+        loss = torch.where((advantages != 0) & ~((shift >= clip_high) & onwards), unclipped, 0.0)
+        return ratio, loss, loss
     clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     flows = (unclipped >= clipped) & (advantages != 0)
     loss = torch.where(advantages == 0, 0.0, torch.maximum(unclipped, clipped))  # a ratio of inf must not give 0·inf
     return ratio, loss, torch.where(flows, unclipped, 0.0)
 
 
-def _clip_fraction(ratio: torch.Tensor, clip_low: float, clip_high: float) -> torch.Tensor:
+def _clip_fraction(
+    ratio: torch.Tensor, shift: torch.Tensor, trust_region: str, clip_low: float, clip_high: float
+) -> torch.Tensor:
+    if trust_region == "divergence":
+        return (shift.detach() >= clip_high).to(ratio.dtype).mean()
     excess = ratio.detach() - 1.0
     return ((excess > clip_high) | (-excess > clip_low)).to(ratio.dtype).mean()
 
@@ -469,6 +581,17 @@ def _clip_bounds(clip_range: float | tuple[float, float], adv_clip: float) -> tu
             f"got {clip_range} and {adv_clip}"
         )
     return float(pair[0]), float(pair[1]), float(adv_clip)
+
+
+def _check_trust_region(
+    trust_region: str, old_mean: torch.Tensor | None, clip_range: float | tuple[float, float]
+) -> None:
+    if trust_region not in TRUST_REGIONS:
+        raise ValueError(f"trust_region must be one of {TRUST_REGIONS}, got {trust_region!r}")
+    if (trust_region == "ratio") != (old_mean is None):
+        raise ValueError(f"trust_region={trust_region!r}: old_mean belongs to the other trust regions, which need it")
+    if trust_region == "divergence" and isinstance(clip_range, (tuple, list)):
+        raise ValueError(f"clip_range={clip_range}: the trust region of the divergence has one bound, give a number")
 
 
 def _check_kl(

@@ -31,6 +31,7 @@ if HAS_TRITON:
 
     from ._gaussian import (
         GAUSSIAN,
+        NORMALIZED_RATIO,
         kl_of,
         load_coefficients,
         load_kl_std,
@@ -38,6 +39,7 @@ if HAS_TRITON:
         log_prob_of,
         mean_of,
         mean_square_gradient,
+        shift_of,
         store_velocity_gradients,
         tree_sum,
     )
@@ -49,9 +51,11 @@ if HAS_TRITON:
         uncond_ptr,
         next_ptr,
         reference_mean_ptr,
+        old_mean_ptr,
         coefficients_ptr,
         log_prob_ptr,
         kl_ptr,
+        shift_ptr,
         kl_std,
         N,
         coefficients_stride,
@@ -61,6 +65,7 @@ if HAS_TRITON:
         GUIDED: tl.constexpr,
         HAS_REFERENCE: tl.constexpr,
         KL_STD_IN_MEMORY: tl.constexpr,
+        TRUST_REGION: tl.constexpr,
         LIKELIHOOD: tl.constexpr,
         TILES: tl.constexpr,
         LANES: tl.constexpr,
@@ -72,6 +77,7 @@ if HAS_TRITON:
         x, c, u = load_step(latents_ptr, velocity_ptr, uncond_ptr, offsets, element < N, GUIDED)
         square_sums = tl.zeros((LANES,), tl.float32)
         kl_sums = tl.zeros((LANES,), tl.float32)
+        shift_sums = tl.zeros((LANES,), tl.float32)
         for _ in range(TILES):
             mask = element < N
             x_next = tl.load(next_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -86,6 +92,11 @@ if HAS_TRITON:
                 reference = tl.load(reference_mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
                 drift = tl.where(mask, mean - reference, 0.0)
                 kl_sums = tl.fma(drift, drift, kl_sums)
+            if TRUST_REGION > 0:
+                old_mean = tl.load(old_mean_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                moved = tl.where(mask, mean - old_mean, 0.0)
+                along = x_next - old_mean if TRUST_REGION == NORMALIZED_RATIO else moved
+                shift_sums = tl.fma(along, moved, shift_sums)
             x, c, u = x_ahead, c_ahead, u_ahead
             element += LANES
             offsets += LANES
@@ -96,6 +107,8 @@ if HAS_TRITON:
             else:
                 kl = kl_of(tree_sum(kl_sums), N, load_kl_std(kl_std, row, kl_std_stride, KL_STD_IN_MEMORY), GAUSSIAN)
             tl.store(kl_ptr + row, kl)
+        if TRUST_REGION > 0:
+            tl.store(shift_ptr + row, shift_of(tree_sum(shift_sums), N, s, TRUST_REGION))
 
     @triton.jit
     def _gaussian_log_prob_bwd_kernel(
@@ -140,11 +153,15 @@ def launch_log_prob(
     guidance_scale: float,
     likelihood: int,
     kl_std: torch.Tensor | float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log_prob [B], KL to reference_mean [B], empty without one) in one launch; contiguous tensors only."""
+    old_mean: torch.Tensor | None = None,
+    trust_region: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log_prob [B], KL to reference_mean [B], `row_shift` [B]) in one launch; the latter two are empty without a
+    reference_mean and with trust region 0. Contiguous tensors only."""
     batch, count = latents.shape[0], latents[0].numel()
     log_prob = latents.new_empty(batch, dtype=torch.float32)
     kl = log_prob.new_empty(0 if reference_mean is None else batch)
+    shift = log_prob.new_empty(batch if trust_region else 0)
     lanes, tiles, warps = tiling(count)
     with device_guard(latents):
         _gaussian_log_prob_kernel[(batch,)](
@@ -153,9 +170,11 @@ def launch_log_prob(
             uncond,
             next_latents,
             reference_mean,
+            old_mean,
             coefficients,
             log_prob,
             kl,
+            shift,
             kl_std,
             count,
             3 if coefficients.dim() == 2 else 0,
@@ -165,12 +184,13 @@ def launch_log_prob(
             GUIDED=uncond is not None,
             HAS_REFERENCE=reference_mean is not None,
             KL_STD_IN_MEMORY=torch.is_tensor(kl_std),
+            TRUST_REGION=trust_region,
             LIKELIHOOD=likelihood,
             TILES=tiles,
             LANES=lanes,
             num_warps=warps,
         )
-    return log_prob, kl
+    return log_prob, kl, shift
 
 
 def kl_std_stride(kl_std: torch.Tensor | float | None) -> int:

@@ -105,31 +105,45 @@ GRADS = pointers("velocity_grad_ptr uncond_grad_ptr", "*bf16")
 STORED = pointers("latents_ptr next_ptr", "*bf16")  # a trajectory kept in half precision
 REFERENCE = {"next_ptr": "*fp32", "reference_mean_ptr": "*fp32", "kl_std_stride": "i32"}
 NO_KL_STD = {"kl_std": None, "KL_STD_IN_MEMORY": False}
+MOVED = pointers("old_mean_ptr shift_ptr", "*fp32")
+NOT_MOVED = dict.fromkeys(MOVED) | {"TRUST_REGION": 0}
+
+
+def region_constants(trust_region: int) -> dict:
+    return {"TRUST_REGION": trust_region} if trust_region else NOT_MOVED
 
 
 def kl_std_constants(types: dict[str, str]) -> dict:
     return {"KL_STD_IN_MEMORY": types["kl_std"].startswith("*")} if types else NO_KL_STD
 
 
-def log_prob_kl(name: str, **kl_std: str) -> Spec:
+def log_prob_kl(name: str, trust_region: int = 0, **kl_std: str) -> Spec:
+    moved = MOVED if trust_region else {}
     return Spec(
         name=name,
         kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_kernel",
-        types=STEP | SCALARS | REFERENCE | {"log_prob_ptr": "*fp32", "kl_ptr": "*fp32"} | kl_std,
-        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "TILES": TILES} | kl_std_constants(kl_std),
+        types=STEP | SCALARS | REFERENCE | {"log_prob_ptr": "*fp32", "kl_ptr": "*fp32"} | moved | kl_std,
+        constants=TILE
+        | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "TILES": TILES}
+        | region_constants(trust_region)
+        | kl_std_constants(kl_std),
         warps=WARPS,
-        vector_loads=5,
+        vector_loads=6 if trust_region else 5,
     )
 
 
-def policy_loss(name: str, **kl_std: str) -> Spec:
+def policy_loss(name: str, trust_region: int = 0, **kl_std: str) -> Spec:
+    moved = MOVED if trust_region else {}
     return Spec(
         name=name,
         kernel=OPS + "clipped_policy_loss:_clipped_policy_loss_kernel",
-        types=STEP | SCALARS | REFERENCE | LOSS_ROWS | LOSS_SCALARS | GRADS | {"B": "i32"} | kl_std,
-        constants=TILE | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "ROWS": 16} | kl_std_constants(kl_std),
+        types=STEP | SCALARS | REFERENCE | LOSS_ROWS | LOSS_SCALARS | GRADS | {"B": "i32"} | moved | kl_std,
+        constants=TILE
+        | {"HAS_REFERENCE": True, "LIKELIHOOD": 1, "ROWS": 16}
+        | region_constants(trust_region)
+        | kl_std_constants(kl_std),
         warps=WARPS,
-        vector_loads=5,
+        vector_loads=6 if trust_region == 1 else 5,  # the divergence's own gradient does not look at μ_old
         vector_stores=2,
     )
 
@@ -148,7 +162,8 @@ SPECS = [
         types=STEP | SCALARS | {"next_ptr": "*fp32", "log_prob_ptr": "*fp32", "kl_std_stride": "i32"},
         constants=TILE
         | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": TILES, "reference_mean_ptr": None, "kl_ptr": None}
-        | NO_KL_STD,
+        | NO_KL_STD
+        | NOT_MOVED,
         warps=WARPS,
         vector_loads=4,
     ),
@@ -158,12 +173,15 @@ SPECS = [
         types=STEP | SCALARS | {"log_prob_ptr": "*fp32", "kl_std_stride": "i32"} | STORED,
         constants=TILE
         | {"HAS_REFERENCE": False, "LIKELIHOOD": 1, "TILES": TILES, "reference_mean_ptr": None, "kl_ptr": None}
-        | NO_KL_STD,
+        | NO_KL_STD
+        | NOT_MOVED,
         warps=WARPS,
         vector_loads=4,
     ),
     log_prob_kl("gaussian_log_prob/forward_kl"),
     log_prob_kl("gaussian_log_prob/forward_kl_std", kl_std="*fp32"),
+    log_prob_kl("gaussian_log_prob/forward_normalized_ratio", 1),
+    log_prob_kl("gaussian_log_prob/forward_divergence", 2),
     Spec(
         name="gaussian_log_prob/backward",
         kernel=OPS + "gaussian_log_prob:_gaussian_log_prob_bwd_kernel",
@@ -176,6 +194,8 @@ SPECS = [
     policy_loss("clipped_policy_loss"),
     policy_loss("clipped_policy_loss/kl_std", kl_std="*fp32"),
     policy_loss("clipped_policy_loss/kl_std_value", kl_std="fp32"),
+    policy_loss("clipped_policy_loss/normalized_ratio", 1),
+    policy_loss("clipped_policy_loss/divergence", 2),
     Spec(
         name="group_advantages",
         kernel=OPS + "group_advantages:_group_advantages_kernel",

@@ -1,0 +1,111 @@
+"""Trust regions and step weights in the update: exact before the first step, seen after it, and weighed as they say.
+
+Planted bugs that turned this file red: no means kept for a trust region that needs them; the ratio's bound for the
+divergence; the rollout's mean left after reweighing; weights by the step's place in the window; weights in the KL.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from advgrpo import config
+from advgrpo.errors import UserError
+from advgrpo.sampling.dynamics import step_weights
+from tests.sampling.test_rollout import build, changed, rollout_of, without_times
+
+REGIONS = ("ratio", "normalized_ratio", "divergence")
+SDE = {"dynamics": "flow_sde", "likelihood": "gaussian", "eta": 0.7}
+
+
+def settings_of(unit_config, region="ratio", weights="uniform", **rollout):
+    settings = changed(unit_config, micro_batch=2, **rollout)
+    settings.update.minibatches, settings.update.learning_rate = 2, 1e-2
+    settings.update.trust_region, settings.update.step_weights = region, weights
+    config.check(settings, 1)
+    return settings
+
+
+@pytest.mark.parametrize("rollout", [{}, SDE], ids=["cps", "sde"])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("region", REGIONS)
+def test_every_region_starts_where_the_rollout_was_and_moves(unit_config, region, fast, rollout):
+    settings = settings_of(unit_config, region, **rollout)
+    settings.fast, settings.update.clip_range, settings.update.max_divergence = fast, 1e-12, 1e-12
+    metrics = build(settings).trainer.iterate()
+    assert metrics["log_prob_mismatch_max"] == metrics["pre_update_clip_fraction"] == 0
+    assert 0 < metrics["clip_fraction"] <= 0.5, "of the second minibatch"
+    assert metrics["ratio_mean"] != 1
+    assert (metrics.get("policy_divergence", 0) > 0) == (region == "divergence")
+
+
+def test_a_divergence_that_is_allowed_masks_nothing(unit_config):
+    """Neither does the clip range, which is the ratio's."""
+    settings = settings_of(unit_config, "divergence")
+    settings.update.max_divergence, settings.update.clip_range = 1e6, 1e-12
+    metrics = build(settings).trainer.iterate()
+    assert metrics["clip_fraction"] == 0 < metrics["policy_divergence"]
+
+
+@pytest.mark.parametrize("region", REGIONS[1:])
+def test_a_window_of_merged_weights_is_compared_with_the_trainers_own_mean(unit_config, region):
+    unit_config.update.old_log_prob = "recompute"
+    settings = settings_of(unit_config, region, window_forward="merged")
+    settings.update.minibatches = 1
+    trainer = build(settings).trainer
+    with torch.no_grad():
+        for _, parameter in trainer.policy.trainable_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    metrics = trainer.iterate()
+    assert metrics["log_prob_mismatch_mean"] > 0, "merging rounds"
+    assert metrics["ratio_mean"] == 1
+    assert metrics.get("policy_divergence", 0) == 0
+
+
+def test_steps_weigh_as_much_as_they_are_short(unit_config):
+    """SD3's schedule of 4 steps, shift 3: loss and gradient of a step are the unweighted ones over sigma - sigma'."""
+    losses, gradients = {}, {}
+    for weights in ("uniform", "inverse_length"):
+        window = {"order": "fixed", "steps": [0, 2]}
+        settings = settings_of(unit_config, "normalized_ratio", weights, **SDE, window=window)
+        trainer = build(settings).trainer
+        micro_batch, table = rollout_of(trainer).micro_batches[0], trainer.objective.table(0)
+        for step in list(micro_batch.steps):
+            micro_batch.steps = [step]
+            advantages = torch.linspace(-3, 7, 8)  # clipped to 5 before they are weighed
+            stats = trainer.updater.accumulate([micro_batch], advantages, table, total=4, watch_kl=False)
+            losses[weights, step.step] = stats.sums()[0].item()
+            gradients[weights, step.step] = torch.cat([p.grad.flatten() for _, p in trainer.updater.named])
+    levels = trainer.policy.schedule(4)[0].tolist()
+    for step in (0, 2):
+        length = levels[step] - levels[step + 1]
+        assert losses["inverse_length", step] == pytest.approx(losses["uniform", step] / length, rel=1e-5)
+        plain, weighed = gradients["uniform", step], gradients["inverse_length", step]
+        torch.testing.assert_close(weighed * length, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+def test_weights_are_of_the_step_and_not_of_its_place(unit_config):
+    trainer = build(settings_of(unit_config, weights="inverse_length")).trainer
+    levels = trainer.policy.schedule(4)[0].tolist()
+    expected = [1 / (levels[i] - levels[i + 1]) for i in range(4)]
+    assert trainer.updater.step_weights == pytest.approx(expected)
+    assert len(set(expected)) == 4
+    assert step_weights(trainer.policy, trainer.objective.settings, "uniform") == (1.0,) * 4
+
+
+def test_a_step_of_ddim_has_no_length(unit_config):
+    settings = changed(unit_config, dynamics="ddim")
+    settings.update.step_weights = "inverse_length"
+    with pytest.raises(UserError, match=r"update\.step_weights = 'inverse_length' divides by a step's length"):
+        config.check(settings, 1)
+
+
+@pytest.mark.parametrize("region", REGIONS[1:])
+def test_a_resumed_run_takes_the_same_steps(unit_config, region):
+    going, resumed = (build(settings_of(unit_config, region)).trainer for _ in range(2))
+    going.iterate()
+    tensors, state = copy.deepcopy(going.state())
+    resumed.load(tensors, state)
+    second, again = (without_times(trainer.iterate()) for trainer in (going, resumed))
+    assert second == again
+    assert second["ratio_mean"] != 1
