@@ -232,8 +232,9 @@ class UpdateSection(Section):
     """PPO clip epsilon on the ratio; inf does not clip. Trust region "divergence" does not look at it."""
     max_divergence: Above0 = 1e-5
     """Trust region "divergence": the KL of a step to the rollout's, a mean over elements, from which it is masked."""
-    step_weights: Literal["uniform", "inverse_length"] = "uniform"
-    """Weights of the steps' policy losses: all 1, or 1 / (sigma - sigma') by the step's noise levels (GRPO-Guard)."""
+    step_weights: Literal["uniform", "inverse_length", "noise"] = "uniform"
+    """Weights of the steps' policy losses: all 1; 1 / (sigma - sigma') by the step's noise levels (GRPO-Guard); or the
+    standard deviation of the step's noise over its mean over the schedule (TempFlow-GRPO, arXiv 2508.04324)."""
     kl_weight: AtLeast0 = 0.0
     """Weight beta of the KL to the adapter-disabled model."""
     kl_variance: Literal["step", "unit_time"] = "step"

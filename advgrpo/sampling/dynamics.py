@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from advgrpo.config import OBJECTIVES, RolloutSection, eligible_steps
+from advgrpo.config import OBJECTIVES, RolloutSection, eligible_steps, noisy_steps
 from advgrpo.errors import UserError
 from advgrpo.policy.base import Generator
 from advgrpo.runtime import rng
@@ -68,25 +68,35 @@ def step_table(
     if window:
         check_dynamics(policy.prediction_type, rollout.dynamics)
     noise = [rollout.eta if i in window else 0.0 for i in range(num_steps)]
-    if policy.prediction_type == "epsilon":
-        coefficients = ddim_coefficients(levels[:-1], levels[1:], noise)
-    else:
-        dynamics = rollout.dynamics if window else "ode"
-        coefficients = transition_coefficients(levels.tolist(), dynamics=dynamics, noise_level=noise)
+    coefficients = _coefficients(policy, levels, rollout.dynamics if window else "ode", noise)
     trained = window[: rollout.window.trained_of(len(window))] if window else ()
     timed = bool(window) and rollout.dynamics in ("flow_sde", "dance_sde")  # s² = std²·(σ - σ')
     lengths = tuple((levels[:-1] - levels[1:]).tolist()) if timed else (1.0,) * num_steps
     return StepTable(*(to_device(t, policy.device) for t in (timesteps, coefficients)), window, trained, lengths)
 
 
+def _coefficients(policy: Generator, levels: torch.Tensor, dynamics: str, noise: list[float]) -> torch.Tensor:
+    """[T, 3] float32 of a schedule's levels [T+1]; `dynamics` are a flow's, of noise strength `noise` [T]."""
+    if policy.prediction_type == "epsilon":
+        return ddim_coefficients(levels[:-1], levels[1:], noise)
+    return transition_coefficients(levels.tolist(), dynamics=dynamics, noise_level=noise)
+
+
 def step_weights(policy: Generator, rollout: RolloutSection, which: str) -> tuple[float, ...]:
     """Of each step's policy loss, T: `update.step_weights`.
 
     "inverse_length" is 1/(σ - σ'), the division by -dt of GRPO-Guard (arXiv 2510.22319) as in verl-omni at a1139ba.
+    "noise" is TempFlow-GRPO's noise-aware weight (arXiv 2508.04324, whose code is not published): the standard
+    deviation s of the step's noise, σ_t·sqrt(-dt) in Flow-GRPO's terms, over its mean over all steps that can have any.
     """
     levels, _ = policy.schedule(rollout.num_steps)
     if which == "inverse_length":
         return tuple((1.0 / (levels[:-1] - levels[1:])).tolist())
+    if which == "noise":
+        noisy = noisy_steps(rollout)
+        noise = [rollout.eta] * noisy + [0.0] * (rollout.num_steps - noisy)
+        std = _coefficients(policy, levels, rollout.dynamics, noise)[:, 2].double()
+        return tuple((std / std[:noisy].mean()).tolist())
     return (1.0,) * rollout.num_steps
 
 

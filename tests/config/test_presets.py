@@ -74,7 +74,15 @@ def test_another_loss_changes_nothing_else(size, base, name):
     assert {field: value for field, value in changed.items() if field not in bounds} == OTHER_LOSSES[name]
 
 
-ON_FLOW_GRPO = ("sd35m-flow-grpo-original", *(f"sd35m-{name}" for name in OTHER_LOSSES))
+ON_FLOW_GRPO = ("sd35m-flow-grpo-original", "sd35m-tempflow", *(f"sd35m-{name}" for name in OTHER_LOSSES))
+
+
+@pytest.mark.parametrize(("name", "base"), [("tiny-tempflow", "tiny"), ("sd35m-tempflow", "sd35m-flow-grpo-original")])
+def test_tempflow_branches_at_one_step_from_one_noise_and_weighs_it(name, base):
+    settings, theirs = config.load(name), config.load(base).model_dump()
+    assert (settings.rollout.initial_noise, settings.rollout.window.count) == ("shared", 1)
+    assert settings.rollout.window.chosen_order == "random"
+    assert settings.update.model_dump() == {**theirs["update"], "step_weights": "noise"}
 
 
 @pytest.mark.parametrize(

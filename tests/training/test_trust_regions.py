@@ -5,7 +5,10 @@ divergence; the rollout's mean left after reweighing; weights by the step's plac
 """
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from advgrpo.errors import UserError
 from advgrpo.sampling.dynamics import step_weights
 from tests.sampling.test_rollout import build, changed, rollout_of, without_times
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 REGIONS = ("ratio", "normalized_ratio", "divergence")
 SDE = {"dynamics": "flow_sde", "likelihood": "gaussian", "eta": 0.7}
 
@@ -91,6 +95,22 @@ def test_weights_are_of_the_step_and_not_of_its_place(unit_config):
     assert trainer.updater.step_weights == pytest.approx(expected)
     assert len(set(expected)) == 4
     assert step_weights(trainer.policy, trainer.objective.settings, "uniform") == (1.0,) * 4
+
+
+@pytest.mark.parametrize("dynamics", ["flow_sde", "flow_cps"])
+def test_noise_weights_are_the_steps_recorded_deviations_over_their_mean(unit_config, dynamics):
+    """sigma_t·sqrt(-dt) by flow_grpo's own std_dev_t; flow_cps' recorded one is that of the whole step, and its last
+    step has none."""
+    golden = np.load(GOLDEN / {"flow_sde": "flow_sde_flow_grpo.npz", "flow_cps": "flow_cps_adv_grpo.npz"}[dynamics])
+    sigmas = torch.from_numpy(golden["sigmas"]).double()
+    policy = SimpleNamespace(prediction_type="flow_prediction", schedule=lambda steps: (sigmas, None))
+    eta = float(golden["noise_level"])
+    rollout = changed(unit_config, num_steps=10, dynamics=dynamics, eta=eta).rollout
+    lengths = sigmas[:-1] - sigmas[1:]
+    std = torch.tensor([golden[f"{step}_std_dev_t"][0].item() for step in range(10)])
+    std = std * lengths.sqrt() if dynamics == "flow_sde" else std
+    expected = std / std[: 10 if dynamics == "flow_sde" else 9].mean()
+    assert step_weights(policy, rollout, "noise") == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_a_step_of_ddim_has_no_length(unit_config):
