@@ -74,7 +74,22 @@ def test_another_loss_changes_nothing_else(size, base, name):
     assert {field: value for field, value in changed.items() if field not in bounds} == OTHER_LOSSES[name]
 
 
-ON_FLOW_GRPO = ("sd35m-flow-grpo-original", "sd35m-tempflow", *(f"sd35m-{name}" for name in OTHER_LOSSES))
+ON_FLOW_GRPO = (
+    "sd35m-flow-grpo-original",
+    "sd35m-tempflow",
+    "sd35m-mixgrpo",
+    *(f"sd35m-{name}" for name in OTHER_LOSSES),
+)
+
+
+@pytest.mark.parametrize(("name", "base"), [("tiny-mixgrpo", "tiny"), ("sd35m-mixgrpo", "sd35m-flow-grpo-original")])
+def test_mixgrpo_slides_its_window_and_changes_no_loss(name, base):
+    settings, theirs = config.load(name), config.load(base)
+    assert settings.rollout.window.chosen_order == "sliding"
+    assert settings.update == theirs.update
+    assert settings.rollout.model_copy(update={"window": None, "num_steps": 0}) == theirs.rollout.model_copy(
+        update={"window": None, "num_steps": 0}
+    )
 
 
 @pytest.mark.parametrize(("name", "base"), [("tiny-tempflow", "tiny"), ("sd35m-tempflow", "sd35m-flow-grpo-original")])

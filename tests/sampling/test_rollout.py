@@ -7,7 +7,9 @@ kernel per norm claimed without triton; ADVGRPO_KERNELS_BACKEND not looked at; t
 """
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -23,6 +25,7 @@ from advgrpo.training.run import Run
 from advgrpo_kernels import gaussian_step
 from tests.parts import steps_of
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 NOISE = ("per_image", "shared")
 WINDOWS = {
     "random": {"order": "random"},
@@ -179,6 +182,30 @@ def test_contiguous_windows_are_consecutive_and_reach_both_ends_of_the_range(uni
     assert windows != [steps_of(settings, i) for i in range(60)]
     whole = ten_steps(unit_config, order="contiguous", size=5)
     assert {steps_of(whole, i) for i in range(9)} == {(0, 1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [
+        ("sliding", {"slide_every": 3, "slide_by": 1}),
+        ("strided", {"slide_every": 2, "slide_by": 2}),
+        ("apart", {"slide_every": 2, "slide_by": 4}),
+    ],
+)
+def test_sliding_windows_are_mix_grpos_but_for_those_that_its_range_cuts_short(unit_config, name, window):
+    golden = np.load(GOLDEN / "windows_mix_grpo.npz")[name].tolist()
+    theirs = [tuple(range(first, last + 1)) for first, last in golden if last - first == 3]
+    window = {"order": "sliding", "size": 4, "noise_range": [0.0, 1.0], **window}
+    settings = changed(unit_config, num_steps=10, dynamics="flow_sde", likelihood="gaussian", window=window)
+    assert [steps_of(settings, iteration) for iteration in range(len(theirs))] == theirs
+    assert len(set(theirs)) >= 2
+
+
+def test_contiguous_windows_are_those_that_mix_grpo_draws(unit_config):
+    theirs = {tuple(range(first, last + 1)) for first, last in np.load(GOLDEN / "windows_mix_grpo.npz")["random"]}
+    window = {"order": "contiguous", "size": 4, "noise_range": [0.0, 1.0]}
+    settings = changed(unit_config, num_steps=10, dynamics="flow_sde", likelihood="gaussian", window=window)
+    assert {steps_of(settings, iteration) for iteration in range(200)} == theirs
 
 
 def test_a_sliding_window_goes_from_noise_to_image_and_starts_over(unit_config):
