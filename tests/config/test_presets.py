@@ -82,6 +82,15 @@ ON_FLOW_GRPO = (
 )
 
 
+@pytest.mark.parametrize("name", ["tiny-gdpo", "sd35m-gdpo"])
+def test_gdpo_normalises_every_reward_by_itself_and_their_sum_over_the_iteration(name):
+    settings = config.load(name)
+    used = [section for section in settings.rewards.sections().values() if section.used]
+    assert len(used) == 2
+    assert {section.normalize for section in used} == {"group"}
+    assert settings.advantage.std == "global"
+
+
 @pytest.mark.parametrize(("name", "base"), [("tiny-mixgrpo", "tiny"), ("sd35m-mixgrpo", "sd35m-flow-grpo-original")])
 def test_mixgrpo_slides_its_window_and_changes_no_loss(name, base):
     settings, theirs = config.load(name), config.load(base)
