@@ -8,7 +8,7 @@ from pathlib import Path
 
 from advgrpo.config.config import Config
 from advgrpo.config.explain import did_you_mean
-from advgrpo.config.sections import RewardSection, RolloutSection
+from advgrpo.config.sections import RewardSection, RolloutSection, UpdateSection
 from advgrpo.errors import UserError
 
 NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
@@ -35,6 +35,7 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
         raise UserError(f"rollout.eta = {rollout.eta:g}: {rollout.dynamics} wants at most 1")
     if config.model.resolution % 8:
         raise UserError(f"model.resolution = {config.model.resolution}: want a multiple of 8")
+    _check_kl(config.update, config.model.train)
     if config.update.kl_variance == "unit_time" and rollout.likelihood != "gaussian":
         raise UserError(
             f"update.kl_variance = 'unit_time' divides the KL of likelihood gaussian, but rollout.likelihood = "
@@ -52,6 +53,31 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
     _check_metrics(config)
     if with_data:
         _check_data(config)
+
+
+def _check_kl(update: UpdateSection, train: str) -> None:
+    """Whom the KL pulls towards, and whether it pulls at all."""
+    if update.kl_to != "base" and not update.kl_weight:
+        raise UserError(
+            f"update.kl_to = {update.kl_to!r} pulls nowhere with update.kl_weight = 0: give it a weight "
+            "(--update.kl-weight 0.1)"
+        )
+    if (update.kl_to == "teacher") != bool(update.teacher):
+        raise UserError(
+            f"update.teacher = {update.teacher!r} with update.kl_to = {update.kl_to!r}: the KL to a teacher needs the "
+            "folder of its LoRA and update.kl_to = 'teacher'"
+        )
+    if update.teacher and train != "lora":
+        raise UserError(f"update.teacher = {update.teacher!r} is a LoRA, which needs model.train = lora")
+    if not update.policy_weight and not update.kl_weight:
+        raise UserError(
+            "update.policy_weight = 0 and update.kl_weight = 0: nothing would be learned; give one a weight"
+        )
+    if update.kl_space == "velocity" and update.kl_variance != "step":
+        raise UserError(
+            f"update.kl_variance = {update.kl_variance!r} would not be looked at: update.kl_space = 'velocity' divides "
+            "by nothing; set update.kl_variance = 'step'"
+        )
 
 
 def fits_micro_batches(
@@ -267,11 +293,12 @@ def _check_data(config: Config) -> None:
     needed = needs_references(config)
     if needed and not (config.data.references or config.data.style):
         raise UserError(f"data.references is empty, but {needed[0]} needs references: pass --data.references PATH")
-    start = config.model.lora.start_from
-    if start and not Path(start).expanduser().exists():
-        raise UserError(
-            f"model.lora.start_from = {start!r} does not exist; pass a folder that OUT/lora was exported to"
-        )
+    for name, folder in (
+        ("model.lora.start_from", config.model.lora.start_from),
+        ("update.teacher", config.update.teacher),
+    ):
+        if folder and not Path(folder).expanduser().exists():
+            raise UserError(f"{name} = {folder!r} does not exist; pass a folder that OUT/lora was exported to")
 
 
 def check_learning(config: Config) -> None:

@@ -36,6 +36,10 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
             ("kl_variance", "step"),
             ("trust_region", "ratio"),
             ("step_weights", "uniform"),
+            ("policy_weight", 1.0),
+            ("kl_to", "base"),
+            ("teacher", ""),
+            ("kl_space", "latent"),
         ),
     ),
     "sft": ObjectiveTraits(
@@ -51,6 +55,10 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
             ("old_log_prob", "rollout"),
             ("trust_region", "ratio"),
             ("step_weights", "uniform"),
+            ("policy_weight", 1.0),
+            ("kl_to", "base"),
+            ("teacher", ""),
+            ("kl_space", "latent"),
         ),
     ),
 }

@@ -235,11 +235,21 @@ class UpdateSection(Section):
     step_weights: Literal["uniform", "inverse_length", "noise"] = "uniform"
     """Weights of the steps' policy losses: all 1; 1 / (sigma - sigma') by the step's noise levels (GRPO-Guard); or the
     standard deviation of the step's noise over its mean over the schedule (TempFlow-GRPO, arXiv 2508.04324)."""
+    policy_weight: AtLeast0 = 1.0
+    """Weight of the policy loss beside the KL; 0 leaves the KL alone, which to a teacher is distillation."""
     kl_weight: AtLeast0 = 0.0
-    """Weight beta of the KL to the adapter-disabled model."""
+    """Weight beta of the KL."""
+    kl_to: Literal["base", "ema", "teacher"] = "base"
+    """Whom the KL pulls towards: the model without adapters, the moving average of the policy itself, or `teacher`."""
+    teacher: str = ""
+    """With kl_to teacher: folder of a trained LoRA (such as OUT/lora) of the rank, targets and blocks of this run."""
+    kl_space: Literal["latent", "velocity"] = "latent"
+    """Where the KL is taken: between the means of a step, or as the squared difference of the velocities, which is
+    divided by nothing and weighs all steps alike."""
     kl_variance: Literal["step", "unit_time"] = "step"
-    """What the KL divides by with likelihood gaussian: 2s², s the noise of the step, which makes it the KL of the two
-    steps; or 2·std², std the noise per unit of time, as Flow-GRPO's code, which is smaller by the step's length."""
+    """What the KL in latent space divides by with likelihood gaussian: 2s², s the noise of the step, which makes it the
+    KL of the two steps; or 2·std², std the noise per unit of time, as Flow-GRPO's code, which is smaller by the step's
+    length."""
     minibatches: Positive = 2
     """Optimizer steps per iteration: the rollout is cut into this many parts."""
     learning_rate: Above0 = 3e-4

@@ -26,6 +26,7 @@ from advgrpo.runtime.atomic import write_folder_atomically
 
 logger = logging.getLogger(__name__)
 ADAPTER = "default"
+START = "model.lora.start_from"  # the setting that a LoRA to load comes from unless another is named
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -95,17 +96,15 @@ def read_lora_for(pipeline: Path, path: Path, field: str) -> LoraFile:
     return file
 
 
-def start_state(folder: Path, component: str, scale: float) -> dict[str, torch.Tensor]:
-    """Adapters of model.lora.start_from by PEFT's names, for `scale * B @ A`: the file's update, whatever its alpha.
+def start_state(folder: Path, component: str, scale: float, field: str) -> dict[str, torch.Tensor]:
+    """Adapters of a setting's LoRA by PEFT's names, for `scale * B @ A`: the file's update, whatever its alpha.
 
     Raises:
         UserError: as `read_lora`, or a LoRA of another kind of network.
     """
-    file = read_lora(folder, "model.lora.start_from")
+    file = read_lora(folder, field)
     if file.component != component:
-        raise UserError(
-            f"model.lora.start_from = {str(folder)!r} adapts a {file.component}, but the model has a {component}"
-        )
+        raise UserError(f"{field} = {str(folder)!r} adapts a {file.component}, but the model has a {component}")
     return file.state_dict(scale)
 
 
@@ -168,8 +167,8 @@ class LoraAdapters:
     def scale(self) -> float:
         return self.lora.alpha / self.lora.rank
 
-    def load_lora(self, folder: Path) -> None:
-        self.load_state_dict(start_state(folder, component_of(self.network), self.scale), str(folder))
+    def load_lora(self, folder: Path, field: str = START) -> None:
+        self.load_state_dict(start_state(folder, component_of(self.network), self.scale, field), str(folder))
 
     def export(self, folder: Path) -> None:
         export_lora(folder, self.modules(), self.scale, component_of(self.network), self.lora.export_format)

@@ -5,6 +5,7 @@
     Policy            both: what the trainer, the update and evaluation work with
     SupervisedTarget  a generator that supervised fine-tuning can fit: not one that predicts noise
     Capturable        a generator whose steps can become CUDA graphs; another's run eagerly
+    LoraReader        a policy that can say what another LoRA's parameters would be: what distillation asks
 
 `P` is a policy's own form of prepared prompts: what its `prepare` gives and its `predict` takes.
 
@@ -127,6 +128,19 @@ class SupervisedTarget(Generator[P], Protocol[P]):
 
     def training_sigmas(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """σ [K] float32 in (0, 1) at quantiles in (0, 1) of the training schedule, and their timesteps [K] float32."""
+        ...
+
+
+@runtime_checkable
+class LoraReader(Protocol):
+    """A policy that knows files of its own adapters. Nothing but a teacher (`update.teacher`) asks for it."""
+
+    def parameters_of_lora(self, folder: Path, field: str) -> dict[str, torch.Tensor]:
+        """What the trainable parameters would be with the LoRA in `folder`, by name, on the policy's device.
+
+        Raises:
+            UserError: no LoRA there, or another rank, targets or blocks; names `field`, the setting it comes from.
+        """
         ...
 
 

@@ -127,6 +127,16 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.network.parameters()
 
+    def parameters_of_lora(self, folder: Path, field: str) -> dict[str, torch.Tensor]:
+        """See `LoraReader`: loaded in the parameters' place, which then get their own values back, to the bit."""
+        own = {name: parameter.detach().clone() for name, parameter in self.trainable_parameters()}
+        self.network.load_lora(folder, field)
+        found = {name: parameter.detach().clone() for name, parameter in self.trainable_parameters()}
+        with torch.no_grad():
+            for name, parameter in self.trainable_parameters():
+                parameter.copy_(own[name])
+        return found
+
     def element_name(self, parameter: str, index: int) -> str:
         return self.network.element_name(parameter, index)
 

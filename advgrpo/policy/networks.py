@@ -19,7 +19,7 @@ import torch
 from diffusers import ModelMixin, SD3Transformer2DModel
 
 from advgrpo.config import ModelSection
-from advgrpo.policy.adapters import FullWeights, LoraAdapters, export_lora, start_state, target_modules
+from advgrpo.policy.adapters import START, FullWeights, LoraAdapters, export_lora, start_state, target_modules
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig, Weights
 
 
@@ -91,8 +91,8 @@ class StockNetwork:
     def merge_error(self) -> None:
         """Nothing is rounded."""
 
-    def load_lora(self, folder: Path) -> None:
-        self.adapters.load_lora(folder)
+    def load_lora(self, folder: Path, field: str = START) -> None:
+        self.adapters.load_lora(folder, field)
 
     def export(self, folder: Path) -> None:
         self.adapters.export(folder)
@@ -141,8 +141,8 @@ class FusedNetwork:
     def merge_error(self) -> torch.Tensor:
         return self.transformer.merge_error()
 
-    def load_lora(self, folder: Path) -> None:
-        self.lora.load_state_dict(start_state(folder, "transformer", self.lora.scale), str(folder))
+    def load_lora(self, folder: Path, field: str = START) -> None:
+        self.lora.load_state_dict(start_state(folder, "transformer", self.lora.scale, field), str(folder))
 
     def export(self, folder: Path) -> None:
         export_lora(folder, self.lora.modules(), self.lora.scale, "transformer", self.export_format)

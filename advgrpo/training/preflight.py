@@ -30,7 +30,7 @@ from advgrpo.config import (
 )
 from advgrpo.errors import UserError
 from advgrpo.plan.known_models import BACKBONES, TRANSFORMERS, known_pipeline
-from advgrpo.policy.adapters import component_of, read_lora_for, stored_network, target_modules
+from advgrpo.policy.adapters import START, component_of, read_lora_for, stored_network, target_modules
 from advgrpo.policy.fused.lora import check_lora_state
 from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
 from advgrpo.policy.pipelines import PREDICTION_TYPES, local_pipeline, pipeline_index
@@ -194,7 +194,7 @@ def _check_generator(config: Config) -> None:
                     f"{field}.num_steps = {steps}: this model was trained on {trained} timesteps; want fewer"
                 )
     if model.train == "lora":
-        check_adapters(folder, network, model.lora)
+        check_adapters(folder, network, model.lora, config.update.teacher)
 
 
 def _check_known_size(model: ModelSection) -> None:
@@ -204,18 +204,20 @@ def _check_known_size(model: ModelSection) -> None:
         check_resolution(model.resolution, SimpleNamespace(**pipeline.transformer), pipeline.decoder)
 
 
-def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection) -> None:
-    """UserError for targets or blocks that the network lacks, or a start_from of another shape."""
+def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection, teacher: str = "") -> None:
+    """UserError for targets or blocks that the network lacks, or a start_from or teacher of another shape."""
     targets = target_modules(network, lora)
-    if not lora.start_from:
+    named = {START: lora.start_from, "update.teacher": teacher}
+    files = {field: read_lora_for(folder, Path(path), field) for field, path in named.items() if path}
+    if not files:
         return
-    start = read_lora_for(folder, Path(lora.start_from), "model.lora.start_from")
     own = {}
     for name in targets:
         layer = network.get_submodule(name)
         own[f"{name}.lora_A.weight"] = torch.empty(lora.rank, layer.in_features, device="meta")
         own[f"{name}.lora_B.weight"] = torch.empty(layer.out_features, lora.rank, device="meta")
-    check_lora_state(own, start.state_dict(), f"model.lora.start_from = {lora.start_from!r}")
+    for field, file in files.items():
+        check_lora_state(own, file.state_dict(), f"{field} = {named[field]!r}")
 
 
 # What judges.

@@ -19,6 +19,7 @@ from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable, step_weights
 from advgrpo.training.device_abort import DeviceAbort
 from advgrpo.training.ema import Ema
+from advgrpo.training.kl_target import kl_target
 from advgrpo.training.optimizer import build_optimizer
 from advgrpo.types import MicroBatchRollout, WindowStep
 from advgrpo_kernels import PolicyLoss, clipped_policy_loss, gaussian_log_prob, gaussian_step
@@ -86,6 +87,7 @@ class Updater:
         self.step_weights = step_weights(policy, rollout, update.step_weights)
         self.named = list(policy.trainable_parameters())
         self.ema = ema or Ema.of(self.named, update)
+        self.kl_target = kl_target(policy, update, self.ema)
         self.stepper = build_optimizer([p for _, p in self.named], update, self.ema, fused=fused)
         self.optimizer = self.stepper.optimizer
         self.abort = DeviceAbort(policy.device)
@@ -136,8 +138,8 @@ class Updater:
         watch_kl: bool,
     ) -> UpdateStats:
         """Gradients of one minibatch. `advantages` is [B global], indexed by image id; `total` is its
-        number of images over all processes. `watch_kl` measures the KL to the base on the first step of image 0's
-        micro-batch even when the loss does not use it: with a shared prefix that forward has one row per prompt.
+        number of images over all processes. `watch_kl` measures the KL on the first step of image 0's micro-batch even
+        when the loss does not use it: with a shared prefix that forward has one row per prompt.
         """
         self.zero_gradients()
         stats = UpdateStats(self.policy.device)
@@ -151,8 +153,8 @@ class Updater:
                 measure_kl = self.config.update.kl_weight > 0 or watched
                 predicted = self._predict(step, prompts, row, table)
                 latents, expanded = self._expanded(step, predicted, row)
-                base_mean = self._base_mean(step, latents, prompts, row, table) if measure_kl else None
-                loss = self._loss(step, latents, expanded, micro_batch_advantages, table, base_mean)
+                target = self._target_mean(step, latents, prompts, row, table) if measure_kl else None
+                loss = self._loss(step, latents, expanded, micro_batch_advantages, table, target)
                 self._backward(step, predicted, loss, len(row) * weight)
                 self._record(stats, loss, step, measure_kl)
         return stats
@@ -186,13 +188,13 @@ class Updater:
         guided = None if unconditional is None else of_images(unconditional)
         return of_images(step.latents), (of_images(conditional), guided)
 
-    def _base_mean(
+    def _target_mean(
         self, step: WindowStep, latents: torch.Tensor, prompts: PreparedPrompts, row: torch.Tensor, table: StepTable
     ) -> torch.Tensor | None:
-        """[M, C, H, W] where the frozen base would go on average from the latents [M, C, H, W]."""
-        with torch.no_grad(), self.policy.disable_adapter():
-            _, base = self._expanded(step, self._predict(step, prompts, row, table), row)
-        return self._mean(latents, base, table, step)
+        """[M, C, H, W] where the KL's target would go on average from the latents [M, C, H, W]."""
+        with torch.no_grad(), self.kl_target():
+            _, predicted = self._expanded(step, self._predict(step, prompts, row, table), row)
+        return self._mean(latents, predicted, table, step)
 
     def _mean(
         self, latents: torch.Tensor, predicted: Prediction, table: StepTable, step: WindowStep
@@ -210,20 +212,23 @@ class Updater:
         predicted: Prediction,
         advantages: torch.Tensor,
         table: StepTable,
-        base_mean: torch.Tensor | None,
+        target_mean: torch.Tensor | None,
     ) -> PolicyLoss:
         """Of M images, with its gradient by what was predicted.
 
         Args:
             latents, predicted: [M, C, H, W] of `_expanded`.
             advantages: [M], before clipping.
-            base_mean: [M, C, H, W] of `_base_mean`; None measures no KL.
+            target_mean: [M, C, H, W] of `_target_mean`; None measures no KL.
         """
         clip = self.config.advantage.clip
         if step.weight is not None:  # weights scale the clipped advantage, so the kernel's own bound is wider
             advantages, clip = advantages.clamp(-clip, clip) * step.weight, clip * self.config.update.importance_cap
-        weight, update = self.step_weights[step.step], self.config.update
-        if weight != 1:
+        update = self.config.update
+        weight = self.step_weights[step.step] * update.policy_weight
+        if weight == 0:
+            advantages = torch.zeros_like(advantages)
+        elif weight != 1:
             advantages, clip = advantages.clamp(-clip, clip) * weight, clip * weight
         return clipped_policy_loss(
             latents,
@@ -237,8 +242,9 @@ class Updater:
             uncond_velocity=predicted[1],
             guidance_scale=self._guidance,
             likelihood=self.config.rollout.likelihood,
-            reference_mean=base_mean,
+            reference_mean=target_mean,
             kl_weight=self._kl_weight(table.lengths[step.step]),
+            kl_std=None if target_mean is None else self._kl_std(table.coefficients[step.step]),
             trust_region=update.trust_region,
             old_mean=step.mean,
         )
@@ -247,6 +253,13 @@ class Updater:
         """Of a KL over 2s²: with s² = std²·length, weighting by the length is dividing by 2·std² instead."""
         update = self.config.update
         return update.kl_weight * (length if update.kl_variance == "unit_time" else 1.0)
+
+    def _kl_std(self, coefficients: torch.Tensor) -> torch.Tensor | None:
+        """What the KL divides by, as its standard deviation; None: as the likelihood says.
+
+        mu - mu' = b·(v - v'), so the mean square of the velocities' difference is that of the means over 2·(|b|/√2)².
+        """
+        return coefficients[1].abs() * 0.5**0.5 if self.config.update.kl_space == "velocity" else None
 
     def _backward(self, step: WindowStep, predicted: Prediction, loss: PolicyLoss, weight: float) -> None:
         """The loss's closed-form gradient by the predictions, through the network. No graph is built for the glue.

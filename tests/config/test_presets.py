@@ -21,6 +21,8 @@ def with_data(name: str, tmp_path):
         settings.data.references = "references" if needed and not settings.data.style else ""
     if name.endswith("repair"):
         settings.model.lora.start_from = str(tmp_path)
+    if name.endswith("distill"):
+        settings.update.teacher = str(tmp_path)
     return settings
 
 
@@ -80,6 +82,18 @@ ON_FLOW_GRPO = (
     "sd35m-mixgrpo",
     *(f"sd35m-{name}" for name in OTHER_LOSSES),
 )
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("tiny-distill", "tiny-flow-grpo-pickscore"), ("sd35m-distill", "sd35m-flow-grpo-pickscore")],
+)
+def test_distillation_learns_from_the_teacher_alone(name, base):
+    ours, theirs = config.load(name).model_dump(), config.load(base).model_dump()
+    assert {section for section in ours if ours[section] != theirs[section]} == {"output_dir", "update"}
+    update = config.load(name).update
+    assert (update.policy_weight, update.kl_to, update.teacher) == (0, "teacher", "")
+    assert update.kl_weight > 0
 
 
 @pytest.mark.parametrize("name", ["tiny-gdpo", "sd35m-gdpo"])

@@ -50,6 +50,7 @@ OURS = (
     *("model.attention", "model.base_precision", "rollout.precision", "rollout.window_forward"),
     *("update.objective", "update.optimizer", "update.max_log_prob_mismatch", "evaluation.grid_prompts"),
     *("update.trust_region", "update.max_divergence", "update.step_weights"),  # other articles' (jobs/objectives.md)
+    *("update.policy_weight", "update.kl_to", "update.teacher", "update.kl_space"),
     *("evaluation.backbone", "evaluation.backbone_image_size", "rewards.*.normalize", "rewards.*.gate"),
 )
 OF_HEADS = ("image_size", "hidden_size", "num_patches", "patch_sampling", "reward_weights", "loss_weights", "normalize")

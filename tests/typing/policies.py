@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from advgrpo.policy.base import Capturable, Generator, P, Policy, Prediction, SupervisedTarget, Trainable
+from advgrpo.policy.base import Capturable, Generator, LoraReader, P, Policy, Prediction, SupervisedTarget, Trainable
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared
 from advgrpo.policy.guidance import Guided, N, Network
@@ -26,6 +26,7 @@ def learns(policy: Trainable[P], prompts: type[P]) -> None: ...
 def draws_and_learns(policy: Policy[P], prompts: type[P]) -> None: ...
 def is_supervised(policy: SupervisedTarget[P], prompts: type[P]) -> None: ...
 def is_captured(policy: Capturable[P], prompts: type[P]) -> None: ...
+def reads_loras(policy: LoraReader) -> None: ...
 def runs(network: Network[N], prompts: type[N]) -> None: ...
 def samples(sampler: Sampler[P], prompts: type[P]) -> None: ...
 
@@ -49,9 +50,11 @@ def unet(policy: UNetPolicy) -> None:
 def of_any_pipeline(policy: DiffusersPolicy) -> None:
     draws_and_learns(policy, Guided)
     is_captured(policy, Guided)
+    reads_loras(policy)
 
 
 def of_the_benchmark(policy: RandomPolicy) -> None:
+    reads_loras(policy)  # ty: ignore[invalid-argument-type]
     draws_and_learns(policy, Guided)
     is_captured(policy, Guided)
     is_supervised(policy, Guided)  # ty: ignore[invalid-argument-type]
