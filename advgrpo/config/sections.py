@@ -226,8 +226,8 @@ class UpdateSection(Section):
     prompts_per_iteration x group_size references are learned from per iteration, without guidance."""
     trust_region: Literal["ratio", "normalized_ratio", "divergence"] = "ratio"
     """What keeps the update near the policy of the rollout: PPO's clip of the likelihood ratio; that of GRPO-Guard's
-    ratio, normalised to be spread alike at every step (arXiv 2510.22319); or Flow-DPPO's mask (2606.11025), which
-    leaves out images whose step has moved too far and would move on, and clips nothing (docs/jobs/objectives.md)."""
+    ratio, normalised by the step's noise (arXiv 2510.22319); or Flow-DPPO's mask (arXiv 2606.11025), which leaves
+    out images whose step has moved too far and would move on, and clips nothing (docs/jobs/objectives.md)."""
     clip_range: OrInfinity = 1e-5
     """PPO clip epsilon on the ratio; inf does not clip. Trust region "divergence" does not look at it."""
     max_divergence: Above0 = 1e-5

@@ -232,6 +232,8 @@ class _Estimate:
         trained = weights.lora if self.lora else weights.total
         if self.lora:
             yield Component("LoRA, float32", 4 * trained, "model.lora")
+            if config.update.kl_to == "teacher":
+                yield Component("LoRA of the teacher, float32", 4 * trained, "update.kl_to = teacher")
         else:
             yield Component("frozen base beside the trained weights", 4 * trained, "model.train = full")
         moving = ("sample", "decode", "score", "update")
@@ -316,7 +318,9 @@ class _Estimate:
         side, resolution = self.latent_side, config.model.resolution
         latents = 4 * self.pipeline.decoder.latent_channels * side**2
         forward_process = config.objective.forward_process
-        rollout = self.images * (4 * 3 * resolution**2 + (1 if forward_process else 2 * config.trained_steps) * latents)
+        kept = 2 + (config.update.trust_region != "ratio")  # before and after a step, and its mean
+        held_latents = (1 if forward_process else kept * config.trained_steps) * latents
+        rollout = self.images * (4 * 3 * resolution**2 + held_latents)
         held = ("decode", "score", "update")
         yield Component("images and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
         if forward_process:  # noised latents, their flow, and two policies' velocities

@@ -211,6 +211,18 @@ def test_what_lies_beside_the_weights_is_counted(paper):
     assert sizes["rows of a discriminator update"] == paper.adversary.batch_size * 4 * 1370 * 1024
 
 
+def test_kept_means_and_a_teacher_are_counted(paper):
+    """Two steps of 96 images with 16·64·64 float32 each, and a third copy of the adapters."""
+    plain = {c.name: c.bytes for c in plan(paper, 80, processes=8).components}
+    paper.update.trust_region = "divergence"
+    paper.update.kl_to, paper.update.teacher, paper.update.kl_weight = "teacher", "lora", 0.1
+    sizes = {c.name: c.bytes for c in plan(paper, 80, processes=8).components}
+    window = "images and window latents"
+    assert sizes[window] - plain[window] == 96 * 2 * 4 * 16 * 64 * 64
+    assert sizes["LoRA of the teacher, float32"] == 4 * 18_776_064
+    assert set(sizes) - set(plain) == {"LoRA of the teacher, float32"}
+
+
 def test_text_encoders_are_on_the_gpu_while_they_encode(paper):
     """As `DiffusersPolicy` has them, which knows no other place: a card that cannot hold them is refused."""
     needed = plan(paper, 18, processes=8)
