@@ -1,8 +1,7 @@
 """The trust regions of the policy loss that compare means: against verl-omni's losses and autograd, exact on-policy.
 
-Planted bugs that turned this file red: the normalised ratio's gradient through μ instead of μ_old, in the kernel and in
-PyTorch; its slope s for squared_error; the shift not divided by s; D without its half; the mask on rows that come back;
-the mask below the threshold; loss of a masked row; padding lanes in the shift; shift of the first row for all.
+Planted bugs that turned this file red: the normalised ratio's gradient at μ instead of μ_old; the mask on rows that
+come back; padding lanes in the shift.
 """
 
 from pathlib import Path

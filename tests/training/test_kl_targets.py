@@ -1,7 +1,7 @@
 """Whom the KL pulls towards and where it is taken: base, average, teacher; latents or velocities.
 
-Planted bugs that turned this file red: the teacher's weights left in the parameters; the average as it was at the
-start; the teacher forgotten for the base; half of the velocities' difference; a policy loss beside policy_weight 0.
+Planted bugs that turned this file red: lent weights left in the parameters; a teacher read into the policy; the average
+as it was at the start; twice the velocities' difference; a policy loss beside policy_weight 0.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Trust regions and step weights in the update: exact before the first step, seen after it, and weighed as they say.
 
 Planted bugs that turned this file red: no means kept for a trust region that needs them; the ratio's bound for the
-divergence; the rollout's mean left after reweighing; weights by the step's place in the window; weights in the KL.
+divergence; the rollout's mean left after reweighing; weights by the step's place in the window; noise weights relative
+to the noisiest step.
 """
 
 import copy
