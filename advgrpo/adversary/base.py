@@ -144,3 +144,15 @@ class Adversary(Protocol):
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Copy `state` into the existing parameters."""
         ...
+
+
+@runtime_checkable
+class Restarts(Protocol):
+    """An adversary that can forget what it has learned (adversary.reset_every)."""
+
+    def restart(self, number: int) -> None:
+        """Begin anew, from initial weights that are keyed by the run's seed and `number`, 1 for the first time.
+
+        Weights, moments and whatever else an update changes keep their storage, for captured graphs.
+        """
+        ...

@@ -43,7 +43,7 @@ def _backbone(section: AdversarySection, device: torch.device) -> FrozenBackbone
     if section.kind == "dino":
         from advgrpo.vision.dino import DinoBackbone
 
-        return DinoBackbone(section.backbone, **settings)
+        return DinoBackbone(section.backbone, layers=section.feature_layers, **settings)
     if section.kind == "siglip":
         from advgrpo.vision.siglip import SiglipBackbone
 

@@ -28,3 +28,10 @@ class DiscriminatorAdam(torch.optim.Adam):
         own = {name: self.defaults[name] for name in _OF_THIS_MACHINE}
         groups = [{**group, **own} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
+
+
+def forget_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Moments and step counts of an Adam become 0, in the storage that is there: a captured graph goes on using it."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()

@@ -12,12 +12,16 @@ from typing import Protocol
 
 import torch
 
-from advgrpo.adversary.discriminator_adam import DiscriminatorAdam
+from advgrpo.adversary.discriminator_adam import DiscriminatorAdam, forget_moments
+from advgrpo.adversary.gradient_penalty import r1_penalty
+from advgrpo.adversary.head import Head
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
 from advgrpo.runtime import rng
 from advgrpo.types import Features
 from advgrpo_kernels import (
+    FeatureScore,
+    HingeHeadLoss,
     PatchSample,
     hinge_head_loss,
     philox_integers,
@@ -67,7 +71,17 @@ class FeatureHeadAdversary:
                 f"adversary.num_patches = {config.num_patches} exceeds the backbone's {backbone.num_patches} "
                 f"patches or adversary.cached_patches = {config.cached_patches}"
             )
-        self.head = _init_head(backbone.width, config.hidden_size, seed, backbone.device)
+        self.heads = [
+            Head(
+                backbone.width,
+                config.hidden_size,
+                seed=_initial_seed(seed, number),
+                device=backbone.device,
+                reward_ema=config.reward_ema,
+                spectral_norm=config.spectral_norm,
+            )
+            for number in range(config.heads)
+        ]
         self.optimizer = DiscriminatorAdam(self.parameters(), lr=config.learning_rate, betas=config.betas)
 
     @property
@@ -78,8 +92,13 @@ class FeatureHeadAdversary:
     def cache_key(self) -> str:
         return f"{self.backbone.cache_key}:{self.config.cached_patches}"
 
+    @property
+    def head(self) -> dict[str, torch.nn.Parameter]:
+        """The weights that learn, by name, of the first head."""
+        return self.heads[0].weights
+
     def parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.head.values())
+        return [parameter for head in self.heads for parameter in head.weights.values()]
 
     def features(self, images: torch.Tensor, prompts: list[str]) -> Features:
         """Frozen features "cls" [B, D] and "patches" [B, P, D] of images; the prompts are not looked at."""
@@ -87,39 +106,61 @@ class FeatureHeadAdversary:
 
     @torch.no_grad()
     def score(self, features: Features, sample_ids: torch.Tensor, *, purpose: str, iteration: int):
-        """FeatureScore of each image; its random patches are keyed by (purpose, iteration, sample id)."""
+        """FeatureScore of each image, the mean over heads; random patches are keyed by (purpose, iteration, sample id,
+        head)."""
         seed = rng.derive_seed(self.seed, f"{purpose}_patches", iteration)
-        return score_features(
-            features["cls"],
-            features["patches"],
-            self._sample(features["patches"], seed, sample_ids).indices,
-            self.head,
-            weights=self.config.reward_weights,
-            normalize=self.config.normalize != "never",
-        )
+        scores = [
+            score_features(
+                features["cls"],
+                features["patches"],
+                self._sample(features["patches"], seed, _ids_of_head(sample_ids, number)).indices,
+                head.rewarding(),
+                weights=self.config.reward_weights,
+                normalize=self.config.normalize != "never",
+            )
+            for number, head in enumerate(self.heads)
+        ]
+        return scores[0] if len(scores) == 1 else FeatureScore(*(torch.stack(each).mean(0) for each in zip(*scores)))
 
     def centre(self, generated: float, reference: float) -> None:
         """Nothing to do: the head's last layer has a bias, which the hinge moves."""
 
     def loss(self, reference: Features, generated: Features, *, total: int | None = None):
-        """HingeHeadLoss on features whose patches are already the chosen ones (`training_features`)."""
-        return hinge_head_loss(
-            reference["cls"],
-            reference["patches"],
-            generated["cls"],
-            generated["patches"],
-            self.head,
-            weights=self.config.loss_weights,
-            normalize=self.config.normalize == "always",
-            total=total,
-        )
+        """HingeHeadLoss, and the gradient penalty with it, the mean over heads, on features whose patches are already
+        the chosen ones (`training_features`)."""
+        results = [
+            self._loss(head, self._of_head(reference, number), self._of_head(generated, number), total)
+            for number, head in enumerate(self.heads)
+        ]
+        return results[0] if len(results) == 1 else HingeHeadLoss(*(torch.stack(each).mean() for each in zip(*results)))
+
+    def _loss(self, head: Head, reference: Features, generated: Features, total: int | None) -> HingeHeadLoss:
+        weights = head.learning()
+        settings = {"weights": self.config.loss_weights, "normalize": self.config.normalize == "always", "total": total}
+        sides = (reference["cls"], reference["patches"], generated["cls"], generated["patches"])
+        result = hinge_head_loss(*sides, weights, **settings)
+        if not self.config.gradient_penalty:
+            return result
+        penalty = r1_penalty(reference, weights, gamma=self.config.gradient_penalty, **settings)
+        return result._replace(loss=result.loss + penalty)
+
+    def _of_head(self, features: Features, number: int) -> Features:
+        """What one head looks at of `training_features`: its own patches."""
+        if len(self.heads) == 1:
+            return features
+        own = slice(number * self.config.num_patches, (number + 1) * self.config.num_patches)
+        return Features({"cls": features["cls"], "patches": features["patches"][:, own]})
 
     def training_features(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
-        """The features with `num_patches` random patches each, keyed by (seed, sample id)."""
+        """The features with `num_patches` random patches for each head, keyed by (seed, sample id, head)."""
         patches = features["patches"]
         if len(features) == 0:  # this process holds none of the drawn images
-            return Features({"cls": features["cls"], "patches": patches[:, : self.config.num_patches]})
-        return Features({"cls": features["cls"], "patches": self._sample(patches, seed, sample_ids).patches})
+            count = self.config.num_patches * len(self.heads)
+            return Features({"cls": features["cls"], "patches": patches.new_zeros(0, count, patches.shape[2])})
+        drawn = [
+            self._sample(patches, seed, _ids_of_head(sample_ids, number)).patches for number in range(len(self.heads))
+        ]
+        return Features({"cls": features["cls"], "patches": drawn[0] if len(drawn) == 1 else torch.cat(drawn, dim=1)})
 
     def _sample(self, patches: torch.Tensor, seed: int | torch.Tensor, sample_ids: torch.Tensor) -> PatchSample:
         """`num_patches` of each image's patches [B, P, D], as adversary.patch_sampling says."""
@@ -146,23 +187,38 @@ class FeatureHeadAdversary:
         the counts are equal, float32 leaves a residue of rounding, of which Adam would take the sign and move the bias
         by a whole learning rate, in a direction that depends on the order of summation: it is exactly zero instead.
         """
-        gradient = self.head["b2"].grad
-        gradient.masked_fill_(gradient.abs() < _BIAS_GRADIENT_NOISE, 0.0)
+        for head in self.heads:
+            gradient = head.weights["b2"].grad
+            gradient.masked_fill_(gradient.abs() < _BIAS_GRADIENT_NOISE / len(self.heads), 0.0)
         self.optimizer.step()
+        for head in self.heads:
+            head.stepped()
+
+    def restart(self, number: int) -> None:
+        """Forget what was learned: initial weights of restart `number` (from 1), an optimizer that has not stepped."""
+        for place, head in enumerate(self.heads):
+            head.restart(_initial_seed(self.seed, place, number))
+        forget_moments(self.optimizer)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.head.items()}
+        """The first head's tensors by their names, those of head k > 0 as k.NAME."""
+        return {
+            f"{number}.{name}" if number else name: tensor
+            for number, head in enumerate(self.heads)
+            for name, tensor in head.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self.head.items():
-                parameter.copy_(state[name])
+            for name, tensor in self.state_dict().items():
+                tensor.copy_(state[name])
 
 
-def _init_head(width: int, hidden: int, seed: int, device: torch.device) -> dict[str, torch.nn.Parameter]:
-    """Linear(D, H) -> GELU -> Linear(H, 1) with torch.nn.Linear's default initialisation, seeded."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.derive_seed(seed, "head_init"))
-        first, second = torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, 1)
-    tensors = {"w1": first.weight, "b1": first.bias, "w2": second.weight, "b2": second.bias}
-    return {name: torch.nn.Parameter(t.detach().to(device)) for name, t in tensors.items()}
+def _initial_seed(seed: int, head: int, restart: int = 0) -> int:
+    """Of a head's initial weights; those of the first head at the start are those of a run that has one."""
+    return rng.derive_seed(seed, "head_init", *((head, restart) if head or restart else ()))
+
+
+def _ids_of_head(sample_ids: torch.Tensor, number: int) -> torch.Tensor:
+    """Ids that key a head's own draws: far from every image's number, and the first head's are these."""
+    return sample_ids + (number << 32) if number else sample_ids

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from advgrpo.adversary.augmentation import Augmentation
 from advgrpo.adversary.base import Adversary
 from advgrpo.data.per_reference import PerReference
 from advgrpo.data.references import ReferenceSet
@@ -23,7 +24,8 @@ _SAME_NETWORK = 0.1  # relative difference: bfloat16 and float32 of one ViT-L di
 
 
 class ReferenceFeatures:
-    """`cached_features` of the features of every reference of a prompt, [n, ...] each.
+    """`cached_features` of the features of every reference of a prompt, [n, ...] each; with adversary.augment of every
+    view of each of them, [n · views, ...], those of a reference next to each other.
 
     All images of a prompt go through the adversary in one batch, whether or not some were seen before, so that cached
     and fresh features agree to the last bit. Generations are judged by features of this process, references by cached
@@ -37,9 +39,9 @@ class ReferenceFeatures:
     def __init__(self, references: ReferenceSet, adversary: Adversary, cache_dir: Path):
         self.references, self.adversary = references, adversary
         self.tensors = TensorCache(cache_dir / "references", in_memory=_IN_MEMORY, device=adversary.device)
-        self._values = PerReference(
-            self._features, self.tensors, owner=adversary.cache_key, of_text=adversary.text_dependent
-        )
+        self.augmentation = Augmentation(adversary.config.augment, adversary.seed)
+        owner = adversary.cache_key + self.augmentation.cache_key
+        self._values = PerReference(self._features, self.tensors, owner=owner, of_text=adversary.text_dependent)
         self._computed: set[str] = set()  # keys of this process, until one of another has been proven
         self._proven = False
         self._cache_lock = threading.Lock()  # the thread below and the caller's use one cache
@@ -74,7 +76,7 @@ class ReferenceFeatures:
         return Features(tensors)
 
     def pick(self, prompts: list[str], draws: torch.Tensor) -> Features:
-        """One reference per image: of the n of its prompt, number floor(draw * n).
+        """One reference per image: of the n (views of references) of its prompt, number floor(draw * n).
 
         Args:
             prompts: the prompts of B images.
@@ -137,8 +139,21 @@ class ReferenceFeatures:
         return self._values.make(self.references, prompt)
 
     def _features(self, batches: list[torch.Tensor], prompt: str) -> dict[str, torch.Tensor]:
-        found = Features.cat([self.adversary.features(images, [prompt] * len(images)) for images in batches])
-        return self.adversary.cached_features(found).tensors
+        found, first = [], 0
+        for images in batches:
+            found.append(self._views(images, prompt, first))
+            first += len(images)
+        return self.adversary.cached_features(Features.cat(found)).tensors
+
+    def _views(self, images: torch.Tensor, prompt: str, first: int) -> Features:
+        """Features of every view of references of one size, which begin with reference `first` of the prompt."""
+        if self.augmentation.views == 1:
+            return self.adversary.features(self.augmentation.view(images, 0, first), [prompt] * len(images))
+        looked = [self.augmentation.view(images, number, first) for number in range(self.augmentation.views)]
+        views = [self.adversary.features(each, [prompt] * len(images)) for each in looked]
+        return Features(
+            {name: torch.stack([view[name] for view in views], dim=1).flatten(0, 1) for name in views[0].tensors}
+        )
 
 
 def reference_draws(
@@ -151,6 +166,7 @@ def reference_draws(
     total: int,
     seed: int,
     iteration: int,
+    views: int = 1,
 ) -> torch.Tensor:
     """Which of its prompt's references each image is paired with, for `ReferenceFeatures.pick`.
 
@@ -161,6 +177,7 @@ def reference_draws(
         places: [B] int64 on the host, their places among the images of their prompt ("in_turn" goes by them).
         total: images of the iteration over all processes.
         seed: of the run.
+        views: of each reference (`Augmentation`); which of them is random either way.
 
     Returns:
         [B] float32 in [0, 1), on the host; keyed by (seed, iteration, image number).
@@ -168,5 +185,6 @@ def reference_draws(
     if choice == "in_turn":
         of_prompt = {prompt: len(references.files(prompt)) for prompt in dict.fromkeys(prompts)}
         count = torch.tensor([of_prompt[prompt] for prompt in prompts])
-        return (places % count + 0.5) / count
+        view = torch.randint(views, (total,), generator=rng.generator(seed, "reference_view", iteration))[image_ids]
+        return (places % count + (view + 0.5) / views) / count
     return torch.rand(total, generator=rng.generator(seed, "reference", iteration))[image_ids]

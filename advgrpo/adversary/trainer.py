@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from advgrpo.adversary.base import Adversary
+from advgrpo.adversary.base import Adversary, Restarts
 from advgrpo.config import AdversarySection
+from advgrpo.errors import UserError
 from advgrpo.runtime import rng
 from advgrpo.runtime.checkpoint import pack_optimizer
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
@@ -56,6 +57,13 @@ def plan_updates(
         trains_generator = iteration % config.alternate_period == config.alternate_period - 1
         return UpdatePlan(0 if trains_generator else updates, trains_generator)
     raise ValueError(f"adversary.schedule: unknown {config.schedule!r}")
+
+
+def restart_due(config: AdversarySection, iteration: int) -> int:
+    """Number of the restart, from 1, that an iteration brings the head; 0: none. They are counted from the end of the
+    warm-up."""
+    since = iteration - config.warmup_iterations
+    return since // config.reset_every if config.reset_every and since > 0 and since % config.reset_every == 0 else 0
 
 
 def paired_accuracy(generated: torch.Tensor, reference: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -191,7 +199,8 @@ class DiscriminatorTrainer:
         agree: Callable[[list[float]], list[float]],
         gather: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[UpdatePlan, dict[str, float]]:
-        """One iteration: discriminator updates when the schedule says so; generations are remembered either way.
+        """One iteration: discriminator updates when the schedule says so or the head begins anew; generations are
+        remembered either way.
 
         Args:
             rewards: [G] float32 of the generations, and of the reference drawn for each, under the head as it stands.
@@ -210,6 +219,10 @@ class DiscriminatorTrainer:
         self.adversary.centre(*means)
         loss, accuracy = self.evaluate(batch, iteration)
         plan = plan_updates(self.config, iteration, *means, optimizer_steps)
+        number = restart_due(self.config, iteration)
+        if number:
+            self._restart(number)
+            plan = UpdatePlan(self.config.warmup_updates, plan.generator)
         losses = self.train(batch, iteration, plan.discriminator_updates)
         if plan.discriminator_updates:
             self.check(losses, iteration)
@@ -220,6 +233,14 @@ class DiscriminatorTrainer:
             "discriminator_paired_accuracy": share,
             "discriminator_updates": plan.discriminator_updates,
         }
+
+    def _restart(self, number: int) -> None:
+        if not isinstance(self.adversary, Restarts):
+            raise UserError(
+                f"adversary.reset_every = {self.config.reset_every}: a {type(self.adversary).__name__} cannot begin "
+                "anew; set it to 0"
+            )
+        self.adversary.restart(number)
 
     def train(self, batch: DiscriminatorBatch, iteration: int, updates: int) -> torch.Tensor:
         """Run discriminator updates; returns the loss before each of them, [updates] float32 on the adversary's device.

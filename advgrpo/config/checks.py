@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from advgrpo.config.config import Config
-from advgrpo.config.explain import did_you_mean
-from advgrpo.config.sections import RewardSection, RolloutSection, UpdateSection
+from advgrpo.config.explain import did_you_mean, shown
+from advgrpo.config.sections import AdversarySection, RewardSection, RolloutSection, UpdateSection
 from advgrpo.errors import UserError
 
 NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
@@ -16,6 +16,8 @@ IMAGE_STATISTICS = ("saturation", "dark_share", "edge_density")  # metrics that 
 # What metrics of rewards and evaluations are called besides (reporting/metric_names.py).
 _TAKEN_NAMES = ("generated", "reference", "std", "remotes", "custom", "clip", "rule_accuracy")
 _TAKEN_ENDINGS = ("_of_references", "_ci95", "_first")
+# Fields of section adversary that kind pickscore has no use for.
+_OF_FEATURE_HEADS = ("reward_ema", "gradient_penalty", "feature_layers", "heads", "reset_every", "spectral_norm")
 _NEEDED = {"aesthetic": ("head",), "remote": ("url",), "vlm_judge": ("base_url", "model")}  # to be built at all
 
 
@@ -306,6 +308,9 @@ def check_learning(config: Config) -> None:
     adversary = config.adversary
     if not config.learns_adversary:
         return
+    if adversary.kind == "pickscore":
+        _check_no_feature_head(adversary)
+    _check_feature_layers(adversary)
     pairs = () if adversary.kind == "pickscore" else ("reward_weights", "loss_weights")
     for name in pairs:
         if not any(getattr(adversary, name)):
@@ -323,6 +328,31 @@ def check_learning(config: Config) -> None:
             f"adversary.replay_capacity = {adversary.replay_capacity} does not go with adversary.objective = pairwise, "
             "in which every generation is compared with a reference of its own prompt; set it to 0"
         )
+
+
+def _check_feature_layers(adversary: AdversarySection) -> None:
+    """They are a DINOv2's, and in order."""
+    layers = list(adversary.feature_layers)
+    if layers and adversary.kind == "siglip":
+        raise UserError(
+            f"adversary.feature_layers = {layers} are layers of a DINOv2, but adversary.kind = siglip; leave it out, "
+            "or set adversary.kind = dino"
+        )
+    if layers != sorted(set(layers)):
+        raise UserError(
+            f"adversary.feature_layers = {layers}: want different layers in ascending order; use {sorted(set(layers))}"
+        )
+
+
+def _check_no_feature_head(adversary: AdversarySection) -> None:
+    """UserError for what only a head on frozen features has."""
+    for name in _OF_FEATURE_HEADS:
+        value, plain = getattr(adversary, name), AdversarySection.model_fields[name].default
+        if value != plain:
+            raise UserError(
+                f"adversary.{name} = {shown(value)} is of a head on frozen features, but adversary.kind = pickscore "
+                f"trains layers of its own; leave it out, or set adversary.kind to dino or siglip"
+            )
 
 
 def untrained(config: Config) -> str:

@@ -373,6 +373,25 @@ class AdversarySection(Section):
     """Share of each discriminator batch drawn from the replay buffer once it holds anything."""
     cached_patches: Batch = 256
     """Patch features kept per reference (a random subset when the backbone has more)."""
+    reward_ema: Decay = 0.0
+    """The reward is given by a moving average of the head's weights with this decay per discriminator update, while the
+    head itself learns; 0: by the head."""
+    gradient_penalty: AtLeast0 = 0.0
+    """Strength gamma of R1 in the head's loss: the squared slope of its score at the references' features
+    (arXiv 1801.04406); 0: none."""
+    spectral_norm: bool = False
+    """Both linear layers of the head are divided by their largest singular value (arXiv 1802.05957)."""
+    feature_layers: tuple[Positive, ...] = ()
+    """Kind dino: layers whose tokens are joined, such as 12 24, each behind the model's final LayerNorm; empty: those
+    of the last one."""
+    heads: Annotated[int, Field(ge=1, le=64)] = 1
+    """Heads with initial weights and patch draws of their own; the reward is the mean of their scores."""
+    reset_every: Count = 0
+    """Iterations, from the end of the warm-up, after which the head begins anew and trains `warmup_updates` at once,
+    whatever the schedule; 0: never."""
+    augment: Literal["none", "crop", "crop_flip"] = "none"
+    """What reward and head see of an image: all, a random 7/8 of each side, anew in every iteration, or that mirrored
+    at random. Of a reference four such views are cached, of which one is drawn."""
 
 
 class RewardSection(Section):

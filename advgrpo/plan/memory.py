@@ -27,6 +27,7 @@ _CONTEXT = 1.2  # GB: CUDA context, cuBLAS and cuDNN workspaces, NCCL
 _SLACK = 0.05  # of what is allocated: the allocator's rounding and fragmentation
 _REFERENCES_PER_PROMPT = 8  # docs/method.md section 8
 _PROMPTS_IN_MEMORY = 512  # of adversary/reference_features.py
+_REFERENCE_VIEWS = 4  # of adversary/augmentation.py
 _SMS = 132  # streaming multiprocessors of an H100 or H200
 _TILE = (128, 256)  # rows and columns of a matrix product that one of them computes at a time
 _CLOSE = 1.03  # costs within 3 % count as equal
@@ -284,7 +285,8 @@ class _Estimate:
     def _dino(self, knobs: Knobs) -> Iterator[Component]:
         adversary = self.config.adversary
         backbone = known_models.known_backbone(adversary.backbone)
-        width = backbone["hidden_size"]
+        hidden = backbone["hidden_size"]
+        width = hidden * max(1, len(adversary.feature_layers))
         element = 2 if adversary.dtype == "bfloat16" else 4
         tokens = (adversary.image_size // backbone["patch_size"]) ** 2 + 1
         per_image = 4 * tokens * width
@@ -296,17 +298,18 @@ class _Estimate:
         yield Component("features of an iteration's images", self.images * per_image, iteration, after)
         yield Component("the same, while joined", self.images * per_image, iteration, ("score",))
         yield Component("features of their references", self.images * kept, "adversary.cached_patches", after)
-        cached = _PROMPTS_IN_MEMORY * _REFERENCES_PER_PROMPT * kept
+        views = 1 if adversary.augment == "none" else _REFERENCE_VIEWS
+        cached = _PROMPTS_IN_MEMORY * _REFERENCES_PER_PROMPT * kept * views
         yield Component(
             "reference features in memory, at most", cached, "adversary.cached_patches", ("score", "update")
         )
-        replay = 4 * width * adversary.replay_capacity * (adversary.num_patches + 1)
+        replay = 4 * width * adversary.replay_capacity * (adversary.num_patches * adversary.heads + 1)
         yield Component("replay buffer", replay, "adversary.replay_capacity", ("sample", "decode", "score", "update"))
         if self.lora:
             yield Component("copy of the replay buffer", replay, "adversary.replay_capacity", ("score", "update"))
         drawn = min(adversary.batch_size, self.config.images_per_iteration) * per_image
         yield Component("rows of a discriminator update", drawn, "adversary.batch_size", ("score",))
-        alive = round(14 * element * tokens * width * knobs.micro_batch)
+        alive = round(14 * element * tokens * hidden * knobs.micro_batch)
         yield Component("DINO forward", alive, "rollout.micro_batch", ("score",))
 
     def _activations(self, knobs: Knobs) -> Iterator[Component]:

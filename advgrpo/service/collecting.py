@@ -234,7 +234,8 @@ class AdversaryService:
     def restore(self, collected: list[Collected]) -> None:
         """Take over images of a checkpoint; their features are computed anew, in the same batches."""
         for each in collected:
-            each.features = self._features(each.images.float().div_(255), each.prompts)
+            images = each.images.float().div_(255)
+            each.features = self._features(images, each.prompts, each.answer.ids, each.answer.iteration)
         self.collected = collected
 
     def _known(self, asked: Asked, digest: str) -> Answer | None:
@@ -273,11 +274,12 @@ class AdversaryService:
         return asked.sample_ids
 
     def _scored(self, images: torch.Tensor, prompts: list[str], ids: list[int]) -> tuple[Features, list[float]]:
-        features = self._features(images, prompts)
+        features = self._features(images, prompts, ids, self.iteration)
         scores = self._rewards(features, torch.tensor(ids), "reward")
         return features, finite_scores(scores, images, prompts, self.name).tolist()
 
-    def _features(self, images: torch.Tensor, prompts: list[str]) -> Features:
+    def _features(self, images: torch.Tensor, prompts: list[str], ids: list[int], iteration: int) -> Features:
+        images = self.reference_features.augmentation.generated(images, torch.tensor(ids), iteration)
         size = self.sizes.batch_size
         parts = [slice(first, first + size) for first in range(0, len(prompts), size)]
         return Features.cat([self.adversary.features(images[part], prompts[part]) for part in parts])
@@ -356,6 +358,7 @@ class AdversaryService:
             total=len(rows),
             seed=self.config.seed,
             iteration=self.iteration,
+            views=self.reference_features.augmentation.views,
         )
         reference = self.reference_features.pick(prompts, draws)
         return DiscriminatorBatch(ids, generated, reference, total=len(rows)), prompts, list(groups.values())

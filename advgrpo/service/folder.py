@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from advgrpo import config as configuration
 from advgrpo.errors import UserError
 from advgrpo.reporting.tracking import METRICS_FILE, metrics_line, open_metrics, plain
 from advgrpo.runtime.checkpoint import (
@@ -145,7 +146,11 @@ class ServiceFolder:
         service.restore(collected)
 
     def _compare(self, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        other = differences(entry(state, "settings", dict), settings, free=())
+        saved = entry(state, "settings", dict)
+        if isinstance(saved.get("adversary"), dict):  # settings that are newer get defaults
+            there = configuration.build({"adversary": saved["adversary"]}, "settings in state.json")
+            saved = {**saved, "adversary": there.adversary.model_dump(mode="json")}
+        other = differences(saved, settings, free=())
         if other:
             raise UserError(f"it was made with other settings ({'; '.join(other)})")
         if state.get("references") != self._references:

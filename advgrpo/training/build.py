@@ -193,7 +193,7 @@ def build_observer(config: Config, adversary: Adversary | None, device: torch.de
     if isinstance(own, DinoBackbone):
         same = (own.folder, own.image_size) == (backbone_folder(wanted.backbone), wanted.image_size)
         if same:
-            return DinoObserver(DinoSimilarity(backbone=own))
+            return DinoObserver(DinoSimilarity(backbone=own.of_last_layer()))
     return DinoObserver(
         DinoSimilarity(
             path=wanted.backbone,

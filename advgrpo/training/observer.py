@@ -38,10 +38,10 @@ class DinoObserver:
         """(class tokens [B, D] float32, their mean cosine [B] to the prompts' references; None without any).
 
         Args:
-            generated: the adversary's features of these images; where they are of this observer's own network, it need
-                not look at the images, nor at the references, whose `of_references` then are.
+            generated: the adversary's features of these images; where they are of this observer's own network and of
+                whole images, it need not look at the images, nor at the references, whose `of_references` then are.
         """
-        if generated is not None and of_references is not None and of_references.adversary.backbone is self.backbone:
+        if generated is not None and of_references is not None and self._has_looked(of_references):
             embeddings = generated["cls"]
             own = of_references.prompt
             return embeddings, reference_cosine(embeddings, rollout.prompts, lambda prompt: own(prompt)["cls"])
@@ -49,3 +49,7 @@ class DinoObserver:
         if references is None:
             return embeddings, None
         return embeddings, self.metric.cosine(embeddings, rollout.prompts, references)
+
+    def _has_looked(self, of_references: ReferenceFeatures) -> bool:
+        """Whether the adversary looks through this network, at whole images."""
+        return of_references.adversary.backbone is self.backbone and of_references.augmentation.kind == "none"

@@ -41,7 +41,7 @@ from advgrpo.runtime.folders import writable
 from advgrpo.sampling.dynamics import check_dynamics, check_objective
 from advgrpo.training.optimizer import APEX
 from advgrpo.vision.clip import preference_folder
-from advgrpo.vision.dino import backbone_folder
+from advgrpo.vision.dino import backbone_folder, check_layers
 from advgrpo.vision.loading import expanded, model_config
 
 _CLIP_REWARDS = ("pickscore", "clip_similarity", "clip_reference_similarity", "aesthetic")
@@ -226,7 +226,11 @@ def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection, teacher
 def check_adversary(section: AdversarySection, network: bool) -> None:
     """UserError for settings of the adversary that its model's folder refutes, or for one that is not whole."""
     if section.kind == "dino":
-        _check_dino(section.backbone, section.image_size, ("adversary.backbone", "adversary.image_size"), network)
+        config = _check_dino(
+            section.backbone, section.image_size, ("adversary.backbone", "adversary.image_size"), network
+        )
+        if config is not None and section.feature_layers:
+            check_layers(section.feature_layers, config.get("num_hidden_layers", 12), section.backbone)
     elif section.kind == "siglip":
         _check_siglip(section.backbone, section.image_size, network)
     elif section.kind == "pickscore":
@@ -307,10 +311,12 @@ def _model_config(
     return BACKBONES.get(path)
 
 
-def _check_dino(path: str, image_size: int, fields: tuple[str, str], network: bool) -> None:
+def _check_dino(path: str, image_size: int, fields: tuple[str, str], network: bool) -> Mapping[str, Any] | None:
+    """config.json; None for a hub id that is not looked up."""
     config = _model_config(backbone_folder(path), ("dinov2",), fields[0], "Dinov2Model", network)
     if config is not None:
         _check_patches(image_size, config.get("patch_size", 14), fields[1])
+    return config
 
 
 def _check_siglip(path: str, image_size: int, network: bool) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from advgrpo.adversary.augmentation import Augmentation
 from advgrpo.adversary.base import Adversary
 from advgrpo.adversary.reference_features import ReferenceFeatures, reference_draws
 from advgrpo.config import NEED_REFERENCES, RewardSection, RolloutSection
@@ -179,7 +180,13 @@ class Scorer:
     def _features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """The adversary's features of every image, computed once, and of one reference each, from the cache."""
         micro_batches = self.distributed.stoppable(rollout.micro_batches, "reward adversary: micro-batch")
-        generated = Features.cat([self.adversary.features(t.images, t.micro_batch.captions) for t in micro_batches])
+        augmented = Augmentation(self.adversary.config.augment, self.seed).generated
+        generated = Features.cat(
+            [
+                self.adversary.features(augmented(t.images, t.micro_batch.image_ids, iteration), t.micro_batch.captions)
+                for t in micro_batches
+            ]
+        )
         self.distributed.step("reward adversary: references")
         return generated, self.reference_features.pick(rollout.prompts, self._reference_draws(rollout, iteration))
 
@@ -194,6 +201,7 @@ class Scorer:
             total=self.rollout.images,
             seed=self.seed,
             iteration=iteration,
+            views=Augmentation(self.adversary.config.augment, self.seed).views,
         )
 
     def _adversary_reward(self, features: Features, ids: torch.Tensor, purpose: str, iteration: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ Shapes: B images [B, 3, H, W] float32 in [0, 1]; features cls [B, D], patches [B
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from transformers import Dinov2Model
@@ -28,7 +30,12 @@ def backbone_folder(path: str) -> str:
 
 
 class DinoBackbone:
-    """A frozen Dinov2Model with the one preprocessing used everywhere; errors name the settings `fields`."""
+    """A frozen Dinov2Model with the one preprocessing used everywhere; errors name the settings `fields`.
+
+    Args:
+        layers: numbers, from 1, of layers whose tokens are joined, each behind the model's final LayerNorm
+            (DINOv2's get_intermediate_layers); D is then that many times the model's width. Empty: the last one's.
+    """
 
     def __init__(
         self,
@@ -37,6 +44,7 @@ class DinoBackbone:
         image_size: int,
         dtype: str,
         device: torch.device,
+        layers: tuple[int, ...] = (),
         fields: tuple[str, str] = ("adversary.backbone", "adversary.image_size"),
     ):
         self.folder = backbone_folder(path)
@@ -53,7 +61,9 @@ class DinoBackbone:
             )
         self.model = model.to(device)
         self.image_size, self.device = image_size, device
-        self.width: int = model.config.hidden_size
+        check_layers(layers, model.config.num_hidden_layers, path)
+        self.layers = layers
+        self.width: int = model.config.hidden_size * max(1, len(layers))
         self.num_patches = (image_size // model.config.patch_size) ** 2
         self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
@@ -62,7 +72,16 @@ class DinoBackbone:
     def cache_key(self) -> str:
         """What features depend on beside the image: every weight, the configuration, precision, preprocessing."""
         preprocessing = f"bicubic antialiased:{self.image_size}:{_MEAN}:{_STD}"
+        preprocessing += f":layers {self.layers}" if self.layers else ""
         return f"dino:{module_fingerprint(self.model, self.model.dtype, preprocessing)}"
+
+    def of_last_layer(self) -> DinoBackbone:
+        """The same network, whose features are those of its last layer alone."""
+        if not self.layers:
+            return self
+        last = copy.copy(self)
+        last.layers, last.width = (), self.model.config.hidden_size
+        return last
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] in [0, 1] -> bicubic to image_size, ImageNet mean and standard deviation."""
@@ -74,5 +93,17 @@ class DinoBackbone:
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> Features:
-        tokens = self.model(self.preprocess(images).to(self.model.dtype)).last_hidden_state
+        found = self.model(self.preprocess(images).to(self.model.dtype), output_hidden_states=bool(self.layers))
+        tokens = found.last_hidden_state
+        if self.layers:  # hidden_states begins with the embeddings, which are layer 0
+            tokens = torch.cat([self.model.layernorm(found.hidden_states[layer]) for layer in self.layers], dim=-1)
         return Features({"cls": tokens[:, 0].float(), "patches": tokens[:, 1:].float()})
+
+
+def check_layers(layers: tuple[int, ...], depth: int, path: str) -> None:
+    """UserError for a layer that a model of `depth` layers does not have."""
+    if layers and max(layers) > depth:
+        raise UserError(
+            f"adversary.feature_layers = {list(layers)}: adversary.backbone = {path!r} has {depth} layers; want "
+            f"numbers from 1 to {depth}"
+        )

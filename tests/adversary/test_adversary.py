@@ -45,7 +45,7 @@ def released(unit_backbone) -> FeatureHeadAdversary:
     """The released variant with the recorded head: L2 in the reward, none in training, loss weights 1 : 0.3."""
     adversary = make_adversary(unit_backbone, normalize="reward_only", loss_weights=(1.0, 0.3))
     head = {"w1": golden("w0_before"), "b1": golden("w1_before"), "w2": golden("w2_before"), "b2": golden("w3_before")}
-    adversary.head = {name: torch.nn.Parameter(t.clone()) for name, t in head.items()}
+    adversary.heads[0].weights = {name: torch.nn.Parameter(t.clone()) for name, t in head.items()}
     adversary.optimizer = torch.optim.Adam(adversary.head.values(), lr=1e-4, betas=(0.5, 0.999))
     return adversary
 
@@ -232,10 +232,20 @@ def test_both_sides_and_every_update_draw_their_own_patches(unit_backbone):
     assert len(every) == len(set(every)) == 10
 
 
-@pytest.mark.parametrize("sampling", ["without_replacement", "with_replacement"])
-def test_two_processes_take_the_steps_of_one(unit_backbone, sampling):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"patch_sampling": "with_replacement"},
+        {"reward_ema": 0.5},
+        {"gradient_penalty": 0.5},
+        {"heads": 3},
+        {"spectral_norm": True},
+    ],
+)
+def test_two_processes_take_the_steps_of_one(unit_backbone, changes):
     """Two shares of the batch, gradients summed by hand, give the same heads and losses as the whole batch."""
-    changes = {"batch_size": 8, "patch_sampling": sampling}
+    changes = {"batch_size": 8, **changes}
     alone = DiscriminatorTrainer(make_adversary(unit_backbone, **changes), reduce=lambda t: None, rank=0, world_size=1)
     whole = head_batch(torch.arange(12))
     expected = []

@@ -59,7 +59,16 @@ def assert_same(a: DiscriminatorTrainer, b: DiscriminatorTrainer) -> None:
             assert torch.equal(value, b.adversary.optimizer.state[q][name]), name
 
 
-@pytest.mark.parametrize("changes", [{}, {"normalize": "always"}, {"patch_sampling": "with_replacement"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"normalize": "always"},
+        {"patch_sampling": "with_replacement"},
+        {"reward_ema": 0.9, "gradient_penalty": 0.1, "heads": 2},
+        {"reward_ema": 0.9, "spectral_norm": True},
+    ],
+)
 def test_captured_updates_equal_eager_ones_while_the_replay_buffer_fills_and_wraps(unit_backbone, changes, monkeypatch):
     # given indices are looked at on a CPU, where that is free; a captured step on a GPU does not
     monkeypatch.setattr("advgrpo_kernels.ops.patches.can_look_at", lambda tensor: False)
@@ -108,6 +117,18 @@ def test_a_loaded_checkpoint_continues_under_new_graphs(unit_backbone):
         trainer.load(tensors, counters)
     assert torch.equal(run(eager, range(3, 6)), run(captured, range(3, 6)))
     assert_same(eager, captured)
+
+
+def test_a_head_that_begins_anew_goes_on_in_the_graphs_that_there_are(unit_backbone):
+    eager, captured = (make_trainer(unit_backbone, graphs, reward_ema=0.9) for graphs in (None, EmulatedGraphs()))
+    losses = [[], []]
+    for trainer, seen in zip((eager, captured), losses):
+        seen.append(run(trainer, range(3)))
+        trainer.adversary.restart(1)
+        seen.append(run(trainer, range(3, 5)))
+    assert torch.equal(*(torch.cat(seen) for seen in losses))
+    assert_same(eager, captured)
+    assert captured.captured_update.captures == 1
 
 
 def test_several_processes_run_eagerly(unit_backbone):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from advgrpo.adversary.reference_features import ReferenceFeatures
+from advgrpo.adversary.augmentation import Augmentation
+from advgrpo.adversary.reference_features import ReferenceFeatures, reference_draws
 from advgrpo.config import AdversarySection
 from advgrpo.types import Features
 
@@ -146,3 +147,64 @@ def test_an_error_in_the_thread_surfaces_once_with_its_own_message(make, monkeyp
     with pytest.raises(OSError, match=r"Input/output error: 'cache/ab\.safetensors'"):
         references.pick(["one"], torch.zeros(1))
     assert references.pick(["one"], torch.zeros(1))["mean"].tolist() == [1.0]
+
+
+SPOTS = {"spots": [Path(str(n)) for n in (3, 4, 5)]}
+
+
+class Spots(Images):
+    """Images of 16 x 24 whose pixels are numbered, each file's on a level of its own."""
+
+    def load_images(self, files: list[Path]) -> torch.Tensor:
+        pixels = torch.arange(16 * 24.0).view(1, 16, 24).expand(3, -1, -1)
+        return torch.stack([pixels + 1000 * float(file.name) for file in files])
+
+
+def test_of_every_reference_there_are_four_crops_next_to_each_other_and_one_is_drawn(tmp_path):
+    judge = Adversary()
+    judge.config = AdversarySection(augment="crop_flip")
+    made = ReferenceFeatures(Spots(SPOTS), judge, tmp_path)
+    grids = made.prompt("spots")["grid"]
+    assert grids.shape == (12, 14, 21)
+    assert (grids[:, 0, 0] // 1000).tolist() == [3.0] * 4 + [4.0] * 4 + [5.0] * 4
+    crops = {tuple((grid % 1000).flatten().tolist()) for grid in grids}
+    assert len(crops) > 6, "crops differ, of one reference and of two"
+    again = ReferenceFeatures(Spots(SPOTS), judge, tmp_path).prompt("spots")
+    assert torch.equal(again["grid"], grids)
+    whole = ReferenceFeatures(Spots(SPOTS), Adversary(), tmp_path)
+    assert whole.prompt("spots")["grid"].shape == (3, 16, 24), "the cache tells them apart"
+    places, ids = torch.arange(64) % 5, torch.arange(64)
+    settings = {"total": 64, "seed": 1, "views": made.augmentation.views}
+    for choice in ("in_turn", "random"):
+        draws = reference_draws(choice, Spots(SPOTS), ["spots"] * 64, ids, places, iteration=2, **settings)
+        picked = made.pick(["spots"] * 64, draws)["grid"]
+        owners = (picked[:, 0, 0] // 1000).tolist()
+        if choice == "in_turn":
+            assert owners == [3.0 + place % 3 for place in places.tolist()]
+        assert len({tuple(grid.flatten().tolist()) for grid in picked}) > 8, "any of its crops"
+
+
+def test_a_crop_is_a_window_of_seven_eighths_that_may_be_mirrored():
+    """Pixels carry their numbers, so that where they come from can be read."""
+    images = torch.arange(32 * 40.0).view(1, 1, 32, 40).expand(200, 3, -1, -1)
+    ids = torch.arange(200) * 7
+    crops = Augmentation("crop_flip", 5).generated(images, ids, 3)
+    assert crops.shape == (200, 3, 28, 35)
+    assert torch.equal(crops[:, 0], crops[:, 2])
+    rows, columns = crops[:, 0] // 40, crops[:, 0] % 40
+    assert torch.equal(rows - rows[:, :1], torch.arange(28.0)[:, None].expand(200, 28, 35))
+    mirrored = columns[:, 0, 0] > columns[:, 0, 1]
+    straight = torch.where(mirrored[:, None, None], columns.flip(2), columns)
+    assert torch.equal(straight - straight[:, :, :1], torch.arange(35.0).expand(200, 28, 35))
+    assert 70 < mirrored.sum() < 130
+    assert set(rows[:, 0, 0].tolist()) == set(range(5)), "every offset"
+    assert set(straight[:, 0, 0].tolist()) == set(range(6))
+    assert not Augmentation("crop", 5).generated(images, ids, 3)[:, 0].diff(dim=2).lt(0).any()
+    one = Augmentation("crop_flip", 5).generated(images[:2], ids[8:10], 3)
+    assert torch.equal(one, crops[8:10]), "whatever the batch"
+    for other in (
+        Augmentation("crop_flip", 5).generated(images, ids, 4),
+        Augmentation("crop_flip", 6).generated(images, ids, 3),
+    ):
+        assert not torch.equal(other, crops)
+    assert Augmentation("none", 5).generated(images, ids, 3) is images

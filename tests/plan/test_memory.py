@@ -223,6 +223,20 @@ def test_kept_means_and_a_teacher_are_counted(paper):
     assert set(sizes) - set(plain) == {"LoRA of the teacher, float32"}
 
 
+def test_what_the_adversarys_head_looks_at_is_counted(paper):
+    def sizes(**changes) -> dict[str, int]:
+        config = paper.model_copy(deep=True)
+        for name, value in {"replay_capacity": 16, **changes}.items():
+            setattr(config.adversary, name, value)
+        return {component.name: component.bytes for component in plan(config, 80, processes=8).components}
+
+    plain, images, cached = sizes(), "features of an iteration's images", "reference features in memory, at most"
+    assert plain["replay buffer"] == 16 * 4 * 1024 * (64 + 1)
+    assert sizes(heads=3)["replay buffer"] == 16 * 4 * 1024 * (3 * 64 + 1)
+    assert sizes(feature_layers=(12, 24))[images] == 2 * plain[images]
+    assert sizes(augment="crop")[cached] == 4 * plain[cached]
+
+
 def test_text_encoders_are_on_the_gpu_while_they_encode(paper):
     """As `DiffusersPolicy` has them, which knows no other place: a card that cannot hold them is refused."""
     needed = plan(paper, 18, processes=8)

@@ -52,6 +52,8 @@ OURS = (
     *("update.trust_region", "update.max_divergence", "update.step_weights"),  # other articles' (jobs/objectives.md)
     *("update.policy_weight", "update.kl_to", "update.teacher", "update.kl_space"),
     *("evaluation.backbone", "evaluation.backbone_image_size", "rewards.*.normalize", "rewards.*.gate"),
+    *("adversary.reward_ema", "adversary.gradient_penalty", "adversary.spectral_norm", "adversary.feature_layers"),
+    *("adversary.heads", "adversary.reset_every", "adversary.augment"),
 )
 OF_HEADS = ("image_size", "hidden_size", "num_patches", "patch_sampling", "reward_weights", "loss_weights", "normalize")
 OF_PICKSCORE = ("processor", "trainable_layers", "objective")

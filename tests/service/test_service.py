@@ -168,10 +168,15 @@ def test_it_is_the_trainers_discriminator_to_the_last_bit(posts):
     learned(records, posts)
 
 
-@pytest.mark.parametrize("kind", ["pickscore", "in_turn"])
+RESTRAINED = {"augment": "crop_flip", "reward_ema": 0.5, "heads": 2, "reset_every": 1, "feature_layers": (1, 2)}
+RESTRAINED |= {"gradient_penalty": 0.1, "spectral_norm": True}
+
+
+@pytest.mark.parametrize("kind", ["pickscore", "in_turn", "restrained"])
 def test_of_other_kinds_too(kind, world, tmp_path):
-    """Of PickScore, whose features depend on the prompt and which hears the mean rewards; and references in turn."""
-    other = {"reference_choice": "in_turn"}
+    """Of PickScore, whose features depend on the prompt and which hears the mean rewards; references in turn; and all
+    that restrains a head."""
+    other = {"reference_choice": "in_turn"} | (RESTRAINED if kind == "restrained" else {})
     if kind == "pickscore":
         other = {"kind": "pickscore", "backbone": write_clip(tmp_path / "clip"), "objective": "pairwise"}
         other |= {"replay_capacity": 0, "schedule": "always", "warmup_iterations": 0}
@@ -499,6 +504,24 @@ def test_a_checkpoint_that_is_none_is_one_clear_line_and_changes_nothing(spoil, 
     assert f"or remove {path}" in str(error.value)
     assert (service.iteration, service.count) == (0, 0)
     assert all(torch.equal(before[name], tensor) for name, tensor in service.discriminator_trainer.state()[0].items())
+    folder.close()
+
+
+def test_a_checkpoint_from_before_a_setting_existed_has_its_default(kept, posts):
+    """And one with a setting that nobody knows is none."""
+    tensors, state = load_checkpoint(checkpoints(kept)[-1])
+    for newer in ("reward_ema", "feature_layers"):
+        assert state["settings"]["adversary"].pop(newer) in (0.0, [])
+    save_checkpoint(kept, 1, tensors, state, keep=2)
+    folder, service = folder_of(kept), service_of(posts.settings)
+    assert resumed(folder, service) is not None
+    assert (service.iteration, service.count) == (1, 4)
+    folder.close()
+    state["settings"]["adversary"]["reward_em"] = 0.5
+    save_checkpoint(kept, 1, tensors, state, keep=2)
+    folder = folder_of(kept)
+    with pytest.raises(UserError, match=r"settings in state\.json: unknown key 'adversary\.reward_em'"):
+        resumed(folder, service_of(posts.settings))
     folder.close()
 
 

@@ -72,6 +72,13 @@ CONFIGURATIONS = {
         "rewards": {"rule": {"weight": 1.0, "normalize": "group"}},
         **NOT_EVALUATED,
     },
+    "a head with every restraint": {
+        "adversary": {
+            **{"schedule": "always", "augment": "crop_flip", "feature_layers": [1, 2], "heads": 2, "reward_ema": 0.5},
+            **{"gradient_penalty": 0.1, "spectral_norm": True, "reset_every": 1, "warmup_updates": 2},
+        },
+        **NOT_EVALUATED,
+    },
     "pickscore": {"adversary": {"kind": "pickscore", "schedule": "always"}, **NOT_EVALUATED},
     "full fine-tuning, no adversary": {
         "model": {"train": "full", "attention": "auto"},

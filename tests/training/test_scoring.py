@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from advgrpo import config
+from advgrpo.adversary.augmentation import Augmentation
 from advgrpo.config import RewardSection
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
@@ -234,6 +235,26 @@ def test_an_image_meets_the_same_reference_whoever_holds_it(unit_config, choice)
         assert torch.equal(scorer._reference_draws(held, iteration=3), whole[ids])
     again = scorer._reference_draws(of_everything, iteration=4)
     assert torch.equal(again, whole) == (choice == "in_turn")
+
+
+@pytest.mark.parametrize("sees", [{"augment": "crop_flip"}, {"feature_layers": (1, 2)}])
+def test_who_measures_sees_whole_images_through_the_last_layer_whatever_the_adversary_sees(unit_config, sees):
+    """Also where both look through one network."""
+    settings = change(unit_config, adversary=sees, data={"held_out_prompts": ""})
+    trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer
+    scorer, seen = trainer.objective.scorer, []
+    backbone = scorer.adversary.backbone
+    assert scorer.observer.backbone.model is backbone.model
+    rollout = trainer.objective.rollout(trainer.objective.table(1), 1)
+    scored = scorer.score(rollout, 1)
+    images = torch.cat([micro_batch.images for micro_batch in rollout.micro_batches])
+    torch.testing.assert_close(scored.embeddings, backbone.of_last_layer().features(images)["cls"])
+    crops = Augmentation(settings.adversary.augment, settings.seed).generated(images, rollout.image_ids, 1)
+    torch.testing.assert_close(scored.generated["cls"], backbone.features(crops)["cls"])
+    scorer.adversary.features = lambda images, prompts: seen.append(images.shape) or scored.generated
+    scorer._features(rollout, 2)
+    side = settings.model.resolution * (7 if "augment" in sees else 8) // 8
+    assert {shape[-2:] for shape in seen} == {(side, side)}
 
 
 def test_references_in_turn_are_seen_alike_and_go_by_the_place_in_the_group(unit_config, monkeypatch):
