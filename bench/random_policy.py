@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -129,7 +129,7 @@ class RandomPolicy(GuidedPolicy[FusedTransformer]):
     def element_name(self, parameter: str, index: int) -> str:
         return self.lora.name_at(index)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
         raise NotImplementedError("random weights are not exported")
 
 

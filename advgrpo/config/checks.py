@@ -12,7 +12,8 @@ from advgrpo.config.sections import AdversarySection, RewardSection, RolloutSect
 from advgrpo.errors import UserError
 
 NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
-IMAGE_STATISTICS = ("saturation", "dark_share", "edge_density")  # metrics that need no model
+IMAGE_STATISTICS = ("saturation", "dark_share", "edge_density")  # metrics that need no model; more is not better
+LOWER_IS_BETTER: frozenset[str] = frozenset()  # metrics of which less is better; rewards are not among them
 # What metrics of rewards and evaluations are called besides (reporting/metric_names.py).
 _TAKEN_NAMES = ("generated", "reference", "std", "remotes", "custom", "clip", "rule_accuracy")
 _TAKEN_ENDINGS = ("_of_references", "_ci95", "_first")
@@ -53,6 +54,7 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
     _check_rewards(config)
     check_learning(config)
     _check_metrics(config)
+    _check_best(config)
     if with_data:
         _check_data(config)
 
@@ -393,6 +395,39 @@ def _check_metrics(config: Config) -> None:
             "evaluation.metrics: dino_similarity needs a DINO; set evaluation.backbone, since the adversary is "
             f"{config.adversary.kind}"
         )
+
+
+def direction(metric: str) -> int:
+    """1 where more of a held-out metric is better, -1 where less is, 0 where neither is."""
+    return 0 if metric in IMAGE_STATISTICS else -1 if metric in LOWER_IS_BETTER else 1
+
+
+def _check_best(config: Config) -> None:
+    """The metric that decides which LoRA is kept, and when the run ends, is evaluated, and says what is better."""
+    evaluation = config.evaluation
+    metric, metrics = evaluation.keep_best, evaluation.metrics
+    if evaluation.stop_after and not metric:
+        raise UserError(
+            f"evaluation.stop_after = {evaluation.stop_after} needs a metric: pass --evaluation.keep-best with one of "
+            f"{', '.join(name for name in metrics if direction(name)) or 'evaluation.metrics'}"
+        )
+    if not metric:
+        return
+    where = f"evaluation.keep_best = {metric!r}"
+    if metric not in metrics:
+        known = [name for name in metrics if direction(name)]
+        raise UserError(
+            f"{where} is not evaluated: evaluation.metrics has {', '.join(metrics) or 'nothing'}"
+            f"{did_you_mean(metric, known, cutoff=0.4)}"
+        )
+    if not direction(metric):
+        raise UserError(f"{where}: neither more nor less of it is better; name a metric that says which image is better")
+    if not config.data.held_out_prompts:
+        raise UserError(f"{where}, but nothing is evaluated: pass --data.held-out-prompts PATH")
+    if not evaluation.every:
+        raise UserError(f"{where}, but evaluation.every = 0 evaluates at the end alone; pass --evaluation.every N")
+    if config.model.train != "lora":
+        raise UserError(f"{where} keeps a LoRA, but model.train = {config.model.train}; leave evaluation.keep_best empty")
 
 
 def _check_not_looked_at(config: Config) -> None:

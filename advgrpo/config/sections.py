@@ -641,6 +641,11 @@ class EvaluationSection(Section):
     """Images are resized to this before it."""
     grid_prompts: Positive = 6
     """Prompts shown in the sample grids."""
+    keep_best: str = ""
+    """One of `metrics`: after each evaluation that is its best so far, the LoRA is kept as OUT/lora-best beside the
+    last one, OUT/lora; empty keeps the last alone."""
+    stop_after: Count = 0
+    """End the run, as at its normal end, after this many evaluations in a row without gain of `keep_best`; 0: never."""
 
 
 class OutputSection(Section):

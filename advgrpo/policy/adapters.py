@@ -109,11 +109,16 @@ def start_state(folder: Path, component: str, scale: float, field: str) -> dict[
 
 
 def export_lora(
-    folder: Path, modules: Mapping[str, Pair], scale: float, component: str, export_format: ExportFormat
+    folder: Path,
+    modules: Mapping[str, Pair],
+    scale: float,
+    component: str,
+    export_format: ExportFormat,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write adapters whose update is `scale * B @ A`, so that all loaders apply that update at strength 1."""
     folded = {name: (a.float(), b.float() * scale) for name, (a, b) in modules.items()}
-    write_lora(folder, folded, component, export_format)
+    write_lora(folder, folded, component, export_format, notes)
 
 
 class LoraAdapters:
@@ -170,8 +175,9 @@ class LoraAdapters:
     def load_lora(self, folder: Path, field: str = START) -> None:
         self.load_state_dict(start_state(folder, component_of(self.network), self.scale, field), str(folder))
 
-    def export(self, folder: Path) -> None:
-        export_lora(folder, self.modules(), self.scale, component_of(self.network), self.lora.export_format)
+    def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+        component, kind = component_of(self.network), self.lora.export_format
+        export_lora(folder, self.modules(), self.scale, component, kind, notes)
 
 
 class FullWeights:
@@ -202,7 +208,7 @@ class FullWeights:
             for name, data in masters.items():
                 trained[name].data = data
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
         """A folder for `from_pretrained` of the network's class; UserError where it cannot be written."""
         try:
             write_folder_atomically(folder, self.network.save_pretrained)

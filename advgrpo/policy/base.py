@@ -14,7 +14,7 @@ Shapes: R rows, latents [R, C, H, W] float32, T steps of a trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -110,8 +110,8 @@ class Trainable(Protocol[P_contra]):
         """The layer that element `index` of a trainable parameter belongs to, for error messages."""
         ...
 
-    def export(self, folder: Path) -> None:
-        """Write the trained weights in the format stock diffusers loads."""
+    def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+        """Write the trained weights in the format stock diffusers loads; a LoRA's header also says `notes`."""
         ...
 
 

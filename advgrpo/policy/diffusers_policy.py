@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -140,5 +140,5 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
     def element_name(self, parameter: str, index: int) -> str:
         return self.network.element_name(parameter, index)
 
-    def export(self, folder: Path) -> None:
-        self.network.export(folder)
+    def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+        self.network.export(folder, notes)

@@ -166,7 +166,13 @@ class _HeaderAlphas:
         return alpha / (math.sqrt(rank) if self.square_root else rank)
 
 
-def write_lora(folder: Path, modules: Mapping[str, Pair], component: str, export_format: ExportFormat) -> None:
+def write_lora(
+    folder: Path,
+    modules: Mapping[str, Pair],
+    component: str,
+    export_format: ExportFormat,
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Write `folder`/pytorch_lora_weights.safetensors for diffusers, and FORMAT.safetensors beside it for another.
 
     The files hold float32 and depend on nothing but the arguments, to the byte. Each is written aside and renamed.
@@ -174,6 +180,7 @@ def write_lora(folder: Path, modules: Mapping[str, Pair], component: str, export
     Args:
         modules: name -> (A, B) whose update is `B @ A`.
         component: "transformer" or "unet", the network's folder in its pipeline.
+        notes: more keys of the files' headers, which loaders pass over.
 
     Raises:
         UserError: the folder cannot be written, or kohya's format has no name for a module.
@@ -183,7 +190,7 @@ def write_lora(folder: Path, modules: Mapping[str, Pair], component: str, export
     if export_format != "diffusers":
         files[f"{export_format}.safetensors"] = convert(modules, component, export_format)
     for name, (tensors, metadata) in files.items():
-        write_safetensors(Path(folder) / name, tensors, metadata)
+        write_safetensors(Path(folder) / name, tensors, {**metadata, **(notes or {})})
 
 
 def convert(

@@ -10,7 +10,7 @@ Shapes: R rows, latents [R, C, h, w], text [R, S, E], pooled [R, E'], K steps.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,8 @@ class StockNetwork:
     def load_lora(self, folder: Path, field: str = START) -> None:
         self.adapters.load_lora(folder, field)
 
-    def export(self, folder: Path) -> None:
-        self.adapters.export(folder)
+    def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+        self.adapters.export(folder, notes)
 
 
 class FusedNetwork:
@@ -144,5 +144,5 @@ class FusedNetwork:
     def load_lora(self, folder: Path, field: str = START) -> None:
         self.lora.load_state_dict(start_state(folder, "transformer", self.lora.scale, field), str(folder))
 
-    def export(self, folder: Path) -> None:
-        export_lora(folder, self.lora.modules(), self.lora.scale, "transformer", self.export_format)
+    def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+        export_lora(folder, self.lora.modules(), self.lora.scale, "transformer", self.export_format, notes)

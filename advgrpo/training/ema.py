@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -95,13 +95,17 @@ class Ema:
         return self._averages
 
     @contextmanager
-    def swap(self) -> Iterator[None]:
-        """Inside, the parameters hold the averages in the same storage; after, their own values again, bit for bit."""
+    def swap(self, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Inside, the parameters hold the averages in the same storage; after, their own values again, bit for bit.
+
+        `values`: others in the averages' place, by parameter name.
+        """
         self._refuse_if_swapped()
         own = [parameter.detach().clone() for parameter in self._parameters.values()]
         self._swapped = True
         try:
-            self._write(list(self._averages.values()))
+            held = self._averages if values is None else values
+            self._write([held[name] for name in self._parameters])
             yield
         finally:
             self._write(own)

@@ -32,6 +32,7 @@ from advgrpo.rewards.custom import source_digest
 from advgrpo.runtime import checkpoint as checkpoints
 from advgrpo.runtime.atomic import move_aside
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
+from advgrpo.training import best
 from advgrpo.runtime.fingerprint import FileStamps, folder_fingerprint
 from advgrpo.training.restoring import count, entry, measured
 
@@ -47,6 +48,8 @@ FREE_TO_CHANGE = (
     "data.cache_dir",
     "output",
     "evaluation.every",
+    "evaluation.keep_best",
+    "evaluation.stop_after",
     "monitor",
     *(
         f"rewards.{judge}.{name}"
@@ -86,6 +89,10 @@ class Saved:
     @property
     def iteration(self) -> int:
         return self.state["trainer"]["iteration"]
+
+    def ended_early(self, config: Config) -> str:
+        """Why the run is at its end there although it has not its length; "" where it is not."""
+        return best.ended_early(self.state.get(best.STATE, {}), config.evaluation)
 
     def finished(self, config: Config) -> bool:
         """Whether the run has its length there, as `Trainer.finished`."""
@@ -161,7 +168,10 @@ class Resuming:
         Raises:
             UserError: the run is done, and it was asked for by --resume DIR or --resume-from.
         """
-        if saved is None or not saved.finished(self.config):
+        if saved is None:
+            return ""
+        early = "" if saved.finished(self.config) else saved.ended_early(self.config)
+        if not (early or saved.finished(self.config)):
             return ""
         done, wanted = saved.iteration, self.config.iterations
         evaluated = (self.folder / SUMMARY_FILE).exists()  # if not, the run was cut short in its last evaluation
@@ -169,6 +179,8 @@ class Resuming:
             return ""
         flag = "--iterations" if done >= wanted else "--global-steps"
         text = f"{self.flag}: iteration {done} of {wanted} is done already, and with it the run; raise {flag} to go on"
+        if early:
+            text = f"{self.flag}: the run has ended after iteration {done}: {early}; raise it, or set it to 0, to go on"
         if self.resume.mode != "auto":
             raise UserError(text)
         return text

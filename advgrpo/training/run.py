@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -32,11 +32,13 @@ from advgrpo.reporting.plots import HeldOut, draw_curves, draw_grid
 from advgrpo.reporting.trackers import RunInfo, Trackers, choose
 from advgrpo.reporting.tracking import METRICS_FILE, RunLog, load_metrics, plain
 from advgrpo.runtime import checkpoint as checkpoints
-from advgrpo.runtime.atomic import clean, write_atomically
+from advgrpo.runtime.atomic import clean, move_aside, write_atomically, write_folder_atomically
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.folders import FolderLock, writable
 from advgrpo.runtime.graphs import CudaGraphs
 from advgrpo.runtime.watch import StopRequested
+from advgrpo.training import best as best_of
+from advgrpo.training.best import Best
 from advgrpo.training.build import (
     blind_spots,
     build_custom_rewards,
@@ -95,6 +97,7 @@ class Run:
         self.start: dict[str, float] = {}  # of the LoRA that model.lora.start_from names
         self.samples: dict[str, list] = {}
         self.unlogged: dict | None = None  # metrics of the newest iteration, while its evaluation is not done
+        self.best: Best | None = Best(keep) if (keep := config.evaluation.keep_best) else None
         self.stopped = ""  # why the run ended early
         self._asked = ""  # why a callback wants the end
         self.trackers = Trackers([], self.display.print_line)
@@ -236,18 +239,31 @@ class Run:
             display=self.display,
         )
         with log, self.keeper.at_failure():
-            while self.unlogged is not None or not trainer.finished:
+            while self.unlogged is not None or not self._at_end:
                 if self.unlogged is None:
                     self.unlogged = plain(self._iterate())
                 self._log(log)
                 reasons = self.distributed.gather_json(_flagged_to_stop(trainer.flags) or self._asked)
                 flagged = [text for text in reasons if text]
                 every = config.output.checkpoint_every
-                if flagged or trainer.finished or (every and trainer.iteration % every == 0):
+                if flagged or self._at_end or (every and trainer.iteration % every == 0):
                     log.sync()
                     self.save()
-                if flagged and not trainer.finished:
+                if flagged and not self._at_end:
                     raise StopRequested(flagged[0])
+            if main and self._ended_early:
+                self.display.print_line(f"ended after iteration {trainer.iteration}: {self._ended_early}")
+
+    @property
+    def _ended_early(self) -> str:
+        """Why the run is at its end before it has its length: nothing better has come for long; "" while it is not."""
+        if self.best is None or self.trainer.finished:
+            return ""
+        return best_of.ended_early(self.best.state(), self.config.evaluation)
+
+    @property
+    def _at_end(self) -> bool:
+        return self.trainer.finished or bool(self._ended_early)
 
     @property
     def _first_to_log(self) -> int:
@@ -283,11 +299,32 @@ class Run:
         if not self.trainer.finished and every and done % every == 0:
             found = self._evaluate(whole=False)
             self.callbacks.on_evaluation("during", found, done)
-            metrics = metrics | found
+            metrics = metrics | found | self._count_in(found)
             self._draw_samples(f"iteration-{done:06d}", found)
         log.log(metrics, self.trainer.flags)
         self.unlogged = None
         self._asked = self.callbacks.on_iteration(metrics, self.trainer.flags) or ""
+
+    def _count_in(self, found: dict[str, float]) -> dict[str, float | int | None]:
+        """An evaluation among those of which the best is kept; what there is to record of them."""
+        if self.best is None or not found:
+            return {}
+        before, done = self.best, self.trainer.iteration
+        self.best = before.after(found, done, self.trainer.ema.state_dict())
+        if self.best.found_at(done) and self.distributed.is_main:
+            self._write_best()
+            than = "" if before.value is None else f", {before.value:.4f} at iteration {before.iteration} before"
+            self.display.print_line(
+                f"iteration {done}: {self.best.metric} {self.best.value:.4f} is the best so far{than}; kept in "
+                f"{best_of.FOLDER}"
+            )
+        return self.best.record()
+
+    def _write_best(self) -> None:
+        """OUT/lora-best with the weights of the best evaluation so far."""
+        policy, best = self.trainer.policy, self.best
+        with self.trainer.averaged(best.weights):
+            write_folder_atomically(self.folder / best_of.FOLDER, lambda folder: policy.export(folder, best.header()))
 
     def _stop(self) -> None:
         """Leave a run that ends early so that it can be continued: on rank 0 alone, the others may be gone."""
@@ -301,7 +338,7 @@ class Run:
                 self._tell_of_checkpoint()
         again = "start it again" if self.keeper.saved is None else f"continue with --resume {self.folder}"
         self.console.print(f"stopped by {self.stopped} after {self.trainer.iteration} iterations; {again}")
-        if self.keeper.began and not self.trainer.finished:  # last: whoever stops a run does not wait for long
+        if self.keeper.began and not self._at_end:  # last: whoever stops a run does not wait for long
             self.export()
             self._write_card({})
             self._draw_curves({})
@@ -355,6 +392,7 @@ class Run:
         final = self._evaluate()
         if final:
             self.callbacks.on_evaluation("final", final, self.trainer.iteration)
+            self._count_in(final)
         self._draw_samples("final", final)
         if not self.distributed.is_main:
             return
@@ -362,6 +400,8 @@ class Run:
         rows = self._draw_curves(final)
         summary = summarize(self.config, rows, self.base, final, self.start, iterations=self.trainer.iteration)
         summary["prompts_cut_by"] = self.cut_prompts
+        if self.best is not None:
+            summary |= self._best_for_summary()
         self._tell_trackers(final)
         self._write_card(summary)
         self._write_summary(summary)
@@ -370,7 +410,15 @@ class Run:
         base = held_out_means(self.base)
         for name, value in held_out_means(final).items():
             self.console.print(f"{name}: base {base[name]:.4f} -> final {value:.4f}")
+        if self.best is not None and self.best.value is not None:
+            self.console.print(
+                f"best {self.best.metric} {self.best.value:.4f} at iteration {self.best.iteration}: {best_of.FOLDER}"
+            )
         self.console.print(f"wrote {self.folder}/lora, samples/, curves.png, summary.json")
+
+    def _best_for_summary(self) -> dict[str, Any]:
+        record = {"metric": self.best.metric, **self.best.record()}
+        return {"best": record, **({"ended_early": self._ended_early} if self._ended_early else {})}
 
     def _write_card(self, summary: dict) -> None:
         """README.md beside the LoRA, as the hub reads it; of full fine-tuning none, which is no LoRA."""
@@ -386,6 +434,8 @@ class Run:
         """The held-out metrics before and after training, which no iteration's record has."""
         stages = {"base": self.base, "final": final}
         ends = {f"{stage}_{name}": v for stage, found in stages.items() for name, v in held_out_means(found).items()}
+        if self.best is not None:
+            ends |= {name: value for name, value in self.best.record().items() if value is not None}
         self.trackers.log(ends, max(self.trainer.iteration - 1, 0))
 
     def _write_summary(self, summary: dict) -> None:
@@ -488,6 +538,10 @@ class Run:
             "unlogged": unlogged,
             "made_from": self.made_from,
         }
+        if self.best is not None:
+            best = self.best
+            state[best_of.STATE] = best.state()
+            tensors = tensors | {best_of.TENSORS + name: tensor for name, tensor in best.weights.items()}
         self._refuse_not_finite(tensors, state, "saved")
         checkpoints.save_checkpoint(
             self.folder / "checkpoints", done, tensors, state, self.config.output.keep_checkpoints
@@ -516,8 +570,12 @@ class Run:
     def _misfit(self, saved: Saved) -> str:
         """Take the checkpoint over, or say why it does not fit; what process 0 finds counts on all."""
         reason = ""
+        own = {name: t for name, t in saved.tensors.items() if not name.startswith(best_of.TENSORS)}
+        parameters = dict(self.trainer.policy.trainable_parameters())
         try:
-            self.trainer.load(saved.tensors, saved.state)
+            best = self.best and Best.read(self.best.metric, saved.tensors, saved.state, parameters)
+            self.trainer.load(own, saved.state)
+            self.best = best
         except UserError as error:
             reason = str(error)
         decided = self.distributed.gather_json(reason)[0]
@@ -550,8 +608,18 @@ class Run:
             write_atomically(self.folder / CONFIG_FILE, configuration.dump(self.config))
         if self.resumed:
             checkpoints.set_later_aside(self.folder / "checkpoints", self.trainer.iteration)
-        if not self.trainer.finished:
+        self._restore_best()
+        if not self._at_end:
             (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
+
+
+    def _restore_best(self) -> None:
+        """OUT/lora-best as it was when the run was here: what is there may be of a future that does not come."""
+        if self.best is not None and self.best.value is not None:
+            self._write_best()
+        elif self.best is not None and (self.folder / best_of.FOLDER).exists():
+            moved = move_aside(self.folder / best_of.FOLDER)
+            self.display.print_line(f"{best_of.FOLDER} is of a later iteration than the run goes on from: now {moved.name}")
 
 
 def _flagged_to_stop(flags: list[Flag]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -117,9 +117,9 @@ class Trainer:
         self.clean.restore(self.load)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the policy holds the averaged weights."""
-        with self.clean.changed(), self.ema.swap():
+    def averaged(self, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+        """Inside, the policy holds the averaged weights, or `weights`, which once were, by parameter name."""
+        with self.clean.changed(), self.ema.swap(weights):
             yield
 
     def state(self) -> State:

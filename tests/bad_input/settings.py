@@ -102,6 +102,7 @@ def _out_of_range() -> list[Case]:
         "--nft.old_decay_max 1": "nft.old_decay_max = 1: want a number from 0 to below 1",
         "--evaluation.images_per_prompt 1001": "evaluation.images_per_prompt = 1001: want a whole number from 1 to 1000",
         "--evaluation.num_steps 0": "evaluation.num_steps = 0",
+        "--evaluation.stop_after -1": "evaluation.stop_after = -1",
         "--output.keep_checkpoints 0": "output.keep_checkpoints = 0",
         "--monitor.window 1": "monitor.window = 1",
         "--monitor.stop everything": "monitor.stop = ['everything']",
@@ -132,6 +133,33 @@ METRICS = [
         "dino_similarity needs a DINO; set evaluation.backbone",
     ),
     flagged("metrics", "--evaluation.metrics adversary", "unknown metric 'adversary'"),
+    flagged(
+        "metrics",
+        "--evaluation.every 1 --evaluation.keep_best dino_similarty",
+        "evaluation.keep_best = 'dino_similarty' is not evaluated: evaluation.metrics has",
+        "did you mean 'dino_similarity'?",
+    ),
+    flagged("metrics", "--evaluation.stop_after 3", "evaluation.stop_after = 3 needs a metric: pass --evaluation.keep-best"),
+    flagged(
+        "metrics",
+        "--evaluation.every 1 --evaluation.metrics saturation --evaluation.keep_best saturation",
+        "evaluation.keep_best = 'saturation': neither more nor less of it is better",
+    ),
+    flagged(
+        "metrics",
+        "--evaluation.every 1 --evaluation.keep_best dino_similarity --data.held_out_prompts=",
+        "evaluation.keep_best = 'dino_similarity', but nothing is evaluated: pass --data.held-out-prompts",
+    ),
+    flagged(
+        "metrics",
+        "--evaluation.every 0 --evaluation.keep_best dino_similarity",
+        "evaluation.every = 0 evaluates at the end alone; pass --evaluation.every N",
+    ),
+    flagged(
+        "metrics",
+        "--evaluation.every 1 --evaluation.keep_best dino_similarity --model.train full",
+        "keeps a LoRA, but model.train = full; leave evaluation.keep_best empty",
+    ),
 ]
 
 _DEEP = "a: " + "[" * 3000
