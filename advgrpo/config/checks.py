@@ -421,13 +421,17 @@ def _check_best(config: Config) -> None:
             f"{did_you_mean(metric, known, cutoff=0.4)}"
         )
     if not direction(metric):
-        raise UserError(f"{where}: neither more nor less of it is better; name a metric that says which image is better")
+        raise UserError(
+            f"{where}: neither more nor less of it is better; name a metric that says which image is better"
+        )
     if not config.data.held_out_prompts:
         raise UserError(f"{where}, but nothing is evaluated: pass --data.held-out-prompts PATH")
     if not evaluation.every:
         raise UserError(f"{where}, but evaluation.every = 0 evaluates at the end alone; pass --evaluation.every N")
     if config.model.train != "lora":
-        raise UserError(f"{where} keeps a LoRA, but model.train = {config.model.train}; leave evaluation.keep_best empty")
+        raise UserError(
+            f"{where} keeps a LoRA, but model.train = {config.model.train}; leave evaluation.keep_best empty"
+        )
 
 
 def _check_not_looked_at(config: Config) -> None:

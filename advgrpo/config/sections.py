@@ -694,6 +694,10 @@ class MonitorSection(Section):
     """reward_hacking: rise of a trained reward since the start, in times of its noise from check to check."""
     hacking_drift: Fraction = 0.05
     """reward_hacking: growth of an image statistic's or DINO's distance from the references."""
+    hacking_level: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+    """reward_hacking: or, while a trained reward rises, a fall of a held-out metric that nothing is trained on from its
+    peak, prompt by prompt; one-sided level of that comparison, divided by evaluations and metrics. By default at most
+    5 in 100 runs are flagged wrongly whose metrics stand still over 16 evaluations; hardly any that improve."""
     dead_groups: Fraction = 0.3
     """dead_groups: share of groups without any spread of rewards."""
     group_size: Positive = 8

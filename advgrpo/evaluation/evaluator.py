@@ -56,11 +56,28 @@ class Evaluator:
         return replace(self, of_base=True)
 
     def run(self, images_per_prompt: int, *, first: int = 0) -> dict[str, float]:
-        """Means over all held-out images with their 95 % intervals; the same on every process.
+        """`means` of `scores`."""
+        return self.means(self.scores(images_per_prompt), first=first)
+
+    @staticmethod
+    def means(scores: Mapping[str, torch.Tensor], *, first: int = 0) -> dict[str, float]:
+        """Means over all held-out images with their 95 % intervals, of the result of `scores`.
 
         Keys: "eval_<metric>", and "eval_<metric>_ci95", half the width of Student's interval over prompts (images of
         one prompt are alike; none for a single prompt). `first` > 0 adds both over every prompt's first `first`
         images ("eval_<metric>_first"), to be compared with an evaluation of as many.
+        """
+        result = {}
+        for name, by_prompt in scores.items():
+            result[f"{HELD_OUT}{name}"] = by_prompt.mean().item()
+            result |= _half_width(f"{HELD_OUT}{name}", by_prompt)
+            if first:
+                result[f"{HELD_OUT}{name}{FIRST}"] = by_prompt[:, :first].mean().item()
+                result |= _half_width(f"{HELD_OUT}{name}{FIRST}", by_prompt[:, :first])
+        return result
+
+    def scores(self, images_per_prompt: int) -> dict[str, torch.Tensor]:
+        """metric -> [prompts, images_per_prompt] float64 in the order of `prompts`; the same on every process.
 
         Raises:
             StopRequested: somebody asked for the end.
@@ -82,16 +99,13 @@ class Evaluator:
                     with self.distributed.interruptible():
                         values.append(self.metrics[name].score(images, prompts, self.references))
                 tell(start + len(part))
+        world = self.distributed.world_size
+        order = torch.tensor([n for rank in range(world) for n in range(rank, len(self.prompts), world)]).argsort()
         result = {}
         for name, values in scores.items():
             local = torch.cat(values).double() if values else torch.zeros(0, dtype=torch.float64)
-            everywhere = self.distributed.all_gather(local)  # whole prompts, one after the other
-            by_prompt = everywhere.view(-1, images_per_prompt)
-            result[f"{HELD_OUT}{name}"] = everywhere.mean().item()
-            result |= _half_width(f"{HELD_OUT}{name}", by_prompt)
-            if first:
-                result[f"{HELD_OUT}{name}{FIRST}"] = by_prompt[:, :first].mean().item()
-                result |= _half_width(f"{HELD_OUT}{name}{FIRST}", by_prompt[:, :first])
+            everywhere = self.distributed.all_gather(local)  # process 0's prompts, process 1's, ...
+            result[name] = everywhere.cpu().view(-1, images_per_prompt)[order]
         return result
 
     def names(self) -> set[str]:

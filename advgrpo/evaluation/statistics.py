@@ -11,25 +11,18 @@ Shapes: n clusters, k images of each; scores are [n] or [n, k], of any float dty
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from advgrpo.intervals import Interval, as_matrix, t_interval, t_quantile
 from advgrpo.runtime import rng
 
+__all__ = ["Comparison", "Interval", "bootstrap_mean", "paired_bootstrap", "t_interval", "t_quantile"]
+
 _RESAMPLES_AT_ONCE = 2**22  # elements of an array of resampled clusters: 32 MB
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ def paired_bootstrap(
     Raises:
         ValueError: different shapes, or what `bootstrap_mean` refuses.
     """
-    a, b = _as_matrix(a), _as_matrix(b)
+    a, b = as_matrix(a), as_matrix(b)
     if a.shape != b.shape:
         raise ValueError(f"scores of {list(a.shape)} cannot be paired with scores of {list(b.shape)}")
     difference = a - b
@@ -96,44 +89,6 @@ def paired_bootstrap(
     return Comparison(bootstrap_mean(difference, **settings), bootstrap_mean(wins, **settings))
 
 
-def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Mean of a few independent runs (one value per seed) with Student's t-interval, m +- t * s / sqrt(n).
-
-    Raises:
-        ValueError: fewer than two values (they have no spread), or one that is not finite.
-    """
-    numbers = _as_matrix(values)[:, 0]
-    if len(numbers) < 2:
-        raise ValueError(f"an interval over {len(numbers)} value needs at least 2")
-    mean = numbers.mean().item()
-    half = t_quantile(0.5 + confidence / 2, len(numbers) - 1) * numbers.std().item() / math.sqrt(len(numbers))
-    return Interval(mean, mean - half, mean + half)
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """Student's t quantile for a whole number of degrees of freedom.
-
-    Raises:
-        ValueError: a probability outside [0.5, 1) or fewer than 1 degree of freedom.
-    """
-    from scipy.special import stdtrit  # scipy.stats.t.ppf without the quarter of a second that scipy.stats takes
-
-    if not 0.5 <= probability < 1 or freedom < 1:
-        raise ValueError(f"t_quantile({probability}, {freedom}): want 0.5 <= probability < 1 and freedom >= 1")
-    return float(stdtrit(freedom, probability))
-
-
-def _as_matrix(scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
-    """[n, k] float64 on the CPU; finite."""
-    matrix = torch.as_tensor(scores, dtype=torch.float64, device="cpu")
-    matrix = matrix[:, None] if matrix.dim() == 1 else matrix
-    if matrix.dim() != 2 or not matrix.numel():
-        raise ValueError(f"scores are {list(matrix.shape)}; want a non-empty [n] or [n, k]")
-    if not torch.isfinite(matrix).all():
-        raise ValueError("scores hold a value that is not finite")
-    return matrix
-
-
 def _clusters(scores: torch.Tensor | Sequence[float]) -> torch.Tensor:
     """[n] means of equally large clusters: resampling rows of [n, k] only ever needs these."""
-    return _as_matrix(scores).mean(1)
+    return as_matrix(scores).mean(1)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 from advgrpo.config import (
     AdversarySection,
     Config,
+    EvaluationSection,
     ModelSection,
     MonitorSection,
     RewardsSection,
@@ -32,6 +33,7 @@ from advgrpo.config import (
 )
 from advgrpo.config.checks import IMAGE_STATISTICS
 from advgrpo.monitor.flag_state import FlagState
+from advgrpo.monitor.held_out import HeldOutFalls
 from advgrpo.monitor.image_statistics import ImageStatistics
 from advgrpo.reporting.metric_names import OF_REFERENCES
 from advgrpo.types import Flag
@@ -60,6 +62,7 @@ class Knobs:
     update: UpdateSection
     rewards: RewardsSection
     adversary: AdversarySection
+    evaluation: EvaluationSection
     learns_adversary: bool
     compares_groups: bool  # images of one prompt with each other
 
@@ -71,6 +74,7 @@ class Knobs:
             config.update,
             config.rewards,
             config.adversary,
+            config.evaluation,
             config.learns_adversary,
             config.objective.compares_groups,
         )
@@ -112,6 +116,11 @@ class RedFlag(ABC):
         self.against = self.against + 1 if reading.bad != self.active else 0
         if self.against >= self.persistence:
             self.active, self.against = not self.active, 0
+
+    @property
+    def raised(self) -> bool:
+        """Whether it is up."""
+        return self.active
 
     def record_value(self, name: str, value: float, length: int) -> list[float]:
         """Append to a series; returns its last `length` values, newest last."""
@@ -226,7 +235,8 @@ class RewardHacking(RedFlag):
     (2) the distance of mean saturation, dark-pixel share or edge density to that of the same prompts' references, or
     the mean DINO cosine distance to them, has grown by more than hacking_drift. Everything is compared as medians over
     `window` checks. A distance that shrinks is what training is for. Without references it is that to the generator's
-    own images at the start, and there is no DINO distance.
+    own images at the start, and there is no DINO distance. Or, whatever the images look like: an evaluation's metric
+    that nothing is trained on has fallen from its peak while such a reward has risen (held_out.py).
 
     On the tiny world Flow-GRPO on the preference model rose to 3 times the noise (seed 7) while the DINO distance grew
     by 0.06 to 0.17 (six runs); it grew by less than 0.05 in every run with an adversary or a KL of 0.04 and more. Where
@@ -235,6 +245,31 @@ class RewardHacking(RedFlag):
 
     name = "reward_hacking"
     without_dino = "sees colours and edges only"
+
+    @property
+    def held_out(self) -> HeldOutFalls:
+        """What the evaluations say; it remembers among this flag's own series."""
+        knobs = self.knobs
+        return HeldOutFalls.of(self.series, knobs.evaluation, knobs.rewards, self.section.hacking_level)
+
+    @property
+    def raised(self) -> bool:
+        fall = self.held_out.worst()
+        return self.active or (fall is not None and fall.certain)
+
+    def flag(self) -> Flag:
+        fall = self.held_out.worst()
+        if fall is None or not fall.certain:
+            return super().flag()
+        stop, advice = self.name in self.section.stop, self.advice()
+        if not self.knobs.evaluation.keep_best:
+            advice += ", or keep the LoRA of the peak: evaluation.keep_best (now unset)"
+        return Flag(self.name, fall.loss.mean, fall.loss.mean - fall.loss.low, fall.message, advice, stop)
+
+    def levels(self) -> dict[str, float]:
+        """The trained rewards as they are compared: the median of each one's last `window` values, by name."""
+        full = {name: values for name, values in self.series.items() if f"{name}, long" in self.series}
+        return {name: median(values) for name, values in full.items() if len(values) == self.section.window}
 
     def read(self, metrics, images):
         if images is None or metrics.get("grad_norm") is None:
@@ -484,8 +519,28 @@ class Monitor:
                 red_flag.update(metrics, images)
         return self.active()
 
+    def evaluated(self, iteration: int, scores: Mapping[str, Sequence[float]]) -> list[Flag]:
+        """Take in an evaluation and return the flags that are active after it.
+
+        Args:
+            iteration: how many are done.
+            scores: metric -> a value per held-out prompt, of the same images-to-be every time.
+        """
+        hacking = self._hacking
+        if self.section.every:
+            hacking.held_out.evaluated(iteration, scores, hacking.levels() if iteration else {})
+        return self.active()
+
+    def levels(self) -> dict[str, float]:
+        """The trained rewards' levels that evaluations are compared beside, by name; empty at the start."""
+        return self._hacking.levels()
+
+    @property
+    def _hacking(self) -> RewardHacking:
+        return next(each for each in self.red_flags if isinstance(each, RewardHacking))
+
     def active(self) -> list[Flag]:
-        return [red_flag.flag() for red_flag in self.red_flags if red_flag.active]
+        return [red_flag.flag() for red_flag in self.red_flags if red_flag.raised]
 
     def state(self) -> dict[str, Any]:
         """Everything the next check depends on, as JSON."""

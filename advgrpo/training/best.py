@@ -45,7 +45,7 @@ class Best:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def after(self, found: Mapping[str, float], iteration: int, averages: Mapping[str, torch.Tensor]) -> Best:
-        """With one more evaluation counted in, after `iteration` iterations; one that is counted already changes nothing.
+        """With one more evaluation, after `iteration` iterations, counted in; one that already is changes nothing.
 
         Args:
             found: the result of `Evaluator.run`. Where it has means over each prompt's first images, those count: the
@@ -117,4 +117,6 @@ def ended_early(state: Mapping[str, Any], evaluation: EvaluationSection) -> str:
         return ""
     plural = "s" if without > 1 else ""
     over = f" over {saved['value']:.4f} at iteration {saved['iteration']}" if saved.get("value") is not None else ""
-    return f"{without} evaluation{plural} without gain of {evaluation.keep_best}{over} (evaluation.stop_after = {limit})"
+    return (
+        f"{without} evaluation{plural} without gain of {evaluation.keep_best}{over} (evaluation.stop_after = {limit})"
+    )

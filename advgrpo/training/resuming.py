@@ -27,13 +27,14 @@ from advgrpo.config.command_line import Source
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError, one_line
 from advgrpo.policy.pipelines import pipeline_folder, pipeline_index
+from advgrpo.reporting.evaluations import EVALUATIONS_FILE
 from advgrpo.reporting.tracking import METRICS_FILE
 from advgrpo.rewards.custom import source_digest
 from advgrpo.runtime import checkpoint as checkpoints
 from advgrpo.runtime.atomic import move_aside
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
-from advgrpo.training import best
 from advgrpo.runtime.fingerprint import FileStamps, folder_fingerprint
+from advgrpo.training import best
 from advgrpo.training.restoring import count, entry, measured
 
 SUMMARY_FILE = "summary.json"
@@ -152,9 +153,8 @@ class Resuming:
         if self._skipped:
             self.console.print(f"{self.flag}: skipped {one_line('; '.join(self._skipped))}", soft_wrap=True)
         if saved is None and self.resume.mode == "auto" and self.distributed.is_main:
-            old = [
-                path for path in (self.folder / METRICS_FILE, self.folder / SUMMARY_FILE, self.root) if path.exists()
-            ]
+            names = (METRICS_FILE, SUMMARY_FILE, self.root.name, EVALUATIONS_FILE)
+            old = [self.folder / name for name in names if (self.folder / name).exists()]
             moved = [f"{path.name} is now {move_aside(path).name}" for path in old]
             why = "no checkpoint that can be continued" if self._skipped else "no checkpoint yet"
             self.console.print(

@@ -27,6 +27,7 @@ from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.plan.memory import advice
 from advgrpo.policy.pipelines import pipeline_folder
 from advgrpo.reporting.display import Display
+from advgrpo.reporting.evaluations import EVALUATIONS_FILE, Evaluated, record_evaluation
 from advgrpo.reporting.metric_names import FIRST, half_widths, held_out_means
 from advgrpo.reporting.plots import HeldOut, draw_curves, draw_grid
 from advgrpo.reporting.trackers import RunInfo, Trackers, choose
@@ -50,7 +51,7 @@ from advgrpo.training.build import (
     check_cache_is_shared,
     check_prompts,
 )
-from advgrpo.training.callbacks import Callback, Callbacks
+from advgrpo.training.callbacks import Callback, Callbacks, Stage
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.model_card import CARD, RunFacts, newest_grid, write_card, write_samples
 from advgrpo.training.preflight import preflight
@@ -297,7 +298,7 @@ class Run:
         """Record the newest iteration, after an evaluation if one is due; cut short, both are done on resuming."""
         metrics, done, every = self.unlogged, self.trainer.iteration, self.config.evaluation.every
         if not self.trainer.finished and every and done % every == 0:
-            found = self._evaluate(whole=False)
+            found = self._evaluate("during")
             self.callbacks.on_evaluation("during", found, done)
             metrics = metrics | found | self._count_in(found)
             self._draw_samples(f"iteration-{done:06d}", found)
@@ -350,28 +351,47 @@ class Run:
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(advice(error, self.config, processes=self.distributed.world_size)) from error
 
-    def _evaluate(self, *, whole: bool = True, of_base: bool = False) -> dict[str, float]:
+    def _evaluate(self, stage: Stage) -> dict[str, float]:
         """Held-out metrics of the averaged weights, or of the base model; empty without held-out prompts.
 
-        `whole`: as at the ends of the run, and apart from it over each prompt's first images, the only ones that are
+        At the ends of the run over all images, and apart from it over each prompt's first ones, the only ones that are
         evaluated in between.
         """
         if not self.evaluator.prompts:
             return {}
         evaluation = self.config.evaluation
         during = evaluation.during_images_per_prompt
-        count, first = (evaluation.images_per_prompt, during) if whole else (during, 0)
-        if of_base:
-            return self.evaluator.base().run(count, first=first)
-        with self.trainer.averaged():
-            return self.evaluator.run(count, first=first)
+        count, first = (during, 0) if stage == "during" else (evaluation.images_per_prompt, during)
+        if stage == "base":
+            scores = self.evaluator.base().scores(count)
+        else:
+            with self.trainer.averaged():
+                scores = self.evaluator.scores(count)
+        found = self.evaluator.means(scores, first=first)
+        self._judge(stage, found, {name: values[:, :during].mean(1).tolist() for name, values in scores.items()})
+        return found
+
+    def _judge(self, stage: Stage, found: dict[str, float], by_prompt: dict[str, list[float]]) -> None:
+        """What the monitor makes of an evaluation, and its line in OUT/evaluations.jsonl.
+
+        A LoRA that the run starts from is what its training is compared with, not the base model.
+        """
+        trainer = self.trainer
+        done = trainer.iteration if stage in ("during", "final") else 0  # a resumed run may have to judge the base anew
+        levels = trainer.monitor.levels() if done else {}
+        if not (stage == "base" and self.config.model.lora.start_from):
+            trainer.flags = trainer.monitor.evaluated(done, by_prompt)
+        if self.distributed.is_main:
+            during = self.config.evaluation.during_images_per_prompt
+            line = Evaluated(stage, done, during, found, by_prompt, levels)
+            record_evaluation(self.folder / EVALUATIONS_FILE, line)
 
     def _evaluate_base(self) -> dict[str, float]:
         """The base model: adapters are disabled, so a resumed or LoRA-started run measures the same thing."""
         if not self.evaluator.prompts:
             return {}
         self.display.print_line(f"evaluating the base model on {len(self.evaluator.prompts)} held-out prompts")
-        base = self._evaluate(of_base=True)
+        base = self._evaluate("base")
         self.console.print(f"base model: {_shown(base)}")
         self.callbacks.on_evaluation("base", base, self.trainer.iteration)
         return base
@@ -382,14 +402,14 @@ class Run:
         if not start or not self.evaluator.prompts:
             return {}
         self.console.print(f"evaluating {start}")
-        found = self._evaluate()
+        found = self._evaluate("start")
         self.console.print(f"start: {_shown(found)}")
         self.callbacks.on_evaluation("start", found, self.trainer.iteration)
         return found
 
     def _finish(self) -> None:
         """Export, final evaluation, images and summary."""
-        final = self._evaluate()
+        final = self._evaluate("final")
         if final:
             self.callbacks.on_evaluation("final", final, self.trainer.iteration)
             self._count_in(final)
@@ -612,14 +632,15 @@ class Run:
         if not self._at_end:
             (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
 
-
     def _restore_best(self) -> None:
         """OUT/lora-best as it was when the run was here: what is there may be of a future that does not come."""
         if self.best is not None and self.best.value is not None:
             self._write_best()
         elif self.best is not None and (self.folder / best_of.FOLDER).exists():
             moved = move_aside(self.folder / best_of.FOLDER)
-            self.display.print_line(f"{best_of.FOLDER} is of a later iteration than the run goes on from: now {moved.name}")
+            self.display.print_line(
+                f"{best_of.FOLDER} is of a later iteration than the run goes on from: now {moved.name}"
+            )
 
 
 def _flagged_to_stop(flags: list[Flag]) -> str:

@@ -103,6 +103,7 @@ def _out_of_range() -> list[Case]:
         "--evaluation.images_per_prompt 1001": "evaluation.images_per_prompt = 1001: want a whole number from 1 to 1000",
         "--evaluation.num_steps 0": "evaluation.num_steps = 0",
         "--evaluation.stop_after -1": "evaluation.stop_after = -1",
+        "--monitor.hacking_level 0.5": "monitor.hacking_level = 0.5: want a number above 0 and below 0.5",
         "--output.keep_checkpoints 0": "output.keep_checkpoints = 0",
         "--monitor.window 1": "monitor.window = 1",
         "--monitor.stop everything": "monitor.stop = ['everything']",
@@ -135,11 +136,13 @@ METRICS = [
     flagged("metrics", "--evaluation.metrics adversary", "unknown metric 'adversary'"),
     flagged(
         "metrics",
-        "--evaluation.every 1 --evaluation.keep_best dino_similarty",
+        "--evaluation.every 1 --evaluation.metrics dino_similarity --evaluation.keep_best dino_similarty",
         "evaluation.keep_best = 'dino_similarty' is not evaluated: evaluation.metrics has",
         "did you mean 'dino_similarity'?",
     ),
-    flagged("metrics", "--evaluation.stop_after 3", "evaluation.stop_after = 3 needs a metric: pass --evaluation.keep-best"),
+    flagged(
+        "metrics", "--evaluation.stop_after 3", "evaluation.stop_after = 3 needs a metric: pass --evaluation.keep-best"
+    ),
     flagged(
         "metrics",
         "--evaluation.every 1 --evaluation.metrics saturation --evaluation.keep_best saturation",
@@ -147,17 +150,17 @@ METRICS = [
     ),
     flagged(
         "metrics",
-        "--evaluation.every 1 --evaluation.keep_best dino_similarity --data.held_out_prompts=",
+        "--evaluation.every 1 --evaluation.metrics dino_similarity --evaluation.keep_best dino_similarity --data.held_out_prompts=",
         "evaluation.keep_best = 'dino_similarity', but nothing is evaluated: pass --data.held-out-prompts",
     ),
     flagged(
         "metrics",
-        "--evaluation.every 0 --evaluation.keep_best dino_similarity",
+        "--evaluation.every 0 --evaluation.metrics dino_similarity --evaluation.keep_best dino_similarity",
         "evaluation.every = 0 evaluates at the end alone; pass --evaluation.every N",
     ),
     flagged(
         "metrics",
-        "--evaluation.every 1 --evaluation.keep_best dino_similarity --model.train full",
+        "--evaluation.every 1 --evaluation.metrics dino_similarity --evaluation.keep_best dino_similarity --model.train full",
         "keeps a LoRA, but model.train = full; leave evaluation.keep_best empty",
     ),
 ]

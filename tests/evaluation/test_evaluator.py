@@ -4,6 +4,7 @@ Planted bugs that turn it red: the interval over images instead of prompts; `fir
 word of what is evaluated to the processes that wait.
 """
 
+import contextlib
 import io
 import math
 
@@ -92,3 +93,20 @@ def test_progress_counts_prompts(evaluator, monkeypatch):
     told.clear()
     evaluator.base().run(3)
     assert told[0].startswith("evaluating the base model 2/4")
+
+
+def test_scores_are_in_the_order_of_the_prompts_whoever_made_them(evaluator, monkeypatch):
+    """Two processes share the prompts in turn; what they gather is the one's, then the other's."""
+    alone = evaluator.scores(2)
+    assert torch.allclose(alone["looked"], SCORES[:, :2].double())
+    distributed, parts = evaluator.distributed, []
+    monkeypatch.setattr(type(distributed), "all_gather", lambda self, local: parts.append(local) or local.repeat(2))
+    for name in ("monitored", "interruptible"):
+        monkeypatch.setattr(type(distributed), name, lambda self, *a, **k: contextlib.nullcontext())
+    monkeypatch.setattr(type(distributed), "step", lambda self, *a, **k: None)
+    monkeypatch.setattr(distributed, "world_size", 2)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", rank)
+        evaluator.scores(2)
+    monkeypatch.setattr(type(distributed), "all_gather", lambda self, local: torch.cat(parts))
+    assert torch.equal(evaluator.scores(2)["looked"], alone["looked"])

@@ -1,0 +1,92 @@
+"""Make a run's evaluations a recorded series: `python -m tests.monitor.record OUT NAME --over-optimised`.
+
+It becomes tests/monitor/recorded/NAME.json, which test_held_out.py plays to the monitor. Whether the run was
+over-optimised is for a person to say, by the images or by a judge that the run did not see.
+
+Of runs that were made before evaluations were kept prompt by prompt only means are known. `python -m
+tests.monitor.record reconstruct` makes series of these: the means that were published, straight lines between them, and
+48 prompts around them that differ by 0.3 and move by 0.065 from evaluation to evaluation, which is what the rerun of
+the review's run (d6-rerun.json) showed for a judge's verdict on two images, carried over to four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from advgrpo import config
+from advgrpo.monitor.held_out import independent
+from advgrpo.reporting.evaluations import EVALUATIONS_FILE, load_evaluations
+
+FOLDER = Path(__file__).parent / "recorded"
+
+
+def record(out: Path, name: str, *, over_optimised: bool, why: str) -> Path:
+    settings = config.load(file=out / "config.yaml")
+    metrics = independent(settings.evaluation.metrics, settings.rewards)
+    lines = load_evaluations(out / EVALUATIONS_FILE)
+    evaluations = [
+        {
+            "iteration": line.iteration,
+            "scores": {metric: [round(value, 6) for value in line.scores[metric]] for metric in metrics},
+            "rewards": {reward: round(level, 6) for reward, level in line.rewards.items()},
+        }
+        for line in lines
+        if line.stage != "final"  # of the same images; the monitor has no say any more
+    ]
+    return write(name, over_optimised, why, settings.iterations, evaluations)
+
+
+def write(name: str, over_optimised: bool, why: str, iterations: int, evaluations: list[dict]) -> Path:
+    content = {"name": name, "over_optimised": over_optimised, "why": why, "iterations": iterations}
+    FOLDER.mkdir(exist_ok=True)
+    file = FOLDER / f"{name}.json"
+    file.write_text(
+        json.dumps({**content, "evaluations": evaluations}).replace('{"iteration"', '\n{"iteration"') + "\n"
+    )
+    return file
+
+
+def reconstruct(name: str, means: Mapping[int, float], *, over_optimised: bool, why: str) -> Path:
+    """A series of published means {iteration: mean}, as the head of this file says."""
+    draw, places = random.Random(name), sorted(means)
+    prompts = [draw.gauss(0, 0.3) for _ in range(48)]
+    evaluations = []
+    for iteration in range(0, places[-1] + 1, 10):
+        left = max(place for place in places if place <= iteration)
+        right = min(place for place in places if place >= iteration)
+        share = (iteration - left) / (right - left) if right > left else 0.0
+        mean = means[left] + share * (means[right] - means[left])
+        values = [round(mean + prompt + draw.gauss(0, 0.065), 6) for prompt in prompts]
+        rewards = {"reward": iteration / 100} if iteration else {}
+        evaluations.append({"iteration": iteration, "scores": {"judge": values}, "rewards": rewards})
+    return write(name, over_optimised, why, places[-1], evaluations[:-1])
+
+
+def reconstruct_all() -> None:
+    results = json.loads((Path(__file__).parents[2] / "docs" / "results" / "results.json").read_text())
+    for arm, hacked in (("flow-pickscore", True), ("dino", False)):
+        job = results["hacking" if hacked else "dino"]
+        run = job["arms"][arm]["runs"]["0"]
+        means = {0: run["base"]["rule_accuracy"], job["iterations"]: run["final"]["rule_accuracy"]}
+        why = f"docs/results, {arm}, seed 0: the judge's mean before and after; the reward rose"
+        reconstruct(f"results-{arm}", means, over_optimised=hacked, why=why)
+    why = "a review's run at margin 0 without warm-up: its judge before, at its best and at the end; the reward rose"
+    reconstruct("review-d6", {0: 0.599, 50: 0.734, 150: 0.682}, over_optimised=True, why=why)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["reconstruct"]:
+        reconstruct_all()
+        sys.exit()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--over-optimised", action="store_true")
+    parser.add_argument("--why", required=True)
+    given = parser.parse_args()
+    print(record(given.out, given.name, over_optimised=given.over_optimised, why=given.why))
