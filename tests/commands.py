@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 
-COMMANDS = ("train", "generate", "evaluate", "plan", "references", "experiments", "export", "compare", "rewards.serve")
+COMMANDS = ("train", "generate", "evaluate", "plan", "references", "experiments", "export", "compare", "report", "rewards.serve")
 
 
 def main_of(name: str) -> Callable[..., int]:

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from advgrpo import config as configuration
-from advgrpo.config import Config, leaves
+from advgrpo.config import Config, nearest
 from advgrpo.data.images import ImageError, read_header
 from advgrpo.data.record_source import HUB
 from advgrpo.errors import UserError, one_line
@@ -29,7 +29,6 @@ CARD, GRID = "README.md", "samples.png"
 SAMPLES = 4  # single images for the hub's gallery
 MARK = "<!-- Written by advgrpo, anew by every export; without this line it is left as it is. -->"
 _PROMPT = "prompt"  # key of a sample's PNG text
-_ELSEWHERE = ("output", "monitor", "data", "model.path", "output_dir", "seed", "device", "fast", "collective_timeout")
 _MOST = 12  # settings that the card says differ from the preset's
 _SHIPPED = ("tiny", "tiny:words")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -333,26 +332,8 @@ def _address(source: str) -> str:
 
 def nearest_preset(config: Config) -> tuple[str, list[str]]:
     """The preset that differs in the fewest settings of the method, and what differs, as "name = value"."""
-    own = _method(config)
-    found = []
-    for name in configuration.preset_names():
-        theirs = _method(configuration.load(preset=name))
-        changes = [key for key in own if own[key] != theirs.get(key)]
-        found.append((len(changes), name, changes))
-    _, name, changes = min(found)
-    return name, [f"{key} = {_value(own[key])}" for key in changes]
-
-
-def _method(config: Config) -> dict[str, Any]:
-    settings, flat = config.model_dump(mode="json"), {}
-    for key in leaves(Config):
-        if key.endswith("token_file") or any(key == part or key.startswith(f"{part}.") for part in _ELSEWHERE):
-            continue
-        value: Any = settings
-        for name in key.split("."):
-            value = value[name]
-        flat[key] = value
-    return flat
+    name, changes = nearest.nearest_preset(config)
+    return name, [f"{change.name} = {_value(change.here)}" for change in changes]
 
 
 def _value(value: Any) -> str:

@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +26,11 @@ from advgrpo.errors import RunFailure, UserError
 from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.plan.memory import advice
 from advgrpo.policy.pipelines import pipeline_folder
+from advgrpo.report.band import band_of
+from advgrpo.report.page import REPORT_FILE, write_report
+from advgrpo.report.run_files import RunFiles
 from advgrpo.reporting.display import Display
-from advgrpo.reporting.evaluations import EVALUATIONS_FILE, Evaluated, record_evaluation
+from advgrpo.reporting.evaluations import EVALUATIONS_FILE, Evaluated, load_evaluations, record_evaluation
 from advgrpo.reporting.metric_names import FIRST, half_widths, held_out_means
 from advgrpo.reporting.plots import HeldOut, draw_curves, draw_grid
 from advgrpo.reporting.trackers import RunInfo, Trackers, choose
@@ -304,6 +307,8 @@ class Run:
             self._draw_samples(f"iteration-{done:06d}", found)
         log.log(metrics, self.trainer.flags)
         self.unlogged = None
+        if not self.trainer.finished and every and done % every == 0 and self.evaluator.prompts:
+            self._write_report()
         self._asked = self.callbacks.on_iteration(metrics, self.trainer.flags) or ""
 
     def _count_in(self, found: dict[str, float]) -> dict[str, float | int | None]:
@@ -343,6 +348,7 @@ class Run:
             self.export()
             self._write_card({})
             self._draw_curves({})
+            self._write_report()
 
     def _iterate(self) -> dict:
         """One iteration; running out of GPU memory names the knob to turn."""
@@ -384,7 +390,7 @@ class Run:
         if self.distributed.is_main:
             during = self.config.evaluation.during_images_per_prompt
             line = Evaluated(stage, done, during, found, by_prompt, levels)
-            record_evaluation(self.folder / EVALUATIONS_FILE, line)
+            self._say_outside(record_evaluation(self.folder / EVALUATIONS_FILE, line))
 
     def _evaluate_base(self) -> dict[str, float]:
         """The base model: adapters are disabled, so a resumed or LoRA-started run measures the same thing."""
@@ -425,6 +431,7 @@ class Run:
         self._tell_trackers(final)
         self._write_card(summary)
         self._write_summary(summary)
+        self._write_report()
         if not summary["trained"]:
             self.console.print(f"note: {summary['not_trained_because']}", soft_wrap=True)
         base = held_out_means(self.base)
@@ -449,6 +456,32 @@ class Run:
         facts = RunFacts.of(self.config, summary, self.trainer.iteration)
         if write_card(lora, facts, newest_grid(self.folder)) is None:
             self.display.print_line(f"note: {lora / CARD} was not written by this program and stays as it is")
+
+    def _write_report(self) -> None:
+        """OUT/report.html, of what is on the disk; it is of use to readers alone, so the run goes on without it."""
+        if not self.distributed.is_main:
+            return
+        self.distributed.progress("write the report", within_seconds=SLOW_SECONDS)
+        try:
+            write_report(self.folder)
+        except Exception as error:  # whatever is wrong with a page is no reason to lose what is trained
+            name = type(error).__name__
+            self.display.print_line(f"WARNING: {REPORT_FILE} could not be written ({name}: {error}); training goes on")
+
+    def _say_outside(self, before: Sequence[Evaluated]) -> None:
+        """A run of a recorded preset that is beyond all recorded runs says so, once for each metric."""
+        config = self.config
+        band = band_of(config)
+        if band is None:
+            return
+        now = load_evaluations(self.folder / EVALUATIONS_FILE)
+        files = (RunFiles(self.folder, config, evaluations=lines).held_out() for lines in (before, now))
+        known, found = (
+            band.outside({n: [(p.iteration, p.value) for p in ps] for n, ps in each.items()}) for each in files
+        )
+        for outside in found:
+            if outside.metric not in {each.metric for each in known}:
+                self.display.print_line(f"note: {outside}, with the settings of the preset {band.preset}")
 
     def _tell_trackers(self, final: dict[str, float]) -> None:
         """The held-out metrics before and after training, which no iteration's record has."""

@@ -483,3 +483,54 @@ COMPARE = [
 ]  # fmt: skip
 
 CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *LEARN, *EXPERIMENTS, *EXPORT, *COMPARE]
+def _reported(file: str, content: bytes) -> Callable[[Bench], list[str]]:
+    """A report of a run with a damaged file."""
+
+    def make(bench: Bench) -> list[str]:
+        run = bench.copy(bench.world.run)
+        (run / file).write_bytes(content)
+        return [str(run)]
+
+    return make
+
+
+def _report(name: str, *expect: str, make: Callable[[Bench], list[str]]) -> Case:
+    return Case("report", name, expect, make, command="report")
+
+
+REPORT = [
+    _report("no arguments", "OUT is missing", make=lambda b: []),
+    _report("nowhere", "OUT = 'nowhere' has no config.yaml", make=lambda b: ["nowhere"]),
+    _report("two", "unexpected argument", make=lambda b: [str(b.world.run), "another"]),
+    _report("damaged settings", "is not valid YAML", make=_reported("config.yaml", b"update: {")),
+    _report(
+        "damaged metrics", "metrics.jsonl, line 1 is not a metrics record", make=_reported("metrics.jsonl", b"{\n")
+    ),
+    _report(
+        "damaged evaluations",
+        "evaluations.jsonl, line 1 is no evaluation",
+        make=_reported("evaluations.jsonl", b"[]\n"),
+    ),
+    _report("damaged summary", "summary.json cannot be read", make=_reported("summary.json", b"[1]")),
+    _report("band of nothing", "RUNS is missing", make=lambda b: ["band", "--preset", "tiny", "--out", "o.json"]),
+    _report(
+        "band without a preset", "--preset is missing", make=lambda b: ["band", str(b.world.run), "--out", "o.json"]
+    ),
+    _report(
+        "band of one run",
+        "RUN names 1 of the 2 runs that a band needs",
+        make=lambda b: ["band", str(b.world.run), "--preset", "tiny", "--out", "o.json"],
+    ),
+    _report(
+        "band of no preset",
+        "unknown preset 'tine'; did you mean",
+        make=lambda b: ["band", str(b.world.run), str(b.world.run), "--preset", "tine", "--out", "o.json"],
+    ),
+    _report(
+        "band of another method",
+        "is not of the preset 'tiny': model.path =",
+        make=lambda b: ["band", str(b.world.run), str(b.world.run), "--preset", "tiny", "--out", "o.json"],
+    ),
+]
+
+CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *LEARN, *EXPERIMENTS, *EXPORT, *REPORT]

@@ -1,0 +1,74 @@
+"""Which preset a run's settings are nearest to, and where they differ from it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from advgrpo.config.config import Config, load
+from advgrpo.config.explain import leaves
+from advgrpo.config.reading import preset_names
+
+# Where a run lies, on what it runs and what it says of itself: settings that are not of the method.
+ELSEWHERE = ("output", "monitor", "data", "model.path", "output_dir", "seed", "device", "fast", "collective_timeout")
+# What may differ between runs whose curves are compared: it changes neither what is trained nor on what that is judged,
+# up to an iteration that both have reached; `fast` changes rounding alone.
+FREE_OF_CURVES = (
+    "iterations",
+    "global_steps",
+    "seed",
+    "output_dir",
+    "device",
+    "fast",
+    "collective_timeout",
+    "data.cache_dir",
+    "output",
+    "monitor",
+    "evaluation.every",
+    "evaluation.keep_best",
+    "evaluation.stop_after",
+    "evaluation.grid_prompts",
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting with another value than the preset's."""
+
+    name: str
+    there: Any  # in the preset
+    here: Any
+
+
+def changes(config: Config, preset: str, *, ignoring: Collection[str] = ELSEWHERE) -> list[Change]:
+    """Settings with other values than in the preset, but for those in `ignoring`, names or sections, and tokens."""
+    own, theirs = _flat(config), _of_preset(preset)
+    ignored = {name for name in own if any(name == part or name.startswith(f"{part}.") for part in ignoring)}
+    return [
+        Change(name, theirs[name], own[name])
+        for name in own
+        if name not in ignored and not name.endswith("token_file") and own[name] != theirs[name]
+    ]
+
+
+def nearest_preset(config: Config, *, ignoring: Collection[str] = ELSEWHERE) -> tuple[str, list[Change]]:
+    """The preset with the fewest `changes`, the first by name among several, and these."""
+    found = [(name, changes(config, name, ignoring=ignoring)) for name in preset_names()]
+    return min(found, key=lambda each: (len(each[1]), each[0]))
+
+
+@functools.cache
+def _of_preset(name: str) -> dict[str, Any]:
+    return _flat(load(preset=name))
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    settings, flat = config.model_dump(mode="json"), {}
+    for name in leaves(Config):
+        value: Any = settings
+        for part in name.split("."):
+            value = value[part]
+        flat[name] = value
+    return flat
