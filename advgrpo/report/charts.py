@@ -118,7 +118,8 @@ def draw_stack(title: str, xs: Sequence[float], layers: Sequence[tuple[str, Sequ
 
 
 def draw_path(title: str, names: tuple[str, str], points: Sequence[tuple[int, float, float]], best: set[int]) -> str:
-    """Two metrics against each other, joined in the order of training; `best`: iterations that nothing dominates."""
+    """Two metrics against each other, joined in the order of training; `best`: iterations that nothing dominates, which
+    are labelled, as are the ends."""
     xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
     room = [0.08 * ((max(v) - min(v)) or 1e-6) for v in (xs, ys)]
     across = Scale(min(xs) - room[0], max(xs) + room[0], LEFT, WIDTH - RIGHT)
@@ -127,13 +128,14 @@ def draw_path(title: str, names: tuple[str, str], points: Sequence[tuple[int, fl
     for number, (iteration, x, y) in enumerate(points):
         kind = "front" if iteration in best else "behind"
         label = "start" if not number else f"{iteration}"
+        shown = label if kind == "front" or number in (0, len(points) - 1) else ""  # all would lie on each other
         text = f"{label}: {names[0]} {x:.4g}, {names[1]} {y:.4g}"
         left = across(x) > WIDTH - 60
         anchor = ' text-anchor="end"' if left else ""
         marks.append(
             f'<g><circle class="dot {kind}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="4.5"><title>{escape(text)}</title>'
             f'</circle><text class="label" x="{across(x) + (-8 if left else 8):.1f}" y="{up(y) - 6:.1f}"'
-            f"{anchor}>{label}</text></g>"
+            f"{anchor}>{shown}</text></g>"
         )
     frame = _frame(across, up, bottom=HEIGHT - BOTTOM - 12)
     names_at = f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(names[0])} →</text>'

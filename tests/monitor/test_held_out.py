@@ -90,9 +90,9 @@ def test_false_alarms_are_as_rare_as_the_level_says():
 
 
 def test_an_over_optimised_run_is_found_in_time():
-    runs = [play(simulated(seed, OVER_OPTIMISED, noise=0.15)) for seed in range(50)]
+    runs = [play(simulated(seed, OVER_OPTIMISED, noise=0.12)) for seed in range(50)]
     assert statistics.mean(bool(up) for up in runs) >= 0.95
-    assert statistics.mean(bool(up) and up[0] <= IN_TIME * 160 for up in runs) >= 0.7
+    assert statistics.mean(bool(up) and up[0] <= IN_TIME * 160 for up in runs) >= 0.75
     assert not any(up and up[0] <= 50 for up in runs), "before the peak"
 
 
