@@ -51,6 +51,7 @@ OURS = (
     *("update.objective", "update.optimizer", "update.max_log_prob_mismatch", "evaluation.grid_prompts"),
     *("update.trust_region", "update.max_divergence", "update.step_weights"),  # other articles' (jobs/objectives.md)
     *("update.policy_weight", "update.kl_to", "update.teacher", "update.kl_space"),
+    *("evaluation.keep_best", "evaluation.stop_after"),
     *("evaluation.backbone", "evaluation.backbone_image_size", "rewards.*.normalize", "rewards.*.gate"),
     *("adversary.reward_ema", "adversary.gradient_penalty", "adversary.spectral_norm", "adversary.feature_layers"),
     *("adversary.heads", "adversary.reset_every", "adversary.augment"),

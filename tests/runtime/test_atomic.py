@@ -153,6 +153,7 @@ ALLOWED = {  # (file, function): why
     ("compare/page.py", "data_address"): "into memory",
     ("rewards/flow_grpo.py", "_jpeg"): "into memory",
     ("rewards/remote.py", "png"): "into memory",
+    ("report/pictures.py", "_webp"): "into memory",
     ("policy/lora_file.py", "write_safetensors"): "into memory",
     ("service/command.py", "serve_adversary"): "its own `save`, a checkpoint",
     ("service/folder.py", "_learned"): "its own `save`, a checkpoint",
