@@ -6,7 +6,18 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 
-COMMANDS = ("train", "generate", "evaluate", "plan", "references", "experiments", "export", "compare", "report", "rewards.serve")
+COMMANDS = (
+    "train",
+    "generate",
+    "evaluate",
+    "plan",
+    "references",
+    "experiments",
+    "export",
+    "compare",
+    "report",
+    "rewards.serve",
+)
 
 
 def main_of(name: str) -> Callable[..., int]:

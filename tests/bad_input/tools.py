@@ -482,7 +482,7 @@ COMPARE = [
     _voted("report nowhere --resamples 5", "--resamples 5: want a whole number from 100"),
 ]  # fmt: skip
 
-CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *LEARN, *EXPERIMENTS, *EXPORT, *COMPARE]
+
 def _reported(file: str, content: bytes) -> Callable[[Bench], list[str]]:
     """A report of a run with a damaged file."""
 
@@ -533,4 +533,4 @@ REPORT = [
     ),
 ]
 
-CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *LEARN, *EXPERIMENTS, *EXPORT, *REPORT]
+CASES = [*GENERATE, *EVALUATE, *REFERENCES, *IMPORT, *PLAN, *SERVE, *LEARN, *EXPERIMENTS, *EXPORT, *COMPARE, *REPORT]
