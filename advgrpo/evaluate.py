@@ -8,7 +8,6 @@ python -m advgrpo.evaluate --model stabilityai/stable-diffusion-3.5-medium --lor
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +21,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from advgrpo import config as configuration
-from advgrpo.config import MOST_PER_PROMPT, NEED_REFERENCES, Config
-from advgrpo.config.checks import IMAGE_STATISTICS
+from advgrpo.config import MOST_PER_PROMPT, NEED_REFERENCES
+from advgrpo.config.checks import IMAGE_STATISTICS, JUDGE_METRICS
 from advgrpo.data.images import Fit
 from advgrpo.data.prompt_lengths import cut_prompts
 from advgrpo.data.prompts import load_prompts
@@ -40,8 +39,9 @@ from advgrpo.runtime.command import plain_console, run_command
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.folders import writable
 from advgrpo.runtime.libraries import quiet_libraries
-from advgrpo.sampling.drawing import DrawOptions
+from advgrpo.sampling.drawing import ModelOptions
 from advgrpo.tiny import WORLDS
+from advgrpo.training.models import load_model, settings_of
 
 if TYPE_CHECKING:  # diffusers and transformers are loaded once the flags are right and their notices silenced
     from advgrpo.evaluation.evaluator import Evaluator
@@ -57,15 +57,20 @@ _TINY_METRICS: dict[str, dict[str, Any]] = {
     "clip_reference_similarity": {"path": "tiny"},
     "ocr": {"detection_size": 192},
 }
+_EMOJI_METRICS = {
+    **{name: {"path": "tiny:emoji"} for name in _TINY_METRICS if name != "ocr"},
+    "dino_similarity": {"path": "tiny:emoji", "image_size": 48},
+}
 
 
-class Evaluate(DrawOptions):
+class Evaluate(ModelOptions):
     """Score a model's images with several metrics, and compare it with a second model on the same noise."""
 
     metrics: str
     """Names separated by commas: rewards (pickscore, ocr, dino_similarity, clip, aesthetic, rule, ...), rule_accuracy,
-    the statistics saturation, dark_share and edge_density, and names of your own, whose options have `import`
-    (--metric-options.NAME.import file.py:CLASS) or the `url` of a judge."""
+    retrieval and retrieval_top5 of the emoji world's independent judge (extra `judge`), the statistics saturation,
+    dark_share and edge_density, and names of your own, whose options have `import` (--metric-options.NAME.import
+    file.py:CLASS) or the `url` of a judge."""
     output: Path
     """Folder for evaluation.json and grid.png."""
     lora: str = ""
@@ -82,18 +87,10 @@ class Evaluate(DrawOptions):
     """YAML {metric: {option: value}}; single options are flags, --metric-options.METRIC.OPTION VALUE."""
     images_per_prompt: Annotated[int, Field(ge=1, le=MOST_PER_PROMPT)] = 4
     """Images of every prompt."""
-    batch_size: Annotated[int, Field(ge=0, le=65536)] = 0
-    """Images drawn at once; 0 means 32 for a tiny model, 8 otherwise."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    """Keys the noise and the resampling; a run's own evaluation uses its seed."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Coverage of the intervals."""
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 4000
     """Bootstrap resamples of the prompts."""
-    grid_prompts: Annotated[int, Field(ge=1, le=1000)] = 6
-    """Prompts shown in grid.png."""
-    cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
-    """Where text embeddings are kept."""
 
     @property
     def names(self) -> list[str]:
@@ -145,13 +142,15 @@ def metric_options(options: Evaluate, flags: MetricOptions) -> MetricOptions:
         if metric not in options.names:
             raise UserError(f"options are given for the metric {metric!r}, which --metrics {options.metrics} lacks")
     defaults = _TINY_METRICS if options.world else {}
+    defaults = _EMOJI_METRICS if options.world is WORLDS["tiny:emoji"] else defaults
     return {name: {**defaults.get(name, {}), **file.get(name, {}), **flags.get(name, {})} for name in options.names}
 
 
 def own_metrics(given: MetricOptions) -> dict[str, str]:
     """Kinds of metrics that are no reward's name, by what their options have."""
     marks = {"import": "custom", "url": "remote", "base_url": "vlm_judge"}
-    new = {name: each for name, each in given.items() if name not in (*REWARDS, _RULE_ACCURACY, *IMAGE_STATISTICS)}
+    built_in = (*REWARDS, _RULE_ACCURACY, *JUDGE_METRICS, *IMAGE_STATISTICS)
+    new = {name: each for name, each in given.items() if name not in built_in}
     return {name: kind for name, each in new.items() for mark, kind in marks.items() if mark in each}
 
 
@@ -163,7 +162,7 @@ def check(options: Evaluate, own: Collection[str] = ()) -> None:
     """
     if not options.names:
         raise UserError("--metrics is empty: name at least one, such as rule,dino_similarity")
-    known = [*REWARDS, _RULE_ACCURACY, *IMAGE_STATISTICS, *own]
+    known = [*REWARDS, _RULE_ACCURACY, *JUDGE_METRICS, *IMAGE_STATISTICS, *own]
     for name in options.names:
         if name not in known:
             hint = configuration.did_you_mean(name, known, cutoff=0.4)
@@ -206,11 +205,16 @@ def build_metrics(
     """
     from advgrpo.evaluation.evaluator import ImageStatistic
     from advgrpo.rewards.custom import CustomReward
+    from advgrpo.rewards.retrieval import Retrieval
 
     own, built = own or {}, {}
     for name, given in options.items():
         if name in IMAGE_STATISTICS:
             built[name] = ImageStatistic(name)
+            continue
+        if name in JUDGE_METRICS:
+            built[name] = Retrieval(top=JUDGE_METRICS[name])
+            built[name].check_prompts(sources.held_out)
             continue
         owner, kind = f"{_OPTION}{name}", own.get(name, name)
         if kind == "custom":
@@ -229,89 +233,6 @@ def build_metrics(
             raise UserError(f"--metrics {name}: {error} (options are --metric-options.{name}.OPTION VALUE)") from error
         built[name].check_prompts(sources.held_out)
     return built
-
-
-def settings_of(options: Evaluate, folder: Path, lora: str, device: torch.device, *, flag: str = "--lora") -> Config:
-    """The configuration that `Evaluator` and the policy read, for the base model or one LoRA."""
-    world, drawn = options.world, options.drawn(folder)
-    model = {
-        "path": options.model,
-        "resolution": drawn.resolution,
-        "max_sequence_length": drawn.max_sequence_length,
-        "dtype": "bfloat16" if device.type == "cuda" and not world else "float32",
-    }
-    if lora:
-        model["lora"] = lora_section(Path(lora).expanduser(), folder, flag).model_dump()
-    evaluation = {
-        "num_steps": drawn.num_steps,
-        "guidance_scale": drawn.guidance_scale,
-        "grid_prompts": options.grid_prompts,
-    }
-    micro_batch = options.batch_size or (32 if world else 8)
-    settings = {"seed": options.seed, "model": model, "evaluation": evaluation, "rollout": {"micro_batch": micro_batch}}
-    return configuration.build(settings, "command line")
-
-
-def lora_section(folder: Path, pipeline: Path, field: str = "--lora") -> configuration.LoraSection:
-    """Rank, targets and blocks of a LoRA folder, as the policy needs them to load it.
-
-    Raises:
-        UserError: no LoRA of the pipeline's network, or adapters of several ranks or in blocks that are not the last.
-    """
-    from advgrpo.policy.adapters import read_lora_for, stored_blocks
-
-    file, blocks = read_lora_for(pipeline, folder, field), stored_blocks(pipeline)
-    inside = re.compile(r"((?:.+\.)?transformer_blocks\.\d+)\.(.+)")
-    found = {name: inside.fullmatch(name) for name in file.modules}
-    outside = [name for name, match in found.items() if match is None]
-    if outside:
-        raise UserError(f"{file.path} adapts {outside[0]}; only layers of transformer blocks can be loaded")
-    ranks = sorted({len(a) for a, _ in file.modules.values()})
-    if len(ranks) != 1:
-        raise UserError(f"{file.path} holds adapters of ranks {ranks}; only one rank can be loaded")
-    indices = sorted({blocks.index(match[1]) for match in found.values()})
-    count = len(blocks)
-    if indices != list(range(count - len(indices), count)):
-        raise UserError(f"{file.path} adapts blocks {indices} of {count}; only all blocks or the last N can be loaded")
-    return configuration.LoraSection(
-        rank=ranks[0],
-        alpha=ranks[0],
-        targets=tuple(dict.fromkeys(match[2] for match in found.values())),
-        blocks="all" if len(indices) == count else len(indices),
-        start_from=str(folder),
-    )
-
-
-def load_model(
-    options: Evaluate, settings: Config, prompts: list[str], distributed: Distributed, display: Display
-) -> Evaluator:
-    """Draws images of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
-    from advgrpo.evaluation.evaluator import Evaluator
-    from advgrpo.policy.loading import load_policy
-    from advgrpo.training.build import encode_prompts
-    from advgrpo.training.fast import FastPaths
-
-    device, cache = distributed.device, Path(options.cache_dir).expanduser()
-    policy = load_policy(
-        settings.model,
-        device=device,
-        cache_dir=cache,
-        seed=options.seed,
-        fused=FastPaths.choose(settings, device).fused,
-    )
-    encode_prompts(policy, ["", *prompts], cache, display, distributed)
-    evaluator = Evaluator(
-        policy,
-        None,
-        None,
-        prompts,
-        settings.evaluation,
-        settings.rollout.micro_batch,
-        settings.seed,
-        distributed,
-        display,
-    )
-    return evaluator if settings.model.lora.start_from else evaluator.base()
 
 
 @torch.no_grad()

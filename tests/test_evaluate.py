@@ -134,7 +134,7 @@ def test_base_beside_a_lora_is_the_base_alone(unit, tmp_path):
 
 
 def test_a_lora_without_metadata_has_alpha_equal_to_rank(unit, tmp_path):
-    from advgrpo.evaluate import lora_section
+    from advgrpo.training.models import lora_section
 
     folder, pipeline = unit
     section = lora_section(folder / "one", Path(pipeline))

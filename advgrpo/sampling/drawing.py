@@ -63,3 +63,16 @@ class DrawOptions(Options):
             resolution=self.resolution or min(native_resolution(folder) or _RESOLUTION, _RESOLUTION),
             max_sequence_length=self.max_sequence_length or (world.max_sequence_length if world else 128),
         )
+
+
+class ModelOptions(DrawOptions):
+    """What commands share that draw many images of several models on the same noise."""
+
+    batch_size: Annotated[int, Field(ge=0, le=65536)] = 0
+    """Images drawn at once; 0 means 32 for a tiny model, 8 otherwise."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Keys the noise and the resampling; a run's own evaluation uses its seed."""
+    grid_prompts: Annotated[int, Field(ge=1, le=1000)] = 6
+    """Prompts shown in grid.png."""
+    cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
+    """Where text embeddings are kept."""

@@ -18,7 +18,6 @@ from rich.console import Console
 from advgrpo import config
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
-from advgrpo.evaluate import lora_section
 from advgrpo.generate import main as generate
 from advgrpo.policy.adapters import target_modules
 from advgrpo.policy.loading import load_policy
@@ -28,6 +27,7 @@ from advgrpo.runtime.distributed import Distributed
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.fast import FastPaths
+from advgrpo.training.models import lora_section
 from advgrpo.training.run import Run
 from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.parts import steps_of, updater_of

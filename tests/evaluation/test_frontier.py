@@ -1,0 +1,113 @@
+"""Models compared at several guidance scales: distances and intervals against known answers."""
+
+import pytest
+import torch
+
+from advgrpo.evaluation.frontier import Point, best_guidance, compare, diversity, kernel_matrix, kid
+
+PROMPTS, IMAGES, WIDTH = 30, 2, 16
+
+
+def features(seed: int, shift: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(PROMPTS, IMAGES, WIDTH, generator=generator) + shift
+
+
+def plain_kid(x: torch.Tensor, y: torch.Tensor) -> float:
+    """KID as its paper states it, over all pairs of different images."""
+    kernel = lambda a, b: (a.double() @ b.double().T / a.shape[1] + 1) ** 3  # noqa: E731
+    within = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))  # noqa: E731
+    return 1000 * (within(kernel(x, x)) + within(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
+
+
+def test_one_image_per_prompt_gives_kid_but_for_the_pairs_within_a_prompt():
+    x, y = features(0)[:, :1], features(1, 0.5)[:, :1]
+    a, b = x.flatten(0, 1), y.flatten(0, 1)
+    kernel = (a.double() @ b.double().T / WIDTH + 1) ** 3
+    between = (kernel.sum() - kernel.trace()) / (PROMPTS * (PROMPTS - 1))  # the published one keeps the trace
+    expected = plain_kid(a, b) + 2000 * (kernel.mean() - between).item()
+    assert kid(kernel_matrix(x, y)).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_distance_of_a_distribution_to_itself_is_zero_on_average():
+    found = [kid(kernel_matrix(features(2 * i), features(2 * i + 1))).item() for i in range(40)]
+    mean, error = sum(found) / 40, torch.tensor(found).std().item() / 40**0.5
+    assert abs(mean) < 3 * error
+
+
+def test_weights_count_prompts_as_repeating_them_does():
+    x, y = features(0), features(1, 0.5)
+    weights = torch.ones(1, PROMPTS)
+    weights[0, 3], weights[0, 4] = 2, 0
+    rows = [*range(PROMPTS)]
+    rows[4] = 3
+    matrix = kernel_matrix(x, y)
+    off = matrix[rows][:, rows] * (torch.tensor(rows)[:, None] != torch.tensor(rows))
+    pairs = PROMPTS * PROMPTS - (weights.square().sum()).item()
+    assert kid(matrix, weights).item() == pytest.approx(1000 * off.sum().item() / pairs)
+
+
+def test_diversity_of_equal_images_is_zero_and_of_opposite_ones_two():
+    one = features(0)[:, :1]
+    assert diversity(one.repeat(1, 3, 1)).abs().max() < 1e-9
+    balanced = one - one.mean(0)
+    assert diversity(torch.cat([balanced, -balanced], 1)).sub(2).abs().max() < 1e-6
+
+
+def test_a_single_image_has_no_diversity():
+    with pytest.raises(ValueError, match="at least 2 images"):
+        diversity(features(0)[:, :1])
+
+
+def point(seed: int, share: float, shift: float) -> Point:
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.rand(PROMPTS, IMAGES, generator=generator) < share
+    return Point.of(right, features(seed, shift), features(99))
+
+
+def test_comparison_is_the_mean_over_seeds_and_prompts():
+    base, models = point(0, 0.3, 1.0), [point(1, 0.7, 0.5), point(2, 0.8, 0.4)]
+    found = compare(models, base, (1.0, 1.0))
+    own = torch.stack([each.accuracy for each in models]).mean() - base.accuracy.mean()
+    assert found.accuracy.mean == pytest.approx(own.item())
+    assert 0 < found.accuracy.low < own < found.accuracy.high
+    distances = [kid(each.kernel).item() for each in models]
+    assert found.kid.mean == pytest.approx(sum(distances) / 2 - kid(base.kernel).item())
+    assert found.kid.high < 0
+    ratio = torch.stack([each.diversity for each in models]).mean() / base.diversity.mean()
+    assert found.diversity_ratio.mean == pytest.approx(ratio.item())
+
+
+def test_intervals_hold_the_seeds_too():
+    base = point(0, 0.3, 1.0)
+    alike, apart = [point(1, 0.6, 0.5)] * 4, [point(i, share, 0.5) for i, share in enumerate((0.3, 0.9, 0.3, 0.9))]
+    width = lambda models: (lambda i: i.high - i.low)(compare(models, base, (1, 1)).accuracy)  # noqa: E731
+    assert width(apart) > 1.3 * width(alike)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    """Seeds and prompts both vary; a bootstrap over prompts alone would cover about 3 times in 5."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(100):
+        of_seed = 0.1 * torch.randn(5, 1, generator=generator)
+        of_prompt = 0.2 * torch.randn(1, PROMPTS, generator=generator)
+        noise = 0.2 * torch.randn(5, PROMPTS, generator=generator)
+        rows = 0.3 + of_seed + of_prompt + noise
+        zero, one = torch.zeros(PROMPTS), torch.eye(PROMPTS, dtype=torch.float64)
+        base = Point(zero.double(), one, torch.ones(PROMPTS, dtype=torch.float64))
+        found = compare([Point(row.double(), one, base.diversity) for row in rows], base, (1, 1), resamples=400)
+        covered += found.accuracy.low <= 0.3 <= found.accuracy.high
+    assert 84 <= covered <= 100
+
+
+def test_best_guidance_is_the_most_accurate_and_of_equals_the_lowest():
+    points = {2.0: point(0, 0.5, 0), 3.0: point(0, 0.5, 0), 1.0: point(0, 0.1, 0)}
+    assert best_guidance(points) == 2.0
+
+
+def test_points_of_other_prompts_are_refused():
+    base = point(0, 0.5, 0)
+    short = Point(base.accuracy[:3], base.kernel[:3, :3], base.diversity[:3])
+    with pytest.raises(ValueError, match="same prompts"):
+        compare([short], base, (1, 1))
