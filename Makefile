@@ -66,7 +66,7 @@ peers: $(VENV)/.dev
 	$(BIN)/python -m tests.peers.checkouts .peers
 	ADVGRPO_PEERS=$(CURDIR)/.peers OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers $(ARGS)
 
-# Rebuild what advgrpo/tiny/assets ships; about an hour and a half of two CPU cores.
+# Rebuild what advgrpo/tiny/assets ships; about three hours of two CPU cores. The emoji world's artists' files come from npm.
 tiny-assets: $(VENV)/.train
 	$(BIN)/python -m tools.tiny.build_references --output advgrpo/tiny/assets
 	$(BIN)/python -m tools.tiny.build_styles --output advgrpo/tiny/assets/styles
@@ -78,6 +78,12 @@ tiny-assets: $(VENV)/.train
 	$(BIN)/python -m advgrpo.tiny.words --size 32 --per-prompt 4 --output advgrpo/tiny/assets/words
 	$(BIN)/python -m tools.tiny.build_words --output advgrpo/tiny/assets/words/pipeline
 	$(BIN)/python -m tools.tiny.build_preference --output advgrpo/tiny/assets/preference
+	$(BIN)/python -m tools.tiny.emoji.draw_sheets --output advgrpo/tiny/assets/emoji/drawings
+	$(BIN)/python -m tools.tiny.emoji.build_references --output advgrpo/tiny/assets/emoji
+	$(BIN)/python -m tools.tiny.emoji.build_styles --output advgrpo/tiny/assets/emoji/styles
+	$(BIN)/python -m tools.tiny.emoji.build_pipeline --output advgrpo/tiny/assets/emoji/pipeline
+	$(BIN)/python -m tools.tiny.emoji.build_backbone --pipeline advgrpo/tiny/assets/emoji/pipeline \
+	  --output advgrpo/tiny/assets/emoji/backbone
 
 # Wheels for bench/gpu_session.sh on a machine without a network: CPython 3.12 on x86-64 Linux.
 gpu-carry: $(VENV)/.pip

@@ -14,8 +14,9 @@ from advgrpo.errors import UserError
 NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
 IMAGE_STATISTICS = ("saturation", "dark_share", "edge_density")  # metrics that need no model; more is not better
 LOWER_IS_BETTER: frozenset[str] = frozenset()  # metrics of which less is better; rewards are not among them
+JUDGE_METRICS = {"retrieval": 1, "retrieval_top5": 5}  # of the emoji world's judge: how many names count
 # What metrics of rewards and evaluations are called besides (reporting/metric_names.py).
-_TAKEN_NAMES = ("generated", "reference", "std", "remotes", "custom", "clip", "rule_accuracy")
+_TAKEN_NAMES = ("generated", "reference", "std", "remotes", "custom", "clip", "rule_accuracy", *JUDGE_METRICS)
 _TAKEN_ENDINGS = ("_of_references", "_ci95", "_first")
 # Fields of section adversary that kind pickscore has no use for.
 _OF_FEATURE_HEADS = ("reward_ema", "gradient_penalty", "feature_layers", "heads", "reset_every", "spectral_norm")
@@ -381,7 +382,8 @@ def untrained(config: Config) -> str:
 
 def _check_metrics(config: Config) -> None:
     """Metrics exist, are named once, and have what they look through."""
-    known = [*(name for name in config.rewards.sections() if name != "adversary"), "rule_accuracy", *IMAGE_STATISTICS]
+    rewards = (name for name in config.rewards.sections() if name != "adversary")
+    known = [*rewards, "rule_accuracy", *JUDGE_METRICS, *IMAGE_STATISTICS]
     metrics = config.evaluation.metrics
     for name in metrics:
         if name not in known:

@@ -23,7 +23,7 @@ def shipped_path(field: str, value: str) -> str:
     """The file or folder that data.`field` = `value` means: a shipped one's where "tiny" or "tiny:NAME" names it."""
     shipped = {name: getattr(world, field) for name, world in tiny.WORLDS.items()}
     if field == "held_out_prompts":
-        shipped["tiny:report"] = tiny.report_prompts_file()
+        shipped |= tiny.other_prompts()
     return str(shipped.get(value, value))
 
 

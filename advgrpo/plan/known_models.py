@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from advgrpo import tiny
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig
-from advgrpo.tiny import WORLDS, backbone_dir
+from advgrpo.tiny import WORLDS
 
 _MMDIT: dict[str, Any] = {
     "sample_size": 128,
@@ -129,7 +130,7 @@ def known_backbone(path: str) -> dict[str, Any]:
     """config.json of a DINOv2 by hub id in `BACKBONES`, "tiny" or local folder; UserError otherwise."""
     if path in BACKBONES:
         return BACKBONES[path]
-    folder = backbone_dir() if path == "tiny" else Path(path).expanduser()
+    folder = tiny.BACKBONES[path] if path in tiny.BACKBONES else Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(
             f"adversary.backbone = {path!r} is not known without a network; pass a downloaded folder, tiny, or one of "

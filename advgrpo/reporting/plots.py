@@ -342,3 +342,25 @@ def _tiles(images: Tensor, tile: tuple[int, int]) -> list[Image.Image]:
     enlarged = tile[0] % height == 0 and tile[1] % width == 0
     how = Image.Resampling.NEAREST if enlarged else Image.Resampling.BICUBIC
     return [Image.fromarray(image).resize((tile[1], tile[0]), how) for image in pixels]
+
+
+def draw_front(report: _Values, path: str | Path, names: tuple[str, str]) -> None:
+    """Draw frontier.json as a PNG: accuracy and diversity over distance, a line per model with its guidance scales.
+
+    Args:
+        report: of `advgrpo.frontier.report`.
+        names: of the accuracy and of the distance.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=100)
+    for axes, key, title in zip(figure.subplots(1, 2), ("accuracy", "diversity"), (names[0], "diversity in a prompt")):
+        for number, rows in enumerate([report["base"], *report["models"].values()]):
+            colour, label = (_BLUE, "trained") if number else (_GREY, "base")
+            x, y = ([row[which] for row in rows] for which in ("kid", key))
+            axes.plot(x, y, "o-", color=colour, label=label if number < 2 else None, alpha=0.8)
+            if number < 2:
+                for row, at in zip(rows, zip(x, y)):
+                    axes.annotate(f"{row['guidance']:g}", at, textcoords="offset points", xytext=(4, 4), fontsize=8)
+        axes.set(xlabel=names[1], ylabel=title)
+        axes.grid(alpha=0.25)
+        axes.legend()
+    write_atomically(Path(path), lambda file: figure.savefig(file, format="png"))

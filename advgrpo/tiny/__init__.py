@@ -1,6 +1,7 @@
 """The embedded worlds: tiny SD3 pipelines, a tiny DINOv2 and references, shipped with the package.
 
-"tiny" draws shapes and is the default everywhere; "tiny:words" draws short words, for text rendering (`words.py`).
+"tiny" draws shapes and is the default everywhere; "tiny:words" draws short words, for text rendering (`words.py`);
+"tiny:emoji" draws things in the manner of several artists and has a judge that is not ours (`emoji/`).
 
 The paths work in stock diffusers and transformers:
 
@@ -21,22 +22,30 @@ _ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class World:
-    """A shipped SD3 pipeline of 32-pixel images, its prompts and their references."""
+    """A shipped SD3 pipeline, its prompts and their references."""
 
     pipeline: Path
     prompts: Path
     held_out_prompts: Path
     references: Path
     max_sequence_length: int  # tokens of its T5
+    image_size: int
 
     @classmethod
-    def of(cls, folder: Path, max_sequence_length: int) -> World:
+    def of(cls, folder: Path, max_sequence_length: int, image_size: int) -> World:
         lists = (folder / "prompts.txt", folder / "held_out_prompts.txt")
-        return cls(folder / "pipeline", *lists, folder / "references", max_sequence_length)
+        return cls(folder / "pipeline", *lists, folder / "references", max_sequence_length, image_size)
 
 
 # by the name that stands for them in model.path, data.prompts, data.held_out_prompts and data.references
-WORLDS = {"tiny": World.of(_ASSETS, 12), "tiny:words": World.of(_ASSETS / "words", 16)}
+WORLDS = {
+    "tiny": World.of(_ASSETS, 12, 32),
+    "tiny:words": World.of(_ASSETS / "words", 16, 32),
+    "tiny:emoji": World.of(_ASSETS / "emoji", 8, 48),
+}
+# folders of Dinov2Models and of CLIPModels in PickScore's layout by the names that stand for them in a path
+BACKBONES = {"tiny": _ASSETS / "backbone", "tiny:emoji": _ASSETS / "emoji" / "backbone"}
+PREFERENCE_MODELS = {"tiny": _ASSETS / "preference"}
 
 
 def pipeline_dir() -> Path:
@@ -46,12 +55,12 @@ def pipeline_dir() -> Path:
 
 def backbone_dir() -> Path:
     """Folder of the tiny Dinov2Model."""
-    return _ASSETS / "backbone"
+    return BACKBONES["tiny"]
 
 
 def preference_dir() -> Path:
     """Folder of the tiny preference model, a CLIPModel in PickScore's layout that over-rates strong colours."""
-    return _ASSETS / "preference"
+    return PREFERENCE_MODELS["tiny"]
 
 
 def reference_dir() -> Path:
@@ -59,19 +68,24 @@ def reference_dir() -> Path:
     return WORLDS["tiny"].references
 
 
+def _styles() -> dict[str, Path]:
+    folders = {"": _ASSETS / "styles", "emoji:": _ASSETS / "emoji" / "styles"}
+    return {f"{world}{style.name}": style for world, folder in folders.items() for style in folder.iterdir()}
+
+
 def style_names() -> list[str]:
-    """The shipped styles, each a folder of images without prompts."""
-    return sorted(folder.name for folder in (_ASSETS / "styles").iterdir())
+    """The shipped styles, each a folder of images without prompts; those of the emoji world begin with "emoji:"."""
+    return sorted(_styles())
 
 
 def style_dir(name: str) -> Path:
     """Folder of the style's 300 images; UserError naming the nearest style for an unknown one."""
-    known = style_names()
+    known = _styles()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
         raise UserError(f"unknown style of the tiny world {name!r}; {hint}")
-    return _ASSETS / "styles" / name
+    return known[name]
 
 
 def prompts_file() -> Path:
@@ -87,3 +101,14 @@ def held_out_prompts_file() -> Path:
 def report_prompts_file() -> Path:
     """Prompts of reported results, one per line: in neither other list, so nothing was chosen while looking at them."""
     return _ASSETS / "report_prompts.txt"
+
+
+def other_prompts() -> dict[str, Path]:
+    """Prompt files beside the worlds' two, by the names that stand for them: in no other list.
+
+    "tuning" is for choosing settings; "report" and "names" (of things that no other list names) are for reported
+    results, so that nothing was chosen while looking at them.
+    """
+    files = {"tuning": "tuning_prompts", "report": "report_prompts", "names": "held_out_names"}
+    emoji = {f"tiny:emoji:{name}": _ASSETS / "emoji" / f"{file}.txt" for name, file in files.items()}
+    return {"tiny:report": report_prompts_file(), **emoji}

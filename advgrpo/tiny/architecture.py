@@ -6,6 +6,8 @@ encoders and a T5 with tokenizers made for the caption vocabulary, flow-matching
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -20,14 +22,36 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from advgrpo.tiny.shapes import CAPTION_WORDS, IMAGE_SIZE, vocabulary
+from advgrpo.tiny import shapes
+from advgrpo.tiny.emoji import scenes as emoji
 
-CLIP_TOKENS = CAPTION_WORDS + 2  # begin and end of text
-T5_TOKENS = CAPTION_WORDS + 1  # end of text
+
+@dataclass(frozen=True)
+class Size:
+    """What one world's models are made for."""
+
+    words: tuple[str, ...]  # every word of a caption
+    caption_words: int  # in the longest caption
+    image_size: int
+    dual_layers: int  # first blocks of the transformer with a second attention
+    patch_size: int  # of the DINOv2: 64 patch tokens in either world
+
+    @property
+    def clip_tokens(self) -> int:
+        return self.caption_words + 2  # begin and end of text
+
+    @property
+    def t5_tokens(self) -> int:
+        return self.caption_words + 1  # end of text
+
+
+SHAPES = Size(tuple(shapes.vocabulary()), shapes.CAPTION_WORDS, shapes.IMAGE_SIZE, dual_layers=3, patch_size=4)
+EMOJI = Size(tuple(emoji.vocabulary()), emoji.CAPTION_WORDS, emoji.IMAGE_SIZE, dual_layers=2, patch_size=6)
+CLIP_TOKENS, T5_TOKENS = SHAPES.clip_tokens, SHAPES.t5_tokens
 TEXT_WIDTH = 128  # the two CLIPs side by side, and the T5
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(size: Size = SHAPES) -> CLIPTokenizer:
     """Byte-pair encoding in which every caption word is one token and any other text still encodes."""
     letters = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789.,!?'\"-"]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -35,13 +59,13 @@ def clip_tokenizer() -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=4096, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
     )
-    bpe.train_from_iterator([" ".join(vocabulary())] * 2, trainer)
+    bpe.train_from_iterator([" ".join(size.words)] * 2, trainer)
     learned = bpe.get_vocab()
     pieces = sorted(learned, key=learned.get)
     pieces += [f"{c}</w>" for c in letters if f"{c}</w>" not in learned]
     vocab = {piece: i for i, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *pieces])}
     merges = _merges(bpe)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=size.clip_tokens)
 
 
 def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
@@ -51,16 +75,16 @@ def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer(size: Size = SHAPES) -> T5TokenizerFast:
     """Unigram pieces: every caption word whole, single letters for anything else."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"▁{word}", -1.0) for word in vocabulary()]
+    pieces += [(f"▁{word}", -1.0) for word in size.words]
     pieces += [("▁", -8.0), *((letter, -10.0) for letter in letters)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS)
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=size.t5_tokens)
 
 
-def clip_text_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
+def clip_text_encoder(vocab_size: int, size: Size = SHAPES) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=TEXT_WIDTH // 2,
@@ -68,7 +92,7 @@ def clip_text_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
         projection_dim=TEXT_WIDTH // 2,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=CLIP_TOKENS,
+        max_position_embeddings=size.clip_tokens,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -83,7 +107,7 @@ def t5_text_encoder(vocab_size: int) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def vae() -> AutoencoderKL:
+def vae(size: Size = SHAPES) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -93,16 +117,19 @@ def vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=16,
-        sample_size=IMAGE_SIZE,
+        sample_size=size.image_size,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
 
 
-def transformer(*, width: int = 128, layers: int = 6, dual_layers: int = 3) -> SD3Transformer2DModel:
+def transformer(
+    *, width: int = 128, layers: int = 6, dual_layers: int | None = None, size: Size = SHAPES
+) -> SD3Transformer2DModel:
+    dual_layers = size.dual_layers if dual_layers is None else dual_layers
     return SD3Transformer2DModel(
-        sample_size=IMAGE_SIZE // 4,
+        sample_size=size.image_size // 4,
         patch_size=2,
         in_channels=16,
         out_channels=16,
@@ -118,33 +145,35 @@ def transformer(*, width: int = 128, layers: int = 6, dual_layers: int = 3) -> S
     )
 
 
-def pipeline(*, seed: int, width: int = 128, layers: int = 6, dual_layers: int = 3) -> StableDiffusion3Pipeline:
+def pipeline(
+    *, seed: int, width: int = 128, layers: int = 6, dual_layers: int | None = None, size: Size = SHAPES
+) -> StableDiffusion3Pipeline:
     """An untrained tiny SD3 pipeline; the same seed gives the same weights."""
-    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    clip, t5 = clip_tokenizer(size), t5_tokenizer(size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return StableDiffusion3Pipeline(
-            transformer=transformer(width=width, layers=layers, dual_layers=dual_layers),
+            transformer=transformer(width=width, layers=layers, dual_layers=dual_layers, size=size),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=vae(),
-            text_encoder=clip_text_encoder(len(clip)),
+            vae=vae(size),
+            text_encoder=clip_text_encoder(len(clip), size),
             tokenizer=clip,
-            text_encoder_2=clip_text_encoder(len(clip)),
+            text_encoder_2=clip_text_encoder(len(clip), size),
             tokenizer_2=clip,
             text_encoder_3=t5_text_encoder(len(t5)),
             tokenizer_3=t5,
         )
 
 
-def backbone(*, seed: int, width: int = 96, layers: int = 4) -> Dinov2Model:
-    """An untrained DINOv2: patches of 4 at 32 px, so 64 patch tokens beside the class token."""
+def backbone(*, seed: int, width: int = 96, layers: int = 4, size: Size = SHAPES) -> Dinov2Model:
+    """An untrained DINOv2, 64 patch tokens beside the class token."""
     config = Dinov2Config(
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
         mlp_ratio=3,
-        image_size=IMAGE_SIZE,
-        patch_size=4,
+        image_size=size.image_size,
+        patch_size=size.patch_size,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -11,6 +11,7 @@ import torch
 from advgrpo.adversary.base import Adversary
 from advgrpo.adversary.reference_features import ReferenceFeatures
 from advgrpo.config import NEED_REFERENCES, Config
+from advgrpo.config.checks import JUDGE_METRICS
 from advgrpo.data.references import ReferenceSet
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
@@ -23,6 +24,7 @@ from advgrpo.rewards import build_reward, prompt_options, reward_class
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.custom import CustomReward
 from advgrpo.rewards.dino_similarity import DinoSimilarity
+from advgrpo.rewards.retrieval import Retrieval
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.graphs import GraphBackend
 from advgrpo.sampling.dynamics import check_dynamics, check_objective
@@ -244,6 +246,8 @@ def build_metrics(
             metrics[name] = observer.metric
         elif name == "rule_accuracy":
             metrics[name] = build_reward("rule", strict=True)
+        elif name in JUDGE_METRICS:
+            metrics[name] = Retrieval(top=JUDGE_METRICS[name])
         elif name in ImageStatistic.NAMES:
             metrics[name] = ImageStatistic(name)
         else:

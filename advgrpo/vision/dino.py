@@ -22,11 +22,9 @@ _STD = (0.229, 0.224, 0.225)
 
 
 def backbone_folder(path: str) -> str:
-    if path != "tiny":
-        return expanded(path)
-    from advgrpo.tiny import backbone_dir
+    from advgrpo.tiny import BACKBONES
 
-    return str(backbone_dir())
+    return str(BACKBONES[path]) if path in BACKBONES else expanded(path)
 
 
 class DinoBackbone:

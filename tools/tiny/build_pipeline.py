@@ -88,7 +88,7 @@ def train_vae(
     return log.rows
 
 
-def _sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
+def sample_sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
     """Noise levels [B]: logit-normal shifted by 3 (SD3), one in ten uniform."""
     normal = torch.randn(count, generator=generator).sigmoid()
     shifted = 3 * normal / (1 + 2 * normal)
@@ -111,7 +111,7 @@ def _flow_loss(
     text, _, pooled, _ = pipe.encode_prompt(
         captions, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=tokens
     )
-    sigma = _sigmas(count, generator)
+    sigma = sample_sigmas(count, generator)
     noise = torch.randn(latents.shape, generator=generator)
     noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
     velocity = pipe.transformer(noisy, text, pooled, sigma * 1000, return_dict=False)[0]

@@ -1,0 +1,253 @@
+r"""Compare LoRAs with their base model at several guidance scales: accuracy, distance to the references, diversity.
+
+python -m advgrpo.frontier --loras runs/tiny-emoji/lora --output runs/tiny-emoji/frontier
+python -m advgrpo.frontier --loras runs/a/lora runs/b/lora --prompts tiny:emoji:names --output runs/frontier
+
+LoRAs are seeds of one recipe: intervals are over seeds and prompts (advgrpo/evaluation/frontier.py). Every model draws
+the same noise. Its own best guidance is chosen on other prompts (--tuning-prompts) than are reported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from advgrpo import config as configuration
+from advgrpo.data.prompts import load_prompts
+from advgrpo.data.references import ReferenceSet
+from advgrpo.data.sources import shipped_path
+from advgrpo.errors import UserError
+from advgrpo.evaluation.frontier import Difference, Front, Point, best_guidance, compare, kid
+from advgrpo.reporting.display import Display
+from advgrpo.reporting.plots import draw_front
+from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.callable_module import make_callable
+from advgrpo.runtime.command import plain_console, run_command
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.folders import writable
+from advgrpo.runtime.libraries import quiet_libraries
+from advgrpo.sampling.drawing import ModelOptions
+from advgrpo.tiny import WORLDS
+from advgrpo.training.models import load_model, settings_of
+
+if TYPE_CHECKING:
+    from advgrpo.evaluation.evaluator import Evaluator
+
+
+class Frontier(ModelOptions):
+    """Compare LoRAs with their base model at several guidance scales."""
+
+    model: Annotated[str, Field(min_length=1)] = "tiny:emoji"
+    """The pipeline that the LoRAs adapt; the emoji world's, which has a judge."""
+    loras: tuple[str, ...]
+    """Folders with pytorch_lora_weights.safetensors, such as OUT/lora; several are seeds of one recipe."""
+    output: Path
+    """Folder for frontier.json and frontier.png."""
+    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    """Classifier-free guidance to draw at."""
+    prompts: str = "tiny:emoji:report"
+    """Prompt file of what is reported; "tiny:emoji:report" and "tiny:emoji:names" for the shipped ones."""
+    tuning_prompts: str = "tiny:emoji:tuning"
+    """Prompt file on which every model's own best guidance is chosen: other prompts."""
+    images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = 2
+    """Images of every prompt."""
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 4000
+    """Bootstrap resamples of seeds and prompts."""
+
+
+class Witness(Protocol):
+    """Who judges: nobody a reward, a backbone or a setting has seen."""
+
+    def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Verdicts [B], higher is better, and features [B, D] of images [B, 3, H, W] in [0, 1]."""
+        ...
+
+
+class TinyWitness:
+    """The emoji world's judge: is the nearest drawing of the prompt's name?"""
+
+    accuracy, distance = "retrieval", "KID x 1000 in EfficientNet-Lite0's features"
+
+    def __init__(self, cache: Path):
+        from advgrpo.tiny.emoji.judge import Judge
+
+        self._judge = Judge(cache=cache)
+
+    def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        from advgrpo.tiny.emoji.scenes import Scene
+
+        verdict = self._judge.look(images.cpu(), [Scene.parse(prompt) for prompt in prompts])
+        return verdict.top1.float(), verdict.features
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts with their references, as the witness sees them."""
+
+    texts: list[str]
+    references: torch.Tensor  # features [P, R, D]
+
+    @classmethod
+    def read(cls, name: str, witness: Witness) -> Prompts:
+        texts = [prompt.text for prompt in load_prompts(shipped_path("held_out_prompts", name))]
+        known = ReferenceSet.load(shipped_path("references", "tiny:emoji"), texts)
+        count = min(len(known.files(text)) for text in texts)
+        images = torch.cat([known.load_images(known.files(text)[:count]) for text in texts])
+        _, features = witness.look(images, [text for text in texts for _ in range(count)])
+        return cls(texts, features.unflatten(0, (len(texts), count)))
+
+
+@torch.no_grad()
+def point(evaluator: Evaluator, prompts: Prompts, witness: Witness, per_prompt: int, display: Display) -> Point:
+    """Draw every prompt and let the witness look."""
+    verdicts, features = [], []
+    at_once = max(1, evaluator.micro_batch // per_prompt)
+    with display.steps(f"drawing at guidance {evaluator.settings.guidance_scale:g}", len(prompts.texts)) as tell:
+        for start in range(0, len(prompts.texts), at_once):
+            numbers = range(start, min(start + at_once, len(prompts.texts)))
+            texts = [prompts.texts[number] for number in numbers for _ in range(per_prompt)]
+            images = evaluator.images(texts, torch.cat([evaluator.ids(number, per_prompt) for number in numbers]))
+            seen = witness.look(images, texts)
+            verdicts.append(seen[0])
+            features.append(seen[1])
+            tell(numbers.stop)
+    shape = (len(prompts.texts), per_prompt)
+    return Point.of(torch.cat(verdicts).view(shape), torch.cat(features).unflatten(0, shape), prompts.references)
+
+
+def fronts(
+    evaluator: Evaluator, prompts: Mapping[str, Prompts], witness: Witness, options: Frontier, display: Display
+) -> dict[str, dict[float, Point]]:
+    """Every prompt list at every guidance scale."""
+    found: dict[str, dict[float, Point]] = {name: {} for name in prompts}
+    for scale in options.guidance_scales:
+        settings = evaluator.settings.model_copy(update={"guidance_scale": scale})
+        for name, part in prompts.items():
+            at_scale = replace(evaluator, settings=settings)
+            found[name][scale] = point(at_scale, part, witness, options.images_per_prompt, display)
+    return found
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison finds."""
+
+    equal: list[Difference]  # at equal guidance
+    best: Difference  # each at its own best, chosen on the tuning prompts
+    base: Front
+    models: list[Front]
+
+
+def summarise(base: Mapping[str, Front], models: Sequence[Mapping[str, Front]], options: Frontier) -> Compared:
+    """From fronts on "tuning" and "report" prompts."""
+    how = {"resamples": options.resamples, "seed": options.seed}
+    equal = [
+        compare([model["report"][scale] for model in models], base["report"][scale], (scale, scale), **how)
+        for scale in options.guidance_scales
+    ]
+    own = [best_guidance(model["tuning"]) for model in models]
+    of_base = best_guidance(base["tuning"])
+    commonest = max(sorted(set(own)), key=own.count)
+    chosen = [model["report"][scale] for model, scale in zip(models, own)]
+    best = compare(chosen, base["report"][of_base], (commonest, of_base), **how)
+    return Compared(equal, best, base["report"], [model["report"] for model in models])
+
+
+def table(found: Compared, witness: Witness, options: Frontier) -> Table:
+    seeds = f"{len(found.models)} LoRA{'s' * (len(found.models) > 1)}"
+    title = f"{seeds} less base on {options.prompts}: mean [95 % interval over seeds and prompts]"
+    shown = Table("guidance", witness.accuracy, witness.distance, "diversity, ratio", title=title)
+    for name, each in [*((f"{d.guidance[0]:g}", d) for d in found.equal), ("own best", found.best)]:
+        own = f" ({each.guidance[0]:g} against {each.guidance[1]:g})" if each is found.best else ""
+        cells = (_cell(each.accuracy, "+.3f"), _cell(each.kid, "+.1f"), _cell(each.diversity_ratio, ".2f"))
+        shown.add_row(name + own, *cells)
+    return shown
+
+
+def _cell(interval, form: str) -> str:
+    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def front_rows(front: Front) -> list[dict[str, float]]:
+    """A front's points as numbers: guidance, accuracy, kid, diversity."""
+    return [
+        {
+            "guidance": scale,
+            "accuracy": each.accuracy.mean().item(),
+            "kid": kid(each.kernel).item(),
+            "diversity": each.diversity.mean().item(),
+        }
+        for scale, each in front.items()
+    ]
+
+
+def report(found: Compared, options: Frontier) -> dict:
+    """What frontier.json holds."""
+    return {
+        "settings": options.model_dump(mode="json"),
+        "equal": [asdict(each) for each in found.equal],
+        "best": asdict(found.best),
+        "base": front_rows(found.base),
+        "models": {lora: front_rows(front) for lora, front in zip(options.loras, found.models)},
+    }
+
+
+def compare_models(options: Frontier, console: Console) -> Compared:
+    """Draw, judge, compare; writes frontier.json and frontier.png."""
+    from advgrpo.policy.pipelines import pipeline_folder
+
+    if options.world is not WORLDS["tiny:emoji"]:
+        raise UserError(f"--model {options.model}: only tiny:emoji has an independent judge; leave it")
+    if any(scale < 1 for scale in options.guidance_scales) or not options.guidance_scales:
+        raise UserError(f"--guidance-scales {options.guidance_scales}: want one or more, each at least 1")
+    writable(options.output, "--output")
+    cache = Path(options.cache_dir).expanduser()
+    writable(cache, "--cache-dir")
+    distributed, display = Distributed.start(options.device), Display(console)
+    folder = pipeline_folder(options.model, field="--model")
+    settings = [settings_of(options, folder, lora, distributed.device, flag="--loras") for lora in options.loras]
+    witness = TinyWitness(cache)
+    prompts = {name: Prompts.read(getattr(options, f"{field}prompts"), witness)
+               for name, field in (("tuning", "tuning_"), ("report", ""))}  # fmt: skip
+    shared = set(prompts["tuning"].texts) & set(prompts["report"].texts)
+    if shared:
+        raise UserError(f"--tuning-prompts shares {len(shared)} prompts with --prompts, first {min(shared)!r}")
+    texts = [text for part in prompts.values() for text in part.texts]
+    models, base = [], None
+    for lora in settings:
+        evaluator = load_model(options, lora, texts, distributed, display)
+        base = base or fronts(evaluator.base(), prompts, witness, options, display)
+        models.append(fronts(evaluator, prompts, witness, options, display))
+    found = summarise(base, models, options)
+    write_atomically(options.output / "frontier.json", json.dumps(report(found, options), indent=1) + "\n")
+    draw_front(report(found, options), options.output / "frontier.png", (witness.accuracy, witness.distance))
+    console.print(table(found, witness, options))
+    console.print(f"wrote {options.output}/frontier.json and frontier.png")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes of `command.run_command`."""
+    return run_command(_frontier, arguments)
+
+
+def _frontier(arguments: list[str]) -> int:
+    options = configuration.parse_options(Frontier, arguments, program="python -m advgrpo.frontier", about=__doc__)
+    quiet_libraries()
+    compare_models(options, plain_console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+make_callable(__name__)
