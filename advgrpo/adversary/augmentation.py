@@ -28,23 +28,23 @@ class Augmentation:
     """Random crops of one run.
 
     Args:
-        kind: adversary.augment.
+        augment: adversary.augment.
         seed: of the run.
     """
 
-    def __init__(self, kind: Literal["none", "crop", "crop_flip"], seed: int):
-        self.kind, self.seed = kind, seed
+    def __init__(self, augment: Literal["none", "crop", "crop_flip"], seed: int):
+        self.augment, self.seed = augment, seed
 
     @property
     def views(self) -> int:
         """How many crops of a reference there are."""
-        return 1 if self.kind == "none" else REFERENCE_VIEWS
+        return 1 if self.augment == "none" else REFERENCE_VIEWS
 
     @property
     def cache_key(self) -> str:
         """What features of references depend on beside what they depend on without augmentation; "" where that is
         all."""
-        return "" if self.kind == "none" else f":{self.kind}:{REFERENCE_VIEWS}"
+        return "" if self.augment == "none" else f":{self.augment}:{REFERENCE_VIEWS}"
 
     def generated(self, images: torch.Tensor, image_ids: torch.Tensor, iteration: int) -> torch.Tensor:
         """One crop of each image.
@@ -53,13 +53,13 @@ class Augmentation:
             images: [B, C, H, W], on any device.
             image_ids: [B] int64, numbers in the iteration.
         """
-        if self.kind == "none":
+        if self.augment == "none":
             return images
         return self._cropped(images, image_ids, rng.derive_seed(self.seed, "augment", iteration))
 
     def view(self, images: torch.Tensor, number: int, first: int = 0) -> torch.Tensor:
         """View `number`, below `views`, of references [B, C, H, W], which begin with reference `first` of a prompt."""
-        if self.kind == "none":
+        if self.augment == "none":
             return images
         places = torch.arange(first, first + len(images))
         return self._cropped(images, places, rng.derive_seed(0, "augment_reference", number))
@@ -68,7 +68,7 @@ class Augmentation:
         ids = to_device(ids, images.device)
         *_, height, width = images.shape
         rows, columns = (self._window(side, ids, seed, axis) for axis, side in enumerate((height, width)))
-        if self.kind == "crop_flip":
+        if self.augment == "crop_flip":
             mirrored = philox_integers(2, 1, seed=seed, sample_ids=ids, step=2).bool()
             columns = torch.where(mirrored, columns.flip(1), columns)
         batch, channels = (torch.arange(size, device=images.device) for size in images.shape[:2])

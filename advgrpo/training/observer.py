@@ -52,4 +52,4 @@ class DinoObserver:
 
     def _has_looked(self, of_references: ReferenceFeatures) -> bool:
         """Whether the adversary looks through this network, at whole images."""
-        return of_references.adversary.backbone is self.backbone and of_references.augmentation.kind == "none"
+        return of_references.adversary.backbone is self.backbone and of_references.augmentation.augment == "none"

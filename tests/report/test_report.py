@@ -137,8 +137,8 @@ def test_names_are_text_and_paths_are_not_told(tmp_path):
 
 def test_a_page_is_small_however_long_the_run(tmp_path):
     """Noise is what no picture format makes small; half of these pictures would be too large at full size."""
-    run = make_run(tmp_path / "run", iterations=3000, every=100, side=(60, 60))
-    noise = np.random.default_rng(0).integers(0, 255, (1200, 2000, 3), dtype=np.uint8)
+    run = make_run(tmp_path / "run", iterations=3000, every=150, side=(60, 60))
+    noise = np.random.default_rng(0).integers(0, 255, (700, 1200, 3), dtype=np.uint8)
     Image.fromarray(noise).save(run / "samples" / "final.png")
     for file in (run / "samples").glob("iteration-*.png"):
         file.write_bytes((run / "samples" / "final.png").read_bytes())

@@ -144,9 +144,10 @@ def test_a_signal_ends_the_run_where_it_is_and_nothing_is_lost(doing, own, undis
     after = begun[next(i for i, each in enumerate(begun) if each.startswith(f"{iteration} {doing}")) + 1 :]
     assert [each for each in after if not each.startswith(f"{iteration} {doing}")] == [
         f"{iteration} write a checkpoint",
+        f"{iteration} write the report",
         f"{iteration} finish the trackers",
     ]
-    assert len(after) == (3 if doing == "evaluate: metric" else 2), "other work was begun first"
+    assert len(after) == (4 if doing == "evaluate: metric" else 3), "other work was begun first"
     assert [each.name for each in (Path(own.output_dir) / "checkpoints").iterdir()] == [f"iteration-{saved:06d}"]
     if saved:
         assert_same_checkpoint(own.output_dir, undisturbed, saved)

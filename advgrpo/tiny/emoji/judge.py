@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from advgrpo.errors import UserError
+from advgrpo.runtime.atomic import write_atomically
 from advgrpo.tiny.emoji.rules import background_right
 from advgrpo.tiny.emoji.scenes import (
     ARTISTS,
@@ -114,9 +115,7 @@ class Judge:
             return torch.load(file, weights_only=True)
         found = self.features(images, scenes)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{id(self)}")
-        torch.save(found, temporary)
-        temporary.replace(file)
+        write_atomically(file, lambda opened: torch.save(found, opened))
         return found
 
     def look(self, images: torch.Tensor, scenes: list[Scene]) -> Verdict:

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from advgrpo.runtime.atomic import write_atomically
+
 # the word of a caption -> the icon's name in every set
 ICONS = {
     "bear": "bear", "cow": "cow", "crab": "crab", "dolphin": "dolphin", "fox": "fox", "horse": "horse",
@@ -133,7 +135,7 @@ def write_sheet(tiles: Sequence[Image.Image], path: Path) -> None:
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % _SHEET_COLUMNS * side, i // _SHEET_COLUMNS * side))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    write_atomically(path, lambda file: sheet.save(file, "PNG", optimize=True))
 
 
 def render(scenes: Sequence[Scene], artists: Sequence[str], generator: torch.Generator | None = None) -> torch.Tensor:
