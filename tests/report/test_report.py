@@ -135,6 +135,7 @@ def test_names_are_text_and_paths_are_not_told(tmp_path):
     assert "secret" not in outline.said
 
 
+@pytest.mark.weekly
 def test_a_page_is_small_however_long_the_run(tmp_path):
     """Noise is what no picture format makes small; half of these pictures would be too large at full size."""
     run = make_run(tmp_path / "run", iterations=3000, every=150, side=(60, 60))

@@ -72,6 +72,7 @@ def test_the_page_and_the_score_are_those_of_the_results():
     assert len(caught) >= run.GOAL * len(counted)
 
 
+@pytest.mark.weekly
 def test_a_bug_of_the_repository_goes_red():
     (mutant,) = [mutant for mutant in MUTANTS if mutant.name == QUICK]
     session = run.Session(ROOT, trusts=True)

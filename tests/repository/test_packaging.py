@@ -219,6 +219,7 @@ def environment_of_torch_alone(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_pip_install_kernels_into_an_environment_with_only_torch_and_triton(tmp_path):
     """`pip install ./kernels` finds its requirements met, builds, and the result works far from the repository."""
     python = environment_of_torch_alone(tmp_path / "venv")

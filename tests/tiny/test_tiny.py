@@ -123,6 +123,7 @@ def test_shipped_pipeline_loads_and_draws_in_stock_diffusers():
     assert verdict.colour_correct.float().mean() >= 0.9
 
 
+@pytest.mark.weekly
 def test_shipped_backbone_separates_shapes_colours_and_quality():
     from diffusers import AutoencoderKL
 

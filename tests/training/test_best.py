@@ -175,6 +175,7 @@ def test_a_run_that_has_ended_goes_on_once_it_may_wait_longer(settings, judged):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_two_processes_keep_and_end_as_one(settings, tmp_path):
     """With real evaluations: both processes must see the same end, and one of them writes."""
     settings.iterations, settings.rollout.micro_batch = 4, 2

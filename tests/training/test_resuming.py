@@ -153,6 +153,7 @@ def test_killed_before_the_first_checkpoint(cut, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_the_same_command_again_after_a_kill_before_the_first_checkpoint(whole, tmp_path):
     settings = whole.model_copy(deep=True)
     settings.output_dir, settings.output.checkpoint_every = str(tmp_path / "run"), 0
