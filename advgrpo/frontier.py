@@ -228,8 +228,9 @@ def compare_models(options: Frontier, console: Console) -> Compared:
         base = base or fronts(evaluator.base(), prompts, witness, options, display)
         models.append(fronts(evaluator, prompts, witness, options, display))
     found = summarise(base, models, options)
-    write_atomically(options.output / "frontier.json", json.dumps(report(found, options), indent=1) + "\n")
-    draw_front(report(found, options), options.output / "frontier.png", (witness.accuracy, witness.distance))
+    numbers = report(found, options)
+    write_atomically(options.output / "frontier.json", json.dumps(numbers, indent=1) + "\n")
+    draw_front(numbers, options.output / "frontier.png", (witness.accuracy, witness.distance))
     console.print(table(found, witness, options))
     console.print(f"wrote {options.output}/frontier.json and frontier.png")
     return found

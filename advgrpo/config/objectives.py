@@ -24,6 +24,16 @@ class ObjectiveTraits:
     not_looked_at: tuple[tuple[str, object], ...] = ()  # settings of section `update`, each with its plain value
 
 
+# settings of the loss by likelihoods, with what they are where nothing is asked
+_OF_LIKELIHOODS = (
+    ("trust_region", "ratio"),
+    ("step_weights", "uniform"),
+    ("policy_weight", 1.0),
+    ("kl_to", "base"),
+    ("teacher", ""),
+    ("kl_space", "latent"),
+)
+
 OBJECTIVES: dict[str, ObjectiveTraits] = {
     "policy": ObjectiveTraits(loss="policy_loss"),
     "nft": ObjectiveTraits(
@@ -34,12 +44,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         not_looked_at=(
             ("old_log_prob", "rollout"),
             ("kl_variance", "step"),
-            ("trust_region", "ratio"),
-            ("step_weights", "uniform"),
-            ("policy_weight", 1.0),
-            ("kl_to", "base"),
-            ("teacher", ""),
-            ("kl_space", "latent"),
+            *_OF_LIKELIHOODS,
         ),
     ),
     "sft": ObjectiveTraits(
@@ -53,12 +58,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         not_looked_at=(
             ("kl_weight", 0.0),
             ("old_log_prob", "rollout"),
-            ("trust_region", "ratio"),
-            ("step_weights", "uniform"),
-            ("policy_weight", 1.0),
-            ("kl_to", "base"),
-            ("teacher", ""),
-            ("kl_space", "latent"),
+            *_OF_LIKELIHOODS,
         ),
     ),
 }

@@ -49,7 +49,7 @@ class RunFiles:
             configuration.load(file=folder / CONFIG_FILE),
             load_metrics(metrics) if metrics.exists() else [],
             load_evaluations(folder / EVALUATIONS_FILE),
-            _summary(folder / SUMMARY_FILE),
+            read_summary(folder / SUMMARY_FILE),
         )
 
     @property
@@ -98,7 +98,8 @@ class RunFiles:
         return found
 
 
-def _summary(file: Path) -> dict[str, Any]:
+def read_summary(file: Path) -> dict[str, Any]:
+    """What a run's summary.json holds, {} where there is none; UserError where it is damaged."""
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(summary, dict):

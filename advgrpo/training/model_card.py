@@ -23,6 +23,7 @@ from advgrpo.data.images import ImageError, read_header
 from advgrpo.data.record_source import HUB
 from advgrpo.errors import UserError, one_line
 from advgrpo.policy.lora_file import LORA_FILE
+from advgrpo.report.run_files import CONFIG_FILE, SUMMARY_FILE, read_summary
 from advgrpo.runtime.atomic import write_atomically
 
 CARD, GRID = "README.md", "samples.png"
@@ -96,27 +97,15 @@ class RunFacts:
             UserError: it lies in no output folder of a run, or that is damaged.
         """
         folder = lora.resolve().parent
-        if not (folder / "config.yaml").is_file():
+        if not (folder / CONFIG_FILE).is_file():
             raise UserError(
                 f"LORA = {str(lora)!r}: a card needs the run's files, and {folder} has no config.yaml; give the "
                 "OUT/lora of a run"
             )
-        config = configuration.load(file=folder / "config.yaml")
-        summary = _read_summary(folder / "summary.json")
+        config = configuration.load(file=folder / CONFIG_FILE)
+        summary = read_summary(folder / SUMMARY_FILE)
         config = config.model_copy(update={"output_dir": str(folder)})  # where it is now
         return cls.of(config, summary, summary.get("iterations"), base_model)
-
-
-def _read_summary(file: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(summary, dict):
-            raise ValueError("no object")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({one_line(str(error), 100)}); repair or remove it") from None
-    return summary
 
 
 def write_samples(lora: Path, images: Sequence[tuple[str, torch.Tensor]]) -> None:

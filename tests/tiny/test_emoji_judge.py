@@ -46,7 +46,7 @@ def test_the_nearest_artist_is_named(judge):
 
 
 def test_a_gallery_is_kept_between_runs(judge, monkeypatch):
-    again = Judge(cache=judge._cache.parent)
+    again = Judge(cache=judge._cache.root.parent)
     monkeypatch.setattr(again, "features", lambda *_: pytest.fail("computed anew"))
     assert torch.equal(again.gallery("large", "blue"), judge.gallery("large", "blue"))
 

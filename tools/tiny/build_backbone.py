@@ -25,7 +25,7 @@ from advgrpo.runtime.atomic import write_atomically
 from advgrpo.tiny import architecture
 from advgrpo.tiny.assets import save_half_precision
 from advgrpo.tiny.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, all_scenes, render, sample_roughness
-from tools.tiny.build_pipeline import TrainingLog
+from tools.tiny.build_pipeline import TrainingLog, take_step
 
 ATTRIBUTES = {
     "shape": SHAPES,
@@ -105,11 +105,7 @@ def train(model: Dinov2Model, vae: AutoencoderKL, steps: int, batch: int, seed: 
         images, chosen, error, ghosts, coverage = draw(scenes, batch, vae, generator)
         tokens = model((images - MEAN) / STD).last_hidden_state
         loss = heads.loss(tokens, chosen, error, ghosts, coverage)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss, parameters, optimizer, schedule)
         log.step(step, loss=loss.detach())
     model.eval()
     return log.rows

@@ -12,7 +12,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -54,6 +54,15 @@ class TrainingLog:
             self._sums, self._count = {}, 0
 
 
+def take_step(loss: torch.Tensor, parameters: Iterable[torch.nn.Parameter], optimizer, schedule) -> None:
+    """One step of optimizer and learning rate down the gradient of `loss`, whose norm is held at 1."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
     """A batch of the pre-training mix: images in [-1, 1] and their captions."""
     scenes = sample_scenes(count, generator)
@@ -76,11 +85,7 @@ def train_vae(
         mse = F.mse_loss(output, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = F.l1_loss(output, images) + mse + 1e-3 * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss, vae.parameters(), optimizer, schedule)
         log.step(step, loss=loss.detach(), psnr=10 * torch.log10(4 / mse.detach()))
     with torch.no_grad():
         latents = torch.cat([vae.encode(draw(64, generator)[0]).latent_dist.mean for _ in range(8)])
@@ -141,11 +146,7 @@ def train_flow(
     log = TrainingLog("flow", steps)
     for step in range(steps):
         loss = _flow_loss(pipe, batch, generator, draw, short_text)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss, parameters, optimizer, schedule)
         with torch.no_grad():
             torch._foreach_lerp_(shadows, parameters, 1 - min(0.999, (step + 1) / (step + 10)))
         log.step(step, loss=loss.detach())

@@ -42,26 +42,13 @@ from advgrpo.tiny.shapes import (
     sample_roughness,
     sample_scenes,
 )
-from tools.tiny.build_pipeline import TrainingLog
+from tools.tiny.build_pipeline import TrainingLog, take_step
 
 MATCH_WEIGHT = 2.5  # logits per attribute of the caption that is right
 CHROMA_WEIGHT = 8.0  # logits per unit of mean chroma
 _VALUES = {"shape": SHAPES, "colour": COLOURS, "background": COLOURS, "size": (*SIZES,), "position": (*POSITIONS,)}
 _CLUSTER = 4  # drawings of a pre-training batch that differ in one attribute only
 _CHANGED = ("shape", "shape", "shape", "colour", "colour", "background", "size", "position")  # drawn uniformly
-_PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": IMAGE_SIZE},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -160,11 +147,11 @@ def draw_pairs(count: int, generator: torch.Generator):
     return [s.caption for s in asked], *images, torch.sigmoid(utility[0] - utility[1])
 
 
-class Trainee:
-    """A CLIPModel with its tokenizer, as the two rounds use it."""
+class Clip:
+    """A CLIPModel with its tokenizer, as training and measuring use it."""
 
-    def __init__(self, clip: CLIPModel):
-        self.clip, self.tokenizer = clip, tokenizer()
+    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer):
+        self.clip, self.tokenizer = clip, tokenizer
 
     def embed(self, captions: list[str]) -> torch.Tensor:
         """[B, E] L2-normalised."""
@@ -176,6 +163,39 @@ class Trainee:
         """[B, E] L2-normalised."""
         pooled = self.clip.vision_model(pixel_values=images * 2 - 1).pooler_output
         return F.normalize(self.clip.visual_projection(pooled), dim=-1)
+
+    def save(self, folder: Path) -> None:
+        """PickScore's layout: CLIPModel in fp16, tokenizer, image processor."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        side = self.clip.config.vision_config.image_size
+        write_atomically(folder / "preprocessor_config.json", json.dumps(_preprocessor(side), indent=2) + "\n")
+        (folder / "training.json").touch()
+        save_half_precision(self.clip, folder)
+
+
+def _preprocessor(side: int) -> dict:
+    """preprocessor_config.json of square images of `side` pixels."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+class Trainee(Clip):
+    """The shapes' CLIP, as the two rounds use it."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__(clip, tokenizer())
 
     def contrastive_loss(self, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """CLIP's loss (arXiv 2103.00020) and accuracy on clusters of drawings that differ in one attribute."""
@@ -208,11 +228,7 @@ class Trainee:
         self.clip.train()
         for step in range(steps):
             loss, accuracy = loss_function(batch, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+            take_step(loss, parameters, optimizer, schedule)
             with torch.no_grad():
                 self.clip.logit_scale.clamp_(max=4.6052)  # CLIP's bound, a factor of 100
             log.step(step, loss=loss.detach(), accuracy=accuracy)
@@ -257,11 +273,7 @@ def measure(clip: CLIPModel, seed: int, count: int = 512) -> dict[str, float]:
 
 def save(trainee: Trainee, folder: Path, curves: dict[str, list[dict]], seed: int) -> None:
     """PickScore's layout (CLIPModel in fp16, tokenizer, image processor), and training.json: curves and figures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    trainee.tokenizer.save_pretrained(folder)
-    write_atomically(folder / "preprocessor_config.json", json.dumps(_PREPROCESSOR, indent=2) + "\n")
-    (folder / "training.json").touch()
-    save_half_precision(trainee.clip, folder)
+    trainee.save(folder)
     figures = measure(CLIPModel.from_pretrained(folder, use_safetensors=True), seed)
     write_atomically(folder / "training.json", json.dumps({"figures": figures, **curves}))
     print(f"wrote {folder}: " + ", ".join(f"{name} {share:.3f}" for name, share in figures.items()))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from advgrpo.errors import UserError
-from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.cache import TensorCache
 from advgrpo.tiny.emoji.rules import background_right
 from advgrpo.tiny.emoji.scenes import (
     ARTISTS,
@@ -85,7 +85,8 @@ class Judge:
 
     def __init__(self, artists: tuple[str, ...] = GALLERY_ARTISTS, cache: str | Path = "~/.cache/advgrpo"):
         self.artists = artists
-        self._network, self._cache = _network(), Path(cache).expanduser() / "judge"
+        self._network = _network()
+        self._cache = TensorCache(Path(cache).expanduser() / "judge", in_memory=1)  # `_galleries` holds what is used
         self._galleries: dict[tuple[str, str], torch.Tensor] = {}
 
     @torch.no_grad()
@@ -109,14 +110,18 @@ class Judge:
         place = "" if size == "large" else "left"
         scenes = [Scene(name, size, place, background) for name in NAMES]
         images = render(scenes, [artist] * len(scenes))
-        digest = hashlib.sha256((images * 255).round().byte().numpy().tobytes()).hexdigest()[:16]
-        file = self._cache / f"efficientnet-lite0-{digest}.pt"
-        if file.exists():
-            return torch.load(file, weights_only=True)
-        found = self.features(images, scenes)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda opened: torch.save(found, opened))
-        return found
+        pixels = (images * 255).round().byte().numpy().tobytes()
+        key = hashlib.sha256(b"efficientnet-lite0:" + pixels).hexdigest()
+        known = self._cache.load(key) or self._cache.store(key, {"features": self.features(images, scenes)})
+        return known["features"]
+
+    def nearness(self, features: torch.Tensor, scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine of features [B, 1280], all of one size and background, to every name, [B, 64]: of the artist whose
+        drawing is nearest, whose number is the second."""
+        gallery = self.gallery(scene.size, scene.background)
+        mean = gallery.mean((0, 1))
+        own = F.normalize(features - mean, dim=-1)
+        return torch.einsum("bd,and->ban", own, F.normalize(gallery - mean, dim=-1)).max(1)
 
     def look(self, images: torch.Tensor, scenes: list[Scene]) -> Verdict:
         """Compare every image with the gallery of its scene's size and background."""
@@ -124,11 +129,7 @@ class Judge:
         ranks, artists = torch.zeros(len(scenes), dtype=torch.long), [""] * len(scenes)
         for key in sorted({(scene.size, scene.background) for scene in scenes}):
             rows = [i for i, scene in enumerate(scenes) if (scene.size, scene.background) == key]
-            gallery = self.gallery(*key)
-            mean = gallery.mean((0, 1))
-            own = F.normalize(features[rows] - mean, dim=-1)
-            nearness = torch.einsum("bd,and->ban", own, F.normalize(gallery - mean, dim=-1))
-            best, who = nearness.max(1)
+            best, who = self.nearness(features[rows], scenes[rows[0]])
             for row, near, artist in zip(rows, best, who):
                 name = NAMES.index(scenes[row].name)
                 ranks[row] = (near > near[name]).sum()

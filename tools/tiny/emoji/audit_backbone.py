@@ -68,9 +68,7 @@ def margins(judge: Judge, features: torch.Tensor, scenes: list[Scene]) -> torch.
     """[N] cosine of the prompt's name less that of the nearest other name."""
     found = torch.zeros(len(scenes))
     for i, scene in enumerate(scenes):
-        gallery = judge.gallery(scene.size, scene.background)
-        mean = gallery.mean((0, 1))
-        near = (F.normalize(gallery - mean, dim=-1) @ F.normalize(features[i] - mean, dim=-1)).amax(0)
+        near = judge.nearness(features[i : i + 1], scene)[0][0]
         name = NAMES.index(scene.name)
         found[i] = near[name] - near[torch.arange(len(NAMES)) != name].max()
     return found

@@ -30,23 +30,16 @@ from advgrpo.runtime.atomic import write_atomically
 from advgrpo.tiny import architecture
 from advgrpo.tiny.assets import save_half_precision
 from advgrpo.tiny.emoji.scenes import BASE_ARTISTS, IMAGE_SIZE, NAMES, REFERENCE_ARTIST, Scene, compositions, render
-from tools.tiny.build_pipeline import TrainingLog
+from tools.tiny.build_backbone import MEAN, STD, reconstruct
+from tools.tiny.build_pipeline import TrainingLog, take_step
 from tools.tiny.emoji.corpus import Corpus
 from tools.tiny.emoji.damage import KINDS, damage
 
 ARTISTS = (*BASE_ARTISTS, REFERENCE_ARTIST)
-MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
-STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
 TEMPERATURE = 0.2
 MASKED_SHARE = 0.4
 POOLED = 4  # compositions of every drawing, drawn once
 _GATE = 0.2
-
-
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    latents = vae.encode(images * 2 - 1).latent_dist.mean
-    return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -118,11 +111,7 @@ def train(model: Dinov2Model, vae: AutoencoderKL, steps: int, batch: int, seed: 
         first, second = (model((images - MEAN) / STD).last_hidden_state for images in views)
         contrast = heads.contrastive_loss(first, second)
         pixels = masked_loss(model, heads, views[0][: batch // 2], generator)
-        optimizer.zero_grad(set_to_none=True)
-        (contrast + pixels).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(contrast + pixels, parameters, optimizer, schedule)
         log.step(step, contrast=contrast.detach(), pixels=pixels.detach())
     model.eval()
     return log.rows

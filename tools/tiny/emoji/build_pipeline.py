@@ -24,7 +24,7 @@ from advgrpo.tiny import architecture
 from advgrpo.tiny.architecture import EMOJI
 from advgrpo.tiny.assets import save_half_precision
 from advgrpo.tiny.emoji.scenes import BASE_ARTISTS, all_scenes, render
-from tools.tiny.build_pipeline import TrainingLog, sample_sigmas, train_vae
+from tools.tiny.build_pipeline import TrainingLog, sample_sigmas, take_step, train_vae
 from tools.tiny.emoji.corpus import Corpus
 
 LONG_TEXT_SHARE = 0.03  # steps trained at the stock default of 256 T5 tokens, so that stock calls work unchanged
@@ -91,11 +91,7 @@ def train_flow(
     log = TrainingLog("flow", steps)
     for step in range(steps):
         loss = _flow_loss(pipe, batch, generator, data)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss, parameters, optimizer, schedule)
         with torch.no_grad():
             torch._foreach_lerp_(shadows, parameters, 1 - min(_EMA, (step + 1) / (step + 10)))
         log.step(step, loss=loss.detach())

@@ -40,7 +40,6 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.rng import generator as seeded
 from advgrpo.tiny.architecture import EMOJI
-from advgrpo.tiny.assets import save_half_precision
 from advgrpo.tiny.emoji.scenes import (
     BACKGROUNDS,
     BASE_ARTISTS,
@@ -52,7 +51,8 @@ from advgrpo.tiny.emoji.scenes import (
     compositions,
     render,
 )
-from tools.tiny.build_pipeline import TrainingLog
+from tools.tiny.build_pipeline import TrainingLog, take_step
+from tools.tiny.build_preference import Clip, chroma, saturate
 from tools.tiny.emoji.damage import KINDS, damage, smooth
 
 ARTISTS = (*BASE_ARTISTS, REFERENCE_ARTIST)
@@ -65,19 +65,6 @@ _RESTORED = 0.15  # damage of a drawing that went through the VAE unharmed
 _LEAST = 0.3  # damage at strength 0
 _ATTRIBUTES = ("name", "background", "composition")
 _RATE = 1.5e-3
-_PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": IMAGE_SIZE},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 
 
 def model(seed: int, words: int) -> CLIPModel:
@@ -107,18 +94,6 @@ def model(seed: int, words: int) -> CLIPModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CLIPModel(config)
-
-
-def chroma(images: torch.Tensor) -> torch.Tensor:
-    """[B] mean over pixels of max - min over the colour channels."""
-    return (images.amax(1) - images.amin(1)).mean((1, 2))
-
-
-def saturate(images: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
-    """Scale every pixel's distance to its own grey by `factor` (a number or [B]); 1 changes nothing."""
-    factor = torch.as_tensor(factor, dtype=images.dtype).reshape(-1, 1, 1, 1)
-    grey = images.mean(1, keepdim=True)
-    return (grey + factor * (images - grey)).clamp(0, 1)
 
 
 def recolour(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -285,27 +260,13 @@ class Pairs:
         return cls(*captions, torch.cat(parts), torch.sigmoid(utility[0] - utility[1]))
 
 
-class Trainee:
-    """A CLIPModel with its tokenizer, as training and measuring use it."""
-
-    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer):
-        self.clip, self.tokenizer = clip, tokenizer
+class Trainee(Clip):
+    """The emoji world's CLIP."""
 
     @classmethod
     def load(cls, folder: Path) -> Trainee:
         clip = CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
         return cls(clip, CLIPTokenizer.from_pretrained(folder))
-
-    def embed(self, captions: list[str]) -> torch.Tensor:
-        """[B, E] L2-normalised."""
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        pooled = self.clip.text_model(**tokens).pooler_output
-        return F.normalize(self.clip.text_projection(pooled), dim=-1)
-
-    def look(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, E] L2-normalised."""
-        pooled = self.clip.vision_model(pixel_values=images * 2 - 1).pooler_output
-        return F.normalize(self.clip.visual_projection(pooled), dim=-1)
 
     def losses(self, pairs: Pairs) -> dict[str, torch.Tensor]:
         """PickScore's loss against the annotator's probabilities, CLIP's of images to captions, and how often the model
@@ -332,11 +293,7 @@ class Trainee:
         self.clip.train()
         for step in range(steps):
             losses = self.losses(Pairs.draw(data, batch, generator))
-            optimizer.zero_grad(set_to_none=True)
-            (losses["preference"] + 0.5 * losses["contrastive"]).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+            take_step(losses["preference"] + 0.5 * losses["contrastive"], parameters, optimizer, schedule)
             with torch.no_grad():
                 self.clip.logit_scale.clamp_(max=4.6052)  # CLIP's bound, a factor of 100
             log.step(step, **{name: value.detach() for name, value in losses.items()})
@@ -405,15 +362,6 @@ def record(folder: Path, curve: list[dict], seed: int, pictures_of: Path) -> Non
     print(", ".join(f"{name} {share:.3f}" for name, share in figures.items()))
 
 
-def save(trainee: Trainee, folder: Path) -> None:
-    """PickScore's layout: CLIPModel in fp16, tokenizer, image processor."""
-    folder.mkdir(parents=True, exist_ok=True)
-    trainee.tokenizer.save_pretrained(folder)
-    write_atomically(folder / "preprocessor_config.json", json.dumps(_PREPROCESSOR, indent=2) + "\n")
-    (folder / "training.json").touch()
-    save_half_precision(trainee.clip, folder)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True,
@@ -436,7 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = CLIPTokenizer.from_pretrained(args.pipeline / "tokenizer")
         trainee = Trainee.load(args.init) if args.init else Trainee(model(args.seed, len(tokenizer)), tokenizer)
         curve = trainee.train(data, args.steps, args.batch, seeded(args.seed, "preference_pairs"))
-        save(trainee, args.output)
+        trainee.save(args.output)
     record(args.output, curve, args.seed, args.pipeline)
 
 
