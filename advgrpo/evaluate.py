@@ -284,17 +284,12 @@ def result_table(results: dict[str, Result], names: list[str], options: Evaluate
     for heading in ("against", "difference", "win rate") if len(names) > 1 else ():
         table.add_column(heading)
     for name, result in results.items():
-        cells = [_cell(result.model)]
+        cells = [result.model.text()]
         if result.comparison is not None:
-            cells += [_cell(result.against), _cell(result.comparison.difference, "{:+.4f}")]
-            cells.append(_cell(result.comparison.win_rate, "{:.1%}"))
+            cells += [result.against.text(), result.comparison.difference.text("+.4f")]
+            cells.append(result.comparison.win_rate.text(".1%"))
         table.add_row(name, *cells)
     return table
-
-
-def _cell(interval: Interval, form: str = "{:.4f}") -> str:
-    mean, low, high = (form.format(value) for value in (interval.mean, interval.low, interval.high))
-    return f"{mean} [{low}, {high}]"
 
 
 def report(

@@ -168,13 +168,9 @@ def table(found: Compared, witness: Witness, options: Frontier) -> Table:
     shown = Table("guidance", witness.accuracy, witness.distance, "diversity, ratio", title=title)
     for name, each in [*((f"{d.guidance[0]:g}", d) for d in found.equal), ("own best", found.best)]:
         own = f" ({each.guidance[0]:g} against {each.guidance[1]:g})" if each is found.best else ""
-        cells = (_cell(each.accuracy, "+.3f"), _cell(each.kid, "+.1f"), _cell(each.diversity_ratio, ".2f"))
+        cells = (each.accuracy.text("+.3f"), each.kid.text("+.1f"), each.diversity_ratio.text(".2f"))
         shown.add_row(name + own, *cells)
     return shown
-
-
-def _cell(interval, form: str) -> str:
-    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def front_rows(front: Front) -> list[dict[str, float]]:

@@ -17,6 +17,10 @@ class Interval:
     low: float
     high: float
 
+    def text(self, form: str = ".4f") -> str:
+        """As "mean [low, high]", each number in the format `form`."""
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
 
 def t_interval(values: torch.Tensor | Sequence[float], *, confidence: float = 0.95) -> Interval:
     """Mean of a few independent runs (one value per seed) with Student's t-interval, m +- t * s / sqrt(n).

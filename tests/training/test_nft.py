@@ -4,36 +4,25 @@
 scripts/train_nft_sd3.py: the lines of its training loop from `t_expanded` to the total loss, and `return_decay`.
 """
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from advgrpo import config
 from advgrpo.errors import UserError
 from advgrpo.runtime import rng
-from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.watch import StopRequested
 from advgrpo.training.model_card import _rewards
 from advgrpo.training.nft import nft_loss, optimality
-from advgrpo.training.run import Run
 from advgrpo_kernels import philox_normal
 from tests import golden_runs
 from tests.sampling.test_rollout import rollout_of
+from tests.training.test_supervised import build, change, rows
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def build(settings, *, resume=False) -> Run:
-    return Run(settings, Distributed.start("cpu"), resume=resume, console=Console(quiet=True))
-
-
-def change(base, **changes):
-    return config.build(config.merge(base.model_dump(), changes), "test")
 
 
 @pytest.fixture
@@ -46,11 +35,6 @@ def settings(unit_config):
         adversary={"schedule": "always"},
         data={"held_out_prompts": ""},
     )
-
-
-def rows(settings) -> list[dict]:
-    lines = (Path(settings.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
 
 def parameters_of(trainer) -> list[torch.Tensor]:
