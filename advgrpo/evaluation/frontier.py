@@ -122,7 +122,8 @@ def compare(
 
     def interval(statistic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Interval:
         spread = statistic(prompts, seeds)
-        low, high = torch.quantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        # a resample of one prompt alone has no pairs of prompts, so no distance
+        low, high = torch.nanquantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return Interval(statistic(*once).item(), low, high)
 
     return Difference(

@@ -78,6 +78,13 @@ def test_comparison_is_the_mean_over_seeds_and_prompts():
     assert found.diversity_ratio.mean == pytest.approx(ratio.item())
 
 
+def test_resamples_of_a_single_prompt_leave_the_interval_finite():
+    """Of three prompts one resample in nine holds one alone."""
+    three = [Point(p.accuracy[:3], p.kernel[:3, :3], p.diversity[:3]) for p in (point(0, 0.3, 1.0), point(1, 0.7, 0.5))]
+    found = compare(three[1:], three[0], (1.0, 1.0)).kid
+    assert found.low <= found.mean <= found.high
+
+
 def test_intervals_hold_the_seeds_too():
     base = point(0, 0.3, 1.0)
     alike, apart = [point(1, 0.6, 0.5)] * 4, [point(i, share, 0.5) for i, share in enumerate((0.3, 0.9, 0.3, 0.9))]
