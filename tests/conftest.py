@@ -11,19 +11,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before any kernel module is imported
 
 import pytest
-
-with torch.device("meta"):  # PyTorch remembers which functions a device applies to: those of now, not the guarded ones
-    torch.empty(0)
+from torch.utils._device import _device_constructors
 
 
 def pytest_collection_modifyitems(config, items):
-    """Files with slow tests first, so that no process is left alone with one at the end.
-
-    Before them the device twin: it builds models under torch's device contexts, which another file of tests in the same
-    process has once been seen to disturb; which one is not known.
-    """
+    """Files with slow tests first and the kernels', which are many and quick, last: no process is left alone at the end
+    with minutes of work. (xdist would sort files by how many tests they have: the long ones come last.)"""
     slow = {item.path for item in items if "slow" in item.keywords}
-    items.sort(key=lambda item: (item.path.name != "test_device_twin.py", item.path not in slow))
+    items.sort(key=lambda item: (item.path not in slow, "kernels" in item.path.parts))
 
 
 @pytest.fixture
@@ -38,7 +33,13 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _poison_empty(monkeypatch):
-    """Uninitialised memory reads as NaN, so a kernel that skips an element fails every time."""
+    """Uninitialised memory reads as NaN, so a kernel that skips an element fails every time.
+
+    A `with torch.device(...)` applies to the functions that PyTorch has found at the first one, and remembers: they
+    have to be its own. Found while these are guarded, what modules allocate in such a context would stay on the host,
+    in all later tests of the process.
+    """
+    _device_constructors()
     for name in ("empty", "empty_like"):
         real = getattr(torch, name)
 
@@ -48,6 +49,14 @@ def _poison_empty(monkeypatch):
             return out.fill_(float("nan")) if plain and not torch.compiler.is_compiling() else out
 
         monkeypatch.setattr(torch, name, guarded)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """Tests' files need not survive a power cut. Which are forced to the disk, tests/runtime/test_atomic.py sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +88,25 @@ def unit_backbone(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def unit_config(unit_pipeline, unit_backbone, tmp_path):
+def plain_curves(monkeypatch):
+    """A run's curves.png is laid out and not rendered, which takes longer than training does here.
+
+    tests/reporting/test_plots.py looks at the pictures, and runs in processes of their own leave real ones.
+    """
+    from PIL import Image
+
+    from advgrpo.reporting import plots
+    from advgrpo.training import run
+
+    def lay_out(rows, file, held_out):
+        plots._curves_figure(rows, held_out)
+        Image.new("RGB", (1, 1)).save(file)
+
+    monkeypatch.setattr(run, "draw_curves", lay_out)
+
+
+@pytest.fixture
+def unit_config(unit_pipeline, unit_backbone, tmp_path, plain_curves):
     return make_unit_config(unit_pipeline, unit_backbone, tmp_path)
 
 
