@@ -1,6 +1,6 @@
 """`advgrpo.train` with a fault: `train_worker.py none|slow|killed|burning|misconfigured FLAGS ...`.
 
-Started by test_restart.py and test_distributed.py.
+Started by test_distributed.py, and in forks by test_restart.py.
 
 slow: rank 1 takes a second longer for every micro-batch that it samples, and one for every micro-batch that it scores.
 killed: rank 1 is killed in its third iteration, but only in the first attempt of torchrun.
@@ -47,12 +47,17 @@ def failing(error):
     return prepare
 
 
-if __name__ == "__main__":
-    fault, *flags = sys.argv[1:]
+def run(arguments: list[str]) -> int:
+    """[fault, *flags]: the exit code of the training."""
+    fault, *flags = arguments
     if os.environ["RANK"] == "1" and fault == "slow":
         Sampler.run, FeatureHeadAdversary.features = slowed(Sampler.run), slowed(FeatureHeadAdversary.features)
     if os.environ["RANK"] == "1" and fault == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         PolicyGradient.rollout = killed(PolicyGradient.rollout)
     if os.environ["RANK"] == "1" and fault in ERRORS:
         Run._prepare = failing(ERRORS[fault])
-    sys.exit(main(flags))
+    return main(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

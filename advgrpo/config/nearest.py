@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,19 +44,26 @@ class Change:
 
 def changes(config: Config, preset: str, *, ignoring: Collection[str] = ELSEWHERE) -> list[Change]:
     """Settings with other values than in the preset, but for those in `ignoring`, names or sections, and tokens."""
-    own, theirs = _flat(config), _of_preset(preset)
-    ignored = {name for name in own if any(name == part or name.startswith(f"{part}.") for part in ignoring)}
-    return [
-        Change(name, theirs[name], own[name])
-        for name in own
-        if name not in ignored and not name.endswith("token_file") and own[name] != theirs[name]
-    ]
+    return _differences(_compared(config, ignoring), preset)
 
 
 def nearest_preset(config: Config, *, ignoring: Collection[str] = ELSEWHERE) -> tuple[str, list[Change]]:
     """The preset with the fewest `changes`, the first by name among several, and these."""
-    found = [(name, changes(config, name, ignoring=ignoring)) for name in preset_names()]
+    own = _compared(config, ignoring)
+    found = [(name, _differences(own, name)) for name in preset_names()]
     return min(found, key=lambda each: (len(each[1]), each[0]))
+
+
+def _compared(config: Config, ignoring: Collection[str]) -> dict[str, Any]:
+    """The settings, by name, that `changes` looks at."""
+    parts = tuple(f"{part}." for part in ignoring)
+    own = _flat(config)
+    return {name: own[name] for name in own if not f"{name}.".startswith(parts) and not name.endswith("token_file")}
+
+
+def _differences(own: Mapping[str, Any], preset: str) -> list[Change]:
+    theirs = _of_preset(preset)
+    return [Change(name, theirs[name], value) for name, value in own.items() if value != theirs[name]]
 
 
 @functools.cache
@@ -64,11 +71,17 @@ def _of_preset(name: str) -> dict[str, Any]:
     return _flat(load(preset=name))
 
 
+@functools.cache
+def _names() -> list[list[str]]:
+    """Of every setting, part by part."""
+    return [name.split(".") for name in leaves(Config)]
+
+
 def _flat(config: Config) -> dict[str, Any]:
     settings, flat = config.model_dump(mode="json"), {}
-    for name in leaves(Config):
+    for parts in _names():
         value: Any = settings
-        for part in name.split("."):
+        for part in parts:
             value = value[part]
-        flat[name] = value
+        flat[".".join(parts)] = value
     return flat

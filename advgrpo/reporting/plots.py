@@ -58,7 +58,8 @@ def _curves_figure(metrics: Sequence[_Values], held_out: HeldOut | None = None) 
         raise ValueError("the metrics hold nothing to draw: no finite reward, adversary or held-out value")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(6.4 * columns, 3.4 * rows), layout="constrained", dpi=110)
+    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), dpi=110)
+    figure.subplots_adjust(**_margins(rows, columns))
     for i, (draw, drawn) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
         draw(axes, drawn)
@@ -68,6 +69,24 @@ def _curves_figure(metrics: Sequence[_Values], held_out: HeldOut | None = None) 
     return figure
 
 
+def _margins(rows: int, columns: int) -> dict[str, float]:
+    """Room for titles, axis labels and tick labels around equal panels, in the shares that matplotlib asks for.
+
+    Its constrained layout measures every text twice, which is most of what a figure costs.
+    """
+    (width, height), (left, right, bottom, top) = _PANEL, (0.95, 0.15, 0.55, 0.35)  # inches
+    inner = width - left - right, height - bottom - top
+    return {
+        "left": left / (width * columns),
+        "right": 1 - right / (width * columns),
+        "bottom": bottom / (height * rows),
+        "top": 1 - top / (height * rows),
+        "wspace": (left + right) / inner[0],
+        "hspace": (bottom + top) / inner[1],
+    }
+
+
+_PANEL = (6.4, 3.4)  # inches
 _Curves = dict[str, tuple[list[int], list[float]]]
 _HELD_OUT_AT = 1  # the held-out panels follow the rewards
 
@@ -129,6 +148,7 @@ def _panels(curves: _Curves) -> list[tuple[Any, list[str]]]:
         (_draw_adversary_accuracy, ["discriminator_paired_accuracy", "discriminator_accuracy"]),
         (_line("Supervised loss", "mean squared error of the velocity"), ["sft_loss"]),
         (_line("Negative-aware loss", "loss"), ["nft_loss"]),
+        (_line("Advantage-weighted matching loss", "loss"), ["awm_loss"]),
         (_line("Distance from the old policy", "mean squared velocity", floor=0.0), ["old_policy_distance"]),
         (_line("Policy loss", "loss"), ["policy_loss"]),
         (_line("KL to the base model", "KL"), ["kl"]),

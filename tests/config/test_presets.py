@@ -7,6 +7,7 @@ sft that is not; another learning rate for one job; an output folder of another 
 import pytest
 
 from advgrpo import config
+from advgrpo.config import reading
 from advgrpo.errors import UserError
 from advgrpo.tiny import WORLDS
 
@@ -128,7 +129,7 @@ def test_tempflow_branches_at_one_step_from_one_noise_and_weighs_it(name, base):
     [
         name
         for name in config.preset_names()
-        if name.startswith("sd35m") and name not in ON_FLOW_GRPO and "-nft-" not in name
+        if name.startswith("sd35m") and name not in ON_FLOW_GRPO and "-nft-" not in name and name != "sd35m-awm"
     ],
 )
 def test_what_paper_and_released_have_in_common(name):
@@ -221,6 +222,36 @@ def test_nft_on_pickscore_is_the_released_codes():
     assert (pickscore.adversary.kind, dino.rewards.fixed()) == ("none", {})
 
 
+def test_a_preset_that_was_read_is_nobodys_to_change_and_says_what_any_reader_of_yaml_reads():
+    changed = config.read_preset("tiny")
+    changed["rollout"]["group_size"] = -1
+    assert config.read_preset("tiny")["rollout"]["group_size"] > 0
+    for name in config.preset_names():
+        file = preset_file(name)
+        assert reading.read_yaml(file, reading._PresetLoader) == reading.read_yaml(file), name
+
+
+def test_a_key_that_stands_twice_in_a_preset_is_an_error(tmp_path):
+    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(UserError, match="'seed' stands twice"):
+        reading.read_yaml(tmp_path / "twice.yaml", reading._PresetLoader)
+
+
+def test_awm_on_pickscore_is_the_public_codes():
+    """X-GenGroup/Flow-Factory a0b2bc5, examples/awm/lora/sd3_5/default.yaml."""
+    settings = config.load("sd35m-awm")
+    model, rollout, update, awm = settings.model, settings.rollout, settings.update, settings.awm
+    assert (model.path, model.resolution) == ("stabilityai/stable-diffusion-3.5-medium", 512)
+    assert (model.lora.rank, model.lora.alpha) == (32, 64)
+    assert (rollout.prompts_per_iteration, rollout.group_size, rollout.num_steps) == (48, 16, 14)
+    assert (rollout.guidance_scale, settings.evaluation.guidance_scale, settings.evaluation.num_steps) == (1, 1, 40)
+    assert (settings.advantage.std, settings.advantage.clip) == ("global", 1)
+    assert (update.objective, update.minibatches, update.clip_range, update.ema_decay) == ("awm", 1, 1, 0.3)
+    assert (update.kl_to, update.kl_weight, update.learning_rate, update.weight_decay) == ("ema", 1, 3e-4, 1e-4)
+    assert (awm.weighting, awm.huber_power, awm.trained_of(rollout.num_steps)) == ("generalized_huber", 0.25, 6)
+    assert (settings.evaluation.every, settings.adversary.kind) == (20, "none")
+
+
 def test_jobs_differ_from_their_base_in_the_job_only():
     for job, base, fields in (
         ("sd35m-flow-grpo-pickscore-kl", "sd35m-flow-grpo-pickscore", {"update"}),
@@ -230,6 +261,7 @@ def test_jobs_differ_from_their_base_in_the_job_only():
         ("tiny-sft", "tiny", {"update"}),
         ("tiny-nft", "tiny-flow-grpo-pickscore", {"update", "rollout"}),
         ("tiny-nft-adv", "tiny", {"update", "rollout"}),
+        ("tiny-awm", "tiny-flow-grpo-pickscore", {"update", "rollout", "advantage", "awm"}),
         ("tiny-repair", "tiny", set()),
     ):
         ours, theirs = config.load(job).model_dump(), config.load(base).model_dump()

@@ -5,8 +5,6 @@ other's scores in the gather; a signal that is heard at the end of an iteration.
 """
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,25 +14,20 @@ from safetensors.torch import load_file
 from advgrpo import config
 from tests.conftest import make_unit_config
 from tests.training.test_run import environment, metrics, wait_for_rows
+from tests.zygote import Forked
 
-WORKER = Path(__file__).parents[1] / "train_worker.py"
 RESUME = ("--resume", "auto")  # starts the run, or continues it after a restart
 LIMIT_SECONDS = 180
 
 pytestmark = pytest.mark.slow
 
 
-def torchrun(settings, *flags: str, fault: str = "none", restarts: int = 0, **variables: str) -> subprocess.Popen:
+def torchrun(settings, *flags: str, fault: str = "none", restarts: int = 0, **variables: str) -> Forked:
     file = Path(settings.output_dir).with_suffix(".yaml")
     file.write_text(config.dump(settings))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(WORKER), fault, "--config", str(file), *flags],
-        env=environment() | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    arguments, variables = [fault, "--config", str(file), *flags], environment() | variables
+    how = {"processes": 2, "restarts": restarts, "merged": True, "environment": variables}
+    return Forked("tests.train_worker:run", arguments, **how)
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,11 @@ from safetensors.torch import load_file
 
 from advgrpo import config
 from advgrpo.errors import UserError
+from advgrpo.reporting.plots import draw_curves
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.train import main
 from advgrpo.training.run import Run
+from tests.zygote import Forked
 
 ROOT = Path(__file__).parents[2]
 METRICS = [
@@ -74,12 +76,18 @@ def command(settings, tmp_path, *flags: str, processes: int = 1) -> list[str]:
     return [sys.executable, *(launcher if processes > 1 else []), "-m", "advgrpo.train", "--config", str(file), *flags]
 
 
+def forked(settings, tmp_path, *flags: str, **how) -> Forked:
+    """`command`, in a fork of a process that has imported what it needs."""
+    *_, name, file = command(settings, tmp_path)
+    return Forked("advgrpo.train:main", [name, file, *flags], environment=environment(), **how)
+
+
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
-def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_rows(folder: Path, count: int, process: subprocess.Popen | Forked) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         file = folder / "metrics.jsonl"
@@ -90,7 +98,8 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"no {count} iterations within two minutes")
 
 
-def test_what_a_run_leaves(unit_config, unit_pipeline):
+def test_what_a_run_leaves(unit_config, unit_pipeline, monkeypatch):
+    monkeypatch.setattr("advgrpo.training.run.draw_curves", draw_curves)  # rendered, once
     unit_config.output.tensorboard = True
     unit_config.evaluation.every = 1
     said = io.StringIO()
@@ -159,9 +168,11 @@ def test_kill_and_resume_equals_never_having_stopped(unit_config, tmp_path):
     unit_config.output.checkpoint_every = 3
     whole = unit_config.model_copy(deep=True)
     whole.output_dir = str(tmp_path / "whole")
-    subprocess.run(command(whole, tmp_path), env=environment(), check=True, capture_output=True, timeout=300)
+    done = forked(whole, tmp_path)
+    _, errors = done.communicate()
+    assert done.returncode == 0, errors
     folder = Path(unit_config.output_dir)
-    process = subprocess.Popen(command(unit_config, tmp_path), env=environment(), stdout=subprocess.PIPE)
+    process = forked(unit_config, tmp_path)
     wait_for_rows(folder, 4, process)  # one iteration past the checkpoint: it must be repeated exactly
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -179,9 +190,7 @@ def test_kill_and_resume_equals_never_having_stopped(unit_config, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit_cleanly(unit_config, tmp_path, number):
     unit_config.iterations = 1000
-    process = subprocess.Popen(
-        command(unit_config, tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = forked(unit_config, tmp_path)
     folder = Path(unit_config.output_dir)
     wait_for_rows(folder, 2, process)
     process.send_signal(number)
@@ -208,10 +217,9 @@ def test_two_processes_give_the_losses_of_one(objective, unit_config, tmp_path):
     run(unit_config)
     two = unit_config.model_copy(deep=True)
     two.output_dir = str(tmp_path / "two")
-    done = subprocess.run(
-        command(two, tmp_path, processes=2), env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = forked(two, tmp_path, processes=2)
+    _, errors = done.communicate()
+    assert done.returncode == 0, errors
     alone, together = metrics(unit_config.output_dir), metrics(two.output_dir)
     assert len(alone) == len(together) == 3
     for one, both in zip(alone, together):
