@@ -54,6 +54,7 @@ RUNS: dict[str, tuple[str, dict]] = {
     "sft": ("tiny-sft", {}),
     "nft": ("tiny-nft", {"update": {"kl_weight": 0.01}}),
     "nft-adv": ("tiny-nft-adv", {"adversary": _HEAD}),
+    "awm": ("tiny-awm", {}),
     "words": ("tiny-adv-ocr", {}),
 }
 

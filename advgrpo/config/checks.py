@@ -189,10 +189,11 @@ def _check_forward_process(config: Config) -> None:
             f"rollout.window_forward = {rollout.window_forward!r} is of the policy gradient's window, but {chosen} has "
             "none; set rollout.window_forward = trainer"
         )
-    if config.nft.trained_of(rollout.num_steps) == 0:
+    if config.trained_steps == 0:
+        section = config.objective.forward_process
         raise UserError(
-            f"nft.step_share = {config.nft.step_share:g} of rollout.num_steps = {rollout.num_steps} trains at no noise "
-            f"level; want at least {1 / rollout.num_steps:.3g}"
+            f"{section}.step_share = {getattr(config, section).step_share:g} of rollout.num_steps = "
+            f"{rollout.num_steps} trains at no noise level; want at least {1 / rollout.num_steps:.3g}"
         )
 
 

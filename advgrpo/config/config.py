@@ -17,6 +17,7 @@ from advgrpo.config.sections import (
     Above0,
     AdvantageSection,
     AdversarySection,
+    AwmSection,
     Count,
     DataSection,
     EvaluationSection,
@@ -58,6 +59,7 @@ class Config(Section):
     advantage: AdvantageSection = AdvantageSection()
     update: UpdateSection = UpdateSection()
     nft: NftSection = NftSection()
+    awm: AwmSection = AwmSection()
     adversary: AdversarySection = AdversarySection()
     rewards: RewardsSection = RewardsSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -93,7 +95,7 @@ class Config(Section):
         """At how many of its steps, or at their noise levels, an image is trained in an iteration."""
         window = self.rollout.window
         if self.objective.forward_process:
-            return self.nft.trained_of(self.rollout.num_steps)
+            return getattr(self, self.objective.forward_process).trained_of(self.rollout.num_steps)
         return window.trained_of(window.count)
 
     @property

@@ -19,32 +19,44 @@ class ObjectiveTraits:
     samples_images: bool = True  # the generator draws while it trains, so that there are images to look at
     compares_groups: bool = True  # images of one prompt with each other
     learns_from_references: bool = False  # whatever the rewards are: it cannot do without them, and encodes them
-    forward_process: bool = False  # section nft: no window; clean latents are learned from, beside an old policy
+    forward_process: str = ""  # learns from clean latents, noised again, without a window; its section of settings
+    old_policy: bool = False  # which draws, beside the one that is trained
     fits_velocity: bool = False  # its loss is a rectified flow's, which other models do not have
     not_looked_at: tuple[tuple[str, object], ...] = ()  # settings of section `update`, each with its plain value
 
 
 # settings of the loss by likelihoods, with what they are where nothing is asked
-_OF_LIKELIHOODS = (
+_OF_WINDOWS = (
     ("trust_region", "ratio"),
     ("step_weights", "uniform"),
     ("policy_weight", 1.0),
-    ("kl_to", "base"),
-    ("teacher", ""),
     ("kl_space", "latent"),
 )
+_OF_LIKELIHOODS = (*_OF_WINDOWS, ("kl_to", "base"), ("teacher", ""))
 
 OBJECTIVES: dict[str, ObjectiveTraits] = {
     "policy": ObjectiveTraits(loss="policy_loss"),
     "nft": ObjectiveTraits(
         loss="nft_loss",
         method="DiffusionNFT",
-        forward_process=True,
+        forward_process="nft",
+        old_policy=True,
         fits_velocity=True,
         not_looked_at=(
             ("old_log_prob", "rollout"),
             ("kl_variance", "step"),
             *_OF_LIKELIHOODS,
+        ),
+    ),
+    "awm": ObjectiveTraits(
+        loss="awm_loss",
+        method="AWM",
+        forward_process="awm",
+        fits_velocity=True,
+        not_looked_at=(
+            ("old_log_prob", "rollout"),
+            ("kl_variance", "step"),
+            *_OF_WINDOWS,
         ),
     ),
     "sft": ObjectiveTraits(

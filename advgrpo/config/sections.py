@@ -222,9 +222,9 @@ class AdvantageSection(Section):
 class UpdateSection(Section):
     """The generator's optimizer and loss (arXiv 2511.20256, eqs. 2-3)."""
 
-    objective: Literal["policy", "nft", "sft"] = "policy"  # the names of objectives.py
-    """Policy gradient on the rewards; nft, the same rewards without likelihoods (section nft); or sft, supervised
-    fine-tuning on the references: nothing is sampled, no reward and no adversary is loaded or trained, and
+    objective: Literal["policy", "nft", "awm", "sft"] = "policy"  # the names of objectives.py
+    """Policy gradient on the rewards; nft or awm, the same rewards without likelihoods (sections nft and awm); or sft,
+    supervised fine-tuning on the references: nothing is sampled, no reward and no adversary is loaded or trained, and
     prompts_per_iteration x group_size references are learned from per iteration, without guidance."""
     trust_region: Literal["ratio", "normalized_ratio", "divergence"] = "ratio"
     """What keeps the update near the policy of the rollout: PPO's clip of the likelihood ratio; that of GRPO-Guard's
@@ -282,7 +282,19 @@ class UpdateSection(Section):
     """Largest |log p - log p_old| tolerated before the first optimizer step; on-policy it is exactly 0."""
 
 
-class NftSection(Section):
+class NoiseLevelsSection(Section):
+    """Of an objective that learns from drawn images, noised again."""
+
+    step_share: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Share of the sampler's steps at whose noise levels an image is trained, drawn anew for each image, rounded down:
+    0.99 of ten are nine."""
+
+    def trained_of(self, num_steps: int) -> int:
+        """At how many noise levels each image is trained."""
+        return int(num_steps * self.step_share)
+
+
+class NftSection(NoiseLevelsSection):
     """Negative-aware fine-tuning, update.objective nft (DiffusionNFT, arXiv 2509.16117): images are drawn by ODE steps
     alone, and their latents, noised again, are fitted or avoided by their reward. No likelihood and no window; guidance
     counts in sampling only."""
@@ -290,9 +302,6 @@ class NftSection(Section):
     beta: Above0 = 1.0
     """Good images are fitted by v_old + beta (v - v_old), bad ones by v_old - beta (v - v_old); v may leave the old
     policy by about 1/beta (released: 1, and 0.1 for OCR and for several rewards)."""
-    step_share: Annotated[float, Field(gt=0, le=1)] = 0.99
-    """Share of the sampler's steps at whose noise levels an image is trained, drawn anew for each image, rounded down:
-    0.99 of ten are nine."""
     old_decay_start: Count = 0
     """Optimizer steps during which the old policy, which draws the images, is the trained one of the iteration before
     (released: 0, and 75 for OCR)."""
@@ -302,14 +311,23 @@ class NftSection(Section):
     old_decay_max: Decay = 0.5
     """That share grows to this (released: 0.5, and 0.999 for OCR)."""
 
-    def trained_of(self, num_steps: int) -> int:
-        """At how many noise levels each image is trained."""
-        return int(num_steps * self.step_share)
-
     def old_decay(self, steps: int) -> float:
         """What the old policy keeps of itself after the iteration that ends with `steps` optimizer steps in all."""
         since = max(0, steps - self.old_decay_start)
         return min(since * self.old_decay_rate, self.old_decay_max)
+
+
+class AwmSection(NoiseLevelsSection):
+    """Advantage-weighted matching, update.objective awm (AWM, arXiv 2509.25050): images are drawn by ODE steps alone,
+    and their latents, noised again, are fitted or avoided by their advantage, with PPO's clip (update.clip_range) on
+    how much better they are fitted than when they were drawn. The KL (update.kl_weight, update.kl_to) is of
+    velocities."""
+
+    weighting: Literal["uniform", "sigma", "sigma_squared", "huber", "generalized_huber"] = "generalized_huber"
+    """How the squared error l of the velocity counts at noise level sigma: l, sigma l, sigma² l, sigma sqrt(l), or
+    sigma l^p / p."""
+    huber_power: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """p of generalized_huber."""
 
 
 class AdversarySection(Section):

@@ -208,7 +208,7 @@ class _Estimate:
         1, 3 and 4 D wide.
         """
         rollout = self.config.rollout
-        old_policy = self.config.objective.forward_process  # one forward more
+        old_policy = self.config.objective.old_policy  # one forward more
         learning = 2.2 + knobs.gradient_checkpointing + old_policy
         work = rollout.num_steps + self.config.trained_steps * learning
         rows = math.ceil(knobs.micro_batch * self.guided * self.shape.tokens / _TILE[0])
@@ -239,7 +239,7 @@ class _Estimate:
             yield Component("frozen base beside the trained weights", 4 * trained, "model.train = full")
         moving = ("sample", "decode", "score", "update")
         yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, "model.lora", moving)
-        old = self.config.objective.forward_process  # training/nft.py
+        old = self.config.objective.old_policy  # training/nft.py
         if old:  # while it draws, the trained weights are set aside
             yield Component("old policy, and the weights that it stands in for", 2 * 4 * trained, "model.lora", moving)
         if self.lora:  # clean_start.py
@@ -328,7 +328,8 @@ class _Estimate:
         yield Component("images and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
         if forward_process:  # noised latents, their flow, and two policies' velocities
             levels = 4 * config.trained_steps * knobs.micro_batch * latents
-            yield Component("noise levels of a micro-batch", levels, "nft.step_share, rollout.micro_batch", ("update",))
+            decides = f"{forward_process}.step_share, rollout.micro_batch"
+            yield Component("noise levels of a micro-batch", levels, decides, ("update",))
         modulation = config.rollout.num_steps * sequences * self.weights.modulation * self.element if self.fused else 0
         forward = sequences * (shape.forward_bytes() + 4 * latents) + modulation
         graphs = config.fast  # a captured graph keeps its pool for as long as it may run

@@ -28,6 +28,7 @@ _SHOWN = {
     "discriminator_accuracy": ("adversary", "adv", "{:.0%}"),
     "sft_loss": ("loss", "loss", "{:.4f}"),
     "nft_loss": ("loss", "loss", "{:.4f}"),
+    "awm_loss": ("loss", "loss", "{:.4f}"),
     "images_per_second": ("images/s", "img/s", "{:.1f}"),
 }
 

@@ -11,7 +11,6 @@ import torch
 from advgrpo.adversary.base import Adversary
 from advgrpo.adversary.reference_features import ReferenceFeatures
 from advgrpo.config import NEED_REFERENCES, Config
-from advgrpo.config.checks import JUDGE_METRICS
 from advgrpo.data.references import ReferenceSet
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
@@ -24,10 +23,11 @@ from advgrpo.rewards import build_reward, prompt_options, reward_class
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.custom import CustomReward
 from advgrpo.rewards.dino_similarity import DinoSimilarity
-from advgrpo.rewards.retrieval import Retrieval
+from advgrpo.rewards.retrieval import retrieval_metrics
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.graphs import GraphBackend
 from advgrpo.sampling.dynamics import check_dynamics, check_objective
+from advgrpo.training.awm import AdvantageWeightedMatching
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.micro_batches import MicroBatches
 from advgrpo.training.nft import NegativeAwareFineTuning
@@ -236,6 +236,7 @@ def build_metrics(
         return {}
     custom = build_custom_rewards(config, sources, distributed) if custom is None else custom
     metrics: dict[str, Reward] = {}
+    judged = retrieval_metrics(config.evaluation.metrics, Path(config.data.cache_dir))
     for name in config.evaluation.metrics:
         if name == "dino_similarity":
             if observer is None:
@@ -246,8 +247,8 @@ def build_metrics(
             metrics[name] = observer.metric
         elif name == "rule_accuracy":
             metrics[name] = build_reward("rule", strict=True)
-        elif name in JUDGE_METRICS:
-            metrics[name] = Retrieval(top=JUDGE_METRICS[name])
+        elif name in judged:
+            metrics[name] = judged[name]
         elif name in ImageStatistic.NAMES:
             metrics[name] = ImageStatistic(name)
         else:
@@ -285,6 +286,7 @@ def build_scorer(
 OBJECTIVES: dict[str, Callable[[Parts], Objective]] = {
     "policy": PolicyGradient.build,
     "nft": NegativeAwareFineTuning.build,
+    "awm": AdvantageWeightedMatching.build,
     "sft": SupervisedFineTuning.build,
 }
 

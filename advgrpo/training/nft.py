@@ -31,19 +31,16 @@ from typing import Any, ClassVar
 import torch
 
 from advgrpo.config import Config, NftSection
-from advgrpo.policy.base import PreparedPrompts
-from advgrpo.runtime import rng
 from advgrpo.runtime.transfer import to_device
-from advgrpo.sampling.dynamics import StepTable, step_table
+from advgrpo.sampling.dynamics import StepTable
 from advgrpo.training import restoring
 from advgrpo.training.clean_start import State
 from advgrpo.training.ema import Ema
+from advgrpo.training.forward_process import ForwardProcess
 from advgrpo.training.objective import Iteration
 from advgrpo.training.restoring import Restorable
-from advgrpo.training.rewarded import RewardedObjective
 from advgrpo.training.scoring import Scored
 from advgrpo.types import MicroBatchRollout, Rollout
-from advgrpo_kernels import philox_normal
 
 _SMALLEST_WEIGHT = 1e-5  # of the mean error of a predicted clean latent
 
@@ -83,16 +80,6 @@ def _weighted(error: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Level:
-    """M images at one noise level each."""
-
-    noisy: torch.Tensor  # x_σ [M, C, h, w]
-    flow: torch.Tensor  # u = ε - x₀ [M, C, h, w]
-    sigma: torch.Tensor  # [M] float32
-    step: torch.Tensor  # [M] int64, the number of the sampler's step of that level
-
-
-@dataclass
 class RestoredOldPolicy(Restorable):
     """What `NegativeAwareFineTuning.load` takes over."""
 
@@ -106,7 +93,7 @@ class RestoredOldPolicy(Restorable):
 
 
 @dataclass
-class NegativeAwareFineTuning(RewardedObjective):
+class NegativeAwareFineTuning(ForwardProcess):
     """`objective.Objective`: see the module's docstring.
 
     Args:
@@ -118,7 +105,7 @@ class NegativeAwareFineTuning(RewardedObjective):
         steps: optimizer steps so far, by which its decay goes.
     """
 
-    keeps_clean_latents: ClassVar[bool] = True
+    draws: ClassVar[str] = "nft"
     update_metrics: ClassVar[tuple[str, ...]] = (
         "zero_std_fraction",
         "nft_loss",
@@ -139,9 +126,9 @@ class NegativeAwareFineTuning(RewardedObjective):
     def own_settings(cls, config: Config) -> dict[str, Any]:
         return {"section": config.nft, "kl_weight": config.update.kl_weight}
 
-    def table(self, iteration: int) -> StepTable:
-        """ODE steps, the same in every iteration."""
-        return step_table(self.policy, self.settings.num_steps)
+    @property
+    def noise_levels(self) -> NftSection:
+        return self.section
 
     @contextlib.contextmanager
     def behaviour(self, iteration: Iteration) -> Iterator[None]:
@@ -165,7 +152,7 @@ class NegativeAwareFineTuning(RewardedObjective):
         norms = everywhere[0, :, 4]
         self.updater.check(0.0, norms.tolist(), iteration.number)
         loss, distance, kl, kl_pairs = everywhere[..., :4].sum((0, 1)).tolist()
-        pairs = self.settings.images * self.section.trained_of(self.settings.num_steps)
+        pairs = self.settings.images * self.trained
         self.steps += self.micro_batches.minibatches
         decay = self.section.old_decay(self.steps)
         self.old.average(decay)
@@ -201,17 +188,16 @@ class NegativeAwareFineTuning(RewardedObjective):
         """
         self.updater.zero_gradients()
         sums = torch.zeros(4, dtype=torch.float64, device=self.policy.device)
-        weight = 1.0 / (total * self.section.trained_of(self.settings.num_steps))
+        weight = 1.0 / (total * self.trained)
         for rollout in micro_batches:
             ids = rollout.micro_batch.image_ids
-            row = to_device(rollout.micro_batch.row, self.policy.device)
-            prompts = self.policy.prepare(rollout.conditioning, table.timesteps, guided=False).rows(row)
+            prompts = self.prepared(rollout, table)
             rates = optimality[to_device(ids, optimality.device)]
             levels = self.noised(rollout, iteration)
-            old = self._without_gradient(self.old.swap(), levels, prompts)
+            old = self.without_gradient(self.old.swap(), levels, prompts)
             watched = watch_kl and int(ids[0]) == 0
             based = levels if self.kl_weight else levels[: int(watched)]
-            base = self._without_gradient(self.policy.disable_adapter(), based, prompts)
+            base = self.without_gradient(self.policy.disable_adapter(), based, prompts)
             for number, level in enumerate(levels):
                 velocity = self.policy.predict(level.noisy, level.step, prompts)[0].float()
                 losses = nft_loss(
@@ -232,36 +218,6 @@ class NegativeAwareFineTuning(RewardedObjective):
                 sums[0] += losses.detach().double().sum()
                 sums[1] += (velocity.detach() - old[number]).square().mean((1, 2, 3)).double().sum()
         return sums
-
-    @torch.no_grad()
-    def _without_gradient(
-        self, weights: contextlib.AbstractContextManager[None], levels: list[Level], prompts: PreparedPrompts
-    ) -> list[torch.Tensor]:
-        """Velocities [M, C, h, w] float32 at each level, with the policy as it is inside `weights`."""
-        with weights:
-            return [self.policy.predict(level.noisy, level.step, prompts)[0].float() for level in levels]
-
-    def noised(self, rollout: MicroBatchRollout, iteration: int) -> list[Level]:
-        """K levels of a micro-batch. Which, and their noise, is drawn by image number, never by row or process."""
-        clean, ids, device = rollout.clean, rollout.micro_batch.image_ids, self.policy.device
-        drawn = self.level_numbers(iteration)[ids]
-        sigmas = to_device(self.policy.schedule(self.settings.num_steps)[0].float()[drawn], device)
-        numbers, image_ids = to_device(drawn, device), to_device(ids, device)
-        levels = []
-        for number in range(drawn.shape[1]):
-            seed = rng.derive_seed(self.seed, "nft_noise", iteration, number)
-            noise = philox_normal(tuple(clean.shape), seed=seed, sample_ids=image_ids)
-            sigma = sigmas[:, number]
-            noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
-            levels.append(Level(noisy, noise - clean, sigma, numbers[:, number].contiguous()))
-        return levels
-
-    def level_numbers(self, iteration: int) -> torch.Tensor:
-        """[G, K] int64 on the host: different steps of the sampler for each image."""
-        draws = torch.rand(
-            self.settings.images, self.settings.num_steps, generator=rng.generator(self.seed, "nft_levels", iteration)
-        )
-        return draws.argsort(dim=1)[:, : self.section.trained_of(self.settings.num_steps)]
 
     def state(self) -> State:
         """The old policy, beside what all keep."""

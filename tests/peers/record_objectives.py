@@ -1,6 +1,6 @@
 """What the peers' losses, windows and advantages give on random inputs, written to tests/golden/*.npz.
 
-    ADVGRPO_PEERS=FOLDER python -m tests.peers.record_objectives
+    ADVGRPO_PEERS=FOLDER python -m tests.peers.record_objectives [FILE ...]
 
 They are methods of classes whose modules import a whole trainer: each class is cut out of its file and run alone, as it
 stands, in float32 on a CPU. tests/golden/README.md says what is in the files.
@@ -11,7 +11,10 @@ import __future__
 
 import ast
 import os
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,18 +27,20 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 VERL_OMNI = "verl-omni/verl_omni/trainer/diffusion/diffusion_algos.py"
 MIX_GRPO = "MixGRPO/fastvideo/utils/grpo_states.py"
 FLOW_FACTORY = "Flow-Factory/src/flow_factory/advantage/advantage_processor.py"
+AWM_TRAINER = "Flow-Factory/src/flow_factory/trainers/awm.py"
 ROWS, SHAPE = 16, (4, 5, 6)
 SIGMAS = [(0.97, 0.9), (0.75, 0.6), (0.3, 0.1)]  # noise level before and after three steps
 
 
 def cut(file: str, name: str) -> Any:
-    """The class of a peer's file, without what registers it and what it inherits."""
+    """The class or function of a peer's file, without what registers it and what it inherits."""
     tree = ast.parse(Path(os.environ["ADVGRPO_PEERS"], file).read_text())
-    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-    found.bases = []
+    (found,) = [node for node in tree.body if getattr(node, "name", "") == name]
+    if isinstance(found, ast.ClassDef):
+        found.bases = []
     found.decorator_list = [node for node in found.decorator_list if "dataclass" in ast.unparse(node)]
     code = compile(ast.Module([found], []), file, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
-    names = {"torch": torch, "np": np, "dataclass": dataclass}
+    names = {"torch": torch, "np": np, "dataclass": dataclass, "contextmanager": contextmanager}
     exec(code, names)
     return names[name]
 
@@ -158,16 +163,129 @@ def gdpo() -> dict[str, torch.Tensor]:
     return {"groups": groups, "rewards": rewards, "weights": weights, "advantages": advantages}
 
 
+@dataclass
+class AwmWorld:
+    """What Flow-Factory's AWM trainer asks of the rest: its velocities are given, for every pass and level."""
+
+    clean: torch.Tensor  # [B, C, h, w]
+    noise: torch.Tensor  # [T, B, C, h, w]
+    timesteps: torch.Tensor  # [T, B], up to 1000
+    advantages: torch.Tensor  # [B]
+    velocities: dict[str, torch.Tensor]  # "old", "velocity", "reference", "average": [T, B, C, h, w]
+
+    def loss(self, weighting: str, **betas: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss [T], gradient by the velocity [T, B, C, h, w]) of their `optimize`, as it stands."""
+        leaf, asked, losses, state = self.velocities["velocity"].clone().requires_grad_(), Counter(), [], ["old"]
+
+        @contextmanager
+        def weights(name: str):
+            before, state[0] = state[0], "old" if state[0] == "old" else name
+            yield
+            state[0] = before
+
+        def forward(**_: Any) -> SimpleNamespace:
+            given = leaf if state[0] == "velocity" else self.velocities[state[0]]
+            asked[state[0]] += 1
+            return SimpleNamespace(noise_pred=given[asked[state[0]] - 1])
+
+        def backward(loss: torch.Tensor) -> None:
+            losses.append(loss.detach())
+            loss.backward()
+
+        class Arguments(SimpleNamespace):
+            keys = __getitem__ = lambda self, *_: []
+
+        noises = iter(self.noise)
+        trainer_class = cut(AWM_TRAINER, "AWMTrainer")
+        folder = str(Path(AWM_TRAINER).parents[1])
+        trainer_class.optimize.__globals__.update(
+            create_generator=lambda *_: torch.Generator().manual_seed(0),
+            tqdm=lambda items, **_: items,
+            defaultdict=defaultdict,
+            BaseSample=SimpleNamespace(
+                stack=lambda _: {"all_latents": self.clean[:, None], "advantage": self.advantages}
+            ),
+            randn_tensor=lambda *_, **__: next(noises),
+            filter_kwargs=lambda _, **given: given,
+            to_broadcast_tensor=cut(f"{folder}/utils/base.py", "to_broadcast_tensor"),
+            flow_match_sigma=cut(f"{folder}/utils/noise_schedule.py", "flow_match_sigma"),
+        )
+        trainer_class.optimize.__globals__["flow_match_sigma"].__globals__["TIMESTEP_MAX"] = 1000.0
+        trainer = object.__new__(trainer_class)
+        rows = len(self.clean)
+        limits = {"adv_clip_range": (-AWM_CLIP, AWM_CLIP), "clip_range": (-AWM_RATIO, AWM_RATIO)}
+        trainer.__dict__.update(
+            accelerator=SimpleNamespace(
+                device="cpu", accumulate=lambda *_: nullcontext(), backward=backward, sync_gradients=False
+            ),
+            adapter=SimpleNamespace(
+                forward=forward,
+                rollout=lambda: None,
+                train=lambda: state.__setitem__(0, "velocity"),
+                trainable_components=[],
+                use_ema_parameters=lambda: weights("average"),
+                use_ref_parameters=lambda: weights("reference"),
+            ),
+            training_args=Arguments(per_device_batch_size=rows, seed=0, num_inner_epochs=1, **limits),
+            autocast=nullcontext,
+            _sample_timesteps=lambda _: self.timesteps,
+            num_train_timesteps=len(self.timesteps),
+            off_policy=False,
+            weighting=weighting,
+            ghuber_power=AWM_POWER,
+            epoch=0,
+            show_progress_bar=False,
+            **{"kl_beta": 0.0, "ema_kl_beta": 0.0, **betas},
+        )
+        trainer.optimize([SimpleNamespace(to=lambda _: None)] * rows)
+        return torch.stack(losses), leaf.grad
+
+
+AWM_CLIP, AWM_RATIO, AWM_POWER = 1.5, 2e-2, 0.25
+AWM_KL = {"kl_beta": 0.3, "ema_kl_beta": 0.7}
+
+
+def awm() -> dict[str, torch.Tensor]:
+    """AWM under every weighting, ratios on both sides of the clip; with both KLs, and the KL to the average alone."""
+    rows, shape = 8, (4, 3, 5)
+    clean, timesteps = (
+        torch.randn(rows, *shape),
+        torch.stack([torch.linspace(*ends, rows) for ends in ((990, 520), (480, 20))]),
+    )
+    noise = torch.randn(2, rows, *shape)
+    flow, apart = noise - clean, torch.linspace(0.0, 0.3, rows).view(1, -1, 1, 1, 1)
+    velocities = {"old": flow + 0.7 * torch.randn(2, rows, *shape)}
+    for name in ("velocity", "reference", "average"):
+        velocities[name] = velocities["old"] + apart * torch.randn(2, rows, *shape)
+    given = {"clean": clean, "noise": noise, "timesteps": timesteps, "advantages": 2 * torch.randn(rows)}
+    limits = {"adv_clip": AWM_CLIP, "clip_range": AWM_RATIO, "huber_power": AWM_POWER, **AWM_KL}
+    recorded = {**given, **velocities} | {name: torch.tensor(value) for name, value in limits.items()}
+    world = AwmWorld(**given, velocities=velocities)
+    for theirs, ours in (
+        ("Uniform", "uniform"),
+        ("t", "sigma"),
+        ("t**2", "sigma_squared"),
+        ("huber", "huber"),
+        ("ghuber", "generalized_huber"),
+    ):
+        recorded[f"loss_{ours}"], recorded[f"grad_{ours}"] = world.loss(theirs)
+    recorded["loss_with_kl"], recorded["grad_with_kl"] = world.loss("ghuber", **AWM_KL)
+    idle = AwmWorld(**given | {"advantages": torch.zeros(rows)}, velocities=velocities)
+    recorded["loss_average"], recorded["grad_average"] = idle.loss("Uniform", ema_kl_beta=AWM_KL["ema_kl_beta"])
+    return recorded
+
+
 FILES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
     "grpo_guard_verl_omni": grpo_guard,
     "flow_dppo_verl_omni": flow_dppo,
     "distill_verl_omni": distill,
     "windows_mix_grpo": windows,
     "gdpo_flow_factory": gdpo,
+    "awm_flow_factory": awm,
 }
 
 if __name__ == "__main__":
-    for file, record in FILES.items():
+    for file, record in [(file, FILES[file]) for file in sys.argv[1:] or FILES]:
         torch.manual_seed(0)
         arrays = {name: value.numpy() for name, value in record().items()}
         np.savez_compressed(GOLDEN / f"{file}.npz", **arrays)

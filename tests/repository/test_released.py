@@ -89,8 +89,8 @@ def looked_at(settings: config.Config, name: str) -> bool:
         used = adversary.kind != "none" if reward == "adversary" else settings.rewards.sections()[reward].used
         measured = reward in settings.evaluation.metrics and reward != "dino_similarity"
         return used or (measured and not field.endswith("weight"))
-    if section == "nft":
-        return settings.objective.forward_process
+    if section in ("nft", "awm"):
+        return settings.objective.forward_process == section
     windows = ("size", "noise_range", "slide_every", "slide_by", "steps")
     if field in {f"window.{setting}" for setting in windows}:
         return (field == "window.steps") == (rollout.window.chosen_order == "fixed")

@@ -155,6 +155,30 @@ def test_distillation_losses_of_verl_omni(which, backend, device):
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_kl_to_the_average_is_flow_factorys(backend, device):
+    """Its ema_kl_beta of the AWM trainer, recorded with advantages of 0: X-GenGroup/Flow-Factory
+    a0b2bc5a2b4fbf9125429b3fb70c0c5d7631047c, src/flow_factory/trainers/awm.py."""
+    file = GOLDEN / "awm_flow_factory.npz"
+    golden = {name: torch.from_numpy(np.asarray(value)).to(device) for name, value in np.load(file).items()}
+    for level in range(2):
+        velocity, b = golden["velocity"][level].clone().requires_grad_(), -0.2
+        rows = torch.zeros(len(velocity), device=device)
+        result = clipped_policy_loss(
+            *(torch.zeros_like(velocity), velocity, velocity.detach(), torch.tensor([0.0, b, 0.3], device=device)),
+            *(rows, rows),
+            clip_range=1e-4,
+            reference_mean=b * golden["average"][level],
+            kl_weight=golden["ema_kl_beta"].item(),
+            kl_std=torch.tensor(abs(b) * 0.5**0.5, device=device),
+            backend=backend,
+        )
+        torch.testing.assert_close(result.loss.detach(), golden["loss_average"][level], rtol=1e-5, atol=0)
+        (grad,) = torch.autograd.grad(result.loss, velocity)
+        expected = golden["grad_average"][level]
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
 FILE = GOLDEN / "distill_verl_omni.npz"
 
 
