@@ -65,6 +65,12 @@ class LoraFile:
         return _state({name: (a, b / scale) for name, (a, b) in self.modules.items()})
 
 
+def lora_path(path: Path) -> Path:
+    """The file that is meant by a folder of an export, or by the file itself."""
+    path = Path(path).expanduser()
+    return path if path.suffix == ".safetensors" and not path.is_dir() else path / LORA_FILE
+
+
 def read_lora(path: Path, field: str) -> LoraFile:
     """Read a LoRA in diffusers' format, or one with `.alpha` tensors beside such names.
 
@@ -79,8 +85,7 @@ def read_lora(path: Path, field: str) -> LoraFile:
         UserError: no such file, another format or kind of adapter, several networks, an alpha that the header and a
             tensor disagree on, or numbers that are not finite.
     """
-    path = Path(path).expanduser()
-    path = path if path.suffix == ".safetensors" and not path.is_dir() else path / LORA_FILE
+    path = lora_path(path)
     source = f"{field} = {str(path)!r}"
     if not path.is_file():
         raise UserError(f"{source} does not exist; pass a folder that holds {LORA_FILE}, such as OUT/lora")

@@ -26,6 +26,7 @@ from advgrpo.config import Config
 from advgrpo.config.command_line import Source
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError, one_line
+from advgrpo.policy.lora_file import lora_path
 from advgrpo.policy.pipelines import pipeline_folder, pipeline_index
 from advgrpo.reporting.evaluations import EVALUATIONS_FILE
 from advgrpo.reporting.tracking import METRICS_FILE
@@ -33,7 +34,7 @@ from advgrpo.rewards.custom import source_digest
 from advgrpo.runtime import checkpoint as checkpoints
 from advgrpo.runtime.atomic import move_aside
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
-from advgrpo.runtime.fingerprint import FileStamps, folder_fingerprint
+from advgrpo.runtime.fingerprint import FileStamps, file_digest, folder_fingerprint
 from advgrpo.training import best
 from advgrpo.training.restoring import count, entry, measured
 
@@ -204,6 +205,7 @@ class Resuming:
             given = {**{name: getattr(self.config.data, name, "") for name in refused}, "base": self.config.model.path}
             given["references"] = given.get("references") or self.config.data.style
             given["rewards"] = ", ".join(getattr(each, "import") for each in self.config.rewards.custom)
+            given["teacher"] = self.config.update.teacher
             named = ", ".join(f"{name} ({_SETTINGS[name]} = {given[name]!r})" for name in refused)
             raise UserError(
                 f"{self.flag}: since {saved.path} was written, the content of {named} has changed. Put back what was "
@@ -293,11 +295,13 @@ _SETTINGS = {
     "references": "data.references",
     "base": "model.path",
     "rewards": "rewards.custom",
+    "teacher": "update.teacher",
 }
 
 
 def made_from(config: Config, sources: Sources) -> dict[Source, str]:
-    """Hashes of what a run is made from, beside its settings: prompts, references, the files of the base model and of
+    """Hashes of what a run is made from, beside its settings: prompts, references, the files of the base model, of the
+    teacher that it learns from and of
     its own rewards."""
     hashes = {
         "prompts": _digest([sources.prompts, sources.metadata]),
@@ -305,6 +309,7 @@ def made_from(config: Config, sources: Sources) -> dict[Source, str]:
         "references": "" if sources.references is None else sources.references.fingerprint(),
         "base": base_fingerprint(config),
         "rewards": _rewards_digest(config),
+        "teacher": _teacher_digest(config.update.teacher),
     }
     assert tuple(hashes) == get_args(Source)
     return hashes
@@ -322,6 +327,12 @@ def _rewards_digest(config: Config) -> str:
     custom = [entry for entry in config.rewards.entries().values() if entry.kind == "custom"]
     files = {entry.section.name: source_digest(getattr(entry.section, "import"), entry.owner) for entry in custom}
     return _digest(files) if files else ""
+
+
+def _teacher_digest(teacher: str) -> str:
+    """Of the file of its weights; "" without one, which is refused where it is read."""
+    file = lora_path(Path(teacher))
+    return file_digest(file) if teacher and file.is_file() else ""
 
 
 def _digest(value: Any) -> str:

@@ -24,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from advgrpo import config
@@ -38,7 +39,7 @@ from advgrpo.training.resuming import Resume, differences, made_from
 from advgrpo.training.run import Run
 from tests.conftest import make_unit_config
 from tests.runtime.test_hostile_checkpoints import rehash
-from tests.training.test_run import command, environment, metrics, wait_for_rows
+from tests.training.test_run import command, environment, forked, metrics, wait_for_rows
 
 AUTO = Resume("auto")
 LAST = 4
@@ -473,6 +474,27 @@ def test_other_content_is_named_and_taken_only_by_consent(name, own):
     assert "has changed" not in go(own)  # the new checkpoint knows
 
 
+def test_a_teacher_that_has_changed_is_named_and_taken_only_by_consent(unit_config, tmp_path, plain_curves):
+    unit_config.iterations = 1
+    unit_config.data.held_out_prompts = ""
+    teacher = unit_config.model_copy(deep=True)
+    teacher.output_dir = str(tmp_path / "teacher")
+    go(teacher, False)
+    lora = Path(teacher.output_dir) / "lora"
+    unit_config.update.kl_to, unit_config.update.kl_weight, unit_config.update.teacher = "teacher", 0.1, str(lora)
+    go(unit_config, False)
+    file = lora / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, header)
+    unit_config.iterations = 2
+    where = rf"teacher \(update\.teacher = '{lora}'\)"
+    with pytest.raises(UserError, match=rf"the content of {where} has changed.*by --accept-changed teacher$"):
+        go(unit_config, True)
+    assert "going on with other content of teacher" in go(unit_config, Resume("folder", accepted=("teacher",)))
+    assert made_from(teacher, Sources([], [], None, {}))["teacher"] == "", "none is no content"
+
+
 def test_checkpoints_of_before_there_were_hashes_are_continued(own):
     """Nor do they lack the state of torch's generator, which was saved then."""
     folder = newest(own)
@@ -493,14 +515,12 @@ def test_of_several_processes_one_decides(cut, whole, tmp_path):
     """The others follow it to the checkpoint before the damaged one."""
     settings = cut(LAST)
     flip(newest(settings) / TENSORS)
-    line = command(settings, tmp_path, "--resume", "auto", processes=2)
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("--resume auto: skipped") == 1
-    assert [row["iteration"] for row in metrics(settings.output_dir)] == list(range(LAST))
-    again = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is done already") == 1
+    for told in ("--resume auto: skipped", "is done already"):
+        done = forked(settings, tmp_path, "--resume", "auto", processes=2)
+        said, errors = done.communicate()
+        assert done.returncode == 0, errors
+        assert said.count(told) == 1
+        assert [row["iteration"] for row in metrics(settings.output_dir)] == list(range(LAST))
 
 
 def test_auto_goes_with_an_output_folder_and_a_folder_with_none():
