@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from advgrpo.tiny import shapes
+from advgrpo.tiny.byte_pairs import END, learn_merges
 from advgrpo.tiny.emoji import scenes as emoji
 
 
@@ -52,27 +52,16 @@ TEXT_WIDTH = 128  # the two CLIPs side by side, and the T5
 
 
 def clip_tokenizer(size: Size = SHAPES) -> CLIPTokenizer:
-    """Byte-pair encoding in which every caption word is one token and any other text still encodes."""
+    """Byte-pair encoding in which every caption word is one token and any other text still encodes.
+
+    The same pieces get the same numbers in every process. The shipped pipelines have tokenizers of an earlier version,
+    of which that was not true; their next rebuild takes this one.
+    """
     letters = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789.,!?'\"-"]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    bpe.train_from_iterator([" ".join(size.words)] * 2, trainer)
-    learned = bpe.get_vocab()
-    pieces = sorted(learned, key=learned.get)
-    pieces += [f"{c}</w>" for c in letters if f"{c}</w>" not in learned]
+    merges = learn_merges(size.words)
+    pieces = dict.fromkeys([*letters, *(f"{letter}{END}" for letter in letters), *map("".join, merges)])
     vocab = {piece: i for i, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *pieces])}
-    merges = _merges(bpe)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=size.clip_tokens)
-
-
-def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
-    merges = json.loads(bpe.to_str())["model"]["merges"]
-    return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
 
 
 def t5_tokenizer(size: Size = SHAPES) -> T5TokenizerFast:

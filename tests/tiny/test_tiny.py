@@ -1,6 +1,9 @@
 """The embedded world: drawings, captions, judge, shipped models and references."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers import Dinov2Model
 
 from advgrpo import tiny
 from advgrpo.tiny import architecture
+from advgrpo.tiny.byte_pairs import learn_merges
 from advgrpo.tiny.judge import judge
 from advgrpo.tiny.shapes import (
     COLOURS,
@@ -44,6 +48,22 @@ def test_every_caption_is_one_token_a_word():
         assert len(t5(scene.caption).input_ids) == architecture.T5_TOKENS
     assert len(vocabulary()) == 29
     assert t5.unk_token_id not in t5("a dog").input_ids
+
+
+def test_a_tokenizer_trained_anew_numbers_every_piece_as_before():
+    """In processes that hash strings differently. The merges, and the pieces' numbers, are all that is trained."""
+    program = "from advgrpo.tiny.byte_pairs import learn_merges; import sys; print(learn_merges(sys.argv[1:]))"
+    words = list(vocabulary())
+    here = str(learn_merges(words))
+    for seed, text in (("1", words), ("2", words[::-1])):
+        done = subprocess.run([sys.executable, "-c", program, *text], env={**os.environ, "PYTHONHASHSEED": seed},
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        assert done.stdout.strip() == here
+    assert learn_merges(["aab ab"]) == [("a", "b</w>"), ("a", "ab</w>")], "the commonest first"
+    assert learn_merges(["cd ab"]) == [("a", "b</w>"), ("c", "d</w>")], "then by the alphabet"
+    again, clip = architecture.clip_tokenizer(), architecture.clip_tokenizer()
+    assert again.get_vocab() == clip.get_vocab()
+    assert {clip.convert_ids_to_tokens(i) for i in clip("a dog, 7!").input_ids[1:-1]} >= {"a</w>", ",</w>"}
 
 
 def test_drawing_is_reproducible():

@@ -52,7 +52,7 @@ _CHANGED = ("shape", "shape", "shape", "colour", "colour", "background", "size",
 
 
 def tokenizer() -> CLIPTokenizer:
-    """The shipped pipeline's: training another one numbers the words differently every time."""
+    """The shipped pipeline's, whose pieces have other numbers than one that is trained now."""
     return CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer")
 
 
