@@ -57,10 +57,7 @@ _TINY_METRICS: dict[str, dict[str, Any]] = {
     "clip_reference_similarity": {"path": "tiny"},
     "ocr": {"detection_size": 192},
 }
-_EMOJI_METRICS = {
-    **{name: {"path": "tiny:emoji"} for name in _TINY_METRICS if name != "ocr"},
-    "dino_similarity": {"path": "tiny:emoji", "image_size": 48},
-}
+_EMOJI_METRICS: dict[str, dict[str, Any]] = {"dino_similarity": {"path": "tiny:emoji", "image_size": 48}}
 
 
 class Evaluate(ModelOptions):
@@ -195,25 +192,33 @@ def read_data(options: Evaluate) -> Sources:
 
 
 def build_metrics(
-    options: MetricOptions, device: torch.device, sources: Sources, own: Mapping[str, str] | None = None, size: int = 64
+    options: MetricOptions,
+    device: torch.device,
+    sources: Sources,
+    own: Mapping[str, str] | None = None,
+    *,
+    cache: Path,
+    size: int = 64,
 ) -> dict[str, Reward]:
     """The rewards, each checked against the prompts it will see.
 
     Args:
+        cache: folder in which what a judge compares with is kept.
         own: see `own_metrics`.
         size: side of the images, on which custom rewards are tried out.
     """
     from advgrpo.evaluation.evaluator import ImageStatistic
     from advgrpo.rewards.custom import CustomReward
-    from advgrpo.rewards.retrieval import Retrieval
+    from advgrpo.rewards.retrieval import retrieval_metrics
 
     own, built = own or {}, {}
+    judged = retrieval_metrics(options, cache)
     for name, given in options.items():
         if name in IMAGE_STATISTICS:
             built[name] = ImageStatistic(name)
             continue
-        if name in JUDGE_METRICS:
-            built[name] = Retrieval(top=JUDGE_METRICS[name])
+        if name in judged:
+            built[name] = judged[name]
             built[name].check_prompts(sources.held_out)
             continue
         owner, kind = f"{_OPTION}{name}", own.get(name, name)
@@ -352,7 +357,8 @@ def evaluate_models(options: Evaluate, flags: MetricOptions, console: Console) -
     sources = read_data(options)
     prompts, references = sources.held_out, sources.references
     writable(options.output, "--output")
-    writable(Path(options.cache_dir).expanduser(), "--cache-dir")
+    cache = Path(options.cache_dir).expanduser()
+    writable(cache, "--cache-dir")
     check_model(options.model, "--model")
     distributed = Distributed.start(options.device)
     if distributed.world_size > 1:
@@ -366,7 +372,7 @@ def evaluate_models(options: Evaluate, flags: MetricOptions, console: Console) -
     if options.against:
         loras[options.against] = ("--against", "" if options.against == "base" else options.against)
     models = {name: settings_of(options, folder, lora, device, flag=flag) for name, (flag, lora) in loras.items()}
-    metrics = build_metrics(metric_settings, device, sources, own, drawn.resolution)
+    metrics = build_metrics(metric_settings, device, sources, own, cache=cache, size=drawn.resolution)
     scores, images, display = {}, {}, Display(console)
     evaluator = None
     for name, settings in models.items():

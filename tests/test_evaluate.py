@@ -175,6 +175,16 @@ def test_statistics_and_the_strict_judge_are_what_they_are_in_training(unit, tmp
     assert len(set(saturation)) > 1
 
 
+def test_what_a_tiny_world_is_measured_with_by_default_is_shipped():
+    """Nothing stands for a model that is not there: of the emoji world no preference model is."""
+    for model in tiny.WORLDS:
+        options = Evaluate(model=model, metrics=",".join(REWARDS), output=Path("out"))
+        for metric, given in metric_options(options, {}).items():
+            shipped = tiny.BACKBONES if metric == "dino_similarity" else tiny.PREFERENCE_MODELS
+            assert given.get("path") in (None, *shipped), (model, metric)
+        assert "path" in metric_options(options, {})["dino_similarity"]
+
+
 def test_options_of_metrics_come_from_defaults_file_and_flags(tmp_path):
     rest, given = split_metric_options(
         ["--seed", "3", "--metric-options.rule.strict", "true", "--metric-options.pickscore.path=here"]

@@ -5,10 +5,14 @@ Never a reward: what it measures would no longer be independent.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from advgrpo.config.checks import JUDGE_METRICS
 from advgrpo.errors import UserError
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.pixels import check_images
@@ -20,18 +24,57 @@ if TYPE_CHECKING:
     from advgrpo.data.references import ReferenceSet
 
 
+def retrieval_metrics(names: Iterable[str], cache: Path) -> dict[str, Retrieval]:
+    """Those of `names` that are the judge's, by name: they ask one judge, which looks at every image once.
+
+    Args:
+        names: metrics, the judge's and others.
+        cache: folder where its gallery's features are kept between runs.
+
+    Raises:
+        UserError: one is asked for, and the packages of the extra "judge" are missing.
+    """
+    own = [name for name in names if name in JUDGE_METRICS]
+    ranks = Ranks(Judge(cache=cache)) if own else None
+    return {name: Retrieval(ranks, name=name, top=JUDGE_METRICS[name]) for name in own}
+
+
+class Ranks:
+    """The judge's ranks of images; what it was asked last is remembered for the next metric that asks the same."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self._images: weakref.ref[torch.Tensor] | None = None
+        self._asked: tuple[int, list[str]] | None = None  # version of the images, their prompts
+        self._ranks = torch.zeros(0, dtype=torch.long)
+
+    def of(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """[B] int64 on the CPU: how many names are nearer than the prompt's.
+
+        Raises:
+            UserError: a prompt that is no caption of the emoji world.
+            ValueError: unusable images (see `check_images`).
+        """
+        asked = (images._version, list(prompts))
+        if self._images is None or self._images() is not images or self._asked != asked:
+            checked = check_images(images, prompts)
+            self._ranks = self.judge.look(checked, [Scene.parse(prompt) for prompt in prompts]).rank
+            self._images, self._asked = weakref.ref(images), asked
+        return self._ranks
+
+
 class Retrieval(Reward):
     """`base.Reward`: 1 where the prompt's name is the nearest (`top` = 1) or among the `top` nearest names, else 0.
 
     Args:
+        ranks: whom to ask, shared by the metrics of one evaluation.
+        name: of the metric.
         top: how many names count.
     """
 
-    name = "retrieval"
-
-    def __init__(self, *, top: int = 1) -> None:
-        self.top = top
-        self._judge = Judge()
+    def __init__(self, ranks: Ranks, *, name: str = "retrieval", top: int = 1) -> None:
+        self.name, self.top = name, top
+        self._ranks = ranks
 
     def check_prompts(self, prompts: list[str]) -> None:
         """UserError for the first prompt that is no caption of the emoji world."""
@@ -49,6 +92,4 @@ class Retrieval(Reward):
             ValueError: unusable images (see `check_images`).
         """
         self.check_prompts(prompts)
-        checked = check_images(images, prompts)
-        ranks = self._judge.look(checked, [Scene.parse(prompt) for prompt in prompts]).rank
-        return to_device((ranks < self.top).float(), images.device)
+        return to_device((self._ranks.of(images, prompts) < self.top).float(), images.device)

