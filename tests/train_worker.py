@@ -1,6 +1,6 @@
-"""`advgrpo.train` with a fault: `train_worker.py none|slow|killed|burning|misconfigured FLAGS ...`.
+"""`advgrpo.train` with a fault: none, slow, killed, burning or misconfigured.
 
-Started by test_distributed.py, and in forks by test_restart.py.
+Started in forks (zygote.py) by test_restart.py, test_distributed.py and test_text_cache.py.
 
 slow: rank 1 takes a second longer for every micro-batch that it samples, and one for every micro-batch that it scores.
 killed: rank 1 is killed in its third iteration, but only in the first attempt of torchrun.
@@ -9,7 +9,6 @@ burning, misconfigured: rank 1 fails, with an error of the machine or of the use
 
 import os
 import signal
-import sys
 import time
 
 from advgrpo.adversary.feature_head import FeatureHeadAdversary
@@ -59,5 +58,9 @@ def run(arguments: list[str]) -> int:
     return main(flags)
 
 
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+def run_at_home(arguments: list[str]) -> int:
+    """[folder, *flags]: a training whose home is folder/home0, folder/home1, by its rank, as on several machines."""
+    folder, *flags = arguments
+    os.environ["HOME"] = os.path.join(folder, f"home{os.environ['RANK']}")
+    os.makedirs(os.environ["HOME"])
+    return main(flags)

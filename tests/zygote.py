@@ -187,7 +187,7 @@ def _code_of(function: Any, arguments: list[str]) -> int:
 
 def launch(arguments: list[str]) -> int:
     """[processes, restarts, entry, *arguments]: what `torchrun --standalone` does, but that its processes are forks."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     processes, restarts, *rest = arguments
@@ -196,7 +196,7 @@ def launch(arguments: list[str]) -> int:
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", monitor_interval=0.1,
     )  # fmt: skip
     try:
-        elastic_launch(config, _member)(*rest)
+        record(elastic_launch(config, _member))(*rest)  # the first error goes into TORCHELASTIC_ERROR_FILE
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         return 1

@@ -6,9 +6,6 @@ part; nothing told; the check of the others' prompts left out, or asked of `miss
 
 import gc
 import io
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -28,8 +25,9 @@ from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.build import build_policy, check_cache_is_shared
 from advgrpo.training.fast import FastPaths
 from advgrpo.types import Conditioning
+from tests import zygote
+from tests.training.test_run import environment
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [f"prompt {number}" for number in range(7)]
 CPU = torch.device("cpu")
 
@@ -164,21 +162,10 @@ def test_a_cache_that_processes_do_not_share_is_found_before_training(encoding, 
 def test_two_processes_with_caches_of_their_own_end_in_one_line(unit_config, tmp_path):
     """As on two machines: the same setting, another folder behind it."""
     unit_config.data.cache_dir, unit_config.rollout.micro_batch = "~/cache", 2
-    settings, script = tmp_path / "settings.yaml", tmp_path / "own_home.py"
+    settings = tmp_path / "settings.yaml"
     settings.write_text(config.dump(unit_config))
-    script.write_text(
-        "import os, sys\n"
-        f"os.environ['HOME'] = os.path.join({str(tmp_path)!r}, 'home' + os.environ['RANK'])\n"
-        "os.makedirs(os.environ['HOME'])\n"
-        "from advgrpo.train import main\n"
-        "sys.exit(main())\n"
-    )
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    done = subprocess.run(
-        [*launcher, "--config", str(settings)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    arguments = [str(tmp_path), "--config", str(settings)]
+    done = zygote.run("tests.train_worker:run_at_home", arguments, processes=2, environment=environment())
     assert done.returncode != 0
     assert "does not find 5 of 10 prompts there that other processes have encoded" in done.stderr
     ours = done.stderr.partition("\n=====")[0]  # without torchrun's report, which has the stack of an error file

@@ -25,6 +25,7 @@ from advgrpo.config import Config
 from advgrpo.errors import UserError
 from advgrpo.runtime import watch
 from advgrpo.runtime.distributed import Distributed
+from tests import zygote
 
 WORKER = Path(__file__).parents[1] / "distributed_worker.py"
 ROOT = Path(__file__).parents[2]
@@ -41,14 +42,11 @@ def clean_environment():
     return {key: value for key, value in env.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
-def run_torchrun(scenario, folder, *flags, launcher=("-m", "torch.distributed.run"), worker=WORKER):
+def run_torchrun(scenario, folder, *flags, launcher=("-m", "torch.distributed.run")):
     """Torchrun leaves the first error of its processes in `folder`/error.json."""
-    command = [sys.executable, *launcher, "--standalone", "--nproc-per-node=2", *flags, worker, scenario]
-    arguments = [folder] if worker == WORKER else ["--output-dir", f"{folder}/run", "--rollout.micro-batch", "16"]
+    command = [sys.executable, *launcher, "--standalone", "--nproc-per-node=2", *flags, WORKER, scenario, folder]
     environment = clean_environment() | {"TORCHELASTIC_ERROR_FILE": f"{folder}/error.json"}
-    return subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS
-    )
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS)
 
 
 def recorded_error(folder):
@@ -136,7 +134,9 @@ def test_a_failing_rank_ends_an_attempt_of_torchrun_and_the_next_one_works(tmp_p
 )
 def test_torchruns_error_file_has_the_first_error_of_a_training(fault, code, error, tmp_path):
     """Whichever of the two torchrun takes for the first; the exit codes and the one line for the user stay."""
-    done = run_torchrun(fault, tmp_path, worker=WORKER.with_name("train_worker.py"))
+    flags = ["--output-dir", f"{tmp_path}/run", "--rollout.micro-batch", "16"]
+    environment = clean_environment() | {"TORCHELASTIC_ERROR_FILE": f"{tmp_path}/error.json"}
+    done = zygote.run("tests.train_worker:run", [fault, *flags], processes=2, environment=environment)
     found = recorded_error(tmp_path)
     assert error in found["extraInfo"]["py_callstack"]
     assert found["errorCode"] in (code, -signal.SIGTERM)  # torchrun's, where it comes between the error and the exit
