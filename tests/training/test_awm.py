@@ -86,6 +86,9 @@ def test_gradients_are_those_of_the_loss_as_it_is_written(settings, kl_to, fast)
     rollout, table = rollout_of(trainer, 1), objective.table(1)
     old = [objective.log_probs(each, table, 1) for each in rollout.micro_batches]
     moved(trainer)
+    generator = torch.Generator().manual_seed(7)
+    for average in trainer.updater.ema.averages_for_update().values():  # neither the policy's nor the base's
+        average.add_(0.05 * torch.randn(average.shape, generator=generator))
     advantages = torch.linspace(-1, 1, 12)
     given = [(each, old[i] if i % 2 else None) for i, each in enumerate(rollout.micro_batches)]
     sums = objective.accumulate(given, advantages, table, 1, total=12, watch_kl=False)
