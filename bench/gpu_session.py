@@ -53,6 +53,7 @@ TO_PACK = 10  # seconds of the limit kept for the end
 TO_BEGIN = 5  # fewer are not worth a start
 GRACE = 5  # seconds between the interrupt and the end
 DEFAULT = ("smoke", "step")
+COUNTED = "gaussian|residual|gelu|qk"  # kernels whose hardware counters are read
 PROBE = """
 import json, platform, torch, triton
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -283,12 +284,25 @@ def unpack_wheels(session: Session) -> bool:
 
 def unpack_kernels(session: Session) -> None:
     """Compiled kernels into Triton's cache, where they do not lie yet."""
-    archive, target = CARRIED / "triton-cache.tar.gz", KEPT / "triton"
-    if not (session.on_gpu and archive.exists()) or target.exists():
-        return
+    archive, cache = CARRIED / "triton-cache.tar.gz", KEPT / "triton"
+    if session.on_gpu and archive.exists() and not cache.exists():
+        session.say(f"{unpack_cache(archive, cache)} compiled kernels unpacked")
+
+
+def unpack_cache(archive: Path, cache: Path) -> int:
+    """What bench/warm_cache.py has packed into the empty folder `cache`; returns the number of kernels.
+
+    Triton keeps absolute paths beside its binaries: those of this machine are written.
+    """
+    cache.mkdir(parents=True)
     with tarfile.open(archive) as packed:
-        packed.extractall(target, filter="data")
-    session.say(f"{sum(1 for _ in target.iterdir())} entries of compiled kernels unpacked")
+        packed.extractall(cache, filter="data")
+    groups = list(cache.glob("*/__grp__*.json"))
+    for file in groups:
+        group = json.loads(file.read_text())
+        group["child_paths"] = {name: str(file.parent / name) for name in group["child_paths"]}
+        file.write_text(json.dumps(group))
+    return len(groups)
 
 
 def _dies_with_its_parent() -> None:
@@ -393,16 +407,9 @@ def _profile(session: Session, limit: float) -> Iterator[Step]:
     )
     if shutil.which("ncu"):  # counters of one call of the kernels that the tables sell
         what = ("--op", "gaussian_step", "--op", "gated_residual", "--op", "gelu", "--op", "qk_rms_norm")
-        ncu = (
-            "ncu",
-            "--clock-control",
-            "none",
-            "--kernel-name",
-            "regex:.*(gaussian|residual|gelu|qk).*",
-            "--launch-count",
-            "12",
-        )
-        yield Step("ncu", (*ncu, session.python, *_module("smoke", session, "--full", *what)), program=True)
+        full = ("--full",) if session.on_gpu else ()
+        ncu = ("ncu", "--clock-control", "none", "--kernel-name", f"regex:.*({COUNTED}).*", "--launch-count", "12")
+        yield Step("ncu", (*ncu, session.python, *_module("smoke", session, *full, *what)), program=True)
     else:
         session.say("no ncu on this machine: left out")
 

@@ -1,8 +1,8 @@
 """The GPU session rehearsed without a GPU: `python -m bench.rehearsal --python PROGRAM` (make gpu-rehearsal).
 
 What would travel (files that git does not ignore, and .whl/) is copied to an empty folder: 64 MiB at most. There every
-command of `COMMANDS` runs as on the machine: as `python3`, which is PROGRAM; with nothing of this shell's but PATH, HOME
-and OUT; on a CPU at small size; with shims where the driver's programs would be. Held are: the exit status; the
+command of `COMMANDS` runs as on the machine: as `python3`, which is PROGRAM; with nothing of this shell's but PATH,
+HOME and OUT; on a CPU at small size; with shims where the driver's programs would be. Held are: the exit status; the
 command's ten minutes and each part's own limit; at most eight files of 16 MiB with plain names; a row per part in
 session.json; and that a session that is killed keeps the rows it had. Then `bench.collect` makes tables and pictures of
 what came back.
