@@ -102,7 +102,7 @@ class Session:
     @property
     def left(self) -> float:
         """Seconds of the command."""
-        return self.args.limit - (time.monotonic() - self.begun)
+        return self.args.limit * self.args.patience - (time.monotonic() - self.begun)
 
     @property
     def on_gpu(self) -> bool:
@@ -134,12 +134,12 @@ class Session:
 
     def _prepare(self) -> bool:
         """Wheels and compiled kernels in their place, the machine described; False where nothing can run."""
-        self.say(f"{self.python}, PYTHONPATH {self.environment['PYTHONPATH']}")
         if self.on_gpu:
             self._describe("nvidia-smi", ("nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE"))
         unpack_kernels(self)
         if not unpack_wheels(self):
             return False
+        self.say(f"{self.python}, PYTHONPATH {self.environment['PYTHONPATH']}")
         said = subprocess.run(
             [self.python, "-c", PROBE], env=self.environment, cwd=ROOT, capture_output=True, text=True
         )
@@ -161,7 +161,7 @@ class Session:
 
     def _part(self, name: str) -> bool:
         part, begun = PARTS[name], time.monotonic()
-        limit = min(part.limit, self.left - TO_PACK)
+        limit = min(part.limit * self.args.patience, self.left - TO_PACK)
         row: dict[str, object] = {"predicted": part.predicted, "limit": round(max(0.0, limit), 1), "steps": []}
         self.facts["parts"][name] = row
         if limit < TO_BEGIN:
@@ -255,7 +255,7 @@ class Session:
 
 def environment(outside: Mapping[str, str], device: str) -> dict[str, str]:
     """Of every process: ours first on PYTHONPATH, then what was there; nothing buffered, no network asked."""
-    paths = [".", "kernels", *filter(None, [outside.get("PYTHONPATH")]), str(KEPT / "site")]
+    paths = [".", "kernels", *filter(None, [outside.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     found = {**outside, "OMP_WAIT_POLICY": "PASSIVE", **own}
     if device == "cuda":
@@ -268,8 +268,15 @@ def environment(outside: Mapping[str, str], device: str) -> dict[str, str]:
 
 def unpack_wheels(session: Session) -> bool:
     """.whl/*.whl, if the machine lacks what they hold; False where it does and they were not carried."""
-    probe = [session.python, "-c", CARRIED_PACKAGES]
-    if subprocess.run(probe, env=session.environment, cwd=ROOT, capture_output=True).returncode == 0:
+
+    def there() -> bool:
+        probe = [session.python, "-c", CARRIED_PACKAGES]
+        return subprocess.run(probe, env=session.environment, cwd=ROOT, capture_output=True).returncode == 0
+
+    if there():
+        return True
+    session.environment["PYTHONPATH"] += f"{os.pathsep}{KEPT / 'site'}"
+    if there():  # an earlier command of this machine has unpacked them
         return True
     wheels = sorted(map(str, CARRIED.glob("*.whl")))
     if not wheels:
@@ -480,12 +487,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=float, default=570, metavar="SECONDS", help="of this command (570)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu rehearses at small size")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, metavar="X", help="limits times this: a busy CPU rehearses"
+    )
     parser.add_argument("--attention", metavar="NAME", help="model.attention of step and profile")
     parser.add_argument("--python", default="python3", metavar="PROGRAM", help="what runs the parts (python3)")
     args = parser.parse_args(argv)
     args.parts = args.parts or list(DEFAULT)
     if unknown := [name for name in args.parts if name not in PARTS]:
         parser.error(f"unknown part {unknown[0]}: {', '.join(PARTS)}")
+    if args.patience != 1 and args.device == "cuda":
+        parser.error("--patience is for rehearsals: a lent GPU has none")
     if args.out is None:
         parser.error("--out DIR (or OUT) is missing: the folder for what comes back")
     files = [*OWN_FILES, *{file for name in args.parts for file in PARTS[name].files}]

@@ -40,7 +40,8 @@ SHIMS = {
 class Rehearsal:
     """A copy of the tree, a PATH with the environment's python3 and the shims, and what went wrong."""
 
-    def __init__(self, python: Path, folder: Path) -> None:
+    def __init__(self, python: Path, folder: Path, patience: float) -> None:
+        self.patience = patience
         self.folder, self.tree, self.problems = folder, folder / "tree", []
         commands = folder / "bin"
         commands.mkdir()
@@ -63,7 +64,7 @@ class Rehearsal:
             shutil.copy2(ROOT / name, target)
 
     def start(self, parts: Sequence[str], out: Path) -> subprocess.Popen:
-        command = ["python3", "-m", "bench.gpu_session", *parts, "--device", "cpu"]
+        command = ["python3", "-m", "bench.gpu_session", *parts, "--device", "cpu", "--patience", str(self.patience)]
         environment = self.environment | {"OUT": str(out)}
         return subprocess.Popen(
             command, cwd=self.tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
@@ -73,21 +74,21 @@ class Rehearsal:
         """One command; returns the folder of what came back."""
         out, begun = self.folder / "-".join(parts), time.monotonic()
         process = self.start(parts, out)
-        if not gpu_session.ends_within(process, LONGEST_COMMAND):
-            self.problems.append(f"{' '.join(parts)}: not over after {LONGEST_COMMAND} s")
+        if not gpu_session.ends_within(process, LONGEST_COMMAND * self.patience):
+            self.problems.append(f"{' '.join(parts)}: not over after {LONGEST_COMMAND * self.patience:g} s")
         print(f"{' '.join(parts)}: exit {process.returncode} after {time.monotonic() - begun:.0f} s")
         if process.returncode:
             log = out / "session.log"
             print(log.read_text()[-6000:] if log.exists() else "no log")
             self.problems.append(f"{' '.join(parts)}: exit {process.returncode}")
-        self.problems += problems_of(out, parts)
+        self.problems += problems_of(out, parts, self.patience)
         return out
 
     def killed(self) -> None:
         """`step`, killed as soon as a first row is on the disk."""
         out = self.folder / "killed"
         process = self.start(["step"], out)
-        file, last = out / "step.json", time.monotonic() + LONGEST_COMMAND / 2
+        file, last = out / "step.json", time.monotonic() + LONGEST_COMMAND * self.patience
         while process.poll() is None and time.monotonic() < last and "sampler" not in rows_of(file):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
@@ -118,7 +119,7 @@ def rows_of(file: Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def problems_of(out: Path, parts: Sequence[str]) -> list[str]:
+def problems_of(out: Path, parts: Sequence[str], patience: float = 1.0) -> list[str]:
     """What would be lost of these files, and which parts say nothing."""
     problems = gpu_session.cannot_come_back(out)
     names = [path.relative_to(out).as_posix() for path in out.rglob("*")]
@@ -131,7 +132,7 @@ def problems_of(out: Path, parts: Sequence[str]) -> list[str]:
         took = session.get(name, {}).get("seconds")
         if took is None:
             problems.append(f"{name}: no row in session.json")
-        elif took > part.limit + gpu_session.GRACE + 1:
+        elif took > part.limit * patience + gpu_session.GRACE + 1:
             problems.append(f"{name}: took {took} s, its limit is {part.limit}")
         problems += [f"{name}: no {file}" for file in part.files if not (out / file).exists()]
     return problems
@@ -143,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--command", action="append", metavar="PARTS", help="only this one, as 'smoke step'; may be repeated"
     )
+    parser.add_argument("--patience", type=float, default=1.0, metavar="X", help="limits times this, on a busy machine")
     args = parser.parse_args(argv)
     commands = [tuple(each.split()) for each in args.command] if args.command else COMMANDS
     if unknown := [name for parts in commands for name in parts if name not in gpu_session.PARTS]:
@@ -150,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not os.access(args.python, os.X_OK):
         parser.error(f"--python {args.python}: no program; make gpu-rehearsal makes one")
     with tempfile.TemporaryDirectory() as folder:
-        rehearsal = Rehearsal(args.python.absolute(), Path(folder))
+        rehearsal = Rehearsal(args.python.absolute(), Path(folder), args.patience)
         rehearsal.copy()
         folders = [rehearsal.command(parts) for parts in commands]
         if any("step" in parts for parts in commands):
