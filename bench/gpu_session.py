@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CARRIED = ROOT / ".whl"
@@ -96,7 +97,7 @@ class Session:
         self.log = (self.out / "session.log").open("ab", buffering=0)
         self.environment = environment(os.environ, args.device)
         self.python = args.python
-        self.facts: dict[str, object] = {"device": args.device, "limit": args.limit, "parts": {}}
+        self.facts: dict[str, Any] = {"device": args.device, "limit": args.limit, "parts": {}}
         self.running: subprocess.Popen | None = None
 
     @property
@@ -162,7 +163,7 @@ class Session:
     def _part(self, name: str) -> bool:
         part, begun = PARTS[name], time.monotonic()
         limit = min(part.limit * self.args.patience, self.left - TO_PACK)
-        row: dict[str, object] = {"predicted": part.predicted, "limit": round(max(0.0, limit), 1), "steps": []}
+        row: dict[str, Any] = {"predicted": part.predicted, "limit": round(max(0.0, limit), 1), "steps": []}
         self.facts["parts"][name] = row
         if limit < TO_BEGIN:
             self.say(f"== {name}: left out, {max(0, self.left):.0f} of {self.args.limit:g} s are left")
@@ -201,14 +202,13 @@ class Session:
                     env=self.environment,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    process_group=0,
-                    preexec_fn=_dies_with_its_parent,
+                    preexec_fn=_begin_as_a_group,
                 )
             except OSError as error:
                 self.say(f"== {step.name}: {error}")
                 return {"name": step.name, "exit": 127, "seconds": 0.0, "limit": round(most, 1)}
             self.running = process
-            reader = threading.Thread(target=self._copy, args=(process, log), daemon=True)
+            reader = threading.Thread(target=self._copy, args=(process.stdout, log), daemon=True)
             reader.start()
             late = not ends_within(process, most)
             reader.join(GRACE)
@@ -217,8 +217,8 @@ class Session:
         self.say(f"== {step.name}: {'stopped' if late else f'exit {code}'} after {seconds} s")
         return {"name": step.name, "exit": 124 if late else code, "seconds": seconds, "limit": round(most, 1)}
 
-    def _copy(self, process: subprocess.Popen, log) -> None:
-        for chunk in iter(lambda: process.stdout.read1(65536), b""):
+    def _copy(self, pipe: IO[bytes], log: IO[bytes]) -> None:
+        for chunk in iter(lambda: os.read(pipe.fileno(), 65536), b""):
             log.write(chunk)
             self._write(chunk)
 
@@ -312,8 +312,12 @@ def unpack_cache(archive: Path, cache: Path) -> int:
     return len(groups)
 
 
-def _dies_with_its_parent() -> None:
-    """A step that outlives a killed session would keep the GPU from the next command (Linux: PR_SET_PDEATHSIG)."""
+def _begin_as_a_group() -> None:
+    """In the new process: ended together with what it starts, and with us.
+
+    A step that outlives a killed session would keep the GPU from the next command (Linux: PR_SET_PDEATHSIG).
+    """
+    os.setpgid(0, 0)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 

@@ -76,9 +76,14 @@ def train_world(world: str, size: str, device: str, budget: Budget, report: Repo
         "seconds": time.monotonic() - started,
         "stopped": result.stopped,
         **{name: result.summary[name] for name in wanted if name in result.summary},
-        "lora_bytes": sum(path.stat().st_size for path in Path(result.lora).glob("*.safetensors")),
+        "lora_bytes": _size(result.lora),
     }
     report.save()
+
+
+def _size(lora: Path | None) -> int:
+    """Bytes of an exported LoRA; none after a run that exported none."""
+    return 0 if lora is None else sum(path.stat().st_size for path in lora.glob("*.safetensors"))
 
 
 def train_random(size: str, device: str, budget: Budget, report: Report, folder: Path) -> None:
@@ -87,7 +92,8 @@ def train_random(size: str, device: str, budget: Budget, report: Report, folder:
     changes = configuration.merge(MOVING, SMALL_SETTINGS if size == "small" else {})
     started = time.monotonic()
     config, trainer = random_trainer(folder, device, built, **changes)
-    before = trainer.policy.lora.master.detach().clone()
+    trained = next(parameter for _, parameter in trainer.policy.trainable_parameters())
+    before = trained.detach().clone()
     rows: list[dict] = []
     report.put(
         "random", {"building_seconds": time.monotonic() - started, "images": config.images_per_iteration, "rows": rows}
@@ -103,7 +109,7 @@ def train_random(size: str, device: str, budget: Budget, report: Report, folder:
             break
         rows.append(kept(trainer.iterate()) | memory(device))
         report.save()
-    moved = (trainer.policy.lora.master.detach() - before).norm() / before.norm()
+    moved = (trained.detach() - before).norm() / before.norm()
     report["random"]["relative_change_of_lora"] = float(moved)
     report.save()
     if not rows:

@@ -19,7 +19,7 @@ import os
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -63,7 +63,7 @@ class Meta(Bench):
 
 
 @contextlib.contextmanager
-def compiling(into: Path) -> Iterator[list[str]]:
+def compiling(into: Path) -> Generator[list[str], None, None]:
     """Inside, a launch of ours on meta tensors compiles into `into`; the names of what was asked for."""
     import triton
     from triton.runtime.jit import JITFunction
@@ -76,7 +76,7 @@ def compiling(into: Path) -> Iterator[list[str]]:
         return run(self, *args, **kwargs | {"warmup": True})
 
     @contextlib.contextmanager
-    def replaced(seen: Callable[[str], None]) -> Iterator[None]:
+    def replaced(seen: Callable[[str], None]) -> Generator[None, None, None]:
         with mock.patch.object(JITFunction, "run", compile_only):
             yield
 
@@ -113,11 +113,10 @@ def _trace_model(fp8: bool) -> None:
     targets = tuple(f".attn.{target}" for target in LORA_TARGETS)
     model.adapt(lambda name: name.endswith(targets), rank=32, alpha=64, init="gaussian", seed=0)
     model.prepare_merged(fp8=fp8)
-    half = {"device": "meta", "dtype": torch.bfloat16}
     step = torch.zeros(1, dtype=torch.int64, device="meta")
     for rows in (16, 2):
         latents = torch.empty(rows, 16, 64, 64, device="meta")
-        text = torch.empty(2, TEXT, 4096, **half), torch.empty(2, 2048, **half)
+        text = [torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((2, TEXT, 4096), (2, 2048))]
         prepared = model.prepare(*text, torch.empty(STEPS, device="meta"))
         prepared = prepared.rows(torch.zeros(rows, dtype=torch.int64, device="meta"))
         with counters.Launches():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ def launch_of(kernel: str, tensor: torch.Tensor, own: Launch) -> Launch:
 
 
 @contextlib.contextmanager
-def forced(kernel: str, launch: Launch) -> Iterator[None]:
+def forced(kernel: str, launch: Launch) -> Generator[None, None, None]:
     """Inside, `kernel` is launched so, wherever it runs: to measure it."""
     before = dict(_forced)
     _forced[kernel] = launch
