@@ -3,7 +3,7 @@
     make gpu-carry                                     at home, once: what such a machine lacks, into .whl/ (not in git)
     make gpu-rehearsal                                 at home: every part at small size, in that machine's versions
     python3 -m bench.gpu_session --out DIR             there: smoke and step, 9.5 minutes
-    python3 -m bench.gpu_session profile --out DIR     at once after it, while the machine is held
+    python3 -m bench.gpu_session profile --out DIR --limit 150      at once after it, while the machine is held
     python -m bench.collect DIR                        at home: bench/results/<gpu>/ with tables and pictures
 
 Parts run in the order they are named in, whatever became of those before; each has a predicted time and a limit, which

@@ -13,6 +13,7 @@ Whatever fails is in the report by name, the other run goes on, and the exit sta
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -171,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
                 traceback.print_exc()
                 report["failed"][name] = f"{type(error).__name__}: {error}"
                 report.save()
+            gc.collect()  # the other run's model
             if args.device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
