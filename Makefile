@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint types docs golden mutants peers kernels-matrix kernel-hub wheels tiny-assets gpu-carry clean
+.PHONY: train test lint types docs golden mutants peers kernels-matrix kernel-hub wheels tiny-assets gpu-carry gpu-rehearsal clean
 
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
@@ -85,13 +85,33 @@ tiny-assets: $(VENV)/.train
 	$(BIN)/python -m tools.tiny.emoji.build_backbone --pipeline advgrpo/tiny/assets/emoji/pipeline \
 	  --output advgrpo/tiny/assets/emoji/backbone
 
-# Wheels for bench/gpu_session.sh on a machine without a network: CPython 3.12 on x86-64 Linux.
-gpu-carry: $(VENV)/.pip
+# A GPU machine's Python packages without a GPU; 5 GB, because torch's wheels for Linux bring CUDA. GPU_PYTHON=PROGRAM is
+# a CPython 3.12. What bench/gpu_wheels.txt names is not there, so it must not be here.
+GPU_PYTHON ?= python3.12
+GPU_ENV := .rehearsal/bin/python
+
+.rehearsal/.installed: bench/gpu_image.txt bench/gpu_wheels.txt
+	rm -rf .rehearsal
+	$(GPU_PYTHON) -m venv .rehearsal
+	$(GPU_ENV) -m pip install --quiet --requirement bench/gpu_image.txt
+	$(GPU_ENV) -m pip uninstall --quiet --yes $$(sed -n 's/==.*//p' bench/gpu_wheels.txt)
+	touch $@
+
+# What bench/gpu_session.py needs on a machine without a network, into .whl/: wheels for CPython 3.12 on x86-64 Linux, and
+# our kernels compiled for sm_90 by that machine's Triton.
+gpu-carry: $(VENV)/.pip .rehearsal/.installed
 	rm -rf .whl
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version 3.12 \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 	  --dest .whl --requirement bench/gpu_wheels.txt
+	$(GPU_ENV) -m pip install --quiet --no-index --no-deps --upgrade --target .rehearsal/carried .whl/*.whl
+	PYTHONPATH=.:kernels:.rehearsal/carried $(GPU_ENV) -m bench.warm_cache --out .whl/triton-cache.tar.gz
+	git describe --always --dirty >.whl/commit
 	du -sh .whl
+
+# Every part of the session at small size, as on that machine and under its limits. ARGS="--command 'smoke step'": one.
+gpu-rehearsal: $(VENV)/.dev gpu-carry
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.rehearsal --python $(GPU_ENV) $(ARGS)
 
 # What an installation prints is kept beside it and shown only when it fails.
 LOG := $(VENV)/install.log
@@ -113,4 +133,4 @@ $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) .matrix .hub build site *.egg-info
+	rm -rf $(VENV) .matrix .hub .rehearsal .whl build site *.egg-info

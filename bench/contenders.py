@@ -137,12 +137,34 @@ def random(
     **changes: dict,
 ) -> Contenders:
     """Random weights of `size`, without diffusers; see `tiny`. `graphs` are CUDA graphs on a GPU unless given."""
+    config, trainer = random_trainer(
+        folder, device, size, precision=precision, graphs=graphs, **configuration.merge(SETTINGS, changes)
+    )
+    policy, lora = trainer.policy, config.model.lora
+    stock = stock_transformer(
+        size.transformer, policy.stock.state_dict(), policy.lora.state_dict(), rank=lora.rank, alpha=lora.alpha
+    )
+    references = trainer.objective.scorer.reference_features
+    theirs = _baseline(config, trainer, stock, policy.reference_decoder.images, references.images)
+    return Contenders(config, trainer, theirs)
+
+
+def random_trainer(
+    folder: Path,
+    device: str,
+    size: Size,
+    *,
+    precision: str = "model",
+    graphs: GraphBackend | None = None,
+    **changes: dict,
+) -> tuple[Config, Trainer]:
+    """Ours alone, with whatever learning rate `changes` say: what a run of that size keeps in memory."""
     settings = configuration.read_preset("sd35m-dino-released")
     given = {
         "device": device,
         "adversary": {"backbone": str(folder / "backbone"), "image_size": size.backbone["image_size"]},
     }
-    for change in (SETTINGS, FULL_SETTINGS, given, changes):
+    for change in (FULL_SETTINGS, given, changes):
         settings = configuration.merge(settings, change)
     config = configuration.build(settings, "bench")
     place = Distributed.start(device)
@@ -178,13 +200,7 @@ def random(
         distributed=place,
     )
     prompts = [f"prompt {i}" for i in range(8)]
-    trainer = build_trainer(config, policy, prompts, None, lambda: scorer, place, fast, graphs)
-    lora = config.model.lora
-    stock = stock_transformer(
-        size.transformer, policy.stock.state_dict(), policy.lora.state_dict(), rank=lora.rank, alpha=lora.alpha
-    )
-    theirs = _baseline(config, trainer, stock, policy.reference_decoder.images, references.images)
-    return Contenders(config, trainer, theirs)
+    return config, build_trainer(config, policy, prompts, None, lambda: scorer, place, fast, graphs)
 
 
 def _baseline(config: Config, trainer: Trainer, stock, decode, references) -> Baseline:

@@ -81,6 +81,8 @@ class RandomPolicy(GuidedPolicy[FusedTransformer]):
         settings = {"rank": model.lora.rank, "alpha": model.lora.alpha, "init": model.lora.init, "seed": seed}
         self.lora = self.network.adapt(lambda name: name.endswith(targets), **settings)
         self.network.prepare_merged(fp8=precision == "fp8")
+        if model.base_precision == "fp8":
+            self.network.prepare_fp8_base()
         self.decoder, self.reference_decoder = (self._decoder(dtype) for dtype in (self.dtype, torch.float32))
         self._embeddings: dict[str, Conditioning] = {}
 

@@ -122,6 +122,12 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     return replace(least, remedies=tuple(_remedies(config, gpu_gb, processes)))
 
 
+def plan_as_configured(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
+    """What the settings as they are would keep, chosen or not; arguments and errors as of `plan`."""
+    wanted = Knobs(config.rollout.micro_batch, config.model.gradient_checkpointing)
+    return next(each for each in _Estimate(config, processes).plans(gpu_gb) if each.knobs == wanted)
+
+
 def _what_decided(rollout: RolloutSection, minibatches: int, chosen: MemoryPlan, estimate: _Estimate) -> str:
     """Why no larger micro-batch is recommended, where the reason is not memory."""
     group, most, micro = rollout.group_size, rollout.micro_batch, chosen.knobs.micro_batch

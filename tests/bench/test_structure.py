@@ -130,7 +130,7 @@ def test_goals_of_the_merged_forward_and_of_saved_memory():
     assert GOLDEN["train"]["saved_bytes"] <= 22e9
 
 
-@pytest.mark.parametrize("name", ["merged", "adapted"])
+@pytest.mark.parametrize("name", ["merged", "adapted", "train"])
 def test_elementwise_bytes(name, medium):
     assert elementwise_bytes(getattr(medium, name)) <= GOLDEN[name]["elementwise_bytes"]
 

@@ -1,15 +1,18 @@
-"""What only a GPU can run, on a GPU, without diffusers: captured steps, drift per attention backend, the FP8 sampler,
-the update from foreign weights, discriminator updates, the decoder, and that the host never waits.
+"""What only a GPU can run, on a GPU, without diffusers: captured steps, drift per attention backend, FP8 sampling and
+training, the update from foreign weights, discriminator updates, the decoder, collectives of one rank beside
+captured graphs, and that the host never waits.
 
 Marked `gpu` where they need one. The same tests run on a CPU with a model of milliseconds and the emulator of
 `graph_emulator.py`, so that what a lent GPU meets first is not a typing error. On a GPU: SD3.5-medium's width, heads
 and tokens with four blocks in bfloat16, which compile and run the kernels of the full model.
 
 Bugs planted in a copy, each seen red on a CPU: a sampler that does not refill its static latents; a capture key without
-the prompts' shapes; window steps on merged weights; a host tensor stacked in `Updater.reweigh` (on the meta device).
+the prompts' shapes; window steps on merged weights; a host tensor stacked in `Updater.reweigh` (on the meta device); an
+FP8 base that is not prepared; rows that `_gather_rows` cuts short.
 """
 
 import contextlib
+import types
 import warnings
 from dataclasses import replace
 
@@ -19,6 +22,7 @@ import torch
 from advgrpo import config as configuration
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.decoder import SD3_DECODER
+from advgrpo.runtime.distributed import Distributed
 from advgrpo.sampling.sampler import Sampler
 from advgrpo_kernels import fp8_linear, fp8_linear_ref, fp8_quantize
 from advgrpo_kernels.ops._csrc import library
@@ -35,6 +39,7 @@ WIDE = Size(
     {"hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6, "image_size": 518, "patch_size": 14},
 )
 WINDOW = {"num_steps": 5, "window": {"steps": [1, 2]}}  # a shared prefix, the branching step, a window step, ODE steps
+THREE_BLOCKS = replace(SMALL, transformer=replace(SMALL.transformer, num_layers=3))  # the ends stay as they are
 ON_GPU = {
     "rollout": {"prompts_per_iteration": 2, "group_size": 8, "micro_batch": 8, **WINDOW},
     "adversary": {"batch_size": 12, "replay_capacity": 16, "updates_per_iteration": 4},
@@ -50,11 +55,11 @@ def _as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
 
 
-def trainer_on(device: str, folder, *, precision: str = "model", **changes):
-    """A trainer with captured graphs, on a random model."""
+def trainer_on(device: str, folder, *, precision: str = "model", small: Size = SMALL, **changes):
+    """A trainer with captured graphs, on a random model: `small` on a CPU."""
     if device == "cpu":
         settings = configuration.merge(configuration.merge(contenders.SMALL_SETTINGS, ON_CPU), changes)
-        trainer = contenders.random(folder, "cpu", SMALL, graphs=EmulatedGraphs(), **settings).trainer
+        trainer = contenders.random(folder, "cpu", small, graphs=EmulatedGraphs(), **settings).trainer
         for group in trainer.objective.scorer.adversary.optimizer.param_groups:
             group["fused"] = True  # as on a GPU: the plain one reads its step count on the host
         return trainer
@@ -188,6 +193,62 @@ def test_fp8_ode_steps_stay_near_the_models_own(tmp_path):
         with torch.no_grad():
             results.append(policy.predict_merged(latents, table.numbers[0], prepared)[0].float())
     assert (results[1] - results[0]).norm() < 0.1 * results[0].norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_over_an_fp8_base_is_near_the_models_own(device, tmp_path):
+    gradients = []
+    for precision in ("model", "fp8"):
+        changes = {"model": {"base_precision": precision}, "update": {"learning_rate": contenders.FROZEN}}
+        trainer = trainer_on(device, tmp_path / precision, small=THREE_BLOCKS, **changes)
+        rollout = trainer.objective.rollout(tables(trainer), 0)
+        advantages = torch.linspace(-1, 1, trainer.length.images, device=trainer.policy.device)
+        settings = {"total": len(advantages), "watch_kl": False}
+        stats = trainer.updater.accumulate(rollout.micro_batches, advantages, tables(trainer), **settings)
+        assert stats.max_mismatch().item() == 0.0
+        gradients.append(trainer.policy.lora.master.grad.float().clone())
+    own, quantised = gradients
+    assert torch.isfinite(quantised).all()
+    assert not torch.equal(quantised, own), "the base was not quantised"
+    assert torch.nn.functional.cosine_similarity(own, quantised, dim=0) > 0.9
+
+
+@pytest.fixture
+def alone_in_a_job():
+    """A process group of one rank, NCCL on a GPU and gloo on a CPU, as `Distributed.start` makes it under torchrun."""
+    made = []
+
+    def join(device: torch.device) -> Distributed:
+        place = Distributed(0, 1, 0, device)
+        place._store = torch.distributed.HashStore()
+        place._watch = types.SimpleNamespace(failure=None, note=types.SimpleNamespace(place=0))
+        place._join(30.0)
+        made.append(place)
+        return place
+
+    yield join
+    if made:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_collectives_of_one_rank_beside_captured_graphs(device, tmp_path, alone_in_a_job):
+    """NCCL watches its collectives from a thread of its own, which a capture must survive, and a replay as well."""
+    alone = trainer_on(device, tmp_path / "alone").iterate()
+    trainer = trainer_on(device, tmp_path / "job")
+    place = alone_in_a_job(trainer.policy.device)
+    rows = []
+    for _ in range(3):  # eager, captured, replayed
+        rows.append(trainer.iterate())
+        vector = trainer.policy.lora.master.detach().clone()
+        torch.distributed.all_reduce(vector)
+        assert torch.equal(vector, trainer.policy.lora.master)
+        payload = torch.arange(35, dtype=torch.uint8, device=place.device).reshape(5, 7)
+        (gathered,) = place._gather_rows(payload, 7, "uint8")
+        assert torch.equal(gathered, payload)
+    assert trainer.objective.sampler.captures == 4
+    assert all(row["log_prob_mismatch_max"] == 0.0 for row in rows)
+    assert rows[0]["discriminator_loss"] == alone["discriminator_loss"]
 
 
 @contextlib.contextmanager

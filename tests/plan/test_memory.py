@@ -25,7 +25,7 @@ from advgrpo.errors import UserError
 from advgrpo.plan import __main__ as command
 from advgrpo.plan import known_models
 from advgrpo.plan.activations import AliveBytes, TransformerShape, decode_bytes
-from advgrpo.plan.memory import PHASES, Knobs, _Estimate, advice, micro_batches, plan, table
+from advgrpo.plan.memory import PHASES, Knobs, _Estimate, advice, micro_batches, plan, plan_as_configured, table
 from advgrpo.policy.adapters import LoraAdapters, target_modules
 from advgrpo.policy.fused.decoder import SD3_DECODER, decoded_at_once
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
@@ -187,6 +187,14 @@ def test_more_costs_more(paper):
     assert shape.saved_bytes(checkpointing=False) < every.saved_bytes(checkpointing=False) / 10
     last.rollout.precision = "fp8"
     assert _Estimate(last, 8)._merged_bytes() > _Estimate(paper, 8)._merged_bytes()  # every inner linear, not q, k, v
+
+
+def test_the_settings_as_they_are_are_planned_as_well(paper):
+    """Chosen or not: what a run that has begun is compared with."""
+    as_set = plan_as_configured(paper, 24.0)
+    assert as_set.knobs == Knobs(paper.rollout.micro_batch, paper.model.gradient_checkpointing)
+    assert as_set.peak_gb == as_set.configured_gb
+    assert not as_set.fits
 
 
 def test_smaller_gpus_get_smaller_knobs(paper):

@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from bench import stock_model
 from bench.counters import ElementwiseBytes, Launches, SavedTensors, Trace, flops, on_gpu
+from bench.model import STOCK, STOCK_ADAPTED, STOCK_BACKWARD
 from bench.stock_model import ADAPTER, LORA_TARGETS, SD35_MEDIUM, StockConfig, StockTransformer, add_lora
 
 SMALL = StockConfig(
@@ -169,7 +170,7 @@ def test_full_size_forward():
             model(**batch)
         assert flops(lambda: model(**batch)) == 35_579_400_290_304
     assert launches.count == 2348
-    assert round(traffic.total / 1e9) == 139
+    assert traffic.total == STOCK.bytes  # 139 GB
 
 
 def test_full_size_forward_and_backward_with_lora():
@@ -181,12 +182,13 @@ def test_full_size_forward_and_backward_with_lora():
         with SavedTensors(model.parameters()) as saved, Launches() as launches, ElementwiseBytes() as traffic:
             velocity = model(**batch)
         assert launches.count == 3112
-        assert round(traffic.total / 1e9) == 168
+        assert traffic.total == STOCK_ADAPTED.bytes  # 168 GB
         assert saved.total == pytest.approx(32.4e9, rel=1e-3)
         loss = velocity.square().sum()
-        with Launches() as launches:
+        with Launches() as launches, ElementwiseBytes() as traffic:
             assert flops(loss.backward) == 42_755_424_387_072
         assert launches.count == 4090
+        assert traffic.total == STOCK_BACKWARD.bytes  # 277 GB
 
         model.gradient_checkpointing = True
         outputs = []

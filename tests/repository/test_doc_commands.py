@@ -34,7 +34,7 @@ from advgrpo_kernels.integrations import _launcher
 ROOT = Path(__file__).parents[2]
 BESIDE_DOCS = ("README.md", "CONTRIBUTING.md", "kernels/README.md", "bench/results/README.md")
 PAGES = [*(ROOT / name for name in BESIDE_DOCS), *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = ("python", "torchrun", "accelerate", "make", "pip", "pytest", "hf", "git", "cp", "bench/gpu_session.sh")
+PROGRAMS = ("python", "torchrun", "accelerate", "make", "pip", "pytest", "hf", "git", "cp")
 PLACEHOLDERS = {"N": "1", "NAME": "tiny", "FLAG": "reward_hacking", "PEER": "flow_grpo", "DIR": "runs/a"}
 NOT_CHECKED = {
     "hf auth login": "the hub's own program, not installed with ours",
@@ -49,7 +49,6 @@ NOT_CHECKED = {
     "pip install hpsv3": "a judge of the user's choice",
     "pip install image-reward git+https://github.com/openai/CLIP": "a judge of the user's choice",
     "pip install vllm": "a judge of the user's choice",
-    "cp /tmp/session/<gpu>-*.json bench/results/": "the name is the GPU's",
 }
 
 
@@ -179,12 +178,6 @@ def check_pytest(words: list[str]) -> None:
         assert word == "-m" or (word in marks if before == "-m" else (ROOT / word).exists()), f"pytest has no {word}"
 
 
-def check_gpu_session(words: list[str]) -> None:
-    script = (ROOT / "bench" / "gpu_session.sh").read_text()
-    for part in words:
-        assert re.search(rf"\b{part}\b", script), f"bench/gpu_session.sh has no part {part}"
-
-
 def uncommented(text: str) -> str:
     return text.partition(" # ")[0]
 
@@ -203,7 +196,7 @@ def split(text: str) -> list[str]:
     return words
 
 
-ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ADVGRPO_BUILD_CUDA", "OUT", "LIMIT", "DEVICE")
+ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ADVGRPO_BUILD_CUDA")
 
 
 def understand(text: str, monkeypatch) -> None:
@@ -227,8 +220,6 @@ def understand(text: str, monkeypatch) -> None:
         check_pip(rest)
     elif program == "pytest":
         check_pytest(rest)
-    elif program == "bench/gpu_session.sh":
-        check_gpu_session(rest)
     else:
         pytest.fail(f"{program} is no program known here; a block that holds no commands begins with ```text")
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from .._runtime import HAS_TRITON, device_guard
+from .._tuning import Launch, launch_of
 from ._layers import shared_stride
 
 ROWS = 2  # tokens per program: modulation vectors are loaded once for both
@@ -225,13 +226,14 @@ def launch_forward(
     (shift, shift2), (scale, scale2) = _two(shifts), _two(scales)
     if x.numel():
         with device_guard(x):
-            _residual_norm_fwd_kernel[(triton.cdiv(T, ROWS), B)](
+            rows, warps = launch_of("residual_norm", x, Launch(ROWS, WARPS))
+            _residual_norm_fwd_kernel[(triton.cdiv(T, rows), B)](
                 *(_ordered(x, by_token), out, gate, out2, gate2, shift, scale, shift2, scale2),
                 *(hidden, *_two(ys), fp8_scales),
                 *(T, C, *((1, B) if by_token else (T, 1)), gate_stride, modulation_stride, eps),
-                ROWS=ROWS,
+                ROWS=rows,
                 BLOCK_C=triton.next_power_of_2(C),
-                num_warps=WARPS,
+                num_warps=warps,
             )
     return x if hidden is None else hidden, ys if fp8_scales is None else [*ys, fp8_scales]
 
@@ -260,12 +262,13 @@ def launch_backward(
         hidden_grad = _ordered(hidden_grad, by_token)
     if hidden.numel():
         with device_guard(hidden):
-            _residual_norm_bwd_kernel[(triton.cdiv(T, ROWS), B)](
+            rows, warps = launch_of("residual_norm", hidden, Launch(ROWS, WARPS))
+            _residual_norm_bwd_kernel[(triton.cdiv(T, rows), B)](
                 *(_ordered(hidden, by_token), hidden_grad, y_grad, y2_grad, scale, scale2, gate, gate2),
                 *(x_grad, *_two(out_grads)),
                 *(T, C, *((1, B) if by_token else (T, 1)), gate_stride, modulation_stride, eps),
-                ROWS=ROWS,
+                ROWS=rows,
                 BLOCK_C=triton.next_power_of_2(C),
-                num_warps=WARPS,
+                num_warps=warps,
             )
     return out_grads if x_grad is None else [x_grad, *out_grads]

@@ -16,12 +16,13 @@ import torch
 
 from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, check_tensors, device_guard
+from .._tuning import Launch, launch_of
 from ._layers import FLOATS, check_float, pick_layer_backend
 from .fp8 import Fp8Tensor, fp8_quantize_ref
 
 __all__ = ["gelu", "gelu_ref"]
 
-ROWS, BLOCK_F = 4, 1024
+ROWS, BLOCK_F, WARPS = 4, 1024, 4
 
 if HAS_TRITON:
     import triton
@@ -113,7 +114,10 @@ def _launch(kernel, x, bias, third, fourth, *, whole_rows: bool = False) -> None
     F = x.shape[-1]
     M = x.numel() // F
     block = triton.next_power_of_2(F)
-    rows, block = (1, block) if whole_rows else (ROWS, min(BLOCK_F, block))
+    rows, warps = 1, 8 if block > 4096 else 4
+    if not whole_rows:
+        rows, warps = launch_of("gelu", x, Launch(ROWS, WARPS))
+        block = min(BLOCK_F, block)
     bias = None if bias is None else bias.contiguous()
     if M:
         with device_guard(x):
@@ -121,7 +125,7 @@ def _launch(kernel, x, bias, third, fourth, *, whole_rows: bool = False) -> None
                 *(x.contiguous(), bias, third, fourth, M, F),
                 ROWS=rows,
                 BLOCK_F=block,
-                num_warps=8 if block > 4096 else 4,
+                num_warps=warps,
             )
 
 

@@ -23,11 +23,12 @@ import torch
 
 from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, check_tensors, device_guard
+from .._tuning import Launch, launch_of
 from ._layers import FLOATS, check_float, given, pick_layer_backend
 
 __all__ = ["AttentionInputs", "qk_rms_norm", "qk_rms_norm_ref"]
 
-ROWS = 64  # (token, head) pairs per program
+ROWS, WARPS = 64, 4  # (token, head) pairs per program
 
 if HAS_TRITON:
     import triton
@@ -218,11 +219,11 @@ def _outputs(qkv: Sequence[torch.Tensor], txt_qkv: Sequence[torch.Tensor]) -> li
     return made if txt_qkv else [*made, qkv[0].new_empty(0)]
 
 
-def _geometry(parts: list[torch.Tensor], txt: list[torch.Tensor]) -> tuple[tuple[int, int], tuple[int, ...]]:
+def _geometry(parts: list[torch.Tensor], txt: list[torch.Tensor], rows: int) -> tuple[tuple[int, int], tuple[int, ...]]:
     """(grid, (T, S, H, D, strides of the image rows, strides of the text rows))."""
     B, T, H, D = parts[0].shape
     S = txt[0].shape[1] if txt else 0
-    return (triton.cdiv(T * H, ROWS) + triton.cdiv(S * H, ROWS), B), (T, S, H, D, *_row_strides(parts, txt))
+    return (triton.cdiv(T * H, rows) + triton.cdiv(S * H, rows), B), (T, S, H, D, *_row_strides(parts, txt))
 
 
 def _row_strides(parts: list[torch.Tensor], txt: list[torch.Tensor]) -> tuple[int, ...]:
@@ -241,7 +242,8 @@ def _qk_rms_norm_op(
     """Query, key, value. Two tensors: one fused or three each. One stream or a joint one: (q, k), value empty."""
     query, key, value = _outputs(qkv, txt_qkv)
     parts, txt = _streams(qkv, txt_qkv, txt_tokens)
-    grid, sizes = _geometry(parts, txt)
+    rows, warps = launch_of("qk_rms_norm", parts[0], Launch(ROWS, WARPS))
+    grid, sizes = _geometry(parts, txt, rows)
     if query.numel():
         with device_guard(parts[0]):
             _qk_rms_norm_fwd_kernel[grid](
@@ -249,9 +251,9 @@ def _qk_rms_norm_op(
                 *(*(w.contiguous() for w in weights), *_pad([w.contiguous() for w in txt_weights], 2)),
                 *(query, key, value if txt_qkv else None),
                 *(*sizes, query.stride(0), query.stride(2), eps),
-                BLOCK_R=ROWS,
+                BLOCK_R=rows,
                 BLOCK_D=triton.next_power_of_2(sizes[3]),
-                num_warps=4,
+                num_warps=warps,
             )
     return query, key, value
 
@@ -279,7 +281,8 @@ def _qk_rms_norm_backward_op(
     results = _results(qkv, txt_qkv)
     x_grads, txt_grads = _streams(results[: len(qkv)], results[len(qkv) :], txt_tokens)
     parts, txt = _streams(qkv, txt_qkv, txt_tokens)
-    grid, sizes = _geometry(parts, txt)
+    rows, warps = launch_of("qk_rms_norm", parts[0], Launch(ROWS, WARPS))
+    grid, sizes = _geometry(parts, txt, rows)
     grads = _with_common_strides(grads)
     if grads[0].numel():
         with device_guard(parts[0]):
@@ -288,9 +291,9 @@ def _qk_rms_norm_backward_op(
                 *(*(w.contiguous() for w in weights), *_pad([w.contiguous() for w in txt_weights], 2)),
                 *(*_pad(grads, 3), *_pad(x_grads, 3), *_pad(txt_grads, 3)),
                 *(*sizes, *grads[0].stride()[:3], *_row_strides(x_grads, txt_grads), eps),
-                BLOCK_R=ROWS,
+                BLOCK_R=rows,
                 BLOCK_D=triton.next_power_of_2(sizes[3]),
-                num_warps=4,
+                num_warps=warps,
             )
     return results
 

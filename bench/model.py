@@ -1,0 +1,324 @@
+"""What every figure should be: counted work over what a machine reaches. `python -m bench.model`.
+
+A prediction is no target: it says what is understood. `bench/predictions.json` is committed (`--write`), a session's
+table has predicted, measured and their ratio, and a ratio further from 1 than `TOLERANCE` is a finding to explain.
+
+Work is counted on SD3.5-medium's exact configuration on meta tensors (16 rows of 1024 image and 205 text tokens, which
+are 8 guided images); tests/bench/test_model.py counts it again. `Machine` holds what one H200 has been seen to reach;
+the shares below, of those two rates, are assumptions, each with its source or its reason. Figures are those of the
+reports of bench.step, .kernels, .profile and .train, by their path there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = Path(__file__).with_name("predictions.json")
+TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Copy bandwidth (bytes read and written) and bf16 8192³ product on random data."""
+
+    copy_gb_s: float
+    matmul_tflop_s: float
+
+
+H200 = Machine(4300, 788)  # read on two H200s, October 2026
+
+# Shares of the bf16 8192³ product.
+GEMM = 0.79  # K = 1536: 620 TFLOP/s, short reductions and the last wave of tiles
+FP8_GEMM = 1.27  # e4m3 with row scales at the same shapes: 1000 TFLOP/s
+ATTENTION, ATTENTION_BACKWARD = 0.53, 0.40  # head dimension 64: 420 and 315 TFLOP/s, cuDNN's and FlashAttention-3's
+ADAPTERS = 0.13  # products of rank 32 are bound by their traffic
+CONVOLUTION, CONVOLUTION_TF32 = 0.41, 0.15  # the VAE's, bf16 channels_last and float32
+BACKBONE = 0.38  # ViT-B at 518 px
+HEAD = 0.06  # float32 products in three tf32 parts, small
+# Shares of the copy.
+STREAM = 0.93  # PyTorch's elementwise operators on tensors of tens of MB
+FUSED = 0.85  # our streaming kernels
+# Microseconds.
+EAGER, CUSTOM = 5.0, 40.0  # host time of an ATen operator, of a custom op with its autograd function
+NODE = 2.5  # a kernel of a captured graph too small to fill the chip
+LAUNCH = 3.0  # what events enclose around one kernel besides the kernel
+
+FP8_PART = 0.92  # of the products: inner blocks without AdaLN
+ROWS, IMAGE, TEXT, WIDTH, LAYERS, DUAL = 16, 1024, 205, 1536, 24, 13
+JOINT = IMAGE + TEXT
+STOCK_ATTENTION = 4 * ROWS * WIDTH * (LAYERS * JOINT**2 + DUAL * IMAGE**2)
+OWN_ATTENTION = STOCK_ATTENTION - 4 * ROWS * WIDTH * TEXT * JOINT  # the last block's text queries do not attend
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counted: FLOPs (of which attention's forward), elementwise bytes and launches of one pass over 16 rows."""
+
+    flops: int
+    attention: int
+    bytes: int
+    launches: int
+
+
+MERGED = Work(35_488_560_218_112, OWN_ATTENTION, 21_554_097_544, 394)
+ADAPTED = Work(35_859_060_916_224, OWN_ATTENTION, 33_184_443_784, 632)
+TRAINED = Work(78_373_116_100_608, OWN_ATTENTION, 96_094_823_816, 1500)  # forward and backward
+STOCK = Work(35_579_400_290_304, STOCK_ATTENTION, 139_382_903_680, 2348)
+STOCK_ADAPTED = Work(35_949_900_988_416, STOCK_ATTENTION, 168_328_270_720, 3112)
+STOCK_BACKWARD = Work(42_755_424_387_072, STOCK_ATTENTION, 277_352_212_230, 4090)
+DECODED, DECODED_BYTES = 2_514_971_787_264, 8_097_707_008  # of one image of 512 px, bytes in bf16
+FEATURES = 303_147_436_032  # DINOv2 ViT-B/14 of one image of 518 px
+
+STEPS, IMAGES, MICRO = 10, 32, 8  # bench.step --size full: 2 prompts of 16, window {0, 1}
+HEAD_UPDATES = 10
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A case of bench.kernels at full size: what must be moved and computed, and what the eager baseline does instead.
+
+    issue_us: where instructions and not bytes bound it: counted in the machine code, at 2.5 a cycle.
+    """
+
+    bytes: int
+    flops: int
+    eager_launches: int
+    eager_bytes: int
+    issue_us: float = 0.0
+
+
+KERNELS = {
+    "gaussian_step": Kernel(100_663_296, 0, 43, 1_140_851_212, 32.4),
+    "gaussian_step_ode": Kernel(100_663_296, 0, 8, 570_425_352),
+    "gaussian_log_prob": Kernel(14_680_064, 0, 77, 103_285_196),
+    "clipped_policy_loss": Kernel(14_680_064, 0, 129, 105_385_280),
+    "sample_patches": Kernel(18_923_520, 0, 8, 134_896_512, 30.0),
+    "score_features": Kernel(11_210_756, 4_907_335_680, 11, 111_602_688),
+    "hinge_head_loss": Kernel(22_323_208, 9_814_671_360, 81, 149_056_036),
+    "qk_rms_norm": Kernel(362_446_848, 0, 35, 2_438_965_760, 33.1),
+    "ada_layer_norm": Kernel(150_994_944, 0, 7, 503_840_768, 40.8),
+    "ada_layer_norm_backward": Kernel(352_321_536, 0, 11, 1_007_386_624),
+    "gated_residual": Kernel(201_326_592, 0, 6, 554_024_960, 45.6),
+    "gelu": Kernel(402_653_184, 0, 2, 805_318_656, 105.0),
+    "fp8_quantize": Kernel(75_563_008, 0, 10, 982_122_496),
+    "merge_lora": Kernel(1_877_606_400, 0, 573, 5_407_506_432, 900.0),
+    "multi_tensor_adamw": Kernel(751_042_560, 0, 2310, 2_328_245_728),
+}
+
+
+class Model:
+    """Times on one machine, in seconds unless named otherwise."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.flops = machine.matmul_tflop_s * 1e12
+        self.bytes = machine.copy_gb_s * 1e9
+
+    def products(self, flops: float, share: float) -> float:
+        return flops / (share * self.flops)
+
+    def forward(self, work: Work, *, adapters: int = 0, fp8: bool = False) -> float:
+        """A pass without gradients; `adapters` are FLOPs of LoRA's products among `work`'s."""
+        dense = work.flops - work.attention - adapters
+        small = self.products(adapters, ADAPTERS) + work.bytes / (STREAM * self.bytes)
+        gemm = self.products(dense, GEMM)
+        if fp8:
+            gemm = self.products(FP8_PART * dense, FP8_GEMM) + (1 - FP8_PART) * gemm
+        return max(gemm + self.products(work.attention, ATTENTION) + small, work.launches * NODE * 1e-6)
+
+    def backward(self, flops: int, attention: int, moved: int) -> float:
+        """Attention's backward is 2.5 of its forwards."""
+        gemm = self.products(flops - 2.5 * attention, GEMM)
+        return gemm + self.products(2.5 * attention, ATTENTION_BACKWARD) + moved / (STREAM * self.bytes)
+
+    @property
+    def lora(self) -> int:
+        return ADAPTED.flops - MERGED.flops
+
+    @property
+    def merged(self) -> float:
+        return self.forward(MERGED)
+
+    @property
+    def merged_fp8(self) -> float:
+        return self.forward(MERGED, fp8=True)
+
+    @property
+    def adapted(self) -> float:
+        return self.forward(ADAPTED, adapters=self.lora)
+
+    @property
+    def trained(self) -> float:
+        return self.adapted + self.backward(TRAINED.flops - ADAPTED.flops, OWN_ATTENTION, TRAINED.bytes - ADAPTED.bytes)
+
+    @property
+    def stock_adapted(self) -> float:
+        return self.forward(STOCK_ADAPTED, adapters=self.lora)
+
+    @property
+    def stock_trained(self) -> float:
+        return self.stock_adapted + self.backward(STOCK_BACKWARD.flops, STOCK_ATTENTION, STOCK_BACKWARD.bytes)
+
+    @property
+    def branching(self) -> float:
+        """A step on one prompt's two guided rows, replayed: bound by its nodes."""
+        return max(self.adapted * 2 / ROWS, ADAPTED.launches * NODE * 1e-6)
+
+    def decode(self, share: float, width: int) -> float:
+        """One image; `width` is 1 in bfloat16 and 2 in float32."""
+        return self.products(DECODED, share) + width * DECODED_BYTES / (STREAM * self.bytes)
+
+    def sampler(self, ode: float) -> float:
+        """An iteration's images of ours: a branching step, a window step, the rest merged; and the decoder."""
+        micro_batch = self.branching + self.adapted + (STEPS - 2) * ode
+        return IMAGES / MICRO * micro_batch + IMAGES * self.decode(CONVOLUTION, 1)
+
+    @property
+    def stock_sampler(self) -> float:
+        return IMAGES / MICRO * STEPS * self.stock_adapted + IMAGES * self.decode(CONVOLUTION_TF32, 2)
+
+    @property
+    def update(self) -> float:
+        """The window's second step in full, the first on one prompt's rows, which the host is slower than."""
+        return IMAGES / MICRO * (self.trained + max(self.trained * 2 / ROWS, TRAINED.launches * CUSTOM * 1e-6))
+
+    @property
+    def stock_update(self) -> float:
+        return IMAGES / MICRO * 2 * self.stock_trained
+
+    @property
+    def adversary(self) -> float:
+        return IMAGES * self.products(FEATURES, BACKBONE) + HEAD_UPDATES * 0.5e-3
+
+    @property
+    def stock_adversary(self) -> float:
+        """References have no cache; a head update is 137 launches."""
+        return 2 * IMAGES * self.products(FEATURES, BACKBONE) + HEAD_UPDATES * 137 * EAGER * 1e-6
+
+    @property
+    def iteration(self) -> float:
+        return self.sampler(self.merged) + self.adversary + self.update
+
+    @property
+    def stock_iteration(self) -> float:
+        return self.stock_sampler + self.stock_adversary + self.stock_update
+
+    def kernel_us(self, kernel: Kernel) -> float:
+        moved = kernel.bytes / (FUSED * self.bytes) * 1e6
+        return max(moved, self.products(kernel.flops, HEAD) * 1e6, kernel.issue_us) + LAUNCH
+
+    def eager_us(self, kernel: Kernel) -> float:
+        moved = kernel.eager_bytes / (STREAM * self.bytes) * 1e6 + self.products(kernel.flops, 2 * HEAD) * 1e6
+        return max(moved, kernel.eager_launches * EAGER)
+
+
+def predict(machine: Machine = H200) -> dict[str, float]:
+    """Every figure by its path: PART.KEY.KEY..., and kernels.CASE.KEY for a case of bench.kernels."""
+    m = Model(machine)
+    own, fp8 = m.sampler(m.merged), m.sampler(m.merged_fp8)
+    found = {
+        "step.calibration.copy_gb_s": machine.copy_gb_s,
+        "step.calibration.matmul_tflop_s": machine.matmul_tflop_s,
+        "step.sampler.ours": IMAGES / own,
+        "step.sampler.baseline": IMAGES / m.stock_sampler,
+        "step.sampler.ratio": m.stock_sampler / own,
+        "step.sampler_fp8.ours": IMAGES / fp8,
+        "step.sampler_fp8.ratio": m.stock_sampler / fp8,
+        "step.update.ours": IMAGES / m.update,
+        "step.update.baseline": IMAGES / m.stock_update,
+        "step.update.ratio": m.stock_update / m.update,
+        "step.adversary.ours": IMAGES / m.adversary,
+        "step.adversary.ratio": m.stock_adversary / m.adversary,
+        "step.iteration.ours": 1 / m.iteration,
+        "step.iteration.baseline": 1 / m.stock_iteration,
+        "step.iteration.ratio": m.stock_iteration / m.iteration,
+        "step.fp8_forward_over_roofline": m.merged_fp8 / m.products(STOCK.flops, 1.0),
+        "step.sampler_mfu": IMAGES / own * STEPS * STOCK.flops / 8 / 989e12,
+        "profile.iterations_per_second": 1 / m.iteration,
+        "profile.phase_shares.sampling": own / m.iteration,
+        "profile.phase_shares.update": m.update / m.iteration,
+        "profile.trajectory.kernels": 2 * ADAPTED.launches + (STEPS - 2) * MERGED.launches + 3 * STEPS,
+        "profile.trajectory.host_syncs": 0,
+        "profile.idle_share": IMAGES / MICRO * (TRAINED.launches * CUSTOM * 1e-6 - m.trained / 8) / m.iteration,
+        "train.random.seconds": m.iteration,
+    }
+    for name, kernel in KERNELS.items():
+        found[f"kernels.{name}.ours_us"] = m.kernel_us(kernel)
+        found[f"kernels.{name}.over_eager"] = m.eager_us(kernel) / m.kernel_us(kernel)
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure: what was predicted, what was measured (None: this session has not)."""
+
+    name: str
+    predicted: float
+    measured: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over predicted; 1 where both are 0, infinite where only the prediction is."""
+        if self.measured is None:
+            return None
+        if self.predicted == 0:
+            return 1.0 if self.measured == 0 else float("inf")
+        return self.measured / self.predicted
+
+    @property
+    def finding(self) -> bool:
+        """Off by more than a quarter: to be explained."""
+        return self.ratio is not None and not 1 - TOLERANCE <= self.ratio <= 1 + TOLERANCE
+
+
+def compare(predicted: Mapping[str, float], reports: Mapping[str, dict]) -> list[Row]:
+    """A row per prediction; `reports` are the JSON of the parts by their name."""
+    return [Row(name, value, measured(name, reports)) for name, value in predicted.items()]
+
+
+def measured(name: str, reports: Mapping[str, dict]) -> float | None:
+    """The figure `name` of a report, None where there is none."""
+    part, *path = name.split(".")
+    report = reports.get(part)
+    if report is None:
+        return None
+    if part == "kernels":
+        entry = next((e for e in report.get("entries", []) if e["case"] == path[0]), None)
+        key = {"ours_us": "median", "over_eager": "ratio"}[path[1]]
+        return None if entry is None else entry[path[1]][key]
+    if name == "train.random.seconds":  # the first iterations capture and compile
+        rows = [row["seconds"] for row in report.get("random", {}).get("rows", [])[3:]]
+        return sorted(rows)[len(rows) // 2] if rows else None
+    value: object = report
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, (int, float)) else None
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
+    """The table as Markdown."""
+    yield "| figure | predicted | measured | ratio | |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        found, ratio = ("unmeasured", "") if row.measured is None else (f"{row.measured:.4g}", f"{row.ratio:.2f}")
+        yield f"| {row.name} | {row.predicted:.4g} | {found} | {ratio} | {'**explain**' if row.finding else ''} |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"write {FILE.name}")
+    args = parser.parse_args(argv)
+    predicted = predict()
+    if args.write:
+        FILE.write_text(json.dumps(predicted, indent=1) + "\n")
+    for line in lines(compare(predicted, {})):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

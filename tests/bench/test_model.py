@@ -1,0 +1,91 @@
+"""The predictions stand on what is counted, and a session's table says where they were wrong.
+
+Planted bugs that turned this file red: a prediction changed without `--write`; B0's bytes for ours; a misprediction by
+30 % that is no finding; a figure that was not measured counted as right; FP8 applied to the whole forward.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import model
+from bench.counters import ElementwiseBytes, Launches, on_gpu
+from bench.registry import REGISTRY
+from bench.workload import SD35_MEDIUM_512, Bench
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "structure.json").read_text())
+UNCOUNTED = {"group_advantages", "merge_lora", "multi_tensor_adamw"}  # read values, or are lists of 191 tensors
+
+
+class Meta(Bench):
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+
+def test_predictions_are_the_committed_ones():
+    assert json.loads(model.FILE.read_text()) == model.predict(), "python -m bench.model --write, and say why"
+
+
+@pytest.mark.parametrize(
+    ("name", "work"), [("merged", model.MERGED), ("adapted", model.ADAPTED), ("train", model.TRAINED)]
+)
+def test_our_work_is_what_the_structure_tests_count(name, work):
+    golden = GOLDEN[name]
+    assert (work.flops, work.bytes, work.launches) == tuple(
+        golden[k] for k in ("flops", "elementwise_bytes", "launches")
+    )
+
+
+@pytest.mark.parametrize("name", sorted(model.KERNELS.keys() - UNCOUNTED))
+def test_the_work_of_a_kernel_and_of_its_baseline_is_counted(name, monkeypatch):
+    kernel, build = model.KERNELS[name], next(op.cases[name] for op in REGISTRY.values() if name in op.cases)
+    with on_gpu():
+        workload = build(Meta(SD35_MEDIUM_512, "meta"))
+        with Launches() as launches, ElementwiseBytes() as traffic:
+            workload.eager()
+    assert (workload.bytes, workload.flops) == (kernel.bytes, kernel.flops)
+    assert (launches.count, traffic.total) == (kernel.eager_launches, kernel.eager_bytes)
+
+
+def test_a_machine_twice_as_fast_halves_what_it_computes():
+    machine = model.Machine(2 * model.H200.copy_gb_s, 2 * model.H200.matmul_tflop_s)
+    once, twice = model.Model(model.H200), model.Model(machine)
+    for figure in ("merged", "merged_fp8", "adapted", "trained", "stock_adapted", "stock_trained"):
+        assert getattr(twice, figure) == pytest.approx(getattr(once, figure) / 2)
+
+
+def test_orders_that_must_hold():
+    m = model.Model(model.H200)
+    assert m.merged_fp8 < m.merged < m.adapted < m.stock_adapted
+    assert m.branching < m.adapted / 4
+    assert m.products(model.MERGED.flops, model.FP8_GEMM) < m.merged_fp8  # attention and the ends stay in bf16
+    assert m.trained < m.stock_trained
+
+
+REPORTS = {
+    "step": {"sampler": {"ours": 11.0, "ratio": 1.2}, "calibration": {"copy_gb_s": 4300.0}},
+    "kernels": {"entries": [{"case": "gelu", "ours_us": {"median": 50.0}, "over_eager": {"ratio": 2.0}}]},
+    "profile": {"trajectory": {"kernels": 4446, "host_syncs": 3}},
+    "train": {"random": {"rows": [{"seconds": s} for s in (60.0, 9.0, 5.0, 3.7, 3.8, 3.6)]}},
+}
+
+
+def test_what_is_off_by_more_than_a_quarter_is_a_finding():
+    rows = {row.name: row for row in model.compare(model.predict(), REPORTS)}
+    assert rows["step.calibration.copy_gb_s"].ratio == 1
+    assert not rows["step.sampler.ours"].finding
+    assert rows["step.sampler.ratio"].finding
+    assert rows["kernels.gelu.ours_us"].measured == 50.0
+    assert rows["kernels.gelu.ours_us"].finding
+    assert rows["profile.trajectory.host_syncs"].finding  # none were predicted
+    assert rows["train.random.seconds"].measured == 3.7  # not those that capture and compile
+    unmeasured = rows["step.update.ratio"]
+    assert (unmeasured.measured, unmeasured.ratio, unmeasured.finding) == (None, None, False)
+    text = "\n".join(model.lines(list(rows.values())))
+    assert "| step.update.ratio | " in text
+    assert text.count("**explain**") == sum(row.finding for row in rows.values())
+    assert replace(unmeasured, measured=unmeasured.predicted * 1.26).finding
