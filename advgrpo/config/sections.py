@@ -97,9 +97,9 @@ class ModelSection(Section):
     decoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the image decoder with --fast; auto follows dtype on a GPU. In bfloat16 the run's first images
     must reach 40 dB against float32."""
-    attention: Literal["auto", "flash3", "flash2", "cudnn", "flash", "efficient", "cpu", "math"] = "auto"
+    attention: Literal["auto", "flash3", "flash2", "flash4", "cudnn", "flash", "efficient", "cpu", "math"] = "auto"
     """Attention of the fused transformer (policy/fused/attention.py says what each needs); auto takes the first that
-    runs."""
+    runs, never flash4."""
     base_precision: Literal["model", "fp8"] = "model"
     """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast."""
 
