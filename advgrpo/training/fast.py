@@ -132,7 +132,7 @@ def _why_no_csrc(device: torch.device) -> str:
     """Why AdamW is not the compiled one, or ""; the optimizer takes the same steps either way."""
     if device.type != "cuda":
         return "no CUDA device: PyTorch's operators, the same steps"
-    return "" if library() is not None else "csrc/ is not built: PyTorch's operators, which wait for the norm"
+    return "" if library() is not None else "csrc/ is not built: PyTorch's operators, which do not wait either"
 
 
 def _where_fp8(device: torch.device, on_gpu: str, elsewhere: str) -> str:
