@@ -71,7 +71,7 @@ class FastPaths:
             _row(
                 "CUDA graphs",
                 fused_off or gpu_only,
-                "one launch per sampling step; per discriminator update on one GPU",
+                "one launch per sampling step; one per discriminator update, two on several GPUs",
             ),
             _row(
                 "FP8 sampling",
