@@ -129,6 +129,9 @@ class DataSection(Section):
     fit: Literal["refuse", "crop", "letterbox", "stretch"] = "refuse"
     """References that are not square: an error (`advgrpo.references import` makes squares), the middle cropped, white
     bars added, or stretched, which teaches the adversary that good images are squashed."""
+    decode_workers: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
+    """Processes that decode an iteration's references while its images are sampled, for each process that trains; auto:
+    none on a CPU, up to 8 beside a GPU."""
     cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
     """Where text embeddings and reference features are kept, keyed by content hash; every process encodes a share of
     the prompts into it, so all machines of a run must see the same folder."""

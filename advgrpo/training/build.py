@@ -12,6 +12,7 @@ from advgrpo.adversary.base import Adversary
 from advgrpo.adversary.reference_features import ReferenceFeatures
 from advgrpo.config import NEED_REFERENCES, Config
 from advgrpo.config.checks import JUDGE_METRICS
+from advgrpo.data.decoding import DecodingWorkers, workers_for
 from advgrpo.data.references import ReferenceSet
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
@@ -267,6 +268,9 @@ def build_scorer(
 ) -> Scorer:
     """Rewards, references and their cached features in one place. `custom`: as in `build_rewards`."""
     cache = Path(config.data.cache_dir).expanduser()
+    workers = workers_for(config.data.decode_workers, distributed.device.type)
+    if sources.references is not None and workers:
+        sources.references.workers = DecodingWorkers(workers)
     features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
     return Scorer(
         rollout=config.rollout,
@@ -279,6 +283,7 @@ def build_scorer(
         observer=observer,
         distributed=distributed,
         watches=config.monitor.every > 0,
+        size=(config.model.resolution, config.model.resolution),
     )
 
 

@@ -54,6 +54,7 @@ class FastPaths:
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
             own_noise = "rollout.initial_noise = per_image: every image is its own trajectory"
+        of_sampler = "trajectory" if config.rollout.window.chosen_order == "fixed" else "sampling step"
         rows = (
             _row(
                 "shared prefix",
@@ -71,7 +72,7 @@ class FastPaths:
             _row(
                 "CUDA graphs",
                 fused_off or gpu_only,
-                "one launch per sampling step; one per discriminator update, two on several GPUs",
+                f"one launch per {of_sampler}; one per discriminator update, two on several GPUs",
             ),
             _row(
                 "FP8 sampling",

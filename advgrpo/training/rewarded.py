@@ -18,7 +18,7 @@ import torch
 
 from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer, UpdatePlan, paired_accuracy
 from advgrpo.config import AdvantageSection, Config, RolloutSection
-from advgrpo.monitor.image_statistics import ImageStatistics, measure, reference_statistics
+from advgrpo.monitor.image_statistics import ImageStatistics, measure
 from advgrpo.policy.base import Policy
 from advgrpo.runtime import rng
 from advgrpo.runtime.distributed import Distributed
@@ -64,11 +64,6 @@ class RewardedObjective(ABC):
     seed: int
     due: Callable[[int], bool]
 
-    def __post_init__(self) -> None:
-        self._of_references = None
-        if self.scorer.references is not None:
-            self._of_references = partial(reference_statistics().of_prompt, self.scorer.references)
-
     @classmethod
     def build(cls, parts: Parts) -> Self:
         """Sampler and discriminator trainer as the settings say."""
@@ -83,6 +78,7 @@ class RewardedObjective(ABC):
             graphs=parts.graphs,
             shared_noise=config.rollout.initial_noise == "shared",
             keep_means=config.update.trust_region != "ratio",
+            whole=config.rollout.window.chosen_order == "fixed",
         )
         discriminator_trainer = None
         if scorer.adversary is not None:
@@ -213,7 +209,8 @@ class RewardedObjective(ABC):
 
     def measure(self, rollout: Rollout, scored: Scored) -> ImageStatistics:
         """What the monitor sees of the images."""
-        return measure(rollout, scored.embeddings, self._of_references, self.settings.group_size, self.distributed)
+        of_references = None if self.scorer.references is None else self.scorer.reference_statistics
+        return measure(rollout, scored.embeddings, of_references, self.settings.group_size, self.distributed)
 
     def state(self) -> State:
         """The head that learns, its optimizer and its memory of older images; nothing where none learns."""

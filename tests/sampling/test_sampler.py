@@ -35,14 +35,14 @@ def policy(unit_config) -> SD3Policy:
     )
 
 
-def make_sampler(policy, graphs=None, guidance=1.7, share=True) -> Sampler:
-    return Sampler(policy, guidance, "squared_error", share_prefix=share, merged=True, graphs=graphs)
+def make_sampler(policy, graphs=None, guidance=1.7, share=True, whole=False) -> Sampler:
+    return Sampler(policy, guidance, "squared_error", share_prefix=share, merged=True, graphs=graphs, whole=whole)
 
 
-def rollout(sampler: Sampler, settings, *, seed: int, window: tuple[int, ...], row=ROW):
+def rollout(sampler: Sampler, settings, *, seed: int, window: tuple[int, ...], row=ROW, num_steps: int = 4):
     policy = sampler.policy
     policy.merge()
-    table = step_table(policy, 4, window, rollout=settings.rollout if window else None)
+    table = step_table(policy, num_steps, window, rollout=settings.rollout if window else None)
     initial = sampler.initial_latents(seed, torch.arange(2))
     ids = torch.arange(len(row)) + 10 * seed
     latents, steps = sampler.run(table, policy.encode(PROMPTS), initial, row, noise_seed=seed, image_ids=ids)
@@ -83,6 +83,35 @@ def test_replays_equal_the_eager_sampler_bit_for_bit_while_everything_changes(po
     assert eager.captures == 0
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_ten_steps_of_a_fixed_window_are_one_graph(policy, unit_config, share):
+    """The released window {0, 1}: one launch per trajectory, with the eager bits, whatever else changes."""
+    backend = EmulatedGraphs()
+    captured, eager = make_sampler(policy, backend, share=share, whole=True), make_sampler(policy, share=share)
+    for seed in range(4):
+        move_weights(policy, seed)
+        found, expected = (
+            rollout(sampler, unit_config, seed=seed, window=(0, 1), num_steps=10) for sampler in (captured, eager)
+        )
+        assert_same(found, expected)
+        assert torch.isfinite(found[0]).all()
+    assert captured.captures == 1
+    assert backend.replays == 2  # after two warm-up calls, of which every one draws a trajectory
+    own = [tensor for step in found[1] for tensor in (step.latents, step.next_latents, step.log_prob)]
+    before = [tensor.clone() for tensor in own]
+    rollout(captured, unit_config, seed=9, window=(0, 1), num_steps=10)
+    assert all(torch.equal(*pair) for pair in zip(own, before))  # what was handed out is nobody else's memory
+
+
+def test_every_window_and_length_has_a_trajectory_of_its_own(policy, unit_config):
+    captured, eager = make_sampler(policy, EmulatedGraphs(), whole=True), make_sampler(policy)
+    for seed in range(3):
+        for window, steps in (((0, 1), 4), ((1, 2), 4), ((), 4), ((0, 1), 5)):
+            settings = {"seed": seed, "window": window, "num_steps": steps}
+            assert_same(rollout(captured, unit_config, **settings), rollout(eager, unit_config, **settings))
+    assert captured.captures == 4
+
+
 def test_only_a_new_shape_captures_again(policy, unit_config):
     sampler = make_sampler(policy, EmulatedGraphs())
     for seed in range(4):
@@ -97,14 +126,16 @@ def test_only_a_new_shape_captures_again(policy, unit_config):
     assert sampler.captures == grown
 
 
-def test_log_probs_are_repeated_exactly_with_graphs(policy, unit_config):
+@pytest.mark.parametrize("whole", [False, True])
+def test_log_probs_are_repeated_exactly_with_graphs(policy, unit_config, whole):
     """docs/method.md section 5, captured steps: drift and pre-update clip fraction 0, after several optimizer steps."""
     unit_config.rollout.guidance_scale = 1.7
     unit_config.update.learning_rate = 1e-2
     updater = updater_of(policy, unit_config)
-    sampler = make_sampler(policy, EmulatedGraphs())
+    sampler = make_sampler(policy, EmulatedGraphs(), whole=whole)
     for seed in range(5):
-        latents, steps, table = rollout(sampler, unit_config, seed=seed, window=(0, 2) if seed % 2 else (1, 2))
+        window = (1, 2) if whole or seed % 2 == 0 else (0, 2)
+        latents, steps, table = rollout(sampler, unit_config, seed=seed, window=window)
         images, text = policy.decode(latents), policy.encode(PROMPTS)
         micro_batch = MicroBatchRollout(
             MicroBatch(torch.arange(6), PROMPTS, torch.arange(2), ROW, 0), text, steps, images
@@ -115,7 +146,7 @@ def test_log_probs_are_repeated_exactly_with_graphs(policy, unit_config):
         assert stats.max_mismatch() == 0
         assert stats.sums()[2] == 0
         assert torch.isfinite(updater.step(stats.max_mismatch()))
-    assert sampler.captures >= 3
+    assert sampler.captures == 1 if whole else sampler.captures >= 3
 
 
 def test_averages_and_a_loaded_lora_are_seen_by_captured_graphs(policy, unit_config, tmp_path):
@@ -183,13 +214,13 @@ def test_a_window_without_image_ids_is_refused(policy, unit_config):
         sampler.run(table, policy.encode(PROMPTS), sampler.initial_latents(0, torch.arange(2)), ROW)
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_means_are_kept_on_demand_by_captured_steps_as_well(policy, unit_config, share):
+@pytest.mark.parametrize(("share", "whole"), [(True, False), (False, False), (True, True)])
+def test_means_are_kept_on_demand_by_captured_steps_as_well(policy, unit_config, share, whole):
     """They are where the steps would have gone without noise, and the rest of the rollout does not change."""
     kept = []
     for graphs in (None, EmulatedGraphs()):
         plain, keeping = make_sampler(policy, graphs, share=share), make_sampler(policy, graphs, share=share)
-        keeping.keep_means = True
+        keeping.keep_means, keeping.whole = True, whole
         for seed in range(3):  # captured at the second call, replayed at the third
             own = rollout(plain, unit_config, seed=seed, window=(1, 2))
             latents, steps, table = rollout(keeping, unit_config, seed=seed, window=(1, 2))
