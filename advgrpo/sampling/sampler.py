@@ -18,13 +18,13 @@ Shapes: P prompts, M images (M >= P), latents [., C, H, W] float32.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple
 
 import torch
 
 from advgrpo.policy.base import Capturable, Generator, P, Prediction, Trainable
+from advgrpo.policy.current_prompts import CurrentPrompts
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
@@ -32,37 +32,6 @@ from advgrpo.types import Conditioning, WindowStep
 from advgrpo_kernels import GaussianStep, gaussian_step, philox_normal
 
 logger = logging.getLogger(__name__)
-
-
-class _CurrentPrompts(Generic[P]):
-    """The prepared prompts of the step under way: a captured step takes no arguments and finds them here.
-
-    For one that is captured they lie in storage that stays the same for each shape; else they are the ones given.
-    """
-
-    def __init__(self, device: torch.device, storage: Capturable[P] | None):
-        self.storage = storage
-        self._buffers = StaticBuffers(device, static=storage is not None)
-        self._prepared: P | None = None
-
-    def set(self, prepared: P, *, copied: bool = True) -> None:
-        """Without `copied` they are used where they lie, which inside a captured function is in its own memory."""
-        if self.storage is None or not copied:
-            self._prepared = prepared
-            return
-        self._buffers.reset()
-        for name, tensor in self.storage.prompt_tensors(prepared).items():
-            self._buffers.fill(name, tensor)
-        self._prepared = self.storage.with_prompt_tensors(prepared, self._buffers.tensors)
-
-    def get(self) -> P:
-        if self._prepared is None:
-            raise RuntimeError("no prompts are set")
-        return self._prepared
-
-    def key(self) -> Hashable:
-        """What a capture freezes of them."""
-        return self._buffers.key()
 
 
 class _Plan(NamedTuple):
@@ -110,7 +79,7 @@ class Sampler(Generic[P]):
         backend = None if storage is None else self.graphs
         # What the steps below read, since a captured function takes no arguments (runtime/graphs.py).
         self._inputs = StaticBuffers(self.policy.device, static=storage is not None)
-        self._prompts = _CurrentPrompts(self.policy.device, storage)
+        self._prompts = CurrentPrompts(self.policy.device, storage)
         steps = {"ODE step": self._ode_step, "window step": self._window_step, "branching step": self._branching_step}
         steps["trajectory"] = self._trajectory
         self._steps = {name: CapturedFunction(function, name=name, backend=backend) for name, function in steps.items()}

@@ -321,6 +321,7 @@ def build_trainer(
         config.advantage,
         reduce=distributed.all_reduce_sum,
         fused=fast.fused_optimizer,
+        graphs=graphs,
     )
     micro_batches = MicroBatches(prompts, config.rollout, config.update.minibatches, seed=config.seed, **place)
     monitor = Monitor(config.monitor, Knobs.of(config))
