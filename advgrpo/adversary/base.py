@@ -12,7 +12,6 @@ import torch
 from advgrpo.config import AdversarySection
 from advgrpo.types import Features
 
-
 WEIGHT = "weight"  # name of the tensor of Features that says what each image counts, where not all count alike
 
 

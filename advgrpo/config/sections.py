@@ -270,8 +270,8 @@ class UpdateSection(Section):
     optimizer: Literal["auto", "fused", "torch", "apex"] = "auto"
     """AdamW by our fused kernel (what auto takes with --fast), torch's, or NVIDIA Apex's FusedAdam when installed."""
     graphs: bool = False
-    """With CUDA graphs, capture forward and backward of the update as well: fewer waits for the CPU, but the activations
-    of a micro-batch stay in memory, twice over while graphs are made."""
+    """With CUDA graphs, capture the update's forward and backward as well: fewer waits for the CPU, but a micro-batch's
+    activations stay in memory, twice over while graphs are made."""
     ema_decay: Decay = 0.9
     """Moving average of the adapters, which is what is evaluated and exported."""
     ema_rule: Literal["optimizer_step", "mini_batch"] = "optimizer_step"

@@ -6,6 +6,7 @@ none to rely on and a spawned process imports the caller's script.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -78,30 +79,24 @@ class DecodingWorkers:
         if not hasattr(self._own, "process"):
             command = [sys.executable, "-m", "advgrpo.data.decoding_worker"]
             places = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self._own.process = subprocess.Popen(command, env=places, **pipes)
+            pipe = subprocess.PIPE
+            self._own.process = subprocess.Popen(command, env=places, stdin=pipe, stdout=pipe)
             self._processes.append(self._own.process)
         return self._own.process
 
 
 def _read(stream: IO[bytes], count: int) -> bytearray:
     """Exactly `count` bytes, which may be written to; OSError where the stream ends before."""
-    found = bytearray(count)
-    view, done = memoryview(found), 0
-    while done < count:
-        more = stream.readinto(view[done:])  # type: ignore[attr-defined]
-        if not more:
-            raise OSError("its output ends")
-        done += more
+    found = bytearray(stream.read(count))
+    if len(found) < count:
+        raise OSError("its output ends")
     return found
 
 
 def _end(threads: ThreadPoolExecutor, processes: list[subprocess.Popen]) -> None:
     threads.shutdown(wait=True)
     for process in processes:
-        for stream in (process.stdin, process.stdout):
-            try:
+        for stream in filter(None, (process.stdin, process.stdout)):
+            with contextlib.suppress(OSError):  # it has ended by itself
                 stream.close()
-            except OSError:  # it has ended by itself
-                pass
         process.wait()

@@ -18,6 +18,7 @@ Shapes: P prompts, M images (M >= P), latents [., C, H, W] float32.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple
 
@@ -80,8 +81,12 @@ class Sampler(Generic[P]):
         # What the steps below read, since a captured function takes no arguments (runtime/graphs.py).
         self._inputs = StaticBuffers(self.policy.device, static=storage is not None)
         self._prompts = CurrentPrompts(self.policy.device, storage)
-        steps = {"ODE step": self._ode_step, "window step": self._window_step, "branching step": self._branching_step}
-        steps["trajectory"] = self._trajectory
+        steps: dict[str, Callable[[], Any]] = {
+            "ODE step": self._ode_step,
+            "window step": self._window_step,
+            "branching step": self._branching_step,
+            "trajectory": self._trajectory,
+        }
         self._steps = {name: CapturedFunction(function, name=name, backend=backend) for name, function in steps.items()}
         self._inside = False  # the trajectory: its steps are part of what is captured
         self._plan: _Plan | None = None  # of the trajectory

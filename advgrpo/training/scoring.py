@@ -139,7 +139,9 @@ class Scorer:
         assert size is not None
         embeddings = [*self.rewards.values(), *([self.observer.metric] if self.observer else [])]
         missing = [
-            partial(each.of_references.missing, self.references) for each in embeddings if hasattr(each, "of_references")
+            partial(each.of_references.missing, self.references)
+            for each in embeddings
+            if hasattr(each, "of_references")
         ]
         if self.reference_features is not None:
             missing.append(self.reference_features.missing)

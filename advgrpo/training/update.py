@@ -27,7 +27,6 @@ from advgrpo.training.optimizer import build_optimizer
 from advgrpo.types import MicroBatchRollout, WindowStep
 from advgrpo_kernels import PolicyLoss, clipped_policy_loss, gaussian_log_prob, gaussian_step
 
-
 logger = logging.getLogger(__name__)
 _OF_STEP = ("latents", "next_latents", "log_prob", "weight", "mean")  # tensors of a WindowStep, the last two optional
 

@@ -1,4 +1,4 @@
-"""Images decoded by other processes: the same pixels, the caller's own error for a bad one, and an end with the caller."""
+"""Images decoded by other processes: the same pixels, the caller's own error for a bad one, an end with the caller."""
 
 import subprocess
 import sys

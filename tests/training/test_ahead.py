@@ -11,6 +11,8 @@ from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
 from tests.projects import ROOT
 
+EXAMPLE = ROOT / "examples" / "custom_reward.py"  # the monitor wants to know what the references would get
+
 
 @pytest.fixture
 def decodings(monkeypatch):
@@ -37,7 +39,7 @@ def iterations(config, decodings, count: int = 2) -> tuple[list[dict], list[str]
 def test_the_main_thread_decodes_nothing_and_numbers_stay(unit_config, decodings, tmp_path):
     settings = merge(
         unit_config.model_dump(),
-        {"rewards": {"custom": [{"name": "red", "import": f"{ROOT / 'examples/custom_reward.py'}:redness", "weight": 1.0}]},
+        {"rewards": {"custom": [{"name": "red", "import": f"{EXAMPLE}:redness", "weight": 1.0}]},
          "data": {"cache_dir": str(tmp_path / "one")},
          "evaluation": {"backbone": unit_config.adversary.backbone, "backbone_image_size": 32}},
     )  # fmt: skip

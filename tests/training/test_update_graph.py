@@ -1,4 +1,4 @@
-"""The update's forward and backward as captured graphs, on the emulator: the eager gradients to the bit, graphs kept."""
+"""The update's forward and backward as captured graphs, on the emulator: the eager bits, and graphs that are kept."""
 
 from pathlib import Path
 

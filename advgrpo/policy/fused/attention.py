@@ -13,11 +13,11 @@
 An explicit name is honoured or raises; `auto` takes the first that this device and dtype support and that runs a small
 product; of a package that is there and does not (built for another torch, or FlashAttention-4's, which has no
 `flash_attn_func`) it says so once. It never takes flash4, which stands in PyTorch's own flash attention's place: a
-prototype there, and a switch of the whole process, so it is asked for by name. Likelihood ratios of exactly 1 need a forward that gives the same bits for the same
-input and shape, with a gradient (update) and without (sampler). cuDNN and the memory-efficient kernel are compiled
-differently where the logarithms of the softmax's sums are not wanted, which PyTorch decides by whether there is a
-gradient; here they are always computed, so that both are the same kernel. Training that must repeat bit for bit on a
-GPU needs one whose backward does too.
+prototype there, and a switch of the whole process, so it is asked for by name. Likelihood ratios of exactly 1 need a
+forward that gives the same bits for the same input and shape, with a gradient (update) and without (sampler). cuDNN and
+the memory-efficient kernel are compiled differently where the logarithms of the softmax's sums are not wanted, which
+PyTorch decides by whether there is a gradient; here they are always computed, so that both are the same kernel.
+Training that must repeat bit for bit on a GPU needs one whose backward does too.
 
 Shapes: q [B, H, Sq, D], k and v [B, H, S, D] -> [B, Sq, H·D]. Any strides with dense heads. The result lies in memory
 in q's order of images and tokens; not with flash3, which puts image after image, so that to_out copies its input.

@@ -15,7 +15,7 @@ Numerics: float32 inside; features are constants, gradients go to the head only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -85,7 +85,7 @@ def _hinge_head_loss_op(
     local_weight: float,
     normalize: bool,
     total: int,
-    image_weights: Optional[torch.Tensor],
+    image_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, accuracy; hidden, feature factors and d loss/d score for the backward); total 0 is each side's own, and
     image_weights [B + B2]."""
