@@ -75,6 +75,11 @@ class FastPaths:
                 f"one launch per {of_sampler}; one per discriminator update, two on several GPUs",
             ),
             _row(
+                "captured update",
+                fused_off or gpu_only or _why_not_captured(config),
+                "one launch per step of the window, forward and backward; its activations stay in memory",
+            ),
+            _row(
                 "FP8 sampling",
                 _why_no_fp8(config.rollout.precision, "rollout.precision", device, fused_off),
                 _where_fp8(device, "ODE steps on FP8 tensor cores", "ODE steps in FP8"),
@@ -118,6 +123,14 @@ def _why_not_ours(optimizer: str, fast: bool) -> str:
     if optimizer == "auto":
         return "" if fast else "--no-fast"
     return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
+
+
+def _why_not_captured(config: Config) -> str:
+    """Why the update's forward and backward are no graphs, or ""."""
+    if not config.update.graphs:
+        return "update.graphs = false"
+    objective = config.update.objective
+    return "" if objective == "policy" else f"update.objective = {objective}: only the policy gradient's is"
 
 
 def _why_no_triton(device: torch.device) -> str:

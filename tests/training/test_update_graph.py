@@ -9,6 +9,7 @@ from advgrpo import config
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
+from advgrpo.training import fast
 from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.graph_emulator import EmulatedGraphs
 from tests.parts import updater_of
@@ -83,3 +84,20 @@ def test_without_the_setting_nothing_is_captured(unit_config):
     backend = EmulatedGraphs()
     _, updater, _ = trained(unit_config, backend, iterations=3)
     assert (updater.captured.captures, backend.replays) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, "update.graphs = false"),
+        ({"graphs": True}, ""),
+        ({"graphs": True, "objective": "nft"}, "update.objective = nft: only the policy gradient's is"),
+    ],
+)
+def test_the_table_of_fast_paths_says_why_it_is_off(change, why, unit_config):
+    settings = config.build(config.merge(unit_config.model_dump(), {"update": change}), "test")
+    assert fast._why_not_captured(settings) == why
+    row = next(
+        row for row in fast.FastPaths.choose(settings, torch.device("cpu")).table if row.name == "captured update"
+    )
+    assert (row.on, row.why) == (False, "no CUDA device")
