@@ -64,6 +64,9 @@ class RewardedObjective(ABC):
     seed: int
     due: Callable[[int], bool]
 
+    def __post_init__(self) -> None:
+        self._of_references = None if self.scorer.references is None else self.scorer.reference_statistics
+
     @classmethod
     def build(cls, parts: Parts) -> Self:
         """Sampler and discriminator trainer as the settings say."""
@@ -209,8 +212,7 @@ class RewardedObjective(ABC):
 
     def measure(self, rollout: Rollout, scored: Scored) -> ImageStatistics:
         """What the monitor sees of the images."""
-        of_references = None if self.scorer.references is None else self.scorer.reference_statistics
-        return measure(rollout, scored.embeddings, of_references, self.settings.group_size, self.distributed)
+        return measure(rollout, scored.embeddings, self._of_references, self.settings.group_size, self.distributed)
 
     def state(self) -> State:
         """The head that learns, its optimizer and its memory of older images; nothing where none learns."""
