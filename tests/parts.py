@@ -9,14 +9,15 @@ from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.policy.base import Policy
 from advgrpo.rewards.base import Reward
 from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.graphs import GraphBackend
 from advgrpo.sampling.dynamics import window_steps
 from advgrpo.training.update import Updater
 
 
-def updater_of(policy: Policy, settings: Config) -> Updater:
+def updater_of(policy: Policy, settings: Config, graphs: GraphBackend | None = None) -> Updater:
     """The fused one, alone."""
     sections = settings.update, settings.rollout, settings.advantage
-    return Updater(policy, *sections, reduce=lambda tensors: None, fused=True)
+    return Updater(policy, *sections, reduce=lambda tensors: None, fused=True, graphs=graphs)
 
 
 def evaluator_of(

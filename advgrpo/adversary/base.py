@@ -12,6 +12,15 @@ import torch
 from advgrpo.config import AdversarySection
 from advgrpo.types import Features
 
+WEIGHT = "weight"  # name of the tensor of Features that says what each image counts, where not all count alike
+
+
+def image_weights(reference: Features, generated: Features) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What the images of both sides count, [B] float32 each; None: all of them 1."""
+    if WEIGHT not in reference.tensors:
+        return None
+    return reference[WEIGHT], generated[WEIGHT]
+
 
 @runtime_checkable
 class DiscriminatorLoss(Protocol):
@@ -124,6 +133,8 @@ class Adversary(Protocol):
 
         Args:
             reference, generated: `training_features`s; the two sides may differ in length, and either may be empty.
+                Both may have a tensor `WEIGHT` [B] float32 besides: what each image counts in the sums. Images of
+                weight 0 fill the batch up to a size that is the same in every update.
             total: images per side over all processes; means divide by it, so that losses, accuracies and gradients
                 summed over processes are those of the whole batch. None: each side's own.
         """

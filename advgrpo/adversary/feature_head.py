@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from advgrpo.adversary.base import image_weights
 from advgrpo.adversary.discriminator_adam import DiscriminatorAdam, forget_moments
 from advgrpo.adversary.gradient_penalty import r1_penalty
 from advgrpo.adversary.head import Head
@@ -138,10 +139,14 @@ class FeatureHeadAdversary:
         weights = head.learning()
         settings = {"weights": self.config.loss_weights, "normalize": self.config.normalize == "always", "total": total}
         sides = (reference["cls"], reference["patches"], generated["cls"], generated["patches"])
-        result = hinge_head_loss(*sides, weights, **settings)
+        counts = image_weights(reference, generated)
+        result = hinge_head_loss(*sides, weights, image_weights=counts, **settings)
         if not self.config.gradient_penalty:
             return result
-        penalty = r1_penalty(reference, weights, gamma=self.config.gradient_penalty, **settings)
+        of_references = None if counts is None else counts[0]
+        penalty = r1_penalty(
+            reference, weights, gamma=self.config.gradient_penalty, image_weights=of_references, **settings
+        )
         return result._replace(loss=result.loss + penalty)
 
     def _of_head(self, features: Features, number: int) -> Features:
@@ -149,7 +154,7 @@ class FeatureHeadAdversary:
         if len(self.heads) == 1:
             return features
         own = slice(number * self.config.num_patches, (number + 1) * self.config.num_patches)
-        return Features({"cls": features["cls"], "patches": features["patches"][:, own]})
+        return Features({**features.tensors, "patches": features["patches"][:, own]})
 
     def training_features(self, features: Features, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> Features:
         """The features with `num_patches` random patches for each head, keyed by (seed, sample id, head)."""

@@ -28,6 +28,7 @@ def r1_penalty(
     weights: tuple[float, float],
     normalize: bool,
     total: int | None = None,
+    image_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The penalty, a scalar of the features' dtype, differentiable in the head.
 
@@ -38,12 +39,13 @@ def r1_penalty(
         normalize: whether the head gets L2-normalised features.
         total: references over all processes; means divide by it, so that penalties summed over processes are that of
             the whole batch. Default B.
+        image_weights: [B] what a reference counts in the sums; None: 1.
     """
     cls, patches = (tensor.detach() for tensor in (reference["cls"], reference["patches"]))
     if normalize:
         cls, patches = (F.normalize(tensor, dim=-1, eps=1e-12) for tensor in (cls, patches))
-    of_cls = squared_slope(cls, head).sum()
-    of_patches = squared_slope(patches, head).mean(1).sum()
+    slopes = [squared_slope(cls, head), squared_slope(patches, head).mean(1)]
+    of_cls, of_patches = ((each if image_weights is None else each * image_weights).sum() for each in slopes)
     count = max(1, len(cls)) if total is None else total
     return gamma / 2 * (weights[0] * of_cls + weights[1] * of_patches) / count
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from advgrpo.adversary.base import image_weights
 from advgrpo.adversary.discriminator_adam import DiscriminatorAdam
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
@@ -170,16 +171,17 @@ class PickScoreAdversary:
         Raises:
             ValueError: "pairwise" with sides of different length.
         """
-        count = len(reference)
+        count, weights = len(reference), image_weights(reference, generated) or (1.0, 1.0)
         logits = self._logits(Features.cat([reference, generated]))
         real, fake = logits[:count], logits[count:]
         if self.objective == "pairwise":
             if len(real) != len(fake):
                 raise ValueError(f"pairwise: {len(real)} references but {len(fake)} generations; want pairs in order")
-            return PreferenceLoss(F.softplus(fake - real).sum() / (total or max(1, count)))
+            return PreferenceLoss((F.softplus(fake - real) * weights[0]).sum() / (total or max(1, count)))
         real, fake = real / SCALE - self.bias, fake / SCALE - self.bias
         shares = [2 * (total or max(1, len(side))) for side in (real, fake)]
-        return PreferenceLoss(F.softplus(-real).sum() / shares[0] + F.softplus(fake).sum() / shares[1])
+        losses = F.softplus(-real) * weights[0], F.softplus(fake) * weights[1]
+        return PreferenceLoss(losses[0].sum() / shares[0] + losses[1].sum() / shares[1])
 
     def step(self) -> None:
         """One Adam step on the summed gradients."""

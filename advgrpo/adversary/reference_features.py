@@ -20,6 +20,7 @@ from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Features
 
 _IN_MEMORY = 512  # prompts
+_WAS_FLOAT32 = ":float32"
 _SAME_NETWORK = 0.1  # relative difference: bfloat16 and float32 of one ViT-L differ by 0.013, two networks by about 1
 
 
@@ -55,6 +56,10 @@ class ReferenceFeatures:
             if prompt not in self._pending:
                 self._pending[prompt] = self._thread.submit(self._load, prompt)
 
+    def missing(self, prompt: str) -> list[Path]:
+        """The references that would have to be decoded for the prompt; none where their features are stored."""
+        return self._values.missing(self.references, prompt)
+
     def prompt(self, prompt: str) -> Features:
         """Features of the prompt's references, in the order of the index, on the adversary's device.
 
@@ -63,6 +68,10 @@ class ReferenceFeatures:
             FloatingPointError: the adversary's features of a reference are not finite; they are not stored.
             Exception: whatever `prefetch` came across for this prompt, as its thread raised it.
         """
+        return _unpacked(self._stored(prompt))
+
+    def _stored(self, prompt: str) -> dict[str, torch.Tensor]:
+        """As `prompt`, in the form that the cache keeps (`_packed`)."""
         pending = self._pending.pop(prompt, None)
         tensors = None if pending is None else pending.result()
         tensors = tensors or self._load(prompt)  # a prompt with the same references may have computed them since
@@ -73,7 +82,7 @@ class ReferenceFeatures:
         if self._stream is not None:  # loaded on that stream, used on this one
             for tensor in tensors.values():
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return Features(tensors)
+        return tensors
 
     def pick(self, prompts: list[str], draws: torch.Tensor) -> Features:
         """One reference per image: of the n (views of references) of its prompt, number floor(draw * n).
@@ -86,7 +95,7 @@ class ReferenceFeatures:
             The features [B, ...], by one gather per tensor, whatever B.
         """
         # prompts that share their references share the cache's dict, and are gathered from once
-        own = {prompt: self.prompt(prompt) for prompt in dict.fromkeys(prompts)}
+        own = {prompt: Features(self._stored(prompt)) for prompt in dict.fromkeys(prompts)}
         sets = {id(features.tensors): features for features in own.values()}
         first, starts = 0, {}
         for identity, features in sets.items():
@@ -96,7 +105,9 @@ class ReferenceFeatures:
         count = torch.tensor([len(own[prompt]) for prompt in prompts])
         index = to_device(start + (draws * count).long(), self.adversary.device)
         candidates = list(sets.values())
-        return (candidates[0] if len(candidates) == 1 else Features.cat(candidates)).rows(index)
+        if len({tuple(features.tensors) for features in candidates}) > 1:  # not all of them could be packed
+            candidates = [_unpacked(features.tensors) for features in candidates]
+        return _unpacked((candidates[0] if len(candidates) == 1 else Features.cat(candidates)).rows(index).tensors)
 
     def _store(self, prompt: str) -> dict[str, torch.Tensor]:
         computed, key = self._compute(prompt), self._key(prompt)
@@ -109,12 +120,13 @@ class ReferenceFeatures:
         if not self._proven:
             self._computed.add(key)
         with self._cache_lock:
-            return self.tensors.store(key, computed)
+            return self.tensors.store(key, _packed(computed))
 
     def _prove(self, prompt: str, cached: dict[str, torch.Tensor]) -> None:
         """UserError unless the cached features of the prompt's references are what this process's network gives."""
+        known_ones = _unpacked(cached).tensors
         for name, fresh in self._compute(prompt).items():
-            stored, fresh = cached.get(name), fresh.float()
+            stored, fresh = known_ones.get(name), fresh.float()
             known = stored is not None and stored.shape == fresh.shape
             gap = (stored.float() - fresh).norm() / fresh.norm().clamp_min(1e-12) if known else torch.tensor(torch.inf)
             if not gap <= _SAME_NETWORK:
@@ -154,6 +166,29 @@ class ReferenceFeatures:
         return Features(
             {name: torch.stack([view[name] for view in views], dim=1).flatten(0, 1) for name in views[0].tensors}
         )
+
+
+def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """float32 in bfloat16 where that loses nothing, as of a backbone that computes in it: half the disk and memory.
+
+    Such a tensor's name says what it is to become again.
+    """
+    packed = {}
+    for name, tensor in tensors.items():
+        half = tensor.to(torch.bfloat16)
+        lossless = tensor.dtype == torch.float32 and torch.equal(half.float(), tensor)
+        packed[f"{name}{_WAS_FLOAT32}" if lossless else name] = half if lossless else tensor
+    return packed
+
+
+def _unpacked(tensors: dict[str, torch.Tensor]) -> Features:
+    """What `_packed` was given."""
+    return Features(
+        {
+            name.removesuffix(_WAS_FLOAT32): tensor.float() if name.endswith(_WAS_FLOAT32) else tensor
+            for name, tensor in tensors.items()
+        }
+    )
 
 
 def reference_draws(

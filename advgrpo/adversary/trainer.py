@@ -7,13 +7,13 @@ processes, so the head's losses do not depend on how many processes share the wo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from advgrpo.adversary.base import Adversary, Restarts
+from advgrpo.adversary.base import WEIGHT, Adversary, Restarts
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
 from advgrpo.runtime import rng
@@ -146,23 +146,49 @@ class _Draw:
     generations: torch.Tensor  # local rows
     slots: torch.Tensor  # of the replay buffer
     seeds: torch.Tensor  # [2] of the patches drawn from references and generations
+    counted: torch.Tensor  # what each row of the three counts: 1, or 0 where it only fills up; empty where all do count
 
     @property
     def counts(self) -> tuple[int, int, int]:
         return len(self.references), len(self.generations), len(self.slots)
 
     def flat(self) -> torch.Tensor:
-        return torch.cat([self.references, self.generations, self.slots, self.seeds])
+        return torch.cat([self.references, self.generations, self.slots, self.seeds, self.counted])
+
+    def filled_up(self, images: int, count: int, replayed: int, processes: int) -> _Draw:
+        """The same with rows of weight 0, so that its sizes are those of every update on every process.
+
+        Args:
+            images: of this process; processes: how many share the draw.
+            count, replayed: images per side, and how many of the generations are from the replay buffer, over all
+                processes.
+        """
+        sizes = [
+            _room(len(self.references), min(count, images), count / processes),
+            _room(len(self.generations), min(count - replayed, images), (count - replayed) / processes),
+            -(-replayed // processes),
+        ]
+        rows = self.references, self.generations, self.slots
+        counted = [torch.arange(size) < len(own) for own, size in zip(rows, sizes)]
+        filled = [torch.cat([own, own.new_zeros(size - len(own))]) for own, size in zip(rows, sizes)]
+        return _Draw(*filled, self.seeds, torch.cat(counted).long())
+
+
+def _room(drawn: int, most: int, mean: float) -> int:
+    """Rows for `drawn` images of a process that holds about `mean` of a draw, at most `most`: six standard deviations
+    more, which a draw exceeds once in 10^8 times, and then by as much as it can."""
+    usual = min(most, math.ceil(mean + 6 * math.sqrt(mean)))
+    return usual if drawn <= usual else most
 
 
 class DiscriminatorTrainer:
     """Runs the discriminator updates of an iteration.
 
-    An update first gathers the drawn rows and patches, then learns from them. With `graphs` and one process the second
-    part is one replay of a captured graph, whose inputs are those few rows; the iteration's features are never copied.
-    Several processes run the same function eagerly: how many of the drawn images a process holds changes from update
-    to update, and with it every shape, and the sum over processes between backward and step watches for failed
-    processes on the host.
+    An update first gathers the drawn rows and patches, then learns from them. With `graphs` the second part is one
+    replay of a captured graph, whose inputs are those few rows; the iteration's features are never copied. On several
+    processes it is two, since the sum over processes between backward and step watches for failed ones on the host.
+    How many of the drawn images a process holds differs from update to update: it fills up with rows of weight 0, so
+    that every update has the shapes, kernels and graphs of the first.
 
     Args:
         adversary: what learns.
@@ -183,9 +209,12 @@ class DiscriminatorTrainer:
         self.adversary, self.config, self.seed = adversary, adversary.config, adversary.seed
         self.reduce, self.rank, self.world_size = reduce, rank, world_size
         self.replay = ReplayBuffer(self.config.replay_capacity)
-        backend = graphs if world_size == 1 else None
-        self.captured_update = CapturedFunction(self._update, name="discriminator update", backend=backend)
-        self._inputs = {side: StaticBuffers(adversary.device, static=backend is not None) for side in _SIDES}
+        alone = graphs if world_size == 1 else None
+        self.captured_update = CapturedFunction(self._update, name="discriminator update", backend=alone)
+        halves = {"discriminator gradients": self._gradients, "discriminator step": self._step}
+        self._halves = [CapturedFunction(function, name=name, backend=graphs) for name, function in halves.items()]
+        self._inputs = {side: StaticBuffers(adversary.device, static=graphs is not None) for side in _SIDES}
+        self._loss = torch.zeros(1, device=adversary.device)  # before the current update, over all processes at last
         self._total = 0  # images per side of the current update, over all processes
 
     def learn(
@@ -260,8 +289,24 @@ class DiscriminatorTrainer:
                 for name, tensor in features.tensors.items():
                     self._inputs[side].fill(name, tensor)
             key = (tuple(buffers.key() for buffers in self._inputs.values()), self._total)
-            losses.append(self.captured_update(key).clone())  # the next replay overwrites it
+            losses.append(self._run(key).clone())
         return torch.cat(losses)
+
+    @property
+    def captures(self) -> int:
+        """CUDA graphs held."""
+        return sum(part.captures for part in (self.captured_update, *self._halves))
+
+    def _run(self, key: Hashable) -> torch.Tensor:
+        """An update on the rows in the buffers; the loss before it, [1], which the next one overwrites."""
+        if self.world_size == 1:
+            self.captured_update(key)
+        else:
+            gradients, step = self._halves
+            gradients(key)
+            self._reduce()
+            step()
+        return self._loss
 
     def check(self, losses: torch.Tensor, iteration: int) -> None:
         """FloatingPointError for losses of `train` that are not all finite; reads them on the host."""
@@ -331,7 +376,8 @@ class DiscriminatorTrainer:
     def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, int]) -> None:
         """Continue from the replay buffer's `state`; call it after head and optimizer are loaded."""
         self.replay.load(tensors, counters, self.adversary.device)
-        self.captured_update.clear()  # the graphs hold the optimizer's storage of before
+        for part in (self.captured_update, *self._halves):
+            part.clear()  # the graphs hold the optimizer's storage of before
 
     def _draw(self, batch: DiscriminatorBatch, iteration: int, number: int) -> _Draw:
         generator = rng.generator(self.seed, "head_batch", iteration, number)
@@ -339,12 +385,16 @@ class DiscriminatorTrainer:
         replayed = min(int(self.config.replay_share * count), count - 1) if len(self.replay) else 0
         order = torch.randperm(batch.total, generator=generator)[:count]
         slots = torch.randint(max(len(self.replay), 1), (replayed,), generator=generator)
-        return _Draw(
+        draw = _Draw(
             _positions(batch.image_ids, order),
             _positions(batch.image_ids, order[replayed:]),
             slots[self.rank :: self.world_size],
             torch.tensor([self._patch_seed("head", side, iteration, number) for side in _SIDES]),
+            torch.zeros(0, dtype=torch.int64),
         )
+        if self.world_size == 1:
+            return draw
+        return draw.filled_up(len(batch.image_ids), count, replayed, self.world_size)
 
     def _patch_seed(self, purpose: str, side: str, *indices: int) -> int:
         return rng.derive_seed(self.seed, f"{purpose}_{side}_patches", *indices)
@@ -352,27 +402,41 @@ class DiscriminatorTrainer:
     @torch.no_grad()
     def _drawn(self, batch: DiscriminatorBatch, ids: torch.Tensor, counts: tuple[int, int, int], draw: torch.Tensor):
         """What one update learns from, by side; `draw` is a `_Draw.flat` on the device, `ids` the batch's images."""
-        *rows, slots, seeds = draw.split([*counts, len(_SIDES)])
+        chosen, counted = draw[: sum(counts) + len(_SIDES)], draw[sum(counts) + len(_SIDES) :]
+        *rows, slots, seeds = chosen.split([*counts, len(_SIDES)])
         found = {
             side: self.adversary.training_features(getattr(batch, side).rows(index), ids.index_select(0, index), seed)
             for side, index, seed in zip(_SIDES, rows, seeds.split(1))
         }
         if len(slots):
             found["generated"] = Features.cat([found["generated"], self.replay.rows(slots)])
+        if len(counted):
+            for side, weight in zip(_SIDES, counted.float().split([counts[0], counts[1] + counts[2]])):
+                found[side] = Features({**found[side].tensors, WEIGHT: weight})
         return found
 
-    def _update(self) -> torch.Tensor:
-        """One update on the rows in the buffers; the loss before it, [1]. Obeys the rules of `graphs`."""
+    def _update(self) -> None:
+        """One update on the rows in the buffers; leaves the loss before it. Obeys the rules of `graphs`."""
+        self._gradients()
+        self._reduce()
+        self._step()
+
+    def _gradients(self) -> None:
+        """Of this process's rows, and its part of the loss."""
         reference, generated = (Features(dict(self._inputs[side].tensors)) for side in _SIDES)
         self.adversary.optimizer.zero_grad(set_to_none=False)
         loss = self.adversary.loss(reference, generated, total=self._total).loss
         loss.backward()
-        loss = loss.detach().clone().reshape(1)
-        gradients = [p.grad for p in self.adversary.parameters()]
-        self.reduce([*gradients, loss])
-        _leave_out_if_not_finite(gradients, loss)
+        self._loss.copy_(loss.detach().reshape(1))
+
+    def _reduce(self) -> None:
+        """Gradients and loss summed over processes."""
+        self.reduce([*(p.grad for p in self.adversary.parameters()), self._loss])
+
+    def _step(self) -> None:
+        """On the summed gradients, if they are finite."""
+        _leave_out_if_not_finite([p.grad for p in self.adversary.parameters()], self._loss)
         self.adversary.step()
-        return loss
 
 
 @torch.no_grad()

@@ -97,9 +97,9 @@ class ModelSection(Section):
     decoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the image decoder with --fast; auto follows dtype on a GPU. In bfloat16 the run's first images
     must reach 40 dB against float32."""
-    attention: Literal["auto", "flash3", "flash2", "cudnn", "flash", "efficient", "cpu", "math"] = "auto"
+    attention: Literal["auto", "flash3", "flash2", "flash4", "cudnn", "flash", "efficient", "cpu", "math"] = "auto"
     """Attention of the fused transformer (policy/fused/attention.py says what each needs); auto takes the first that
-    runs."""
+    runs, never flash4."""
     base_precision: Literal["model", "fp8"] = "model"
     """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast."""
 
@@ -129,6 +129,9 @@ class DataSection(Section):
     fit: Literal["refuse", "crop", "letterbox", "stretch"] = "refuse"
     """References that are not square: an error (`advgrpo.references import` makes squares), the middle cropped, white
     bars added, or stretched, which teaches the adversary that good images are squashed."""
+    decode_workers: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
+    """Processes that decode an iteration's references while its images are sampled, for each process that trains; auto:
+    none on a CPU, up to 8 beside a GPU."""
     cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
     """Where text embeddings and reference features are kept, keyed by content hash; every process encodes a share of
     the prompts into it, so all machines of a run must see the same folder."""
@@ -266,6 +269,9 @@ class UpdateSection(Section):
     """The gradient is scaled down to this norm; inf leaves it as it is."""
     optimizer: Literal["auto", "fused", "torch", "apex"] = "auto"
     """AdamW by our fused kernel (what auto takes with --fast), torch's, or NVIDIA Apex's FusedAdam when installed."""
+    graphs: bool = False
+    """With CUDA graphs, capture the update's forward and backward as well: fewer waits for the CPU, but a micro-batch's
+    activations stay in memory, twice over while graphs are made."""
     ema_decay: Decay = 0.9
     """Moving average of the adapters, which is what is evaluated and exported."""
     ema_rule: Literal["optimizer_step", "mini_batch"] = "optimizer_step"

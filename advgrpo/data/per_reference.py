@@ -21,6 +21,8 @@ Size = tuple[int, int]  # height and width
 class Store(Protocol[T]):
     """Where values stay: `cache.LastUsed` in memory, `cache.TensorCache` on disk as well."""
 
+    def __contains__(self, key: str) -> bool: ...
+
     def load(self, key: str) -> T | None: ...
 
     def store(self, key: str, value: T) -> T: ...
@@ -64,6 +66,11 @@ class PerReference(Generic[T]):
     def load(self, references: ReferenceSet, prompt: str) -> T | None:
         """The value of the prompt's references if the store has it."""
         return self.store.load(self.key(references, prompt))
+
+    def missing(self, references: ReferenceSet, prompt: str, size: Size | None = None) -> list[Path]:
+        """The images that would have to be decoded for the prompt's value; none where the store has it."""
+        files = self._files(references, prompt)
+        return [] if self._key(references, files, prompt, size) in self.store else files
 
     def make(self, references: ReferenceSet, prompt: str) -> T:
         """The value of the prompt's references, computed whatever the store has, and not stored."""

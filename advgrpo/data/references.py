@@ -3,10 +3,11 @@
 import difflib
 import hashlib
 import json
+import logging
 import os
 import shlex
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -15,11 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from advgrpo.data.decoding import DecodingWorkers, WorkerError
 from advgrpo.data.images import IMAGE_SUFFIXES, Fit, ImageError, in_one_colour, is_square, open_image, to_square
 from advgrpo.data.record_source import parse_source
 from advgrpo.errors import UserError
 from advgrpo.runtime.reading import RepeatedKeyError, parse_json, read_text, unique_keys
 
+_logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _NAMED = 5  # unusable images that an error names
 
@@ -37,6 +40,8 @@ class ReferenceSet:
         self.folder, self.fit = folder, fit
         self._files, self._shared = files, shared
         self._content_keys: dict[Path, str] = {}
+        self.workers: DecodingWorkers | None = None
+        self._ahead: dict[Path, Future[np.ndarray]] = {}  # what the workers decode or have decoded
 
     @classmethod
     def load(
@@ -111,6 +116,26 @@ class ReferenceSet:
             raise UserError(f"no references were loaded for prompt {prompt!r}{_nearest(prompt, self._files)}")
         return list(self._files[prompt])
 
+    def decode_ahead(self, files: Iterable[Path]) -> None:
+        """Let the workers decode these, and forget what they have decoded that is not among them; nothing without
+        workers. `load_images` then need not decode them."""
+        if self.workers is not None:
+            before = self._ahead
+            self._ahead = {
+                file: before[file] if file in before else self.workers.decode(file, self.fit)
+                for file in dict.fromkeys(files)
+            }
+
+    def _decoded(self, file: Path) -> Tensor:
+        """float32 [3, H, W]; UserError where the image can no longer be read."""
+        ahead = self._ahead.get(file)
+        if ahead is not None:
+            try:
+                return _to_tensor(ahead.result())
+            except WorkerError as error:
+                _logger.warning("%s; it is decoded here", error)  # and what is wrong with it is said below
+        return _to_tensor(np.array(to_square(open_image(file), self.fit)))
+
     def load_images(self, files: list[Path], size: tuple[int, int] | None = None) -> Tensor:
         """Decode images to a float32 tensor `[n, 3, H, W]` in [0, 1], on the CPU.
 
@@ -125,7 +150,7 @@ class ReferenceSet:
         """
         if not files:
             raise ValueError("files is empty; at least one image is needed")
-        images = [_to_tensor(to_square(open_image(file), self.fit)) for file in files]
+        images = [self._decoded(file) for file in files]
         if size is not None:
             images = [_resize(image, size) for image in images]
         for file, image in zip(files, images):
@@ -247,9 +272,9 @@ def _map_in_threads(function: Callable[[Path], T], files: list[Path]) -> list[T]
         return list(pool.map(function, files))
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    """-> float32 [3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).contiguous()
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, H, W] in [0, 1]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255).contiguous()
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -298,6 +298,7 @@ class _Estimate:
         per_image = 4 * tokens * width
         iteration = "rollout.prompts_per_iteration, group_size, processes"
         kept = 4 * width * (min(adversary.cached_patches, tokens - 1) + 1)
+        stored = kept * element // 4  # reference_features.py packs what a bfloat16 backbone gives
         count = known_models.count_backbone(backbone)
         yield Component("DINO backbone", count * element, f"adversary.backbone = {adversary.backbone}")
         after = ("score", "update")
@@ -305,7 +306,7 @@ class _Estimate:
         yield Component("the same, while joined", self.images * per_image, iteration, ("score",))
         yield Component("features of their references", self.images * kept, "adversary.cached_patches", after)
         views = 1 if adversary.augment == "none" else _REFERENCE_VIEWS
-        cached = _PROMPTS_IN_MEMORY * _REFERENCES_PER_PROMPT * kept * views
+        cached = _PROMPTS_IN_MEMORY * _REFERENCES_PER_PROMPT * stored * views
         yield Component(
             "reference features in memory, at most", cached, "adversary.cached_patches", ("score", "update")
         )
@@ -345,9 +346,15 @@ class _Estimate:
         yield Component("decoding", decode, "model.resolution, rollout.micro_batch", ("decode",))
         both = "rollout.micro_batch, model.gradient_checkpointing, model.lora.blocks"
         saved = sequences * shape.saved_bytes(checkpointing=knobs.gradient_checkpointing)
-        yield Component("activations saved for the backward", saved, both, ("update",))
+        captured = config.update.graphs and self.fused  # in the graphs' pool, whatever runs
+        during = ("sample", *held) if captured else ("update",)
+        yield Component("activations saved for the backward", saved, both, during)
         backward = sequences * shape.backward_bytes() + (self.element * self.weights.lora if self.fused else 0)
-        yield Component("gradients within the backward", backward, decides, ("update",))
+        yield Component("gradients within the backward", backward, decides, during)
+        if captured:
+            yield Component(
+                "the same, while graphs of the update are made", saved + backward, "update.graphs", ("update",)
+            )
 
 
 def micro_batches(rollout: RolloutSection, minibatches: int, processes: int = 1) -> list[int]:

@@ -61,7 +61,7 @@ class ClipReferenceSimilarity(Reward):
     ):
         self.reduction = check_reduction(reduction)
         self.clip = clip or ClipModel(path, processor=processor, device=device, dtype=dtype, field=f"{self.name}.path")
-        self._references = reference_embeddings(self.clip.image_embeddings)
+        self.of_references = reference_embeddings(self.clip.image_embeddings)
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None) -> torch.Tensor:
         """[B] float32 on the device of `images`; UserError without references or for a prompt that has none."""
@@ -70,7 +70,7 @@ class ClipReferenceSimilarity(Reward):
         cosine = reference_cosine(
             self.clip.image_embeddings(images),
             prompts,
-            lambda prompt: self._references.of_prompt(known, prompt),
+            lambda prompt: self.of_references.of_prompt(known, prompt),
             self.reduction,
         )
         return finite_scores(cosine, images, prompts, self.name)

@@ -44,7 +44,7 @@ class DinoSimilarity(Reward):
             device=torch.device(device),
             fields=fields,
         )
-        self._references = reference_embeddings(self.embed)
+        self.of_references = reference_embeddings(self.embed)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Class tokens [B, D] float32 of images."""
@@ -52,7 +52,7 @@ class DinoSimilarity(Reward):
 
     def cosine(self, embeddings: torch.Tensor, prompts: list[str], references: ReferenceSet) -> torch.Tensor:
         """[B] from class tokens [B, D] that are computed already."""
-        own = self._references.of_prompt
+        own = self.of_references.of_prompt
         return reference_cosine(embeddings, prompts, lambda prompt: own(references, prompt), self.reduction)
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ that exactness up.
 Every step does the same operations whatever its number: coefficients, timesteps and modulations are device tables read
 at a device step counter, noise is keyed by device tensors, and nothing waits for the device. With a graph backend each
 kind of step (ODE, window, the window's first) is one CUDA graph per shape, replayed for every step and every iteration;
-one graph of all ten steps would have to be captured anew for every window that is drawn.
+or, with `whole`, all steps are one graph, which is captured anew for every window: for a window that stays.
 
 Shapes: P prompts, M images (M >= P), latents [., C, H, W] float32.
 """
@@ -18,13 +18,14 @@ Shapes: P prompts, M images (M >= P), latents [., C, H, W] float32.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any, Generic
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple
 
 import torch
 
 from advgrpo.policy.base import Capturable, Generator, P, Prediction, Trainable
+from advgrpo.policy.current_prompts import CurrentPrompts
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
@@ -34,34 +35,12 @@ from advgrpo_kernels import GaussianStep, gaussian_step, philox_normal
 logger = logging.getLogger(__name__)
 
 
-class _CurrentPrompts(Generic[P]):
-    """The prepared prompts of the step under way: a captured step takes no arguments and finds them here.
+class _Plan(NamedTuple):
+    """The numbers of a trajectory's steps, which a captured one holds fast."""
 
-    For one that is captured they lie in storage that stays the same for each shape; else they are the ones given.
-    """
-
-    def __init__(self, device: torch.device, storage: Capturable[P] | None):
-        self.storage = storage
-        self._buffers = StaticBuffers(device, static=storage is not None)
-        self._prepared: P | None = None
-
-    def set(self, prepared: P) -> None:
-        if self.storage is None:
-            self._prepared = prepared
-            return
-        self._buffers.reset()
-        for name, tensor in self.storage.prompt_tensors(prepared).items():
-            self._buffers.fill(name, tensor)
-        self._prepared = self.storage.with_prompt_tensors(prepared, self._buffers.tensors)
-
-    def get(self) -> P:
-        if self._prepared is None:
-            raise RuntimeError("no prompts are set")
-        return self._prepared
-
-    def key(self) -> Hashable:
-        """What a capture freezes of them."""
-        return self._buffers.key()
+    order: tuple[int, ...]  # of the steps that are taken
+    window: tuple[int, ...]
+    trained: tuple[int, ...]
 
 
 @dataclass
@@ -75,6 +54,7 @@ class Sampler(Generic[P]):
         graphs: captures the steps; None runs them eagerly.
         shared_noise: the images of a prompt start from one noise.
         keep_means: the steps to train on hold the means of their distributions, for trust regions that compare them.
+        whole: with graphs, a trajectory is one of them.
     """
 
     policy: Generator[P]
@@ -86,6 +66,7 @@ class Sampler(Generic[P]):
     graphs: GraphBackend | None = None
     shared_noise: bool = True
     keep_means: bool = False
+    whole: bool = False
 
     def __post_init__(self):
         if self.share_prefix and not self.shared_noise:
@@ -99,9 +80,16 @@ class Sampler(Generic[P]):
         backend = None if storage is None else self.graphs
         # What the steps below read, since a captured function takes no arguments (runtime/graphs.py).
         self._inputs = StaticBuffers(self.policy.device, static=storage is not None)
-        self._prompts = _CurrentPrompts(self.policy.device, storage)
-        steps = {"ODE step": self._ode_step, "window step": self._window_step, "branching step": self._branching_step}
+        self._prompts = CurrentPrompts(self.policy.device, storage)
+        steps: dict[str, Callable[[], Any]] = {
+            "ODE step": self._ode_step,
+            "window step": self._window_step,
+            "branching step": self._branching_step,
+            "trajectory": self._trajectory,
+        }
         self._steps = {name: CapturedFunction(function, name=name, backend=backend) for name, function in steps.items()}
+        self._inside = False  # the trajectory: its steps are part of what is captured
+        self._plan: _Plan | None = None  # of the trajectory
 
     @property
     def captures(self) -> int:
@@ -134,36 +122,72 @@ class Sampler(Generic[P]):
         latents = initial if shared or not self.shared_noise else initial.index_select(0, row)
         self._prompts.set(prompts if shared else prompts.rows(row))
         inputs.fill("coefficients", table.coefficients)
+        inputs.fill("numbers", torch.cat(table.numbers))
+        inputs.fill("row", row)
         if table.window:
             if image_ids is None:
                 raise ValueError("a window's noise is keyed by image_ids: give them")
             inputs.fill("seed", to_device(torch.tensor([noise_seed]), self.policy.device))
             inputs.fill("image_ids", image_ids)
-            inputs.fill("row", row)
+        inputs.fill("latents", latents)
+        inputs.fill("step", table.numbers[0])
+        self._plan = _Plan(tuple(range(len(table.numbers))), table.window, table.trained)
+        if not (self.whole and inputs.static):
+            return self._walk(self._plan)
+        latents, steps = self._run("trajectory", self._plan)
+        return self._keep(latents), [self._kept(step) for step in steps]
+
+    def _trajectory(self) -> tuple[torch.Tensor, list[WindowStep]]:
+        """`_walk` of the plan that is set, as one captured function: its steps are not captured for themselves."""
+        assert self._plan is not None
+        self._inside = True
+        try:
+            return self._walk(self._plan)
+        finally:
+            self._inside = False
+
+    def _walk(self, plan: _Plan) -> tuple[torch.Tensor, list[WindowStep]]:
+        """From the latents that are set to images: latents [M, ...] and the steps to train on."""
+        shared, latents, prompts = self.share_prefix, self._inputs["latents"], self._prompts.get()
+        row, numbers = self._inputs["row"], self._inputs["numbers"].split(1)
         steps: list[WindowStep] = []
-        for i, number in enumerate(table.numbers):
-            inputs.fill("latents", latents)
-            inputs.fill("step", number)
-            if i not in table.window:
+        for i in plan.order:
+            self._put("latents", latents)
+            self._put("step", numbers[i])
+            if i not in plan.window:
                 latents = self._run("ODE step")
                 continue
             before = self._keep(latents)
             latents, log_prob, *means = self._run("branching step" if shared else "window step")
             latents = self._keep(latents)
-            if i in table.trained:
+            if i in plan.trained:
                 mean = self._keep(means[0]) if means else None
                 steps.append(WindowStep(i, before, latents, self._keep(log_prob), shared, mean=mean))
             if shared:
-                self._prompts.set(prompts.rows(row))
+                self._prompts.set(prompts.rows(row), copied=not self._inside)
                 shared = False
         return (latents.index_select(0, row) if shared else self._keep(latents)), steps
 
-    def _run(self, step: str) -> Any:
+    def _run(self, step: str, plan: _Plan | None = None) -> Any:
         """What one of the steps returns; the next may overwrite it."""
-        return self._steps[step]((self._inputs.key(), self._prompts.key()))
+        function = self._steps[step]
+        return function.function() if self._inside else function((self._inputs.key(), self._prompts.key(), plan))
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        """An input of the next step; inside a trajectory where it lies."""
+        if self._inside:
+            self._inputs.tensors[name] = tensor
+        else:
+            self._inputs.fill(name, tensor)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone() if self._inputs.static else tensor
+        return tensor.clone() if self._inputs.static and not self._inside else tensor
+
+    def _kept(self, step: WindowStep) -> WindowStep:
+        """The step in memory of its own."""
+        mean = None if step.mean is None else self._keep(step.mean)
+        latents, after = self._keep(step.latents), self._keep(step.next_latents)
+        return replace(step, latents=latents, next_latents=after, log_prob=self._keep(step.log_prob), mean=mean)
 
     def _predict(self, merged: bool) -> Prediction:
         """Of the latents, step and prompts that are set."""

@@ -11,6 +11,7 @@ import torch
 from advgrpo.adversary.base import Adversary
 from advgrpo.adversary.reference_features import ReferenceFeatures
 from advgrpo.config import NEED_REFERENCES, Config
+from advgrpo.data.decoding import DecodingWorkers, workers_for
 from advgrpo.data.references import ReferenceSet
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
@@ -268,6 +269,9 @@ def build_scorer(
 ) -> Scorer:
     """Rewards, references and their cached features in one place. `custom`: as in `build_rewards`."""
     cache = Path(config.data.cache_dir).expanduser()
+    workers = workers_for(config.data.decode_workers, distributed.device.type)
+    if sources.references is not None and workers:
+        sources.references.workers = DecodingWorkers(workers)
     features = None if adversary is None else ReferenceFeatures(sources.references, adversary, cache)
     return Scorer(
         rollout=config.rollout,
@@ -280,6 +284,7 @@ def build_scorer(
         observer=observer,
         distributed=distributed,
         watches=config.monitor.every > 0,
+        size=(config.model.resolution, config.model.resolution),
     )
 
 
@@ -318,6 +323,7 @@ def build_trainer(
         config.advantage,
         reduce=distributed.all_reduce_sum,
         fused=fast.fused_optimizer,
+        graphs=graphs,
     )
     micro_batches = MicroBatches(prompts, config.rollout, config.update.minibatches, seed=config.seed, **place)
     monitor = Monitor(config.monitor, Knobs.of(config))

@@ -54,6 +54,7 @@ class FastPaths:
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
             own_noise = "rollout.initial_noise = per_image: every image is its own trajectory"
+        of_sampler = "trajectory" if config.rollout.window.chosen_order == "fixed" else "sampling step"
         rows = (
             _row(
                 "shared prefix",
@@ -71,7 +72,12 @@ class FastPaths:
             _row(
                 "CUDA graphs",
                 fused_off or gpu_only,
-                "one launch per sampling step; per discriminator update on one GPU",
+                f"one launch per {of_sampler}; one per discriminator update, two on several GPUs",
+            ),
+            _row(
+                "captured update",
+                fused_off or gpu_only or _why_not_captured(config),
+                "one launch per step of the window, forward and backward; its activations stay in memory",
             ),
             _row(
                 "FP8 sampling",
@@ -119,6 +125,14 @@ def _why_not_ours(optimizer: str, fast: bool) -> str:
     return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
 
 
+def _why_not_captured(config: Config) -> str:
+    """Why the update's forward and backward are no graphs, or ""."""
+    if not config.update.graphs:
+        return "update.graphs = false"
+    objective = config.update.objective
+    return "" if objective == "policy" else f"update.objective = {objective}: only the policy gradient's is"
+
+
 def _why_no_triton(device: torch.device) -> str:
     """Why the ops run their PyTorch references, or ""; as `advgrpo_kernels._runtime.pick_backend` decides."""
     if device.type != "cuda":
@@ -132,7 +146,7 @@ def _why_no_csrc(device: torch.device) -> str:
     """Why AdamW is not the compiled one, or ""; the optimizer takes the same steps either way."""
     if device.type != "cuda":
         return "no CUDA device: PyTorch's operators, the same steps"
-    return "" if library() is not None else "csrc/ is not built: PyTorch's operators, which wait for the norm"
+    return "" if library() is not None else "csrc/ is not built: PyTorch's operators, which do not wait either"
 
 
 def _where_fp8(device: torch.device, on_gpu: str, elsewhere: str) -> str:

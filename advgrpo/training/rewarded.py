@@ -18,7 +18,7 @@ import torch
 
 from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer, UpdatePlan, paired_accuracy
 from advgrpo.config import AdvantageSection, Config, RolloutSection
-from advgrpo.monitor.image_statistics import ImageStatistics, measure, reference_statistics
+from advgrpo.monitor.image_statistics import ImageStatistics, measure
 from advgrpo.policy.base import Policy
 from advgrpo.runtime import rng
 from advgrpo.runtime.distributed import Distributed
@@ -65,9 +65,7 @@ class RewardedObjective(ABC):
     due: Callable[[int], bool]
 
     def __post_init__(self) -> None:
-        self._of_references = None
-        if self.scorer.references is not None:
-            self._of_references = partial(reference_statistics().of_prompt, self.scorer.references)
+        self._of_references = None if self.scorer.references is None else self.scorer.reference_statistics
 
     @classmethod
     def build(cls, parts: Parts) -> Self:
@@ -83,6 +81,7 @@ class RewardedObjective(ABC):
             graphs=parts.graphs,
             shared_noise=config.rollout.initial_noise == "shared",
             keep_means=config.update.trust_region != "ratio",
+            whole=config.rollout.window.chosen_order == "fixed",
         )
         discriminator_trainer = None
         if scorer.adversary is not None:

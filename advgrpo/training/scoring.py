@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -17,13 +19,14 @@ from advgrpo.adversary.reference_features import ReferenceFeatures, reference_dr
 from advgrpo.config import NEED_REFERENCES, RewardSection, RolloutSection
 from advgrpo.data.per_reference import PerReference
 from advgrpo.data.references import ReferenceSet
-from advgrpo.monitor.image_statistics import PROMPTS_IN_MEMORY, REFERENCES_LOOKED_AT
+from advgrpo.monitor.image_statistics import PROMPTS_IN_MEMORY, REFERENCES_LOOKED_AT, reference_statistics
 from advgrpo.reporting.metric_names import OF_REFERENCES
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.compose import compose
 from advgrpo.runtime.cache import LastUsed
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.transfer import to_device
+from advgrpo.training.ahead import ReferencesAhead
 from advgrpo.training.columns import Columns
 from advgrpo.training.observer import DinoObserver
 from advgrpo.types import Features, Rollout
@@ -75,6 +78,10 @@ class ReferenceScores:
             self._mean_scores, LastUsed(PROMPTS_IN_MEMORY), of_text=True, first=REFERENCES_LOOKED_AT
         )
 
+    def missing(self, prompt: str, size: tuple[int, int]) -> list[Path]:
+        """The references that would have to be decoded for the prompt."""
+        return self._means.missing(self.references, prompt, size) if self.rewards else []
+
     def columns(self, prompts: list[str], size: tuple[int, int]) -> dict[str, torch.Tensor]:
         """name -> [len(prompts)] float32 on the device; the references are resized to `size`, (height, width)."""
         if not self.rewards:
@@ -104,6 +111,7 @@ class Scorer:
         references: the reference images, where the run has any.
         observer: looks at the images for statistics; it may look through the adversary's own backbone.
         watches: whether what the references would get is of interest.
+        size: height and width of the images; needed where workers decode references ahead of time.
     """
 
     rollout: RolloutSection
@@ -116,16 +124,47 @@ class Scorer:
     observer: DinoObserver | None
     distributed: Distributed
     watches: bool = False
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         watched = self.references is not None and self.watches
         device = self.distributed.device
         self._of_references = ReferenceScores(self.rewards, self.references, device) if watched else None
+        self._statistics = reference_statistics()
+        self._ahead = self._references_ahead() if self.references is not None and self.references.workers else None
+
+    def _references_ahead(self) -> ReferencesAhead:
+        size = self.size
+        assert self.references is not None
+        assert size is not None
+        embeddings = [*self.rewards.values(), *([self.observer.metric] if self.observer else [])]
+        missing = [
+            partial(each.of_references.missing, self.references)
+            for each in embeddings
+            if hasattr(each, "of_references")
+        ]
+        if self.reference_features is not None:
+            missing.append(self.reference_features.missing)
+        if self._of_references is not None:
+            missing.append(partial(self._of_references.missing, size=size))
+        if self.watches:
+            missing.append(partial(self._statistics.missing, self.references, size=size))
+        measure = partial(self._statistics.of_prompt, self.references, size=size)
+        return ReferencesAhead(self.references, missing, measure if self.watches else None)
 
     def prefetch(self, prompts: list[str]) -> None:
         """Begin to load what scoring these prompts' images needs."""
         if self.reference_features is not None:
             self.reference_features.prefetch(prompts)
+        if self._ahead is not None:
+            self._ahead.begin(prompts)
+
+    def reference_statistics(self, prompt: str, size: tuple[int, int]) -> torch.Tensor:
+        """`image_statistics.reference_statistics` of a prompt's references."""
+        assert self.references is not None
+        if self._ahead is not None:
+            self._ahead.finish()
+        return self._statistics.of_prompt(self.references, prompt, size)
 
     def score(self, rollout: Rollout, iteration: int) -> Scored:
         """Every reward of every image under the adversary as it stands, gathered over processes.
@@ -139,6 +178,8 @@ class Scorer:
             StopRequested: somebody asked for the end.
         """
         generated = reference = None
+        if self._ahead is not None:
+            self._ahead.asked()
         with self.distributed.monitored("sample and score"):
             if self.adversary is not None:
                 generated, reference = self._features(rollout, iteration)

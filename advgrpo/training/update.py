@@ -6,15 +6,18 @@ optimizer step every likelihood ratio is exactly 1.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from advgrpo.config import AdvantageSection, RolloutSection, UpdateSection
 from advgrpo.errors import RunFailure
-from advgrpo.policy.base import Policy, Prediction, PreparedPrompts
+from advgrpo.policy.base import Capturable, Policy, Prediction, PreparedPrompts
+from advgrpo.policy.current_prompts import CurrentPrompts
+from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable, step_weights
 from advgrpo.training.device_abort import DeviceAbort
@@ -23,6 +26,9 @@ from advgrpo.training.kl_target import kl_target
 from advgrpo.training.optimizer import build_optimizer
 from advgrpo.types import MicroBatchRollout, WindowStep
 from advgrpo_kernels import PolicyLoss, clipped_policy_loss, gaussian_log_prob, gaussian_step
+
+logger = logging.getLogger(__name__)
+_OF_STEP = ("latents", "next_latents", "log_prob", "weight", "mean")  # tensors of a WindowStep, the last two optional
 
 
 class LogProbMismatchError(RunFailure):
@@ -56,6 +62,26 @@ class UpdateStats:
         return torch.stack(self.mismatch).max() if self.mismatch else torch.zeros((), device=self.device)
 
 
+class _Frozen(NamedTuple):
+    """What a captured step holds fast of the call that it was captured in, beside shapes."""
+
+    step: int
+    shared: bool
+    measure_kl: bool
+    weight: float  # of an image in the minibatch's mean
+
+
+class _Learned(NamedTuple):
+    """Sums over a step's images, scalars on the device; names of `UpdateStats`."""
+
+    loss: torch.Tensor
+    ratio: torch.Tensor
+    clipped: torch.Tensor
+    mismatch: torch.Tensor
+    divergence: torch.Tensor | None
+    kl: torch.Tensor | None
+
+
 class _Sections(NamedTuple):
     """The settings that the update looks at."""
 
@@ -82,7 +108,9 @@ class Updater:
         reduce: Callable[[list[torch.Tensor]], None],
         fused: bool,
         ema: Ema | None = None,
+        graphs: GraphBackend | None = None,
     ):
+        """`graphs` captures forward and backward of each step where `update.graphs` asks for it; None never."""
         self.policy, self.config, self.reduce = policy, _Sections(update, rollout, advantage), reduce
         self.step_weights = step_weights(policy, rollout, update.step_weights)
         self.named = list(policy.trainable_parameters())
@@ -91,6 +119,17 @@ class Updater:
         self.stepper = build_optimizer([p for _, p in self.named], update, self.ema, fused=fused)
         self.optimizer = self.stepper.optimizer
         self.abort = DeviceAbort(policy.device)
+        storage = policy if update.graphs and graphs is not None and isinstance(policy, Capturable) else None
+        if update.graphs and graphs is not None and storage is None:
+            logger.warning("a %s is not Capturable: its update runs eagerly", type(policy).__name__)
+        backend = None if storage is None else graphs
+        # What a step reads, since a captured function takes no arguments (runtime/graphs.py).
+        self._inputs = StaticBuffers(policy.device, static=storage is not None)
+        self._prompts = CurrentPrompts(policy.device, storage)
+        self._current: tuple[WindowStep, StepTable, _Frozen] | None = None
+        self.captured = CapturedFunction(
+            self._learn, name="update step", backend=backend, switch="update.graphs = false"
+        )
 
     @torch.no_grad()
     def reweigh(self, micro_batches: Iterable[MicroBatchRollout], table: StepTable) -> torch.Tensor:
@@ -142,22 +181,57 @@ class Updater:
         when the loss does not use it: with a shared prefix that forward has one row per prompt.
         """
         self.zero_gradients()
-        stats = UpdateStats(self.policy.device)
+        stats, inputs = UpdateStats(self.policy.device), self._inputs
         weight = 1.0 / (total * len(table.trained))
+        table = self._held(table)
         for rollout in micro_batches:
-            row = to_device(rollout.micro_batch.row, self.policy.device)
-            prompts = self._prepare(rollout, table)
-            micro_batch_advantages = advantages[to_device(rollout.micro_batch.image_ids, advantages.device)]
+            inputs.fill("row", to_device(rollout.micro_batch.row, self.policy.device))
+            inputs.fill("advantages", advantages[to_device(rollout.micro_batch.image_ids, advantages.device)])
+            self._prompts.set(self._prepare(rollout, table))
             for number, step in enumerate(rollout.steps):
                 watched = watch_kl and number == 0 and int(rollout.micro_batch.image_ids[0]) == 0
                 measure_kl = self.config.update.kl_weight > 0 or watched
-                predicted = self._predict(step, prompts, row, table)
-                latents, expanded = self._expanded(step, predicted, row)
-                target = self._target_mean(step, latents, prompts, row, table) if measure_kl else None
-                loss = self._loss(step, latents, expanded, micro_batch_advantages, table, target)
-                self._backward(step, predicted, loss, len(row) * weight)
-                self._record(stats, loss, step, measure_kl)
+                for name in _OF_STEP:
+                    if getattr(step, name) is not None:
+                        inputs.fill(name, getattr(step, name))
+                frozen = _Frozen(step.step, step.shared, measure_kl, weight)
+                self._current = step, table, frozen
+                learned = self.captured((inputs.key(), self._prompts.key(), frozen))
+                self._record(stats, learned, len(step.log_prob))
+        inputs.reset()
+        self._current = None
         return stats
+
+    def _held(self, table: StepTable) -> StepTable:
+        """The table over tensors that a captured step may read."""
+        held = {"timesteps": table.timesteps, "coefficients": table.coefficients, "numbers": torch.cat(table.numbers)}
+        for name, tensor in held.items():
+            self._inputs.fill(name, tensor)
+        made = replace(table, timesteps=self._inputs["timesteps"], coefficients=self._inputs["coefficients"])
+        made.numbers = list(self._inputs["numbers"].split(1))
+        return made
+
+    def _learn(self) -> _Learned:
+        """Gradients of the step that is set, added to those that there are. Obeys the rules of `graphs`."""
+        assert self._current is not None
+        given, table, frozen = self._current
+        inputs, prompts = self._inputs, self._prompts.get()
+        held = {name: inputs[name] for name in _OF_STEP if getattr(given, name) is not None}
+        step, row = replace(given, **held), inputs["row"]
+        predicted = self._predict(step, prompts, row, table)
+        latents, expanded = self._expanded(step, predicted, row)
+        target = self._target_mean(step, latents, prompts, row, table) if frozen.measure_kl else None
+        loss = self._loss(step, latents, expanded, inputs["advantages"], table, target)
+        self._backward(step, predicted, loss, len(row) * frozen.weight)
+        rows = len(loss.log_prob)
+        return _Learned(
+            loss.loss.detach() * rows,
+            loss.ratio.sum(),
+            loss.clip_fraction * rows,
+            (loss.log_prob - step.log_prob).abs().max(),
+            None if loss.divergence is None else loss.divergence.sum(),
+            loss.kl * rows if frozen.measure_kl else None,
+        )
 
     def zero_gradients(self) -> None:
         """Before a minibatch's gradients are accumulated."""
@@ -285,18 +359,13 @@ class Updater:
     def _guidance(self) -> float:
         return self.config.rollout.guidance_scale
 
-    def _record(self, stats: UpdateStats, loss: PolicyLoss, step: WindowStep, measured_kl: bool) -> None:
-        rows = len(loss.log_prob)
+    def _record(self, stats: UpdateStats, learned: _Learned, rows: int) -> None:
+        """Of `rows` images; a captured step's results are the next one's memory."""
         stats.pairs += rows
-        stats.loss.append(loss.loss.detach() * rows)
-        stats.ratio.append(loss.ratio.sum())
-        stats.clipped.append(loss.clip_fraction * rows)
-        if loss.divergence is not None:
-            stats.divergence.append(loss.divergence.sum())
-        stats.mismatch.append((loss.log_prob - step.log_prob).abs().max())
-        if measured_kl:
-            stats.kl.append(loss.kl * rows)
-            stats.kl_pairs += rows
+        for name, value in learned._asdict().items():
+            if value is not None:
+                getattr(stats, name).append(value.clone() if self._inputs.static else value)
+        stats.kl_pairs += rows if learned.kl is not None else 0
 
     def step(self, mismatch: torch.Tensor | None = None) -> torch.Tensor:
         """Sum gradients over processes, clip, step; returns the gradient norm before clipping, on the device.

@@ -284,6 +284,7 @@ def test_two_processes_take_the_steps_of_one(unit_backbone, changes):
         thread.start()
     for thread in threads:
         thread.join(60)
+    assert len(results) == 2
     for losses, head, replay in results.values():
         assert losses == pytest.approx(expected, abs=1e-6)
         torch.testing.assert_close(replay, alone.replay.tensors)

@@ -15,6 +15,7 @@ from advgrpo.adversary.discriminator_adam import DiscriminatorAdam
 from advgrpo.adversary.pickscore import PickScoreAdversary
 from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer
 from advgrpo.config import AdversarySection
+from advgrpo.runtime import rng
 from advgrpo.runtime.graphs import CaptureError
 from advgrpo.types import Features
 from tests.graph_emulator import EmulatedGraphs
@@ -131,11 +132,57 @@ def test_a_head_that_begins_anew_goes_on_in_the_graphs_that_there_are(unit_backb
     assert captured.captured_update.captures == 1
 
 
-def test_several_processes_run_eagerly(unit_backbone):
-    backend = EmulatedGraphs()
-    trainer = make_trainer(unit_backbone, backend, world_size=2)
-    run(trainer, range(3))
-    assert (trainer.captured_update.captures, backend.replays) == (0, 0)
+@pytest.mark.parametrize("changes", [{}, {"gradient_penalty": 0.1, "heads": 2}])
+def test_several_processes_capture_gradients_and_step_and_sum_between(unit_backbone, changes, monkeypatch):
+    """Shares of a draw differ from update to update, yet one graph of each half serves all of them."""
+    monkeypatch.setattr("advgrpo_kernels.ops.patches.can_look_at", lambda tensor: False)
+    backend, sums = EmulatedGraphs(), []
+    eager, captured = (make_trainer(unit_backbone, graphs, world_size=2, **changes) for graphs in (None, backend))
+    captured.reduce = lambda tensors: sums.append(len(tensors))
+    runs = []
+    for trainer in (eager, captured):
+        batches = [make_batch(iteration) for iteration in range(6)]
+        for batch in batches:  # of rank 0, which holds the first half
+            batch.image_ids = torch.arange(TOTAL // 2)
+            batch.reference, batch.generated = (
+                side.rows(torch.arange(TOTAL // 2)) for side in (batch.reference, batch.generated)
+            )
+        losses = []
+        for iteration, batch in enumerate(batches):
+            losses.append(trainer.train(batch, iteration, 3))
+            trainer.add_to_replay(batch, iteration, lambda t: t)
+        runs.append(torch.cat(losses))
+    assert torch.equal(*runs)
+    assert_same(eager, captured)
+    assert sums == [len(captured.adversary.parameters()) + 1] * 6 * 3
+    assert (captured.captures, captured.captured_update.captures) == (3, 0)  # with and without replay; the step
+    assert backend.replays == 2 * 6 * 3 - 6
+
+
+@pytest.mark.parametrize("processes", [2, 8, 64])
+def test_every_process_has_the_same_shapes_in_every_update(unit_backbone, processes, monkeypatch):
+    """So the Triton kernels are compiled once, whatever the number of processes (58 variants without)."""
+    trainer, counts = make_trainer(unit_backbone, world_size=processes, replay_share=0.25), set()
+    trainer.config.batch_size = 256
+    monkeypatch.setattr(trainer.replay, "size", 12)
+    sides = Features({"cls": torch.zeros(768, 1)}), Features({"cls": torch.zeros(768, 1)})
+    for rank in range(processes):
+        trainer.rank, own = rank, 768 // processes
+        batch = DiscriminatorBatch(torch.arange(rank * own, (rank + 1) * own), *sides, total=768)
+        for iteration in range(640 // processes):
+            draw = trainer._draw(batch, iteration, 0)
+            counts.add(draw.counts)
+            counted = draw.counted.split(draw.counts)
+            assert [int(one.sum()) for one in counted] == [
+                int(torch.isin(batch.image_ids, order).sum())
+                for order in (drawn_of(trainer, iteration), drawn_of(trainer, iteration)[64:])
+            ] + [len(range(rank, 64, processes))]
+    assert len(counts) == 1
+
+
+def drawn_of(trainer: DiscriminatorTrainer, iteration: int) -> torch.Tensor:
+    generator = rng.generator(trainer.seed, "head_batch", iteration, 0)
+    return torch.randperm(768, generator=generator)[:256]
 
 
 def test_an_optimizer_that_waits_for_the_device_is_named(unit_backbone):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, SiglipModel
 
-from advgrpo.adversary.base import Adversary
+from advgrpo.adversary.base import WEIGHT, Adversary
 from advgrpo.adversary.build import build_adversary
 from advgrpo.adversary.pickscore import PickScoreAdversary
 from advgrpo.adversary.reference_features import ReferenceFeatures
@@ -155,6 +155,18 @@ def test_no_update_is_spent_on_the_level_that_all_scores_share(clip_folder):
     assert lead > 0
     assert level < 0.5 * lead
     assert moved[False][0] > 2 * moved[False][1]
+
+
+@pytest.mark.parametrize("objective", ["binary", "pairwise"])
+def test_images_of_weight_0_fill_a_batch_up_and_change_nothing(clip_folder, objective):
+    adversary = pickscore(clip_folder, objective=objective)
+    sides = [adversary.features(random_images(n), PROMPTS[:2] * 2) for n in (4, 4)]
+    filled = [Features({**side.tensors, WEIGHT: torch.tensor([1.0, 1.0, 0.0, 0.0])}) for side in sides]
+    losses = [adversary.loss(*given, total=4).loss for given in (filled, [rows(side, 0, 1) for side in sides])]
+    torch.testing.assert_close(*losses)
+    of_layers = [torch.autograd.grad(loss, adversary.parameters()) for loss in losses]
+    for one, other in zip(*of_layers):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_the_threshold_is_part_of_the_head_and_older_heads_lack_it(clip_folder):

@@ -100,9 +100,36 @@ def test_references_shared_by_many_prompts_are_gathered_from_where_they_lie(make
 def test_features_that_depend_on_the_text_are_kept_per_prompt(make):
     for text_dependent in (False, True):
         references = make(Adversary(text_dependent))
+        three, same = references._stored("three"), references._stored("same")
+        assert (three is same) == (not text_dependent)
         three, same = references.prompt("three"), references.prompt("same")
-        assert (three.tensors is same.tensors) == (not text_dependent)
     assert torch.equal(same["grid"], three["grid"] + (len("same") - len("three")))
+
+
+def test_what_bfloat16_holds_exactly_is_kept_in_it_and_comes_back_as_it_was(make):
+    """And images of a prompt where it does not are picked beside those of one where it does."""
+    adversary, own = Adversary(), Adversary.features
+
+    def features(images, prompts):
+        found = own(adversary, images, prompts)
+        tail = {"half": found["mean"].bfloat16(), "never": found["mean"] + 2**-12}
+        return Features({**found.tensors, **tail})
+
+    adversary.features = features
+    references = make(adversary)
+    stored = {name: tensor.dtype for name, tensor in references._stored("eight").items()}
+    half, full = torch.bfloat16, torch.float32
+    assert stored == {"mean:float32": half, "grid:float32": half, "half": half, "never": full}
+    for again in (references, make(adversary)):  # from memory, and from the disk
+        found, fresh = again.prompt("eight"), features(references.references.load_images(FILES["eight"]), [""] * 8)
+        assert {name: t.dtype for name, t in found.tensors.items()} == {n: t.dtype for n, t in fresh.tensors.items()}
+        assert all(torch.equal(found[name], tensor) for name, tensor in fresh.tensors.items())
+    FILES["odd"] = [Path("300.5"), Path("301.25")]  # more digits than bfloat16 has
+    try:
+        picked = references.pick(["eight", "odd"], torch.tensor([0.0, 0.9]))
+    finally:
+        del FILES["odd"]
+    assert picked["mean"].tolist() == [20.0, 301.25]
 
 
 def test_prefetch_loads_in_the_background_and_computes_nothing(make, monkeypatch):

@@ -112,6 +112,7 @@ def _out_of_range() -> list[Case]:
         "--monitor.stop everything": "monitor.stop = ['everything']",
         "--data.min_reference_size 0": "data.min_reference_size = 0",
         "--data.reference_count 1000": "data.reference_count = 1000",
+        "--data.decode_workers 65": "data.decode_workers = 65: want auto or a whole number from 0 to 64",
         "--collective_timeout 0": "collective_timeout = 0: want a number above 0",
     }  # fmt: skip
     return [flagged("settings", flags, expected) for flags, expected in values.items()]

@@ -133,6 +133,24 @@ def test_triton_accuracy_total_and_weights(total, device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_images_of_weight_0_change_nothing_and_other_weights_scale(backend, device):
+    """A batch that is filled up has loss, accuracy and gradients of the one it was made of."""
+    head = {name: tensor.requires_grad_() for name, tensor in make_head(12, 10, device).items()}
+    features = make_features(4, 3, 5, 12, device)
+    weights = [torch.tensor(w, device=device) for w in ([1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0])]
+    own = [features[0][:2], features[1][:2], features[2][:1], features[3][:1]]
+    full = hinge_head_loss(*features, head, total=4, image_weights=weights, backend=backend)
+    expected = hinge_head_loss(*own, head, total=4, backend=backend)
+    doubled = hinge_head_loss(*features, head, total=4, image_weights=[2 * w for w in weights], backend=backend)
+    torch.testing.assert_close(full.accuracy, expected.accuracy)
+    torch.testing.assert_close(full.loss, expected.loss)
+    torch.testing.assert_close(doubled.loss, 2 * expected.loss)
+    values = list(head.values())
+    for one, other in zip(torch.autograd.grad(full.loss, values), torch.autograd.grad(expected.loss, values)):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_non_finite_features_give_a_non_finite_loss(backend, device):
     features, head = make_features(2, 2, 3, 12, device), make_head(12, 10, device)
     features[3][1, 2, 5] = float("nan")
@@ -142,7 +160,8 @@ def test_non_finite_features_give_a_non_finite_loss(backend, device):
 def test_opcheck(device):
     features, head = make_features(2, 2, 3, 12, device), make_head(12, 10, device)
     parameters = tuple(tensor.requires_grad_() for tensor in head.values())
-    torch.library.opcheck(_hinge_head_loss_op, (*features, *parameters, 0.7, 0.3, True, 0))
+    image_weights = torch.tensor([1.0, 0.0, 0.5, 1.0], device=device)
+    torch.library.opcheck(_hinge_head_loss_op, (*features, *parameters, 0.7, 0.3, True, 0, image_weights))
 
 
 def test_compiles_without_graph_break(device):
@@ -162,5 +181,10 @@ def test_bad_arguments_raise(device):
     features, head = make_features(2, 2, 3, 12, device), make_head(12, 10, device)
     with pytest.raises(ValueError, match="want generated_cls"):
         hinge_head_loss(*features[:2], features[2][:1], features[3], head)
+    ones = torch.ones(2, device=device)
+    with pytest.raises(ValueError, match=r"image_weights of the generations must be float32 \[2\]"):
+        hinge_head_loss(*features, head, image_weights=(ones, ones[:1]))
+    with pytest.raises(ValueError, match=r"image_weights of the references must be float32 \[2\], got torch.int64"):
+        hinge_head_loss(*features, head, image_weights=(ones.long(), ones))
     with pytest.raises(ValueError, match="patches per image differ"):
         hinge_head_loss(*features[:3], features[3][:, :2], head)

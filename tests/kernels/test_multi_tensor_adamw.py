@@ -14,6 +14,7 @@ import torch
 from advgrpo_kernels import multi_tensor_adamw, multi_tensor_adamw_ref
 from advgrpo_kernels.ops import _csrc
 from advgrpo_kernels.ops.multi_tensor_adamw import _multi_tensor_adamw_op
+from tests.graph_emulator import EmulatedGraphs
 from tests.kernels.csrc_builds import cpu_build
 
 SHAPES = [(3, 5), (8192,), (1,), (2, 8195), (64, 32)]  # one whole block, several with a ragged end, odd sizes
@@ -86,6 +87,21 @@ def test_reference_has_the_bits_of_torch():
         assert torch.equal(v, optimizer.state[parameter]["exp_avg_sq"])
 
 
+def test_pytorchs_step_reads_nothing_on_the_host_and_can_be_captured():
+    """What runs on a GPU without csrc/: the emulator of CUDA graphs raises for whatever needs the host."""
+    state, other = State("cpu"), State("cpu")
+    grads, norms = state.grads(0), []
+    replay = EmulatedGraphs().capture(lambda: state.reference_step(grads))  # as in the op, which hides what it calls
+    for i in range(5):
+        for grad, new in zip(grads, state.grads(i)):
+            grad.copy_(new * (math.nan if i == 2 else 1.0))  # decided on the device, in the graph that there is
+        norms.append((replay().clone(), other.reference_step(grads)))
+    assert all(torch.equal(own, theirs) for own, theirs in norms if theirs.isfinite())
+    assert norms[2][0].isnan()
+    assert state.step == 4
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), other.tensors()))
+
+
 def test_library_is_within_the_error_budget(device, library):
     """Five steps against float64. Adam's first steps are lr·sign(g): only v and the later steps see magnitudes."""
     got, eager, gold = State(device), State(device), State(device, torch.float64)
@@ -109,6 +125,21 @@ def test_library_is_deterministic_and_sees_new_gradients_in_the_same_storage(dev
         one.library_step(grads)
         two.library_step(two.grads(i))
     assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors()))
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.3, 0.4), (0.0, 0.0)])
+def test_weights_of_any_size_have_the_bits_of_torch(betas):
+    """torch.lerp has two forms, one for weights from a half on."""
+    state, other = State("cpu"), State("cpu")
+    parameters = [p.clone().requires_grad_() for p in other.parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=betas, eps=1e-6, weight_decay=0.0)
+    for i in range(3):
+        grads = state.grads(i)
+        multi_tensor_adamw(*state.groups(grads), state.step, lr=1e-2, betas=betas, eps=1e-6, weight_decay=0.0)
+        for parameter, grad in zip(parameters, grads):
+            parameter.grad = grad
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(state.parameters, parameters))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

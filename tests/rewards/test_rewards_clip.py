@@ -161,7 +161,7 @@ def test_similarity_to_references_is_of_the_prompts_own(unit_clip, tmp_path, red
     shuffled = reward.score(images[[2, 0, 1, 0]], [PROMPTS[i] for i in (2, 0, 1, 0)], references)
     torch.testing.assert_close(shuffled, score[[2, 0, 1, 0]])
     seen = []
-    reward._references.embed = seen.append
+    reward.of_references.embed = seen.append
     reward.score(images, PROMPTS, references)
     assert not seen  # references are embedded once
     with pytest.raises(UserError, match="reward clip_reference_similarity compares with reference images"):

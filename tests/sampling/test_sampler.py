@@ -88,7 +88,7 @@ def test_ten_steps_of_a_fixed_window_are_one_graph(policy, unit_config, share):
     """The released window {0, 1}: one launch per trajectory, with the eager bits, whatever else changes."""
     backend = EmulatedGraphs()
     captured, eager = make_sampler(policy, backend, share=share, whole=True), make_sampler(policy, share=share)
-    for seed in range(5):
+    for seed in range(4):
         move_weights(policy, seed)
         found, expected = (
             rollout(sampler, unit_config, seed=seed, window=(0, 1), num_steps=10) for sampler in (captured, eager)
@@ -96,7 +96,7 @@ def test_ten_steps_of_a_fixed_window_are_one_graph(policy, unit_config, share):
         assert_same(found, expected)
         assert torch.isfinite(found[0]).all()
     assert captured.captures == 1
-    assert backend.replays == 3  # after two warm-up calls, of which every one draws a trajectory
+    assert backend.replays == 2  # after two warm-up calls, of which every one draws a trajectory
     own = [tensor for step in found[1] for tensor in (step.latents, step.next_latents, step.log_prob)]
     before = [tensor.clone() for tensor in own]
     rollout(captured, unit_config, seed=9, window=(0, 1), num_steps=10)
@@ -105,7 +105,7 @@ def test_ten_steps_of_a_fixed_window_are_one_graph(policy, unit_config, share):
 
 def test_every_window_and_length_has_a_trajectory_of_its_own(policy, unit_config):
     captured, eager = make_sampler(policy, EmulatedGraphs(), whole=True), make_sampler(policy)
-    for seed in range(4):
+    for seed in range(3):
         for window, steps in (((0, 1), 4), ((1, 2), 4), ((), 4), ((0, 1), 5)):
             settings = {"seed": seed, "window": window, "num_steps": steps}
             assert_same(rollout(captured, unit_config, **settings), rollout(eager, unit_config, **settings))

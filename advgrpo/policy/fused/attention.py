@@ -3,6 +3,7 @@
     name       needs                                  backward repeats its bits
     flash3     flash_attn_interface, Hopper, half     yes (deterministic=True)
     flash2     flash_attn, Ampere or newer, half      yes (deterministic=True)
+    flash4     flash_attn.cute, Hopper, half          no
     cudnn      PyTorch's cuDNN attention, half        no
     flash      PyTorch's flash attention, half        no
     efficient  PyTorch's memory-efficient attention   no
@@ -10,12 +11,13 @@
     math       nothing                                yes
 
 An explicit name is honoured or raises; `auto` takes the first that this device and dtype support and that runs a small
-product; of a package that is there and does not (built for another torch, or FlashAttention-4, which has no
-`flash_attn_func`) it says so once. Likelihood ratios of exactly 1 need a forward that gives the same bits for the same
-input and shape, with a gradient (update) and without (sampler). cuDNN and the memory-efficient kernel are compiled
-differently where the logarithms of the softmax's sums are not wanted, which PyTorch decides by whether there is a
-gradient; here they are always computed, so that both are the same kernel. Training that must repeat bit for bit on a
-GPU needs one whose backward does too.
+product; of a package that is there and does not (built for another torch, or FlashAttention-4's, which has no
+`flash_attn_func`) it says so once. It never takes flash4, which stands in PyTorch's own flash attention's place: a
+prototype there, and a switch of the whole process, so it is asked for by name. Likelihood ratios of exactly 1 need a
+forward that gives the same bits for the same input and shape, with a gradient (update) and without (sampler). cuDNN and
+the memory-efficient kernel are compiled differently where the logarithms of the softmax's sums are not wanted, which
+PyTorch decides by whether there is a gradient; here they are always computed, so that both are the same kernel.
+Training that must repeat bit for bit on a GPU needs one whose backward does too.
 
 Shapes: q [B, H, Sq, D], k and v [B, H, S, D] -> [B, Sq, H·D]. Any strides with dense heads. The result lies in memory
 in q's order of images and tokens; not with flash3, which puts image after image, so that to_out copies its input.
@@ -27,8 +29,10 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -102,15 +106,61 @@ def _torch_backend(backend: SDPBackend) -> Attention:
     return attend
 
 
+class _TorchFlash:
+    """PyTorch's flash attention, whose kernel the process can exchange (`activate_flash_attention_impl`, torch 2.11).
+
+    Models of one process may want different ones: who runs exchanges it first, where it is not the one wanted. Without
+    a wish it is PyTorch's own again after an exchange of ours, and whatever somebody else has activated otherwise.
+
+    Args:
+        implementation: PyTorch's name for it, "FA4"; None: no wish.
+
+    Raises:
+        _Unusable: this PyTorch does not know it, or its package cannot be used.
+    """
+
+    _ours: ClassVar[str | None] = None  # what an object of this class has activated
+
+    def __init__(self, implementation: str | None = None):
+        self.implementation, self._attend = implementation, _torch_backend(SDPBackend.FLASH_ATTENTION)
+        known = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
+        if implementation is not None and implementation not in known:
+            raise _Unusable(f"PyTorch {torch.__version__} has no flash attention by the name of {implementation}")
+        try:
+            self._activate()
+        except Exception as error:  # whatever the package raises at import
+            raise _Unusable(f"{implementation}'s package is there but cannot be used ({_said(error)})") from error
+
+    def _activate(self) -> None:
+        if self.implementation == _TorchFlash._ours:
+            return
+        if self.implementation is None:
+            torch.nn.attention.restore_flash_attention_impl()
+        else:
+            torch.nn.attention.activate_flash_attention_impl(self.implementation)
+        _TorchFlash._ours = self.implementation
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self._activate()
+        return self._attend(q, k, v)
+
+
 _HALF = (torch.float16, torch.bfloat16)
 _MAKERS: dict[str, Callable[[], Attention]] = {
     "flash3": lambda: _flash_package("flash_attn_interface"),
     "flash2": lambda: _flash_package("flash_attn"),
     "cudnn": lambda: _cudnn,
-    "flash": lambda: _torch_backend(SDPBackend.FLASH_ATTENTION),
+    "flash": _TorchFlash,
     "efficient": lambda: _efficient,
     "cpu": lambda: _torch_backend(SDPBackend.FLASH_ATTENTION),
     "math": lambda: _torch_backend(SDPBackend.MATH),
+    "flash4": lambda: _TorchFlash("FA4"),
+}
+_AUTO = tuple(name for name in _MAKERS if name != "flash4")
+_PACKAGES = {
+    "flash3": ("flash_attn_interface", (9, 0)),
+    "flash2": ("flash_attn", (8, 0)),
+    "flash4": ("flash_attn.cute", (9, 0)),
 }
 
 
@@ -126,14 +176,19 @@ def _unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | N
         return None
     if dtype not in _HALF:
         return f"it needs bfloat16, got {str(dtype).removeprefix('torch.')}"
-    package, capability = {"flash3": ("flash_attn_interface", (9, 0)), "flash2": ("flash_attn", (8, 0))}.get(
-        name, (None, (8, 0))
-    )
-    if package and importlib.util.find_spec(package) is None:
+    package, capability = _PACKAGES.get(name, (None, (8, 0)))
+    if package and not _is_installed(package):
         return f"the package {package} is not installed"
     if torch.cuda.get_device_capability(device) < capability:
         return f"it needs compute capability {capability[0]}.{capability[1]}"
     return None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except Exception:  # of a submodule: its parent is imported, and is no package or broken
+        return False
 
 
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
@@ -144,7 +199,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     """
     if requested != "auto" and requested not in _MAKERS:
         raise UserError(f"model.attention = {requested!r}: want auto or one of {', '.join(_MAKERS)}")
-    for name in _MAKERS if requested == "auto" else (requested,):
+    for name in _AUTO if requested == "auto" else (requested,):
         try:
             return name, _made(name, device, dtype)
         except _Unusable as error:

@@ -3,7 +3,8 @@
     L = λ_g·½[mean relu(1 - h(ref_cls)) + mean relu(1 + h(gen_cls))]
       + λ_l·½[mean relu(1 - h(ref_j))   + mean relu(1 + h(gen_j))]       j over the chosen patches, a hinge each
 
-References are positives, generations negatives; h is the head of `score_features`, with the same normalisation.
+References are positives, generations negatives; h is the head of `score_features`, with the same normalisation. With
+weights of images the sums are weighted and the divisors stay: rows of weight 0 fill a batch up to a fixed size.
 
 On a GPU: two launches forward, one backward, whose incoming scalar is read from device memory.
 
@@ -36,6 +37,7 @@ if HAS_TRITON:
         score_grads_ptr,
         loss_ptr,
         accuracy_ptr,
+        image_weights_ptr,
         B,
         B2,
         n,
@@ -52,9 +54,13 @@ if HAS_TRITON:
             row = tile * BLOCK + tl.arange(0, BLOCK)
             valid = row < (B + B2) * (n + 1)
             generated = row >= B * (n + 1)
-            is_cls = (row - tl.where(generated, B * (n + 1), 0)) < tl.where(generated, B2, B)
+            local, images = row - tl.where(generated, B * (n + 1), 0), tl.where(generated, B2, B)
+            is_cls = local < images
             sign = tl.where(generated, -1.0, 1.0)
             share = tl.div_rn(0.5, tl.where(generated, count2, count).to(tl.float32))
+            if image_weights_ptr is not None:
+                image = tl.where(is_cls, local, (local - images) // n) + tl.where(generated, B, 0)
+                share = share * tl.load(image_weights_ptr + image, mask=valid, other=0.0)
             weight = share * tl.where(is_cls, global_weight, tl.div_rn(local_weight, n.to(tl.float32)))
             signed = sign * tl.load(scores_ptr + row, mask=valid, other=0.0)
             margin = 1.0 - signed
@@ -79,8 +85,10 @@ def _hinge_head_loss_op(
     local_weight: float,
     normalize: bool,
     total: int,
+    image_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, accuracy; hidden, feature factors and d loss/d score for the backward); total 0 is each side's own."""
+    """(loss, accuracy; hidden, feature factors and d loss/d score for the backward); total 0 is each side's own, and
+    image_weights [B + B2]."""
     rows = _rows(reference_cls, reference_patches, generated_cls, generated_patches)
     head = tuple(tensor.contiguous() for tensor in (w1, b1, w2, b2))
     scores, hidden, inverse_norm = launch_rows(rows, head, normalize=normalize, store_hidden=True)
@@ -88,7 +96,8 @@ def _hinge_head_loss_op(
     score_grads, loss, accuracy = torch.empty_like(scores), scores.new_empty(()), scores.new_empty(())
     with device_guard(w1):
         _hinge_kernel[(1,)](
-            *(scores, score_grads, loss, accuracy, B, B2, n, total or B, total or B2, global_weight, local_weight),
+            *(scores, score_grads, loss, accuracy, image_weights),
+            *(B, B2, n, total or B, total or B2, global_weight, local_weight),
             TILES=coarse(triton.cdiv(scores.numel(), 1024)),
             BLOCK=1024,
             num_warps=4,
@@ -138,7 +147,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     grads = _hinge_head_loss_backward_op(grad_loss, *ctx.saved_tensors)
-    return *[None] * 4, *grads, *[None] * 4
+    return *[None] * 4, *grads, *[None] * 5
 
 
 _hinge_head_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -161,6 +170,7 @@ def hinge_head_loss(
     weights: tuple[float, float] = (0.7, 0.3),
     normalize: bool = False,
     total: int | None = None,
+    image_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str = "auto",
 ) -> HingeHeadLoss:
     """Head loss on chosen patches; see the module docstring.
@@ -172,6 +182,7 @@ def hinge_head_loss(
         weights: (λ_g, λ_l).
         total: images per side over all processes; means divide by it, so that gradients summed over processes are
             those of the whole batch. Default B.
+        image_weights: float32 [B] of the references and of the generations, what an image counts; None: 1.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -190,11 +201,20 @@ def hinge_head_loss(
     if reference_patches.shape[1] != generated_patches.shape[1]:
         raise ValueError(f"patches per image differ: {reference_patches.shape[1]} and {generated_patches.shape[1]}")
     features = (reference_cls, reference_patches, generated_cls, generated_patches)
+    for side, cls, of_images in zip(("references", "generations"), features[::2], image_weights or ()):
+        if of_images.shape != cls.shape[:1] or of_images.dtype != torch.float32:
+            raise ValueError(
+                f"image_weights of the {side} must be float32 [{len(cls)}], got {of_images.dtype} "
+                f"{list(of_images.shape)}"
+            )
     if pick_backend(backend, *features) == "triton":
-        mix = (float(weights[0]), float(weights[1]), normalize, total or 0)
+        both = None if image_weights is None else torch.cat(image_weights)
+        mix = (float(weights[0]), float(weights[1]), normalize, total or 0, both)
         outputs = _hinge_head_loss_op(*(tensor.detach() for tensor in features), *head_tensors(head), *mix)
         return HingeHeadLoss(outputs[0], outputs[1].detach())
-    return hinge_head_loss_ref(*features, head, weights=weights, normalize=normalize, total=total)
+    return hinge_head_loss_ref(
+        *features, head, weights=weights, normalize=normalize, total=total, image_weights=image_weights
+    )
 
 
 def hinge_head_loss_ref(
@@ -207,16 +227,19 @@ def hinge_head_loss_ref(
     weights: tuple[float, float] = (0.7, 0.3),
     normalize: bool = False,
     total: int | None = None,
+    image_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> HingeHeadLoss:
     """Plain PyTorch, differentiable in the head by autograd; results in `compute_dtype`."""
     sides = ((1.0, reference_cls, reference_patches), (-1.0, generated_cls, generated_patches))
     losses, right = [], []
-    for sign, cls, patches in sides:
+    for (sign, cls, patches), counts in zip(sides, image_weights or (None, None)):
         features = torch.cat([cls[:, None].to(compute_dtype), patches.to(compute_dtype)], dim=1).detach()
         scores = _head_scores(l2_normalize(features) if normalize else features, head)
-        hinge = torch.relu(1 - sign * scores)
+        hinge, on_its_side = torch.relu(1 - sign * scores), (sign * scores[:, 0].detach() > 0).to(compute_dtype)
+        if counts is not None:
+            hinge, on_its_side = hinge * counts[:, None].to(compute_dtype), on_its_side * counts.to(compute_dtype)
         count = 2 * (len(cls) if total is None else total)
         losses.append((weights[0] * hinge[:, 0].sum() + weights[1] * hinge[:, 1:].mean(1).sum()) / count)
-        right.append((sign * scores[:, 0].detach() > 0).to(compute_dtype).sum() / count)
+        right.append(on_its_side.sum() / count)
     return HingeHeadLoss(losses[0] + losses[1], right[0] + right[1])

@@ -5,8 +5,9 @@
     p ← p - lr/(1 - β1^t)·m/(sqrt(v)/sqrt(1 - β2^t) + eps)               torch.optim.AdamW
     ema ← lerp(ema, p, 1 - ema_decay)
 
-Three launches and no host sync: norm and step count stay on the device, so a captured graph replays it. A norm that is
-not finite changes nothing at all, and is returned for the caller to look at when it next synchronises.
+No host sync on a GPU: norm and step count stay on the device, so a captured graph replays it; three launches with the
+library, PyTorch's operators without. A norm that is not finite changes nothing at all, and is returned for the caller
+to look at when it next synchronises.
 
 Shapes:   any, float32; `step` is an int64 scalar, the number of steps taken so far. Gradients are left unclipped.
 Numerics: float32 per element in torch's order of operations; the norm is summed in float64 in a fixed order.
@@ -110,7 +111,7 @@ def multi_tensor_adamw(
             may be left out.
         step: int64 scalar on the parameters' device, counted up here.
         max_grad_norm: inf clips nothing.
-        backend: "auto", "cuda" or "torch". PyTorch reads the norm on the host, one synchronisation on a GPU.
+        backend: "auto", "cuda" or "torch".
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -167,21 +168,37 @@ def multi_tensor_adamw_ref(
 
 @torch.no_grad()
 def _step_ref(parameters, grads, exp_avgs, exp_avg_sqs, emas, step, settings) -> torch.Tensor:
+    """By what a captured graph can hold: nothing is read on the host, so the step is taken either way.
+
+    With a norm that is not finite it is one that changes nothing: gradients become 0, factors 1 and weights 0.
+    """
     lr, beta1, beta2, eps, weight_decay, max_grad_norm, ema_decay = settings
     norm = torch.nn.utils.get_total_norm(grads)
-    if not torch.isfinite(norm):
-        return norm
-    step += 1
-    count = step.item()
+    taken = torch.isfinite(norm)
+    step += taken
+    count = step.clamp(min=1).double()
+    corrected1, corrected2 = 1 - torch.pow(beta1, count), 1 - torch.pow(beta2, count)
+
+    def if_taken(value: float | torch.Tensor, otherwise: float) -> torch.Tensor:
+        exact = value if isinstance(value, torch.Tensor) else torch.full_like(count, value)
+        return torch.where(taken, exact, otherwise).to(parameters[0].dtype)
+
     grads = torch._foreach_mul(grads, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
-    torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    for grad in grads:
+        grad.masked_fill_(~taken, 0.0)
+    torch._foreach_mul_(parameters, if_taken(1 - lr * weight_decay, 1.0))
+    weight1 = if_taken(1 - beta1, 0.0)
+    for exp_avg, grad in zip(exp_avgs, grads):
+        exp_avg.lerp_(grad, weight1)
+    torch._foreach_mul_(exp_avg_sqs, if_taken(beta2, 1.0))
+    torch._foreach_addcmul_(exp_avg_sqs, torch._foreach_mul(grads, if_taken(1 - beta2, 0.0)), grads)
     denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, (1 - beta2**count) ** 0.5)
+    torch._foreach_div_(denominators, corrected2.sqrt().to(parameters[0].dtype))
     torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(parameters, exp_avgs, denominators, -lr / (1 - beta1**count))
-    if emas:
-        torch._foreach_lerp_(emas, parameters, 1 - ema_decay)
+    for denominator in denominators:
+        denominator.masked_fill_(~taken, 1.0)
+    torch._foreach_addcdiv_(parameters, torch._foreach_mul(exp_avgs, if_taken(-lr / corrected1, 0.0)), denominators)
+    averaged = if_taken(1 - ema_decay, 0.0)
+    for ema, parameter in zip(emas, parameters):
+        ema.lerp_(parameter, averaged)
     return norm

@@ -230,7 +230,7 @@ SPECS = [
     Spec(
         name="hinge_head_loss/hinge",
         kernel=OPS + "hinge_head_loss:_hinge_kernel",
-        types=pointers("scores_ptr score_grads_ptr loss_ptr accuracy_ptr", "*fp32")
+        types=pointers("scores_ptr score_grads_ptr loss_ptr accuracy_ptr image_weights_ptr", "*fp32")
         | pointers("B B2 n count count2", "i32:16")
         | pointers("global_weight local_weight", "fp32"),
         constants={"TILES": 13, "BLOCK": 1024},
