@@ -21,6 +21,7 @@ class ObjectiveTraits:
     learns_from_references: bool = False  # whatever the rewards are: it cannot do without them, and encodes them
     forward_process: bool = False  # section nft: no window; clean latents are learned from, beside an old policy
     fits_velocity: bool = False  # its loss is a rectified flow's, which other models do not have
+    has_window: bool = True  # some of the sampler's steps are stochastic, and trained on by their likelihoods
     not_looked_at: tuple[tuple[str, object], ...] = ()  # settings of section `update`, each with its plain value
 
 
@@ -32,6 +33,8 @@ _OF_LIKELIHOODS = (
     ("kl_to", "base"),
     ("teacher", ""),
     ("kl_space", "latent"),
+    ("informative_share", 1.0),
+    ("skip_dead_groups", False),
 )
 
 OBJECTIVES: dict[str, ObjectiveTraits] = {
@@ -41,6 +44,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         method="DiffusionNFT",
         forward_process=True,
         fits_velocity=True,
+        has_window=False,
         not_looked_at=(
             ("old_log_prob", "rollout"),
             ("kl_variance", "step"),
@@ -55,6 +59,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         compares_groups=False,
         learns_from_references=True,
         fits_velocity=True,
+        has_window=False,
         not_looked_at=(
             ("kl_weight", 0.0),
             ("old_log_prob", "rollout"),

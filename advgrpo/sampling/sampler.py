@@ -141,9 +141,9 @@ class Sampler(Generic[P]):
             inputs.fill("image_ids", image_ids)
             inputs.fill("row", row)
         steps: list[WindowStep] = []
-        for i, number in enumerate(table.numbers):
+        for i in table.taken:
             inputs.fill("latents", latents)
-            inputs.fill("step", number)
+            inputs.fill("step", table.numbers[i])
             if i not in table.window:
                 latents = self._run("ODE step")
                 continue

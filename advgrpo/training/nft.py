@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from advgrpo.config import Config, NftSection
+from advgrpo.config import NftSection
 from advgrpo.policy.base import PreparedPrompts
 from advgrpo.runtime import rng
 from advgrpo.runtime.transfer import to_device
@@ -38,10 +38,10 @@ from advgrpo.sampling.dynamics import StepTable, step_table
 from advgrpo.training import restoring
 from advgrpo.training.clean_start import State
 from advgrpo.training.ema import Ema
-from advgrpo.training.objective import Iteration
+from advgrpo.training.objective import Iteration, Parts
 from advgrpo.training.restoring import Restorable
 from advgrpo.training.rewarded import RewardedObjective
-from advgrpo.training.scoring import Scored
+from advgrpo.training.scoring import Scored, Scorer
 from advgrpo.types import MicroBatchRollout, Rollout
 from advgrpo_kernels import philox_normal
 
@@ -136,8 +136,8 @@ class NegativeAwareFineTuning(RewardedObjective):
         self.old, self.steps = Ema(self.updater.named, decay=0.0), 0
 
     @classmethod
-    def own_settings(cls, config: Config) -> dict[str, Any]:
-        return {"section": config.nft, "kl_weight": config.update.kl_weight}
+    def own_settings(cls, parts: Parts, scorer: Scorer) -> dict[str, Any]:
+        return {"section": parts.config.nft, "kl_weight": parts.config.update.kl_weight}
 
     def table(self, iteration: int) -> StepTable:
         """ODE steps, the same in every iteration."""
