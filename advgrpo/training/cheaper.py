@@ -31,19 +31,23 @@ class DisagreeingTail(RunFailure):
     """Rewards rank images by a shortened tail otherwise than by all steps."""
 
 
-def rank_agreement(one: torch.Tensor, other: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Kendall's tau-b of two columns [G] within groups of `group_size`, a mean over groups: scalar float64 in [-1, 1].
+def kendall_tau_b(one: torch.Tensor, other: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Kendall's tau-b of two columns [G] in each group: [G / group_size] float64 in [-1, 1].
 
-    Tau-b of a group is the mean product of signs over its pairs, over the root of the shares of pairs that are not tied
-    in either column (Kendall 1945). Groups where a column has no spread are left out; NaN where that is all of them.
+    The sum of products of signs over a group's pairs, over the root of the numbers of pairs that are not tied in the
+    one column and in the other (Kendall 1945); NaN where a column has no spread.
     """
     signs = []
     for column in (one, other):
         rows = column.view(-1, group_size)
         signs.append((rows[:, :, None] - rows[:, None, :]).sign().double())
-    agree = (signs[0] * signs[1]).sum((1, 2))
     untied = signs[0].abs().sum((1, 2)) * signs[1].abs().sum((1, 2))
-    return (agree / untied.sqrt())[untied > 0].mean()
+    return (signs[0] * signs[1]).sum((1, 2)) / untied.sqrt()
+
+
+def rank_agreement(one: torch.Tensor, other: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The mean of `kendall_tau_b` over groups with spread in both columns, a scalar; NaN where there are none."""
+    return kendall_tau_b(one, other, group_size).nanmean()
 
 
 def best_and_worst(rewards: torch.Tensor, scouts_of_group: int, kept: int) -> torch.Tensor:
@@ -100,8 +104,8 @@ class ShortTail:
         if iteration == self.first and tau is not None and tau < least:
             raise DisagreeingTail(
                 f"iteration {iteration}: rewards rank images by rollout.tail_steps = {self.settings.tail_steps} "
-                f"otherwise than by all steps: Kendall's tau within groups is {tau:.2f}, below "
-                f"rollout.tail_agreement = {least:g}. The generator has not learned anything yet; raise rollout.tail_steps, or set it to 0"
+                f"otherwise than by all steps: Kendall's tau within groups is {tau:.2f}, below rollout.tail_agreement "
+                f"= {least:g}. The generator has not learned anything yet; raise rollout.tail_steps, or set it to 0"
             )
         return tau
 

@@ -115,6 +115,10 @@ TRIPS = {
         {},
         lambda i, row, n: {"discriminator_paired_accuracy": 0.5 + 0.03 * n()} if i >= 30 else {},
     ),
+    "shortened_tail": (
+        {"rollout": {"tail_steps": 2}},
+        lambda i, row, n: {"tail_agreement": 0.8 if i > 30 else 0.9} if i % 5 == 0 else {},
+    ),
 }
 
 

@@ -233,10 +233,10 @@ def test_a_failing_rank_ends_all_with_its_error(unit_config, tmp_path):
         "from advgrpo.training.policy_gradient import PolicyGradient\n"
         "from advgrpo.train import main\n"
         "real = PolicyGradient.rollout\n"
-        "def rollout(self, table, iteration):\n"
-        "    if self.distributed.rank == 1 and iteration == 1:\n"
+        "def rollout(self, *which):\n"
+        "    if self.distributed.rank == 1 and which[1] == 1:\n"
         "        raise RuntimeError('planted failure')\n"
-        "    return real(self, table, iteration)\n"
+        "    return real(self, *which)\n"
         "PolicyGradient.rollout = rollout\n"
         "sys.exit(main())\n"
     )
