@@ -1,8 +1,8 @@
 """How alike rewards rank a run's images by fewer steps after the window: `python -m bench.tails --preset NAME`.
 
 The preset trains for `--after` iterations, so that its head is no longer random. Then the images of `--iterations` more
-are drawn by all steps and by each of `--tails`, with the same noise, and scored by the run's rewards; nothing learns. Of
-each tail: the network's rows beside those of all steps, the window's included, and Kendall's tau within groups, a
+are drawn by all steps and by each of `--tails`, with the same noise, and scored by the run's rewards; nothing learns.
+Of each tail: the network's rows beside those of all steps, the window's included, and Kendall's tau within groups, a
 mean with its 95 % interval over groups. `rollout.tail_agreement` is what a run asks of it.
 """
 

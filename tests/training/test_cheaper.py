@@ -178,20 +178,27 @@ def test_a_run_measures_its_own_pictures_and_goes_on_where_they_agree(unit_confi
     assert rows_of[0][2] is not None
 
 
-def test_a_run_whose_tail_ranks_otherwise_ends_before_anything_is_learned(unit_config):
-    settings = changed(unit_config, num_steps=8, window=FIRST_TWO, tail_steps=1, tail_agreement=1.0)
-    trainer = moved(build(settings).trainer)
+def ranked_otherwise(trainer, monkeypatch):
+    """Images by all steps get the opposite rewards; untrained models rank them as they rank those by fewer."""
+    real = trainer.objective.scorer.totals
+    monkeypatch.setattr(trainer.objective.scorer, "totals", lambda *which: -real(*which))
+    return trainer
+
+
+def test_a_run_whose_tail_ranks_otherwise_ends_before_anything_is_learned(unit_config, monkeypatch):
+    settings = changed(unit_config, num_steps=8, window=FIRST_TWO, tail_steps=1, tail_agreement=0.0)
+    trainer = ranked_otherwise(moved(build(settings).trainer), monkeypatch)
     before = copy.deepcopy(trainer.state()[0])
-    with pytest.raises(DisagreeingTail, match=r"rollout.tail_steps = 1 .* below rollout.tail_agreement = 1\. .* raise"):
+    with pytest.raises(DisagreeingTail, match=r"rollout.tail_steps = 1 .* below rollout.tail_agreement = 0\. .* raise"):
         trainer.iterate()
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.state()[0].items())
 
 
-def test_later_disagreement_is_flagged_not_fatal(unit_config):
-    settings = changed(unit_config, num_steps=8, window=FIRST_TWO, tail_steps=1, tail_agreement=1.0, tail_check_every=1)
-    trainer = moved(build(settings).trainer)
+def test_later_disagreement_is_flagged_not_fatal(unit_config, monkeypatch):
+    settings = changed(unit_config, num_steps=8, window=FIRST_TWO, tail_steps=1, tail_check_every=1)
+    trainer = ranked_otherwise(moved(build(settings).trainer), monkeypatch)
     trainer.objective.short_tail.first = -1
-    assert trainer.iterate()["tail_agreement"] < 1
+    assert trainer.iterate()["tail_agreement"] < 0
     assert "shortened_tail" in [flag.name for flag in trainer.flags]
 
 
