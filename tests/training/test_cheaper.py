@@ -359,7 +359,13 @@ def test_an_iteration_of_dead_groups_alone_trains_nothing_and_says_so(unit_confi
             None,
         ),
         ({"update": {"skip_dead_groups": True, "kl_weight": 0.1}}, "would leave images out of the KL"),
-        ({"update": {"objective": "nft", "skip_dead_groups": True}}, "is the policy gradient's"),
+        (
+            {
+                "update": {"objective": "nft", "skip_dead_groups": True},
+                "rollout": {"initial_noise": "per_image"},
+            },
+            "update.skip_dead_groups = True is the policy gradient's",
+        ),
         (
             {"update": {"objective": "nft"}, "rollout": {"scouts": 2, "initial_noise": "per_image"}},
             "rollout.scouts = 2 is of the policy gradient's window",

@@ -196,15 +196,19 @@ def test_signals_save_and_exit_cleanly(unit_config, tmp_path, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["policy", "nft"])
+@pytest.mark.parametrize("objective", ["policy", "nft", "scouts"])
 def test_two_processes_give_the_losses_of_one(objective, unit_config, tmp_path):
-    unit_config.iterations, unit_config.update.objective = 3, objective
+    cheaper = objective == "scouts"
+    unit_config.iterations, unit_config.update.objective = 3, "policy" if cheaper else objective
     unit_config.rollout.prompts_per_iteration = 4
     unit_config.rollout.micro_batch = 2  # a group of four spans both processes
     unit_config.rollout.initial_noise, unit_config.rollout.window.order = "per_image", "contiguous"
     unit_config.adversary.patch_sampling, unit_config.adversary.reference_choice = "with_replacement", "in_turn"
     unit_config.update.ema_rule = "mini_batch"
-    unit_config.update.kl_weight = 0.01
+    unit_config.update.kl_weight = 0.0 if cheaper else 0.01
+    if cheaper:
+        unit_config.rollout.scouts, unit_config.rollout.scout_tail_steps = 2, 1
+        unit_config.update.informative_share, unit_config.update.skip_dead_groups = 0.5, True
     run(unit_config)
     two = unit_config.model_copy(deep=True)
     two.output_dir = str(tmp_path / "two")
