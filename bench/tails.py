@@ -8,6 +8,7 @@ mean with its 95 % interval over groups. `rollout.tail_agreement` is what a run 
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from rich.console import Console
 
 from advgrpo import config as configuration
 from advgrpo.config import Config
-from advgrpo.config.sections import Count, Positive
 from advgrpo.errors import UserError
 from advgrpo.intervals import Interval, t_interval
 from advgrpo.runtime.distributed import Distributed
@@ -72,28 +72,20 @@ def measured(config: Config, tails: list[int], *, after: int, iterations: int) -
     return measure(objective, range(after, after + iterations), tails)
 
 
-class Flags(configuration.Options):
-    """What is measured."""
-
-    preset: str = "tiny-emoji"
-    """Whose settings."""
-    tails: tuple[Positive, ...] = (4, 2)
-    """Steps after the window."""
-    after: Count = 8
-    """Iterations of training before."""
-    iterations: Positive = 4
-    """Iterations whose images are drawn."""
-
-
 def main(arguments: list[str] | None = None) -> int:
-    flags = configuration.parse_options(
-        Flags, sys.argv[1:] if arguments is None else arguments, program="python -m bench.tails", about=__doc__
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny-emoji", help="whose settings")
+    parser.add_argument("--tails", type=int, nargs="+", default=[4, 3, 2], help="steps after the window")
+    parser.add_argument("--after", type=int, default=6, help="iterations of training before")
+    parser.add_argument("--iterations", type=int, default=4, help="iterations whose images are drawn")
+    flags = parser.parse_args(arguments)
+    if min(*flags.tails, flags.iterations) < 1 or flags.after < 0:
+        parser.error("want --tails and --iterations of at least 1, and --after of at least 0")
     with tempfile.TemporaryDirectory() as folder:
         changes = {"output_dir": folder, "data": {"held_out_prompts": ""}}
         settings = configuration.merge(configuration.read_preset(flags.preset), changes)
         config = configuration.build(settings, f"preset {flags.preset}")
-        found = measured(config, list(flags.tails), after=flags.after, iterations=flags.iterations)
+        found = measured(config, flags.tails, after=flags.after, iterations=flags.iterations)
     groups = flags.iterations * config.rollout.prompts_per_iteration
     print(f"{flags.preset}, after {flags.after} iterations of training, {groups} groups")
     print("tail steps   rows    Kendall's tau within groups [95 %]")
