@@ -17,6 +17,7 @@ import torch
 
 from advgrpo.config import RolloutSection
 from advgrpo.errors import RunFailure
+from advgrpo.intervals import t_interval
 from advgrpo.sampling.dynamics import StepTable, step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.micro_batches import MicroBatches
@@ -94,18 +95,25 @@ class ShortTail:
         """Of `rewards` [G] with those of the same images by all steps; None where no group has any spread.
 
         Raises:
-            DisagreeingTail: it is below `rollout.tail_agreement` before the generator has learned anything.
+            DisagreeingTail: before the generator has learned anything, and not for want of groups: the 95 % interval
+                over groups lies below `rollout.tail_agreement`.
         """
         whole = step_table(sampler.policy, self.settings.num_steps, table.window, rollout=self.settings, tail_steps=0)
         whole.trained = ()  # nothing of them is learned from
         drawn = draw(sampler, whole, micro_batches, iteration, "sample by all steps")
         group, least = self.settings.group_size, self.settings.tail_agreement
-        tau = number(rank_agreement(rewards, self.scorer.totals(drawn, iteration, group), group))
-        if iteration == self.first and tau is not None and tau < least:
+        taus = kendall_tau_b(rewards, self.scorer.totals(drawn, iteration, group), group).cpu()
+        taus = taus[~taus.isnan()]
+        if len(taus) == 0:
+            return None
+        tau = taus.mean().item()
+        high = t_interval(taus).high if len(taus) > 1 else tau
+        if iteration == self.first and high < least:
             raise DisagreeingTail(
                 f"iteration {iteration}: rewards rank images by rollout.tail_steps = {self.settings.tail_steps} "
-                f"otherwise than by all steps: Kendall's tau within groups is {tau:.2f}, below rollout.tail_agreement "
-                f"= {least:g}. The generator has not learned anything yet; raise rollout.tail_steps, or set it to 0"
+                f"otherwise than by all steps: Kendall's tau within groups is {tau:.2f}, at most {high:.2f}, below "
+                f"rollout.tail_agreement = {least:g}. The generator has not learned anything yet; raise "
+                "rollout.tail_steps, or set it to 0"
             )
         return tau
 

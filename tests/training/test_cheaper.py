@@ -189,9 +189,28 @@ def test_a_run_whose_tail_ranks_otherwise_ends_before_anything_is_learned(unit_c
     settings = changed(unit_config, num_steps=8, window=FIRST_TWO, tail_steps=1, tail_agreement=0.0)
     trainer = ranked_otherwise(moved(build(settings).trainer), monkeypatch)
     before = copy.deepcopy(trainer.state()[0])
-    with pytest.raises(DisagreeingTail, match=r"rollout.tail_steps = 1 .* below rollout.tail_agreement = 0\. .* raise"):
+    with pytest.raises(
+        DisagreeingTail, match=r"rollout.tail_steps = 1 .* at most -0\.\d+, below rollout.tail_agreement = 0\. .* raise"
+    ):
         trainer.iterate()
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.state()[0].items())
+
+
+def test_a_run_is_not_ended_for_want_of_groups(unit_config, monkeypatch):
+    """Two groups that disagree on how much they disagree say little; the flag appears."""
+    settings = changed(unit_config, num_steps=8, window=FIRST_TWO, tail_steps=1)
+    trainer = build(settings).trainer
+    scorer, real = trainer.objective.scorer, trainer.objective.scorer.score
+
+    def score(*which):
+        scored = real(*which)
+        scored.rewards = torch.tensor([1.0, 2, 3, 4, 1, 2, 3, 4])
+        return scored
+
+    monkeypatch.setattr(scorer, "score", score)
+    monkeypatch.setattr(scorer, "totals", lambda drawn, *_: list(drawn) and torch.tensor([1.0, 2, 3, 4, 1, 3, 4, 2]))
+    assert trainer.iterate()["tail_agreement"] == pytest.approx((1 + 1 / 3) / 2)
+    assert "shortened_tail" in [flag.name for flag in trainer.flags]
 
 
 def test_later_disagreement_is_flagged_not_fatal(unit_config, monkeypatch):

@@ -52,6 +52,7 @@ MORE_READS = {  # of the configurations below
     "advgrpo/training/nft.py:update",  # NFT's log
     "advgrpo/training/cheaper.py:choose",  # which scouts are drawn again: micro-batches are made on the host
     "advgrpo/training/cheaper.py:number",  # how alike rewards rank
+    "advgrpo/training/cheaper.py:agreement",  # the same by shortened tails
     "advgrpo/training/policy_gradient.py:_learned",  # which images are trained on
     "advgrpo/training/supervised.py:_encoded",  # its first visit of a reference, which it keeps on the host
 }
