@@ -207,8 +207,8 @@ class RolloutSection(Section):
     bits, images are other ones: `tail_agreement` says whether rewards rank them alike."""
     tail_agreement: Fraction = 0.85
     """Least rank agreement (Kendall's tau within groups) of images by tail_steps with the same images by all steps. A
-    mean below it raises the red flag shortened_tail; a 95 % interval below it ends a run whose generator has not learned
-    yet."""
+    mean below it raises the red flag shortened_tail; a 95 % interval below it ends a run before its generator learns.
+    """
     tail_check_every: Count = 50
     """Iterations between measurements of that agreement, each of which draws and scores the images once more; 0: once,
     before the generator learns."""

@@ -190,7 +190,8 @@ def test_a_run_whose_tail_ranks_otherwise_ends_before_anything_is_learned(unit_c
     trainer = ranked_otherwise(moved(build(settings).trainer), monkeypatch)
     before = copy.deepcopy(trainer.state()[0])
     with pytest.raises(
-        DisagreeingTail, match=r"rollout.tail_steps = 1 .* at most -0\.\d+, below rollout.tail_agreement = 0\. .* raise"
+        DisagreeingTail,
+        match=r"rollout.tail_steps = 1 .* at most -\d\.\d+, below rollout.tail_agreement = 0\. .* raise",
     ):
         trainer.iterate()
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.state()[0].items())
