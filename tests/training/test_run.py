@@ -224,7 +224,8 @@ def test_two_processes_give_the_losses_of_one(objective, unit_config, tmp_path):
         for name in counted:  # of pixels beyond a threshold: rounding may take one of them across it
             assert both.pop(name) == pytest.approx(one.pop(name), abs=4 / (16 * 32 * 32)), name
         assert len(counted) == 4
-        assert both == pytest.approx(one, abs=1e-6, rel=1e-5)
+        rounding = 1e-5 if cheaper else 1e-6  # the loss is a mean of large advantages, which divide by a small spread
+        assert both == pytest.approx(one, abs=rounding, rel=1e-5)
 
 
 @pytest.mark.slow
