@@ -115,12 +115,10 @@ class PolicyGradient(RewardedObjective):
         if section.informative_share == 1 and not section.skip_dead_groups:
             return micro_batches
         values = advantages.cpu()
-        if section.skip_dead_groups:
-            micro_batches = without_dead(micro_batches, values)
-        if section.informative_share < 1:
+        if section.informative_share < 1:  # before any are left out: it wants whole groups
             group = self.settings.group_size
             micro_batches = most_informative(micro_batches, values, group, round(group * section.informative_share))
-        return micro_batches
+        return without_dead(micro_batches, values) if section.skip_dead_groups else micro_batches
 
     def _update_metrics(self, reports: torch.Tensor, iteration: int) -> dict[str, float | None]:
         """Metrics of [minibatches, 9] local reports: the one place where the update waits for the device.

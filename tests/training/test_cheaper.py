@@ -347,6 +347,16 @@ def test_the_gradient_of_the_most_informative_is_the_whole_one_without_the_other
     assert not all(torch.allclose(one, other, rtol=1e-2) for one, other in zip(of_all, whole))
 
 
+def test_what_is_dead_is_left_out_of_what_is_informative(unit_config):
+    """The first two images of a group without a say, the others with one: its micro-batches are no whole group then."""
+    settings = changed(unit_config, micro_batch=2, window=FIRST_TWO)
+    settings.update.informative_share, settings.update.skip_dead_groups = 0.5, True
+    objective = build(settings).trainer.objective
+    rollout = objective.rollout(objective.table(0), 0)
+    learned = objective._learned(rollout.micro_batches, torch.tensor([0.0, 0, 1, -1, 0, 0, 0, 0]))
+    assert [each.micro_batch.image_ids.tolist() for each in learned] == [[2, 3]]
+
+
 def test_an_iteration_of_dead_groups_alone_trains_nothing_and_says_so(unit_config, monkeypatch):
     settings = changed(unit_config, window=FIRST_TWO)
     settings.update.skip_dead_groups = True
