@@ -32,6 +32,12 @@ class MicroBatch:
     prompt_groups: torch.Tensor  # [P] int64, the group each prompt row stands for: its position in the iteration
     row: torch.Tensor  # [M] int64 into prompts
     minibatch: int  # which optimizer step of the iteration trains on it
+    chosen: torch.Tensor | None = None  # [M] int64, which scouts the images are; None: nothing was scouted
+
+    @property
+    def draws(self) -> torch.Tensor:
+        """[M] int64: what keys everything that is drawn for an image, so that a scout can be drawn again."""
+        return self.image_ids if self.chosen is None else self.chosen
 
     @property
     def captions(self) -> list[str]:
@@ -70,6 +76,10 @@ class Rollout:
     @property
     def image_ids(self) -> torch.Tensor:
         return torch.cat([t.micro_batch.image_ids for t in self.micro_batches])
+
+    @property
+    def draws(self) -> torch.Tensor:
+        return torch.cat([t.micro_batch.draws for t in self.micro_batches])
 
     @property
     def prompts(self) -> list[str]:

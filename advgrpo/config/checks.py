@@ -35,6 +35,8 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
         _check_forward_process(config)
     else:
         _check_window(rollout)
+    _check_cheaper(config)
+    _check_informative(config, world_size)
     if rollout.dynamics in ("flow_cps", "ddim") and rollout.eta > 1:
         raise UserError(f"rollout.eta = {rollout.eta:g}: {rollout.dynamics} wants at most 1")
     if config.model.resolution % 8:
@@ -173,6 +175,71 @@ def _check_window(rollout: RolloutSection) -> None:
         raise UserError(
             f"rollout.window.train_share = {window.train_share:g} of a window of {window.count} steps trains none; "
             f"want at least {1 / window.count:.3g}"
+        )
+
+
+def _check_cheaper(config: Config) -> None:
+    """Shorter tails and scouts belong to a window, and are shorter and cheaper than what they stand for."""
+    rollout = config.rollout
+    asked = (("tail_steps", 0), ("scouts", 1), ("scout_tail_steps", 0))
+    for name, plain in asked:
+        value = getattr(rollout, name)
+        if value != plain and not config.objective.has_window:
+            raise UserError(
+                f"rollout.{name} = {value} is of the policy gradient's window, but update.objective = "
+                f"{config.update.objective} has none; set rollout.{name} = {plain}"
+            )
+    if rollout.scout_tail_steps and rollout.scouts == 1:
+        raise UserError(
+            f"rollout.scout_tail_steps = {rollout.scout_tail_steps} would not be looked at: rollout.scouts = 1 draws "
+            "none; leave rollout.scout_tail_steps out, or set rollout.scouts = 2"
+        )
+    if not config.objective.has_window:
+        return
+    most = most_steps_after_window(rollout)
+    for name in ("tail_steps", "scout_tail_steps"):
+        value = getattr(rollout, name)
+        if value and value >= most:
+            raise UserError(
+                f"rollout.{name} = {value} shortens nothing: at most {most} of rollout.num_steps = {rollout.num_steps} "
+                f"steps follow the window; set rollout.{name} = "
+                + (f"{max(1, most // 2)} or " if most > 1 else "")
+                + "0"
+            )
+    if rollout.tail_steps and rollout.scout_tail_steps > rollout.tail_steps:
+        raise UserError(
+            f"rollout.scout_tail_steps = {rollout.scout_tail_steps} is more than rollout.tail_steps = "
+            f"{rollout.tail_steps}: scouts would cost more than the images they are drawn for; set "
+            f"rollout.scout_tail_steps = {rollout.tail_steps} or less"
+        )
+
+
+def _check_informative(config: Config, world_size: int) -> None:
+    """What is left out of the update leaves micro-batches of the rollout's shape, and nothing that pulls on all."""
+    update, rollout = config.update, config.rollout
+    share, asked = update.informative_share, f"update.informative_share = {update.informative_share:g}"
+    left_out = asked if share != 1 else "update.skip_dead_groups = True" if update.skip_dead_groups else ""
+    if left_out and config.objective.has_window and update.kl_weight:
+        raise UserError(
+            f"{left_out} would leave images out of the KL of update.kl_weight = {update.kl_weight:g}, which is of all; "
+            "set update.kl_weight = 0, or train on all images"
+        )
+    if share == 1:
+        return
+    group, micro = rollout.group_size, rollout.micro_batch
+    kept = share * group
+    if kept != round(kept) or round(kept) % micro or group % micro:
+        fitting = [f"{n / group:g}" for n in range(micro, group, micro)] if group % micro == 0 else []
+        shares = f"update.informative_share to one of {', '.join(fitting)}, or " if fitting else ""
+        raise UserError(
+            f"{asked} of rollout.group_size = {group} images cannot be cut into micro-batches of rollout.micro_batch = "
+            f"{micro}, whose shape the update must keep; set {shares}rollout.micro_batch to a divisor of both"
+        )
+    if rollout.prompts_per_iteration % (update.minibatches * world_size):
+        raise UserError(
+            f"{asked} needs whole groups in every minibatch on every process: set rollout.prompts_per_iteration (now "
+            f"{rollout.prompts_per_iteration}) to a multiple of {update.minibatches} minibatches x {world_size} "
+            "processes"
         )
 
 
@@ -474,3 +541,11 @@ def eligible_steps(rollout: RolloutSection) -> list[int]:
     """
     low, high = rollout.window.noise_range
     return [i for i in range(noisy_steps(rollout)) if low < 1 - i / rollout.num_steps <= high]
+
+
+def most_steps_after_window(rollout: RolloutSection) -> int:
+    """How many steps follow the window's last one where it is as early as it can be."""
+    window = rollout.window
+    if window.chosen_order == "fixed":
+        return rollout.num_steps - 1 - max(window.steps or (0,))
+    return rollout.num_steps - 1 - eligible_steps(rollout)[window.size - 1]

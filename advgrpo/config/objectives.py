@@ -22,6 +22,7 @@ class ObjectiveTraits:
     forward_process: str = ""  # learns from clean latents, noised again, without a window; its section of settings
     old_policy: bool = False  # which draws, beside the one that is trained
     fits_velocity: bool = False  # its loss is a rectified flow's, which other models do not have
+    has_window: bool = True  # some of the sampler's steps are stochastic, and trained on by their likelihoods
     not_looked_at: tuple[tuple[str, object], ...] = ()  # settings of section `update`, each with its plain value
 
 
@@ -31,6 +32,8 @@ _OF_WINDOWS = (
     ("step_weights", "uniform"),
     ("policy_weight", 1.0),
     ("kl_space", "latent"),
+    ("informative_share", 1.0),
+    ("skip_dead_groups", False),
 )
 _OF_LIKELIHOODS = (*_OF_WINDOWS, ("kl_to", "base"), ("teacher", ""))
 
@@ -42,6 +45,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         forward_process="nft",
         old_policy=True,
         fits_velocity=True,
+        has_window=False,
         not_looked_at=(
             ("old_log_prob", "rollout"),
             ("kl_variance", "step"),
@@ -67,6 +71,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         compares_groups=False,
         learns_from_references=True,
         fits_velocity=True,
+        has_window=False,
         not_looked_at=(
             ("kl_weight", 0.0),
             ("old_log_prob", "rollout"),

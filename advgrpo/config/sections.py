@@ -53,6 +53,7 @@ FlagName = Literal[
     "adam_eps",
     "overpowered_adversary",
     "sleeping_adversary",
+    "shortened_tail",
 ]
 
 
@@ -204,11 +205,32 @@ class RolloutSection(Section):
     window_forward: Literal["trainer", "merged"] = "trainer"
     """Forward of the stochastic steps: the trainer's own, so that likelihood ratios start at exactly 1, or the merged
     weights in `precision`, which needs another update.old_log_prob."""
+    tail_steps: Count = 0
+    """Deterministic steps after the window, fewer and longer than the schedule's; 0 takes all. Likelihoods keep their
+    bits, images are other ones: `tail_agreement` says whether rewards rank them alike."""
+    tail_agreement: Fraction = 0.85
+    """Least rank agreement (Kendall's tau within groups) of images by tail_steps with the same images by all steps. A
+    mean below it raises the red flag shortened_tail; a 95 % interval below it ends a run before its generator learns.
+    """
+    tail_check_every: Count = 50
+    """Iterations between measurements of that agreement, each of which draws and scores the images once more; 0: once,
+    before the generator learns."""
+    scouts: Annotated[int, Field(ge=1, le=64)] = 1
+    """Images drawn by the cheapest path for each one kept: of group_size x scouts per prompt the best and the worst are
+    drawn again, exactly, and trained on (Sol-RL, arXiv 2604.06916); 1 draws all exactly."""
+    scout_tail_steps: Count = 0
+    """Steps of a scout after the window, such as 2; 0: as tail_steps says."""
 
     @property
     def images(self) -> int:
         """Of an iteration, over all processes."""
         return self.prompts_per_iteration * self.group_size
+
+    @property
+    def of_scouts(self) -> RolloutSection:
+        """The same rollout with as many images to a prompt as scouts are drawn, by their steps."""
+        tail = self.scout_tail_steps or self.tail_steps
+        return self.model_copy(update={"group_size": self.group_size * self.scouts, "tail_steps": tail})
 
 
 class AdvantageSection(Section):
@@ -257,6 +279,12 @@ class UpdateSection(Section):
     length."""
     minibatches: Positive = 2
     """Optimizer steps per iteration: the rollout is cut into this many parts."""
+    informative_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a group's images that is trained on: those with the largest |advantage|. The others, whose part of the
+    gradient is the smallest, are left out of it; group_size x this must be a multiple of rollout.micro_batch."""
+    skip_dead_groups: bool = False
+    """Leave out micro-batches whose advantages are all 0, those of groups without spread in their rewards: the gradient
+    keeps its bits, and their forward and backward are saved."""
     learning_rate: Above0 = 3e-4
     """AdamW's learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)

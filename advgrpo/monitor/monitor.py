@@ -482,6 +482,35 @@ class SleepingAdversary(RedFlag):
         )
 
 
+class ShortenedTail(RedFlag):
+    """Rewards rank images by fewer steps after the window otherwise than by all: advantages follow another order.
+
+    Definition: `tail_agreement`, Kendall's tau within groups of the iteration's own images, is below
+    rollout.tail_agreement. It is a mean over groups and seldom measured (rollout.tail_check_every), so one reading is
+    enough.
+    """
+
+    name = "shortened_tail"
+    persistence = 1
+
+    def read(self, metrics, images):
+        tau, threshold = metrics.get("tail_agreement"), self.knobs.rollout.tail_agreement
+        if tau is None:
+            return None
+        message = (
+            f"images by rollout.tail_steps = {self.knobs.rollout.tail_steps} and by all steps are ranked alike to "
+            f"Kendall's tau {tau:.2f}"
+        )
+        return Reading(tau, threshold, tau < threshold, message)
+
+    def advice(self):
+        rollout = self.knobs.rollout
+        return (
+            f"Raise rollout.tail_steps (now {rollout.tail_steps}) or set it to 0; a lower rollout.tail_agreement (now "
+            f"{rollout.tail_agreement:g}) accepts it"
+        )
+
+
 RED_FLAGS: tuple[type[RedFlag], ...] = (
     RewardCollapse,
     ModeCollapse,
@@ -492,6 +521,7 @@ RED_FLAGS: tuple[type[RedFlag], ...] = (
     AdamEps,
     OverpoweredAdversary,
     SleepingAdversary,
+    ShortenedTail,
 )
 
 

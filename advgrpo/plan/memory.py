@@ -15,7 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
-from advgrpo.config import Config, RolloutSection, check_micro_batches, fits_micro_batches, nearest_prompts
+from advgrpo.config import (
+    Config,
+    RolloutSection,
+    check_micro_batches,
+    fits_micro_batches,
+    most_steps_after_window,
+    nearest_prompts,
+)
 from advgrpo.errors import UserError
 from advgrpo.plan import known_models
 from advgrpo.plan.activations import TransformerShape, decode_bytes
@@ -202,7 +209,11 @@ class _Estimate:
         return MemoryPlan(gpu_gb, knobs, self.components(knobs), configured_gb, (), self.uncounted)
 
     def _knobs(self) -> Iterator[Knobs]:
-        for micro in micro_batches(self.config.rollout, self.config.update.minibatches, self.processes):
+        rollout, update = self.config.rollout, self.config.update
+        kept = round(rollout.group_size * update.informative_share)
+        for micro in micro_batches(rollout, update.minibatches, self.processes):
+            if update.informative_share < 1 and (kept % micro or rollout.group_size % micro):
+                continue  # training/informative.py keeps the micro-batches' shape
             for checkpointing in (False, True):
                 yield Knobs(micro, checkpointing)
 
@@ -213,10 +224,9 @@ class _Estimate:
         Occupancy is the share of the last wave of micro-batches over 132 multiprocessors that is filled, over products
         1, 3 and 4 D wide.
         """
-        rollout = self.config.rollout
         old_policy = self.config.objective.old_policy  # one forward more
-        learning = 2.2 + knobs.gradient_checkpointing + old_policy
-        work = rollout.num_steps + self.config.trained_steps * learning
+        learning = (2.2 + knobs.gradient_checkpointing + old_policy) * self.config.update.informative_share
+        work = self._drawn_steps() + self.config.trained_steps * learning
         rows = math.ceil(knobs.micro_batch * self.guided * self.shape.tokens / _TILE[0])
         time = filled = 0
         for columns in (1, 3, 4):
@@ -224,6 +234,19 @@ class _Estimate:
             time += math.ceil(micro_batches / _SMS) * _SMS
             filled += micro_batches
         return work * time / filled
+
+    def _drawn_steps(self) -> int:
+        """Sampler steps of an image that is learned from, those of its scouts among them, with the earliest window."""
+        rollout = self.config.rollout
+        if not self.config.objective.has_window:
+            return rollout.num_steps
+        after = most_steps_after_window(rollout)
+
+        def steps(tail: int) -> int:
+            return rollout.num_steps - after + min(tail or after, after)
+
+        scouted = rollout.scouts * steps(rollout.of_scouts.tail_steps) if rollout.scouts > 1 else 0
+        return steps(rollout.tail_steps) + scouted
 
     def components(self, knobs: Knobs) -> tuple[Component, ...]:
         reward = self._dino(knobs) if self.dino else ()
@@ -333,6 +356,10 @@ class _Estimate:
         rollout = self.images * (4 * 3 * resolution**2 + held_latents)
         held = ("decode", "score", "update")
         yield Component("images and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
+        share = config.update.informative_share
+        if share < 1:  # training/informative.py copies them; what it leaves out is held until the iteration ends
+            copied = round(self.images * share) * held_latents
+            yield Component("window latents that are trained on", copied, "update.informative_share", ("update",))
         if forward_process:  # noised latents, their flow, and two policies' velocities
             levels = 4 * config.trained_steps * knobs.micro_batch * latents
             decides = f"{forward_process}.step_share, rollout.micro_batch"

@@ -23,9 +23,11 @@ class StepTable:
     window: tuple[int, ...]  # stochastic steps, ascending; empty for plain sampling
     trained: tuple[int, ...]  # those of them that the update trains on: the first ones
     lengths: tuple[float, ...]  # T: variance of a step's noise over that per unit of time; 1 where there is no such
+    taken: tuple[int, ...] = ()  # the steps that are run, ascending; empty: all. Rows of the others are not looked at
     numbers: list[torch.Tensor] = field(init=False)  # T views [1] int64: the step counter
 
     def __post_init__(self):
+        self.taken = self.taken or tuple(range(len(self.timesteps)))
         self.numbers = list(torch.arange(len(self.timesteps), device=self.timesteps.device).split(1))
 
     def at(self, number: torch.Tensor) -> torch.Tensor:
@@ -57,9 +59,20 @@ def check_objective(prediction_type: str, objective: str) -> None:
 
 
 def step_table(
-    policy: Generator, num_steps: int, window: tuple[int, ...] = (), *, rollout: RolloutSection | None = None
+    policy: Generator,
+    num_steps: int,
+    window: tuple[int, ...] = (),
+    *,
+    rollout: RolloutSection | None = None,
+    tail_steps: int | None = None,
 ) -> StepTable:
     """Deterministic steps (ODE, or DDIM with η = 0) but on `window`, where the rollout's dynamics add noise.
+
+    A shortened tail keeps the numbers, timesteps and coefficients of all steps up to the window's last, so what they
+    compute keeps its bits, and a captured step its shapes: only the coefficients of the longer steps are others.
+
+    Args:
+        tail_steps: deterministic steps after the window; 0 takes all, None `rollout.tail_steps`.
 
     Raises:
         UserError: the rollout's dynamics are not for this model.
@@ -69,10 +82,30 @@ def step_table(
         check_dynamics(policy.prediction_type, rollout.dynamics)
     noise = [rollout.eta if i in window else 0.0 for i in range(num_steps)]
     coefficients = _coefficients(policy, levels, rollout.dynamics if window else "ode", noise)
+    taken = tuple(range(num_steps))
+    if window:
+        taken = taken_steps(num_steps, window, rollout.tail_steps if tail_steps is None else tail_steps)
+        tail = [i for i in taken if i > window[-1]]
+        if len(taken) < num_steps:
+            ends = levels[[*tail, num_steps]]
+            coefficients[tail] = _coefficients(policy, ends, rollout.dynamics, [0.0] * len(tail))
     trained = window[: rollout.window.trained_of(len(window))] if window else ()
     timed = bool(window) and rollout.dynamics in ("flow_sde", "dance_sde")  # s² = std²·(σ - σ')
     lengths = tuple((levels[:-1] - levels[1:]).tolist()) if timed else (1.0,) * num_steps
-    return StepTable(*(to_device(t, policy.device) for t in (timesteps, coefficients)), window, trained, lengths)
+    on_device = (to_device(t, policy.device) for t in (timesteps, coefficients))
+    return StepTable(*on_device, window, trained, lengths, taken)
+
+
+def taken_steps(num_steps: int, window: tuple[int, ...], tail_steps: int) -> tuple[int, ...]:
+    """The steps that are run, ascending: all up to the window's last, then `tail_steps` of the others.
+
+    Those are spread evenly over the numbers of the schedule, which for a rectified flow's shifted schedule keeps the
+    steps' lengths in proportion; the last always ends at the image. 0, or as many as there are, takes all.
+    """
+    first = window[-1] + 1
+    left = num_steps - first
+    count = min(tail_steps or left, left)
+    return (*range(first), *(first + left * number // count for number in range(count)))
 
 
 def _coefficients(policy: Generator, levels: torch.Tensor, dynamics: str, noise: list[float]) -> torch.Tensor:
@@ -121,3 +154,13 @@ def window_steps(rollout: RolloutSection, seed: int, iteration: int) -> tuple[in
         places = range(0, starts, window.slide_by)
         first = places[iteration // window.slide_every % len(places)]
     return tuple(steps[first : first + window.size])
+
+
+def rows(table: StepTable, *, prompts: int, images: int, shared: bool) -> int:
+    """How many rows the network computes to draw the images of some prompts by a table, without those of guidance.
+
+    Args:
+        shared: a prompt's images are one trajectory up to the window's first step (`Sampler.share_prefix`).
+    """
+    alone = table.window[0] if table.window else len(table.numbers)
+    return sum(prompts if shared and i <= alone else images for i in table.taken)

@@ -131,7 +131,7 @@ class Sampler(Generic[P]):
             inputs.fill("image_ids", image_ids)
         inputs.fill("latents", latents)
         inputs.fill("step", table.numbers[0])
-        self._plan = _Plan(tuple(range(len(table.numbers))), table.window, table.trained)
+        self._plan = _Plan(tuple(table.taken), table.window, table.trained)
         if not (self.whole and inputs.static):
             return self._walk(self._plan)
         latents, steps = self._run("trajectory", self._plan)

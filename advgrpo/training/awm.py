@@ -27,12 +27,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from advgrpo.config import AwmSection, Config
+from advgrpo.config import AwmSection
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
 from advgrpo.training.forward_process import ForwardProcess, Level
-from advgrpo.training.objective import Iteration
-from advgrpo.training.scoring import Scored
+from advgrpo.training.objective import Iteration, Parts
+from advgrpo.training.scoring import Scored, Scorer
 from advgrpo.types import MicroBatchRollout, Rollout
 
 _EPS = 1e-10  # under roots, whose slope at 0 is infinite
@@ -101,9 +101,9 @@ class AdvantageWeightedMatching(ForwardProcess):
     clip_range: float
 
     @classmethod
-    def own_settings(cls, config: Config) -> dict[str, Any]:
-        update = config.update
-        return {"section": config.awm, "kl_weight": update.kl_weight, "clip_range": update.clip_range}
+    def own_settings(cls, parts: Parts, scorer: Scorer) -> dict[str, Any]:
+        update = parts.config.update
+        return {"section": parts.config.awm, "kl_weight": update.kl_weight, "clip_range": update.clip_range}
 
     @property
     def noise_levels(self) -> AwmSection:

@@ -37,8 +37,12 @@ class MicroBatches:
         """One per group, of all processes."""
         return [self.prompts[number] for number in self._groups.next(iteration)]
 
-    def of(self, iteration: int) -> list[MicroBatch]:
-        """This process's micro-batches, in order of minibatch."""
+    def of(self, iteration: int, chosen: torch.Tensor | None = None) -> list[MicroBatch]:
+        """This process's micro-batches, in order of minibatch.
+
+        Args:
+            chosen: int64 by image number, over all processes: which scout each image is.
+        """
         prompt_of_group = self.prompts_of(iteration)
         per_minibatch = self._images // (self._micro * self.minibatches)
         share = per_minibatch // self.world_size
@@ -50,5 +54,6 @@ class MicroBatches:
                 group_ids = ids // self._group_size
                 groups = group_ids.unique()
                 prompts = [prompt_of_group[g] for g in groups.tolist()]
-                mine.append(MicroBatch(ids, prompts, groups, torch.searchsorted(groups, group_ids), minibatch))
+                row = torch.searchsorted(groups, group_ids)
+                mine.append(MicroBatch(ids, prompts, groups, row, minibatch, None if chosen is None else chosen[ids]))
         return mine

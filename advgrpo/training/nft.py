@@ -30,16 +30,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from advgrpo.config import Config, NftSection
+from advgrpo.config import NftSection
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
 from advgrpo.training import restoring
 from advgrpo.training.clean_start import State
 from advgrpo.training.ema import Ema
 from advgrpo.training.forward_process import ForwardProcess
-from advgrpo.training.objective import Iteration
+from advgrpo.training.objective import Iteration, Parts
 from advgrpo.training.restoring import Restorable
-from advgrpo.training.scoring import Scored
+from advgrpo.training.scoring import Scored, Scorer
 from advgrpo.types import MicroBatchRollout, Rollout
 
 _SMALLEST_WEIGHT = 1e-5  # of the mean error of a predicted clean latent
@@ -123,8 +123,8 @@ class NegativeAwareFineTuning(ForwardProcess):
         self.old, self.steps = Ema(self.updater.named, decay=0.0), 0
 
     @classmethod
-    def own_settings(cls, config: Config) -> dict[str, Any]:
-        return {"section": config.nft, "kl_weight": config.update.kl_weight}
+    def own_settings(cls, parts: Parts, scorer: Scorer) -> dict[str, Any]:
+        return {"section": parts.config.nft, "kl_weight": parts.config.update.kl_weight}
 
     @property
     def noise_levels(self) -> NftSection:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer, UpdatePlan, paired_accuracy
-from advgrpo.config import AdvantageSection, Config, RolloutSection
+from advgrpo.config import AdvantageSection, RolloutSection
 from advgrpo.monitor.image_statistics import ImageStatistics, measure
 from advgrpo.policy.base import Policy
 from advgrpo.runtime import rng
@@ -33,6 +33,23 @@ from advgrpo.training.scoring import Scored, Scorer
 from advgrpo.training.update import Updater
 from advgrpo.types import Conditioning, MicroBatch, MicroBatchRollout, Rollout
 from advgrpo_kernels import Advantages, group_advantages
+
+
+def build_sampler(parts: Parts, *, window_merged: bool) -> Sampler:
+    """As the settings say; `window_merged`: whether the window's steps run merged weights as well."""
+    config = parts.config
+    return Sampler(
+        parts.policy,
+        config.rollout.guidance_scale,
+        config.rollout.likelihood,
+        share_prefix=parts.fast.share_prefix,
+        merged=parts.policy.has_merged,
+        window_merged=window_merged,
+        graphs=parts.graphs,
+        shared_noise=config.rollout.initial_noise == "shared",
+        keep_means=config.update.trust_region != "ratio",
+        whole=config.rollout.window.chosen_order == "fixed",
+    )
 
 
 @dataclass
@@ -71,18 +88,6 @@ class RewardedObjective(ABC):
     def build(cls, parts: Parts) -> Self:
         """Sampler and discriminator trainer as the settings say."""
         config, distributed, scorer = parts.config, parts.distributed, parts.scorer()
-        sampler = Sampler(
-            parts.policy,
-            config.rollout.guidance_scale,
-            config.rollout.likelihood,
-            share_prefix=parts.fast.share_prefix,
-            merged=parts.policy.has_merged,
-            window_merged=config.rollout.window_forward == "merged",
-            graphs=parts.graphs,
-            shared_noise=config.rollout.initial_noise == "shared",
-            keep_means=config.update.trust_region != "ratio",
-            whole=config.rollout.window.chosen_order == "fixed",
-        )
         discriminator_trainer = None
         if scorer.adversary is not None:
             discriminator_trainer = DiscriminatorTrainer(
@@ -95,7 +100,7 @@ class RewardedObjective(ABC):
         return cls(
             policy=parts.policy,
             updater=parts.updater,
-            sampler=sampler,
+            sampler=build_sampler(parts, window_merged=config.rollout.window_forward == "merged"),
             scorer=scorer,
             discriminator_trainer=discriminator_trainer,
             micro_batches=parts.micro_batches,
@@ -104,11 +109,11 @@ class RewardedObjective(ABC):
             advantage=config.advantage,
             seed=config.seed,
             due=parts.monitor.due,
-            **cls.own_settings(config),
+            **cls.own_settings(parts, scorer),
         )
 
     @classmethod
-    def own_settings(cls, config: Config) -> dict[str, Any]:
+    def own_settings(cls, parts: Parts, scorer: Scorer) -> dict[str, Any]:
         """What a subclass is built with besides."""
         return {}
 
@@ -116,18 +121,20 @@ class RewardedObjective(ABC):
         """Rollout, rewards, discriminator updates, generator update."""
         number = iteration.number
         table = self.table(number)
+        chosen = self.choose(table, iteration)
         with iteration.phase("sample"), self.behaviour(iteration):
-            rollout = self.rollout(table, number)
+            rollout = self.rollout(table, number, chosen)
             merge_error = self.policy.merge_error() if self.due(number) else None
         with iteration.phase("score"):
             scored = self.scorer.score(rollout, number)
+            compared = self.compared(rollout, scored, table, number)
         iteration.changes()
         with iteration.phase("discriminator"):
             plan, discriminator_metrics = self.train_discriminator(rollout, scored, number)
         with iteration.phase("update"):
             update_metrics = self.update(rollout, scored, table, iteration) if plan.generator else self.not_updated()
             self.updater.ema.global_step += not plan.generator  # the released code counts such an iteration as a step
-        metrics = {**scored.metrics(self.settings.group_size), **discriminator_metrics, **update_metrics}
+        metrics = {**scored.metrics(self.settings.group_size), **compared, **discriminator_metrics, **update_metrics}
         statistics = {} if merge_error is None else {"monitor_merge_error": merge_error}
         return Outcome(metrics, partial(self.measure, rollout, scored), statistics)
 
@@ -139,6 +146,14 @@ class RewardedObjective(ABC):
     def table(self, iteration: int) -> StepTable:
         """This iteration's steps, the stochastic ones among them."""
 
+    def choose(self, table: StepTable, iteration: Iteration) -> torch.Tensor | None:
+        """Which scouts to draw exactly, as `rollout` takes them; None where nothing is scouted."""
+        return None
+
+    def compared(self, rollout: Rollout, scored: Scored, table: StepTable, iteration: int) -> dict[str, float | None]:
+        """Metrics of how well cheaper images stand for dearer ones, before anything learns."""
+        return {}
+
     def behaviour(self, iteration: Iteration) -> AbstractContextManager[Any]:
         """Inside, the policy holds the weights that draw the images: those that are trained, unless it says else."""
         return contextlib.nullcontext()
@@ -149,32 +164,53 @@ class RewardedObjective(ABC):
     ) -> dict[str, float | None]:
         """Train the generator on the images; `update_metrics` and more."""
 
-    def rollout(self, table: StepTable, iteration: int) -> Rollout:
-        """Sample this process's images; draws are keyed by group or image number, never by micro-batch or process."""
+    def rollout(self, table: StepTable, iteration: int, chosen: torch.Tensor | None = None) -> Rollout:
+        """Sample this process's images; draws are keyed by group or image number, never by micro-batch or process.
+
+        Args:
+            chosen: int64 by image number, on the host: which of the iteration's scouts each image is, whose draws it
+                then has; None: nothing was scouted.
+        """
+        self.policy.merge()
+        micro_batches = self.micro_batches.of(iteration, chosen)
+        self.scorer.prefetch([prompt for each in micro_batches for prompt in each.prompts])  # while the GPU samples
+        return Rollout(list(self.draw(self.sampler, table, micro_batches, iteration, "sample")))
+
+    def draw(
+        self, sampler: Sampler, table: StepTable, micro_batches: Sequence[MicroBatch], iteration: int, what: str
+    ) -> Iterator[MicroBatchRollout]:
+        """The images of micro-batches, one of these after the other; the same by whatever sampler and table draws them,
+        up to what these compute differently.
+
+        Args:
+            what: is done, for those who wait.
+        """
         initial_seed = rng.derive_seed(self.seed, "initial_noise", iteration)
         noise_seed = rng.derive_seed(self.seed, "step_noise", iteration)
-        self.policy.merge()
-        micro_batches, rollouts = self.micro_batches.of(iteration), []
-        self.scorer.prefetch([prompt for each in micro_batches for prompt in each.prompts])  # while the GPU samples
         encoded: dict[tuple[str, ...], Conditioning] = {}  # the micro-batches of a prompt share its embeddings
-        for micro_batch in self.distributed.stoppable(micro_batches, "sample: micro-batch"):
+        for micro_batch in self.distributed.stoppable(micro_batches, f"{what}: micro-batch"):
             texts = tuple(micro_batch.prompts)
             if texts not in encoded:
                 encoded[texts] = self.policy.encode(micro_batch.prompts)
-            rollouts.append(self._sample(table, micro_batch, encoded[texts], initial_seed, noise_seed))
-        return Rollout(rollouts)
+            yield self._sample(sampler, table, micro_batch, encoded[texts], initial_seed, noise_seed)
 
     def _sample(
-        self, table: StepTable, micro_batch: MicroBatch, conditioning: Conditioning, initial_seed: int, noise_seed: int
+        self,
+        sampler: Sampler,
+        table: StepTable,
+        micro_batch: MicroBatch,
+        conditioning: Conditioning,
+        initial_seed: int,
+        noise_seed: int,
     ) -> MicroBatchRollout:
-        owners = micro_batch.prompt_groups if self.sampler.shared_noise else micro_batch.image_ids
-        latents, steps = self.sampler.run(
+        owners = micro_batch.prompt_groups if sampler.shared_noise else micro_batch.draws
+        latents, steps = sampler.run(
             table,
             conditioning,
-            self.sampler.initial_latents(initial_seed, owners),
+            sampler.initial_latents(initial_seed, owners),
             to_device(micro_batch.row, self.policy.device),
             noise_seed=noise_seed,
-            image_ids=to_device(micro_batch.image_ids, self.policy.device),
+            image_ids=to_device(micro_batch.draws, self.policy.device),
         )
         clean = latents if self.keeps_clean_latents else None
         return MicroBatchRollout(micro_batch, conditioning, steps, self.policy.decode(latents), clean)

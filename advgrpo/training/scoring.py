@@ -6,8 +6,8 @@ Shapes: B local images of this process, G global ones of the iteration, by image
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from advgrpo.runtime.transfer import to_device
 from advgrpo.training.ahead import ReferencesAhead
 from advgrpo.training.columns import Columns
 from advgrpo.training.observer import DinoObserver
-from advgrpo.types import Features, Rollout
+from advgrpo.types import Features, MicroBatchRollout, Rollout
 
 
 @dataclass
@@ -197,15 +197,43 @@ class Scorer:
             everywhere.of_references,
         )
 
+    def totals(self, drawn: Iterable[MicroBatchRollout], iteration: int, group_size: int) -> torch.Tensor:
+        """[G] float32: the generator's reward of images in groups of `group_size`, by image number, and nothing else.
+
+        Each micro-batch is scored as it is drawn and then let go of. The same image gets the same reward as from
+        `score` up to rounding: all that is drawn for it is keyed by `MicroBatch.draws`.
+
+        Raises:
+            As `score`.
+        """
+        parts: list[dict[str, torch.Tensor]] = []
+        seen: list[MicroBatchRollout] = []
+        with self.distributed.monitored("draw and score scouts"):
+            for micro_batch in drawn:
+                rollout = Rollout([micro_batch])
+                rewards = self._fixed_rewards(rollout)
+                if self.adversary is not None:
+                    features = self._generated(rollout, iteration)
+                    rewards["adversary"] = self._adversary_reward(features, rollout.draws, "reward", iteration)
+                parts.append(rewards)
+                seen.append(
+                    replace(micro_batch, steps=[], images=micro_batch.images.sum())
+                )  # which tells if all are finite
+        columns = Columns({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        rollout = Rollout(seen)
+        everywhere = columns.gathered(rollout.image_ids, self.distributed)
+        _check_finite(everywhere, rollout, group_size)
+        return compose(everywhere.rewards, self.weights, group_size)
+
     def _columns(
         self, rollout: Rollout, generated: Features | None, reference: Features | None, iteration: int
     ) -> tuple[Columns, torch.Tensor | None]:
         """(columns [B], DINO class tokens [B, D] or None) of this process's images."""
         columns = Columns()
         if self.adversary is not None:
-            ids = to_device(rollout.image_ids, generated.device)
-            columns.rewards["adversary"] = self._adversary_reward(generated, ids, "reward", iteration)
-            columns.paired = self._adversary_reward(reference, ids, "reference", iteration)
+            draws = rollout.draws
+            columns.rewards["adversary"] = self._adversary_reward(generated, draws, "reward", iteration)
+            columns.paired = self._adversary_reward(reference, draws, "reference", iteration)
         columns.rewards |= self._fixed_rewards(rollout)
         if self._of_references is not None:
             self.distributed.step("rewards of the references")
@@ -220,16 +248,20 @@ class Scorer:
 
     def _features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """The adversary's features of every image, computed once, and of one reference each, from the cache."""
+        generated = self._generated(rollout, iteration)
+        self.distributed.step("reward adversary: references")
+        return generated, self.reference_features.pick(rollout.prompts, self._reference_draws(rollout, iteration))
+
+    def _generated(self, rollout: Rollout, iteration: int) -> Features:
+        """The adversary's features of every image [B], as it sees them."""
         micro_batches = self.distributed.stoppable(rollout.micro_batches, "reward adversary: micro-batch")
         augmented = Augmentation(self.adversary.config.augment, self.seed).generated
-        generated = Features.cat(
+        return Features.cat(
             [
-                self.adversary.features(augmented(t.images, t.micro_batch.image_ids, iteration), t.micro_batch.captions)
+                self.adversary.features(augmented(t.images, t.micro_batch.draws, iteration), t.micro_batch.captions)
                 for t in micro_batches
             ]
         )
-        self.distributed.step("reward adversary: references")
-        return generated, self.reference_features.pick(rollout.prompts, self._reference_draws(rollout, iteration))
 
     def _reference_draws(self, rollout: Rollout, iteration: int) -> torch.Tensor:
         """[B] in [0, 1): which of its prompt's references each image is paired with (adversary.reference_choice)."""
@@ -245,8 +277,10 @@ class Scorer:
             views=Augmentation(self.adversary.config.augment, self.seed).views,
         )
 
-    def _adversary_reward(self, features: Features, ids: torch.Tensor, purpose: str, iteration: int) -> torch.Tensor:
-        return self.adversary.score(features, ids, purpose=purpose, iteration=iteration).reward
+    def _adversary_reward(self, features: Features, draws: torch.Tensor, purpose: str, iteration: int) -> torch.Tensor:
+        """[B]; `draws` [B] int64 on the host key the patches that are looked at."""
+        keys = to_device(draws, features.device)
+        return self.adversary.score(features, keys, purpose=purpose, iteration=iteration).reward
 
     def _fixed_rewards(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """[B] each: the fixed rewards. They alone get the images in one piece, a copy that is gone afterwards."""

@@ -177,19 +177,19 @@ class Updater:
         watch_kl: bool,
     ) -> UpdateStats:
         """Gradients of one minibatch. `advantages` is [B global], indexed by image id; `total` is its
-        number of images over all processes. `watch_kl` measures the KL on the first step of image 0's micro-batch even
+        number of images over all processes. `watch_kl` measures the KL on the first step of the first micro-batch even
         when the loss does not use it: with a shared prefix that forward has one row per prompt.
         """
         self.zero_gradients()
         stats, inputs = UpdateStats(self.policy.device), self._inputs
         weight = 1.0 / (total * len(table.trained))
         table = self._held(table)
-        for rollout in micro_batches:
+        for place, rollout in enumerate(micro_batches):
             inputs.fill("row", to_device(rollout.micro_batch.row, self.policy.device))
             inputs.fill("advantages", advantages[to_device(rollout.micro_batch.image_ids, advantages.device)])
             self._prompts.set(self._prepare(rollout, table))
             for number, step in enumerate(rollout.steps):
-                watched = watch_kl and number == 0 and int(rollout.micro_batch.image_ids[0]) == 0
+                watched = watch_kl and number == 0 and place == 0
                 measure_kl = self.config.update.kl_weight > 0 or watched
                 for name in _OF_STEP:
                     if getattr(step, name) is not None:

@@ -462,3 +462,19 @@ def test_table_shows_every_component(paper):
     assert {c.name for p in plans for c in p.components} <= set(names)
     peak = [column._cells[names.index("peak")] for column in shown.columns[1:3]]
     assert peak == [f"{p.peak_gb:.2f}" for p in plans]
+
+
+def test_cheaper_rollouts_are_planned_as_they_run(paper):
+    """Fewer steps and rows, a copy of what is trained on, and only micro-batches that training takes."""
+    paper.rollout.window.steps, paper.rollout.window.order = (0, 1), "fixed"
+    assert _Estimate(paper, 8)._drawn_steps() == 10
+    paper.rollout.tail_steps = 4
+    assert _Estimate(paper, 8)._drawn_steps() == 6
+    paper.rollout.scouts, paper.rollout.scout_tail_steps = 2, 1
+    assert _Estimate(paper, 8)._drawn_steps() == 6 + 2 * 3
+    paper.update.informative_share = 0.25
+    estimate = _Estimate(paper, 8)
+    assert {knobs.micro_batch for knobs in estimate._knobs()} == {1, 2, 4}
+    by_name = {c.name: c.bytes for c in estimate.components(Knobs(4, False))}
+    latents = 4 * 16 * 64 * 64
+    assert by_name["window latents that are trained on"] == estimate.images // 4 * 2 * 2 * latents

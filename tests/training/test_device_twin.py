@@ -48,6 +48,10 @@ MORE_READS = {  # of the configurations below
     "advgrpo/training/supervised.py:iterate",  # SFT's log
     "advgrpo/training/nft.py:update",  # NFT's log
     "advgrpo/training/awm.py:update",
+    "advgrpo/training/cheaper.py:choose",  # which scouts are drawn again: micro-batches are made on the host
+    "advgrpo/training/cheaper.py:number",  # how alike rewards rank
+    "advgrpo/training/cheaper.py:agreement",  # the same by shortened tails
+    "advgrpo/training/policy_gradient.py:_learned",  # which images are trained on
     "advgrpo/training/supervised.py:_encoded",  # its first visit of a reference, which it keeps on the host
 }
 FIRST_VISITS = {  # copies that a prompt's first visit makes
@@ -71,6 +75,14 @@ CONFIGURATIONS = {
             "reference_choice": "in_turn",
             "patch_sampling": "with_replacement",
         },
+    },
+    "scouts, a short tail, the informative share": {
+        "rollout": {
+            **{"num_steps": 6, "micro_batch": 2, "window": {"order": "fixed", "steps": [0, 1]}, "tail_steps": 3},
+            **{"tail_agreement": 0.0, "tail_check_every": 1, "scouts": 2, "scout_tail_steps": 1},
+        },
+        "update": {"informative_share": 0.5, "skip_dead_groups": True, "trust_region": "divergence"},
+        **NOT_EVALUATED,
     },
     "siglip and a judge": {
         "adversary": {"kind": "siglip", "schedule": "always"},

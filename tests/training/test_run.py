@@ -205,15 +205,19 @@ def test_signals_save_and_exit_cleanly(unit_config, tmp_path, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["policy", "nft"])
+@pytest.mark.parametrize("objective", ["policy", "nft", "scouts"])
 def test_two_processes_give_the_losses_of_one(objective, unit_config, tmp_path):
-    unit_config.iterations, unit_config.update.objective = 3, objective
+    cheaper = objective == "scouts"
+    unit_config.iterations, unit_config.update.objective = 3, "policy" if cheaper else objective
     unit_config.rollout.prompts_per_iteration = 4
     unit_config.rollout.micro_batch = 2  # a group of four spans both processes
     unit_config.rollout.initial_noise, unit_config.rollout.window.order = "per_image", "contiguous"
     unit_config.adversary.patch_sampling, unit_config.adversary.reference_choice = "with_replacement", "in_turn"
     unit_config.update.ema_rule = "mini_batch"
-    unit_config.update.kl_weight = 0.01
+    unit_config.update.kl_weight = 0.0 if cheaper else 0.01
+    if cheaper:
+        unit_config.rollout.scouts, unit_config.rollout.scout_tail_steps = 2, 1
+        unit_config.update.informative_share, unit_config.update.skip_dead_groups = 0.5, True
     run(unit_config)
     two = unit_config.model_copy(deep=True)
     two.output_dir = str(tmp_path / "two")
@@ -228,7 +232,8 @@ def test_two_processes_give_the_losses_of_one(objective, unit_config, tmp_path):
         for name in counted:  # of pixels beyond a threshold: rounding may take one of them across it
             assert both.pop(name) == pytest.approx(one.pop(name), abs=4 / (16 * 32 * 32)), name
         assert len(counted) == 4
-        assert both == pytest.approx(one, abs=1e-6, rel=1e-5)
+        rounding = 1e-5 if cheaper else 1e-6  # the loss is a mean of large advantages, which divide by a small spread
+        assert both == pytest.approx(one, abs=rounding, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -241,10 +246,10 @@ def test_a_failing_rank_ends_all_with_its_error(unit_config, tmp_path):
         "from advgrpo.training.policy_gradient import PolicyGradient\n"
         "from advgrpo.train import main\n"
         "real = PolicyGradient.rollout\n"
-        "def rollout(self, table, iteration):\n"
-        "    if self.distributed.rank == 1 and iteration == 1:\n"
+        "def rollout(self, *which):\n"
+        "    if self.distributed.rank == 1 and which[1] == 1:\n"
         "        raise RuntimeError('planted failure')\n"
-        "    return real(self, table, iteration)\n"
+        "    return real(self, *which)\n"
         "PolicyGradient.rollout = rollout\n"
         "sys.exit(main())\n"
     )
