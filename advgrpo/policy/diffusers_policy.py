@@ -11,9 +11,10 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
@@ -26,6 +27,7 @@ from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Conditioning
 
 _TEXT_BATCH = 32
+Scheduler = TypeVar("Scheduler", bound=SchedulerMixin)
 
 
 class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
@@ -36,6 +38,7 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
     """
 
     component: str  # the network's folder in the pipeline
+    network_class: type[ModelMixin]
     text_parts: tuple[str, ...]  # folders of text encoders and tokenizers
 
     def __init__(self, model: ModelSection, *, device: torch.device, cache_dir: Path):
@@ -64,11 +67,36 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
             raise UserError(f"model.path = {self.model.path!r}: {error}") from error
         return module.to(self.device).requires_grad_(False).eval()
 
+    def _load_scheduler(self, kind: type[Scheduler]) -> Scheduler:
+        """The pipeline's settings in a scheduler of that kind; UserError where their file is missing."""
+        try:
+            return kind.from_pretrained(self.folder, subfolder="scheduler")
+        except OSError as error:
+            raise UserError(f"model.path = {self.model.path!r}: {error}") from error
+
     def _train(self, network: StockNetwork | FusedNetwork) -> None:
         self.network = network
         if self.model.lora.start_from:
             network.load_lora(Path(self.model.lora.start_from))
         self.has_merged = network.has_merged
+
+    @classmethod
+    @abstractmethod
+    def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
+        """UserError naming `field` unless a network and a VAE of these configurations draw images of that side."""
+
+    @classmethod
+    @abstractmethod
+    def check_parts(
+        cls, model: ModelSection, index: Mapping[str, Any], network: Any, vae: Any, scheduler: Mapping[str, Any]
+    ) -> None:
+        """UserError for parts, by their configurations, or for settings that a model of this family is not served with.
+
+        Args:
+            index: model_index.json.
+            network, vae: configurations of diffusers.
+            scheduler: scheduler_config.json.
+        """
 
     @property
     def vae_scale(self) -> int:

@@ -12,6 +12,7 @@ from advgrpo.tiny import WORLDS
 # Pipeline class -> what its network predicts: the velocity of a rectified flow, or the noise ε of a diffusion.
 PREDICTION_TYPES = {
     "StableDiffusion3Pipeline": "flow_prediction",
+    "FluxPipeline": "flow_prediction",
     "StableDiffusionPipeline": "epsilon",
     "StableDiffusionXLPipeline": "epsilon",
 }
@@ -82,7 +83,8 @@ def _not_found(path: str, field: str, error: Exception) -> UserError:
         return UserError(f"{field} = {path!r} is a file; want a diffusers pipeline folder or a hub id")
     return UserError(
         f"{field} = {path!r} is neither a folder nor a hub model that can be downloaded ({error}); correct it, or, for "
-        "a model behind a licence such as Stable Diffusion 3.5, accept that on its page and run `hf auth login`"
+        "a model behind a licence such as Stable Diffusion 3.5 or FLUX.1-dev, accept that on its page and run "
+        "`hf auth login`"
     )
 
 

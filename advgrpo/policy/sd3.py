@@ -20,25 +20,6 @@ from advgrpo.policy.networks import FusedNetwork, StockNetwork
 from advgrpo.types import Conditioning
 
 
-def check_resolution(resolution: int, transformer: Any, vae: Any, field: str = "model.resolution") -> None:
-    """UserError naming `field` unless a transformer and a VAE of these configurations draw images of that side."""
-    unit = 2 ** (len(vae.block_out_channels) - 1) * transformer.patch_size
-    largest = transformer.pos_embed_max_size * unit
-    if resolution % unit or resolution > largest:
-        near = min(max(unit, round(resolution / unit) * unit), largest)
-        raise UserError(
-            f"{field} = {resolution}: this model wants a multiple of {unit}, at most {largest}, such as {near}"
-        )
-
-
-def check_schedule(scheduler: Mapping[str, Any], path: str) -> None:
-    """UserError for a schedule that depends on the resolution."""
-    if scheduler.get("use_dynamic_shifting"):
-        raise UserError(
-            f"model.path = {path!r}: its scheduler uses use_dynamic_shifting; only SD3's fixed shift is supported"
-        )
-
-
 class SD3Policy(DiffusersPolicy):
     """`Policy`, `SupervisedTarget` and `Capturable` (base.py) for the SD3 family.
 
@@ -48,6 +29,7 @@ class SD3Policy(DiffusersPolicy):
     """
 
     component = "transformer"
+    network_class = SD3Transformer2DModel
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
     def __init__(
@@ -62,12 +44,8 @@ class SD3Policy(DiffusersPolicy):
     ):
         super().__init__(model, device=device, cache_dir=cache_dir)
         self.transformer = self._load(SD3Transformer2DModel, "transformer", self.dtype)
-        try:
-            self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
-        except OSError as error:
-            raise UserError(f"model.path = {model.path!r}: {error}") from error
-        check_resolution(model.resolution, self.transformer.config, self.vae.config)
-        check_schedule(self._scheduler.config, model.path)
+        self._scheduler = self._load_scheduler(FlowMatchEulerDiscreteScheduler)
+        self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
         if fused:
             self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
         else:
@@ -75,6 +53,26 @@ class SD3Policy(DiffusersPolicy):
         # Ours on the fast path. In bfloat16 the first images must pass a gate against float32.
         self.decoder = self._build_decoder(self._decoder_dtype(), channels_last=True) if fused else None
         self.decoder_psnr: float | None = None
+
+    @classmethod
+    def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
+        unit = 2 ** (len(vae.block_out_channels) - 1) * network.patch_size
+        largest = network.pos_embed_max_size * unit
+        if resolution % unit or resolution > largest:
+            near = min(max(unit, round(resolution / unit) * unit), largest)
+            raise UserError(
+                f"{field} = {resolution}: this model wants a multiple of {unit}, at most {largest}, such as {near}"
+            )
+
+    @classmethod
+    def check_parts(
+        cls, model: ModelSection, index: Mapping[str, Any], network: Any, vae: Any, scheduler: Mapping[str, Any]
+    ) -> None:
+        cls.check_resolution(model.resolution, network, vae)
+        if scheduler.get("use_dynamic_shifting"):
+            raise UserError(
+                f"model.path = {model.path!r}: its scheduler uses use_dynamic_shifting; SD3's shift is fixed"
+            )
 
     def _decoder_dtype(self) -> torch.dtype:
         if self.model.decoder_dtype == "auto":

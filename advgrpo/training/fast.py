@@ -107,6 +107,8 @@ def _why_not_fused(model: ModelSection) -> str:
     name = pipeline_class(model.path)
     if PREDICTION_TYPES[name] != "flow_prediction":
         return f"a {name} has a UNet; the fused forward is SD3's transformer"
+    if name != "StableDiffusion3Pipeline":
+        return f"a {name} has another transformer than SD3's, which the fused forward is of"
     if model.train != "lora":
         return "full fine-tuning trains the stock modules"
     outside = [target for target in model.lora.targets if not can_adapt(target)]

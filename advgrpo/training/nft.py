@@ -205,7 +205,7 @@ class NegativeAwareFineTuning(RewardedObjective):
         for rollout in micro_batches:
             ids = rollout.micro_batch.image_ids
             row = to_device(rollout.micro_batch.row, self.policy.device)
-            prompts = self.policy.prepare(rollout.conditioning, table.timesteps, guided=False).rows(row)
+            prompts = self.policy.prepare(rollout.conditioning, table.timesteps, guidance=1.0).rows(row)
             rates = optimality[to_device(ids, optimality.device)]
             levels = self.noised(rollout, iteration)
             old = self._without_gradient(self.old.swap(), levels, prompts)

@@ -229,7 +229,7 @@ def test_noise_of_the_window_is_ddims(settings):
     row = torch.arange(2).repeat_interleave(32)
     rollout, table = sample(policy, settings, window=(1,), row=row)
     (step,) = rollout.steps
-    prepared = policy.prepare(policy.encode(PROMPTS), table.timesteps, guided=True)
+    prepared = policy.prepare(policy.encode(PROMPTS), table.timesteps, guidance=2.0)
     with torch.no_grad():
         cond, uncond = policy.predict(step.latents, table.numbers[1], prepared)
         mean, above = (

@@ -89,7 +89,7 @@ class NewFamily:
     def encode(self, prompts: list[str]) -> Conditioning:
         raise NotImplementedError
 
-    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> Prompts:
+    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guidance: float) -> Prompts:
         raise NotImplementedError
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prompts) -> Prediction:
