@@ -209,15 +209,15 @@ def count_transformer(config: dict[str, Any], lora: LoraSection) -> TransformerC
 
 @functools.lru_cache(maxsize=16)
 def _count_transformer(config: str, lora_json: str) -> TransformerCount:
-    from advgrpo.policy.adapters import target_modules
+    from advgrpo.policy.adapters import block_names, block_of, target_modules
 
     lora, transformer = LoraSection.model_validate_json(lora_json), _meta_transformer(config)
     targets = target_modules(transformer, lora)
     linears = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
-    last = len(transformer.transformer_blocks) - 1
-    ends = ("transformer_blocks.0.", f"transformer_blocks.{last}.")
-    of_blocks = {n: m.weight.numel() for n, m in linears.items() if n.startswith("transformer_blocks.")}
-    plain = {n: size for n, size in of_blocks.items() if ".norm1" not in n}
+    blocks = block_names(transformer)
+    ends = (f"{blocks[0]}.", f"{blocks[-1]}.")
+    of_blocks = {n: m.weight.numel() for n, m in linears.items() if block_of(n) is not None}
+    plain = {n: size for n, size in of_blocks.items() if ".norm" not in n}
     stacks = {_stack(n) for n in targets}
     stacked = {n: size for n, size in plain.items() if _stack(n) in stacks}
     return TransformerCount(
@@ -226,7 +226,7 @@ def _count_transformer(config: str, lora_json: str) -> TransformerCount:
         stacked=sum(stacked.values()),
         stacked_ends=sum(size for n, size in stacked.items() if n.startswith(ends)),
         inner=sum(size for n, size in plain.items() if not n.startswith(ends)),
-        modulation=sum(m.out_features for n, m in linears.items() if ".norm1" in n or n.startswith("norm_out")),
+        modulation=sum(m.out_features for n, m in linears.items() if ".norm" in n or n.startswith("norm_out")),
     )
 
 
@@ -240,13 +240,14 @@ def _stack(name: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _meta_transformer(config: str):
-    from diffusers import SD3Transformer2DModel
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
     settings = {key: value for key, value in json.loads(config).items() if not key.startswith("_")}
     if settings.get("dual_attention_layers") is not None:
         settings["dual_attention_layers"] = tuple(settings["dual_attention_layers"])
+    kind = FluxTransformer2DModel if "num_single_layers" in settings else SD3Transformer2DModel
     with torch.device("meta"):
-        return SD3Transformer2DModel(**settings).requires_grad_(False)
+        return kind(**settings).requires_grad_(False)
 
 
 def count_text_encoders(pipeline: Pipeline) -> int:

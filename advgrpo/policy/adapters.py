@@ -63,10 +63,10 @@ def stored_network(pipeline: Path) -> ModelMixin:
 
 def stored_blocks(pipeline: Path) -> list[str]:
     """Transformer blocks, in the order of the forward pass, of a pipeline's folder."""
-    return _block_names(stored_network(pipeline))
+    return block_names(stored_network(pipeline))
 
 
-def _block_names(network: ModelMixin) -> list[str]:
+def block_names(network: ModelMixin) -> list[str]:
     """Transformer blocks in the order of the forward pass; a UNet registers its up blocks before the middle."""
     names = [name for name, _ in network.named_modules() if _BLOCK.fullmatch(name)]
     return sorted(names, key=lambda name: {"mid_block": 1, "up_blocks": 2}.get(name.split(".")[0], 0))
@@ -74,7 +74,7 @@ def _block_names(network: ModelMixin) -> list[str]:
 
 def target_modules(network: ModelMixin, lora: LoraSection) -> list[str]:
     """Full names of the linear layers to adapt: the configured suffixes within the configured blocks."""
-    blocks = _block_names(network)
+    blocks = block_names(network)
     if lora.blocks != "all" and lora.blocks > len(blocks):
         raise UserError(f"model.lora.blocks = {lora.blocks}: the model has {len(blocks)} transformer blocks")
     chosen = blocks if lora.blocks == "all" else blocks[-lora.blocks :]

@@ -71,6 +71,11 @@ def native_resolution(folder: Path) -> int:
     return 0
 
 
+def native_guidance(folder: Path) -> float:
+    """The scale that a pipeline's model card draws at."""
+    return 3.5 if pipeline_class(str(folder)) == "FluxPipeline" else 4.5
+
+
 def local_pipeline(path: str) -> Path | None:
     """The folder of a shipped pipeline's name or of a path; None for what may be a hub id."""
     if path in WORLDS:

@@ -17,7 +17,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from advgrpo import config as configuration
 from advgrpo import tiny
@@ -143,6 +143,76 @@ def test_saved_bytes_of_the_stock_forward_follow_the_table(paper, monkeypatch):
 
     counted = saved_bytes(forward)
     assert shape.saved_bytes(checkpointing=False) == pytest.approx(counted, rel=0.03)
+
+
+def test_flux1_dev_is_counted():
+    config = configuration.load("flux1-dino")
+    pipeline = known_models.known_pipeline(config.model.path)
+    weights = known_models.count_transformer(pipeline.transformer, config.model.lora)
+    assert (weights.total, weights.lora) == (11_901_408_320, (19 * 8 + 38 * 3) * 32 * 2 * 3072)
+    assert known_models.count_text_encoders(pipeline) == 123_060_480 + 4_762_310_656
+    assert weights.modulation == 19 * 12 * 3072 + 38 * 3 * 3072 + 2 * 3072
+    estimate = _Estimate(config, 8)
+    assert (estimate.guided, estimate.fused) == (1, False)  # an image is one row, on diffusers' forward
+    assert (estimate.shape.image_tokens, estimate.shape.text_tokens) == (1024, 128)  # CLIP gives no tokens
+    config.model.path = "black-forest-labs/FLUX.1-schnell"
+    assert _Estimate(config, 8).guided == 2
+    config.model.path, config.model.lora.blocks = "black-forest-labs/FLUX.1-dev", 20
+    shape = _Estimate(config, 8).shape
+    assert shape.first_trained == 19 + 38 - 20
+    assert shape.saved_bytes(checkpointing=False) / estimate.shape.saved_bytes(checkpointing=False) == pytest.approx(
+        20 * 38 / (19 * 44 + 38 * 38), rel=0.02
+    )
+    assert plan(configuration.load("flux1-dino"), 40, processes=8).fits
+    assert not plan(configuration.load("flux1-dino"), 24, processes=8).fits
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_saved_bytes_of_flux1_follow_the_table(lora, monkeypatch):
+    """Its 19 and 38 blocks are alike, so what one block more of a kind saves is what the table says of one."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
+    config = configuration.load("flux1-dino")
+    if not lora:
+        config.model.train, config.model.dtype = "full", "float32"
+    shape, dtype = _Estimate(config, 8).shape, torch.bfloat16 if lora else torch.float32
+    tokens = {"dtype": dtype, "device": "meta"}
+    inputs = {
+        "hidden_states": torch.empty(1, 1024, 64, **tokens),
+        "encoder_hidden_states": torch.empty(1, 128, 4096, **tokens),
+        "pooled_projections": torch.empty(1, 768, **tokens),
+        "timestep": torch.empty(1, device="meta"),
+        "guidance": torch.empty(1, device="meta"),
+        "img_ids": torch.empty(1024, 3, device="meta"),
+        "txt_ids": torch.empty(128, 3, device="meta"),
+    }
+
+    def counted(layers: int, single_layers: int) -> tuple[int, int, int]:
+        """(saved, with LoRA alive in a forward without gradients, alive in the backward beside what is saved)."""
+        with torch.device("meta"):
+            made = FluxTransformer2DModel(guidance_embeds=True, num_layers=layers, num_single_layers=single_layers)
+            network = made.to(dtype).requires_grad_(not lora)
+            if lora:
+                LoraAdapters(network, config.model.lora, seed=0)
+
+        def forward():
+            return network(**inputs, return_dict=False)[0]
+
+        if not lora:
+            return saved_bytes(forward), 0, 0
+        with torch.no_grad(), AliveBytes() as unsaved:
+            forward()
+        with AliveBytes() as alive:
+            velocity = forward()
+            kept = alive.alive
+            velocity.backward(torch.empty_like(velocity))
+        return kept, unsaved.peak, alive.peak - kept
+
+    (base, peak, backward), double, single = counted(1, 1), counted(2, 1), counted(1, 2)
+    saved = (shape._flux_bytes(single=False), shape._flux_bytes(single=True))
+    assert saved == pytest.approx((double[0] - base, single[0] - base), rel=0.03)
+    if lora:
+        assert shape.forward_bytes() == pytest.approx(peak, rel=0.05)
+        assert shape.backward_bytes() == pytest.approx(backward, rel=0.1)
 
 
 def test_alive_bytes_counts_new_tensors_once_while_they_live():

@@ -348,7 +348,7 @@ def trained_lora(settings, folder: Path, *, iterations: int = 2, resume: bool = 
     """LoRA of a run with checkpoints that ends after so many iterations."""
     settings = settings.model_copy(deep=True)
     settings.output_dir, settings.iterations = str(folder), iterations
-    settings.output.checkpoint_every = 1
+    settings.output.checkpoint_every, settings.data.held_out_prompts = 1, ""
     run = Run(settings, Distributed.start("cpu"), resume=resume, console=Console(quiet=True))
     run.train()
     assert isinstance(run.trainer.policy, FluxPolicy)
@@ -377,7 +377,6 @@ def test_the_preset_trains_a_folder_by_one_command(settings, tmp_path):
         "model.max-sequence-length": 12,
         "model.lora.rank": 4,
         "data.prompts": settings.data.prompts,
-        "data.held-out-prompts": settings.data.held_out_prompts,
         "data.references": settings.data.references,
         "data.min-reference-size": settings.data.min_reference_size,
         "data.cache-dir": settings.data.cache_dir,

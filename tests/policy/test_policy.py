@@ -341,7 +341,7 @@ def test_a_wrong_model_folder_is_named(unit_config, tmp_path, kind):
     if kind != "absent":
         folder.mkdir()
     if kind == "other":
-        (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+        (folder / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     unit_config.model.path = str(folder)
     with pytest.raises(UserError, match=r"model\.path = "):
         load(unit_config)
