@@ -12,8 +12,8 @@ Saved for the backward of the transformer, elements per token and channel of its
     dual attention (image; not in the first block)     3 + 1 b (2 *)  2 f * + 2 b * + 4 b
     inputs of all linears when every weight trains                    8 b
 
-FLUX.1, stock: a block of two streams as above, but 4 b around the norms of q and k and their rotation, and no f there;
-one of one stream keeps its residual once, nothing for a projection of the attention alone, and no f for it: 13 b + 3 f.
+FLUX.1: a block of two streams as above, stock with 4 b around the norms of q and k and their rotation, and no f there;
+one of one stream keeps its residual once and has no projection of the attention alone: 10 b fused, 13 b + 3 f stock.
 
 b: elements of model.dtype; f: float32; *: only with norms of q and k (SD3.5). An adapter keeps its rank besides. Fused,
 the normalised q and k are computed again for the backward from the product that their norm keeps (in brackets: where
@@ -43,8 +43,7 @@ _FLOAT32 = 4
 _FORWARD_ALIVE = 13.3
 _BACKWARD_ALIVE = 7
 # Of FLUX.1: rotation in float32, and attention and feed-forward of a block of one stream side by side.
-_FLUX_FORWARD_ALIVE = 17.4
-_FLUX_BACKWARD_ALIVE = 13
+_FLUX_ALIVE = {"fused": (14.9, 8.1), "stock": (17.4, 13.0)}
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,18 @@ class TransformerShape:
     def trained_layers(self) -> int:
         return self.layers + (self.single_layers or 0) - self.first_trained
 
-    def _flux_bytes(self, single: bool) -> int:
-        """Saved by one stock block of FLUX.1 for one sequence."""
-        own, floats, adapters = (13, 3, 3) if single else (14, 4, 4)
+    def _flux_bytes(self, single: bool, recomputed: bool = False) -> int:
+        """Saved by one block of FLUX.1 for one sequence, or alive when checkpointing has recomputed it."""
+        fused = self.path == "fused"
+        if fused:
+            own, floats = (10 if single else 11) + 2 * recomputed, 0
+        else:
+            own, floats = (13, 3) if single else (14, 4)
         if not self.rank:
             own, floats = own + (8 if single else 10), 0
+        low_rank = (3 if single else 4) * self.rank * (self.element if fused else _FLOAT32)
         matrix = self.tokens**2 * self.heads * _FLOAT32 * self.math_attention
-        per_token = self.width * (own * self.element + floats * _FLOAT32) + adapters * self.rank * _FLOAT32
-        return self.tokens * per_token + matrix
+        return self.tokens * (self.width * (own * self.element + floats * _FLOAT32) + low_rank) + matrix
 
     def block_bytes(self, dual: bool, recomputed: bool) -> int:
         """Saved by one block for one sequence, or alive when checkpointing has recomputed it."""
@@ -105,7 +108,7 @@ class TransformerShape:
         trained = range(self.first_trained, self.layers)
         if self.single_layers is not None:
             trained = range(self.first_trained, self.layers + self.single_layers)
-            blocks = [self._flux_bytes(single=i >= self.layers) for i in trained]
+            blocks = [self._flux_bytes(single=i >= self.layers, recomputed=checkpointing) for i in trained]
         else:
             duals = (i in self.dual and i > self.first_trained for i in trained)
             blocks = [self.block_bytes(dual, recomputed=checkpointing) for dual in duals]
@@ -119,13 +122,13 @@ class TransformerShape:
 
     def forward_bytes(self) -> int:
         """Alive at once in a forward without gradients."""
-        alive = _FORWARD_ALIVE if self.single_layers is None else _FLUX_FORWARD_ALIVE
+        alive = _FORWARD_ALIVE if self.single_layers is None else _FLUX_ALIVE[self.path][0]
         return round(alive * self.tokens * self.width * self.element) + self._matrix()
 
     def backward_bytes(self) -> int:
         """Gradients alive at once in the backward, beside what is saved."""
-        alive = _BACKWARD_ALIVE if self.single_layers is None else _FLUX_BACKWARD_ALIVE
-        return alive * self.tokens * self.width * self.element + self._matrix()
+        alive = _BACKWARD_ALIVE if self.single_layers is None else _FLUX_ALIVE[self.path][1]
+        return round(alive * self.tokens * self.width * self.element) + self._matrix()
 
     def _matrix(self) -> int:
         return self.tokens**2 * self.heads * _FLOAT32 * self.math_attention

@@ -155,7 +155,7 @@ class _Estimate:
         encoder = ["the VAE's encoder"] if config.objective.learns_from_references else []
         self.uncounted = (*other, *fixed, *observer, *encoder)
         self.lora = config.model.train == "lora"
-        self.fused = config.fast and self.lora and not self.pipeline.is_flux
+        self.fused = config.fast and self.lora
         self.element = 2 if config.model.dtype == "bfloat16" else 4
         self.weights = known_models.count_transformer(self.pipeline.transformer, config.model.lora)
         guided = config.rollout.guidance_scale != 1.0 and not self.pipeline.embeds_guidance

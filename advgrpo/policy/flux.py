@@ -22,11 +22,10 @@ from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.guidance import Guided
-from advgrpo.policy.networks import StockNetwork, StockPrepared
+from advgrpo.policy.networks import FusedNetwork, StockNetwork, StockPrepared
 from advgrpo.types import Conditioning
 
 PATCH = 2  # latents of a token's side; the configuration's own patch_size is that of packed latents, 1
-_FUSED_ONLY = (("attention", "auto"), ("base_precision", "model"))
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -72,21 +71,38 @@ class PackedNetwork(StockNetwork):
 class FluxPolicy(DiffusersPolicy):
     """`Policy`, `SupervisedTarget` and `Capturable` (base.py) for FLUX.1.
 
+    Args:
+        fused: run our forward (transformer.py) instead of diffusers'.
+        precision: of the merged weights, "model" or "fp8"; fused only.
+
     Raises:
-        UserError: a transformer of another task (Fill, Canny, Depth), a side that packing does not divide, a schedule
-            with stretched ends, or a setting that only the fused transformer has.
+        UserError: a transformer of another task (Fill, Canny, Depth), a side that packing does not divide, or a
+            schedule with stretched ends.
     """
 
     component = "transformer"
     network_class = FluxTransformer2DModel
     text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
-    def __init__(self, model: ModelSection, *, device: torch.device, cache_dir: Path, seed: int):
+    def __init__(
+        self,
+        model: ModelSection,
+        *,
+        device: torch.device,
+        cache_dir: Path,
+        seed: int,
+        fused: bool = False,
+        precision: str = "model",
+    ):
         super().__init__(model, device=device, cache_dir=cache_dir)
         self.transformer = self._load(FluxTransformer2DModel, "transformer", self.dtype)
         self._scheduler = self._load_scheduler(FlowMatchEulerDiscreteScheduler)
         self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
-        self._train(PackedNetwork(self.transformer, model, seed))
+        if fused:
+            self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
+            self._use_fast_decoder()
+        else:
+            self._train(PackedNetwork(self.transformer, model, seed))
 
     @classmethod
     def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
@@ -108,12 +124,6 @@ class FluxPolicy(DiffusersPolicy):
             )
         if scheduler.get("shift_terminal"):
             raise UserError(f"{field}: its scheduler has shift_terminal, which FLUX.1's schedule does not have")
-        for name, plain in _FUSED_ONLY:
-            if getattr(model, name) != plain:
-                value = getattr(model, name)
-                raise UserError(f"model.{name} = {value!r} is the fused transformer's; FLUX.1 wants {plain}")
-        if model.decoder_dtype == "bfloat16":
-            raise UserError("model.decoder_dtype = 'bfloat16': a FLUX.1 model decodes in float32; use auto")
         cls.check_resolution(model.resolution, network, vae)
 
     @property
@@ -154,8 +164,7 @@ class FluxPolicy(DiffusersPolicy):
         """Where the network embeds it, guidance takes no second row; 1 is a scale like others."""
         if not self.embeds_guidance:
             return super().prepare(conditioning, timesteps, guidance=guidance)
-        prompts = self.network.prepare(conditioning.text, conditioning.pooled, timesteps)
-        prompts.guidance = torch.full((1,), guidance, device=self.device)
+        prompts = self.network.prepare(conditioning.text, conditioning.pooled, timesteps, guidance)
         return Guided(prompts, len(conditioning.text), guided=False)
 
     def _encode_batch(self, pipe: FluxPipeline, prompts: list[str]) -> Conditioning:

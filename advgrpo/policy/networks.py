@@ -1,4 +1,4 @@
-"""The ways to run a network: diffusers' forward with PEFT adapters (MMDiT or UNet), and our fused MMDiT of SD3.
+"""The ways to run a network: diffusers' forward with PEFT adapters (MMDiT or UNet), and our fused MMDiT.
 
 All take latents and the number of a step of a prepared trajectory, and one of three sets of weights: "adapted" (what
 is trained), "base" (frozen), "merged" (fused only: adapters folded into the weights, for steps without a likelihood).
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, SD3Transformer2DModel
+from diffusers import ModelMixin
 
 from advgrpo.config import ModelSection
 from advgrpo.policy.adapters import START, FullWeights, LoraAdapters, export_lora, start_state, target_modules
@@ -66,8 +66,11 @@ class StockNetwork:
             network.train()  # diffusers checkpoints in train mode only; there is no dropout, so nothing else changes
         self.network, self.pooled_arguments = network, pooled_arguments
 
-    def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> StockPrepared:
-        return StockPrepared(text, pooled, timesteps)
+    def prepare(
+        self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor, guidance: float | None = None
+    ) -> StockPrepared:
+        scale = None if guidance is None else torch.full((1,), guidance, device=text.device)
+        return StockPrepared(text, pooled, timesteps, scale)
 
     def predict(
         self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: Weights
@@ -110,7 +113,7 @@ class FusedNetwork:
 
     has_merged = True
 
-    def __init__(self, transformer: SD3Transformer2DModel, model: ModelSection, seed: int, *, precision: str):
+    def __init__(self, transformer: ModelMixin, model: ModelSection, seed: int, *, precision: str):
         targets = set(target_modules(transformer, model.lora))
         tensors = {name: t.detach() for name, t in [*transformer.named_parameters(), *transformer.named_buffers()]}
         self.transformer = FusedTransformer(
@@ -129,8 +132,10 @@ class FusedNetwork:
         if model.base_precision == "fp8":
             self.transformer.prepare_fp8_base()
 
-    def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> Prepared:
-        return self.transformer.prepare(text, pooled, timesteps)
+    def prepare(
+        self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor, guidance: float | None = None
+    ) -> Prepared:
+        return self.transformer.prepare(text, pooled, timesteps, guidance)
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         return self.transformer.predict(latents, step, prepared, weights)

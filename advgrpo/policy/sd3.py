@@ -15,7 +15,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
-from advgrpo.policy.fused.decoder import GATED_IMAGES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
 from advgrpo.types import Conditioning
 
@@ -48,11 +47,9 @@ class SD3Policy(DiffusersPolicy):
         self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
         if fused:
             self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
+            self._use_fast_decoder()
         else:
             self._train(StockNetwork(self.transformer, model, seed, lambda pooled: {"pooled_projections": pooled}))
-        # Ours on the fast path. In bfloat16 the first images must pass a gate against float32.
-        self.decoder = self._build_decoder(self._decoder_dtype(), channels_last=True) if fused else None
-        self.decoder_psnr: float | None = None
 
     @classmethod
     def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
@@ -74,11 +71,6 @@ class SD3Policy(DiffusersPolicy):
                 f"model.path = {model.path!r}: its scheduler uses use_dynamic_shifting; SD3's shift is fixed"
             )
 
-    def _decoder_dtype(self) -> torch.dtype:
-        if self.model.decoder_dtype == "auto":
-            return self.dtype if self.device.type == "cuda" else torch.float32
-        return getattr(torch, self.model.decoder_dtype)
-
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._scheduler.set_timesteps(num_steps)
         return self._scheduler.sigmas.double(), self._scheduler.timesteps.float()
@@ -99,17 +91,3 @@ class SD3Policy(DiffusersPolicy):
             max_sequence_length=self.model.max_sequence_length,
         )
         return Conditioning(text, pooled)
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        if self.decoder is None:
-            return super().decode(latents)
-        if self.decoder.dtype != torch.float32 and self.decoder_psnr is None:
-            reference = self._build_decoder(torch.float32)
-            self.decoder_psnr = psnr_gate(self.decoder, reference, latents[:GATED_IMAGES].contiguous())
-        return self.decoder.images(latents)
-
-    def _build_decoder(self, dtype: torch.dtype, **options) -> Decoder:
-        config = DecoderConfig.from_mapping(self.vae.config)
-        options |= {"dtype": dtype, "device": self.device, "micro_batch": decoded_at_once(self.model.resolution)}
-        return Decoder.from_state_dict(config, self.vae.state_dict(), **options)

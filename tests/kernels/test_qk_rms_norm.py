@@ -197,6 +197,11 @@ def test_memory_order_changes_no_bit_and_is_kept(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(t.permute(2, 0, 1, 3).is_contiguous() for t in found[:2])
     assert found[2].data_ptr() == one[:, :, 2].data_ptr()
+    rotary = turns(10, 16, device)
+    turned = with_gradients(qk_rms_norm(qkv, weights[:2], txt_qkv=txt, rotary=rotary, **text))
+    found = with_gradients(qk_rms_norm(one, weights[:2], txt_tokens=4, rotary=rotary, **text))
+    assert all(torch.equal(a, b) for a, b in zip(found, turned, strict=True))
+    assert all(t.permute(2, 0, 1, 3).is_contiguous() for t in found[:2])
     two = [t.transpose(0, 1) for t in token_first]
     found = with_gradients(qk_rms_norm(two[0], weights[:2], txt_qkv=two[1], **text))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -526,9 +526,11 @@ def qk_rms_norm_ref(
         return y if rotary is not None else y.to(x.dtype)
 
     def turned(y, dtype):
-        cos, sin = (turn.to(compute_dtype)[:, None] for turn in given("rotary", rotary))  # the same for all heads
-        even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(dtype)
+        cos, sin = (turn.to(compute_dtype) for turn in given("rotary", rotary))
+        cos, sin = torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)
+        cos, sin = (turn.flatten(-2)[:, None] for turn in (cos, sin))  # [T + S, 1, D], the same for all heads
+        partner = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return (y * cos + partner * sin).to(dtype)  # in y's memory order, which stacking two halves would lose
 
     if txt_tokens:  # one weight per token, so that nothing has to be joined
         if not isinstance(qkv, torch.Tensor):
