@@ -23,6 +23,7 @@ from advgrpo.errors import UserError
 from advgrpo.generate import main as generate
 from advgrpo.policy.adapters import stored_network, target_modules
 from advgrpo.policy.flux import FluxPolicy, image_ids, pack, unpack
+from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
 from advgrpo.policy.loading import load_policy
 from advgrpo.policy.lora_file import convert
 from advgrpo.policy.networks import FusedNetwork
@@ -346,6 +347,16 @@ def test_lora_on_the_exact_flux1_dev_configuration(monkeypatch):
     assert len(names) == 19 * 8 + 38 * 3
     layers = [network.get_submodule(name) for name in names]
     assert {(layer.in_features, layer.out_features) for layer in layers} == {(3072, 3072)}
+    tensors = {name: p.detach() for name, p in network.named_parameters()}
+    ours = FusedTransformer(TransformerConfig.from_stock(network.config), tensors, attention="math")
+    lora = ours.adapt(set(names).__contains__, rank=32, alpha=64, init="gaussian", seed=0)
+    assert lora.master.numel() == 266 * 32 * 2 * 3072
+    text, pooled, latents = (torch.empty(2, *shape, device="meta") for shape in ((512, 4096), (768,), (16, 128, 128)))
+    prepared = ours.prepare(text, pooled, torch.empty(6, device="meta"), 3.5)
+    assert prepared.modulation.shape == (6, 2, 19 * 12 * 3072 + 38 * 3 * 3072 + 2 * 3072)
+    step = torch.zeros(1, dtype=torch.int64, device="meta")
+    with torch.no_grad():  # 4096 image tokens at 1024 pixels
+        assert ours.predict(latents, step, prepared, "adapted").shape == latents.shape
 
 
 @both_forwards

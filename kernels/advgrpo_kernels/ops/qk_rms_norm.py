@@ -492,8 +492,9 @@ def qk_rms_norm(
     frozen = {f"norm weight {i}": weight for i, weight in enumerate([*weights, *text_weights])}
     frozen |= {f"rotary[{i}]": turn for i, turn in enumerate(turns)}
     if pick_layer_backend(backend, [*tensors, *texts], frozen) == "torch":
-        text = {"txt_qkv": txt_qkv, "txt_weights": txt_weights, "txt_tokens": txt_tokens}
-        return qk_rms_norm_ref(qkv, weights, **text, rotary=rotary, eps=eps)
+        return qk_rms_norm_ref(
+            qkv, weights, txt_qkv=txt_qkv, txt_weights=txt_weights, txt_tokens=txt_tokens, rotary=rotary, eps=eps
+        )
     if not texts and len(tensors) == 1:
         own = len(turns), *turns, *weights, *text_weights
         return AttentionInputs(*_ValueInPlace.apply(tensors[0], txt_tokens, eps, *own))
