@@ -163,8 +163,10 @@ def test_flux1_dev_is_counted():
     assert shape.saved_bytes(checkpointing=False) / estimate.shape.saved_bytes(checkpointing=False) == pytest.approx(
         20 * 10 / (19 * 11 + 38 * 10), rel=0.01
     )
-    assert plan(configuration.load("flux1-dino"), 40, processes=8).fits
-    assert not plan(configuration.load("flux1-dino"), 24, processes=8).fits
+    assert plan(configuration.load("flux1-dino"), 48, processes=8).fits
+    refused = plan(configuration.load("flux1-dino"), 40, processes=8)
+    assert not refused.fits  # 23.8 GB of weights, 5 GB of merged ones, and the text encoders before
+    assert refused.remedies == ("set model.lora.blocks = 2",)
 
 
 @pytest.mark.parametrize(("fast", "lora"), [(True, True), (False, True), (False, False)])
@@ -219,7 +221,8 @@ def test_saved_bytes_of_flux1_follow_the_table(fast, lora, monkeypatch):
             velocity = forward()
             kept = alive.alive
             velocity.backward(torch.empty_like(velocity))
-        return kept, unsaved.peak, alive.peak - kept
+        copied = 2 * 32 * 2 * 3072 * (8 * layers + 3 * single_layers) * fast  # adapters in bfloat16, counted once
+        return kept - copied, unsaved.peak, alive.peak - kept
 
     (base, peak, backward), double, single = counted(1, 1), counted(2, 1), counted(1, 2)
     saved = (shape._flux_bytes(single=False), shape._flux_bytes(single=True))
