@@ -11,10 +11,10 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
@@ -28,7 +28,6 @@ from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Conditioning
 
 _TEXT_BATCH = 32
-Scheduler = TypeVar("Scheduler", bound=SchedulerMixin)
 
 
 class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
@@ -71,10 +70,10 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
             raise UserError(f"model.path = {self.model.path!r}: {error}") from error
         return module.to(self.device).requires_grad_(False).eval()
 
-    def _load_scheduler(self, kind: type[Scheduler]) -> Scheduler:
-        """The pipeline's settings in a scheduler of that kind; UserError where their file is missing."""
+    def _load_flow_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """A rectified flow's schedule; UserError where its file is missing."""
         try:
-            return kind.from_pretrained(self.folder, subfolder="scheduler")
+            return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
         except OSError as error:
             raise UserError(f"model.path = {self.model.path!r}: {error}") from error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
@@ -96,7 +96,7 @@ class FluxPolicy(DiffusersPolicy):
     ):
         super().__init__(model, device=device, cache_dir=cache_dir)
         self.transformer = self._load(FluxTransformer2DModel, "transformer", self.dtype)
-        self._scheduler = self._load_scheduler(FlowMatchEulerDiscreteScheduler)
+        self._scheduler = self._load_flow_scheduler()
         self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
         if fused:
             self._train(FusedNetwork(self.transformer, model, seed, precision=precision))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
@@ -43,7 +43,7 @@ class SD3Policy(DiffusersPolicy):
     ):
         super().__init__(model, device=device, cache_dir=cache_dir)
         self.transformer = self._load(SD3Transformer2DModel, "transformer", self.dtype)
-        self._scheduler = self._load_scheduler(FlowMatchEulerDiscreteScheduler)
+        self._scheduler = self._load_flow_scheduler()
         self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
         if fused:
             self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
