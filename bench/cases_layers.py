@@ -54,6 +54,32 @@ def qk_rms_norm(bench: Bench) -> Workload:
     return Workload(ours, eager, 2 * nbytes(qkv, txt))
 
 
+def qk_rms_norm_rotary(bench: Bench) -> Workload:
+    """Two norms and two rotations of FLUX.1's blocks of one stream, whose q, k and v are one product."""
+    sizes = bench.sizes
+    tokens = sizes.tokens + sizes.text
+    qkv = bench.randn(sizes.batch, tokens, 3, sizes.heads, sizes.head_dim, dtype=bench.dtype)
+    weights = [bench.randn(sizes.head_dim, dtype=bench.dtype) for _ in range(2)]
+    angles = bench.randn(tokens, sizes.head_dim // 2)
+    cos, sin = angles.cos(), angles.sin()
+    both = [turn.repeat_interleave(2, dim=1)[:, None] for turn in (cos, sin)]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        swapped = torch.stack([-odd, even], dim=-1).flatten(-2)
+        return (x.to(bench.wide) * both[0] + swapped.to(bench.wide) * both[1]).to(x.dtype)
+
+    def eager():
+        q, key, value = qkv.unbind(2)
+        normed = (F.rms_norm(x, x.shape[-1:], weight, 1e-6) for x, weight in zip((q, key), weights))
+        return [x.transpose(1, 2) for x in (*map(turned, normed), value)]
+
+    def ours():
+        return k.qk_rms_norm(qkv, weights, rotary=(cos, sin))
+
+    return Workload(ours, eager, 2 * nbytes(qkv, cos, sin))
+
+
 def ada_layer_norm(bench: Bench) -> Workload:
     """The two modulated norms of a dual-attention block."""
     x, (shift, scale, shift2, scale2) = _tokens(bench), _modulation(bench, 4)

@@ -363,7 +363,7 @@ class Session:
         policy, table = self.fp8.trainer.policy, self.fp8.table()
         policy.merge()
         latents = torch.randn(8, *policy.latent_shape(), device=self.fp8.device)
-        prepared = policy.prepare(policy.encode([f"prompt {i}" for i in range(8)]), table.timesteps, guided=True)
+        prepared = policy.prepare(policy.encode([f"prompt {i}" for i in range(8)]), table.timesteps, guidance=2.0)
         with torch.no_grad():
             run = {"forward": lambda: policy.predict_merged(latents, table.numbers[2], prepared)}
             share = self.budget.share(0.2)

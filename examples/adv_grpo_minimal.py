@@ -84,7 +84,7 @@ class AdvGRPO:
         (timesteps, coefficients, window), rollout = plan, self.config.rollout
         groups, row = (ids // rollout.group_size).unique(return_inverse=True)
         text = self.policy.encode([prompts[g] for g in groups.tolist()])
-        prepared = self.policy.prepare(text, timesteps, guided=rollout.guidance_scale != 1.0).rows(row.to(self.device))
+        prepared = self.policy.prepare(text, timesteps, guidance=rollout.guidance_scale).rows(row.to(self.device))
         shared = rollout.initial_noise == "shared"  # by the images of a prompt
         owners, steps, shape = groups[row] if shared else ids, [], (len(ids), *self.policy.latent_shape())
         initial = {"seed": rng.derive_seed(self.seed, "initial_noise", iteration), "sample_ids": owners.to(self.device)}

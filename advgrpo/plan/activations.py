@@ -12,6 +12,9 @@ Saved for the backward of the transformer, elements per token and channel of its
     dual attention (image; not in the first block)     3 + 1 b (2 *)  2 f * + 2 b * + 4 b
     inputs of all linears when every weight trains                    8 b
 
+FLUX.1: a block of two streams as above, stock with 4 b around the norms of q and k and their rotation, and no f there;
+one of one stream keeps its residual once and has no projection of the attention alone: 10 b fused, 13 b + 3 f stock.
+
 b: elements of model.dtype; f: float32; *: only with norms of q and k (SD3.5). An adapter keeps its rank besides. Fused,
 the normalised q and k are computed again for the backward from the product that their norm keeps (in brackets: where
 checkpointing recomputes the block, they are not). With checkpointing a block keeps its two input streams, 1 b, and one
@@ -39,6 +42,8 @@ _FLOAT32 = 4
 # gradients peaks around GELU (4 in, 4 out, and the streams with their norms), a backward there too.
 _FORWARD_ALIVE = 13.3
 _BACKWARD_ALIVE = 7
+# Of FLUX.1: rotation in float32, and attention and feed-forward of a block of one stream side by side.
+_FLUX_ALIVE = {"fused": (14.9, 8.1), "stock": (17.4, 13.0)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class TransformerShape:
     rank: int  # of the adapters; 0 when every weight trains
     first_trained: int  # block with the first adapter; nothing before it is saved
     math_attention: bool  # keeps the attention matrix
+    single_layers: int | None = None  # FLUX.1's blocks of one stream, after the others; None: another family
 
     @property
     def tokens(self) -> int:
@@ -64,7 +70,20 @@ class TransformerShape:
 
     @property
     def trained_layers(self) -> int:
-        return self.layers - self.first_trained
+        return self.layers + (self.single_layers or 0) - self.first_trained
+
+    def _flux_bytes(self, single: bool, recomputed: bool = False) -> int:
+        """Saved by one block of FLUX.1 for one sequence, or alive when checkpointing has recomputed it."""
+        fused = self.path == "fused"
+        if fused:
+            own, floats = (10 if single else 11) + 2 * recomputed, 0
+        else:
+            own, floats = (13, 3) if single else (14, 4)
+        if not self.rank:
+            own, floats = own + (8 if single else 10), 0
+        low_rank = (3 if single else 4) * self.rank * (self.element if fused else _FLOAT32)
+        matrix = self.tokens**2 * self.heads * _FLOAT32 * self.math_attention
+        return self.tokens * (self.width * (own * self.element + floats * _FLOAT32) + low_rank) + matrix
 
     def block_bytes(self, dual: bool, recomputed: bool) -> int:
         """Saved by one block for one sequence, or alive when checkpointing has recomputed it."""
@@ -87,8 +106,12 @@ class TransformerShape:
     def saved_bytes(self, *, checkpointing: bool) -> int:
         """Saved by a training forward of one sequence; with checkpointing, while one block is recomputed."""
         trained = range(self.first_trained, self.layers)
-        duals = (i in self.dual and i > self.first_trained for i in trained)
-        blocks = [self.block_bytes(dual, recomputed=checkpointing) for dual in duals]
+        if self.single_layers is not None:
+            trained = range(self.first_trained, self.layers + self.single_layers)
+            blocks = [self._flux_bytes(single=i >= self.layers, recomputed=checkpointing) for i in trained]
+        else:
+            duals = (i in self.dual and i > self.first_trained for i in trained)
+            blocks = [self.block_bytes(dual, recomputed=checkpointing) for dual in duals]
         if not checkpointing:
             return sum(blocks)
         return self.boundary_bytes() + max(blocks)
@@ -99,11 +122,13 @@ class TransformerShape:
 
     def forward_bytes(self) -> int:
         """Alive at once in a forward without gradients."""
-        return round(_FORWARD_ALIVE * self.tokens * self.width * self.element) + self._matrix()
+        alive = _FORWARD_ALIVE if self.single_layers is None else _FLUX_ALIVE[self.path][0]
+        return round(alive * self.tokens * self.width * self.element) + self._matrix()
 
     def backward_bytes(self) -> int:
         """Gradients alive at once in the backward, beside what is saved."""
-        return _BACKWARD_ALIVE * self.tokens * self.width * self.element + self._matrix()
+        alive = _BACKWARD_ALIVE if self.single_layers is None else _FLUX_ALIVE[self.path][1]
+        return round(alive * self.tokens * self.width * self.element) + self._matrix()
 
     def _matrix(self) -> int:
         return self.tokens**2 * self.heads * _FLOAT32 * self.math_attention

@@ -46,6 +46,22 @@ TRANSFORMERS = {
     "stabilityai/stable-diffusion-3.5-large": _SD35_LARGE,
     "stabilityai/stable-diffusion-3.5-large-turbo": _SD35_LARGE,
 }
+_FLUX1: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": [16, 56, 56],
+    "out_channels": None,
+}
+FLUX_TRANSFORMERS = {
+    "black-forest-labs/FLUX.1-dev": _FLUX1 | {"guidance_embeds": True},
+    "black-forest-labs/FLUX.1-schnell": _FLUX1 | {"guidance_embeds": False},
+}
 _CLIP_L = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -73,7 +89,9 @@ _T5_XXL = {
     "is_decoder": False,
 }
 _CLIP_CLASS, _T5_CLASS = "CLIPTextModelWithProjection", "T5EncoderModel"
+FLUX_TEXT_ENCODERS = (("CLIPTextModel", _CLIP_L), (_T5_CLASS, _T5_XXL))
 TEXT_ENCODERS = ((_CLIP_CLASS, _CLIP_L), (_CLIP_CLASS, _CLIP_G), (_T5_CLASS, _T5_XXL))
+KNOWN = (*TRANSFORMERS, *FLUX_TRANSFORMERS)
 _TEXT_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CLIP_TOKENS = 77
 BACKBONES = {
@@ -93,36 +111,62 @@ for _backbone in BACKBONES.values():
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The architectures of an SD3 pipeline, as config.json mappings."""
+    """The architectures of an SD3 or FLUX.1 pipeline, as config.json mappings."""
 
     transformer: dict[str, Any]
     decoder: DecoderConfig
     text_encoders: tuple[tuple[str, dict[str, Any]], ...]  # (transformers' class name, config)
+    kind: str = "StableDiffusion3Pipeline"
+
+    @property
+    def is_flux(self) -> bool:
+        return self.kind == "FluxPipeline"
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether one row is guided, by an input of the network."""
+        return self.is_flux and bool(self.transformer.get("guidance_embeds"))
+
+    @property
+    def single_layers(self) -> int:
+        """Blocks in which text and image are one stream."""
+        return self.transformer["num_single_layers"] if self.is_flux else 0
+
+    @property
+    def patch(self) -> int:
+        """Latents of an image token's side."""
+        return 2 if self.is_flux else self.transformer["patch_size"]  # the first packs before its network
 
     @property
     def clip_tokens(self) -> int:
+        """Tokens of the text that a CLIP gives: none for FLUX.1, which takes its pooled vector alone."""
+        if self.is_flux:
+            return 0
         return max((config.get("max_position_embeddings", CLIP_TOKENS) for _, config in self.text_encoders), default=0)
 
 
 def known_pipeline(path: str) -> Pipeline:
-    """The pipeline of a hub id in `TRANSFORMERS`, of "tiny", or of a local diffusers folder.
+    """The pipeline of a hub id in `KNOWN`, of "tiny", or of a local diffusers folder.
 
     Raises:
         UserError: any other name, or a folder without transformer/config.json or vae/config.json.
     """
     if path in TRANSFORMERS:
         return Pipeline(TRANSFORMERS[path], SD3_DECODER, TEXT_ENCODERS)
+    if path in FLUX_TRANSFORMERS:  # its VAE has the architecture of SD3's
+        return Pipeline(FLUX_TRANSFORMERS[path], SD3_DECODER, FLUX_TEXT_ENCODERS, "FluxPipeline")
     folder = WORLDS[path].pipeline if path in WORLDS else Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(
             f"model.path = {path!r} is not known without a network; pass a downloaded pipeline's folder, tiny, or one "
-            f"of {', '.join(TRANSFORMERS)}"
+            f"of {', '.join(KNOWN)}"
         )
     encoders = [_read(folder / name / "config.json") for name in _TEXT_FOLDERS if (folder / name).is_dir()]
     return Pipeline(
         _read(folder / "transformer" / "config.json"),
         DecoderConfig.from_mapping(_read(folder / "vae" / "config.json")),
         tuple((config["architectures"][0], config) for config in encoders),
+        _read(folder / "model_index.json").get("_class_name", "StableDiffusion3Pipeline"),
     )
 
 
@@ -165,15 +209,15 @@ def count_transformer(config: dict[str, Any], lora: LoraSection) -> TransformerC
 
 @functools.lru_cache(maxsize=16)
 def _count_transformer(config: str, lora_json: str) -> TransformerCount:
-    from advgrpo.policy.adapters import target_modules
+    from advgrpo.policy.adapters import block_names, block_of, target_modules
 
     lora, transformer = LoraSection.model_validate_json(lora_json), _meta_transformer(config)
     targets = target_modules(transformer, lora)
     linears = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
-    last = len(transformer.transformer_blocks) - 1
-    ends = ("transformer_blocks.0.", f"transformer_blocks.{last}.")
-    of_blocks = {n: m.weight.numel() for n, m in linears.items() if n.startswith("transformer_blocks.")}
-    plain = {n: size for n, size in of_blocks.items() if ".norm1" not in n}
+    blocks = block_names(transformer)
+    ends = (f"{blocks[0]}.", f"{blocks[-1]}.")
+    of_blocks = {n: m.weight.numel() for n, m in linears.items() if block_of(n) is not None}
+    plain = {n: size for n, size in of_blocks.items() if ".norm" not in n}
     stacks = {_stack(n) for n in targets}
     stacked = {n: size for n, size in plain.items() if _stack(n) in stacks}
     return TransformerCount(
@@ -182,7 +226,7 @@ def _count_transformer(config: str, lora_json: str) -> TransformerCount:
         stacked=sum(stacked.values()),
         stacked_ends=sum(size for n, size in stacked.items() if n.startswith(ends)),
         inner=sum(size for n, size in plain.items() if not n.startswith(ends)),
-        modulation=sum(m.out_features for n, m in linears.items() if ".norm1" in n or n.startswith("norm_out")),
+        modulation=sum(m.out_features for n, m in linears.items() if ".norm" in n or n.startswith("norm_out")),
     )
 
 
@@ -196,13 +240,14 @@ def _stack(name: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _meta_transformer(config: str):
-    from diffusers import SD3Transformer2DModel
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
     settings = {key: value for key, value in json.loads(config).items() if not key.startswith("_")}
     if settings.get("dual_attention_layers") is not None:
         settings["dual_attention_layers"] = tuple(settings["dual_attention_layers"])
+    kind = FluxTransformer2DModel if "num_single_layers" in settings else SD3Transformer2DModel
     with torch.device("meta"):
-        return SD3Transformer2DModel(**settings).requires_grad_(False)
+        return kind(**settings).requires_grad_(False)
 
 
 def count_text_encoders(pipeline: Pipeline) -> int:

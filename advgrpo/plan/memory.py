@@ -171,7 +171,8 @@ class _Estimate:
         self.fused = config.fast and self.lora
         self.element = 2 if config.model.dtype == "bfloat16" else 4
         self.weights = known_models.count_transformer(self.pipeline.transformer, config.model.lora)
-        self.guided = 2 if config.rollout.guidance_scale != 1.0 else 1
+        guided = config.rollout.guidance_scale != 1.0 and not self.pipeline.embeds_guidance
+        self.guided = 2 if guided else 1
         self.latent_side = config.model.resolution // self.pipeline.decoder.scale
         self.images = math.ceil(config.images_per_iteration / processes)
         self.shape = self._shape()
@@ -179,6 +180,7 @@ class _Estimate:
     def _shape(self) -> TransformerShape:
         stock, model = self.pipeline.transformer, self.config.model
         layers, blocks = stock["num_layers"], model.lora.blocks
+        every = layers + self.pipeline.single_layers
         return TransformerShape(
             path="fused" if self.fused else "stock",
             width=stock["num_attention_heads"] * stock["attention_head_dim"],
@@ -186,12 +188,13 @@ class _Estimate:
             layers=layers,
             dual=frozenset(stock.get("dual_attention_layers") or ()),
             qk_norm=stock.get("qk_norm") is not None,
-            image_tokens=(self.latent_side // stock["patch_size"]) ** 2,
+            image_tokens=(self.latent_side // self.pipeline.patch) ** 2,
             text_tokens=self.pipeline.clip_tokens + model.max_sequence_length,
             element=self.element,
             rank=model.lora.rank if self.lora else 0,
-            first_trained=0 if blocks == "all" or not self.lora else layers - blocks,
+            first_trained=0 if blocks == "all" or not self.lora else every - blocks,
             math_attention=self.fused and model.attention == "math",
+            single_layers=self.pipeline.single_layers if self.pipeline.is_flux else None,
         )
 
     def plans(self, gpu_gb: float) -> list[MemoryPlan]:
@@ -366,7 +369,7 @@ class _Estimate:
             yield Component("noise levels of a micro-batch", levels, decides, ("update",))
         modulation = config.rollout.num_steps * sequences * self.weights.modulation * self.element if self.fused else 0
         forward = sequences * (shape.forward_bytes() + 4 * latents) + modulation
-        graphs = config.fast  # a captured graph keeps its pool for as long as it may run
+        graphs = self.fused  # a captured graph keeps its pool for as long as it may run
         name = "sampler's forward, in the CUDA graphs' pool" if graphs else "sampler's forward"
         yield Component(name, forward, decides, ("sample", *held) if graphs else ("sample",))
         decode = self._decoding_bytes(knobs.micro_batch)

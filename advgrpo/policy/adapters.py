@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 
@@ -27,11 +27,22 @@ from advgrpo.runtime.atomic import write_folder_atomically
 logger = logging.getLogger(__name__)
 ADAPTER = "default"
 START = "model.lora.start_from"  # the setting that a LoRA to load comes from unless another is named
+# Transformers that transformer/config.json can name; one that names none is SD3's.
+NETWORKS: dict[str, type[ModelMixin]] = {
+    kind.__name__: kind for kind in (SD3Transformer2DModel, FluxTransformer2DModel)
+}
+_BLOCK = re.compile(r"(?:.+\.)?(?:single_)?transformer_blocks\.\d+")  # FLUX.1 has two kinds
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 # What the default of model.lora.targets, SD3's attention projections, stands for on a UNet: its own.
 UNET_LORA_TARGETS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in _PROJECTIONS)
+
+
+def block_of(module: str) -> tuple[str, str] | None:
+    """(transformer block, name within it) of a module's full name; None outside of one."""
+    found = re.match(rf"({_BLOCK.pattern})\.(.+)", module)
+    return None if found is None else (found[1], found[2])
 
 
 def component_of(network: ModelMixin) -> str:
@@ -44,24 +55,26 @@ def stored_network(pipeline: Path) -> ModelMixin:
     component, kind = "transformer", SD3Transformer2DModel
     if (pipeline / "unet").is_dir():
         component, kind = "unet", UNet2DConditionModel
+    config = kind.load_config(pipeline / component)
+    kind = NETWORKS.get(config.get("_class_name", ""), kind)
     with torch.device("meta"):
-        return kind.from_config(kind.load_config(pipeline / component))
+        return kind.from_config(config)
 
 
 def stored_blocks(pipeline: Path) -> list[str]:
     """Transformer blocks, in the order of the forward pass, of a pipeline's folder."""
-    return _block_names(stored_network(pipeline))
+    return block_names(stored_network(pipeline))
 
 
-def _block_names(network: ModelMixin) -> list[str]:
+def block_names(network: ModelMixin) -> list[str]:
     """Transformer blocks in the order of the forward pass; a UNet registers its up blocks before the middle."""
-    names = [name for name, _ in network.named_modules() if re.search(r"(^|\.)transformer_blocks\.\d+$", name)]
+    names = [name for name, _ in network.named_modules() if _BLOCK.fullmatch(name)]
     return sorted(names, key=lambda name: {"mid_block": 1, "up_blocks": 2}.get(name.split(".")[0], 0))
 
 
 def target_modules(network: ModelMixin, lora: LoraSection) -> list[str]:
     """Full names of the linear layers to adapt: the configured suffixes within the configured blocks."""
-    blocks = _block_names(network)
+    blocks = block_names(network)
     if lora.blocks != "all" and lora.blocks > len(blocks):
         raise UserError(f"model.lora.blocks = {lora.blocks}: the model has {len(blocks)} transformer blocks")
     chosen = blocks if lora.blocks == "all" else blocks[-lora.blocks :]

@@ -23,7 +23,7 @@ import torch
 
 from advgrpo.types import Conditioning
 
-# Of the conditional rows and, when guided, of the unconditional ones: [R, C, H, W] each.
+# Of the conditional rows and, when guided by two predictions, of the unconditional ones: [R, C, H, W] each.
 Prediction = tuple[torch.Tensor, "torch.Tensor | None"]
 Rows = TypeVar("Rows")
 
@@ -34,6 +34,11 @@ class PreparedPrompts(Protocol):
     def rows(self: Rows, index: torch.Tensor) -> Rows:
         """The same for rows `index` [R'] int64 of it."""
         ...
+
+
+def combining_scale(predicted: Prediction, guidance: float) -> float:
+    """The scale g of (1 - g) * unconditional + g * conditional: 1 where one prediction is all there is."""
+    return 1.0 if predicted[1] is None else guidance
 
 
 P = TypeVar("P", bound=PreparedPrompts)
@@ -61,15 +66,21 @@ class Generator(Protocol[P]):
         """Text embeddings, cached on disk by content."""
         ...
 
-    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> P:
-        """Everything about the prompts that does not depend on the latents, for all timesteps [T]."""
+    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guidance: float) -> P:
+        """Everything about the prompts that does not depend on the latents, for all timesteps [T].
+
+        Args:
+            guidance: the scale to be drawn at. How is the model's own matter: by two predictions, which the caller
+                combines (`combining_scale`), or by an input of the network, whose one prediction is guided already. 1
+                means none to the first kind.
+        """
         ...
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: P) -> Prediction:
         """From the trainable weights, at the step whose number the device tensor `step` (int64 [1]) holds.
 
         A model that learns at noise levels of its own (update.objective nft) also takes int64 [R], one per row, of
-        prompts that are not guided.
+        prompts prepared at guidance 1.
         """
         ...
 

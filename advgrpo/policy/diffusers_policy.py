@@ -11,12 +11,14 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
+from advgrpo.policy.fused.decoder import GATED_IMAGES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
 from advgrpo.policy.guidance import GuidedPolicy
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
 from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_folder
@@ -36,6 +38,7 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
     """
 
     component: str  # the network's folder in the pipeline
+    network_class: type[ModelMixin]
     text_parts: tuple[str, ...]  # folders of text encoders and tokenizers
 
     def __init__(self, model: ModelSection, *, device: torch.device, cache_dir: Path):
@@ -46,6 +49,9 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         self.dtype = getattr(torch, model.dtype)
         self.vae = self._load(AutoencoderKL, "vae", torch.float32)
         self._empty: Conditioning | None = None
+        # Ours beside a fused transformer. In bfloat16 the first images must pass a gate against float32.
+        self.decoder: Decoder | None = None
+        self.decoder_psnr: float | None = None
         self.text_cache = TextCache(cache_dir / "text", self._text_fingerprint(cache_dir), self._encode_text)
 
     def _text_fingerprint(self, cache_dir: Path) -> str:
@@ -64,11 +70,36 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
             raise UserError(f"model.path = {self.model.path!r}: {error}") from error
         return module.to(self.device).requires_grad_(False).eval()
 
+    def _load_flow_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """A rectified flow's schedule; UserError where its file is missing."""
+        try:
+            return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        except OSError as error:
+            raise UserError(f"model.path = {self.model.path!r}: {error}") from error
+
     def _train(self, network: StockNetwork | FusedNetwork) -> None:
         self.network = network
         if self.model.lora.start_from:
             network.load_lora(Path(self.model.lora.start_from))
         self.has_merged = network.has_merged
+
+    @classmethod
+    @abstractmethod
+    def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
+        """UserError naming `field` unless a network and a VAE of these configurations draw images of that side."""
+
+    @classmethod
+    @abstractmethod
+    def check_parts(
+        cls, model: ModelSection, index: Mapping[str, Any], network: Any, vae: Any, scheduler: Mapping[str, Any]
+    ) -> None:
+        """UserError for parts, by their configurations, or for settings that a model of this family is not served with.
+
+        Args:
+            index: model_index.json.
+            network, vae: configurations of diffusers.
+            scheduler: scheduler_config.json.
+        """
 
     @property
     def vae_scale(self) -> int:
@@ -112,10 +143,30 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images [R, 3, H, W] float32 in [0, 1], by the stock VAE in float32."""
+        """Images [R, 3, H, W] float32 in [0, 1], by our decoder where it is in use, else the stock VAE in float32."""
+        if self.decoder is not None:
+            return self._decode_fast(self.decoder, latents)
         config = self.vae.config
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def _use_fast_decoder(self) -> None:
+        if self.model.decoder_dtype == "auto":
+            dtype = self.dtype if self.device.type == "cuda" else torch.float32
+        else:
+            dtype = getattr(torch, self.model.decoder_dtype)
+        self.decoder = self._build_decoder(dtype, channels_last=True)
+
+    def _decode_fast(self, decoder: Decoder, latents: torch.Tensor) -> torch.Tensor:
+        if decoder.dtype != torch.float32 and self.decoder_psnr is None:
+            reference = self._build_decoder(torch.float32)
+            self.decoder_psnr = psnr_gate(decoder, reference, latents[:GATED_IMAGES].contiguous())
+        return decoder.images(latents)
+
+    def _build_decoder(self, dtype: torch.dtype, **options) -> Decoder:
+        config = DecoderConfig.from_mapping(self.vae.config)
+        options |= {"dtype": dtype, "device": self.device, "micro_batch": decoded_at_once(self.model.resolution)}
+        return Decoder.from_state_dict(config, self.vae.state_dict(), **options)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:

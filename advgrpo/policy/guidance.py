@@ -84,8 +84,9 @@ class GuidedPolicy(ABC, Generic[Net]):
     def unconditional(self) -> Conditioning:
         """One row: what guidance leads away from, the embeddings of the empty prompt."""
 
-    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> Guided:
+    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guidance: float) -> Guided:
         text, pooled, rows = conditioning.text, conditioning.pooled, len(conditioning.text)
+        guided = guidance != 1.0
         if guided:
             empty = self.unconditional()
             text = torch.cat([empty.text.expand(rows, -1, -1), text])

@@ -8,12 +8,14 @@ import torch
 
 from advgrpo.config import ModelSection
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.flux import FluxPolicy
 from advgrpo.policy.pipelines import pipeline_class
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.policy.sdxl import UNetPolicy
 
-_POLICIES: dict[str, type[DiffusersPolicy]] = {
+POLICIES: dict[str, type[DiffusersPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
+    "FluxPipeline": FluxPolicy,
     "StableDiffusionPipeline": UNetPolicy,
     "StableDiffusionXLPipeline": UNetPolicy,
 }
@@ -36,6 +38,6 @@ def load_policy(
     Raises:
         UserError: no such model, or a class that no policy serves.
     """
-    kind = _POLICIES[pipeline_class(model.path)]
+    kind = POLICIES[pipeline_class(model.path)]
     fast = {"fused": True, "precision": precision} if fused else {}
     return kind(model, device=device, cache_dir=cache_dir, seed=seed, **fast)

@@ -7,7 +7,7 @@ weights, and each takes alpha = rank where it finds none. Folded, a LoRA is equa
 
     diffusers   transformer.transformer_blocks.0.attn.to_q.lora_A.weight     header: r, lora_alpha = r
     comfyui     the same and ….to_q.alpha; a UNet's file is kohya's
-    kohya       lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight   ….alpha; SD3's q, k and v are one module
+    kohya       lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight   ….alpha; SD3's and FLUX.1's q, k, v are one
 
 Shapes: A [r, K] and B [n, r] of a linear layer with K inputs and n outputs.
 """
@@ -35,20 +35,47 @@ COMPONENTS = ("transformer", "unet")
 _METADATA = "lora_adapter_metadata"  # diffusers' key of the header
 _TENSOR = re.compile(r"(\w+)\.(.+)\.(lora_A\.weight|lora_B\.weight|alpha)")
 
-# SD3's modules, of a block: diffusers' name -> (name in the original checkpoint, part of q, k and v stored as one).
-_SD3_ORIGINAL: dict[str, tuple[str, int | None]] = {
-    **{f"attn.to_{p}": ("x_block.attn.qkv", part) for part, p in enumerate("qkv")},
-    **{f"attn.add_{p}_proj": ("context_block.attn.qkv", part) for part, p in enumerate("qkv")},
-    **{f"attn2.to_{p}": ("x_block.attn2.qkv", part) for part, p in enumerate("qkv")},
-    "attn.to_out.0": ("x_block.attn.proj", None),
-    "attn.to_add_out": ("context_block.attn.proj", None),
-    "attn2.to_out.0": ("x_block.attn2.proj", None),
-    "ff.net.0.proj": ("x_block.mlp.fc1", None),
-    "ff.net.2": ("x_block.mlp.fc2", None),
-    "ff_context.net.0.proj": ("context_block.mlp.fc1", None),
-    "ff_context.net.2": ("context_block.mlp.fc2", None),
-    "norm1.linear": ("x_block.adaLN_modulation.1", None),
-    "norm1_context.linear": ("context_block.adaLN_modulation.1", None),
+# Modules of a block: diffusers' name -> (name in the original checkpoint, part of those that are stored as one), by the
+# kind of block, and what that is called there.
+_Table = dict[str, dict[str, tuple[str, int | None]]]
+_SD3_BLOCKS = {"transformer_blocks": "joint_blocks"}
+_SD3_ORIGINAL: _Table = {
+    "transformer_blocks": {
+        **{f"attn.to_{p}": ("x_block.attn.qkv", part) for part, p in enumerate("qkv")},
+        **{f"attn.add_{p}_proj": ("context_block.attn.qkv", part) for part, p in enumerate("qkv")},
+        **{f"attn2.to_{p}": ("x_block.attn2.qkv", part) for part, p in enumerate("qkv")},
+        "attn.to_out.0": ("x_block.attn.proj", None),
+        "attn.to_add_out": ("context_block.attn.proj", None),
+        "attn2.to_out.0": ("x_block.attn2.proj", None),
+        "ff.net.0.proj": ("x_block.mlp.fc1", None),
+        "ff.net.2": ("x_block.mlp.fc2", None),
+        "ff_context.net.0.proj": ("context_block.mlp.fc1", None),
+        "ff_context.net.2": ("context_block.mlp.fc2", None),
+        "norm1.linear": ("x_block.adaLN_modulation.1", None),
+        "norm1_context.linear": ("context_block.adaLN_modulation.1", None),
+    }
+}
+_FLUX_WIDTH = 3072
+_FLUX_BLOCKS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
+_FLUX_ORIGINAL: _Table = {
+    "transformer_blocks": {
+        **{f"attn.to_{p}": ("img_attn.qkv", part) for part, p in enumerate("qkv")},
+        **{f"attn.add_{p}_proj": ("txt_attn.qkv", part) for part, p in enumerate("qkv")},
+        "attn.to_out.0": ("img_attn.proj", None),
+        "attn.to_add_out": ("txt_attn.proj", None),
+        "ff.net.0.proj": ("img_mlp.0", None),
+        "ff.net.2": ("img_mlp.2", None),
+        "ff_context.net.0.proj": ("txt_mlp.0", None),
+        "ff_context.net.2": ("txt_mlp.2", None),
+        "norm1.linear": ("img_mod.lin", None),
+        "norm1_context.linear": ("txt_mod.lin", None),
+    },
+    "single_transformer_blocks": {
+        **{f"attn.to_{p}": ("linear1", part) for part, p in enumerate("qkv")},
+        "proj_mlp": ("linear1", 3),
+        "proj_out": ("linear2", None),
+        "norm.linear": ("modulation.lin", None),
+    },
 }
 
 
@@ -224,15 +251,16 @@ def _state(modules: Mapping[str, Pair]) -> dict[str, torch.Tensor]:
 
 
 def _kohya(modules: Mapping[str, Pair], component: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Names of the original SD3 checkpoint, or diffusers' of a UNet, with underscores."""
-    own = _sd3_original(modules) if component == "transformer" else modules
+    """Names of the original SD3 or FLUX.1 checkpoint, or diffusers' of a UNet, with underscores."""
+    own = _original(modules) if component == "transformer" else modules
     tensors = {}
     for name, (down, up) in own.items():
         key = f"lora_unet_{name.replace('.', '_')}"
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
         tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
     rank = str(max(len(a) for a, _ in modules.values()))
-    network = "networks.lora_sd3" if component == "transformer" else "networks.lora"
+    family = "lora_flux" if _is_flux(modules) else "lora_sd3"
+    network = f"networks.{family}" if component == "transformer" else "networks.lora"
     return tensors, {
         "format": "pt",
         "ss_network_module": network,
@@ -241,35 +269,48 @@ def _kohya(modules: Mapping[str, Pair], component: str) -> tuple[dict[str, torch
     }
 
 
-def _sd3_original(modules: Mapping[str, Pair]) -> dict[str, Pair]:
-    """A LoRA by the modules of SD3's original checkpoint.
+def _original(modules: Mapping[str, Pair]) -> dict[str, Pair]:
+    """A LoRA by the modules of SD3's or FLUX.1's original checkpoint.
 
-    q, k and v are one module there: A's are stacked, and B is zero but for the three blocks on its diagonal. The last
-    block's context norm has shift before scale there, and the other way round in diffusers.
+    q, k and v are one module there, with FLUX.1's blocks of one stream also the first linear of the feed-forward: A's
+    are stacked, and B is zero but for the blocks on its diagonal. SD3's last block's context norm has shift before
+    scale there, and the other way round in diffusers.
     """
+    table, blocks = (_FLUX_ORIGINAL, _FLUX_BLOCKS) if _is_flux(modules) else (_SD3_ORIGINAL, _SD3_BLOCKS)
     fused: dict[str, dict[int, Pair]] = {}
     result: dict[str, Pair] = {}
     for name, (a, b) in modules.items():
-        found = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", name)
-        if found is None or found[2] not in _SD3_ORIGINAL:
+        found = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
+        kind = "" if found is None else found[1]
+        own = table.get(kind, {}).get(found[3]) if found else None
+        if found is None or own is None:
             raise UserError(f"model.lora.export_format = 'kohya' has no name for {name}; use diffusers or comfyui")
-        original, part = _SD3_ORIGINAL[found[2]]
-        original = f"joint_blocks.{found[1]}.{original}"
+        original, part = f"{blocks[kind]}.{found[2]}.{own[0]}", own[1]
         if part is not None:
             fused.setdefault(original, {})[part] = (a, b)
-        elif found[2] == "norm1_context.linear" and len(b) == 2 * a.shape[1]:  # the last block: 2 of 6 modulations
+        elif own[0] == "context_block.adaLN_modulation.1" and len(b) == 2 * a.shape[1]:  # the last block: 2 of 6
             result[original] = (a, b.roll(len(b) // 2, dims=0))
         else:
             result[original] = (a, b)
-    for original, pairs in fused.items():
-        down, up = [], []
-        for part, (a, b) in sorted(pairs.items()):
-            rows = b.new_zeros(3, *b.shape)
-            rows[part] = b
-            down.append(a)
-            up.append(rows.flatten(0, 1))
-        result[original] = (torch.cat(down), torch.cat(up, dim=1))
-    return result
+    return result | {name: _on_diagonal(pairs, name.endswith("linear1")) for name, pairs in fused.items()}
+
+
+def _on_diagonal(pairs: Mapping[int, Pair], with_mlp: bool) -> Pair:
+    """One pair of q, k and v and, with_mlp, a fourth part four times as wide; parts without an adapter stay zero."""
+    width = next(len(b) // (4 if part == 3 else 1) for part, (_, b) in pairs.items())
+    rows = width * (7 if with_mlp else 3)
+    down, up = [], []
+    for part, (a, b) in sorted(pairs.items()):
+        whole = b.new_zeros(rows, b.shape[1])
+        whole[part * width : part * width + len(b)] = b
+        down.append(a)
+        up.append(whole)
+    return torch.cat(down), torch.cat(up, dim=1)
+
+
+def _is_flux(modules: Mapping[str, Pair]) -> bool:
+    """By what SD3 does not have: blocks of one stream, or layers of 3,072 inputs (its own are 1,536 or 2,432 wide)."""
+    return any(name.startswith("single_") or a.shape[1] == _FLUX_WIDTH for name, (a, _) in modules.items())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -1,5 +1,4 @@
-"""The ways to run a network: diffusers' forward with PEFT adapters (SD3's MMDiT, SD1.5's and SDXL's UNet), and our
-fused MMDiT.
+"""The ways to run a network: diffusers' forward with PEFT adapters (MMDiT or UNet), and our fused MMDiT.
 
 All take latents and the number of a step of a prepared trajectory, and one of three sets of weights: "adapted" (what
 is trained), "base" (frozen), "merged" (fused only: adapters folded into the weights, for steps without a likelihood).
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, SD3Transformer2DModel
+from diffusers import ModelMixin
 
 from advgrpo.config import ModelSection
 from advgrpo.policy.adapters import START, FullWeights, LoraAdapters, export_lora, start_state, target_modules
@@ -28,12 +27,15 @@ class StockPrepared:
     text: torch.Tensor  # [R, S, E]
     pooled: torch.Tensor  # [R, E']
     timesteps: torch.Tensor  # [K]
+    guidance: torch.Tensor | None = None  # [1] float32, of a network that takes it as an input
 
     def rows(self, index: torch.Tensor) -> StockPrepared:
-        return StockPrepared(self.text.index_select(0, index), self.pooled.index_select(0, index), self.timesteps)
+        own = self.text.index_select(0, index), self.pooled.index_select(0, index)
+        return StockPrepared(*own, self.timesteps, self.guidance)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"text": self.text, "pooled": self.pooled, "timesteps": self.timesteps}
+        guidance = {} if self.guidance is None else {"guidance": self.guidance}
+        return {"text": self.text, "pooled": self.pooled, "timesteps": self.timesteps, **guidance}
 
     def with_tensors(self, tensors: dict[str, torch.Tensor]) -> StockPrepared:
         return StockPrepared(**tensors)
@@ -43,7 +45,7 @@ class StockNetwork:
     """A diffusers network as it is, with LoRA by PEFT, or with every weight trained.
 
     Args:
-        pooled_arguments: pooled text [R, E'] -> the arguments of the network's call that depend on it.
+        pooled_arguments: pooled text [R, E'] -> the arguments of the network's call that depend on it, for `run`.
     """
 
     has_merged = False
@@ -53,7 +55,7 @@ class StockNetwork:
         network: ModelMixin,
         model: ModelSection,
         seed: int,
-        pooled_arguments: Callable[[torch.Tensor], dict[str, Any]],
+        pooled_arguments: Callable[[torch.Tensor], dict[str, Any]] = lambda pooled: {},
     ):
         if model.train == "lora":
             self.adapters = LoraAdapters(network, model.lora, seed)
@@ -64,20 +66,28 @@ class StockNetwork:
             network.train()  # diffusers checkpoints in train mode only; there is no dropout, so nothing else changes
         self.network, self.pooled_arguments = network, pooled_arguments
 
-    def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> StockPrepared:
-        return StockPrepared(text, pooled, timesteps)
+    def prepare(
+        self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor, guidance: float | None = None
+    ) -> StockPrepared:
+        scale = None if guidance is None else torch.full((1,), guidance, device=text.device)
+        return StockPrepared(text, pooled, timesteps, scale)
 
     def predict(
         self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: Weights
     ) -> torch.Tensor:
         with self.adapters.disabled() if weights == "base" else contextlib.nullcontext():
-            return self.network(
-                latents.to(self.network.dtype),
-                timestep=prepared.timesteps.index_select(0, step).expand(len(latents)),
-                encoder_hidden_states=prepared.text,
-                return_dict=False,
-                **self.pooled_arguments(prepared.pooled),
-            )[0]
+            timesteps = prepared.timesteps.index_select(0, step).expand(len(latents))
+            return self.run(latents.to(self.network.dtype), timesteps, prepared)
+
+    def run(self, latents: torch.Tensor, timesteps: torch.Tensor, prepared: StockPrepared) -> torch.Tensor:
+        """The network's call: [R, C, h, w] of latents [R, C, h, w] in its dtype, at timesteps [R]."""
+        return self.network(
+            latents,
+            timestep=timesteps,
+            encoder_hidden_states=prepared.text,
+            return_dict=False,
+            **self.pooled_arguments(prepared.pooled),
+        )[0]
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.adapters.parameters()
@@ -103,7 +113,7 @@ class FusedNetwork:
 
     has_merged = True
 
-    def __init__(self, transformer: SD3Transformer2DModel, model: ModelSection, seed: int, *, precision: str):
+    def __init__(self, transformer: ModelMixin, model: ModelSection, seed: int, *, precision: str):
         targets = set(target_modules(transformer, model.lora))
         tensors = {name: t.detach() for name, t in [*transformer.named_parameters(), *transformer.named_buffers()]}
         self.transformer = FusedTransformer(
@@ -122,8 +132,10 @@ class FusedNetwork:
         if model.base_precision == "fp8":
             self.transformer.prepare_fp8_base()
 
-    def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> Prepared:
-        return self.transformer.prepare(text, pooled, timesteps)
+    def prepare(
+        self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor, guidance: float | None = None
+    ) -> Prepared:
+        return self.transformer.prepare(text, pooled, timesteps, guidance)
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         return self.transformer.predict(latents, step, prepared, weights)

@@ -12,6 +12,7 @@ from advgrpo.tiny import WORLDS
 # Pipeline class -> what its network predicts: the velocity of a rectified flow, or the noise ε of a diffusion.
 PREDICTION_TYPES = {
     "StableDiffusion3Pipeline": "flow_prediction",
+    "FluxPipeline": "flow_prediction",
     "StableDiffusionPipeline": "epsilon",
     "StableDiffusionXLPipeline": "epsilon",
 }
@@ -70,6 +71,11 @@ def native_resolution(folder: Path) -> int:
     return 0
 
 
+def native_guidance(folder: Path) -> float:
+    """The scale that a pipeline's model card draws at."""
+    return 3.5 if pipeline_class(str(folder)) == "FluxPipeline" else 4.5
+
+
 def local_pipeline(path: str) -> Path | None:
     """The folder of a shipped pipeline's name or of a path; None for what may be a hub id."""
     if path in WORLDS:
@@ -82,7 +88,8 @@ def _not_found(path: str, field: str, error: Exception) -> UserError:
         return UserError(f"{field} = {path!r} is a file; want a diffusers pipeline folder or a hub id")
     return UserError(
         f"{field} = {path!r} is neither a folder nor a hub model that can be downloaded ({error}); correct it, or, for "
-        "a model behind a licence such as Stable Diffusion 3.5, accept that on its page and run `hf auth login`"
+        "a model behind a licence such as Stable Diffusion 3.5 or FLUX.1-dev, accept that on its page and run "
+        "`hf auth login`"
     )
 
 

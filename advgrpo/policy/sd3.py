@@ -10,33 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
-from advgrpo.policy.fused.decoder import GATED_IMAGES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
 from advgrpo.types import Conditioning
-
-
-def check_resolution(resolution: int, transformer: Any, vae: Any, field: str = "model.resolution") -> None:
-    """UserError naming `field` unless a transformer and a VAE of these configurations draw images of that side."""
-    unit = 2 ** (len(vae.block_out_channels) - 1) * transformer.patch_size
-    largest = transformer.pos_embed_max_size * unit
-    if resolution % unit or resolution > largest:
-        near = min(max(unit, round(resolution / unit) * unit), largest)
-        raise UserError(
-            f"{field} = {resolution}: this model wants a multiple of {unit}, at most {largest}, such as {near}"
-        )
-
-
-def check_schedule(scheduler: Mapping[str, Any], path: str) -> None:
-    """UserError for a schedule that depends on the resolution."""
-    if scheduler.get("use_dynamic_shifting"):
-        raise UserError(
-            f"model.path = {path!r}: its scheduler uses use_dynamic_shifting; only SD3's fixed shift is supported"
-        )
 
 
 class SD3Policy(DiffusersPolicy):
@@ -48,6 +28,7 @@ class SD3Policy(DiffusersPolicy):
     """
 
     component = "transformer"
+    network_class = SD3Transformer2DModel
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
     def __init__(
@@ -62,24 +43,33 @@ class SD3Policy(DiffusersPolicy):
     ):
         super().__init__(model, device=device, cache_dir=cache_dir)
         self.transformer = self._load(SD3Transformer2DModel, "transformer", self.dtype)
-        try:
-            self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
-        except OSError as error:
-            raise UserError(f"model.path = {model.path!r}: {error}") from error
-        check_resolution(model.resolution, self.transformer.config, self.vae.config)
-        check_schedule(self._scheduler.config, model.path)
+        self._scheduler = self._load_flow_scheduler()
+        self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
         if fused:
             self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
+            self._use_fast_decoder()
         else:
             self._train(StockNetwork(self.transformer, model, seed, lambda pooled: {"pooled_projections": pooled}))
-        # Ours on the fast path. In bfloat16 the first images must pass a gate against float32.
-        self.decoder = self._build_decoder(self._decoder_dtype(), channels_last=True) if fused else None
-        self.decoder_psnr: float | None = None
 
-    def _decoder_dtype(self) -> torch.dtype:
-        if self.model.decoder_dtype == "auto":
-            return self.dtype if self.device.type == "cuda" else torch.float32
-        return getattr(torch, self.model.decoder_dtype)
+    @classmethod
+    def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
+        unit = 2 ** (len(vae.block_out_channels) - 1) * network.patch_size
+        largest = network.pos_embed_max_size * unit
+        if resolution % unit or resolution > largest:
+            near = min(max(unit, round(resolution / unit) * unit), largest)
+            raise UserError(
+                f"{field} = {resolution}: this model wants a multiple of {unit}, at most {largest}, such as {near}"
+            )
+
+    @classmethod
+    def check_parts(
+        cls, model: ModelSection, index: Mapping[str, Any], network: Any, vae: Any, scheduler: Mapping[str, Any]
+    ) -> None:
+        cls.check_resolution(model.resolution, network, vae)
+        if scheduler.get("use_dynamic_shifting"):
+            raise UserError(
+                f"model.path = {model.path!r}: its scheduler uses use_dynamic_shifting; SD3's shift is fixed"
+            )
 
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._scheduler.set_timesteps(num_steps)
@@ -101,17 +91,3 @@ class SD3Policy(DiffusersPolicy):
             max_sequence_length=self.model.max_sequence_length,
         )
         return Conditioning(text, pooled)
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        if self.decoder is None:
-            return super().decode(latents)
-        if self.decoder.dtype != torch.float32 and self.decoder_psnr is None:
-            reference = self._build_decoder(torch.float32)
-            self.decoder_psnr = psnr_gate(self.decoder, reference, latents[:GATED_IMAGES].contiguous())
-        return self.decoder.images(latents)
-
-    def _build_decoder(self, dtype: torch.dtype, **options) -> Decoder:
-        config = DecoderConfig.from_mapping(self.vae.config)
-        options |= {"dtype": dtype, "device": self.device, "micro_batch": decoded_at_once(self.model.resolution)}
-        return Decoder.from_state_dict(config, self.vae.state_dict(), **options)

@@ -33,6 +33,7 @@ class UNetPolicy(DiffusersPolicy):
     """
 
     component = "unet"
+    network_class = UNet2DConditionModel
     text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
     def __init__(self, model: ModelSection, *, device: torch.device, cache_dir: Path, seed: int):
@@ -40,11 +41,23 @@ class UNetPolicy(DiffusersPolicy):
         self.is_xl = self.index["_class_name"] == "StableDiffusionXLPipeline"
         self._scheduler = ddim_scheduler(self.folder / "scheduler" / "scheduler_config.json", model.path)
         self.unet = self._load(UNet2DConditionModel, "unet", self.dtype)
-        check_unet(model, self.index, self.unet.config, self.vae.config)
+        self.check_parts(model, self.index, self.unet.config, self.vae.config, self._scheduler.config)
         # Height and width before cropping, the crop's corner, and the size asked for: an uncropped square.
         side = model.resolution
         self._time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.dtype, device=device)
         self._train(StockNetwork(self.unet, model, seed, self._pooled_arguments))
+
+    @classmethod
+    def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
+        unit = 2 ** (len(vae.block_out_channels) - 1)
+        if resolution % unit:
+            raise UserError(f"{field} = {resolution}: this model wants a multiple of {unit}")
+
+    @classmethod
+    def check_parts(
+        cls, model: ModelSection, index: Mapping[str, Any], network: Any, vae: Any, scheduler: Mapping[str, Any]
+    ) -> None:
+        check_unet(model, index, network, vae)
 
     def _pooled_arguments(self, pooled: torch.Tensor) -> dict[str, Any]:
         if not self.is_xl:
@@ -86,7 +99,7 @@ class UNetPolicy(DiffusersPolicy):
 def check_unet(model: ModelSection, index: Mapping[str, Any], unet: Any, vae: Any) -> None:
     """UserError for a UNet or VAE configuration of another task, or settings that a UNet does not have."""
     field, kind = f"model.path = {model.path!r}", index["_class_name"]
-    is_xl, unit = kind == "StableDiffusionXLPipeline", 2 ** (len(vae.block_out_channels) - 1)
+    is_xl = kind == "StableDiffusionXLPipeline"
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise UserError(
             f"{field}: its UNet maps {unet.in_channels} to {unet.out_channels} channels, latents have "
@@ -105,8 +118,7 @@ def check_unet(model: ModelSection, index: Mapping[str, Any], unet: Any, vae: An
             raise UserError(f"model.{name} = {getattr(model, name)!r} is the fused transformer's; a UNet wants {plain}")
     if model.decoder_dtype == "bfloat16":
         raise UserError("model.decoder_dtype = 'bfloat16': a UNet model decodes in float32; use auto")
-    if model.resolution % unit:
-        raise UserError(f"model.resolution = {model.resolution}: this model wants a multiple of {unit}")
+    UNetPolicy.check_resolution(model.resolution, unet, vae)
 
 
 def ddim_scheduler(file: Path, path: str) -> DDIMScheduler:

@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple
 
 import torch
 
-from advgrpo.policy.base import Capturable, Generator, P, Prediction, Trainable
+from advgrpo.policy.base import Capturable, Generator, P, Prediction, Trainable, combining_scale
 from advgrpo.policy.current_prompts import CurrentPrompts
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
@@ -117,7 +117,7 @@ class Sampler(Generic[P]):
         `initial` is [P, ...], from which a prompt's images branch; without `shared_noise` it is [M, ...].
         `noise_seed` and `image_ids` [M] key the noise of the window's steps.
         """
-        prompts = self.policy.prepare(conditioning, table.timesteps, guided=self.guidance_scale != 1.0)
+        prompts = self.policy.prepare(conditioning, table.timesteps, guidance=self.guidance_scale)
         shared, inputs = self.share_prefix, self._inputs
         latents = initial if shared or not self.shared_noise else initial.index_select(0, row)
         self._prompts.set(prompts if shared else prompts.rows(row))
@@ -220,7 +220,7 @@ class Sampler(Generic[P]):
             predicted[0],
             self._inputs["coefficients"].index_select(0, number)[0],
             uncond_velocity=predicted[1],
-            guidance_scale=self.guidance_scale,
+            guidance_scale=combining_scale(predicted, self.guidance_scale),
             step=number,
             likelihood=likelihood,
             seed=seed,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from advgrpo.errors import RunFailure, UserError
+from advgrpo.policy.pipelines import PREDICTION_TYPES
 from advgrpo.sampling.drawing import Drawn
 
 if TYPE_CHECKING:  # diffusers takes seconds; flags are checked first
@@ -24,13 +25,13 @@ def open_stock(folder: Path, device: str, dtype: torch.dtype, field: str) -> Dif
 
     SD1.5 and SDXL get the sampler that they are trained with here.
     """
-    from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
 
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         raise UserError(f"{field}: diffusers cannot load it ({error})") from error
-    if not isinstance(pipe, StableDiffusion3Pipeline):
+    if PREDICTION_TYPES[type(pipe).__name__] == "epsilon":
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -80,7 +80,7 @@ class ForwardProcess(RewardedObjective):
     def prepared(self, rollout: MicroBatchRollout, table: StepTable) -> PreparedPrompts:
         """The prompts of a micro-batch, one row per image, without guidance."""
         row = to_device(rollout.micro_batch.row, self.policy.device)
-        return self.policy.prepare(rollout.conditioning, table.timesteps, guided=False).rows(row)
+        return self.policy.prepare(rollout.conditioning, table.timesteps, guidance=1.0).rows(row)
 
     @torch.no_grad()
     def without_gradient(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,25 +47,25 @@ def lora_section(folder: Path, pipeline: Path, field: str = "--lora") -> configu
     Raises:
         UserError: no LoRA of the pipeline's network, or adapters of several ranks or in blocks that are not the last.
     """
-    from advgrpo.policy.adapters import read_lora_for, stored_blocks
+    from advgrpo.policy.adapters import block_of, read_lora_for, stored_blocks
 
     file, blocks = read_lora_for(pipeline, folder, field), stored_blocks(pipeline)
-    inside = re.compile(r"((?:.+\.)?transformer_blocks\.\d+)\.(.+)")
-    found = {name: inside.fullmatch(name) for name in file.modules}
-    outside = [name for name, match in found.items() if match is None]
+    found = {name: block_of(name) for name in file.modules}
+    places = [place for place in found.values() if place is not None]
+    outside = [name for name, place in found.items() if place is None]
     if outside:
         raise UserError(f"{file.path} adapts {outside[0]}; only layers of transformer blocks can be loaded")
     ranks = sorted({len(a) for a, _ in file.modules.values()})
     if len(ranks) != 1:
         raise UserError(f"{file.path} holds adapters of ranks {ranks}; only one rank can be loaded")
-    indices = sorted({blocks.index(match[1]) for match in found.values()})
+    indices = sorted({blocks.index(block) for block, _ in places})
     count = len(blocks)
     if indices != list(range(count - len(indices), count)):
         raise UserError(f"{file.path} adapts blocks {indices} of {count}; only all blocks or the last N can be loaded")
     return configuration.LoraSection(
         rank=ranks[0],
         alpha=ranks[0],
-        targets=tuple(dict.fromkeys(match[2] for match in found.values())),
+        targets=tuple(dict.fromkeys(name for _, name in places)),
         blocks="all" if len(indices) == count else len(indices),
         start_from=str(folder),
     )

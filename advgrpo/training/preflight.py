@@ -29,13 +29,13 @@ from advgrpo.config import (
     wanted,
 )
 from advgrpo.errors import UserError
-from advgrpo.plan.known_models import BACKBONES, TRANSFORMERS, known_pipeline
+from advgrpo.plan.known_models import BACKBONES, KNOWN, known_pipeline
 from advgrpo.policy.adapters import START, component_of, read_lora_for, stored_network, target_modules
 from advgrpo.policy.fused.lora import check_lora_state
+from advgrpo.policy.loading import POLICIES
 from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
 from advgrpo.policy.pipelines import PREDICTION_TYPES, local_pipeline, pipeline_index
-from advgrpo.policy.sd3 import check_resolution, check_schedule
-from advgrpo.policy.sdxl import check_unet, ddim_scheduler
+from advgrpo.policy.sdxl import ddim_scheduler
 from advgrpo.reporting.trackers import check_installed, choose
 from advgrpo.runtime.folders import writable
 from advgrpo.sampling.dynamics import check_dynamics, check_objective
@@ -63,8 +63,8 @@ def check_without_network(config: Config) -> None:
     """
     if local_pipeline(config.model.path) is not None:
         _check_generator(config)
-    elif config.model.path in TRANSFORMERS:
-        check_dynamics("flow_prediction", config.rollout.dynamics)  # all of them are SD3
+    elif config.model.path in KNOWN:
+        check_dynamics("flow_prediction", config.rollout.dynamics)  # all of them are rectified flows
         _check_known_size(config.model)
     _check_judges(config, network=False)
 
@@ -153,12 +153,7 @@ def check_size(folder: Path, resolution: int, *, model_field: str, field: str) -
     """UserError naming `field` for a resolution that this pipeline does not draw."""
     index, network = pipeline_index(str(folder), model_field), stored_network(folder)
     vae = _vae(folder, f"{model_field} = {str(folder)!r}")
-    if PREDICTION_TYPES[index["_class_name"]] == "flow_prediction":
-        check_resolution(resolution, network.config, vae.config, field)
-    else:
-        unit = 2 ** (len(vae.config.block_out_channels) - 1)
-        if resolution % unit:
-            raise UserError(f"{field} = {resolution}: this model wants a multiple of {unit}")
+    POLICIES[index["_class_name"]].check_resolution(resolution, network.config, vae.config, field)
 
 
 def _vae(folder: Path, source: str) -> AutoencoderKL:
@@ -182,11 +177,9 @@ def _check_generator(config: Config) -> None:
     source, network = f"model.path = {model.path!r}", stored_network(folder)
     vae = _vae(folder, source)
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    if prediction_type == "flow_prediction":
-        check_resolution(model.resolution, network.config, vae.config)
-        check_schedule(read_json(scheduler, source), model.path)
-    else:
-        check_unet(model, index, network.config, vae.config)
+    family = POLICIES[index["_class_name"]]
+    family.check_parts(model, index, network.config, vae.config, read_json(scheduler, source))
+    if prediction_type == "epsilon":
         trained = ddim_scheduler(scheduler, model.path).config.num_train_timesteps
         for field, steps in (("rollout", config.rollout.num_steps), ("evaluation", config.evaluation.num_steps)):
             if steps >= trained:
@@ -199,9 +192,10 @@ def _check_generator(config: Config) -> None:
 
 def _check_known_size(model: ModelSection) -> None:
     """Of a model of the hub that is not here yet."""
-    if model.path in TRANSFORMERS:
+    if model.path in KNOWN:
         pipeline = known_pipeline(model.path)
-        check_resolution(model.resolution, SimpleNamespace(**pipeline.transformer), pipeline.decoder)
+        network = SimpleNamespace(**pipeline.transformer)
+        POLICIES[pipeline.kind].check_resolution(model.resolution, network, pipeline.decoder)
 
 
 def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection, teacher: str = "") -> None:

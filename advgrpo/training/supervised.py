@@ -115,7 +115,7 @@ class SupervisedFineTuning:
         for micro_batch in micro_batches:
             clean, noise = self.clean_latents(micro_batch, iteration), self.noise(micro_batch, iteration)
             sigmas, timesteps = self.levels(micro_batch, iteration)
-            prompts = self.policy.prepare(self.policy.encode(micro_batch.prompts), timesteps, guided=False)
+            prompts = self.policy.prepare(self.policy.encode(micro_batch.prompts), timesteps, guidance=1.0)
             steps = torch.arange(len(timesteps), device=self.policy.device).split(1)
             for group, step in enumerate(steps):  # the images of a prompt lie next to each other
                 rows = to_device((micro_batch.row == group).nonzero().flatten(), self.policy.device)

@@ -15,7 +15,7 @@ import torch
 
 from advgrpo.config import AdvantageSection, RolloutSection, UpdateSection
 from advgrpo.errors import RunFailure
-from advgrpo.policy.base import Capturable, Policy, Prediction, PreparedPrompts
+from advgrpo.policy.base import Capturable, Policy, Prediction, PreparedPrompts, combining_scale
 from advgrpo.policy.current_prompts import CurrentPrompts
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
@@ -243,7 +243,7 @@ class Updater:
 
     def _prepare(self, rollout: MicroBatchRollout, table: StepTable) -> PreparedPrompts:
         """The same call on the same embeddings as in the rollout, so the same bits."""
-        return self.policy.prepare(rollout.conditioning, table.timesteps, guided=self._guidance != 1.0)
+        return self.policy.prepare(rollout.conditioning, table.timesteps, guidance=self._guidance)
 
     def _predict(self, step: WindowStep, prompts: PreparedPrompts, row: torch.Tensor, table: StepTable) -> Prediction:
         """As the rollout computed it: one row per prompt where those are still identical."""
@@ -276,7 +276,8 @@ class Updater:
         """[M, C, H, W] of the step's distribution from the latents [M, C, H, W], with the bits that the rollout has."""
         return gaussian_step(
             latents, predicted[0], table.coefficients[step.step], uncond_velocity=predicted[1],
-            guidance_scale=self._guidance, noise=torch.zeros_like(latents), likelihood=None, return_mean=True,
+            guidance_scale=combining_scale(predicted, self._guidance), noise=torch.zeros_like(latents),
+            likelihood=None, return_mean=True,
         ).mean  # fmt: skip
 
     def _loss(
@@ -314,7 +315,7 @@ class Updater:
             clip_range=update.max_divergence if update.trust_region == "divergence" else update.clip_range,
             adv_clip=clip,
             uncond_velocity=predicted[1],
-            guidance_scale=self._guidance,
+            guidance_scale=combining_scale(predicted, self._guidance),
             likelihood=self.config.rollout.likelihood,
             reference_mean=target_mean,
             kl_weight=self._kl_weight(table.lengths[step.step]),

@@ -70,7 +70,7 @@ MODELS = [
     _model("model_index.json", text("[]"), "holds a list, not an object"),
     _model("model_index.json", text("{"), "is not JSON"),
     _model("model_index.json", text(_POINTER), "git-lfs pointer"),
-    _model("model_index.json", replaced(_class_name="FluxPipeline"), "holds a FluxPipeline; want one of"),
+    _model("model_index.json", replaced(_class_name="PixArtSigmaPipeline"), "holds a PixArtSigmaPipeline; want one of"),
     _model("model_index.json", replaced(vae=["diffusers"]), "want [library, class]"),
     _model("transformer", shutil.rmtree, "transformer is missing, but model_index.json lists it"),
     _model("vae", shutil.rmtree, "vae is missing"),

@@ -190,7 +190,7 @@ def test_fp8_ode_steps_stay_near_the_models_own(tmp_path):
     for trainer in (own, quantised):
         policy, table = trainer.policy, tables(trainer)
         policy.merge()
-        prepared = policy.prepare(policy.encode(["a", "b"]), table.timesteps, guided=True)
+        prepared = policy.prepare(policy.encode(["a", "b"]), table.timesteps, guidance=2.0)
         with torch.no_grad():
             results.append(policy.predict_merged(latents, table.numbers[0], prepared)[0].float())
     assert (results[1] - results[0]).norm() < 0.1 * results[0].norm()

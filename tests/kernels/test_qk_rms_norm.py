@@ -3,7 +3,8 @@
 Planted bugs that turned this file red: text tokens first; q weight on k; image weight on text; mean over the padded
 head dim; weight missing in the gradient; layout of the fused gradient ignored; strides of v not looked at; gradients
 of image and text swapped; results stored in another memory order (the process dies); text gradients at the first rows,
-or with another stride; gradients read with the strides of the first; k in place of v.
+or with another stride; gradients read with the strides of the first; k in place of v. Of the rotation: the same turn
+in the backward; turns of the first tokens for the text; halves as pairs.
 """
 
 import pytest
@@ -47,6 +48,12 @@ def image(function, weights, **settings):
     return lambda qkv, **more: torch.cat(function(qkv, weights[:2], **settings, **more))
 
 
+def turns(tokens, dim, device):
+    """cos and sin of a random angle for every token and pair of the head dim."""
+    angle = torch.randn(tokens, dim // 2, device=device)
+    return [angle.cos(), angle.sin()]
+
+
 def gradient_like(shape, dtype, device, *, text):
     B, T, S, H, D = shape
     return torch.randn(3 * B, H, T + S * text, D, device=device).to(dtype)
@@ -60,6 +67,59 @@ def test_forward_and_backward_within_error_budget(shape, dtype, form, device):
     args = [qkv] if form is image else [qkv, txt]
     dy = gradient_like(shape, dtype, device, text=form is not image)
     assert_within_budget(form(qk_rms_norm, weights, backend="triton"), form(qk_rms_norm_ref, weights), args, dy)
+
+
+@pytest.mark.parametrize("form", [joint, one_tensor, image])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotated_forward_and_backward_within_error_budget(shape, dtype, form, device):
+    qkv, txt, weights = inputs(shape, dtype, device)
+    _, T, S, _, D = shape
+    args, tokens = ([qkv], T) if form is image else ([qkv, txt], T + S)
+    settings = {"rotary": turns(tokens, D, device)}
+    dy = gradient_like(shape, dtype, device, text=form is not image)
+    kernel = form(qk_rms_norm, weights, backend="triton", **settings)
+    assert_within_budget(kernel, form(qk_rms_norm_ref, weights, **settings), args, dy)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_attention_inputs_of_flux(backend, device, monkeypatch):
+    """What FluxAttnProcessor hands to attention, text before image there, for blocks of two streams and of one."""
+    flux = pytest.importorskip("diffusers.models.transformers.transformer_flux")
+    seen = []
+
+    def recorded(query, key, value, **_):
+        seen.append([t.transpose(1, 2) for t in (query, key, value)])
+        return value
+
+    monkeypatch.setattr(flux, "dispatch_attention_fn", recorded)
+    x, txt = torch.randn(2, 6, 32, device=device), torch.randn(2, 3, 32, device=device)
+    ids = torch.zeros(9, 3, device=device)
+    ids[3:, 1], ids[3:, 2] = torch.arange(6, device=device) // 3, torch.arange(6, device=device) % 3
+    table = flux.FluxPosEmbed(10000, (4, 6, 6))(ids)  # [tokens, D] each, every angle twice
+    rotary = [t[:, ::2].roll(-3, 0) for t in table]  # image tokens first
+    for added in (32, None):
+        attn = flux.FluxAttention(32, 2, 16, bias=True, added_kv_proj_dim=added, eps=1e-6, pre_only=added is None)
+        attn = attn.to(device)
+        with torch.no_grad():
+            for name, parameter in attn.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+            linears = attn.to_q, attn.to_k, attn.to_v
+            if added:
+                attn(x, encoder_hidden_states=txt, image_rotary_emb=table)
+                qkv = torch.stack([linear(x).unflatten(-1, (2, 16)) for linear in linears], dim=2)
+                added_linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+                text = {"txt_qkv": torch.stack([f(txt).unflatten(-1, (2, 16)) for f in added_linears], dim=2)}
+                text["txt_weights"] = (attn.norm_added_q.weight, attn.norm_added_k.weight)
+            else:
+                attn(torch.cat([txt, x], dim=1), image_rotary_emb=table)
+                both = torch.cat([x, txt], dim=1)
+                qkv, text = torch.stack([linear(both).unflatten(-1, (2, 16)) for linear in linears], dim=2), {}
+            norms = attn.norm_q.weight, attn.norm_k.weight
+            got = qk_rms_norm(qkv, norms, rotary=rotary, **text, backend=backend)
+        expected = [t.roll(-3, 2) for t in seen[-1]]
+        torch.testing.assert_close(list(got), expected, rtol=1e-5, atol=3e-6)
 
 
 @pytest.mark.gpu
@@ -137,6 +197,11 @@ def test_memory_order_changes_no_bit_and_is_kept(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(t.permute(2, 0, 1, 3).is_contiguous() for t in found[:2])
     assert found[2].data_ptr() == one[:, :, 2].data_ptr()
+    rotary = turns(10, 16, device)
+    turned = with_gradients(qk_rms_norm(qkv, weights[:2], txt_qkv=txt, rotary=rotary, **text))
+    found = with_gradients(qk_rms_norm(one, weights[:2], txt_tokens=4, rotary=rotary, **text))
+    assert all(torch.equal(a, b) for a, b in zip(found, turned, strict=True))
+    assert all(t.permute(2, 0, 1, 3).is_contiguous() for t in found[:2])
     two = [t.transpose(0, 1) for t in token_first]
     found = with_gradients(qk_rms_norm(two[0], weights[:2], txt_qkv=two[1], **text))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -169,11 +234,11 @@ def test_views_and_mixed_dtypes(device):
 def test_opcheck(device):
     qkv, txt, weights = inputs((2, 3, 2, 2, 16), torch.float32, device)
     image_weights, text_weights = list(weights[:2]), list(weights[2:])
-    torch.library.opcheck(_qk_rms_norm_op, ([qkv], image_weights, [txt], text_weights, 0, 1e-6))
+    torch.library.opcheck(_qk_rms_norm_op, ([qkv], image_weights, [txt], text_weights, [], 0, 1e-6))
     parts = [part.detach().clone().requires_grad_() for part in qkv.unbind(2)]
-    torch.library.opcheck(_qk_rms_norm_op, (parts[:2], image_weights, [], [], 0, 1e-6))
+    torch.library.opcheck(_qk_rms_norm_op, (parts[:2], image_weights, [], [], [], 0, 1e-6))
     parts = [part.transpose(0, 1).contiguous().transpose(0, 1).detach().requires_grad_() for part in parts[:2]]
-    torch.library.opcheck(_qk_rms_norm_op, (parts, image_weights, [], text_weights, 1, 1e-6))
+    torch.library.opcheck(_qk_rms_norm_op, (parts, image_weights, [], text_weights, turns(3, 16, device), 1, 1e-6))
 
 
 def test_compiles_without_graph_break(device):
@@ -214,6 +279,12 @@ def test_bad_arguments_raise(device):
         qk_rms_norm(qkv, weights[:2], txt_qkv=txt[:1], **text)
     with pytest.raises(ValueError, match="q, k and v must have one dtype"):
         qk_rms_norm([qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2].half()], weights[:2])
+    with pytest.raises(ValueError, match=r"rotary\[1\] must be float32 \[3, 16/2\] on .*, got torch\.float16 \[3, 8\]"):
+        qk_rms_norm(qkv, weights[:2], rotary=(turns(3, 16, device)[0], turns(3, 16, device)[1].half()))
+    with pytest.raises(ValueError, match=r"rotary\[0\] must be float32 \[5, 16/2\]"):
+        qk_rms_norm(qkv, weights[:2], txt_qkv=txt, rotary=turns(3, 16, device), **text)
+    with pytest.raises(ValueError, match=r"rotary must be \(cos, sin\), got 1 tensors"):
+        qk_rms_norm(qkv, weights[:2], rotary=turns(3, 16, device)[:1])
     with pytest.raises(RuntimeError, match="has no gradient for"):
         qk_rms_norm(qkv, [w.clone().requires_grad_() for w in weights[:2]], backend="triton")
 

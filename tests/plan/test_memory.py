@@ -17,7 +17,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from advgrpo import config as configuration
 from advgrpo import tiny
@@ -143,6 +143,93 @@ def test_saved_bytes_of_the_stock_forward_follow_the_table(paper, monkeypatch):
 
     counted = saved_bytes(forward)
     assert shape.saved_bytes(checkpointing=False) == pytest.approx(counted, rel=0.03)
+
+
+def test_flux1_dev_is_counted():
+    config = configuration.load("flux1-dino")
+    pipeline = known_models.known_pipeline(config.model.path)
+    weights = known_models.count_transformer(pipeline.transformer, config.model.lora)
+    assert (weights.total, weights.lora) == (11_901_408_320, (19 * 8 + 38 * 3) * 32 * 2 * 3072)
+    assert known_models.count_text_encoders(pipeline) == 123_060_480 + 4_762_310_656
+    assert weights.modulation == 19 * 12 * 3072 + 38 * 3 * 3072 + 2 * 3072
+    estimate = _Estimate(config, 8)
+    assert (estimate.guided, estimate.fused) == (1, True)  # an image is one row
+    assert (estimate.shape.image_tokens, estimate.shape.text_tokens) == (1024, 128)  # CLIP gives no tokens
+    config.model.path = "black-forest-labs/FLUX.1-schnell"
+    assert _Estimate(config, 8).guided == 2
+    config.model.path, config.model.lora.blocks = "black-forest-labs/FLUX.1-dev", 20
+    shape = _Estimate(config, 8).shape
+    assert shape.first_trained == 19 + 38 - 20
+    assert shape.saved_bytes(checkpointing=False) / estimate.shape.saved_bytes(checkpointing=False) == pytest.approx(
+        20 * 10 / (19 * 11 + 38 * 10), rel=0.01
+    )
+    assert plan(configuration.load("flux1-dino"), 48, processes=8).fits
+    refused = plan(configuration.load("flux1-dino"), 40, processes=8)
+    assert not refused.fits  # 23.8 GB of weights, 5 GB of merged ones, and the text encoders before
+    assert refused.remedies == ("set model.lora.blocks = 2",)
+
+
+@pytest.mark.parametrize(("fast", "lora"), [(True, True), (False, True), (False, False)])
+def test_saved_bytes_of_flux1_follow_the_table(fast, lora, monkeypatch):
+    """Its 19 and 38 blocks are alike, so what one block more of a kind saves is what the table says of one."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
+    monkeypatch.setattr(_runtime, "DEFAULT_BACKEND", "triton")  # as for the fixture `fused`
+    monkeypatch.setattr(_runtime, "INTERPRET", True)
+    config = configuration.load("flux1-dino")
+    config.fast = fast
+    if not lora:
+        config.model.train, config.model.dtype = "full", "float32"
+    shape, dtype = _Estimate(config, 8).shape, torch.bfloat16 if lora else torch.float32
+    tokens = {"dtype": dtype, "device": "meta"}
+    inputs = {
+        "hidden_states": torch.empty(1, 1024, 64, **tokens),
+        "encoder_hidden_states": torch.empty(1, 128, 4096, **tokens),
+        "pooled_projections": torch.empty(1, 768, **tokens),
+        "timestep": torch.empty(1, device="meta"),
+        "guidance": torch.empty(1, device="meta"),
+        "img_ids": torch.empty(1024, 3, device="meta"),
+        "txt_ids": torch.empty(128, 3, device="meta"),
+    }
+
+    def fused_flux(network):
+        tensors = {name: p.detach() for name, p in network.named_parameters()}
+        ours = FusedTransformer(TransformerConfig.from_stock(network.config), tensors, attention="math")
+        ours._attend, ours.recompute_qk = lambda q, k, v: flash(q, k, v).transpose(1, 2).flatten(2), True
+        targets = set(target_modules(network, config.model.lora))
+        ours.adapt(targets.__contains__, rank=32, alpha=64, init="gaussian", seed=0)
+        ours.prepare_merged(fp8=False)
+        text, pooled = inputs["encoder_hidden_states"], inputs["pooled_projections"]
+        prepared = ours.prepare(text, pooled, torch.empty(10, device="meta"), 3.5)
+        latents = torch.empty(1, 16, 64, 64, **tokens)
+        step = torch.zeros(1, dtype=torch.int64, device="meta")
+        ours.predict(latents, step, prepared, "base")  # makes the table of rotations
+        return lambda weights="adapted": ours.predict(latents, step, prepared, weights)
+
+    def counted(layers: int, single_layers: int) -> tuple[int, int, int]:
+        """(saved, with LoRA alive in a forward without gradients, alive in the backward beside what is saved)."""
+        with torch.device("meta"):
+            made = FluxTransformer2DModel(guidance_embeds=True, num_layers=layers, num_single_layers=single_layers)
+            network = made.to(dtype).requires_grad_(not lora)
+            if lora and not fast:
+                LoraAdapters(network, config.model.lora, seed=0)
+        forward = fused_flux(network) if fast else lambda weights="adapted": network(**inputs, return_dict=False)[0]
+        if not lora:
+            return saved_bytes(forward), 0, 0
+        with torch.no_grad(), AliveBytes() as unsaved:
+            forward("merged")
+        with AliveBytes() as alive:
+            velocity = forward()
+            kept = alive.alive
+            velocity.backward(torch.empty_like(velocity))
+        copied = 2 * 32 * 2 * 3072 * (8 * layers + 3 * single_layers) * fast  # adapters in bfloat16, counted once
+        return kept - copied, unsaved.peak, alive.peak - kept
+
+    (base, peak, backward), double, single = counted(1, 1), counted(2, 1), counted(1, 2)
+    saved = (shape._flux_bytes(single=False), shape._flux_bytes(single=True))
+    assert saved == pytest.approx((double[0] - base, single[0] - base), rel=0.03)
+    if lora:
+        assert shape.forward_bytes() == pytest.approx(peak, rel=0.05)
+        assert shape.backward_bytes() == pytest.approx(backward, rel=0.1)
 
 
 def test_alive_bytes_counts_new_tensors_once_while_they_live():

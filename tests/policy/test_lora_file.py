@@ -205,7 +205,7 @@ def trained(unit_config) -> SD3Policy:
 
 def velocity(policy: SD3Policy) -> torch.Tensor:
     latents = torch.randn(1, *policy.latent_shape(), generator=torch.Generator().manual_seed(2))
-    prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([500.0]), guided=False)
+    prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([500.0]), guidance=1.0)
     return policy.predict(latents, torch.tensor([0]), prepared)[0].detach()
 
 

@@ -33,9 +33,9 @@ def load(settings, *, fused=True, precision="model", **changes) -> SD3Policy:
     return SD3Policy(model, device=torch.device("cpu"), cache_dir=cache, seed=0, fused=fused, precision=precision)
 
 
-def velocity_at(policy: SD3Policy, latents: torch.Tensor, *, guided: bool) -> torch.Tensor:
+def velocity_at(policy: SD3Policy, latents: torch.Tensor, *, guidance: float) -> torch.Tensor:
     """Conditional velocity of PROMPTS at timestep 500."""
-    prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([900.0, 500.0]), guided=guided)
+    prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([900.0, 500.0]), guidance=guidance)
     return policy.predict(latents, torch.tensor([1]), prepared)[0].detach()
 
 
@@ -109,11 +109,11 @@ def test_merged_weights_equal_adapters_and_stock_diffusers_with_the_exported_lor
 def test_reference_is_the_base_model_bit_for_bit(unit_config):
     policy = load(unit_config)
     latents = torch.randn(2, *policy.latent_shape())
-    before = velocity_at(policy, latents, guided=True)
+    before = velocity_at(policy, latents, guidance=2.0)
     train_adapters(policy)
     with policy.disable_adapter():
-        assert torch.equal(velocity_at(policy, latents, guided=True), before)
-    assert not torch.equal(velocity_at(policy, latents, guided=True), before)
+        assert torch.equal(velocity_at(policy, latents, guidance=2.0), before)
+    assert not torch.equal(velocity_at(policy, latents, guidance=2.0), before)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -177,7 +177,7 @@ def test_gradients_equal_autograd_through_an_independent_loss(unit_config):
     for step in rollout.steps:
         a, b, _ = table.coefficients[step.step]
         latents = step.latents[ROW] if step.shared else step.latents
-        prepared = policy.prepare(conditioning, table.timesteps, guided=True).rows(ROW)
+        prepared = policy.prepare(conditioning, table.timesteps, guidance=2.0).rows(ROW)
         cond, uncond = policy.predict(latents, table.numbers[step.step], prepared)
         mean = a * latents + b * (uncond + 1.7 * (cond - uncond))
         log_prob = -(step.next_latents - mean).square().flatten(1).mean(1)
@@ -318,11 +318,11 @@ def test_full_fine_tuning_warns_and_keeps_the_base(unit_config, caplog):
     policy = load(unit_config, train="full", fused=False)
     assert "forgotten" in caplog.text
     latents = torch.randn(2, *policy.latent_shape())
-    before = velocity_at(policy, latents, guided=False)
+    before = velocity_at(policy, latents, guidance=1.0)
     train_adapters(policy)
     with policy.disable_adapter(), torch.no_grad():
-        assert torch.equal(velocity_at(policy, latents, guided=False), before)
-    assert not torch.equal(velocity_at(policy, latents, guided=False), before)
+        assert torch.equal(velocity_at(policy, latents, guidance=1.0), before)
+    assert not torch.equal(velocity_at(policy, latents, guidance=1.0), before)
 
 
 def test_random_windows_stay_in_range_and_depend_on_the_iteration_alone(unit_config):
@@ -341,7 +341,7 @@ def test_a_wrong_model_folder_is_named(unit_config, tmp_path, kind):
     if kind != "absent":
         folder.mkdir()
     if kind == "other":
-        (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+        (folder / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     unit_config.model.path = str(folder)
     with pytest.raises(UserError, match=r"model\.path = "):
         load(unit_config)

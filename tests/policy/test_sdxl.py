@@ -229,7 +229,7 @@ def test_noise_of_the_window_is_ddims(settings):
     row = torch.arange(2).repeat_interleave(32)
     rollout, table = sample(policy, settings, window=(1,), row=row)
     (step,) = rollout.steps
-    prepared = policy.prepare(policy.encode(PROMPTS), table.timesteps, guided=True)
+    prepared = policy.prepare(policy.encode(PROMPTS), table.timesteps, guidance=2.0)
     with torch.no_grad():
         cond, uncond = policy.predict(step.latents, table.numbers[1], prepared)
         mean, above = (
@@ -362,7 +362,10 @@ def test_what_fast_switches_on_for_a_unet(settings):
     rows = {row.name: row for row in fast.table}
     for name in ("fused transformer", "merged LoRA", "CUDA graphs"):
         assert not rows[name].on
-        assert rows[name].why == "a StableDiffusionXLPipeline has a UNet; the fused forward is SD3's transformer"
+        assert (
+            rows[name].why
+            == "a StableDiffusionXLPipeline has a UNet; the fused forward is of SD3's and FLUX.1's transformers"
+        )
     settings.rollout.precision = "fp8"
     with pytest.raises(UserError, match=r"rollout\.precision = 'fp8' needs the fused transformer \(a StableDiff"):
         FastPaths.choose(settings, torch.device("cpu"))

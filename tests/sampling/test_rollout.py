@@ -301,7 +301,7 @@ def test_the_kl_divides_by_the_steps_variance_or_as_flow_grpos_code(unit_config,
     table = step_table(policy, 4, (0, 2), rollout=settings.rollout)
     micro_batch = trainer.objective.rollout(table, 0).micro_batches[0]
     levels, steps = policy.schedule(4)[0], micro_batch.steps
-    prompts = policy.prepare(policy.encode(micro_batch.micro_batch.prompts), table.timesteps, guided=True).rows(
+    prompts = policy.prepare(policy.encode(micro_batch.micro_batch.prompts), table.timesteps, guidance=2.0).rows(
         micro_batch.micro_batch.row
     )
     for step in steps:

@@ -104,7 +104,7 @@ def test_gradients_are_those_of_the_loss_as_it_is_written(settings, kl_to, fast)
                 seed, sigma = rng.derive_seed(objective.seed, "awm_noise", 1, k), float(levels[step])
                 eps = philox_normal(tuple(x0.shape), seed=seed, sample_ids=torch.tensor([image]))
                 prompt = policy.encode([rollout.prompts[image]])
-                prepared = policy.prepare(prompt, timesteps[step].view(1), guided=False)
+                prepared = policy.prepare(prompt, timesteps[step].view(1), guidance=1.0)
                 noisy, at = (1 - sigma) * x0 + sigma * eps, torch.tensor([0])
                 velocity = policy.predict(noisy, at, prepared)[0]
                 with torch.no_grad(), trainer.updater.kl_target():

@@ -62,7 +62,7 @@ def expected_kl(trainer, target, space):
     """Written out: guided velocities of both weights on the rollout's own latents."""
     policy, table, guidance = trainer.policy, trainer.objective.table(0), trainer.objective.settings.guidance_scale
     micro_batch, own, found = rollout_of(trainer).micro_batches[0], weights(trainer), []
-    prompts = policy.prepare(policy.encode(micro_batch.micro_batch.prompts), table.timesteps, guided=True)
+    prompts = policy.prepare(policy.encode(micro_batch.micro_batch.prompts), table.timesteps, guidance=2.0)
     prompts = prompts.rows(micro_batch.micro_batch.row)
 
     def velocity(step, values):

@@ -157,7 +157,7 @@ def written_out(trainer, rollout, advantages, iteration: int, minibatch: int) ->
         for k, step in enumerate(draws[image].argsort()[: int(steps * 0.99)].tolist()):
             noise_seed = rng.derive_seed(seed, "nft_noise", iteration, k)
             eps = philox_normal(tuple(x0.shape), seed=noise_seed, sample_ids=torch.tensor([image]))
-            prepared = policy.prepare(policy.encode([rollout.prompts[image]]), timesteps[step].view(1), guided=False)
+            prepared = policy.prepare(policy.encode([rollout.prompts[image]]), timesteps[step].view(1), guidance=1.0)
             pairs.append((image, x0, eps, float(levels[step]), prepared))
 
     def velocities():
@@ -211,7 +211,7 @@ def test_gradients_are_those_of_the_loss_as_it_is_written(settings, fast, micro_
 def test_rows_may_be_at_steps_of_their_own(settings, fast):
     policy = build(change(settings, fast=fast)).trainer.policy
     _, timesteps = policy.schedule(4)
-    prompts = policy.prepare(policy.encode(["a drawing", "another"]), timesteps, guided=False)
+    prompts = policy.prepare(policy.encode(["a drawing", "another"]), timesteps, guidance=1.0)
     row, steps = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 3])
     latents = torch.randn(3, *policy.latent_shape())
     together, _ = policy.predict(latents, steps, prompts.rows(row))

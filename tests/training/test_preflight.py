@@ -72,7 +72,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
     [
         ("model_index.json", lambda file: file.write_text("[]"), "model_index.json holds a list, not an object"),
         ("model_index.json", lambda file: file.write_text("{"), "model_index.json is not JSON"),
-        ("model_index.json", lambda file: file.write_text('{"_class_name": "FluxPipeline"}'), "holds a FluxPipeline"),
+        ("model_index.json", lambda file: file.write_text('{"_class_name": "WanPipeline"}'), "holds a WanPipeline"),
         ("tokenizer", shutil.rmtree, "tokenizer is missing, but model_index.json lists it"),
         ("tokenizer_3/tokenizer.json", Path.unlink, "has no tokenizer"),
         ("transformer/config.json", Path.unlink, "transformer/config.json is missing"),

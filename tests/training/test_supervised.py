@@ -93,7 +93,7 @@ def written_out(trainer, iteration: int, minibatch: int) -> torch.Tensor:
         sigma = 3 * q / (1 + 2 * q)
         seed = rng.derive_seed(run_seed, "sft_noise", iteration)
         eps = philox_normal(tuple(x0.shape), seed=seed, sample_ids=torch.tensor([image]))
-        prepared = policy.prepare(policy.encode([prompt]), (1000 * sigma).view(1), guided=False)
+        prepared = policy.prepare(policy.encode([prompt]), (1000 * sigma).view(1), guidance=1.0)
         velocity, _ = policy.predict((1 - sigma) * x0 + sigma * eps, torch.tensor([0]), prepared)
         losses.append(((velocity - (eps - x0)) ** 2).mean())
     return torch.stack(losses).mean()

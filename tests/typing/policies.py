@@ -10,6 +10,7 @@ import torch
 
 from advgrpo.policy.base import Capturable, Generator, LoraReader, P, Policy, Prediction, SupervisedTarget, Trainable
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.flux import FluxPolicy
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared
 from advgrpo.policy.guidance import Guided, N, Network
 from advgrpo.policy.networks import FusedNetwork, StockNetwork, StockPrepared
@@ -32,6 +33,14 @@ def samples(sampler: Sampler[P], prompts: type[P]) -> None: ...
 
 
 def sd3(policy: SD3Policy) -> None:
+    draws(policy, Guided)
+    learns(policy, Guided)
+    draws_and_learns(policy, Guided)
+    is_captured(policy, Guided)
+    is_supervised(policy, Guided)
+
+
+def flux(policy: FluxPolicy) -> None:
     draws(policy, Guided)
     learns(policy, Guided)
     draws_and_learns(policy, Guided)
@@ -89,7 +98,7 @@ class NewFamily:
     def encode(self, prompts: list[str]) -> Conditioning:
         raise NotImplementedError
 
-    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guided: bool) -> Prompts:
+    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guidance: float) -> Prompts:
         raise NotImplementedError
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prompts) -> Prediction:

@@ -1,10 +1,12 @@
-"""Our forward of the SD3 family's transformer (MMDiT), over the stock weights.
+"""Our forward of MMDiT-like transformers, over the stock weights: SD3's and FLUX.1's, told apart by a small config.
 
-Same weights and mathematics as diffusers' SD3Transformer2DModel, fewer and larger operations: q, k and v are one matrix
-product per stream, those of image and text write into one tensor; a residual, its gate and the following norm and
-modulation are one kernel (both modulations of a dual-attention block); the modulation of all steps is one product per
-prompt; text queries of the last block, which nothing reads, do not attend. Low-rank adapters are views of one vector
-(lora.py). Three sets of weights: "adapted" (trained), "base" (frozen), "merged" (for steps without a likelihood).
+Same weights and mathematics as diffusers' SD3Transformer2DModel and FluxTransformer2DModel, fewer and larger
+operations: q, k and v are one matrix product per stream, those of image and text write into one tensor; a residual, its
+gate and the following norm and modulation are one kernel (both modulations of a dual-attention block); the modulation
+of all steps is one product per prompt; text queries of the last block, which nothing reads, do not attend. FLUX.1 goes
+on with blocks of one stream, image and text in one tensor, and turns q and k where SD3 adds positions to the image.
+Low-rank adapters are views of one vector (lora.py). Three sets of weights: "adapted" (trained), "base" (frozen),
+"merged" (for steps without a likelihood).
 
 Tokens come first in memory, rows second: image and text are then slices of one dense tensor, so that nothing is copied
 to join them for attention or to part them after it, and every linear is one matrix product with its bias.
@@ -40,11 +42,14 @@ Weights = Literal["adapted", "base", "merged"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 Activations = torch.Tensor | Fp8Tensor  # the latter between merged linears in e4m3
 _NormWeights = tuple[torch.Tensor, torch.Tensor]
+_PACK = 2  # latents of a token's side that FLUX.1's pipeline packs before its network
+_THETA = 10000.0  # of the slowest rotation
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ADAPTABLE = (
     *(f"attn.{name}" for name in (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
     *(f"attn2.{name}" for name in _ATTENTION),
     *(f"{ff}.net.{name}" for ff in ("ff", "ff_context") for name in ("0.proj", "2")),
+    *("proj_mlp", "proj_out"),  # of blocks of one stream
 )
 
 
@@ -55,7 +60,7 @@ def can_adapt(target: str) -> bool:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The part of a stock config.json that decides the computation; diffusers' names."""
+    """The part of a stock config.json that decides the computation; diffusers' names, sizes before packing."""
 
     num_layers: int
     num_attention_heads: int
@@ -66,14 +71,33 @@ class TransformerConfig:
     pos_embed_max_size: int = 192
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = None
+    num_single_layers: int = 0  # blocks of one stream, after the others
+    axes_dims_rope: tuple[int, ...] = ()  # of a head dim, by axis: rotary positions in place of a table
 
     @classmethod
     def from_stock(cls, config: Mapping) -> TransformerConfig:
         """Raises UserError for a norm of q and k that this forward does not know."""
+        if "num_single_layers" in config:
+            packed = _PACK**2
+            return cls(
+                num_layers=config["num_layers"],
+                num_attention_heads=config["num_attention_heads"],
+                attention_head_dim=config["attention_head_dim"],
+                in_channels=config["in_channels"] // packed,
+                out_channels=(config.get("out_channels") or config["in_channels"]) // packed,
+                patch_size=_PACK,
+                qk_norm="rms_norm",
+                num_single_layers=config["num_single_layers"],
+                axes_dims_rope=tuple(config["axes_dims_rope"]),
+            )
         if config.get("qk_norm") not in (None, "rms_norm"):
             raise UserError(f"the transformer's qk_norm = {config['qk_norm']!r}; want rms_norm or none")
         chosen = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         return cls(**{**chosen, "dual_attention_layers": tuple(config.get("dual_attention_layers") or ())})
+
+    @property
+    def is_flux(self) -> bool:
+        return bool(self.axes_dims_rope)
 
     @property
     def width(self) -> int:
@@ -166,6 +190,7 @@ class _Ending(NamedTuple):
     text: _Next = _Next()
 
 
+_NO_NORM = _Next()
 _NO_NORMS = _Ending()
 
 
@@ -180,13 +205,16 @@ class _Heads:
 
 @dataclass
 class _Stream:
-    """Image or text side of a block."""
+    """Image or text side of a block, or all of a block of one stream.
+
+    The latter's attention is followed by no linear of its own: the feed-forward's second reads what it gives as well.
+    """
 
     attention: _Heads
     dual: _Heads | None  # a second attention among the image tokens
     feed_forward: tuple[StackedLinear, StackedLinear] | None
     first: int  # where its modulation starts, in units of D
-    count: int  # vectors of modulation: 9 dual, 6, or 2 for a text stream that ends here
+    count: int  # vectors of modulation: 9 dual, 6, 3 of one stream, or 2 for a text stream that ends here
 
     def modulation(self, row: torch.Tensor, width: int) -> Modulation:
         """Its vectors in one step's [R, W]."""
@@ -256,20 +284,26 @@ class FusedTransformer:
     ):
         self.config, self.checkpointing = config, checkpointing
         reader = _Reader(tensors, stock)
-        self._small = {name: t for name, t in tensors.items() if not name.startswith("transformer_blocks.")}
+        of_blocks = ("transformer_blocks.", "single_transformer_blocks.")
+        self._small = {name: t for name, t in tensors.items() if not name.startswith(of_blocks)}
         self.dtype, self.device = tensors["proj_out.weight"].dtype, tensors["proj_out.weight"].device
         # Normalised q and k are a quarter of what a training step saves; on a CPU recomputing them only costs time.
         self.recompute_qk = self.device.type != "cpu"
         self.attention_name, self._attend = choose_attention(attention, self.device, self.dtype)
         self.blocks = self._read_blocks(reader)
+        self.singles = self._read_singles(reader)
         self._modulation = self._read_modulation(reader)
         self._positions: dict[tuple[int, int], torch.Tensor] = {}
+        self._turns: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.lora: LoraWeights | None = None
 
     def _read_blocks(self, reader: _Reader) -> list[_Block]:
         blocks, first = [], 0
         for i in range(self.config.num_layers):
-            prefix, last = f"transformer_blocks.{i}", i == self.config.num_layers - 1
+            prefix, last = (
+                f"transformer_blocks.{i}",
+                i == self.config.num_layers - 1 and not self.config.num_single_layers,
+            )
             dual = i in self.config.dual_attention_layers
             names, norms = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
             image = _Stream(
@@ -293,20 +327,36 @@ class FusedTransformer:
         self._last_norm = first
         return blocks
 
+    def _read_singles(self, reader: _Reader) -> list[_Stream]:
+        singles = []
+        for i in range(self.config.num_single_layers):
+            prefix = f"single_transformer_blocks.{i}"
+            heads = reader.heads(f"{prefix}.attn", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), None)
+            feed_forward = reader.stacked(f"{prefix}.proj_mlp"), reader.stacked(f"{prefix}.proj_out")
+            singles.append(_Stream(heads, None, feed_forward, self._last_norm, 3))
+            self._last_norm += 3
+        return singles
+
     def _read_modulation(self, reader: _Reader) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight [W, D] and bias [W] of every AdaLN linear."""
         names = [
             f"transformer_blocks.{i}.{norm}.linear"
             for i in range(self.config.num_layers)
             for norm in ("norm1", "norm1_context")
-        ] + ["norm_out.linear"]
+        ]
+        names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(self.config.num_single_layers)]
+        names.append("norm_out.linear")
         weight, bias = (torch.cat([reader.tensors[f"{n}.{kind}"] for n in names]) for kind in ("weight", "bias"))
         reader.share(names, weight, bias)
         return weight, bias
 
     def linears(self) -> list[StackedLinear]:
         """Every linear of the blocks, in order."""
-        return [layer for b in self.blocks for stream in (b.image, b.text) for layer in stream.linears()]
+        return [layer for block in self._linears_by_block() for layer in block]
+
+    def _linears_by_block(self) -> list[list[StackedLinear]]:
+        double = [[*block.image.linears(), *block.text.linears()] for block in self.blocks]
+        return double + [single.linears() for single in self.singles]
 
     def adapt(self, is_target: Callable[[str], bool], **settings) -> LoraWeights:
         """Put adapters beside the linears whose stock names `is_target` accepts; `settings` go to LoraWeights."""
@@ -321,16 +371,17 @@ class FusedTransformer:
 
     def prepare_merged(self, *, fp8: bool) -> None:
         """Allocate merged weights, e4m3 in all blocks but the first and the last; call `merge` to fill them."""
-        for number, block in enumerate(self.blocks):
-            inner = 0 < number < len(self.blocks) - 1
-            for layer in [*block.image.linears(), *block.text.linears()]:
+        blocks = self._linears_by_block()
+        for number, layers in enumerate(blocks):
+            inner = 0 < number < len(blocks) - 1
+            for layer in layers:
                 layer.prepare_merged(fp8 and inner and layer.can_quantize)
         self._merge_lists = self._list_merges()
 
     def prepare_fp8_base(self) -> None:
         """Quantise the frozen weights of the inner blocks once; adapters and their products keep the model's dtype."""
-        for block in self.blocks[1:-1]:
-            for layer in [*block.image.linears(), *block.text.linears()]:
+        for layers in self._linears_by_block()[1:-1]:
+            for layer in layers:
                 if layer.can_quantize:
                     layer.prepare_fp8_base()
 
@@ -372,16 +423,26 @@ class FusedTransformer:
         return torch.where(size > 0, (merged - weight.float() - change).norm() / size, 0.0)
 
     @torch.no_grad()
-    def prepare(self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor) -> Prepared:
-        """Embed text [R, S, E] and pooled [R, E'] for all `timesteps` [K] at once."""
+    def prepare(
+        self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor, guidance: float | None = None
+    ) -> Prepared:
+        """Embed text [R, S, E] and pooled [R, E'] for all `timesteps` [K] at once; `guidance`: FLUX.1-dev's."""
         embedded = self._linear("context_embedder", text)
-        half = torch.arange(128, dtype=torch.float32, device=self.device) * (-torch.log(torch.tensor(10000.0)) / 128)
-        angles = timesteps.float()[:, None] * torch.exp(half)
-        time = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.dtype)
-        time = self._perceptron("time_text_embed.timestep_embedder", time)
+        time = self._perceptron("time_text_embed.timestep_embedder", self._waves(timesteps.float()))
+        if guidance is not None:
+            scale = torch.full((1,), 1000 * guidance, device=self.device)
+            time = time + self._perceptron("time_text_embed.guidance_embedder", self._waves(scale))
         pooled = self._perceptron("time_text_embed.text_embedder", pooled)
         conditioning = F.silu(time[:, None] + pooled[None])
         return Prepared(embedded, F.linear(conditioning, *self._modulation))
+
+    def _waves(self, values: torch.Tensor) -> torch.Tensor:
+        """[K, 256] cosines and sines of times, or of another scalar between 0 and 1 times 1000, [K] float32."""
+        if self.config.is_flux:  # which the stock network is given over 1000 and takes times 1000 in its own dtype
+            values = ((values / 1000).to(self.dtype) * 1000).float()
+        half = torch.arange(128, dtype=torch.float32, device=self.device) * (-torch.log(torch.tensor(10000.0)) / 128)
+        angles = values[:, None] * torch.exp(half)
+        return torch.cat([angles.cos(), angles.sin()], dim=1).to(self.dtype)
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._small[f"{name}.weight"], self._small[f"{name}.bias"])
@@ -391,24 +452,44 @@ class FusedTransformer:
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], or [R] for one per row)."""
-        forward = _Forward(self, weights, prepared.at(step))
+        forward = _Forward(self, weights, prepared.at(step), self._rotary(latents.shape[-2:], prepared.text.shape[1]))
         x, text, normed = self._embed(latents), prepared.text.transpose(0, 1).contiguous(), None
         for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             if not self.checkpointing:
-                x, text, normed = forward.block(block, x, text, normed=normed, ending=forward.start_of(following))
+                joins = following is None and self.singles  # whose norm is of both streams in one tensor
+                ending = _NO_NORMS if joins else forward.start_of(following)
+                x, text, normed = forward.block(block, x, text, normed=normed, ending=ending)
             elif torch.is_grad_enabled():  # no norm leaves a block: each is computed again with the block that reads it
                 x, text, _ = checkpoint(forward.block, block, x, text, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, text, _ = forward.block(block, x, text)
+        if self.singles:
+            return self._unpatch(self._linear("proj_out", self._run_singles(forward, x, text)), latents.shape[-2:])
         last = forward.last_norm(x) if self.checkpointing else normed.image
         return self._unpatch(self._linear("proj_out", last), latents.shape[-2:])
+
+    def _run_singles(self, forward: _Forward, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """[T, R, D] what the output's linear reads after the blocks of one stream, of image [T, R, D] and text."""
+        tokens, normed, joint = len(x), None, torch.cat([x, text])
+        for block, following in zip(self.singles, [*self.singles[1:], None], strict=True):
+            run = partial(forward.single, block, only=tokens if following is None else None)
+            if not self.checkpointing:
+                joint, normed = run(joint, normed=normed, then=forward.start_of_single(following))
+            elif torch.is_grad_enabled():
+                joint, _ = checkpoint(run, joint, use_reentrant=False, preserve_rng_state=False)
+            else:
+                joint, _ = run(joint)
+        return forward.last_norm(joint) if self.checkpointing else normed
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         """Patches [T, R, D] with their positions; the patch convolution as a matrix product."""
         p, (rows, channels, height, width) = self.config.patch_size, latents.shape
         patches = latents.to(self.dtype).view(rows, channels, height // p, p, width // p, p).permute(2, 4, 0, 1, 3, 5)
-        weight, bias = self._small["pos_embed.proj.weight"], self._small["pos_embed.proj.bias"]
+        name = "x_embedder" if self.config.is_flux else "pos_embed.proj"
+        weight, bias = self._small[f"{name}.weight"], self._small[f"{name}.bias"]
         patches = F.linear(patches.reshape(-1, rows, channels * p * p), weight.flatten(1), bias)
+        if self.config.is_flux:
+            return patches
         return (patches + self._position(height // p, width // p)).to(self.dtype)
 
     def _position(self, height: int, width: int) -> torch.Tensor:
@@ -421,19 +502,54 @@ class FusedTransformer:
             self._positions[height, width] = crop.reshape(height * width, 1, -1).contiguous()
         return self._positions[height, width]
 
+    def _rotary(self, size: Sequence[int], text_tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin [T + S, head_dim / 2] float32 for latents of `size`, image first; None where there is a table.
+
+        The axes are 0, the patch's row and its column; text stands at 0. Angles are position / θ^(2i / dim) of an axis'
+        pair i, in float64. Kept, so that capture finds them ready.
+        """
+        config = self.config
+        if not config.is_flux:
+            return None
+        height, width = size[0] // config.patch_size, size[1] // config.patch_size
+        key = height, width, text_tokens
+        if key not in self._turns:
+            wide = {"device": self.device, "dtype": torch.float64}
+            places = torch.zeros(height * width + text_tokens, 3, **wide)
+            places[: height * width, 1] = torch.arange(height, **wide).repeat_interleave(width)
+            places[: height * width, 2] = torch.arange(width, **wide).repeat(height)
+            angles = torch.cat(
+                [
+                    places[:, axis, None] * _THETA ** (-torch.arange(0, dim, 2, **wide) / dim)
+                    for axis, dim in enumerate(config.axes_dims_rope)
+                ],
+                dim=1,
+            )
+            self._turns[key] = angles.cos().float(), angles.sin().float()
+        return self._turns[key]
+
     def _unpatch(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         p, channels, rows = self.config.patch_size, self.config.out_channels, x.shape[1]
+        if self.config.is_flux:
+            x = x.view(size[0] // p, size[1] // p, rows, channels, p, p).permute(2, 3, 0, 4, 1, 5)
+            return x.reshape(rows, channels, *size)
         x = x.view(size[0] // p, size[1] // p, rows, p, p, channels).permute(2, 5, 0, 3, 1, 4)
         return x.reshape(rows, channels, *size)
 
 
 class _Forward:
-    """One pass: the weights it runs and the modulation of its step."""
+    """One pass: the weights it runs, the modulation of its step, the turns of q and k where positions are rotary."""
 
-    def __init__(self, model: FusedTransformer, weights: Weights, modulation: torch.Tensor):
+    def __init__(
+        self,
+        model: FusedTransformer,
+        weights: Weights,
+        modulation: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
-        self.model, self.weights, self.modulation = model, weights, modulation
+        self.model, self.weights, self.modulation, self.rotary = model, weights, modulation, rotary
         self.pairs = model.lora.pairs(model.dtype) if weights == "adapted" and model.lora else []
 
     def linear(self, layer: StackedLinear, x: Activations) -> torch.Tensor:
@@ -473,6 +589,42 @@ class _Forward:
             return x, None, Normed(image, second, None)
         text, text_normed, _ = self._after_attention(block.text, text, text_mod, text_out, then=ending.text)
         return x, text, Normed(image, second, text_normed)
+
+    def single(
+        self,
+        block: _Stream,
+        x: torch.Tensor,
+        *,
+        normed: Activations | None = None,
+        then: _Next = _NO_NORM,
+        only: int | None = None,
+    ) -> tuple[torch.Tensor, Activations | None]:
+        """The residual stream after a block of one stream, and its norm where `then` asks for one.
+
+        Args:
+            x: [T + S, R, D] before it, image first.
+            normed: its norm that the block before has left; None computes it here.
+            then: the norm to leave for the next block.
+            only: so many first tokens go on, of which nothing else is computed than keys and values; None: all.
+        """
+        mod = self.vectors(block)
+        if normed is None:
+            quantize = self._fp8(block.attention.qkv)
+            normed = _swapped(ada_layer_norm(_swapped(x), *mod.attention, eps=EPS, quantize=quantize))
+        qkv = self._split(self.linear(block.attention.qkv, normed))
+        out = self._attention([qkv], block.attention.norms, queries=only)
+        if only is not None:
+            x, normed = x[:only], _first(normed, only)
+        wide, after = block.feed_forward
+        joined = torch.cat([out, self._wide(wide, normed)], dim=-1)
+        x, following, _ = self._residual(x, self.linear(after, joined), mod.gate, then=then)
+        return x, following
+
+    def start_of_single(self, following: _Stream | None) -> _Next:
+        """The norm that a block of one stream starts with; after the last one the output's."""
+        if following is None:
+            return _Next(self._last_vectors())
+        return _Next(self.vectors(following).attention, following.attention.qkv)
 
     def vectors(self, stream: _Stream) -> Modulation:
         return stream.modulation(self.modulation, self.model.config.width)
@@ -558,9 +710,13 @@ class _Forward:
     def _feed_forward(self, stream: _Stream, x: Activations) -> torch.Tensor:
         """[T, R, D] of the modulated norm x [T, R, D]."""
         first, second = stream.feed_forward
-        if self.weights == "merged" and first.merged_fp8 is None:
-            return self.linear(second, first.run_merged_gelu(x))
-        return self.linear(second, gelu(self.linear(first, x), quantize=self._fp8(second)))
+        return self.linear(second, self._wide(first, x, reader=second))
+
+    def _wide(self, layer: StackedLinear, x: Activations, reader: StackedLinear | None = None) -> Activations:
+        """GELU of a linear, [T, R, 4·D], as e4m3 where the linear `reader` that reads it is."""
+        if self.weights == "merged" and layer.merged_fp8 is None:
+            return layer.run_merged_gelu(x)
+        return gelu(self.linear(layer, x), quantize=self._fp8(reader))
 
     def _joint_attention(
         self, block: _Block, image: Activations, text: Activations
@@ -638,7 +794,12 @@ class _Forward:
             text["txt_qkv"] = qkv[1]
         elif text:
             text["txt_tokens"] = qkv[0].shape[1] - tokens
-        return qk_rms_norm(qkv[0], norms, **text, eps=EPS)
+        return qk_rms_norm(qkv[0], norms, **text, rotary=self.rotary, eps=EPS)
+
+
+def _first(x: Activations, count: int) -> Activations:
+    """The first tokens of [T, ...]."""
+    return Fp8Tensor(x.data[:count], x.scale[:count]) if isinstance(x, Fp8Tensor) else x[:count]
 
 
 @overload

@@ -1,16 +1,21 @@
-"""RMSNorm of q and k over the head dim, ready for attention.
+"""RMSNorm of q and k over the head dim, with rotary embedding where it is given, ready for attention.
 
-    q[b, h, t, :] = x·w/sqrt(mean(x²) + eps)     image tokens first, then text tokens
+    n = x·w/sqrt(mean(x²) + eps)                 image tokens first, then text tokens
+    q[b, h, t, 2i]     = n[2i]·cos[t, i] - n[2i + 1]·sin[t, i]       (rotary; else q = n)
+    q[b, h, t, 2i + 1] = n[2i + 1]·cos[t, i] + n[2i]·sin[t, i]
 
 One launch stands for the four norms, three concatenations and the transposes of SD3.5's joint attention (diffusers'
-JointAttnProcessor2_0); without a context it serves the image-only second attention of the dual blocks. v is moved only
-where it must be, to join two tensors; where both streams' linears wrote into one, it is read in place.
+JointAttnProcessor2_0), and for two rotations besides of FLUX.1's (FluxAttnProcessor; arXiv 2104.09864); without a
+context it serves the image-only second attention of the dual blocks. v is moved only where it must be, to join two
+tensors; where both streams' linears wrote into one, it is read in place.
 
 Legend:   B images, T image tokens, S text tokens, H heads, D head dim.
+          cos, sin [T + S, D/2] float32, of neighbouring elements as pairs.
           qkv [B, T, 3, H, D] (one linear) or three [B, T, H, D] -> query, key, value [B, H, T + S, D]
 Memory:   heads lie side by side, as in qkv: query and key are views of [B, T + S, H, D], or of [T + S, B, H, D] where
           qkv is a transposed [T, B, ...]. Attention that keeps the order of its query needs no copy before to_out.
-Numerics: float32 inside, one rounding; diffusers rounds again before the product with a half-precision weight.
+Numerics: float32 inside, one rounding; diffusers rounds again before the product with a half-precision weight, and
+          before the rotation.
 Gradient: of the activations, in the layout they came in; the norm weights are frozen.
 """
 
@@ -28,24 +33,50 @@ from ._layers import FLOATS, check_float, given, pick_layer_backend
 
 __all__ = ["AttentionInputs", "qk_rms_norm", "qk_rms_norm_ref"]
 
-ROWS, WARPS = 64, 4  # (token, head) pairs per program
+ROWS, WARPS = 64, 4  # (token, head) pairs per program, of heads up to 64 wide
+
+
+def tile_rows(head_dim: int, rows: int = ROWS) -> int:
+    """Pairs per program: fewer of wider heads, whose tile is as large and keeps as many registers."""
+    return max(1, min(rows, rows * 64 // head_dim))
+
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
     @triton.jit
-    def _norm_rows(x_ptr, weight_ptr, out_ptr, load_at, store_at, mask, d, D, eps):
+    def _rotated(x, cos, sin):
+        """Tile [R, D] with its pairs of neighbours turned by [R, D/2]; the inverse turn with -sin."""
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (x.shape[0], x.shape[1]))
+
+    @triton.jit
+    def _turns_of_tile(cos_ptr, sin_ptr, token, valid, D, BLOCK_D: tl.constexpr):
+        """cos and sin [R, D/2] of each row's token."""
+        pair = tl.arange(0, BLOCK_D // 2)
+        at = (token * (D // 2))[:, None] + pair[None, :]
+        mask = valid[:, None] & (pair < D // 2)[None, :]
+        return tl.load(cos_ptr + at, mask=mask, other=1.0), tl.load(sin_ptr + at, mask=mask, other=0.0)
+
+    @triton.jit
+    def _norm_rows(x_ptr, weight_ptr, out_ptr, cos, sin, load_at, store_at, mask, d, D, eps):
         x = tl.load(x_ptr + load_at, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        tl.store(out_ptr + store_at, (x * inverse * weight).to(out_ptr.dtype.element_ty), mask=mask)
+        y = x * inverse * weight
+        if cos is not None:
+            y = _rotated(y, cos, sin)
+        tl.store(out_ptr + store_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _norm_rows_bwd(x_ptr, weight_ptr, grad_ptr, x_grad_ptr, at_x, at_grad, at_x_grad, mask, d, D, eps):
+    def _norm_rows_bwd(x_ptr, weight_ptr, grad_ptr, x_grad_ptr, cos, sin, at_x, at_grad, at_x_grad, mask, d, D, eps):
         x = tl.load(x_ptr + at_x, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        grad = tl.load(grad_ptr + at_grad, mask=mask, other=0.0).to(tl.float32) * weight
+        grad = tl.load(grad_ptr + at_grad, mask=mask, other=0.0).to(tl.float32)
+        if cos is not None:
+            grad = _rotated(grad, cos, -sin)
+        grad = grad * weight
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
         normed = x * inverse
         x_grad = inverse * (grad - normed * (tl.sum(grad * normed, axis=1) / D)[:, None])
@@ -70,6 +101,8 @@ if HAS_TRITON:
         k_weight_ptr,
         txt_q_weight_ptr,
         txt_k_weight_ptr,
+        cos_ptr,
+        sin_ptr,
         query_ptr,
         key_ptr,
         value_ptr,
@@ -105,8 +138,11 @@ if HAS_TRITON:
         mask = valid[:, None] & (d < D)[None, :]
         load_at = (b * stride_b + t * stride_t + h * D)[:, None] + d[None, :]
         store_at = (b * out_stride_b + token * out_stride_t + h * D)[:, None] + d[None, :]
-        _norm_rows(q_ptr, q_weight_ptr, query_ptr, load_at, store_at, mask, d, D, eps)
-        _norm_rows(k_ptr, k_weight_ptr, key_ptr, load_at, store_at, mask, d, D, eps)
+        cos, sin = None, None
+        if cos_ptr is not None:
+            cos, sin = _turns_of_tile(cos_ptr, sin_ptr, token, valid, D, BLOCK_D)
+        _norm_rows(q_ptr, q_weight_ptr, query_ptr, cos, sin, load_at, store_at, mask, d, D, eps)
+        _norm_rows(k_ptr, k_weight_ptr, key_ptr, cos, sin, load_at, store_at, mask, d, D, eps)
         if value_ptr is not None:
             tl.store(value_ptr + store_at, tl.load(v_ptr + load_at, mask=mask, other=0.0), mask=mask)
 
@@ -120,6 +156,8 @@ if HAS_TRITON:
         k_weight_ptr,
         txt_q_weight_ptr,
         txt_k_weight_ptr,
+        cos_ptr,
+        sin_ptr,
         query_grad_ptr,
         key_grad_ptr,
         value_grad_ptr,
@@ -173,8 +211,12 @@ if HAS_TRITON:
         x_at = (b * stride_b + t * stride_t + h * D)[:, None] + d[None, :]
         load_at = (b * grad_stride_b + h * grad_stride_h + token * grad_stride_t)[:, None] + d[None, :]
         store_at = (b * x_grad_stride_b + t * x_grad_stride_t + h * D)[:, None] + d[None, :]
-        _norm_rows_bwd(q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, x_at, load_at, store_at, mask, d, D, eps)
-        _norm_rows_bwd(k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, x_at, load_at, store_at, mask, d, D, eps)
+        cos, sin = None, None
+        if cos_ptr is not None:
+            cos, sin = _turns_of_tile(cos_ptr, sin_ptr, token, valid, D, BLOCK_D)
+        at = x_at, load_at, store_at
+        _norm_rows_bwd(q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, cos, sin, at[0], at[1], at[2], mask, d, D, eps)
+        _norm_rows_bwd(k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, cos, sin, at[0], at[1], at[2], mask, d, D, eps)
         if value_grad_ptr is not None:
             tl.store(v_grad_ptr + store_at, tl.load(value_grad_ptr + load_at, mask=mask, other=0.0), mask=mask)
 
@@ -219,6 +261,12 @@ def _outputs(qkv: Sequence[torch.Tensor], txt_qkv: Sequence[torch.Tensor]) -> li
     return made if txt_qkv else [*made, qkv[0].new_empty(0)]
 
 
+def _launch(part: torch.Tensor) -> tuple[int, int]:
+    """Pairs per program and warps for a part [B, T, H, D]; what is known of a GPU by name is of heads 64 wide."""
+    rows, warps = launch_of("qk_rms_norm", part, Launch(ROWS, WARPS))
+    return tile_rows(triton.next_power_of_2(part.shape[-1]), rows), warps
+
+
 def _geometry(parts: list[torch.Tensor], txt: list[torch.Tensor], rows: int) -> tuple[tuple[int, int], tuple[int, ...]]:
     """(grid, (T, S, H, D, strides of the image rows, strides of the text rows))."""
     B, T, H, D = parts[0].shape
@@ -237,18 +285,22 @@ def _pad(tensors: Sequence[torch.Tensor], count: int) -> list[torch.Tensor | Non
 @torch.library.custom_op(add_op_namespace_prefix("qk_rms_norm"), mutates_args=())
 def _qk_rms_norm_op(
     qkv: List[torch.Tensor], weights: List[torch.Tensor], txt_qkv: List[torch.Tensor], txt_weights: List[torch.Tensor],
-    txt_tokens: int, eps: float,
+    rotary: List[torch.Tensor], txt_tokens: int, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Query, key, value. Two tensors: one fused or three each. One stream or a joint one: (q, k), value empty."""
+    """Query, key, value. Two tensors: one fused or three each. One stream or a joint one: (q, k), value empty.
+
+    `rotary` is cos and sin, or nothing.
+    """
     query, key, value = _outputs(qkv, txt_qkv)
     parts, txt = _streams(qkv, txt_qkv, txt_tokens)
-    rows, warps = launch_of("qk_rms_norm", parts[0], Launch(ROWS, WARPS))
+    rows, warps = _launch(parts[0])
     grid, sizes = _geometry(parts, txt, rows)
     if query.numel():
         with device_guard(parts[0]):
             _qk_rms_norm_fwd_kernel[grid](
                 *(*_pad(parts, 3), *_pad(txt, 3)),
                 *(*(w.contiguous() for w in weights), *_pad([w.contiguous() for w in txt_weights], 2)),
+                *_pad(rotary, 2),
                 *(query, key, value if txt_qkv else None),
                 *(*sizes, query.stride(0), query.stride(2), eps),
                 BLOCK_R=rows,
@@ -259,7 +311,7 @@ def _qk_rms_norm_op(
 
 
 @_qk_rms_norm_op.register_fake
-def _(qkv, weights, txt_qkv, txt_weights, txt_tokens, eps):
+def _(qkv, weights, txt_qkv, txt_weights, rotary, txt_tokens, eps):
     return tuple(_outputs(qkv, txt_qkv))
 
 
@@ -275,13 +327,13 @@ def _with_common_strides(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 @torch.library.custom_op(add_op_namespace_prefix("qk_rms_norm_backward"), mutates_args=())
 def _qk_rms_norm_backward_op(
     grads: List[torch.Tensor], qkv: List[torch.Tensor], weights: List[torch.Tensor], txt_qkv: List[torch.Tensor],
-    txt_weights: List[torch.Tensor], txt_tokens: int, eps: float,
+    txt_weights: List[torch.Tensor], rotary: List[torch.Tensor], txt_tokens: int, eps: float,
 ) -> List[torch.Tensor]:  # fmt: skip
     """Gradients of the tensors in qkv, then of those in txt_qkv, in one launch; a fused qkv needs that of value."""
     results = _results(qkv, txt_qkv)
     x_grads, txt_grads = _streams(results[: len(qkv)], results[len(qkv) :], txt_tokens)
     parts, txt = _streams(qkv, txt_qkv, txt_tokens)
-    rows, warps = launch_of("qk_rms_norm", parts[0], Launch(ROWS, WARPS))
+    rows, warps = _launch(parts[0])
     grid, sizes = _geometry(parts, txt, rows)
     grads = _with_common_strides(grads)
     if grads[0].numel():
@@ -289,6 +341,7 @@ def _qk_rms_norm_backward_op(
             _qk_rms_norm_bwd_kernel[grid](
                 *(*parts[:2], *_pad(txt[:2], 2)),
                 *(*(w.contiguous() for w in weights), *_pad([w.contiguous() for w in txt_weights], 2)),
+                *_pad(rotary, 2),
                 *(*_pad(grads, 3), *_pad(x_grads, 3), *_pad(txt_grads, 3)),
                 *(*sizes, *grads[0].stride()[:3], *_row_strides(x_grads, txt_grads), eps),
                 BLOCK_R=rows,
@@ -299,14 +352,14 @@ def _qk_rms_norm_backward_op(
 
 
 @_qk_rms_norm_backward_op.register_fake
-def _(grads, qkv, weights, txt_qkv, txt_weights, txt_tokens, eps):
+def _(grads, qkv, weights, txt_qkv, txt_weights, rotary, txt_tokens, eps):
     return _results(qkv, txt_qkv)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, weights, txt_qkv, txt_weights, ctx.txt_tokens, ctx.eps = inputs
-    ctx.counts = [len(group) for group in inputs[:4]]
-    ctx.save_for_backward(*qkv, *weights, *txt_qkv, *txt_weights)
+    *groups, ctx.txt_tokens, ctx.eps = inputs
+    ctx.counts = [len(group) for group in groups]
+    ctx.save_for_backward(*(tensor for group in groups for tensor in group))
 
 
 def _backward(ctx, *grads):
@@ -314,9 +367,10 @@ def _backward(ctx, *grads):
     for count in ctx.counts:
         groups.append(saved[:count])
         saved = saved[count:]
-    images, weights, texts, txt_weights = ctx.counts
+    images, weights, texts, txt_weights, turns = ctx.counts
     results = _qk_rms_norm_backward_op(list(grads[: 3 if texts else 2]), *groups, ctx.txt_tokens, ctx.eps)
-    return results[:images], [None] * weights, results[images:], [None] * txt_weights, None, None
+    nothing = [None] * weights, [None] * txt_weights, [None] * turns
+    return results[:images], nothing[0], results[images:], *nothing[1:], None, None
 
 
 _qk_rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
@@ -326,23 +380,21 @@ class _ValueInPlace(torch.autograd.Function):
     """The op on q and k of a fused tensor, with v a view of it: one kernel then writes the whole gradient."""
 
     @staticmethod
-    def forward(ctx, qkv, txt_tokens, eps, *weights):
-        ctx.txt_tokens, ctx.eps = txt_tokens, eps
-        ctx.save_for_backward(qkv, *weights)
-        q_and_k = list(qkv.unbind(2)[:2])
-        query, key, _ = _qk_rms_norm_op(q_and_k, list(weights[:2]), [], list(weights[2:]), txt_tokens, eps)
+    def forward(ctx, qkv, txt_tokens, eps, turns, *tensors):
+        """tensors: cos and sin where `turns` is 2, not 0, then the weights."""
+        ctx.txt_tokens, ctx.eps, ctx.turns = txt_tokens, eps, turns
+        ctx.save_for_backward(qkv, *tensors)
+        q_and_k, rotary, weights = list(qkv.unbind(2)[:2]), list(tensors[:turns]), list(tensors[turns:])
+        query, key, _ = _qk_rms_norm_op(q_and_k, weights[:2], [], weights[2:], rotary, txt_tokens, eps)
         return query, key, qkv.select(2, 2).transpose(1, 2)
 
     @staticmethod
     def backward(ctx, *grads):
-        qkv, *weights = ctx.saved_tensors
-        groups = [qkv], weights[:2], [], weights[2:]
-        return (
-            *_qk_rms_norm_backward_op(list(grads), *groups, ctx.txt_tokens, ctx.eps),
-            None,
-            None,
-            *[None] * len(weights),
-        )
+        qkv, *tensors = ctx.saved_tensors
+        weights = tensors[ctx.turns :]
+        groups = [qkv], weights[:2], [], weights[2:], tensors[: ctx.turns]
+        (grad,) = _qk_rms_norm_backward_op(list(grads), *groups, ctx.txt_tokens, ctx.eps)
+        return grad, None, None, None, *[None] * len(tensors)
 
 
 def _check_stream(name: str, qkv, weights) -> tuple[list[torch.Tensor], list[torch.Tensor], tuple[int, ...]]:
@@ -396,6 +448,24 @@ def _check_text(txt_qkv, txt_weights, txt_tokens, image, weights) -> tuple[list[
     return [] if txt_qkv is None else texts, text_weights
 
 
+def _check_rotary(rotary, tokens: int, qkv: torch.Tensor) -> list[torch.Tensor]:
+    """cos and sin, dense, or nothing; ValueError naming the one that does not fit."""
+    if rotary is None:
+        return []
+    turns = list(rotary)
+    check_tensors(**{f"rotary[{i}]": turn for i, turn in enumerate(turns)})
+    D = qkv.shape[-1]
+    for i, turn in enumerate(turns):
+        if turn.shape != (tokens, D // 2) or turn.dtype != torch.float32 or turn.device != qkv.device or D % 2:
+            raise ValueError(
+                f"rotary[{i}] must be float32 [{tokens}, {D}/2] on {qkv.device}, of an even head dim, got {turn.dtype} "
+                f"{list(turn.shape)} on {turn.device}"
+            )
+    if len(turns) != 2:
+        raise ValueError(f"rotary must be (cos, sin), got {len(turns)} tensors")
+    return [turn.contiguous() for turn in turns]
+
+
 def qk_rms_norm(
     qkv: torch.Tensor | Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
@@ -403,10 +473,11 @@ def qk_rms_norm(
     txt_qkv: torch.Tensor | Sequence[torch.Tensor] | None = None,
     txt_weights: Sequence[torch.Tensor] | None = None,
     txt_tokens: int = 0,
+    rotary: Sequence[torch.Tensor] | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> AttentionInputs:
-    """Normalise q and k and give q, k, v in attention's shape, image tokens first.
+    """Normalise q and k, turn them where `rotary` is given, and give q, k, v in attention's shape, image tokens first.
 
     Args:
         qkv: [B, T, 3, H, D], the output of one linear, or (q, k, v) of [B, T, H, D]; views are read in place.
@@ -414,6 +485,7 @@ def qk_rms_norm(
         txt_qkv: the text tokens, [B, S, 3, H, D] or three, in the dtype of qkv. Only then is v moved.
         txt_tokens: without txt_qkv: S, the last tokens of a fused qkv [B, T + S, 3, H, D], are text.
         txt_weights: norms of the text.
+        rotary: (cos, sin), [T + S, D/2] float32 each, of the tokens in the result's order; pairs are neighbours.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -423,14 +495,20 @@ def qk_rms_norm(
     if txt_tokens and len(tensors) != 1:
         raise ValueError("txt_tokens needs qkv as one tensor [B, T + S, 3, H, D]")
     texts, text_weights = _check_text(txt_qkv, txt_weights, txt_tokens, tensors[0], weights)
+    tokens = tensors[0].shape[1] + (texts[0].shape[1] if texts else 0)
+    turns = _check_rotary(rotary, tokens, tensors[0])
     frozen = {f"norm weight {i}": weight for i, weight in enumerate([*weights, *text_weights])}
+    frozen |= {f"rotary[{i}]": turn for i, turn in enumerate(turns)}
     if pick_layer_backend(backend, [*tensors, *texts], frozen) == "torch":
-        return qk_rms_norm_ref(qkv, weights, txt_qkv=txt_qkv, txt_weights=txt_weights, txt_tokens=txt_tokens, eps=eps)
+        return qk_rms_norm_ref(
+            qkv, weights, txt_qkv=txt_qkv, txt_weights=txt_weights, txt_tokens=txt_tokens, rotary=rotary, eps=eps
+        )
     if not texts and len(tensors) == 1:
-        return AttentionInputs(*_ValueInPlace.apply(tensors[0], txt_tokens, eps, *weights, *text_weights))
+        own = len(turns), *turns, *weights, *text_weights
+        return AttentionInputs(*_ValueInPlace.apply(tensors[0], txt_tokens, eps, *own))
     if texts:
-        return AttentionInputs(*_qk_rms_norm_op(tensors, weights, texts, text_weights, 0, eps))
-    query, key, _ = _qk_rms_norm_op(tensors[:2], weights, [], [], 0, eps)
+        return AttentionInputs(*_qk_rms_norm_op(tensors, weights, texts, text_weights, turns, 0, eps))
+    query, key, _ = _qk_rms_norm_op(tensors[:2], weights, [], [], turns, 0, eps)
     return AttentionInputs(query, key, tensors[2].transpose(1, 2))
 
 
@@ -441,6 +519,7 @@ def qk_rms_norm_ref(
     txt_qkv: torch.Tensor | Sequence[torch.Tensor] | None = None,
     txt_weights: Sequence[torch.Tensor] | None = None,
     txt_tokens: int = 0,
+    rotary: Sequence[torch.Tensor] | None = None,
     eps: float = 1e-6,
     compute_dtype: torch.dtype = torch.float32,
 ) -> AttentionInputs:
@@ -452,7 +531,15 @@ def qk_rms_norm_ref(
     def normed(x, weight):
         y = x.to(compute_dtype)
         mean_square = torch.linalg.vecdot(y, y).unsqueeze(-1) / y.shape[-1]  # half the time of square().mean() on a CPU
-        return (y * torch.rsqrt(mean_square + eps) * weight.to(compute_dtype)).to(x.dtype)
+        y = y * torch.rsqrt(mean_square + eps) * weight.to(compute_dtype)
+        return y if rotary is not None else y.to(x.dtype)
+
+    def turned(y, dtype):
+        cos, sin = (turn.to(compute_dtype) for turn in given("rotary", rotary))
+        cos, sin = torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)
+        cos, sin = (turn.flatten(-2)[:, None] for turn in (cos, sin))  # [T + S, 1, D], the same for all heads
+        partner = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return (y * cos + partner * sin).to(dtype)  # in y's memory order, which stacking two halves would lose
 
     if txt_tokens:  # one weight per token, so that nothing has to be joined
         if not isinstance(qkv, torch.Tensor):
@@ -466,4 +553,6 @@ def qk_rms_norm_ref(
         text = split(txt_qkv)
         text[:2] = [normed(x, weight) for x, weight in zip(text, given("txt_weights", txt_weights))]
         joint = [torch.cat(pair, dim=1) for pair in zip(joint, text)]
+    if rotary is not None:
+        joint[:2] = [turned(y, joint[2].dtype) for y in joint[:2]]
     return AttentionInputs(*(x.transpose(1, 2) for x in joint))

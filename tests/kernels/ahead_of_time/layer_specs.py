@@ -40,19 +40,27 @@ def norm(name: str, given: dict[str, str], loads: int, stores: int, *, backward:
 
 QK_SCALARS = dict.fromkeys(["D", "stride_b", "stride_t", "txt_stride_b", "txt_stride_t"], "i32:16")
 QK_SCALARS |= {"T": "i32:16", "S": "i32", "H": "i32", "eps": "fp32"}
-QK_TILE = {"BLOCK_R": qk_rms_norm.ROWS, "BLOCK_D": 64}
-QK_FWD = "q k v txt_q txt_k txt_v q_weight k_weight txt_q_weight txt_k_weight query key value"
+QK_FWD = "q k v txt_q txt_k txt_v q_weight k_weight txt_q_weight txt_k_weight cos sin query key value"
 QK_BWD = (
-    "q k txt_q txt_k q_weight k_weight txt_q_weight txt_k_weight query_grad key_grad value_grad "
+    "q k txt_q txt_k q_weight k_weight txt_q_weight txt_k_weight cos sin query_grad key_grad value_grad "
     "q_grad k_grad v_grad txt_q_grad txt_k_grad txt_v_grad"
 )
+
+
+def plain(names: str) -> str:
+    """Without rotary embedding."""
+    return names.replace(" cos sin", "")
+
+
+def with_turns(given: dict[str, str]) -> dict[str, str]:
+    return given | pointers("cos sin", "*fp32")
 
 
 def image_only(names: str) -> dict[str, str]:
     return pointers(" ".join(name for name in names.split() if not name.startswith("txt_")))
 
 
-def qk(name: str, given: dict[str, str], loads: int, stores: int = 3, *, backward: bool = False) -> Spec:
+def qk(name: str, given: dict[str, str], loads: int, stores: int = 3, *, backward: bool = False, dim: int = 64) -> Spec:
     strides = "grad_stride_b grad_stride_h grad_stride_t x_grad_stride_b x_grad_stride_t"
     strides += " txt_x_grad_stride_b txt_x_grad_stride_t"
     strides = dict.fromkeys((strides if backward else "out_stride_b out_stride_t").split(), "i32:16")
@@ -60,7 +68,8 @@ def qk(name: str, given: dict[str, str], loads: int, stores: int = 3, *, backwar
         name=name,
         kernel=OPS + f"qk_rms_norm:_qk_rms_norm_{'bwd' if backward else 'fwd'}_kernel",
         types=given | QK_SCALARS | strides,
-        constants=QK_TILE | absent(QK_BWD if backward else QK_FWD, given),
+        constants={"BLOCK_R": qk_rms_norm.tile_rows(dim), "BLOCK_D": dim}
+        | absent(QK_BWD if backward else QK_FWD, given),
         vector_loads=loads,
         vector_stores=stores,
     )
@@ -88,11 +97,14 @@ SPECS = [
     ),
     norm("gated_residual/backward_plain", pointers("hidden_grad gate out_grad"), 2, 1, backward=True),
     norm("gated_residual/backward_dual", pointers(NORM_BWD), 8, 3, backward=True),
-    qk("qk_rms_norm/two_tensors", pointers(QK_FWD), 5),
-    qk("qk_rms_norm/joint", pointers(QK_FWD.replace(" value", "")), 4, 2),
-    qk("qk_rms_norm/image", image_only(QK_FWD.replace(" value", "")), 4, 2),
-    qk("qk_rms_norm/backward_joint", pointers(QK_BWD), 7, backward=True),
-    qk("qk_rms_norm/backward_image", image_only(QK_BWD), 7, backward=True),
+    qk("qk_rms_norm/two_tensors", pointers(plain(QK_FWD)), 5),
+    qk("qk_rms_norm/joint", pointers(plain(QK_FWD).replace(" value", "")), 4, 2),
+    qk("qk_rms_norm/image", image_only(plain(QK_FWD).replace(" value", "")), 4, 2),
+    qk("qk_rms_norm/backward_joint", pointers(plain(QK_BWD)), 7, backward=True),
+    qk("qk_rms_norm/backward_image", image_only(plain(QK_BWD)), 7, backward=True),
+    qk("qk_rms_norm/rotary_joint", with_turns(pointers(QK_FWD.replace(" value", ""))), 6, 2, dim=128),
+    qk("qk_rms_norm/rotary_image", with_turns(image_only(QK_FWD.replace(" value", ""))), 6, 2, dim=128),
+    qk("qk_rms_norm/rotary_backward_joint", with_turns(pointers(QK_BWD)), 9, backward=True, dim=128),
     Spec(
         name="gelu/forward",
         kernel=OPS + "gelu:_gelu_fwd_kernel",
