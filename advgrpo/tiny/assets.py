@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import torch
@@ -11,11 +12,15 @@ from PIL import Image
 from advgrpo.runtime.atomic import write_atomically
 
 
+_LOADED_FROM = re.compile(r'^ *"_name_or_path": "[^"]*",\n', re.MULTILINE)
+
+
 def save_half_precision(model, folder: Path) -> None:
     """Save a diffusers pipeline or a transformers model with fp16 weights that load as float32.
 
     The stock file names carry no variant suffix and the text encoders' configs say float32, so plain
-    `from_pretrained(folder)` gives float32 modules. safetensors writes mode 0600; packages need 0644.
+    `from_pretrained(folder)` gives float32 modules; a folder that it was loaded from is not named. safetensors writes
+    mode 0600; packages need 0644.
     """
     half = copy.deepcopy(model).to(torch.float16)
     parts = getattr(half, "components", {"": half})
@@ -24,6 +29,9 @@ def save_half_precision(model, folder: Path) -> None:
         config = folder / name / "config.json"
         if config.exists():
             write_atomically(config, config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for config in (folder / "model_index.json", *folder.glob("*/config.json")):
+        if config.exists() and _LOADED_FROM.search(text := config.read_text()):
+            write_atomically(config, _LOADED_FROM.sub("", text))
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 

@@ -15,6 +15,13 @@ def smooth(count: int, channels: int, cells: int, size: int, generator: torch.Ge
     return F.interpolate(knots, (size, size), mode="bicubic", align_corners=False)
 
 
+def moved_pixels(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Every pixel from `shift` [B, 2, S, S] away, in halves of the image's side."""
+    still = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), images.shape, align_corners=False)
+    moved = still + shift.permute(0, 2, 3, 1)
+    return F.grid_sample(images, moved, align_corners=False, padding_mode="border")
+
+
 def blur(images: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Towards the mean of 5 x 5 pixels."""
     soft = images
@@ -32,10 +39,8 @@ def mottle(images: torch.Tensor, strength: torch.Tensor, generator: torch.Genera
 
 def bend(images: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Every pixel moved by some pixels, neighbours alike."""
-    shift = smooth(len(images), 2, 7, images.shape[-1], generator).permute(0, 2, 3, 1)
-    still = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), images.shape, align_corners=False)
-    moved = still + shift * (0.03 + 0.09 * strength).view(-1, 1, 1, 1)
-    return F.grid_sample(images, moved, align_corners=False, padding_mode="border")
+    shift = smooth(len(images), 2, 7, images.shape[-1], generator)
+    return moved_pixels(images, shift * (0.03 + 0.09 * strength).view(-1, 1, 1, 1))
 
 
 def ghost(images: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
