@@ -116,8 +116,9 @@ def _trace_model(fp8: bool) -> None:
     step = torch.zeros(1, dtype=torch.int64, device="meta")
     for rows in (16, 2):
         latents = torch.empty(rows, 16, 64, 64, device="meta")
-        text = [torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((2, TEXT, 4096), (2, 2048))]
-        prepared = model.prepare(*text, torch.empty(STEPS, device="meta"))
+        shapes = (2, TEXT, 4096), (2, 2048)
+        text, pooled = (torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in shapes)
+        prepared = model.prepare(text, pooled, torch.empty(STEPS, device="meta"))
         prepared = prepared.rows(torch.zeros(rows, dtype=torch.int64, device="meta"))
         with counters.Launches():
             with torch.no_grad():
