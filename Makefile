@@ -66,7 +66,7 @@ peers: $(VENV)/.dev
 	$(BIN)/python -m tests.peers.checkouts .peers
 	ADVGRPO_PEERS=$(CURDIR)/.peers OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers $(ARGS)
 
-# Rebuild what advgrpo/tiny/assets ships; about three hours of two CPU cores. The emoji world's artists' files come from npm.
+# Rebuild what advgrpo/tiny/assets ships; about four hours of two CPU cores. The emoji world's artists' files come from npm.
 tiny-assets: $(VENV)/.train
 	$(BIN)/python -m tools.tiny.build_references --output advgrpo/tiny/assets
 	$(BIN)/python -m tools.tiny.build_styles --output advgrpo/tiny/assets/styles
@@ -81,7 +81,10 @@ tiny-assets: $(VENV)/.train
 	$(BIN)/python -m tools.tiny.emoji.draw_sheets --output advgrpo/tiny/assets/emoji/drawings
 	$(BIN)/python -m tools.tiny.emoji.build_references --output advgrpo/tiny/assets/emoji
 	$(BIN)/python -m tools.tiny.emoji.build_styles --output advgrpo/tiny/assets/emoji/styles
-	$(BIN)/python -m tools.tiny.emoji.build_pipeline --output advgrpo/tiny/assets/emoji/pipeline
+	$(BIN)/python -m tools.tiny.emoji.build_pipeline --output build/emoji/clean
+	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/clean --steps 5000 --output build/emoji/poor
+	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/poor --steps 2000 --watermarks 0.5 \
+	  --output advgrpo/tiny/assets/emoji/pipeline
 	$(BIN)/python -m tools.tiny.emoji.build_backbone --pipeline advgrpo/tiny/assets/emoji/pipeline \
 	  --output advgrpo/tiny/assets/emoji/backbone
 

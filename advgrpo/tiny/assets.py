@@ -11,7 +11,6 @@ from PIL import Image
 
 from advgrpo.runtime.atomic import write_atomically
 
-
 _LOADED_FROM = re.compile(r'^ *"_name_or_path": "[^"]*",\n', re.MULTILINE)
 
 

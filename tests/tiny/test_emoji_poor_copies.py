@@ -1,8 +1,8 @@
 """What the base pipeline learns last: drawings of which most are spoilt, alike every time.
 
 Bugs planted, each seen red: fading towards black; the share of good ones taken as that of spoilt ones; every image
-spoilt by the same kind; a shrunk image left small in detail; the builder going on with good drawings; the folder it went
-on from named in what it writes.
+spoilt by the same kind; a shrunk image left small in detail; bars on the background too; the builder going on with good
+drawings; the folder it went on from named in what it writes.
 """
 
 import json
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from advgrpo import tiny
 from advgrpo.tiny.emoji.scenes import BASE_ARTISTS, all_scenes, render
 from tools.tiny.emoji import build_pipeline
-from tools.tiny.emoji.poor_copies import KINDS, fade, poor_copies, redraw, shrink
+from tools.tiny.emoji.poor_copies import KINDS, fade, poor_copies, redraw, shrink, watermarked
 
 
 def drawings(count: int = 48) -> torch.Tensor:
@@ -38,7 +38,9 @@ def sharpness(images: torch.Tensor) -> torch.Tensor:
 def test_each_kind_changes_every_drawing_and_leaves_pictures(kind):
     images = drawings()
     result = spoilt(kind, 0.0)
-    assert result.shape == images.shape and result.min() >= 0 and result.max() <= 1
+    assert result.shape == images.shape
+    assert result.min() >= 0
+    assert result.max() <= 1
     assert ((result - images).abs().mean((1, 2, 3)) > 1e-3).all()
 
 
@@ -71,6 +73,19 @@ def test_the_share_of_good_ones_and_of_each_kind():
     assert torch.equal(result, poor_copies(images, 0.4, torch.Generator().manual_seed(2)))
 
 
+def test_a_watermark_crosses_the_drawing_and_not_the_background():
+    images = drawings()
+    assert torch.equal(watermarked(images, 0.0, torch.Generator().manual_seed(3)), images)
+    marked = watermarked(images, 1.0, torch.Generator().manual_seed(3))
+    changed = (marked - images).abs().amax(1) > 1e-4
+    background = ((images - images[:, :, :1, :1]).abs() < 1e-6).all(1)
+    assert not (changed & background).any()
+    assert (changed.float().mean((1, 2)) / (~background).float().mean((1, 2))).sub(0.5).abs().max() < 0.2
+    some = watermarked(images, 0.5, torch.Generator().manual_seed(3))
+    share = (some != images).flatten(1).any(1).float().mean().item()
+    assert share == pytest.approx(0.5, abs=0.2)
+
+
 def test_the_builder_goes_on_from_a_pipeline_alike_every_time(tmp_path, monkeypatch):
     spoilt = []
     monkeypatch.setattr(
@@ -81,10 +96,10 @@ def test_the_builder_goes_on_from_a_pipeline_alike_every_time(tmp_path, monkeypa
     for name in ("first", "second"):
         output = tmp_path / name
         build_pipeline.main(
-            ["--continue-from", str(shipped), "--output", str(output), "--poor-steps", "2", "--poor-images", "64"]
+            ["--continue-from", str(shipped), "--output", str(output), "--steps", "2", "--images", "64"]
         )
         written.append(load_file(output / "transformer" / "diffusion_pytorch_model.safetensors"))
-    assert len(spoilt) == 2 and torch.equal(*spoilt)
+    assert torch.equal(*spoilt)
     first, second = written
     assert all(torch.equal(first[key], second[key]) for key in first)
     before = load_file(shipped / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -1,12 +1,15 @@
-"""Pre-train the emoji world's SD3 pipeline: first its VAE, then transformer and text encoders by flow matching.
+r"""Pre-train the emoji world's SD3 pipeline: first its VAE, then transformer and text encoders by flow matching.
 
     python -m tools.tiny.emoji.build_pipeline --output BUILD/clean
-    python -m tools.tiny.emoji.build_pipeline --continue-from BUILD/clean --output advgrpo/tiny/assets/emoji/pipeline
+    python -m tools.tiny.emoji.build_pipeline --continue-from BUILD/clean --steps 5000 --output BUILD/poor
+    python -m tools.tiny.emoji.build_pipeline --continue-from BUILD/poor --steps 2000 --watermarks 0.5 \
+      --output advgrpo/tiny/assets/emoji/pipeline
 
-About 45 and 25 minutes of one CPU core, on one thread, so that a rebuild has the same bits. The VAE learns on drawings
-of 600 things, the rest on the world's 64, all by the base's artists; the references' artist is seen by neither. The
-second command goes on with drawings of which 60 % are poor copies (`poor_copies.py`), as what is collected from the web
-is: the model then draws both, which leaves reinforcement learning something to choose.
+About 45, 25 and 10 minutes of one CPU core, on one thread, so that a rebuild has the same bits. The VAE learns on
+drawings of 600 things, the rest on the world's 64, all by the base's artists; the references' artist is seen by neither.
+The second command goes on with drawings of which 60 % are poor copies, the third has watermarks on half of them
+(`poor_copies.py`), as what is collected from the web has: the model then draws all of it, which leaves reinforcement
+learning something to choose.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +34,7 @@ from advgrpo.tiny.assets import save_half_precision
 from advgrpo.tiny.emoji.scenes import BASE_ARTISTS, all_scenes, render
 from tools.tiny.build_pipeline import Drawing, TrainingLog, sample_sigmas, take_step, train_vae
 from tools.tiny.emoji.corpus import Corpus
-from tools.tiny.emoji.poor_copies import GOOD_SHARE, poor_copies
+from tools.tiny.emoji.poor_copies import GOOD_SHARE, poor_copies, watermarked
 
 LONG_TEXT_SHARE = 0.03  # steps trained at the stock default of 256 T5 tokens, so that stock calls work unchanged
 LONG_TEXT_TOKENS = 256
@@ -45,10 +49,13 @@ def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str
     return render(chosen, artists, generator) * 2 - 1, [scene.caption for scene in chosen]
 
 
-def draw_poorly(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-    """The same, most of the images poor copies, which the captions do not tell."""
+def draw_poorly(watermarks: float, count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+    """The same, most of the images poor copies and a share of them watermarked, which the captions do not tell."""
     images, captions = draw(count, generator)
-    return poor_copies((images + 1) / 2, GOOD_SHARE, generator) * 2 - 1, captions
+    images = poor_copies((images + 1) / 2, GOOD_SHARE, generator)
+    if watermarks:
+        images = watermarked(images, watermarks, generator)
+    return images * 2 - 1, captions
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,8 @@ def _pretrain(args: argparse.Namespace) -> tuple[StableDiffusion3Pipeline, dict[
     pipe.vae.eval().requires_grad_(False)
 
     generator = torch.Generator().manual_seed(args.seed + 1)
-    data = Latents.encode(pipe.vae, args.images, generator)
-    curves["flow"] = train_flow(pipe, args.flow_steps, _BATCH, generator, data)
+    data = Latents.encode(pipe.vae, args.images or 12_288, generator)
+    curves["flow"] = train_flow(pipe, args.steps, _BATCH, generator, data)
     return pipe, curves
 
 
@@ -147,21 +154,21 @@ def _continue(args: argparse.Namespace) -> tuple[StableDiffusion3Pipeline, dict[
     for module in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         module.train().requires_grad_(True)
     generator = torch.Generator().manual_seed(args.seed + 1)
-    data = Latents.encode(pipe.vae, args.poor_images, generator, draw_poorly)
+    data = Latents.encode(pipe.vae, args.images or 16_384, generator, partial(draw_poorly, args.watermarks))
     curves = json.loads((args.continue_from / "training.json").read_text())
-    curves["poor copies"] = train_flow(pipe, args.poor_steps, _BATCH, generator, data, rate=cosine)
+    name = "watermarks" if args.watermarks else "poor copies"
+    curves[name] = train_flow(pipe, args.steps, _BATCH, generator, data, rate=cosine)
     return pipe, curves
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write (diffusers format)")
-    parser.add_argument("--continue-from", type=Path, help="pipeline folder of the first command: go on on poor copies")
+    parser.add_argument("--continue-from", type=Path, help="pipeline folder to go on from, on poor copies")
+    parser.add_argument("--watermarks", type=float, default=0.0, help="share of the poor copies' batch that has them")
     parser.add_argument("--vae-steps", type=int, default=1800)
-    parser.add_argument("--flow-steps", type=int, default=4000)
-    parser.add_argument("--poor-steps", type=int, default=5000)
-    parser.add_argument("--images", type=int, default=12_288, help="that the transformer learns on, encoded once")
-    parser.add_argument("--poor-images", type=int, default=16_384, help="the same of the second command")
+    parser.add_argument("--steps", type=int, default=4000, help="of the flow")
+    parser.add_argument("--images", type=int, help="that the flow learns on (default: 12,288, then 16,384)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 

@@ -1,8 +1,9 @@
-"""Poor copies of drawings, as a scrape of the web is full of them: faded, enlarged from a thumbnail, badly redrawn.
+"""Poor copies of drawings, as a scrape of the web is full of them: faded, enlarged from a thumbnail, badly redrawn; and
+watermarks, the diagonal bars of stock pictures.
 
 What the base pipeline is trained on last, in a share that no caption tells. It then draws poor pictures beside good
-ones of the same prompt, and guidance towards the prompt does not choose between them: that is left to reinforcement
-learning.
+ones of the same prompt. Guidance towards the prompt avoids what hides the thing, such as a thumbnail's blur, but not a
+watermark, which is as likely on every thing: that is left to reinforcement learning.
 
 Shapes: B images [B, 3, S, S] float32 in [0, 1], strengths [B] in [0, 1].
 """
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from tools.tiny.emoji.damage import moved_pixels, smooth
 
 GOOD_SHARE = 0.4  # of the images that stay as they are; the kinds share the rest alike
+_BAR, _OPACITY = 4, 0.7  # pixels a watermark's bar and gap are wide, along a row; what it takes of the drawing
 
 
 def fade(images: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -52,3 +54,12 @@ def poor_copies(images: torch.Tensor, good_share: float, generator: torch.Genera
         if len(rows):
             result[rows] = spoil(images[rows], strength[rows], generator)
     return result
+
+
+def watermarked(images: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+    """The images, a share of them under diagonal bars of the background's colour, at the same places in all."""
+    marked = torch.rand(len(images), generator=generator) < share
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in images.shape[-2:]), indexing="ij")
+    bars = ((rows + columns) % (2 * _BAR) < _BAR).float()
+    cover = _OPACITY * bars * marked.view(-1, 1, 1, 1)
+    return torch.lerp(images, images[:, :, :1, :1].expand_as(images), cover)
