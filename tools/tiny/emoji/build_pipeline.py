@@ -6,7 +6,7 @@ r"""Pre-train the emoji world's SD3 pipeline: first its VAE, then transformer an
       --output advgrpo/tiny/assets/emoji/pipeline
 
 About 45, 25 and 10 minutes of one CPU core, on one thread, so that a rebuild has the same bits. The VAE learns on
-drawings of 600 things, the rest on the world's 64, all by the base's artists; the references' artist is seen by neither.
+drawings of 600 things, the rest on the world's 64, all by the base's artists; neither sees the references' artist.
 The second command goes on with drawings of which 60 % are poor copies, the third has watermarks on half of them
 (`poor_copies.py`), as what is collected from the web has: the model then draws all of it, which leaves reinforcement
 learning something to choose.
