@@ -216,10 +216,12 @@ def _check_cheaper(config: Config) -> None:
 
 def _check_informative(config: Config, world_size: int) -> None:
     """What is left out of the update leaves micro-batches of the rollout's shape, and nothing that pulls on all."""
+    if not config.objective.has_window:
+        return  # whose objective says itself that it does not look at these
     update, rollout = config.update, config.rollout
     share, asked = update.informative_share, f"update.informative_share = {update.informative_share:g}"
     left_out = asked if share != 1 else "update.skip_dead_groups = True" if update.skip_dead_groups else ""
-    if left_out and config.objective.has_window and update.kl_weight:
+    if left_out and update.kl_weight:
         raise UserError(
             f"{left_out} would leave images out of the KL of update.kl_weight = {update.kl_weight:g}, which is of all; "
             "set update.kl_weight = 0, or train on all images"
@@ -227,8 +229,8 @@ def _check_informative(config: Config, world_size: int) -> None:
     if share == 1:
         return
     group, micro = rollout.group_size, rollout.micro_batch
-    kept = share * group
-    if kept != round(kept) or round(kept) % micro or group % micro:
+    kept = round(share * group)
+    if abs(share * group - kept) > 1e-3 or not kept or kept % micro or group % micro:  # 0.333333 is a third
         fitting = [f"{n / group:g}" for n in range(micro, group, micro)] if group % micro == 0 else []
         shares = f"update.informative_share to one of {', '.join(fitting)}, or " if fitting else ""
         raise UserError(

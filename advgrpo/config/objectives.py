@@ -57,6 +57,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         method="AWM",
         forward_process="awm",
         fits_velocity=True,
+        has_window=False,
         not_looked_at=(
             ("old_log_prob", "rollout"),
             ("kl_variance", "step"),

@@ -376,7 +376,7 @@ class _Estimate:
         yield Component("decoding", decode, "model.resolution, rollout.micro_batch", ("decode",))
         both = "rollout.micro_batch, model.gradient_checkpointing, model.lora.blocks"
         saved = sequences * shape.saved_bytes(checkpointing=knobs.gradient_checkpointing)
-        captured = config.update.graphs and self.fused  # in the graphs' pool, whatever runs
+        captured = config.update.graphs and self.fused and config.objective.has_window  # in the graphs' pool, always
         during = ("sample", *held) if captured else ("update",)
         yield Component("activations saved for the backward", saved, both, during)
         backward = sequences * shape.backward_bytes() + (self.element * self.weights.lora if self.fused else 0)

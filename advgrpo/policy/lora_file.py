@@ -309,8 +309,9 @@ def _on_diagonal(pairs: Mapping[int, Pair], with_mlp: bool) -> Pair:
 
 
 def _is_flux(modules: Mapping[str, Pair]) -> bool:
-    """By what SD3 does not have: blocks of one stream, or layers of 3,072 inputs (its own are 1,536 or 2,432 wide)."""
-    return any(name.startswith("single_") or a.shape[1] == _FLUX_WIDTH for name, (a, _) in modules.items())
+    """By what SD3, 1,536 or 2,432 wide, does not have: blocks of one stream, or layers of 3,072 or 12,288 inputs."""
+    widths = (_FLUX_WIDTH, 4 * _FLUX_WIDTH)
+    return any(name.startswith("single_") or a.shape[1] in widths for name, (a, _) in modules.items())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

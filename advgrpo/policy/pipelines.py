@@ -72,8 +72,11 @@ def native_resolution(folder: Path) -> int:
 
 
 def native_guidance(folder: Path) -> float:
-    """The scale that a pipeline's model card draws at."""
-    return 3.5 if pipeline_class(str(folder)) == "FluxPipeline" else 4.5
+    """The scale that a pipeline's model card draws at; FLUX.1-schnell's is distilled in: 1."""
+    if pipeline_class(str(folder)) != "FluxPipeline":
+        return 4.5
+    takes_guidance = read_json(folder / "transformer" / "config.json", str(folder)).get("guidance_embeds")
+    return 3.5 if takes_guidance else 1.0
 
 
 def local_pipeline(path: str) -> Path | None:

@@ -54,6 +54,8 @@ def draw_stock(pipe: DiffusionPipeline, drawn: Drawn, prompt: str, seeds: Sequen
     text = {}
     if "max_sequence_length" in inspect.signature(pipe.__call__).parameters:  # pipelines with a T5
         text["max_sequence_length"] = drawn.max_sequence_length
+    if type(pipe).__name__ == "FluxPipeline" and not pipe.transformer.config.guidance_embeds:
+        text |= {"true_cfg_scale": drawn.guidance_scale, "negative_prompt": ""}  # schnell ignores guidance_scale
     images = pipe(
         prompt,
         num_images_per_prompt=len(seeds),

@@ -48,6 +48,8 @@ FREE_TO_CHANGE = (
     "device",
     "collective_timeout",
     "data.cache_dir",
+    "data.decode_workers",
+    "update.graphs",
     "output",
     "evaluation.every",
     "evaluation.keep_best",

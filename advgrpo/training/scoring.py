@@ -208,6 +208,8 @@ class Scorer:
         """
         parts: list[dict[str, torch.Tensor]] = []
         seen: list[MicroBatchRollout] = []
+        if self._ahead is not None:
+            self._ahead.asked()
         with self.distributed.monitored("draw and score scouts"):
             for micro_batch in drawn:
                 rollout = Rollout([micro_batch])

@@ -283,6 +283,11 @@ CONFLICTS = [
     ),
     flagged(
         "conflicts",
+        "--update.objective awm --rollout.initial_noise per_image --rollout.scouts 2",
+        "rollout.scouts = 2 is of the policy gradient's window",
+    ),
+    flagged(
+        "conflicts",
         "--update.informative_share 0.3",
         "update.informative_share = 0.3 of rollout.group_size",
         "whose shape the update must keep",

@@ -247,7 +247,7 @@ def test_collectives_of_one_rank_beside_captured_graphs(device, tmp_path, alone_
         payload = torch.arange(35, dtype=torch.uint8, device=place.device).reshape(5, 7)
         (gathered,) = place._gather_rows(payload, 7, "uint8")
         assert torch.equal(gathered, payload)
-    assert trainer.objective.sampler.captures == 4
+    assert trainer.objective.sampler.captures == 1  # the trajectory
     assert all(row["log_prob_mismatch_max"] == 0.0 for row in rows)
     assert rows[0]["discriminator_loss"] == alone["discriminator_loss"]
 
