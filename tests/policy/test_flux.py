@@ -27,9 +27,12 @@ from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
 from advgrpo.policy.loading import load_policy
 from advgrpo.policy.lora_file import convert
 from advgrpo.policy.networks import FusedNetwork
+from advgrpo.policy.pipelines import native_guidance
 from advgrpo.runtime.distributed import Distributed
+from advgrpo.sampling.drawing import Drawn
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
+from advgrpo.sampling.stock import draw_stock
 from advgrpo.train import main as train
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.models import lora_section
@@ -504,6 +507,35 @@ def test_what_is_not_for_flux_is_refused_before_it_is_loaded(settings, tmp_path)
     edited(settings, tmp_path, "scheduler", shift_terminal=0.02)
     with pytest.raises(UserError, match="its scheduler has shift_terminal"):
         preflight(settings)
+
+
+@pytest.mark.parametrize("objective", ["nft", "awm", "sft"])
+def test_what_is_fitted_at_guidance_1_is_drawn_at_1(settings, objective):
+    settings.update.objective = objective
+    settings.rollout.guidance_scale = 1.0
+    with pytest.raises(UserError, match=rf"evaluation\.guidance_scale = 3\.5: .* {objective} fits it at 1"):
+        preflight(settings)
+    settings.evaluation.guidance_scale = 1.0
+    preflight(settings)
+    settings.rollout.guidance_scale = 3.5
+    if objective == "sft":
+        preflight(settings)  # which draws nothing to learn from
+        return
+    with pytest.raises(UserError, match=r"set --rollout\.guidance-scale 1"):
+        preflight(settings)
+
+
+def test_each_kind_is_drawn_at_the_guidance_of_its_card(flux_pipelines):
+    assert {kind: native_guidance(folder) for kind, folder in flux_pipelines.items()} == {"dev": 3.5, "schnell": 1.0}
+
+
+@both_kinds
+def test_stock_drawing_looks_at_the_guidance(settings):
+    pipe, images = stock(settings), []
+    for scale in (1.0, 3.5):
+        drawn = Drawn(guidance_scale=scale, num_steps=2, resolution=32, max_sequence_length=12)
+        images.append(draw_stock(pipe, drawn, PROMPTS[0], [0]))
+    assert not torch.equal(*images)
 
 
 def test_a_transformer_of_another_task_is_named(settings, tmp_path):
