@@ -28,10 +28,10 @@ def slowed(method):
 
 
 def killed(rollout):
-    def die(objective, table, iteration):
+    def die(objective, table, iteration, *chosen):
         if iteration == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return rollout(objective, table, iteration)
+        return rollout(objective, table, iteration, *chosen)
 
     return die
 
