@@ -255,13 +255,13 @@ def test_a_browser_that_keeps_nothing_says_so(browser, made):
         "Page.addScriptToEvaluateOnNewDocument", source="Storage.prototype.setItem = () => { throw Error('full') }"
     )
     page.reload()
-    begin(page, "Ann")
+    begin(page, "Mia")  # whose file no other test has downloaded
     assert "keeps nothing" in page.evaluate("document.getElementById('warning').textContent")
     answer(page, "tie")
     page.click("#help")
     page.click("#download-now")
     assert (
-        len(browser.downloaded(page.evaluate("`votes-${data.id.slice(0, 6)}-Ann.jsonl`")).read_text().splitlines()) == 1
+        len(browser.downloaded(page.evaluate("`votes-${data.id.slice(0, 6)}-Mia.jsonl`")).read_text().splitlines()) == 1
     )
 
 

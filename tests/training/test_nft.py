@@ -428,7 +428,9 @@ def test_an_iteration_of_the_head_alone_leaves_both_policies(settings):
 def test_a_loss_that_is_not_finite_stops_before_the_step(settings, monkeypatch):
     trainer = build(settings).trainer
     before = [p.detach().clone() for p in parameters_of(trainer)]
-    monkeypatch.setattr("advgrpo.training.nft.philox_normal", lambda shape, **_: torch.full(shape, math.nan))
+    monkeypatch.setattr(
+        "advgrpo.training.forward_process.philox_normal", lambda shape, **_: torch.full(shape, math.nan)
+    )
     with pytest.raises(FloatingPointError, match="gradient norm is nan"):
         trainer.iterate()
     assert all(torch.equal(a, p) for a, p in zip(before, parameters_of(trainer)))

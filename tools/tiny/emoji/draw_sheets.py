@@ -72,7 +72,7 @@ def archive_of(icon_set: IconSet) -> Path:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()
         archive.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(archive, lambda file: file.write(content))
+        write_atomically(archive, content)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != icon_set.sha256:
         raise SystemExit(f"{archive}: SHA-256 {found}, expected {icon_set.sha256}; delete it and run again")
