@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
 
 from advgrpo.config import Config
 from advgrpo.evaluation.evaluator import Evaluator
+from advgrpo.generate import main as generate
 from advgrpo.policy.base import Policy
 from advgrpo.rewards.base import Reward
 from advgrpo.runtime.distributed import Distributed
@@ -31,3 +36,20 @@ def evaluator_of(
 def steps_of(settings: Config, iteration: int) -> tuple[int, ...]:
     """The iteration's stochastic steps."""
     return window_steps(settings.rollout, settings.seed, iteration)
+
+
+def train_adapters(policy: Policy) -> None:
+    """Give every adapter a non-zero product, as training would."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def assert_generate_draws(policy: Policy, prompt: str, settings: Config, folder: Path, capsys) -> None:
+    """`advgrpo.generate` leaves a grid of the base model and of the policy's LoRA, in a few steps of 32 pixels."""
+    policy.export(folder / "lora")
+    images = ["--lora", str(folder / "lora"), "--base", "--output", str(folder / "g.png")]
+    flags = ["--model", settings.model.path, "--resolution", "32", "--num-steps", "2", "--images-per-prompt", "2"]
+    assert generate(["--prompt", prompt, *images, *flags]) == 0, capsys.readouterr().err
+    assert min(Image.open(folder / "g.png").size) > 60

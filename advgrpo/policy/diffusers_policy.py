@@ -193,3 +193,41 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
 
     def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
         self.network.export(folder, notes)
+
+
+class TransformerPolicy(DiffusersPolicy):
+    """`DiffusersPolicy` of a rectified flow's transformer, for which there is our forward as well.
+
+    Args:
+        fused: run our forward (fused/transformer.py) instead of diffusers'.
+        precision: of the merged weights, "model" or "fp8"; fused only.
+
+    Raises:
+        UserError: as `check_parts`.
+    """
+
+    component = "transformer"
+
+    def __init__(
+        self,
+        model: ModelSection,
+        *,
+        device: torch.device,
+        cache_dir: Path,
+        seed: int,
+        fused: bool = False,
+        precision: str = "model",
+    ):
+        super().__init__(model, device=device, cache_dir=cache_dir)
+        self.transformer = self._load(self.network_class, "transformer", self.dtype)
+        self._scheduler = self._load_flow_scheduler()
+        self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
+        if fused:
+            self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
+            self._use_fast_decoder()
+        else:
+            self._train(self._stock_network(seed))
+
+    @abstractmethod
+    def _stock_network(self, seed: int) -> StockNetwork:
+        """diffusers' forward over `transformer`."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
-from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.diffusers_policy import TransformerPolicy
 from advgrpo.policy.guidance import Guided
-from advgrpo.policy.networks import FusedNetwork, StockNetwork, StockPrepared
+from advgrpo.policy.networks import StockNetwork, StockPrepared
 from advgrpo.types import Conditioning
 
 PATCH = 2  # latents of a token's side; the configuration's own patch_size is that of packed latents, 1
@@ -68,41 +67,19 @@ class PackedNetwork(StockNetwork):
         return unpack(packed, size)
 
 
-class FluxPolicy(DiffusersPolicy):
+class FluxPolicy(TransformerPolicy):
     """`Policy`, `SupervisedTarget` and `Capturable` (base.py) for FLUX.1.
-
-    Args:
-        fused: run our forward (transformer.py) instead of diffusers'.
-        precision: of the merged weights, "model" or "fp8"; fused only.
 
     Raises:
         UserError: a transformer of another task (Fill, Canny, Depth), a side that packing does not divide, or a
             schedule with stretched ends.
     """
 
-    component = "transformer"
     network_class = FluxTransformer2DModel
     text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
-    def __init__(
-        self,
-        model: ModelSection,
-        *,
-        device: torch.device,
-        cache_dir: Path,
-        seed: int,
-        fused: bool = False,
-        precision: str = "model",
-    ):
-        super().__init__(model, device=device, cache_dir=cache_dir)
-        self.transformer = self._load(FluxTransformer2DModel, "transformer", self.dtype)
-        self._scheduler = self._load_flow_scheduler()
-        self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
-        if fused:
-            self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
-            self._use_fast_decoder()
-        else:
-            self._train(PackedNetwork(self.transformer, model, seed))
+    def _stock_network(self, seed: int) -> StockNetwork:
+        return PackedNetwork(self.transformer, self.model, seed)
 
     @classmethod
     def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:

@@ -33,7 +33,7 @@ def load_policy(
     """The policy for the pipeline class that `model.path` names in its model_index.json.
 
     Args:
-        fused, precision: see `SD3Policy`; FLUX.1's is the only other with a fused forward (fast.py decides).
+        fused, precision: see `TransformerPolicy`; no other has a fused forward (fast.py decides).
 
     Raises:
         UserError: no such model, or a class that no policy serves.

@@ -6,7 +6,6 @@ Shapes: R rows, latents [R, C, H, W] float32, text [R, L, D], pooled [R, E].
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,42 +13,19 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
-from advgrpo.policy.diffusers_policy import DiffusersPolicy
-from advgrpo.policy.networks import FusedNetwork, StockNetwork
+from advgrpo.policy.diffusers_policy import TransformerPolicy
+from advgrpo.policy.networks import StockNetwork
 from advgrpo.types import Conditioning
 
 
-class SD3Policy(DiffusersPolicy):
-    """`Policy`, `SupervisedTarget` and `Capturable` (base.py) for the SD3 family.
+class SD3Policy(TransformerPolicy):
+    """`Policy`, `SupervisedTarget` and `Capturable` (base.py) for the SD3 family."""
 
-    Args:
-        fused: run our forward (transformer.py) instead of diffusers'.
-        precision: of the merged weights, "model" or "fp8"; fused only.
-    """
-
-    component = "transformer"
     network_class = SD3Transformer2DModel
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
-    def __init__(
-        self,
-        model: ModelSection,
-        *,
-        device: torch.device,
-        cache_dir: Path,
-        seed: int,
-        fused: bool = False,
-        precision: str = "model",
-    ):
-        super().__init__(model, device=device, cache_dir=cache_dir)
-        self.transformer = self._load(SD3Transformer2DModel, "transformer", self.dtype)
-        self._scheduler = self._load_flow_scheduler()
-        self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
-        if fused:
-            self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
-            self._use_fast_decoder()
-        else:
-            self._train(StockNetwork(self.transformer, model, seed, lambda pooled: {"pooled_projections": pooled}))
+    def _stock_network(self, seed: int) -> StockNetwork:
+        return StockNetwork(self.transformer, self.model, seed, lambda pooled: {"pooled_projections": pooled})
 
     @classmethod
     def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:

@@ -21,16 +21,10 @@ def save_half_precision(model, folder: Path) -> None:
     `from_pretrained(folder)` gives float32 modules; a folder that it was loaded from is not named. safetensors writes
     mode 0600; packages need 0644.
     """
-    half = copy.deepcopy(model).to(torch.float16)
-    parts = getattr(half, "components", {"": half})
-    half.save_pretrained(folder)
-    for name in parts:
-        config = folder / name / "config.json"
-        if config.exists():
-            write_atomically(config, config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    for config in (folder / "model_index.json", *folder.glob("*/config.json")):
-        if config.exists() and _LOADED_FROM.search(text := config.read_text()):
-            write_atomically(config, _LOADED_FROM.sub("", text))
+    copy.deepcopy(model).to(torch.float16).save_pretrained(folder)
+    for config in (*folder.glob("model_index.json"), *folder.glob("config.json"), *folder.glob("*/config.json")):
+        text = config.read_text().replace('"dtype": "float16"', '"dtype": "float32"')
+        write_atomically(config, _LOADED_FROM.sub("", text))
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 

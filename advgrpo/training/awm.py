@@ -133,10 +133,7 @@ class AdvantageWeightedMatching(ForwardProcess):
                 watch_kl=number == 0,
             )
             reports.append(torch.cat([sums, self.updater.step().double()[None]]))
-        everywhere = self.distributed.all_gather(torch.stack(reports)[None]).cpu()  # [processes, minibatches, 6]
-        norms = everywhere[0, :, 5]
-        self.updater.check(0.0, norms.tolist(), iteration.number)
-        loss, ratio, clipped, kl, kl_pairs = everywhere[..., :5].sum((0, 1)).tolist()
+        (loss, ratio, clipped, kl, kl_pairs), grad_norm = self.gathered(reports, iteration.number)
         pairs = self.settings.images * self.trained
         return {
             "zero_std_fraction": float(result.zero_std_fraction),
@@ -144,7 +141,7 @@ class AdvantageWeightedMatching(ForwardProcess):
             "kl": kl / kl_pairs,
             "ratio_mean": ratio / pairs,
             "clip_fraction": clipped / pairs,
-            "grad_norm": norms.mean().item(),
+            "grad_norm": grad_norm,
         }
 
     @torch.no_grad()

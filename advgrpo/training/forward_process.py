@@ -82,6 +82,20 @@ class ForwardProcess(RewardedObjective):
         row = to_device(rollout.micro_batch.row, self.policy.device)
         return self.policy.prepare(rollout.conditioning, table.timesteps, guidance=1.0).rows(row)
 
+    def gathered(self, reports: list[torch.Tensor], iteration: int) -> tuple[list[float], float]:
+        """(sums over processes and minibatches, mean gradient norm), read on the host.
+
+        Args:
+            reports: for every minibatch this process's sums and, last, the gradient's norm, [N + 1] float64.
+
+        Raises:
+            As `Updater.check`.
+        """
+        everywhere = self.distributed.all_gather(torch.stack(reports)[None]).cpu()  # [processes, minibatches, N + 1]
+        norms = everywhere[0, :, -1]
+        self.updater.check(0.0, norms.tolist(), iteration)
+        return everywhere[..., :-1].sum((0, 1)).tolist(), norms.mean().item()
+
     @torch.no_grad()
     def without_gradient(
         self, weights: AbstractContextManager[None], levels: list[Level], prompts: PreparedPrompts

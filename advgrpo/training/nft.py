@@ -148,10 +148,7 @@ class NegativeAwareFineTuning(ForwardProcess):
             pieces = iteration.stoppable(own, "update: micro-batch")
             sums = self.accumulate(pieces, rates, table, iteration.number, total=total, watch_kl=minibatch == 0)
             reports.append(torch.cat([sums, self.updater.step().double()[None]]))
-        everywhere = self.distributed.all_gather(torch.stack(reports)[None]).cpu()  # [processes, minibatches, 5]
-        norms = everywhere[0, :, 4]
-        self.updater.check(0.0, norms.tolist(), iteration.number)
-        loss, distance, kl, kl_pairs = everywhere[..., :4].sum((0, 1)).tolist()
+        (loss, distance, kl, kl_pairs), grad_norm = self.gathered(reports, iteration.number)
         pairs = self.settings.images * self.trained
         self.steps += self.micro_batches.minibatches
         decay = self.section.old_decay(self.steps)
@@ -162,7 +159,7 @@ class NegativeAwareFineTuning(ForwardProcess):
             "kl": kl / kl_pairs,
             "old_policy_distance": distance / pairs,
             "old_policy_decay": decay,
-            "grad_norm": norms.mean().item(),
+            "grad_norm": grad_norm,
         }
 
     def accumulate(

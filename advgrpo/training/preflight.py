@@ -165,12 +165,12 @@ def _vae(folder: Path, source: str) -> AutoencoderKL:
 
 
 def _check_told_guidance(config: Config, source: str) -> None:
-    """A network that is told its guidance is fitted at 1 by the objectives that fit its velocity, and drawn alike."""
+    """A network that is told its guidance is fitted at 1 by an objective that fits its velocity: it is drawn alike."""
     scales = {"evaluation": config.evaluation.guidance_scale}
     if config.objective.samples_images:
         scales["rollout"] = config.rollout.guidance_scale
     for section, scale in scales.items():
-        if config.objective.fits_velocity and scale != 1:
+        if scale != 1:
             raise UserError(
                 f"{section}.guidance_scale = {scale:g}: {source} is told its guidance, and update.objective = "
                 f"{config.update.objective} fits it at 1; set --{section}.guidance-scale 1"
@@ -192,7 +192,7 @@ def _check_generator(config: Config) -> None:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     family = POLICIES[index["_class_name"]]
     family.check_parts(model, index, network.config, vae.config, read_json(scheduler, source))
-    if getattr(network.config, "guidance_embeds", False):
+    if config.objective.fits_velocity and getattr(network.config, "guidance_embeds", False):
         _check_told_guidance(config, source)
     if prediction_type == "epsilon":
         trained = ddim_scheduler(scheduler, model.path).config.num_train_timesteps

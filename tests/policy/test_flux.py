@@ -14,13 +14,11 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from peft import LoraConfig
-from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 from advgrpo.config import LORA_TARGETS, LoraSection
 from advgrpo.errors import UserError
-from advgrpo.generate import main as generate
 from advgrpo.policy.adapters import stored_network, target_modules
 from advgrpo.policy.flux import FluxPolicy, image_ids, pack, unpack
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
@@ -40,7 +38,7 @@ from advgrpo.training.preflight import preflight
 from advgrpo.training.run import Run
 from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.flux_models import save_pipeline
-from tests.parts import updater_of
+from tests.parts import assert_generate_draws, train_adapters, updater_of
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
 ROW = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -79,14 +77,6 @@ def load(settings, *, fused: bool = True, precision: str = "model", **changes) -
     policy = load_policy(model, device=torch.device("cpu"), cache_dir=cache, seed=0, **how)
     assert isinstance(policy, FluxPolicy)
     return policy
-
-
-def train_adapters(policy: FluxPolicy) -> None:
-    """Give every adapter a non-zero product, as training would."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for _, parameter in policy.trainable_parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def stock(settings) -> FluxPipeline:
@@ -463,19 +453,7 @@ def test_full_fine_tuning_exports_a_transformer_that_diffusers_loads(settings, t
 def test_generate_draws_base_and_lora(settings, tmp_path, capsys):
     policy = load(settings)
     train_adapters(policy)
-    policy.export(tmp_path / "lora")
-    flags = ["--model", settings.model.path, "--resolution", "32", "--num-steps", "2", "--images-per-prompt", "2"]
-    arguments = [
-        "--prompt",
-        PROMPTS[0],
-        "--lora",
-        str(tmp_path / "lora"),
-        "--base",
-        "--output",
-        str(tmp_path / "g.png"),
-    ]
-    assert generate([*arguments, *flags]) == 0, capsys.readouterr().err
-    assert min(Image.open(tmp_path / "g.png").size) > 60
+    assert_generate_draws(policy, PROMPTS[0], settings, tmp_path, capsys)
 
 
 def edited(settings, tmp_path, part: str, **changes) -> None:

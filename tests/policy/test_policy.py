@@ -21,7 +21,7 @@ from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.update import LogProbMismatchError
 from advgrpo.types import MicroBatch, MicroBatchRollout
-from tests.parts import steps_of, updater_of
+from tests.parts import steps_of, train_adapters, updater_of
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
 ROW = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -37,14 +37,6 @@ def velocity_at(policy: SD3Policy, latents: torch.Tensor, *, guidance: float) ->
     """Conditional velocity of PROMPTS at timestep 500."""
     prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([900.0, 500.0]), guidance=guidance)
     return policy.predict(latents, torch.tensor([1]), prepared)[0].detach()
-
-
-def train_adapters(policy: SD3Policy) -> None:
-    """Give every adapter a non-zero product, as training would."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for _, parameter in policy.trainable_parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def sample(policy, settings, *, window=(1, 2), share=True, merged=True):

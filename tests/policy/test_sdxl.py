@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from rich.console import Console
 
 from advgrpo import config
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
-from advgrpo.generate import main as generate
 from advgrpo.policy.adapters import target_modules
 from advgrpo.policy.loading import load_policy
 from advgrpo.policy.sd3 import SD3Policy
@@ -30,7 +28,7 @@ from advgrpo.training.fast import FastPaths
 from advgrpo.training.models import lora_section
 from advgrpo.training.run import Run
 from advgrpo.types import MicroBatch, MicroBatchRollout
-from tests.parts import steps_of, updater_of
+from tests.parts import assert_generate_draws, steps_of, train_adapters, updater_of
 from tests.unet_models import SDXL_UNET, save_pipeline, unet
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
@@ -64,14 +62,6 @@ both_kinds = pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def load(settings, **changes) -> UNetPolicy:
     model = settings.model.model_copy(update=changes)
     return load_policy(model, device=torch.device("cpu"), cache_dir=Path(settings.data.cache_dir), seed=0)
-
-
-def train_adapters(policy: UNetPolicy) -> None:
-    """Give every adapter a non-zero product, as training would."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for _, parameter in policy.trainable_parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def stock(settings, *, spacing: str = "") -> DiffusionPipeline:
@@ -378,19 +368,7 @@ def test_what_fast_switches_on_for_a_unet(settings):
 def test_generate_draws_base_and_lora_with_ddim(settings, tmp_path, capsys):
     policy = load(settings)
     train_adapters(policy)
-    policy.export(tmp_path / "lora")
-    flags = ["--model", settings.model.path, "--resolution", "32", "--num-steps", "2", "--images-per-prompt", "2"]
-    arguments = [
-        "--prompt",
-        PROMPTS[0],
-        "--lora",
-        str(tmp_path / "lora"),
-        "--base",
-        "--output",
-        str(tmp_path / "g.png"),
-    ]
-    assert generate([*arguments, *flags]) == 0, capsys.readouterr().err
-    assert min(Image.open(tmp_path / "g.png").size) > 60
+    assert_generate_draws(policy, PROMPTS[0], settings, tmp_path, capsys)
 
 
 def test_a_lora_is_read_with_its_scope(settings, unit_pipeline, tmp_path):

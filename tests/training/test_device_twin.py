@@ -48,6 +48,7 @@ MORE_READS = {  # of the configurations below
     "advgrpo/training/supervised.py:iterate",  # SFT's log
     "advgrpo/training/nft.py:update",  # NFT's log
     "advgrpo/training/awm.py:update",
+    "advgrpo/training/forward_process.py:gathered",  # what both logs have in common
     "advgrpo/training/cheaper.py:choose",  # which scouts are drawn again: micro-batches are made on the host
     "advgrpo/training/cheaper.py:number",  # how alike rewards rank
     "advgrpo/training/cheaper.py:agreement",  # the same by shortened tails
