@@ -1,7 +1,7 @@
 r"""Compare LoRAs with their base model at several guidance scales: accuracy, distance to the references, diversity.
 
-python -m advgrpo.frontier --loras runs/tiny-emoji/lora --output runs/tiny-emoji/frontier
-python -m advgrpo.frontier --loras runs/a/lora runs/b/lora --prompts tiny:emoji:names --output runs/frontier
+python -m advgrpo.frontier --loras runs/tiny/lora --output runs/tiny/frontier
+python -m advgrpo.frontier --loras runs/a/lora runs/b/lora --prompts tiny:names --output runs/frontier
 
 LoRAs are seeds of one recipe: intervals are over seeds and prompts (advgrpo/evaluation/frontier.py). Every model draws
 the same noise. Its own best guidance is chosen on other prompts (--tuning-prompts) than are reported.
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
 class Frontier(ModelOptions):
     """Compare LoRAs with their base model at several guidance scales."""
 
-    model: Annotated[str, Field(min_length=1)] = "tiny:emoji"
-    """The pipeline that the LoRAs adapt; the emoji world's, which has a judge."""
+    model: Annotated[str, Field(min_length=1)] = "tiny"
+    """The pipeline that the LoRAs adapt; the tiny world's, which has a judge."""
     loras: tuple[str, ...]
     """Folders with pytorch_lora_weights.safetensors, such as OUT/lora; several are seeds of one recipe."""
     output: Path
     """Folder for frontier.json and frontier.png."""
     guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     """Classifier-free guidance to draw at."""
-    prompts: str = "tiny:emoji:report"
-    """Prompt file of what is reported; "tiny:emoji:report" and "tiny:emoji:names" for the shipped ones."""
-    tuning_prompts: str = "tiny:emoji:tuning"
+    prompts: str = "tiny:report"
+    """Prompt file of what is reported; "tiny:report" and "tiny:names" for the shipped ones."""
+    tuning_prompts: str = "tiny:tuning"
     """Prompt file on which every model's own best guidance is chosen: other prompts."""
     images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = 2
     """Images of every prompt."""
@@ -73,17 +73,17 @@ class Witness(Protocol):
 
 
 class TinyWitness:
-    """The emoji world's judge: is the nearest drawing of the prompt's name?"""
+    """The tiny world's judge: is the nearest drawing of the prompt's name?"""
 
     accuracy, distance = "retrieval", "KID x 1000 in EfficientNet-Lite0's features"
 
     def __init__(self, cache: Path):
-        from advgrpo.tiny.emoji.judge import Judge
+        from advgrpo.tiny.judge import Judge
 
         self._judge = Judge(cache=cache)
 
     def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        from advgrpo.tiny.emoji.scenes import Scene
+        from advgrpo.tiny.scenes import Scene
 
         verdict = self._judge.look(images.cpu(), [Scene.parse(prompt) for prompt in prompts])
         return verdict.top1.float(), verdict.features
@@ -99,7 +99,7 @@ class Prompts:
     @classmethod
     def read(cls, name: str, witness: Witness) -> Prompts:
         texts = [prompt.text for prompt in load_prompts(shipped_path("held_out_prompts", name))]
-        known = ReferenceSet.load(shipped_path("references", "tiny:emoji"), texts)
+        known = ReferenceSet.load(shipped_path("references", "tiny"), texts)
         count = min(len(known.files(text)) for text in texts)
         images = torch.cat([known.load_images(known.files(text)[:count]) for text in texts])
         _, features = witness.look(images, [text for text in texts for _ in range(count)])
@@ -201,8 +201,8 @@ def compare_models(options: Frontier, console: Console) -> Compared:
     """Draw, judge, compare; writes frontier.json and frontier.png."""
     from advgrpo.policy.pipelines import pipeline_folder
 
-    if options.world is not WORLDS["tiny:emoji"]:
-        raise UserError(f"--model {options.model}: only tiny:emoji has an independent judge; leave it")
+    if options.world is not WORLDS["tiny"]:
+        raise UserError(f"--model {options.model}: only tiny has an independent judge; leave it")
     if any(scale < 1 for scale in options.guidance_scales) or not options.guidance_scales:
         raise UserError(f"--guidance-scales {options.guidance_scales}: want one or more, each at least 1")
     writable(options.output, "--output")

@@ -10,7 +10,7 @@ import torch
 
 from advgrpo.errors import UserError
 from advgrpo.rewards.rule import RuleReward
-from advgrpo.tiny.emoji import scenes as emoji
+from advgrpo.tiny import scenes
 from advgrpo.tiny.shapes import Scene, render
 
 SCENE = Scene("star", "red", "blue", "large", "in the center of")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from advgrpo.tiny.emoji.scenes import (
+from advgrpo.tiny.scenes import (
     ARTISTS,
     BACKGROUNDS,
     IMAGE_SIZE,

@@ -15,10 +15,10 @@ from transformers import Dinov2Model
 from advgrpo import tiny
 from advgrpo.data.references import ReferenceSet
 from advgrpo.tiny import architecture
-from advgrpo.tiny.emoji.rules import background_right
-from advgrpo.tiny.emoji.scenes import ARTISTS, IMAGE_SIZE, NAMES, REFERENCE_ARTIST, Scene, all_scenes, render
-from tools.tiny.emoji import build_references
-from tools.tiny.emoji.build_backbone import MEAN, STD
+from advgrpo.tiny.rules import background_right
+from advgrpo.tiny.scenes import ARTISTS, IMAGE_SIZE, NAMES, REFERENCE_ARTIST, Scene, all_scenes, render
+from tools.tiny import build_references
+from tools.tiny.build_backbone import MEAN, STD
 
 WORLD = tiny.WORLDS["tiny:emoji"]
 ASSETS = WORLD.pipeline.parent
@@ -146,7 +146,7 @@ def test_assets_are_a_few_megabytes_that_anybody_may_read():
 def test_every_artist_is_named_with_a_licence():
     from pathlib import Path
 
-    from tools.tiny.emoji.build_styles import STYLES
+    from tools.tiny.build_styles import STYLES
 
     root = Path(__file__).parents[2]
     notice = (root / "NOTICE").read_text()

@@ -7,9 +7,9 @@ import torch
 
 from advgrpo import config
 from advgrpo.adversary.feature_head import FeatureHeadAdversary
-from advgrpo.tiny.emoji.scenes import NAMES, Scene
+from advgrpo.tiny.scenes import NAMES, Scene
 from advgrpo.types import Features
-from tools.tiny.emoji import audit_backbone as audit
+from tools.tiny import audit_backbone as audit
 
 
 class Near:

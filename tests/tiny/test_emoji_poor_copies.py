@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from advgrpo import tiny
-from advgrpo.tiny.emoji.scenes import BASE_ARTISTS, all_scenes, render
-from tools.tiny.emoji import build_pipeline
-from tools.tiny.emoji.poor_copies import KINDS, fade, poor_copies, redraw, shrink, watermarked
+from advgrpo.tiny.scenes import BASE_ARTISTS, all_scenes, render
+from tools.tiny import build_pipeline
+from tools.tiny.poor_copies import KINDS, fade, poor_copies, redraw, shrink, watermarked
 
 
 def drawings(count: int = 48) -> torch.Tensor:

@@ -12,9 +12,9 @@ import torch
 
 from advgrpo.rewards.pickscore import PickScore
 from advgrpo.tiny.architecture import EMOJI, clip_tokenizer, vae
-from advgrpo.tiny.emoji.scenes import Scene, all_scenes, render
-from tools.tiny.emoji import build_preference as builder
-from tools.tiny.emoji import damage
+from advgrpo.tiny.scenes import Scene, all_scenes, render
+from tools.tiny import build_preference as builder
+from tools.tiny import damage
 
 
 def seeded(seed: int = 0) -> torch.Generator:

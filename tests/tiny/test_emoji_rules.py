@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from advgrpo.tiny.emoji.rules import MIN_OVERLAP, background_right, boxes, look
-from advgrpo.tiny.emoji.scenes import ARTISTS, IMAGE_SIZE, NAMES, Scene, all_scenes, render
+from advgrpo.tiny.rules import MIN_OVERLAP, background_right, boxes, look
+from advgrpo.tiny.scenes import ARTISTS, IMAGE_SIZE, NAMES, Scene, all_scenes, render
 
 
 def sample(count: int, seed: int = 0, names=NAMES) -> list[Scene]:
@@ -34,7 +34,7 @@ def test_every_artists_drawings_keep_the_rules_wherever_they_jitter(artist):
 
 def test_an_unknown_artists_drawings_fit_too(monkeypatch):
     """The boxes are of things, not of single drawings: those of the four others will do."""
-    from advgrpo.tiny.emoji import rules
+    from advgrpo.tiny import rules
 
     scenes = sample(200)
     for artist in ARTISTS:

@@ -13,10 +13,10 @@ from PIL import Image
 from advgrpo import config, tiny
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
-from advgrpo.tiny.emoji.rules import border_colour, look
-from advgrpo.tiny.emoji.scenes import ARTISTS, IMAGE_SIZE, NAMES, Scene, render
-from tools.tiny.emoji import build_styles
-from tools.tiny.emoji.build_styles import STYLES, draw, training_scenes, write_style
+from advgrpo.tiny.rules import border_colour, look
+from advgrpo.tiny.scenes import ARTISTS, IMAGE_SIZE, NAMES, Scene, render
+from tools.tiny import build_styles
+from tools.tiny.build_styles import STYLES, draw, training_scenes, write_style
 
 
 def shipped(style: str) -> torch.Tensor:
