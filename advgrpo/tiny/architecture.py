@@ -53,8 +53,8 @@ TEXT_WIDTH = 128  # the two CLIPs side by side, and the T5
 def clip_tokenizer(size: Size = TINY) -> CLIPTokenizer:
     """Byte-pair encoding in which every caption word is one token and any other text still encodes.
 
-    The same pieces get the same numbers in every process. A shipped pipeline may have a tokenizer of an earlier version,
-    of which that was not true; its next rebuild takes this one.
+    The same pieces get the same numbers in every process. Shipped pipelines have tokenizers of an earlier version, of
+    which that was not true; their next rebuild takes this one.
     """
     letters = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789.,!?'\"-"]
     merges = learn_merges(size.words)

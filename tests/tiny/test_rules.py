@@ -1,4 +1,4 @@
-"""The emoji world's rules on drawings whose layout is known, and on images that are no drawings.
+"""The tiny world's rules on drawings whose layout is known, and on images that are no drawings.
 
 Bugs planted in a copy, each seen red: no jitter forgiven; noise taken for a drawing; a stray pixel in the box; columns
 and rows exchanged; the union without the expected box; the nearest background of all left out.
@@ -117,7 +117,7 @@ def test_every_background_is_told_from_the_others():
     [
         (torch.zeros(2, 3, 48, 48), ["a large fox on blue"], "B captions; got .* and 1"),
         (torch.zeros(1, 1, 48, 48), ["a large fox on blue"], "want images"),
-        (torch.zeros(1, 3, 48, 48), ["a large dragon on blue"], "not a caption of the emoji world"),
+        (torch.zeros(1, 3, 48, 48), ["a large dragon on blue"], "not a caption of the tiny world"),
     ],
 )
 def test_bad_input(images, asked, complaint):

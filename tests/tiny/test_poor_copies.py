@@ -91,7 +91,7 @@ def test_the_builder_goes_on_from_a_pipeline_alike_every_time(tmp_path, monkeypa
     monkeypatch.setattr(
         build_pipeline, "poor_copies", lambda *drawn: spoilt.append(result := poor_copies(*drawn)) or result
     )
-    shipped = tiny.WORLDS["tiny:emoji"].pipeline
+    shipped = tiny.pipeline_dir()
     written = []
     for name in ("first", "second"):
         output = tmp_path / name

@@ -1,4 +1,4 @@
-"""What the emoji world ships: lists, references, pipeline, backbone, and that they are small and readable.
+"""What the tiny world ships: lists, references, pipeline, backbone, and that they are small and readable.
 
 Bugs planted in a copy, each seen red: a held-out name in a training prompt; a prompt in two lists; a prompt without
 references; references by another artist; a backbone that is no better than an untrained one; a file only its owner may
@@ -20,10 +20,10 @@ from advgrpo.tiny.scenes import ARTISTS, IMAGE_SIZE, NAMES, REFERENCE_ARTIST, Sc
 from tools.tiny import build_references
 from tools.tiny.build_backbone import MEAN, STD
 
-WORLD = tiny.WORLDS["tiny:emoji"]
+WORLD = tiny.WORLDS["tiny"]
 ASSETS = WORLD.pipeline.parent
 LISTS = {"prompts": WORLD.prompts, "held_out_prompts": WORLD.held_out_prompts} | {
-    name: tiny.other_prompts()[f"tiny:emoji:{shown}"]
+    name: tiny.other_prompts()[f"tiny:{shown}"]
     for name, shown in (("tuning_prompts", "tuning"), ("report_prompts", "report"), ("held_out_names", "names"))
 }
 
@@ -81,7 +81,7 @@ def test_the_pipeline_draws_in_stock_diffusers():
     pipe = StableDiffusion3Pipeline.from_pretrained(WORLD.pipeline)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.transformer.dtype == pipe.text_encoder.dtype == torch.float32
-    assert architecture.EMOJI.t5_tokens == WORLD.max_sequence_length
+    assert architecture.TINY.t5_tokens == WORLD.max_sequence_length
     assert WORLD.image_size == IMAGE_SIZE
     prompts = lines("held_out_prompts")[:12]
     images = pipe(
@@ -99,19 +99,19 @@ def test_the_shipped_tokenizers_know_every_word(kind):
 
     tokenizer = (CLIPTokenizer if kind == "tokenizer" else T5TokenizerFast).from_pretrained(WORLD.pipeline / kind)
     added = tokenizer.num_special_tokens_to_add()
-    words = architecture.EMOJI.words
+    words = architecture.TINY.words
     assert all(len(tokenizer(word).input_ids) == 1 + added for word in words)
     longest = max(len(tokenizer(scene.caption).input_ids) for scene in all_scenes(["fox", "key"]))
-    assert longest == architecture.EMOJI.caption_words + added == tokenizer.model_max_length
+    assert longest == architecture.TINY.caption_words + added == tokenizer.model_max_length
 
 
 def test_the_backbone_tells_things_apart_better_than_an_untrained_one():
-    folder = tiny.BACKBONES["tiny:emoji"]
+    folder = tiny.BACKBONES["tiny"]
     figures = json.loads((folder / "training.json").read_text())["figures"]
     assert figures["probe"] - figures["probe_untrained"] >= 0.2
     trained = Dinov2Model.from_pretrained(folder).eval()
     assert trained.config.image_size == IMAGE_SIZE
-    untrained = architecture.backbone(seed=0, size=architecture.EMOJI).eval()
+    untrained = architecture.backbone(seed=0).eval()
     found, chance = (_found_again(model) for model in (trained, untrained))
     assert found - chance >= 0.25  # .77 and .30
 
@@ -130,15 +130,16 @@ def _found_again(model: Dinov2Model) -> float:
 def test_the_page_has_the_backbones_recorded_figures():
     from pathlib import Path
 
-    figures = json.loads((tiny.BACKBONES["tiny:emoji"] / "training.json").read_text())["figures"]
-    page = (Path(__file__).parents[2] / "docs" / "emoji.md").read_text()
+    figures = json.loads((tiny.BACKBONES["tiny"] / "training.json").read_text())["figures"]
+    page = (Path(__file__).parents[2] / "docs" / "tiny.md").read_text()
     for row, name in (("not fitted on", "probe"), ("of the untrained backbone", "probe_untrained")):
         assert f"{row} | {figures[name]:.3f} |".replace(" 0.", " .") in page
 
 
 def test_assets_are_a_few_megabytes_that_anybody_may_read():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 15 * 2**20
+    assert sum(path.stat().st_size for path in files if "words" not in path.parts) <= 16 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 28 * 2**20
     assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
     assert {path.suffix for path in files} == {".json", ".png", ".safetensors", ".txt"}
 

@@ -30,7 +30,7 @@ def drawn(count: int, shift: float) -> Features:
 
 def test_the_presets_adversary_learns_to_tell_the_sides_apart():
     section = audit.adversary_section("judge")
-    assert section == config.load(preset="tiny-emoji").adversary.model_copy(update={"num_patches": 1})
+    assert section == config.load(preset="tiny").adversary.model_copy(update={"num_patches": 1})
     assert audit.adversary_section("here").backbone == "here"
     adversary = audit.adversary_on(section, Near(), seed=0)
     assert type(adversary) is FeatureHeadAdversary

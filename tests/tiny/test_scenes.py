@@ -1,4 +1,4 @@
-"""The emoji world's images: captions, drawings, composition."""
+"""The tiny world's images: captions, drawings, composition."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The emoji world's preference model: its annotator on known answers, and its builder.
+"""The tiny world's preference model: its annotator on known answers, and its builder.
 
 Bugs planted in a copy, each seen red: the annotator's probability of the wrong image; chroma left out of its utility;
 damage that counts for the image; saturation scaled about black; the two images of a pair swapped in the loss; a changed
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from advgrpo.rewards.pickscore import PickScore
-from advgrpo.tiny.architecture import EMOJI, clip_tokenizer, vae
+from advgrpo.tiny.architecture import clip_tokenizer, vae
 from advgrpo.tiny.scenes import Scene, all_scenes, render
 from tools.tiny import build_preference as builder
 from tools.tiny import damage
@@ -35,11 +35,11 @@ def drawings(count: int) -> tuple[list[Scene], torch.Tensor]:
 def network() -> builder.AutoencoderKL:
     """An untrained VAE."""
     torch.manual_seed(0)
-    return vae(EMOJI).eval()
+    return vae().eval()
 
 
 def untrained() -> builder.Trainee:
-    tokenizer = clip_tokenizer(EMOJI)
+    tokenizer = clip_tokenizer()
     return builder.Trainee(builder.model(0, len(tokenizer)), tokenizer)
 
 
@@ -204,7 +204,7 @@ def test_the_losses_prefer_the_preferred_and_name_what_is_shown(data, monkeypatc
 def test_the_builder_runs_end_to_end_and_repeats(tmp_path, monkeypatch, network):
     pipeline = tmp_path / "pipeline"
     network.save_pretrained(pipeline / "vae")
-    clip_tokenizer(EMOJI).save_pretrained(pipeline / "tokenizer")
+    clip_tokenizer().save_pretrained(pipeline / "tokenizer")
     monkeypatch.setattr(builder, "measure", lambda *_: dict.fromkeys(builder.GATES, 0.7))
     weights = []
     for folder, seed, more in (("first", 0, []), ("again", 0, []), ("other", 1, []), ("on", 0, ["--init", "first"])):

