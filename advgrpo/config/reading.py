@@ -85,9 +85,9 @@ def _problem(error: yaml.YAMLError) -> str:
 
 def read_preset(name: Any) -> dict[str, Any]:
     """A preset's settings, laid over those of the preset that it names."""
+    if isinstance(name, str) and name in PRESETS:
+        raise UserError(f"the preset {name!r} is called {PRESETS[name]!r} now")
     if not isinstance(name, str) or name not in preset_names():
-        if isinstance(name, str) and name in PRESETS:
-            raise UserError(f"the preset {name!r} is called {PRESETS[name]!r} now")
         raise UserError(f"unknown preset {name!r}{did_you_mean(str(name), preset_names(), cutoff=0.3)}")
     settings = copy.deepcopy(_shipped(name))
     base = settings.pop("preset", None)  # a job is another preset with a few changes
