@@ -119,7 +119,8 @@ def test_builder_runs_end_to_end(tmp_path, monkeypatch):
     """A few steps, so that the recipe cannot rot; every caption is read to its end, and the T5 spells capitals."""
     drawn, real = [], build_words.draw
     monkeypatch.setattr(build_words, "draw", lambda count, generator: drawn.append(count) or real(count, generator))
-    build_words.main(["--output", str(tmp_path), *"--vae-steps 2 --flow-steps 2 --batch 4 --images 64".split()])
+    steps = ["--vae-steps", "2", "--flow-steps", "2", "--batch", "4", "--images", "64"]
+    build_words.main(["--output", str(tmp_path), *steps])
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path)
     spelled = pipe.tokenizer_3(words.WordScene("CAT", "red", "white").caption).input_ids
     pieces = ["▁the", "▁word", "▁", *'"CAT"', "▁in", "▁red", "▁on", "▁a", "▁white", "▁background", "</s>"]

@@ -10,10 +10,11 @@ import json
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from transformers import Dinov2Model
+from transformers import CLIPTokenizer, Dinov2Model
 
 from advgrpo import tiny
 from advgrpo.data.references import ReferenceSet
+from advgrpo.rewards.pickscore import PickScore
 from advgrpo.tiny import architecture
 from advgrpo.tiny.rules import background_right
 from advgrpo.tiny.scenes import ARTISTS, IMAGE_SIZE, NAMES, REFERENCE_ARTIST, Scene, all_scenes, render
@@ -142,6 +143,15 @@ def test_assets_are_a_few_megabytes_that_anybody_may_read():
     assert sum(path.stat().st_size for path in files) <= 28 * 2**20
     assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
     assert {path.suffix for path in files} == {".json", ".png", ".safetensors", ".txt"}
+
+
+def test_the_preference_model_scores_the_worlds_pictures():
+    scenes = all_scenes(["fox", "key"])[:4]
+    scores = PickScore(path="tiny").score(render(scenes, [REFERENCE_ARTIST] * 4), [s.caption for s in scenes], None)
+    assert scores.shape == (4,)
+    assert len(set(scores.tolist())) == 4
+    tokenizer = CLIPTokenizer.from_pretrained(tiny.preference_dir())
+    assert max(len(tokenizer(scene.caption).input_ids) for scene in scenes) == architecture.TINY.clip_tokens
 
 
 def test_every_artist_is_named_with_a_licence():

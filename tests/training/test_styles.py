@@ -1,7 +1,7 @@
 """The tiny world's styles: what is shipped, how it differs from the world's drawings, and how a run finds it.
 
-Bugs planted in a copy, each seen red: coverage left out of drawings; scenes of other prompts; shared references computed
-per prompt; "tiny:" taken for a folder; no nearest style.
+Bugs planted in a copy, each seen red: coverage left out of drawings; scenes of other prompts; shared references
+computed per prompt; "tiny:" taken for a folder; no nearest style.
 """
 
 import numpy as np
