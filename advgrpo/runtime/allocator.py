@@ -25,4 +25,7 @@ def keep_freed_memory() -> bool:
     if chosen or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    return mallopt is not None and all([mallopt(number, value) == 1 for number, value in _SETTINGS.items()])
+    if mallopt is None:
+        return False
+    made = [mallopt(number, value) == 1 for number, value in _SETTINGS.items()]
+    return all(made)
