@@ -81,10 +81,10 @@ tiny-assets: $(VENV)/.train
 	$(BIN)/python -m tools.tiny.emoji.draw_sheets --output advgrpo/tiny/assets/emoji/drawings
 	$(BIN)/python -m tools.tiny.emoji.build_references --output advgrpo/tiny/assets/emoji
 	$(BIN)/python -m tools.tiny.emoji.build_styles --output advgrpo/tiny/assets/emoji/styles
-	$(BIN)/python -m tools.tiny.emoji.build_pipeline --output build/emoji/clean
-	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/clean --steps 5000 --output build/emoji/poor
-	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/poor --steps 2000 --watermarks 0.5 \
-	  --output advgrpo/tiny/assets/emoji/pipeline
+	$(BIN)/python -m tools.tiny.emoji.build_pipeline --output build/emoji/vae
+	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/vae --steps 9000 --output build/emoji/drawings
+	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/drawings --steps 3000 --good-share 0.6 \
+	  --watermarks 0.8 --output advgrpo/tiny/assets/emoji/pipeline
 	$(BIN)/python -m tools.tiny.emoji.build_backbone --pipeline advgrpo/tiny/assets/emoji/pipeline \
 	  --output advgrpo/tiny/assets/emoji/backbone
 

@@ -2,10 +2,10 @@ r"""Pre-train the emoji world's SD3 pipeline: first its VAE, then transformer an
 
     python -m tools.tiny.emoji.build_pipeline --output BUILD/vae
     python -m tools.tiny.emoji.build_pipeline --continue-from BUILD/vae --steps 9000 --output BUILD/drawings
-    python -m tools.tiny.emoji.build_pipeline --continue-from BUILD/drawings --steps 7000 --good-share 0.6 \
+    python -m tools.tiny.emoji.build_pipeline --continue-from BUILD/drawings --steps 3000 --good-share 0.6 \
       --watermarks 0.8 --output advgrpo/tiny/assets/emoji/pipeline
 
-About 20, 45 and 35 minutes of one CPU core, on one thread, so that a rebuild has the same bits. The VAE learns on
+About 20, 60 and 20 minutes of one CPU core, on one thread, so that a rebuild has the same bits. The VAE learns on
 drawings of 600 things, the rest on the world's 64, all by the base's artists; neither sees the references' artist.
 The last command goes on with drawings of which 40 % are poor copies and most have watermarks (`poor_copies.py`), as
 what is collected from the web has: the model then draws all of it, which leaves reinforcement learning something to
