@@ -73,10 +73,10 @@ tiny-assets: $(VENV)/.dev
 	$(BIN)/python -m tools.tiny.draw_sheets --output $(ASSETS)/drawings
 	$(BIN)/python -m tools.tiny.build_references --output $(ASSETS)
 	$(BIN)/python -m tools.tiny.build_styles --output $(ASSETS)/styles
-	$(BIN)/python -m tools.tiny.build_pipeline --output build/tiny/clean
-	$(BIN)/python -m tools.tiny.build_pipeline --continue-from build/tiny/clean --steps 5000 --output build/tiny/poor
-	$(BIN)/python -m tools.tiny.build_pipeline --continue-from build/tiny/poor --steps 2000 --watermarks 0.5 \
-	  --output $(ASSETS)/pipeline
+	$(BIN)/python -m tools.tiny.build_pipeline --output build/tiny/vae
+	$(BIN)/python -m tools.tiny.build_pipeline --continue-from build/tiny/vae --steps 9000 --output build/tiny/drawings
+	$(BIN)/python -m tools.tiny.build_pipeline --continue-from build/tiny/drawings --steps 3000 --good-share 0.6 \
+	  --watermarks 0.8 --output $(ASSETS)/pipeline
 	$(BIN)/python -m tools.tiny.build_backbone --pipeline $(ASSETS)/pipeline --output $(ASSETS)/backbone
 	$(BIN)/python -m tools.tiny.build_preference --pipeline $(ASSETS)/pipeline --output $(ASSETS)/preference
 	$(BIN)/python -m advgrpo.tiny.words --size 32 --per-prompt 4 --output $(ASSETS)/words

@@ -95,9 +95,8 @@ def test_the_builder_goes_on_from_a_pipeline_alike_every_time(tmp_path, monkeypa
     written = []
     for name in ("first", "second"):
         output = tmp_path / name
-        build_pipeline.main(
-            ["--continue-from", str(shipped), "--output", str(output), "--steps", "2", "--images", "64"]
-        )
+        options = {"continue-from": shipped, "output": output, "steps": 2, "images": 64, "good-share": 0.6}
+        build_pipeline.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
         written.append(load_file(output / "transformer" / "diffusion_pytorch_model.safetensors"))
     assert torch.equal(*spoilt)
     first, second = written

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from tools.tiny.damage import moved_pixels, smooth
 
-GOOD_SHARE = 0.4  # of the images that stay as they are; the kinds share the rest alike
 _BAR, _OPACITY = 4, 0.7  # pixels a watermark's bar and gap are wide, along a row; what it takes of the drawing
 
 
