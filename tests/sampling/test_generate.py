@@ -12,7 +12,7 @@ from advgrpo import config
 from advgrpo.generate import main
 from advgrpo.policy.sd3 import SD3Policy
 
-PROMPTS = ["--prompt", "a small red star on the left of a blue background", "--prompt", "a large green ring"]
+PROMPTS = ["--prompt", "a small fox on blue, left", "--prompt", "a large key on pink"]
 
 
 @pytest.fixture
