@@ -229,6 +229,7 @@ def tempflow() -> dict[str, torch.Tensor]:
         joint_attention_kwargs=None,
         do_classifier_free_guidance=False,
         interrupt=False,
+        clip_skip=None,
         encode_prompt=lambda **_: (text, None, text, None),
         transformer=Transformer(),
         prepare_latents=lambda *_: initial,

@@ -5,6 +5,7 @@ window; a group's step drawn by minibatch; the loss's mean over the whole window
 the step of another.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from advgrpo.sampling.dynamics import step_table, step_weights
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.micro_batches import MicroBatches
 from advgrpo.types import MicroBatch
-from tests.graph_emulator import EmulatedGraphs
 from tests.sampling.test_multistep import given_noise
+from tests.sampling.test_rollout import build, by_image, changed, rollout_of, without_times
 from tests.sampling.toy import ToyGenerator, bent
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -60,7 +61,7 @@ def test_the_weights_are_tempflows_up_to_one_factor():
     torch.testing.assert_close(weights / weights.sum(), golden["std_dev_t"] / golden["std_dev_t"].sum())
 
 
-def rollout_of(branching: bool = True, **changes) -> RolloutSection:
+def three_branches(branching: bool = True, **changes) -> RolloutSection:
     window = WindowSection(order="fixed", steps=(1, 2, 4), branching=branching)
     return RolloutSection(prompts_per_iteration=6, group_size=4, micro_batch=2, num_steps=6, window=window, **changes)
 
@@ -71,7 +72,7 @@ def test_groups_of_a_prompt_share_their_noise_and_take_the_steps_in_turn(world_s
     every: list[MicroBatch] = []
     for rank in range(world_size):
         settings = {"seed": 7, "rank": rank, "world_size": world_size}
-        micro_batches = MicroBatches(prompts, rollout_of(), 3, **settings)
+        micro_batches = MicroBatches(prompts, three_branches(), 3, **settings)
         every += micro_batches.of(4)
         texts = micro_batches.prompts_of(4)
     assert [texts[0]] * 3 + [texts[3]] * 3 == texts
@@ -85,35 +86,25 @@ def test_groups_of_a_prompt_share_their_noise_and_take_the_steps_in_turn(world_s
 
 
 def test_without_branching_nothing_is_shared_out():
-    micro_batches = MicroBatches(["a", "b"], rollout_of(branching=False), 3, seed=7, rank=0, world_size=1).of(0)
+    micro_batches = MicroBatches(["a", "b"], three_branches(branching=False), 3, seed=7, rank=0, world_size=1).of(0)
     assert {each.branch for each in micro_batches} == {None}
     assert [each.trajectories.tolist() for each in micro_batches[:4]] == [[0], [0], [1], [1]]
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_captured_branches_are_the_eager_ones(monkeypatch, whole):
-    for module in ("gaussian_step", "_gaussian"):
-        monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
+def test_each_branch_has_a_table_of_its_own():
+    """Its tail is as short as asked for after its own step, and the update finds its step's row in the whole table."""
     policy = ToyGenerator(torch.linspace(1, 0, 7), bent)
-    rollout = rollout_of(dynamics="flow_sde", initial_noise="shared", tail_steps=2, tail_solver="dpm2")
+    rollout = three_branches(dynamics="flow_sde", initial_noise="shared", tail_steps=2, tail_solver="dpm2")
     table = step_table(policy, 6, (1, 2, 4), rollout=rollout)
     assert [each.taken for each in table.branches] == [(0, 1, 2, 4), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5)]
     assert [each.window for each in table.branches] == [(1,), (2,), (4,)]
     assert table.trained_per_image == 1
     assert [len(each.trained) for each in table.to_look_at().branches] == [0, 0, 0]
-    row, ids, text = torch.tensor([0, 0, 1, 1]), torch.arange(4), policy.encode(["a", "b"])
-    eager = Sampler(policy, 1.0, "gaussian", share_prefix=True, merged=False)
-    for branch in range(3):
-        step = table.of(branch)
-        latents, (kept,) = eager.run(step, text, eager.initial_latents(1, torch.arange(2)), row, image_ids=ids)
-        assert kept.step == step.window[0]
-        assert (table.coefficients[kept.step] == step.coefficients[kept.step]).all(), "what the update looks up"
-        others = [i for i in range(6) if i != kept.step]
-        assert (step.coefficients[others, 2] == 0).all()
-
-
-def changed(settings, **rollout):
-    return config.build(config.merge(settings.model_dump(mode="json"), {"rollout": rollout}), "test")
+    for own in table.branches:
+        (step,) = own.window
+        assert torch.equal(table.coefficients[step], own.coefficients[step])
+        assert own.coefficients[step, 2] > 0
+        assert own.coefficients[[i for i in range(6) if i != step], 2].abs().max() == 0
 
 
 BRANCHING = {"order": "fixed", "steps": [0, 2], "branching": True}
@@ -121,37 +112,44 @@ BRANCHING = {"order": "fixed", "steps": [0, 2], "branching": True}
 
 @pytest.mark.parametrize("changes", [{}, {"scouts": 2}, {"tail_steps": 2, "tail_solver": "dpm2", "tail_agreement": 0.0}])
 def test_a_run_that_branches_starts_on_policy_learns_and_resumes_bit_for_bit(unit_config, changes):
-    from tests.sampling.test_rollout import build, without_times
-
     unit_config.update.learning_rate = 1e-2
     unit_config.rollout.num_steps = 6
     settings = changed(
         unit_config, initial_noise="shared", window=BRANCHING, micro_batch=2, prompts_per_iteration=4, **changes
     )
     going, resumed = build(settings).trainer, build(settings).trainer
-    steps = {step.step for each in _rollout(going).micro_batches for step in each.steps}
+    steps = {step.step for each in rollout_of(going).micro_batches for step in each.steps}
     assert steps == {0, 2}
-    assert all(len(each.steps) == 1 for each in _rollout(going).micro_batches)
+    assert all(len(each.steps) == 1 for each in rollout_of(going).micro_batches)
     going.iterate()
-    resumed.load_state(*going.state())
+    resumed.load(*copy.deepcopy(going.state()))
     metrics = going.iterate()
     assert metrics["log_prob_mismatch_max"] == 0
     assert metrics["grad_norm"] > 0
     assert without_times(resumed.iterate()) == without_times(metrics)
 
 
-def _rollout(trainer):
-    return trainer.objective.rollout(trainer.objective.table(0), 0)
+def test_two_processes_draw_the_branches_that_one_does(unit_config):
+    settings = changed(unit_config, initial_noise="shared", window=BRANCHING, micro_batch=2)
+    trainer = build(settings).trainer
+    alone, parts = by_image(rollout_of(trainer)), []
+    for rank in range(2):
+        mine = trainer.objective.micro_batches
+        mine.rank, mine.world_size = rank, 2
+        parts.append(rollout_of(trainer))
+    together = by_image(*parts)
+    assert together.keys() == alone.keys() == set(range(8))
+    for number, held in alone.items():
+        assert all(torch.equal(*pair) for pair in zip(held, together[number], strict=True))
+    assert torch.equal(alone[0][1], alone[3][1]), "step 0 holds the initial noise, which a group has one of"
 
 
 def test_the_loss_is_a_mean_over_images_whatever_the_windows_size(unit_config):
     """Two steps that branch, of which each image has one: the gradient is that of the steps alone, added up."""
-    from tests.sampling.test_rollout import build
-
     settings = changed(unit_config, initial_noise="shared", window=BRANCHING, micro_batch=2)
     trainer = build(settings).trainer
     advantages = torch.linspace(-1, 1, 8)
-    rollout, table = _rollout(trainer), trainer.objective.table(0)
+    rollout, table = rollout_of(trainer), trainer.objective.table(0)
     learned = {"total": 8, "watch_kl": False}
     both = trainer.updater.accumulate(rollout.micro_batches, advantages, table, **learned).sums()
     gradient = [parameter.grad.clone() for _, parameter in trainer.policy.trainable_parameters()]
