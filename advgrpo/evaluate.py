@@ -140,7 +140,9 @@ def metric_options(options: Evaluate, flags: MetricOptions) -> MetricOptions:
         if metric not in options.names:
             raise UserError(f"options are given for the metric {metric!r}, which --metrics {options.metrics} lacks")
         if given and metric in _WITHOUT_OPTIONS:
-            raise UserError(f"{_OPTION}{metric}.{next(iter(given))}: the metric {metric} takes no options; leave it out")
+            raise UserError(
+                f"{_OPTION}{metric}.{next(iter(given))}: the metric {metric} takes no options; leave it out"
+            )
     defaults = _TINY_METRICS if options.world else {}
     defaults = _EMOJI_METRICS if options.world is WORLDS["tiny:emoji"] else defaults
     return {name: {**defaults.get(name, {}), **file.get(name, {}), **flags.get(name, {})} for name in options.names}

@@ -2,8 +2,8 @@
 
 The preset trains for `--after` iterations, so that its head is no longer random. Then the images of `--iterations` more
 are drawn by all steps and by each of `--tails` and `--solvers`, with the same noise, and scored by the run's rewards;
-nothing learns. Of each tail: the network's rows beside those of all steps, the window's included, and Kendall's tau within groups, a
-mean with its 95 % interval over groups. `rollout.tail_agreement` is what a run asks of it.
+nothing learns. Of each tail: the network's rows beside those of all steps, the window's included, and Kendall's tau
+within groups, a mean with its 95 % interval over groups. `rollout.tail_agreement` is what a run asks of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tail:
 
 
 def measure(objective: PolicyGradient, iterations: range, tails: list[int], solvers: list[str]) -> list[Tail]:
-    """Each of `tails` by each solver beside all steps, on the images of these iterations under the generator as it is."""
+    """Each of `tails` by each solver beside all steps, on the images of these iterations by the generator as it is."""
     settings, sampler = objective.settings, objective.sampler
     every = (0, "euler")
     plans = [(tail, solver) for solver in solvers for tail in tails]

@@ -30,12 +30,12 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
         with_data: False leaves out whether prompts, images and other files are given, for a plan without them.
     """
     rollout = config.rollout
+    _check_branching(config)
     check_micro_batches(rollout, config.update.minibatches, world_size)
     if config.objective.forward_process:
         _check_forward_process(config)
     else:
         _check_window(rollout)
-    _check_branching(config)
     _check_cheaper(config)
     _check_informative(config, world_size)
     if rollout.dynamics in ("flow_cps", "ddim") and rollout.eta > 1:
@@ -97,12 +97,11 @@ def fits_micro_batches(
     micro: int | None = None,
 ) -> bool:
     """Whether `prompts` groups can be cut into micro-batches of `micro` (default: the configured ones) for every
-    minibatch on every process."""
-    group = rollout.group_size
-    micro = micro or rollout.micro_batch
-    images = (prompts or rollout.prompts_per_iteration) * group
-    whole_groups = group % micro == 0 or micro % group == 0
-    return whole_groups and images % (micro * world_size * minibatches) == 0
+    minibatch on every process, and shared out among branches."""
+    group, branches = rollout.group_size, rollout.window.branches
+    micro, prompts = micro or rollout.micro_batch, prompts or rollout.prompts_per_iteration
+    whole_groups = group % micro == 0 or (micro % group == 0 and not rollout.window.branching)
+    return whole_groups and prompts % branches == 0 and prompts * group % (micro * world_size * minibatches) == 0
 
 
 def check_micro_batches(rollout: RolloutSection, minibatches: int, world_size: int) -> None:
@@ -145,7 +144,7 @@ def micro_batch_remedies(rollout: RolloutSection, minibatches: int, world_size: 
 def nearest_prompts(rollout: RolloutSection, minibatches: int, world_size: int, micro: int) -> int:
     """The number of groups nearest to the configured one, the larger of two, that can be cut into `micro`."""
     unit = micro * world_size * minibatches
-    unit //= math.gcd(unit, rollout.group_size)
+    unit = math.lcm(unit // math.gcd(unit, rollout.group_size), rollout.window.branches)
     below = rollout.prompts_per_iteration // unit * unit
     above = below + unit
     near_below = rollout.prompts_per_iteration - below < above - rollout.prompts_per_iteration
@@ -184,7 +183,7 @@ def _check_branching(config: Config) -> None:
     rollout, window = config.rollout, config.rollout.window
     if not window.branching:
         return
-    asked, count = "rollout.window.branching = True", window.count
+    asked, count = "rollout.window.branching = True", window.branches
     if not config.objective.has_window:
         raise UserError(
             f"{asked} is of the policy gradient's window, but update.objective = {config.update.objective} has none; "
@@ -192,13 +191,14 @@ def _check_branching(config: Config) -> None:
         )
     if rollout.initial_noise != "shared":
         raise UserError(
-            f"{asked} leaves one trajectory of a prompt, but rollout.initial_noise = {rollout.initial_noise} gives every "
-            "image its own; set rollout.initial_noise = shared"
+            f"{asked} leaves one trajectory of a prompt, but rollout.initial_noise = {rollout.initial_noise} gives "
+            "every image its own; set rollout.initial_noise = shared"
         )
     if window.train_share != 1:
         raise UserError(
-            f"rollout.window.train_share = {window.train_share:g} would not be looked at: with {asked} an image has one "
-            "stochastic step, and is trained on it; set rollout.window.train_share = 1, and leave steps out of the window"
+            f"rollout.window.train_share = {window.train_share:g} would not be looked at: with {asked} an image has "
+            "one stochastic step, and is trained on it; set rollout.window.train_share = 1, and leave steps out of the "
+            "window"
         )
     if rollout.group_size % rollout.micro_batch:
         fitting = max(n for n in range(1, rollout.micro_batch) if rollout.group_size % n == 0)
@@ -209,8 +209,8 @@ def _check_branching(config: Config) -> None:
     groups = rollout.prompts_per_iteration
     if groups % count:
         raise UserError(
-            f"rollout.prompts_per_iteration = {groups} groups cannot be shared out among the {count} steps of the window, "
-            f"as {asked} wants; set a multiple of {count}, such as {groups + count - groups % count}"
+            f"rollout.prompts_per_iteration = {groups} groups cannot be shared out among the {count} steps of the "
+            f"window, as {asked} wants; set a multiple of {count}, such as {groups + count - groups % count}"
         )
 
 
@@ -244,7 +244,9 @@ def _check_cheaper(config: Config) -> None:
             )
     longest = max(rollout.tail_steps, rollout.scout_tail_steps)
     if rollout.tail_solver != "euler" and longest < 2:
-        why = "one step to the image is of first order" if longest else "all steps after the window are taken one by one"
+        why = (
+            "one step to the image is of first order" if longest else "all steps after the window are taken one by one"
+        )
         raise UserError(
             f"rollout.tail_solver = {rollout.tail_solver} would not be looked at: with rollout.tail_steps = "
             f"{rollout.tail_steps} {why}; set rollout.tail_steps = 2 or more, or rollout.tail_solver = euler"

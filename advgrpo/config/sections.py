@@ -177,7 +177,7 @@ class WindowSection(Section):
     @property
     def branches(self) -> int:
         """Groups of an iteration that have one prompt and one initial noise: 1 but where they branch apart."""
-        return self.count if self.branching else 1
+        return max(self.count, 1) if self.branching else 1
 
     @property
     def of_image(self) -> int:

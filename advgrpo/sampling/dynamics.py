@@ -171,9 +171,9 @@ def step_weights(policy: Generator, rollout: RolloutSection, which: str) -> tupl
     """Of each step's policy loss, T: `update.step_weights`.
 
     "inverse_length" is 1/(σ - σ'), the division by -dt of GRPO-Guard (arXiv 2510.22319) as in verl-omni at a1139ba.
-    "noise" is TempFlow-GRPO's noise-aware weight (arXiv 2508.04324; Shredded-Pork/TempFlow-GRPO at e66824e multiplies by
-    2.25 s instead): the standard deviation s of the step's noise, σ_t·sqrt(-dt) in Flow-GRPO's terms, over its mean over
-    all steps that can have any.
+    "noise" is TempFlow-GRPO's noise-aware weight (arXiv 2508.04324; Shredded-Pork/TempFlow-GRPO at e66824e multiplies
+    by 2.25 s instead): the standard deviation s of the step's noise, σ_t·sqrt(-dt) in Flow-GRPO's terms, over its mean
+    over all steps that can have any.
     """
     levels, _ = policy.schedule(rollout.num_steps)
     if which == "inverse_length":

@@ -112,7 +112,7 @@ class PolicyGradient(RewardedObjective):
         }
 
     def _learned(self, micro_batches: list[MicroBatchRollout], advantages: torch.Tensor) -> list[MicroBatchRollout]:
-        """What of this process's images the update is computed of; `advantages` are [G] on the host, by image number."""
+        """What of this process's images the update is computed of; `advantages` are [G], on the host, by number."""
         section = self.section
         if section.informative_share < 1:  # before any are left out: it wants whole groups
             group = self.settings.group_size

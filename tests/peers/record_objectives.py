@@ -162,7 +162,7 @@ def kept_noise(kept: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def flash() -> dict[str, torch.Tensor]:
-    """MixGRPO-Flash's rollout: three images, stochastic steps 1 and 2 of 10, then five by DPM-Solver++ instead of seven."""
+    """MixGRPO-Flash's rollout: three images, stochastic steps 1 and 2 of 10, then five of second order for seven."""
     spec = importlib.util.spec_from_file_location("mix_sampling", Path(os.environ["ADVGRPO_PEERS"], MIX_SAMPLING))
     theirs = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
@@ -245,7 +245,13 @@ def tempflow() -> dict[str, torch.Tensor]:
     )
     with torch.no_grad():
         images, states, branched, log_probs, _ = draw(
-            owner, height=1, width=1, num_inference_steps=5, prompt_embeds=text, pooled_prompt_embeds=text, return_dict=False
+            owner,
+            height=1,
+            width=1,
+            num_inference_steps=5,
+            prompt_embeds=text,
+            pooled_prompt_embeds=text,
+            return_dict=False,
         )
     stacked = {"latents": states, "next_latents": branched, "log_prob": log_probs, "images": images, "noise": noise}
     recorded = {name: torch.stack(values) for name, values in (stacked | {"std_dev_t": scales}).items()}

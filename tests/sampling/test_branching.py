@@ -1,4 +1,4 @@
-"""`rollout.window.branching`: groups of one prompt that leave one trajectory at a step each, beside TempFlow-GRPO's own.
+"""`rollout.window.branching`: groups of a prompt that leave one trajectory at a step each, beside TempFlow-GRPO's own.
 
 Bugs planted in a copy, each seen red: the initial noise by group; a prompt for every group; noise at all steps of the
 window; a group's step drawn by minibatch; the loss's mean over the whole window; the kept images of a cut group with
@@ -110,7 +110,9 @@ def test_each_branch_has_a_table_of_its_own():
 BRANCHING = {"order": "fixed", "steps": [0, 2], "branching": True}
 
 
-@pytest.mark.parametrize("changes", [{}, {"scouts": 2}, {"tail_steps": 2, "tail_solver": "dpm2", "tail_agreement": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"scouts": 2}, {"tail_steps": 2, "tail_solver": "dpm2", "tail_agreement": 0.0}]
+)
 def test_a_run_that_branches_starts_on_policy_learns_and_resumes_bit_for_bit(unit_config, changes):
     unit_config.update.learning_rate = 1e-2
     unit_config.rollout.num_steps = 6

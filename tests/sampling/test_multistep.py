@@ -1,9 +1,10 @@
-"""`rollout.tail_solver dpm2`: DPM-Solver++ of second order after the window, beside MixGRPO's own and an exact solution.
+"""`rollout.tail_solver dpm2`: DPM-Solver++ of second order after the window, beside MixGRPO's and an exact solution.
 
 Bugs planted in a copy, each seen red: the correction with the other sign; h and h' swapped; the image seen two steps
 before; the last step corrected; the image of one row for another's.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def errors(solver: str, tails: list[int], std: float = 2.0) -> list[float]:
 def test_the_error_falls_with_the_square_of_the_steps_length_and_eulers_with_the_length():
     tails = [12, 24, 48, 96]
     second, first = errors("dpm2", tails), errors("euler", tails)
-    orders = [[np.log2(a / b) for a, b in zip(found, found[1:])] for found in (second, first)]
+    orders = [[np.log2(a / b) for a, b in pairwise(found)] for found in (second, first)]
     assert 1.8 < min(orders[0]) < max(orders[0]) < 2.2, orders
     assert 0.8 < min(orders[1]) < max(orders[1]) < 1.2, orders
     assert all(a < b / 3 for a, b in zip(second, first)), (second, first)
@@ -80,7 +81,7 @@ def given_noise(monkeypatch, noise: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("solver", ["dpm2", "euler"])
 def test_a_rollout_is_mix_grpo_flashs_own(monkeypatch, solver):
-    """Window and tail of their code, on their levels: one more lies between any two of ours, so that the tail is short."""
+    """Window and tail of their code, on their levels: one more lies between any two, so that the tail is short."""
     golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "flash_mix_grpo.npz").items()}
     window = tuple(golden["window"].tolist())
     before, after = golden["sigmas"][: window[-1] + 1], golden["sigmas"][window[-1] + 1 :]
@@ -119,7 +120,7 @@ def test_a_step_from_pure_noise_and_the_step_to_the_image_are_of_first_order():
 
 
 def test_of_a_model_that_predicts_noise_the_steps_are_ddims_and_the_solvers():
-    """An image that does not change along the way is found exactly, and another's correction is what the formula says."""
+    """An image that does not change along the way is found exactly; the correction is what the formula says."""
     levels = torch.tensor([0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95, 1.0], dtype=torch.float64)
     still = torch.full((2, 3, 3), 0.7)
 
@@ -127,7 +128,7 @@ def test_of_a_model_that_predicts_noise_the_steps_are_ddims_and_the_solvers():
         return (latents - level**0.5 * still) / (1 - level) ** 0.5
 
     rollout = RolloutSection(num_steps=8, dynamics="ddim", eta=0.5, tail_steps=3, tail_solver="dpm2")
-    latents, (step, *_) = drawn(ToyGenerator(levels, noise_of, prediction_type="epsilon"), rollout, (1,))
+    latents, _ = drawn(ToyGenerator(levels, noise_of, prediction_type="epsilon"), rollout, (1,))
     torch.testing.assert_close(latents, still.expand_as(latents), rtol=0, atol=1e-5)
     alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
     table = step_table(ToyGenerator(levels, bent, prediction_type="epsilon"), 8, (1,), rollout=rollout)

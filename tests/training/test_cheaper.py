@@ -359,7 +359,7 @@ def test_what_is_dead_is_left_out_of_what_is_informative(unit_config):
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_the_kl_is_measured_by_whoever_has_the_first_group_with_a_say(unit_config, share):
-    """Two processes with a group each in either minibatch: by one of them, and in the micro-batch that one alone takes."""
+    """Two processes with a group in either minibatch: one measures, in the micro-batch that a lone process takes."""
     settings = changed(unit_config, micro_batch=2, prompts_per_iteration=4, window=FIRST_TWO)
     settings.update.skip_dead_groups, settings.update.informative_share = True, share
     objective = build(settings).trainer.objective
