@@ -29,7 +29,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 def tempflow():
     golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "branches_tempflow.npz").items()}
-    window = WindowSection(order="fixed", steps=range(len(golden["noise"])), branching=True)
+    window = WindowSection(order="fixed", steps=tuple(range(len(golden["noise"]))), branching=True)
     rollout = RolloutSection(num_steps=5, dynamics="flow_sde", eta=0.7, window=window, initial_noise="shared")
     return golden, ToyGenerator(golden["sigmas"], bent), rollout
 
