@@ -163,12 +163,13 @@ class Sampler(Generic[P]):
         shared, latents, prompts = self.share_prefix, self._inputs["latents"], self._prompts.get()
         row, numbers = self._inputs["row"], self._inputs["numbers"].split(1)
         steps: list[WindowStep] = []
-        image = None
+        image: torch.Tensor | None = None
         for place, i in enumerate(plan.order):
             self._put("latents", latents)
             self._put("step", numbers[i])
             self._keeps_image = plan.looked_back_at(place)
             if i in plan.second_order:
+                assert image is not None  # the step before has handed it on: `looked_back_at`
                 self._put("image", image)
                 latents, image = self._run("second-order step")
                 continue

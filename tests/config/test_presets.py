@@ -81,6 +81,7 @@ ON_FLOW_GRPO = (
     "sd35m-flow-grpo-original",
     "sd35m-tempflow",
     "sd35m-mixgrpo",
+    "sd35m-mixgrpo-flash",
     *(f"sd35m-{name}" for name in OTHER_LOSSES),
 )
 
