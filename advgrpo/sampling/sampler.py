@@ -285,6 +285,8 @@ class Sampler(Generic[P]):
         The second is None on a CPU, where the step is seen to have no noise: the last one, which settings keep out of a
         window.
         """
-        keys = {"seed": self._inputs["seed"], "sample_ids": self._inputs["image_ids"]}
-        step = self._transition(latents, predicted, likelihood=self.likelihood, return_mean=self.keep_means, **keys)
+        seed, ids, means = self._inputs["seed"], self._inputs["image_ids"], self.keep_means
+        step = self._transition(
+            latents, predicted, likelihood=self.likelihood, seed=seed, sample_ids=ids, return_mean=means
+        )
         return (*step, self._image(latents, predicted) if self._keeps_image else None)
