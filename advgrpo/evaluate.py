@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # diffusers and transformers are loaded once the flags are ri
 
 _OPTION = "--metric-options."
 _RULE_ACCURACY = "rule_accuracy"
+_WITHOUT_OPTIONS = (_RULE_ACCURACY, *JUDGE_METRICS, *IMAGE_STATISTICS)
 _TINY_METRICS: dict[str, dict[str, Any]] = {
     "dino_similarity": {"path": "tiny", "image_size": 48},
     "pickscore": {"path": "tiny"},
@@ -134,9 +135,13 @@ def metric_options(options: Evaluate, flags: MetricOptions) -> MetricOptions:
     for metric, given in file.items():
         if not isinstance(given, dict):
             raise UserError(f"{options.metric_options_file}: {metric} wants a mapping of options, got {given!r}")
-    for metric in [*file, *flags]:
+    for metric, given in [*file.items(), *flags.items()]:
         if metric not in options.names:
             raise UserError(f"options are given for the metric {metric!r}, which --metrics {options.metrics} lacks")
+        if given and metric in _WITHOUT_OPTIONS:
+            raise UserError(
+                f"{_OPTION}{metric}.{next(iter(given))}: the metric {metric} takes no options; leave it out"
+            )
     defaults = _TINY_METRICS if options.world else {}
     return {name: {**defaults.get(name, {}), **file.get(name, {}), **flags.get(name, {})} for name in options.names}
 

@@ -33,6 +33,13 @@ class MicroBatch:
     row: torch.Tensor  # [M] int64 into prompts
     minibatch: int  # which optimizer step of the iteration trains on it
     chosen: torch.Tensor | None = None  # [M] int64, which scouts the images are; None: nothing was scouted
+    branch: int | None = None  # which of the window's steps is theirs (rollout.window.branching); None: all are
+
+    @property
+    def trajectories(self) -> torch.Tensor:
+        """[P] int64: what keys the initial noise that a prompt row's images share: its group, or the first of those
+        that branch off one trajectory."""
+        return self.prompt_groups - (self.branch or 0)
 
     @property
     def draws(self) -> torch.Tensor:

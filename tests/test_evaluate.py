@@ -209,6 +209,11 @@ def test_options_of_metrics_come_from_defaults_file_and_flags(tmp_path):
         (["--metrics", "aesthetic"], "--metrics aesthetic: reward aesthetic needs the option head"),
         (["--metrics", "rule", "--metric-options.rule.strickt", "1"], "no option 'strickt'; it has strict"),
         (["--metrics", "rule", "--metric-options.ocr.workers", "1"], "metric 'ocr', which --metrics rule lacks"),
+        (
+            ["--metrics", "retrieval", "--metric-options.retrieval.strict", "1"],
+            "--metric-options.retrieval.strict: the metric retrieval takes no options; leave it out",
+        ),
+        (["--metrics", "saturation", "--metric-options.saturation.x=1"], "the metric saturation takes no options"),
         (["--metrics", "rule", "--metric-options.rule"], "want --metric-options.METRIC.OPTION VALUE"),
         (["--metrics", "rule", "--metric-options.rule.strict"], "the value is missing"),
         (

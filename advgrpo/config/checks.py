@@ -30,6 +30,7 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
         with_data: False leaves out whether prompts, images and other files are given, for a plan without them.
     """
     rollout = config.rollout
+    _check_branching(config)
     check_micro_batches(rollout, config.update.minibatches, world_size)
     if config.objective.forward_process:
         _check_forward_process(config)
@@ -96,12 +97,11 @@ def fits_micro_batches(
     micro: int | None = None,
 ) -> bool:
     """Whether `prompts` groups can be cut into micro-batches of `micro` (default: the configured ones) for every
-    minibatch on every process."""
-    group = rollout.group_size
-    micro = micro or rollout.micro_batch
-    images = (prompts or rollout.prompts_per_iteration) * group
-    whole_groups = group % micro == 0 or micro % group == 0
-    return whole_groups and images % (micro * world_size * minibatches) == 0
+    minibatch on every process, and shared out among branches."""
+    group, branches = rollout.group_size, rollout.window.branches
+    micro, prompts = micro or rollout.micro_batch, prompts or rollout.prompts_per_iteration
+    whole_groups = group % micro == 0 or (micro % group == 0 and not rollout.window.branching)
+    return whole_groups and prompts % branches == 0 and prompts * group % (micro * world_size * minibatches) == 0
 
 
 def check_micro_batches(rollout: RolloutSection, minibatches: int, world_size: int) -> None:
@@ -144,7 +144,7 @@ def micro_batch_remedies(rollout: RolloutSection, minibatches: int, world_size: 
 def nearest_prompts(rollout: RolloutSection, minibatches: int, world_size: int, micro: int) -> int:
     """The number of groups nearest to the configured one, the larger of two, that can be cut into `micro`."""
     unit = micro * world_size * minibatches
-    unit //= math.gcd(unit, rollout.group_size)
+    unit = math.lcm(unit // math.gcd(unit, rollout.group_size), rollout.window.branches)
     below = rollout.prompts_per_iteration // unit * unit
     above = below + unit
     near_below = rollout.prompts_per_iteration - below < above - rollout.prompts_per_iteration
@@ -178,10 +178,46 @@ def _check_window(rollout: RolloutSection) -> None:
         )
 
 
+def _check_branching(config: Config) -> None:
+    """Groups that branch apart leave one trajectory, and what is computed together has one step."""
+    rollout, window = config.rollout, config.rollout.window
+    if not window.branching:
+        return
+    asked, count = "rollout.window.branching = True", window.branches
+    if not config.objective.has_window:
+        raise UserError(
+            f"{asked} is of the policy gradient's window, but update.objective = {config.update.objective} has none; "
+            "set rollout.window.branching = false"
+        )
+    if rollout.initial_noise != "shared":
+        raise UserError(
+            f"{asked} leaves one trajectory of a prompt, but rollout.initial_noise = {rollout.initial_noise} gives "
+            "every image its own; set rollout.initial_noise = shared"
+        )
+    if window.train_share != 1:
+        raise UserError(
+            f"rollout.window.train_share = {window.train_share:g} would not be looked at: with {asked} an image has "
+            "one stochastic step, and is trained on it; set rollout.window.train_share = 1, and leave steps out of the "
+            "window"
+        )
+    if rollout.group_size % rollout.micro_batch:
+        fitting = max(n for n in range(1, rollout.micro_batch) if rollout.group_size % n == 0)
+        raise UserError(
+            f"rollout.micro_batch = {rollout.micro_batch} would hold several groups of rollout.group_size = "
+            f"{rollout.group_size}, whose steps differ with {asked}; set rollout.micro_batch = {fitting}"
+        )
+    groups = rollout.prompts_per_iteration
+    if groups % count:
+        raise UserError(
+            f"rollout.prompts_per_iteration = {groups} groups cannot be shared out among the {count} steps of the "
+            f"window, as {asked} wants; set a multiple of {count}, such as {groups + count - groups % count}"
+        )
+
+
 def _check_cheaper(config: Config) -> None:
     """Shorter tails and scouts belong to a window, and are shorter and cheaper than what they stand for."""
     rollout = config.rollout
-    asked = (("tail_steps", 0), ("scouts", 1), ("scout_tail_steps", 0))
+    asked = (("tail_steps", 0), ("tail_solver", "euler"), ("scouts", 1), ("scout_tail_steps", 0))
     for name, plain in asked:
         value = getattr(rollout, name)
         if value != plain and not config.objective.has_window:
@@ -206,6 +242,15 @@ def _check_cheaper(config: Config) -> None:
                 + (f"{max(1, most // 2)} or " if most > 1 else "")
                 + "0"
             )
+    longest = max(rollout.tail_steps, rollout.scout_tail_steps)
+    if rollout.tail_solver != "euler" and longest < 2:
+        why = (
+            "one step to the image is of first order" if longest else "all steps after the window are taken one by one"
+        )
+        raise UserError(
+            f"rollout.tail_solver = {rollout.tail_solver} would not be looked at: with rollout.tail_steps = "
+            f"{rollout.tail_steps} {why}; set rollout.tail_steps = 2 or more, or rollout.tail_solver = euler"
+        )
     if rollout.tail_steps and rollout.scout_tail_steps > rollout.tail_steps:
         raise UserError(
             f"rollout.scout_tail_steps = {rollout.scout_tail_steps} is more than rollout.tail_steps = "
@@ -549,5 +594,7 @@ def most_steps_after_window(rollout: RolloutSection) -> int:
     """How many steps follow the window's last one where it is as early as it can be."""
     window = rollout.window
     if window.chosen_order == "fixed":
-        return rollout.num_steps - 1 - max(window.steps or (0,))
-    return rollout.num_steps - 1 - eligible_steps(rollout)[window.size - 1]
+        steps = sorted(window.steps or (0,))
+    else:
+        steps = eligible_steps(rollout)[: window.size]
+    return rollout.num_steps - 1 - steps[0 if window.branching else -1]

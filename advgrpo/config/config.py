@@ -96,7 +96,7 @@ class Config(Section):
         window = self.rollout.window
         if self.objective.forward_process:
             return getattr(self, self.objective.forward_process).trained_of(self.rollout.num_steps)
-        return window.trained_of(window.count)
+        return window.trained_of(window.of_image)
 
     @property
     def learns_adversary(self) -> bool:

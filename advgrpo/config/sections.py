@@ -154,6 +154,9 @@ class WindowSection(Section):
     """Order sliding: iterations after which the window moves (MixGRPO's shift interval)."""
     slide_by: Positive = 1
     """Order sliding: steps it moves by (MixGRPO's stride)."""
+    branching: bool = False
+    """Each of the window's steps is the only stochastic one of a group of its own (TempFlow-GRPO): consecutive groups
+    have one prompt and one initial noise, leave its ODE trajectory at one step each, and follow the ODE after it."""
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the window's steps that are trained on, from the noisiest, rounded down: Flow-GRPO's timestep_fraction,
     whose 0.99 leaves the last of ten steps noisy but untrained."""
@@ -169,6 +172,21 @@ class WindowSection(Section):
     def count(self) -> int:
         """Stochastic steps of an iteration."""
         return self.size if self.chosen_order != "fixed" else len(self.steps or ())
+
+    @property
+    def branches(self) -> int:
+        """Groups of an iteration that have one prompt and one initial noise: 1 but where they branch apart."""
+        return max(self.count, 1) if self.branching else 1
+
+    @property
+    def of_image(self) -> int:
+        """Stochastic steps of an image."""
+        return self.count // self.branches
+
+    @property
+    def one_for_all(self) -> bool:
+        """Whether every image of every iteration has the same stochastic steps."""
+        return self.chosen_order == "fixed" and not self.branching
 
     def trained_of(self, count: int) -> int:
         """How many of `count` stochastic steps are trained on."""
@@ -207,6 +225,9 @@ class RolloutSection(Section):
     tail_steps: Count = 0
     """Deterministic steps after the window, fewer and longer than the schedule's; 0 takes all. Likelihoods keep their
     bits, images are other ones: `tail_agreement` says whether rewards rank them alike."""
+    tail_solver: Literal["euler", "dpm2"] = "euler"
+    """How those steps are taken: one by one (Euler's, or DDIM), or by DPM-Solver++ of second order, which looks back at
+    the step before (MixGRPO-Flash)."""
     tail_agreement: Fraction = 0.85
     """Least rank agreement (Kendall's tau within groups) of images by tail_steps with the same images by all steps. A
     mean below it raises the red flag shortened_tail; a 95 % interval below it ends a run before its generator learns.

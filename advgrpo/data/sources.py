@@ -66,13 +66,14 @@ class Sources:
 
     def notes(self, config: Config) -> list[str]:
         """What training does with these prompts and images that nobody asked for, a line each."""
-        wanted, there, lines = config.rollout.prompts_per_iteration, len(self.prompts), []
+        branches = config.rollout.window.branches  # groups that have one prompt on purpose
+        wanted, there, lines = config.rollout.prompts_per_iteration // branches, len(self.prompts), []
         if wanted > there:
             fewest, most = wanted // there, -(-wanted // there)
             times = f"{fewest}" if fewest == most else f"{fewest} or {most}"
             lines.append(
-                f"rollout.prompts_per_iteration = {wanted}, but there are {there} training prompts: every iteration "
-                f"draws each of them {times} times, as groups of their own"
+                f"rollout.prompts_per_iteration = {wanted * branches}, but there are {there} training prompts: every "
+                f"iteration draws each of them {times} times, as groups of their own"
             )
         alone = [] if self.references is None else [p for p in self.prompts if len(set(self.references.files(p))) == 1]
         if alone:

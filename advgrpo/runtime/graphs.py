@@ -169,6 +169,10 @@ class StaticBuffers:
             self._storage[slot] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
         self.tensors[name] = self._storage[slot].copy_(tensor, non_blocking=True)
 
+    def drop(self, name: str) -> None:
+        """Forget one value, if there is one, not its storage."""
+        self.tensors.pop(name, None)
+
     def reset(self) -> None:
         """Forget the values, not their storage: the next ones may have other names."""
         self.tensors.clear()

@@ -41,6 +41,11 @@ class _Plan(NamedTuple):
     order: tuple[int, ...]  # of the steps that are taken
     window: tuple[int, ...]
     trained: tuple[int, ...]
+    second_order: tuple[int, ...]
+
+    def looked_back_at(self, place: int) -> bool:
+        """Whether the step after the one at this place of the order wants the image that this one has seen."""
+        return place + 1 < len(self.order) and self.order[place + 1] in self.second_order
 
 
 @dataclass
@@ -83,6 +88,7 @@ class Sampler(Generic[P]):
         self._prompts = CurrentPrompts(self.policy.device, storage)
         steps: dict[str, Callable[[], Any]] = {
             "ODE step": self._ode_step,
+            "second-order step": self._second_order_step,
             "window step": self._window_step,
             "branching step": self._branching_step,
             "trajectory": self._trajectory,
@@ -90,6 +96,7 @@ class Sampler(Generic[P]):
         self._steps = {name: CapturedFunction(function, name=name, backend=backend) for name, function in steps.items()}
         self._inside = False  # the trajectory: its steps are part of what is captured
         self._plan: _Plan | None = None  # of the trajectory
+        self._keeps_image = False  # the window's step that runs next hands on the image that it sees
 
     @property
     def captures(self) -> int:
@@ -124,6 +131,10 @@ class Sampler(Generic[P]):
         inputs.fill("coefficients", table.coefficients)
         inputs.fill("numbers", torch.cat(table.numbers))
         inputs.fill("row", row)
+        inputs.drop("image")
+        if table.second_order is not None:
+            inputs.fill("corrections", table.second_order.corrections)
+            inputs.fill("to_image", table.second_order.to_image)
         if table.window:
             if image_ids is None:
                 raise ValueError("a window's noise is keyed by image_ids: give them")
@@ -131,7 +142,8 @@ class Sampler(Generic[P]):
             inputs.fill("image_ids", image_ids)
         inputs.fill("latents", latents)
         inputs.fill("step", table.numbers[0])
-        self._plan = _Plan(tuple(table.taken), table.window, table.trained)
+        second_order = () if table.second_order is None else table.second_order.steps
+        self._plan = _Plan(tuple(table.taken), table.window, table.trained, second_order)
         if not (self.whole and inputs.static):
             return self._walk(self._plan)
         latents, steps = self._run("trajectory", self._plan)
@@ -151,17 +163,24 @@ class Sampler(Generic[P]):
         shared, latents, prompts = self.share_prefix, self._inputs["latents"], self._prompts.get()
         row, numbers = self._inputs["row"], self._inputs["numbers"].split(1)
         steps: list[WindowStep] = []
-        for i in plan.order:
+        image: torch.Tensor | None = None
+        for place, i in enumerate(plan.order):
             self._put("latents", latents)
             self._put("step", numbers[i])
+            self._keeps_image = plan.looked_back_at(place)
+            if i in plan.second_order:
+                assert image is not None  # the step before has handed it on: `looked_back_at`
+                self._put("image", image)
+                latents, image = self._run("second-order step")
+                continue
             if i not in plan.window:
                 latents = self._run("ODE step")
                 continue
             before = self._keep(latents)
-            latents, log_prob, *means = self._run("branching step" if shared else "window step")
+            latents, log_prob, mean, image = self._run("branching step" if shared else "window step")
             latents = self._keep(latents)
             if i in plan.trained:
-                mean = self._keep(means[0]) if means else None
+                mean = None if mean is None else self._keep(mean)
                 steps.append(WindowStep(i, before, latents, self._keep(log_prob), shared, mean=mean))
             if shared:
                 self._prompts.set(prompts.rows(row), copied=not self._inside)
@@ -171,7 +190,9 @@ class Sampler(Generic[P]):
     def _run(self, step: str, plan: _Plan | None = None) -> Any:
         """What one of the steps returns; the next may overwrite it."""
         function = self._steps[step]
-        return function.function() if self._inside else function((self._inputs.key(), self._prompts.key(), plan))
+        if self._inside:
+            return function.function()
+        return function((self._inputs.key(), self._prompts.key(), plan, self._keeps_image))
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         """An input of the next step; inside a trajectory where it lies."""
@@ -206,6 +227,7 @@ class Sampler(Generic[P]):
         seed: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
         return_mean: bool = False,
+        table: str = "coefficients",
     ) -> GaussianStep:
         """The step that is set, from latents [R, C, H, W] along what was predicted of them; without noise where its
         coefficients have none.
@@ -213,12 +235,13 @@ class Sampler(Generic[P]):
         Args:
             likelihood: of the log-probability; None computes none.
             seed, sample_ids: int64 [1] and [R], keys of the noise.
+            table: the input that has the step's row of coefficients.
         """
         number = self._inputs["step"]
         return gaussian_step(
             latents,
             predicted[0],
-            self._inputs["coefficients"].index_select(0, number)[0],
+            self._inputs[table].index_select(0, number)[0],
             uncond_velocity=predicted[1],
             guidance_scale=combining_scale(predicted, self.guidance_scale),
             step=number,
@@ -232,6 +255,18 @@ class Sampler(Generic[P]):
         """The next latents, of as many rows."""
         return self._transition(self._inputs["latents"], self._predict(self.merged), likelihood=None).next_latents
 
+    def _second_order_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next latents, as multistep.py says, and the image that is seen in these: each [M, C, H, W]."""
+        latents, predicted = self._inputs["latents"], self._predict(self.merged)
+        after = self._transition(latents, predicted, likelihood=None).next_latents
+        image = self._image(latents, predicted)
+        correction = self._inputs["corrections"].index_select(0, self._inputs["step"])
+        return after + correction * (image - self._inputs["image"]), image
+
+    def _image(self, latents: torch.Tensor, predicted: Prediction) -> torch.Tensor:
+        """[R, C, H, W] float32, which the network sees in the latents: one step to the end."""
+        return self._transition(latents, predicted, likelihood=None, table="to_image").next_latents
+
     def _window_step(self) -> tuple[torch.Tensor | None, ...]:
         """As `_noisy`."""
         return self._noisy(self._inputs["latents"], self._predict(self.window_merged))
@@ -244,12 +279,14 @@ class Sampler(Generic[P]):
         return self._noisy(self._inputs["latents"].index_select(0, row), predicted)
 
     def _noisy(self, latents: torch.Tensor, predicted: Prediction) -> tuple[torch.Tensor | None, ...]:
-        """A step of the window from latents [M, C, H, W]: the next ones, their log-probabilities [M], and with
-        `keep_means` their mean [M, C, H, W].
+        """A step of the window from latents [M, C, H, W]: the next ones, their log-probabilities [M], with `keep_means`
+        their mean [M, C, H, W], and where the next step looks back the image seen here [M, C, H, W].
 
         The second is None on a CPU, where the step is seen to have no noise: the last one, which settings keep out of a
         window.
         """
-        keys = {"seed": self._inputs["seed"], "sample_ids": self._inputs["image_ids"]}
-        step = self._transition(latents, predicted, likelihood=self.likelihood, return_mean=self.keep_means, **keys)
-        return tuple(step) if self.keep_means else (step.next_latents, step.log_prob)
+        seed, ids, means = self._inputs["seed"], self._inputs["image_ids"], self.keep_means
+        step = self._transition(
+            latents, predicted, likelihood=self.likelihood, seed=seed, sample_ids=ids, return_mean=means
+        )
+        return (*step, self._image(latents, predicted) if self._keeps_image else None)

@@ -99,8 +99,7 @@ class ShortTail:
                 over groups lies below `rollout.tail_agreement`.
         """
         whole = step_table(sampler.policy, self.settings.num_steps, table.window, rollout=self.settings, tail_steps=0)
-        whole.trained = ()  # nothing of them is learned from
-        drawn = draw(sampler, whole, micro_batches, iteration, "sample by all steps")
+        drawn = draw(sampler, whole.to_look_at(), micro_batches, iteration, "sample by all steps")
         group, least = self.settings.group_size, self.settings.tail_agreement
         taus = kendall_tau_b(rewards, self.scorer.totals(drawn, iteration, group), group).cpu()
         taus = taus[~taus.isnan()]
@@ -143,10 +142,10 @@ class Scouts:
         """[G] int64 on the host, by image number: which draw each image is."""
         group = self.settings.group_size * self.settings.scouts
         cheap = step_table(self.sampler.policy, self.settings.num_steps, table.window, rollout=self.settings.of_scouts)
-        cheap.trained = ()  # nothing of them is learned from
         micro_batches = self.micro_batches.of(iteration)
         self.scorer.prefetch([prompt for each in micro_batches for prompt in each.prompts])
-        rewards = self.scorer.totals(draw(self.sampler, cheap, micro_batches, iteration, "scout"), iteration, group)
+        drawn = draw(self.sampler, cheap.to_look_at(), micro_batches, iteration, "scout")
+        rewards = self.scorer.totals(drawn, iteration, group)
         chosen = best_and_worst(rewards, group, self.settings.group_size)
         self.rewards, self.mean = rewards[chosen], rewards.mean()
         return chosen.cpu()

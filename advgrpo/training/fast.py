@@ -54,7 +54,7 @@ class FastPaths:
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
             own_noise = "rollout.initial_noise = per_image: every image is its own trajectory"
-        of_sampler = "trajectory" if config.rollout.window.chosen_order == "fixed" else "sampling step"
+        of_sampler = "trajectory" if config.rollout.window.one_for_all else "sampling step"
         rows = (
             _row(
                 "shared prefix",

@@ -1,4 +1,8 @@
-"""Which images an iteration has, and who computes which of them together (architecture.md, "Micro-batches")."""
+"""Which images an iteration has, and who computes which of them together (architecture.md, "Micro-batches").
+
+Where groups branch apart (`rollout.window.branching`), S consecutive groups have one prompt, and each its own of the
+window's S steps: group g has step g mod S.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,8 @@ class MicroBatches:
         self, prompts: list[str], rollout: RolloutSection, minibatches: int, *, seed: int, rank: int, world_size: int
     ):
         self.prompts, self.minibatches = prompts, minibatches
-        self._groups = GroupSampler(len(prompts), rollout.prompts_per_iteration, seed)
+        self._branching, self._branches = rollout.window.branching, rollout.window.branches
+        self._groups = GroupSampler(len(prompts), rollout.prompts_per_iteration // self._branches, seed)
         self._group_size, self._micro = rollout.group_size, rollout.micro_batch
         self._images, self.rank, self.world_size = rollout.images, rank, world_size
 
@@ -35,7 +40,7 @@ class MicroBatches:
 
     def prompts_of(self, iteration: int) -> list[str]:
         """One per group, of all processes."""
-        return [self.prompts[number] for number in self._groups.next(iteration)]
+        return [self.prompts[number] for number in self._groups.next(iteration) for _ in range(self._branches)]
 
     def of(self, iteration: int, chosen: torch.Tensor | None = None) -> list[MicroBatch]:
         """This process's micro-batches, in order of minibatch.
@@ -55,5 +60,7 @@ class MicroBatches:
                 groups = group_ids.unique()
                 prompts = [prompt_of_group[g] for g in groups.tolist()]
                 row = torch.searchsorted(groups, group_ids)
-                mine.append(MicroBatch(ids, prompts, groups, row, minibatch, None if chosen is None else chosen[ids]))
+                branch = int(groups[0]) % self._branches if self._branching else None  # one group, as checks.py wants
+                draws = None if chosen is None else chosen[ids]
+                mine.append(MicroBatch(ids, prompts, groups, row, minibatch, draws, branch))
         return mine

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from advgrpo import config as configuration
-from advgrpo.config import Config, nearest
+from advgrpo.config import Config, RolloutSection, nearest
 from advgrpo.data.images import ImageError, read_header
 from advgrpo.data.record_source import HUB
 from advgrpo.errors import UserError, one_line
@@ -293,6 +293,12 @@ def _with_interval(facts: RunFacts, stage: str, name: str) -> str:
     return f"{value:.4f}" + (f" ± {half:.4f}" if isinstance(half, (int, float)) else "")
 
 
+def _images_per_iteration(rollout: RolloutSection) -> str:
+    branches = rollout.window.branches
+    of_prompt = f"{branches} branches × {rollout.group_size}" if rollout.window.branching else f"{rollout.group_size}"
+    return f"{rollout.prompts_per_iteration // branches} prompts × {of_prompt}"
+
+
 def _training_section(facts: RunFacts) -> str:
     config, data = facts.config, facts.config.data
     preset, changes = nearest_preset(config)
@@ -306,7 +312,7 @@ def _training_section(facts: RunFacts) -> str:
         "references": _address(data.style or data.references),
         "held-out prompts": _address(data.held_out_prompts),
         "LoRA": f"rank {config.model.lora.rank}, alpha {config.model.lora.alpha:g} (folded)",
-        "images per iteration": f"{config.rollout.prompts_per_iteration} prompts × {config.rollout.group_size}",
+        "images per iteration": _images_per_iteration(config.rollout),
         "not trained because": one_line(str(facts.summary.get("not_trained_because", ""))),
         "versions": ", ".join(f"{name} {value}" for name, value in (facts.summary.get("versions") or {}).items()),
     }

@@ -88,7 +88,10 @@ class PolicyGradient(RewardedObjective):
     ) -> dict[str, float | None]:
         """Advantages, then one optimizer step and one EMA step per minibatch."""
         result = self.advantages(scored)
-        learned = self._learned(rollout.micro_batches, result.advantages)
+        leaves_out = self.section.informative_share < 1 or self.section.skip_dead_groups
+        values = result.advantages.cpu() if leaves_out else None
+        learned = rollout.micro_batches if values is None else self._learned(rollout.micro_batches, values)
+        watching = self._watching(rollout.micro_batches, values)
         reports, reweighs = [], self.section.old_log_prob != "rollout"
         if reweighs:
             pieces = iteration.stoppable(learned, "reweigh: micro-batch")
@@ -97,11 +100,10 @@ class PolicyGradient(RewardedObjective):
         for minibatch in range(self.micro_batches.minibatches):
             own = [t for t in learned if t.micro_batch.minibatch == minibatch]
             pieces = iteration.stoppable(own, "update: micro-batch")
-            first = minibatch == 0
-            watch_kl = first and self.distributed.is_main
+            watch_kl = minibatch == watching
             part = self.updater.accumulate(pieces, result.advantages, table, total=total, watch_kl=watch_kl)
             mismatch = part.max_mismatch()
-            norm = self.updater.step(mismatch if first else None)
+            norm = self.updater.step(mismatch if minibatch == 0 else None)
             reports.append(torch.cat([part.sums(), torch.stack([mismatch, norm]).double()]))
         return {
             "zero_std_fraction": float(result.zero_std_fraction),
@@ -110,15 +112,29 @@ class PolicyGradient(RewardedObjective):
         }
 
     def _learned(self, micro_batches: list[MicroBatchRollout], advantages: torch.Tensor) -> list[MicroBatchRollout]:
-        """What of this process's images the update is computed of; `advantages` are [G], by image number."""
+        """What of this process's images the update is computed of; `advantages` are [G], on the host, by number."""
         section = self.section
-        if section.informative_share == 1 and not section.skip_dead_groups:
-            return micro_batches
-        values = advantages.cpu()
         if section.informative_share < 1:  # before any are left out: it wants whole groups
             group = self.settings.group_size
-            micro_batches = most_informative(micro_batches, values, group, round(group * section.informative_share))
-        return without_dead(micro_batches, values) if section.skip_dead_groups else micro_batches
+            micro_batches = most_informative(micro_batches, advantages, group, round(group * section.informative_share))
+        return without_dead(micro_batches, advantages) if section.skip_dead_groups else micro_batches
+
+    def _watching(self, rollouts: list[MicroBatchRollout], advantages: torch.Tensor | None) -> int | None:
+        """The minibatch in whose first micro-batch this process measures the KL; None: another process does.
+
+        That is where the first image is that the update is computed of, of all processes, so the metric is the same on
+        any number of them.
+
+        Args:
+            rollouts: all of this process's.
+            advantages: [G] on the host, by image number; None where no image is left out.
+        """
+        first = 0
+        if advantages is not None and self.section.skip_dead_groups:
+            alive = advantages.nonzero().flatten().tolist()
+            first = alive[0] if alive else 0
+        own = (each.micro_batch for each in rollouts)
+        return next((each.minibatch for each in own if bool((each.image_ids == first).any())), None)
 
     def _update_metrics(self, reports: torch.Tensor, iteration: int) -> dict[str, float | None]:
         """Metrics of [minibatches, 9] local reports: the one place where the update waits for the device.

@@ -48,7 +48,7 @@ def build_sampler(parts: Parts, *, window_merged: bool) -> Sampler:
         graphs=parts.graphs,
         shared_noise=config.rollout.initial_noise == "shared",
         keep_means=config.update.trust_region != "ratio",
-        whole=config.rollout.window.chosen_order == "fixed",
+        whole=config.rollout.window.one_for_all,
     )
 
 
@@ -203,9 +203,9 @@ class RewardedObjective(ABC):
         initial_seed: int,
         noise_seed: int,
     ) -> MicroBatchRollout:
-        owners = micro_batch.prompt_groups if sampler.shared_noise else micro_batch.draws
+        owners = micro_batch.trajectories if sampler.shared_noise else micro_batch.draws
         latents, steps = sampler.run(
-            table,
+            table.of(micro_batch.branch),
             conditioning,
             sampler.initial_latents(initial_seed, owners),
             to_device(micro_batch.row, self.policy.device),

@@ -182,7 +182,7 @@ class Updater:
         """
         self.zero_gradients()
         stats, inputs = UpdateStats(self.policy.device), self._inputs
-        weight = 1.0 / (total * len(table.trained))
+        weight = 1.0 / (total * table.trained_per_image)
         table = self._held(table)
         for place, rollout in enumerate(micro_batches):
             inputs.fill("row", to_device(rollout.micro_batch.row, self.policy.device))

@@ -90,6 +90,8 @@ def _out_of_range() -> list[Case]:
         "--rollout.window.noise_range 0.9 0.2": "widen noise_range",
         "--rollout.window.noise_range 0.5": "rollout.window.noise_range = [0.5]: want 2 values",
         "--rollout.tail_steps -1": "rollout.tail_steps = -1",
+        "--rollout.tail_solver heun": "rollout.tail_solver = 'heun': want euler or dpm2",
+        "--rollout.window.branching perhaps": "'perhaps'",
         "--rollout.tail_agreement 1.5": "rollout.tail_agreement = 1.5: want a number from 0 to 1",
         "--rollout.scouts 0": "rollout.scouts = 0: want a whole number from 1 to 64",
         "--update.informative_share 0": "update.informative_share = 0: want a number above 0",
@@ -272,6 +274,36 @@ CONFLICTS = [
         "want at least",
     ),
     flagged("conflicts", "--rollout.tail_steps 9", "rollout.tail_steps = 9 shortens nothing: at most"),
+    flagged(
+        "conflicts",
+        "--rollout.tail_solver dpm2",
+        "rollout.tail_solver = dpm2 would not be looked at: with rollout.tail_steps = 0",
+    ),
+    flagged(
+        "conflicts",
+        "--rollout.tail_solver dpm2 --rollout.tail_steps 1",
+        "one step to the image is of first order; set rollout.tail_steps = 2 or more",
+    ),
+    flagged(
+        "conflicts",
+        "--update.objective nft --rollout.initial_noise per_image --rollout.tail_solver dpm2",
+        "rollout.tail_solver = dpm2 is of the policy gradient's window",
+    ),
+    flagged(
+        "conflicts",
+        "--rollout.window.branching --rollout.initial_noise per_image",
+        "rollout.window.branching = True leaves one trajectory of a prompt",
+    ),
+    flagged(
+        "conflicts",
+        "--rollout.window.branching --rollout.initial_noise shared --rollout.window.train_share 0.9",
+        "rollout.window.train_share = 0.9 would not be looked at",
+    ),
+    flagged(
+        "conflicts",
+        "--update.objective nft --rollout.initial_noise per_image --rollout.window.branching",
+        "rollout.window.branching = True is of the policy gradient's window",
+    ),
     flagged(
         "conflicts",
         "--rollout.scout_tail_steps 1",

@@ -91,6 +91,8 @@ EVALUATE = [
     score("--metric-options.rule.strickt 1", "no option 'strickt'; it has strict"),
     score("--metric-options.rule.strict maybe", "--metric-options.rule.strict = 'maybe': want true or false"),
     score("--metric-options.ocr.workers 1", "metric 'ocr', which --metrics rule lacks"),
+    score("--metrics retrieval --metric-options.retrieval.top 1", "retrieval.top: the metric retrieval takes no options"),
+    score("--metrics rule_accuracy --metric-options.rule_accuracy.strict 1", "rule_accuracy takes no options; leave it out"),
     score("--metric-options.rule", "want --metric-options.METRIC.OPTION VALUE"),
     score(["--metric-options.rule.strict", "[1"], "the value cannot be read"),
     score("--lora nowhere", "--lora = 'nowhere", "does not exist"),

@@ -81,6 +81,7 @@ ON_FLOW_GRPO = (
     "sd35m-flow-grpo-original",
     "sd35m-tempflow",
     "sd35m-mixgrpo",
+    "sd35m-mixgrpo-flash",
     *(f"sd35m-{name}" for name in OTHER_LOSSES),
 )
 
@@ -116,12 +117,22 @@ def test_mixgrpo_slides_its_window_and_changes_no_loss(name, base):
     )
 
 
-@pytest.mark.parametrize(("name", "base"), [("tiny-tempflow", "tiny"), ("sd35m-tempflow", "sd35m-flow-grpo-original")])
-def test_tempflow_branches_at_one_step_from_one_noise_and_weighs_it(name, base):
-    settings, theirs = config.load(name), config.load(base).model_dump()
-    assert (settings.rollout.initial_noise, settings.rollout.window.count) == ("shared", 1)
-    assert settings.rollout.window.chosen_order == "random"
-    assert settings.update.model_dump() == {**theirs["update"], "step_weights": "noise"}
+@pytest.mark.parametrize("name", ["tiny-mixgrpo-flash", "sd35m-mixgrpo-flash"])
+def test_mixgrpo_flash_shortens_the_tail_and_nothing_else(name):
+    settings, whole = config.load(name), config.load(name.removesuffix("-flash"))
+    assert settings.rollout.tail_solver == "dpm2"
+    plain = settings.rollout.model_copy(update={"tail_steps": 0, "tail_solver": "euler"})
+    assert (plain, settings.update) == (whole.rollout, whole.update)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("tiny-tempflow", (5, 6, 7, 8)), ("sd35m-tempflow", tuple(range(9)))])
+def test_tempflow_branches_off_one_trajectory_at_every_step_and_weighs_it(name, steps):
+    settings = config.load(name)
+    rollout = settings.rollout
+    assert (rollout.initial_noise, rollout.window.branching, rollout.window.steps) == ("shared", True, steps)
+    assert settings.update.step_weights == "noise"
+    assert (settings.trained_steps, rollout.prompts_per_iteration % len(steps)) == (1, 0)
+    assert rollout.images == {"tiny-tempflow": 64, "sd35m-tempflow": 32 * 9 * 6}[name]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import __future__
 
 import ast
+import importlib.util
+import math
 import os
 import sys
 from collections import Counter, defaultdict
@@ -23,10 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.sampling.toy import bent
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 VERL_OMNI = "verl-omni/verl_omni/trainer/diffusion/diffusion_algos.py"
 MIX_GRPO = "MixGRPO/fastvideo/utils/grpo_states.py"
 FLOW_FACTORY = "Flow-Factory/src/flow_factory/advantage/advantage_processor.py"
+MIX_SAMPLING = "MixGRPO/fastvideo/utils/sampling_utils.py"
+TEMPFLOW = "TempFlow-GRPO/flow_grpo/diffusers_patch/sd3_{}_with_logprob_perstep.py"
 AWM_TRAINER = "Flow-Factory/src/flow_factory/trainers/awm.py"
 ROWS, SHAPE = 16, (4, 5, 6)
 SIGMAS = [(0.97, 0.9), (0.75, 0.6), (0.3, 0.1)]  # noise level before and after three steps
@@ -143,6 +149,113 @@ def windows() -> dict[str, torch.Tensor]:
         steps = state.get_current_timesteps()
         seen.append([steps[0], steps[-1]])
     return recorded | {"random": torch.tensor(seen)}
+
+
+def kept_noise(kept: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """diffusers' `randn_tensor`, which keeps what it returns."""
+
+    def randn_tensor(shape: Any, **_: Any) -> torch.Tensor:
+        kept.append(torch.randn(tuple(shape)))
+        return kept[-1]
+
+    return randn_tensor
+
+
+def flash() -> dict[str, torch.Tensor]:
+    """MixGRPO-Flash's rollout: three images, stochastic steps 1 and 2 of 10, then five of second order for seven."""
+    spec = importlib.util.spec_from_file_location("mix_sampling", Path(os.environ["ADVGRPO_PEERS"], MIX_SAMPLING))
+    theirs = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    noise, schedules, step = [], [], theirs.dpm_step
+
+    def dpm_step(*given: Any, sigmas: torch.Tensor, **more: Any) -> Any:
+        schedules.append(sigmas)
+        return step(*given, sigmas=sigmas, **more)
+
+    class Transformer:
+        eval = staticmethod(lambda: None)
+        __call__ = staticmethod(lambda hidden_states, **_: (bent(hidden_states),))
+
+    theirs.randn_tensor, theirs.dpm_step = kept_noise(noise), dpm_step
+    args = SimpleNamespace(
+        dpm_algorithm_type="dpmsolver++", dpm_apply_strategy="post", dpm_post_compress_ratio=0.8, dpm_solver_order=2,
+        dpm_solver_type="midpoint", flow_grpo_sampling=True, sample_strategy="progressive", eta=0.7, shift=3,
+        drop_last_sample=False,
+    )  # fmt: skip
+    window = [1, 2]
+    _, _, latents, _ = theirs.run_sample_step(
+        args,
+        z=torch.randn(3, 2, 3, 3),
+        progress_bar=range(10),
+        sigma_schedule=theirs.sd3_time_shift(3, torch.linspace(1, 0, 11)),
+        transformer=Transformer(),
+        encoder_hidden_states=torch.zeros(3, 1, 1),
+        pooled_prompt_embeds=None,
+        text_ids=torch.zeros(1, 1),
+        image_ids=None,
+        grpo_sample=True,
+        determistic=[i not in window for i in range(10)],
+    )
+    drawn = torch.stack([noise[i] for i in window])  # their function draws where it adds none as well
+    recorded = {"sigmas": schedules[0], "window": torch.tensor(window), "eta": torch.tensor(args.eta), "noise": drawn}
+    return recorded | {"latents": latents.transpose(0, 1).contiguous()}
+
+
+def tempflow() -> dict[str, torch.Tensor]:
+    """TempFlow-GRPO's rollout: two trajectories of five steps, and six images from each of the first four steps."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
+
+    noise, scales = [], []
+    step = cut(TEMPFLOW.format("sde"), "sde_step_with_logprob")
+    step.__globals__.update(randn_tensor=kept_noise(noise), math=math)
+
+    def sde_step(*given: Any, **more: Any) -> Any:
+        found = step(*given, **more)
+        if not more["determistic"]:
+            scales.append(found[3].flatten()[0])
+        return found
+
+    class Transformer:
+        config = SimpleNamespace(in_channels=2)
+        __call__ = staticmethod(lambda hidden_states, **_: (bent(hidden_states),))
+
+    draw = cut(TEMPFLOW.format("pipeline"), "pipeline_with_logprob")
+    draw.__globals__.update(sde_step_with_logprob=sde_step, retrieve_timesteps=retrieve_timesteps, XLA_AVAILABLE=False)
+    initial, text = torch.randn(2, 2, 3, 3), torch.zeros(2, 1)
+    owner = SimpleNamespace(
+        check_inputs=lambda *_, **__: None,
+        _execution_device="cpu",
+        joint_attention_kwargs=None,
+        do_classifier_free_guidance=False,
+        interrupt=False,
+        clip_skip=None,
+        encode_prompt=lambda **_: (text, None, text, None),
+        transformer=Transformer(),
+        prepare_latents=lambda *_: initial,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        progress_bar=lambda **_: nullcontext(SimpleNamespace(update=lambda: None)),
+        vae=SimpleNamespace(
+            config=SimpleNamespace(scaling_factor=1.0, shift_factor=0.0),
+            dtype=torch.float32,
+            decode=lambda latents, **_: (latents,),
+        ),
+        image_processor=SimpleNamespace(postprocess=lambda image, **_: image),
+        maybe_free_model_hooks=lambda: None,
+    )
+    with torch.no_grad():
+        images, states, branched, log_probs, _ = draw(
+            owner,
+            height=1,
+            width=1,
+            num_inference_steps=5,
+            prompt_embeds=text,
+            pooled_prompt_embeds=text,
+            return_dict=False,
+        )
+    stacked = {"latents": states, "next_latents": branched, "log_prob": log_probs, "images": images, "noise": noise}
+    recorded = {name: torch.stack(values) for name, values in (stacked | {"std_dev_t": scales}).items()}
+    return {"sigmas": owner.scheduler.sigmas} | recorded
 
 
 def gdpo() -> dict[str, torch.Tensor]:
@@ -280,6 +393,8 @@ FILES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
     "flow_dppo_verl_omni": flow_dppo,
     "distill_verl_omni": distill,
     "windows_mix_grpo": windows,
+    "flash_mix_grpo": flash,
+    "branches_tempflow": tempflow,
     "gdpo_flow_factory": gdpo,
     "awm_flow_factory": awm,
 }

@@ -112,6 +112,24 @@ def test_every_window_and_length_has_a_trajectory_of_its_own(policy, unit_config
     assert captured.captures == 4
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_tail_of_second_order_has_the_eager_bits(policy, unit_config, share, whole):
+    """What a step hands on to the next lies in static storage, or inside the trajectory's graph."""
+    unit_config.rollout.tail_steps, unit_config.rollout.tail_solver = 3, "dpm2"
+    backend = EmulatedGraphs()
+    captured, eager = make_sampler(policy, backend, share=share, whole=whole), make_sampler(policy, share=share)
+    for seed in range(5):
+        move_weights(policy, seed)
+        settings = {"seed": seed, "window": (0, 1), "num_steps": 9}
+        found, expected = (rollout(sampler, unit_config, **settings) for sampler in (captured, eager))
+        assert found[2].second_order.steps == (2, 4)
+        assert_same(found, expected)
+    assert backend.replays > 0
+    unit_config.rollout.tail_solver = "euler"
+    assert not torch.equal(rollout(eager, unit_config, **settings)[0], expected[0])
+
+
 def test_only_a_new_shape_captures_again(policy, unit_config):
     sampler = make_sampler(policy, EmulatedGraphs())
     for seed in range(4):

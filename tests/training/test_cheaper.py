@@ -357,6 +357,31 @@ def test_what_is_dead_is_left_out_of_what_is_informative(unit_config):
     assert [each.micro_batch.image_ids.tolist() for each in learned] == [[2, 3]]
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_kl_is_measured_by_whoever_has_the_first_group_with_a_say(unit_config, share):
+    """Two processes with a group in either minibatch: one measures, in the micro-batch that a lone process takes."""
+    settings = changed(unit_config, micro_batch=2, prompts_per_iteration=4, window=FIRST_TWO)
+    settings.update.skip_dead_groups, settings.update.informative_share = True, share
+    objective = build(settings).trainer.objective
+    mine, updater, table = objective.micro_batches, objective.updater, objective.table(0)
+    cases = {0: (0, 0), 2: (0, 0), 4: (1, 0), 8: (0, 1), 14: (1, 1)}  # first image with a say -> (process, minibatch)
+    for image, (process, minibatch) in cases.items():
+        advantages = torch.zeros(16)
+        advantages[image], advantages[15] = -1.0, 1.0
+        measured = {}
+        for mine.rank, mine.world_size in ((0, 1), (0, 2), (1, 2)):
+            rollout = objective.rollout(table, 0)
+            watching = objective._watching(rollout.micro_batches, advantages)
+            learned = objective._learned(rollout.micro_batches, advantages)
+            own = [each for each in learned if each.micro_batch.minibatch == watching]
+            stats = updater.accumulate(own, advantages, table, total=8, watch_kl=watching is not None)
+            measured[mine.rank, mine.world_size] = watching, stats.kl_pairs, float(stats.sums()[3])
+        alone = measured[0, 1]
+        assert alone[:2] == (minibatch, 2)
+        assert measured[process, 2] == alone
+        assert measured[1 - process, 2] == (None, 0, 0.0)
+
+
 def test_an_iteration_of_dead_groups_alone_trains_nothing_and_says_so(unit_config, monkeypatch):
     settings = changed(unit_config, window=FIRST_TWO)
     settings.update.skip_dead_groups = True
