@@ -1,8 +1,8 @@
 """FLUX.1 policy: FLUX.1-dev, whose guidance is an input of the network, and FLUX.1-schnell, which has none.
 
 Packing, positions and schedule are those of packed.py; text tokens all stand at position 0. T5 gives the text, CLIP a
-pooled vector alone. Where the network has no guidance embedding the policy's guidance is classifier-free, what diffusers
-calls true_cfg_scale with an empty negative prompt.
+pooled vector alone. Where the network has no guidance embedding the policy's guidance is classifier-free, what
+diffusers calls true_cfg_scale with an empty negative prompt.
 
 Shapes: R rows, latents [R, C, H, W] float32 and packed [R, T, 4·C] with T = H/2 · W/2, text [R, L, D], pooled [R, E].
 """

@@ -69,6 +69,6 @@ class PackedPolicy(TransformerPolicy):
         return math.exp(self._mu()) if config.time_shift_type == "exponential" else self._mu()
 
     def training_sigmas(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantiles, shifted as the schedule is; its stretch, which depends on the number of steps, they do not have."""
+        """Quantiles, shifted as the schedule is, and not stretched, which depends on the number of steps."""
         sigmas = self.shift * quantiles / (1 + (self.shift - 1) * quantiles)
         return sigmas.float(), (sigmas * self._scheduler.config.num_train_timesteps).float()

@@ -31,8 +31,8 @@ from advgrpo.config import (
 from advgrpo.errors import UserError
 from advgrpo.plan.known_models import BACKBONES, KNOWN, known_pipeline
 from advgrpo.policy.adapters import START, component_of, read_lora_for, stored_network, target_modules
-from advgrpo.policy.fused.lora import check_lora_state
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.fused.lora import check_lora_state
 from advgrpo.policy.loading import POLICIES
 from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
 from advgrpo.policy.pipelines import PREDICTION_TYPES, local_pipeline, pipeline_index

@@ -19,12 +19,12 @@ the memory-efficient kernel are compiled differently where the logarithms of the
 PyTorch decides by whether there is a gradient; here they are always computed, so that both are the same kernel.
 Training that must repeat bit for bit on a GPU needs one whose backward does too.
 
-A mask of keys, as Qwen-Image's text has, is taken by cudnn, efficient, cpu and math. It is added to the logarithms, 0 or
--∞, so that masked keys weigh exactly 0, whatever they and their values hold (finite).
+A mask of keys, as Qwen-Image's text has, is taken by cudnn, efficient, cpu and math. It is added to the logarithms, 0
+or -∞, so that masked keys weigh exactly 0, whatever they and their values hold (finite).
 
-Shapes: q [B, H, Sq, D], k and v [B, H, S, D], mask [B, S] bool -> [B, Sq, H·D]. Any strides with dense heads. The result
-lies in memory in q's order of images and tokens; not with flash3, which puts image after image, so that to_out copies
-its input.
+Shapes: q [B, H, Sq, D], k and v [B, H, S, D], mask [B, S] bool -> [B, Sq, H·D]. Any strides with dense heads. The
+result lies in memory in q's order of images and tokens; not with flash3, which puts image after image, so that to_out
+copies its input.
 """
 
 from __future__ import annotations

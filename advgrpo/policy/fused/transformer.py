@@ -1,13 +1,12 @@
-"""Our forward of MMDiT-like transformers, over the stock weights: SD3's, FLUX.1's and Qwen-Image's, told apart by a small
-config.
+"""Our forward of MMDiT-like transformers, over the stock weights: SD3's, FLUX.1's, Qwen-Image's, by a small config.
 
 Same weights and mathematics as diffusers' SD3Transformer2DModel, FluxTransformer2DModel and
-QwenImageTransformer2DModel, fewer and larger operations: q, k and v are one matrix product per stream, those of image and text write into one tensor; a residual, its
-gate and the following norm and modulation are one kernel (both modulations of a dual-attention block); the modulation
-of all steps is one product per prompt; text queries of the last block, which nothing reads, do not attend. FLUX.1 goes
-on with blocks of one stream, image and text in one tensor, and turns q and k where SD3 adds positions to the image.
-Qwen-Image turns them too, text as well; its text has a mask, and no pooled vector, so that one modulation serves all
-prompts.
+QwenImageTransformer2DModel, fewer and larger operations: q, k and v are one matrix product per stream, those of image
+and text write into one tensor; a residual, its gate and the following norm and modulation are one kernel (both
+modulations of a dual-attention block); the modulation of all steps is one product per prompt; text queries of the last
+block, which nothing reads, do not attend. FLUX.1 goes on with blocks of one stream, image and text in one tensor, and
+turns q and k where SD3 adds positions to the image. Qwen-Image turns them too, text as well; its text has a mask, and
+no pooled vector, so that one modulation serves all prompts.
 Low-rank adapters are views of one vector (lora.py). Three sets of weights: "adapted" (trained), "base" (frozen),
 "merged" (for steps without a likelihood).
 
