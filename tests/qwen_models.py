@@ -56,7 +56,7 @@ def vae() -> AutoencoderKLQwenImage:
     )
 
 
-def transformer(*, layers: int = 2) -> QwenImageTransformer2DModel:
+def transformer(*, layers: int = 3) -> QwenImageTransformer2DModel:
     return QwenImageTransformer2DModel(
         in_channels=64,
         out_channels=16,

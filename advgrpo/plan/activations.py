@@ -28,14 +28,14 @@ import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from advgrpo.policy.fused.decoder import Decoder, DecoderConfig
+from advgrpo.plan.known_models import Vae, VideoVae
+from advgrpo.policy.fused.decoder import Decoder
 
 _FLOAT32 = 4
 # Alive at once beside what is saved, elements of model.dtype per token and channel, counted on meta: a forward without
@@ -168,12 +168,14 @@ class AliveBytes(TorchDispatchMode):
         self.alive -= self._known.pop(key)
 
 
-@lru_cache(maxsize=16)
 @functools.cache
-def decode_bytes(config: DecoderConfig, dtype: torch.dtype, side: int) -> int:
+def decode_bytes(config: Vae, dtype: torch.dtype, side: int) -> int:
     """Most bytes alive while one image of `side` latents is decoded, counted on meta."""
-    decoder = Decoder(config, dtype=dtype, device="meta")
     latents = torch.empty((1, config.latent_channels, side, side), device="meta")
-    with AliveBytes() as counted:
-        decoder(latents)
+    if isinstance(config, VideoVae):
+        decode, latents = config.stock().to(dtype).decode, latents.unsqueeze(2).to(dtype)
+    else:
+        decode = Decoder(config, dtype=dtype, device="meta")
+    with torch.no_grad(), AliveBytes() as counted:
+        decode(latents)
     return counted.peak
