@@ -7,8 +7,8 @@ weights, and each takes alpha = rank where it finds none. Folded, a LoRA is equa
 
     diffusers   transformer.transformer_blocks.0.attn.to_q.lora_A.weight     header: r, lora_alpha = r
     comfyui     the same and ….to_q.alpha; a UNet's file is kohya's
-    kohya       lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight   ….alpha; SD3's and FLUX.1's q, k, v are one;
-                Qwen-Image's modules keep diffusers' names, which are its original checkpoint's (musubi-tuner's files)
+    kohya       lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight   ….alpha; SD3's and FLUX.1's q, k, v are one
+                Qwen-Image's keep diffusers' names, which are its original checkpoint's (musubi-tuner's files)
 
 Shapes: A [r, K] and B [n, r] of a linear layer with K inputs and n outputs.
 """
@@ -322,11 +322,8 @@ def _is_qwen(modules: Mapping[str, Pair]) -> bool:
     of the last ones here."""
     if any("_mlp." in name or "_mod." in name for name in modules):
         return True
-    blocks = (
-        re.match(r"transformer_blocks\.(\d+)\.attn\.", name)
-        for name, (a, _) in modules.items()
-        if a.shape[1] == _FLUX_WIDTH
-    )
+    wide = (name for name, (a, _) in modules.items() if a.shape[1] == _FLUX_WIDTH)
+    blocks = (re.match(r"transformer_blocks\.(\d+)\.", name) for name in wide)
     return any(found and int(found[1]) >= _FLUX_TWO_STREAMS for found in blocks)
 
 
