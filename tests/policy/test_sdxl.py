@@ -354,7 +354,7 @@ def test_what_fast_switches_on_for_a_unet(settings):
         assert not rows[name].on
         assert (
             rows[name].why
-            == "a StableDiffusionXLPipeline has a UNet; the fused forward is of SD3's and FLUX.1's transformers"
+            == "a StableDiffusionXLPipeline has a UNet; the fused forward is of SD3's, FLUX.1's and Qwen-Image's transformers"
         )
     settings.rollout.precision = "fp8"
     with pytest.raises(UserError, match=r"rollout\.precision = 'fp8' needs the fused transformer \(a StableDiff"):
