@@ -67,8 +67,8 @@ class LoraSection(Section):
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """Initialisation of A; B starts at zero, so training starts from the base model."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = LORA_TARGETS
-    """Module-name suffixes that get an adapter. The default, SD3's, FLUX.1's and Qwen-Image's eight attention projections,
-    stands for attn1 and attn2's to_q, to_k, to_v and to_out.0 where the model is a UNet."""
+    """Module-name suffixes that get an adapter. The default, the eight attention projections of SD3, FLUX.1 and
+    Qwen-Image, stands for attn1 and attn2's to_q, to_k, to_v and to_out.0 where the model is a UNet."""
     blocks: Literal["all"] | Batch = "all"
     """"all", or only the last N transformer blocks."""
     start_from: str = ""
@@ -189,8 +189,8 @@ class RolloutSection(Section):
     num_steps: Steps = 10
     """Sampler steps."""
     guidance_scale: Guidance = 4.5
-    """Guidance in sampling and training: classifier-free, 1 switches it off, for Qwen-Image its true_cfg_scale; the scale
-    that FLUX.1-dev is given."""
+    """Guidance in sampling and training: classifier-free, 1 switches it off (for Qwen-Image its true_cfg_scale), or
+    the scale that FLUX.1-dev is given."""
     dynamics: Literal["flow_cps", "flow_sde", "dance_sde", "ddim"] = "flow_cps"
     """Stochastic sampler on the window's steps (arXiv 2509.05952, 2505.05470, 2505.07818); ddim for models that predict
     noise (SD1.5, SDXL), and for no others."""
