@@ -18,8 +18,9 @@ from advgrpo.tiny import shapes
 TEXT_WIDTH = 64
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Words of the pipeline's chat template, each one token as in the hub's vocabulary: its beginning is then 34 tokens.
-TEMPLATE = ["system", "Describe", "the", "image", "by", "detailing", "color", "shape", "size", "texture", "quantity"]
-TEMPLATE += ["text", "spatial", "relationships", "of", "objects", "and", "background", "user", "assistant"]
+TEMPLATE = ["system", "Describe", "user", "assistant"]  # after no space: their letters are joined before others' are
+TEMPLATE += ["the", "image", "by", "detailing", "color", "shape", "size", "texture", "quantity", "text", "spatial"]
+TEMPLATE += ["relationships", "of", "objects", "and", "background"]
 # The image tokens of a 32-pixel picture are 16; the rest as on the hub.
 SHIFTING = {
     "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 8, "max_image_seq_len": 64, "shift": 1.0,

@@ -196,7 +196,6 @@ class _Estimate:
             first_trained=0 if blocks == "all" or not self.lora else every - blocks,
             math_attention=self.fused and model.attention == "math",
             single_layers=self.pipeline.single_layers if self.pipeline.is_flux or self.pipeline.is_qwen else None,
-            masked=self.pipeline.is_qwen,
         )
 
     def plans(self, gpu_gb: float) -> list[MemoryPlan]:

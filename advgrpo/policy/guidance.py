@@ -61,7 +61,8 @@ class _RescaledGuidance(torch.autograd.Function):
         return combined * (length / own)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx, *gradients: torch.Tensor):
+        (gradient,) = gradients
         conditional, combined, length, own = ctx.saved_tensors
         direction = combined / own
         along = _token_sum(direction * gradient, ctx.patch)
