@@ -76,7 +76,7 @@ class TransformerShape:
         return self.layers + (self.single_layers or 0) - self.first_trained
 
     def _flux_bytes(self, single: bool, recomputed: bool = False) -> int:
-        """Saved by one block of FLUX.1 or Qwen-Image for one sequence, or alive when checkpointing has recomputed it."""
+        """Saved by a block of FLUX.1 or Qwen-Image for one sequence, or alive when checkpointing has recomputed it."""
         fused = self.path == "fused"
         if fused:
             own, floats = (10 if single else 11) + 2 * recomputed, 0
