@@ -74,7 +74,7 @@ class _RescaledGuidance(torch.autograd.Function):
 def _token_sum(x: torch.Tensor, patch: int) -> torch.Tensor:
     """[R, 1, H, W] sums of x [R, C, H, W] over each token's channels and `patch` x `patch` latents, at all of them."""
     rows, _, height, width = x.shape
-    sums = x.view(rows, -1, height // patch, patch, width // patch, patch).sum((1, 3, 5), keepdim=True)
+    sums = x.reshape(rows, -1, height // patch, patch, width // patch, patch).sum((1, 3, 5), keepdim=True)
     return sums.expand(-1, -1, -1, patch, -1, patch).reshape(rows, 1, height, width)
 
 
