@@ -173,8 +173,9 @@ class VideoVae:
         """diffusers' module on the meta device."""
         from diffusers import AutoencoderKLQwenImage
 
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         with torch.device("meta"):
-            return AutoencoderKLQwenImage(**asdict(self))
+            return AutoencoderKLQwenImage(**settings)
 
 
 Vae = DecoderConfig | VideoVae
