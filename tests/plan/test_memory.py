@@ -298,7 +298,9 @@ def test_qwen_image_is_counted():
     assert known_models.count_vae(pipeline.decoder) == 126_892_531
     estimate = _Estimate(config, 8)
     assert (estimate.guided, estimate.fused, estimate.own_decoder) == (2, True, False)
-    assert plan(config, 141, processes=8).fits
+    assert plan(config, 80, processes=8).fits
+    refused = plan(config, 70, processes=8)  # weights, merged ones and the text encoder
+    assert (refused.fits, refused.peak_phase) == (False, "encode")
 
 
 def test_alive_bytes_counts_new_tensors_once_while_they_live():
