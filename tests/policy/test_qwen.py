@@ -145,7 +145,7 @@ def test_lora_gradients_equal_those_of_the_stock_transformer(settings, fused):
         return pipe._unpack_latents(written_out(*both, GUIDANCE), 32, 32, 4)[:, :, 0]
 
     clipped_loss_written_out(rollout, table, velocity).backward()
-    assert_gradients(policy, gradient, theirs)
+    assert_gradients(policy, gradient, theirs, tolerance=5e-5)  # guidance at 4 multiplies rounding as well
 
 
 @both_forwards
