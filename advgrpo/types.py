@@ -6,6 +6,7 @@ Shapes: B images of this process in an iteration, M images of a micro-batch, P d
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,21 @@ class Conditioning:
 
     text: torch.Tensor  # [P, L, D], the model's dtype
     pooled: torch.Tensor  # [P, E]
+    mask: torch.Tensor | None = None  # [P, L] bool, the tokens that are attended to; None: all of them
 
     def rows(self, index: torch.Tensor) -> Conditioning:
-        return Conditioning(self.text.index_select(0, index), self.pooled.index_select(0, index))
+        return Conditioning(**{name: tensor.index_select(0, index) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What there is, by name; first dimension P."""
+        mask = {} if self.mask is None else {"mask": self.mask}
+        return {"text": self.text, "pooled": self.pooled, **mask}
+
+    @classmethod
+    def joined(cls, parts: Iterable[Conditioning]) -> Conditioning:
+        """The rows of all parts, one after the other; all have a mask or none has."""
+        named = [part.tensors() for part in parts]
+        return cls(**{name: torch.cat([tensors[name] for tensors in named]) for name in named[0]})
 
 
 @dataclass

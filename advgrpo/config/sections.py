@@ -67,8 +67,8 @@ class LoraSection(Section):
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """Initialisation of A; B starts at zero, so training starts from the base model."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = LORA_TARGETS
-    """Module-name suffixes that get an adapter. The default, SD3's and FLUX.1's eight attention projections,
-    stands for attn1 and attn2's to_q, to_k, to_v and to_out.0 where the model is a UNet."""
+    """Module-name suffixes that get an adapter. The default, the eight attention projections of SD3, FLUX.1 and
+    Qwen-Image, stands for attn1 and attn2's to_q, to_k, to_v and to_out.0 where the model is a UNet."""
     blocks: Literal["all"] | Batch = "all"
     """"all", or only the last N transformer blocks."""
     start_from: str = ""
@@ -92,7 +92,8 @@ class ModelSection(Section):
     """"full" trains every transformer weight: it learns faster and forgets more (a warning is printed)."""
     lora: LoraSection = LoraSection()
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 128
-    """Tokens of the T5 prompt (SD3 and FLUX.1; 1 where the pipeline has no T5)."""
+    """Tokens of the T5 prompt (SD3 and FLUX.1; 1 where the pipeline has no T5), or of Qwen-Image's, whose template
+    takes five of them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
     decoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -205,7 +206,8 @@ class RolloutSection(Section):
     num_steps: Steps = 10
     """Sampler steps."""
     guidance_scale: Guidance = 4.5
-    """Guidance in sampling and training: classifier-free, 1 switches it off; the scale that FLUX.1-dev is given."""
+    """Guidance in sampling and training: classifier-free, 1 switches it off (for Qwen-Image its true_cfg_scale), or
+    the scale that FLUX.1-dev is given."""
     dynamics: Literal["flow_cps", "flow_sde", "dance_sde", "ddim"] = "flow_cps"
     """Stochastic sampler on the window's steps (arXiv 2509.05952, 2505.05470, 2505.07818); ddim for models that predict
     noise (SD1.5, SDXL), and for no others."""

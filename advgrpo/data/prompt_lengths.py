@@ -9,6 +9,7 @@ from pathlib import Path
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _JUDGED = ("CLIP", "T5")  # of other families nobody knows from their files where a pipeline cuts
+_QWEN_IMAGE = "QwenImagePipeline"  # its text is the prompt inside a template, cut at max_sequence_length
 _SHOWN = 60  # characters of a prompt, and of what it loses
 
 
@@ -38,22 +39,24 @@ def cut_prompts(pipeline: Path, prompts: Sequence[str], max_sequence_length: int
 
     Args:
         pipeline: folder with model_index.json.
-        max_sequence_length: tokens of a T5; CLIPs have their own limit. Other tokenizers are not looked at.
+        max_sequence_length: tokens of a T5, or of Qwen-Image's prompt and the template's end; CLIPs have their own
+            limit. Other tokenizers are not looked at.
     """
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     found: dict[tuple[str, int, tuple[str, ...], str], list[str]] = {}
     for part in TOKENIZERS:
         library, kind = index.get(part) or (None, "")
         encoder, _ = index.get(part.replace("tokenizer", "text_encoder")) or (None, "")
-        if library is None or encoder is None or not prompts or not kind.startswith(_JUDGED):
+        qwen = index.get("_class_name") == _QWEN_IMAGE
+        if library is None or encoder is None or not prompts or not (qwen or kind.startswith(_JUDGED)):
             continue
         tokenizer = _load(pipeline / part, kind)
-        limit = max_sequence_length if kind.startswith("T5") else tokenizer.model_max_length
+        limit = tokenizer.model_max_length if kind.startswith("CLIP") else max_sequence_length
         ids = tokenizer(list(prompts), truncation=False, padding=False)["input_ids"]
         cut = [number for number, tokens in enumerate(ids) if len(tokens) > limit]
         if cut:
-            # The last place that is read holds the token that ends the text, in both families.
-            lost = tokenizer.decode(ids[cut[0]][limit - 1 :], skip_special_tokens=True).strip()
+            # The last place that is read holds the token that ends the text; Qwen's tokenizer adds none.
+            lost = tokenizer.decode(ids[cut[0]][limit - (not qwen) :], skip_special_tokens=True).strip()
             key = kind, limit, tuple(prompts[number] for number in cut), lost
             found.setdefault(key, []).append(part)
     return [CutPrompts(tuple(parts), *key) for key, parts in found.items()]

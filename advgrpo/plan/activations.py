@@ -14,6 +14,7 @@ Saved for the backward of the transformer, elements per token and channel of its
 
 FLUX.1: a block of two streams as above, stock with 4 b around the norms of q and k and their rotation, and no f there;
 one of one stream keeps its residual once and has no projection of the attention alone: 10 b fused, 13 b + 3 f stock.
+Qwen-Image: FLUX.1's blocks of two streams, stock with 5 f there, of rotations in complex numbers.
 
 b: elements of model.dtype; f: float32; *: only with norms of q and k (SD3.5). An adapter keeps its rank besides. Fused,
 the normalised q and k are computed again for the backward from the product that their norm keeps (in brackets: where
@@ -28,22 +29,24 @@ import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from advgrpo.policy.fused.decoder import Decoder, DecoderConfig
+from advgrpo.plan.known_models import Vae, VideoVae
+from advgrpo.policy.fused.decoder import Decoder
 
 _FLOAT32 = 4
 # Alive at once beside what is saved, elements of model.dtype per token and channel, counted on meta: a forward without
 # gradients peaks around GELU (4 in, 4 out, and the streams with their norms), a backward there too.
 _FORWARD_ALIVE = 13.3
 _BACKWARD_ALIVE = 7
-# Of FLUX.1: rotation in float32, and attention and feed-forward of a block of one stream side by side.
+# Of FLUX.1: rotation in float32, and attention and feed-forward of a block of one stream side by side. Of
+# Qwen-Image, which has no such blocks.
 _FLUX_ALIVE = {"fused": (14.9, 8.1), "stock": (17.4, 13.0)}
+_QWEN_ALIVE = {"fused": (11.9, 7.1), "stock": (16.4, 8.7)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class TransformerShape:
     rank: int  # of the adapters; 0 when every weight trains
     first_trained: int  # block with the first adapter; nothing before it is saved
     math_attention: bool  # keeps the attention matrix
-    single_layers: int | None = None  # FLUX.1's blocks of one stream, after the others; None: another family
+    single_layers: int | None = None  # FLUX.1's blocks of one stream, after the others; 0: Qwen-Image; None: SD3
 
     @property
     def tokens(self) -> int:
@@ -73,12 +76,12 @@ class TransformerShape:
         return self.layers + (self.single_layers or 0) - self.first_trained
 
     def _flux_bytes(self, single: bool, recomputed: bool = False) -> int:
-        """Saved by one block of FLUX.1 for one sequence, or alive when checkpointing has recomputed it."""
+        """Saved by a block of FLUX.1 or Qwen-Image for one sequence, or alive when checkpointing has recomputed it."""
         fused = self.path == "fused"
         if fused:
             own, floats = (10 if single else 11) + 2 * recomputed, 0
         else:
-            own, floats = (13, 3) if single else (14, 4)
+            own, floats = (13, 3) if single else (14, 4 if self.single_layers else 5)
         if not self.rank:
             own, floats = own + (8 if single else 10), 0
         low_rank = (3 if single else 4) * self.rank * (self.element if fused else _FLOAT32)
@@ -120,14 +123,18 @@ class TransformerShape:
         """What checkpointing keeps at the block boundaries."""
         return self.trained_layers * self.tokens * self.width * self.element
 
+    @property
+    def _rotary_alive(self) -> tuple[float, float]:
+        return (_FLUX_ALIVE if self.single_layers else _QWEN_ALIVE)[self.path]
+
     def forward_bytes(self) -> int:
         """Alive at once in a forward without gradients."""
-        alive = _FORWARD_ALIVE if self.single_layers is None else _FLUX_ALIVE[self.path][0]
+        alive = _FORWARD_ALIVE if self.single_layers is None else self._rotary_alive[0]
         return round(alive * self.tokens * self.width * self.element) + self._matrix()
 
     def backward_bytes(self) -> int:
         """Gradients alive at once in the backward, beside what is saved."""
-        alive = _BACKWARD_ALIVE if self.single_layers is None else _FLUX_ALIVE[self.path][1]
+        alive = _BACKWARD_ALIVE if self.single_layers is None else self._rotary_alive[1]
         return round(alive * self.tokens * self.width * self.element) + self._matrix()
 
     def _matrix(self) -> int:
@@ -168,12 +175,14 @@ class AliveBytes(TorchDispatchMode):
         self.alive -= self._known.pop(key)
 
 
-@lru_cache(maxsize=16)
 @functools.cache
-def decode_bytes(config: DecoderConfig, dtype: torch.dtype, side: int) -> int:
+def decode_bytes(config: Vae, dtype: torch.dtype, side: int) -> int:
     """Most bytes alive while one image of `side` latents is decoded, counted on meta."""
-    decoder = Decoder(config, dtype=dtype, device="meta")
     latents = torch.empty((1, config.latent_channels, side, side), device="meta")
-    with AliveBytes() as counted:
-        decoder(latents)
+    if isinstance(config, VideoVae):
+        decode, latents = config.stock().to(dtype).decode, latents.unsqueeze(2).to(dtype)
+    else:
+        decode = Decoder(config, dtype=dtype, device="meta")
+    with torch.no_grad(), AliveBytes() as counted:
+        decode(latents)
     return counted.peak

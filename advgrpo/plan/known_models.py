@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig
 from advgrpo.tiny import WORLDS
+
+if TYPE_CHECKING:  # diffusers takes seconds
+    from diffusers import AutoencoderKLQwenImage
 
 _MMDIT: dict[str, Any] = {
     "sample_size": 128,
@@ -62,6 +65,19 @@ FLUX_TRANSFORMERS = {
     "black-forest-labs/FLUX.1-dev": _FLUX1 | {"guidance_embeds": True},
     "black-forest-labs/FLUX.1-schnell": _FLUX1 | {"guidance_embeds": False},
 }
+QWEN_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen-Image": {
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "guidance_embeds": False,
+        "axes_dims_rope": [16, 56, 56],
+    },
+}
 _CLIP_L = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -88,10 +104,29 @@ _T5_XXL = {
     "vocab_size": 32128,
     "is_decoder": False,
 }
+_QWEN25_VL = {
+    "text_config": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+    "tie_word_embeddings": False,
+}
+QWEN_TEXT_ENCODERS = (("Qwen2_5_VLForConditionalGeneration", _QWEN25_VL),)
 _CLIP_CLASS, _T5_CLASS = "CLIPTextModelWithProjection", "T5EncoderModel"
 FLUX_TEXT_ENCODERS = (("CLIPTextModel", _CLIP_L), (_T5_CLASS, _T5_XXL))
 TEXT_ENCODERS = ((_CLIP_CLASS, _CLIP_L), (_CLIP_CLASS, _CLIP_G), (_T5_CLASS, _T5_XXL))
-KNOWN = (*TRANSFORMERS, *FLUX_TRANSFORMERS)
+KNOWN = (*TRANSFORMERS, *FLUX_TRANSFORMERS, *QWEN_TRANSFORMERS)
 _TEXT_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CLIP_TOKENS = 77
 BACKBONES = {
@@ -110,17 +145,58 @@ for _backbone in BACKBONES.values():
 
 
 @dataclass(frozen=True)
+class VideoVae:
+    """What of an AutoencoderKLQwenImage's config.json its size depends on; the defaults are Qwen-Image's."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+
+    @classmethod
+    def from_mapping(cls, config: dict[str, Any]) -> VideoVae:
+        """From the contents of vae/config.json."""
+        chosen = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
+
+    @property
+    def scale(self) -> int:
+        """Pixels of a latent's side."""
+        return 2 ** len(self.temperal_downsample)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.z_dim
+
+    def stock(self) -> AutoencoderKLQwenImage:
+        """diffusers' module on the meta device."""
+        from diffusers import AutoencoderKLQwenImage
+
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        with torch.device("meta"):
+            return AutoencoderKLQwenImage(**settings)
+
+
+Vae = DecoderConfig | VideoVae
+
+
+@dataclass(frozen=True)
 class Pipeline:
-    """The architectures of an SD3 or FLUX.1 pipeline, as config.json mappings."""
+    """The architectures of an SD3, FLUX.1 or Qwen-Image pipeline, as config.json mappings."""
 
     transformer: dict[str, Any]
-    decoder: DecoderConfig
+    decoder: Vae
     text_encoders: tuple[tuple[str, dict[str, Any]], ...]  # (transformers' class name, config)
     kind: str = "StableDiffusion3Pipeline"
 
     @property
     def is_flux(self) -> bool:
         return self.kind == "FluxPipeline"
+
+    @property
+    def is_qwen(self) -> bool:
+        return self.kind == "QwenImagePipeline"
 
     @property
     def embeds_guidance(self) -> bool:
@@ -139,8 +215,8 @@ class Pipeline:
 
     @property
     def clip_tokens(self) -> int:
-        """Tokens of the text that a CLIP gives: none for FLUX.1, which takes its pooled vector alone."""
-        if self.is_flux:
+        """Tokens of the text that a CLIP gives: none for FLUX.1, which takes its pooled vector alone, or Qwen-Image."""
+        if self.is_flux or self.is_qwen:
             return 0
         return max((config.get("max_position_embeddings", CLIP_TOKENS) for _, config in self.text_encoders), default=0)
 
@@ -155,6 +231,8 @@ def known_pipeline(path: str) -> Pipeline:
         return Pipeline(TRANSFORMERS[path], SD3_DECODER, TEXT_ENCODERS)
     if path in FLUX_TRANSFORMERS:  # its VAE has the architecture of SD3's
         return Pipeline(FLUX_TRANSFORMERS[path], SD3_DECODER, FLUX_TEXT_ENCODERS, "FluxPipeline")
+    if path in QWEN_TRANSFORMERS:
+        return Pipeline(QWEN_TRANSFORMERS[path], VideoVae(), QWEN_TEXT_ENCODERS, "QwenImagePipeline")
     folder = WORLDS[path].pipeline if path in WORLDS else Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(
@@ -162,11 +240,13 @@ def known_pipeline(path: str) -> Pipeline:
             f"of {', '.join(KNOWN)}"
         )
     encoders = [_read(folder / name / "config.json") for name in _TEXT_FOLDERS if (folder / name).is_dir()]
+    kind = _read(folder / "model_index.json").get("_class_name", "StableDiffusion3Pipeline")
+    vae = VideoVae if kind == "QwenImagePipeline" else DecoderConfig
     return Pipeline(
         _read(folder / "transformer" / "config.json"),
-        DecoderConfig.from_mapping(_read(folder / "vae" / "config.json")),
+        vae.from_mapping(_read(folder / "vae" / "config.json")),
         tuple((config["architectures"][0], config) for config in encoders),
-        _read(folder / "model_index.json").get("_class_name", "StableDiffusion3Pipeline"),
+        kind,
     )
 
 
@@ -217,7 +297,7 @@ def _count_transformer(config: str, lora_json: str) -> TransformerCount:
     blocks = block_names(transformer)
     ends = (f"{blocks[0]}.", f"{blocks[-1]}.")
     of_blocks = {n: m.weight.numel() for n, m in linears.items() if block_of(n) is not None}
-    plain = {n: size for n, size in of_blocks.items() if ".norm" not in n}
+    plain = {n: size for n, size in of_blocks.items() if not _modulates(n)}
     stacks = {_stack(n) for n in targets}
     stacked = {n: size for n, size in plain.items() if _stack(n) in stacks}
     return TransformerCount(
@@ -226,8 +306,13 @@ def _count_transformer(config: str, lora_json: str) -> TransformerCount:
         stacked=sum(stacked.values()),
         stacked_ends=sum(size for n, size in stacked.items() if n.startswith(ends)),
         inner=sum(size for n, size in plain.items() if not n.startswith(ends)),
-        modulation=sum(m.out_features for n, m in linears.items() if ".norm" in n or n.startswith("norm_out")),
+        modulation=sum(m.out_features for n, m in linears.items() if _modulates(n)),
     )
+
+
+def _modulates(linear: str) -> bool:
+    """Whether a linear gives shifts, scales and gates, in the names of any family."""
+    return any(part in f".{linear}" for part in (".norm", ".img_mod.", ".txt_mod."))
 
 
 def _stack(name: str) -> str:
@@ -240,12 +325,14 @@ def _stack(name: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _meta_transformer(config: str):
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+    from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 
     settings = {key: value for key, value in json.loads(config).items() if not key.startswith("_")}
     if settings.get("dual_attention_layers") is not None:
         settings["dual_attention_layers"] = tuple(settings["dual_attention_layers"])
-    kind = FluxTransformer2DModel if "num_single_layers" in settings else SD3Transformer2DModel
+    kind = SD3Transformer2DModel
+    if "axes_dims_rope" in settings:
+        kind = FluxTransformer2DModel if "num_single_layers" in settings else QwenImageTransformer2DModel
     with torch.device("meta"):
         return kind(**settings).requires_grad_(False)
 
@@ -256,16 +343,21 @@ def count_text_encoders(pipeline: Pipeline) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def count_decoder(config: DecoderConfig) -> int:
+def count_decoder(config: Vae) -> int:
     """Parameters of the image decoder."""
+    if isinstance(config, VideoVae):
+        vae = config.stock()
+        return sum(p.numel() for part in (vae.decoder, vae.post_quant_conv) for p in part.parameters())
     return sum(p.numel() for p in Decoder(config, device="meta").parameters())
 
 
 @functools.lru_cache(maxsize=8)
-def count_vae(config: DecoderConfig) -> int:
-    """Parameters of the whole stock AutoencoderKL around such a decoder."""
+def count_vae(config: Vae) -> int:
+    """Parameters of the whole stock VAE around such a decoder."""
     from diffusers import AutoencoderKL
 
+    if isinstance(config, VideoVae):
+        return sum(p.numel() for p in config.stock().parameters())
     blocks = len(config.block_out_channels)
     with torch.device("meta"):
         vae = AutoencoderKL(

@@ -169,6 +169,7 @@ class _Estimate:
         self.uncounted = (*other, *fixed, *observer, *encoder)
         self.lora = config.model.train == "lora"
         self.fused = config.fast and self.lora
+        self.own_decoder = self.fused and not self.pipeline.is_qwen
         self.element = 2 if config.model.dtype == "bfloat16" else 4
         self.weights = known_models.count_transformer(self.pipeline.transformer, config.model.lora)
         guided = config.rollout.guidance_scale != 1.0 and not self.pipeline.embeds_guidance
@@ -194,7 +195,7 @@ class _Estimate:
             rank=model.lora.rank if self.lora else 0,
             first_trained=0 if blocks == "all" or not self.lora else every - blocks,
             math_attention=self.fused and model.attention == "math",
-            single_layers=self.pipeline.single_layers if self.pipeline.is_flux else None,
+            single_layers=self.pipeline.single_layers if self.pipeline.is_flux or self.pipeline.is_qwen else None,
         )
 
     def plans(self, gpu_gb: float) -> list[MemoryPlan]:
@@ -289,14 +290,14 @@ class _Estimate:
         return weights.stacked * self.element
 
     def _vae_parameters(self) -> int:
-        """What of the stock VAE stays on the GPU beside the decoder in use, which is the stock one where not fused."""
+        """What of the stock VAE stays on the GPU beside the decoder in use, which may be the stock one itself."""
         decoder = known_models.count_decoder(self.pipeline.decoder)
-        return known_models.count_vae(self.pipeline.decoder) - (0 if self.fused else decoder)
+        return known_models.count_vae(self.pipeline.decoder) - (0 if self.own_decoder else decoder)
 
     def _decoder_dtype(self) -> torch.dtype:
         """As `SD3Policy` decodes on a GPU."""
         model = self.config.model
-        if not self.fused:
+        if not self.own_decoder:
             return torch.float32
         return getattr(torch, model.dtype if model.decoder_dtype == "auto" else model.decoder_dtype)
 
@@ -306,7 +307,8 @@ class _Estimate:
     def _decoding_bytes(self, micro_batch: int) -> int:
         """While a micro-batch is decoded as `SD3Policy.decode` does it; the first one through the gate in float32 as
         well."""
-        at_once = min(decoded_at_once(self.config.model.resolution), micro_batch) if self.fused else micro_batch
+        at_once = min(decoded_at_once(self.config.model.resolution), micro_batch) if self.own_decoder else micro_batch
+        at_once = 1 if self.pipeline.is_qwen else at_once
         dtype, decoder = self._decoder_dtype(), self.pipeline.decoder
         micro_batch = at_once * decode_bytes(decoder, dtype, self.latent_side)
         if dtype == torch.float32:
@@ -367,7 +369,8 @@ class _Estimate:
             levels = 4 * config.trained_steps * knobs.micro_batch * latents
             decides = f"{forward_process}.step_share, rollout.micro_batch"
             yield Component("noise levels of a micro-batch", levels, decides, ("update",))
-        modulation = config.rollout.num_steps * sequences * self.weights.modulation * self.element if self.fused else 0
+        kept = 1 if self.pipeline.is_qwen else sequences  # which has one modulation for all prompts
+        modulation = config.rollout.num_steps * kept * self.weights.modulation * self.element if self.fused else 0
         forward = sequences * (shape.forward_bytes() + 4 * latents) + modulation
         graphs = self.fused  # a captured graph keeps its pool for as long as it may run
         name = "sampler's forward, in the CUDA graphs' pool" if graphs else "sampler's forward"

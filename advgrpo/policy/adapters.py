@@ -14,7 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    ModelMixin,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 
@@ -29,7 +35,7 @@ ADAPTER = "default"
 START = "model.lora.start_from"  # the setting that a LoRA to load comes from unless another is named
 # Transformers that transformer/config.json can name; one that names none is SD3's.
 NETWORKS: dict[str, type[ModelMixin]] = {
-    kind.__name__: kind for kind in (SD3Transformer2DModel, FluxTransformer2DModel)
+    kind.__name__: kind for kind in (SD3Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel)
 }
 _BLOCK = re.compile(r"(?:.+\.)?(?:single_)?transformer_blocks\.\d+")  # FLUX.1 has two kinds
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -71,8 +71,8 @@ class Generator(Protocol[P]):
 
         Args:
             guidance: the scale to be drawn at. How is the model's own matter: by two predictions, which the caller
-                combines (`combining_scale`), or by an input of the network, whose one prediction is guided already. 1
-                means none to the first kind.
+                combines (`combining_scale`), by two that it combines itself, or by an input of the network. The last
+                two give one prediction, guided already. 1 means none but to the last.
         """
         ...
 

@@ -39,7 +39,9 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
 
     component: str  # the network's folder in the pipeline
     network_class: type[ModelMixin]
+    vae_class: type[ModelMixin] = AutoencoderKL
     text_parts: tuple[str, ...]  # folders of text encoders and tokenizers
+    negative_prompt = ""  # what guidance by two rows leads away from
 
     def __init__(self, model: ModelSection, *, device: torch.device, cache_dir: Path):
         self.model, self.device = model, device
@@ -47,7 +49,7 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         self.index = json.loads((self.folder / "model_index.json").read_text())
         self.prediction_type = PREDICTION_TYPES[self.index["_class_name"]]
         self.dtype = getattr(torch, model.dtype)
-        self.vae = self._load(AutoencoderKL, "vae", torch.float32)
+        self.vae = self._load(self.vae_class, "vae", torch.float32)
         self._empty: Conditioning | None = None
         # Ours beside a fused transformer. In bfloat16 the first images must pass a gate against float32.
         self.decoder: Decoder | None = None
@@ -101,13 +103,22 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
             scheduler: scheduler_config.json.
         """
 
+    @staticmethod
+    def pixels_of_latent(vae: Any) -> int:
+        """Of a latent's side, for a VAE of this configuration."""
+        return 2 ** (len(vae.block_out_channels) - 1)
+
     @property
     def vae_scale(self) -> int:
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.pixels_of_latent(self.vae.config)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
 
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.model.resolution // self.vae_scale
-        return self.vae.config.latent_channels, side, side
+        return self.latent_channels, side, side
 
     @abstractmethod
     def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -119,11 +130,12 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embeddings on the policy's device, in its dtype."""
         loaded = self.text_cache.load(prompts)
-        return Conditioning(*(to_device(t, self.device).to(self.dtype) for t in (loaded.text, loaded.pooled)))
+        tensors = {name: to_device(tensor, self.device) for name, tensor in loaded.tensors().items()}
+        return Conditioning(**{n: t.to(self.dtype) if t.is_floating_point() else t for n, t in tensors.items()})
 
     def unconditional(self) -> Conditioning:
         if self._empty is None:
-            self._empty = self.encode([""])
+            self._empty = self.encode([self.negative_prompt])
         return self._empty
 
     def _encode_text(self, prompts: list[str]) -> Iterator[Conditioning]:
@@ -139,7 +151,7 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         for start in range(0, len(prompts), _TEXT_BATCH):
             with torch.no_grad():
                 batch = self._encode_batch(pipe, prompts[start : start + _TEXT_BATCH])
-            yield Conditioning(batch.text.cpu(), batch.pooled.cpu())
+            yield Conditioning(**{name: tensor.cpu() for name, tensor in batch.tensors().items()})
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,14 @@
 """FLUX.1 policy: FLUX.1-dev, whose guidance is an input of the network, and FLUX.1-schnell, which has none.
 
-A latent image is packed: every 2 x 2 patch of it is one token of 4·C numbers. Positions are rotary, from the patch's
-row and column, so no table limits the side; text tokens all stand at position 0. The schedule's shift grows with the
-number of image tokens. T5 gives the text, CLIP a pooled vector alone. Where the network has no guidance embedding the
-policy's guidance is classifier-free, what diffusers calls true_cfg_scale with an empty negative prompt.
+Packing, positions and schedule are those of packed.py; text tokens all stand at position 0. T5 gives the text, CLIP a
+pooled vector alone. Where the network has no guidance embedding the policy's guidance is classifier-free, what
+diffusers calls true_cfg_scale with an empty negative prompt.
 
 Shapes: R rows, latents [R, C, H, W] float32 and packed [R, T, 4·C] with T = H/2 · W/2, text [R, L, D], pooled [R, E].
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,26 +17,10 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
-from advgrpo.policy.diffusers_policy import TransformerPolicy
-from advgrpo.policy.guidance import Guided
+from advgrpo.policy.guidance import CLASSIFIER_FREE, EMBEDDED, GuidanceMethod
 from advgrpo.policy.networks import StockNetwork, StockPrepared
+from advgrpo.policy.packed import PATCH, PackedPolicy, pack, unpack
 from advgrpo.types import Conditioning
-
-PATCH = 2  # latents of a token's side; the configuration's own patch_size is that of packed latents, 1
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[R, T, 4·C] of latents [R, C, H, W]: rows of patches, and of each patch channel, row, column."""
-    rows, channels, height, width = latents.shape
-    patches = latents.reshape(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(rows, -1, channels * PATCH**2)
-
-
-def unpack(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Latents [R, C, H, W] of `pack`'s tokens [R, T, 4·C], of `size` (H, W)."""
-    height, width = size
-    patches = tokens.view(len(tokens), height // PATCH, width // PATCH, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(len(tokens), -1, height, width)
 
 
 def image_ids(size: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -67,7 +49,7 @@ class PackedNetwork(StockNetwork):
         return unpack(packed, size)
 
 
-class FluxPolicy(TransformerPolicy):
+class FluxPolicy(PackedPolicy):
     """`Policy`, `SupervisedTarget` and `Capturable` (base.py) for FLUX.1.
 
     Raises:
@@ -80,13 +62,6 @@ class FluxPolicy(TransformerPolicy):
 
     def _stock_network(self, seed: int) -> StockNetwork:
         return PackedNetwork(self.transformer, self.model, seed)
-
-    @classmethod
-    def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
-        unit = 2 ** (len(vae.block_out_channels) - 1) * PATCH
-        if resolution % unit:
-            near = max(1, round(resolution / unit)) * unit
-            raise UserError(f"{field} = {resolution}: this model wants a multiple of {unit}, such as {near}")
 
     @classmethod
     def check_parts(
@@ -104,45 +79,9 @@ class FluxPolicy(TransformerPolicy):
         cls.check_resolution(model.resolution, network, vae)
 
     @property
-    def embeds_guidance(self) -> bool:
-        """Whether the scale is an input of the network, whose one prediction is guided."""
-        return bool(self.transformer.config.guidance_embeds)
-
-    @property
-    def image_tokens(self) -> int:
-        return (self.model.resolution // self.vae_scale // PATCH) ** 2
-
-    def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Evenly spaced σ from 1 to 1/T, shifted by `shift`; 0 at the image."""
-        evenly = torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64).tolist()
-        self._scheduler.set_timesteps(sigmas=evenly, mu=self._mu())
-        return self._scheduler.sigmas.double(), self._scheduler.timesteps.float()
-
-    def _mu(self) -> float:
-        """Linear in the number of image tokens, through the scheduler's two points of it."""
-        config = self._scheduler.config
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        return config.base_shift + slope * (self.image_tokens - config.base_image_seq_len)
-
-    @property
-    def shift(self) -> float:
-        """s of σ' = s σ / (1 + (s - 1) σ) at this resolution."""
-        config = self._scheduler.config
-        if not config.use_dynamic_shifting:
-            return config.shift
-        return math.exp(self._mu()) if config.time_shift_type == "exponential" else self._mu()
-
-    def training_sigmas(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantiles, shifted as the schedule is."""
-        sigmas = self.shift * quantiles / (1 + (self.shift - 1) * quantiles)
-        return sigmas.float(), (sigmas * self._scheduler.config.num_train_timesteps).float()
-
-    def prepare(self, conditioning: Conditioning, timesteps: torch.Tensor, *, guidance: float) -> Guided:
-        """Where the network embeds it, guidance takes no second row; 1 is a scale like others."""
-        if not self.embeds_guidance:
-            return super().prepare(conditioning, timesteps, guidance=guidance)
-        prompts = self.network.prepare(conditioning.text, conditioning.pooled, timesteps, guidance)
-        return Guided(prompts, len(conditioning.text), guided=False)
+    def guidance_method(self) -> GuidanceMethod:
+        """Where the network embeds the scale, guidance takes no second row, and 1 is a scale like others."""
+        return EMBEDDED if self.transformer.config.guidance_embeds else CLASSIFIER_FREE
 
     def _encode_batch(self, pipe: FluxPipeline, prompts: list[str]) -> Conditioning:
         text, pooled, _ = pipe.encode_prompt(

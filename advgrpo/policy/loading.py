@@ -10,12 +10,14 @@ from advgrpo.config import ModelSection
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.flux import FluxPolicy
 from advgrpo.policy.pipelines import pipeline_class
+from advgrpo.policy.qwen import QwenPolicy
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.policy.sdxl import UNetPolicy
 
 POLICIES: dict[str, type[DiffusersPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
+    "QwenImagePipeline": QwenPolicy,
     "StableDiffusionPipeline": UNetPolicy,
     "StableDiffusionXLPipeline": UNetPolicy,
 }

@@ -8,6 +8,7 @@ weights, and each takes alpha = rank where it finds none. Folded, a LoRA is equa
     diffusers   transformer.transformer_blocks.0.attn.to_q.lora_A.weight     header: r, lora_alpha = r
     comfyui     the same and ….to_q.alpha; a UNet's file is kohya's
     kohya       lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight   ….alpha; SD3's and FLUX.1's q, k, v are one
+                Qwen-Image's keep diffusers' names, which are its original checkpoint's (musubi-tuner's files)
 
 Shapes: A [r, K] and B [n, r] of a linear layer with K inputs and n outputs.
 """
@@ -56,6 +57,7 @@ _SD3_ORIGINAL: _Table = {
     }
 }
 _FLUX_WIDTH = 3072
+_FLUX_TWO_STREAMS = 19  # blocks; Qwen-Image, as wide, has 60
 _FLUX_BLOCKS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
 _FLUX_ORIGINAL: _Table = {
     "transformer_blocks": {
@@ -251,15 +253,16 @@ def _state(modules: Mapping[str, Pair]) -> dict[str, torch.Tensor]:
 
 
 def _kohya(modules: Mapping[str, Pair], component: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Names of the original SD3 or FLUX.1 checkpoint, or diffusers' of a UNet, with underscores."""
-    own = _original(modules) if component == "transformer" else modules
+    """Names of the original SD3, FLUX.1 or Qwen-Image checkpoint, or diffusers' of a UNet, with underscores."""
+    qwen = component == "transformer" and _is_qwen(modules)
+    own = _original(modules) if component == "transformer" and not qwen else modules
     tensors = {}
     for name, (down, up) in own.items():
         key = f"lora_unet_{name.replace('.', '_')}"
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
         tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
     rank = str(max(len(a) for a, _ in modules.values()))
-    family = "lora_flux" if _is_flux(modules) else "lora_sd3"
+    family = "lora_qwen_image" if qwen else "lora_flux" if _is_flux(modules) else "lora_sd3"
     network = f"networks.{family}" if component == "transformer" else "networks.lora"
     return tensors, {
         "format": "pt",
@@ -312,6 +315,16 @@ def _is_flux(modules: Mapping[str, Pair]) -> bool:
     """By what SD3, 1,536 or 2,432 wide, does not have: blocks of one stream, or layers of 3,072 or 12,288 inputs."""
     widths = (_FLUX_WIDTH, 4 * _FLUX_WIDTH)
     return any(name.startswith("single_") or a.shape[1] in widths for name, (a, _) in modules.items())
+
+
+def _is_qwen(modules: Mapping[str, Pair]) -> bool:
+    """By its feed-forwards' names, or by a block of FLUX.1's width that FLUX.1 does not have: LoRAs of few blocks are
+    of the last ones here."""
+    if any("_mlp." in name or "_mod." in name for name in modules):
+        return True
+    wide = (name for name, (a, _) in modules.items() if a.shape[1] == _FLUX_WIDTH)
+    blocks = (re.match(r"transformer_blocks\.(\d+)\.", name) for name in wide)
+    return any(found and int(found[1]) >= _FLUX_TWO_STREAMS for found in blocks)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,15 @@ class StockPrepared:
     pooled: torch.Tensor  # [R, E']
     timesteps: torch.Tensor  # [K]
     guidance: torch.Tensor | None = None  # [1] float32, of a network that takes it as an input
+    mask: torch.Tensor | None = None  # [R, S] bool, text tokens that are attended to; None: all
 
     def rows(self, index: torch.Tensor) -> StockPrepared:
-        own = self.text.index_select(0, index), self.pooled.index_select(0, index)
-        return StockPrepared(*own, self.timesteps, self.guidance)
+        own = {name: getattr(self, name) for name in ("text", "pooled", "mask") if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.index_select(0, index) for name, tensor in own.items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        guidance = {} if self.guidance is None else {"guidance": self.guidance}
-        return {"text": self.text, "pooled": self.pooled, "timesteps": self.timesteps, **guidance}
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def with_tensors(self, tensors: dict[str, torch.Tensor]) -> StockPrepared:
         return StockPrepared(**tensors)
@@ -67,10 +68,15 @@ class StockNetwork:
         self.network, self.pooled_arguments = network, pooled_arguments
 
     def prepare(
-        self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor, guidance: float | None = None
+        self,
+        text: torch.Tensor,
+        pooled: torch.Tensor,
+        timesteps: torch.Tensor,
+        guidance: float | None = None,
+        mask: torch.Tensor | None = None,
     ) -> StockPrepared:
         scale = None if guidance is None else torch.full((1,), guidance, device=text.device)
-        return StockPrepared(text, pooled, timesteps, scale)
+        return StockPrepared(text, pooled, timesteps, scale, mask)
 
     def predict(
         self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: Weights
@@ -133,9 +139,14 @@ class FusedNetwork:
             self.transformer.prepare_fp8_base()
 
     def prepare(
-        self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor, guidance: float | None = None
+        self,
+        text: torch.Tensor,
+        pooled: torch.Tensor,
+        timesteps: torch.Tensor,
+        guidance: float | None = None,
+        mask: torch.Tensor | None = None,
     ) -> Prepared:
-        return self.transformer.prepare(text, pooled, timesteps, guidance)
+        return self.transformer.prepare(text, pooled, timesteps, guidance, mask)
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         return self.transformer.predict(latents, step, prepared, weights)

@@ -13,6 +13,7 @@ from advgrpo.tiny import WORLDS
 PREDICTION_TYPES = {
     "StableDiffusion3Pipeline": "flow_prediction",
     "FluxPipeline": "flow_prediction",
+    "QwenImagePipeline": "flow_prediction",
     "StableDiffusionPipeline": "epsilon",
     "StableDiffusionXLPipeline": "epsilon",
 }
@@ -73,8 +74,9 @@ def native_resolution(folder: Path) -> int:
 
 def native_guidance(folder: Path) -> float:
     """The scale that a pipeline's model card draws at; FLUX.1-schnell's is distilled in: 1."""
-    if pipeline_class(str(folder)) != "FluxPipeline":
-        return 4.5
+    kind = pipeline_class(str(folder))
+    if kind != "FluxPipeline":
+        return 4.0 if kind == "QwenImagePipeline" else 4.5
     takes_guidance = read_json(folder / "transformer" / "config.json", str(folder)).get("guidance_embeds")
     return 3.5 if takes_guidance else 1.0
 

@@ -29,7 +29,7 @@ class SD3Policy(TransformerPolicy):
 
     @classmethod
     def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
-        unit = 2 ** (len(vae.block_out_channels) - 1) * network.patch_size
+        unit = cls.pixels_of_latent(vae) * network.patch_size
         largest = network.pos_embed_max_size * unit
         if resolution % unit or resolution > largest:
             near = min(max(unit, round(resolution / unit) * unit), largest)

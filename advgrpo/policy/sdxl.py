@@ -49,7 +49,7 @@ class UNetPolicy(DiffusersPolicy):
 
     @classmethod
     def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
-        unit = 2 ** (len(vae.block_out_channels) - 1)
+        unit = cls.pixels_of_latent(vae)
         if resolution % unit:
             raise UserError(f"{field} = {resolution}: this model wants a multiple of {unit}")
 

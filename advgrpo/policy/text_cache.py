@@ -42,8 +42,9 @@ class TextCache:
         if not missing:
             return
         for part in self.encode(missing):
-            for text, pooled in zip(part.text, part.pooled):
-                self.tensors.store(self.key(missing[done]), {"text": text, "pooled": pooled})
+            tensors = part.tensors()
+            for row in range(len(part.text)):
+                self.tensors.store(self.key(missing[done]), {name: tensor[row] for name, tensor in tensors.items()})
                 done += 1
             tell(done)
 
@@ -51,7 +52,7 @@ class TextCache:
         """Embeddings of the prompts in order, on the CPU; encodes what is missing."""
         self.fill(prompts)
         rows = [self._row(p) for p in prompts]
-        return Conditioning(torch.stack([r["text"] for r in rows]), torch.stack([r["pooled"] for r in rows]))
+        return Conditioning(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
     def _row(self, prompt: str) -> dict[str, torch.Tensor]:
         row = self.tensors.load(self.key(prompt))

@@ -30,16 +30,16 @@ class DrawOptions(Options):
     """What is drawn with, and how."""
 
     model: Annotated[str, Field(min_length=1)] = "tiny"
-    """Diffusers pipeline of SD3, FLUX.1, SD1.5 or SDXL: folder, hub id, "tiny" or "tiny:words"."""
+    """Diffusers pipeline of SD3, FLUX.1, Qwen-Image, SD1.5 or SDXL: folder, hub id, "tiny" or "tiny:words"."""
     num_steps: Annotated[int, Field(ge=0, le=1000)] = 0
     """Sampler steps; 0 means 10 for a tiny model, 40 otherwise."""
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Classifier-free guidance, 1 switches it off, or FLUX.1-dev's own; 0 means 2 for tiny, 1 for tiny:words and
-    FLUX.1-schnell, 3.5 for FLUX.1-dev and 4.5 otherwise."""
+    FLUX.1-schnell, 3.5 for FLUX.1-dev, 4 for Qwen-Image and 4.5 otherwise."""
     resolution: Annotated[int, Field(ge=0, le=8192)] = 0
     """Pixels of a side; 0 means what the pipeline was made for, at most 512."""
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] = 0
-    """T5 tokens; 0 means what a tiny model was trained with, 128 otherwise."""
+    """Tokens of T5 or of Qwen-Image's text; 0 means what a tiny model was trained with, 128 otherwise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA where there is a GPU."""
 

@@ -55,12 +55,16 @@ def draw_stock(pipe: DiffusionPipeline, drawn: Drawn, prompt: str, seeds: Sequen
     if "max_sequence_length" in inspect.signature(pipe.__call__).parameters:  # pipelines with a T5
         text["max_sequence_length"] = drawn.max_sequence_length
     if type(pipe).__name__ == "FluxPipeline" and not pipe.transformer.config.guidance_embeds:
-        text |= {"true_cfg_scale": drawn.guidance_scale, "negative_prompt": ""}  # schnell ignores guidance_scale
+        guidance = {"true_cfg_scale": drawn.guidance_scale, "negative_prompt": ""}  # schnell ignores guidance_scale
+    elif type(pipe).__name__ == "QwenImagePipeline":
+        guidance = {"true_cfg_scale": drawn.guidance_scale, "negative_prompt": " "}  # as its card: not the empty one
+    else:
+        guidance = {"guidance_scale": drawn.guidance_scale}
     images = pipe(
         prompt,
         num_images_per_prompt=len(seeds),
         num_inference_steps=drawn.num_steps,
-        guidance_scale=drawn.guidance_scale,
+        **guidance,
         **text,
         height=drawn.resolution,
         width=drawn.resolution,

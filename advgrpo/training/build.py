@@ -81,13 +81,13 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
         fused=fast.fused,
         precision=config.rollout.precision,
     )
-    mine = _texts(sources)[distributed.rank :: distributed.world_size]
+    mine = _texts(policy, sources)[distributed.rank :: distributed.world_size]
     encode_prompts(policy, mine, cache, display, distributed)
     return policy
 
 
-def _texts(sources: Sources) -> list[str]:
-    return ["", *sources.prompts, *sources.held_out]
+def _texts(policy: DiffusersPolicy, sources: Sources) -> list[str]:
+    return [policy.negative_prompt, *sources.prompts, *sources.held_out]
 
 
 def encode_prompts(
@@ -114,7 +114,7 @@ def check_cache_is_shared(policy: DiffusersPolicy, sources: Sources, distributed
         UserError: this process does not see what others have stored. It would load the text encoders in the middle of
             training, for every prompt that it comes across.
     """
-    texts = _texts(sources)
+    texts = _texts(policy, sources)
     absent = policy.text_cache.absent(texts) if distributed.world_size > 1 else []
     if absent:
         raise UserError(

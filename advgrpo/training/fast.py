@@ -112,7 +112,7 @@ def _why_not_fused(model: ModelSection) -> str:
     """Why the fused transformer cannot serve this model, or ""; reads no more of it than model_index.json."""
     name = pipeline_class(model.path)
     if PREDICTION_TYPES[name] != "flow_prediction":
-        return f"a {name} has a UNet; the fused forward is of SD3's and FLUX.1's transformers"
+        return f"a {name} has a UNet; the fused forward is of transformers"
     if model.train != "lora":
         return "full fine-tuning trains the stock modules"
     outside = [target for target in model.lora.targets if not can_adapt(target)]

@@ -22,7 +22,9 @@ from advgrpo.config import Config, RolloutSection, nearest
 from advgrpo.data.images import ImageError, read_header
 from advgrpo.data.record_source import HUB
 from advgrpo.errors import UserError, one_line
+from advgrpo.plan.known_models import QWEN_TRANSFORMERS
 from advgrpo.policy.lora_file import LORA_FILE
+from advgrpo.policy.pipelines import local_pipeline, pipeline_class
 from advgrpo.report.run_files import CONFIG_FILE, SUMMARY_FILE, read_summary
 from advgrpo.runtime.atomic import write_atomically
 
@@ -67,7 +69,7 @@ _KNOWN = {
         "CreativeML OpenRAIL-M license",
         "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
-    **{name: License("apache-2.0", "Apache License 2.0") for name in _SHIPPED},
+    **{name: License("apache-2.0", "Apache License 2.0") for name in (*_SHIPPED, *QWEN_TRANSFORMERS)},
 }
 
 
@@ -251,7 +253,10 @@ def _grid_section(facts: RunFacts) -> str:
 
 def _use_section(facts: RunFacts) -> str:
     evaluation, model = facts.config.evaluation, facts.config.model
-    prompt = f"num_inference_steps={evaluation.num_steps}, guidance_scale={evaluation.guidance_scale:g}"
+    guidance = f"guidance_scale={evaluation.guidance_scale:g}"
+    if _is_qwen_image(model.path):
+        guidance = f'true_cfg_scale={evaluation.guidance_scale:g}, negative_prompt=" "'
+    prompt = f"num_inference_steps={evaluation.num_steps}, {guidance}"
     size = f"height={model.resolution}, width={model.resolution}"
     return f"""## Use
 
@@ -265,6 +270,13 @@ pipe = DiffusionPipeline.from_pretrained("{facts.base_model or "BASE_MODEL"}", t
 pipe.load_lora_weights("THIS_REPOSITORY_OR_FOLDER")
 image = pipe("a prompt", {prompt}, {size}).images[0]
 ```"""
+
+
+def _is_qwen_image(path: str) -> bool:
+    """As far as it is known without a network."""
+    return path in QWEN_TRANSFORMERS or (
+        local_pipeline(path) is not None and pipeline_class(path) == "QwenImagePipeline"
+    )
 
 
 def _metrics_section(facts: RunFacts) -> str:

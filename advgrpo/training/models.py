@@ -88,7 +88,7 @@ def load_model(
         seed=options.seed,
         fused=FastPaths.choose(settings, device).fused,
     )
-    encode_prompts(policy, ["", *prompts], cache, display, distributed)
+    encode_prompts(policy, [policy.negative_prompt, *prompts], cache, display, distributed)
     evaluator = Evaluator(
         policy,
         None,

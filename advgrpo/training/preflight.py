@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import ModelMixin
 from pydantic import ValidationError
 
 from advgrpo.config import (
@@ -31,6 +31,7 @@ from advgrpo.config import (
 from advgrpo.errors import UserError
 from advgrpo.plan.known_models import BACKBONES, KNOWN, known_pipeline
 from advgrpo.policy.adapters import START, component_of, read_lora_for, stored_network, target_modules
+from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.fused.lora import check_lora_state
 from advgrpo.policy.loading import POLICIES
 from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
@@ -152,16 +153,18 @@ def _check_weights(network: ModelMixin, found: Mapping[str, tuple[int, ...]], so
 def check_size(folder: Path, resolution: int, *, model_field: str, field: str) -> None:
     """UserError naming `field` for a resolution that this pipeline does not draw."""
     index, network = pipeline_index(str(folder), model_field), stored_network(folder)
-    vae = _vae(folder, f"{model_field} = {str(folder)!r}")
-    POLICIES[index["_class_name"]].check_resolution(resolution, network.config, vae.config, field)
+    family = POLICIES[index["_class_name"]]
+    vae = _vae(family, folder, f"{model_field} = {str(folder)!r}")
+    family.check_resolution(resolution, network.config, vae.config, field)
 
 
-def _vae(folder: Path, source: str) -> AutoencoderKL:
+def _vae(family: type[DiffusersPolicy], folder: Path, source: str) -> ModelMixin:
+    kind = family.vae_class
     try:
         with torch.device("meta"):
-            return AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+            return kind.from_config(kind.load_config(folder / "vae"))
     except Exception as error:  # constructors fail in their own ways
-        raise UserError(f"{source}: its vae/config.json describes no AutoencoderKL ({error})") from error
+        raise UserError(f"{source}: its vae/config.json describes no {kind.__name__} ({error})") from error
 
 
 def _check_told_guidance(config: Config, source: str) -> None:
@@ -188,9 +191,9 @@ def _check_generator(config: Config) -> None:
         _check_known_size(model)
         return
     source, network = f"model.path = {model.path!r}", stored_network(folder)
-    vae = _vae(folder, source)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
     family = POLICIES[index["_class_name"]]
+    vae = _vae(family, folder, source)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
     family.check_parts(model, index, network.config, vae.config, read_json(scheduler, source))
     if config.objective.fits_velocity and getattr(network.config, "guidance_embeds", False):
         _check_told_guidance(config, source)

@@ -13,11 +13,12 @@ smallest micro-batch instead of the next; GiB read as GB; the ceiling not named.
 """
 
 import re
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 
 from advgrpo import config as configuration
 from advgrpo import tiny
@@ -169,18 +170,68 @@ def test_flux1_dev_is_counted():
     assert refused.remedies == ("set model.lora.blocks = 2",)
 
 
-@pytest.mark.parametrize(("fast", "lora"), [(True, True), (False, True), (False, False)])
-def test_saved_bytes_of_flux1_follow_the_table(fast, lora, monkeypatch):
-    """Its 19 and 38 blocks are alike, so what one block more of a kind saves is what the table says of one."""
+def counted_on_meta(config, inputs, prepared_of, make):
+    """(saved, with LoRA alive in a forward without gradients, alive in the backward beside what is saved), in bytes, of
+    one sequence through the network that `make` gives.
+
+    Args:
+        inputs: the stock network's arguments.
+        prepared_of: of our forward.
+    """
+    fast, lora, dtype = config.fast, config.model.train == "lora", inputs["hidden_states"].dtype
+    with torch.device("meta"):
+        network = make().to(dtype).requires_grad_(not lora)
+        if lora and not fast:
+            LoraAdapters(network, config.model.lora, seed=0)
+
+    def fused():
+        tensors = {name: p.detach() for name, p in network.named_parameters()}
+        ours = FusedTransformer(TransformerConfig.from_stock(network.config), tensors, attention="math")
+        ours._attend, ours.recompute_qk = lambda q, k, v, *mask: flash(q, k, v).transpose(1, 2).flatten(2), True
+        targets = set(target_modules(network, config.model.lora))
+        ours.adapt(targets.__contains__, rank=32, alpha=64, init="gaussian", seed=0)
+        ours.prepare_merged(fp8=False)
+        prepared, latents = prepared_of(ours), torch.empty(1, 16, 64, 64, dtype=dtype, device="meta")
+        step = torch.zeros(1, dtype=torch.int64, device="meta")
+        ours.predict(latents, step, prepared, "base")  # makes the table of rotations
+        return ours.lora.master.numel(), lambda weights="adapted": ours.predict(latents, step, prepared, weights)
+
+    adapters, forward = fused() if fast else (0, lambda weights="adapted": network(**inputs, return_dict=False)[0])
+    if not lora:
+        return saved_bytes(forward), 0, 0
+    with torch.no_grad(), AliveBytes() as unsaved:
+        forward("merged")
+    with AliveBytes() as alive:
+        velocity = forward()
+        kept = alive.alive
+        velocity.backward(torch.empty_like(velocity))
+    return kept - 2 * adapters, unsaved.peak, alive.peak - kept  # adapters in bfloat16 are counted once
+
+
+@pytest.fixture
+def of_rotary(request, monkeypatch):
+    """(configuration, dtype) of a preset by our forward or the stock one, with LoRA or all weights: `fast`, `lora`."""
+    fast, lora, preset = request.param
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
     monkeypatch.setattr(_runtime, "DEFAULT_BACKEND", "triton")  # as for the fixture `fused`
     monkeypatch.setattr(_runtime, "INTERPRET", True)
-    config = configuration.load("flux1-dino")
+    config = configuration.load(preset)
     config.fast = fast
     if not lora:
         config.model.train, config.model.dtype = "full", "float32"
-    shape, dtype = _Estimate(config, 8).shape, torch.bfloat16 if lora else torch.float32
-    tokens = {"dtype": dtype, "device": "meta"}
+    return config, torch.bfloat16 if lora else torch.float32
+
+
+def ways(preset: str):
+    kinds = [(True, True, preset), (False, True, preset), (False, False, preset)]
+    return pytest.mark.parametrize("of_rotary", kinds, indirect=True, ids=["ours", "stock", "stock, all weights"])
+
+
+@ways("flux1-dino")
+def test_saved_bytes_of_flux1_follow_the_table(of_rotary):
+    """Its 19 and 38 blocks are alike, so what one block more of a kind saves is what the table says of one."""
+    config, dtype = of_rotary
+    shape, tokens = _Estimate(config, 8).shape, {"dtype": dtype, "device": "meta"}
     inputs = {
         "hidden_states": torch.empty(1, 1024, 64, **tokens),
         "encoder_hidden_states": torch.empty(1, 128, 4096, **tokens),
@@ -191,45 +242,65 @@ def test_saved_bytes_of_flux1_follow_the_table(fast, lora, monkeypatch):
         "txt_ids": torch.empty(128, 3, device="meta"),
     }
 
-    def fused_flux(network):
-        tensors = {name: p.detach() for name, p in network.named_parameters()}
-        ours = FusedTransformer(TransformerConfig.from_stock(network.config), tensors, attention="math")
-        ours._attend, ours.recompute_qk = lambda q, k, v: flash(q, k, v).transpose(1, 2).flatten(2), True
-        targets = set(target_modules(network, config.model.lora))
-        ours.adapt(targets.__contains__, rank=32, alpha=64, init="gaussian", seed=0)
-        ours.prepare_merged(fp8=False)
+    def prepared(ours):
         text, pooled = inputs["encoder_hidden_states"], inputs["pooled_projections"]
-        prepared = ours.prepare(text, pooled, torch.empty(10, device="meta"), 3.5)
-        latents = torch.empty(1, 16, 64, 64, **tokens)
-        step = torch.zeros(1, dtype=torch.int64, device="meta")
-        ours.predict(latents, step, prepared, "base")  # makes the table of rotations
-        return lambda weights="adapted": ours.predict(latents, step, prepared, weights)
+        return ours.prepare(text, pooled, torch.empty(10, device="meta"), 3.5)
 
-    def counted(layers: int, single_layers: int) -> tuple[int, int, int]:
-        """(saved, with LoRA alive in a forward without gradients, alive in the backward beside what is saved)."""
-        with torch.device("meta"):
-            made = FluxTransformer2DModel(guidance_embeds=True, num_layers=layers, num_single_layers=single_layers)
-            network = made.to(dtype).requires_grad_(not lora)
-            if lora and not fast:
-                LoraAdapters(network, config.model.lora, seed=0)
-        forward = fused_flux(network) if fast else lambda weights="adapted": network(**inputs, return_dict=False)[0]
-        if not lora:
-            return saved_bytes(forward), 0, 0
-        with torch.no_grad(), AliveBytes() as unsaved:
-            forward("merged")
-        with AliveBytes() as alive:
-            velocity = forward()
-            kept = alive.alive
-            velocity.backward(torch.empty_like(velocity))
-        copied = 2 * 32 * 2 * 3072 * (8 * layers + 3 * single_layers) * fast  # adapters in bfloat16, counted once
-        return kept - copied, unsaved.peak, alive.peak - kept
+    def counted(layers, single_layers):
+        kind = partial(FluxTransformer2DModel, guidance_embeds=True)
+        made = partial(kind, num_layers=layers, num_single_layers=single_layers)
+        return counted_on_meta(config, inputs, prepared, made)
 
     (base, peak, backward), double, single = counted(1, 1), counted(2, 1), counted(1, 2)
     saved = (shape._flux_bytes(single=False), shape._flux_bytes(single=True))
     assert saved == pytest.approx((double[0] - base, single[0] - base), rel=0.03)
-    if lora:
+    if config.model.train == "lora":
         assert shape.forward_bytes() == pytest.approx(peak, rel=0.05)
         assert shape.backward_bytes() == pytest.approx(backward, rel=0.1)
+
+
+@ways("qwen-image-dino")
+def test_saved_bytes_of_qwen_image_follow_the_table(of_rotary):
+    """Its blocks are alike but for the last, whose text ends."""
+    config, dtype = of_rotary
+    shape, tokens = _Estimate(config, 8).shape, {"dtype": dtype, "device": "meta"}
+    assert (shape.image_tokens, shape.text_tokens) == (1024, 128)
+    inputs = {
+        "hidden_states": torch.empty(1, 1024, 64, **tokens),
+        "encoder_hidden_states": torch.empty(1, 128, 3584, **tokens),
+        "encoder_hidden_states_mask": torch.empty(1, 128, dtype=torch.bool, device="meta"),
+        "timestep": torch.empty(1, device="meta"),
+        "img_shapes": [[(1, 32, 32)]],
+    }
+
+    def prepared(ours):
+        text, mask = inputs["encoder_hidden_states"], inputs["encoder_hidden_states_mask"]
+        return ours.prepare(text, text.new_empty(1, 0), torch.empty(10, device="meta"), mask=mask)
+
+    def counted(layers):
+        return counted_on_meta(config, inputs, prepared, partial(QwenImageTransformer2DModel, num_layers=layers))
+
+    (base, *_), (more, peak, backward) = counted(2), counted(3)
+    assert shape._flux_bytes(single=False) == pytest.approx(more - base, rel=0.03)
+    if config.model.train == "lora":
+        assert shape.forward_bytes() == pytest.approx(peak, rel=0.05)
+        assert shape.backward_bytes() == pytest.approx(backward, rel=0.1)
+
+
+def test_qwen_image_is_counted():
+    config = configuration.load("qwen-image-dino")
+    pipeline = known_models.known_pipeline(config.model.path)
+    weights = known_models.count_transformer(pipeline.transformer, config.model.lora)
+    assert (weights.total, weights.lora) == (20_430_401_088, 480 * 32 * 2 * 3072)
+    assert weights.modulation == (60 * 12 + 2) * 3072
+    assert weights.inner == 58 * (8 + 2 * 8) * 3072**2  # without the modulation, a third of all weights
+    assert known_models.count_text_encoders(pipeline) == 8_292_166_656
+    assert known_models.count_vae(pipeline.decoder) == 126_892_531
+    estimate = _Estimate(config, 8)
+    assert (estimate.guided, estimate.fused, estimate.own_decoder) == (2, True, False)
+    assert plan(config, 80, processes=8).fits
+    refused = plan(config, 70, processes=8)  # weights, merged ones and the text encoder
+    assert (refused.fits, refused.peak_phase) == (False, "encode")
 
 
 def test_alive_bytes_counts_new_tensors_once_while_they_live():

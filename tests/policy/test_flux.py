@@ -5,7 +5,6 @@ columns, or counted in latents; a fixed shift; guidance times 1000 twice, or lef
 embedded guidance; T5's text where CLIP's vector belongs; latents not unscaled; single blocks left out of the LoRA.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -13,36 +12,39 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
-from peft import LoraConfig
-from rich.console import Console
-from safetensors.torch import load_file
 
 from advgrpo.config import LORA_TARGETS, LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.adapters import stored_network, target_modules
-from advgrpo.policy.flux import FluxPolicy, image_ids, pack, unpack
+from advgrpo.policy.flux import FluxPolicy, image_ids
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
-from advgrpo.policy.loading import load_policy
 from advgrpo.policy.lora_file import convert
-from advgrpo.policy.networks import FusedNetwork
+from advgrpo.policy.packed import pack, unpack
 from advgrpo.policy.pipelines import native_guidance
-from advgrpo.runtime.distributed import Distributed
 from advgrpo.sampling.drawing import Drawn
-from advgrpo.sampling.dynamics import step_table
-from advgrpo.sampling.sampler import Sampler
 from advgrpo.sampling.stock import draw_stock
-from advgrpo.train import main as train
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.models import lora_section
 from advgrpo.training.preflight import preflight
-from advgrpo.training.run import Run
-from advgrpo.types import MicroBatch, MicroBatchRollout
+from tests.families import (
+    PROMPTS,
+    ROW,
+    accumulated,
+    assert_a_stopped_run_goes_on,
+    assert_gradients,
+    assert_on_policy,
+    assert_preset_trains,
+    both_forwards,
+    clipped_loss_written_out,
+    edited,
+    load,
+    ode_images,
+    sample,
+    stock,
+    with_adapters_of,
+)
 from tests.flux_models import save_pipeline
-from tests.parts import assert_generate_draws, train_adapters, updater_of
-
-PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
-ROW = torch.tensor([0, 0, 0, 1, 1, 1])
-ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, -1.5])
+from tests.parts import assert_generate_draws, train_adapters
 
 
 @pytest.fixture(scope="session")
@@ -68,21 +70,6 @@ def settings(unit_config, flux_pipelines, kind):
 
 
 both_kinds = pytest.mark.parametrize("kind", ["dev", "schnell"])
-both_forwards = pytest.mark.parametrize("fused", [True, False], ids=["ours", "diffusers"])
-
-
-def load(settings, *, fused: bool = True, precision: str = "model", **changes) -> FluxPolicy:
-    model, cache = settings.model.model_copy(update=changes), Path(settings.data.cache_dir)
-    how = {"fused": fused, "precision": precision}
-    policy = load_policy(model, device=torch.device("cpu"), cache_dir=cache, seed=0, **how)
-    assert isinstance(policy, FluxPolicy)
-    return policy
-
-
-def stock(settings) -> FluxPipeline:
-    pipe = FluxPipeline.from_pretrained(settings.model.path)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def stock_images(pipe, initial, *, steps, guidance):
@@ -93,32 +80,6 @@ def stock_images(pipe, initial, *, steps, guidance):
         PROMPTS, latents=pack(initial.clone()), num_inference_steps=steps, height=32, width=32,
         max_sequence_length=12, output_type="pt", **how,
     ).images  # fmt: skip
-
-
-def ode_images(policy, *, steps, guidance):
-    """(initial noise, images) of PROMPTS without a window."""
-    sampler = Sampler(policy, guidance, "gaussian", share_prefix=True, merged=False)
-    initial = sampler.initial_latents(0, torch.arange(2))
-    latents, _ = sampler.run(step_table(policy, steps), policy.encode(PROMPTS), initial, torch.arange(2))
-    return initial, policy.decode(latents)
-
-
-def sample(policy, settings, *, window=(1, 2), share=True):
-    sampler = Sampler(
-        policy, settings.rollout.guidance_scale, settings.rollout.likelihood, share_prefix=share, merged=False
-    )
-    table, text = step_table(policy, 4, window, rollout=settings.rollout), policy.encode(PROMPTS)
-    initial, ids = sampler.initial_latents(7, torch.arange(2)), torch.arange(len(ROW))
-    latents, steps = sampler.run(table, text, initial, ROW, noise_seed=3, image_ids=ids)
-    return MicroBatchRollout(
-        MicroBatch(ids, PROMPTS, torch.arange(2), ROW, 0), text, steps, policy.decode(latents)
-    ), table
-
-
-def accumulated(policy, settings, rollout, table, advantages=ADVANTAGES):
-    """(stats, gradient) of one minibatch."""
-    stats = updater_of(policy, settings).accumulate([rollout], advantages, table, total=6, watch_kl=True)
-    return stats, torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters()])
 
 
 @both_kinds
@@ -162,23 +123,7 @@ def test_the_shift_follows_the_resolution_and_the_training_levels_follow_the_shi
 @pytest.mark.parametrize(("share", "dynamics", "window"), [(True, "flow_cps", (1, 2)), (False, "flow_sde", (0, 3))])
 def test_log_probs_before_the_first_step_are_exact(settings, share, dynamics, window, fused):
     settings.rollout.dynamics = dynamics
-    policy = load(settings, fused=fused)
-    train_adapters(policy)
-    rollout, table = sample(policy, settings, window=window, share=share)
-    stats, gradient = accumulated(policy, settings, rollout, table)
-    _, ratio, clipped, kl, _, pairs, _ = stats.sums().tolist()
-    assert stats.max_mismatch() == 0.0
-    assert (ratio, clipped, pairs) == (12, 0, 12)
-    assert kl > 0
-    assert gradient.abs().max() > 0
-
-
-def by_stock_name(policy: FluxPolicy, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Adapters, or their gradients in one vector, by PEFT's names."""
-    if isinstance(policy.network, FusedNetwork):
-        return {n.replace(".weight", ".default.weight"): t for n, t in policy.network.lora.state_dict(flat).items()}
-    sizes = [p.numel() for _, p in policy.trainable_parameters()]
-    return {n: part.view_as(p) for (n, p), part in zip(policy.trainable_parameters(), flat.split(sizes))}
+    assert_on_policy(load(settings, fused=fused), settings, window=window, share=share)
 
 
 @both_forwards
@@ -189,23 +134,13 @@ def test_lora_gradients_equal_those_of_the_stock_transformer(settings, fused):
     train_adapters(policy)
     rollout, table = sample(policy, settings)
     _, gradient = accumulated(policy, settings, rollout, table)
-    pipe, lora = stock(settings), settings.model.lora
-    pipe.transformer.requires_grad_(False).add_adapter(
-        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(LORA_TARGETS))
-    )
-    own = by_stock_name(policy, torch.cat([p.detach().flatten() for _, p in policy.trainable_parameters()]))
-    theirs = {name: p for name, p in pipe.transformer.named_parameters() if p.requires_grad}
-    assert theirs.keys() == own.keys()
-    with torch.no_grad():
-        for name, parameter in theirs.items():
-            parameter.copy_(own[name])
+    pipe = stock(settings)
+    theirs = with_adapters_of(policy, pipe.transformer, settings)
     text, pooled, text_ids = pipe.encode_prompt(PROMPTS, max_sequence_length=settings.model.max_sequence_length)
     ids = pipe._prepare_latent_image_ids(6, 4, 4, "cpu", torch.float32)
-    total = 0.0
-    for step in rollout.steps:
-        a, b, _ = table.coefficients[step.step]
-        latents = step.latents[ROW] if step.shared else step.latents
-        velocity = pipe.transformer(
+
+    def velocity(latents, step):
+        packed = pipe.transformer(
             pipe._pack_latents(latents, 6, 16, 8, 8),
             timestep=table.timesteps[step.step].expand(6) / 1000,
             guidance=torch.full((6,), 3.5),
@@ -215,17 +150,10 @@ def test_lora_gradients_equal_those_of_the_stock_transformer(settings, fused):
             txt_ids=text_ids,
             return_dict=False,
         )[0]
-        mean = a * latents + b * pipe._unpack_latents(velocity, 32, 32, 4)
-        log_prob = -(step.next_latents - mean).square().flatten(1).mean(1)
-        ratio = (log_prob - log_prob.detach()).exp()
-        loss = torch.maximum(-ADVANTAGES * ratio, -ADVANTAGES * ratio.clamp(0.5, 1.5))
-        total = total + loss.mean() / len(rollout.steps)
-    total.backward()
-    for name, found in by_stock_name(policy, gradient).items():
-        expected = theirs[name].grad
-        scale = expected.abs().max().item()
-        assert scale > 0, name
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * scale, msg=name)
+        return pipe._unpack_latents(packed, 32, 32, 4)
+
+    clipped_loss_written_out(rollout, table, velocity).backward()
+    assert_gradients(policy, gradient, theirs)
 
 
 @pytest.mark.parametrize("precision", ["model", "fp8"])
@@ -387,59 +315,13 @@ def test_latents_of_an_image_are_what_decodes_to_it(settings):
     torch.testing.assert_close(policy.encode_images(images), (posterior - config.shift_factor) * config.scaling_factor)
 
 
-def trained_lora(settings, folder: Path, *, iterations: int = 2, resume: bool = False) -> dict[str, torch.Tensor]:
-    """LoRA of a run with checkpoints that ends after so many iterations."""
-    settings = settings.model_copy(deep=True)
-    settings.output_dir, settings.iterations = str(folder), iterations
-    settings.output.checkpoint_every, settings.data.held_out_prompts = 1, ""
-    run = Run(settings, Distributed.start("cpu"), resume=resume, console=Console(quiet=True))
-    run.train()
-    assert isinstance(run.trainer.policy, FluxPolicy)
-    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-
-
 def test_a_run_trains_and_goes_on_as_if_never_stopped(settings, tmp_path):
-    whole = trained_lora(settings, tmp_path / "whole")
-    trained_lora(settings, tmp_path / "parts", iterations=1)
-    parts = trained_lora(settings, tmp_path / "parts", resume=True)
-    assert all(torch.equal(parts[name], whole[name]) for name in whole)
-    assert max(t.abs().max() for name, t in whole.items() if "lora_B" in name) > 0
-    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["log_prob_mismatch_max"] for row in rows] == [0, 0]
-    assert [row["pre_update_clip_fraction"] for row in rows] == [0, 0]
-    assert all(row["grad_norm"] > 0 for row in rows)
+    assert_a_stopped_run_goes_on(settings, tmp_path)
     stock(settings).load_lora_weights(tmp_path / "whole" / "lora")
 
 
 def test_the_preset_trains_a_folder_by_one_command(settings, tmp_path):
-    """`python -m advgrpo.train --preset flux1-dino --model.path FOLDER`, with what a picture of 32 pixels allows."""
-    flags = {
-        "model.path": settings.model.path,
-        "model.resolution": 32,
-        "model.dtype": "float32",
-        "model.max-sequence-length": 12,
-        "model.lora.rank": 4,
-        "data.prompts": settings.data.prompts,
-        "data.references": settings.data.references,
-        "data.min-reference-size": settings.data.min_reference_size,
-        "data.cache-dir": settings.data.cache_dir,
-        "adversary.backbone": settings.adversary.backbone,
-        "adversary.image-size": settings.adversary.image_size,
-        "adversary.num-patches": 8,
-        "adversary.cached-patches": 8,
-        "adversary.dtype": "float32",
-        "rollout.prompts-per-iteration": 2,
-        "rollout.group-size": 4,
-        "rollout.micro-batch": 4,
-        "evaluation.every": 0,
-        "evaluation.num-steps": 2,
-        "iterations": 2,
-        "output-dir": tmp_path / "run",
-    }
-    assert train(["--preset", "flux1-dino", *(f"--{name}={value}" for name, value in flags.items())]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["log_prob_mismatch_max"] for row in rows] == [0, 0]
-    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert_preset_trains("flux1-dino", settings, tmp_path / "run")
 
 
 def test_full_fine_tuning_exports_a_transformer_that_diffusers_loads(settings, tmp_path):
@@ -456,22 +338,6 @@ def test_generate_draws_base_and_lora(settings, tmp_path, capsys):
     assert_generate_draws(policy, PROMPTS[0], settings, tmp_path, capsys)
 
 
-def edited(settings, tmp_path, part: str, **changes) -> None:
-    """Point the settings at a copy of the pipeline with another configuration of a part."""
-    source, folder = Path(settings.model.path), tmp_path / "edited"
-    folder.mkdir()
-    for each in source.iterdir():
-        (folder / each.name).symlink_to(each)
-    name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    (folder / part).unlink()
-    (folder / part).mkdir()
-    for each in (source / part).iterdir():
-        if each.name != name:
-            (folder / part / each.name).symlink_to(each)
-    (folder / part / name).write_text(json.dumps(json.loads((source / part / name).read_text()) | changes))
-    settings.model.path = str(folder)
-
-
 def test_what_is_not_for_flux_is_refused_before_it_is_loaded(settings, tmp_path):
     preflight(settings)  # sharded weights and parts that model_index.json lists as absent are a whole model
     changed = settings.model_copy(deep=True)
@@ -482,7 +348,7 @@ def test_what_is_not_for_flux_is_refused_before_it_is_loaded(settings, tmp_path)
     with pytest.raises(UserError, match=r"rollout\.dynamics = 'ddim' needs a model that predicts noise"):
         preflight(settings)
     settings.rollout.dynamics = "flow_cps"
-    edited(settings, tmp_path, "scheduler", shift_terminal=0.02)
+    edited(settings, tmp_path / "edited", "scheduler", shift_terminal=0.02)
     with pytest.raises(UserError, match="its scheduler has shift_terminal"):
         preflight(settings)
 
@@ -518,7 +384,7 @@ def test_stock_drawing_looks_at_the_guidance(settings):
 
 def test_a_transformer_of_another_task_is_named(settings, tmp_path):
     vae = stock(settings).vae.config
-    edited(settings, tmp_path, "transformer", in_channels=384, out_channels=64)  # FLUX.1-Fill's
+    edited(settings, tmp_path / "edited", "transformer", in_channels=384, out_channels=64)  # FLUX.1-Fill's
     network = stored_network(Path(settings.model.path)).config
     with pytest.raises(UserError, match="its transformer maps 384 to 64 channels, packed latents have 64; want a text"):
         FluxPolicy.check_parts(settings.model, {}, network, vae, {})

@@ -352,10 +352,7 @@ def test_what_fast_switches_on_for_a_unet(settings):
     rows = {row.name: row for row in fast.table}
     for name in ("fused transformer", "merged LoRA", "CUDA graphs"):
         assert not rows[name].on
-        assert (
-            rows[name].why
-            == "a StableDiffusionXLPipeline has a UNet; the fused forward is of SD3's and FLUX.1's transformers"
-        )
+        assert rows[name].why == "a StableDiffusionXLPipeline has a UNet; the fused forward is of transformers"
     settings.rollout.precision = "fp8"
     with pytest.raises(UserError, match=r"rollout\.precision = 'fp8' needs the fused transformer \(a StableDiff"):
         FastPaths.choose(settings, torch.device("cpu"))

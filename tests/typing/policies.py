@@ -14,6 +14,7 @@ from advgrpo.policy.flux import FluxPolicy
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared
 from advgrpo.policy.guidance import Guided, N, Network
 from advgrpo.policy.networks import FusedNetwork, StockNetwork, StockPrepared
+from advgrpo.policy.qwen import QwenPolicy
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.policy.sdxl import UNetPolicy
 from advgrpo.sampling.dynamics import step_table
@@ -41,6 +42,14 @@ def sd3(policy: SD3Policy) -> None:
 
 
 def flux(policy: FluxPolicy) -> None:
+    draws(policy, Guided)
+    learns(policy, Guided)
+    draws_and_learns(policy, Guided)
+    is_captured(policy, Guided)
+    is_supervised(policy, Guided)
+
+
+def qwen(policy: QwenPolicy) -> None:
     draws(policy, Guided)
     learns(policy, Guided)
     draws_and_learns(policy, Guided)

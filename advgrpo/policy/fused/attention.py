@@ -19,8 +19,12 @@ the memory-efficient kernel are compiled differently where the logarithms of the
 PyTorch decides by whether there is a gradient; here they are always computed, so that both are the same kernel.
 Training that must repeat bit for bit on a GPU needs one whose backward does too.
 
-Shapes: q [B, H, Sq, D], k and v [B, H, S, D] -> [B, Sq, H·D]. Any strides with dense heads. The result lies in memory
-in q's order of images and tokens; not with flash3, which puts image after image, so that to_out copies its input.
+A mask of keys, as Qwen-Image's text has, is taken by cudnn, efficient, cpu and math. It is added to the logarithms, 0
+or -∞, so that masked keys weigh exactly 0, whatever they and their values hold (finite).
+
+Shapes: q [B, H, Sq, D], k and v [B, H, S, D], mask [B, S] bool -> [B, Sq, H·D]. Any strides with dense heads. The
+result lies in memory in q's order of images and tokens; not with flash3, which puts image after image, so that to_out
+copies its input.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from advgrpo.errors import UserError
 
 _logger = logging.getLogger(__name__)
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attention = Callable[..., torch.Tensor]  # q, k, v and, where one was asked for, the mask
 
 
 class Recomputed(saved_tensors_hooks):
@@ -88,20 +92,31 @@ def _flash_package(module: str) -> Attention:
     return attend
 
 
-def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, compute_log_sumexp=True)[0]
-    return out.transpose(1, 2).flatten(2)
+def _bias(q: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, H, Sq, S] view of 0 and -∞ in q's dtype; rows are aligned to 16 elements, as the kernels want them."""
+    if mask is None:
+        return None
+    rows, keys = mask.shape
+    bias = q.new_zeros(rows, 1, 1, -(-keys // 16) * 16)[..., :keys]
+    bias.masked_fill_(~mask[:, None, None], -torch.inf)
+    return bias.expand(-1, q.shape[1], q.shape[2], -1)
 
 
-def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    out = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, compute_log_sumexp=True)[0]
-    return out.transpose(1, 2).flatten(2)
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    return attend(q, k, v, _bias(q, mask), compute_log_sumexp=True)[0].transpose(1, 2).flatten(2)
+
+
+def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(q, k, v, _bias(q, mask), compute_log_sumexp=True)[0].transpose(1, 2).flatten(2)
 
 
 def _torch_backend(backend: SDPBackend) -> Attention:
-    def attend(q, k, v):
+    def attend(q, k, v, mask=None):
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=_bias(q, mask))
+        return out.transpose(1, 2).flatten(2)
 
     return attend
 
@@ -157,6 +172,7 @@ _MAKERS: dict[str, Callable[[], Attention]] = {
     "flash4": lambda: _TorchFlash("FA4"),
 }
 _AUTO = tuple(name for name in _MAKERS if name != "flash4")
+_MASKED = ("cudnn", "efficient", "cpu", "math")
 _PACKAGES = {
     "flash3": ("flash_attn_interface", (9, 0)),
     "flash2": ("flash_attn", (8, 0)),
@@ -164,8 +180,10 @@ _PACKAGES = {
 }
 
 
-def _unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _unsupported(name: str, device: torch.device, dtype: torch.dtype, masked: bool = False) -> str | None:
     """Why `name` cannot run there, or None."""
+    if masked and name not in _MASKED:
+        return "it takes no mask, which this model's text has"
     if name == "math":
         return None
     if name == "cpu":
@@ -191,8 +209,13 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
+def choose_attention(
+    requested: str, device: torch.device, dtype: torch.dtype, *, masked: bool = False
+) -> tuple[str, Attention]:
     """(name, function) for `model.attention`.
+
+    Args:
+        masked: some keys are not attended to; the function then takes their mask after q, k and v.
 
     Raises:
         UserError: an unknown name, or an explicit one that this device, dtype or installation does not support.
@@ -201,7 +224,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
         raise UserError(f"model.attention = {requested!r}: want auto or one of {', '.join(_MAKERS)}")
     for name in _AUTO if requested == "auto" else (requested,):
         try:
-            return name, _made(name, device, dtype)
+            return name, _made(name, device, dtype, masked)
         except _Unusable as error:
             if requested != "auto":
                 raise UserError(f"model.attention = {name!r}: {error}; use auto or another backend") from error
@@ -210,23 +233,23 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     raise AssertionError("math runs everywhere")
 
 
-def _made(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+def _made(name: str, device: torch.device, dtype: torch.dtype, masked: bool) -> Attention:
     """Raises _Unusable, with a cause where what should run does not."""
-    reason = _unsupported(name, device, dtype)
+    reason = _unsupported(name, device, dtype, masked)
     if reason:
         raise _Unusable(reason)
     attend = _MAKERS[name]()
     if device.type == "cuda":
-        _try(name, attend, device, dtype)
+        _try(name, attend, device, dtype, masked)
     return attend
 
 
-def _try(name: str, attend: Attention, device: torch.device, dtype: torch.dtype) -> None:
+def _try(name: str, attend: Attention, device: torch.device, dtype: torch.dtype, masked: bool) -> None:
     """One small product: what lacks code for this GPU, or does not fit this PyTorch, fails here and not later."""
     q = torch.ones(1, 1, 64, 64, device=device, dtype=dtype)
     try:
         with torch.no_grad():
-            attend(q, q, q)
+            attend(q, q, q, *([torch.ones(1, 64, dtype=torch.bool, device=device)] if masked else []))
     except Exception as error:
         raise _Unusable(f"a product of 64 tokens fails ({_said(error)})") from error
 

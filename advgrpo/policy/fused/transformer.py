@@ -1,10 +1,12 @@
-"""Our forward of MMDiT-like transformers, over the stock weights: SD3's and FLUX.1's, told apart by a small config.
+"""Our forward of MMDiT-like transformers, over the stock weights: SD3's, FLUX.1's, Qwen-Image's, by a small config.
 
-Same weights and mathematics as diffusers' SD3Transformer2DModel and FluxTransformer2DModel, fewer and larger
-operations: q, k and v are one matrix product per stream, those of image and text write into one tensor; a residual, its
-gate and the following norm and modulation are one kernel (both modulations of a dual-attention block); the modulation
-of all steps is one product per prompt; text queries of the last block, which nothing reads, do not attend. FLUX.1 goes
-on with blocks of one stream, image and text in one tensor, and turns q and k where SD3 adds positions to the image.
+Same weights and mathematics as diffusers' SD3Transformer2DModel, FluxTransformer2DModel and
+QwenImageTransformer2DModel, fewer and larger operations: q, k and v are one matrix product per stream, those of image
+and text write into one tensor; a residual, its gate and the following norm and modulation are one kernel (both
+modulations of a dual-attention block); the modulation of all steps is one product per prompt; text queries of the last
+block, which nothing reads, do not attend. FLUX.1 goes on with blocks of one stream, image and text in one tensor, and
+turns q and k where SD3 adds positions to the image. Qwen-Image turns them too, text as well; its text has a mask, and
+no pooled vector, so that one modulation serves all prompts.
 Low-rank adapters are views of one vector (lora.py). Three sets of weights: "adapted" (trained), "base" (frozen),
 "merged" (for steps without a likelihood).
 
@@ -42,13 +44,13 @@ Weights = Literal["adapted", "base", "merged"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 Activations = torch.Tensor | Fp8Tensor  # the latter between merged linears in e4m3
 _NormWeights = tuple[torch.Tensor, torch.Tensor]
-_PACK = 2  # latents of a token's side that FLUX.1's pipeline packs before its network
+_PACK = 2  # latents of a token's side that FLUX.1's and Qwen-Image's pipelines pack before their networks
 _THETA = 10000.0  # of the slowest rotation
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ADAPTABLE = (
     *(f"attn.{name}" for name in (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
     *(f"attn2.{name}" for name in _ATTENTION),
-    *(f"{ff}.net.{name}" for ff in ("ff", "ff_context") for name in ("0.proj", "2")),
+    *(f"{ff}.net.{name}" for ff in ("ff", "ff_context", "img_mlp", "txt_mlp") for name in ("0.proj", "2")),
     *("proj_mlp", "proj_out"),  # of blocks of one stream
 )
 
@@ -56,6 +58,23 @@ ADAPTABLE = (
 def can_adapt(target: str) -> bool:
     """Whether every linear whose name ends in `target` can have an adapter here: not those of the AdaLN norms."""
     return any(f".{name}".endswith(f".{target}") for name in ADAPTABLE)
+
+
+class _Names(NamedTuple):
+    """What the families call the same parts: of a block, by stream, and at the ends."""
+
+    feed_forward: tuple[str, str] = ("ff", "ff_context")  # of image and of text
+    modulation: tuple[str, str] = ("norm1.linear", "norm1_context.linear")
+    embedder: str = "pos_embed.proj"
+    text_embedder: str = "context_embedder"
+
+
+Family = Literal["sd3", "flux", "qwen"]
+_NAMES: dict[Family, _Names] = {
+    "sd3": _Names(),
+    "flux": _Names(embedder="x_embedder"),
+    "qwen": _Names(("img_mlp", "txt_mlp"), ("img_mod.1", "txt_mod.1"), "img_in", "txt_in"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,7 @@ class TransformerConfig:
     qk_norm: str | None = None
     num_single_layers: int = 0  # blocks of one stream, after the others
     axes_dims_rope: tuple[int, ...] = ()  # of a head dim, by axis: rotary positions in place of a table
+    family: Family = "sd3"
 
     @classmethod
     def from_stock(cls, config: Mapping) -> TransformerConfig:
@@ -89,6 +109,19 @@ class TransformerConfig:
                 qk_norm="rms_norm",
                 num_single_layers=config["num_single_layers"],
                 axes_dims_rope=tuple(config["axes_dims_rope"]),
+                family="flux",
+            )
+        if "axes_dims_rope" in config:
+            return cls(
+                num_layers=config["num_layers"],
+                num_attention_heads=config["num_attention_heads"],
+                attention_head_dim=config["attention_head_dim"],
+                in_channels=config["in_channels"] // _PACK**2,
+                out_channels=config["out_channels"],
+                patch_size=_PACK,
+                qk_norm="rms_norm",
+                axes_dims_rope=tuple(config["axes_dims_rope"]),
+                family="qwen",
             )
         if config.get("qk_norm") not in (None, "rms_norm"):
             raise UserError(f"the transformer's qk_norm = {config['qk_norm']!r}; want rms_norm or none")
@@ -96,8 +129,13 @@ class TransformerConfig:
         return cls(**{**chosen, "dual_attention_layers": tuple(config.get("dual_attention_layers") or ())})
 
     @property
-    def is_flux(self) -> bool:
+    def is_rotary(self) -> bool:
+        """Positions turn q and k, and tokens are packed as `_PACK` says."""
         return bool(self.axes_dims_rope)
+
+    @property
+    def names(self) -> _Names:
+        return _NAMES[self.family]
 
     @property
     def width(self) -> int:
@@ -109,16 +147,18 @@ class Prepared:
     """What a trajectory needs of its prompts: computed once, for all steps."""
 
     text: torch.Tensor  # [R, S, D] embedded text tokens
-    modulation: torch.Tensor  # [K, P, W] of P prompts
+    modulation: torch.Tensor  # [K, P, W] of P prompts; P = 1 where it does not depend on them
     row: torch.Tensor | None = None  # [R] int64 into the prompts of `modulation`; None: the rows are the prompts
+    mask: torch.Tensor | None = None  # [R, S] bool, text tokens that are attended to; None: all
 
     def rows(self, index: torch.Tensor) -> Prepared:
         row = index if self.row is None else self.row.index_select(0, index)
-        return Prepared(self.text.index_select(0, index), self.modulation, row)
+        mask = None if self.mask is None else self.mask.index_select(0, index)
+        return Prepared(self.text.index_select(0, index), self.modulation, row, mask)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        row = {} if self.row is None else {"row": self.row}
-        return {"text": self.text, "modulation": self.modulation, **row}
+        held = {"text": self.text, "modulation": self.modulation, "row": self.row, "mask": self.mask}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def with_tensors(self, tensors: dict[str, torch.Tensor]) -> Prepared:
         return Prepared(**tensors)
@@ -215,6 +255,7 @@ class _Stream:
     feed_forward: tuple[StackedLinear, StackedLinear] | None
     first: int  # where its modulation starts, in units of D
     count: int  # vectors of modulation: 9 dual, 6, 3 of one stream, or 2 for a text stream that ends here
+    unread: tuple[StackedLinear, ...] = ()  # what Qwen-Image has after a text that ends: adapted in name, never run
 
     def modulation(self, row: torch.Tensor, width: int) -> Modulation:
         """Its vectors in one step's [R, W]."""
@@ -224,7 +265,7 @@ class _Stream:
     def linears(self) -> list[StackedLinear]:
         heads = [self.attention] + ([self.dual] if self.dual else [])
         found = [layer for h in heads for layer in (h.qkv, h.out) if layer is not None]
-        return found + list(self.feed_forward or ())
+        return found + list(self.feed_forward or ()) + list(self.unread)
 
 
 @dataclass
@@ -289,7 +330,8 @@ class FusedTransformer:
         self.dtype, self.device = tensors["proj_out.weight"].dtype, tensors["proj_out.weight"].device
         # Normalised q and k are a quarter of what a training step saves; on a CPU recomputing them only costs time.
         self.recompute_qk = self.device.type != "cpu"
-        self.attention_name, self._attend = choose_attention(attention, self.device, self.dtype)
+        masked = config.family == "qwen"
+        self.attention_name, self._attend = choose_attention(attention, self.device, self.dtype, masked=masked)
         self.blocks = self._read_blocks(reader)
         self.singles = self._read_singles(reader)
         self._modulation = self._read_modulation(reader)
@@ -305,22 +347,25 @@ class FusedTransformer:
                 i == self.config.num_layers - 1 and not self.config.num_single_layers,
             )
             dual = i in self.config.dual_attention_layers
+            image_ff, text_ff = (f"{prefix}.{name}.net" for name in self.config.names.feed_forward)
             names, norms = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
             image = _Stream(
                 reader.heads(f"{prefix}.attn", names, norms, "to_out.0"),
                 reader.heads(f"{prefix}.attn2", names, norms, "to_out.0") if dual else None,
-                (reader.stacked(f"{prefix}.ff.net.0.proj"), reader.stacked(f"{prefix}.ff.net.2")),
+                (reader.stacked(f"{image_ff}.0.proj"), reader.stacked(f"{image_ff}.2")),
                 first,
                 9 if dual else 6,
             )
             names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            feed_forward = (f"{prefix}.ff_context.net.0.proj", f"{prefix}.ff_context.net.2")
+            after = (f"{prefix}.attn.to_add_out", f"{text_ff}.0.proj", f"{text_ff}.2")
+            whole = self.config.family == "qwen"  # whose last text has all of a block's parts
             text = _Stream(
                 reader.heads(f"{prefix}.attn", names, norms, None if last else "to_add_out"),
                 None,
-                None if last else tuple(reader.stacked(name) for name in feed_forward),
+                None if last else (reader.stacked(after[1]), reader.stacked(after[2])),
                 first + image.count,
-                2 if last else 6,
+                2 if last and not whole else 6,
+                tuple(reader.stacked(name) for name in after) if last and whole else (),
             )
             first += image.count + text.count
             blocks.append(_Block(image, text))
@@ -340,9 +385,9 @@ class FusedTransformer:
     def _read_modulation(self, reader: _Reader) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight [W, D] and bias [W] of every AdaLN linear."""
         names = [
-            f"transformer_blocks.{i}.{norm}.linear"
+            f"transformer_blocks.{i}.{name}"
             for i in range(self.config.num_layers)
-            for norm in ("norm1", "norm1_context")
+            for name in self.config.names.modulation
         ]
         names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(self.config.num_single_layers)]
         names.append("norm_out.linear")
@@ -424,11 +469,26 @@ class FusedTransformer:
 
     @torch.no_grad()
     def prepare(
-        self, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor, guidance: float | None = None
+        self,
+        text: torch.Tensor,
+        pooled: torch.Tensor,
+        timesteps: torch.Tensor,
+        guidance: float | None = None,
+        mask: torch.Tensor | None = None,
     ) -> Prepared:
-        """Embed text [R, S, E] and pooled [R, E'] for all `timesteps` [K] at once; `guidance`: FLUX.1-dev's."""
-        embedded = self._linear("context_embedder", text)
+        """Embed text [R, S, E] and pooled [R, E'] for all `timesteps` [K] at once.
+
+        Args:
+            guidance: FLUX.1-dev's.
+            mask: [R, S] bool, Qwen-Image's.
+        """
         time = self._perceptron("time_text_embed.timestep_embedder", self._waves(timesteps.float()))
+        if self.config.family == "qwen":
+            text = F.rms_norm(text.float(), text.shape[-1:], self._small["txt_norm.weight"].float(), EPS)
+            embedded = self._linear(self.config.names.text_embedder, text.to(self.dtype))
+            row = torch.zeros(len(text), dtype=torch.int64, device=self.device)
+            return Prepared(embedded, F.linear(F.silu(time), *self._modulation)[:, None], row, mask)
+        embedded = self._linear(self.config.names.text_embedder, text)
         if guidance is not None:
             scale = torch.full((1,), 1000 * guidance, device=self.device)
             time = time + self._perceptron("time_text_embed.guidance_embedder", self._waves(scale))
@@ -438,8 +498,10 @@ class FusedTransformer:
 
     def _waves(self, values: torch.Tensor) -> torch.Tensor:
         """[K, 256] cosines and sines of times, or of another scalar between 0 and 1 times 1000, [K] float32."""
-        if self.config.is_flux:  # which the stock network is given over 1000 and takes times 1000 in its own dtype
+        if self.config.family == "flux":  # given over 1000 and taken times 1000 in its own dtype
             values = ((values / 1000).to(self.dtype) * 1000).float()
+        elif self.config.family == "qwen":  # the same, but taken times 1000 in float32
+            values = (values / 1000).to(self.dtype).float() * 1000
         half = torch.arange(128, dtype=torch.float32, device=self.device) * (-torch.log(torch.tensor(10000.0)) / 128)
         angles = values[:, None] * torch.exp(half)
         return torch.cat([angles.cos(), angles.sin()], dim=1).to(self.dtype)
@@ -452,7 +514,8 @@ class FusedTransformer:
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], or [R] for one per row)."""
-        forward = _Forward(self, weights, prepared.at(step), self._rotary(latents.shape[-2:], prepared.text.shape[1]))
+        rotary = self._rotary(latents.shape[-2:], prepared.text.shape[1])
+        forward = _Forward(self, weights, prepared.at(step), rotary, self._mask(latents, prepared.mask))
         x, text, normed = self._embed(latents), prepared.text.transpose(0, 1).contiguous(), None
         for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             if not self.checkpointing:
@@ -485,10 +548,10 @@ class FusedTransformer:
         """Patches [T, R, D] with their positions; the patch convolution as a matrix product."""
         p, (rows, channels, height, width) = self.config.patch_size, latents.shape
         patches = latents.to(self.dtype).view(rows, channels, height // p, p, width // p, p).permute(2, 4, 0, 1, 3, 5)
-        name = "x_embedder" if self.config.is_flux else "pos_embed.proj"
+        name = self.config.names.embedder
         weight, bias = self._small[f"{name}.weight"], self._small[f"{name}.bias"]
         patches = F.linear(patches.reshape(-1, rows, channels * p * p), weight.flatten(1), bias)
-        if self.config.is_flux:
+        if self.config.is_rotary:
             return patches
         return (patches + self._position(height // p, width // p)).to(self.dtype)
 
@@ -505,11 +568,12 @@ class FusedTransformer:
     def _rotary(self, size: Sequence[int], text_tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """cos and sin [T + S, head_dim / 2] float32 for latents of `size`, image first; None where there is a table.
 
-        The axes are 0, the patch's row and its column; text stands at 0. Angles are position / θ^(2i / dim) of an axis'
-        pair i, in float64. Kept, so that capture finds them ready.
+        The axes are 0, the patch's row and its column. FLUX.1 counts these from 0, and text stands at 0; Qwen-Image
+        counts them from the image's middle, and text goes on along the diagonal from where half the longer side ends.
+        Angles are position / θ^(2i / dim) of an axis' pair i, in float64. Kept, so that capture finds them ready.
         """
         config = self.config
-        if not config.is_flux:
+        if not config.is_rotary:
             return None
         height, width = size[0] // config.patch_size, size[1] // config.patch_size
         key = height, width, text_tokens
@@ -518,6 +582,10 @@ class FusedTransformer:
             places = torch.zeros(height * width + text_tokens, 3, **wide)
             places[: height * width, 1] = torch.arange(height, **wide).repeat_interleave(width)
             places[: height * width, 2] = torch.arange(width, **wide).repeat(height)
+            if config.family == "qwen":
+                places[: height * width, 1] -= height - height // 2
+                places[: height * width, 2] -= width - width // 2
+                places[height * width :] = max(height // 2, width // 2) + torch.arange(text_tokens, **wide)[:, None]
             angles = torch.cat(
                 [
                     places[:, axis, None] * _THETA ** (-torch.arange(0, dim, 2, **wide) / dim)
@@ -528,9 +596,16 @@ class FusedTransformer:
             self._turns[key] = angles.cos().float(), angles.sin().float()
         return self._turns[key]
 
+    def _mask(self, latents: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor | None:
+        """[R, T + S] bool, the tokens that are attended to, of the text's [R, S]; None: all."""
+        if text is None:
+            return None
+        tokens = latents.shape[-2] * latents.shape[-1] // self.config.patch_size**2
+        return torch.cat([text.new_ones(len(text), tokens), text], dim=1)
+
     def _unpatch(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         p, channels, rows = self.config.patch_size, self.config.out_channels, x.shape[1]
-        if self.config.is_flux:
+        if self.config.is_rotary:
             x = x.view(size[0] // p, size[1] // p, rows, channels, p, p).permute(2, 3, 0, 4, 1, 5)
             return x.reshape(rows, channels, *size)
         x = x.view(size[0] // p, size[1] // p, rows, p, p, channels).permute(2, 5, 0, 3, 1, 4)
@@ -538,7 +613,8 @@ class FusedTransformer:
 
 
 class _Forward:
-    """One pass: the weights it runs, the modulation of its step, the turns of q and k where positions are rotary."""
+    """One pass: the weights it runs, the modulation of its step, the turns of q and k where positions are rotary, and
+    the tokens [R, T + S] that are attended to where not all are."""
 
     def __init__(
         self,
@@ -546,10 +622,12 @@ class _Forward:
         weights: Weights,
         modulation: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        mask: torch.Tensor | None = None,
     ):
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
         self.model, self.weights, self.modulation, self.rotary = model, weights, modulation, rotary
+        self.masks = () if mask is None else (mask,)  # attention's further argument
         self.pairs = model.lora.pairs(model.dtype) if weights == "adapted" and model.lora else []
 
     def linear(self, layer: StackedLinear, x: Activations) -> torch.Tensor:
@@ -780,7 +858,7 @@ class _Forward:
         recompute = self.model.recompute_qk and not self.model.checkpointing  # which recomputes the whole block
         recompute = recompute and norms is not None and torch.is_grad_enabled()
         with Recomputed((q, k), lambda: inputs()[:2]) if recompute else nullcontext():
-            return _swapped(self.model._attend(q if queries is None else q[:, :, :queries], k, v))
+            return _swapped(self.model._attend(q if queries is None else q[:, :, :queries], k, v, *self.masks))
 
     def _attention_inputs(
         self, qkv: list[torch.Tensor], norms: _NormWeights | None, txt_norms: _NormWeights | None, tokens: int

@@ -1,0 +1,74 @@
+"""What FLUX.1 and Qwen-Image share: latents packed into tokens, and a schedule that moves with how many there are.
+
+A latent image is packed: every 2 x 2 patch of it is one token of 4·C numbers. Positions are rotary, from the patch's
+row and column, so no table limits the side.
+
+Shapes: R rows, latents [R, C, H, W] float32 and packed [R, T, 4·C] with T = H/2 · W/2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from advgrpo.errors import UserError
+from advgrpo.policy.diffusers_policy import TransformerPolicy
+
+PATCH = 2  # latents of a token's side
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[R, T, 4·C] of latents [R, C, H, W]: rows of patches, and of each patch channel, row, column."""
+    rows, channels, height, width = latents.shape
+    patches = latents.reshape(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(rows, -1, channels * PATCH**2)
+
+
+def unpack(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Latents [R, C, H, W] of `pack`'s tokens [R, T, 4·C], of `size` (H, W)."""
+    height, width = size
+    patches = tokens.view(len(tokens), height // PATCH, width // PATCH, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(len(tokens), -1, height, width)
+
+
+class PackedPolicy(TransformerPolicy):
+    """`TransformerPolicy` of a transformer over packed latents; UserError for a side that packing does not divide."""
+
+    @classmethod
+    def check_resolution(cls, resolution: int, network: Any, vae: Any, field: str = "model.resolution") -> None:
+        unit = cls.pixels_of_latent(vae) * PATCH
+        if resolution % unit:
+            near = max(1, round(resolution / unit)) * unit
+            raise UserError(f"{field} = {resolution}: this model wants a multiple of {unit}, such as {near}")
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.model.resolution // self.vae_scale // PATCH) ** 2
+
+    def schedule(self, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Evenly spaced σ from 1 to 1/T, shifted by `shift` and, where the scheduler has a shift_terminal, stretched so
+        that the last of them is that; 0 at the image."""
+        evenly = torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64).tolist()
+        self._scheduler.set_timesteps(sigmas=evenly, mu=self._mu())
+        return self._scheduler.sigmas.double(), self._scheduler.timesteps.float()
+
+    def _mu(self) -> float:
+        """Linear in the number of image tokens, through the scheduler's two points of it."""
+        config = self._scheduler.config
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return config.base_shift + slope * (self.image_tokens - config.base_image_seq_len)
+
+    @property
+    def shift(self) -> float:
+        """s of σ' = s σ / (1 + (s - 1) σ) at this resolution."""
+        config = self._scheduler.config
+        if not config.use_dynamic_shifting:
+            return config.shift
+        return math.exp(self._mu()) if config.time_shift_type == "exponential" else self._mu()
+
+    def training_sigmas(self, quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantiles, shifted as the schedule is, and not stretched, which depends on the number of steps."""
+        sigmas = self.shift * quantiles / (1 + (self.shift - 1) * quantiles)
+        return sigmas.float(), (sigmas * self._scheduler.config.num_train_timesteps).float()

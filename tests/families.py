@@ -1,0 +1,218 @@
+"""What the tests of FLUX.1 and Qwen-Image share: small runs, step by step, and what is compared with autograd.
+
+Prompts differ in length, which matters to a family whose text has a mask.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import LoraConfig
+from rich.console import Console
+from safetensors.torch import load_file
+
+from advgrpo.config import Config
+from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.loading import load_policy
+from advgrpo.policy.networks import FusedNetwork
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.sampling.dynamics import StepTable, step_table
+from advgrpo.sampling.sampler import Sampler
+from advgrpo.train import main as train
+from advgrpo.training.run import Run
+from advgrpo.types import MicroBatch, MicroBatchRollout, WindowStep
+from tests.parts import train_adapters, updater_of
+
+PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top"]
+ROW = torch.tensor([0, 0, 0, 1, 1, 1])
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, -1.5])
+both_forwards = pytest.mark.parametrize("fused", [True, False], ids=["ours", "diffusers"])
+
+
+def load(settings: Config, *, fused: bool = True, precision: str = "model", **changes) -> DiffusersPolicy:
+    model, cache = settings.model.model_copy(update=changes), Path(settings.data.cache_dir)
+    how = {"fused": fused, "precision": precision}
+    return load_policy(model, device=torch.device("cpu"), cache_dir=cache, seed=0, **how)
+
+
+def stock(settings: Config) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(settings.model.path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ode_images(policy: DiffusersPolicy, *, steps: int, guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(initial noise, images) of PROMPTS without a window."""
+    sampler = Sampler(policy, guidance, "gaussian", share_prefix=True, merged=False)
+    initial = sampler.initial_latents(0, torch.arange(2))
+    latents, _ = sampler.run(step_table(policy, steps), policy.encode(PROMPTS), initial, torch.arange(2))
+    return initial, policy.decode(latents)
+
+
+def sample(
+    policy: DiffusersPolicy, settings: Config, *, window: tuple[int, ...] = (1, 2), share: bool = True
+) -> tuple[MicroBatchRollout, StepTable]:
+    sampler = Sampler(
+        policy, settings.rollout.guidance_scale, settings.rollout.likelihood, share_prefix=share, merged=False
+    )
+    table, text = step_table(policy, 4, window, rollout=settings.rollout), policy.encode(PROMPTS)
+    initial, ids = sampler.initial_latents(7, torch.arange(2)), torch.arange(len(ROW))
+    latents, steps = sampler.run(table, text, initial, ROW, noise_seed=3, image_ids=ids)
+    return MicroBatchRollout(
+        MicroBatch(ids, PROMPTS, torch.arange(2), ROW, 0), text, steps, policy.decode(latents)
+    ), table
+
+
+def accumulated(policy, settings, rollout, table, advantages=ADVANTAGES):
+    """(stats, gradient) of one minibatch."""
+    stats = updater_of(policy, settings).accumulate([rollout], advantages, table, total=6, watch_kl=True)
+    return stats, torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters()])
+
+
+def assert_on_policy(policy: DiffusersPolicy, settings: Config, *, window: tuple[int, ...], share: bool = True) -> None:
+    """Likelihoods of the update are the rollout's to the bit, for trained adapters and two steps of a window."""
+    train_adapters(policy)
+    rollout, table = sample(policy, settings, window=window, share=share)
+    stats, gradient = accumulated(policy, settings, rollout, table)
+    _, ratio, clipped, kl, _, pairs, _ = stats.sums().tolist()
+    assert stats.max_mismatch() == 0.0
+    assert (ratio, clipped, pairs) == (12, 0, 12)
+    assert kl > 0
+    assert gradient.abs().max() > 0
+
+
+def by_stock_name(policy: DiffusersPolicy, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Adapters, or their gradients in one vector, by PEFT's names."""
+    if isinstance(policy.network, FusedNetwork):
+        return {n.replace(".weight", ".default.weight"): t for n, t in policy.network.lora.state_dict(flat).items()}
+    sizes = [p.numel() for _, p in policy.trainable_parameters()]
+    return {n: part.view_as(p) for (n, p), part in zip(policy.trainable_parameters(), flat.split(sizes))}
+
+
+def with_adapters_of(policy: DiffusersPolicy, network: ModelMixin, settings: Config) -> dict[str, torch.nn.Parameter]:
+    """PEFT's own adapters on a stock network, with the policy's values; by PEFT's names."""
+    lora = settings.model.lora
+    network.requires_grad_(False).add_adapter(
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+    )
+    own = by_stock_name(policy, torch.cat([p.detach().flatten() for _, p in policy.trainable_parameters()]))
+    theirs = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert theirs.keys() == own.keys()
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(own[name])
+    return theirs
+
+
+def clipped_loss_written_out(
+    rollout: MicroBatchRollout, table: StepTable, velocity: Callable[[torch.Tensor, WindowStep], torch.Tensor]
+) -> torch.Tensor:
+    """The policy's loss by autograd: the step, likelihood, ratio and clip at 0.5 written out.
+
+    Args:
+        velocity: guided, [6, C, H, W] of latents [6, C, H, W] at a step.
+    """
+    total = torch.zeros(())
+    for step in rollout.steps:
+        a, b, _ = table.coefficients[step.step]
+        latents = step.latents[ROW] if step.shared else step.latents
+        mean = a * latents + b * velocity(latents, step)
+        log_prob = -(step.next_latents - mean).square().flatten(1).mean(1)
+        ratio = (log_prob - log_prob.detach()).exp()
+        loss = torch.maximum(-ADVANTAGES * ratio, -ADVANTAGES * ratio.clamp(0.5, 1.5))
+        total = total + loss.mean() / len(rollout.steps)
+    return total
+
+
+def assert_gradients(
+    policy: DiffusersPolicy, gradient: torch.Tensor, theirs: dict[str, torch.nn.Parameter], tolerance: float = 1e-5
+) -> None:
+    """Of adapters, against autograd's; what nothing reads has none there, and zeros here."""
+    unread = 0
+    for name, found in by_stock_name(policy, gradient).items():
+        expected = theirs[name].grad
+        if expected is None or not expected.any():
+            assert not found.any(), name
+            unread += 1
+            continue
+        scale = expected.abs().max().item()
+        off = f"{name}: off by {(found - expected).abs().max() / scale:.1e} of its largest element"
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance * scale, msg=off)
+    assert unread <= len(theirs) // 8
+
+
+def trained_lora(settings: Config, folder: Path, *, iterations: int = 2, resume: bool = False):
+    """LoRA of a run with checkpoints that ends after so many iterations, by name."""
+    settings = settings.model_copy(deep=True)
+    settings.output_dir, settings.iterations = str(folder), iterations
+    settings.output.checkpoint_every, settings.data.held_out_prompts = 1, ""
+    Run(settings, Distributed.start("cpu"), resume=resume, console=Console(quiet=True)).train()
+    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def assert_a_stopped_run_goes_on(settings: Config, folder: Path) -> None:
+    """With the same bits, after the first of two iterations; the whole run's LoRA is left in folder / "whole"."""
+    whole = trained_lora(settings, folder / "whole")
+    trained_lora(settings, folder / "parts", iterations=1)
+    parts = trained_lora(settings, folder / "parts", resume=True)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert max(t.abs().max() for name, t in whole.items() if "lora_B" in name) > 0
+    rows = metrics(folder / "parts")
+    assert [row["log_prob_mismatch_max"] for row in rows] == [0, 0]
+    assert [row["pre_update_clip_fraction"] for row in rows] == [0, 0]
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_preset_trains(preset: str, settings: Config, folder: Path, *, iterations: int = 2) -> None:
+    """`python -m advgrpo.train --preset PRESET --model.path FOLDER`, with what a picture of 32 pixels allows."""
+    flags = {
+        "model.path": settings.model.path,
+        "model.resolution": 32,
+        "model.dtype": "float32",
+        "model.max-sequence-length": settings.model.max_sequence_length,
+        "model.lora.rank": 4,
+        "data.prompts": settings.data.prompts,
+        "data.references": settings.data.references,
+        "data.min-reference-size": settings.data.min_reference_size,
+        "data.cache-dir": settings.data.cache_dir,
+        "adversary.backbone": settings.adversary.backbone,
+        "adversary.image-size": settings.adversary.image_size,
+        "adversary.num-patches": 8,
+        "adversary.cached-patches": 8,
+        "adversary.dtype": "float32",
+        "rollout.prompts-per-iteration": 2,
+        "rollout.group-size": 4,
+        "rollout.micro-batch": 4,
+        "evaluation.every": 0,
+        "evaluation.num-steps": 2,
+        "iterations": iterations,
+        "output-dir": folder,
+    }
+    assert train(["--preset", preset, *(f"--{name}={value}" for name, value in flags.items())]) == 0
+    assert [row["log_prob_mismatch_max"] for row in metrics(folder)] == [0] * iterations
+    assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def edited(settings: Config, folder: Path, part: str, **changes) -> None:
+    """Point the settings at a copy of the pipeline with another configuration of a part."""
+    source = Path(settings.model.path)
+    folder.mkdir()
+    for each in source.iterdir():
+        (folder / each.name).symlink_to(each)
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    (folder / part).unlink()
+    (folder / part).mkdir()
+    for each in (source / part).iterdir():
+        if each.name != name:
+            (folder / part / each.name).symlink_to(each)
+    (folder / part / name).write_text(json.dumps(json.loads((source / part / name).read_text()) | changes))
+    settings.model.path = str(folder)
