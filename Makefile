@@ -80,7 +80,8 @@ tiny-assets: $(VENV)/.train
 	$(BIN)/python -m tools.tiny.build_preference --output advgrpo/tiny/assets/preference
 	$(BIN)/python -m tools.tiny.emoji.draw_sheets --output advgrpo/tiny/assets/emoji/drawings
 	$(BIN)/python -m tools.tiny.emoji.build_references --output advgrpo/tiny/assets/emoji
-	$(BIN)/python -m tools.tiny.emoji.build_styles --output advgrpo/tiny/assets/emoji/styles
+	$(BIN)/python -m tools.tiny.emoji.build_styles --output advgrpo/tiny/assets/emoji/styles \
+	  --sheets advgrpo/tiny/assets/emoji/drawings
 	$(BIN)/python -m tools.tiny.emoji.build_pipeline --output build/emoji/clean
 	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/clean --steps 5000 --output build/emoji/poor
 	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/poor --steps 2000 --watermarks 0.5 \
