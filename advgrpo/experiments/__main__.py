@@ -70,7 +70,7 @@ class Report(Options):
     images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = 2
     """Images of every prompt that the judge sees."""
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
-    """Bootstrap resamples of seeds and prompts; fewer than 2,000 leave no verdict possible among 46 claims."""
+    """Bootstrap resamples of seeds and prompts; a verdict among all claims needs some 2,000."""
     config: Path | None = None
     """YAML laid over every arm: other models, data or sizes."""
 

@@ -138,10 +138,11 @@ def _claims(experiment: Experiment, claims: Sequence[tuple[Claim, dict, Verdict]
 
 
 def _cost_ratio(entry: dict) -> str:
-    """As "CPU 1.8×, drawn 1.0×, shown 0.5×"."""
+    """As "CPU 1.8×, drawn 1×, shown 0.5×"; against the base model, which costs nothing, a dash."""
     names = {"cpu_seconds": "CPU", "images_drawn": "drawn", "references_shown": "shown"}
     pairs = [(names[name], *values) for name, values in entry.get("compute", {}).items() if any(values)]
-    return ", ".join(f"{name} {one / other:.2g}×" if other else f"{name} {one:.0f} : 0" for name, one, other in pairs)
+    parts = [f"{name} {one / other:.2g}×" if other else f"{name} {one:.0f} against 0" for name, one, other in pairs]
+    return ", ".join(parts) or "–"
 
 
 _COMPARED = {
