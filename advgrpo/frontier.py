@@ -150,7 +150,7 @@ def compare_models(options: Frontier, console: Console) -> Compared:
     witness = TinyWitness(cache)
     prompts = {name: Prompts.read(getattr(options, f"{field}prompts"), "tiny:emoji", witness)
                for name, field in (("tuning", "tuning_"), ("report", ""))}  # fmt: skip
-    refuse_shared(prompts["tuning"], prompts["report"])
+    refuse_shared(prompts["tuning"].texts, prompts["report"].texts)
     texts = [text for part in prompts.values() for text in part.texts]
     models, base = [], None
     for lora in settings:

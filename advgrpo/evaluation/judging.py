@@ -74,9 +74,9 @@ class Prompts:
         return cls(texts, images.unflatten(0, shape), features.unflatten(0, shape))
 
 
-def refuse_shared(tuning: Prompts, report: Prompts) -> None:
+def refuse_shared(tuning: Sequence[str], report: Sequence[str]) -> None:
     """UserError where a prompt on which guidance is chosen is reported on as well."""
-    shared = set(tuning.texts) & set(report.texts)
+    shared = set(tuning) & set(report)
     if shared:
         raise UserError(f"--tuning-prompts shares {len(shared)} prompts with --prompts, first {min(shared)!r}")
 

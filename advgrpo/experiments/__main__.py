@@ -153,7 +153,7 @@ def pages(options: Pages, console: Console) -> int:
 
 def plan(options: Report):
     """Where the runs are and what they are made with; a bad file is one error here, not one per run."""
-    from advgrpo.experiments.judging import Judging
+    from advgrpo.experiments.judging import Judging, check_lists
     from advgrpo.experiments.runs import Plan
 
     if GUIDANCE not in options.guidance_scales:
@@ -165,6 +165,7 @@ def plan(options: Report):
         writable(folder, flag)
     lists = {"tuning": options.tuning_prompts, "report": options.prompts}
     judging = Judging(lists, WORLD, tuple(sorted(set(options.guidance_scales))), options.images_per_prompt)
+    check_lists(judging)
     runs = Plan(options.work.resolve(), options.iterations, judging, options.config)
     for job, *_ in chains(select(options.names), options.seeds[:1]):
         configuration.check(runs.config(job), 1)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from advgrpo.config import Config
+from advgrpo.data.prompts import load_prompts
 from advgrpo.data.sources import shipped_path
 from advgrpo.errors import UserError
 from advgrpo.evaluation.frontier import Point
@@ -29,7 +30,7 @@ from advgrpo.rewards.base import Reward
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.sampling.drawing import ModelOptions
-from advgrpo.tiny.emoji.scenes import STYLE_ARTISTS
+from advgrpo.tiny.emoji.scenes import STYLE_ARTISTS, Scene
 from advgrpo.training.models import load_model, settings_of
 
 LISTS = ("tuning", "report")
@@ -45,6 +46,21 @@ class Judging:
     references: str
     guidance_scales: tuple[float, ...]
     images_per_prompt: int
+
+
+def check_lists(judging: Judging) -> None:
+    """Before any work: UserError for a list that cannot be read or is none of the emoji world's, and for a prompt on
+    which guidance is chosen and which is reported on as well."""
+    flags = {"tuning": "--tuning-prompts", "report": "--prompts"}
+    texts = {}
+    for name, flag in flags.items():
+        texts[name] = [prompt.text for prompt in load_prompts(shipped_path("held_out_prompts", judging.prompts[name]))]
+        for text in texts[name]:
+            try:
+                Scene.parse(text)
+            except ValueError as error:
+                raise UserError(f"{flag} {judging.prompts[name]}: {error}; the judge knows no others") from None
+    refuse_shared(texts["tuning"], texts["report"])
 
 
 @dataclass(frozen=True)
@@ -92,13 +108,12 @@ def judge(subject: Subject, judging: Judging, witness: TinyWitness, distributed:
     """Draw and look at all that is missing.
 
     Raises:
-        UserError: a prompt that is on both lists, no LoRA, no preference model.
+        UserError: no LoRA, no preference model, no references of a prompt.
     """
     left = missing(subject, judging)
     if not left:
         return
     prompts = {name: Prompts.read(judging.prompts[name], judging.references, witness) for name in LISTS}
-    refuse_shared(*(prompts[name] for name in LISTS))
     reward = _preference(subject.preference)
     evaluator = _evaluator(subject, [text for part in prompts.values() for text in part.texts], distributed, display)
     stamp = _stamp(subject, judging)

@@ -45,16 +45,19 @@ def _entry(of_experiment: dict, claim: Claim) -> dict:
 
 
 def page(name: str, known: Known) -> str:
-    """One experiment's page."""
-    found, claims = known[name], judged(known)[name]
-    experiment = EXPERIMENTS[name]
+    """One experiment's page, also where nothing of it was run."""
+    found, claims, experiment = known.get(name), judged(known)[name], EXPERIMENTS[name]
+    parts = [heading(experiment, found, claims), "## Expected and found", _claims(experiment, claims), _legend()]
+    if found is not None:
+        parts += _evidence(name, found)
+    return "\n\n".join(parts) + "\n"
+
+
+def _evidence(name: str, found: dict) -> list[str]:
+    """What a page with numbers has below its claims."""
     parts = [
-        heading(experiment, found, claims),
-        "## Expected and found",
-        _claims(experiment, claims),
-        _legend(),
         "## Changes from the base model",
-        _changes(experiment, found),
+        _changes(EXPERIMENTS[name], found),
         "Means over seeds and prompts, 95 % intervals over both (two-way bootstrap). *Own best*: every model at the "
         "guidance where the tuning prompts find it best.",
         "## Fronts",
@@ -73,10 +76,10 @@ def page(name: str, known: Known) -> str:
     ]
     if found["missing"]:
         parts += ["## Not run", "\n".join(f"- {job}: {reason}" for job, reason in found["missing"].items())]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
-def heading(experiment: Experiment, found: dict, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
+def heading(experiment: Experiment, found: dict | None, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
     """The page's beginning, up to its tables: what was asked, what the paper says, and how the claims fared."""
     return "\n\n".join(
         [
@@ -86,17 +89,19 @@ def heading(experiment: Experiment, found: dict, claims: Sequence[tuple[Claim, d
             *([f"**Note.** {experiment.note}"] if experiment.note else []),
             _summary(found, claims),
             *_contradictions(experiment, claims),
-            *_not_run(found),
+            *_not_run(experiment, found),
         ]
     )
 
 
-def _summary(found: dict, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
+def _summary(found: dict | None, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
     """A sentence that counts how the claims fared."""
     counts = Counter(verdict.word for _, _, verdict in claims)
     parts = [f"{counts[word]} {_WORDS[word]}" for word in _WORDS if counts[word]]
     untested = sum(verdict.p is None for _, _, verdict in claims)
     note = f", {untested} of them not tested" if untested else ""
+    if found is None:
+        return f"**Found.** Nothing yet: none of the {len(claims)} claims below was tested."
     seeds = len(found["seeds"])
     made = f"{seeds} seed{'s' * (seeds != 1)} × {found['iterations']} iterations"
     return f"**Found.** Of {len(claims)} claims: {', '.join(parts)}{note} ({made})."
@@ -111,8 +116,9 @@ def _contradictions(experiment: Experiment, claims: Sequence[tuple[Claim, dict, 
     ]
 
 
-def _not_run(found: dict) -> list[str]:
-    absent = [arm["label"] for arm in found["arms"].values() if not arm["runs"]]
+def _not_run(experiment: Experiment, found: dict | None) -> list[str]:
+    made = set() if found is None else {name for name, arm in found["arms"].items() if arm["runs"]}
+    absent = [label for name, label in experiment.arms.items() if name not in made]
     return [f"**Not run:** {', '.join(absent)}."] if absent else []
 
 
@@ -311,11 +317,11 @@ def index(known: Known) -> str:
         "|---|---|---|---|---|---|\n" + "\n".join(_index_row(name, known, claims) for name, claims in every.items()),
         "## Claims",
         "| experiment | expected | found [95 %] | p | verdict |\n|---|---|---|---|---|\n"
-        + "\n".join(row for name, claims in every.items() for row in _verdict_rows(name, known, claims)),
+        + "\n".join(row for name, claims in every.items() for row in _verdict_rows(name, claims)),
     ]
-    notes = {name: EXPERIMENTS[name].note for name in known if EXPERIMENTS[name].note}
+    notes = {name: experiment.note for name, experiment in EXPERIMENTS.items() if experiment.note}
     if notes:
-        lines += ["Beside the verdicts:", "\n".join(f"- {_link(name, known)}: {note}" for name, note in notes.items())]
+        lines += ["Beside the verdicts:", "\n".join(f"- {_link(name)}: {note}" for name, note in notes.items())]
     absent = not_run(known)
     if absent:
         lines.append(f"**Not run:** {', '.join(absent)}.")
@@ -328,24 +334,24 @@ def not_run(known: Known) -> list[str]:
     return [arm for arm in ARMS if arm not in made]
 
 
-def _link(name: str, known: Known) -> str:
-    title = EXPERIMENTS[name].title
-    return f"[{title}]({name}.md)" if name in known else title
+def _link(name: str) -> str:
+    return f"[{EXPERIMENTS[name].title}]({name}.md)"
 
 
 def _index_row(name: str, known: Known, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
     counts = Counter(verdict.word for _, _, verdict in claims)
     cells = [str(counts[word]) for word in _WORDS] + [str(sum(verdict.p is None for _, _, verdict in claims))]
     made = f"{len(known[name]['seeds'])} × {known[name]['iterations']}" if name in known else "not run"
-    return f"| {_link(name, known)} | {made} | {' | '.join(cells)} |"
+    return f"| {_link(name)} | {made} | {' | '.join(cells)} |"
 
 
-def _verdict_rows(name: str, known: Known, claims: Sequence[tuple[Claim, dict, Verdict]]) -> list[str]:
+def _verdict_rows(name: str, claims: Sequence[tuple[Claim, dict, Verdict]]) -> list[str]:
     experiment, rows = EXPERIMENTS[name], []
     for claim, entry, verdict in claims:
         signed = claim.expected != "reaches"
         found = _interval(claim.metric, entry["found"], signed=signed) if "found" in entry else "not run"
         p = "–" if verdict.p is None else f"{verdict.p:.3f}"
-        where = f"[{name}]({name}.md)" if name in known else name
-        rows.append(f"| {where} | {expectation(experiment, claim)} | {found} | {p} | {_WORDS[verdict.word]} |")
+        rows.append(
+            f"| [{name}]({name}.md) | {expectation(experiment, claim)} | {found} | {p} | {_WORDS[verdict.word]} |"
+        )
     return rows

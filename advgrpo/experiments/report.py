@@ -17,6 +17,7 @@ from advgrpo.experiments.results import RESAMPLES, Results, numbers, sample_seed
 from advgrpo.experiments.runs import Plan
 from advgrpo.reporting.plots import draw_grid
 from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.reading import parse_json, read_text
 
 NUMBERS = "results.json"
 
@@ -26,7 +27,8 @@ def write_report(
 ) -> dict[Job, str]:
     """Write results.json and NAME-samples.png per experiment, then `write_pages`.
 
-    Entries of experiments that are not named stay as they are. An experiment without any finished run has no entry.
+    Entries of experiments that are not named stay as they are. An experiment without any finished run has no entry, and
+    a page that says so.
 
     Returns:
         The runs that are missing, with the reason.
@@ -48,22 +50,24 @@ def write_report(
 
 
 def read_numbers(output: Path) -> dict[str, dict]:
-    """results.json of a folder; UserError where there is none."""
+    """results.json of a folder; UserError where there is none, or one that is damaged."""
     file = output / NUMBERS
     if not file.is_file():
         raise UserError(f"--output {output}: it has no {NUMBERS}; run the experiments first")
-    return json.loads(file.read_text())
+    again = "run the experiments again, or take it from version control"
+    return parse_json(read_text(file, "numbers", again), f"--output {output}: {NUMBERS}", again)
 
 
 def write_pages(output: Path) -> None:
-    """NAME.md, NAME.png and NAME-front.png of every experiment in results.json, and README.md.
+    """NAME.md of every experiment, NAME.png and NAME-front.png of those in results.json, and README.md.
 
     The claims' verdicts rest on each other, so all pages are written.
     """
     known = read_numbers(output)
-    for name, found in known.items():
-        draw_curves(found, output / f"{name}.png")
-        draw_fronts(found, output / f"{name}-front.png", EXPERIMENTS[name].metrics)
+    for name in EXPERIMENTS:
+        if name in known:
+            draw_curves(known[name], output / f"{name}.png")
+            draw_fronts(known[name], output / f"{name}-front.png", EXPERIMENTS[name].metrics)
         write_atomically(output / f"{name}.md", page(name, known))
     write_atomically(output / "README.md", index(known))
 
