@@ -123,12 +123,12 @@ def _not_run(experiment: Experiment, found: dict | None) -> list[str]:
 
 
 def _legend() -> str:
-    few = f"fewer than {MIN_SEEDS} seeds are not tested, and "
     total = sum(len(experiment.claims) for experiment in EXPERIMENTS.values())
     return (
-        f"p is Holm's, over all {total} claims of the plan together; at most {LEVEL:g} is a verdict. Claims that were "
-        f"not run count among them ({few}*undecided* means that the resamples do not settle it, not that nothing "
-        "happened). *Cost*: CPU time, images drawn and references shown, in units of the other arm's."
+        f"p is Holm's, over all {total} claims of the plan together; at most {LEVEL:g} is a verdict. Claims that were not "
+        f"run, or with fewer than {MIN_SEEDS} seeds, are not tested and count all the same. *Undecided* means that the "
+        "resamples do not settle it, not that nothing happened. *Cost*: CPU time, images drawn and references shown, in "
+        "units of the other arm's."
     )
 
 
@@ -311,7 +311,7 @@ def index(known: Known) -> str:
         "The paper's comparisons in miniature, in the emoji world, judged by a network that is in no reward, on "
         "prompts that nothing was chosen on. Pages are written by `python -m advgrpo.experiments pages` from "
         "[results.json](results.json).",
-        f"**{total} claims: {', '.join(f'{counts[word]} {_WORDS[word]}' for word in _WORDS)}.** A claim has a verdict "
+        f"Of {total} claims: {', '.join(f'{counts[word]} {_WORDS[word]}' for word in _WORDS)}. A claim has a verdict "
         f"where its p-value, adjusted by Holm's method over all {total}, is at most {LEVEL:g}.",
         "| experiment | seeds × iterations | confirmed | contradicted | undecided | of them not tested |\n"
         "|---|---|---|---|---|---|\n" + "\n".join(_index_row(name, known, claims) for name, claims in every.items()),

@@ -393,7 +393,7 @@ LEARN = [
 experiment = _case("experiments", "experiments", lambda b: [])
 _HERE = ("--work", "work", "--output", "out")
 EXPERIMENTS = [
-    experiment("", "the command is missing: write python -m advgrpo.experiments run, report or pages"),
+    experiment("", "the command is missing: write python -m advgrpo.experiments run or report or pages"),
     experiment("run hakcing", "experiment hakcing: want all, or some of"),
     experiment(["run", "hacking", *_HERE, "--seeds"], "--seeds", "want one or more values"),
     experiment(["run", "hacking", *_HERE, "--seeds", "0", "0"], "--seeds 0 0: a seed is given twice"),
