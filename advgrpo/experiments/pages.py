@@ -125,10 +125,10 @@ def _not_run(experiment: Experiment, found: dict | None) -> list[str]:
 def _legend() -> str:
     total = sum(len(experiment.claims) for experiment in EXPERIMENTS.values())
     return (
-        f"p is Holm's, over all {total} claims of the plan together; at most {LEVEL:g} is a verdict. Claims that were not "
-        f"run, or with fewer than {MIN_SEEDS} seeds, are not tested and count all the same. *Undecided* means that the "
-        "resamples do not settle it, not that nothing happened. *Cost*: CPU time, images drawn and references shown, in "
-        "units of the other arm's."
+        f"p is Holm's, over all {total} claims of the plan together; at most {LEVEL:g} is a verdict. Claims that were "
+        f"not run, or with fewer than {MIN_SEEDS} seeds, are not tested and count all the same. *Undecided* means that "
+        "the resamples do not settle it, not that nothing happened. *Cost*: CPU time, images drawn and references "
+        "shown, in units of the other arm's."
     )
 
 
