@@ -66,28 +66,21 @@ peers: $(VENV)/.dev
 	$(BIN)/python -m tests.peers.checkouts .peers
 	ADVGRPO_PEERS=$(CURDIR)/.peers OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers $(ARGS)
 
-# Rebuild what advgrpo/tiny/assets ships; about four hours of two CPU cores. The emoji world's artists' files come from npm.
-tiny-assets: $(VENV)/.train
-	$(BIN)/python -m tools.tiny.build_references --output advgrpo/tiny/assets
-	$(BIN)/python -m tools.tiny.build_styles --output advgrpo/tiny/assets/styles
-	$(BIN)/python -m tools.tiny.build_pipeline --output advgrpo/tiny/assets/pipeline
-	$(BIN)/python -m tools.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
-	  --output advgrpo/tiny/assets/backbone
-	$(BIN)/python -m tools.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline \
-	  --init advgrpo/tiny/assets/backbone --steps 3000 --seed 1 --output advgrpo/tiny/assets/backbone
-	$(BIN)/python -m advgrpo.tiny.words --size 32 --per-prompt 4 --output advgrpo/tiny/assets/words
-	$(BIN)/python -m tools.tiny.build_words --output advgrpo/tiny/assets/words/pipeline
-	$(BIN)/python -m tools.tiny.build_preference --output advgrpo/tiny/assets/preference
-	$(BIN)/python -m tools.tiny.emoji.draw_sheets --output advgrpo/tiny/assets/emoji/drawings
-	$(BIN)/python -m tools.tiny.emoji.build_references --output advgrpo/tiny/assets/emoji
-	$(BIN)/python -m tools.tiny.emoji.build_styles --output advgrpo/tiny/assets/emoji/styles \
-	  --sheets advgrpo/tiny/assets/emoji/drawings
-	$(BIN)/python -m tools.tiny.emoji.build_pipeline --output build/emoji/clean
-	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/clean --steps 5000 --output build/emoji/poor
-	$(BIN)/python -m tools.tiny.emoji.build_pipeline --continue-from build/emoji/poor --steps 2000 --watermarks 0.5 \
-	  --output advgrpo/tiny/assets/emoji/pipeline
-	$(BIN)/python -m tools.tiny.emoji.build_backbone --pipeline advgrpo/tiny/assets/emoji/pipeline \
-	  --output advgrpo/tiny/assets/emoji/backbone
+# Rebuild what advgrpo/tiny/assets ships; some four hours of one CPU core. The artists' files come from npm.
+ASSETS := advgrpo/tiny/assets
+
+tiny-assets: $(VENV)/.dev
+	$(BIN)/python -m tools.tiny.draw_sheets --output $(ASSETS)/drawings
+	$(BIN)/python -m tools.tiny.build_references --output $(ASSETS)
+	$(BIN)/python -m tools.tiny.build_styles --output $(ASSETS)/styles --sheets $(ASSETS)/drawings
+	$(BIN)/python -m tools.tiny.build_pipeline --output build/tiny/clean
+	$(BIN)/python -m tools.tiny.build_pipeline --continue-from build/tiny/clean --steps 5000 --output build/tiny/poor
+	$(BIN)/python -m tools.tiny.build_pipeline --continue-from build/tiny/poor --steps 2000 --watermarks 0.5 \
+	  --output $(ASSETS)/pipeline
+	$(BIN)/python -m tools.tiny.build_backbone --pipeline $(ASSETS)/pipeline --output $(ASSETS)/backbone
+	$(BIN)/python -m tools.tiny.build_preference --pipeline $(ASSETS)/pipeline --output $(ASSETS)/preference
+	$(BIN)/python -m advgrpo.tiny.words --size 32 --per-prompt 4 --output $(ASSETS)/words
+	$(BIN)/python -m tools.tiny.build_words --output $(ASSETS)/words/pipeline
 
 # A GPU machine's Python packages without a GPU; 5 GB, because torch's wheels for Linux bring CUDA. GPU_PYTHON=PROGRAM is
 # a CPython 3.12. What bench/gpu_wheels.txt names is not there, so it must not be here.

@@ -50,14 +50,13 @@ if TYPE_CHECKING:  # diffusers and transformers are loaded once the flags are ri
 _OPTION = "--metric-options."
 _RULE_ACCURACY = "rule_accuracy"
 _TINY_METRICS: dict[str, dict[str, Any]] = {
-    "dino_similarity": {"path": "tiny", "image_size": 32},
+    "dino_similarity": {"path": "tiny", "image_size": 48},
     "pickscore": {"path": "tiny"},
     "clip": {"path": "tiny"},
     "clip_similarity": {"path": "tiny"},
     "clip_reference_similarity": {"path": "tiny"},
     "ocr": {"detection_size": 192},
 }
-_EMOJI_METRICS: dict[str, dict[str, Any]] = {"dino_similarity": {"path": "tiny:emoji", "image_size": 48}}
 
 
 class Evaluate(ModelOptions):
@@ -65,9 +64,9 @@ class Evaluate(ModelOptions):
 
     metrics: str
     """Names separated by commas: rewards (pickscore, ocr, dino_similarity, clip, aesthetic, rule, ...), rule_accuracy,
-    retrieval and retrieval_top5 of the emoji world's independent judge (extra `judge`), the statistics saturation,
-    dark_share and edge_density, and names of your own, whose options have `import` (--metric-options.NAME.import
-    file.py:CLASS) or the `url` of a judge."""
+    retrieval and retrieval_top5 of the tiny world's independent judge, the statistics saturation, dark_share and
+    edge_density, and names of your own, whose options have `import` (--metric-options.NAME.import file.py:CLASS) or
+    the `url` of a judge."""
     output: Path
     """Folder for evaluation.json and grid.png."""
     lora: str = ""
@@ -139,7 +138,6 @@ def metric_options(options: Evaluate, flags: MetricOptions) -> MetricOptions:
         if metric not in options.names:
             raise UserError(f"options are given for the metric {metric!r}, which --metrics {options.metrics} lacks")
     defaults = _TINY_METRICS if options.world else {}
-    defaults = _EMOJI_METRICS if options.world is WORLDS["tiny:emoji"] else defaults
     return {name: {**defaults.get(name, {}), **file.get(name, {}), **flags.get(name, {})} for name in options.names}
 
 

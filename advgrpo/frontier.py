@@ -1,7 +1,7 @@
 r"""Compare LoRAs with their base model at several guidance scales: accuracy, distance to the references, diversity.
 
-python -m advgrpo.frontier --loras runs/tiny-emoji/lora --output runs/tiny-emoji/frontier
-python -m advgrpo.frontier --loras runs/a/lora runs/b/lora --prompts tiny:emoji:names --output runs/frontier
+python -m advgrpo.frontier --loras runs/tiny/lora --output runs/tiny/frontier
+python -m advgrpo.frontier --loras runs/a/lora runs/b/lora --prompts tiny:names --output runs/frontier
 
 LoRAs are seeds of one recipe: intervals are over seeds and prompts (advgrpo/evaluation/frontier.py). Every model draws
 the same noise. Its own best guidance is chosen on other prompts (--tuning-prompts) than are reported.
@@ -43,17 +43,17 @@ if TYPE_CHECKING:
 class Frontier(ModelOptions):
     """Compare LoRAs with their base model at several guidance scales."""
 
-    model: Annotated[str, Field(min_length=1)] = "tiny:emoji"
-    """The pipeline that the LoRAs adapt; the emoji world's, which has a judge."""
+    model: Annotated[str, Field(min_length=1)] = "tiny"
+    """The pipeline that the LoRAs adapt; the tiny world's, which has a judge."""
     loras: tuple[str, ...]
     """Folders with pytorch_lora_weights.safetensors, such as OUT/lora; several are seeds of one recipe."""
     output: Path
     """Folder for frontier.json and frontier.png."""
     guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     """Classifier-free guidance to draw at."""
-    prompts: str = "tiny:emoji:report"
-    """Prompt file of what is reported; "tiny:emoji:report" and "tiny:emoji:names" for the shipped ones."""
-    tuning_prompts: str = "tiny:emoji:tuning"
+    prompts: str = "tiny:report"
+    """Prompt file of what is reported; "tiny:report" and "tiny:names" for the shipped ones."""
+    tuning_prompts: str = "tiny:tuning"
     """Prompt file on which every model's own best guidance is chosen: other prompts."""
     images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = 2
     """Images of every prompt."""
@@ -137,8 +137,8 @@ def compare_models(options: Frontier, console: Console) -> Compared:
     """Draw, judge, compare; writes frontier.json and frontier.png."""
     from advgrpo.policy.pipelines import pipeline_folder
 
-    if options.world is not WORLDS["tiny:emoji"]:
-        raise UserError(f"--model {options.model}: only tiny:emoji has an independent judge; leave it")
+    if options.world is not WORLDS["tiny"]:
+        raise UserError(f"--model {options.model}: only tiny has an independent judge; leave it")
     if any(scale < 1 for scale in options.guidance_scales) or not options.guidance_scales:
         raise UserError(f"--guidance-scales {options.guidance_scales}: want one or more, each at least 1")
     writable(options.output, "--output")
@@ -148,7 +148,7 @@ def compare_models(options: Frontier, console: Console) -> Compared:
     folder = pipeline_folder(options.model, field="--model")
     settings = [settings_of(options, folder, lora, distributed.device, flag="--loras") for lora in options.loras]
     witness = TinyWitness(cache)
-    prompts = {name: Prompts.read(getattr(options, f"{field}prompts"), "tiny:emoji", witness)
+    prompts = {name: Prompts.read(getattr(options, f"{field}prompts"), "tiny", witness)
                for name, field in (("tuning", "tuning_"), ("report", ""))}  # fmt: skip
     refuse_shared(prompts["tuning"].texts, prompts["report"].texts)
     texts = [text for part in prompts.values() for text in part.texts]

@@ -1,6 +1,6 @@
 """Images from a base model, a trained LoRA, or both side by side.
 
-python -m advgrpo.generate --lora runs/tiny/lora --base --prompt "a small red star on the left of a blue background"
+python -m advgrpo.generate --lora runs/tiny/lora --base --prompt "a small fox on blue, left"
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Generate(DrawOptions):
 def check(options: Generate, *, write: bool = True) -> None:
     """UserError for anything in the flags that would fail after the model is loaded; `write`: `output` is written."""
     if not options.prompt or not all(p.strip() for p in options.prompt):
-        raise UserError('--prompt: give at least one non-empty prompt, e.g. --prompt "a red star"')
+        raise UserError('--prompt: give at least one non-empty prompt, e.g. --prompt "a large fox on blue"')
     if write:
         _check_output(options.output)
 

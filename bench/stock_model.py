@@ -68,9 +68,9 @@ TINY = StockConfig(
     attention_head_dim=32,
     joint_attention_dim=128,
     pooled_projection_dim=128,
-    sample_size=8,
+    sample_size=12,
     pos_embed_max_size=16,
-    dual_attention_layers=(0, 1, 2),
+    dual_attention_layers=(0, 1),
     qk_norm="rms_norm",
 )
 

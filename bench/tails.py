@@ -74,7 +74,7 @@ def measured(config: Config, tails: list[int], *, after: int, iterations: int) -
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny-emoji", help="whose settings")
+    parser.add_argument("--preset", default="tiny", help="whose settings")
     parser.add_argument("--tails", type=int, nargs="+", default=[4, 3, 2], help="steps after the window")
     parser.add_argument("--after", type=int, default=6, help="iterations of training before")
     parser.add_argument("--iterations", type=int, default=4, help="iterations whose images are drawn")

@@ -45,7 +45,13 @@ KEPT = (
 MOVING = configuration.merge(SETTINGS, {"update": {"learning_rate": 1e-4}})
 QUICK_WORLD = {
     "rollout": {"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 4},
-    "evaluation": {"every": 0, "images_per_prompt": 1, "num_steps": 2, "grid_prompts": 2},
+    "evaluation": {
+        "every": 0,
+        "images_per_prompt": 1,
+        "num_steps": 2,
+        "grid_prompts": 2,
+        "metrics": ["dino_similarity"],
+    },
     "adversary": {"updates_per_iteration": 2, "batch_size": 6, "warmup_iterations": 0},
 }
 

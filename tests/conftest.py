@@ -64,8 +64,9 @@ def unit_pipeline(tmp_path_factory) -> str:
     """An untrained SD3 pipeline of width 64 with 2 blocks, the first with dual attention: seconds, not minutes."""
     from advgrpo.tiny import architecture
     from advgrpo.tiny.assets import save_half_precision
+    from tests.unit_size import UNIT
 
-    pipe = architecture.pipeline(seed=0, width=64, layers=2, dual_layers=1)
+    pipe = architecture.pipeline(seed=0, width=64, layers=2, dual_layers=1, size=UNIT)
     pipe.vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
     with torch.no_grad():  # an untrained MMDiT outputs zeros: give its last layer something to say
         generator = torch.Generator().manual_seed(1)
@@ -81,9 +82,10 @@ def unit_backbone(tmp_path_factory) -> str:
     """An untrained DINOv2 of width 64 with 2 layers."""
     from advgrpo.tiny import architecture
     from advgrpo.tiny.assets import save_half_precision
+    from tests.unit_size import UNIT
 
     folder = tmp_path_factory.mktemp("models") / "backbone"
-    save_half_precision(architecture.backbone(seed=0, width=64, layers=2), folder)
+    save_half_precision(architecture.backbone(seed=0, width=64, layers=2, size=UNIT), folder)
     return str(folder)
 
 
@@ -113,7 +115,9 @@ def unit_config(unit_pipeline, unit_backbone, tmp_path, plain_curves):
 def make_unit_config(unit_pipeline, unit_backbone, tmp_path):
     """A run of seconds: 2 groups of 4, untrained models, a few shipped prompts and their references, own caches."""
     from advgrpo import config, tiny
+    from tests.unit_size import UNIT
 
+    side = UNIT.image_size
     for name, shipped, count in (
         ("prompts", tiny.prompts_file(), 6),
         ("held_out_prompts", tiny.held_out_prompts_file(), 3),
@@ -122,11 +126,17 @@ def make_unit_config(unit_pipeline, unit_backbone, tmp_path):
     settings = {
         "iterations": 2,
         "output_dir": str(tmp_path / "run"),
-        "model": {"path": unit_pipeline, "lora": {"rank": 4, "alpha": 8}},
+        "model": {
+            "path": unit_pipeline,
+            "resolution": side,
+            "max_sequence_length": UNIT.t5_tokens,
+            "lora": {"rank": 4, "alpha": 8},
+        },
         "data": {
             "prompts": str(tmp_path / "prompts.txt"),
             "held_out_prompts": str(tmp_path / "held_out_prompts.txt"),
             "cache_dir": str(tmp_path / "cache"),
+            "min_reference_size": 16,
         },
         "rollout": {
             "prompts_per_iteration": 2,
@@ -138,6 +148,9 @@ def make_unit_config(unit_pipeline, unit_backbone, tmp_path):
         },
         "adversary": {
             "backbone": unit_backbone,
+            "image_size": side,
+            "schedule": "when_fooled",
+            "fooled_margin": 2.0,
             "hidden_size": 16,
             "num_patches": 8,
             "updates_per_iteration": 2,
@@ -145,7 +158,14 @@ def make_unit_config(unit_pipeline, unit_backbone, tmp_path):
             "batch_size": 6,
             "replay_capacity": 16,
         },
-        "evaluation": {"every": 0, "images_per_prompt": 1, "num_steps": 2, "grid_prompts": 2},
+        "evaluation": {
+            "every": 0,
+            "images_per_prompt": 1,
+            "num_steps": 2,
+            "guidance_scale": 1.0,
+            "grid_prompts": 2,
+            "metrics": ["dino_similarity", "rule_accuracy"],
+        },
         "output": {"checkpoint_every": 0, "tensorboard": False},
     }
     return config.build(config.merge(config.read_preset("tiny"), settings), "unit_config")

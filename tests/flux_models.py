@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from transformers import CLIPTextModel
 
 from advgrpo.tiny import architecture
+from tests.unit_size import UNIT
 
 # The image tokens of a 32-pixel picture are 16: with these points the shift differs from 1 and moves with the size.
 SHIFTING = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 8, "max_image_seq_len": 64, "shift": 3.0}
@@ -30,15 +31,15 @@ def transformer(*, guidance_embeds: bool = True, layers: int = 2, single_layers:
 
 def pipeline(*, guidance_embeds: bool = True) -> FluxPipeline:
     """FLUX.1-dev's kind, or schnell's: without guidance and with a fixed shift."""
-    clip, t5 = architecture.clip_tokenizer(), architecture.t5_tokenizer()
+    clip, t5 = architecture.clip_tokenizer(UNIT), architecture.t5_tokenizer(UNIT)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         shifting = SHIFTING | {"use_dynamic_shifting": True} if guidance_embeds else {"shift": 1.0}
         pipe = FluxPipeline(
             transformer=transformer(guidance_embeds=guidance_embeds),
             scheduler=FlowMatchEulerDiscreteScheduler(**shifting),
-            vae=architecture.vae(),
-            text_encoder=CLIPTextModel(architecture.clip_text_encoder(len(clip)).config),
+            vae=architecture.vae(UNIT),
+            text_encoder=CLIPTextModel(architecture.clip_text_encoder(len(clip), UNIT).config),
             tokenizer=clip,
             text_encoder_2=architecture.t5_text_encoder(len(t5)),
             tokenizer_2=t5,

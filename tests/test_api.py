@@ -100,7 +100,7 @@ def test_what_is_trained_is_evaluated_and_drawn(config, tmp_path):
     config.iterations = 1
     result = advgrpo.train(config, console=QUIET)
     model = config.model.path
-    prompt = "a small red star on the left of a blue background"
+    prompt = "a small fox on blue, left"
     (tmp_path / "prompts.txt").write_text(prompt + "\n")
     scores = advgrpo.evaluate(
         result.lora, model=model, against="base", metrics=["rule", "saturation"], prompts=str(tmp_path / "prompts.txt"),

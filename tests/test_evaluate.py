@@ -58,7 +58,7 @@ def flags(unit, output, *more):
     return ["--model", pipeline, "--output", str(output), *data, *sizes, *small, *more]
 
 
-DINO = ["--metric-options.dino_similarity.path", "tiny", "--metric-options.dino-similarity.image_size=32"]
+DINO = ["--metric-options.dino_similarity.path", "tiny", "--metric-options.dino-similarity.image_size=48"]
 
 
 def test_two_loras_on_the_same_noise(unit, tmp_path, capsys):
@@ -69,7 +69,7 @@ def test_two_loras_on_the_same_noise(unit, tmp_path, capsys):
     assert main(flags(unit, output, *both)) == 0
     found = json.loads((output / "evaluation.json").read_text())
     assert found["models"] == [one, two]
-    assert found["settings"]["metric_options"] == {"rule": {}, "dino_similarity": {"path": "tiny", "image_size": 32}}
+    assert found["settings"]["metric_options"] == {"rule": {}, "dino_similarity": {"path": "tiny", "image_size": 48}}
     assert found["versions"]["torch"] == torch.__version__
     assert len(found["prompts"]) == 3
     scores = {
@@ -91,7 +91,7 @@ def test_two_loras_on_the_same_noise(unit, tmp_path, capsys):
     loaded = policy(pipeline, folder / "cache", rank=4, alpha=16, start_from=two)
     prompts = [row["prompt"] for row in found["prompts"]]
     evaluator = evaluator_of(loaded, settings, prompts)
-    metric = build_reward("dino_similarity", path="tiny", image_size=32)
+    metric = build_reward("dino_similarity", path="tiny", image_size=48)
     from advgrpo.data.references import ReferenceSet
 
     references = ReferenceSet.load(tiny.reference_dir(), prompts)
@@ -176,7 +176,7 @@ def test_statistics_and_the_strict_judge_are_what_they_are_in_training(unit, tmp
 
 
 def test_what_a_tiny_world_is_measured_with_by_default_is_shipped():
-    """Nothing stands for a model that is not there: of the emoji world no preference model is."""
+    """Nothing stands for a model that is not there."""
     for model in tiny.WORLDS:
         options = Evaluate(model=model, metrics=",".join(REWARDS), output=Path("out"))
         for metric, given in metric_options(options, {}).items():
@@ -197,7 +197,7 @@ def test_options_of_metrics_come_from_defaults_file_and_flags(tmp_path):
     assert metric_options(options, given) == {
         "rule": {"strict": True},
         "pickscore": {"path": "here"},
-        "dino_similarity": {"path": "tiny", "image_size": 32, "reduction": "max"},
+        "dino_similarity": {"path": "tiny", "image_size": 48, "reduction": "max"},
     }
 
 

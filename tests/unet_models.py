@@ -14,6 +14,7 @@ from diffusers import (
 from transformers import CLIPTextModel
 
 from advgrpo.tiny import architecture
+from tests.unit_size import UNIT
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SDXL_UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0, as far as it shapes weights
@@ -72,9 +73,9 @@ def vae() -> AutoencoderKL:
 
 def save_pipeline(folder: Path, *, xl: bool) -> Path:
     """Write one with the scheduler that its family ships: PNDM for SD1.5, Euler for SDXL."""
-    tokenizer = architecture.clip_tokenizer()
+    tokenizer = architecture.clip_tokenizer(UNIT)
     torch.manual_seed(3)
-    projecting = architecture.clip_text_encoder(len(tokenizer))
+    projecting = architecture.clip_text_encoder(len(tokenizer), UNIT)
     parts = {
         "unet": unet(xl=xl),
         "vae": vae(),

@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from advgrpo.data.references import ReferenceSet
-from advgrpo.tiny.architecture import CLIP_TOKENS, clip_tokenizer
+from advgrpo.tiny.architecture import clip_tokenizer
+from tests.unit_size import UNIT
 
 PROMPTS = ["a small red star", "a large green ring", "a blue circle"]
 PROCESSOR = {
@@ -25,9 +26,9 @@ PROCESSOR = {
 
 def write_clip(folder: Path) -> str:
     """An untrained CLIP of width 32 with 3 vision layers, at 32 px in patches of 8."""
-    tokenizer = clip_tokenizer()
+    tokenizer = clip_tokenizer(UNIT)
     shared = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": CLIP_TOKENS, "num_hidden_layers": 1}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": UNIT.clip_tokens, "num_hidden_layers": 1}
     text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     vision = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3}
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ import yaml
 import yaml.constructor
 
 from advgrpo.config.explain import did_you_mean
+from advgrpo.config.renamed import PRESETS
 from advgrpo.errors import UserError
 
 _MOST_BYTES = 1_000_000  # of a file of settings
@@ -84,6 +85,8 @@ def _problem(error: yaml.YAMLError) -> str:
 
 def read_preset(name: Any) -> dict[str, Any]:
     """A preset's settings, laid over those of the preset that it names."""
+    if isinstance(name, str) and name in PRESETS:
+        raise UserError(f"the preset {name!r} is called {PRESETS[name]!r} now")
     if not isinstance(name, str) or name not in preset_names():
         raise UserError(f"unknown preset {name!r}{did_you_mean(str(name), preset_names(), cutoff=0.3)}")
     settings = copy.deepcopy(_shipped(name))

@@ -113,16 +113,15 @@ class DataSection(Section):
     metadata.jsonl, or data set of the hub, such as hf:OWNER/NAME:split=S:column=C (docs/data.md); "tiny" or
     "tiny:words" for the shipped."""
     held_out_prompts: str = ""
-    """Prompts for evaluation only, from the same sources; empty switches evaluation off. "tiny", "tiny:words" and
-    "tiny:emoji" for the shipped ones; "tiny:emoji:tuning" for those that settings are chosen on; "tiny:report",
-    "tiny:emoji:report" and "tiny:emoji:names" (of things no other list names) for others kept for reported results."""
+    """Prompts for evaluation only, from the same sources; empty switches evaluation off. "tiny" and
+    "tiny:words" for the shipped ones; "tiny:tuning" for those that settings are chosen on; "tiny:report" and
+    "tiny:names" (of things no other list names) for others kept for reported results."""
     references: str = ""
     """Folder with references.json: {prompt: [image files]}; must cover both prompt lists; `advgrpo.references import`
     makes one of any source; "tiny" or "tiny:words" for the shipped."""
     style: str = ""
     """Folder of images without prompts that are the references of every prompt (style transfer), instead; for the
-    tiny world "tiny:outline", "tiny:pastel" or "tiny:hatched", for the emoji world "tiny:emoji:ink" or
-    "tiny:emoji:outline"."""
+    tiny world "tiny:ink" or "tiny:outline"."""
     reference_count: Count = 0
     """Train with only N reference images: on prompts in a seeded order until theirs make N; 0 takes all."""
     min_reference_size: Pixels = 256
@@ -527,7 +526,7 @@ class OcrReward(RewardSection):
 
 
 class RuleReward(RewardSection):
-    """The tiny world's rule-based judge; of emoji drawings it sees background, place and size, not the thing."""
+    """The tiny world's rule-based judge: it sees background, place and size of a drawing, not what is drawn."""
 
     strict: bool = False
     """1 or 0 for the whole image instead of a graded score."""
@@ -686,9 +685,8 @@ class EvaluationSection(Section):
     """Guidance in evaluation, as rollout.guidance_scale."""
     metrics: tuple[str, ...] = ("dino_similarity",)
     """Names of rewards, with the options of section rewards; dino_similarity is to the prompt's own references, by
-    `backbone`; rule_accuracy is the strict verdict of the reward rule on captions of a tiny world; retrieval and
-    retrieval_top5 are the emoji world's independent judge's (extra `judge`); saturation, dark_share and edge_density
-    are statistics of the images."""
+    `backbone`; rule_accuracy is the strict verdict of the reward rule on the tiny world's captions; retrieval and
+    retrieval_top5 are its independent judge's; saturation, dark_share and edge_density are statistics of the images."""
     backbone: str = ""
     """Dinov2Model for dino_similarity and the monitor, whatever the adversary; empty: the adversary's own where
     adversary.kind = dino, else none (the monitor then says what it cannot judge)."""

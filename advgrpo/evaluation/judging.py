@@ -32,24 +32,24 @@ class Witness(Protocol):
 
 
 class TinyWitness:
-    """The emoji world's judge: is the nearest drawing of the prompt's name?"""
+    """The tiny world's judge: is the nearest drawing of the prompt's name?"""
 
     accuracy, distance = "retrieval", "KID x 1000 in EfficientNet-Lite0's features"
 
     def __init__(self, cache: Path):
-        from advgrpo.tiny.emoji.judge import EVERY_ARTIST, Judge
+        from advgrpo.tiny.judge import EVERY_ARTIST, Judge
 
         self._judge, self._of_style = Judge(cache=cache), Judge(EVERY_ARTIST, cache=cache)
 
     def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        from advgrpo.tiny.emoji.scenes import Scene
+        from advgrpo.tiny.scenes import Scene
 
         verdict = self._judge.look(images.cpu(), [Scene.parse(prompt) for prompt in prompts])
         return verdict.top1.float(), verdict.features
 
     def artists(self, features: torch.Tensor, prompts: list[str]) -> list[str]:
         """Who drew the drawing, of anything by anybody, that is nearest to each of the features [B, D] of `look`."""
-        from advgrpo.tiny.emoji.scenes import Scene
+        from advgrpo.tiny.scenes import Scene
 
         return self._of_style.compare(features, [Scene.parse(prompt) for prompt in prompts]).artist
 

@@ -30,7 +30,7 @@ from advgrpo.rewards.base import Reward
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.sampling.drawing import ModelOptions
-from advgrpo.tiny.emoji.scenes import STYLE_ARTISTS, Scene
+from advgrpo.tiny.scenes import STYLE_ARTISTS, Scene
 from advgrpo.training.models import load_model, settings_of
 
 LISTS = ("tuning", "report")
@@ -49,7 +49,7 @@ class Judging:
 
 
 def check_lists(judging: Judging) -> None:
-    """Before any work: UserError for a list that cannot be read or is none of the emoji world's, and for a prompt on
+    """Before any work: UserError for a list that cannot be read or is none of the tiny world's, and for a prompt on
     which guidance is chosen and which is reported on as well."""
     flags = {"tuning": "--tuning-prompts", "report": "--prompts"}
     texts = {}

@@ -308,7 +308,7 @@ def index(known: Known) -> str:
     total = sum(counts.values())
     lines = [
         "# Results",
-        "The paper's comparisons in miniature, in the emoji world, judged by a network that is in no reward, on "
+        "The paper's comparisons in miniature, in the tiny world, judged by a network that is in no reward, on "
         "prompts that nothing was chosen on. Pages are written by `python -m advgrpo.experiments pages` from "
         "[results.json](results.json).",
         f"Of {total} claims: {', '.join(f'{counts[word]} {_WORDS[word]}' for word in _WORDS)}. A claim has a verdict "

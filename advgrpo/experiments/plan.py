@@ -17,7 +17,7 @@ from advgrpo.config import Config
 from advgrpo.errors import UserError
 
 # The only place where the world and its presets are named.
-WORLD, PRESET = "tiny:emoji", "tiny-emoji"
+WORLD, PRESET = "tiny", "tiny"
 
 REPORT_PROMPTS, TUNING_PROMPTS = f"{WORLD}:report", f"{WORLD}:tuning"
 GUIDANCE = 2.0  # at which the preset draws and evaluates; what "at equal guidance" means in a claim

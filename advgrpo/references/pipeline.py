@@ -19,7 +19,7 @@ from advgrpo.references.builder import Recipe
 from advgrpo.runtime.fingerprint import folder_fingerprint
 from advgrpo.tiny import WORLDS
 
-_TINY = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": 32, "width": 32}
+_TINY = {"num_inference_steps": 10, "guidance_scale": 2.0}
 # Without a negative prompt QwenImagePipeline ignores its true_cfg_scale and draws unguided.
 _QWEN = {"negative_prompt": " "}
 _T5_TOKENS = 512  # what a T5 was trained with, where a pipeline's call has no limit
@@ -118,7 +118,9 @@ def call_arguments(pipe: Any, settings: DrawSettings) -> dict[str, Any]:
         raise UserError(f"--model {settings.model}: {kind} is no text-to-image pipeline")
     arguments: dict[str, Any] = dict(_QWEN) if kind.startswith("QwenImage") else {}
     if settings.model in WORLDS:
-        arguments = {**_TINY, "max_sequence_length": WORLDS[settings.model].max_sequence_length}
+        world = WORLDS[settings.model]
+        arguments = {**_TINY, "height": world.image_size, "width": world.image_size}
+        arguments["max_sequence_length"] = world.max_sequence_length
     guidance = "true_cfg_scale" if kind.startswith("QwenImage") else "guidance_scale"
     chosen = {
         "num_inference_steps": settings.num_steps or None,

@@ -1,4 +1,4 @@
-"""The emoji world's independent judge as a metric: is the nearest drawing, of any artist, of the prompt's name?
+"""The tiny world's independent judge as a metric: is the nearest drawing, of any artist, of the prompt's name?
 
 Never a reward: what it measures would no longer be independent.
 """
@@ -17,8 +17,8 @@ from advgrpo.errors import UserError
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.pixels import check_images
 from advgrpo.runtime.transfer import to_device
-from advgrpo.tiny.emoji.judge import Judge
-from advgrpo.tiny.emoji.scenes import Scene
+from advgrpo.tiny.judge import Judge
+from advgrpo.tiny.scenes import Scene
 
 if TYPE_CHECKING:
     from advgrpo.data.references import ReferenceSet
@@ -32,7 +32,7 @@ def retrieval_metrics(names: Iterable[str], cache: Path) -> dict[str, Retrieval]
         cache: folder where its gallery's features are kept between runs.
 
     Raises:
-        UserError: one is asked for, and the packages of the extra "judge" are missing.
+        UserError: one is asked for, and the judge's packages are missing.
     """
     own = [name for name in names if name in JUDGE_METRICS]
     ranks = Ranks(Judge(cache=cache)) if own else None
@@ -52,7 +52,7 @@ class Ranks:
         """[B] int64 on the CPU: how many names are nearer than the prompt's.
 
         Raises:
-            UserError: a prompt that is no caption of the emoji world.
+            UserError: a prompt that is no caption of the tiny world.
             ValueError: unusable images (see `check_images`).
         """
         asked = (images._version, list(prompts))
@@ -77,18 +77,18 @@ class Retrieval(Reward):
         self._ranks = ranks
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """UserError for the first prompt that is no caption of the emoji world."""
+        """UserError for the first prompt that is no caption of the tiny world."""
         for prompt in prompts:
             try:
                 Scene.parse(prompt)
             except ValueError as error:
-                raise UserError(f"metric {self.name}: {error}; it judges the emoji world's drawings only") from None
+                raise UserError(f"metric {self.name}: {error}; it judges the tiny world's drawings only") from None
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
         """[B] float32, 0 or 1, on the images' device; `references` are not looked at.
 
         Raises:
-            UserError: a prompt that is no caption of the emoji world.
+            UserError: a prompt that is no caption of the tiny world.
             ValueError: unusable images (see `check_images`).
         """
         self.check_prompts(prompts)

@@ -34,8 +34,8 @@ class DrawOptions(Options):
     num_steps: Annotated[int, Field(ge=0, le=1000)] = 0
     """Sampler steps; 0 means 10 for a tiny model, 40 otherwise."""
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """Classifier-free guidance, 1 switches it off, or FLUX.1-dev's own; 0 means 1 for a tiny model and FLUX.1-schnell,
-    3.5 for FLUX.1-dev and 4.5 otherwise."""
+    """Classifier-free guidance, 1 switches it off, or FLUX.1-dev's own; 0 means 2 for tiny, 1 for tiny:words and
+    FLUX.1-schnell, 3.5 for FLUX.1-dev and 4.5 otherwise."""
     resolution: Annotated[int, Field(ge=0, le=8192)] = 0
     """Pixels of a side; 0 means what the pipeline was made for, at most 512."""
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] = 0
@@ -59,7 +59,7 @@ class DrawOptions(Options):
         world = self.world
         return Drawn(
             num_steps=self.num_steps or (10 if world else 40),
-            guidance_scale=self.guidance_scale or (1.0 if world else native_guidance(folder)),
+            guidance_scale=self.guidance_scale or (world.guidance_scale if world else native_guidance(folder)),
             resolution=self.resolution or min(native_resolution(folder) or _RESOLUTION, _RESOLUTION),
             max_sequence_length=self.max_sequence_length or (world.max_sequence_length if world else 128),
         )

@@ -6,6 +6,7 @@ encoders and a T5 with tokenizers made for the caption vocabulary, flow-matching
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from advgrpo.tiny import shapes
+from advgrpo.tiny import scenes
 from advgrpo.tiny.byte_pairs import END, learn_merges
-from advgrpo.tiny.emoji import scenes as emoji
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Size:
     """What one world's models are made for."""
 
     words: tuple[str, ...]  # every word of a caption
-    caption_words: int  # in the longest caption
+    caption_words: int  # pieces of the longest caption
     image_size: int
     dual_layers: int  # first blocks of the transformer with a second attention
-    patch_size: int  # of the DINOv2: 64 patch tokens in either world
+    patch_size: int  # of the DINOv2: 64 patch tokens
+    capitals: bool = False  # whether the T5 tells capital letters from small ones, as words to be drawn need
 
     @property
     def clip_tokens(self) -> int:
@@ -45,17 +46,15 @@ class Size:
         return self.caption_words + 1  # end of text
 
 
-SHAPES = Size(tuple(shapes.vocabulary()), shapes.CAPTION_WORDS, shapes.IMAGE_SIZE, dual_layers=3, patch_size=4)
-EMOJI = Size(tuple(emoji.vocabulary()), emoji.CAPTION_WORDS, emoji.IMAGE_SIZE, dual_layers=2, patch_size=6)
-CLIP_TOKENS, T5_TOKENS = SHAPES.clip_tokens, SHAPES.t5_tokens
+TINY = Size(tuple(scenes.vocabulary()), scenes.CAPTION_WORDS, scenes.IMAGE_SIZE, dual_layers=2, patch_size=6)
 TEXT_WIDTH = 128  # the two CLIPs side by side, and the T5
 
 
-def clip_tokenizer(size: Size = SHAPES) -> CLIPTokenizer:
+def clip_tokenizer(size: Size = TINY) -> CLIPTokenizer:
     """Byte-pair encoding in which every caption word is one token and any other text still encodes.
 
-    The same pieces get the same numbers in every process. The shipped pipelines have tokenizers of an earlier version,
-    of which that was not true; their next rebuild takes this one.
+    The same pieces get the same numbers in every process. Shipped pipelines have tokenizers of an earlier version, of
+    which that was not true; their next rebuild takes this one.
     """
     letters = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789.,!?'\"-"]
     merges = learn_merges(size.words)
@@ -64,16 +63,16 @@ def clip_tokenizer(size: Size = SHAPES) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=size.clip_tokens)
 
 
-def t5_tokenizer(size: Size = SHAPES) -> T5TokenizerFast:
+def t5_tokenizer(size: Size = TINY) -> T5TokenizerFast:
     """Unigram pieces: every caption word whole, single letters for anything else."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-"
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-" + (string.ascii_uppercase if size.capitals else "")
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(f"▁{word}", -1.0) for word in size.words]
     pieces += [("▁", -8.0), *((letter, -10.0) for letter in letters)]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=size.t5_tokens)
 
 
-def clip_text_encoder(vocab_size: int, size: Size = SHAPES) -> CLIPTextModelWithProjection:
+def clip_text_encoder(vocab_size: int, size: Size = TINY) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=TEXT_WIDTH // 2,
@@ -96,7 +95,7 @@ def t5_text_encoder(vocab_size: int) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def vae(size: Size = SHAPES) -> AutoencoderKL:
+def vae(size: Size = TINY) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -114,7 +113,7 @@ def vae(size: Size = SHAPES) -> AutoencoderKL:
 
 
 def transformer(
-    *, width: int = 128, layers: int = 6, dual_layers: int | None = None, size: Size = SHAPES
+    *, width: int = 128, layers: int = 6, dual_layers: int | None = None, size: Size = TINY
 ) -> SD3Transformer2DModel:
     dual_layers = size.dual_layers if dual_layers is None else dual_layers
     return SD3Transformer2DModel(
@@ -135,7 +134,7 @@ def transformer(
 
 
 def pipeline(
-    *, seed: int, width: int = 128, layers: int = 6, dual_layers: int | None = None, size: Size = SHAPES
+    *, seed: int, width: int = 128, layers: int = 6, dual_layers: int | None = None, size: Size = TINY
 ) -> StableDiffusion3Pipeline:
     """An untrained tiny SD3 pipeline; the same seed gives the same weights."""
     clip, t5 = clip_tokenizer(size), t5_tokenizer(size)
@@ -154,7 +153,7 @@ def pipeline(
         )
 
 
-def backbone(*, seed: int, width: int = 96, layers: int = 4, size: Size = SHAPES) -> Dinov2Model:
+def backbone(*, seed: int, width: int = 96, layers: int = 4, size: Size = TINY) -> Dinov2Model:
     """An untrained DINOv2, 64 patch tokens beside the class token."""
     config = Dinov2Config(
         hidden_size=width,

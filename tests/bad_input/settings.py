@@ -215,6 +215,8 @@ FLAGS = [
     flagged("flags", "--seed 3 5", "unexpected argument '5'"),
     flagged("flags", "-i 3", "unknown flag -i"),
     flagged("flags", "--preset tinny", "unknown preset 'tinny'; did you mean 'tiny'?"),
+    flagged("flags", "--preset tiny-emoji", "the preset 'tiny-emoji' is called 'tiny' now"),
+    flagged("flags", "--data.prompts tiny:emoji", "data.prompts = 'tiny:emoji': it is called 'tiny' now"),
     flagged("flags", "--output.tensorboard=maybe", "output.tensorboard = 'maybe': want true or false"),
     flagged("flags", "--xyzzy.plugh 1", "unknown flag --xyzzy.plugh; --help lists the flags"),
 ]

@@ -406,7 +406,7 @@ EXPERIMENTS = [
     experiment(["run", "hacking", *_HERE, "--images-per-prompt", "1"], "--images-per-prompt 1"),
     experiment(["run", "hacking", *_HERE, "--resamples", "10"], "--resamples 10"),
     experiment(["run", "hacking", *_HERE, "--prompts", "nowhere.txt"], "nowhere.txt"),
-    experiment(lambda b: ["run", "hacking", *_HERE, "--prompts", b.write("p.txt", "a red dot")], "not a caption of the emoji world: 'a red dot'", name="a prompt of another world"),
+    experiment(lambda b: ["run", "hacking", *_HERE, "--prompts", b.write("p.txt", "a red dot")], "not a caption of the tiny world: 'a red dot'", name="a prompt of another world"),
     experiment(lambda b: ["run", "hacking", *_HERE, *(f for flag in ("--prompts", "--tuning-prompts") for f in (flag, b.write("p.txt", "a large fox on blue")))], "--tuning-prompts shares 1 prompts with --prompts", name="tuning on what is reported"),
     experiment("pages --output out", "--output out: it has no results.json"),
     experiment(lambda b: ["pages", "--output", str(Path(b.write("out/results.json", "{")).parent)], "results.json: not JSON", name="damaged numbers"),

@@ -73,23 +73,27 @@ def settings_of(folder: Path, pipeline: str, backbone: str, references: Path) ->
     own = {
         "iterations": 2,
         "device": "cpu",
-        "model": {"path": pipeline, "lora": {"rank": 4, "alpha": 8}},
+        "model": {"path": pipeline, "resolution": SIDE, "max_sequence_length": 12, "lora": {"rank": 4, "alpha": 8}},
         "data": {
             "prompts": str(folder / "prompts.txt"),
             "held_out_prompts": str(folder / "held_out.txt"),
             "references": str(references),
             "cache_dir": str(folder / "cache"),
+            "min_reference_size": 16,
         },
         "rollout": {
             "prompts_per_iteration": 2,
             "group_size": 4,
             "micro_batch": 4,
             "num_steps": 4,
+            "guidance_scale": 1.0,
             "window": {"noise_range": [0.5, 1.0]},
         },
         "adversary": {
             "backbone": backbone,
             "image_size": SIDE,
+            "schedule": "when_fooled",
+            "fooled_margin": 2.0,
             "hidden_size": 16,
             "num_patches": 8,
             "updates_per_iteration": 1,
@@ -97,7 +101,14 @@ def settings_of(folder: Path, pipeline: str, backbone: str, references: Path) ->
             "batch_size": 4,
             "replay_capacity": 8,
         },
-        "evaluation": {"every": 0, "images_per_prompt": 1, "num_steps": 2, "grid_prompts": 1, "metrics": ["rule"]},
+        "evaluation": {
+            "every": 0,
+            "images_per_prompt": 1,
+            "num_steps": 2,
+            "guidance_scale": 1.0,
+            "grid_prompts": 1,
+            "metrics": ["rule"],
+        },
         "output": {"checkpoint_every": 1, "tensorboard": False},
     }
     return config.merge(config.read_preset("tiny"), own)

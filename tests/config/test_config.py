@@ -342,6 +342,28 @@ def test_a_setting_that_was_renamed_is_told_by_its_new_name(old, new):
         config.build(config.merge(config.read_preset("tiny"), nested({old: 1})), "old.yaml")
 
 
+@pytest.mark.parametrize(
+    ("field", "old", "new"),
+    [
+        ("model.path", "tiny:emoji", "tiny"),
+        ("data.prompts", "tiny:emoji", "tiny"),
+        ("data.held_out_prompts", "tiny:emoji:tuning", "tiny:tuning"),
+        ("data.style", "tiny:emoji:ink", "tiny:ink"),
+        ("rewards.dino_similarity.path", "tiny:emoji", "tiny"),
+    ],
+)
+def test_a_shipped_name_of_before_is_answered_with_that_of_now(field, old, new):
+    with pytest.raises(UserError, match=rf"{re.escape(field)} = '{old}': it is called '{new}' now"):
+        config.build(config.merge(config.read_preset("tiny"), nested({field: old})), "old.yaml")
+
+
+@pytest.mark.parametrize(("old", "new"), config.renamed.PRESETS.items())
+def test_a_preset_of_before_is_answered_with_that_of_now(old, new):
+    assert new in config.preset_names()
+    with pytest.raises(UserError, match=f"the preset '{old}' is called '{new}' now"):
+        config.load(old)
+
+
 @pytest.mark.parametrize("dynamics", ["flow_cps", "ddim"])
 def test_the_strongest_noise_can_be_set(dynamics):
     """eta = 1: fresh noise at every step of the window, as DDPM has it."""

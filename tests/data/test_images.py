@@ -220,7 +220,7 @@ def test_features_of_another_fit_are_not_taken_from_the_cache(wide):
 def test_a_similarity_is_to_the_fitted_image(wide):
     """A reward that compares with references gets what data.fit makes of them."""
     (wide / "square.png").unlink()
-    similarity = build_reward("dino_similarity", path="tiny", image_size=32, device="cpu")
+    similarity = build_reward("dino_similarity", path="tiny", image_size=48, device="cpu")
     middle = torch.from_numpy(gradient(64, 32)[:, 16:48]).permute(2, 0, 1)[None] / 255
     cropped = similarity.score(middle, ["a"], ReferenceSet.shared(wide, ["a"], fit="crop")).item()
     stretched = similarity.score(middle, ["b"], ReferenceSet.shared(wide, ["b"], fit="stretch")).item()

@@ -21,7 +21,7 @@ from advgrpo.experiments.pages import expectation, index, page
 from advgrpo.experiments.plan import ARMS, EXPERIMENTS, Claim, Job
 from advgrpo.experiments.results import Results, cost, numbers
 from advgrpo.experiments.runs import Plan
-from advgrpo.tiny.emoji.scenes import STYLE_ARTISTS
+from advgrpo.tiny.scenes import STYLE_ARTISTS
 
 PROMPTS = 12
 RESAMPLES = 400

@@ -40,7 +40,7 @@ from advgrpo.experiments.plan import (
 from advgrpo.experiments.report import sample_rows
 from advgrpo.experiments.results import Results
 from advgrpo.experiments.runs import Plan
-from advgrpo.tiny.emoji import judge as emoji_judge
+from advgrpo.tiny import judge as tiny_judge
 
 ROOT = Path(__file__).parents[2]
 SCALES = (2.0, 3.0)
@@ -53,9 +53,9 @@ def small(unit_config, tmp_path, monkeypatch) -> Path:
     A run's own curves.png, two thirds of the time, is left out: test_plots.py and test_run.py look at it.
     """
     monkeypatch.setattr("advgrpo.training.run.draw_curves", lambda *_: None)
-    monkeypatch.setattr(emoji_judge, "_network", lambda: None)
+    monkeypatch.setattr(tiny_judge, "_network", lambda: None)
     monkeypatch.setattr(
-        emoji_judge.Judge, "features", lambda _, images, scenes: F.adaptive_avg_pool2d(images, 3).flatten(1)
+        tiny_judge.Judge, "features", lambda _, images, scenes: F.adaptive_avg_pool2d(images, 3).flatten(1)
     )
     experiment_runs._witness.cache_clear()
     shipped = {"held_out": tiny.WORLDS[WORLD].held_out_prompts, "report": tiny.other_prompts()[REPORT_PROMPTS]}

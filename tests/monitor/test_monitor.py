@@ -37,8 +37,17 @@ from advgrpo.training.run import Run
 HEALTHY = json.loads((Path(__file__).parents[1] / "golden" / "healthy_tiny_run.json").read_text())["rows"]
 
 
+# of the runs whose metrics are recorded here
+AS_RECORDED = {
+    "iterations": 150,
+    "adversary": {"schedule": "when_fooled", "fooled_margin": 2.0, "warmup_iterations": 6},
+    "evaluation": {"metrics": ["dino_similarity", "rule_accuracy"]},
+}
+
+
 def settings(**changes):
-    return config.build(config.merge(config.read_preset("tiny"), changes), "test")
+    base = config.merge(config.read_preset("tiny"), AS_RECORDED)
+    return config.build(config.merge(base, changes), "test")
 
 
 def healthy_row(i, noise):

@@ -64,7 +64,7 @@ def test_a_page_says_what_differs_what_rose_which_flags_were_up_and_what_to_turn
     outline = Outline(page)
     assert not outline.open
     assert "iteration 40 of 40 · preset tiny, 3 settings changed · seed 1" in outline.said
-    assert "adversary.fooled_margin 2.0 0.5" in outline.said
+    assert "adversary.fooled_margin 0.0 0.5" in outline.said
     assert "update.kl_weight 0.0 0.01" in outline.said
     assert "Iterations 11 to 20." in outline.said  # as they are counted in the display
     assert "Iterations 32 to 40." in outline.said

@@ -241,13 +241,12 @@ def test_the_documents_name_commands():
 RUN = {
     "python -m advgrpo.train --fast": "--iterations 1 --adversary.warmup-iterations 0 "
     "--rollout.prompts-per-iteration 4 --rollout.group-size 4 --rollout.micro-batch 8 "
-    "--evaluation.images-per-prompt 1 --evaluation.num-steps 1",
+    "--evaluation.images-per-prompt 1 --evaluation.num-steps 1 --evaluation.metrics dino_similarity rule_accuracy",
     "python -m advgrpo.train --resume runs/tiny --iterations 200": "--iterations 2",
     "python -m advgrpo.generate --lora runs/tiny/lora --base --seed 0 --output grid.png "
-    '--prompt "a small red star on the left of a blue background" '
-    '--prompt "a large green ring at the top of a white background"': "--images-per-prompt 1 --num-steps 2",
+    '--prompt "a small fox on blue, left" --prompt "a large violin on pink"': "--images-per-prompt 1 --num-steps 2",
     "python -m advgrpo.evaluate --lora runs/tiny/lora --against base --metrics rule,dino_similarity "
-    "--prompts tiny:report --references tiny --guidance-scale 2 --output scores": "--images-per-prompt 1 --num-steps 1",
+    "--prompts tiny:report --output scores": "--images-per-prompt 1 --num-steps 1",
     "python -m advgrpo.export runs/tiny/lora --format comfyui --out lora.safetensors": "",
     "python -m advgrpo.references import photos/ --out refs/": "--size 64",
     "python -m advgrpo.references check refs/ --prompts p.txt --sheet sheet.png": "",

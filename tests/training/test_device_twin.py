@@ -101,7 +101,7 @@ CONFIGURATIONS = {
     "full fine-tuning, no adversary": {
         "model": {"train": "full", "attention": "auto"},
         "adversary": {"kind": "none"},
-        "rewards": {"dino_similarity": {"weight": 1.0, "path": "tiny", "image_size": 32}},
+        "rewards": {"dino_similarity": {"weight": 1.0, "path": "tiny", "image_size": 48}},
         "data": {"held_out_prompts": ""},
     },
 }

@@ -1,13 +1,18 @@
-"""Train the tiny DINOv2 backbone and measure it with linear probes.
+"""Train the tiny DINOv2 backbone without labels and measure it with linear probes.
 
-    python -m tools.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline --output advgrpo/tiny/assets/backbone
+    python -m tools.tiny.build_backbone --pipeline advgrpo/tiny/assets/pipeline --output FOLDER
 
-The shipped weights took a second round (`--init`, 3,000 steps, seed 1; `make tiny-assets` runs both), at about 0.3 s a
-step on one busy core. There is no web-scale data here to distil from, so the features are learned with
-labels: the class token tells shape, colours, size, position and drawing quality; every patch token tells how much of
-the object it covers and the drawing quality around it. Half of the images pass through the pipeline's VAE, so that
-the VAE's own blur, which a generator cannot avoid, is not mistaken for bad drawing. The probes are fitted on the frozen
-class token and scored on combinations never trained on.
+Two losses on drawings of 600 things by the base's and the references' artists, half of them through the pipeline's VAE
+(a generator cannot avoid its blur, which must not pass for bad drawing):
+
+- the class token, and the mean of the patch tokens, tell two views of one drawing from all others of the batch (SimCLR,
+  arXiv 2002.05709); views differ in background, size and place, crop, mirroring and colour. The corpus holds every
+  drawing twice, whole and damaged (damage.py), as the web holds good pictures and bad ones: the two are other drawings;
+- patch tokens tell the pixels of masked patches from the rest (SimMIM, arXiv 2111.09886).
+
+No view is blurred: what drawings look like up close is what the adversary has to see. The gate, printed and kept in
+training.json: a linear probe reads the name of a drawing on a background it was not fitted on, at least 0.2 better than
+from the untrained twin.
 """
 
 from __future__ import annotations
@@ -24,156 +29,181 @@ from transformers import Dinov2Model
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.tiny import architecture
 from advgrpo.tiny.assets import save_half_precision
-from advgrpo.tiny.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, all_scenes, render, sample_roughness
-from tools.tiny.build_pipeline import TrainingLog, take_step
+from advgrpo.tiny.scenes import BASE_ARTISTS, IMAGE_SIZE, NAMES, REFERENCE_ARTIST, Scene, compositions, render
+from tools.tiny.corpus import Corpus
+from tools.tiny.damage import KINDS, damage
+from tools.tiny.training import TrainingLog, take_step
 
-ATTRIBUTES = {
-    "shape": SHAPES,
-    "colour": COLOURS,
-    "background": COLOURS,
-    "size": tuple(SIZES),
-    "position": tuple(POSITIONS),
-}
+ARTISTS = (*BASE_ARTISTS, REFERENCE_ARTIST)
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
-_GHOST_SHARE = 0.15  # two images blended: the typical failure of a sampler, and never a good drawing
-
-
-def split_scenes() -> tuple[list[Scene], list[Scene]]:
-    """Nine tenths of all combinations to train on, the rest for the probes."""
-    scenes = all_scenes()
-    order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(7)).tolist()
-    cut = len(scenes) * 9 // 10
-    return [scenes[i] for i in order[:cut]], [scenes[i] for i in order[cut:]]
-
-
-def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([values.index(getattr(s, name)) for s in scenes]) for name, values in ATTRIBUTES.items()}
+TEMPERATURE = 0.2
+MASKED_SHARE = 0.4
+POOLED = 4  # compositions of every drawing, drawn once
+_GATE = 0.2
 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """What the VAE makes of images [B, 3, H, W] in [0, 1]."""
     latents = vae.encode(images * 2 - 1).latent_dist.mean
     return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
-def draw(scenes: list[Scene], count: int, vae: AutoencoderKL, generator: torch.Generator):
-    """Images, scenes, drawing error in [0, 1], ghosts, coverage per patch; every other image through the VAE."""
-    chosen = [scenes[i] for i in torch.randint(len(scenes), (count,), generator=generator).tolist()]
-    roughness = sample_roughness(count, generator)
-    images, alpha = render(chosen, generator, roughness=roughness, return_coverage=True)
-    ghosts = torch.rand(count, generator=generator) < _GHOST_SHARE
-    weight = 0.3 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)
-    blended = torch.lerp(images, images.roll(1, 0), weight)
-    images = torch.where(ghosts.view(-1, 1, 1, 1), blended, images)
-    images[::2] = reconstruct(vae, images[::2])
-    error = torch.where(ghosts, torch.ones(count), roughness)
-    return images, chosen, error, ghosts, F.avg_pool2d(alpha, 4).flatten(1)
+def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random crop of half to all of the width, mirroring and colour, [B, 3, 48, 48] to the same."""
+    count = len(images)
+    uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)  # noqa: E731
+    scale = uniform(0.5, 1.0)
+    mirrored = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    shift_x, shift_y = ((1 - scale) * uniform(-1.0, 1.0) for _ in range(2))
+    zero = torch.zeros(count)
+    rows = torch.stack([scale * mirrored, zero, shift_x, zero, scale, shift_y], dim=1).view(count, 2, 3)
+    views = F.grid_sample(images, F.affine_grid(rows, images.shape, align_corners=False), align_corners=False,
+                          padding_mode="border")  # fmt: skip
+    brightness, contrast, saturation = (uniform(0.7, 1.3).view(-1, 1, 1, 1) for _ in range(3))
+    grey = views.mean(1, keepdim=True)
+    views = (grey + (views - grey) * saturation) * brightness
+    middle = views.mean((1, 2, 3), keepdim=True)
+    return (middle + (views - middle) * contrast).clamp(0, 1)
 
 
 class Heads(torch.nn.Module):
     """Training-time read-outs; dropped afterwards."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, patch: int):
         super().__init__()
-        self.attributes = torch.nn.ModuleDict({n: torch.nn.Linear(width, len(v)) for n, v in ATTRIBUTES.items()})
-        self.cls_error = torch.nn.Linear(width, 1)
-        self.patch = torch.nn.Linear(width, 2)  # coverage, error
-
-    def loss(self, tokens: torch.Tensor, scenes: list[Scene], error, ghosts, coverage) -> torch.Tensor:
-        cls, patches = tokens[:, 0], tokens[:, 1:]
-        clean = ~ghosts
-        total = sum(
-            F.cross_entropy(self.attributes[name](cls[clean]), target[clean]) for name, target in labels(scenes).items()
+        projection = lambda: torch.nn.Sequential(  # noqa: E731
+            torch.nn.Linear(width, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64)
         )
-        total = total + 4 * F.mse_loss(self.cls_error(cls).squeeze(1), error)
-        read = self.patch(patches)
-        total = total + 4 * F.mse_loss(read[clean][..., 0], coverage[clean])
-        return total + 2 * F.mse_loss(read[..., 1], error[:, None].expand(-1, patches.shape[1]))
+        self.cls, self.patches = projection(), projection()
+        self.pixels = torch.nn.Linear(width, 3 * patch * patch)
+
+    def contrastive_loss(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Of tokens [B, 1 + P, D] of two views each."""
+        cls = contrastive_loss(self.cls(first[:, 0]), self.cls(second[:, 0]))
+        patches = (self.patches(tokens[:, 1:]).mean(1) for tokens in (first, second))
+        return cls + contrastive_loss(*patches)
+
+
+def contrastive_loss(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """NT-Xent of projections [B, D] of two views each."""
+    both = F.normalize(torch.cat([first, second]), dim=1)
+    nearness = (both @ both.T / TEMPERATURE).fill_diagonal_(-1e4)
+    return F.cross_entropy(nearness, torch.arange(len(both)).roll(len(first)))
+
+
+def masked_loss(model: Dinov2Model, heads: Heads, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """L1 of masked patches' pixels."""
+    patch, side = model.config.patch_size, IMAGE_SIZE // model.config.patch_size
+    masked = torch.rand(len(images), side * side, generator=generator) < MASKED_SHARE
+    pixels = (images - MEAN) / STD
+    tokens = model(pixels, bool_masked_pos=masked).last_hidden_state
+    wanted = F.unfold(pixels, patch, stride=patch).transpose(1, 2)
+    return F.l1_loss(heads.pixels(tokens[:, 1:])[masked], wanted[masked])
 
 
 def train(model: Dinov2Model, vae: AutoencoderKL, steps: int, batch: int, seed: int) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
-    scenes, _ = split_scenes()
-    heads = Heads(model.config.hidden_size)
+    pool = _pool(vae, Corpus.draw(ARTISTS), generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = Heads(model.config.hidden_size, model.config.patch_size)
     parameters = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
-    log = TrainingLog("backbone", steps)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    log = TrainingLog("backbone", steps, every=20)
     model.train()
     for step in range(steps):
-        images, chosen, error, ghosts, coverage = draw(scenes, batch, vae, generator)
-        tokens = model((images - MEAN) / STD).last_hidden_state
-        loss = heads.loss(tokens, chosen, error, ghosts, coverage)
-        take_step(loss, parameters, optimizer, schedule)
-        log.step(step, loss=loss.detach())
+        views = [augment(images, generator) for images in _pairs(pool, batch, generator)]
+        first, second = (model((images - MEAN) / STD).last_hidden_state for images in views)
+        contrast = heads.contrastive_loss(first, second)
+        pixels = masked_loss(model, heads, views[0][: batch // 2], generator)
+        take_step(contrast + pixels, parameters, optimizer, schedule)
+        log.step(step, contrast=contrast.detach(), pixels=pixels.detach())
     model.eval()
     return log.rows
 
 
-@torch.no_grad()
-def _cls_features(model, scenes: list[Scene], vae, generator, repeats: int):
-    features, targets, rough = [], [], []
-    for _ in range(repeats):
-        chosen = [scenes[i] for i in torch.randint(len(scenes), (128,), generator=generator).tolist()]
-        roughness = torch.where(torch.rand(128, generator=generator) < 0.5, 0.0, 0.5)
-        images = reconstruct(vae, render(chosen, generator, roughness=roughness))
-        features.append(model((images - MEAN) / STD).last_hidden_state[:, 0])
-        targets.append(labels(chosen))
-        rough.append((roughness > 0).long())
-    joined = {name: torch.cat([t[name] for t in targets]) for name in ATTRIBUTES}
-    return torch.cat(features), {**joined, "quality": torch.cat(rough)}
+def _pool(vae: AutoencoderKL, corpus: Corpus, generator: torch.Generator) -> torch.Tensor:
+    """Every drawing in POOLED compositions, whole and damaged, every other composition by the VAE.
 
-
-def probe(model: Dinov2Model, vae: AutoencoderKL, seed: int, batches: int = 40) -> dict[str, float]:
-    """Accuracy of ridge-regression read-outs of the class token on unseen combinations, from `batches` of 128.
-
-    Half of the drawings are crisp and half rough (0.5); "quality" is telling which.
+    Returns:
+        [drawings, 2, POOLED, 3, 48, 48] bytes; the compositions of one share the kind and strength of damage.
     """
-    generator = torch.Generator().manual_seed(seed + 1)
-    seen, unseen = split_scenes()
-    x, targets = _cls_features(model, seen, vae, generator, batches)
-    x_test, targets_test = _cls_features(model, unseen, vae, generator, batches // 3)
-    mean = x.mean(0)
-    x, x_test = F.pad(x - mean, (0, 1), value=1.0), F.pad(x_test - mean, (0, 1), value=1.0)
-    gram = x.T @ x + 1e-4 * len(x) * torch.eye(x.shape[1]) * x.var()
-    accuracy = {}
-    for name, target in targets.items():
-        weights = torch.linalg.solve(gram, x.T @ F.one_hot(target).float())
-        accuracy[name] = ((x_test @ weights).argmax(1) == targets_test[name]).float().mean().item()
-    return accuracy
+    every = list(range(len(corpus)))
+    kind = torch.randint(2 * len(KINDS), (len(every),), generator=generator)
+    strength = torch.rand(len(every), generator=generator)
+    whole, damaged = [], []
+    for column in range(POOLED):
+        for made, harmed in ((whole, False), (damaged, True)):
+            images = corpus.composed(every, generator)
+            images = damage(images, kind, strength, generator) if harmed else images
+            if column % 2:
+                images = torch.cat([reconstruct(vae, part) for part in images.split(64)])
+            made.append((images * 255).round().byte())
+    return torch.stack([torch.stack(whole, dim=1), torch.stack(damaged, dim=1)], dim=1)
 
 
-def _continued(earlier: list[dict], later: list[dict]) -> list[dict]:
-    """Both rounds as one loss curve."""
-    steps, seconds = earlier[-1]["step"], earlier[-1]["seconds"]
-    return earlier + [{**row, "step": row["step"] + steps, "seconds": row["seconds"] + seconds} for row in later]
+def _pairs(pool: torch.Tensor, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two compositions each of `count` drawings, whole and damaged: [2 count, 3, 48, 48] in [0, 1]."""
+    which = torch.randint(len(pool), (count,), generator=generator).repeat(2)
+    state = torch.arange(2).repeat_interleave(count)
+    columns = torch.rand(len(which), POOLED, generator=generator).argsort(1)[:, :2]
+    first, second = (pool[which, state, column].float() / 255 for column in columns.unbind(1))
+    return first, second
 
 
-def main() -> None:
+@torch.no_grad()
+def _cls_features(model: Dinov2Model, vae, compositions_, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    scenes = [Scene(name, *composition) for composition in compositions_ for name in NAMES]
+    features = []
+    for artist in ARTISTS:
+        for start in range(0, len(scenes), 256):
+            part = scenes[start : start + 256]
+            images = reconstruct(vae, render(part, [artist] * len(part), generator))
+            features.append(model((images - MEAN) / STD).last_hidden_state[:, 0])
+    names = torch.tensor([NAMES.index(scene.name) for scene in scenes]).repeat(len(ARTISTS))
+    return torch.cat(features), names
+
+
+@torch.no_grad()
+def probe(model: Dinov2Model, vae: AutoencoderKL, seed: int) -> float:
+    """Accuracy of a ridge regression of names on class tokens, on a background it was not fitted on."""
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    known = [c for c in compositions() if c[2] in ("white", "blue", "pink") and c[1] in ("", "left", "top")]
+    unknown = [c for c in compositions() if c[2] in ("grey", "green") and c[1] in ("", "right")]
+    features, names = _cls_features(model, vae, known, generator)
+    others, wanted = _cls_features(model, vae, unknown, generator)
+    mean, scale = features.mean(0), features.std(0) + 1e-6
+    features, others = ((x - mean) / scale for x in (features, others))
+    features, others = (F.pad(x, (0, 1), value=1.0).double() for x in (features, others))
+    gram = features.T @ features + 1.0 * torch.eye(features.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(gram, features.T @ F.one_hot(names, len(NAMES)).double())
+    return ((others @ weights).argmax(1) == wanted).double().mean().item()
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True, help="pipeline folder whose VAE is used")
-    parser.add_argument("--output", type=Path, required=True, help="backbone folder to write")
-    parser.add_argument("--init", type=Path, help="continue from this backbone's weights, with new training heads")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write (Dinov2Model)")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=128, help="drawings per step, two views of each")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    vae = AutoencoderKL.from_pretrained(args.pipeline / "vae", use_safetensors=True).requires_grad_(False).eval()
+    args = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)
+    vae = AutoencoderKL.from_pretrained(args.pipeline / "vae", use_safetensors=True).eval().requires_grad_(False)
     model = architecture.backbone(seed=args.seed)
-    untrained = probe(model.eval(), vae, args.seed)
-    if args.init:
-        model = Dinov2Model.from_pretrained(args.init, use_safetensors=True)
+    untrained = probe(model, vae, args.seed)
     curve = train(model, vae, args.steps, args.batch, args.seed)
-    accuracy = probe(model, vae, args.seed)
-    if args.init:
-        curve = _continued(json.loads((args.init / "training.json").read_text())["backbone"], curve)
-    args.output.mkdir(parents=True, exist_ok=True)
+    trained = probe(model, vae, args.seed)
     save_half_precision(model, args.output)
-    results = {"backbone": curve, "probe": accuracy, "probe_untrained": untrained}
-    write_atomically(args.output / "training.json", json.dumps(results))
-    for name, value in accuracy.items():
-        print(f"linear probe {name}: {value:.3f} (untrained {untrained[name]:.3f})")
+    figures = {"probe": trained, "probe_untrained": untrained}
+    write_atomically(args.output / "training.json", json.dumps({"backbone": curve, "figures": figures}))
+    verdict = "passed" if trained - untrained >= _GATE else "MISSED"
+    print(f"wrote {args.output}; gate {verdict}: linear probe {trained:.3f}, untrained {untrained:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""The tiny models' tokenizers, and that their builders run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from transformers import Dinov2Model
+
+from advgrpo.tiny import architecture
+from advgrpo.tiny.architecture import TINY
+from advgrpo.tiny.byte_pairs import learn_merges
+from advgrpo.tiny.scenes import IMAGE_SIZE, all_scenes, vocabulary
+from tools.tiny import build_backbone, build_pipeline, build_references, training
+
+
+def test_every_caption_is_one_token_a_word():
+    clip, t5 = architecture.clip_tokenizer(), architecture.t5_tokenizer()
+    longest = [0, 0]
+    for scene in all_scenes()[::97]:
+        words = len(scene.caption.replace(",", " ,").split())
+        lengths = [len(clip(scene.caption).input_ids), len(t5(scene.caption).input_ids)]
+        assert lengths == [words + 2, words + 1]
+        longest = [max(pair) for pair in zip(longest, lengths)]
+    assert longest == [TINY.clip_tokens, TINY.t5_tokens]
+    assert t5.unk_token_id not in t5("a dog").input_ids
+
+
+def test_a_tokenizer_trained_anew_numbers_every_piece_as_before():
+    """In processes that hash strings differently. The merges, and the pieces' numbers, are all that is trained."""
+    program = "from advgrpo.tiny.byte_pairs import learn_merges; import sys; print(learn_merges(sys.argv[1:]))"
+    words = list(vocabulary())
+    here = str(learn_merges(words))
+    for seed, text in (("1", words), ("2", words[::-1])):
+        done = subprocess.run([sys.executable, "-c", program, *text], env={**os.environ, "PYTHONHASHSEED": seed},
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        assert done.stdout.strip() == here
+    assert learn_merges(["aab ab"]) == [("a", "b</w>"), ("a", "ab</w>")], "the commonest first"
+    assert learn_merges(["cd ab"]) == [("a", "b</w>"), ("c", "d</w>")], "then by the alphabet"
+    again, clip = architecture.clip_tokenizer(), architecture.clip_tokenizer()
+    assert again.get_vocab() == clip.get_vocab()
+    assert {clip.convert_ids_to_tokens(i) for i in clip("a dog, 7!").input_ids[1:-1]} >= {"a</w>", ",</w>"}
+
+
+class Blots:
+    """In the place of the corpus, whose files are on npm: two drawings, each a square of one colour."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def images(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        return self.composed(torch.randint(2, (count,), generator=generator).tolist(), generator)
+
+    def composed(self, which, generator: torch.Generator) -> torch.Tensor:
+        images = torch.rand(len(which), 3, 1, 1, generator=generator).repeat(1, 1, IMAGE_SIZE, IMAGE_SIZE)
+        for image, number in zip(images, which):
+            image[number, 8:30, 8:30] = 1.0
+        return images
+
+
+def test_the_builders_run_end_to_end(tmp_path, monkeypatch):
+    """A few steps of each, so that the recipes cannot rot; what they write loads as float32."""
+    monkeypatch.setattr(build_pipeline.Corpus, "draw", lambda artists: Blots())
+    steps = ["--vae-steps", "2", "--steps", "2", "--images", "64"]
+    build_pipeline.main(["--output", str(tmp_path / "pipeline"), *steps])
+    assert {*json.loads((tmp_path / "pipeline" / "training.json").read_text())} == {"vae", "flow"}
+    assert StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline").transformer.dtype == torch.float32
+
+    monkeypatch.setattr(build_backbone, "probe", lambda *_: 0.5)
+    sources = ["--pipeline", str(tmp_path / "pipeline"), "--output", str(tmp_path / "backbone")]
+    build_backbone.main([*sources, "--steps", "2", "--batch", "4"])
+    record = json.loads((tmp_path / "backbone" / "training.json").read_text())
+    assert record["backbone"][-1]["step"] == 2
+    assert record["figures"] == {"probe": 0.5, "probe_untrained": 0.5}
+    assert Dinov2Model.from_pretrained(tmp_path / "backbone").dtype == torch.float32
+
+
+def test_the_references_builder_writes_what_is_shipped(tmp_path, monkeypatch):
+    """Of two prompts of each list, which is what the time allows."""
+    real = build_references.split_prompts
+    monkeypatch.setattr(build_references, "split_prompts", lambda: {name: part[:2] for name, part in real().items()})
+    build_references.main(["--output", str(tmp_path)])
+    index = json.loads((tmp_path / "references" / "references.json").read_text())
+    assert len(index) == 2 * len(build_references.PER_NAME)
+    assert {len(files) for files in index.values()} == set(build_references.REFERENCES.values())
+    assert (tmp_path / "prompts.txt").read_text().splitlines() == real()["prompts"][:2]
+
+
+def test_noise_levels_lean_towards_noise():
+    sigmas = training.sample_sigmas(20_000, torch.Generator().manual_seed(0))
+    assert 0.68 < sigmas.median() < 0.78  # a logit-normal's median .5, shifted by 3, is .75; one in ten is uniform
+    assert sigmas.min() >= 0
+    assert sigmas.max() <= 1
