@@ -197,7 +197,7 @@ def _stamp(subject: Subject, judging: Judging) -> dict:
     if subject.lora is not None:
         file = subject.lora / "pytorch_lora_weights.safetensors"
         if not file.is_file():
-            raise UserError(f"{file} does not exist: train the run again")
+            raise UserError(f"{file} does not exist; remove {subject.lora.parent}, and the run is made again")
         weights = _digest(file)
     return {
         "weights": weights,
