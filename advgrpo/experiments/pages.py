@@ -60,6 +60,7 @@ def _evidence(name: str, found: dict) -> list[str]:
         _changes(EXPERIMENTS[name], found),
         "Means over seeds and prompts, 95 % intervals over both (two-way bootstrap). *Own best*: every model at the "
         "guidance where the tuning prompts find it best.",
+        *_differences(EXPERIMENTS[name], found),
         "## Fronts",
         f"Every model at guidance {_listed(found['guidance_scales'])}; thin lines are seeds. Up and to the left is "
         "better.",
@@ -179,21 +180,39 @@ def _interval(metric: str, found: dict, *, signed: bool = True) -> str:
 
 
 def _changes(experiment: Experiment, found: dict) -> str:
-    scales = [f"{scale:g}" for scale in found["guidance_scales"]]
-    names = [f"guidance {scale}" + (", as trained" if float(scale) == GUIDANCE else "") for scale in scales]
-    lines = [f"| metric | arm | {' | '.join([*names, 'own best'])} |", "|---|---|" + "---|" * (len(names) + 1)]
+    lines = _table_head("arm", found)
     for metric in experiment.metrics:
         lines += _base_row(metric, found)
         for arm in found["arms"].values():
-            changes = arm["changes"].get(metric)
-            if changes:
-                cells = [_interval(metric, changes[scale]) for scale in scales]
-                best = sorted({run["own_best"] for run in arm["runs"].values()})
-                cells.append(f"{_interval(metric, changes['best'])} (at {_listed(best)})")
-            else:
-                cells = ["not run"] * (len(scales) + 1)
-            lines.append(f"| {METRIC_LABELS[metric]} | {arm['label']} | {' | '.join(cells)} |")
+            best = sorted({run["own_best"] for run in arm["runs"].values()})
+            lines.append(_change_row(metric, arm["label"], arm["changes"], found, f" (at {_listed(best)})"))
     return "\n".join(lines)
+
+
+def _differences(experiment: Experiment, found: dict) -> list[str]:
+    """A section, where claims compare arms."""
+    if not found["differences"]:
+        return []
+    lines = _table_head("arms", found)
+    for metric in experiment.metrics:
+        for each in found["differences"]:
+            label = f"{experiment.arms[each['arm']]} less {experiment.arms[each['against']]}"
+            lines.append(_change_row(metric, label, each["changes"], found))
+    return ["## Differences between arms", "\n".join(lines)]
+
+
+def _table_head(who: str, found: dict) -> list[str]:
+    names = [f"guidance {g:g}" + (", as trained" if g == GUIDANCE else "") for g in found["guidance_scales"]]
+    return [f"| metric | {who} | {' | '.join([*names, 'own best'])} |", "|---|---|" + "---|" * (len(names) + 1)]
+
+
+def _change_row(metric: str, label: str, changes: dict, found: dict, after: str = "") -> str:
+    scales = [f"{scale:g}" for scale in found["guidance_scales"]]
+    cells = ["not run"] * (len(scales) + 1)
+    if metric in changes:
+        cells = [_interval(metric, changes[metric][scale]) for scale in (*scales, "best")]
+        cells[-1] += after
+    return f"| {METRIC_LABELS[metric]} | {label} | {' | '.join(cells)} |"
 
 
 def _base_row(metric: str, found: dict) -> list[str]:
