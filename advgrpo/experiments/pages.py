@@ -18,13 +18,24 @@ from advgrpo.experiments.comparing import (
     Verdict,
     verdicts,
 )
-from advgrpo.experiments.plan import ARMS, EXPERIMENTS, GUIDANCE, METRIC_LABELS, Claim, Experiment
+from advgrpo.experiments.plan import (
+    ARMS,
+    EXPERIMENTS,
+    GUIDANCE,
+    GUIDANCE_SCALES,
+    IMAGES_PER_PROMPT,
+    METRIC_LABELS,
+    REPORT_PROMPTS,
+    TUNING_PROMPTS,
+    Claim,
+    Experiment,
+)
 from advgrpo.intervals import Interval
 
 Known = Mapping[str, dict]  # results.json: experiment -> results.numbers
 
 _WORDS = {CONFIRMED: "confirmed", CONTRADICTED: "**contradicted**", UNDECIDED: "undecided"}
-_FORMS = {"kid": ".1f", "diversity": ".0%"}  # of a metric's changes; others have three decimals
+_FORMS = {"kid": ".1f", "diversity": ".1%"}  # of a metric's changes; others have three decimals
 
 
 def judged(known: Known) -> dict[str, list[tuple[Claim, dict, Verdict]]]:
@@ -260,8 +271,8 @@ def _costs(found: dict) -> str:
             f"{_mean(curve[-1]['retrieval'] for curve in curves):.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    after = "A repair's costs come on top of those of the run that it starts from." if _starts(found) else ""
-    return "\n".join(lines) + "\n\nMeans over seeds. Between evaluations the curve is interpolated. " + after
+    after = " A repair's costs come on top of those of the run that it starts from." if _starts(found) else ""
+    return "\n".join(lines) + "\n\nMeans over seeds. Between evaluations the curve is interpolated." + after
 
 
 def _starts(found: dict) -> bool:
@@ -286,9 +297,8 @@ def _samples(found: dict) -> str:
 
 def _how(name: str, found: dict) -> str:
     seeds = " ".join(map(str, found["seeds"]))
-    options = f"--seeds {seeds} --iterations {found['iterations']}"
-    config = f" --config {found['laid_over']}" if found["laid_over"] else ""
-    commands = f"```\npython -m advgrpo.experiments run {name} {options}{config}\n```"
+    options = f"--seeds {seeds} --iterations {found['iterations']}{_other_options(found)}"
+    commands = f"```\npython -m advgrpo.experiments run {name} {options}\n```"
     arms = "\n".join(
         f"- {arm['label']}: preset `{arm['preset']}`"
         + (f" with `{arm['overrides']}`" if arm["overrides"] else "")
@@ -300,11 +310,27 @@ def _how(name: str, found: dict) -> str:
     versions = sorted({", ".join(f"{name} {v}" for name, v in run["versions"].items()) for run in runs})
     minutes = sum(run["cpu_seconds"] for run in runs) / 60
     made = (
-        f"{len(runs)} runs of {found['iterations']} iterations, {minutes:.0f} CPU minutes of training in total, "
+        f"{len(runs)} runs of {found['iterations']} iterations, {minutes:.1f} CPU minutes of training in total, "
         f"finished {min(run['finished'] for run in runs)[:10]}; judged on `{found['prompts']['report']}`, "
         f"{found['images_per_prompt']} pictures a prompt; {'; '.join(machines)}; {'; '.join(versions)}."
     )
     return f"{commands}\n\n{arms}\n\n{made}"
+
+
+def _other_options(found: dict) -> str:
+    """Those that are not what they are by default."""
+    given = {
+        "--prompts": (found["prompts"]["report"], REPORT_PROMPTS),
+        "--tuning-prompts": (found["prompts"]["tuning"], TUNING_PROMPTS),
+        "--guidance-scales": (_spaced(found["guidance_scales"]), _spaced(GUIDANCE_SCALES)),
+        "--images-per-prompt": (str(found["images_per_prompt"]), str(IMAGES_PER_PROMPT)),
+        "--config": (found["laid_over"], ""),
+    }
+    return "".join(f" {flag} {value}" for flag, (value, plain) in given.items() if value != plain)
+
+
+def _spaced(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _machine(machine: dict) -> str:

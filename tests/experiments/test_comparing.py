@@ -202,6 +202,7 @@ def test_the_page_says_what_the_numbers_say(made_up):
     same = " | +0.400 [+0.400, +0.400]" * 4
     assert f"| retrieval | Adv-GRPO less Flow-GRPO{same} |" in differences
     assert "Linux-test, 2 CPU cores" in text
+    assert "run hacking --seeds 0 1 2 --iterations 64 --prompts r --tuning-prompts t\n" in text
     costs = next(line for line in text.splitlines() if line.startswith("| Adv-GRPO | 3 |"))
     # 64 CPU seconds of 128 are the peak's, half way
     assert costs.endswith("| 128 | 2.00 | 0.300 | 0.900 | 0.900 (32, 32, 32) | 0.600 |")
