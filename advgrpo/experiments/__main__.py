@@ -29,6 +29,8 @@ from advgrpo.errors import UserError
 from advgrpo.experiments.plan import (
     EXPERIMENTS,
     GUIDANCE,
+    GUIDANCE_SCALES,
+    IMAGES_PER_PROMPT,
     REPORT_PROMPTS,
     TUNING_PROMPTS,
     WORLD,
@@ -61,13 +63,13 @@ class Report(Options):
     """Every arm is trained once with each; intervals are over them."""
     iterations: Annotated[int, Field(ge=1, le=2**31 - 1)] = 100
     """Iterations of every run."""
-    guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1, le=100)], ...], Field(min_length=1)] = (1.0, 2.0, 3.0)
+    guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1, le=100)], ...], Field(min_length=1)] = GUIDANCE_SCALES
     """Classifier-free guidance at which the judge sees every model; 2, at which they train, must be one."""
     prompts: Annotated[str, Field(min_length=1)] = REPORT_PROMPTS
     """Prompt file of what is reported."""
     tuning_prompts: Annotated[str, Field(min_length=1)] = TUNING_PROMPTS
     """Prompt file on which every model's own best guidance is chosen: other prompts."""
-    images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = 2
+    images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = IMAGES_PER_PROMPT
     """Images of every prompt that the judge sees."""
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
     """Bootstrap resamples of seeds and prompts; a verdict among all claims needs some 2,000."""

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -113,7 +114,7 @@ def judge(subject: Subject, judging: Judging, witness: TinyWitness, distributed:
     left = missing(subject, judging)
     if not left:
         return
-    prompts = {name: Prompts.read(judging.prompts[name], judging.references, witness) for name in LISTS}
+    prompts = {name: _prompts(judging.prompts[name], judging.references, witness) for name in LISTS}
     reward = _preference(subject.preference)
     evaluator = _evaluator(subject, [text for part in prompts.values() for text in part.texts], distributed, display)
     stamp = _stamp(subject, judging)
@@ -125,6 +126,12 @@ def judge(subject: Subject, judging: Judging, witness: TinyWitness, distributed:
         file = _file(subject, name, scale)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, lambda path, tensors=tensors, text=text: save_file(tensors, path, text))
+
+
+@cache
+def _prompts(name: str, references: str, witness: TinyWitness) -> Prompts:
+    """The same for every subject: the witness looks at references once."""
+    return Prompts.read(name, references, witness)
 
 
 @torch.no_grad()
@@ -190,7 +197,7 @@ def _stamp(subject: Subject, judging: Judging) -> dict:
     if subject.lora is not None:
         file = subject.lora / "pytorch_lora_weights.safetensors"
         if not file.is_file():
-            raise UserError(f"{file} does not exist: train the run again")
+            raise UserError(f"{file} does not exist; remove {subject.lora.parent}, and the run is made again")
         weights = _digest(file)
     return {
         "weights": weights,

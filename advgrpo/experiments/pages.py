@@ -18,13 +18,24 @@ from advgrpo.experiments.comparing import (
     Verdict,
     verdicts,
 )
-from advgrpo.experiments.plan import ARMS, EXPERIMENTS, GUIDANCE, METRIC_LABELS, Claim, Experiment
+from advgrpo.experiments.plan import (
+    ARMS,
+    EXPERIMENTS,
+    GUIDANCE,
+    GUIDANCE_SCALES,
+    IMAGES_PER_PROMPT,
+    METRIC_LABELS,
+    REPORT_PROMPTS,
+    TUNING_PROMPTS,
+    Claim,
+    Experiment,
+)
 from advgrpo.intervals import Interval
 
 Known = Mapping[str, dict]  # results.json: experiment -> results.numbers
 
 _WORDS = {CONFIRMED: "confirmed", CONTRADICTED: "**contradicted**", UNDECIDED: "undecided"}
-_FORMS = {"kid": ".1f", "diversity": ".0%"}  # of a metric's changes; others have three decimals
+_FORMS = {"kid": ".1f", "diversity": ".1%"}  # of a metric's changes; others have three decimals
 
 
 def judged(known: Known) -> dict[str, list[tuple[Claim, dict, Verdict]]]:
@@ -60,6 +71,7 @@ def _evidence(name: str, found: dict) -> list[str]:
         _changes(EXPERIMENTS[name], found),
         "Means over seeds and prompts, 95 % intervals over both (two-way bootstrap). *Own best*: every model at the "
         "guidance where the tuning prompts find it best.",
+        *_differences(EXPERIMENTS[name], found),
         "## Fronts",
         f"Every model at guidance {_listed(found['guidance_scales'])}; thin lines are seeds. Up and to the left is "
         "better.",
@@ -179,21 +191,39 @@ def _interval(metric: str, found: dict, *, signed: bool = True) -> str:
 
 
 def _changes(experiment: Experiment, found: dict) -> str:
-    scales = [f"{scale:g}" for scale in found["guidance_scales"]]
-    names = [f"guidance {scale}" + (", as trained" if float(scale) == GUIDANCE else "") for scale in scales]
-    lines = [f"| metric | arm | {' | '.join([*names, 'own best'])} |", "|---|---|" + "---|" * (len(names) + 1)]
+    lines = _table_head("arm", found)
     for metric in experiment.metrics:
         lines += _base_row(metric, found)
         for arm in found["arms"].values():
-            changes = arm["changes"].get(metric)
-            if changes:
-                cells = [_interval(metric, changes[scale]) for scale in scales]
-                best = sorted({run["own_best"] for run in arm["runs"].values()})
-                cells.append(f"{_interval(metric, changes['best'])} (at {_listed(best)})")
-            else:
-                cells = ["not run"] * (len(scales) + 1)
-            lines.append(f"| {METRIC_LABELS[metric]} | {arm['label']} | {' | '.join(cells)} |")
+            best = sorted({run["own_best"] for run in arm["runs"].values()})
+            lines.append(_change_row(metric, arm["label"], arm["changes"], found, f" (at {_listed(best)})"))
     return "\n".join(lines)
+
+
+def _differences(experiment: Experiment, found: dict) -> list[str]:
+    """A section, where claims compare arms."""
+    if not found["differences"]:
+        return []
+    lines = _table_head("arms", found)
+    for metric in experiment.metrics:
+        for each in found["differences"]:
+            label = f"{experiment.arms[each['arm']]} less {experiment.arms[each['against']]}"
+            lines.append(_change_row(metric, label, each["changes"], found))
+    return ["## Differences between arms", "\n".join(lines)]
+
+
+def _table_head(who: str, found: dict) -> list[str]:
+    names = [f"guidance {g:g}" + (", as trained" if g == GUIDANCE else "") for g in found["guidance_scales"]]
+    return [f"| metric | {who} | {' | '.join([*names, 'own best'])} |", "|---|---|" + "---|" * (len(names) + 1)]
+
+
+def _change_row(metric: str, label: str, changes: dict, found: dict, after: str = "") -> str:
+    scales = [f"{scale:g}" for scale in found["guidance_scales"]]
+    cells = ["not run"] * (len(scales) + 1)
+    if metric in changes:
+        cells = [_interval(metric, changes[metric][scale]) for scale in (*scales, "best")]
+        cells[-1] += after
+    return f"| {METRIC_LABELS[metric]} | {label} | {' | '.join(cells)} |"
 
 
 def _base_row(metric: str, found: dict) -> list[str]:
@@ -241,8 +271,8 @@ def _costs(found: dict) -> str:
             f"{_mean(curve[-1]['retrieval'] for curve in curves):.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    after = "A repair's costs come on top of those of the run that it starts from." if _starts(found) else ""
-    return "\n".join(lines) + "\n\nMeans over seeds. Between evaluations the curve is interpolated. " + after
+    after = " A repair's costs come on top of those of the run that it starts from." if _starts(found) else ""
+    return "\n".join(lines) + "\n\nMeans over seeds. Between evaluations the curve is interpolated." + after
 
 
 def _starts(found: dict) -> bool:
@@ -267,9 +297,8 @@ def _samples(found: dict) -> str:
 
 def _how(name: str, found: dict) -> str:
     seeds = " ".join(map(str, found["seeds"]))
-    options = f"--seeds {seeds} --iterations {found['iterations']}"
-    config = f" --config {found['laid_over']}" if found["laid_over"] else ""
-    commands = f"```\npython -m advgrpo.experiments run {name} {options}{config}\n```"
+    options = f"--seeds {seeds} --iterations {found['iterations']}{_other_options(found)}"
+    commands = f"```\npython -m advgrpo.experiments run {name} {options}\n```"
     arms = "\n".join(
         f"- {arm['label']}: preset `{arm['preset']}`"
         + (f" with `{arm['overrides']}`" if arm["overrides"] else "")
@@ -281,11 +310,27 @@ def _how(name: str, found: dict) -> str:
     versions = sorted({", ".join(f"{name} {v}" for name, v in run["versions"].items()) for run in runs})
     minutes = sum(run["cpu_seconds"] for run in runs) / 60
     made = (
-        f"{len(runs)} runs of {found['iterations']} iterations, {minutes:.0f} CPU minutes of training in total, "
+        f"{len(runs)} runs of {found['iterations']} iterations, {minutes:.1f} CPU minutes of training in total, "
         f"finished {min(run['finished'] for run in runs)[:10]}; judged on `{found['prompts']['report']}`, "
         f"{found['images_per_prompt']} pictures a prompt; {'; '.join(machines)}; {'; '.join(versions)}."
     )
     return f"{commands}\n\n{arms}\n\n{made}"
+
+
+def _other_options(found: dict) -> str:
+    """Those that are not what they are by default."""
+    given = {
+        "--prompts": (found["prompts"]["report"], REPORT_PROMPTS),
+        "--tuning-prompts": (found["prompts"]["tuning"], TUNING_PROMPTS),
+        "--guidance-scales": (_spaced(found["guidance_scales"]), _spaced(GUIDANCE_SCALES)),
+        "--images-per-prompt": (str(found["images_per_prompt"]), str(IMAGES_PER_PROMPT)),
+        "--config": (found["laid_over"], ""),
+    }
+    return "".join(f" {flag} {value}" for flag, (value, plain) in given.items() if value != plain)
+
+
+def _spaced(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _machine(machine: dict) -> str:

@@ -21,6 +21,7 @@ WORLD, PRESET = "tiny", "tiny"
 
 REPORT_PROMPTS, TUNING_PROMPTS = f"{WORLD}:report", f"{WORLD}:tuning"
 GUIDANCE = 2.0  # at which the preset draws and evaluates; what "at equal guidance" means in a claim
+GUIDANCE_SCALES, IMAGES_PER_PROMPT = (1.0, 2.0, 3.0), 2  # what the judge sees where nothing else is asked for
 _EVALUATIONS = 8  # per run, beside those before and after training
 _CURVE_METRICS = ("retrieval", "dino_similarity")  # of the held-out prompts, while a run trains
 

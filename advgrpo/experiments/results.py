@@ -66,9 +66,9 @@ class Results:
         pair = self._pair(arm, against, lambda job: self.at(job, where)[1])
         return pair and difference(metric, pair, style=ARMS[arm].style, resamples=self.resamples)
 
-    def change_at(self, metric: str, arm: str, scale: float) -> Resampled | None:
-        """From the base model at one guidance scale."""
-        pair = self._pair(arm, "", lambda job: self.judged[job]["report"][scale])
+    def change_at(self, metric: str, arm: str, scale: float, against: str = "") -> Resampled | None:
+        """The same at one guidance scale."""
+        pair = self._pair(arm, against, lambda job: self.judged[job]["report"][scale])
         return pair and difference(metric, pair, style=ARMS[arm].style, resamples=self.resamples)
 
     def _pair(self, arm: str, against: str, of) -> Pair | None:
@@ -130,6 +130,7 @@ def numbers(results: Results) -> dict:
         "sample_seed": sample_seed(results),
         "base": _base_numbers(results),
         "arms": {arm: _arm_numbers(results, arm) for arm in experiment.arms},
+        "differences": _differences(results),
         "claims": [_claim_numbers(results, claim) for claim in experiment.claims],
         "missing": {str(job): reason for job, reason in results.missing.items()},
     }
@@ -148,8 +149,7 @@ def sample_seed(results: Results) -> int | None:
 
 
 def _arm_numbers(results: Results, arm: str) -> dict:
-    made, scales = ARMS[arm], results.plan.judging.guidance_scales
-    changes = {metric: _changes(results, metric, arm, scales) for metric in results.experiment.metrics}
+    made = ARMS[arm]
     return {
         "label": results.experiment.arms[arm],
         "preset": made.preset,
@@ -157,14 +157,26 @@ def _arm_numbers(results: Results, arm: str) -> dict:
         "start_from": made.start_from,
         "style": made.style,
         "runs": {str(seed): _run_numbers(results, Job(arm, seed)) for seed in results.seeds(arm)},
-        "changes": {metric: found for metric, found in changes.items() if found},
+        "changes": _changes(results, arm),
     }
 
 
-def _changes(results: Results, metric: str, arm: str, scales: Sequence[float]) -> dict[str, dict]:
-    """From the base model, by guidance scale and at each one's own best."""
-    found = {f"{scale:g}": results.change_at(metric, arm, scale) for scale in scales}
-    found["best"] = results.change(metric, arm, where="best")
+def _differences(results: Results) -> list[dict]:
+    """Between the arms that claims compare."""
+    pairs = dict.fromkeys((claim.arm, claim.against) for claim in results.experiment.claims if claim.against)
+    return [{"arm": arm, "against": against, "changes": _changes(results, arm, against)} for arm, against in pairs]
+
+
+def _changes(results: Results, arm: str, against: str = "") -> dict[str, dict[str, dict]]:
+    """From the base model or another arm, by metric, then guidance scale and "best"; none of what was not run."""
+    found = {metric: _change(results, metric, arm, against) for metric in results.experiment.metrics}
+    return {metric: changes for metric, changes in found.items() if changes}
+
+
+def _change(results: Results, metric: str, arm: str, against: str) -> dict[str, dict]:
+    scales = results.plan.judging.guidance_scales
+    found = {f"{scale:g}": results.change_at(metric, arm, scale, against) for scale in scales}
+    found["best"] = results.change(metric, arm, against, where="best")
     return {name: asdict(each.interval) for name, each in found.items() if each is not None}
 
 

@@ -89,7 +89,7 @@ class Trainer:
         self.iteration += 1
         phase_seconds = {f"seconds_{name}": value for name, value in iteration.phases.seconds().items()}
         seconds = time.perf_counter() - started
-        computed = time.process_time() - computing  # of all threads of this process; no neighbour slows it
+        computed = time.process_time() - computing  # of all threads; waiting for a core does not count
         speed = {"images_per_second": self.length.images / seconds, "seconds": seconds, "cpu_seconds": computed}
         self.clean.end()
         return {"iteration": number, **outcome.metrics, **statistics, **speed, **phase_seconds}

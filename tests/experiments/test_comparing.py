@@ -198,7 +198,11 @@ def test_the_page_says_what_the_numbers_say(made_up):
     row = next(line for line in text.splitlines() if compared in line)
     adjusted = 2 / 4001 * sum(len(experiment.claims) for experiment in EXPERIMENTS.values())
     assert f"| +0.400 [+0.400, +0.400] | {adjusted:.3f} | CPU 2×, drawn 1×, shown 1× | confirmed |" in row
+    differences = text.partition("## Differences between arms")[2].partition("\n## ")[0]
+    same = " | +0.400 [+0.400, +0.400]" * 4
+    assert f"| retrieval | Adv-GRPO less Flow-GRPO{same} |" in differences
     assert "Linux-test, 2 CPU cores" in text
+    assert "run hacking --seeds 0 1 2 --iterations 64 --prompts r --tuning-prompts t\n" in text
     costs = next(line for line in text.splitlines() if line.startswith("| Adv-GRPO | 3 |"))
     # 64 CPU seconds of 128 are the peak's, half way
     assert costs.endswith("| 128 | 2.00 | 0.300 | 0.900 | 0.900 (32, 32, 32) | 0.600 |")

@@ -57,7 +57,7 @@ def small(unit_config, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(
         tiny_judge.Judge, "features", lambda _, images, scenes: F.adaptive_avg_pool2d(images, 3).flatten(1)
     )
-    experiment_runs._witness.cache_clear()
+    experiment_runs._witness.cache_clear()  # and with it what it has seen of references
     shipped = {"held_out": tiny.WORLDS[WORLD].held_out_prompts, "report": tiny.other_prompts()[REPORT_PROMPTS]}
     shipped["tuning"] = tiny.other_prompts()[TUNING_PROMPTS]
     for name, file in shipped.items():
