@@ -110,7 +110,7 @@ def _flow_loss(
     pipe: StableDiffusion3Pipeline, batch: int, generator: torch.Generator, data: Latents, short_text: int
 ) -> torch.Tensor:
     long_text = torch.rand((), generator=generator) < LONG_TEXT_SHARE
-    latents, captions = data.sample(batch // 8 if long_text else batch, generator)
+    latents, captions = data.sample(max(1, batch // 8) if long_text else batch, generator)
     tokens = LONG_TEXT_TOKENS if long_text else short_text
     text, _, pooled, _ = pipe.encode_prompt(
         captions, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=tokens
