@@ -57,6 +57,7 @@ def small(unit_config, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(
         tiny_judge.Judge, "features", lambda _, images, scenes: F.adaptive_avg_pool2d(images, 3).flatten(1)
     )
+    monkeypatch.setitem(tiny.PREFERENCE_MODELS, WORLD, tiny.PREFERENCE_MODELS["tiny"])  # any will do
     experiment_runs._witness.cache_clear()  # and with it what it has seen of references
     shipped = {"held_out": tiny.WORLDS[WORLD].held_out_prompts, "report": tiny.other_prompts()[REPORT_PROMPTS]}
     shipped["tuning"] = tiny.other_prompts()[TUNING_PROMPTS]
@@ -70,7 +71,6 @@ def small(unit_config, tmp_path, monkeypatch) -> Path:
             name: value for name, value in plain["rollout"].items() if name != "initial_noise"
         },  # NFT has its own
         "adversary": {"updates_per_iteration": 1, "batch_size": 6, "replay_capacity": 16},
-        "rewards": {"pickscore": {"path": "tiny"}},
         "evaluation": {"images_per_prompt": 1, "during_images_per_prompt": 1, "num_steps": 2, "grid_prompts": 2},
         "output": {"checkpoint_every": 1},
     }
