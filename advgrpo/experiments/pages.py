@@ -73,8 +73,8 @@ def _evidence(name: str, found: dict) -> list[str]:
         "guidance where the tuning prompts find it best.",
         *_differences(EXPERIMENTS[name], found),
         "## Fronts",
-        f"Every model at guidance {_listed(found['guidance_scales'])}; thin lines are seeds. Up and to the left is "
-        "better.",
+        f"Every model at guidance {_listed(found['guidance_scales'])}; thin lines are seeds. Left is nearer "
+        "to the references; up is better, but for a distance.",
         f"![fronts]({name}-front.png)",
         "## While training",
         _costs(found),
