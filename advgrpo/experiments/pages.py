@@ -35,7 +35,7 @@ from advgrpo.intervals import Interval
 Known = Mapping[str, dict]  # results.json: experiment -> results.numbers
 
 _WORDS = {CONFIRMED: "confirmed", CONTRADICTED: "**contradicted**", UNDECIDED: "undecided"}
-_FORMS = {"kid": ".1f", "diversity": ".1%"}  # of a metric's changes; others have three decimals
+_FORMS = {"kid": ".1f", "diversity": ".1%", "pickscore": ".4f"}  # of a metric's changes; others have three decimals
 
 
 def judged(known: Known) -> dict[str, list[tuple[Claim, dict, Verdict]]]:
