@@ -278,7 +278,7 @@ def test_an_experiment_brings_the_arms_it_starts_from():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["run", "hack"], "experiment hack: want all, or some of hacking"),
+        (["run", "hack"], "experiment hack: want all, or some of dino, nft"),
         (["run", "all", "--shard", "2/2"], "--shard 2/2: want I/N"),
         (["run", "all", "--shard", "half"], "--shard half: want I/N"),
         (["report", "all", "--iterations", "0"], "--iterations 0"),
@@ -336,7 +336,7 @@ def test_the_note_on_references_counts_them_right():
     files = json.loads((tiny.WORLDS[WORLD].references / "references.json").read_text())
     assert {len(files[prompt]) for prompt in prompts} == {3}
     assert f"all ({3 * len(prompts):,})" == EXPERIMENTS["references"].arms["dino"]
-    said = re.findall(r"(\d+) means (\d+)(?: prompts)? with ([\d,]+)", EXPERIMENTS["references"].note)
+    said = re.findall(r"(\d+) means (\d+)(?: prompts)? with (\d[\d,]*\d)", EXPERIMENTS["references"].note)
     whole = {count: -(-count // 3) for count in (100, 200, 500, 1000)}
     assert said == [(str(count), str(prompts), f"{3 * prompts:,}") for count, prompts in whole.items()]
 
