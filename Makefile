@@ -72,7 +72,7 @@ ASSETS := advgrpo/tiny/assets
 tiny-assets: $(VENV)/.dev
 	$(BIN)/python -m tools.tiny.draw_sheets --output $(ASSETS)/drawings
 	$(BIN)/python -m tools.tiny.build_references --output $(ASSETS)
-	$(BIN)/python -m tools.tiny.build_styles --output $(ASSETS)/styles
+	$(BIN)/python -m tools.tiny.build_styles --output $(ASSETS)/styles --sheets $(ASSETS)/drawings
 	$(BIN)/python -m tools.tiny.build_pipeline --output build/tiny/vae
 	$(BIN)/python -m tools.tiny.build_pipeline --continue-from build/tiny/vae --steps 9000 --output build/tiny/drawings
 	$(BIN)/python -m tools.tiny.build_pipeline --continue-from build/tiny/drawings --steps 3000 --good-share 0.6 \

@@ -12,21 +12,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from advgrpo import config as configuration
-from advgrpo.data.prompts import load_prompts
-from advgrpo.data.references import ReferenceSet
-from advgrpo.data.sources import shipped_path
 from advgrpo.errors import UserError
 from advgrpo.evaluation.frontier import Difference, Front, Point, best_guidance, compare, kid
+from advgrpo.evaluation.judging import Prompts, TinyWitness, Witness, draw, point, refuse_shared
 from advgrpo.reporting.display import Display
 from advgrpo.reporting.plots import draw_front
 from advgrpo.runtime.atomic import write_atomically
@@ -64,76 +61,15 @@ class Frontier(ModelOptions):
     """Bootstrap resamples of seeds and prompts."""
 
 
-class Witness(Protocol):
-    """Who judges: nobody a reward, a backbone or a setting has seen."""
-
-    def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Verdicts [B], higher is better, and features [B, D] of images [B, 3, H, W] in [0, 1]."""
-        ...
-
-
-class TinyWitness:
-    """The tiny world's judge: is the nearest drawing of the prompt's name?"""
-
-    accuracy, distance = "retrieval", "KID x 1000 in EfficientNet-Lite0's features"
-
-    def __init__(self, cache: Path):
-        from advgrpo.tiny.judge import Judge
-
-        self._judge = Judge(cache=cache)
-
-    def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        from advgrpo.tiny.scenes import Scene
-
-        verdict = self._judge.look(images.cpu(), [Scene.parse(prompt) for prompt in prompts])
-        return verdict.top1.float(), verdict.features
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts with their references, as the witness sees them."""
-
-    texts: list[str]
-    references: torch.Tensor  # features [P, R, D]
-
-    @classmethod
-    def read(cls, name: str, witness: Witness) -> Prompts:
-        texts = [prompt.text for prompt in load_prompts(shipped_path("held_out_prompts", name))]
-        known = ReferenceSet.load(shipped_path("references", "tiny"), texts)
-        count = min(len(known.files(text)) for text in texts)
-        images = torch.cat([known.load_images(known.files(text)[:count]) for text in texts])
-        _, features = witness.look(images, [text for text in texts for _ in range(count)])
-        return cls(texts, features.unflatten(0, (len(texts), count)))
-
-
-@torch.no_grad()
-def point(evaluator: Evaluator, prompts: Prompts, witness: Witness, per_prompt: int, display: Display) -> Point:
-    """Draw every prompt and let the witness look."""
-    verdicts, features = [], []
-    at_once = max(1, evaluator.micro_batch // per_prompt)
-    with display.steps(f"drawing at guidance {evaluator.settings.guidance_scale:g}", len(prompts.texts)) as tell:
-        for start in range(0, len(prompts.texts), at_once):
-            numbers = range(start, min(start + at_once, len(prompts.texts)))
-            texts = [prompts.texts[number] for number in numbers for _ in range(per_prompt)]
-            images = evaluator.images(texts, torch.cat([evaluator.ids(number, per_prompt) for number in numbers]))
-            seen = witness.look(images, texts)
-            verdicts.append(seen[0])
-            features.append(seen[1])
-            tell(numbers.stop)
-    shape = (len(prompts.texts), per_prompt)
-    return Point.of(torch.cat(verdicts).view(shape), torch.cat(features).unflatten(0, shape), prompts.references)
-
-
 def fronts(
     evaluator: Evaluator, prompts: Mapping[str, Prompts], witness: Witness, options: Frontier, display: Display
 ) -> dict[str, dict[float, Point]]:
     """Every prompt list at every guidance scale."""
     found: dict[str, dict[float, Point]] = {name: {} for name in prompts}
     for scale in options.guidance_scales:
-        settings = evaluator.settings.model_copy(update={"guidance_scale": scale})
         for name, part in prompts.items():
-            at_scale = replace(evaluator, settings=settings)
-            found[name][scale] = point(at_scale, part, witness, options.images_per_prompt, display)
+            images = draw(evaluator, part.texts, scale, options.images_per_prompt, display)
+            found[name][scale] = point(images, part, witness)
     return found
 
 
@@ -212,11 +148,9 @@ def compare_models(options: Frontier, console: Console) -> Compared:
     folder = pipeline_folder(options.model, field="--model")
     settings = [settings_of(options, folder, lora, distributed.device, flag="--loras") for lora in options.loras]
     witness = TinyWitness(cache)
-    prompts = {name: Prompts.read(getattr(options, f"{field}prompts"), witness)
+    prompts = {name: Prompts.read(getattr(options, f"{field}prompts"), "tiny", witness)
                for name, field in (("tuning", "tuning_"), ("report", ""))}  # fmt: skip
-    shared = set(prompts["tuning"].texts) & set(prompts["report"].texts)
-    if shared:
-        raise UserError(f"--tuning-prompts shares {len(shared)} prompts with --prompts, first {min(shared)!r}")
+    refuse_shared(prompts["tuning"].texts, prompts["report"].texts)
     texts = [text for part in prompts.values() for text in part.texts]
     models, base = [], None
     for lora in settings:

@@ -101,6 +101,63 @@ def best_guidance(front: Front) -> float:
     return max(sorted(front), key=lambda scale: front[scale].accuracy.mean().item())
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """A statistic of the data, and of every resample of them."""
+
+    estimate: float
+    draws: torch.Tensor  # [B] float64; NaN where a resample is of one prompt alone and the statistic needs pairs
+
+    @property
+    def interval(self) -> Interval:
+        """The percentile interval, 95 %."""
+        low, high = torch.nanquantile(self.draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return Interval(self.estimate, low, high)
+
+    def share_below(self, level: float) -> float:
+        """One-sided p-value of "the statistic is above `level`": the share of resamples that are not, never 0."""
+        known = self.draws[~self.draws.isnan()]
+        return (1 + int((known <= level).sum())) / (1 + len(known))
+
+    def share_above(self, level: float) -> float:
+        """One-sided p-value of "the statistic is below `level`"."""
+        return Resampled(-self.estimate, -self.draws).share_below(-level)
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """How often every prompt [B, P] and every seed [B, S] counts in B resamples; float64.
+
+    Whatever is compared is resampled together: entry s of two lists of models must be of one training seed.
+    """
+
+    prompts: torch.Tensor
+    seeds: torch.Tensor
+
+    @classmethod
+    def draw(cls, prompts: int, seeds: int, *, resamples: int, seed: int) -> Resamples:
+        """The same for the same numbers, so that statistics of one comparison are of the same resamples."""
+        generator = rng.generator(seed, "frontier")
+        return cls(_counts(resamples, prompts, generator), _counts(resamples, seeds, generator))
+
+    def of(self, statistic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Resampled:
+        """`statistic` is [B] of prompts [B, P] and seeds [B, S]."""
+        once = torch.ones(1, self.prompts.shape[1]).double(), torch.ones(1, self.seeds.shape[1]).double()
+        return Resampled(statistic(*once).item(), statistic(self.prompts, self.seeds))
+
+    def mean(self, values: torch.Tensor) -> Resampled:
+        """Of values [S, P]."""
+        return self.of(lambda p, s: _mean(values, p, s))
+
+    def ratio(self, values: torch.Tensor, others: torch.Tensor) -> Resampled:
+        """The mean of values [S, P] in units of that of others [S, P]."""
+        return self.of(lambda p, s: _mean(values, p, s) / _mean(others, p, s))
+
+    def distance(self, kernels: torch.Tensor) -> Resampled:
+        """`kid` of kernel matrices [S, P, P], or of the differences of two."""
+        return self.of(lambda p, s: (kid(kernels, p).T * s).sum(1) / s.sum(1))
+
+
 def compare(
     models: Sequence[Point], base: Point, guidance: tuple[float, float], *, resamples: int = 4000, seed: int = 0
 ) -> Difference:
@@ -112,25 +169,13 @@ def compare(
     counts = {len(point.accuracy) for point in (*models, base)}
     if not models or len(counts) != 1:
         raise ValueError(f"want at least one model, all on the same prompts; got {len(models)} on {sorted(counts)}")
-    generator = rng.generator(seed, "frontier")
-    prompts = _counts(resamples, counts.pop(), generator)
-    seeds = _counts(resamples, len(models), generator)
-    accuracy = torch.stack([point.accuracy - base.accuracy for point in models])
+    drawn = Resamples.draw(counts.pop(), len(models), resamples=resamples, seed=seed)
     own = torch.stack([point.diversity for point in models])
-    kernels = torch.stack([point.kernel for point in models]) - base.kernel
-    once = torch.ones(1, prompts.shape[1]), torch.ones(1, len(models))
-
-    def interval(statistic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Interval:
-        spread = statistic(prompts, seeds)
-        # a resample of one prompt alone has no pairs of prompts, so no distance
-        low, high = torch.nanquantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return Interval(statistic(*once).item(), low, high)
-
     return Difference(
         guidance,
-        interval(lambda p, s: _mean(accuracy, p, s)),
-        interval(lambda p, s: (kid(kernels, p).T * s).sum(1) / s.sum(1)),
-        interval(lambda p, s: _mean(own, p, s) / _mean(base.diversity[None], p, torch.ones(len(p), 1))),
+        drawn.mean(torch.stack([point.accuracy - base.accuracy for point in models])).interval,
+        drawn.distance(torch.stack([point.kernel for point in models]) - base.kernel).interval,
+        drawn.ratio(own, base.diversity.expand_as(own)).interval,
     )
 
 
@@ -144,5 +189,5 @@ def _counts(resamples: int, count: int, generator: torch.Generator) -> torch.Ten
 
 def _mean(values: torch.Tensor, prompts: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     """[B] means of values [S, P] weighted by prompts [B, P] and seeds [B, S]."""
-    total = torch.einsum("bs,sp,bp->b", seeds.double(), values, prompts.double())
+    total = torch.einsum("bs,sp,bp->b", seeds.double(), values.double(), prompts.double())
     return total / (seeds.sum(1) * prompts.sum(1))

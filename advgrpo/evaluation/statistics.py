@@ -20,7 +20,7 @@ import torch
 from advgrpo.intervals import Interval, as_matrix, t_interval, t_quantile
 from advgrpo.runtime import rng
 
-__all__ = ["Comparison", "Interval", "bootstrap_mean", "paired_bootstrap", "t_interval", "t_quantile"]
+__all__ = ["Comparison", "Interval", "bootstrap_mean", "holm", "paired_bootstrap", "t_interval", "t_quantile"]
 
 _RESAMPLES_AT_ONCE = 2**22  # elements of an array of resampled clusters: 32 MB
 
@@ -87,6 +87,24 @@ def paired_bootstrap(
     wins = (difference > 0).double() + 0.5 * (difference == 0).double()
     settings = {"confidence": confidence, "resamples": resamples, "seed": seed}
     return Comparison(bootstrap_mean(difference, **settings), bootstrap_mean(wins, **settings))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being several (Holm, "A simple sequentially rejective multiple test procedure", 1979).
+
+    The k-th smallest of m is multiplied by m - k + 1, and none is below a smaller one's. Rejecting those of at most
+    alpha errs anywhere among the m with a probability of at most alpha, whatever the tests have to do with each other.
+
+    Raises:
+        ValueError: a p-value outside [0, 1].
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p-values {[p for p in p_values if not 0 <= p <= 1]}: want numbers from 0 to 1")
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[number]))
+        adjusted[number] = least
+    return adjusted
 
 
 def _clusters(scores: torch.Tensor | Sequence[float]) -> torch.Tensor:

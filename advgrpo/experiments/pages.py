@@ -1,108 +1,166 @@
-"""The experiments' Markdown. Nothing is computed here; what numbers alone would not say is the experiment's note."""
+"""The experiments' Markdown, from results.json alone. Nothing is compared here but p-values with each other (Holm), and
+costs and curves with those of the cheapest arm; what numbers would not say is the experiment's note."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
-from advgrpo.experiments.plan import ARMS, DISTANCES, EXPERIMENTS, METRIC_LABELS, Claim, Experiment, Job
-from advgrpo.experiments.results import Results
+from advgrpo.experiments.comparing import (
+    CONFIRMED,
+    CONTRADICTED,
+    LEVEL,
+    MIN_SEEDS,
+    UNDECIDED,
+    Evidence,
+    Verdict,
+    verdicts,
+)
+from advgrpo.experiments.plan import (
+    ARMS,
+    EXPERIMENTS,
+    GUIDANCE,
+    GUIDANCE_SCALES,
+    IMAGES_PER_PROMPT,
+    METRIC_LABELS,
+    REPORT_PROMPTS,
+    TUNING_PROMPTS,
+    Claim,
+    Experiment,
+)
+from advgrpo.intervals import Interval
 
-_VERDICTS = ("as expected", "contradicts", "undecided")
-_WORDS = {"as expected": "as expected", "contradicts": "**contradicts** the expectation", "undecided": "undecided"}
+Known = Mapping[str, dict]  # results.json: experiment -> results.numbers
+
+_WORDS = {CONFIRMED: "confirmed", CONTRADICTED: "**contradicted**", UNDECIDED: "undecided"}
+_FORMS = {"kid": ".1f", "diversity": ".1%", "pickscore": ".4f"}  # of a metric's changes; others have three decimals
 
 
-def page(results: Results, found: dict) -> str:
-    """One experiment's page."""
-    name, experiment = results.name, results.experiment
-    parts = [
-        heading(experiment, found),
-        "## Result",
-        _table(results),
-        _table_legend(results),
-        "## Expected and found",
-        _claims(results),
-        "Intervals are Student's t, 95 %, over seeds, of the paired change (same seed, prompts and noise). With "
-        f"{len(found['seeds'])} seeds they are wide: *undecided* means that the interval does not settle it, not that "
-        "nothing happened.",
-        "## Curves",
-        "Mean over seeds, range between them shaded. Points during training rest on 2 images per prompt, the first "
-        f"and last on {_images_per_prompt(results)}.",
-        f"![curves]({name}.png)",
-        "## Samples",
-        f"Report prompts, one noise for all models (seed {_sample_seed(results)}).",
-        f"![samples]({name}-samples.png)",
-        "## How it was made",
-        _how(results, found),
-    ]
-    if results.missing:
-        parts += ["## Missing", "\n".join(f"- {job}: {reason}" for job, reason in results.missing.items())]
+def judged(known: Known) -> dict[str, list[tuple[Claim, dict, Verdict]]]:
+    """Every claim of the plan with its entry and its verdict among all; an empty entry where it was not run."""
+    every = [(name, claim) for name, experiment in EXPERIMENTS.items() for claim in experiment.claims]
+    entries = [_entry(known.get(name, {}), claim) for name, claim in every]
+    found = verdicts([Evidence(**entry["evidence"]) if "evidence" in entry else None for entry in entries])
+    result: dict[str, list] = {name: [] for name in EXPERIMENTS}
+    for (name, claim), entry, verdict in zip(every, entries, found):
+        result[name].append((claim, entry, verdict))
+    return result
+
+
+def _entry(of_experiment: dict, claim: Claim) -> dict:
+    """What results.json has of a claim as it is in the plan today."""
+    own = asdict(claim)
+    return next((e for e in of_experiment.get("claims", []) if own.items() <= e.items()), {})
+
+
+def page(name: str, known: Known) -> str:
+    """One experiment's page, also where nothing of it was run."""
+    found, claims, experiment = known.get(name), judged(known)[name], EXPERIMENTS[name]
+    parts = [heading(experiment, found, claims), "## Expected and found", _claims(experiment, claims), _legend()]
+    if found is not None:
+        parts += _evidence(name, found)
     return "\n\n".join(parts) + "\n"
 
 
-def heading(experiment: Experiment, found: dict) -> str:
-    """The page's beginning, up to its tables: what was asked, what the paper says, and how the expectations fared."""
+def _evidence(name: str, found: dict) -> list[str]:
+    """What a page with numbers has below its claims."""
     parts = [
-        f"# {experiment.title}",
-        experiment.question,
-        f"**The paper.** {experiment.paper} (SD3.5-medium at full size: directions can be compared, figures cannot.)",
-        *([f"**Note.** {experiment.note}"] if experiment.note else []),
-        summary(found),
+        "## Changes from the base model",
+        _changes(EXPERIMENTS[name], found),
+        "Means over seeds and prompts, 95 % intervals over both (two-way bootstrap). *Own best*: every model at the "
+        "guidance where the tuning prompts find it best.",
+        *_differences(EXPERIMENTS[name], found),
+        "## Fronts",
+        f"Every model at guidance {_listed(found['guidance_scales'])}; thin lines are seeds. Left is nearer "
+        "to the references; up is better, but for a distance.",
+        f"![fronts]({name}-front.png)",
+        "## While training",
+        _costs(found),
+        "Held-out prompts, 2 pictures each; mean over seeds, range between them shaded.",
+        f"![curves]({name}.png)",
+        "## Samples",
+        _samples(found),
+        f"![samples]({name}-samples.png)",
+        "## How it was made",
+        _how(name, found),
     ]
-    return "\n\n".join(parts)
+    if found["missing"]:
+        parts += ["## Not run", "\n".join(f"- {job}: {reason}" for job, reason in found["missing"].items())]
+    return parts
 
 
-def summary(found: dict) -> str:
-    """A sentence that counts how the expectations fared."""
-    counts = Counter(claim["verdict"] for claim in found["claims"])
-    parts = [f"{counts[verdict]} {_WORDS[verdict]}" for verdict in _VERDICTS if counts[verdict]]
-    total = len(found["claims"])
-    return f"**Found.** Of {total} expectations: {', '.join(parts)} ({len(found['seeds'])} seeds)."
+def heading(experiment: Experiment, found: dict | None, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
+    """The page's beginning, up to its tables: what was asked, what the paper says, and how the claims fared."""
+    return "\n\n".join(
+        [
+            f"# {experiment.title}",
+            experiment.question,
+            f"**The paper.** {experiment.paper} (SD3.5-medium at full size: compare directions, not figures.)",
+            *([f"**Note.** {experiment.note}"] if experiment.note else []),
+            _summary(found, claims),
+            *_contradictions(experiment, claims),
+            *_not_run(experiment, found),
+        ]
+    )
 
 
-def _table(results: Results) -> str:
-    lines = ["| metric | arm | base | final | change [95 % interval] |", "|---|---|---|---|---|"]
-    for metric in results.experiment.metrics:
-        for arm in results.arms:
-            base, final = (results.mean(arm, metric, stage) for stage in ("base", "final"))
-            change = results.change(arm, metric)
-            label = results.experiment.arms[arm]
-            lines.append(f"| {METRIC_LABELS[metric]} | {label} | {base:.3f} | {final:.3f} | {change} |")
+def _summary(found: dict | None, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
+    """A sentence that counts how the claims fared."""
+    counts = Counter(verdict.word for _, _, verdict in claims)
+    parts = [f"{counts[word]} {_WORDS[word]}" for word in _WORDS if counts[word]]
+    untested = sum(verdict.p is None for _, _, verdict in claims)
+    note = f", {untested} of them not tested" if untested else ""
+    if found is None:
+        return f"**Found.** Nothing yet: none of the {len(claims)} claims below was tested."
+    seeds = len(found["seeds"])
+    made = f"{seeds} seed{'s' * (seeds != 1)} × {found['iterations']} iterations"
+    return f"**Found.** Of {len(claims)} claims: {', '.join(parts)}{note} ({made})."
+
+
+def _contradictions(experiment: Experiment, claims: Sequence[tuple[Claim, dict, Verdict]]) -> list[str]:
+    against = [(claim, entry) for claim, entry, verdict in claims if verdict.word == CONTRADICTED]
+    return [
+        f"**Contradicts what the paper leads to expect:** {expectation(experiment, claim)}. Found: "
+        f"{_interval(claim.metric, entry['found'], signed=claim.expected != 'reaches')}."
+        for claim, entry in against
+    ]
+
+
+def _not_run(experiment: Experiment, found: dict | None) -> list[str]:
+    made = set() if found is None else {name for name, arm in found["arms"].items() if arm["runs"]}
+    absent = [label for name, label in experiment.arms.items() if name not in made]
+    return [f"**Not run:** {', '.join(absent)}."] if absent else []
+
+
+def _legend() -> str:
+    total = sum(len(experiment.claims) for experiment in EXPERIMENTS.values())
+    return (
+        f"p is Holm's, over all {total} claims of the plan together; at most {LEVEL:g} is a verdict. Claims that were "
+        f"not run, or with fewer than {MIN_SEEDS} seeds, are not tested and count all the same. *Undecided* means that "
+        "the resamples do not settle it, not that nothing happened. *Cost*: CPU time, images drawn and references "
+        "shown, in units of the other arm's."
+    )
+
+
+def _claims(experiment: Experiment, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
+    lines = ["| expected | found [95 %] | p | cost | verdict |", "|---|---|---|---|---|"]
+    for claim, entry, verdict in claims:
+        signed = claim.expected != "reaches"
+        found = _interval(claim.metric, entry["found"], signed=signed) if "found" in entry else "not run"
+        p = "–" if verdict.p is None else f"{verdict.p:.3f}"
+        word = _WORDS[verdict.word]
+        lines.append(f"| {expectation(experiment, claim)} | {found} | {p} | {_cost_ratio(entry)} | {word} |")
     return "\n".join(lines)
 
 
-def _table_legend(results: Results) -> str:
-    levels: dict[str, list[str]] = {}
-    for arm in results.arms:
-        of_references = results.of_references(Job(arm, results.seeds(arm)[0]))
-        for metric, value in of_references.items():
-            if {metric, f"{metric}_distance"} & set(results.experiment.metrics):
-                levels.setdefault(metric, []).append(f"{value:.3f}")
-    parts = ["Means over seeds, on the report prompts."]
-    for metric, values in levels.items():
-        same = len(set(values)) == 1
-        given = (
-            values[0]
-            if same
-            else ", ".join(f"{v} ({results.experiment.arms[a]})" for a, v in zip(results.arms, values))
-        )
-        parts.append(f"The references' {METRIC_LABELS[metric]} is {given}.")
-    if set(DISTANCES) & set(results.experiment.metrics):
-        parts.append("A distance is that of the images' mean from the references' mean; smaller is closer.")
-    return " ".join(parts)
-
-
-def _claims(results: Results) -> str:
-    lines = ["| expected | found | |", "|---|---|---|"]
-    for claim in results.experiment.claims:
-        change = results.change(claim.arm, claim.metric, claim.against)
-        if change is None:
-            lines.append(f"| {_expectation(results, claim)} | no finished runs | undecided |")
-            continue
-        direction = change.direction
-        if claim.against:
-            direction = {"rises": "higher", "falls": "lower"}.get(direction, direction)
-        lines.append(f"| {_expectation(results, claim)} | {change}: {direction} | {_WORDS[change.verdict(claim)]} |")
-    return "\n".join(lines)
+def _cost_ratio(entry: dict) -> str:
+    """As "CPU 1.8×, drawn 1×, shown 0.5×"; against the base model, which costs nothing, a dash."""
+    names = {"cpu_seconds": "CPU", "images_drawn": "drawn", "references_shown": "shown"}
+    pairs = [(names[name], *values) for name, values in entry.get("compute", {}).items() if any(values)]
+    parts = [f"{name} {one / other:.2g}×" if other else f"{name} {one:.0f} against 0" for name, one, other in pairs]
+    return ", ".join(parts) or "–"
 
 
 _COMPARED = {
@@ -112,75 +170,233 @@ _COMPARED = {
     "does not rise": "is not higher than",
     "stays": "equals",
 }
+_ALONE = {**{word: word for word in _COMPARED}, "reaches": "is at least"}
 
 
-def _expectation(results: Results, claim: Claim) -> str:
-    labels = results.experiment.arms
-    margin = f" (within {claim.margin:g})" if claim.margin else ""
+def expectation(experiment: Experiment, claim: Claim) -> str:
+    """A claim as a sentence without its end."""
+    labels, where = experiment.arms, "" if claim.where == "equal" else ", each at its own best guidance"
+    form = ".0%" if claim.metric in ("diversity", "style_share") else "g"
+    margin = f" (within {claim.margin:{form}})" if claim.margin else ""
     subject = f"{labels[claim.arm]}: {METRIC_LABELS[claim.metric]}"
+    if claim.expected == "reaches":
+        return f"{subject} is at least {claim.margin:{form}}"
     if claim.against:
-        return f"{subject} {_COMPARED[claim.expected]} with {labels[claim.against]}{margin}"
-    return f"{subject} {claim.expected}{margin}"
+        return f"{subject} {_COMPARED[claim.expected]} with {labels[claim.against]}{margin}{where}"
+    return f"{subject} {_ALONE[claim.expected]}{margin}{where}"
 
 
-def _images_per_prompt(results: Results) -> int:
-    return next(iter(results.runs.values())).config.evaluation.images_per_prompt
+def _interval(metric: str, found: dict, *, signed: bool = True) -> str:
+    return Interval(**found).text(("+" if signed else "") + _FORMS.get(metric, ".3f"))
 
 
-def _sample_seed(results: Results) -> str:
-    seeds = [set(results.seeds(arm)) for arm in results.arms]
-    common = set.intersection(*seeds)
-    return str(min(common)) if common else "differs between arms"
+def _changes(experiment: Experiment, found: dict) -> str:
+    lines = _table_head("arm", found)
+    for metric in experiment.metrics:
+        lines += _base_row(metric, found)
+        for arm in found["arms"].values():
+            best = sorted({run["own_best"] for run in arm["runs"].values()})
+            lines.append(_change_row(metric, arm["label"], arm["changes"], found, f" (at {_listed(best)})"))
+    return "\n".join(lines)
 
 
-def _how(results: Results, found: dict) -> str:
-    seeds = " ".join(map(str, found["seeds"]))
-    options = f"--seeds {seeds} --iterations {found['iterations']}"
-    config = f" --config {results.plan.file.name}" if results.plan.file else ""
-    commands = f"```\npython -m advgrpo.experiments run {results.name} {options}{config}\n```"
-    arms = "\n".join(
-        f"- {label}: preset `{ARMS[arm].preset}`"
-        + (f" with `{ARMS[arm].overrides}`" if ARMS[arm].overrides else "")
-        + (f", started from the LoRA of `{ARMS[arm].start_from}`" if ARMS[arm].start_from else "")
-        for arm, label in results.experiment.arms.items()
+def _differences(experiment: Experiment, found: dict) -> list[str]:
+    """A section, where claims compare arms."""
+    if not found["differences"]:
+        return []
+    lines = _table_head("arms", found)
+    for metric in experiment.metrics:
+        for each in found["differences"]:
+            label = f"{experiment.arms[each['arm']]} less {experiment.arms[each['against']]}"
+            lines.append(_change_row(metric, label, each["changes"], found))
+    return ["## Differences between arms", "\n".join(lines)]
+
+
+def _table_head(who: str, found: dict) -> list[str]:
+    names = [f"guidance {g:g}" + (", as trained" if g == GUIDANCE else "") for g in found["guidance_scales"]]
+    return [f"| metric | {who} | {' | '.join([*names, 'own best'])} |", "|---|---|" + "---|" * (len(names) + 1)]
+
+
+def _change_row(metric: str, label: str, changes: dict, found: dict, after: str = "") -> str:
+    scales = [f"{scale:g}" for scale in found["guidance_scales"]]
+    cells = ["not run"] * (len(scales) + 1)
+    if metric in changes:
+        cells = [_interval(metric, changes[metric][scale]) for scale in (*scales, "best")]
+        cells[-1] += after
+    return f"| {METRIC_LABELS[metric]} | {label} | {' | '.join(cells)} |"
+
+
+def _base_row(metric: str, found: dict) -> list[str]:
+    """The base model's own values; of a share in a style, one row per style."""
+    base = found["base"]
+    if base is None:
+        return []
+    styles = sorted({arm["style"] for arm in found["arms"].values() if arm["style"]})
+    keys = {f"style:{style}": f"*base*, {style}" for style in styles} if metric == "style_share" else {metric: "*base*"}
+    return [f"| {METRIC_LABELS[metric]} | {label} | {_base_cells(key, base)} |" for key, label in keys.items()]
+
+
+def _base_cells(key: str, base: dict) -> str:
+    form = ".1f" if key == "kid" else ".3f"
+    best = next(point[key] for point in base["front"] if point["guidance"] == base["own_best"])
+    cells = [f"{point[key]:{form}}" for point in base["front"]]
+    return " | ".join([*cells, f"{best:{form}} (at {base['own_best']:g})"])
+
+
+def _costs(found: dict) -> str:
+    """What every arm took, and what it had at the cheapest one's CPU time, at its peak and at its end."""
+    made = {name: list(arm["runs"].values()) for name, arm in found["arms"].items() if arm["runs"]}
+    if not made:
+        return "No arm was run."
+    cheapest = min(_mean(run["cpu_seconds"] for run in runs) for runs in made.values())
+    head = (
+        "| arm | seeds | images drawn | references shown | CPU seconds | × the cheapest | held-out retrieval: start | "
+        f"at {cheapest:.0f} CPU seconds | peak (iteration) | end |"
     )
-    summaries = [run.summary for run in results.runs.values()]
-    machines = sorted({_machine(s["machine"]) for s in summaries})
-    versions = sorted({", ".join(f"{name} {v}" for name, v in s["versions"].items()) for s in summaries})
-    seconds = sum(s["training_seconds"] for s in summaries)
+    lines = [head, "|" + "---|" * 10]
+    for name, runs in made.items():
+        seconds = _mean(run["cpu_seconds"] for run in runs)
+        curves = [run["curve"] for run in runs]
+        peaks = [max(curve, key=lambda point: point["retrieval"]) for curve in curves]
+        cells = [
+            found["arms"][name]["label"],
+            str(len(runs)),
+            f"{_mean(run['images_drawn'] for run in runs):.0f}",
+            f"{_mean(run['references_shown'] for run in runs):.0f}",
+            f"{seconds:.0f}",
+            f"{seconds / cheapest:.2f}" if cheapest else "–",
+            f"{_mean(curve[0]['retrieval'] for curve in curves):.3f}",
+            f"{_mean(_reached(curve, cheapest) for curve in curves):.3f}",
+            f"{_mean(p['retrieval'] for p in peaks):.3f} ({_listed(p['iteration'] for p in peaks)})",
+            f"{_mean(curve[-1]['retrieval'] for curve in curves):.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    after = " A repair's costs come on top of those of the run that it starts from." if _starts(found) else ""
+    return "\n".join(lines) + "\n\nMeans over seeds. Between evaluations the curve is interpolated." + after
+
+
+def _starts(found: dict) -> bool:
+    return any(arm["start_from"] for arm in found["arms"].values())
+
+
+def _reached(curve: Sequence[Mapping[str, float]], seconds: float) -> float:
+    """Held-out retrieval at a CPU time, along a straight line between two evaluations."""
+    for before, after in itertools.pairwise(curve):
+        span = after["cpu_seconds"] - before["cpu_seconds"]
+        if after["cpu_seconds"] >= seconds and span > 0:
+            share = max(0.0, (seconds - before["cpu_seconds"]) / span)
+            return before["retrieval"] + share * (after["retrieval"] - before["retrieval"])
+    return curve[-1]["retrieval"]
+
+
+def _samples(found: dict) -> str:
+    seed = found["sample_seed"]
+    which = "arms of different seeds" if seed is None else f"one noise for all models (seed {seed})"
+    return f"Held-out prompts at guidance {GUIDANCE:g}, {which}."
+
+
+def _how(name: str, found: dict) -> str:
+    seeds = " ".join(map(str, found["seeds"]))
+    options = f"--seeds {seeds} --iterations {found['iterations']}{_other_options(found)}"
+    commands = f"```\npython -m advgrpo.experiments run {name} {options}\n```"
+    arms = "\n".join(
+        f"- {arm['label']}: preset `{arm['preset']}`"
+        + (f" with `{arm['overrides']}`" if arm["overrides"] else "")
+        + (f", started from the LoRA of `{arm['start_from']}`" if arm["start_from"] else "")
+        for arm in found["arms"].values()
+    )
+    runs = [run for arm in found["arms"].values() for run in arm["runs"].values()]
+    machines = sorted({_machine(run["machine"]) for run in runs})
+    versions = sorted({", ".join(f"{name} {v}" for name, v in run["versions"].items()) for run in runs})
+    minutes = sum(run["cpu_seconds"] for run in runs) / 60
     made = (
-        f"{len(summaries)} runs of {found['iterations']} iterations, {seconds / 60:.0f} minutes of training in total, "
-        f"finished {min(s['finished'] for s in summaries)[:10]}; {'; '.join(machines)}; {'; '.join(versions)}."
+        f"{len(runs)} runs of {found['iterations']} iterations, {minutes:.1f} CPU minutes of training in total, "
+        f"finished {min(run['finished'] for run in runs)[:10]}; judged on `{found['prompts']['report']}`, "
+        f"{found['images_per_prompt']} pictures a prompt; {'; '.join(machines)}; {'; '.join(versions)}."
     )
     return f"{commands}\n\n{arms}\n\n{made}"
+
+
+def _other_options(found: dict) -> str:
+    """Those that are not what they are by default."""
+    given = {
+        "--prompts": (found["prompts"]["report"], REPORT_PROMPTS),
+        "--tuning-prompts": (found["prompts"]["tuning"], TUNING_PROMPTS),
+        "--guidance-scales": (_spaced(found["guidance_scales"]), _spaced(GUIDANCE_SCALES)),
+        "--images-per-prompt": (str(found["images_per_prompt"]), str(IMAGES_PER_PROMPT)),
+        "--config": (found["laid_over"], ""),
+    }
+    return "".join(f" {flag} {value}" for flag, (value, plain) in given.items() if value != plain)
+
+
+def _spaced(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _machine(machine: dict) -> str:
     return f"{machine['platform']}, {machine['cpus']} CPU cores" + (f", {machine['gpu']}" if machine["gpu"] else "")
 
 
-def index(known: dict[str, dict]) -> str:
-    """README.md of the results: every experiment with how its expectations fared."""
+def _listed(values) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _mean(values) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def index(known: Known) -> str:
+    """README.md of the results: every claim of the plan with its verdict, and what was not run."""
+    every = judged(known)
+    counts = Counter(verdict.word for claims in every.values() for _, _, verdict in claims)
+    total = sum(counts.values())
     lines = [
         "# Results",
-        "The paper's comparisons in miniature, on the shipped tiny models: every number is a mean over seeds, on 48 "
-        "report prompts that no setting was chosen on. Pages are written by `python -m advgrpo.experiments "
-        "report`; their verdicts follow from the intervals. [results.json](results.json) has every number of "
-        "every run.",
-        "| experiment | as expected | contradicts | undecided | seeds × iterations |\n|---|---|---|---|---|\n"
-        + "\n".join(_index_row(name, found) for name, found in known.items()),
+        "The paper's comparisons in miniature, in the tiny world, judged by a network that is in no reward, on "
+        "prompts that nothing was chosen on. Pages are written by `python -m advgrpo.experiments pages` from "
+        "[results.json](results.json).",
+        f"Of {total} claims: {', '.join(f'{counts[word]} {_WORDS[word]}' for word in _WORDS)}. A claim has a verdict "
+        f"where its p-value, adjusted by Holm's method over all {total}, is at most {LEVEL:g}.",
+        "| experiment | seeds × iterations | confirmed | contradicted | undecided | of them not tested |\n"
+        "|---|---|---|---|---|---|\n" + "\n".join(_index_row(name, known, claims) for name, claims in every.items()),
+        "## Claims",
+        "| experiment | expected | found [95 %] | p | verdict |\n|---|---|---|---|---|\n"
+        + "\n".join(row for name, claims in every.items() for row in _verdict_rows(name, claims)),
     ]
-    notes = {name: EXPERIMENTS[name].note for name in known if EXPERIMENTS[name].note}
+    notes = {name: experiment.note for name, experiment in EXPERIMENTS.items() if experiment.note}
     if notes:
-        lines.append("Beside the counts:")
-        lines.append("\n".join(f"- [{EXPERIMENTS[name].title}]({name}.md): {note}" for name, note in notes.items()))
-    absent = [name for name in EXPERIMENTS if name not in known]
+        lines += ["Beside the verdicts:", "\n".join(f"- {_link(name)}: {note}" for name, note in notes.items())]
+    absent = not_run(known)
     if absent:
-        lines.append(f"Not made yet: {', '.join(absent)}.")
+        lines.append(f"**Not run:** {', '.join(absent)}.")
     return "\n\n".join(lines) + "\n"
 
 
-def _index_row(name: str, found: dict) -> str:
-    counts = Counter(claim["verdict"] for claim in found["claims"])
-    cells = " | ".join(str(counts[verdict]) for verdict in _VERDICTS)
-    return f"| [{found['title']}]({name}.md) | {cells} | {len(found['seeds'])} × {found['iterations']} |"
+def not_run(known: Known) -> list[str]:
+    """Arms of the plan without a single run."""
+    made = {name for found in known.values() for name, arm in found["arms"].items() if arm["runs"]}
+    return [arm for arm in ARMS if arm not in made]
+
+
+def _link(name: str) -> str:
+    return f"[{EXPERIMENTS[name].title}]({name}.md)"
+
+
+def _index_row(name: str, known: Known, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
+    counts = Counter(verdict.word for _, _, verdict in claims)
+    cells = [str(counts[word]) for word in _WORDS] + [str(sum(verdict.p is None for _, _, verdict in claims))]
+    made = f"{len(known[name]['seeds'])} × {known[name]['iterations']}" if name in known else "not run"
+    return f"| {_link(name)} | {made} | {' | '.join(cells)} |"
+
+
+def _verdict_rows(name: str, claims: Sequence[tuple[Claim, dict, Verdict]]) -> list[str]:
+    experiment, rows = EXPERIMENTS[name], []
+    for claim, entry, verdict in claims:
+        signed = claim.expected != "reaches"
+        found = _interval(claim.metric, entry["found"], signed=signed) if "found" in entry else "not run"
+        p = "–" if verdict.p is None else f"{verdict.p:.3f}"
+        rows.append(
+            f"| [{name}]({name}.md) | {expectation(experiment, claim)} | {found} | {p} | {_WORDS[verdict.word]} |"
+        )
+    return rows

@@ -1,7 +1,8 @@
 """The experiments as data: which runs are made, what is compared, and what the paper (arXiv 2511.20256) reports.
 
 An arm is one way of training, a preset with a few changes; every (arm, seed) is one ordinary run, and experiments share
-arms. All are evaluated on prompts that no setting was chosen on (`data.held_out_prompts: tiny:report`).
+arms. While they train, all are evaluated on the world's held-out prompts. When they have trained, the independent judge
+looks at pictures of the report prompts, on which nothing was chosen, at several guidance scales (judging.py).
 """
 
 from __future__ import annotations
@@ -15,21 +16,27 @@ from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.errors import UserError
 
-REFERENCE_METRICS = ("saturation", "edge_density")  # what is a good value is what the references have
-METRICS = ("dino_similarity", "rule_accuracy", "pickscore", *REFERENCE_METRICS)
-DISTANCES = {f"{name}_distance": name for name in REFERENCE_METRICS}
-METRIC_LABELS = {
-    "dino_similarity": "DINO similarity",
-    "rule_accuracy": "rule-judge accuracy",
-    "pickscore": "preference reward",
-    "saturation": "saturation",
-    "edge_density": "edge density",
-    "saturation_distance": "saturation, distance from the references'",
-    "edge_density_distance": "edge density, distance from the references'",
-}
-_EVALUATIONS = 4  # per run, beside those before and after training
+# The only place where the world and its presets are named.
+WORLD, PRESET = "tiny", "tiny"
 
-Expected = Literal["rises", "falls", "does not fall", "does not rise", "stays"]
+REPORT_PROMPTS, TUNING_PROMPTS = f"{WORLD}:report", f"{WORLD}:tuning"
+GUIDANCE = 2.0  # at which the preset draws and evaluates; what "at equal guidance" means in a claim
+GUIDANCE_SCALES, IMAGES_PER_PROMPT = (1.0, 2.0, 3.0), 2  # what the judge sees where nothing else is asked for
+_EVALUATIONS = 8  # per run, beside those before and after training
+_CURVE_METRICS = ("retrieval", "dino_similarity")  # of the held-out prompts, while a run trains
+
+Metric = Literal["retrieval", "kid", "diversity", "saturation_distance", "pickscore", "style_share"]
+METRIC_LABELS: dict[str, str] = {
+    "retrieval": "retrieval",
+    "kid": "KID × 1000",
+    "diversity": "diversity",
+    "saturation_distance": "saturation, distance from the references'",
+    "pickscore": "preference reward",
+    "style_share": "share in the artist's style",
+    "dino_similarity": "DINO similarity",
+}
+Expected = Literal["rises", "falls", "does not fall", "does not rise", "stays", "reaches"]
+Where = Literal["equal", "best"]
 
 
 @dataclass(frozen=True)
@@ -39,20 +46,24 @@ class Arm:
     preset: str
     overrides: dict[str, Any] = field(default_factory=dict)
     start_from: str = ""  # the arm whose LoRA, of the same seed, this one starts from
+    style: str = ""  # whose artist it is to draw like
+    trains: bool = True  # False: the base model, which is only judged
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper leads to expect of one arm's change from its start, or of its difference from another arm.
+    """What the paper leads to expect of an arm against the base model, or against another arm of the same seed.
 
-    `margin` is how far "does not fall", "does not rise" and "stays" may move: absence of a change is never exact.
+    `margin` is how far "does not fall", "does not rise" and "stays" may move, since absence of a change is never exact,
+    and for "reaches" the level itself, whatever the base model has.
     """
 
     arm: str
-    metric: str
+    metric: Metric
     expected: Expected
-    against: str = ""  # compare final values with this arm's, instead of with the base model's
+    against: str = ""  # the arm that it is compared with; "": the base model
     margin: float = 0.0
+    where: Where = "equal"  # both at GUIDANCE, or each at its own best, which the tuning prompts choose
 
 
 @dataclass(frozen=True)
@@ -61,106 +72,99 @@ class Experiment:
     question: str
     paper: str
     arms: dict[str, str]  # arm -> label in tables and figures
-    metrics: tuple[str, ...]
+    metrics: tuple[Metric, ...]
     claims: tuple[Claim, ...]
     note: str = ""  # what a reader of the counts must know; stands on the page and in the index
+    base: str = "base"  # of BASES
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run."""
+    """One training run and what the judge sees of it, or what the judge sees of the base model."""
 
     arm: str
-    seed: int
+    seed: int = 0
+
+    @property
+    def made(self) -> Arm:
+        return ARMS[self.arm] if self.arm in ARMS else BASES[self.arm]
 
     def folder(self, work: Path) -> Path:
-        return work / self.arm / f"seed-{self.seed}"
+        return work / self.arm / f"seed-{self.seed}" if self.made.trains else work / self.arm
 
     @property
     def origin(self) -> Job | None:
         """The run whose LoRA this one starts from."""
-        return Job(ARMS[self.arm].start_from, self.seed) if ARMS[self.arm].start_from else None
+        return Job(self.made.start_from, self.seed) if self.made.start_from else None
 
     def __str__(self) -> str:
-        return f"{self.arm}, seed {self.seed}"
+        return f"{self.arm}, seed {self.seed}" if self.made.trains else self.arm
 
+
+_DINO_SEES = {"backbone": WORLD, "backbone_image_size": 48}  # where no adversary brings a DINO
+_PREFERENCE = {
+    "adversary": {"kind": "none", "warmup_iterations": 0},
+    "rewards": {"pickscore": {"weight": 1.0, "path": WORLD}},
+}
+_ADV_PREFERENCE = {
+    "adversary": {"kind": "pickscore", "learning_rate": 1.0e-4},  # of the model's own last layers
+    "rewards": {"pickscore": {"weight": 0.0, "path": WORLD}},
+}
+_HACKED = {"rewards": {"pickscore": {"weight": 0.0, "path": WORLD}}}  # it is still measured
+_COUNTS = (100, 200, 500, 1000)
 
 ARMS = {
-    "flow-pickscore": Arm("tiny-flow-grpo-pickscore"),
-    "flow-pickscore-kl-low": Arm("tiny-flow-grpo-pickscore-kl", {"update": {"kl_weight": 0.04}}),
-    "flow-pickscore-kl-high": Arm("tiny-flow-grpo-pickscore-kl", {"update": {"kl_weight": 0.4}}),
-    "adv-pickscore": Arm("tiny-adv-pickscore"),
-    "dino": Arm("tiny"),
-    "sft": Arm("tiny-sft"),
-    "references-100": Arm("tiny", {"data": {"reference_count": 100}}),
-    "references-200": Arm("tiny", {"data": {"reference_count": 200}}),
-    "references-500": Arm("tiny", {"data": {"reference_count": 500}}),
-    "style-outline": Arm("tiny-style-outline"),
-    "style-hatched": Arm("tiny-style-hatched"),
-    "style-pastel": Arm("tiny-style-pastel"),
-    "style-outline-kl": Arm("tiny-style-outline", {"update": {"kl_weight": 0.1}}),
-    "style-hatched-kl": Arm("tiny-style-hatched", {"update": {"kl_weight": 0.1}}),
-    "style-pastel-kl": Arm("tiny-style-pastel", {"update": {"kl_weight": 0.4}}),
-    "repair": Arm("tiny-repair", start_from="flow-pickscore"),
+    "dino": Arm(PRESET),
+    "eq7": Arm(PRESET, {"adversary": {"schedule": "when_fooled", "fooled_margin": 0.0}}),
+    "nft": Arm(PRESET, {"rollout": {"initial_noise": "per_image"}, "update": {"objective": "nft"}}),
+    "sft": Arm(PRESET, {"update": {"objective": "sft"}}),
+    **{f"references-{count}": Arm(PRESET, {"data": {"reference_count": count}}) for count in _COUNTS},
+    "flow": Arm(PRESET, _PREFERENCE),
+    "flow-kl-low": Arm(PRESET, {**_PREFERENCE, "update": {"kl_weight": 0.04}}),
+    "flow-kl-high": Arm(PRESET, {**_PREFERENCE, "update": {"kl_weight": 0.4}}),
+    "adv-preference": Arm(PRESET, _ADV_PREFERENCE),
+    "repair": Arm(PRESET, _HACKED, start_from="flow"),
+    "style-ink": Arm(f"{PRESET}-style-ink", style="ink"),
+    "style-ink-kl": Arm(f"{PRESET}-style-ink", {"update": {"kl_weight": 0.1}}, style="ink"),
+    "style-outline": Arm(f"{PRESET}-style-outline", style="outline"),
+    "style-outline-kl": Arm(f"{PRESET}-style-outline", {"update": {"kl_weight": 0.1}}, style="outline"),
+}
+BASES = {
+    "base": Arm(PRESET, trains=False),
+    "base-preference": Arm(PRESET, _HACKED, trains=False),
 }
 
-_INDEPENDENT = ("rule_accuracy", "dino_similarity", "pickscore", "saturation_distance", "edge_density_distance")
+_INDEPENDENT: tuple[Metric, ...] = ("retrieval", "kid", "diversity")
+_HACKING: tuple[Metric, ...] = ("pickscore", "retrieval", "kid", "diversity", "saturation_distance")
 
 EXPERIMENTS = {
-    "hacking": Experiment(
-        title="Reward hacking: Flow-GRPO against Adv-GRPO on the same preference reward",
-        question="The tiny preference model over-rates saturated colours. Flow-GRPO maximises it as it is; Adv-GRPO "
-        "starts from the same model, whose last layers keep learning to tell references from generations.",
-        paper="PickScore 21.70 (SD3) → 22.82 (Flow-GRPO) and 22.78 (Adv-GRPO): about the same reward, but people "
-        "prefer the quality of Adv-GRPO's images in 70.0 % of comparisons.",
-        note="The preference model ranks the reference above the base model's image in about half of the report "
-        "prompts' pairs (53 %), and with seeds 0 to 2 its reward hardly moves. So what is called hacked here rests on "
-        "the falls of the judge and of DINO similarity; the samples show no over-saturation.",
-        arms={"flow-pickscore": "Flow-GRPO", "adv-pickscore": "Adv-GRPO"},
-        metrics=("pickscore", "saturation", "saturation_distance", "rule_accuracy", "dino_similarity"),
-        claims=(
-            Claim("flow-pickscore", "pickscore", "rises"),
-            Claim("flow-pickscore", "saturation_distance", "rises"),
-            Claim("flow-pickscore", "rule_accuracy", "falls"),
-            Claim("flow-pickscore", "dino_similarity", "falls"),
-            Claim("adv-pickscore", "pickscore", "rises"),
-            Claim("adv-pickscore", "saturation_distance", "does not rise", margin=0.01),
-            Claim("adv-pickscore", "saturation_distance", "falls", against="flow-pickscore"),
-            Claim("adv-pickscore", "rule_accuracy", "rises", against="flow-pickscore"),
-            Claim("adv-pickscore", "dino_similarity", "rises", against="flow-pickscore"),
-        ),
-    ),
     "dino": Experiment(
-        title="The DINO reward and independent metrics",
-        question="A head on frozen DINOv2 features is the only reward; none of these metrics is.",
+        title="The DINO reward and a judge that is in no reward",
+        question="A head on frozen DINOv2 features is the only reward. The default trains the head in every iteration; "
+        "eq. 7 as published trains it only when the generator fools it (margin 0).",
         paper="The DINO reward raises PickScore 21.70 → 21.90, OCR accuracy .58 → .69, and reaches GenEval .69.",
-        arms={"dino": "Adv-GRPO, DINO"},
+        arms={"dino": "default", "eq7": "eq. 7 as published"},
         metrics=_INDEPENDENT,
         claims=(
-            Claim("dino", "rule_accuracy", "rises"),
-            Claim("dino", "dino_similarity", "rises"),
-            Claim("dino", "pickscore", "rises"),
-            Claim("dino", "saturation_distance", "falls"),
-            Claim("dino", "edge_density_distance", "falls"),
+            Claim("dino", "retrieval", "rises"),
+            Claim("dino", "retrieval", "rises", where="best"),
+            Claim("dino", "kid", "falls"),
+            Claim("dino", "diversity", "does not fall", margin=0.1),
+            Claim("eq7", "retrieval", "rises"),
+            Claim("eq7", "kid", "falls"),
+            Claim("eq7", "retrieval", "does not fall", against="dino", margin=0.03),
         ),
     ),
-    "kl": Experiment(
-        title="KL trades hacking for progress",
-        question="Flow-GRPO on the fixed preference reward with a growing weight β of the KL to the base model.",
-        paper="Flow-GRPO with KL reaches PickScore 21.84 and OCR accuracy .80, against 22.82 and .91 without: less "
-        "hacking and less progress.",
-        arms={
-            "flow-pickscore": "β = 0",
-            "flow-pickscore-kl-low": "β = 0.04",
-            "flow-pickscore-kl-high": "β = 0.4",
-        },
-        metrics=("pickscore", "saturation_distance", "rule_accuracy", "dino_similarity"),
+    "nft": Experiment(
+        title="DiffusionNFT on the same adversary",
+        question="The reward is the default's; the generator learns from its own images noised again, without "
+        "likelihoods (arXiv 2509.16117).",
+        paper="The paper has no such arm; DiffusionNFT's own reports more reward per image than Flow-GRPO.",
+        arms={"nft": "DiffusionNFT", "dino": "policy gradient"},
+        metrics=_INDEPENDENT,
         claims=(
-            Claim("flow-pickscore-kl-low", "pickscore", "falls", against="flow-pickscore"),
-            Claim("flow-pickscore-kl-low", "saturation_distance", "falls", against="flow-pickscore"),
-            Claim("flow-pickscore-kl-high", "pickscore", "falls", against="flow-pickscore"),
-            Claim("flow-pickscore-kl-high", "saturation_distance", "falls", against="flow-pickscore"),
-            Claim("flow-pickscore-kl-high", "pickscore", "falls", against="flow-pickscore-kl-low"),
+            Claim("nft", "retrieval", "rises"),
+            Claim("nft", "retrieval", "does not fall", against="dino", margin=0.03),
         ),
     ),
     "sft": Experiment(
@@ -170,76 +174,98 @@ EXPERIMENTS = {
         arms={"sft": "SFT", "dino": "Adv-GRPO, DINO"},
         metrics=_INDEPENDENT,
         claims=(
-            Claim("dino", "rule_accuracy", "rises", against="sft"),
-            Claim("dino", "dino_similarity", "rises", against="sft"),
-            Claim("dino", "pickscore", "rises", against="sft"),
+            Claim("dino", "retrieval", "rises", against="sft"),
+            Claim("dino", "retrieval", "rises", against="sft", where="best"),
+            Claim("dino", "kid", "falls", against="sft"),
         ),
     ),
     "references": Experiment(
         title="How many reference images the DINO reward needs",
-        question="Training with 100, 200, 500 or all 768 reference images.",
+        question="Training with 100, 200, 500, 1000 or all 1,152 reference images.",
         paper="DINO similarity by number of references: 200 → .621, 500 → .618, 1000 → .619, all → .621 (base .592): a "
         "few hundred do.",
-        note="The tiny world has 96 training prompts with 8 references each, so 1000 is not available and 768 is all. "
-        "Prompts are taken whole, in an order that the seed draws: 100 means 13 prompts with 104 images, 200 means "
-        "25 with 200, 500 means 63 with 504. Fewer references are therefore fewer training prompts, too.",
-        arms={
-            "references-100": "100",
-            "references-200": "200",
-            "references-500": "500",
-            "dino": "all (768)",
-        },
-        metrics=("dino_similarity", "rule_accuracy"),
+        note="There are 384 training prompts with 3 references each. Prompts are taken whole, in an order that the "
+        "seed draws: 100 means 34 prompts with 102 images, 200 means 67 with 201, 500 means 167 with 501, 1000 means "
+        "334 with 1,002. Fewer references are therefore fewer training prompts, too.",
+        arms={**{f"references-{count}": str(count) for count in _COUNTS}, "dino": "all (1,152)"},
+        metrics=_INDEPENDENT,
         claims=(
-            *(Claim(f"references-{count}", "dino_similarity", "rises") for count in (100, 200, 500)),
-            Claim("dino", "dino_similarity", "rises"),
-            *(
-                Claim(f"references-{count}", "dino_similarity", "stays", against="dino", margin=0.01)
-                for count in (100, 200, 500)
-            ),
+            *(Claim(f"references-{count}", "retrieval", "rises") for count in _COUNTS),
+            *(Claim(f"references-{count}", "retrieval", "stays", against="dino", margin=0.03) for count in _COUNTS),
         ),
     ),
-    "style": Experiment(
-        title="Style transfer from images without prompts",
-        question="300 drawings in one style, without prompts, are the references of every prompt. DINO similarity "
-        "is to that set; the rule-based judge reads shape and colour as everywhere else. Nothing in such a run reads "
-        "the prompt, so a KL to the base model is tried as what keeps the content.",
-        paper="Shown by examples; there is no figure to compare with.",
-        note="Style transfer was **not reproduced** with seeds 0 to 2, whatever the counts say: similarities rise, but "
-        "in the samples outline is filled, hatched has no hatching and pastel has lost its shapes. The judge was made "
-        "for filled shapes on plain backgrounds, so an image can be in the style, as asked, and fail it.",
-        arms={
-            "style-outline": "outline",
-            "style-outline-kl": "outline, β = 0.1",
-            "style-hatched": "hatched",
-            "style-hatched-kl": "hatched, β = 0.1",
-            "style-pastel": "pastel",
-            "style-pastel-kl": "pastel, β = 0.4",
-        },
-        metrics=("dino_similarity", "rule_accuracy", "saturation", "edge_density"),
-        claims=tuple(
-            claim
-            for style in ("outline", "hatched", "pastel")
-            for arm in (f"style-{style}", f"style-{style}-kl")
-            for claim in (
-                Claim(arm, "dino_similarity", "rises"),
-                Claim(arm, "rule_accuracy", "does not fall", margin=0.05),
-            )
+    "hacking": Experiment(
+        title="Reward hacking: Flow-GRPO against Adv-GRPO on the same preference model",
+        question="Flow-GRPO maximises a fixed preference model; Adv-GRPO starts from the same model, whose last layers "
+        "keep learning to tell references from generations.",
+        paper="PickScore 21.70 (SD3) → 22.82 (Flow-GRPO) and 22.78 (Adv-GRPO): about the same reward, but people "
+        "prefer the quality of Adv-GRPO's images in 70.0 % of comparisons.",
+        arms={"flow": "Flow-GRPO", "adv-preference": "Adv-GRPO"},
+        metrics=_HACKING,
+        base="base-preference",
+        claims=(
+            Claim("flow", "pickscore", "rises"),
+            Claim("flow", "saturation_distance", "rises"),
+            Claim("flow", "retrieval", "falls"),
+            Claim("flow", "kid", "rises"),
+            Claim("adv-preference", "pickscore", "rises"),
+            Claim("adv-preference", "saturation_distance", "does not rise", margin=0.01),
+            Claim("adv-preference", "retrieval", "rises", against="flow"),
+            Claim("adv-preference", "kid", "falls", against="flow"),
+        ),
+    ),
+    "kl": Experiment(
+        title="KL trades hacking for progress",
+        question="Flow-GRPO on the fixed preference model with a growing weight β of the KL to the base model.",
+        paper="Flow-GRPO with KL reaches PickScore 21.84 and OCR accuracy .80, against 22.82 and .91 without: less "
+        "hacking and less progress.",
+        arms={"flow": "β = 0", "flow-kl-low": "β = 0.04", "flow-kl-high": "β = 0.4"},
+        metrics=_HACKING,
+        base="base-preference",
+        claims=(
+            Claim("flow-kl-low", "pickscore", "falls", against="flow"),
+            Claim("flow-kl-low", "retrieval", "rises", against="flow"),
+            Claim("flow-kl-high", "pickscore", "falls", against="flow"),
+            Claim("flow-kl-high", "retrieval", "rises", against="flow"),
+            Claim("flow-kl-high", "pickscore", "falls", against="flow-kl-low"),
         ),
     ),
     "repair": Experiment(
         title="Repair of a hacked LoRA",
-        question="Flow-GRPO's hacked LoRA of the same seed is the start; the DINO reward trains it towards the "
-        "references.",
+        question="Flow-GRPO's LoRA of the same seed is the start; the DINO reward trains it towards the references.",
         paper="There is no figure to compare with; expected is the way back towards the references.",
-        arms={"flow-pickscore": "hacked", "repair": "repaired"},
-        metrics=("rule_accuracy", "dino_similarity", "pickscore", "saturation", "saturation_distance"),
+        arms={"flow": "hacked", "repair": "repaired"},
+        metrics=_HACKING,
+        base="base-preference",
         claims=(
-            Claim("repair", "saturation_distance", "falls", against="flow-pickscore"),
-            Claim("repair", "rule_accuracy", "rises", against="flow-pickscore"),
-            Claim("repair", "dino_similarity", "rises", against="flow-pickscore"),
-            Claim("repair", "rule_accuracy", "does not fall", margin=0.05),
-            Claim("repair", "dino_similarity", "does not fall", margin=0.01),
+            Claim("repair", "retrieval", "rises", against="flow"),
+            Claim("repair", "kid", "falls", against="flow"),
+            Claim("repair", "saturation_distance", "falls", against="flow"),
+            Claim("repair", "retrieval", "does not fall", margin=0.03),
+        ),
+    ),
+    "style": Experiment(
+        title="Style transfer from images without prompts",
+        question="300 drawings by one artist, without prompts, are the references of every prompt. Is the drawing "
+        "nearest to a picture, of anything by any of seven artists, that artist's? And is the thing still found? "
+        "Nothing in such a run reads the prompt, so a KL to the base model is tried as what keeps the content.",
+        paper="Shown by examples; there is no figure to compare with.",
+        note="The retrieval judge's gallery holds no drawing by the two artists, so a picture can be in the style, as "
+        "asked, and be found less. The artist of outline drew 44 of the 64 things.",
+        arms={
+            "style-ink": "ink",
+            "style-ink-kl": "ink, β = 0.1",
+            "style-outline": "outline",
+            "style-outline-kl": "outline, β = 0.1",
+        },
+        metrics=("style_share", "retrieval", "diversity"),
+        claims=tuple(
+            claim
+            for arm in ("style-ink", "style-ink-kl", "style-outline", "style-outline-kl")
+            for claim in (
+                Claim(arm, "style_share", "reaches", margin=0.8),
+                Claim(arm, "retrieval", "does not fall", margin=0.03),
+            )
         ),
     ),
 }
@@ -254,13 +280,15 @@ def select(names: Sequence[str]) -> list[str]:
 
 
 def chains(names: Sequence[str], seeds: Sequence[int]) -> list[list[Job]]:
-    """Every run of the experiments, once. A chain is a run followed by those that start from it; chains are
-    independent of each other."""
+    """All that the experiments need, once: the base models, which are only judged, then every run. A chain is a run
+    followed by those that start from it; chains are independent of each other."""
+    bases = dict.fromkeys(EXPERIMENTS[name].base for name in names)
     arms = {arm for name in names for arm in EXPERIMENTS[name].arms}
     arms |= {ARMS[arm].start_from for arm in arms} - {""}
     roots = [arm for arm in ARMS if arm in arms and not ARMS[arm].start_from]
     followers = {root: [arm for arm in ARMS if arm in arms and ARMS[arm].start_from == root] for root in roots}
-    return [[Job(arm, seed) for arm in (root, *followers[root])] for seed in dict.fromkeys(seeds) for root in roots]
+    runs = [[Job(arm, seed) for arm in (root, *followers[root])] for seed in dict.fromkeys(seeds) for root in roots]
+    return [[Job(base)] for base in bases] + runs
 
 
 def take_shard(every: list[list[Job]], shard: str) -> list[list[Job]]:
@@ -273,16 +301,16 @@ def take_shard(every: list[list[Job]], shard: str) -> list[list[Job]]:
 
 def settings(job: Job, work: Path, iterations: int, file: Path | None = None) -> Config:
     """The run's configuration: preset, what all arms share, the arm's own changes, then the file's."""
-    arm = ARMS[job.arm]
+    arm = job.made
+    metrics = [*_CURVE_METRICS, *(["pickscore"] if "rewards" in arm.overrides else [])]
     common = {
-        "data": {"held_out_prompts": "tiny:report"},
-        "rewards": {"pickscore": {"path": "tiny"}},
         "evaluation": {
             "every": max(1, iterations // _EVALUATIONS),
+            "images_per_prompt": 2,  # the ends of a curve rest on as many pictures as its middle
             "during_images_per_prompt": 2,
-            "backbone": "tiny",
-            "backbone_image_size": 32,
-            "metrics": list(METRICS),
+            "guidance_scale": GUIDANCE,
+            "metrics": metrics,
+            **_DINO_SEES,
         },
         "output": {"tensorboard": False},
     }

@@ -1,4 +1,4 @@
-"""Pages, figures and results.json of the experiments, from the runs that are there."""
+"""Pages, figures and results.json of the experiments, from the runs that are there; pages again from the numbers."""
 
 from __future__ import annotations
 
@@ -9,52 +9,67 @@ from pathlib import Path
 import torch
 
 from advgrpo.data.sources import Sources
-from advgrpo.experiments.figures import draw_comparison
+from advgrpo.errors import UserError
+from advgrpo.experiments.figures import draw_curves, draw_fronts
 from advgrpo.experiments.pages import index, page
-from advgrpo.experiments.plan import EXPERIMENTS, METRIC_LABELS, Experiment, Job
-from advgrpo.experiments.results import Results, numbers
+from advgrpo.experiments.plan import EXPERIMENTS, Experiment, Job
+from advgrpo.experiments.results import RESAMPLES, Results, numbers, sample_seed
 from advgrpo.experiments.runs import Plan
 from advgrpo.reporting.plots import draw_grid
 from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.reading import parse_json, read_text
+
+NUMBERS = "results.json"
 
 
-def write_report(names: Sequence[str], plan: Plan, seeds: Sequence[int], output: Path) -> dict[Job, str]:
-    """Write NAME.md, NAME.png and NAME-samples.png per experiment, README.md and results.json.
+def write_report(
+    names: Sequence[str], plan: Plan, seeds: Sequence[int], output: Path, resamples: int = RESAMPLES
+) -> dict[Job, str]:
+    """Write results.json and NAME-samples.png per experiment, then `write_pages`.
 
-    Entries of experiments that are not named stay in results.json and in the index. An experiment without any finished
-    run has no page.
+    Entries of experiments that are not named stay as they are. An experiment without any finished run has no entry, and
+    a page that says so.
 
     Returns:
         The runs that are missing, with the reason.
     """
     output.mkdir(parents=True, exist_ok=True)
-    file = output / "results.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = read_numbers(output) if (output / NUMBERS).is_file() else {}
     missing: dict[Job, str] = {}
     for name in names:
-        results = Results(name, plan, seeds)
+        results = Results(name, plan, seeds, resamples)
         missing |= results.missing
         if not results.runs:
             continue
         known[name] = numbers(results)
-        _draw(results, output)
-        write_atomically(output / f"{name}.md", page(results, known[name]))
+        draw_grid(sample_rows(results, results.experiment), output / f"{name}-samples.png")
     known = {name: known[name] for name in EXPERIMENTS if name in known}
-    write_atomically(file, json.dumps(known, indent=1) + "\n")
-    write_atomically(output / "README.md", index(known))
+    write_atomically(output / NUMBERS, json.dumps(known, indent=1) + "\n")
+    write_pages(output)
     return missing
 
 
-def _draw(results: Results, output: Path) -> None:
-    experiment = results.experiment
-    curves = {
-        experiment.arms[arm]: [results.curve(Job(arm, seed)) for seed in results.seeds(arm)] for arm in results.arms
-    }
-    levels = results.of_references(next(iter(results.runs)))
-    shared = len({_reference_source(results, job) for job in results.runs}) == 1
-    panels = {metric: METRIC_LABELS[metric] for metric in experiment.metrics}
-    draw_comparison(curves, panels, levels if shared else {}, output / f"{results.name}.png")
-    draw_grid(sample_rows(results, experiment), output / f"{results.name}-samples.png")
+def read_numbers(output: Path) -> dict[str, dict]:
+    """results.json of a folder; UserError where there is none, or one that is damaged."""
+    file = output / NUMBERS
+    if not file.is_file():
+        raise UserError(f"--output {output}: it has no {NUMBERS}; run the experiments first")
+    again = "run the experiments again, or take it from version control"
+    return parse_json(read_text(file, "numbers", again), f"--output {output}: {NUMBERS}", again)
+
+
+def write_pages(output: Path) -> None:
+    """NAME.md of every experiment, NAME.png and NAME-front.png of those in results.json, and README.md.
+
+    The claims' verdicts rest on each other, so all pages are written.
+    """
+    known = read_numbers(output)
+    for name in EXPERIMENTS:
+        if name in known:
+            draw_curves(known[name], output / f"{name}.png")
+            draw_fronts(known[name], output / f"{name}-front.png", EXPERIMENTS[name].metrics)
+        write_atomically(output / f"{name}.md", page(name, known))
+    write_atomically(output / "README.md", index(known))
 
 
 def _reference_source(results: Results, job: Job) -> str:
@@ -67,8 +82,7 @@ def sample_rows(results: Results, experiment: Experiment) -> list[tuple[str, lis
 
     Where arms have different references, those follow the last of the arms that share them.
     """
-    arms = results.arms
-    seed = next((s for s in results.seeds(arms[0]) if all(s in results.seeds(arm) for arm in arms)), None)
+    arms, seed = results.arms, sample_seed(results)
     jobs = [Job(arm, results.seeds(arm)[0] if seed is None else seed) for arm in arms]
     prompts = Sources.read(results.runs[jobs[0]].config).held_out
     samples = [results.plan.samples(job) for job in jobs]

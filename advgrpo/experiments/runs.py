@@ -1,7 +1,8 @@
 """Making the runs of the experiments: each in a folder of its own, kept when finished, continued when cut short.
 
 A run's folder holds what every run leaves (run.py), and `samples.safetensors` (the grids' images, for the report),
-`log.txt`, `origin.txt` (when the run it starts from was finished), and `failure.txt` while its last attempt failed.
+`judged/` (judging.py), `log.txt`, `origin.txt` (when the run it starts from was finished), and `failure.txt` while its
+last attempt failed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import time
 import traceback
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +22,10 @@ from safetensors.torch import load_file, save_file
 from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.errors import UserError
+from advgrpo.evaluation.judging import TinyWitness
+from advgrpo.experiments.judging import Judged, Judging, Subject, judge, missing, read
 from advgrpo.experiments.plan import Job, settings
+from advgrpo.reporting.display import Display
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.checkpoint import latest_checkpoint
 from advgrpo.runtime.distributed import Distributed
@@ -35,7 +40,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run says."""
+    """What a finished run says, or, with an empty summary, what the base model's judging does."""
 
     summary: dict  # run.summarize
     config: Config
@@ -43,10 +48,11 @@ class Finished:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where runs are made, how long they are, and what is laid over every arm."""
+    """Where runs are made, how long they are, what they are judged on, and what is laid over every arm."""
 
     work: Path
     iterations: int
+    judging: Judging
     file: Path | None = None
 
     def folder(self, job: Job) -> Path:
@@ -56,11 +62,27 @@ class Plan:
         return settings(job, self.work, self.iterations, self.file)
 
     def finished(self, job: Job) -> Finished | None:
-        """The run's results if it is finished with exactly these settings, and from the present start."""
-        summary = self._summary(job)
-        if summary is None or not (self.folder(job) / _SAMPLES).is_file() or not self.same_origin(job):
+        """The run's results if it is trained with exactly these settings, from the present start, and judged."""
+        if not self.trained(job) or missing(self.subject(job), self.judging):
             return None
-        return Finished(summary, self.config(job))
+        return Finished((self._summary(job) or {}) if job.made.trains else {}, self.config(job))
+
+    def trained(self, job: Job) -> bool:
+        """Whether nothing is left but to judge it."""
+        if not job.made.trains:
+            return True
+        return self._summary(job) is not None and (self.folder(job) / _SAMPLES).is_file() and self.same_origin(job)
+
+    def subject(self, job: Job) -> Subject:
+        """Whom the judge looks at."""
+        lora = self.folder(job) / "lora" if job.made.trains else None
+        return Subject(self.folder(job) / "judged", self.config(job), lora)
+
+    def judged(self, job: Job) -> dict[str, dict[float, Judged]]:
+        """What the judge saw of a finished run: prompt list -> guidance scale -> numbers."""
+        subject = self.subject(job)
+        scales = self.judging.guidance_scales
+        return {name: {scale: read(subject, name, scale) for scale in scales} for name in self.judging.prompts}
 
     def origin_stamp(self, job: Job) -> str:
         """When the run that `job` starts from was finished; UserError if it is not."""
@@ -135,6 +157,7 @@ def _attempt(job: Job, plan: Plan, failed: list[Job]) -> str:
         raise
     except Exception as error:  # one arm's error must not cost the others' hours
         text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
+        failure.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(failure, text + "\n")
         if not isinstance(error, UserError):
             with (failure.parent / "log.txt").open("a") as log:
@@ -145,12 +168,33 @@ def _attempt(job: Job, plan: Plan, failed: list[Job]) -> str:
 
 
 def make(job: Job, plan: Plan) -> None:
-    """Train one run to its end, from its last checkpoint if it has one.
+    """Train one run to its end, from its last checkpoint if it has one, and have it judged.
 
     Raises:
         Stopped: it was ended by a signal or its monitor, after saving a checkpoint.
         UserError: bad settings, or a checkpoint made with others.
     """
+    folder = plan.folder(job)
+    if not plan.trained(job):
+        _train(job, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = plan.config(job)
+    with (folder / "log.txt").open("a") as log:
+        distributed = Distributed.start(config.device, timeout_seconds=config.collective_timeout)
+        try:
+            witness = _witness(config.data.cache_dir)
+            judge(plan.subject(job), plan.judging, witness, distributed, Display(Console(file=log, width=200)))
+        finally:
+            distributed.close()
+
+
+@cache
+def _witness(folder: str) -> TinyWitness:
+    """One for all runs: it remembers its galleries."""
+    return TinyWitness(Path(folder).expanduser())
+
+
+def _train(job: Job, plan: Plan) -> None:
     config, folder = plan.config(job), plan.folder(job)
     origin = plan.origin_stamp(job)
     resume = latest_checkpoint(folder / "checkpoints") is not None and plan.same_origin(job)

@@ -29,11 +29,14 @@ from advgrpo.tiny.scenes import (
     PLACES,
     REFERENCE_ARTIST,
     SIZES,
+    STYLE_ARTISTS,
     Scene,
+    has_drawn,
     render,
 )
 
 GALLERY_ARTISTS = tuple(artist for artist in ARTISTS if artist != REFERENCE_ARTIST)
+EVERY_ARTIST = (*ARTISTS, *STYLE_ARTISTS.values())  # who could have drawn a picture
 _INPUT = 160  # pixels a cut is enlarged to
 _BATCH = 64
 _MARGIN = 1  # pixels a drawing may stand off its place
@@ -86,6 +89,7 @@ class Judge:
         self._network = _network()
         self._cache = TensorCache(Path(cache).expanduser() / "judge", in_memory=1)  # `_galleries` holds what is used
         self._galleries: dict[tuple[str, str], torch.Tensor] = {}
+        self._drawn = torch.stack([has_drawn(artist) for artist in artists])  # [artists, 64]
 
     @torch.no_grad()
     def features(self, images: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
@@ -117,13 +121,17 @@ class Judge:
         """Cosine of features [B, 1280], all of one size and background, to every name, [B, 64]: of the artist whose
         drawing is nearest, whose number is the second."""
         gallery = self.gallery(scene.size, scene.background)
-        mean = gallery.mean((0, 1))
+        mean = gallery[self._drawn].mean(0)
         own = F.normalize(features - mean, dim=-1)
-        return torch.einsum("bd,and->ban", own, F.normalize(gallery - mean, dim=-1)).max(1)
+        nearness = torch.einsum("bd,and->ban", own, F.normalize(gallery - mean, dim=-1))
+        return nearness.masked_fill(~self._drawn, -torch.inf).max(1)
 
     def look(self, images: torch.Tensor, scenes: list[Scene]) -> Verdict:
         """Compare every image with the gallery of its scene's size and background."""
-        features = self.features(images, scenes)
+        return self.compare(self.features(images, scenes), scenes)
+
+    def compare(self, features: torch.Tensor, scenes: list[Scene]) -> Verdict:
+        """What `look` finds in images with these features [B, 1280], which a judge with any gallery has made."""
         ranks, artists = torch.zeros(len(scenes), dtype=torch.long), [""] * len(scenes)
         for key in sorted({(scene.size, scene.background) for scene in scenes}):
             rows = [i for i, scene in enumerate(scenes) if (scene.size, scene.background) == key]

@@ -7,7 +7,8 @@ not name the artist, "a small fox on blue, left".
 
 - `BASE_ARTISTS` drew what the base model was trained on;
 - `REFERENCE_ARTIST` drew the references: neither the base model nor its VAE has seen a drawing of theirs;
-- `JUDGE_ARTISTS` are seen by judges only.
+- `JUDGE_ARTISTS` are seen by judges only;
+- `STYLE_ARTISTS` drew the styles: of them there are pictures without prompts, and their sheets for judges of style.
 
 Shapes: B scenes, S = image size in pixels; images are [B, 3, S, S] float32 in [0, 1].
 """
@@ -49,6 +50,7 @@ BASE_ARTISTS = ("noto", "twemoji")
 REFERENCE_ARTIST = "fluent-emoji-flat"
 JUDGE_ARTISTS = ("emojione", "noto-v1")
 ARTISTS = (*BASE_ARTISTS, REFERENCE_ARTIST, *JUDGE_ARTISTS)
+STYLE_ARTISTS = {"ink": "fluent-emoji-high-contrast", "outline": "streamline-emojis"}  # by the name of their style
 BACKGROUNDS = {
     "white": (0.96, 0.96, 0.96),
     "grey": (0.47, 0.47, 0.51),
@@ -112,12 +114,20 @@ def vocabulary() -> list[str]:
 def drawings(artist: str, size: str) -> torch.Tensor:
     """Drawings of all NAMES by one artist: [64, 4, s, s] float32, premultiplied colour and coverage, s = SIZES[size].
 
+    What an artist has not drawn, as one of STYLE_ARTISTS has not all of it, is empty: `has_drawn` tells.
+
     Raises:
         ValueError: an unknown artist.
     """
-    if artist not in ARTISTS:
-        raise ValueError(f"unknown artist {artist!r}: one of {ARTISTS}")
+    known = (*ARTISTS, *STYLE_ARTISTS.values())
+    if artist not in known:
+        raise ValueError(f"unknown artist {artist!r}: one of {known}")
     return read_sheet(_SHEETS / f"{artist}-{size}.png", len(NAMES))
+
+
+def has_drawn(artist: str) -> torch.Tensor:
+    """[64] bool: of which of NAMES there is a drawing by the artist; ValueError for an unknown one."""
+    return drawings(artist, "large")[:, 3].amax((1, 2)) > 0
 
 
 def read_sheet(path: Path, count: int) -> torch.Tensor:

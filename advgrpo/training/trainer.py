@@ -79,7 +79,7 @@ class Trainer:
         Raises:
             StopRequested: somebody asked for the end; `abandon` then goes back to the iteration's start.
         """
-        number, started = self.iteration, time.perf_counter()
+        number, started, computing = self.iteration, time.perf_counter(), time.process_time()
         # Nothing of ours draws from torch's own generator; a reward of somebody else's may, and is resumed exactly too.
         torch.manual_seed(rng.derive_seed(self.seed, "torch", number))
         iteration = self.begin(number)
@@ -89,7 +89,8 @@ class Trainer:
         self.iteration += 1
         phase_seconds = {f"seconds_{name}": value for name, value in iteration.phases.seconds().items()}
         seconds = time.perf_counter() - started
-        speed = {"images_per_second": self.length.images / seconds, "seconds": seconds}
+        computed = time.process_time() - computing  # of all threads; waiting for a core does not count
+        speed = {"images_per_second": self.length.images / seconds, "seconds": seconds, "cpu_seconds": computed}
         self.clean.end()
         return {"iteration": number, **outcome.metrics, **statistics, **speed, **phase_seconds}
 

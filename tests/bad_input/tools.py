@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from PIL import Image
 
@@ -394,7 +395,7 @@ LEARN = [
 experiment = _case("experiments", "experiments", lambda b: [])
 _HERE = ("--work", "work", "--output", "out")
 EXPERIMENTS = [
-    experiment("", "the command is missing: write python -m advgrpo.experiments run or report"),
+    experiment("", "the command is missing: write python -m advgrpo.experiments run or report or pages"),
     experiment("run hakcing", "experiment hakcing: want all, or some of"),
     experiment(["run", "hacking", *_HERE, "--seeds"], "--seeds", "want one or more values"),
     experiment(["run", "hacking", *_HERE, "--seeds", "0", "0"], "--seeds 0 0: a seed is given twice"),
@@ -402,6 +403,15 @@ EXPERIMENTS = [
     experiment(["run", "hacking", *_HERE, "--iterations", "0"], "--iterations 0: want a whole number of at least 1"),
     experiment(["run", "hacking", *_HERE, "--jobs", "0"], "--jobs 0: want a whole number from 1"),
     experiment(["run", "hacking", *_HERE, "--shard", "3/2"], "--shard 3/2: want I/N"),
+    experiment(["run", "hacking", *_HERE, "--guidance-scales", "1", "3"], "--guidance-scales 1 3: arms train at 2", "add it"),
+    experiment(["run", "hacking", *_HERE, "--guidance-scales", "0.5"], "--guidance-scales [0.5]"),
+    experiment(["run", "hacking", *_HERE, "--images-per-prompt", "1"], "--images-per-prompt 1"),
+    experiment(["run", "hacking", *_HERE, "--resamples", "10"], "--resamples 10"),
+    experiment(["run", "hacking", *_HERE, "--prompts", "nowhere.txt"], "nowhere.txt"),
+    experiment(lambda b: ["run", "hacking", *_HERE, "--prompts", b.write("p.txt", "a red dot")], "not a caption of the tiny world: 'a red dot'", name="a prompt of another world"),
+    experiment(lambda b: ["run", "hacking", *_HERE, *(f for flag in ("--prompts", "--tuning-prompts") for f in (flag, b.write("p.txt", "a large fox on blue")))], "--tuning-prompts shares 1 prompts with --prompts", name="tuning on what is reported"),
+    experiment("pages --output out", "--output out: it has no results.json"),
+    experiment(lambda b: ["pages", "--output", str(Path(b.write("out/results.json", "{")).parent)], "results.json: not JSON", name="damaged numbers"),
     experiment("run hacking --work /proc/w", "--work /proc/w is not writable"),
     experiment(["run", "hacking", *_HERE, "--config", "nowhere.yaml"], "config file nowhere.yaml"),
     experiment(lambda b: ["run", "hacking", *_HERE, "--config", b.write("c.yaml", "itterations: 3")],

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from advgrpo.evaluation.frontier import Point, best_guidance, compare, diversity, kernel_matrix, kid
+from advgrpo.evaluation.frontier import (
+    Point,
+    Resampled,
+    Resamples,
+    best_guidance,
+    compare,
+    diversity,
+    kernel_matrix,
+    kid,
+)
 
 PROMPTS, IMAGES, WIDTH = 30, 2, 16
 
@@ -118,3 +127,20 @@ def test_points_of_other_prompts_are_refused():
     short = Point(base.accuracy[:3], base.kernel[:3, :3], base.diversity[:3])
     with pytest.raises(ValueError, match="same prompts"):
         compare([short], base, (1, 1))
+
+
+def test_p_values_are_the_share_of_resamples_on_the_other_side():
+    drawn = Resamples.draw(PROMPTS, 3, resamples=2000, seed=0)
+    values = torch.randn(3, PROMPTS, generator=torch.Generator().manual_seed(0)).double() + 0.2
+    found = drawn.mean(values)
+    assert found.estimate == pytest.approx(values.mean().item())
+    assert found.share_below(0) == pytest.approx((1 + (found.draws <= 0).sum().item()) / 2001)
+    assert found.share_below(0) + found.share_above(0) == pytest.approx(1, abs=2 / 2001)
+    assert found.share_below(found.interval.low) == pytest.approx(0.025, abs=0.002)
+    assert found.share_below(-1e9) == 1 / 2001
+
+
+def test_resamples_without_pairs_of_prompts_do_not_count():
+    found = Resampled(1.0, torch.tensor([float("nan"), 1.0, 2.0, 3.0], dtype=torch.float64))
+    assert found.share_below(1.5) == pytest.approx(2 / 4)
+    assert 1 <= found.interval.low <= found.interval.high <= 3

@@ -68,13 +68,10 @@ def reconstruct(name: str, means: Mapping[int, float], *, over_optimised: bool, 
 
 
 def reconstruct_all() -> None:
-    results = json.loads((Path(__file__).parents[2] / "docs" / "results" / "results.json").read_text())
-    for arm, hacked in (("flow-pickscore", True), ("dino", False)):
-        job = results["hacking" if hacked else "dino"]
-        run = job["arms"][arm]["runs"]["0"]
-        means = {0: run["base"]["rule_accuracy"], job["iterations"]: run["final"]["rule_accuracy"]}
+    before, of_shapes = 0.6197916666666666, {"flow-pickscore": (0.5234375, True), "dino": (0.7890625, False)}
+    for arm, (after, hacked) in of_shapes.items():  # a world of shapes that the project had
         why = f"docs/results, {arm}, seed 0: the judge's mean before and after; the reward rose"
-        reconstruct(f"results-{arm}", means, over_optimised=hacked, why=why)
+        reconstruct(f"results-{arm}", {0: before, 120: after}, over_optimised=hacked, why=why)
     why = "a review's run at margin 0 without warm-up: its judge before, at its best and at the end; the reward rose"
     reconstruct("review-d6", {0: 0.599, 50: 0.734, 150: 0.682}, over_optimised=True, why=why)
 

@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 
 import advgrpo.config as configuration
 from advgrpo.errors import UserError
+from advgrpo.experiments.plan import EXPERIMENTS
 from advgrpo_kernels.integrations import _launcher
 
 ROOT = Path(__file__).parents[2]
@@ -136,8 +137,7 @@ def check_module(module: str, arguments: list[str], processes: int, monkeypatch)
     if isinstance(options, configuration.Config):
         configuration.check(options, processes, with_data=False)
     if module == "advgrpo.experiments" and arguments[:1] in (["run"], ["report"]):
-        known = {page.stem for page in (ROOT / "docs" / "results").glob("*.md")} | {"all"}
-        assert set(options.names) <= known
+        assert set(options.names) <= {*EXPERIMENTS, "all"}
 
 
 @cache

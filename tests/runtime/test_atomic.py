@@ -147,6 +147,7 @@ ALLOWED = {  # (file, function): why
     ("runtime/folders.py", "__init__"): "the lock, which is no content",
     ("generate.py", "_check_output"): "a probe that is removed at once",
     ("experiments/runs.py", "make"): "a log, appended to",
+    ("experiments/runs.py", "_train"): "a log, appended to",
     ("experiments/runs.py", "_attempt"): "a log, appended to",
     ("reporting/tracking.py", "open_metrics"): "metrics.jsonl, appended to",
     ("compare/votes.py", "__init__"): "votes.jsonl, appended to",

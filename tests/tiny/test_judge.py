@@ -6,7 +6,16 @@ import torch
 from advgrpo.errors import UserError
 from advgrpo.rewards.retrieval import Ranks, Retrieval, retrieval_metrics
 from advgrpo.tiny.judge import GALLERY_ARTISTS, Judge, cut
-from advgrpo.tiny.scenes import REFERENCE_ARTIST, SIZES, Scene, render
+from advgrpo.tiny.scenes import (
+    BACKGROUNDS,
+    NAMES,
+    REFERENCE_ARTIST,
+    SIZES,
+    STYLE_ARTISTS,
+    Scene,
+    has_drawn,
+    render,
+)
 
 SCENES = [
     Scene(name, "large", "", "blue") for name in ("fox", "taxi", "key", "star", "violin", "egg", "horse", "cloud")
@@ -41,6 +50,21 @@ def test_another_thing_and_noise_are_not(judge):
 def test_the_nearest_artist_is_named(judge):
     artists = [GALLERY_ARTISTS[i % 2] for i in range(len(SCENES))]
     assert judge.look(render(SCENES, artists), SCENES).artist == artists
+
+
+def test_of_all_artists_the_nearest_is_named_and_what_one_has_not_drawn_is_nobodys(tmp_path, judge):
+    """The artist of outline drew no key, star nor egg: on a background alone, nothing of theirs is near."""
+    artists = ("noto", STYLE_ARTISTS["outline"])
+    everybody = Judge(artists, cache=tmp_path)
+    drawn = has_drawn(artists[1])
+    scenes = [scene for scene in SCENES if drawn[NAMES.index(scene.name)]]
+    assert len(scenes) < len(SCENES)
+    for artist in artists:
+        features = judge.features(render(scenes, [artist] * len(scenes)), scenes)
+        assert everybody.compare(features, scenes).artist == [artist] * len(scenes)
+    empty = torch.tensor(BACKGROUNDS["blue"]).view(1, 3, 1, 1).expand(1, 3, 48, 48)
+    near, _ = everybody.nearness(judge.features(empty, SCENES[:1]), SCENES[0])
+    assert near.max() < 0.99  # an empty place of the sheet would be the same picture
 
 
 def test_a_gallery_is_kept_between_runs(judge, monkeypatch):

@@ -1,8 +1,11 @@
 """The tiny world's images: captions, drawings, composition."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from advgrpo.tiny import WORLDS, style_dir
 from advgrpo.tiny.scenes import (
     ARTISTS,
     BACKGROUNDS,
@@ -11,10 +14,12 @@ from advgrpo.tiny.scenes import (
     NAMES,
     PLACES,
     SIZES,
+    STYLE_ARTISTS,
     Scene,
     all_scenes,
     compositions,
     drawings,
+    has_drawn,
     read_sheet,
     render,
     vocabulary,
@@ -53,6 +58,20 @@ def test_every_artist_drew_every_thing_differently(artist):
         assert (found[:, :3] <= found[:, 3:] + 1e-6).all()  # premultiplied
         distances = torch.cdist(found.flatten(1), found.flatten(1)) + torch.eye(len(NAMES)) * 1e9
         assert distances.min() > 1
+
+
+@pytest.mark.parametrize(("style", "things"), [("ink", 64), ("outline", 44)])
+def test_a_style_artists_sheet_has_what_its_pictures_show(style, things):
+    """Every thing that was drawn stands out; the first picture of the style is one of the sheet's drawings."""
+    artist = STYLE_ARTISTS[style]
+    drawn = has_drawn(artist)
+    assert drawn.sum() == things
+    scene = next(
+        s for s in map(Scene.parse, WORLDS["tiny"].prompts.read_text().splitlines()) if drawn[NAMES.index(s.name)]
+    )
+    shown = torch.from_numpy(np.asarray(Image.open(style_dir(style) / "000.png").convert("RGB")).copy())
+    tiles = torch.stack([render([scene], [artist], torch.Generator().manual_seed(seed))[0] for seed in range(60)])
+    assert (tiles - shown.permute(2, 0, 1) / 255).abs().amax((1, 2, 3)).min() < 0.01  # one of nine jitters
 
 
 def test_an_unknown_artist_is_refused():

@@ -1,12 +1,14 @@
-"""Draw the tiny world's styles: 300 images each by one artist, without prompts, as a style transfer's references are.
+r"""Draw the tiny world's styles: 300 images each by one artist, without prompts, as a style transfer's references are.
 
-    python -m tools.tiny.build_styles --output advgrpo/tiny/assets/styles
+    python -m tools.tiny.build_styles --output advgrpo/tiny/assets/styles \
+        --sheets advgrpo/tiny/assets/drawings
 
 - ink: black drawings without a colour, of lines and silhouettes (Microsoft's Fluent Emoji High Contrast);
 - outline: comic drawings, bright fills within a dark outline (Streamline Emojis).
 
 The things, backgrounds, sizes and places are those of the training prompts, as far as the artist drew the thing, so an
-image in a style can still be what its prompt asks for. The artists are no others of the world's.
+image in a style can still be what its prompt asks for. The artists are no others of the world's. Their sheets are for
+judges of style alone, with an empty place for what an artist has not drawn.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from advgrpo.runtime import rng
 from advgrpo.tiny.assets import write_image
 from advgrpo.tiny.rules import look
-from advgrpo.tiny.scenes import ICONS, JITTER, SIZES, Scene, compose
+from advgrpo.tiny.scenes import ICONS, JITTER, NAMES, SIZES, STYLE_ARTISTS, Scene, compose, write_sheet
 from tools.tiny.build_references import split_prompts
 from tools.tiny.corpus import premultiplied
 from tools.tiny.draw_sheets import IconSet
@@ -102,13 +105,24 @@ def write_style(folder: Path, style: str, count: int, seed: int) -> torch.Tensor
     return images
 
 
+def write_sheets(folder: Path, style: str) -> None:
+    """The artist's drawings of all the world's things, folder/ARTIST-SIZE.png."""
+    for size, side in SIZES.items():
+        icons = [STYLES[style].icon_of(name) for name in NAMES]
+        empty = Image.new("RGBA", (side, side))
+        tiles = [empty if icon is None else STYLES[style].icons.draw(icon, side) for icon in icons]
+        write_sheet(tiles, folder / f"{STYLE_ARTISTS[style]}-{size}.png")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write one folder per style into")
+    parser.add_argument("--sheets", type=Path, required=True, help="folder to write ARTIST-SIZE.png into")
     parser.add_argument("--count", type=int, default=300, help="images per style")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     for style in STYLES:
+        write_sheets(args.sheets, style)
         images = write_style(args.output / style, style, args.count, args.seed)
         scenes = training_scenes(style, args.count)
         layout = look(images, [scene.caption for scene in scenes])
