@@ -57,7 +57,13 @@ _TINY_METRICS: dict[str, dict[str, Any]] = {
     "clip_reference_similarity": {"path": "tiny"},
     "ocr": {"detection_size": 192},
 }
-_EMOJI_METRICS: dict[str, dict[str, Any]] = {"dino_similarity": {"path": "tiny:emoji", "image_size": 48}}
+_EMOJI_METRICS: dict[str, dict[str, Any]] = {
+    "dino_similarity": {"path": "tiny:emoji", "image_size": 48},
+    "pickscore": {"path": "tiny:emoji"},
+    "clip": {"path": "tiny:emoji"},
+    "clip_similarity": {"path": "tiny:emoji"},
+    "clip_reference_similarity": {"path": "tiny:emoji"},
+}
 
 
 class Evaluate(ModelOptions):

@@ -176,7 +176,7 @@ def test_statistics_and_the_strict_judge_are_what_they_are_in_training(unit, tmp
 
 
 def test_what_a_tiny_world_is_measured_with_by_default_is_shipped():
-    """Nothing stands for a model that is not there: of the emoji world no preference model is."""
+    """Nothing stands for a model that is not there."""
     for model in tiny.WORLDS:
         options = Evaluate(model=model, metrics=",".join(REWARDS), output=Path("out"))
         for metric, given in metric_options(options, {}).items():

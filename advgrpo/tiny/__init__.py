@@ -45,7 +45,7 @@ WORLDS = {
 }
 # folders of Dinov2Models and of CLIPModels in PickScore's layout by the names that stand for them in a path
 BACKBONES = {"tiny": _ASSETS / "backbone", "tiny:emoji": _ASSETS / "emoji" / "backbone"}
-PREFERENCE_MODELS = {"tiny": _ASSETS / "preference"}
+PREFERENCE_MODELS = {"tiny": _ASSETS / "preference", "tiny:emoji": _ASSETS / "emoji" / "preference"}
 
 
 def pipeline_dir() -> Path:
