@@ -89,6 +89,8 @@ tiny-assets: $(VENV)/.train
 	  --output advgrpo/tiny/assets/emoji/backbone
 	$(BIN)/python -m tools.tiny.emoji.build_preference --pipeline advgrpo/tiny/assets/emoji/pipeline \
 	  --output advgrpo/tiny/assets/emoji/preference
+	$(BIN)/python -m tools.tiny.emoji.build_second_judge --pipeline advgrpo/tiny/assets/emoji/pipeline \
+	  --output advgrpo/tiny/assets/emoji/second_judge
 
 # A GPU machine's Python packages without a GPU; 5 GB, because torch's wheels for Linux bring CUDA. GPU_PYTHON=PROGRAM is
 # a CPython 3.12. What bench/gpu_wheels.txt names is not there, so it must not be here.

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -58,6 +58,9 @@ class Frontier(ModelOptions):
     """Prompt file of what is reported; "tiny:emoji:report" and "tiny:emoji:names" for the shipped ones."""
     tuning_prompts: str = "tiny:emoji:tuning"
     """Prompt file on which every model's own best guidance is chosen: other prompts."""
+    judge: Literal["retrieval", "classifier_accuracy"] = "retrieval"
+    """Whose verdict is the accuracy: the nearest drawing in EfficientNet-Lite0's features, in which the distance is
+    always measured, or the second judge's, a classifier."""
     images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = 2
     """Images of every prompt."""
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 4000
@@ -73,19 +76,25 @@ class Witness(Protocol):
 
 
 class TinyWitness:
-    """The emoji world's judge: is the nearest drawing of the prompt's name?"""
+    """The emoji world's judges: is the nearest drawing of the prompt's name, or does the second judge name it so?"""
 
-    accuracy, distance = "retrieval", "KID x 1000 in EfficientNet-Lite0's features"
+    distance = "KID x 1000 in EfficientNet-Lite0's features"
 
-    def __init__(self, cache: Path):
+    def __init__(self, cache: Path, accuracy: str = "retrieval"):
         from advgrpo.tiny.emoji.judge import Judge
+        from advgrpo.tiny.emoji.second_judge import SecondJudge
 
+        self.accuracy = accuracy
         self._judge = Judge(cache=cache)
+        self._second = SecondJudge() if accuracy == "classifier_accuracy" else None
 
     def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         from advgrpo.tiny.emoji.scenes import Scene
 
-        verdict = self._judge.look(images.cpu(), [Scene.parse(prompt) for prompt in prompts])
+        images, scenes = images.cpu(), [Scene.parse(prompt) for prompt in prompts]
+        if self._second is not None:
+            return self._second.look(images, scenes).float(), self._judge.features(images, scenes)
+        verdict = self._judge.look(images, scenes)
         return verdict.top1.float(), verdict.features
 
 
@@ -211,7 +220,7 @@ def compare_models(options: Frontier, console: Console) -> Compared:
     distributed, display = Distributed.start(options.device), Display(console)
     folder = pipeline_folder(options.model, field="--model")
     settings = [settings_of(options, folder, lora, distributed.device, flag="--loras") for lora in options.loras]
-    witness = TinyWitness(cache)
+    witness = TinyWitness(cache, options.judge)
     prompts = {name: Prompts.read(getattr(options, f"{field}prompts"), witness)
                for name, field in (("tuning", "tuning_"), ("report", ""))}  # fmt: skip
     shared = set(prompts["tuning"].texts) & set(prompts["report"].texts)
