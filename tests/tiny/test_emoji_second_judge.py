@@ -33,7 +33,7 @@ def test_it_names_scenes_that_it_was_not_trained_on(judge):
     for artist in JUDGE_ARTISTS:
         images = drawn(apart, artist)
         assert judge.look(images, apart).float().mean() >= 0.9
-        assert judge.look(images.roll(1, 0), apart).float().mean() <= 0.2, "neighbours share a name now and then"
+        assert judge.look(images.roll(10, 0), apart).float().mean() <= 0.1, "another name's"
 
 
 def test_it_knows_things_by_the_references_artist(judge):
