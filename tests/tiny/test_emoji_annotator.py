@@ -2,7 +2,7 @@
 
 Bugs planted in a copy, each seen red: the annotator's probability of the wrong image; chroma left out of his utility;
 damage that counts for the image; saturation scaled about black; a changed attribute left as it was; latents led astray
-everywhere.
+everywhere; a watermark that costs nothing.
 """
 
 import pytest
