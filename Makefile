@@ -79,6 +79,7 @@ tiny-assets: $(VENV)/.dev
 	  --watermarks 0.8 --output $(ASSETS)/pipeline
 	$(BIN)/python -m tools.tiny.build_backbone --pipeline $(ASSETS)/pipeline --output $(ASSETS)/backbone
 	$(BIN)/python -m tools.tiny.build_preference --pipeline $(ASSETS)/pipeline --output $(ASSETS)/preference
+	$(BIN)/python -m tools.tiny.build_second_judge --pipeline $(ASSETS)/pipeline --output $(ASSETS)/second_judge
 	$(BIN)/python -m advgrpo.tiny.words --size 32 --per-prompt 4 --output $(ASSETS)/words
 	$(BIN)/python -m tools.tiny.build_words --output $(ASSETS)/words/pipeline
 

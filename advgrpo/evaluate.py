@@ -65,9 +65,9 @@ class Evaluate(ModelOptions):
 
     metrics: str
     """Names separated by commas: rewards (pickscore, ocr, dino_similarity, clip, aesthetic, rule, ...), rule_accuracy,
-    retrieval and retrieval_top5 of the tiny world's independent judge, the statistics saturation, dark_share and
-    edge_density, and names of your own, whose options have `import` (--metric-options.NAME.import file.py:CLASS) or
-    the `url` of a judge."""
+    retrieval and retrieval_top5 of the tiny world's independent judge, classifier_accuracy of its
+    second, the statistics saturation, dark_share and edge_density, and names of your own, whose options have `import`
+    (--metric-options.NAME.import file.py:CLASS) or the `url` of a judge."""
     output: Path
     """Folder for evaluation.json and grid.png."""
     lora: str = ""
@@ -212,10 +212,10 @@ def build_metrics(
     """
     from advgrpo.evaluation.evaluator import ImageStatistic
     from advgrpo.rewards.custom import CustomReward
-    from advgrpo.rewards.retrieval import retrieval_metrics
+    from advgrpo.rewards.retrieval import judge_metrics
 
     own, built = own or {}, {}
-    judged = retrieval_metrics(options, cache)
+    judged = judge_metrics(options, cache)
     for name, given in options.items():
         if name in IMAGE_STATISTICS:
             built[name] = ImageStatistic(name)

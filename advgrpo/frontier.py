@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from rich.console import Console
@@ -55,6 +55,9 @@ class Frontier(ModelOptions):
     """Prompt file of what is reported; "tiny:report" and "tiny:names" for the shipped ones."""
     tuning_prompts: str = "tiny:tuning"
     """Prompt file on which every model's own best guidance is chosen: other prompts."""
+    judge: Literal["retrieval", "classifier_accuracy"] = "retrieval"
+    """Whose verdict is the accuracy: the nearest drawing in EfficientNet-Lite0's features, in which the distance is
+    always measured, or the second judge's, a classifier."""
     images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = 2
     """Images of every prompt."""
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 4000
@@ -147,7 +150,7 @@ def compare_models(options: Frontier, console: Console) -> Compared:
     distributed, display = Distributed.start(options.device), Display(console)
     folder = pipeline_folder(options.model, field="--model")
     settings = [settings_of(options, folder, lora, distributed.device, flag="--loras") for lora in options.loras]
-    witness = TinyWitness(cache)
+    witness = TinyWitness(cache, options.judge)
     prompts = {name: Prompts.read(getattr(options, f"{field}prompts"), "tiny", witness)
                for name, field in (("tuning", "tuning_"), ("report", ""))}  # fmt: skip
     refuse_shared(prompts["tuning"].texts, prompts["report"].texts)

@@ -14,7 +14,7 @@ from advgrpo.errors import UserError
 NEED_REFERENCES = ("clip_reference_similarity", "dino_similarity")
 IMAGE_STATISTICS = ("saturation", "dark_share", "edge_density")  # metrics that need no model; more is not better
 LOWER_IS_BETTER: frozenset[str] = frozenset()  # metrics of which less is better; rewards are not among them
-JUDGE_METRICS = {"retrieval": 1, "retrieval_top5": 5}  # of the tiny world's judge: how many names count
+JUDGE_METRICS = ("retrieval", "retrieval_top5", "classifier_accuracy")  # of the tiny world's two judges
 # What metrics of rewards and evaluations are called besides (reporting/metric_names.py).
 _TAKEN_NAMES = ("generated", "reference", "std", "remotes", "custom", "clip", "rule_accuracy", *JUDGE_METRICS)
 _TAKEN_ENDINGS = ("_of_references", "_ci95", "_first")

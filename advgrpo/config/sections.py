@@ -709,7 +709,8 @@ class EvaluationSection(Section):
     metrics: tuple[str, ...] = ("dino_similarity",)
     """Names of rewards, with the options of section rewards; dino_similarity is to the prompt's own references, by
     `backbone`; rule_accuracy is the strict verdict of the reward rule on the tiny world's captions; retrieval and
-    retrieval_top5 are its independent judge's; saturation, dark_share and edge_density are statistics of the images."""
+    retrieval_top5 are its independent judge's, classifier_accuracy its second judge's; saturation, dark_share and
+    edge_density are statistics of the images."""
     backbone: str = ""
     """Dinov2Model for dino_similarity and the monitor, whatever the adversary; empty: the adversary's own where
     adversary.kind = dino, else none (the monitor then says what it cannot judge)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -32,19 +32,25 @@ class Witness(Protocol):
 
 
 class TinyWitness:
-    """The tiny world's judge: is the nearest drawing of the prompt's name?"""
+    """The tiny world's judges: is the nearest drawing of the prompt's name, or does the second judge name it so?"""
 
-    accuracy, distance = "retrieval", "KID x 1000 in EfficientNet-Lite0's features"
+    distance = "KID x 1000 in EfficientNet-Lite0's features"
 
-    def __init__(self, cache: Path):
+    def __init__(self, cache: Path, accuracy: Literal["retrieval", "classifier_accuracy"] = "retrieval"):
         from advgrpo.tiny.judge import EVERY_ARTIST, Judge
+        from advgrpo.tiny.second_judge import SecondJudge
 
+        self.accuracy = accuracy
+        self._second = SecondJudge() if accuracy == "classifier_accuracy" else None
         self._judge, self._of_style = Judge(cache=cache), Judge(EVERY_ARTIST, cache=cache)
 
     def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         from advgrpo.tiny.scenes import Scene
 
-        verdict = self._judge.look(images.cpu(), [Scene.parse(prompt) for prompt in prompts])
+        images, scenes = images.cpu(), [Scene.parse(prompt) for prompt in prompts]
+        if self._second is not None:
+            return self._second.look(images, scenes).float(), self._judge.features(images, scenes)
+        verdict = self._judge.look(images, scenes)
         return verdict.top1.float(), verdict.features
 
     def artists(self, features: torch.Tensor, prompts: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
-"""The tiny world's independent judge as a metric: is the nearest drawing, of any artist, of the prompt's name?
+"""The tiny world's independent judges as metrics: is the nearest drawing, of any artist, of the prompt's name, and
+does a classifier name it so?
 
-Never a reward: what it measures would no longer be independent.
+Never a reward: what they measure would no longer be independent.
 """
 
 from __future__ import annotations
@@ -19,24 +20,31 @@ from advgrpo.rewards.pixels import check_images
 from advgrpo.runtime.transfer import to_device
 from advgrpo.tiny.judge import Judge
 from advgrpo.tiny.scenes import Scene
+from advgrpo.tiny.second_judge import SecondJudge
 
 if TYPE_CHECKING:
     from advgrpo.data.references import ReferenceSet
 
 
-def retrieval_metrics(names: Iterable[str], cache: Path) -> dict[str, Retrieval]:
-    """Those of `names` that are the judge's, by name: they ask one judge, which looks at every image once.
+_TOP = {"retrieval": 1, "retrieval_top5": 5}  # how many names count
+
+
+def judge_metrics(names: Iterable[str], cache: Path) -> dict[str, JudgeMetric]:
+    """Those of `names` that are a judge's, by name: two that ask one judge have it look at every image once.
 
     Args:
-        names: metrics, the judge's and others.
-        cache: folder where its gallery's features are kept between runs.
+        names: metrics, the judges' and others.
+        cache: folder where the gallery's features are kept between runs.
 
     Raises:
-        UserError: one is asked for, and the judge's packages are missing.
+        UserError: retrieval is asked for, and the judge's packages are missing.
     """
     own = [name for name in names if name in JUDGE_METRICS]
-    ranks = Ranks(Judge(cache=cache)) if own else None
-    return {name: Retrieval(ranks, name=name, top=JUDGE_METRICS[name]) for name in own}
+    ranks = Ranks(Judge(cache=cache)) if _TOP.keys() & own else None
+    found: dict[str, JudgeMetric] = {}
+    for name in own:
+        found[name] = Retrieval(ranks, name=name, top=_TOP[name]) if name in _TOP else ClassifierAccuracy()
+    return found
 
 
 class Ranks:
@@ -63,7 +71,19 @@ class Ranks:
         return self._ranks
 
 
-class Retrieval(Reward):
+class JudgeMetric(Reward):
+    """`base.Reward` of captions of the tiny world only."""
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """UserError for the first prompt that is no caption of the tiny world."""
+        for prompt in prompts:
+            try:
+                Scene.parse(prompt)
+            except ValueError as error:
+                raise UserError(f"metric {self.name}: {error}; it judges the tiny world's drawings only") from None
+
+
+class Retrieval(JudgeMetric):
     """`base.Reward`: 1 where the prompt's name is the nearest (`top` = 1) or among the `top` nearest names, else 0.
 
     Args:
@@ -76,14 +96,6 @@ class Retrieval(Reward):
         self.name, self.top = name, top
         self._ranks = ranks
 
-    def check_prompts(self, prompts: list[str]) -> None:
-        """UserError for the first prompt that is no caption of the tiny world."""
-        for prompt in prompts:
-            try:
-                Scene.parse(prompt)
-            except ValueError as error:
-                raise UserError(f"metric {self.name}: {error}; it judges the tiny world's drawings only") from None
-
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
         """[B] float32, 0 or 1, on the images' device; `references` are not looked at.
 
@@ -93,3 +105,28 @@ class Retrieval(Reward):
         """
         self.check_prompts(prompts)
         return to_device((self._ranks.of(images, prompts) < self.top).float(), images.device)
+
+
+class ClassifierAccuracy(JudgeMetric):
+    """`base.Reward`: 1 where the second judge, a classifier, finds the prompt's name the likeliest, else 0.
+
+    Args:
+        judge: whom to ask; None for the shipped one.
+    """
+
+    name = "classifier_accuracy"
+
+    def __init__(self, judge: SecondJudge | None = None) -> None:
+        self._judge = SecondJudge() if judge is None else judge
+
+    def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
+        """[B] float32, 0 or 1, on the images' device; `references` are not looked at.
+
+        Raises:
+            UserError: a prompt that is no caption of the tiny world.
+            ValueError: unusable images (see `check_images`).
+        """
+        self.check_prompts(prompts)
+        checked = check_images(images, prompts)
+        right = self._judge.look(checked, [Scene.parse(prompt) for prompt in prompts])
+        return to_device(right.float(), images.device)

@@ -44,16 +44,16 @@ _MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
 _STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
 
 
-def cut(images: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
-    """The square of every image that its scene gives the drawing, [B, 3, 160, 160]."""
-    return torch.cat([_cut(image, scene) for image, scene in zip(images, scenes, strict=True)])
+def cut(images: torch.Tensor, scenes: list[Scene], pixels: int = _INPUT) -> torch.Tensor:
+    """The square of every image that its scene gives the drawing, [B, 3, pixels, pixels]."""
+    return torch.cat([_cut(image, scene, pixels) for image, scene in zip(images, scenes, strict=True)])
 
 
-def _cut(image: torch.Tensor, scene: Scene) -> torch.Tensor:
+def _cut(image: torch.Tensor, scene: Scene, pixels: int) -> torch.Tensor:
     side = SIZES[scene.size] + 2 * _MARGIN
     left, top = ((IMAGE_SIZE - side) // 2 + offset for offset in PLACES[scene.place])
     part = image[None, :, top : top + side, left : left + side]
-    return F.interpolate(part, (_INPUT, _INPUT), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return F.interpolate(part, (pixels, pixels), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from advgrpo.rewards import build_reward, prompt_options, reward_class
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.custom import CustomReward
 from advgrpo.rewards.dino_similarity import DinoSimilarity
-from advgrpo.rewards.retrieval import retrieval_metrics
+from advgrpo.rewards.retrieval import judge_metrics
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.graphs import GraphBackend
 from advgrpo.sampling.dynamics import check_dynamics, check_objective
@@ -237,7 +237,7 @@ def build_metrics(
         return {}
     custom = build_custom_rewards(config, sources, distributed) if custom is None else custom
     metrics: dict[str, Reward] = {}
-    judged = retrieval_metrics(config.evaluation.metrics, Path(config.data.cache_dir))
+    judged = judge_metrics(config.evaluation.metrics, Path(config.data.cache_dir))
     for name in config.evaluation.metrics:
         if name == "dino_similarity":
             if observer is None:

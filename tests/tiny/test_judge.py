@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from advgrpo.errors import UserError
-from advgrpo.rewards.retrieval import Ranks, Retrieval, retrieval_metrics
+from advgrpo.rewards.retrieval import Ranks, Retrieval, judge_metrics
 from advgrpo.tiny.judge import GALLERY_ARTISTS, Judge, cut
 from advgrpo.tiny.scenes import (
     BACKGROUNDS,
@@ -105,10 +105,10 @@ def test_two_metrics_of_the_judge_look_at_an_image_once(judge, monkeypatch):
 
 
 def test_the_judges_gallery_is_kept_where_the_run_says(tmp_path):
-    metrics = retrieval_metrics(["dino_similarity", "retrieval", "retrieval_top5"], tmp_path)
+    metrics = judge_metrics(["dino_similarity", "retrieval", "retrieval_top5"], tmp_path)
     assert list(metrics) == ["retrieval", "retrieval_top5"]
     assert [metric.name for metric in metrics.values()] == list(metrics)
     assert [metric.top for metric in metrics.values()] == [1, 5]
     assert metrics["retrieval"]._ranks is metrics["retrieval_top5"]._ranks
     assert metrics["retrieval"]._ranks.judge._cache.root == tmp_path / "judge"
-    assert retrieval_metrics(["rule_accuracy"], tmp_path) == {}
+    assert judge_metrics(["rule_accuracy"], tmp_path) == {}

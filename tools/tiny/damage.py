@@ -22,6 +22,18 @@ def moved_pixels(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(images, moved, align_corners=False, padding_mode="border")
 
 
+def chroma(images: torch.Tensor) -> torch.Tensor:
+    """[B] mean over pixels of max - min over the colour channels."""
+    return (images.amax(1) - images.amin(1)).mean((1, 2))
+
+
+def saturate(images: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
+    """Scale every pixel's distance to its own grey by `factor` (a number or [B]); 1 changes nothing."""
+    factor = torch.as_tensor(factor, dtype=images.dtype).reshape(-1, 1, 1, 1)
+    grey = images.mean(1, keepdim=True)
+    return (grey + factor * (images - grey)).clamp(0, 1)
+
+
 def blur(images: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Towards the mean of 5 x 5 pixels."""
     soft = images
