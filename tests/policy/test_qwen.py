@@ -1,9 +1,8 @@
 """Qwen-Image policy: parity with stock QwenImagePipeline, text with a mask, guidance that keeps lengths, whole runs.
 
-Bugs planted in a copy, each seen red: the mask left out, or of the wrong half of the rows; text padded on the left; the
-template's first tokens kept; the rescaling left out of the gradient, or with the unconditional prediction's lengths;
-rows and columns exchanged in the rotation, or counted from the corner; text at the image's places; the stretch of the
-schedule left out; latents not normalised; the empty prompt instead of a space.
+Bugs planted in a copy, each seen red (tests/mutants): the mask left out; the rescaling left out of the gradient; rows
+counted from the columns' middle; the template's first tokens kept; the empty prompt instead of a space; latents
+decoded without their deviations.
 """
 
 from pathlib import Path
