@@ -364,7 +364,7 @@ def test_a_broken_attention_package_is_passed_over_aloud_and_refused_by_name(
 
 
 def test_a_backend_that_fails_its_first_product_is_passed_over(hopper, monkeypatch, caplog):
-    def broken(name, attend, device, dtype):
+    def broken(name, attend, device, dtype, *_):
         if name == "cudnn":
             raise attention._Unusable("a product of 64 tokens fails") from RuntimeError("no kernel image")
 
