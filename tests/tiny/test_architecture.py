@@ -63,8 +63,9 @@ class Blots:
 def test_the_builders_run_end_to_end(tmp_path, monkeypatch):
     """A few steps of each, so that the recipes cannot rot; what they write loads as float32."""
     monkeypatch.setattr(build_pipeline.Corpus, "draw", lambda artists: Blots())
-    steps = ["--vae-steps", "2", "--steps", "2", "--images", "64"]
-    build_pipeline.main(["--output", str(tmp_path / "pipeline"), *steps])
+    build_pipeline.main(["--output", str(tmp_path / "vae"), "--vae-steps", "2"])
+    flow = ["--continue-from", str(tmp_path / "vae"), "--steps", "2", "--images", "64"]
+    build_pipeline.main(["--output", str(tmp_path / "pipeline"), *flow])
     assert {*json.loads((tmp_path / "pipeline" / "training.json").read_text())} == {"vae", "flow"}
     assert StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline").transformer.dtype == torch.float32
 
