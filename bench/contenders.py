@@ -2,7 +2,8 @@
 
 Both take steps of a learning rate so small that no weight changes, so a rollout stays on-policy however often its
 update is timed; the head trains in every iteration on both sides. The window's steps are fixed, so every repetition is
-the same work: the released {0, 1} at full size, the latest that the preset draws for the tiny model.
+the same work: the released {0, 1} at full size, and {6, 7} for the tiny model, later than its preset draws, which
+lengthens the shared prefix.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from advgrpo.reporting.display import Display
 from advgrpo.rewards.base import Reward
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.fingerprint import folder_fingerprint
 from advgrpo.sampling.drawing import ModelOptions
 from advgrpo.tiny.scenes import STYLE_ARTISTS, Scene
 from advgrpo.training.models import load_model, settings_of
@@ -193,6 +194,8 @@ def _file(subject: Subject, name: str, scale: float) -> Path:
 
 def _stamp(subject: Subject, judging: Judging) -> dict:
     """What a file is made of."""
+    from advgrpo.policy.pipelines import pipeline_folder
+
     weights = ""
     if subject.lora is not None:
         file = subject.lora / "pytorch_lora_weights.safetensors"
@@ -201,7 +204,7 @@ def _stamp(subject: Subject, judging: Judging) -> dict:
         weights = _digest(file)
     return {
         "weights": weights,
-        "model": subject.config.model.path,
+        "model": folder_fingerprint(pipeline_folder(subject.config.model.path, field="model.path"), (".",)),
         "steps": subject.config.evaluation.num_steps,
         "preference": subject.preference,
         "prompts": {

@@ -116,7 +116,7 @@ _COUNTS = (100, 200, 500, 1000)
 ARMS = {
     "dino": Arm(PRESET),
     "eq7": Arm(PRESET, {"adversary": {"schedule": "when_fooled", "fooled_margin": 0.0}}),
-    "nft": Arm(PRESET, {"rollout": {"initial_noise": "per_image"}, "update": {"objective": "nft"}}),
+    "nft": Arm(f"{PRESET}-nft-adv"),
     "sft": Arm(PRESET, {"update": {"objective": "sft"}}),
     **{f"references-{count}": Arm(PRESET, {"data": {"reference_count": count}}) for count in _COUNTS},
     "flow": Arm(PRESET, _PREFERENCE),

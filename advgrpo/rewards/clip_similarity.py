@@ -15,7 +15,7 @@ class ClipSimilarity(Reward):
     """`base.Reward`: cosine of image and text embedding, in [-1, 1], neither scaled nor clipped.
 
     Args:
-        path: CLIPModel folder or hub id; "tiny" and "tiny:emoji" for the shipped preference models.
+        path: CLIPModel folder or hub id; "tiny" for the shipped preference model.
         processor: where tokenizer and image processor are, if not at `path`.
         device, dtype: where and in which precision the model runs.
         clip: a model that is loaded already, instead of `path`.

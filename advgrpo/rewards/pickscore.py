@@ -24,7 +24,7 @@ class PickScore(Reward):
     """`base.Reward`: PickScore of image and prompt.
 
     Args:
-        path: CLIPModel folder or hub id; "tiny" and "tiny:emoji" for the shipped preference models.
+        path: CLIPModel folder or hub id; "tiny" for the shipped preference model.
         processor: where tokenizer and image processor are, if not at `path`.
         device, dtype: where and in which precision the model runs.
     """

