@@ -15,7 +15,7 @@ from torch.utils._device import _device_constructors
 
 from advgrpo.runtime.allocator import keep_freed_memory
 
-keep_freed_memory()  # a tenth of the tests' time is spent in page faults
+keep_freed_memory(torch.device("cpu"))  # a tenth of the tests' time is spent in page faults
 
 
 def pytest_collection_modifyitems(config, items):

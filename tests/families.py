@@ -84,6 +84,8 @@ def assert_on_policy(policy: DiffusersPolicy, settings: Config, *, window: tuple
     assert (ratio, clipped, pairs) == (12, 0, 12)
     assert kl > 0
     assert gradient.abs().max() > 0
+    gap, _, _, pairs = updater_of(policy, settings).reweigh([rollout], table).tolist()
+    assert (gap, pairs) == (0, 12)
 
 
 def by_stock_name(policy: DiffusersPolicy, flat: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -200,11 +200,10 @@ def _check_branching(config: Config) -> None:
             "one stochastic step, and is trained on it; set rollout.window.train_share = 1, and leave steps out of the "
             "window"
         )
-    if rollout.group_size % rollout.micro_batch:
-        fitting = max(n for n in range(1, rollout.micro_batch) if rollout.group_size % n == 0)
+    if rollout.micro_batch > rollout.group_size:  # one that does not divide the groups: check_micro_batches
         raise UserError(
             f"rollout.micro_batch = {rollout.micro_batch} would hold several groups of rollout.group_size = "
-            f"{rollout.group_size}, whose steps differ with {asked}; set rollout.micro_batch = {fitting}"
+            f"{rollout.group_size}, whose steps differ with {asked}; set rollout.micro_batch = {rollout.group_size}"
         )
     groups = rollout.prompts_per_iteration
     if groups % count:
@@ -249,7 +248,8 @@ def _check_cheaper(config: Config) -> None:
         )
         raise UserError(
             f"rollout.tail_solver = {rollout.tail_solver} would not be looked at: with rollout.tail_steps = "
-            f"{rollout.tail_steps} {why}; set rollout.tail_steps = 2 or more, or rollout.tail_solver = euler"
+            f"{rollout.tail_steps} and rollout.scout_tail_steps = {rollout.scout_tail_steps} {why}; set one of them to "
+            "2 or more, or rollout.tail_solver = euler"
         )
     if rollout.tail_steps and rollout.scout_tail_steps > rollout.tail_steps:
         raise UserError(

@@ -67,7 +67,7 @@ class _RescaledGuidance(torch.autograd.Function):
         direction = combined / own
         along = _token_sum(direction * gradient, ctx.patch)
         of_combined = (gradient - direction * along) * (length / own)
-        of_length = conditional * (along / length)
+        of_length = conditional * torch.where(length > 0, along / length, 0.0)  # a length's subgradient at 0
         return ctx.scale * of_combined + of_length, (1 - ctx.scale) * of_combined, None, None
 
 

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from advgrpo import __version__
 from advgrpo.errors import RunFailure, UserError, one_line
-from advgrpo.runtime.allocator import keep_freed_memory
 
 FAILED, INTERRUPTED = 1, 130
 _TRACEBACK = "--traceback"
@@ -43,7 +42,6 @@ def run_command(
     if "--version" in arguments:
         print(f"advgrpo {__version__}")
         return 0
-    keep_freed_memory()
     try:
         return body(arguments)
     except SystemExit as stop:

@@ -11,6 +11,7 @@ from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.errors import UserError
 from advgrpo.reporting.display import Display
+from advgrpo.runtime.allocator import keep_freed_memory
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.sampling.drawing import ModelOptions
 
@@ -81,6 +82,7 @@ def load_model(
     from advgrpo.training.fast import FastPaths
 
     device, cache = distributed.device, Path(options.cache_dir).expanduser()
+    keep_freed_memory(device)
     policy = load_policy(
         settings.model,
         device=device,

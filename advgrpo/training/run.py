@@ -36,6 +36,7 @@ from advgrpo.reporting.plots import HeldOut, draw_curves, draw_grid
 from advgrpo.reporting.trackers import RunInfo, Trackers, choose
 from advgrpo.reporting.tracking import METRICS_FILE, RunLog, load_metrics, plain
 from advgrpo.runtime import checkpoint as checkpoints
+from advgrpo.runtime.allocator import keep_freed_memory
 from advgrpo.runtime.atomic import clean, move_aside, write_atomically, write_folder_atomically
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.folders import FolderLock, writable
@@ -130,6 +131,7 @@ class Run:
             resuming.tell(saved)
             return
         preflight(config)
+        keep_freed_memory(distributed.device)
         fast = FastPaths.choose(config, distributed.device)
         if distributed.is_main:
             fast.print(self.console)

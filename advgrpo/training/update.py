@@ -153,7 +153,7 @@ class Updater:
                     step.next_latents,
                     table.coefficients[step.step],
                     uncond_velocity=predicted[1],
-                    guidance_scale=self._guidance,
+                    guidance_scale=combining_scale(predicted, self._guidance),
                     likelihood=self.config.rollout.likelihood,
                 )
                 gap, cap = log_prob - step.log_prob, self.config.update.importance_cap

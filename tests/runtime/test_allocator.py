@@ -8,14 +8,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from advgrpo.runtime import allocator
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 
 FAULTS = """
 import resource, sys
 from advgrpo.runtime.allocator import keep_freed_memory
-made = keep_freed_memory() if sys.argv[1] == "keep" else None
 import torch
+made = keep_freed_memory(torch.device("cpu")) if sys.argv[1] == "keep" else None
 block = lambda: torch.ones(48 << 20, dtype=torch.uint8)  # above the 32 MiB that glibc keeps by itself
 for _ in range(60):  # small objects take a part of the first holes
     block()
@@ -39,10 +42,27 @@ def run(argument: str, **variables: str) -> tuple[str, int]:
 def test_freed_blocks_are_used_again():
     made, faults = run("keep")
     if made == "False":
-        pytest.skip("not glibc")
+        pytest.skip("glibc before 2.35, or another C library")
     _, without = run("leave")
     assert without > 8 * 48 * 256 * 0.9, "the system's pages of 4 KiB; larger ones make this test say nothing"
     assert faults < without / 20
+
+
+def test_what_refuses_the_threshold_is_left_alone(monkeypatch):
+    """The other two settings alone would have every block above 128 KiB asked from the system."""
+    asked = []
+
+    class Refusing:
+        def mallopt(self, number: int, value: int) -> int:
+            asked.append(number)
+            return 0
+
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: Refusing())
+    monkeypatch.setattr(allocator.os, "environ", {})
+    assert not allocator.keep_freed_memory(torch.device("cpu"))
+    assert asked == [-3]
+    assert not allocator.keep_freed_memory(torch.device("cuda"))
+    assert asked == [-3]
 
 
 @pytest.mark.parametrize("variable", [{"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}])
