@@ -13,7 +13,7 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from advgrpo.tiny import shapes
+from tests.unit_size import UNIT
 
 TEXT_WIDTH = 64
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -30,7 +30,7 @@ SHIFTING = {
 
 def tokenizer() -> Qwen2Tokenizer:
     """Every word of the template and of the tiny world's captions is one token, by byte pairs from the left."""
-    words = list(dict.fromkeys([*TEMPLATE, *shapes.vocabulary()]))
+    words = list(dict.fromkeys([*TEMPLATE, *UNIT.words]))
     spelled = [*(f"Ġ{word}" for word in words), *words]  # those after a space first: they then lose no letter
     merges = dict.fromkeys((word[:end], word[end]) for word in spelled for end in range(1, len(word)))
     letters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
