@@ -436,14 +436,22 @@ class Run:
         self._write_report()
         if not summary["trained"]:
             self.console.print(f"note: {summary['not_trained_because']}", soft_wrap=True)
-        base = held_out_means(self.base)
-        for name, value in held_out_means(final).items():
-            self.console.print(f"{name}: base {base[name]:.4f} -> final {value:.4f}")
+        self._tell_metrics(final)
         if self.best is not None and self.best.value is not None:
             self.console.print(
                 f"best {self.best.metric} {self.best.value:.4f} at iteration {self.best.iteration}: {best_of.FOLDER}"
             )
         self.console.print(f"wrote {self.folder}/lora, samples/, curves.png, summary.json")
+
+    def _tell_metrics(self, final: dict[str, float]) -> None:
+        """Held-out means before and after, each with half its 95 % interval over prompts."""
+        means, halves = ([of(stage) for stage in (self.base, final)] for of in (held_out_means, half_widths))
+        for name in means[1]:
+            was, now = (
+                f"{mean[name]:.4f}" + (f" ± {half[name]:.4f}" if name in half else "")
+                for mean, half in zip(means, halves, strict=True)
+            )
+            self.console.print(f"{name}: base {was} -> final {now}")
 
     def _best_for_summary(self) -> dict[str, Any]:
         record = {"metric": self.best.metric, **self.best.record()}
