@@ -48,7 +48,8 @@ class FastPaths:
                 f"model.attention = {config.model.attention!r} is the fused transformer's ({fused_off}); use auto"
             )
         if not fused_off:  # an explicit backend that this machine lacks is an error now
-            choose_attention(config.model.attention, device, getattr(torch, config.model.dtype))
+            masked = pipeline_class(config.model.path) == "QwenImagePipeline"
+            choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
         no_triton = _why_no_triton(device)
         norms = "norms and residuals by PyTorch's operators" if no_triton else "one kernel per norm and residual"
         own_noise = ""

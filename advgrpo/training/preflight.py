@@ -194,12 +194,20 @@ def _check_generator(config: Config) -> None:
     family = POLICIES[index["_class_name"]]
     vae = _vae(family, folder, source)
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    family.check_parts(model, index, network.config, vae.config, read_json(scheduler, source))
+    schedule = read_json(scheduler, source)
+    family.check_parts(model, index, network.config, vae.config, schedule)
     if config.objective.fits_velocity and getattr(network.config, "guidance_embeds", False):
         _check_told_guidance(config, source)
+    samplers = (("rollout", config.rollout.num_steps), ("evaluation", config.evaluation.num_steps))
+    if schedule.get("shift_terminal"):
+        for field, steps in samplers:
+            if steps < 2:
+                raise UserError(
+                    f"{field}.num_steps = {steps}: this model's schedule has no single step; want at least 2"
+                )
     if prediction_type == "epsilon":
         trained = ddim_scheduler(scheduler, model.path).config.num_train_timesteps
-        for field, steps in (("rollout", config.rollout.num_steps), ("evaluation", config.evaluation.num_steps)):
+        for field, steps in samplers:
             if steps >= trained:
                 raise UserError(
                     f"{field}.num_steps = {steps}: this model was trained on {trained} timesteps; want fewer"

@@ -377,8 +377,14 @@ def test_what_is_not_for_qwen_image_is_refused_before_it_is_loaded(settings, tmp
     changed.model.resolution, changed.model.decoder_dtype = 32, "bfloat16"
     with pytest.raises(UserError, match=r"model\.decoder_dtype = 'bfloat16': Qwen-Image's VAE decodes in float32"):
         preflight(changed)
-    with pytest.raises(UserError, match=r"model\.attention = 'flash2': it takes no mask, which this model's text has"):
-        load(settings, attention="flash2")
+    unmasked = settings.model_copy(deep=True, update={"fast": True})
+    unmasked.model.attention = "flash2"
+    for early_and_late in (lambda: FastPaths.choose(unmasked, torch.device("cpu")), lambda: load(unmasked)):
+        with pytest.raises(UserError, match=r"model\.attention = 'flash2': it takes no mask, which this model's text"):
+            early_and_late()
+    changed.model.decoder_dtype, changed.evaluation.num_steps = settings.model.decoder_dtype, 1
+    with pytest.raises(UserError, match=r"evaluation\.num_steps = 1: its schedule has no single step"):
+        preflight(changed)
     network = QwenImageTransformer2DModel.load_config(settings.model.path, subfolder="transformer")
     halved, vae = SimpleNamespace(**{**network, "out_channels": 8}), SimpleNamespace(z_dim=16)
     with pytest.raises(UserError, match="its transformer maps 64 to 32 channels, packed latents have 64"):
