@@ -202,9 +202,7 @@ def _check_generator(config: Config) -> None:
     if schedule.get("shift_terminal"):
         for field, steps in samplers:
             if steps < 2:
-                raise UserError(
-                    f"{field}.num_steps = {steps}: this model's schedule has no single step; want at least 2"
-                )
+                raise UserError(f"{field}.num_steps = {steps}: its schedule has no single step; want at least 2")
     if prediction_type == "epsilon":
         trained = ddim_scheduler(scheduler, model.path).config.num_train_timesteps
         for field, steps in samplers:
