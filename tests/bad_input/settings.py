@@ -282,7 +282,7 @@ CONFLICTS = [
     flagged(
         "conflicts",
         "--rollout.tail_solver dpm2 --rollout.tail_steps 1",
-        "one step to the image is of first order; set rollout.tail_steps = 2 or more",
+        "rollout.scout_tail_steps = 0 one step to the image is of first order; set one of them to 2 or more",
     ),
     flagged(
         "conflicts",

@@ -271,7 +271,7 @@ def test_jobs_differ_from_their_base_in_the_job_only():
         ("sd35m-repair", "sd35m-dino-paper", set()),
         ("tiny-sft", "tiny", {"update"}),
         ("tiny-nft", "tiny-flow-grpo-pickscore", {"update", "rollout"}),
-        ("tiny-nft-adv", "tiny", {"iterations", "update", "rollout"}),
+        ("tiny-nft-adv", "tiny", {"update", "rollout"}),
         ("tiny-awm", "tiny-flow-grpo-pickscore", {"update", "rollout", "advantage", "awm"}),
         ("tiny-repair", "tiny", set()),
     ):

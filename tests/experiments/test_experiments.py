@@ -168,6 +168,7 @@ def test_a_stopped_run_goes_on_and_gives_what_an_unstopped_one_gives(tmp_path, s
         assert torch.equal(seen.kernel, stopped.judged(job)["report"][scale].kernel)
 
 
+@pytest.mark.weekly
 def test_a_run_cut_short_before_its_first_checkpoint_or_its_samples_is_made_again(tmp_path, small):
     plan, job = plan_of(tmp_path, 1, small), Job("dino", 0)
     folder = plan.folder(job)
@@ -247,6 +248,7 @@ def test_settings_that_differ_are_not_taken_for_finished(tmp_path, small):
     assert plan.finished(job) is not None  # and what was there is still there
 
 
+@pytest.mark.weekly
 def test_side_by_side_processes_share_the_runs(tmp_path, small, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     handler = signal.getsignal(signal.SIGTERM)
