@@ -33,7 +33,10 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     assert (tmp_path / "runs/notebook/lora/pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("changes", [{}, {"rollout.initial_noise": "per_image", "rollout.guidance_scale": 1.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.weekly), {"rollout.initial_noise": "per_image", "rollout.guidance_scale": 1.0}],
+)
 def test_the_method_in_one_file_gives_the_trainers_numbers_to_the_last_bit(tmp_path, changes):
     """Warm-up, discriminator updates, and the generator's, on the shipped world."""
     from rich.console import Console

@@ -102,6 +102,7 @@ def test_the_shipped_pipeline_draws_words_that_are_read(shipped, reward):
     assert means[1] >= 0.7
 
 
+@pytest.mark.weekly
 def test_the_ocr_preset_trains_and_scores_words(tmp_path):
     """Two iterations of the job, words' references and all; its metrics hold both rewards."""
     flags = ["--preset", "tiny-adv-ocr", "--iterations", "2", "--output-dir", str(tmp_path / "run")]
