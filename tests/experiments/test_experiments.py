@@ -314,7 +314,8 @@ def test_arms_are_what_they_say():
         made = settings(Job(arm, 1), Path("/w"), 64)
         assert made.data.held_out_prompts == WORLD
         assert (made.seed, made.iterations, made.evaluation.every) == (1, 64, 8)
-        assert made.evaluation.guidance_scale == made.rollout.guidance_scale == GUIDANCE
+        assert made.evaluation.guidance_scale == GUIDANCE
+        assert made.rollout.guidance_scale == (1.0 if made.objective.forward_process else GUIDANCE)
     assert not {7, 42} & set(experiments.Report().seeds)
     assert settings(Job("repair", 1), Path("/w"), 60).model.lora.start_from == "/w/flow/seed-1/lora"
     betas = [settings(Job(arm, 0), Path("/w"), 60).update.kl_weight for arm in EXPERIMENTS["kl"].arms]
