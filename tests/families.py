@@ -88,6 +88,30 @@ def assert_on_policy(policy: DiffusersPolicy, settings: Config, *, window: tuple
     assert (gap, pairs) == (0, 12)
 
 
+def merged_in_fp8(policy: DiffusersPolicy, *, guidance: float, precision: str) -> list[str]:
+    """What merged weights predict is what adapters do, in FP8 to what its eight bits give; the names of the layers that
+    are quantised."""
+    train_adapters(policy)
+    policy.merge()
+    latents, step = torch.randn(2, *policy.latent_shape()), torch.tensor([1])
+    prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([900.0, 500.0]), guidance=guidance)
+    with torch.no_grad():
+        expected, found = policy.predict(latents, step, prepared)[0], policy.predict_merged(latents, step, prepared)[0]
+    error = (found - expected).norm() / expected.norm()
+    assert error <= (0.1 if precision == "fp8" else 1e-5)
+    assert precision != "fp8" or error > 1e-3
+    return [layer.names[0] for layer in policy.network.transformer.linears() if layer.merged_fp8 is not None]
+
+
+def assert_the_reference_is_the_base(policy: DiffusersPolicy) -> None:
+    """Bit for bit."""
+    base = ode_images(policy, steps=2, guidance=2.0)[1]
+    train_adapters(policy)
+    with policy.disable_adapter():
+        assert torch.equal(ode_images(policy, steps=2, guidance=2.0)[1], base)
+    assert not torch.equal(ode_images(policy, steps=2, guidance=2.0)[1], base)
+
+
 def by_stock_name(policy: DiffusersPolicy, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     """Adapters, or their gradients in one vector, by PEFT's names."""
     if isinstance(policy.network, FusedNetwork):

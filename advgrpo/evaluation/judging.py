@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -21,6 +22,7 @@ from advgrpo.reporting.display import Display
 
 if TYPE_CHECKING:
     from advgrpo.evaluation.evaluator import Evaluator
+    from advgrpo.tiny.judge import Judge
 
 
 class Witness(Protocol):
@@ -37,12 +39,18 @@ class TinyWitness:
     distance = "KID x 1000 in EfficientNet-Lite0's features"
 
     def __init__(self, cache: Path, accuracy: Literal["retrieval", "classifier_accuracy"] = "retrieval"):
-        from advgrpo.tiny.judge import EVERY_ARTIST, Judge
+        from advgrpo.tiny.judge import Judge
         from advgrpo.tiny.second_judge import SecondJudge
 
         self.accuracy = accuracy
         self._second = SecondJudge() if accuracy == "classifier_accuracy" else None
-        self._judge, self._of_style = Judge(cache=cache), Judge(EVERY_ARTIST, cache=cache)
+        self._cache, self._judge = cache, Judge(cache=cache)
+
+    @cached_property
+    def _of_style(self) -> Judge:
+        from advgrpo.tiny.judge import EVERY_ARTIST, Judge
+
+        return Judge(EVERY_ARTIST, cache=self._cache)
 
     def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         from advgrpo.tiny.scenes import Scene

@@ -8,7 +8,6 @@ Shapes: P prompts, K images of each, R references of each.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,10 +29,11 @@ from advgrpo.reporting.display import Display
 from advgrpo.rewards.base import Reward
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.distributed import Distributed
-from advgrpo.runtime.fingerprint import folder_fingerprint
+from advgrpo.runtime.fingerprint import file_digest
 from advgrpo.sampling.drawing import ModelOptions
 from advgrpo.tiny.scenes import STYLE_ARTISTS, Scene
 from advgrpo.training.models import load_model, settings_of
+from advgrpo.training.resuming import base_fingerprint
 
 LISTS = ("tuning", "report")
 _SEED = 42  # of the noise, which no run's evaluation draws
@@ -194,30 +194,24 @@ def _file(subject: Subject, name: str, scale: float) -> Path:
 
 def _stamp(subject: Subject, judging: Judging) -> dict:
     """What a file is made of."""
-    from advgrpo.policy.pipelines import pipeline_folder
-
     weights = ""
     if subject.lora is not None:
         file = subject.lora / "pytorch_lora_weights.safetensors"
         if not file.is_file():
             raise UserError(f"{file} does not exist; remove {subject.lora.parent}, and the run is made again")
-        weights = _digest(file)
+        weights = file_digest(file)
     return {
         "weights": weights,
-        "model": folder_fingerprint(pipeline_folder(subject.config.model.path, field="model.path"), (".",)),
+        "model": base_fingerprint(subject.config),
         "steps": subject.config.evaluation.num_steps,
         "preference": subject.preference,
         "prompts": {
-            name: _digest(Path(shipped_path("held_out_prompts", file))) for name, file in judging.prompts.items()
+            name: file_digest(Path(shipped_path("held_out_prompts", file))) for name, file in judging.prompts.items()
         },
         "references": judging.references,
         "images_per_prompt": judging.images_per_prompt,
         "seed": _SEED,
     }
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _stamp_of(file: Path) -> dict | None:

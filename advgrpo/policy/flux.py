@@ -68,12 +68,8 @@ class FluxPolicy(PackedPolicy):
         cls, model: ModelSection, index: Mapping[str, Any], network: Any, vae: Any, scheduler: Mapping[str, Any]
     ) -> None:
         field = f"model.path = {model.path!r}"
-        made, wanted = network.out_channels or network.in_channels, vae.latent_channels * PATCH**2
-        if not network.in_channels == made == wanted:
-            raise UserError(
-                f"{field}: its transformer maps {network.in_channels} to {made} channels, packed latents have "
-                f"{wanted}; want a text-to-image model, not one for filling, editing or control"
-            )
+        made = network.out_channels or network.in_channels
+        cls.check_channels(field, network.in_channels, made, vae.latent_channels, "filling, editing or control")
         if scheduler.get("shift_terminal"):
             raise UserError(f"{field}: its scheduler has shift_terminal, which FLUX.1's schedule does not have")
         cls.check_resolution(model.resolution, network, vae)

@@ -43,6 +43,16 @@ class PackedPolicy(TransformerPolicy):
             near = max(1, round(resolution / unit)) * unit
             raise UserError(f"{field} = {resolution}: this model wants a multiple of {unit}, such as {near}")
 
+    @staticmethod
+    def check_channels(field: str, read: int, made: int, latent_channels: int, other_tasks: str) -> None:
+        """UserError where a transformer that maps `read` to `made` channels is not one from packed latents to such."""
+        wanted = latent_channels * PATCH**2
+        if not read == made == wanted:
+            raise UserError(
+                f"{field}: its transformer maps {read} to {made} channels, packed latents have {wanted}; want a "
+                f"text-to-image model, not one for {other_tasks}"
+            )
+
     @property
     def image_tokens(self) -> int:
         return (self.model.resolution // self.vae_scale // PATCH) ** 2

@@ -17,6 +17,8 @@ PREDICTION_TYPES = {
     "StableDiffusionPipeline": "epsilon",
     "StableDiffusionXLPipeline": "epsilon",
 }
+MASKED_TEXT = ("QwenImagePipeline",)  # those some of whose text tokens are not attended to
+QWEN_NEGATIVE_PROMPT = " "  # of its card: without one its pipeline draws unguided
 
 
 def pipeline_folder(path: str, field: str = "model.path") -> Path:

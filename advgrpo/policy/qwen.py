@@ -26,6 +26,7 @@ from advgrpo.errors import UserError
 from advgrpo.policy.guidance import GuidanceMethod
 from advgrpo.policy.networks import StockNetwork, StockPrepared
 from advgrpo.policy.packed import PATCH, PackedPolicy, pack, unpack
+from advgrpo.policy.pipelines import QWEN_NEGATIVE_PROMPT
 from advgrpo.types import Conditioning
 
 _RESCALED = GuidanceMethod(rescaled_patch=PATCH)
@@ -60,7 +61,7 @@ class QwenPolicy(PackedPolicy):
     network_class = QwenImageTransformer2DModel
     vae_class = AutoencoderKLQwenImage
     text_parts = ("text_encoder", "tokenizer")
-    negative_prompt = " "
+    negative_prompt = QWEN_NEGATIVE_PROMPT
 
     def _stock_network(self, seed: int) -> StockNetwork:
         return QwenNetwork(self.transformer, self.model, seed)
@@ -73,12 +74,8 @@ class QwenPolicy(PackedPolicy):
         other = [name for name in _OTHER_TASKS if getattr(network, name, False)]
         if other:
             raise UserError(f"{field}: its transformer has {other[0]}; want a text-to-image model, not one for editing")
-        read, made, wanted = network.in_channels, (network.out_channels or 0) * PATCH**2, vae.z_dim * PATCH**2
-        if not read == made == wanted:
-            raise UserError(
-                f"{field}: its transformer maps {read} to {made} channels, packed latents have {wanted}; want a "
-                "text-to-image model, not one for editing or control"
-            )
+        made = (network.out_channels or 0) * PATCH**2
+        cls.check_channels(field, network.in_channels, made, vae.z_dim, "editing or control")
         if model.decoder_dtype == "bfloat16":
             raise UserError("model.decoder_dtype = 'bfloat16': Qwen-Image's VAE decodes in float32; use auto")
         cls.check_resolution(model.resolution, network, vae)

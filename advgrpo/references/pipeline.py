@@ -15,13 +15,13 @@ import torch
 
 from advgrpo.data.prompt_lengths import CutPrompts, cut_prompts
 from advgrpo.errors import UserError
+from advgrpo.policy.pipelines import QWEN_NEGATIVE_PROMPT
 from advgrpo.references.builder import Recipe
 from advgrpo.runtime.fingerprint import folder_fingerprint
 from advgrpo.tiny import WORLDS
 
 _TINY = {"num_inference_steps": 10, "guidance_scale": 2.0}
-# Without a negative prompt QwenImagePipeline ignores its true_cfg_scale and draws unguided.
-_QWEN = {"negative_prompt": " "}
+_QWEN = {"negative_prompt": QWEN_NEGATIVE_PROMPT}
 _T5_TOKENS = 512  # what a T5 was trained with, where a pipeline's call has no limit
 _OURS = {"prompt", "num_images_per_prompt", "generator", "output_type", "return_dict"}
 

@@ -60,3 +60,9 @@ def half_widths(values: Mapping[str, float]) -> dict[str, float]:
     """metric -> half the width of its 95 % interval, of an evaluation's values; none over a single prompt."""
     names = held_out_metrics(values)
     return {name: values[HELD_OUT + name + CI95] for name in names if HELD_OUT + name + CI95 in values}
+
+
+def with_interval(summary: Mapping[str, Any], stage: str, name: str) -> str:
+    """A held-out mean of summary.json at "base", "start" or "final", with half its interval where there is one."""
+    half = (summary.get("ci95") or {}).get(stage, {}).get(name)
+    return f"{summary[stage][name]:.4f}" + (f" ± {half:.4f}" if isinstance(half, (int, float)) else "")

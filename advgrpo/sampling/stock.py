@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from advgrpo.errors import RunFailure, UserError
-from advgrpo.policy.pipelines import PREDICTION_TYPES
+from advgrpo.policy.pipelines import PREDICTION_TYPES, QWEN_NEGATIVE_PROMPT
 from advgrpo.sampling.drawing import Drawn
 
 if TYPE_CHECKING:  # diffusers takes seconds; flags are checked first
@@ -57,7 +57,7 @@ def draw_stock(pipe: DiffusionPipeline, drawn: Drawn, prompt: str, seeds: Sequen
     if type(pipe).__name__ == "FluxPipeline" and not pipe.transformer.config.guidance_embeds:
         guidance = {"true_cfg_scale": drawn.guidance_scale, "negative_prompt": ""}  # schnell ignores guidance_scale
     elif type(pipe).__name__ == "QwenImagePipeline":
-        guidance = {"true_cfg_scale": drawn.guidance_scale, "negative_prompt": " "}  # as its card: not the empty one
+        guidance = {"true_cfg_scale": drawn.guidance_scale, "negative_prompt": QWEN_NEGATIVE_PROMPT}
     else:
         guidance = {"guidance_scale": drawn.guidance_scale}
     images = pipe(

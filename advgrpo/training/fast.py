@@ -13,7 +13,7 @@ from advgrpo.config import Config, ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.transformer import can_adapt
-from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_class
+from advgrpo.policy.pipelines import MASKED_TEXT, PREDICTION_TYPES, pipeline_class
 from advgrpo_kernels._runtime import DEFAULT_BACKEND, HAS_TRITON
 from advgrpo_kernels.ops._csrc import library
 
@@ -48,7 +48,7 @@ class FastPaths:
                 f"model.attention = {config.model.attention!r} is the fused transformer's ({fused_off}); use auto"
             )
         if not fused_off:  # an explicit backend that this machine lacks is an error now
-            masked = pipeline_class(config.model.path) == "QwenImagePipeline"
+            masked = pipeline_class(config.model.path) in MASKED_TEXT
             choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
         no_triton = _why_no_triton(device)
         norms = "norms and residuals by PyTorch's operators" if no_triton else "one kernel per norm and residual"

@@ -24,8 +24,9 @@ from advgrpo.data.record_source import HUB
 from advgrpo.errors import UserError, one_line
 from advgrpo.plan.known_models import QWEN_TRANSFORMERS
 from advgrpo.policy.lora_file import LORA_FILE
-from advgrpo.policy.pipelines import local_pipeline, pipeline_class
+from advgrpo.policy.pipelines import QWEN_NEGATIVE_PROMPT, local_pipeline, pipeline_class
 from advgrpo.report.run_files import CONFIG_FILE, SUMMARY_FILE, read_summary
+from advgrpo.reporting.metric_names import with_interval
 from advgrpo.runtime.atomic import write_atomically
 
 CARD, GRID = "README.md", "samples.png"
@@ -255,7 +256,7 @@ def _use_section(facts: RunFacts) -> str:
     evaluation, model = facts.config.evaluation, facts.config.model
     guidance = f"guidance_scale={evaluation.guidance_scale:g}"
     if _is_qwen_image(model.path):
-        guidance = f'true_cfg_scale={evaluation.guidance_scale:g}, negative_prompt=" "'
+        guidance = f'true_cfg_scale={evaluation.guidance_scale:g}, negative_prompt="{QWEN_NEGATIVE_PROMPT}"'
     prompt = f"num_inference_steps={evaluation.num_steps}, {guidance}"
     size = f"height={model.resolution}, width={model.resolution}"
     return f"""## Use
@@ -273,10 +274,10 @@ image = pipe("a prompt", {prompt}, {size}).images[0]
 
 
 def _is_qwen_image(path: str) -> bool:
-    """As far as it is known without a network."""
-    return path in QWEN_TRANSFORMERS or (
-        local_pipeline(path) is not None and pipeline_class(path) == "QwenImagePipeline"
-    )
+    """As far as it is known without a network; a folder may have gone, or lost its files, since the run."""
+    folder = local_pipeline(path)
+    known = folder is not None and (folder / "model_index.json").is_file()
+    return path in QWEN_TRANSFORMERS or (known and pipeline_class(path) == "QwenImagePipeline")
 
 
 def _metrics_section(facts: RunFacts) -> str:
@@ -284,7 +285,7 @@ def _metrics_section(facts: RunFacts) -> str:
     if not final:
         return ""
     rows = "\n".join(
-        f"| {name} | {_with_interval(facts, 'base', name)} | {_with_interval(facts, 'final', name)} |"
+        f"| {name} | {with_interval(facts.summary, 'base', name)} | {with_interval(facts.summary, 'final', name)} |"
         for name in final
         if name in base
     )
@@ -297,12 +298,6 @@ a reward measures what was optimised, not quality.
 | metric | base | LoRA |
 |---|---|---|
 {rows}"""
-
-
-def _with_interval(facts: RunFacts, stage: str, name: str) -> str:
-    half = (facts.summary.get("ci95") or {}).get(stage, {}).get(name)
-    value = facts.summary[stage][name]
-    return f"{value:.4f}" + (f" ± {half:.4f}" if isinstance(half, (int, float)) else "")
 
 
 def _images_per_iteration(rollout: RolloutSection) -> str:

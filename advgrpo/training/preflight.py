@@ -198,20 +198,21 @@ def _check_generator(config: Config) -> None:
     family.check_parts(model, index, network.config, vae.config, schedule)
     if config.objective.fits_velocity and getattr(network.config, "guidance_embeds", False):
         _check_told_guidance(config, source)
-    samplers = (("rollout", config.rollout.num_steps), ("evaluation", config.evaluation.num_steps))
-    if schedule.get("shift_terminal"):
-        for field, steps in samplers:
-            if steps < 2:
-                raise UserError(f"{field}.num_steps = {steps}: its schedule has no single step; want at least 2")
+    trained = None
     if prediction_type == "epsilon":
         trained = ddim_scheduler(scheduler, model.path).config.num_train_timesteps
-        for field, steps in samplers:
-            if steps >= trained:
-                raise UserError(
-                    f"{field}.num_steps = {steps}: this model was trained on {trained} timesteps; want fewer"
-                )
+    _check_num_steps(config, fewest=2 if schedule.get("shift_terminal") else 1, trained=trained)
     if model.train == "lora":
         check_adapters(folder, network, model.lora, config.update.teacher)
+
+
+def _check_num_steps(config: Config, *, fewest: int, trained: int | None) -> None:
+    for section, steps in (("rollout", config.rollout.num_steps), ("evaluation", config.evaluation.num_steps)):
+        field = f"{section}.num_steps = {steps}"
+        if steps < fewest:
+            raise UserError(f"{field}: its schedule has no single step; want at least {fewest}")
+        if trained is not None and steps >= trained:
+            raise UserError(f"{field}: this model was trained on {trained} timesteps; want fewer")
 
 
 def _check_known_size(model: ModelSection) -> None:

@@ -31,7 +31,7 @@ from advgrpo.report.page import REPORT_FILE, write_report
 from advgrpo.report.run_files import RunFiles
 from advgrpo.reporting.display import Display
 from advgrpo.reporting.evaluations import EVALUATIONS_FILE, Evaluated, load_evaluations, record_evaluation
-from advgrpo.reporting.metric_names import FIRST, half_widths, held_out_means
+from advgrpo.reporting.metric_names import FIRST, half_widths, held_out_means, with_interval
 from advgrpo.reporting.plots import HeldOut, draw_curves, draw_grid
 from advgrpo.reporting.trackers import RunInfo, Trackers, choose
 from advgrpo.reporting.tracking import METRICS_FILE, RunLog, load_metrics, plain
@@ -436,22 +436,14 @@ class Run:
         self._write_report()
         if not summary["trained"]:
             self.console.print(f"note: {summary['not_trained_because']}", soft_wrap=True)
-        self._tell_metrics(final)
+        for name in summary["final"]:
+            was, now = (with_interval(summary, stage, name) for stage in ("base", "final"))
+            self.console.print(f"{name}: base {was} -> final {now}")
         if self.best is not None and self.best.value is not None:
             self.console.print(
                 f"best {self.best.metric} {self.best.value:.4f} at iteration {self.best.iteration}: {best_of.FOLDER}"
             )
         self.console.print(f"wrote {self.folder}/lora, samples/, curves.png, summary.json")
-
-    def _tell_metrics(self, final: dict[str, float]) -> None:
-        """Held-out means before and after, each with half its 95 % interval over prompts."""
-        means, halves = ([of(stage) for stage in (self.base, final)] for of in (held_out_means, half_widths))
-        for name in means[1]:
-            was, now = (
-                f"{mean[name]:.4f}" + (f" ± {half[name]:.4f}" if name in half else "")
-                for mean, half in zip(means, halves, strict=True)
-            )
-            self.console.print(f"{name}: base {was} -> final {now}")
 
     def _best_for_summary(self) -> dict[str, Any]:
         record = {"metric": self.best.metric, **self.best.record()}

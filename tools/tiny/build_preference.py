@@ -69,8 +69,25 @@ def model(seed: int, words: int) -> CLIPModel:
         return CLIPModel(config)
 
 
-class Clip:
-    """A CLIPModel with its tokenizer, as training and measuring use it."""
+def _preprocessor(side: int) -> dict:
+    """preprocessor_config.json of square images of `side` pixels."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+class Trainee:
+    """A CLIPModel with its tokenizer, as it is trained and measured."""
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer):
         self.clip, self.tokenizer = clip, tokenizer
@@ -94,27 +111,6 @@ class Clip:
         write_atomically(folder / "preprocessor_config.json", json.dumps(_preprocessor(side), indent=2) + "\n")
         (folder / "training.json").touch()
         save_half_precision(self.clip, folder)
-
-
-def _preprocessor(side: int) -> dict:
-    """preprocessor_config.json of square images of `side` pixels."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-
-
-class Trainee(Clip):
-    """The tiny world's CLIP."""
 
     @classmethod
     def load(cls, folder: Path) -> Trainee:
