@@ -179,9 +179,11 @@ def test_a_run_measures_its_own_pictures_and_goes_on_where_they_agree(unit_confi
 
 
 def ranked_otherwise(trainer, monkeypatch):
-    """Images by all steps get the opposite rewards; untrained models rank them as they rank those by fewer."""
-    real = trainer.objective.scorer.totals
-    monkeypatch.setattr(trainer.objective.scorer, "totals", lambda *which: -real(*which))
+    """Images by all steps get the opposite rewards of those by fewer."""
+    scorer, seen = trainer.objective.scorer, []
+    real = scorer.score
+    monkeypatch.setattr(scorer, "score", lambda *which: seen.append(real(*which)) or seen[-1])
+    monkeypatch.setattr(scorer, "totals", lambda *_: -seen[-1].rewards)
     return trainer
 
 

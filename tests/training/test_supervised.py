@@ -139,7 +139,7 @@ def test_latents_are_encoded_once_and_draws_change_with_the_iteration(settings, 
     assert not torch.equal(supervised.noise(micro_batch, 0), supervised.noise(micro_batch, 1))
     assert not torch.equal(supervised.levels(micro_batch, 0)[0], supervised.levels(micro_batch, 1)[0])
     picks = {tuple(supervised.clean_latents(micro_batch, i).flatten(1).sum(1).tolist()) for i in range(8)}
-    assert len(picks) > 4
+    assert len(picks) > 2  # of the four that two images have with two references
 
 
 def test_micro_batches_of_another_size_learn_the_same(settings):
