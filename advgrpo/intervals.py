@@ -36,17 +36,24 @@ def t_interval(values: torch.Tensor | Sequence[float], *, confidence: float = 0.
     return Interval(mean, mean - half, mean + half)
 
 
-def t_quantile(probability: float, freedom: int) -> float:
-    """Student's t quantile for a whole number of degrees of freedom.
+def t_quantile(probability: float, freedom: float) -> float:
+    """Student's t quantile for degrees of freedom, which need not be whole; for infinitely many the normal one.
 
     Raises:
         ValueError: a probability outside [0.5, 1) or fewer than 1 degree of freedom.
     """
-    from scipy.special import stdtrit  # scipy.stats.t.ppf without the quarter of a second that scipy.stats takes
+    from scipy.special import ndtri, stdtrit  # scipy.stats.t.ppf without the quarter of a second that scipy.stats takes
 
     if not 0.5 <= probability < 1 or freedom < 1:
         raise ValueError(f"t_quantile({probability}, {freedom}): want 0.5 <= probability < 1 and freedom >= 1")
-    return float(stdtrit(freedom, probability))
+    return float(ndtri(probability) if math.isinf(freedom) else stdtrit(freedom, probability))
+
+
+def t_share_below(value: float, freedom: float) -> float:
+    """The probability that Student's t is at most `value`."""
+    from scipy.special import ndtr, stdtr
+
+    return float(ndtr(value) if math.isinf(freedom) else stdtr(freedom, value))
 
 
 def as_matrix(scores: torch.Tensor | Sequence[float]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Differences between models by metric, what they say of a claim, and what all claims say together.
 
 A difference is of several seeds of one arm from the base model, or from the same seeds of another arm, on the same
-prompts and noise; seeds and prompts are resampled together (evaluation/frontier.py). A claim's two one-sided p-values
-say how often the resamples miss what it expects, and how often they miss its contrary. The smaller, doubled, is its
-p-value; Holm's method makes the p-values of all claims of the plan, run or not, safe to read side by side.
+prompts and noise; seeds and prompts are resampled together (evaluation/frontier.py). A claim has two one-sided
+p-values: of what it expects, and of its contrary. The smaller, doubled, is its p-value; Holm's method makes the
+p-values of all claims of the plan, run or not, safe to read side by side.
 
 Shapes: S seeds, P prompts.
 """
@@ -11,7 +11,7 @@ Shapes: S seeds, P prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,7 +62,7 @@ def difference(metric: str, pair: Pair, *, style: str = "", resamples: int, seed
         return drawn.distance(kernels[0] - kernels[1])
     if metric == "diversity":
         ratio = drawn.ratio(*pair.stacked("diversity"))
-        return Resampled(ratio.estimate - 1, ratio.draws - 1)
+        return replace(ratio, estimate=ratio.estimate - 1)
     if metric == "saturation_distance":
         return _further_from_references(pair, drawn)
     name = {"retrieval": "retrieval", "pickscore": "pickscore", "style_share": f"style:{style}"}.get(metric)
@@ -108,7 +108,7 @@ class Evidence:
 
 def evidence(claim: Claim, found: Resampled) -> Evidence:
     """What a difference, or for "reaches" a level, says of a claim."""
-    above, below, margin = found.share_below, found.share_above, claim.margin
+    above, below, margin = found.p_above, found.p_below, claim.margin
     if claim.expected == "stays":
         outside = min(1.0, 2 * min(above(margin), below(-margin)))
         return Evidence(max(above(-margin), below(margin)), outside)

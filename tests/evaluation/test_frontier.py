@@ -1,5 +1,7 @@
 """Models compared at several guidance scales: distances and intervals against known answers."""
 
+import math
+
 import pytest
 import torch
 
@@ -79,7 +81,7 @@ def test_comparison_is_the_mean_over_seeds_and_prompts():
     found = compare(models, base, (1.0, 1.0))
     own = torch.stack([each.accuracy for each in models]).mean() - base.accuracy.mean()
     assert found.accuracy.mean == pytest.approx(own.item())
-    assert 0 < found.accuracy.low < own < found.accuracy.high
+    assert found.accuracy.low < own < found.accuracy.high
     distances = [kid(each.kernel).item() for each in models]
     assert found.kid.mean == pytest.approx(sum(distances) / 2 - kid(base.kernel).item())
     assert found.kid.high < 0
@@ -101,20 +103,45 @@ def test_intervals_hold_the_seeds_too():
     assert width(apart) > 1.3 * width(alike)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    """Seeds and prompts both vary; a bootstrap over prompts alone would cover about 3 times in 5."""
+@pytest.mark.parametrize(
+    ("seeds", "of_seed", "of_prompt", "noise"),
+    [
+        (5, 0.1, 0.2, 0.2),  # a bootstrap over prompts alone would cover about 3 times in 5
+        (3, 0.1, 0.0, 1e-4),  # percentiles of the resamples, which end at the lowest and highest seed: 3 in 4
+        (2, 0.1, 0.0, 1e-4),  # 1 in 2
+    ],
+)
+def test_interval_covers_the_truth_about_as_often_as_it_says(seeds, of_seed, of_prompt, noise):
     generator = torch.Generator().manual_seed(0)
+    one, nothing = torch.eye(PROMPTS, dtype=torch.float64), torch.zeros(PROMPTS, dtype=torch.float64)
+    base = Point(nothing, one, nothing + 1)
     covered = 0
     for _ in range(100):
-        of_seed = 0.1 * torch.randn(5, 1, generator=generator)
-        of_prompt = 0.2 * torch.randn(1, PROMPTS, generator=generator)
-        noise = 0.2 * torch.randn(5, PROMPTS, generator=generator)
-        rows = 0.3 + of_seed + of_prompt + noise
-        zero, one = torch.zeros(PROMPTS), torch.eye(PROMPTS, dtype=torch.float64)
-        base = Point(zero.double(), one, torch.ones(PROMPTS, dtype=torch.float64))
-        found = compare([Point(row.double(), one, base.diversity) for row in rows], base, (1, 1), resamples=400)
+        rows = 0.3 + of_seed * torch.randn(seeds, 1, generator=generator).double()
+        rows = rows + of_prompt * torch.randn(1, PROMPTS, generator=generator)
+        rows = rows + noise * torch.randn(seeds, PROMPTS, generator=generator)
+        found = compare([Point(row, one, base.diversity) for row in rows], base, (1, 1), resamples=400)
         covered += found.accuracy.low <= 0.3 <= found.accuracy.high
-    assert 84 <= covered <= 100
+    assert 87 <= covered <= 100
+
+
+def test_the_standard_error_of_a_mean_over_seeds_is_unbiased():
+    """Prompts alike: the squared error is s^2 / S, with S - 1 in s."""
+    values = torch.tensor([0.1, 0.2, 0.6], dtype=torch.float64)
+    found = Resamples.draw(PROMPTS, 3, resamples=40_000, seed=0).mean(values[:, None].expand(3, PROMPTS))
+    assert found.error == pytest.approx((values.var() / 3).sqrt().item(), rel=0.02)
+    assert found.freedom == pytest.approx(2, rel=0.01)
+
+
+def test_freedom_lies_between_that_of_seeds_and_of_prompts():
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(1, PROMPTS, generator=generator).double()
+    apart = torch.randn(3, 1, generator=generator).double()
+    drawn = Resamples.draw(PROMPTS, 3, resamples=4000, seed=0)
+    of_seeds, of_both, of_prompts = (drawn.mean(prompts + share * apart).freedom for share in (100.0, 0.1, 0.0))
+    assert of_seeds == pytest.approx(2, rel=0.05)
+    assert 2.2 < of_both < PROMPTS + 1
+    assert of_prompts == pytest.approx(PROMPTS - 1)
 
 
 def test_best_guidance_is_the_most_accurate_and_of_equals_the_lowest():
@@ -129,18 +156,18 @@ def test_points_of_other_prompts_are_refused():
         compare([short], base, (1, 1))
 
 
-def test_p_values_are_the_share_of_resamples_on_the_other_side():
-    drawn = Resamples.draw(PROMPTS, 3, resamples=2000, seed=0)
-    values = torch.randn(3, PROMPTS, generator=torch.Generator().manual_seed(0)).double() + 0.2
-    found = drawn.mean(values)
-    assert found.estimate == pytest.approx(values.mean().item())
-    assert found.share_below(0) == pytest.approx((1 + (found.draws <= 0).sum().item()) / 2001)
-    assert found.share_below(0) + found.share_above(0) == pytest.approx(1, abs=2 / 2001)
-    assert found.share_below(found.interval.low) == pytest.approx(0.025, abs=0.002)
-    assert found.share_below(-1e9) == 1 / 2001
+def test_p_values_are_those_of_students_t():
+    found = Resampled(0.2, 0.1, 4.0, 2000)
+    assert found.p_above(0) == pytest.approx(0.0580582, abs=1e-6)  # t = 2 with 4 degrees of freedom
+    assert found.p_above(0) + found.p_below(0) == pytest.approx(1)
+    assert found.p_above(found.interval.low) == pytest.approx(0.025)
+    assert found.p_above(-1e9) == 1 / 2001
+    certain = Resampled(0.2, 0.0, math.inf, 2000)
+    assert (certain.p_above(0), certain.p_below(0)) == (1 / 2001, 1)
 
 
 def test_resamples_without_pairs_of_prompts_do_not_count():
-    found = Resampled(1.0, torch.tensor([float("nan"), 1.0, 2.0, 3.0], dtype=torch.float64))
-    assert found.share_below(1.5) == pytest.approx(2 / 4)
-    assert 1 <= found.interval.low <= found.interval.high <= 3
+    values = torch.tensor([float("nan"), 1.0, 2.0, 3.0], dtype=torch.float64)
+    drawn = Resamples(torch.ones(4, PROMPTS).double(), torch.ones(4, 1).double())
+    found = drawn.of(lambda prompts, seeds: values[: len(prompts)] if len(prompts) > 1 else values[2:3])
+    assert (found.estimate, found.error) == (2.0, pytest.approx((2 / 3) ** 0.5))

@@ -5,6 +5,7 @@ guidance chosen on the report prompts; a claim that was not run left out of the 
 """
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def test_every_metric_by_hand():
 
 
 def resampled(low: float, high: float) -> Resampled:
-    return Resampled((low + high) / 2, torch.linspace(low, high, 1000, dtype=torch.float64))
+    """Whose interval that is, nearly."""
+    return Resampled((low + high) / 2, (high - low) / 4, math.inf, 1000)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def resampled(low: float, high: float) -> Resampled:
         (0.70, 0.90, "reaches", 0.8, "undecided"),
     ],
 )
-def test_a_claim_alone_is_judged_by_where_the_resamples_are(low, high, expected, margin, word):
+def test_a_claim_alone_is_judged_by_where_its_interval_lies(low, high, expected, margin, word):
     claim = Claim("dino", "retrieval", expected, margin=margin)
     assert verdicts([evidence(claim, resampled(low, high))])[0].word == word
 
@@ -112,10 +114,9 @@ def test_a_claim_alone_is_judged_by_where_the_resamples_are(low, high, expected,
 def test_p_values_are_two_sided_and_never_zero():
     claim = Claim("dino", "retrieval", "rises")
     assert evidence(claim, resampled(0.1, 0.2)).p == pytest.approx(2 / 1001)
-    middle = evidence(claim, Resampled(0.0, torch.tensor([-1.0, 1.0]).repeat(500)))
-    assert middle.p == 1.0
-    tenth = evidence(claim, Resampled(0.0, torch.tensor([-1.0, *[1.0] * 9]).repeat(100)))
-    assert tenth.p == pytest.approx(2 * 101 / 1001)
+    assert evidence(claim, resampled(-1, 1)).p == 1.0
+    assert evidence(claim, Resampled(1.0, 1.0, math.inf, 1000)).p == pytest.approx(0.3173, abs=1e-4)
+    assert evidence(claim, Resampled(-1.0, 1.0, 2.0, 1000)).p == pytest.approx(0.4226, abs=1e-4)
 
 
 def test_verdicts_are_holms_over_all_claims_and_what_was_not_run_counts():
@@ -147,7 +148,7 @@ def made_up(tmp_path, monkeypatch):
 
     def judged(_plan, job):
         lead = {"tuning": {1.0: -0.1, 2.0: 0.1, 3.0: 0.0}, "report": {1.0: -0.1, 2.0: 0.0, 3.0: 0.1}}
-        own = at[job.arm] + 0.02 * job.seed
+        own = at[job.arm] + 0.002 * job.seed
         extra = {"pickscore": 1 - at[job.arm], "saturation": 1 - at[job.arm]}
         return {
             name: {
@@ -182,9 +183,8 @@ def test_own_best_guidance_is_chosen_on_the_tuning_prompts(made_up):
 
 def test_changes_are_from_the_base_and_from_the_same_seed(made_up):
     results = made_up("hacking")
-    assert results.change("retrieval", "flow").estimate == pytest.approx(
-        -0.2 + 0.02
-    )  # seeds 0, 1, 2 add .02 on average
+    # seeds 0, 1, 2 add .002 on average
+    assert results.change("retrieval", "flow").estimate == pytest.approx(-0.2 + 0.002)
     found = results.change("retrieval", "adv-preference", "flow").interval
     assert (found.low, found.mean, found.high) == pytest.approx((0.4, 0.4, 0.4))
     assert results.change_at("kid", "flow", 3.0).estimate == pytest.approx(20)
@@ -211,7 +211,7 @@ def test_the_page_says_what_the_numbers_say(made_up):
 def test_a_contradiction_is_said_plainly(made_up):
     known = {"dino": numbers(made_up("dino"))}
     text = page("dino", known)
-    said = "**Contradicts what the paper leads to expect:** default: retrieval rises. Found: -0.080"
+    said = "**Contradicts what the paper leads to expect:** default: retrieval rises. Found: -0.098"
     assert said in text
     assert "**contradicted**" in index(known)
     assert "**Not run:** nft, sft," in index(known)
