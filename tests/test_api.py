@@ -19,6 +19,7 @@ from advgrpo import Callback, Config
 from advgrpo.config.reading import nested
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.runtime.checkpoint import load_state
+from advgrpo.tiny import held_out_prompts_file
 
 QUIET = Console(quiet=True)
 
@@ -155,9 +156,15 @@ def test_the_names_are_callable_whoever_imports_what_first():
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    few = held_out_prompts_file().read_text().splitlines()[:2]
+    (tmp_path / "few.txt").write_text("\n".join(few))
+    small = {
+        **{"iterations": 1, "evaluation.images_per_prompt": 1, "data.held_out_prompts": "few.txt"},
+        **{"rollout.prompts_per_iteration": 2, "rollout.micro_batch": 8, "adversary.updates_per_iteration": 2},
+    }
     short = {
-        '"iterations": 20': '"iterations": 1, "evaluation.images_per_prompt": 1',
-        "metrics=[": "images_per_prompt=1, metrics=[",
+        '"iterations": 20': json.dumps(small)[1:-1],
+        "metrics=[": "images_per_prompt=2, prompts='few.txt', metrics=[",
     }
     for old, new in short.items():
         assert code.count(old) == 1

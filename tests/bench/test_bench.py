@@ -233,6 +233,7 @@ def test_variants_take_turns():
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_pytest_benchmark_entry_points():
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "bench/test_bench_kernels.py", "-k", "group_advantages", "-q"]

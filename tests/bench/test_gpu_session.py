@@ -84,6 +84,7 @@ def test_whole_steps_know_how_long_they_may_take(stubbed):
     assert 100 <= int(words[words.index("--seconds") + 1]) <= 160
 
 
+@pytest.mark.weekly
 def test_smoke_that_hangs_makes_way_for_the_figures(stubbed, tmp_path, monkeypatch):
     """The watchdog ends what the step has started as well, though it ignores the interrupt: so long does it take."""
     calls, out, said, code = stubbed("smoke", "step", "--limit", "17", HANGS=str(tmp_path / "child"))
@@ -199,6 +200,7 @@ def test_compiled_kernels_are_found_where_they_are_unpacked(tmp_path):
     assert not (there / "ABC" / "_k.ptx").exists()
 
 
+@pytest.mark.weekly
 def test_what_was_measured_survives_a_kill(tmp_path):
     command = [sys.executable, "-m", "bench.gpu_session", "step", "--device", "cpu", "--python", sys.executable]
     environment = os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}

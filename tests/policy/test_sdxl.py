@@ -317,7 +317,7 @@ def test_bfloat16_base_with_float32_adapters_keeps_ratios_exact(settings, checkp
     assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize(("kind", "fast"), [("sdxl", True), ("sd15", False)])
+@pytest.mark.parametrize(("kind", "fast"), [pytest.param("sdxl", True, marks=pytest.mark.weekly), ("sd15", False)])
 def test_a_run_trains_and_leaves_a_lora(settings, kind, fast):
     settings.fast = fast
     run = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True))

@@ -173,6 +173,7 @@ def test_full_size_forward():
     assert traffic.total == STOCK.bytes  # 139 GB
 
 
+@pytest.mark.weekly
 def test_full_size_forward_and_backward_with_lora():
     model, batch = full()
     adapters = add_lora(model)

@@ -159,6 +159,7 @@ def test_a_cache_that_processes_do_not_share_is_found_before_training(encoding, 
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_two_processes_with_caches_of_their_own_end_in_one_line(unit_config, tmp_path):
     """As on two machines: the same setting, another folder behind it."""
     unit_config.data.cache_dir, unit_config.rollout.micro_batch = "~/cache", 2

@@ -411,6 +411,7 @@ def test_a_run_reports_settings_grids_metrics_and_how_it_ended(unit_config, monk
 
 
 @pytest.mark.parametrize("where", ["log", "finish"])
+@pytest.mark.weekly
 def test_a_run_outlives_its_tracker_and_says_so(unit_config, monkeypatch, where):
     recorded(monkeypatch, where)
     said = io.StringIO()

@@ -82,6 +82,7 @@ def test_a_bug_of_the_repository_goes_red():
     assert (verdict.outcome, verdict.by.split("::")[0]) == (run.CAUGHT, "tests/runtime/test_rng.py")
 
 
+@pytest.mark.weekly
 def test_red_is_told_from_what_only_looks_like_it(house, capsys):
     house("seen", "x > 3", "x > 2")
     house("no-bug", "x > 3", "x > 3.0")

@@ -65,6 +65,12 @@ def test_what_refuses_the_threshold_is_left_alone(monkeypatch):
     assert asked == [-3]
 
 
-@pytest.mark.parametrize("variable", [{"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}])
+@pytest.mark.parametrize(
+    "variable",
+    [
+        pytest.param({"MALLOC_ARENA_MAX": "2"}, marks=pytest.mark.weekly),
+        {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"},
+    ],
+)
 def test_the_users_own_settings_stay(variable):
     assert run("keep", **variable)[0] == "False"

@@ -48,6 +48,7 @@ SPOILED = {
     "replay": (lambda t: spoil(t.objective.discriminator_trainer.replay.tensors["patches"]), "replay.patches"),
     "monitor": (lambda t: t.monitor.red_flags[0].baseline.update(peak=math.inf), "trainer.monitor.reward_collapse"),
 }
+WEEKLY = {"head's moments", "replay", "monitor"}  # of the parts of a checkpoint, as many as show that all are asked
 
 
 def whole(settings, iteration: int) -> bool:
@@ -57,7 +58,9 @@ def whole(settings, iteration: int) -> bool:
     return not_finite(*load_checkpoint(found[0])) is None
 
 
-@pytest.mark.parametrize("what", SPOILED)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[pytest.mark.weekly] * (what in WEEKLY)) for what in SPOILED]
+)
 def test_it_is_named_and_the_checkpoint_from_before_can_be_continued(what, settings, monkeypatch):
     """In the last iteration, where the run would end with exit code 0."""
     plant, name = SPOILED[what]

@@ -111,7 +111,12 @@ BRANCHING = {"order": "fixed", "steps": [0, 2], "branching": True}
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"scouts": 2}, {"tail_steps": 2, "tail_solver": "dpm2", "tail_agreement": 0.0}]
+    "changes",
+    [
+        {},
+        pytest.param({"scouts": 2}, marks=pytest.mark.weekly),
+        {"tail_steps": 2, "tail_solver": "dpm2", "tail_agreement": 0.0},
+    ],
 )
 def test_a_run_that_branches_starts_on_policy_learns_and_resumes_bit_for_bit(unit_config, changes):
     unit_config.update.learning_rate = 1e-2

@@ -621,6 +621,7 @@ def command(folder, posts, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_the_command_is_ended_and_started_again(posts, tmp_path):
     """SIGTERM within an iteration, then a kill between two, then SIGTERM: an uninterrupted one's weights."""
     folder = tmp_path / "kept"

@@ -127,6 +127,7 @@ def test_decoded_drawings_are_the_vaes(data, network):
     assert off[0] < 1 / 255 < off[1]
 
 
+@pytest.mark.weekly
 def test_the_vae_decodes_spoilt_drawings_and_latents_that_went_astray(network, monkeypatch):
     """A third of each alone costs that alone; led nowhere, the third that is not spoilt comes back whole."""
     drawn = [(scene, "noto") for scene in sample(90)]

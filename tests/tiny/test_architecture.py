@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import Dinov2Model
@@ -60,6 +61,7 @@ class Blots:
         return images
 
 
+@pytest.mark.weekly
 def test_the_builders_run_end_to_end(tmp_path, monkeypatch):
     """A few steps of each, so that the recipes cannot rot; what they write loads as float32."""
     monkeypatch.setattr(build_pipeline.Corpus, "draw", lambda artists: Blots())

@@ -86,6 +86,7 @@ def test_a_watermark_crosses_the_drawing_and_not_the_background():
     assert share == pytest.approx(0.5, abs=0.2)
 
 
+@pytest.mark.weekly
 def test_the_builder_goes_on_from_a_pipeline_alike_every_time(tmp_path, monkeypatch):
     spoilt = []
     monkeypatch.setattr(

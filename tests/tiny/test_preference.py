@@ -54,6 +54,7 @@ def test_the_losses_prefer_the_preferred_and_name_what_is_shown(network, monkeyp
     assert named < trainee.losses(pairs)["contrastive"]
 
 
+@pytest.mark.weekly
 def test_the_builder_runs_end_to_end_and_repeats(tmp_path, monkeypatch, network):
     pipeline = tmp_path / "pipeline"
     network.save_pretrained(pipeline / "vae")

@@ -99,6 +99,7 @@ def test_views_are_of_the_same_thing():
     assert 0.3 < sum(mirrored) / 40 < 0.7
 
 
+@pytest.mark.weekly
 def test_the_builder_runs_end_to_end_and_repeats(tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "measure", lambda *_: dict.fromkeys(builder.GATES, 0.5))
     weights = []

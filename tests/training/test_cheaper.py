@@ -244,7 +244,7 @@ def test_the_best_and_the_worst_are_kept_in_order():
 
 
 @pytest.mark.parametrize("noise", NOISE)
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.weekly)])
 def test_kept_scouts_have_the_bits_of_a_run_that_draws_all_exactly(unit_config, noise, fast):
     """Latents, log-probabilities and images; the scouts themselves came by another path."""
     unit_config.fast = fast
@@ -286,7 +286,7 @@ def test_rows_of_scouts(unit_config):
     assert found == rows(cheap, prompts=6, images=24, shared=True) == 6 + 3 * 24
 
 
-@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("noise", ["shared", pytest.param("per_image", marks=pytest.mark.weekly)])
 def test_all_of_it_together_is_on_policy_and_resumes_bit_for_bit(unit_config, noise):
     unit_config.update.learning_rate = 1e-2
     settings = changed(
@@ -359,7 +359,7 @@ def test_what_is_dead_is_left_out_of_what_is_informative(unit_config):
     assert [each.micro_batch.image_ids.tolist() for each in learned] == [[2, 3]]
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("share", [pytest.param(1.0, marks=pytest.mark.weekly), 0.5])
 def test_the_kl_is_measured_by_whoever_has_the_first_group_with_a_say(unit_config, share):
     """Two processes with a group in either minibatch: one measures, in the micro-batch that a lone process takes."""
     settings = changed(unit_config, micro_batch=2, prompts_per_iteration=4, window=FIRST_TWO)

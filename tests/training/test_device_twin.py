@@ -59,6 +59,10 @@ FIRST_VISITS = {  # copies that a prompt's first visit makes
     "advgrpo/runtime/cache.py:<dictcomp>",  # features of its references
     "advgrpo/training/scoring.py:_mean_scores",  # references for the fixed rewards
 }
+WEEKLY = {  # their paths are longer, or mostly those of the others
+    *("nft, kl", "scouts, a short tail, the informative share", "siglip and a judge", "pickscore"),
+    "a head with every restraint",
+}
 NOT_EVALUATED = {"data": {"held_out_prompts": ""}, "evaluation": {"backbone_image_size": 32}}
 CONFIGURATIONS = {
     "sft": {"update": {"objective": "sft"}},
@@ -170,7 +174,9 @@ def test_an_iteration_is_the_cpus_and_waits_only_where_it_says(unit_config, monk
     assert places(waits, "read") == READS
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.weekly] * (name in WEEKLY)) for name in CONFIGURATIONS]
+)
 def test_other_configurations_wait_nowhere_else(name, unit_config, monkeypatch, tmp_path):
     unit_config.model.attention = "math"
     made = configuration.merge(unit_config.model_dump(), CONFIGURATIONS[name])

@@ -274,6 +274,7 @@ def test_the_first_minibatch_of_a_run_is_on_policy(settings):
     assert trainer.iterate()["old_policy_distance"] > 0
 
 
+@pytest.mark.weekly
 def test_rewards_pull_their_way(settings, tmp_path):
     """Images are worth their mean brightness, or its opposite: the same prompts and noise after six iterations."""
     (tmp_path / "worth.py").write_text(

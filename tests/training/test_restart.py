@@ -63,6 +63,7 @@ def assert_same_tensors(folder, other, iteration: int) -> None:
     assert [k for k in theirs if k != "rng.torch" and not torch.equal(ours[k], theirs[k])] == []
 
 
+@pytest.mark.weekly
 def test_a_stop_is_in_time_and_a_slow_process_no_failure(own, undisturbed):
     """Rank 1 is eight seconds behind, longer than the collective timeout, in an iteration that takes longer than
     torchrun leaves between SIGTERM and SIGKILL; a torchrun that does not know the variable leaves half a minute."""

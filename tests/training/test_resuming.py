@@ -338,6 +338,7 @@ def test_a_summary_is_that_of_the_runs_end(cut, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [bytes(30), b"nonsense", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.weekly
 def test_damaged_metrics_are_put_aside(damage, cut, whole):
     settings = cut(3)
     file = Path(settings.output_dir) / "metrics.jsonl"
