@@ -112,10 +112,10 @@ def _parity(check) -> str:
 def tables(report: dict) -> str:
     """Ours over the others, waterfall and goals as text."""
     b1 = "B1, compiled" if report["b1_compiled"] else "B1"
-    lines = ["", f"{'ours, same algorithm':24}{'over ' + b1:24}over B0"]
+    lines = ["", f"{'ours, same algorithm':28}{'over ' + b1:24}over B0"]
     for name in measured_units(report):
         gains = [interval(report[name].get(f"over_{side}")) for side in SIDES[1:]]
-        lines.append(f"  {name.replace(SHARED, ', shared noise'):22}{gains[0]:24}{gains[1]}".rstrip())
+        lines.append(f"  {label(name):26}{gains[0]:24}{gains[1]}".rstrip())
     lines += ["", "sampler, one change after the other (images/s, over B0)"]
     waterfall = report.get("waterfall", [])
     base = waterfall[0]["images_per_second"] if waterfall else None
@@ -134,6 +134,11 @@ def tables(report: dict) -> str:
     if "note" in report["environment"]:
         lines.append(report["environment"]["note"])
     return "\n".join(lines)
+
+
+def label(name: str) -> str:
+    """A unit's name for people."""
+    return name.replace(SHARED, ", shared noise")
 
 
 def measured_units(report: dict) -> list[str]:
@@ -160,7 +165,7 @@ def draw(report: dict, file: Path) -> None:
         for x, value in zip(places, values):
             ratios.annotate(f"{value:.2f}x", (x, 0.05), ha="center", rotation=90, fontsize=8)
     ratios.axhline(1, color="0.4", linewidth=1)
-    ratios.set_xticks(range(len(names)), [name.replace(SHARED, ",\nshared noise") for name in names], fontsize=8)
+    ratios.set_xticks(range(len(names)), [label(name).replace(", ", ",\n") for name in names], fontsize=8)
     ratios.set_ylabel("ours over the others (medians, 95 % interval)")
     ratios.legend()
     rows = [row for row in report.get("waterfall", []) if row["images_per_second"] is not None]

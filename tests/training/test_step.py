@@ -2,9 +2,9 @@
 
 Planted bugs that turned this file red: B1 with unmerged or stale weights, without the shared prefix, with features of
 references computed again, or compared with ours at another noise; a refused contender that takes the other with it;
-ours over B0 printed first; ours without its monitor; a failed check timed anyway; exit 0 when refused; the ratio inverted; goals
-met by the median instead of the interval's lower end; weights that move between repetitions; the fewest rounds judged
-by a share instead of by the run; --attention ignored.
+ours over B0 printed first; ours without its monitor; a failed check timed anyway; exit 0 when refused; the ratio
+inverted; goals met by the median instead of the interval's lower end; weights that move between repetitions; the fewest
+rounds judged by a share instead of by the run; --attention ignored.
 """
 
 import gzip
@@ -121,7 +121,7 @@ def test_report(report):
     assert "not on this device" in text
     assert text.index("over B1") < text.index("over B0")
     gain = report["iteration_shared"]["over_b1"]
-    assert f"  iteration, shared noise {gain['ratio']:.2f}x" in text
+    assert f"  iteration, shared noise   {gain['ratio']:.2f}x" in text
     assert "cpu: not a GPU figure" in text
 
 
@@ -172,9 +172,7 @@ def test_a_unit_that_breaks_does_not_take_the_others_with_it(pair, monkeypatch, 
     monkeypatch.setattr(step, "units", units)
     code, report = run_units(pair, monkeypatch, tmp_path, "sampler", "update")
     assert code == 1
-    assert report["failed"] == dict.fromkeys(
-        ("sampler", "sampler_shared"), "ZeroDivisionError: division by zero"
-    )
+    assert report["failed"] == dict.fromkeys(("sampler", "sampler_shared"), "ZeroDivisionError: division by zero")
     assert report["update"]["over_b1"]["ratio"] > 0
     assert "sampler FAILED" in capsys.readouterr().out
 
