@@ -62,8 +62,8 @@ def vae_decoder(vae, *, fast: bool) -> Callable[[Tensor], Tensor]:
         fast: by a copy of it in channels_last, and on a GPU in bfloat16; on a CPU bfloat16 is slower.
     """
     if fast:
-        dtype = torch.bfloat16 if vae.device.type == "cuda" else vae.dtype
-        vae = copy.deepcopy(vae).to(dtype=dtype, memory_format=torch.channels_last)
+        vae = copy.deepcopy(vae).to(memory_format=torch.channels_last)
+        vae = vae.to(torch.bfloat16) if vae.device.type == "cuda" else vae
 
     def decode(latents: Tensor) -> Tensor:
         unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
