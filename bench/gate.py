@@ -19,9 +19,9 @@ from pathlib import Path
 
 TOLERANCE = 0.05
 BASELINES = ("over_eager", "over_compiled")
-HELD = (  # unit of bench.step, over whom, at least, the goal
-    ("iteration", "b1", 1.0, 1.15),
-    ("iteration", "b0", 1.0, 1.35),
+HELD = (  # unit of bench.step, over whom, at least: what a CPU shows, less what its neighbours do to it; the goal
+    ("iteration", "b1", 0.85, 1.15),
+    ("iteration", "b0", 0.95, 1.35),
     ("iteration_shared", "b1", 1.0, 1.15),
 )
 

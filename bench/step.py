@@ -184,6 +184,8 @@ class Session:
         if options.attention:
             changes["model"] = {"attention": options.attention}
         changes["rollout"] = {"initial_noise": "per_image"}
+        if options.prompts:
+            changes["rollout"] |= {"prompts_per_iteration": options.prompts, "micro_batch": 8}
         if options.window:
             changes["rollout"]["window"] = {"steps": options.window}
         self.changes = changes
@@ -194,6 +196,7 @@ class Session:
         self.building = time.monotonic() - started
         self.report.put("attention", self._attention_name())
         self.report.put("window", list(self.c.window))
+        self.report.put("images", self.c.images)
         self.report.put("b1_compiled", self.c.baselines["b1"].recipe.compiled)
 
     def _attention_name(self) -> str:
@@ -442,6 +445,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--window", type=int, nargs="+", metavar="STEP", help="the window's steps (default: the preset's)"
     )
+    parser.add_argument("--prompts", type=int, metavar="N", help="of an iteration, in micro-batches of 8 images")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="B1's blocks by torch.compile (default: on a GPU)"
     )
