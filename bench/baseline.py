@@ -1,14 +1,20 @@
-"""B0: one iteration of Adv-GRPO as a competent engineer writes it with diffusers, PEFT and eager PyTorch.
+"""What ours is measured against: one iteration of Adv-GRPO with diffusers, PEFT and PyTorch alone.
 
-What ours is measured against: the stock transformer in bfloat16 on a GPU with unmerged LoRA and
-PyTorch's default attention, a scheduler object that finds its step by comparing timesteps, guidance by `torch.cat`,
-every row computed (or, with `share_prefix`, one row per prompt before the window), transition and likelihood in plain
-PyTorch, autograd through the likelihood, float32 VAE, `clip_grad_norm_`, AdamW(foreach=True), and the moving average in
-a loop. It is faster than the released loop: weights are in bfloat16 throughout, text embeddings are looked up, backbone
-features are computed once per image and serve reward and head training alike, one step index is looked up per step
-and not per image, nothing is logged inside the loops, and anomaly detection is off. As in the released loop,
-references' features are computed in every iteration, and so is every row of the prefix unless `share_prefix` asks for
-Flow-GRPO-Fast's way (arXiv 2505.05470's code): both are in any ratio over B0.
+One loop and two recipes for it (`Recipe`):
+
+* B0, the released loop as a competent engineer runs it: the stock transformer in bfloat16 on a GPU with unmerged LoRA
+  and PyTorch's default attention, a scheduler object that finds its step by comparing timesteps, guidance by
+  `torch.cat`, every row computed, transition and likelihood in plain PyTorch, autograd through the likelihood, float32
+  VAE, references' features computed in every iteration, `clip_grad_norm_`, AdamW(foreach=True), and the moving average
+  in a loop. It is faster than the released code: weights are in bfloat16 throughout, text embeddings are looked up,
+  references lie decoded on the device, backbone features are computed once per image and serve reward and head training
+  alike, one step index is looked up per step and not per image, nothing is logged inside the loops, and anomaly
+  detection is off.
+* B1, the best that could be assembled without us: the same loop with everything that is a library's switch or that
+  public code does. One row per prompt before the window where its images share their noise (Flow-GRPO-Fast, arXiv
+  2505.05470's code), merged LoRA on ODE steps, the fastest attention backend of PyTorch, the VAE in channels_last and
+  on a GPU in bfloat16, features of references kept, fused AdamW, and on a GPU the blocks compiled by `torch.compile`,
+  as diffusers' `compile_repeated_blocks` does it.
 
 It shares no code with advgrpo but the configuration; tests hold its latents, log-probabilities, rewards and gradients
 against the trainer's.
@@ -21,12 +27,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from advgrpo.config import Config
 
@@ -42,12 +49,51 @@ SUPPORTED = {
 }
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What of a library's switches and of public practice a contender uses.
+
+    Args:
+        share_prefix: before the window one row per prompt is computed, where its images start from one noise.
+        merge_lora: ODE steps run merged weights; the window's steps run what is trained.
+        keep_references: features of a reference are computed when it is first seen, and kept.
+        fused_optimizer: AdamW, clipping and the moving average over all tensors at once.
+        fast_decoder: the VAE runs in channels_last, and on a GPU in bfloat16.
+        attention: backends by preference; empty leaves the choice to PyTorch.
+        compiled: every block of the transformer is compiled.
+    """
+
+    share_prefix: bool = False
+    merge_lora: bool = False
+    keep_references: bool = False
+    fused_optimizer: bool = False
+    fast_decoder: bool = False
+    attention: tuple[SDPBackend, ...] = ()
+    compiled: bool = False
+
+
+B0 = Recipe()
+B1 = Recipe(
+    share_prefix=True,
+    merge_lora=True,
+    keep_references=True,
+    fused_optimizer=True,
+    fast_decoder=True,
+    attention=(
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ),
+)
+
+
 def check_settings(config: Config) -> None:
-    """Raises ValueError for a setting that would make B0 do other work than ours."""
+    """Raises ValueError for a setting that would make a contender do other work than ours."""
     for (section, field_name), values in SUPPORTED.items():
         value = getattr(getattr(config, section), field_name)
         if value not in values:
-            raise ValueError(f"B0 has no {section}.{field_name} = {value!r}; want one of {values}")
+            raise ValueError(f"B0 and B1 have no {section}.{field_name} = {value!r}; want one of {values}")
 
 
 class FlowScheduler:
@@ -160,8 +206,8 @@ class Baseline:
         backbone: a frozen DINOv2, in its dtype.
         head: Linear, GELU, Linear in float32.
         texts: caption -> (text [S, E], pooled [E']) on the device, "" for the unconditional one.
-        references: caption -> its reference images [n, 3, H, W] in [0, 1], on the device. Their features are computed
-            in every iteration, as in the released loop: there is no cache of them.
+        references: caption -> its reference images [n, 3, H, W] in [0, 1], on the device.
+        recipe: how it computes; `compiled` and `fast_decoder` are up to who hands over transformer and decode.
     """
 
     config: Config
@@ -173,6 +219,7 @@ class Baseline:
     references: Mapping[str, Tensor]
     device: torch.device
     latent_shape: tuple[int, int, int]
+    recipe: Recipe = B0
     shift: float = 3.0
     scheduler: FlowScheduler = field(init=False)
 
@@ -180,20 +227,23 @@ class Baseline:
         check_settings(self.config)
         update, adversary = self.config.update, self.config.adversary
         self.scheduler = FlowScheduler(self.device, shift=self.shift)
-        self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.trained: list[Tensor] = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.adapters = [m for m in self.transformer.modules() if isinstance(m, LoraLinear)]
+        implementation = "fused" if self.recipe.fused_optimizer else "foreach"
         self.optimizer = torch.optim.AdamW(
             self.trained,
             lr=update.learning_rate,
             betas=update.betas,
             eps=update.eps,
             weight_decay=update.weight_decay,
-            foreach=True,
+            **{implementation: True},
         )
         self.averages = [p.detach().clone() for p in self.trained]
         self.head_optimizer = torch.optim.Adam(
             self.head.parameters(), lr=adversary.learning_rate, betas=adversary.betas
         )
         self.replay = Replay(adversary.replay_capacity)
+        self._kept_references: dict[str, Features] = {}
         self.transformer.gradient_checkpointing = self.config.model.gradient_checkpointing
         self.mean, self.std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in IMAGENET)
 
@@ -212,11 +262,16 @@ class Baseline:
         guided = self._guidance != 1.0
         inputs = torch.cat([latents, latents]) if guided else latents
         dtype = self.transformer.proj_out.weight.dtype
-        velocity = self.transformer(inputs.to(dtype), *conditioning, timestep.expand(len(inputs)))
+        with self._attention():
+            velocity = self.transformer(inputs.to(dtype), *conditioning, timestep.expand(len(inputs)))
         if guided:
             unconditional, conditional = velocity.chunk(2)
             velocity = unconditional + self._guidance * (conditional - unconditional)
         return velocity
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        backends = self.recipe.attention
+        return sdpa_kernel(list(backends), set_priority=True) if backends else contextlib.nullcontext()
 
     @torch.no_grad()
     def sampler(
@@ -225,28 +280,24 @@ class Baseline:
         initial: Tensor,
         window: Sequence[int],
         noise: Mapping[int, Tensor] | None = None,
-        *,
-        adapters_in_window_only: bool = False,
-        share_prefix: bool = False,
     ) -> MicroBatch:
         """Denoise `initial` [M, C, h, w] for `captions`, with noise on the steps of `window`, and decode.
 
-        `noise` gives the draws of those steps by number; by default they are drawn here. `adapters_in_window_only` is
-        B0 with one change, for the waterfall: other steps cost what merged weights would (and compute the base's).
-        `share_prefix` computes one row per caption before the window, from the caption's first initial noise.
+        `noise` gives the draws of those steps by number; by default they are drawn here. Merged weights are those of
+        the last `merge`.
         """
         rollout = self.config.rollout
         self.scheduler.set_timesteps(rollout.num_steps)
         everyone, latents, steps = self.conditioning(captions), initial, []
         conditioning = everyone
-        if share_prefix and window[0] > 0:
+        if self._shared_noise and self.recipe.share_prefix and window[0] > 0:
             distinct = list(dict.fromkeys(captions))
             conditioning, latents = self.conditioning(distinct), initial[[captions.index(one) for one in distinct]]
         for number, timestep in enumerate(self.scheduler.timesteps):
             if number == window[0] and conditioning is not everyone:
                 conditioning, latents = everyone, latents[[distinct.index(one) for one in captions]]
-            plain = adapters_in_window_only and number not in window
-            with self.base() if plain else contextlib.nullcontext():
+            merged = self.recipe.merge_lora and number not in window
+            with self.merged() if merged else contextlib.nullcontext():
                 velocity = self.velocity(latents, timestep, conditioning)
             if number not in window:
                 latents = self.scheduler.euler_step(velocity, timestep, latents)
@@ -350,8 +401,29 @@ class Baseline:
             loss = loss + update.kl_weight * (kl / (2 * std**2) if rollout.likelihood == "gaussian" else kl)
         return loss
 
-    def base(self) -> _AdaptersOff:
-        return _AdaptersOff([m for m in self.transformer.modules() if isinstance(m, LoraLinear)])
+    def base(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, there are no adapters."""
+        return self._switched("enabled", False)
+
+    def merged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the weights of the last `merge` are used."""
+        return self._switched("merged", True)
+
+    @contextlib.contextmanager
+    def _switched(self, switch: str, value: bool) -> Generator[None]:
+        for adapter in self.adapters:
+            setattr(adapter, switch, value)
+        try:
+            yield
+        finally:
+            for adapter in self.adapters:
+                setattr(adapter, switch, not value)
+
+    def merge(self) -> None:
+        """Bring merged weights up to the adapters, where the recipe uses any."""
+        if self.recipe.merge_lora:
+            for adapter in self.adapters:
+                adapter.merge()
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], advantages: Sequence[Tensor]) -> None:
         """Gradients of one optimizer step: the mean over its images and steps."""
@@ -367,44 +439,59 @@ class Baseline:
         share = len(micro_batches) // config.update.minibatches
         for first in range(0, len(micro_batches), share):
             self.accumulate(micro_batches[first : first + share], by_micro_batch[first : first + share])
-            torch.nn.utils.clip_grad_norm_(self.trained, config.update.max_grad_norm)
+            together = self.recipe.fused_optimizer or None  # None: as PyTorch chooses
+            torch.nn.utils.clip_grad_norm_(self.trained, config.update.max_grad_norm, foreach=together)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            with torch.no_grad():
-                for average, parameter in zip(self.averages, self.trained):
-                    average.mul_(config.update.ema_decay).add_(parameter, alpha=1 - config.update.ema_decay)
+            self._average(1 - config.update.ema_decay)
 
-    def rollout(self, prompts: Sequence[str], window: Sequence[int], **options) -> list[MicroBatch]:
-        """group_size images of every prompt in micro-batches of micro_batch, their noise as rollout.initial_noise says.
+    @torch.no_grad()
+    def _average(self, share: float) -> None:
+        """Move the averages by this share of the way to the parameters."""
+        if self.recipe.fused_optimizer:
+            torch._foreach_lerp_(self.averages, self.trained, share)
+            return
+        for average, parameter in zip(self.averages, self.trained):
+            average.mul_(1 - share).add_(parameter, alpha=share)
 
-        `options` go to `sampler`.
-        """
+    @property
+    def _shared_noise(self) -> bool:
+        return self.config.rollout.initial_noise == "shared"
+
+    def rollout(self, prompts: Sequence[str], window: Sequence[int]) -> list[MicroBatch]:
+        """group_size images of every prompt in micro-batches of micro_batch, their noise as rollout.initial_noise
+        says."""
+        self.merge()
         rollout = self.config.rollout
         captions = [prompt for prompt in prompts for _ in range(rollout.group_size)]
-        shared = rollout.initial_noise == "shared"
+        shared = self._shared_noise
         noise = torch.randn(len(prompts) if shared else len(captions), *self.latent_shape, device=self.device)
         noise = noise.repeat_interleave(rollout.group_size, dim=0) if shared else noise
         size = rollout.micro_batch
         starts = range(0, len(captions), size)
-        return [self.sampler(captions[i : i + size], noise[i : i + size], window, **options) for i in starts]
+        return [self.sampler(captions[i : i + size], noise[i : i + size], window) for i in starts]
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> tuple[Features, Features, Tensor, Tensor]:
         """Features of the images and of one reference each, and the rewards [B] of both."""
         generated = Features.cat([self.features(micro_batch.images) for micro_batch in micro_batches])
-        reference = Features.cat([self.features(self.drawn_references(micro_batch)) for micro_batch in micro_batches])
+        reference = Features.cat([self.drawn_references(micro_batch.captions) for micro_batch in micro_batches])
         return generated, reference, self.rewards(self.choose(generated)), self.rewards(self.choose(reference))
 
-    def drawn_references(self, micro_batch: MicroBatch) -> Tensor:
-        """One reference image [M, 3, H, W] of each image's prompt."""
-        candidates = [self.references[caption] for caption in micro_batch.captions]
-        draws = torch.rand(len(candidates)).tolist()
-        return torch.stack([own[int(draw * len(own))] for own, draw in zip(candidates, draws)])
+    def drawn_references(self, captions: Sequence[str]) -> Features:
+        """Features [M, ...] of one reference of each caption."""
+        draws = torch.rand(len(captions)).tolist()
+        chosen = [(caption, int(draw * len(self.references[caption]))) for caption, draw in zip(captions, draws)]
+        if not self.recipe.keep_references:
+            return self.features(torch.stack([self.references[caption][number] for caption, number in chosen]))
+        for caption in {*captions} - self._kept_references.keys():
+            self._kept_references[caption] = self.features(self.references[caption])
+        rows = [(self._kept_references[caption], number) for caption, number in chosen]
+        return Features(torch.stack([f.cls[i] for f, i in rows]), torch.stack([f.patches[i] for f, i in rows]))
 
-    def iteration(self, prompts: Sequence[str], window: Sequence[int], **options) -> dict[str, float]:
-        """Rollout, rewards, discriminator updates when the schedule says so, generator update; `options` go to
-        `sampler`."""
+    def iteration(self, prompts: Sequence[str], window: Sequence[int]) -> dict[str, float]:
+        """Rollout, rewards, discriminator updates when the schedule says so, generator update."""
         adversary = self.config.adversary
-        micro_batches = self.rollout(prompts, window, **options)
+        micro_batches = self.rollout(prompts, window)
         generated, reference, rewards, of_reference = self.score(micro_batches)
         metrics = {"reward_generated": rewards.mean().item(), "reward_reference": of_reference.mean().item()}
         fooled = metrics["reward_generated"] > metrics["reward_reference"] - adversary.fooled_margin
@@ -413,18 +500,3 @@ class Baseline:
         self.remember(generated)
         self.update(micro_batches, self.advantages(rewards))
         return metrics
-
-
-@dataclass
-class _AdaptersOff:
-    adapters: list[LoraLinear]
-
-    def __enter__(self) -> None:
-        self._set(False)
-
-    def __exit__(self, *error) -> None:
-        self._set(True)
-
-    def _set(self, enabled: bool) -> None:
-        for adapter in self.adapters:
-            adapter.enabled = enabled

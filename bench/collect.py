@@ -83,16 +83,17 @@ def page(gpu: str, reports: Mapping[str, dict], times: Mapping[str, dict], rows:
 
 
 def _step(report: dict) -> Iterator[str]:
-    yield "\n## Whole steps\n| | ours | B0 | over B0 [95 %] | over B0 with the same shared prefix | rounds |"
-    yield "|---|---|---|---|---|---|"
-    for name in (*step_report.UNITS, "sampler_fp8"):
+    """Ours over B1 first: what one gains who could have had that."""
+    compiled = "compiled" if report["b1_compiled"] else "not compiled"
+    yield f"\n## Whole steps\nThe same algorithm on all sides; B1's blocks are {compiled}.\n"
+    yield "| | over B1 [95 %] | over B0 [95 %] | ours | B1 | B0 | rounds |\n|---|---|---|---|---|---|---|"
+    for name in (*step_report.measured_units(report), "sampler_fp8"):
         if name in report:
             entry = report[name]
-            shared = entry.get("over_shared")
-            over = f"{entry['ratio']:.2f}x [{entry['ratio_low']:.2f}, {entry['ratio_high']:.2f}]"
-            same = f"{shared['ratio']:.2f}x [{shared['low']:.2f}, {shared['high']:.2f}]" if shared else ""
-            rates = f"{entry['ours']:.3f} {entry['unit']} | {entry['baseline']:.3f}"
-            yield f"| {name} | {rates} | {over} | {same} | {entry['rounds']} |"
+            gains = " | ".join(step_report.interval(entry.get(f"over_{side}")) for side in ("b1", "b0"))
+            rates = " | ".join(f"{entry[side]:.3f}" if side in entry else "" for side in ("b1", "b0"))
+            label = step_report.label(name)
+            yield f"| {label} | {gains} | {entry['ours']:.3f} {entry['unit']} | {rates} | {entry['rounds']} |"
     yield "\n![ratios and waterfall](step.png)\n\n| goal | what | target | measured | |\n|---|---|---|---|---|"
     for row in report.get("goals", []):
         met = {True: "met", False: "**missed**", None: ""}[row["met"]]

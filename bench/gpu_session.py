@@ -471,7 +471,7 @@ def _step_part(session: Session, limit: float) -> Iterator[Step]:
 # and `bench/model.py` for what the GPU computes.
 PARTS: dict[str, Part] = {
     "smoke": Part(130, 180, ("check.json",), _smoke),
-    "step": Part(380, LONGEST_PART, ("step.json",), _step_part),
+    "step": Part(420, LONGEST_PART, ("step.json",), _step_part),
     "profile": Part(100, 150, ("profile.json", "trace.json.gz"), _profile),
     "train": Part(240, LONGEST_PART, ("train.json",), lambda s, limit: _figures("train", s, limit, "--size", s.size)),
     "kernels": Part(260, LONGEST_PART, ("kernels.json",), lambda s, limit: _figures("kernels", s, limit)),

@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FILE = Path(__file__).with_name("predictions.json")
@@ -40,12 +40,15 @@ ADAPTERS = 0.13  # products of rank 32 are bound by their traffic
 CONVOLUTION, CONVOLUTION_TF32 = 0.41, 0.15  # the VAE's, bf16 channels_last and float32
 BACKBONE = 0.38  # ViT-B at 518 px
 HEAD = 0.06  # float32 products in three tf32 parts, small
+# Of the stock model's elementwise bytes.
+COMPILED = 0.20  # what inductor leaves of them: 28 of 139 GB, estimated from which operators it fuses
 # Shares of the copy.
 STREAM = 0.93  # PyTorch's elementwise operators on tensors of tens of MB
 FUSED = 0.85  # our streaming kernels
 # Microseconds.
 EAGER, CUSTOM = 5.0, 40.0  # host time of an ATen operator, of a custom op with its autograd function
 NODE = 2.5  # a kernel of a captured graph too small to fill the chip
+WAITS = 50_000.0  # an iteration's, at the ends of phases: with a noise per image the host is ahead elsewhere; a guess
 LAUNCH = 3.0  # what events enclose around one kernel besides the kernel
 
 FP8_PART = 0.92  # of the products: inner blocks without AdaLN
@@ -76,6 +79,12 @@ FEATURES = 303_147_436_032  # DINOv2 ViT-B/14 of one image of 518 px
 
 STEPS, IMAGES, MICRO = 10, 32, 8  # bench.step --size full: 2 prompts of 16, window {0, 1}
 HEAD_UPDATES = 10
+
+
+COMPILED_MERGED, COMPILED_ADAPTED, COMPILED_BACKWARD = (
+    replace(work, bytes=round(COMPILED * work.bytes), launches=MERGED.launches)
+    for work in (STOCK, STOCK_ADAPTED, STOCK_BACKWARD)
+)
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,19 @@ class Model:
         return self.stock_adapted + self.backward(STOCK_BACKWARD.flops, STOCK_ATTENTION, STOCK_BACKWARD.bytes)
 
     @property
+    def compiled_merged(self) -> float:
+        return self.forward(COMPILED_MERGED)
+
+    @property
+    def compiled_adapted(self) -> float:
+        return self.forward(COMPILED_ADAPTED, adapters=self.lora)
+
+    @property
+    def compiled_trained(self) -> float:
+        work = COMPILED_BACKWARD
+        return self.compiled_adapted + self.backward(work.flops, STOCK_ATTENTION, work.bytes)
+
+    @property
     def branching(self) -> float:
         """A step on one prompt's two guided rows, replayed: bound by its nodes."""
         return max(self.adapted * 2 / ROWS, ADAPTED.launches * NODE * 1e-6)
@@ -172,19 +194,33 @@ class Model:
         """One image; `width` is 1 in bfloat16 and 2 in float32."""
         return self.products(DECODED, share) + width * DECODED_BYTES / (STREAM * self.bytes)
 
-    def sampler(self, ode: float) -> float:
-        """An iteration's images of ours: a branching step, a window step, the rest merged; and the decoder."""
-        micro_batch = self.branching + self.adapted + (STEPS - 2) * ode
+    def sampler(self, ode: float, *, shared: bool = False) -> float:
+        """An iteration's images of ours: two window steps, the rest merged; and the decoder.
+
+        With shared noise the first of them is the branching step; before the window {0, 1} there is no prefix.
+        """
+        micro_batch = (self.branching if shared else self.adapted) + self.adapted + (STEPS - 2) * ode
+        return IMAGES / MICRO * micro_batch + IMAGES * self.decode(CONVOLUTION, 1)
+
+    @property
+    def b1_sampler(self) -> float:
+        """With either noise. B1 decodes as we do."""
+        micro_batch = 2 * self.compiled_adapted + (STEPS - 2) * self.compiled_merged
         return IMAGES / MICRO * micro_batch + IMAGES * self.decode(CONVOLUTION, 1)
 
     @property
     def stock_sampler(self) -> float:
         return IMAGES / MICRO * STEPS * self.stock_adapted + IMAGES * self.decode(CONVOLUTION_TF32, 2)
 
+    def update(self, *, shared: bool = False) -> float:
+        """Both of the window's steps; with shared noise the first on one prompt's rows, which the host is slower
+        than."""
+        first = max(self.trained * 2 / ROWS, TRAINED.launches * CUSTOM * 1e-6) if shared else self.trained
+        return IMAGES / MICRO * (self.trained + first)
+
     @property
-    def update(self) -> float:
-        """The window's second step in full, the first on one prompt's rows, which the host is slower than."""
-        return IMAGES / MICRO * (self.trained + max(self.trained * 2 / ROWS, TRAINED.launches * CUSTOM * 1e-6))
+    def b1_update(self) -> float:
+        return IMAGES / MICRO * 2 * self.compiled_trained
 
     @property
     def stock_update(self) -> float:
@@ -195,13 +231,21 @@ class Model:
         return IMAGES * self.products(FEATURES, BACKBONE) + HEAD_UPDATES * 0.5e-3
 
     @property
-    def stock_adversary(self) -> float:
-        """References have no cache; a head update is 137 launches."""
-        return 2 * IMAGES * self.products(FEATURES, BACKBONE) + HEAD_UPDATES * 137 * EAGER * 1e-6
+    def b1_adversary(self) -> float:
+        """A head update is 137 launches."""
+        return IMAGES * self.products(FEATURES, BACKBONE) + HEAD_UPDATES * 137 * EAGER * 1e-6
 
     @property
-    def iteration(self) -> float:
-        return self.sampler(self.merged) + self.adversary + self.update
+    def stock_adversary(self) -> float:
+        """References have no cache either."""
+        return 2 * IMAGES * self.products(FEATURES, BACKBONE) + HEAD_UPDATES * 137 * EAGER * 1e-6
+
+    def iteration(self, *, shared: bool = False) -> float:
+        return self.sampler(self.merged, shared=shared) + self.adversary + self.update(shared=shared)
+
+    @property
+    def b1_iteration(self) -> float:
+        return self.b1_sampler + self.b1_adversary + self.b1_update
 
     @property
     def stock_iteration(self) -> float:
@@ -219,32 +263,49 @@ class Model:
 def predict(machine: Machine = H200) -> dict[str, float]:
     """Every figure by its path: PART.KEY.KEY..., and kernels.CASE.KEY for a case of bench.kernels."""
     m = Model(machine)
-    own, fp8 = m.sampler(m.merged), m.sampler(m.merged_fp8)
+    own, fp8, iteration = m.sampler(m.merged), m.sampler(m.merged_fp8), m.iteration()
+    own_shared, update_shared, iteration_shared = (
+        m.sampler(m.merged, shared=True),
+        m.update(shared=True),
+        m.iteration(shared=True),
+    )
     found = {
         "step.calibration.copy_gb_s": machine.copy_gb_s,
         "step.calibration.matmul_tflop_s": machine.matmul_tflop_s,
+        "step.iteration.over_b1.ratio": m.b1_iteration / iteration,
+        "step.iteration.over_b0.ratio": m.stock_iteration / iteration,
+        "step.iteration.ours": 1 / iteration,
+        "step.iteration.b1": 1 / m.b1_iteration,
+        "step.iteration.b0": 1 / m.stock_iteration,
+        "step.iteration_shared.over_b1.ratio": m.b1_iteration / iteration_shared,
+        "step.iteration_shared.ours": 1 / iteration_shared,
+        "step.sampler.over_b1.ratio": m.b1_sampler / own,
+        "step.sampler.over_b0.ratio": m.stock_sampler / own,
         "step.sampler.ours": IMAGES / own,
-        "step.sampler.baseline": IMAGES / m.stock_sampler,
-        "step.sampler.ratio": m.stock_sampler / own,
+        "step.sampler.b1": IMAGES / m.b1_sampler,
+        "step.sampler.b0": IMAGES / m.stock_sampler,
+        "step.sampler_shared.over_b1.ratio": m.b1_sampler / own_shared,
+        "step.sampler_fp8.over_b1.ratio": m.b1_sampler / fp8,
+        "step.sampler_fp8.over_b0.ratio": m.stock_sampler / fp8,
         "step.sampler_fp8.ours": IMAGES / fp8,
-        "step.sampler_fp8.ratio": m.stock_sampler / fp8,
-        "step.update.ours": IMAGES / m.update,
-        "step.update.baseline": IMAGES / m.stock_update,
-        "step.update.ratio": m.stock_update / m.update,
+        "step.update.over_b1.ratio": m.b1_update / m.update(),
+        "step.update.over_b0.ratio": m.stock_update / m.update(),
+        "step.update.ours": IMAGES / m.update(),
+        "step.update.b1": IMAGES / m.b1_update,
+        "step.update.b0": IMAGES / m.stock_update,
+        "step.update_shared.over_b1.ratio": m.b1_update / update_shared,
+        "step.adversary.over_b1.ratio": m.b1_adversary / m.adversary,
+        "step.adversary.over_b0.ratio": m.stock_adversary / m.adversary,
         "step.adversary.ours": IMAGES / m.adversary,
-        "step.adversary.ratio": m.stock_adversary / m.adversary,
-        "step.iteration.ours": 1 / m.iteration,
-        "step.iteration.baseline": 1 / m.stock_iteration,
-        "step.iteration.ratio": m.stock_iteration / m.iteration,
         "step.fp8_forward_over_roofline": m.merged_fp8 / m.products(STOCK.flops, 1.0),
         "step.sampler_mfu": IMAGES / own * STEPS * STOCK.flops / 8 / 989e12,
-        "profile.iterations_per_second": 1 / m.iteration,
-        "profile.phase_shares.sampling": own / m.iteration,
-        "profile.phase_shares.update": m.update / m.iteration,
+        "profile.iterations_per_second": 1 / iteration,
+        "profile.phase_shares.sample": own / iteration,
+        "profile.phase_shares.update": m.update() / iteration,
         "profile.trajectory.kernels": 2 * ADAPTED.launches + (STEPS - 2) * MERGED.launches + 3 * STEPS,
         "profile.trajectory.host_syncs": 0,
-        "profile.idle_share": IMAGES / MICRO * (TRAINED.launches * CUSTOM * 1e-6 - m.trained / 8) / m.iteration,
-        "train.random.seconds": m.iteration,
+        "profile.idle_share": WAITS * 1e-6 / iteration,
+        "train.random.seconds": iteration,
     }
     for name, kernel in KERNELS.items():
         found[f"kernels.{name}.ours_us"] = m.kernel_us(kernel)

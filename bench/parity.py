@@ -1,4 +1,4 @@
-"""Do ours and B0 compute the same? Errors are relative norms, on the same weights, noise and patches."""
+"""Do ours and another contender compute the same? Errors are relative norms, on the same weights, noise and patches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from advgrpo.runtime import rng
 from advgrpo.types import MicroBatchRollout
 from advgrpo_kernels import philox_normal, score_features
 
-from .baseline import Features, MicroBatch
+from .baseline import Baseline, Features, MicroBatch
 from .contenders import Contenders
 
 
@@ -34,8 +34,8 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def same_micro_batch(c: Contenders) -> tuple[MicroBatchRollout, torch.Tensor, MicroBatch]:
-    """The iteration's first micro-batch by our sampler (and its last latents), and by B0 from the same noise."""
+def same_micro_batch(c: Contenders, other: Baseline) -> tuple[MicroBatchRollout, torch.Tensor, MicroBatch]:
+    """The iteration's first micro-batch by our sampler (and its last latents), and by the other from the same noise."""
     trainer, table, seed = c.trainer, c.table(), c.config.seed
     micro_batch = c.objective.micro_batches.of(0)[0]
     row, ids = micro_batch.row.to(c.device), micro_batch.image_ids.to(c.device)
@@ -49,58 +49,56 @@ def same_micro_batch(c: Contenders) -> tuple[MicroBatchRollout, torch.Tensor, Mi
     latents, steps = sampler.run(table, text, initial, row, noise_seed=noise_seed, image_ids=ids)
     shape = (len(ids), *trainer.policy.latent_shape())
     noise = {i: philox_normal(shape, seed=noise_seed, sample_ids=ids, step=i, device=c.device) for i in c.window}
-    theirs = c.baseline.sampler(
-        micro_batch.captions, initial.index_select(0, row) if shared else initial, c.window, noise
-    )
+    other.merge()
+    theirs = other.sampler(micro_batch.captions, initial.index_select(0, row) if shared else initial, c.window, noise)
     return MicroBatchRollout(micro_batch, text, steps, trainer.policy.decode(latents)), latents, theirs
 
 
-def check_sampler(c: Contenders, allowed: float) -> Check:
-    ours, latents, theirs = same_micro_batch(c)
+def check_sampler(c: Contenders, other: Baseline, allowed: float) -> Check:
+    ours, latents, theirs = same_micro_batch(c, other)
     errors = [_relative(latents, theirs.latents), _relative(ours.images, theirs.images)]
     errors += [_relative(a.next_latents, b.next_latents) for a, b in zip(ours.steps, theirs.steps)]
     return Check(max(errors), allowed, "latents and images of one micro-batch")
 
 
-def check_update(c: Contenders, allowed: float) -> Check:
+def check_update(c: Contenders, other: Baseline, allowed: float) -> Check:
     """Gradients of one micro-batch; what is clipped is decided by each side's own old log-probabilities."""
-    ours, _, theirs = same_micro_batch(c)
+    ours, _, theirs = same_micro_batch(c, other)
     count = len(theirs.captions)
     advantages = torch.linspace(-1, 1, count, device=c.device)
     everyone = torch.zeros(c.images, device=c.device).index_copy(0, ours.micro_batch.image_ids.to(c.device), advantages)
-    updater, b0 = c.trainer.updater, c.baseline
-    stats = updater.accumulate([ours], everyone, c.table(), total=count, watch_kl=False)
-    b0.optimizer.zero_grad()
-    b0.accumulate([theirs], [advantages])
+    stats = c.trainer.updater.accumulate([ours], everyone, c.table(), total=count, watch_kl=False)
+    other.optimizer.zero_grad()
+    other.accumulate([theirs], [advantages])
     lora = getattr(c.trainer.policy, "lora", None) or c.trainer.policy.network.lora
     expected = {
-        name.replace(".default.", "."): p.grad for name, p in b0.transformer.named_parameters() if p.grad is not None
+        name.replace(".default.", "."): p.grad for name, p in other.transformer.named_parameters() if p.grad is not None
     }
     found = lora.state_dict(lora.master.grad)
     stacked = [torch.cat([side[name].float().flatten() for name in expected]) for side in (found, expected)]
-    b0.optimizer.zero_grad()
+    other.optimizer.zero_grad()
     mismatch = stats.max_mismatch().item()
     if mismatch != 0:
         return Check(float("inf"), allowed, f"log-probabilities moved by {mismatch:.1e} before any optimizer step")
     return Check(_relative(*stacked), allowed, "gradients of one micro-batch")
 
 
-def check_adversary(c: Contenders, allowed: float) -> Check:
+def check_adversary(c: Contenders, other: Baseline, allowed: float) -> Check:
     """Backbone features of the same images, rewards and the head's loss on the same patches."""
-    adversary, b0, side = c.objective.scorer.adversary, c.baseline, c.config.adversary.image_size
+    adversary, side = c.objective.scorer.adversary, c.config.adversary.image_size
     images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0)).to(c.device)
-    ours, theirs = adversary.features(images, [""] * 4), b0.features(images)
+    ours, theirs = adversary.features(images, [""] * 4), other.features(images)
     ids = torch.arange(4, device=c.device)
     chosen = adversary.training_features(ours, ids, 1)
-    other = adversary.training_features(adversary.features(1 - images, [""] * 4), ids, 2)
+    inverse = adversary.training_features(adversary.features(1 - images, [""] * 4), ids, 2)
     losses = [
-        adversary.loss(other, chosen).loss.detach(),
-        b0.head_loss(*(Features(f["cls"], f["patches"]) for f in (other, chosen))).detach(),
+        adversary.loss(inverse, chosen).loss.detach(),
+        other.head_loss(*(Features(f["cls"], f["patches"]) for f in (inverse, chosen))).detach(),
     ]
     section, patches = c.config.adversary, chosen["patches"]
     every = torch.arange(patches.shape[1], device=c.device).expand(4, -1)
     settings = {"weights": section.reward_weights, "normalize": section.normalize != "never"}
     rewards = score_features(chosen["cls"], patches, every, adversary.head, **settings).reward
     errors = [_relative(ours["cls"], theirs.cls), _relative(ours["patches"], theirs.patches), _relative(*losses)]
-    errors.append(_relative(rewards, b0.rewards(Features(chosen["cls"], patches))))
+    errors.append(_relative(rewards, other.rewards(Features(chosen["cls"], patches))))
     return Check(max(errors), allowed, "features, rewards and head loss")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from advgrpo.config import ModelSection
+from advgrpo.data.references import ReferenceSet
 from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
 from advgrpo.policy.guidance import GuidedPolicy
 from advgrpo.runtime import rng
-from advgrpo.types import Conditioning, Features
+from advgrpo.runtime.transfer import to_device
+from advgrpo.types import Conditioning
 
 from .baseline import FlowScheduler
 from .stock_model import LORA_TARGETS, SD35_MEDIUM, TINY, StockConfig, StockTransformer
@@ -84,7 +88,8 @@ class RandomPolicy(GuidedPolicy[FusedTransformer]):
         if model.base_precision == "fp8":
             self.network.prepare_fp8_base()
         self.decoder, self.reference_decoder = (self._decoder(dtype) for dtype in (self.dtype, torch.float32))
-        self._embeddings: dict[str, Conditioning] = {}
+        self._embeddings: dict[str, Conditioning] = {}  # on the host
+        self._empty: Conditioning | None = None
 
     def _decoder(self, dtype: torch.dtype) -> Decoder:
         """Random weights that keep the scale of what flows through: norms are the identity, kernels Kaiming."""
@@ -108,19 +113,23 @@ class RandomPolicy(GuidedPolicy[FusedTransformer]):
         return self.size.transformer.in_channels, self.size.latent_side, self.size.latent_side
 
     def encode(self, prompts: list[str]) -> Conditioning:
+        """From the host's memory, as from a run's text cache."""
         rows = [self._embedding(prompt) for prompt in prompts]
-        return Conditioning(torch.cat([r.text for r in rows]), torch.cat([r.pooled for r in rows]))
+        parts = (torch.cat(part) for part in zip(*((row.text, row.pooled) for row in rows)))
+        return Conditioning(*(to_device(part, self.device) for part in parts))
 
     def _embedding(self, prompt: str) -> Conditioning:
         if prompt not in self._embeddings:
             config, generator = self.size.transformer, rng.generator(self.seed, f"bench_text:{prompt}")
             shapes = ((1, self.size.text_tokens, config.joint_attention_dim), (1, config.pooled_projection_dim))
-            drawn = (torch.randn(shape, generator=generator).to(self.device, self.dtype) for shape in shapes)
+            drawn = (torch.randn(shape, generator=generator).to(self.dtype) for shape in shapes)
             self._embeddings[prompt] = Conditioning(*drawn)
         return self._embeddings[prompt]
 
     def unconditional(self) -> Conditioning:
-        return self._embedding("")
+        if self._empty is None:
+            self._empty = self.encode([""])
+        return self._empty
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder.images(latents)
@@ -142,31 +151,15 @@ def save_backbone(size: Size, folder: Path, seed: int) -> None:
         Dinov2Model(Dinov2Config(**size.backbone)).save_pretrained(folder)
 
 
-class RandomReferences:
-    """In place of `ReferenceFeatures`: drawn features of eight references per prompt, on the device."""
-
-    def __init__(self, width: int, patches: int, image_size: int, device: torch.device, seed: int) -> None:
-        self.width, self.patches, self.image_size, self.device, self.seed = width, patches, image_size, device, seed
-        self._features: dict[str, Features] = {}
-
-    def prefetch(self, prompts: list[str]) -> None:
-        for prompt in prompts:
-            self.prompt(prompt)
-
-    def prompt(self, prompt: str) -> Features:
-        if prompt not in self._features:
-            generator = rng.generator(self.seed, f"bench_references:{prompt}")
-            shapes = {"cls": (8, self.width), "patches": (8, self.patches, self.width)}
-            drawn = {name: torch.randn(s, generator=generator).to(self.device) for name, s in shapes.items()}
-            self._features[prompt] = Features(drawn)
-        return self._features[prompt]
-
-    def images(self, prompt: str) -> torch.Tensor:
-        """[8, 3, image_size, image_size] uniform noise, for B0, which keeps images instead of features."""
-        generator = rng.generator(self.seed, f"bench_images:{prompt}")
-        return torch.rand(8, 3, self.image_size, self.image_size, generator=generator)
-
-    def pick(self, prompts: list[str], draws: torch.Tensor) -> Features:
-        rows = (draws * 8).long().tolist()
-        names = ("cls", "patches")
-        return Features({n: torch.stack([self.prompt(p)[n][i] for p, i in zip(prompts, rows)]) for n in names})
+def save_references(folder: Path, prompts: Sequence[str], side: int, seed: int) -> ReferenceSet:
+    """Eight images of noise for every prompt, as the files that a run reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {}
+    for number, prompt in enumerate(prompts):
+        generator = rng.generator(seed, f"bench_images:{prompt}")
+        drawn = torch.randint(256, (8, side, side, 3), generator=generator, dtype=torch.uint8).numpy()
+        index[prompt] = [f"{number}-{i}.png" for i in range(len(drawn))]
+        for name, pixels in zip(index[prompt], drawn):
+            Image.fromarray(pixels).save(folder / name, compress_level=1)
+    (folder / "references.json").write_text(json.dumps(index))
+    return ReferenceSet.load(folder, list(prompts))

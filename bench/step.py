@@ -1,10 +1,11 @@
-"""Ours against B0 on whole steps: `python -m bench.step [--size tiny|small|full] [--json FILE] [--png FILE]`.
+"""Ours against B1 and B0 on whole steps: `python -m bench.step [--size tiny|small|full] [--json FILE] [--png FILE]`.
 
-Times sampler, adversary, update and the whole iteration of our trainer and of B0 in one process, taking turns, after
-checking that both compute the same: what fails its check is refused, not timed, and the exit status is 1. Where the
-window leaves a prefix to share, B0 is also timed with the same sharing, so that what is algorithm and what is code can
-be told apart. Prints where the sampler's time goes (B0, then one change after the other) and the goals with what this
-machine can say about them.
+Times sampler, adversary, update and the whole iteration of our trainer, of B1 (the best that can be assembled without
+us) and of B0 (the released loop, `bench/baseline.py`), in one process, taking turns and with the same algorithm on all
+sides: a noise per image for the three of them; then, as `..._shared`, one noise per prompt for ours and B1, which both
+share a prompt's prefix. A contender that does not compute what we do (`bench/parity.py`) is refused, not timed, and the
+exit status is 1. Prints ours over B1 first, where the sampler's time goes (B0, then one change after the other), and
+the goals with what this machine can say about them.
 
 `--size tiny` is the shipped model with its weights; `--size full` is SD3.5-medium's exact configuration with random
 weights: no downloads and no diffusers, but a GPU; `--size small` is a random model of seconds, for rehearsals. The unit
@@ -22,8 +23,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -35,74 +36,93 @@ from advgrpo.sampling.sampler import Sampler
 from advgrpo.types import Rollout
 
 from . import step_report, timing
+from .baseline import B0, Baseline
 from .budget import Budget, OutOfTime, Report
 from .contenders import Contenders, random, small, tiny
 from .parity import Check, check_adversary, check_sampler, check_update, tolerance
 from .random_policy import FULL
 
-SCHEMA = 2
+SCHEMA = 3
 REPEATS = {"cuda": 7, "cpu": 5}
 FORWARD_TFLOP = 35.579400290304  # one B=16 forward of SD3.5-medium, counted (tests/policy/test_stock_model.py)
 PEAK_TFLOP_S = 989  # dense bfloat16 of an H100 or H200, for MFU
-ORDER = ("sampler", "iteration", "update", "adversary", "peak memory", "sampler FP8", "FP8 forward", "waterfall")
+SHARED = step_report.SHARED
+ORDER = (
+    "sampler",
+    "iteration",
+    "update",
+    "adversary",
+    "peak memory",
+    "iteration_shared",
+    "sampler FP8",
+    "FP8 forward",
+    "sampler_shared",
+    "update_shared",
+    "waterfall",
+)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One thing both sides do, and how much of it a call is."""
+    """One thing that all sides do, "ours", "b1" and "b0", and how much of it a call is."""
 
-    ours: Callable[[], object]
-    baseline: Callable[[], object]
+    sides: dict[str, Callable[[], object]]
     amount: float
     unit: str
-    shared: Callable[[], object] | None = None  # the baseline sharing a prompt's prefix alike, if any is left
-
-    def sides(self) -> dict[str, Callable[[], object]]:
-        given = {"ours": self.ours, "baseline": self.baseline, "baseline_shared": self.shared}
-        return {name: run for name, run in given.items() if run is not None}
 
 
-def units(c: Contenders, *, share_prefix: bool = True) -> dict[str, Unit]:
+def units(c: Contenders) -> dict[str, Unit]:
     """What is timed; rollouts that adversary and update start from are made here, once."""
-    ours, b0, table = c.objective, c.baseline, c.table()
+    ours, table = c.objective, c.table()
     rollout = ours.rollout(table, 0)
     scored = ours.scorer.score(rollout, 0)
-    micro_batches = b0.rollout(c.prompts, c.window)
-    advantages = b0.advantages(b0.score(micro_batches)[2])
-
-    def our_adversary():
-        ours.train_discriminator(rollout, ours.scorer.score(rollout, 0), 0)
-
-    def their_adversary():
-        generated, reference, *_ = b0.score(micro_batches)
-        b0.adversary(generated, reference, c.config.adversary.updates_per_iteration)
-        b0.remember(generated)
-
-    def sides(run: Callable[..., object]) -> dict[str, Callable[[], object] | None]:
-        own, prefix = partial(run, c.prompts, c.window), ours.sampler.shared_noise and c.window[0] > 0
-        return {"baseline": own, "shared": partial(own, share_prefix=True) if share_prefix and prefix else None}
-
-    images = "images/s"
+    sides: dict[str, dict[str, Callable[[], object]]] = {
+        "sampler": {"ours": lambda: ours.rollout(table, 0)},
+        "adversary": {"ours": lambda: ours.train_discriminator(rollout, ours.scorer.score(rollout, 0), 0)},
+        "update": {"ours": lambda: ours.update(rollout, scored, table, c.trainer.begin(0))},
+        "iteration": {"ours": c.trainer.iterate},
+    }
+    for name, other in c.baselines.items():
+        for unit, run in _their_units(c, other).items():
+            sides[unit][name] = run
     return {
-        "sampler": Unit(ours=lambda: ours.rollout(table, 0), amount=c.images, unit=images, **sides(b0.rollout)),
-        "adversary": Unit(our_adversary, their_adversary, c.images, images),
-        "update": Unit(
-            lambda: ours.update(rollout, scored, table, c.trainer.begin(0)),
-            lambda: b0.update(micro_batches, advantages),
-            c.images,
-            images,
-        ),
-        "iteration": Unit(ours=c.trainer.iterate, amount=1, unit="iterations/s", **sides(b0.iteration)),
+        name: Unit(own, *((1, "iterations/s") if name == "iteration" else (c.images, "images/s")))
+        for name, own in sides.items()
     }
 
 
-def verify(c: Contenders) -> dict[str, Check]:
-    """Check of each unit; the iteration stands on all of them."""
+def _their_units(c: Contenders, other: Baseline) -> dict[str, Callable[[], object]]:
+    micro_batches = other.rollout(c.prompts, c.window)
+    advantages = other.advantages(other.score(micro_batches)[2])
+
+    def adversary() -> None:
+        generated, reference, *_ = other.score(micro_batches)
+        other.adversary(generated, reference, c.config.adversary.updates_per_iteration)
+        other.remember(generated)
+
+    return {
+        "sampler": partial(other.rollout, c.prompts, c.window),
+        "adversary": adversary,
+        "update": partial(other.update, micro_batches, advantages),
+        "iteration": partial(other.iteration, c.prompts, c.window),
+    }
+
+
+def verify(c: Contenders) -> dict[str, dict[str, Check]]:
+    """Check of each unit against each of the others, by their names; the iteration stands on all of them."""
+    checks: dict[str, dict[str, Check]] = {name: {} for name in step_report.UNITS}
+    for side, other in c.baselines.items():
+        for name, check in _verified(c, other).items():
+            checks[name][side] = check
+    return checks
+
+
+def _verified(c: Contenders, other: Baseline) -> dict[str, Check]:
     allowed = tolerance(c.trainer.policy.dtype)
     checks = {}
     for name, check in (("sampler", check_sampler), ("adversary", check_adversary), ("update", check_update)):
         try:
-            checks[name] = check(c, allowed)
+            checks[name] = check(c, other, allowed)
         except Exception as error:  # a kernel that does not run here must not take the other figures with it
             traceback.print_exc()
             checks[name] = Check(float("inf"), allowed, f"{type(error).__name__}: {error}")
@@ -112,17 +132,17 @@ def verify(c: Contenders) -> dict[str, Check]:
 
 
 def figures(unit: Unit, times: dict[str, np.ndarray], wanted: int) -> dict[str, object]:
-    """Rates, ratios with their intervals, and in how many of the wanted rounds."""
-    gain = timing.ratio(times["baseline"], times["ours"])
-    rates = {name: unit.amount / (float(np.median(values)) * 1e-6) for name, values in times.items()}
-    spread = {f"{name}_seconds": timing.as_json(timing.summarise(values * 1e-6)) for name, values in times.items()}
-    entry = {**rates, "ratio": gain.ratio, "ratio_low": gain.low, "ratio_high": gain.high, "unit": unit.unit, **spread}
-    if unit.shared:
-        entry["over_shared"] = timing.as_json(timing.ratio(times["baseline_shared"], times["ours"]))
+    """Rates, our ratios over the others with their intervals, and in how many of the wanted rounds."""
+    entry: dict[str, object] = {name: unit.amount / (float(np.median(values)) * 1e-6) for name, values in times.items()}
+    entry["unit"] = unit.unit
+    for name in times.keys() - {"ours"}:
+        entry[f"over_{name}"] = timing.as_json(timing.ratio(times[name], times["ours"]))
+    for name, values in times.items():
+        entry[f"{name}_seconds"] = timing.as_json(timing.summarise(values * 1e-6))
     return entry | {"rounds": len(times["ours"]), "rounds_wanted": wanted}
 
 
-def sampler_with(c: Contenders, *, attention=None, graphs: bool, share: bool) -> Callable[[], Rollout]:
+def sampler_with(c: Contenders, *, attention=None, graphs: bool) -> Callable[[], Rollout]:
     """Our rollout with some of what makes it fast switched off."""
     trainer, ours, own = c.trainer, c.objective, c.objective.sampler
     network = trainer.policy.network
@@ -132,7 +152,7 @@ def sampler_with(c: Contenders, *, attention=None, graphs: bool, share: bool) ->
         trainer.policy,
         own.guidance_scale,
         own.likelihood,
-        share_prefix=share,
+        share_prefix=own.share_prefix,
         merged=True,
         graphs=own.graphs if graphs else None,
         shared_noise=own.shared_noise,
@@ -149,7 +169,7 @@ def sampler_with(c: Contenders, *, attention=None, graphs: bool, share: bool) ->
 
 
 class Session:
-    """A run: both contenders, how much time is left, and the report."""
+    """A run: the contenders, how much time is left, and the report."""
 
     def __init__(self, size: str, device: str, repeats: int, options: argparse.Namespace, folder: Path) -> None:
         self.size, self.device, self.repeats, self.folder = size, device, repeats, folder
@@ -163,17 +183,21 @@ class Session:
         changes: dict[str, dict] = {}
         if options.attention:
             changes["model"] = {"attention": options.attention}
-        changes["rollout"] = {"initial_noise": options.noise}
+        changes["rollout"] = {"initial_noise": "per_image"}
+        if options.prompts:
+            changes["rollout"] |= {"prompts_per_iteration": options.prompts, "micro_batch": 8}
         if options.window:
             changes["rollout"]["window"] = {"steps": options.window}
         self.changes = changes
         builders = {"tiny": tiny, "small": small, "full": partial(random, size=FULL)}
         started = time.monotonic()
-        self.c: Contenders = builders[size](folder, device, **changes)
+        self.c: Contenders = builders[size](folder, device, compiled=options.compile, **changes)
+        self.shared = self.c.with_noise("shared")
         self.building = time.monotonic() - started
         self.report.put("attention", self._attention_name())
         self.report.put("window", list(self.c.window))
-        self.report.put("initial_noise", options.noise)
+        self.report.put("images", self.c.images)
+        self.report.put("b1_compiled", self.c.baselines["b1"].recipe.compiled)
 
     def _attention_name(self) -> str:
         section = self.c.config.model
@@ -181,23 +205,21 @@ class Session:
 
     def run(self, only: list[str]) -> Report:
         """Verify; then everything in the order of its worth, as few rounds as make a figure; then more of them."""
-        self.checks = verify(self.c)
-        self.report["parity"] = {name: vars(check) | {"passed": check.passed} for name, check in self.checks.items()}
-        self.report.put("refused", [name for name in only if not self.checks[name].passed])
+        self.checks = self._verify(only)
         self._attempt("on-policy", self._on_policy)
         parts: dict[str, Callable[[], None]] = {}
-        for name in only:
-            if self.checks[name].passed:
+        for name in self.checks:
+            if self._passed(name):
                 parts[name] = partial(self._measure, name)
             else:
                 print(step_report.unit_line(name, None, self.checks[name]))
-        if self.checks["sampler"].passed:
+        if "b0" in self._passed("sampler"):
             parts["waterfall"] = self._waterfall
         if self.device == "cuda":
             parts["peak memory"] = self._peak_memory
         if self.size == "full":
             parts["FP8 forward"] = self._fp8_forward
-            if self.checks["sampler"].passed:
+            if self._passed("sampler"):
                 parts["sampler FP8"] = self._sampler_fp8
         for name in ORDER:
             if name in parts:
@@ -206,6 +228,23 @@ class Session:
         self._more_rounds()
         self._put("goals", step_report.goals(self.report))
         return self.report
+
+    def _verify(self, only: list[str]) -> dict[str, dict[str, Check]]:
+        """Checks of these units, of those with shared noise as well, into the report; what fails is refused."""
+        found, shared = verify(self.c), verify(self.shared)
+        checks = {name: found[name] for name in only}
+        checks |= {f"{name}{SHARED}": shared[name] for name in only if name != "adversary"}  # which sees images alone
+        self.report["parity"] = {
+            unit: {side: vars(check) | {"passed": check.passed} for side, check in own.items()}
+            for unit, own in checks.items()
+        }
+        failed = [(unit, side) for unit, own in checks.items() for side, check in own.items() if not check.passed]
+        self.report.put("refused", [f"{unit} of {side}" for unit, side in failed])
+        return checks
+
+    def _passed(self, name: str) -> list[str]:
+        """Whom our side of a unit is timed with."""
+        return [side for side, check in self.checks.get(name, {}).items() if check.passed]
 
     def _attempt(self, name: str, part: Callable[[], None], expected: float = 0.0) -> None:
         """Run `part`; what it cannot do is said, and does not take the others with it."""
@@ -226,20 +265,23 @@ class Session:
     def _expected(self, name: str) -> float:
         """Seconds until `name` has its first figure, as far as what was timed before tells; 0 where nothing does."""
 
-        def seconds(unit: str) -> float:  # one call of each side
-            entry = self.report.get(unit)
-            return entry["ours_seconds"]["median"] + entry["baseline_seconds"]["median"] if entry else 0.0
+        def seconds(unit: str, *sides: str) -> float:  # one call of each side
+            entry = self.report.get(unit, {})
+            timed = [entry.get(f"{side}_seconds") for side in sides or step_report.SIDES]
+            return sum(each["median"] for each in timed if each)
 
-        sampler, rows = seconds("sampler"), 7 / 2  # the waterfall's rows lie between both sides
+        sampler, rows = seconds("sampler"), 7 / 3  # the waterfall's rows lie between ours and B0
         of_fp8 = self.building if self.size == "full" and "fp8" not in vars(self) else 0.0
-        return {  # one call to warm up and one that is timed
+        shared = {f"{name}{SHARED}": 2 * seconds(name, "ours", "b1") for name in step_report.UNITS}
+        expected = shared | {  # one call to warm up and one that is timed
             "iteration": 3 * sampler,
             "update": sampler,
             "peak memory": seconds("iteration"),
-            "sampler FP8": of_fp8 + 2 * sampler,
+            "sampler FP8": of_fp8 + sampler + seconds("sampler", "ours"),
             "FP8 forward": of_fp8,
             "waterfall": of_fp8 + 2 * rows * sampler,
-        }.get(name, 0.0)
+        }
+        return expected.get(name, 0.0)
 
     def _say(self, name: str) -> None:
         """The line of a unit that has a figure."""
@@ -251,14 +293,21 @@ class Session:
         self.report[name] = value
         self.report.put("goals", step_report.goals(self.report))
 
-    def _play(self, name: str, variants: dict[str, Callable[[], object]], put: Callable[[dict], None]) -> None:
-        """The first rounds of `name`, after one call of each (parity has run them before); more come later.
+    def _play(
+        self,
+        name: str,
+        variants: dict[str, Callable[[], object]],
+        put: Callable[[dict], None],
+        warm: Sequence[str] | None = None,
+    ) -> None:
+        """The first rounds of `name`, after one call of each (parity has run them before) or of `warm`; more come
+        later.
 
         Raises:
             OutOfTime: not even one round fits.
         """
         turns = timing.Turns(variants, self.device, put)
-        turns.warm_up()
+        turns.warm_up(warm)
         turns.play(min(self.repeats, timing.FEWEST), self.budget)
         if not turns.rounds:
             left = f"{self.budget.left:.1f} s that are left"
@@ -281,7 +330,17 @@ class Session:
 
     @cached_property
     def units(self) -> dict[str, Unit]:
-        return units(self.c, share_prefix=self.options.share_prefix)
+        return units(self.c)
+
+    @cached_property
+    def shared_units(self) -> dict[str, Unit]:
+        return units(self.shared)
+
+    def unit(self, name: str) -> Unit:
+        """With those of its sides that compute the same."""
+        own = self.shared_units if name.endswith(SHARED) else self.units
+        unit = own[name.removesuffix(SHARED)]
+        return replace(unit, sides={side: unit.sides[side] for side in ("ours", *self._passed(name))})
 
     @cached_property
     def fp8(self) -> Contenders | None:
@@ -300,7 +359,7 @@ class Session:
         self._put("on_policy", {name: metrics[name] for name in names})
 
     def _measure(self, name: str) -> None:
-        unit = self.units[name]
+        unit = self.unit(name)
 
         def put(times: dict[str, np.ndarray]) -> None:
             self._put(name, figures(unit, times, self.repeats))
@@ -308,16 +367,18 @@ class Session:
                 steps, rate = self.c.config.rollout.num_steps, self.report["sampler"]["ours"]
                 self._put("sampler_mfu", rate * steps * FORWARD_TFLOP / 8 / PEAK_TFLOP_S)
 
-        self._play(name, unit.sides(), put)
+        self._play(name, unit.sides, put)
 
     def _sampler_fp8(self) -> None:
-        """P2. Not held to B0's numbers: FP8 rounds its ODE steps."""
+        """P2. Not held to the others' numbers: FP8 rounds its ODE steps."""
         fp8 = self.fp8
-        table, own = fp8.table(), self.units["sampler"]
-        unit = Unit(lambda: fp8.objective.rollout(table, 0), own.baseline, own.amount, own.unit)
-        self._play(
-            "sampler FP8", unit.sides(), lambda times: self._put("sampler_fp8", figures(unit, times, self.repeats))
-        )
+        table, own = fp8.table(), self.unit("sampler")
+        unit = replace(own, sides=own.sides | {"ours": lambda: fp8.objective.rollout(table, 0)})
+
+        def put(times: dict[str, np.ndarray]) -> None:
+            self._put("sampler_fp8", figures(unit, times, self.repeats))
+
+        self._play("sampler FP8", unit.sides, put, warm=("ours",))
 
     def _waterfall(self) -> None:
         """Sampler images/s of B0 and after each change in turn; None for what this device does not have."""
@@ -334,23 +395,22 @@ class Session:
     def _waterfall_rows(self) -> dict[str, Callable[[], object] | None]:
         c, gpu, fp8 = self.c, self.device == "cuda", self.fp8
         _, plain = choose_attention("flash" if gpu else "auto", c.device, c.trainer.policy.dtype)
-        # Merged weights cost what the base weights cost, so adapters are switched off where they would be merged.
-        merged = partial(c.baseline.rollout, c.prompts, c.window, adapters_in_window_only=True)
+        b0 = c.baselines["b0"]
+        merging = replace(b0, recipe=replace(B0, merge_lora=True))
         return {
-            "B0": lambda: c.baseline.rollout(c.prompts, c.window),
-            "merge": merged,
-            "fuse": sampler_with(c, attention=plain, graphs=False, share=False),
-            "attention": sampler_with(c, graphs=False, share=False) if gpu else None,
-            "graph": sampler_with(c, graphs=True, share=False) if gpu else None,
-            "dedupe": sampler_with(c, graphs=True, share=True) if c.objective.sampler.shared_noise else None,
-            "FP8": sampler_with(fp8, graphs=True, share=fp8.objective.sampler.shared_noise) if fp8 else None,
+            "B0": partial(b0.rollout, c.prompts, c.window),
+            "merge": partial(merging.rollout, c.prompts, c.window),
+            "fuse": sampler_with(c, attention=plain, graphs=False),
+            "attention": sampler_with(c, graphs=False) if gpu else None,
+            "graph": sampler_with(c, graphs=True) if gpu else None,
+            "FP8": sampler_with(fp8, graphs=True) if fp8 else None,
         }
 
     def _peak_memory(self) -> None:
-        """GB allocated at most during one iteration of each side; the weights of both are in either figure."""
-        found, unit = {}, self.units["iteration"]
+        """GB allocated at most during one iteration of each side; the weights of all are in every figure."""
+        found, unit = {}, self.unit("iteration")
         timing.free()
-        for name, run in (("ours", unit.ours), ("baseline", unit.baseline)):
+        for name, run in unit.sides.items():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             run()
@@ -385,17 +445,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--window", type=int, nargs="+", metavar="STEP", help="the window's steps (default: the preset's)"
     )
+    parser.add_argument("--prompts", type=int, metavar="N", help="of an iteration, in micro-batches of 8 images")
     parser.add_argument(
-        "--noise",
-        choices=["shared", "per_image"],
-        default="shared",
-        help="initial noise of a prompt's images, on both sides; per_image is the released code's",
-    )
-    parser.add_argument(
-        "--share-prefix",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also time B0 with one row per prompt before the window, where the window leaves a prefix",
+        "--compile", action=argparse.BooleanOptionalAction, help="B1's blocks by torch.compile (default: on a GPU)"
     )
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What `bench.step` prints and draws: a line per unit, the waterfall, and the goals of docs/performance.md."""
+"""What `bench.step` prints and draws: ours over B1 and over B0, the waterfall, and the goals of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from .timing import FEWEST
 
 UNITS = ("sampler", "adversary", "update", "iteration")
+SIDES = ("ours", "b1", "b0")
+SHARED = "_shared"  # what a unit's name ends with where the images of a prompt start from one noise
 UNMEASURED = "unmeasured"
 ELSEWHERE = {
     "P8": "python -m bench.profile",
@@ -39,7 +41,7 @@ def goals(report: dict) -> list[dict]:
         measured["P13"] = (f"{values[0]:g}; {values[1]:g}", values == (0, 0))
     if on_gpu and full:
         for goal, unit, target, row in (
-            ("P1", "sampler", 1.9, "dedupe"),
+            ("P1", "sampler", 1.9, "graph"),
             ("P2", "sampler_fp8", 2.4, "FP8"),
             ("P5", "update", 2.8, ""),
             ("P7", "iteration", 2.4, ""),
@@ -51,8 +53,9 @@ def goals(report: dict) -> list[dict]:
             over = report["fp8_forward_over_roofline"]
             measured["P3"] = (f"{over:.2f}x", over <= 1.10)
         if "peak_memory_gb" in report:
-            own, theirs = report["peak_memory_gb"]["ours"], report["peak_memory_gb"]["baseline"]
-            measured["P12"] = (f"{own:.1f} / {theirs:.1f} GB", own <= theirs)
+            own, theirs = (report["peak_memory_gb"].get(side) for side in ("ours", "b0"))
+            if theirs:
+                measured["P12"] = (f"{own:.1f} / {theirs:.1f} GB", own <= theirs)
     rows = []
     for goal, what, target, stretch in GOALS:
         value, met = measured.get(goal, (UNMEASURED, None))
@@ -63,13 +66,16 @@ def goals(report: dict) -> list[dict]:
 
 
 def _gain(report: dict, unit: str, target: float) -> tuple[str, bool | None] | None:
-    """A unit's ratio, judged by the lower end of its interval, which fewer than three rounds do not have."""
-    if unit not in report:
+    """A unit's ratio over B0, judged by the lower end of its interval, which fewer than three rounds do not have, and
+    the one over B1 beside it."""
+    entry = report.get(unit, {})
+    if "over_b0" not in entry:
         return None
-    entry = report[unit]
+    gain, best = entry["over_b0"], entry.get("over_b1")
+    beside = f"; {best['ratio']:.2f}x over B1" if best else ""
     if entry["rounds"] < min(FEWEST, entry["rounds_wanted"]):
-        return f"{entry['ratio']:.2f}x ({entry['rounds']} rounds only)", None
-    return f"{entry['ratio']:.2f}x (from {entry['ratio_low']:.2f})", entry["ratio_low"] >= target
+        return f"{gain['ratio']:.2f}x ({entry['rounds']} rounds only){beside}", None
+    return f"{gain['ratio']:.2f}x (from {gain['low']:.2f}){beside}", gain["low"] >= target
 
 
 def _gain_of_row(report: dict, row: str, target: float) -> tuple[str, bool] | None:
@@ -79,24 +85,38 @@ def _gain_of_row(report: dict, row: str, target: float) -> tuple[str, bool] | No
     return None if gain is None else (f"{gain:.2f}x (waterfall)", gain >= target)
 
 
-def unit_line(name: str, entry: dict | None, check) -> str:
-    error = f"parity {check.error:.1e} of {check.allowed:.0e} ({check.what})"
+def interval(gain: dict | None) -> str:
+    """A ratio with its interval, as text; empty without one."""
+    return f"{gain['ratio']:.2f}x [{gain['low']:.2f}, {gain['high']:.2f}]" if gain else ""
+
+
+def unit_line(name: str, entry: dict | None, checks: dict) -> str:
+    """Ours over the others, the best of them first; then the rates, the refused and the worst of the checks."""
+    refused = [f"{side.upper()} refused: {_parity(check)}" for side, check in checks.items() if not check.passed]
     if entry is None:
-        return f"{name:10} refused: {error}"
-    rates = f"ours {entry['ours']:9.3f}  B0 {entry['baseline']:9.3f} {entry['unit']:13}"
-    line = f"{name:10} {rates} {entry['ratio']:5.2f}x [{entry['ratio_low']:.2f}, {entry['ratio_high']:.2f}]  {error}"
-    if "over_shared" in entry:
-        shared = entry["over_shared"]
-        line += f"\n{'':10} over B0 with the same shared prefix: {shared['ratio']:.2f}x"
-        line += f" [{shared['low']:.2f}, {shared['high']:.2f}]"
+        return f"{name:17} {'; '.join(refused)}"
+    others = [side for side in SIDES[1:] if f"over_{side}" in entry]
+    gains = "  ".join(f"over {side.upper()} {interval(entry[f'over_{side}'])}" for side in others)
+    rates = "  ".join(f"{side} {entry[side]:.3f}" for side in ("ours", *others))
+    worst = max((checks[side] for side in others), key=lambda check: check.error)
+    lines = [f"{gains}", f"{rates} {entry['unit']}  {_parity(worst)}", *refused]
     if entry["rounds"] < entry["rounds_wanted"]:
-        line += f"\n{'':10} {entry['rounds']} of {entry['rounds_wanted']} rounds"
-    return line
+        lines.append(f"{entry['rounds']} of {entry['rounds_wanted']} rounds")
+    return "\n".join(f"{name if i == 0 else '':17} {line}" for i, line in enumerate(lines))
+
+
+def _parity(check) -> str:
+    return f"parity {check.error:.1e} of {check.allowed:.0e} ({check.what})"
 
 
 def tables(report: dict) -> str:
-    """Waterfall and goals as text."""
-    lines = ["", "sampler, one change after the other (images/s, over B0)"]
+    """Ours over the others, waterfall and goals as text."""
+    b1 = "B1, compiled" if report["b1_compiled"] else "B1"
+    lines = ["", f"{'ours, same algorithm':28}{'over ' + b1:24}over B0"]
+    for name in measured_units(report):
+        gains = [interval(report[name].get(f"over_{side}")) for side in SIDES[1:]]
+        lines.append(f"  {label(name):26}{gains[0]:24}{gains[1]}".rstrip())
+    lines += ["", "sampler, one change after the other (images/s, over B0)"]
     waterfall = report.get("waterfall", [])
     base = waterfall[0]["images_per_second"] if waterfall else None
     for row in waterfall:
@@ -116,23 +136,38 @@ def tables(report: dict) -> str:
     return "\n".join(lines)
 
 
+def label(name: str) -> str:
+    """A unit's name for people."""
+    return name.replace(SHARED, ", shared noise")
+
+
+def measured_units(report: dict) -> list[str]:
+    """Those with figures: with a noise per image, then with one per prompt."""
+    return [name for end in ("", SHARED) for unit in UNITS if (name := f"{unit}{end}") in report]
+
+
 def draw(report: dict, file: Path) -> None:
     """Ratios with their intervals, and the waterfall."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     ratios, falls = figure.subplots(1, 2)
-    names = [name for name in UNITS if name in report]
-    values = [report[name]["ratio"] for name in names]
-    errors = [
-        [max(0.0, value - report[name]["ratio_low"]) for name, value in zip(names, values)],
-        [max(0.0, report[name]["ratio_high"] - value) for name, value in zip(names, values)],
-    ]
-    ratios.bar(names, values, yerr=errors, capsize=4, color="tab:blue")
+    names = measured_units(report)
+    for side, offset, colour in (("b1", -0.2, "tab:blue"), ("b0", 0.2, "0.7")):
+        found = [(x + offset, report[name][f"over_{side}"]) for x, name in enumerate(names) if side in report[name]]
+        values = [gain["ratio"] for _, gain in found]
+        errors = [
+            [max(0.0, value - gain["low"]) for value, (_, gain) in zip(values, found)],
+            [max(0.0, gain["high"] - value) for value, (_, gain) in zip(values, found)],
+        ]
+        places = [x for x, _ in found]
+        ratios.bar(places, values, 0.4, yerr=errors, capsize=3, color=colour, label=f"over {side.upper()}")
+        for x, value in zip(places, values):
+            ratios.annotate(f"{value:.2f}x", (x, 0.05), ha="center", rotation=90, fontsize=8)
     ratios.axhline(1, color="0.4", linewidth=1)
-    ratios.set_ylabel("over B0 (medians, 95 % interval)")
-    for x, value in enumerate(values):
-        ratios.annotate(f"{value:.2f}x", (x, value / 2), ha="center", color="white")
+    ratios.set_xticks(range(len(names)), [label(name).replace(", ", ",\n") for name in names], fontsize=8)
+    ratios.set_ylabel("ours over the others (medians, 95 % interval)")
+    ratios.legend()
     rows = [row for row in report.get("waterfall", []) if row["images_per_second"] is not None]
     falls.bar([row["step"] for row in rows], [row["images_per_second"] for row in rows], color="tab:orange")
     falls.set_ylabel("sampler, images/s")

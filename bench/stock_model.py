@@ -357,11 +357,15 @@ class StockTransformer(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """y = W x + b + (alpha / r) B A x with the module names of a PEFT adapter; A gaussian with std 1/r, B zero."""
+    """y = W x + b + (alpha / r) B A x with the module names of a PEFT adapter; A gaussian with std 1/r, B zero.
+
+    `enabled` off leaves the adapter out; `merged` on uses the weight that `merge` has last computed instead.
+    """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.base_layer, self.scaling, self.enabled = base, alpha / rank, True
+        self.base_layer, self.scaling, self.enabled, self.merged = base, alpha / rank, True, False
+        self.merged_weight = torch.empty(0)
         options: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
         a, b = nn.Linear(base.in_features, rank, **options), nn.Linear(rank, base.out_features, **options)
         self.lora_A, self.lora_B = nn.ModuleDict({ADAPTER: a}), nn.ModuleDict({ADAPTER: b})
@@ -369,11 +373,22 @@ class LoraLinear(nn.Module):
             a.weight.normal_(std=1 / rank, generator=generator)
             b.weight.zero_()
 
+    def _adapter(self) -> tuple[nn.Linear, nn.Linear]:
+        return cast(nn.Linear, self.lora_A[ADAPTER]), cast(nn.Linear, self.lora_B[ADAPTER])
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W + (alpha / r) B A beside W, which stays as it is: PEFT's own merging and unmerging would let it drift."""
+        (a, b), weight = self._adapter(), self.base_layer.weight
+        self.merged_weight = torch.addmm(weight, b.weight, a.weight, alpha=self.scaling)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return F.linear(x, self.merged_weight, self.base_layer.bias)
         result = self.base_layer(x)
         if not self.enabled:
             return result
-        a, b = (cast(nn.Linear, lora[ADAPTER]) for lora in (self.lora_A, self.lora_B))
+        a, b = self._adapter()
         added = result + b(a(x.to(a.weight.dtype))) * self.scaling
         return added.to(result.dtype)
 

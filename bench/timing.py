@@ -15,7 +15,7 @@ import functools
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -76,11 +76,11 @@ class Turns:
         self._clock = _cuda_clock if device == "cuda" else _host_clock
         self._readings: dict[str, list[Callable[[], float]]] = {name: [] for name in self.variants}
 
-    def warm_up(self) -> None:
-        """One call of each that is not timed."""
+    def warm_up(self, names: Sequence[str] | None = None) -> None:
+        """One call that is not timed of each, or of those that are named where the others have run before."""
         started = time.monotonic()
-        for run in self.variants.values():
-            run()
+        for name in self.variants if names is None else names:
+            self.variants[name]()
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.last = time.monotonic() - started

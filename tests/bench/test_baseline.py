@@ -1,9 +1,10 @@
-"""B0 computes what the trainer computes: latents, log-probabilities, rewards, losses and gradients on the same weights.
+"""B0 and B1 compute what the trainer computes on the same weights: latents, log-probabilities, rewards and gradients.
 
 Planted bugs that turned this file red: guidance the wrong way round; adapters at half strength; noise scaled twice;
 CPS noise without the half pi; likelihood summed; clipping with the other sign; advantages unscaled; reward weights
 swapped; one hinge half doubled; schedule shifted once; average and weight swapped; one minibatch left out;
-nothing remembered; KL to itself.
+nothing remembered; KL to itself; adapters merged at another strength, or into the weights themselves; kept features of
+another prompt; averages moved the wrong way; a decoder without the shift; every block compiled for itself.
 """
 
 import copy
@@ -20,8 +21,9 @@ from advgrpo.types import Features as TrainerFeatures
 from advgrpo.types import MicroBatch, MicroBatchRollout
 from advgrpo_kernels import group_advantages, philox_normal, transition_coefficients
 from bench import baseline
-from bench.baseline import Features, FlowScheduler, log_likelihood
-from bench.pair import baseline_of, stock_config, stock_transformer
+from bench.baseline import B0, B1, Features, FlowScheduler, log_likelihood
+from bench.pair import baseline_of, compile_blocks, stock_config, stock_transformer, vae_decoder
+from bench.stock_model import StockConfig, StockTransformer, add_lora
 from tests.parts import updater_of
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
@@ -33,8 +35,8 @@ def references(prompt: str) -> torch.Tensor:
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(PROMPTS.index(prompt)))
 
 
-def both(settings):
-    """(our policy, our adversary, B0) with the same weights and adapters that do something."""
+def both(settings, recipe=B0):
+    """(our policy, our adversary, the other) with the same weights and adapters that do something."""
     policy = SD3Policy(
         settings.model, device=CPU, cache_dir=Path(settings.data.cache_dir), seed=0, fused=True, precision="model"
     )
@@ -57,12 +59,13 @@ def both(settings):
         adversary=adversary,
         references=references,
         prompts=PROMPTS,
+        recipe=recipe,
     )
     return policy, adversary, theirs
 
 
 def sample(policy, theirs, settings, window):
-    """The same micro-batch by our sampler and by B0, from the same initial noise and the same draws."""
+    """The same micro-batch by our sampler and by the other, from the same initial noise and the same draws."""
     rollout = settings.rollout
     sampler = Sampler(policy, rollout.guidance_scale, rollout.likelihood, share_prefix=True, merged=True)
     table = step_table(policy, rollout.num_steps, window, rollout=rollout)
@@ -75,6 +78,7 @@ def sample(policy, theirs, settings, window):
     )
     noise = {i: philox_normal((4, *policy.latent_shape()), seed=3, sample_ids=ids, step=i) for i in window}
     captions = [PROMPTS[i] for i in ROW.tolist()]
+    theirs.merge()
     return (latents, micro_batch, table), theirs.sampler(captions, initial[ROW], window, noise)
 
 
@@ -83,10 +87,46 @@ def sample(policy, theirs, settings, window):
     ("dynamics", "likelihood"), [("flow_cps", "squared_error"), ("flow_sde", "gaussian"), ("dance_sde", "gaussian")]
 )
 def test_sampler_and_update_equal_the_trainers(unit_config, dynamics, likelihood, guidance):
-    settings = unit_config
+    compare_sampler_and_update(unit_config, dynamics, likelihood, guidance, B0)
+
+
+def test_so_do_b1s(unit_config):
+    unit_config.rollout.initial_noise = "shared"  # a prefix of one step
+    compare_sampler_and_update(unit_config, "flow_cps", "squared_error", 4.5, B1)
+
+
+def test_compiled_blocks_compute_the_same_and_each_kind_is_compiled_once():
+    """By the compiler's front end alone, which is what may refuse; with adapters, and merged."""
+    config = StockConfig(3, 2, 8, 16, 32, 32, sample_size=8, dual_attention_layers=(0, 1), qk_norm="rms_norm")
+    model = StockTransformer(config)
+    adapters = add_lora(model, rank=2)
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.lora_B["default"].weight.normal_()
+            adapter.merge()
+    given = (torch.randn(2, 16, 8, 8), torch.randn(2, 5, 32), torch.randn(2, 32), torch.tensor([500.0, 500.0]))
+
+    @torch.no_grad()
+    def both_ways():
+        adapted = model(*given)
+        for adapter in adapters:
+            adapter.merged = True
+        merged = model(*given)
+        for adapter in adapters:
+            adapter.merged = False
+        return adapted, merged
+
+    expected = both_ways()
+    compile_blocks(model, "eager")
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(both_ways(), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * 2  # two dual blocks are alike, the last is not
+
+
+def compare_sampler_and_update(settings, dynamics, likelihood, guidance, recipe):
     rollout = settings.rollout
     rollout.dynamics, rollout.likelihood, rollout.guidance_scale, window = dynamics, likelihood, guidance, (1, 2)
-    policy, _, theirs = both(settings)
+    policy, _, theirs = both(settings, recipe)
     (latents, micro_batch, table), b0 = sample(policy, theirs, settings, window)
     assert len(b0.steps) == 2
     torch.testing.assert_close(b0.latents, latents, rtol=1e-4, atol=1e-4)
@@ -186,9 +226,50 @@ def test_kl_pulls_towards_the_base(unit_config):
         assert theirs.loss(b0, b0.steps[0], torch.zeros(4)) == 0
 
 
-def test_an_iteration_trains_generator_average_and_head(unit_config):
+def test_merging_leaves_the_weights_and_follows_the_adapters(unit_config):
+    _, _, theirs = both(unit_config, B1)
+    adapter, x = theirs.adapters[0], torch.randn(2, 3, theirs.adapters[0].base_layer.in_features)
+    before = adapter.base_layer.weight.clone()
+    for _ in range(2):
+        theirs.merge()
+        expected = adapter(x)
+        with theirs.merged():
+            torch.testing.assert_close(adapter(x), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(adapter(x), adapter.base_layer(x))
+        with torch.no_grad():
+            adapter.lora_B["default"].weight.mul_(2)
+    assert torch.equal(adapter.base_layer.weight, before)
+
+
+def test_kept_features_are_those_of_the_references_that_are_drawn(unit_config):
+    captions, seen = [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[1]], []
+    found = {}
+    for recipe in (B0, B1):
+        _, _, theirs = both(unit_config, recipe)
+        features = theirs.features
+        theirs.features = lambda images, own=features: seen.append(len(images)) or own(images)
+        for _ in range(2):
+            torch.manual_seed(4)
+            found[recipe] = theirs.drawn_references(captions)
+    assert sorted(seen) == [3, 3, 4, 4]  # B0: four images in each call; B1: three references of two prompts, once
+    torch.testing.assert_close(found[B0].cls, found[B1].cls, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[B0].patches, found[B1].patches, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_stock_vae_decodes_as_ours_does(unit_config, fast):
+    policy, _, _ = both(unit_config)
+    latents = torch.randn(3, *policy.latent_shape())
+    images = vae_decoder(policy.vae, fast=fast)(latents)
+    assert images.is_contiguous()
+    torch.testing.assert_close(images, policy.decode(latents), rtol=1e-4, atol=1e-5)
+    assert policy.vae.decoder.conv_in.weight.is_contiguous()  # the fast one is a copy
+
+
+@pytest.mark.parametrize("recipe", [B0, B1], ids=["B0", "B1"])
+def test_an_iteration_trains_generator_average_and_head(unit_config, recipe):
     unit_config.adversary.schedule = "always"
-    _, _, theirs = both(unit_config)
+    _, _, theirs = both(unit_config, recipe)
     before = [p.detach().clone() for p in theirs.trained]
     head = copy.deepcopy(theirs.head.state_dict())
     steps = []
@@ -212,5 +293,5 @@ def test_an_iteration_trains_generator_average_and_head(unit_config):
 )
 def test_settings_it_does_not_run_are_refused(unit_config, section, field, value):
     setattr(getattr(unit_config, section), field, value)
-    with pytest.raises(ValueError, match=f"B0 has no {section}.{field} = '{value}'"):
+    with pytest.raises(ValueError, match=f"B0 and B1 have no {section}.{field} = '{value}'"):
         baseline.check_settings(unit_config)

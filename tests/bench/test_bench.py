@@ -1,8 +1,9 @@
 """The benchmarks: they cover every op, time only what passes its tests, and the gate sees a regression.
 
-Planted bugs that turned this file red: a gate that ignores the spread, the 5 %, missing entries, refused ops,
-the GPU's name or the compiled baseline; failing tests timed anyway, a file without tests taken as passed, exit 0 when
-refused; an op left out, a baseline without the bias, bytes without the output, no taking turns, the ratio inverted.
+Planted bugs that turned this file red: a gate that ignores the spread, the 5 %, missing entries, refused ops, the
+GPU's name or the compiled baseline; whole steps held by the median, or not at all where B1 is missing; failing tests
+timed anyway, a file without tests taken as passed, exit 0 when refused; an op left out, a baseline without the bias,
+bytes without the output, no taking turns, the ratio inverted.
 """
 
 import copy
@@ -213,6 +214,32 @@ def test_gate_counts_the_compiled_baseline(report, tmp_path):
     slower(new)
     rows = gate.compare(old, new)
     assert [(r["case"], r["baseline"]) for r in rows if r["verdict"] == "WORSE"] == [("gaussian_step", "compiled")]
+
+
+def step_report(**lows: float) -> dict:
+    """A result of bench.step with these lower ends, by unit and over whom."""
+    report: dict = {"refused": []}
+    for name, low in lows.items():
+        unit, over = name.split("__")
+        report.setdefault(unit, {})[f"over_{over}"] = {"ratio": low + 0.5, "low": low, "high": low + 1}
+    return report
+
+
+def test_the_gate_holds_whole_steps_by_their_lower_ends(tmp_path, capsys):
+    file = tmp_path / "step.json"
+    held = {f"{unit}__{side}": at_least for unit, side, at_least, _ in gate.HELD}
+    assert {side for _, side, *_ in gate.HELD} == {"b1", "b0"}
+    worse = {name: {**held, name: low - 0.01} for name, low in held.items()}
+    missing = {name: {other: low for other, low in held.items() if other != name} for name in held}
+    for lows, status in [(held, 0), *((each, 1) for each in (*worse.values(), *missing.values()))]:
+        file.write_text(json.dumps(step_report(**lows)))
+        assert gate.main([str(file)]) == status
+    said = capsys.readouterr().out
+    assert said.count("BELOW") == said.count("MISSING") == len(held)
+    file.write_text(json.dumps(step_report(**held) | {"refused": ["update of b1"]}))
+    assert gate.main([str(file)]) == 1
+    with pytest.raises(SystemExit):
+        gate.main([str(file)] * 3)
 
 
 def test_ratio_interval_covers_the_ratio_and_shrinks_with_the_noise():

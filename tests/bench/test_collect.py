@@ -14,17 +14,19 @@ ENVIRONMENT = {"device": "cuda", "gpu": "NVIDIA H200", "torch": "2.11.0"}
 RATIO = {"ratio": 2.0, "low": 1.9, "high": 2.1}
 UNIT = {
     "ours": 11.0,
-    "baseline": 6.0,
-    "ratio": 1.83,
-    "ratio_low": 1.8,
-    "ratio_high": 1.9,
+    "b1": 10.0,
+    "b0": 6.0,
+    "over_b1": {"ratio": 1.1, "low": 1.08, "high": 1.12},
+    "over_b0": {"ratio": 1.83, "low": 1.8, "high": 1.9},
     "unit": "images/s",
     "rounds": 7,
 }
 STEP = {
     "size": "full",
     "environment": ENVIRONMENT,
+    "b1_compiled": True,
     "sampler": UNIT,
+    "sampler_shared": {name: value for name, value in UNIT.items() if "b0" not in name},
     "goals": [{"id": "P1", "what": "sampler", "target": "1.9x", "measured": "1.83x", "met": False}],
     "refused": ["update"],
     "failed": {"waterfall": "RuntimeError: no\nmore"},
@@ -65,7 +67,9 @@ def test_a_page_with_everything_that_was_measured_and_what_was_not(tmp_path):
     assert target == tmp_path / "results" / "nvidia-h200"
     page = (target / "README.md").read_text()
     assert "| step.sampler.ours | " in page
-    assert "| sampler | 11.000 images/s | 6.000 | 1.83x [1.80, 1.90] |" in page
+    assert "B1's blocks are compiled" in page
+    assert "| sampler | 1.10x [1.08, 1.12] | 1.83x [1.80, 1.90] | 11.000 images/s | 10.000 | 6.000 | 7 |" in page
+    assert "| sampler, shared noise | 1.10x [1.08, 1.12] |  | 11.000 images/s | 10.000 |  | 7 |" in page
     assert "| P1 | sampler | 1.9x | 1.83x | **missed** |" in page
     assert "| gated_residual | 60.0 | 2.00x [1.90, 2.10] |  | 78% of copy |" in page
     assert "planned 50.0 GB, held 45.0 GB (0.90 of the plan)" in page

@@ -64,10 +64,12 @@ def test_orders_that_must_hold():
     assert m.branching < m.adapted / 4
     assert m.products(model.MERGED.flops, model.FP8_GEMM) < m.merged_fp8  # attention and the ends stay in bf16
     assert m.trained < m.stock_trained
+    assert m.merged < m.compiled_merged < m.compiled_adapted < m.stock_adapted
+    assert m.iteration(shared=True) < m.iteration() < m.b1_iteration < m.stock_iteration
 
 
 REPORTS = {
-    "step": {"sampler": {"ours": 11.0, "ratio": 1.2}, "calibration": {"copy_gb_s": 4300.0}},
+    "step": {"sampler": {"ours": 11.0, "over_b0": {"ratio": 1.2}}, "calibration": {"copy_gb_s": 4300.0}},
     "kernels": {"entries": [{"case": "gelu", "ours_us": {"median": 50.0}, "over_eager": {"ratio": 2.0}}]},
     "profile": {"trajectory": {"kernels": 4446, "host_syncs": 3}},
     "train": {"random": {"rows": [{"seconds": s} for s in (60.0, 9.0, 5.0, 3.7, 3.8, 3.6)]}},
@@ -78,14 +80,14 @@ def test_what_is_off_by_more_than_a_quarter_is_a_finding():
     rows = {row.name: row for row in model.compare(model.predict(), REPORTS)}
     assert rows["step.calibration.copy_gb_s"].ratio == 1
     assert not rows["step.sampler.ours"].finding
-    assert rows["step.sampler.ratio"].finding
+    assert rows["step.sampler.over_b0.ratio"].finding
     assert rows["kernels.gelu.ours_us"].measured == 50.0
     assert rows["kernels.gelu.ours_us"].finding
     assert rows["profile.trajectory.host_syncs"].finding  # none were predicted
     assert rows["train.random.seconds"].measured == 3.7  # not those that capture and compile
-    unmeasured = rows["step.update.ratio"]
+    unmeasured = rows["step.update.over_b1.ratio"]
     assert (unmeasured.measured, unmeasured.ratio, unmeasured.finding) == (None, None, False)
     text = "\n".join(model.lines(list(rows.values())))
-    assert "| step.update.ratio | " in text
+    assert "| step.update.over_b1.ratio | " in text
     assert text.count("**explain**") == sum(row.finding for row in rows.values())
     assert replace(unmeasured, measured=unmeasured.predicted * 1.26).finding

@@ -38,7 +38,8 @@ WIDE = Size(
     205,
     {"hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6, "image_size": 518, "patch_size": 14},
 )
-WINDOW = {"num_steps": 5, "window": {"steps": [1, 2]}}  # a shared prefix, the branching step, a window step, ODE steps
+WINDOW = {"initial_noise": "shared", "num_steps": 5, "window": {"steps": [1, 2]}}
+# a shared prefix, the branching step, a window step, ODE steps
 THREE_BLOCKS = replace(SMALL, transformer=replace(SMALL.transformer, num_layers=3))  # the ends stay as they are
 ON_GPU = {
     "rollout": {"prompts_per_iteration": 2, "group_size": 8, "micro_batch": 8, **WINDOW},

@@ -15,10 +15,22 @@ import pytest
 from bench import budget, step, step_report, timing
 from bench.parity import Check
 
-BUILD, VERIFY, MAKE_UNITS, ON_POLICY = 25.0, 30.0, 9.0, 4.0  # seconds
-SIDES = {"sampler": (2.6, 6.0), "iteration": (3.8, 9.0), "update": (1.0, 3.0), "adversary": (0.4, 0.5)}  # ours, B0
-ROWS = {"B0": 6.0, "merge": 5.0, "fuse": 4.0, "attention": 3.2, "graph": 3.0, "dedupe": 2.6, "FP8": 2.0}
-ALL = (*SIDES, "sampler_fp8", "peak_memory_gb", "fp8_forward_over_roofline", "waterfall")
+BUILD, VERIFY, COMPILE, MAKE_UNITS, ON_POLICY = 25.0, 30.0, 45.0, 13.0, 4.5  # seconds
+SIDES = {
+    "sampler": {"ours": 3.0, "b1": 3.1, "b0": 6.0},
+    "iteration": {"ours": 4.5, "b1": 4.6, "b0": 9.0},
+    "update": {"ours": 1.4, "b1": 1.4, "b0": 3.0},
+    "adversary": {"ours": 0.4, "b1": 0.4, "b0": 0.5},
+}
+SHARED_SIDES = {
+    "sampler": {"ours": 2.6, "b1": 3.1},
+    "iteration": {"ours": 3.8, "b1": 4.6},
+    "update": {"ours": 1.0, "b1": 1.4},
+}
+FP8_SIDES = {"ours": 2.4, "b1": 3.1, "b0": 6.0}
+ROWS = {"B0": 6.0, "merge": 5.4, "fuse": 4.0, "attention": 3.2, "graph": 3.0, "FP8": 2.4}
+SHARED = tuple(f"{name}_shared" for name in SHARED_SIDES)
+ALL = (*SIDES, *SHARED, "sampler_fp8", "peak_memory_gb", "fp8_forward_over_roofline", "waterfall")
 FIGURES = tuple(name for name in ALL if name not in ("peak_memory_gb", "fp8_forward_over_roofline"))
 
 
@@ -47,7 +59,7 @@ class FakeSession(step.Session):
 
     def __init__(self, seconds: float, slower: float, set_up: float) -> None:
         self.size, self.device, self.repeats, self.slower = "full", "cuda", 7, slower
-        self.options, self.budget = argparse.Namespace(share_prefix=True), budget.Budget(seconds)
+        self.options, self.budget = argparse.Namespace(), budget.Budget(seconds)
         self.turns, self.events = {}, []
         self.report = budget.Report(
             None, size="full", environment={"device": "cuda"}, refused=[], left_out={}, failed={}
@@ -56,13 +68,21 @@ class FakeSession(step.Session):
         self.building = BUILD
         config = types.SimpleNamespace(rollout=types.SimpleNamespace(num_steps=10))
         self.c = types.SimpleNamespace(images=32, config=config)
+        self.shared = types.SimpleNamespace()
 
     @property
     def units(self):
-        if not self.events:
+        return self._made("units", SIDES)
+
+    @property
+    def shared_units(self):
+        return self._made("units of shared noise", SHARED_SIDES)
+
+    def _made(self, what: str, units: dict[str, dict[str, float]]) -> dict[str, step.Unit]:
+        if what not in self.events:
             self.clock.now += MAKE_UNITS
-            self.events.append("units")
-        return {name: self._unit(*both) for name, both in SIDES.items()}
+            self.events.append(what)
+        return {name: self._unit(sides) for name, sides in units.items()}
 
     @property
     def fp8(self):
@@ -71,17 +91,18 @@ class FakeSession(step.Session):
             self.events.append("fp8")
             vars(self)["fp8"] = True  # as a cached property leaves it
 
-    def _unit(self, ours: float, baseline: float) -> step.Unit:
-        run = [self.clock.spend(self.slower * seconds) for seconds in (ours, baseline)]
-        return step.Unit(*run, 32, "images/s")
+    def _unit(self, sides: dict[str, float]) -> step.Unit:
+        runs = {name: self.clock.spend(self.slower * seconds) for name, seconds in sides.items()}
+        return step.Unit(runs, 32, "images/s")
 
     def _on_policy(self) -> None:
         self.clock.now += ON_POLICY
 
     def _sampler_fp8(self) -> None:
         _ = self.fp8
-        unit = self._unit(2.0, 6.0)
-        self._play("sampler FP8", unit.sides(), lambda times: self._put("sampler_fp8", step.figures(unit, times, 7)))
+        unit = self._unit(FP8_SIDES)
+        put = lambda times: self._put("sampler_fp8", step.figures(unit, times, 7))  # noqa: E731
+        self._play("sampler FP8", unit.sides, put, warm=("ours",))
 
     def _fp8_forward(self) -> None:
         _ = self.fp8
@@ -89,9 +110,9 @@ class FakeSession(step.Session):
         self._put("fp8_forward_over_roofline", 1.0)
 
     def _peak_memory(self) -> None:
-        self.clock.now += self.slower * sum(SIDES["iteration"])
+        self.clock.now += self.slower * sum(SIDES["iteration"].values())
         self.events.append("peak memory")
-        self._put("peak_memory_gb", {"ours": 50.0, "baseline": 60.0})
+        self._put("peak_memory_gb", {"ours": 50.0, "b1": 55.0, "b0": 60.0})
 
     def _waterfall_rows(self):
         _ = self.fp8
@@ -109,8 +130,11 @@ def spend(monkeypatch):
         return lambda elapsed=clock.now - started: elapsed * 1e6
 
     def verify(c):
-        clock.now += VERIFY
-        return {name: Check(0.0, 1.0, "all") for name in step_report.UNITS}
+        """B1's blocks are compiled when they first run, which is here."""
+        noise_per_image = hasattr(c, "images")
+        clock.now += VERIFY + COMPILE if noise_per_image else VERIFY / 6
+        sides = ("b1", "b0") if noise_per_image else ("b1",)
+        return {name: dict.fromkeys(sides, Check(0.0, 1.0, "all")) for name in step_report.UNITS}
 
     for module in (budget, timing, step):
         monkeypatch.setattr(module, "time", clock)
@@ -134,49 +158,62 @@ def rounds(session: FakeSession) -> dict[str, int]:
     return {name: (each[0] if name == "waterfall" else each)["rounds"] for name, each in entry.items()}
 
 
-def test_behind_three_minutes_of_smoke_every_goal_has_its_figure(spend):
+def verdicts(session: FakeSession) -> dict[str, bool | None]:
+    return {row["id"]: row["met"] for row in step_report.goals(session.report)}
+
+
+def test_behind_three_minutes_of_smoke_every_contender_is_measured(spend):
     """570 s of a command, 180 s of them smoke, 40 s kept for the end."""
     session, took = spend(350)
+    assert "peak_memory_gb" in session.report
+    assert session.report["failed"] == {}
+    assert all(rounds(session)[name] >= timing.FEWEST for name in (*SIDES, "iteration_shared"))
+    assert took <= 350
+    assert all(verdicts(session)[goal] is not None for goal in ("P1", "P5", "P7", "P12"))
+
+
+def test_behind_smoke_as_predicted_every_goal_has_its_figure(spend):
+    session, took = spend(400)
+    assert all(verdicts(session)[goal] is not None for goal in ("P1", "P2", "P3", "P5", "P7", "P12"))
+    assert took <= 400 + 1
+
+
+def test_alone_everything_is_measured_and_the_waterfall_gets_the_fewest_rounds(spend):
+    session, took = spend(530)
     assert set(ALL) <= set(session.report)
-    assert session.report["left_out"] == session.report["failed"] == {}
-    assert all(count >= timing.FEWEST for count in rounds(session).values())
-    assert took <= 350
-    met = {row["id"]: row["met"] for row in step_report.goals(session.report)}
-    assert all(met[goal] is not None for goal in ("P1", "P2", "P3", "P5", "P7", "P12"))
-
-
-def test_a_slow_start_costs_rounds_of_the_waterfall_and_no_goal(spend):
-    session, took = spend(350, set_up=60)
     found = rounds(session)
-    assert found.pop("waterfall") in (1, 2)
+    assert found.pop("waterfall") in (1, 2, 3)
     assert all(count >= timing.FEWEST for count in found.values())
-    assert took <= 350
+    assert took <= 530
 
 
 def test_with_time_left_everything_gets_all_its_rounds(spend):
     session, took = spend(2000)
     assert set(rounds(session).values()) == {7}
-    assert took < 700
+    assert took < 1000
 
 
 @pytest.mark.parametrize("slower", [1.0, 2.0])
-@pytest.mark.parametrize("seconds", [60, 110, 150, 200, 270, 350, 430, 530])
+@pytest.mark.parametrize("seconds", [110, 150, 200, 270, 350, 430, 530])
 def test_the_time_is_used_and_not_overrun(spend, seconds, slower):
     session, took = spend(seconds, slower=slower)
     found, left_out = rounds(session), session.report["left_out"]
-    assert took <= seconds + MAKE_UNITS + slower * sum(SIDES["sampler"])  # the script keeps 30 s for such an end
+    assert took <= seconds + MAKE_UNITS + slower * sum(
+        SIDES["sampler"].values()
+    )  # the script keeps 30 s for such an end
     if found:
-        assert seconds - took < slower * sum(SIDES["iteration"])
+        assert seconds - took < slower * sum(SIDES["iteration"].values())
     if "waterfall" not in left_out:  # it comes last, because no goal needs it
         assert not left_out
         assert all(count >= timing.FEWEST for name, count in found.items() if name != "waterfall")
-    if seconds >= 150:
-        assert found["sampler"] >= timing.FEWEST
-        assert "iteration" in found or slower * seconds < 400
+    needed = BUILD + 7 / 6 * VERIFY + COMPILE + ON_POLICY + MAKE_UNITS
+    for name in ("sampler", "iteration"):  # one round to warm up
+        needed += (1 + timing.FEWEST) * slower * sum(SIDES[name].values())
+        assert found.get(name, 0) >= timing.FEWEST or seconds < needed
 
 
 def test_time_that_is_left_goes_to_the_parts_in_turn(spend):
-    found = rounds(spend(430)[0])
+    found = rounds(spend(700)[0])
     assert max(found.values()) > timing.FEWEST
     cheap = [found[name] for name in ("sampler", "update", "adversary", "sampler_fp8")]
     assert max(cheap) - min(cheap) <= 1
@@ -188,9 +225,9 @@ def test_peak_memory_is_measured_before_there_is_a_third_model(spend):
 
 
 def test_one_round_is_a_figure_without_a_verdict(spend):
-    session, _ = spend(88)
+    session, _ = spend(153)
     assert rounds(session)["sampler"] == 1
     assert "iteration" in session.report["left_out"]
     row = next(row for row in step_report.goals(session.report) if row["id"] == "P1")
-    assert (row["measured"], row["met"]) == ("2.31x (1 rounds only)", None)
-    assert np.isclose(session.report["sampler"]["ratio"], 6 / 2.6)
+    assert (row["measured"], row["met"]) == ("2.00x (1 rounds only); 1.03x over B1", None)
+    assert np.isclose(session.report["sampler"]["over_b1"]["ratio"], 3.1 / 3.0)
