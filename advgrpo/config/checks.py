@@ -54,6 +54,8 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
             "rollout.dynamics = 'ddim' has not; set update.step_weights = 'uniform'"
         )
     _check_precision(config)
+    if reason := not_sharded(config):
+        raise UserError(reason)
     _check_names(config)
     _check_rewards(config)
     check_learning(config)
@@ -339,6 +341,41 @@ def _check_precision(config: Config) -> None:
             f"model.attention = {config.model.attention!r} is the fused transformer's, which needs --fast and "
             "model.train = lora; use them, or model.attention = auto"
         )
+
+
+_OF_WHOLE_WEIGHTS = "is the fused transformer's, which wants whole weights"
+_RUN_BY_SOME = "leaves forwards out on some processes alone, and a sharded base runs them on all together"
+# Settings that a base in parts has not, with what they are where nothing is asked, and why.
+_NOT_SHARDED = (
+    ("model.train", "lora", "trains the weights that would be shared out frozen"),
+    ("model.attention", "auto", _OF_WHOLE_WEIGHTS),
+    ("model.base_precision", "model", _OF_WHOLE_WEIGHTS),
+    ("rollout.precision", "model", _OF_WHOLE_WEIGHTS),
+    ("rollout.window_forward", "trainer", _OF_WHOLE_WEIGHTS),
+    ("update.graphs", False, "captures the fused transformer, which wants whole weights"),
+    ("update.skip_dead_groups", False, _RUN_BY_SOME),
+)
+
+
+def not_sharded(config: Config) -> str:
+    """Why the settings do not go with model.shard_base = blocks, as an error; "" where they do, or do not ask."""
+    if config.model.shard_base == "none":
+        return ""
+    asked = f"model.shard_base = {config.model.shard_base!r}"
+    for name, plain, why in _NOT_SHARDED:
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if value != plain:
+            return f"{name} = {shown(value)} {why}; with {asked} set {name} = {shown(plain)}"
+    rollout = config.rollout
+    for name in ("tail_steps", "scout_tail_steps"):
+        if getattr(rollout, name) and rollout.window.branching:
+            return (
+                f"rollout.{name} = {getattr(rollout, name)} gives the branches of rollout.window.branching = True "
+                f"different numbers of steps, and a sharded base runs them on all processes together; with {asked} set "
+                f"rollout.{name} = 0"
+            )
+    return ""
 
 
 def needs_references(config: Config) -> list[str]:
