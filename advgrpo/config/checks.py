@@ -343,17 +343,16 @@ def _check_precision(config: Config) -> None:
         )
 
 
-_OF_WHOLE_WEIGHTS = "is the fused transformer's, which wants whole weights"
-_RUN_BY_SOME = "leaves forwards out on some processes alone, and a sharded base runs them on all together"
+_FUSED = "is the fused transformer's, which wants whole weights"
 # Settings that a base in parts has not, with what they are where nothing is asked, and why.
 _NOT_SHARDED = (
     ("model.train", "lora", "trains the weights that would be shared out frozen"),
-    ("model.attention", "auto", _OF_WHOLE_WEIGHTS),
-    ("model.base_precision", "model", _OF_WHOLE_WEIGHTS),
-    ("rollout.precision", "model", _OF_WHOLE_WEIGHTS),
-    ("rollout.window_forward", "trainer", _OF_WHOLE_WEIGHTS),
+    ("model.attention", "auto", _FUSED),
+    ("model.base_precision", "model", _FUSED),
+    ("rollout.precision", "model", _FUSED),
+    ("rollout.window_forward", "trainer", _FUSED),
     ("update.graphs", False, "captures the fused transformer, which wants whole weights"),
-    ("update.skip_dead_groups", False, _RUN_BY_SOME),
+    ("update.skip_dead_groups", False, "leaves out forwards on some processes alone, which all run together"),
 )
 
 
@@ -361,19 +360,19 @@ def not_sharded(config: Config) -> str:
     """Why the settings do not go with model.shard_base = blocks, as an error; "" where they do, or do not ask."""
     if config.model.shard_base == "none":
         return ""
-    asked = f"model.shard_base = {config.model.shard_base!r}"
+    asked, without = "model.shard_base = 'blocks'", "or model.shard_base = none"
     for name, plain, why in _NOT_SHARDED:
         section, field = name.split(".")
         value = getattr(getattr(config, section), field)
         if value != plain:
-            return f"{name} = {shown(value)} {why}; with {asked} set {name} = {shown(plain)}"
+            return f"{name} = {shown(value)} {why}, but {asked}; set {name} = {shown(plain)}, {without}"
     rollout = config.rollout
     for name in ("tail_steps", "scout_tail_steps"):
         if getattr(rollout, name) and rollout.window.branching:
             return (
                 f"rollout.{name} = {getattr(rollout, name)} gives the branches of rollout.window.branching = True "
-                f"different numbers of steps, and a sharded base runs them on all processes together; with {asked} set "
-                f"rollout.{name} = 0"
+                f"different numbers of steps, which processes run together, but {asked}; set rollout.{name} = 0, "
+                f"{without}"
             )
     return ""
 

@@ -1,6 +1,6 @@
 """A base in parts on 2 and 4 processes: the bits of the whole one, its runs, and going on with other numbers of them.
 
-Bugs planted, each seen red:
+Bugs planted in a copy, each seen red: adapters shared out as well; blocks kept after their forward.
 """
 
 import json
