@@ -21,6 +21,8 @@ from tests.families import PROMPTS, metrics
 from tests.training.test_run import environment
 from tests.zygote import run as run_forked
 
+pytestmark = pytest.mark.slow
+
 FIRST = "checkpoints/iteration-000001"
 NETWORKS = {
     "sd3": {},
