@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from advgrpo.errors import UserError
 from advgrpo.runtime import watch
@@ -70,6 +71,17 @@ def raises(job: Distributed, folder: Path) -> None:
     if job.rank == 1:
         raise OSError("the image store is on fire")
     job.all_reduce_sum([torch.ones(1)])
+
+
+def raises_beside_a_gather(job: Distributed, folder: Path) -> None:
+    """Rank 1 fails after slow work, while rank 0 waits for longer than the timeout in another library's collective."""
+    group = job.patient_group()
+    if job.rank == 1:
+        job.progress("a slow judge", within_seconds=60.0)
+        time.sleep(TIMEOUT_SECONDS + 1.0)
+        raise OSError("the image store is on fire")
+    with job.collective("gathering"):
+        dist.all_gather_into_tensor(torch.empty(2), torch.ones(1), group=group)
 
 
 def restarts(job: Distributed, folder: Path) -> None:

@@ -17,6 +17,7 @@ from advgrpo.config.checks import (
     nearest_prompts,
     needs_references,
     noisy_steps,
+    not_sharded,
     untrained,
 )
 from advgrpo.config.config import Config, build, dump, load
@@ -96,6 +97,7 @@ __all__ = [
     "needs_references",
     "nested",
     "noisy_steps",
+    "not_sharded",
     "options_of",
     "parse_command",
     "parse_options",

@@ -54,6 +54,8 @@ def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
             "rollout.dynamics = 'ddim' has not; set update.step_weights = 'uniform'"
         )
     _check_precision(config)
+    if reason := not_sharded(config):
+        raise UserError(reason)
     _check_names(config)
     _check_rewards(config)
     check_learning(config)
@@ -339,6 +341,40 @@ def _check_precision(config: Config) -> None:
             f"model.attention = {config.model.attention!r} is the fused transformer's, which needs --fast and "
             "model.train = lora; use them, or model.attention = auto"
         )
+
+
+_FUSED = "is the fused transformer's, which wants whole weights"
+# Settings that a base in parts has not, with what they are where nothing is asked, and why.
+_NOT_SHARDED = (
+    ("model.train", "lora", "trains the weights that would be shared out frozen"),
+    ("model.attention", "auto", _FUSED),
+    ("model.base_precision", "model", _FUSED),
+    ("rollout.precision", "model", _FUSED),
+    ("rollout.window_forward", "trainer", _FUSED),
+    ("update.graphs", False, "captures the fused transformer, which wants whole weights"),
+    ("update.skip_dead_groups", False, "leaves out forwards on some processes alone, which all run together"),
+)
+
+
+def not_sharded(config: Config) -> str:
+    """Why the settings do not go with model.shard_base = blocks, as an error; "" where they do, or do not ask."""
+    if config.model.shard_base == "none":
+        return ""
+    asked, without = "model.shard_base = 'blocks'", "or model.shard_base = none"
+    for name, plain, why in _NOT_SHARDED:
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if value != plain:
+            return f"{name} = {shown(value)} {why}, but {asked}; set {name} = {shown(plain)}, {without}"
+    rollout = config.rollout
+    for name in ("tail_steps", "scout_tail_steps"):
+        if getattr(rollout, name) and rollout.window.branching:
+            return (
+                f"rollout.{name} = {getattr(rollout, name)} gives the branches of rollout.window.branching = True "
+                f"different numbers of steps, which processes run together, but {asked}; set rollout.{name} = 0, "
+                f"{without}"
+            )
+    return ""
 
 
 def needs_references(config: Config) -> list[str]:

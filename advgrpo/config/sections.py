@@ -104,6 +104,13 @@ class ModelSection(Section):
     runs, never flash4."""
     base_precision: Literal["model", "fp8"] = "model"
     """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast."""
+    shard_base: Literal["none", "blocks"] = "none"
+    """"blocks": each process holds its share of the transformer's frozen weights and gathers a block when it runs, by
+    diffusers' forward (docs/families.md, "Models larger than a GPU"); "none": each holds them all."""
+
+    def is_sharded(self, processes: int) -> bool:
+        """Whether so many processes hold the base in parts, and so run every forward together; one holds all of it."""
+        return self.shard_base == "blocks" and processes > 1
 
 
 class DataSection(Section):

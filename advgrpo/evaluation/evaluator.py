@@ -50,6 +50,7 @@ class Evaluator:
     distributed: Distributed
     display: Display | None = None
     of_base: bool = False  # evaluate the frozen base instead of the trained weights
+    together: bool = False  # all processes draw equally often: each holds a part of the model alone
 
     def base(self) -> Evaluator:
         """The same evaluation of the frozen base model."""
@@ -82,24 +83,26 @@ class Evaluator:
         Raises:
             StopRequested: somebody asked for the end.
         """
-        numbers = range(self.distributed.rank, len(self.prompts), self.distributed.world_size)
+        world = self.distributed.world_size
+        numbers = range(self.distributed.rank, len(self.prompts), world)
+        most = len(range(0, len(self.prompts), world)) if self.together else len(numbers)
         at_once = max(1, self.micro_batch // images_per_prompt)
         scores = {name: [] for name in self.metrics}
         with (
             self.distributed.monitored("evaluate"),  # shares differ in time; the gather below does not wait for them
             self._steps("evaluating", len(numbers)) as tell,
         ):
-            for start in range(0, len(numbers), at_once):
+            for start in range(0, most, at_once):
                 part = numbers[start : start + at_once]
-                prompts = [self.prompts[number] for number in part for _ in range(images_per_prompt)]
-                self._begin(f"evaluate: prompt {start + 1} of {len(numbers)}", first=not start)
-                images = self.images(prompts, torch.cat([self.ids(n, images_per_prompt) for n in part]))
-                for name, values in scores.items():
+                drawn = part or range(1)  # beside the others, who need this process's part; nobody looks at it
+                prompts = [self.prompts[number] for number in drawn for _ in range(images_per_prompt)]
+                self._begin(f"evaluate: prompt {start + 1} of {most}", first=not start)
+                images = self.images(prompts, torch.cat([self.ids(n, images_per_prompt) for n in drawn]))
+                for name, values in scores.items() if part else ():
                     self._begin(f"evaluate: metric {name}", first=not start)
                     with self.distributed.interruptible():
                         values.append(self.metrics[name].score(images, prompts, self.references))
                 tell(start + len(part))
-        world = self.distributed.world_size
         order = torch.tensor([n for rank in range(world) for n in range(rank, len(self.prompts), world)]).argsort()
         result = {}
         for name, values in scores.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -308,6 +309,31 @@ def _count_transformer(config: str, lora_json: str) -> TransformerCount:
         inner=sum(size for n, size in plain.items() if not n.startswith(ends)),
         modulation=sum(m.out_features for n, m in linears.items() if _modulates(n)),
     )
+
+
+@dataclass(frozen=True)
+class ShareCount:
+    """Elements of a transformer that is shared out over processes (policy/sharding.py)."""
+
+    held: int  # by a process at rest, padded to equal shares
+    block: int  # of the largest block, gathered
+    outside: int  # of blocks, gathered while the network runs
+
+
+@functools.lru_cache(maxsize=64)
+def _count_share(config: str, processes: int) -> ShareCount:
+    from advgrpo.policy.adapters import block_names
+
+    transformer = _meta_transformer(config)
+    parameters = list(transformer.parameters())
+    held = sum(math.ceil(len(p) / processes) * (p.numel() // len(p)) for p in parameters)
+    blocks = [sum(p.numel() for p in transformer.get_submodule(n).parameters()) for n in block_names(transformer)]
+    return ShareCount(held, max(blocks), sum(p.numel() for p in parameters) - sum(blocks))
+
+
+def count_share(config: dict[str, Any], processes: int) -> ShareCount:
+    """What each of so many processes has of a transformer of this configuration, counted on the meta device."""
+    return _count_share(json.dumps(config, sort_keys=True), processes)
 
 
 def _modulates(linear: str) -> bool:

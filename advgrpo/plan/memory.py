@@ -22,6 +22,7 @@ from advgrpo.config import (
     fits_micro_batches,
     most_steps_after_window,
     nearest_prompts,
+    not_sharded,
 )
 from advgrpo.errors import UserError
 from advgrpo.plan import known_models
@@ -168,7 +169,8 @@ class _Estimate:
         encoder = ["the VAE's encoder"] if config.objective.learns_from_references else []
         self.uncounted = (*other, *fixed, *observer, *encoder)
         self.lora = config.model.train == "lora"
-        self.fused = config.fast and self.lora
+        self.sharded = config.model.is_sharded(processes)
+        self.fused = config.fast and self.lora and config.model.shard_base == "none"
         self.own_decoder = self.fused and not self.pipeline.is_qwen
         self.element = 2 if config.model.dtype == "bfloat16" else 4
         self.weights = known_models.count_transformer(self.pipeline.transformer, config.model.lora)
@@ -258,7 +260,11 @@ class _Estimate:
 
     def _weights(self) -> Iterator[Component]:
         config, weights = self.config, self.weights
-        yield Component("transformer", weights.total * self.element, f"model.path, model.dtype = {config.model.dtype}")
+        dtype = f"model.path, model.dtype = {config.model.dtype}"
+        if self.sharded:
+            yield from self._share(dtype)
+        else:
+            yield Component("transformer", weights.total * self.element, dtype)
         if self.fused:
             yield Component("merged weights", self._merged_bytes(), f"rollout.precision = {config.rollout.precision}")
             if config.model.base_precision == "fp8":  # the weight and its transpose, beside the pristine one
@@ -282,6 +288,14 @@ class _Estimate:
         yield Component("table of positions", side**2 * self.shape.width * self.element, "model.path")
         yield Component("image decoder", self._decoder_bytes(), "model.path, fast")
         yield Component("stock VAE, float32", 4 * self._vae_parameters(), "model.path, fast")
+
+    def _share(self, dtype: str) -> Iterator[Component]:
+        """A process's part of the transformer, and what it gathers: what is outside of blocks, the block that runs and
+        the next one, these in what the gather gives and in the parameters that it is copied into."""
+        share = known_models.count_share(self.pipeline.transformer, self.processes)
+        yield Component("share of the transformer", share.held * self.element, f"{dtype}, processes")
+        gathered = (share.outside + 2 * 2 * share.block) * self.element
+        yield Component("gathered blocks", gathered, "model.shard_base = blocks", ("sample", "update"))
 
     def _merged_bytes(self) -> int:
         weights = self.weights
@@ -415,6 +429,9 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
     fewer = [n for n in range(1, quarter + 1) if fits_micro_batches(*cut, prompts=n)]
     if fewer:
         yield setting("rollout.prompts_per_iteration", fewer[-1])
+    blocks = config.model_copy(update={"model": model.model_copy(update={"shard_base": "blocks"})})
+    if processes > 1 and model.shard_base == "none" and not not_sharded(blocks):
+        yield setting("model.shard_base", "blocks")
     if model.dtype == "float32" and model.train == "lora":
         yield setting("model.dtype", "bfloat16")
     if dino and adversary.backbone in ("facebook/dinov2-large", "facebook/dinov2-giant"):

@@ -22,6 +22,7 @@ from advgrpo.policy.fused.decoder import GATED_IMAGES, Decoder, DecoderConfig, d
 from advgrpo.policy.guidance import GuidedPolicy
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
 from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_folder
+from advgrpo.policy.sharding import BlockSharding
 from advgrpo.policy.text_cache import TextCache
 from advgrpo.runtime.fingerprint import FileStamps, folder_fingerprint
 from advgrpo.runtime.transfer import to_device
@@ -64,13 +65,16 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         settings = [self.index["_class_name"], parts, self.model.max_sequence_length, self.model.dtype]
         return f"{files}:{json.dumps(settings)}"
 
-    def _load(self, kind: type, part: str, dtype: torch.dtype) -> ModelMixin:
-        """A frozen part of the pipeline on the policy's device; UserError where its files are missing."""
+    def _load(self, kind: type, part: str, dtype: torch.dtype, device: torch.device | None = None) -> ModelMixin:
+        """A frozen part of the pipeline, on the policy's device unless told; UserError where its files are missing.
+
+        On the host what is stored in `dtype` stays mapped from its files.
+        """
         try:
             module = kind.from_pretrained(self.folder, subfolder=part, dtype=dtype, use_safetensors=True)
         except OSError as error:
             raise UserError(f"model.path = {self.model.path!r}: {error}") from error
-        return module.to(self.device).requires_grad_(False).eval()
+        return module.to(device or self.device).requires_grad_(False).eval()
 
     def _load_flow_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """A rectified flow's schedule; UserError where its file is missing."""
@@ -213,6 +217,7 @@ class TransformerPolicy(DiffusersPolicy):
     Args:
         fused: run our forward (fused/transformer.py) instead of diffusers'.
         precision: of the merged weights, "model" or "fp8"; fused only.
+        sharding: shares the frozen weights out over processes; not fused. None: they are whole on each.
 
     Raises:
         UserError: as `check_parts`.
@@ -229,16 +234,21 @@ class TransformerPolicy(DiffusersPolicy):
         seed: int,
         fused: bool = False,
         precision: str = "model",
+        sharding: BlockSharding | None = None,
     ):
         super().__init__(model, device=device, cache_dir=cache_dir)
-        self.transformer = self._load(self.network_class, "transformer", self.dtype)
+        host = None if sharding is None else torch.device("cpu")
+        self.transformer = self._load(self.network_class, "transformer", self.dtype, host)
         self._scheduler = self._load_flow_scheduler()
         self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
         if fused:
             self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
             self._use_fast_decoder()
         else:
-            self._train(self._stock_network(seed))
+            network = self._stock_network(seed)
+            if sharding is not None:
+                sharding.shard(self.transformer)
+            self._train(network)
 
     @abstractmethod
     def _stock_network(self, seed: int) -> StockNetwork:

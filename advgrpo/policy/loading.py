@@ -13,6 +13,7 @@ from advgrpo.policy.pipelines import pipeline_class
 from advgrpo.policy.qwen import QwenPolicy
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.policy.sdxl import UNetPolicy
+from advgrpo.policy.sharding import BlockSharding
 
 POLICIES: dict[str, type[DiffusersPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
@@ -31,15 +32,19 @@ def load_policy(
     seed: int,
     fused: bool = False,
     precision: str = "model",
+    sharding: BlockSharding | None = None,
 ) -> DiffusersPolicy:
     """The policy for the pipeline class that `model.path` names in its model_index.json.
 
     Args:
         fused, precision: see `TransformerPolicy`; no other has a fused forward (fast.py decides).
+        sharding: see there; no other network is sharded.
 
     Raises:
         UserError: no such model, or a class that no policy serves.
     """
     kind = POLICIES[pipeline_class(model.path)]
-    fast = {"fused": True, "precision": precision} if fused else {}
-    return kind(model, device=device, cache_dir=cache_dir, seed=seed, **fast)
+    options = {"fused": True, "precision": precision} if fused else {}
+    if sharding is not None:
+        options["sharding"] = sharding
+    return kind(model, device=device, cache_dir=cache_dir, seed=seed, **options)

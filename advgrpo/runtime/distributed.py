@@ -38,7 +38,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -159,6 +159,22 @@ class Distributed:
             dist.all_reduce(flat)
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part.view(tensor.shape))
+
+    def collective(self, what: str) -> AbstractContextManager[None]:
+        """Around a collective of another library, called by all ranks in the same order: it fails as ours do.
+
+        Raises:
+            CollectiveError, StopRequested: as of this class's own.
+        """
+        return self._collective(what)
+
+    def patient_group(self) -> dist.ProcessGroup:
+        """All ranks of a job of several, for collectives in work that takes ranks different times (`monitored`).
+
+        They wait for `SLOW_SECONDS`; who hangs is noticed by the watches before that.
+        """
+        with self._collective("forming a group"):
+            return dist.new_group(timeout=timedelta(seconds=SLOW_SECONDS))
 
     def gather_json(self, value: Any) -> list[Any]:
         """The JSON-serialisable `value` of every rank, in rank order, on all ranks."""

@@ -71,7 +71,9 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
     prediction_type = PREDICTION_TYPES[pipeline_class(config.model.path)]
     check_dynamics(prediction_type, config.rollout.dynamics)
     check_objective(prediction_type, config.update.objective)
-    from advgrpo.policy.loading import load_policy  # needs diffusers, which a trainer around another policy does not
+    # These need diffusers, which a trainer around another policy does not.
+    from advgrpo.policy.loading import load_policy
+    from advgrpo.policy.sharding import BlockSharding
 
     policy = load_policy(
         config.model,
@@ -80,6 +82,7 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
         seed=config.seed,
         fused=fast.fused,
         precision=config.rollout.precision,
+        sharding=BlockSharding(distributed) if config.model.is_sharded(distributed.world_size) else None,
     )
     mine = _texts(policy, sources)[distributed.rank :: distributed.world_size]
     encode_prompts(policy, mine, cache, display, distributed)

@@ -116,6 +116,8 @@ def _why_not_fused(model: ModelSection) -> str:
         return f"a {name} has a UNet; the fused forward is of transformers"
     if model.train != "lora":
         return "full fine-tuning trains the stock modules"
+    if model.shard_base != "none":
+        return f"model.shard_base = {model.shard_base}: diffusers' blocks are gathered one by one"
     outside = [target for target in model.lora.targets if not can_adapt(target)]
     return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
 

@@ -186,14 +186,15 @@ class NegativeAwareFineTuning(ForwardProcess):
         self.updater.zero_gradients()
         sums = torch.zeros(4, dtype=torch.float64, device=self.policy.device)
         weight = 1.0 / (total * self.trained)
-        for rollout in micro_batches:
+        for place, rollout in enumerate(micro_batches):
             ids = rollout.micro_batch.image_ids
             prompts = self.prepared(rollout, table)
             rates = optimality[to_device(ids, optimality.device)]
             levels = self.noised(rollout, iteration)
             old = self.without_gradient(self.old.swap(), levels, prompts)
             watched = watch_kl and int(ids[0]) == 0
-            based = levels if self.kl_weight else levels[: int(watched)]
+            joins = watch_kl and self.together and place == 0  # another process measures, and does not run it alone
+            based = levels if self.kl_weight else levels[: int(watched or joins)]
             base = self.without_gradient(self.policy.disable_adapter(), based, prompts)
             for number, level in enumerate(levels):
                 velocity = self.policy.predict(level.noisy, level.step, prompts)[0].float()
@@ -206,7 +207,7 @@ class NegativeAwareFineTuning(ForwardProcess):
                     beta=self.section.beta,
                     scale=self.advantage.clip,
                 )
-                if number < len(base):
+                if number < len(base) and (self.kl_weight or watched):
                     from_base = (velocity - base[number]).square().mean((1, 2, 3))
                     losses = losses + self.kl_weight * from_base
                     sums[2] += from_base.detach().double().sum()

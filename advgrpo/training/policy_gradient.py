@@ -100,8 +100,14 @@ class PolicyGradient(RewardedObjective):
         for minibatch in range(self.micro_batches.minibatches):
             own = [t for t in learned if t.micro_batch.minibatch == minibatch]
             pieces = iteration.stoppable(own, "update: micro-batch")
-            watch_kl = minibatch == watching
-            part = self.updater.accumulate(pieces, result.advantages, table, total=total, watch_kl=watch_kl)
+            part = self.updater.accumulate(
+                pieces,
+                result.advantages,
+                table,
+                total=total,
+                watch_kl=minibatch == watching,
+                join_kl=self.together and minibatch == 0,  # where no micro-batch is left out, it is watched in this one
+            )
             mismatch = part.max_mismatch()
             norm = self.updater.step(mismatch if minibatch == 0 else None)
             reports.append(torch.cat([part.sums(), torch.stack([mismatch, norm]).double()]))

@@ -31,7 +31,7 @@ from advgrpo.config import (
 from advgrpo.errors import UserError
 from advgrpo.plan.known_models import BACKBONES, KNOWN, known_pipeline
 from advgrpo.policy.adapters import START, component_of, read_lora_for, stored_network, target_modules
-from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.diffusers_policy import DiffusersPolicy, TransformerPolicy
 from advgrpo.policy.fused.lora import check_lora_state
 from advgrpo.policy.loading import POLICIES
 from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
@@ -187,6 +187,11 @@ def _check_generator(config: Config) -> None:
     prediction_type = PREDICTION_TYPES[index["_class_name"]]
     check_dynamics(prediction_type, config.rollout.dynamics)
     check_objective(prediction_type, config.update.objective)
+    if model.shard_base != "none" and not issubclass(POLICIES[index["_class_name"]], TransformerPolicy):
+        raise UserError(
+            f"model.shard_base = {model.shard_base!r} shares out the blocks of a transformer, but {model.path} has a "
+            "UNet; set model.shard_base = none"
+        )
     if folder is None:
         _check_known_size(model)
         return

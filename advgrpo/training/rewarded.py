@@ -64,6 +64,7 @@ class RewardedObjective(ABC):
         settings: sections of the run's settings.
         seed: of the run.
         due: iteration -> whether the monitor looks at it.
+        together: all processes run every forward, also those that only one of them needs: the base is in parts on them.
     """
 
     keeps_clean_latents: ClassVar[bool] = False  # the update learns from the latents that images are decoded from
@@ -80,6 +81,7 @@ class RewardedObjective(ABC):
     advantage: AdvantageSection
     seed: int
     due: Callable[[int], bool]
+    together: bool
 
     def __post_init__(self) -> None:
         self._of_references = None if self.scorer.references is None else self.scorer.reference_statistics
@@ -109,6 +111,7 @@ class RewardedObjective(ABC):
             advantage=config.advantage,
             seed=config.seed,
             due=parts.monitor.due,
+            together=config.model.is_sharded(distributed.world_size),
             **cls.own_settings(parts, scorer),
         )
 

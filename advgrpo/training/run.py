@@ -194,6 +194,7 @@ class Run:
             config.seed,
             distributed,
             self.display,
+            together=config.model.is_sharded(distributed.world_size),
         )
         return trainer, evaluator
 
@@ -524,15 +525,17 @@ class Run:
 
     def _draw_samples(self, name: str, scores: dict[str, float]) -> None:
         """OUT/samples/NAME.png: base, trained (but for the base's own grid) and reference images."""
-        with self.distributed.monitored("draw samples"):  # rank 0 draws, the others wait
-            if not self.distributed.is_main or not self.evaluator.prompts:
+        main = self.distributed.is_main
+        with self.distributed.monitored("draw samples"):  # rank 0 draws, the others wait, or draw along where they must
+            if not (main or self.evaluator.together) or not self.evaluator.prompts:
                 return
             if name == "base":
                 self.samples["base"] = self.evaluator.base().grid_images()
             else:
                 with self.trainer.averaged():
                     self.samples["trained"] = self.evaluator.grid_images()
-            self._write_grid(name, scores)
+            if main:
+                self._write_grid(name, scores)
 
     def _write_grid(self, name: str, scores: dict[str, float]) -> None:
         rows = []

@@ -175,10 +175,12 @@ class Updater:
         *,
         total: int,
         watch_kl: bool,
+        join_kl: bool = False,
     ) -> UpdateStats:
         """Gradients of one minibatch. `advantages` is [B global], indexed by image id; `total` is its
         number of images over all processes. `watch_kl` measures the KL on the first step of the first micro-batch even
-        when the loss does not use it: with a shared prefix that forward has one row per prompt.
+        when the loss does not use it: with a shared prefix that forward has one row per prompt. `join_kl` runs that
+        forward because another process measures, and counts nothing.
         """
         self.zero_gradients()
         stats, inputs = UpdateStats(self.policy.device), self._inputs
@@ -189,15 +191,16 @@ class Updater:
             inputs.fill("advantages", advantages[to_device(rollout.micro_batch.image_ids, advantages.device)])
             self._prompts.set(self._prepare(rollout, table))
             for number, step in enumerate(rollout.steps):
-                watched = watch_kl and number == 0 and place == 0
-                measure_kl = self.config.update.kl_weight > 0 or watched
+                first = number == 0 and place == 0
+                counts_kl = self.config.update.kl_weight > 0 or (watch_kl and first)
+                measure_kl = counts_kl or (join_kl and first)
                 for name in _OF_STEP:
                     if getattr(step, name) is not None:
                         inputs.fill(name, getattr(step, name))
                 frozen = _Frozen(step.step, step.shared, measure_kl, weight)
                 self._current = step, table, frozen
                 learned = self.captured((inputs.key(), self._prompts.key(), frozen))
-                self._record(stats, learned, len(step.log_prob))
+                self._record(stats, learned if counts_kl else learned._replace(kl=None), len(step.log_prob))
         inputs.reset()
         self._current = None
         return stats

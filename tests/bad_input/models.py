@@ -91,6 +91,7 @@ MODELS = [
     _model("text_encoder_3/model.safetensors", cut, "text_encoder_3", "is no whole safetensors file"),
     _unet("unet/config.json", "contradict", in_channels=9),
     _unet("scheduler/scheduler_config.json", "prediction_type = 'v_prediction'", prediction_type="v_prediction"),
+    Case(_MODEL, "UNet to be shared out", ("model.shard_base = 'blocks'", "has a UNet; set model.shard_base = none"), lambda b: b.train("--model.path", str(b.world.unet), "--rollout.dynamics", "ddim", "--model.shard_base", "blocks")),
     Case(_MODEL, "UNet with a flow's dynamics", ("set rollout.dynamics = 'ddim'",), lambda b: b.train("--model.path", str(b.world.unet))),
     flagged(_MODEL, "--model.train full --model.dtype bfloat16", "model.train = full needs float32 weights", "model.dtype = bfloat16"),
     flagged(_MODEL, "--model.resolution 1024", "model.resolution = 1024: this model wants a multiple of", "at most"),

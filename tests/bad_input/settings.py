@@ -70,6 +70,7 @@ def _out_of_range() -> list[Case]:
         "--model.lora.blocks 0": "model.lora.blocks = 0: want all or a whole number",
         "--model.lora.blocks 77": "model.lora.blocks = 77: the model has 2 transformer blocks",
         "--model.lora.blocks some": "model.lora.blocks = 'some'",
+        "--model.shard_base layers": "model.shard_base = 'layers': want none or blocks",
         "--model.attention flash9": "model.attention = 'flash9': want one of auto, flash3, flash2",
         "--model.attention cudnn": "model.attention = 'cudnn': it needs a CUDA device",
         "--model.decoder_dtype int8": "model.decoder_dtype = 'int8'",
@@ -224,6 +225,19 @@ FLAGS = [
 ]
 
 CONFLICTS = [
+    *(
+        flagged("conflicts", f"--model.shard_base blocks {flags}", f"{named}", "but model.shard_base = 'blocks'; set")
+        for flags, named in {
+            "--model.train full --model.dtype float32": "model.train = 'full' trains the weights",
+            "--model.attention math": "model.attention = 'math' is the fused transformer's",
+            "--model.base_precision fp8": "model.base_precision = 'fp8' is the fused transformer's",
+            "--rollout.precision fp8": "rollout.precision = 'fp8' is the fused transformer's",
+            "--rollout.window_forward merged --update.old_log_prob recompute": "rollout.window_forward = 'merged' is",
+            "--update.graphs": "update.graphs = True captures the fused transformer",
+            "--update.skip_dead_groups": "update.skip_dead_groups = True leaves out forwards",
+            "--rollout.window.branching --rollout.initial_noise shared --rollout.tail_steps 1": "rollout.tail_steps = 1",
+        }.items()
+    ),
     flagged("conflicts", "--no-fast --rollout.precision fp8", "rollout.precision = 'fp8' needs --fast"),
     flagged("conflicts", "--no-fast --model.base_precision fp8", "model.base_precision = 'fp8' needs --fast"),
     flagged(

@@ -12,13 +12,22 @@ resolution; the gate of the first images forgotten; a stock decoder counted as o
 smallest micro-batch instead of the next; GiB read as GB; the ceiling not named. Exit code always 0.
 """
 
+import contextlib
+import copy
+import json
+import math
 import re
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from advgrpo import config as configuration
 from advgrpo import tiny
@@ -30,10 +39,12 @@ from advgrpo.plan.memory import PHASES, Knobs, _Estimate, advice, micro_batches,
 from advgrpo.policy.adapters import LoraAdapters, target_modules
 from advgrpo.policy.fused.decoder import SD3_DECODER, decoded_at_once
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
+from advgrpo.policy.sharding import BlockSharding
 from advgrpo_kernels import _runtime
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 ROWS = 2
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +178,7 @@ def test_flux1_dev_is_counted():
     assert plan(configuration.load("flux1-dino"), 48, processes=8).fits
     refused = plan(configuration.load("flux1-dino"), 40, processes=8)
     assert not refused.fits  # 23.8 GB of weights, 5 GB of merged ones, and the text encoders before
-    assert refused.remedies == ("set model.lora.blocks = 2",)
+    assert refused.remedies == ("set model.shard_base = blocks", "set model.lora.blocks = 2")
 
 
 def counted_on_meta(config, inputs, prepared_of, make):
@@ -430,7 +441,7 @@ def test_what_the_adversarys_head_looks_at_is_counted(paper):
 
 def test_text_encoders_are_on_the_gpu_while_they_encode(paper):
     """As `DiffusersPolicy` has them, which knows no other place: a card that cannot hold them is refused."""
-    needed = plan(paper, 18, processes=8)
+    needed = plan(paper, 12, processes=8)
     assert not needed.fits
     assert needed.peak_phase == "encode"
     assert "text encoders, until cached" in {c.name for c in needed.components}
@@ -590,6 +601,86 @@ def test_math_attention_keeps_its_matrix():
     matrices = (3 * 20**2 + 16**2) * 2 * 4
     full = TransformerShape(**{**vars(shape), "math_attention": True})
     assert full.saved_bytes(checkpointing=False) - shape.saved_bytes(checkpointing=False) == matrices
+
+
+@pytest.fixture(scope="module")
+def first_of_eight():
+    """A job of eight processes, of which this one is the first and the others are made up."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    device, collective = torch.device("cpu"), contextlib.nullcontext
+    yield SimpleNamespace(device=device, patient_group=dist.new_group, collective=collective)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("path", [MEDIUM, "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image"])
+def test_shares_are_what_fully_shard_leaves(path, first_of_eight):
+    config = known_models.known_pipeline(path).transformer
+    network = copy.deepcopy(known_models._meta_transformer(json.dumps(config, sort_keys=True)))
+    BlockSharding(first_of_eight).shard(network)
+    counted, whole = known_models.count_share(config, 8), sum(p.numel() for p in network.parameters())
+    assert counted.held == sum(p.to_local().numel() for p in network.parameters())
+    assert whole / 8 <= counted.held < 1.001 * whole / 8
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in network.modules() if isinstance(m, FSDPModule)]
+    sizes = [sum(p.sharded_param.numel() for p in group.fsdp_params) for group in groups]
+    assert (counted.outside, counted.block) == (sizes[0], max(sizes[1:]))
+
+
+def test_a_sharded_base_is_planned(paper):
+    """By diffusers' forward, whose activations are larger, and with nothing merged."""
+    paper.model.path, paper.fast = "stabilityai/stable-diffusion-3.5-large", False
+    knobs = Knobs(2, True)
+    whole = {c.name: c.bytes for c in _Estimate(paper, 8).components(knobs)}
+    paper.fast, paper.model.shard_base = True, "blocks"
+    parts = {c.name: c for c in _Estimate(paper, 8).components(knobs)}
+    share = parts.pop("share of the transformer").bytes
+    gathered = parts.pop("gathered blocks")
+    total = whole.pop("transformer")
+    assert total / 8 <= share < 1.001 * total / 8
+    assert total / 20 < gathered.bytes < total / 5  # four blocks of 38, and what is outside of them
+    assert "encode" not in gathered.phases
+    assert {name: c.bytes for name, c in parts.items()} == whole
+    assert "transformer" in {c.name for c in _Estimate(paper, 1).components(knobs)}  # one process has all of it
+
+
+def test_sharding_is_proposed_where_it_can_be_done(paper):
+    """By several processes, and not beside what it refuses."""
+    paper.model.path = "stabilityai/stable-diffusion-3.5-large"
+    remedy = "set model.shard_base = blocks"
+    assert remedy in plan(paper, 24, processes=8).remedies
+    assert not any("shard_base" in each for each in plan(paper, 24).remedies)
+    paper.model.base_precision = "fp8"
+    assert remedy not in plan(paper, 24, processes=8).remedies
+
+
+SIZES = (24, 40, 48, 80, 141)
+FAMILIES = {
+    "SD3.5-medium": ("sd35m-dino-paper", MEDIUM),
+    "SD3.5-large": ("sd35m-dino-paper", "stabilityai/stable-diffusion-3.5-large"),
+    "FLUX.1-dev": ("flux1-dino", "black-forest-labs/FLUX.1-dev"),
+    "Qwen-Image": ("qwen-image-dino", "Qwen/Qwen-Image"),
+}
+
+
+def least_gb(preset: str, path: str, way: str, processes: int) -> float:
+    config = configuration.load(preset)
+    config.model.path, config.model.shard_base = path, way
+    return min(each.peak_gb for each in _Estimate(config, processes).plans(math.inf))
+
+
+def test_the_documents_say_what_fits():
+    lines = [
+        "| model | GPUs | whole | in parts | " + " | ".join(f"{size} GB" for size in SIZES) + " |",
+        "|---|---|---|---|" + "---|" * len(SIZES),
+    ]
+    for name, settings in FAMILIES.items():
+        for processes in (1, 2, 4, 8):
+            whole = least_gb(*settings, "none", processes)
+            parts = math.inf if processes == 1 else least_gb(*settings, "blocks", processes)
+            cells = ["whole" if whole <= size else "in parts" if parts <= size else "–" for size in SIZES]
+            least = [f"{whole:.0f} GB", "" if processes == 1 else f"{parts:.0f} GB"]
+            lines.append("| " + " | ".join([name, str(processes), *least, *cells]) + " |")
+    text = "\n".join(lines)
+    assert text in (ROOT / "docs" / "families.md").read_text(), text
 
 
 def test_command_line(capsys):

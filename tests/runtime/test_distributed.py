@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 60
 SCENARIOS = (
     *("raises", "user_error", "busy", "killed", "killed_in_a_collective", "stopped", "hangs", "hangs_for_nccl"),
-    *("stuck", "saves_first", "cannot_save", "lingers", "ends_early", "stops_while_waiting"),
+    *("raises_beside_a_gather", "stuck", "saves_first", "cannot_save", "lingers", "ends_early", "stops_while_waiting"),
     *("stops_without_a_goodbye", "early"),
 )
 
@@ -110,8 +110,9 @@ def ends(tmp_path_factory):
     }
 
 
-def test_a_failing_rank_ends_the_others_with_its_error(ends):
-    (code0, text0), (code1, text1) = ends["raises"]
+@pytest.mark.parametrize("scenario", ["raises", "raises_beside_a_gather"])
+def test_a_failing_rank_ends_the_others_with_its_error(scenario, ends):
+    (code0, text0), (code1, text1) = ends[scenario]
     assert code0 == code1 == 1
     assert "OSError: the image store is on fire" in text1
     assert "RankFailure: rank 1 failed with this error" in text0

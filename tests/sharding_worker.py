@@ -1,0 +1,88 @@
+"""A process of the jobs that tests/training/test_sharding.py starts in forks (zygote.py).
+
+FOLDER/job.json names networks, of each of which every process leaves FOLDER/NAME.RANK.safetensors (`seen`), and runs,
+each with the checkpoint that it goes on from or null, which leave FOLDER/NAME. Settings are in FOLDER/NAME.yaml.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from advgrpo import config as configuration
+from advgrpo.config import Config
+from advgrpo.policy.diffusers_policy import DiffusersPolicy
+from advgrpo.policy.loading import load_policy
+from advgrpo.policy.sharding import BlockSharding
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.training.resuming import Resume
+from advgrpo.training.run import Run
+from tests.families import PROMPTS
+from tests.parts import train_adapters
+
+
+def loaded(settings: Config, sharding: BlockSharding | None = None) -> DiffusersPolicy:
+    """By diffusers' forward, with adapters that say something."""
+    place, cache = torch.device("cpu"), Path(settings.data.cache_dir)
+    policy = load_policy(settings.model, device=place, cache_dir=cache, seed=0, sharding=sharding)
+    train_adapters(policy)
+    return policy
+
+
+def seen(policy: DiffusersPolicy) -> dict[str, torch.Tensor]:
+    """What the network gives at a step, adapted and frozen; its gradient; bytes of the frozen weights held between."""
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn(len(PROMPTS), *policy.latent_shape(), generator=generator)
+    prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([900.0, 500.0]), guidance=1.5)
+    found, step = {}, torch.tensor([1])
+    with torch.no_grad():
+        found["adapted"] = policy.predict(latents, step, prepared)[0]
+        with policy.disable_adapter():
+            found["base"] = policy.predict(latents, step, prepared)[0]
+    found["held"] = torch.tensor(frozen_bytes(policy))
+    velocity, unconditional = policy.predict(latents, step, prepared)
+    found["trained"] = velocity.detach()
+    outputs = [each for each in (velocity, unconditional) if each is not None]
+    gradients = [torch.randn(each.shape, generator=generator).to(each.dtype) for each in outputs]
+    torch.autograd.backward(outputs, gradients)
+    found["held after the backward"] = torch.tensor(frozen_bytes(policy))
+    named = policy.trainable_parameters()  # the last block's text, which nothing reads, has no gradient
+    return found | {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+
+def frozen_bytes(policy: DiffusersPolicy) -> int:
+    frozen = [parameter for parameter in policy.transformer.parameters() if not parameter.requires_grad]
+    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
+
+
+def train(settings: Config, job: Distributed, checkpoint: str | None = None) -> Run:
+    """A whole run, whose curves are not rendered."""
+    resume = Resume("checkpoint", Path(checkpoint)) if checkpoint else False
+    with mock.patch(
+        "advgrpo.training.run.draw_curves", lambda rows, file, held_out: Image.new("RGB", (1, 1)).save(file)
+    ):
+        made = Run(settings, job, resume=resume, console=Console(quiet=True))
+        made.train()
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    """[folder]"""
+    folder = Path(arguments[0])
+    job = Distributed.start("cpu")
+    with job.guard():
+        asked, sharding = json.loads((folder / "job.json").read_text()), BlockSharding(job)
+        for name in asked["networks"]:
+            policy = loaded(configuration.load(file=folder / f"{name}.yaml"), sharding)
+            save_file(seen(policy), folder / f"{name}.{job.rank}.safetensors")
+        for name, checkpoint in asked["runs"].items():
+            train(configuration.load(file=folder / f"{name}.yaml"), job, checkpoint)
+    job.close()
+    return 0

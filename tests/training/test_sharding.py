@@ -1,0 +1,198 @@
+"""A base in parts on 2 and 4 processes: the bits of the whole one, its runs, and going on with other numbers of them.
+
+Bugs planted in a copy, each seen red: adapters shared out as well; blocks kept after their forward.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from advgrpo import config
+from advgrpo.config import Config
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.training.run import Run
+from tests import flux_models, qwen_models, sharding_worker
+from tests.conftest import make_unit_config
+from tests.families import PROMPTS, metrics
+from tests.training.test_run import environment
+from tests.zygote import run as run_forked
+
+pytestmark = pytest.mark.slow
+
+FIRST = "checkpoints/iteration-000001"
+NETWORKS = {
+    "sd3": {},
+    "sd3-bfloat16": {"dtype": "bfloat16"},
+    "flux": {"gradient_checkpointing": True},
+    "qwen": {},
+}
+RUNS = {"sd3": {"iterations": 2}, "flux": {"data": {"held_out_prompts": ""}}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sharding")
+
+
+@pytest.fixture(scope="module")
+def base(unit_pipeline, unit_backbone, folder) -> dict[str, Config]:
+    """The unit run on each family by one process. The KL has no weight, so that one process alone measures it, and
+    held-out prompts are three, which are no equal shares of several."""
+    pipelines = {
+        "sd3": unit_pipeline,
+        "flux": flux_models.save_pipeline(folder / "flux", shard="300KB"),
+        "qwen": qwen_models.save_pipeline(folder / "qwen", shard="300KB"),
+    }
+    settings = make_unit_config(unit_pipeline, unit_backbone, folder).model_dump()
+    changes = {
+        "fast": False,
+        "iterations": 1,
+        "rollout": {"micro_batch": 2, "num_steps": 3},
+        "update": {"minibatches": 1},
+        "evaluation": {"images_per_prompt": 2, "grid_prompts": 1},
+        "output": {"checkpoint_every": 1, "keep_checkpoints": 9},
+    }
+    return {
+        family: config.build(
+            config.merge(settings, {**changes, "model": {"path": str(path), "max_sequence_length": 16}}), family
+        )
+        for family, path in pipelines.items()
+    }
+
+
+def changed(settings: Config, folder: Path, name: str, **changes) -> Config:
+    """The settings with these changes, in FOLDER/NAME.yaml, of a run that leaves FOLDER/NAME."""
+    made = config.build(config.merge(settings.model_dump(), {"output_dir": str(folder / name), **changes}), name)
+    (folder / f"{name}.yaml").write_text(config.dump(made))
+    return made
+
+
+@pytest.fixture(scope="module")
+def networks(base, folder) -> dict[str, dict[str, torch.Tensor]]:
+    """What is seen of each whole network, by one process."""
+    found = {}
+    for name, changes in NETWORKS.items():
+        policy = sharding_worker.loaded(changed(base[name.split("-")[0]], folder, name, model=changes))
+        policy.text_cache.fill([policy.negative_prompt, *PROMPTS])
+        found[name] = sharding_worker.seen(policy)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(base, folder) -> dict[str, Path]:
+    """Folders of runs of one process that has all of the base."""
+    for name, changes in RUNS.items():
+        whole = changed(base[name], folder, f"{name}-1", **changes)
+        sharding_worker.train(whole, Distributed.start("cpu"))
+        for other in (f"{name}-2", f"{name}-1-to-2", f"{name}-2-to-1"):
+            changed(whole, folder, other, model={"shard_base": "blocks"})
+    return {name: folder / f"{name}-1" for name in RUNS}
+
+
+def start(folder: Path, processes: int, networks: list[str], runs: dict[str, Path | None]) -> None:
+    job = {"networks": networks, "runs": {name: path and str(path) for name, path in runs.items()}}
+    (folder / "job.json").write_text(json.dumps(job))
+    done = run_forked("tests.sharding_worker:main", [folder], processes=processes, environment=environment())
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def by_two(networks, runs, folder) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """What each of two processes has seen, by network."""
+    fresh = {f"{name}-2": None for name in RUNS}
+    start(folder, 2, list(NETWORKS), {**fresh, "sd3-1-to-2": runs["sd3"] / FIRST})
+    return {name: [load_file(folder / f"{name}.{rank}.safetensors") for rank in range(2)] for name in NETWORKS}
+
+
+@pytest.fixture(scope="module")
+def by_four(by_two, folder) -> dict[str, list[dict[str, torch.Tensor]]]:
+    start(folder, 4, ["sd3"], {})
+    return {"sd3": [load_file(folder / f"sd3.{rank}.safetensors") for rank in range(4)]}
+
+
+def assert_the_bits_of_the_whole(expected: dict[str, torch.Tensor], by_process: list[dict[str, torch.Tensor]]) -> None:
+    for found in by_process:
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if "held" not in name and not torch.equal(found[name], expected[name])] == []
+    assert not torch.equal(expected["adapted"], expected["base"])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_process_has_the_bits_of_the_whole_network(name, networks, by_two):
+    assert_the_bits_of_the_whole(networks[name], by_two[name])
+
+
+def test_four_processes_have_the_bits_of_the_whole_network(networks, by_four):
+    assert_the_bits_of_the_whole(networks["sd3"], by_four["sd3"])
+
+
+@pytest.mark.parametrize("when", ["held", "held after the backward"])
+def test_every_process_holds_its_share_alone(when, networks, by_two, by_four):
+    """Shares are of rows: a parameter of one row is on one process whole."""
+    for name, by_process in [*by_two.items(), *by_four.items()]:
+        total, shares = int(networks[name][when]), [int(found[when]) for found in by_process]
+        assert sum(shares) == total
+        assert max(shares) < 1.1 * total / len(shares)
+
+
+def lora(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def rounded_alike(found: Path, expected: Path, *, from_iteration: int = 0) -> None:
+    """Metrics and LoRA of two runs differ by the order of their sums alone, and none drifts."""
+    ours, theirs = metrics(found), metrics(expected)[from_iteration:]
+    assert len(ours) == len(theirs)
+    for one, both in zip(theirs, ours, strict=True):
+        if "log_prob_mismatch_max" in one:
+            assert both["log_prob_mismatch_max"] == one["log_prob_mismatch_max"] == 0
+        names = [n for n in one if "second" not in n and not n.endswith(("flags", "dark_share", "edge_density"))]
+        assert {n: both[n] for n in names} == pytest.approx({n: one[n] for n in names}, abs=1e-6, rel=1e-5)
+        assert one["grad_norm"] > 0
+    assert lora(found).keys() == lora(expected).keys()
+    assert all(torch.allclose(lora(found)[n], t, rtol=1e-4, atol=1e-6) for n, t in lora(expected).items())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, by_two, folder):
+    rounded_alike(folder / f"{name}-2", runs[name])
+
+
+def test_two_processes_go_on_with_what_one_began(runs, by_two, folder):
+    rounded_alike(folder / "sd3-1-to-2", runs["sd3"], from_iteration=1)
+
+
+def test_one_process_goes_on_with_what_two_began(runs, by_two, folder):
+    """Its share is all of the base."""
+    settings = config.load(file=folder / "sd3-2-to-1.yaml")
+    sharding_worker.train(settings, Distributed.start("cpu"), str(folder / "sd3-2" / FIRST))
+    rounded_alike(folder / "sd3-2-to-1", runs["sd3"], from_iteration=1)
+
+
+@pytest.mark.parametrize("name", ["nft", "awm"])
+def test_all_processes_run_the_forward_of_which_one_counts(name, base, folder, monkeypatch):
+    """The first micro-batch of another process has as many forwards as that of image 0, whose KL is measured."""
+    rollout, data = {"initial_noise": "per_image"}, {"held_out_prompts": ""}
+    settings = changed(base["sd3"], folder, name, update={"objective": name}, rollout=rollout, data=data)
+    made = Run(settings, Distributed.start("cpu"), console=Console(quiet=True))
+    objective, calls = made.trainer.objective, []
+    table = objective.table(0)
+    drawn, values = objective.rollout(table, 0).micro_batches, torch.ones(objective.settings.images)
+    predict = objective.policy.predict
+    monkeypatch.setattr(objective.policy, "predict", lambda *given: calls.append(given) or predict(*given))
+
+    def counted(micro_batch) -> tuple[int, float]:
+        """Forwards, and pairs of the KL."""
+        calls.clear()
+        own = [micro_batch if name == "nft" else (micro_batch, None)]
+        sums = objective.accumulate(own, values, table, 0, total=2, watch_kl=True)
+        return len(calls), sums[-1].item()
+
+    (alone, _), (together, counts) = counted(drawn[1]), counted(drawn[0])
+    assert (together, counts) == (alone + 1, 2)
+    objective.together = True
+    assert (counted(drawn[1]), counted(drawn[0])) == ((together, 0), (together, 2))
