@@ -14,7 +14,7 @@ from bench import gate, timing
 from bench.contenders import Contenders, tiny
 from bench.step import figures, units
 
-ROUNDS = 5
+ROUNDS = 3
 SMALLER = {  # an eighth of the preset's work
     "prompts_per_iteration": 2,
     "micro_batch": 8,
