@@ -2,9 +2,9 @@
 
 Planted bugs that turned this file red: guidance the wrong way round; adapters at half strength; noise scaled twice;
 CPS noise without the half pi; likelihood summed; clipping with the other sign; advantages unscaled; reward weights
-swapped; one hinge half doubled; schedule shifted once; average and weight swapped; one minibatch left out;
-nothing remembered; KL to itself; adapters merged at another strength, or into the weights themselves; kept features of
-another prompt; averages moved the wrong way; a decoder without the shift; every block compiled for itself.
+swapped; one hinge half doubled; schedule shifted once; average and weight swapped; one minibatch left out; nothing
+remembered; KL to itself; adapters merged at another strength; kept features of another prompt; averages moved the
+wrong way; a decoder without the shift.
 """
 
 import copy

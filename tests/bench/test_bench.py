@@ -1,9 +1,8 @@
 """The benchmarks: they cover every op, time only what passes its tests, and the gate sees a regression.
 
 Planted bugs that turned this file red: a gate that ignores the spread, the 5 %, missing entries, refused ops, the
-GPU's name or the compiled baseline; whole steps held by the median, or not at all where B1 is missing; failing tests
-timed anyway, a file without tests taken as passed, exit 0 when refused; an op left out, a baseline without the bias,
-bytes without the output, no taking turns, the ratio inverted.
+GPU's name or the compiled baseline; failing tests timed anyway, a file without tests taken as passed, exit 0 when
+refused; an op left out, a baseline without the bias, bytes without the output, no taking turns, the ratio inverted.
 """
 
 import copy

@@ -1,10 +1,8 @@
 """`bench.step` and `bench.profile` on small random models: what they time agrees, and what does not agree is refused.
 
-Planted bugs that turned this file red: B1 with unmerged or stale weights, without the shared prefix, with features of
-references computed again, or compared with ours at another noise; a refused contender that takes the other with it;
-ours over B0 printed first; ours without its monitor; a failed check timed anyway; exit 0 when refused; the ratio
-inverted; goals met by the median instead of the interval's lower end; weights that move between repetitions; the fewest
-rounds judged by a share instead of by the run; --attention ignored.
+Planted bugs that turned this file red: a failed check timed anyway; exit 0 when refused; the ratio inverted; goals
+met by the median instead of the interval's lower end; weights that move between repetitions; the fewest rounds judged
+by a share instead of by the run; --attention ignored.
 """
 
 import gzip
