@@ -156,7 +156,7 @@ def check_make(words: list[str], monkeypatch) -> None:
     arguments = [shlex.split(word.removeprefix("ARGS=")) for word in words if word.startswith("ARGS=")]
     for given in arguments:
         if targets == ["train"]:
-            check_module("advgrpo.train", ["--fast", *map(filled, given)], 1, monkeypatch)
+            check_module("advgrpo.train", ["--fast", *map(filled, given)], monkeypatch)
         else:
             check_pytest(given)
 
