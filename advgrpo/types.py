@@ -89,21 +89,26 @@ class MicroBatchRollout:
 
 @dataclass
 class Rollout:
-    """One iteration's images of this process."""
+    """One iteration's images of this process, which may have none."""
 
     micro_batches: list[MicroBatchRollout]
 
     @property
     def image_ids(self) -> torch.Tensor:
-        return torch.cat([t.micro_batch.image_ids for t in self.micro_batches])
+        return _numbers(t.micro_batch.image_ids for t in self.micro_batches)
 
     @property
     def draws(self) -> torch.Tensor:
-        return torch.cat([t.micro_batch.draws for t in self.micro_batches])
+        return _numbers(t.micro_batch.draws for t in self.micro_batches)
 
     @property
     def prompts(self) -> list[str]:
         return [caption for t in self.micro_batches for caption in t.micro_batch.captions]
+
+
+def _numbers(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """[B] int64 on the host of any number of parts."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
 
 
 @dataclass

@@ -157,6 +157,13 @@ class Adversary(Protocol):
         ...
 
 
+@torch.no_grad()
+def features_of_black(adversary: Adversary) -> Features:
+    """What an adversary's frozen part computes of one black image, [1, ...] each: for names, shapes and dtypes."""
+    side = 64  # which it makes its own
+    return adversary.features(torch.zeros(1, 3, side, side, device=adversary.device), [""])
+
+
 @runtime_checkable
 class Restarts(Protocol):
     """An adversary that can forget what it has learned (adversary.reset_every)."""

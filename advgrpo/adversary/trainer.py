@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from advgrpo.adversary.base import WEIGHT, Adversary, Restarts
+from advgrpo.adversary.base import WEIGHT, Adversary, Restarts, features_of_black
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
 from advgrpo.runtime import rng
@@ -130,7 +130,7 @@ class ReplayBuffer:
 
 @dataclass
 class DiscriminatorBatch:
-    """This process's images of one iteration, as the head's training sees them."""
+    """This process's images of one iteration, as the head's training sees them; it may have none."""
 
     image_ids: torch.Tensor  # [B] int64, global, on the host
     generated: Features  # of those images
@@ -155,17 +155,19 @@ class _Draw:
     def flat(self) -> torch.Tensor:
         return torch.cat([self.references, self.generations, self.slots, self.seeds, self.counted])
 
-    def filled_up(self, images: int, count: int, replayed: int, processes: int) -> _Draw:
-        """The same with rows of weight 0, so that its sizes are those of every update on every process.
+    def filled_up(self, images: int, total: int, count: int, replayed: int, processes: int) -> _Draw:
+        """The same with rows of weight 0, so that its sizes are those of every update on this process.
 
         Args:
-            images: of this process; processes: how many share the draw.
+            images: of this process, of `total` over all.
             count, replayed: images per side, and how many of the generations are from the replay buffer, over all
                 processes.
+            processes: how many share the replayed ones.
         """
+        share = images / total
         sizes = [
-            _room(len(self.references), min(count, images), count / processes),
-            _room(len(self.generations), min(count - replayed, images), (count - replayed) / processes),
+            _room(len(self.references), min(count, images), count * share),
+            _room(len(self.generations), min(count - replayed, images), (count - replayed) * share),
             -(-replayed // processes),
         ]
         rows = self.references, self.generations, self.slots
@@ -358,9 +360,8 @@ class DiscriminatorTrainer:
     @torch.no_grad()
     def row_of_replay(self) -> Features:
         """What the replay buffer holds of one image, [1, ...] each: of a black one, for names, shapes and dtypes."""
-        side, device = 64, self.adversary.device
-        features = self.adversary.features(torch.zeros(1, 3, side, side, device=device), [""])
-        return self.adversary.training_features(features, torch.zeros(1, dtype=torch.int64, device=device), 0)
+        ids = torch.zeros(1, dtype=torch.int64, device=self.adversary.device)
+        return self.adversary.training_features(features_of_black(self.adversary), ids, 0)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Head, optimizer and replay buffer as tensors and JSON for a checkpoint; `restoring.check_head` reads them."""
@@ -394,7 +395,7 @@ class DiscriminatorTrainer:
         )
         if self.world_size == 1:
             return draw
-        return draw.filled_up(len(batch.image_ids), count, replayed, self.world_size)
+        return draw.filled_up(len(batch.image_ids), batch.total, count, replayed, self.world_size)
 
     def _patch_seed(self, purpose: str, side: str, *indices: int) -> int:
         return rng.derive_seed(self.seed, f"{purpose}_{side}_patches", *indices)

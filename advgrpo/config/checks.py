@@ -23,21 +23,21 @@ _OF_FEATURE_HEADS = ("reward_ema", "gradient_penalty", "feature_layers", "heads"
 _NEEDED = {"aesthetic": ("head",), "remote": ("url",), "vlm_judge": ("base_url", "model")}  # to be built at all
 
 
-def check(config: Config, world_size: int, *, with_data: bool = True) -> None:
-    """Checks across fields; UserError names the field to change.
+def check(config: Config, *, with_data: bool = True) -> None:
+    """Checks across fields; UserError names the field to change. Any number of processes trains what passes them.
 
     Args:
         with_data: False leaves out whether prompts, images and other files are given, for a plan without them.
     """
     rollout = config.rollout
     _check_branching(config)
-    check_micro_batches(rollout, config.update.minibatches, world_size)
+    check_micro_batches(rollout, config.update.minibatches)
     if config.objective.forward_process:
         _check_forward_process(config)
     else:
         _check_window(rollout)
     _check_cheaper(config)
-    _check_informative(config, world_size)
+    _check_informative(config)
     if rollout.dynamics in ("flow_cps", "ddim") and rollout.eta > 1:
         raise UserError(f"rollout.eta = {rollout.eta:g}: {rollout.dynamics} wants at most 1")
     if config.model.resolution % 8:
@@ -91,22 +91,17 @@ def _check_kl(update: UpdateSection, train: str) -> None:
 
 
 def fits_micro_batches(
-    rollout: RolloutSection,
-    minibatches: int,
-    world_size: int,
-    *,
-    prompts: int | None = None,
-    micro: int | None = None,
+    rollout: RolloutSection, minibatches: int, *, prompts: int | None = None, micro: int | None = None
 ) -> bool:
     """Whether `prompts` groups can be cut into micro-batches of `micro` (default: the configured ones) for every
-    minibatch on every process, and shared out among branches."""
+    minibatch, and shared out among branches."""
     group, branches = rollout.group_size, rollout.window.branches
     micro, prompts = micro or rollout.micro_batch, prompts or rollout.prompts_per_iteration
     whole_groups = group % micro == 0 or (micro % group == 0 and not rollout.window.branching)
-    return whole_groups and prompts % branches == 0 and prompts * group % (micro * world_size * minibatches) == 0
+    return whole_groups and prompts % branches == 0 and prompts * group % (micro * minibatches) == 0
 
 
-def check_micro_batches(rollout: RolloutSection, minibatches: int, world_size: int) -> None:
+def check_micro_batches(rollout: RolloutSection, minibatches: int) -> None:
     """UserError unless `fits_micro_batches`; it proposes the nearest settings that do."""
     group, micro, prompts = rollout.group_size, rollout.micro_batch, rollout.prompts_per_iteration
     if group % micro and micro % group:
@@ -114,38 +109,36 @@ def check_micro_batches(rollout: RolloutSection, minibatches: int, world_size: i
             f"rollout.group_size = {group} is not divisible by rollout.micro_batch = {micro}, nor the other way round; "
             f"choose a micro_batch that divides {group}"
         )
-    if not fits_micro_batches(rollout, minibatches, world_size):
-        unit = micro * minibatches * world_size
-        remedies = micro_batch_remedies(rollout, minibatches, world_size)
+    if not fits_micro_batches(rollout, minibatches):
         raise UserError(
             f"rollout.prompts_per_iteration x group_size = {prompts} x {group} = {prompts * group} images cannot be "
-            f"cut into micro-batches of {micro} for {minibatches} minibatches on {world_size} processes: that needs "
-            f"a multiple of {micro} x {minibatches} x {world_size} = {unit}; set {remedies}"
+            f"cut into micro-batches of {micro} for {minibatches} minibatches: that needs a multiple of {micro} x "
+            f"{minibatches} = {micro * minibatches}; set {micro_batch_remedies(rollout, minibatches)}"
         )
 
 
-def micro_batch_remedies(rollout: RolloutSection, minibatches: int, world_size: int) -> str:
+def micro_batch_remedies(rollout: RolloutSection, minibatches: int) -> str:
     """Settings near the configured ones that `fits_micro_batches` takes, in words."""
     smaller = [
         micro
         for micro in range(rollout.micro_batch - 1, 0, -1)
-        if fits_micro_batches(rollout, minibatches, world_size, micro=micro)
+        if fits_micro_batches(rollout, minibatches, micro=micro)
     ]
     found = [f"rollout.micro_batch = {smaller[0]}"] if smaller else []
-    prompts = nearest_prompts(rollout, minibatches, world_size, rollout.micro_batch)
+    prompts = nearest_prompts(rollout, minibatches, rollout.micro_batch)
     found.append(f"rollout.prompts_per_iteration = {prompts}")
     if not smaller:
         micros = [m for m in range(rollout.micro_batch - 1, 0, -1) if rollout.group_size % m == 0]
-        each = {m: nearest_prompts(rollout, minibatches, world_size, m) for m in micros}
+        each = {m: nearest_prompts(rollout, minibatches, m) for m in micros}
         near = min(each, key=lambda m: (abs(each[m] - rollout.prompts_per_iteration), -m), default=None)
         if near is not None and each[near] != prompts:
             found.append(f"rollout.micro_batch = {near} with rollout.prompts_per_iteration = {each[near]}")
     return ", or ".join(found)
 
 
-def nearest_prompts(rollout: RolloutSection, minibatches: int, world_size: int, micro: int) -> int:
+def nearest_prompts(rollout: RolloutSection, minibatches: int, micro: int) -> int:
     """The number of groups nearest to the configured one, the larger of two, that can be cut into `micro`."""
-    unit = micro * world_size * minibatches
+    unit = micro * minibatches
     unit = math.lcm(unit // math.gcd(unit, rollout.group_size), rollout.window.branches)
     below = rollout.prompts_per_iteration // unit * unit
     above = below + unit
@@ -261,7 +254,7 @@ def _check_cheaper(config: Config) -> None:
         )
 
 
-def _check_informative(config: Config, world_size: int) -> None:
+def _check_informative(config: Config) -> None:
     """What is left out of the update leaves micro-batches of the rollout's shape, and nothing that pulls on all."""
     if not config.objective.has_window:
         return  # whose objective says itself that it does not look at these
@@ -284,11 +277,10 @@ def _check_informative(config: Config, world_size: int) -> None:
             f"{asked} of rollout.group_size = {group} images cannot be cut into micro-batches of rollout.micro_batch = "
             f"{micro}, whose shape the update must keep; set {shares}rollout.micro_batch to a divisor of both"
         )
-    if rollout.prompts_per_iteration % (update.minibatches * world_size):
+    if rollout.prompts_per_iteration % update.minibatches:
         raise UserError(
-            f"{asked} needs whole groups in every minibatch on every process: set rollout.prompts_per_iteration (now "
-            f"{rollout.prompts_per_iteration}) to a multiple of {update.minibatches} minibatches x {world_size} "
-            "processes"
+            f"{asked} needs whole groups in every minibatch: set rollout.prompts_per_iteration (now "
+            f"{rollout.prompts_per_iteration}) to a multiple of update.minibatches = {update.minibatches}"
         )
 
 

@@ -33,6 +33,7 @@ from advgrpo.config.sections import (
     UpdateSection,
 )
 from advgrpo.errors import UserError
+from advgrpo.runtime.shares import Balance
 
 
 class Config(Section):
@@ -84,6 +85,18 @@ class Config(Section):
     @property
     def images_per_iteration(self) -> int:
         return self.rollout.images
+
+    def balance(self, processes: int, *, micro_batch: int | None = None) -> Balance:
+        """How evenly an iteration's images are shared, in pieces that are micro-batches; in whole groups where the
+        update is computed of some of their images alone.
+
+        Args:
+            micro_batch: instead of `rollout.micro_batch`.
+        """
+        rollout, update = self.rollout, self.update
+        whole = rollout.group_size if update.informative_share < 1 else 1
+        together = max(micro_batch or rollout.micro_batch, whole)
+        return Balance(rollout.images // (update.minibatches * together), update.minibatches, processes, together)
 
     @property
     def objective(self) -> ObjectiveTraits:

@@ -170,7 +170,7 @@ def plan(options: Report):
     check_lists(judging)
     runs = Plan(options.work.resolve(), options.iterations, judging, options.config)
     for job, *_ in chains(select(options.names), options.seeds[:1]):
-        configuration.check(runs.config(job), 1)
+        configuration.check(runs.config(job))
     return runs
 
 

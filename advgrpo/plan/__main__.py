@@ -57,19 +57,20 @@ def _plan(arguments: list[str]) -> int:
     about = f"{__doc__}\nPresets: {', '.join(configuration.preset_names())}."
     config, chosen = read_settings(arguments, Plan, program="python -m advgrpo.plan", about=about)
     sizes = _sizes(chosen.gpu)
-    from advgrpo.plan.memory import micro_batches, plan, table  # imports torch only once the flags are right
+    from advgrpo.plan.memory import plan, table  # imports torch only once the flags are right
+    from advgrpo.plan.work import micro_batches
     from advgrpo.training.preflight import check_without_network
 
     def check(micro_batch: int, checkpointing: bool) -> None:
         """What training would say to these settings."""
         recommended = config.model_copy(deep=True)
         recommended.rollout.micro_batch, recommended.model.gradient_checkpointing = micro_batch, checkpointing
-        configuration.check(recommended, chosen.processes, with_data=False)
+        configuration.check(recommended, with_data=False)
 
     cut, most = (config.rollout, config.update.minibatches), config.rollout.micro_batch
-    if not any(configuration.fits_micro_batches(*cut, 1, prompts=n) for n in range(1, most + 1)):
-        configuration.check_micro_batches(*cut, chosen.processes)  # no number of images would suit this micro-batch
-    check((micro_batches(*cut, chosen.processes) or [most])[-1], False)
+    if not any(configuration.fits_micro_batches(*cut, prompts=n) for n in range(1, most + 1)):
+        configuration.check_micro_batches(*cut)  # no number of images would suit this micro-batch
+    check((micro_batches(*cut) or [most])[-1], False)
     quiet_libraries()
     check_without_network(config)
     plans = [plan(config, size, processes=chosen.processes) for size in sizes]

@@ -17,16 +17,15 @@ from rich.table import Table
 
 from advgrpo.config import (
     Config,
-    RolloutSection,
     check_micro_batches,
     fits_micro_batches,
-    most_steps_after_window,
     nearest_prompts,
     not_sharded,
 )
 from advgrpo.errors import UserError
 from advgrpo.plan import known_models
 from advgrpo.plan.activations import TransformerShape, decode_bytes
+from advgrpo.plan.work import drawn_steps, efficiency, learning, micro_batches, sharing
 from advgrpo.policy.fused.decoder import GATED_IMAGES, decoded_at_once
 
 GB = 1e9
@@ -72,6 +71,7 @@ class MemoryPlan:
     remedies: tuple[str, ...]
     uncounted: tuple[str, ...]  # settings and models that the estimate leaves out
     decided: str = ""  # what kept the micro-batch from being larger, where it was not memory
+    shared: str = ""  # what the busiest of several processes computes
 
     def phase_gb(self, phase: str) -> float:
         held = sum(c.bytes for c in self.components if phase in c.phases)
@@ -94,9 +94,9 @@ class MemoryPlan:
         size = f"{self.gpu_gb:.4g} GB"
         if self.fits:
             left_out = f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else ""
-            decided = f"; {self.decided}" if self.decided else ""
+            more = "".join(f"; {said}" for said in (self.shared, self.decided) if said)
             peak = f"peak {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
-            return f"{size}: {self.knobs}; {peak}{left_out}{decided}"
+            return f"{size}: {self.knobs}; {peak}{left_out}{more}"
         least = f"at least {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
         return f"{size}: does not fit; {least}, with {self.knobs}; {'; or '.join(self.remedies)}"
 
@@ -110,12 +110,12 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
         processes: GPUs that share an iteration's images.
 
     Raises:
-        UserError: gpu_gb or processes not positive, images that no micro-batch divides over the processes, or a model
-            whose architecture is not known.
+        UserError: gpu_gb or processes not positive, images that no micro-batch divides, or a model whose architecture
+            is not known.
     """
     if not (gpu_gb > 0 and math.isfinite(gpu_gb)) or processes < 1:
         raise UserError(f"GPU size {gpu_gb} GB, {processes} processes: want positive numbers")
-    cut = config.rollout, config.update.minibatches, processes
+    cut = config.rollout, config.update.minibatches
     if not micro_batches(*cut):
         check_micro_batches(*cut)  # says which numbers of prompts would divide
     estimate = _Estimate(config, processes)
@@ -124,8 +124,7 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
         costs = {p: estimate.relative_time(p.knobs) for p in fitting}
         close = [p for p in fitting if costs[p] <= _CLOSE * min(costs.values())]
         chosen = max(close, key=lambda p: p.knobs.micro_batch)
-        decided = _what_decided(config.rollout, config.update.minibatches, chosen, estimate)
-        return replace(chosen, decided=decided)
+        return replace(chosen, decided=_what_decided(chosen, estimate), shared=_shared(chosen, estimate))
     least = min(estimate.plans(gpu_gb), key=lambda p: p.peak_gb)
     return replace(least, remedies=tuple(_remedies(config, gpu_gb, processes)))
 
@@ -136,21 +135,33 @@ def plan_as_configured(config: Config, gpu_gb: float, *, processes: int = 1) -> 
     return next(each for each in _Estimate(config, processes).plans(gpu_gb) if each.knobs == wanted)
 
 
-def _what_decided(rollout: RolloutSection, minibatches: int, chosen: MemoryPlan, estimate: _Estimate) -> str:
+def _shared(chosen: MemoryPlan, estimate: _Estimate) -> str:
+    """What the busiest process computes; empty where there is one."""
+    knobs, processes = chosen.knobs, estimate.processes
+    how = {"micro_batch": knobs.micro_batch, "checkpointing": knobs.gradient_checkpointing}
+    return sharing(estimate.config, processes, **how) if processes > 1 else ""
+
+
+def _what_decided(chosen: MemoryPlan, estimate: _Estimate) -> str:
     """Why no larger micro-batch is recommended, where the reason is not memory."""
+    rollout, minibatches = estimate.config.rollout, estimate.config.update.minibatches
     group, most, micro = rollout.group_size, rollout.micro_batch, chosen.knobs.micro_batch
     if micro == most:
         return f"rollout.micro_batch = {most}, as set, is the largest tried"
-    refused = [m for m in range(micro + 1, most + 1) if group % m == 0 or m % group == 0]
-    refused = [m for m in refused if not fits_micro_batches(rollout, minibatches, estimate.processes, micro=m)]
-    room = [m for m in refused if estimate.peak_gb(replace(chosen.knobs, micro_batch=m)) <= chosen.gpu_gb]
+    larger = [m for m in range(micro + 1, most + 1) if group % m == 0 or m % group == 0]
+    room = [m for m in larger if estimate.peak_gb(replace(chosen.knobs, micro_batch=m)) <= chosen.gpu_gb]
     if not room:
         return ""
-    prompts = nearest_prompts(rollout, minibatches, estimate.processes, room[-1])
+    if fits_micro_batches(rollout, minibatches, micro=room[-1]):
+        busiest = estimate.config.balance(estimate.processes, micro_batch=room[-1]).most_images
+        return (
+            f"speed decided, not memory: rollout.micro_batch = {room[-1]} would fit, and its busiest process compute "
+            f"{busiest} images"
+        )
     return (
-        f"divisibility decided, not memory: rollout.micro_batch = {room[-1]} would fit, but "
-        f"{rollout.images} images cannot be cut into it over {estimate.processes} processes; with "
-        f"rollout.prompts_per_iteration = {prompts} they can"
+        f"divisibility decided, not memory: rollout.micro_batch = {room[-1]} would fit, but {rollout.images} images "
+        "cannot be cut into it; with rollout.prompts_per_iteration = "
+        f"{nearest_prompts(rollout, minibatches, room[-1])} they can"
     )
 
 
@@ -177,7 +188,6 @@ class _Estimate:
         guided = config.rollout.guidance_scale != 1.0 and not self.pipeline.embeds_guidance
         self.guided = 2 if guided else 1
         self.latent_side = config.model.resolution // self.pipeline.decoder.scale
-        self.images = math.ceil(config.images_per_iteration / processes)
         self.shape = self._shape()
 
     def _shape(self) -> TransformerShape:
@@ -217,22 +227,22 @@ class _Estimate:
     def _knobs(self) -> Iterator[Knobs]:
         rollout, update = self.config.rollout, self.config.update
         kept = round(rollout.group_size * update.informative_share)
-        for micro in micro_batches(rollout, update.minibatches, self.processes):
+        for micro in micro_batches(rollout, update.minibatches):
             if update.informative_share < 1 and (kept % micro or rollout.group_size % micro):
                 continue  # training/informative.py keeps the micro-batches' shape
             for checkpointing in (False, True):
                 yield Knobs(micro, checkpointing)
 
     def relative_time(self, knobs: Knobs) -> float:
-        """Matrix-product time of an image's sampling and update, in forwards at full occupancy.
+        """Matrix-product time of an image's sampling and update on the busiest process, in forwards at full occupancy
+        that are shared evenly.
 
-        A forward is 1, forward and backward 2.2, and a recomputed forward 1 more (counted FLOPs, bench/counters.py).
         Occupancy is the share of the last wave of micro-batches over 132 multiprocessors that is filled, over products
         1, 3 and 4 D wide.
         """
-        old_policy = self.config.objective.old_policy  # one forward more
-        learning = (2.2 + knobs.gradient_checkpointing + old_policy) * self.config.update.informative_share
-        work = self._drawn_steps() + self.config.trained_steps * learning
+        config, micro, checkpointing = self.config, knobs.micro_batch, knobs.gradient_checkpointing
+        work = drawn_steps(config) + learning(config, checkpointing=checkpointing)
+        work /= efficiency(config, self.processes, micro_batch=micro, checkpointing=checkpointing)
         rows = math.ceil(knobs.micro_batch * self.guided * self.shape.tokens / _TILE[0])
         time = filled = 0
         for columns in (1, 3, 4):
@@ -241,18 +251,9 @@ class _Estimate:
             filled += micro_batches
         return work * time / filled
 
-    def _drawn_steps(self) -> int:
-        """Sampler steps of an image that is learned from, those of its scouts among them, with the earliest window."""
-        rollout = self.config.rollout
-        if not self.config.objective.has_window:
-            return rollout.num_steps
-        after = most_steps_after_window(rollout)
-
-        def steps(tail: int) -> int:
-            return rollout.num_steps - after + min(tail or after, after)
-
-        scouted = rollout.scouts * steps(rollout.of_scouts.tail_steps) if rollout.scouts > 1 else 0
-        return steps(rollout.tail_steps) + scouted
+    def images(self, knobs: Knobs) -> int:
+        """Of an iteration, on the process that has the most."""
+        return self.config.balance(self.processes, micro_batch=knobs.micro_batch).most_images
 
     def components(self, knobs: Knobs) -> tuple[Component, ...]:
         reward = self._dino(knobs) if self.dino else ()
@@ -344,9 +345,10 @@ class _Estimate:
         count = known_models.count_backbone(backbone)
         yield Component("DINO backbone", count * element, f"adversary.backbone = {adversary.backbone}")
         after = ("score", "update")
-        yield Component("features of an iteration's images", self.images * per_image, iteration, after)
-        yield Component("the same, while joined", self.images * per_image, iteration, ("score",))
-        yield Component("features of their references", self.images * kept, "adversary.cached_patches", after)
+        images = self.images(knobs)
+        yield Component("features of an iteration's images", images * per_image, iteration, after)
+        yield Component("the same, while joined", images * per_image, iteration, ("score",))
+        yield Component("features of their references", images * kept, "adversary.cached_patches", after)
         views = 1 if adversary.augment == "none" else _REFERENCE_VIEWS
         cached = _PROMPTS_IN_MEMORY * _REFERENCES_PER_PROMPT * stored * views
         yield Component(
@@ -372,12 +374,12 @@ class _Estimate:
         forward_process = config.objective.forward_process
         kept = 2 + (config.update.trust_region != "ratio")  # before and after a step, and its mean
         held_latents = (1 if forward_process else kept * config.trained_steps) * latents
-        rollout = self.images * (4 * 3 * resolution**2 + held_latents)
+        rollout = self.images(knobs) * (4 * 3 * resolution**2 + held_latents)
         held = ("decode", "score", "update")
         yield Component("images and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
         share = config.update.informative_share
         if share < 1:  # training/informative.py copies them; what it leaves out is held until the iteration ends
-            copied = round(self.images * share) * held_latents
+            copied = round(self.images(knobs) * share) * held_latents
             yield Component("window latents that are trained on", copied, "update.informative_share", ("update",))
         if forward_process:  # noised latents, their flow, and two policies' velocities
             levels = 4 * config.trained_steps * knobs.micro_batch * latents
@@ -404,13 +406,7 @@ class _Estimate:
             )
 
 
-def micro_batches(rollout: RolloutSection, minibatches: int, processes: int = 1) -> list[int]:
-    """Micro-batches up to the configured one that training accepts (`config.check_micro_batches`), ascending."""
-    sizes = range(1, rollout.micro_batch + 1)
-    return [size for size in sizes if fits_micro_batches(rollout, minibatches, processes, micro=size)]
-
-
-def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Config], None]]]:
+def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], None]]]:
     """Settings beyond the knobs that save memory, as (what to set, change), what costs least first."""
 
     def setting(name: str, value) -> tuple[str, Callable[[Config], None]]:
@@ -425,7 +421,7 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
     dino = adversary.kind == "dino" and config.learns_adversary
     if dino and adversary.cached_patches > adversary.num_patches:
         yield setting("adversary.cached_patches", adversary.num_patches)
-    cut, quarter = (rollout, config.update.minibatches, processes), rollout.prompts_per_iteration // 4
+    cut, quarter = (rollout, config.update.minibatches), rollout.prompts_per_iteration // 4
     fewer = [n for n in range(1, quarter + 1) if fits_micro_batches(*cut, prompts=n)]
     if fewer:
         yield setting("rollout.prompts_per_iteration", fewer[-1])
@@ -446,7 +442,7 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
 
 def _remedies(config: Config, gpu_gb: float, processes: int) -> Iterator[str]:
     """Every single change that makes it fit; else the shortest prefix of all changes that does; else what is needed."""
-    changes = list(_changes(config, processes))
+    changes = list(_changes(config))
     alone = [name for name, change in changes if _least(config, [change], processes) <= gpu_gb]
     if alone:
         yield from (f"set {name}" for name in alone)
@@ -505,13 +501,13 @@ def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
     """
     rollout, model = config.rollout, config.model
     steps = []
-    fitting = micro_batches(rollout, config.update.minibatches, processes)
+    fitting = micro_batches(rollout, config.update.minibatches)
     smaller = [micro for micro in fitting if micro < rollout.micro_batch]
     if smaller:
         steps.append(f"rollout.micro_batch = {smaller[-1]} instead of {rollout.micro_batch}")
     if not model.gradient_checkpointing:
         steps.append("model.gradient_checkpointing = true instead of false")
-    steps += [f"{name} instead of {_current(config, name)}" for name, _ in _changes(config, processes)]
+    steps += [f"{name} instead of {_current(config, name)}" for name, _ in _changes(config)]
     if not steps:
         steps = ["a GPU with more memory: every knob is at its smallest"]
     order = "; ".join(f"{number}. {step}" for number, step in enumerate(steps, 1))

@@ -334,10 +334,8 @@ class Distributed:
         """uint8 [n, row_bytes] of every rank, n differing; `signature` must not differ."""
         with self._collective("all_gather"):
             digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
-            header = torch.tensor([payload.shape[0], digest], device=self.device)
-            headers = [torch.zeros_like(header) for _ in range(self.world_size)]
-            dist.all_gather(headers, header)
-            counts, digests = torch.stack(headers).cpu().unbind(dim=1)
+            header = torch.tensor([[payload.shape[0], digest]], device=self.device)
+            counts, digests = self._gather_equal(header).cpu().unbind(dim=1)
             if (digests != digest).any():
                 other = int((digests != digest).nonzero()[0])
                 raise ValueError(
@@ -345,10 +343,15 @@ class Distributed:
                 )
             padded = torch.zeros(int(counts.max()), row_bytes, dtype=torch.uint8, device=self.device)
             padded[: payload.shape[0]] = payload
-            gathered = [torch.zeros_like(padded) for _ in range(self.world_size)]
-            if padded.numel():
-                dist.all_gather(gathered, padded)
+            gathered = self._gather_equal(padded).view(self.world_size, *padded.shape)
         return [rows[: int(count)] for rows, count in zip(gathered, counts)]
+
+    def _gather_equal(self, rows: Tensor) -> Tensor:
+        """[n, ...] of every rank, as many on each, in one collective: [ranks * n, ...]."""
+        gathered = rows.new_zeros(self.world_size * rows.shape[0], *rows.shape[1:])
+        if rows.numel():
+            dist.all_gather_into_tensor(gathered, rows)
+        return gathered
 
     @contextmanager
     def _collective(self, name: str) -> Iterator[None]:
@@ -373,33 +376,34 @@ class Distributed:
             theirs = self._store.compare_set(f"{key}/what", "", what).decode()
             if theirs != what:
                 raise CollectiveError(f"rank {self.rank} finished {what!r} while another finished {theirs!r}")
-            if self._store.add(key, 1) < self.world_size:
-                self._wait_for_the_others(key, place, what)
+            if self._store.add(key, 1) == self.world_size:
+                self._store.set(f"{key}/all", "")
+            else:
+                self._wait_for_the_others(f"{key}/all", place, what)
             if self.is_main and self._last_meeting:  # everybody has left the meeting before this one
-                self._store.delete_key(self._last_meeting)
-                self._store.delete_key(f"{self._last_meeting}/what")
+                for part in ("", "/what", "/all"):
+                    self._store.delete_key(f"{self._last_meeting}{part}")
             self._last_meeting = key
 
-    def _wait_for_the_others(self, key: str, place: int, what: str) -> None:
-        began = looked = said = time.monotonic()
+    def _wait_for_the_others(self, everybody_is_here: str, place: int, what: str) -> None:
+        """Asleep in the store, which the last one's key wakes: a thousand ranks that ask again and again would be most
+        of its work."""
+        began = said = time.monotonic()
         seen: dict[int, tuple[tuple[int, int], float]] = {}
-        while self._store.add(key, 0) < self.world_size:
+        while not _comes(self._store, everybody_is_here, watch.POLL_SECONDS):
             if self._watch.failure is not None:
                 raise self._watch.failure.as_exception()
             if self._watch.has_stopped:
                 raise StopRequested(self._watch.stop_reason)
             self._stop_here()
+            stuck = self._watch.late(place, began, seen)
+            if stuck:
+                raise CollectiveError(f"meeting {what!r}: {stuck}")
             now = time.monotonic()
-            if now - looked > watch.POLL_SECONDS:
-                looked = now
-                stuck = self._watch.late(place, began, seen)
-                if stuck:
-                    raise CollectiveError(f"meeting {what!r}: {stuck}")
             if now - said > _SAY_WHO_IS_LATE_SECONDS:
                 said = now
                 if late := self._watch.waited_for(place):
                     watch.tell(self.rank, f"{what}: {now - began:.0f} s waiting for {late}")
-            time.sleep(min(_LONGEST_POLL_SECONDS, 0.001 + 0.02 * (now - began)))  # short waits end at once
 
 
 def _read_environment() -> tuple[int, int, int]:
@@ -442,24 +446,39 @@ def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     """
     own, deadline = secrets.token_hex(8), time.monotonic() + START_SECONDS
     if rank == 0:
-        while store.add(f"{own}/here", 0) < world_size - 1:
-            for other in range(1, world_size):
-                if store.check([f"hello/{other}"]):
-                    store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
-            _wait_for_start(deadline)
+        for other in range(1, world_size):  # one after the other, while the rest sleep in the store
+            _welcome(store, own, other, deadline)
         return own
     store.set(f"hello/{rank}", own)
-    while not store.check([f"welcome/{own}"]):
-        _wait_for_start(deadline)
+    while not _comes(store, f"welcome/{own}", watch.POLL_SECONDS):
+        _check_start(deadline)
     attempt = store.get(f"welcome/{own}").decode()
-    store.add(f"{attempt}/here", 1)
+    store.set(f"{attempt}/here/{rank}", "")
     return attempt
 
 
-def _wait_for_start(deadline: float) -> None:
+def _welcome(store: dist.Store, attempt: str, rank: int, deadline: float) -> None:
+    """Answer a rank's newest token until that rank says, in the attempt's name, that it has read the answer."""
+    while True:
+        if store.check([f"hello/{rank}"]):
+            store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", attempt)
+        if _comes(store, f"{attempt}/here/{rank}", _LONGEST_POLL_SECONDS):
+            return
+        _check_start(deadline)
+
+
+def _check_start(deadline: float) -> None:
     if time.monotonic() > deadline:
         raise UserError(f"not all processes of the job came up within {START_SECONDS:.0f} s; see the others' logs")
-    time.sleep(_LONGEST_POLL_SECONDS)
+
+
+def _comes(store: dist.Store, key: str, seconds: float) -> bool:
+    """Whether somebody sets the key within so many seconds; one request, which the store answers when it is there."""
+    try:
+        store.wait([key], timedelta(seconds=seconds))
+    except dist.DistStoreError:  # also where the store is gone, which the next request to it says
+        return False
+    return True
 
 
 def _to_bytes(value: Any) -> Tensor:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -201,26 +201,39 @@ class Watch(threading.Thread):
         self.leave()
 
     def late(self, place: int, since: float, seen: dict[int, tuple[tuple[int, int], float]]) -> str:
-        """Which rank, expected at `place`, has begun nothing new for longer than it may; empty while all move on.
+        """Which of the ranks that this one looks after, expected at `place`, has begun nothing new for longer than it
+        may; empty while all move on.
 
         Args:
             since: when the waiting began, by time.monotonic.
             seen: (place, steps) of every rank and when they were first seen; kept up to date here, {} at first.
         """
         now = time.monotonic()
-        for rank, note in self._notes().items():
+        for rank, note in self._behind(place):
             at = (note.place, note.steps)
             if rank not in seen or seen[rank][0] != at:
                 seen[rank] = (at, now if rank in seen else since)
-            if note.place < place and note.within and now - seen[rank][1] > note.within:
+            if note.within and now - seen[rank][1] > note.within:
                 return f"rank {rank} has not come any further than {note.doing!r} for {now - seen[rank][1]:.0f} s"
         return ""
 
     def waited_for(self, place: int) -> str:
-        """Who has not come to `place` yet and at what, on the first of the ranks that wait; empty on the others."""
-        notes = self._notes()
-        first = all(note.place < place for rank, note in notes.items() if rank < self._rank)
-        return self._named_behind(notes, place) if first else ""
+        """Which of the ranks that this one looks after are not at `place` yet and at what; empty where all are."""
+        return self._named_behind(dict(self._behind(place)), place)
+
+    def _behind(self, place: int) -> Iterator[tuple[int, Note]]:
+        """Those that follow this rank in the ring and are not at `place` yet, up to the first that is; their notes.
+
+        So each rank that is behind is looked after by one of those that wait for it, and all of them together read as
+        many notes as there are ranks.
+        """
+        for step in range(1, self._world_size):
+            rank = (self._rank + step) % self._world_size
+            note = self._note_of(rank)
+            if note is not None and note.place >= place:
+                return
+            if note is not None:
+                yield rank, note
 
     def _named_behind(self, notes: dict[int, Note], place: int) -> str:
         """The ranks that have not come to `place` yet and what they are doing."""
@@ -272,12 +285,14 @@ class Watch(threading.Thread):
 
     def _notes(self) -> dict[int, Note]:
         """The newest note of every other rank that still works."""
-        found = {}
-        for rank in range(self._world_size):
-            key = f"alive/{rank}"
-            if rank != self._rank and self._store.check([key]) and (text := self._store.get(key)) != b"done":
-                found[rank] = Note.read(text)
-        return found
+        others = (rank for rank in range(self._world_size) if rank != self._rank)
+        return {rank: note for rank in others if (note := self._note_of(rank)) is not None}
+
+    def _note_of(self, rank: int) -> Note | None:
+        """The newest note of a rank; None before its first one, and after it has left."""
+        key = f"alive/{rank}"
+        text = self._store.get(key) if self._store.check([key]) else b"done"
+        return None if text == b"done" else Note.read(text)
 
     def _diagnose(self, before: dict[int, Note], after: dict[int, Note]) -> tuple[str, tuple[int, ...]]:
         """Why a collective failed, from the notes around a few seconds of waiting: who is silent, or who is behind."""

@@ -318,7 +318,6 @@ def build_trainer(
         fast: which of the machine's fast paths are used.
         graphs: captures functions; None runs them eagerly.
     """
-    place = {"rank": distributed.rank, "world_size": distributed.world_size}
     updater = Updater(
         policy,
         config.update,
@@ -328,7 +327,15 @@ def build_trainer(
         fused=fast.fused_optimizer,
         graphs=graphs,
     )
-    micro_batches = MicroBatches(prompts, config.rollout, config.update.minibatches, seed=config.seed, **place)
+    micro_batches = MicroBatches(
+        prompts,
+        config.rollout,
+        config.update.minibatches,
+        seed=config.seed,
+        rank=distributed.rank,
+        world_size=distributed.world_size,
+        together=config.balance(distributed.world_size).images,
+    )
     monitor = Monitor(config.monitor, Knobs.of(config))
     parts = Parts(config, policy, updater, micro_batches, monitor, references, scorer, distributed, fast, graphs)
     return Trainer(

@@ -1,5 +1,8 @@
 """Which images an iteration has, and who computes which of them together (architecture.md, "Micro-batches").
 
+Any number of processes shares them (runtime/shares.py). A process may have more than another, or none; it takes part in
+whatever all do together all the same.
+
 Where groups branch apart (`rollout.window.branching`), S consecutive groups have one prompt, and each its own of the
 window's S steps: group g has step g mod S.
 """
@@ -10,6 +13,7 @@ import torch
 
 from advgrpo.config import RolloutSection
 from advgrpo.data.prompts import GroupSampler
+from advgrpo.runtime.shares import share
 from advgrpo.types import MicroBatch
 
 
@@ -22,15 +26,25 @@ class MicroBatches:
         minibatches: optimizer steps of an iteration.
         seed: of the run; with the iteration it decides the prompts.
         rank, world_size: a process takes its share of every minibatch.
+        together: images that stay on one process, a multiple of a micro-batch's; 0: those of a micro-batch.
     """
 
     def __init__(
-        self, prompts: list[str], rollout: RolloutSection, minibatches: int, *, seed: int, rank: int, world_size: int
+        self,
+        prompts: list[str],
+        rollout: RolloutSection,
+        minibatches: int,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        together: int = 0,
     ):
         self.prompts, self.minibatches = prompts, minibatches
         self._branching, self._branches = rollout.window.branching, rollout.window.branches
         self._groups = GroupSampler(len(prompts), rollout.prompts_per_iteration // self._branches, seed)
         self._group_size, self._micro = rollout.group_size, rollout.micro_batch
+        self._together = max(together, rollout.micro_batch)
         self._images, self.rank, self.world_size = rollout.images, rank, world_size
 
     @property
@@ -43,19 +57,16 @@ class MicroBatches:
         return [self.prompts[number] for number in self._groups.next(iteration) for _ in range(self._branches)]
 
     def of(self, iteration: int, chosen: torch.Tensor | None = None) -> list[MicroBatch]:
-        """This process's micro-batches, in order of minibatch.
+        """This process's micro-batches, in order of minibatch and of image numbers.
 
         Args:
             chosen: int64 by image number, over all processes: which scout each image is.
         """
         prompt_of_group = self.prompts_of(iteration)
-        per_minibatch = self._images // (self._micro * self.minibatches)
-        share = per_minibatch // self.world_size
         mine = []
         for minibatch in range(self.minibatches):
-            first = minibatch * per_minibatch + self.rank * share
-            for number in range(first, first + share):
-                ids = torch.arange(number * self._micro, (number + 1) * self._micro)
+            for first in self._own_images(minibatch)[:: self._micro]:
+                ids = torch.arange(first, first + self._micro)
                 group_ids = ids // self._group_size
                 groups = group_ids.unique()
                 prompts = [prompt_of_group[g] for g in groups.tolist()]
@@ -64,3 +75,10 @@ class MicroBatches:
                 draws = None if chosen is None else chosen[ids]
                 mine.append(MicroBatch(ids, prompts, groups, row, minibatch, draws, branch))
         return mine
+
+    def _own_images(self, minibatch: int) -> range:
+        """This process's images of a minibatch, next to each other; it may have none."""
+        pieces = self.images_per_minibatch // self._together
+        own = share(pieces, minibatch, rank=self.rank, world_size=self.world_size)
+        first = minibatch * self.images_per_minibatch
+        return range(first + own.start * self._together, first + own.stop * self._together)

@@ -25,6 +25,7 @@ from advgrpo.data.sources import Sources
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.plan.memory import advice
+from advgrpo.plan.work import badly_shared
 from advgrpo.policy.pipelines import pipeline_folder
 from advgrpo.report.band import band_of
 from advgrpo.report.page import REPORT_FILE, write_report
@@ -116,7 +117,7 @@ class Run:
     def _prepare(self, resume: Resume) -> None:
         """From settings to a trainer that stands where the run goes on."""
         config, distributed = self.config, self.distributed
-        configuration.check(config, distributed.world_size)
+        configuration.check(config)
         distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
         sources = Sources.read(config, check=partial(check_prompts, config))
         if distributed.is_main:
@@ -135,6 +136,8 @@ class Run:
         fast = FastPaths.choose(config, distributed.device)
         if distributed.is_main:
             fast.print(self.console)
+            if uneven := badly_shared(config, distributed.world_size):
+                self.console.print(f"note: {uneven}", soft_wrap=True)
         with distributed.monitored("hash what the run is made from", at_most_seconds=SLOW_SECONDS):
             self.made_from = made_from(config, sources) if distributed.is_main else {}
         changed = self._changed(resuming, saved)

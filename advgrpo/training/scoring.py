@@ -1,20 +1,20 @@
 """What an iteration's images are worth: the adversary's score, fixed rewards, their composition, and how like the
 references they are. Nothing here knows which adversary, observer or reward it is.
 
-Shapes: B local images of this process, G global ones of the iteration, by image number.
+Shapes: B local images of this process, which may be none, G global ones of the iteration, by image number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from advgrpo.adversary.augmentation import Augmentation
-from advgrpo.adversary.base import Adversary
+from advgrpo.adversary.base import Adversary, features_of_black
 from advgrpo.adversary.reference_features import ReferenceFeatures, reference_draws
 from advgrpo.config import NEED_REFERENCES, RewardSection, RolloutSection
 from advgrpo.data.per_reference import PerReference
@@ -221,7 +221,8 @@ class Scorer:
                 seen.append(
                     replace(micro_batch, steps=[], images=micro_batch.images.sum())
                 )  # which tells if all are finite
-        columns = Columns({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        none = self._no_rewards()
+        columns = Columns({name: torch.cat([none[name], *(part[name] for part in parts)]) for name in none})
         rollout = Rollout(seen)
         everywhere = columns.gathered(rollout.image_ids, self.distributed)
         _check_finite(everywhere, rollout, group_size)
@@ -231,6 +232,8 @@ class Scorer:
         self, rollout: Rollout, generated: Features | None, reference: Features | None, iteration: int
     ) -> tuple[Columns, torch.Tensor | None]:
         """(columns [B], DINO class tokens [B, D] or None) of this process's images."""
+        if not rollout.micro_batches:
+            return self._no_columns()
         columns = Columns()
         if self.adversary is not None:
             draws = rollout.draws
@@ -248,11 +251,35 @@ class Scorer:
         embeddings, columns.similarity = looked
         return columns, embeddings
 
+    def _no_columns(self) -> tuple[Columns, torch.Tensor | None]:
+        """What `_columns` gives of no images: the same names and widths, for those who gather them."""
+        none, rewards = torch.zeros(0, device=self.distributed.device), self._no_rewards()
+        of_references = {} if self._of_references is None else dict.fromkeys(self._of_references.rewards, none)
+        columns = Columns(rewards, rewards.get("adversary"), of_references)
+        if self.observer is None:
+            return columns, None
+        columns.similarity = None if self.references is None else none
+        return columns, none.new_zeros(0, self.observer.backbone.width)
+
+    def _no_rewards(self) -> dict[str, torch.Tensor]:
+        """[0] float32 each: the rewards of no images, in the order of the columns."""
+        names = [*([] if self.adversary is None else ["adversary"]), *self.rewards]
+        return dict.fromkeys(names, torch.zeros(0, device=self.distributed.device))
+
     def _features(self, rollout: Rollout, iteration: int) -> tuple[Features, Features]:
         """The adversary's features of every image, computed once, and of one reference each, from the cache."""
+        if not rollout.micro_batches:
+            return self._no_features
         generated = self._generated(rollout, iteration)
         self.distributed.step("reward adversary: references")
         return generated, self.reference_features.pick(rollout.prompts, self._reference_draws(rollout, iteration))
+
+    @cached_property
+    def _no_features(self) -> tuple[Features, Features]:
+        """What `_features` gives of no images: the same names, widths and dtypes."""
+        black = features_of_black(self.adversary)
+        nobody = torch.zeros(0, dtype=torch.int64, device=black.device)
+        return black.rows(nobody), self.adversary.cached_features(black).rows(nobody)
 
     def _generated(self, rollout: Rollout, iteration: int) -> Features:
         """The adversary's features of every image [B], as it sees them."""

@@ -243,8 +243,9 @@ def test_both_sides_and_every_update_draw_their_own_patches(unit_backbone):
         {"spectral_norm": True},
     ],
 )
-def test_two_processes_take_the_steps_of_one(unit_backbone, changes):
-    """Two shares of the batch, gradients summed by hand, give the same heads and losses as the whole batch."""
+def test_several_processes_take_the_steps_of_one(unit_backbone, changes):
+    """Three shares of the batch, one of them empty, gradients summed by hand, give the same heads and losses as the
+    whole batch."""
     changes = {"batch_size": 8, **changes}
     alone = DiscriminatorTrainer(make_adversary(unit_backbone, **changes), reduce=lambda t: None, rank=0, world_size=1)
     whole = head_batch(torch.arange(12))
@@ -255,36 +256,36 @@ def test_two_processes_take_the_steps_of_one(unit_backbone, changes):
 
     import threading
 
-    barrier, shared, results = threading.Barrier(2), {}, {}
-    adversaries = [make_adversary(unit_backbone, **changes) for _ in range(2)]
+    shares = [torch.tensor([0, 2, 4, 7, 11]), torch.tensor([1, 3, 5, 6, 8, 9, 10]), torch.tensor([], dtype=torch.int64)]
+    barrier, shared, results = threading.Barrier(len(shares)), {}, {}
+    adversaries = [make_adversary(unit_backbone, **changes) for _ in shares]
 
     def run(rank: int, ids: torch.Tensor) -> None:
         def exchange(value):
             shared[rank] = value
             barrier.wait()
-            both = [shared[0], shared[1]]
+            everybodys = [shared[place] for place in range(len(shares))]
             barrier.wait()
-            return both
+            return everybodys
 
         def reduce(tensors):
             copies = exchange([t.clone() for t in tensors])
-            for tensor, a, b in zip(tensors, *copies):
-                tensor.copy_(a + b)
+            for tensor, *parts in zip(tensors, *copies):
+                tensor.copy_(sum(parts))
 
-        trainer = DiscriminatorTrainer(adversaries[rank], reduce=reduce, rank=rank, world_size=2)
+        trainer = DiscriminatorTrainer(adversaries[rank], reduce=reduce, rank=rank, world_size=len(shares))
         batch, losses = head_batch(ids), []
         for iteration in range(3):
             losses += [*trainer.evaluate(batch, iteration), *trainer.train(batch, iteration, 2).tolist()]
             trainer.add_to_replay(batch, iteration, lambda t: torch.cat(exchange(t)))
         results[rank] = (losses, trainer.adversary.state_dict(), trainer.replay.tensors)
 
-    shares = [torch.tensor([0, 2, 4, 7, 11]), torch.tensor([1, 3, 5, 6, 8, 9, 10])]
     threads = [threading.Thread(target=run, args=(r, ids)) for r, ids in enumerate(shares)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(results) == 2
+    assert len(results) == len(shares)
     for losses, head, replay in results.values():
         assert losses == pytest.approx(expected, abs=1e-6)
         torch.testing.assert_close(replay, alone.replay.tensors)

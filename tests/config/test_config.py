@@ -17,6 +17,7 @@ from advgrpo import config
 from advgrpo.config.help import reference_page
 from advgrpo.config.reading import nested
 from advgrpo.errors import UserError
+from advgrpo.runtime.shares import share
 from advgrpo.train import parse
 
 
@@ -50,19 +51,22 @@ def test_released_preset_differs_where_the_released_code_does():
     assert released.advantage.std == "global"
 
 
-@pytest.mark.parametrize("preset", ["sd35m-dino-paper", "sd35m-dino-released"])
-@pytest.mark.parametrize("world_size", [1, 2, 8, 64])
-def test_full_size_presets_divide_over_gpus(preset, world_size):
+@pytest.mark.parametrize("preset", config.preset_names())
+def test_any_number_of_processes_shares_a_presets_images(preset):
+    """From 1 to 1,024: every micro-batch is dealt once, in order, and nobody has two more than another."""
     settings = config.load(preset)
-    settings.data.prompts, settings.data.references = "p.txt", "refs"
-    if world_size == 64:
-        with pytest.raises(
-            UserError,
-            match=r"= 1024; set rollout\.micro_batch = 2, or rollout\.prompts_per_iteration = 64",
-        ):
-            config.check(settings, world_size)
-        settings.rollout.prompts_per_iteration = 64
-    config.check(settings, world_size)
+    for processes in (*range(1, 65), 96, 100, 127, 128, 255, 256, 511, 512, 768, 769, 1000, 1023, 1024):
+        dealt = settings.balance(processes)
+        assert dealt.total * dealt.images == settings.images_per_iteration
+        loads = [0] * processes
+        for number in range(dealt.rounds):
+            own = [share(dealt.pieces, number, rank=rank, world_size=processes) for rank in range(processes)]
+            assert [piece for part in own for piece in part] == list(range(dealt.pieces))
+            assert max(map(len, own)) == dealt.most_of_a_round
+            loads = [load + len(part) for load, part in zip(loads, own)]
+        assert (max(loads), loads.count(0)) == (dealt.most, dealt.idle)
+        assert max(loads) - min(loads) <= 1
+        assert loads[0] > 0, "process 0 is never idle"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def test_a_wrong_file_names_the_field_the_value_and_the_nearest_key(tmp_path, te
         ({"rollout": {"group_size": 10, "micro_batch": 4}}, "rollout.group_size = 10 is not divisible by"),
         (
             {"rollout": {"prompts_per_iteration": 3, "micro_batch": 8}},
-            "a multiple of 8 x 2 x 1 = 16; set rollout.micro_batch = 4, or rollout.prompts_per_iteration = 4",
+            "a multiple of 8 x 2 = 16; set rollout.micro_batch = 4, or rollout.prompts_per_iteration = 4",
         ),
         (
             {"rollout": {"window": {"steps": [0, 10]}}},
@@ -112,7 +116,7 @@ def test_a_wrong_file_names_the_field_the_value_and_the_nearest_key(tmp_path, te
 def test_checks_across_fields_name_the_field_to_change(change, expected):
     broken = config.build(config.merge(config.read_preset("tiny"), change), "test")
     with pytest.raises(UserError) as error:
-        config.check(broken, world_size=1)
+        config.check(broken)
     assert expected in str(error.value)
 
 
@@ -325,7 +329,7 @@ def test_resume_auto_takes_the_flags_of_a_start(tmp_path, monkeypatch):
 def test_precision_settings_that_cannot_work_are_named(change, message):
     settings = config.build(config.merge(config.read_preset("tiny"), change), "test")
     with pytest.raises(UserError, match=message):
-        config.check(settings, 1)
+        config.check(settings)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +374,6 @@ def test_the_strongest_noise_can_be_set(dynamics):
     settings = {"rollout": {"dynamics": dynamics, "eta": 1.0, "likelihood": "squared_error"}}
     settings["update"] = {"kl_variance": "step"}
     built = config.build(config.merge(config.read_preset("tiny"), settings), "test")
-    config.check(built, world_size=1, with_data=False)
+    config.check(built, with_data=False)
     with pytest.raises(UserError, match=r"rollout\.eta = 1\.01: .* wants at most 1"):
-        config.check(built.model_copy(update={"rollout": built.rollout.model_copy(update={"eta": 1.01})}), 1)
+        config.check(built.model_copy(update={"rollout": built.rollout.model_copy(update={"eta": 1.01})}))

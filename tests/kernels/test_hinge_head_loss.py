@@ -151,6 +151,15 @@ def test_images_of_weight_0_change_nothing_and_other_weights_scale(backend, devi
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_no_images_have_no_loss_and_gradients_of_zero(backend, device):
+    """The part of a process that holds none of a batch of 4."""
+    head = {name: tensor.requires_grad_() for name, tensor in make_head(12, 10, device).items()}
+    none = hinge_head_loss(*make_features(0, 0, 5, 12, device), head, total=4, backend=backend)
+    assert (none.loss.item(), none.accuracy.item()) == (0.0, 0.0)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(none.loss, list(head.values())))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_non_finite_features_give_a_non_finite_loss(backend, device):
     features, head = make_features(2, 2, 3, 12, device), make_head(12, 10, device)
     features[3][1, 2, 5] = float("nan")

@@ -248,10 +248,10 @@ def test_only_the_windows_steps_are_noisy_and_never_the_last(settings):
     assert {i for n in range(60) for i in steps_of(settings, n)} == set(range(9))
     settings.rollout.window.steps = (9,)
     with pytest.raises(UserError, match=r"within 0\.\.8 \(num_steps = 10, dynamics ddim\)"):
-        config.check(settings, 1)
+        config.check(settings)
     settings.rollout.window.steps, settings.rollout.eta = (8,), 1.2
     with pytest.raises(UserError, match=r"rollout\.eta = 1\.2: ddim wants at most 1"):
-        config.check(settings, 1)
+        config.check(settings)
 
 
 @both_kinds
@@ -474,7 +474,7 @@ def test_ddim_on_a_velocity_predictor(unit_config):
 def test_the_preset_is_a_run_that_passes_every_check(unet_pipelines):
     preset = config.load("sdxl-dino")
     preset.data.prompts = preset.data.references = "given"
-    config.check(preset, 8)
+    config.check(preset)
     assert (preset.rollout.dynamics, preset.adversary.backbone) == ("ddim", "facebook/dinov2-large")
     preset.model.path = str(unet_pipelines["sdxl"])  # the hub's model is not on this machine
     assert not FastPaths.choose(preset, torch.device("cpu")).fused

@@ -5,8 +5,8 @@ begins with a program's name. Each is read by the command's own parser, up to wh
 cheap on the tiny world are run to their end.
 
 Planted bugs that turn it red: `--image-per-prompt` for a flag of generate; a preset renamed in a job's page;
-`--rollout.group-size 1`; 7 processes for a preset whose 48 prompts do not divide; a target `trian` of make; the extra
-`[orc]`; a ``` block of C++; a setting `update.kl_wait` in a page.
+`--rollout.group-size 1`; a target `trian` of make; the extra `[orc]`; a ``` block of C++; a setting `update.kl_wait` in
+a page.
 """
 
 import argparse
@@ -128,14 +128,14 @@ def run_module(module: str, arguments: list[str], monkeypatch) -> tuple[int, str
     return 0, printed.getvalue(), None
 
 
-def check_module(module: str, arguments: list[str], processes: int, monkeypatch) -> None:
+def check_module(module: str, arguments: list[str], monkeypatch) -> None:
     if module.startswith("tests."):  # without a parser of ours: they would begin to work
         assert importlib.util.find_spec(module) is not None, f"there is no module {module}"
         return
     code, printed, options = run_module(module, arguments, monkeypatch)
     assert code == 0, printed
     if isinstance(options, configuration.Config):
-        configuration.check(options, processes, with_data=False)
+        configuration.check(options, with_data=False)
     if module == "advgrpo.experiments" and arguments[:1] in (["run"], ["report"]):
         assert set(options.names) <= {*EXPERIMENTS, "all"}
 
@@ -156,7 +156,7 @@ def check_make(words: list[str], monkeypatch) -> None:
     arguments = [shlex.split(word.removeprefix("ARGS=")) for word in words if word.startswith("ARGS=")]
     for given in arguments:
         if targets == ["train"]:
-            check_module("advgrpo.train", ["--fast", *map(filled, given)], 1, monkeypatch)
+            check_module("advgrpo.train", ["--fast", *map(filled, given)], monkeypatch)
         else:
             check_pytest(given)
 
@@ -205,13 +205,10 @@ def understand(text: str, monkeypatch) -> None:
     if not words:  # a comment, or assignments alone
         return
     program, rest = words[0], words[1:]
-    processes = 1
     if program in ("torchrun", "accelerate"):
-        count = re.search(r"--nproc[-_]per[-_]node[= ](\d+)", text)
-        processes = int(count[1]) if count else 1
         program, rest = "python", rest[rest.index("-m") :]
     if program == "python" and rest[0] == "-m":
-        check_module(rest[1], [filled(word) for word in rest[2:]], processes, monkeypatch)
+        check_module(rest[1], [filled(word) for word in rest[2:]], monkeypatch)
     elif program == "python":
         assert (ROOT / rest[0]).exists(), f"there is no {rest[0]}"
     elif program == "make":

@@ -291,7 +291,7 @@ def test_the_example_trains_the_tiny_world_and_is_resumed_exactly(unit_config, t
 def test_names_and_weights_that_cannot_work(unit_config, change, expected):
     settings = custom(unit_config, f"{EXAMPLE}:redness", metrics=["rule"], **change)
     with pytest.raises(UserError, match=expected):
-        config.check(settings, 1)
+        config.check(settings)
 
 
 def test_two_rewards_of_one_name(unit_config):
@@ -300,7 +300,7 @@ def test_two_rewards_of_one_name(unit_config):
     with pytest.raises(
         UserError, match=r"rewards.custom\[0\].name = 'red' is the name of another .* of rewards.remotes\[0\]"
     ):
-        config.check(settings, 1)
+        config.check(settings)
 
 
 def test_a_reward_that_fails_its_trial_ends_the_run_before_a_model_is_loaded(unit_config, monkeypatch, tmp_path):

@@ -342,7 +342,7 @@ def test_what_it_needs_is_asked_for(unit_config, field):
     with pytest.raises(
         UserError, match=rf"rewards.vlm_judge.{field} is empty, but rewards.vlm_judge needs it: pass --"
     ):
-        config.check(settings, 1)
+        config.check(settings)
 
 
 def test_a_judge_that_is_not_there_is_named_before_a_model_is_loaded(unit_config, monkeypatch):

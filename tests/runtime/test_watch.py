@@ -1,7 +1,9 @@
 """What a watch sees in the notes of the others, in one process: who is looked at, and how long what may take."""
 
 import json
+import re
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -46,6 +48,25 @@ def test_every_rank_is_watched_by_another_one(clock):
         assert "its last work was 'its work'" in failure.summary
         seen.add(failure.rank)
     assert seen == {0, 1, 2}
+
+
+def test_each_rank_that_is_behind_is_looked_after_by_one_that_waits(clock):
+    """All together read as many notes as there are ranks, and the ones that hang are found."""
+    (everyone, store), behind = watches(64), {0, 5, 6, 7, 40, 63}
+    for one in everyone:
+        store.set(f"alive/{one._rank}", json.dumps(asdict(Note(place=3 - (one._rank in behind), within=9.0))))
+    store.set("alive/41", "done")  # has left: nobody waits for it, nor relies on it
+    waiting, read = [one for one in everyone if one._rank not in behind | {41}], []
+    for one in waiting:
+        one._store = SimpleNamespace(check=store.check, get=lambda key: read.append(key) or store.get(key))
+    named = [one.waited_for(3) for one in waiting]
+    assert sorted(int(rank) for text in named for rank in re.findall(r"rank (\d+)", text)) == sorted(behind)
+    assert len(read) <= 64
+    seen = [{} for _ in waiting]
+    assert not any(one.late(3, clock[0], own) for one, own in zip(waiting, seen))
+    clock[0] += 10.0
+    late = [found for one, own in zip(waiting, seen) if (found := one.late(3, clock[0], own))]
+    assert [re.match(r"rank (\d+) has not come any further", text)[1] for text in late] == ["5", "40", "63"]
 
 
 @pytest.mark.parametrize(("within", "wanted"), [(None, 40.0), (7.0, 7.0)])

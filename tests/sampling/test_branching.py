@@ -185,4 +185,4 @@ def test_what_does_not_go_with_branching_is_refused(unit_config, changes, messag
     whole = {"initial_noise": "shared", "window": BRANCHING, "micro_batch": 4, **changes}
     settings = changed(unit_config, **whole)
     with pytest.raises(UserError, match=message):
-        config.check(settings, 1)
+        config.check(settings)

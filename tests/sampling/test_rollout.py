@@ -129,17 +129,19 @@ def test_every_order_is_on_policy_and_resumes_bit_for_bit(unit_config, noise):
         assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
 
 
-@pytest.mark.parametrize("noise", NOISE)
-def test_two_processes_sample_what_one_does(unit_config, noise):
+@pytest.mark.parametrize(
+    ("noise", "shares"), [("per_image", [4, 4]), ("shared", [4, 2, 2]), ("shared", [2, 2, 2, 2, 0])]
+)
+def test_several_processes_sample_what_one_does(unit_config, noise, shares):
     settings = changed(unit_config, initial_noise=noise, micro_batch=2, window=WINDOWS["contiguous"])
     trainer = build(settings).trainer
     alone = by_image(rollout_of(trainer))
     parts = []
-    for rank in range(2):
+    for rank in range(len(shares)):
         mine = trainer.objective.micro_batches
-        mine.rank, mine.world_size = rank, 2
+        mine.rank, mine.world_size = rank, len(shares)
         parts.append(rollout_of(trainer))
-    assert [len(part.image_ids) for part in parts] == [4, 4]
+    assert [len(part.image_ids) for part in parts] == shares
     together = by_image(*parts)
     assert together.keys() == alone.keys() == set(range(8))
     for number in alone:
@@ -235,7 +237,7 @@ def test_an_order_of_yore_means_what_it_meant(unit_config):
 )
 def test_a_window_that_cannot_be_is_named(unit_config, window, expected):
     with pytest.raises(UserError) as error:
-        config.check(ten_steps(unit_config, **window), 1)
+        config.check(ten_steps(unit_config, **window))
     assert expected in str(error.value)
 
 
@@ -292,7 +294,7 @@ def test_the_kl_divides_by_the_steps_variance_or_as_flow_grpos_code(unit_config,
     window = {"order": "fixed", "steps": [0, 2]}
     settings = changed(unit_config, dynamics="flow_sde", likelihood="gaussian", eta=0.7, window=window)
     settings.update.kl_weight, settings.update.kl_variance = 0.3, variance
-    config.check(settings, 1)
+    config.check(settings)
     trainer = build(settings).trainer
     policy, guidance = trainer.policy, settings.rollout.guidance_scale
     with torch.no_grad():
@@ -327,4 +329,4 @@ def test_the_kl_divides_by_the_steps_variance_or_as_flow_grpos_code(unit_config,
 def test_a_kl_per_unit_of_time_needs_the_gaussian_likelihood(unit_config):
     unit_config.update.kl_variance = "unit_time"
     with pytest.raises(UserError, match=r"update\.kl_variance = 'unit_time' divides"):
-        config.check(unit_config, 1)
+        config.check(unit_config)

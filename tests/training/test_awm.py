@@ -178,7 +178,7 @@ def test_micro_batches_of_another_size_learn_the_same_and_a_resumed_run_goes_on(
 )
 def test_settings_that_it_cannot_follow_are_named(settings, changes, message):
     with pytest.raises(UserError, match=message):
-        config.check(change(settings, **changes), 1)
+        config.check(change(settings, **changes))
 
 
 def test_the_model_card_names_the_method(settings):

@@ -42,7 +42,7 @@ def teacher(unit_config, tmp_path):
 
 def pulled(unit_config, fast=True, **update):
     settings = change(changed(unit_config, **SDE), update={"kl_weight": 0.3, **update}, fast=fast)
-    config.check(settings, 1)
+    config.check(settings)
     trainer = build(settings).trainer
     moved(trainer, 5)
     return trainer
@@ -204,10 +204,10 @@ def test_a_teacher_of_another_shape_is_refused_before_the_model_is_loaded(unit_c
 )
 def test_a_kl_that_cannot_be_is_refused(unit_config, update, said):
     with pytest.raises(UserError, match=said):
-        config.check(change(unit_config, update=update), 1)
+        config.check(change(unit_config, update=update))
 
 
 def test_a_variance_that_velocities_do_not_have_is_refused(unit_config):
     settings = change(changed(unit_config, **SDE), update={"kl_space": "velocity", "kl_variance": "unit_time"})
     with pytest.raises(UserError, match=r"update\.kl_variance = 'unit_time' would not be looked at"):
-        config.check(settings, 1)
+        config.check(settings)

@@ -184,28 +184,31 @@ def test_a_run_that_would_train_nothing_is_recognised(change, reason, unit_confi
 def test_settings_that_leave_nothing_to_learn_or_measure_are_refused(change, expected, unit_config):
     changed = configuration.build(configuration.merge(unit_config.model_dump(), change), "test")
     with pytest.raises(UserError) as error:
-        configuration.check(changed, 1)
+        configuration.check(changed)
     assert expected in str(error.value)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 5, 7, 8, 24, 32, 48, 64, 256])
-def test_plan_recommends_nothing_that_training_refuses(processes, capsys):
-    """Where it refuses, its remedy is accepted."""
+@pytest.mark.parametrize(
+    ("processes", "busiest"), [(1, 0), (3, 256), (7, 112), (8, 96), (32, 24), (48, 16), (64, 12), (256, 3), (1024, 1)]
+)
+def test_plan_recommends_what_training_takes_and_says_how_it_is_shared(processes, busiest, capsys):
     arguments = ["--preset", "sd35m-dino-paper", "--processes", str(processes), "--gpu", "80"]
-    code = plan_command.main(arguments)
-    said = capsys.readouterr()
+    assert plan_command.main(arguments) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
     settings = configuration.load("sd35m-dino-paper")
-    assert code == (2 if processes in (5, 7, 256) else 0)  # 768 images in minibatches of 384
-    if code == 0:
-        line = said.out.splitlines()[-1]
-        settings.rollout.micro_batch = int(line.partition("rollout.micro_batch = ")[2].partition(",")[0])
-        assert ("divisibility decided, not memory" in line) == (settings.rollout.micro_batch < 8)
-    else:
-        assert code == 2
-        remedy = said.err.partition("rollout.prompts_per_iteration = ")[2]
-        settings.rollout.prompts_per_iteration = int(remedy.split(",")[0])
+    settings.rollout.micro_batch = int(line.partition("rollout.micro_batch = ")[2].partition(",")[0])
     settings.data.prompts = settings.data.references = "somewhere"
-    configuration.check(settings, processes)
+    configuration.check(settings)
+    assert ("speed decided, not memory" in line) == (settings.rollout.micro_batch < 8)
+    said = f"the busiest of {processes} processes computes {busiest} of 768 images"
+    assert (said in line) == (processes > 1)
+
+
+def test_plan_refuses_images_that_no_micro_batch_divides_with_a_remedy_that_training_takes(capsys):
+    odd = ["--rollout.group_size", "9", "--rollout.micro_batch", "9", "--rollout.prompts_per_iteration"]
+    assert plan_command.main(["--preset", "sd35m-dino-paper", "--gpu", "80", *odd, "47"]) == 2
+    remedy = capsys.readouterr().err.partition("rollout.prompts_per_iteration = ")[2].split(",")[0]
+    assert plan_command.main(["--preset", "sd35m-dino-paper", "--gpu", "80", *odd, remedy]) == 0
 
 
 SETTINGS = (
@@ -235,7 +238,7 @@ def refusal(arguments: list[str]) -> str:
     """What training would print before it loads anything."""
     try:
         settings, _ = parse(arguments)
-        configuration.check(settings, 1)
+        configuration.check(settings)
         preflight(settings)
     except UserError as error:
         return f"error: {error}\n"

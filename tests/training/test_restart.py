@@ -81,7 +81,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process_and_the_bits_are_the_same(o
     process = torchrun(own, *RESUME, fault="killed", restarts=1)
     shown, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, shown
-    assert "resumed" in shown
+    assert f"resumed {own.output_dir} at iteration 2\n" in shown, "the one under way is all that is lost"
     assert metrics(own.output_dir) == metrics(undisturbed)
     assert_same_tensors(own.output_dir, undisturbed, 3)
     files = [Path(each) / "lora" / "pytorch_lora_weights.safetensors" for each in (own.output_dir, undisturbed)]

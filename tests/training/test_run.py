@@ -205,12 +205,16 @@ def test_signals_save_and_exit_cleanly(unit_config, tmp_path, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["policy", "nft", "scouts"])
-def test_two_processes_give_the_losses_of_one(objective, unit_config, tmp_path):
+@pytest.mark.parametrize(
+    ("objective", "processes", "micro_batch"),
+    [("policy", 3, 2), ("nft", 2, 2), ("scouts", 3, 2), ("awm", 3, 8)],
+)
+def test_several_processes_give_the_losses_of_one(objective, processes, micro_batch, unit_config, tmp_path):
+    """Three have shares that differ, or, of one micro-batch of 8 to a minibatch, the third has nothing at all."""
     cheaper = objective == "scouts"
     unit_config.iterations, unit_config.update.objective = 3, "policy" if cheaper else objective
     unit_config.rollout.prompts_per_iteration = 4
-    unit_config.rollout.micro_batch = 2  # a group of four spans both processes
+    unit_config.rollout.micro_batch = micro_batch  # of 2: a group of four spans two processes
     unit_config.rollout.initial_noise, unit_config.rollout.window.order = "per_image", "contiguous"
     unit_config.adversary.patch_sampling, unit_config.adversary.reference_choice = "with_replacement", "in_turn"
     unit_config.update.ema_rule = "mini_batch"
@@ -219,12 +223,12 @@ def test_two_processes_give_the_losses_of_one(objective, unit_config, tmp_path):
         unit_config.rollout.scouts, unit_config.rollout.scout_tail_steps = 2, 1
         unit_config.update.informative_share, unit_config.update.skip_dead_groups = 0.5, True
     run(unit_config)
-    two = unit_config.model_copy(deep=True)
-    two.output_dir = str(tmp_path / "two")
-    done = forked(two, tmp_path, processes=2)
+    several = unit_config.model_copy(deep=True)
+    several.output_dir = str(tmp_path / "several")
+    done = forked(several, tmp_path, processes=processes)
     _, errors = done.communicate()
     assert done.returncode == 0, errors
-    alone, together = metrics(unit_config.output_dir), metrics(two.output_dir)
+    alone, together = metrics(unit_config.output_dir), metrics(several.output_dir)
     assert len(alone) == len(together) == 3
     for one, both in zip(alone, together):
         assert both.pop("flags") == one.pop("flags")
@@ -234,6 +238,11 @@ def test_two_processes_give_the_losses_of_one(objective, unit_config, tmp_path):
         assert len(counted) == 4
         rounding = 1e-5 if cheaper else 1e-6  # the loss is a mean of large advantages, which divide by a small spread
         assert both == pytest.approx(one, abs=rounding, rel=1e-5)
+    last = "checkpoints/iteration-000003/tensors.safetensors"
+    ours, theirs = (load_file(Path(each.output_dir) / last) for each in (several, unit_config))
+    for part, step in (("policy.", unit_config.update.learning_rate), ("head.", unit_config.adversary.learning_rate)):
+        for name in (name for name in theirs if name.startswith(part)):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0.01 * step)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
 from advgrpo.training.scoring import ReferenceScores, Scorer
 from advgrpo.types import MicroBatch, MicroBatchRollout, Rollout
+from tests.vision_models import write_clip
 
 
 def run(settings, *, resume=False) -> Run:
@@ -93,7 +94,7 @@ def test_every_section_fits_its_reward():
 )
 def test_rewards_that_cannot_work_are_named(unit_config, sections, message):
     with pytest.raises(UserError, match=message):
-        config.check(change(unit_config, **sections), 1)
+        config.check(change(unit_config, **sections))
 
 
 def test_an_unknown_metric_names_the_nearest(unit_config):
@@ -294,6 +295,32 @@ def test_an_iteration_trains_the_reward_if_it_is_fooled_and_else_the_generator(u
         after = [p for _, p in trainer.policy.trainable_parameters()]
         assert all(torch.equal(*pair) for pair in zip(weights, after)) == fooled
         assert all(torch.equal(head[name], t) for name, t in adversary.state_dict().items()) == (not fooled)
+
+
+LEARNED = {"none": {"kind": "none"}, "dino": {}, "pickscore": {"kind": "pickscore", "processor": None}}
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_process_without_images_has_columns_and_features_of_the_others_names_and_widths(unit_config, tmp_path, kind):
+    """What is gathered, and what the head's updates are made of, must not depend on who has images."""
+    backbone, clip = unit_config.adversary.backbone, write_clip(tmp_path / "clip")
+    learned = {**LEARNED[kind], **({"backbone": clip} if kind == "pickscore" else {})}
+    looks = {"backbone": backbone, "backbone_image_size": unit_config.adversary.image_size, "metrics": ["saturation"]}
+    rewards = {"rule": {"weight": 0.5}}
+    settings = change(unit_config, adversary=learned, rewards=rewards, evaluation=looks, data={"held_out_prompts": ""})
+    objective = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer.objective
+    scorer, some, none = objective.scorer, objective.rollout(objective.table(0), 0), Rollout([])
+    of_some, of_none = [], []
+    for rollout, found in ((some, of_some), (none, of_none)):
+        features = (None, None) if scorer.adversary is None else scorer._features(rollout, 0)
+        columns, embeddings = scorer._columns(rollout, *features, 0)
+        found += columns.described().items()
+        found += [("embeddings", embeddings)]
+        found += [(name, tensor) for side in features if side is not None for name, tensor in side.tensors.items()]
+    assert len(of_some) > 3
+    for (name, one), (same, other) in zip(of_some, of_none, strict=True):
+        assert (name, one.float().dtype, one.shape[1:], 0) == (same, other.dtype, other.shape[1:], len(other))
+    assert scorer.totals([], 0, 4).shape == (0,)
 
 
 @pytest.mark.parametrize("broken", ["adversary", "fixed"])

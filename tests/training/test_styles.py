@@ -128,7 +128,7 @@ def test_300_shared_images_go_through_the_adversary_once(unit_config, tmp_path, 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_styles_presets(style):
     settings = config.load(f"tiny-style-{style}")
-    config.check(settings, 1)
+    config.check(settings)
     assert settings.data.style == f"tiny:{style}"
     sources = Sources.read(settings)
     assert {len(sources.references.files(prompt)) for prompt in sources.prompts + sources.held_out} == {300}

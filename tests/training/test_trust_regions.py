@@ -27,7 +27,7 @@ def settings_of(unit_config, region="ratio", weights="uniform", **rollout):
     settings = changed(unit_config, micro_batch=2, **rollout)
     settings.update.minibatches, settings.update.learning_rate = 2, 1e-2
     settings.update.trust_region, settings.update.step_weights = region, weights
-    config.check(settings, 1)
+    config.check(settings)
     return settings
 
 
@@ -118,7 +118,7 @@ def test_a_step_of_ddim_has_no_length(unit_config):
     settings = changed(unit_config, dynamics="ddim")
     settings.update.step_weights = "inverse_length"
     with pytest.raises(UserError, match=r"update\.step_weights = 'inverse_length' divides by a step's length"):
-        config.check(settings, 1)
+        config.check(settings)
 
 
 @pytest.mark.parametrize("region", REGIONS[1:])
