@@ -18,6 +18,7 @@ from advgrpo.config.checks import (
     needs_references,
     noisy_steps,
     not_sharded,
+    unevenly_sharded,
     untrained,
 )
 from advgrpo.config.config import Config, build, dump, load
@@ -109,6 +110,7 @@ __all__ = [
     "section_names",
     "settings_help",
     "shown",
+    "unevenly_sharded",
     "untrained",
     "wanted",
 ]

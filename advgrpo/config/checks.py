@@ -369,6 +369,25 @@ def not_sharded(config: Config) -> str:
     return ""
 
 
+def unevenly_sharded(config: Config, processes: int, *, micro_batch: int | None = None) -> str:
+    """Why so many processes cannot hold the base in parts, as an error; "" where they can, or each holds it all.
+
+    Every forward is theirs together, so none may have more micro-batches of a minibatch than another.
+
+    Args:
+        micro_batch: instead of `rollout.micro_batch`.
+    """
+    shared = config.balance(processes, micro_batch=micro_batch)
+    if not config.model.is_sharded(processes) or shared.pieces % processes == 0:
+        return ""
+    return (
+        f"model.shard_base = 'blocks' has {processes} processes run every forward together, but the {shared.pieces} "
+        f"micro-batches of a minibatch ({shared.images} images each) are not shared evenly by them; set "
+        f"rollout.prompts_per_iteration or rollout.micro_batch so that they are a multiple of {processes}, take "
+        "another number of processes, or model.shard_base = none"
+    )
+
+
 def needs_references(config: Config) -> list[str]:
     """The settings that compare images with references."""
     itself = [f"update.objective = {config.update.objective}"] if config.objective.learns_from_references else []

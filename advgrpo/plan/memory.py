@@ -21,6 +21,7 @@ from advgrpo.config import (
     fits_micro_batches,
     nearest_prompts,
     not_sharded,
+    unevenly_sharded,
 )
 from advgrpo.errors import UserError
 from advgrpo.plan import known_models
@@ -110,8 +111,8 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
         processes: GPUs that share an iteration's images.
 
     Raises:
-        UserError: gpu_gb or processes not positive, images that no micro-batch divides, or a model whose architecture
-            is not known.
+        UserError: gpu_gb or processes not positive, images that no micro-batch divides, or none that the processes of
+            a base in parts share evenly, or a model whose architecture is not known.
     """
     if not (gpu_gb > 0 and math.isfinite(gpu_gb)) or processes < 1:
         raise UserError(f"GPU size {gpu_gb} GB, {processes} processes: want positive numbers")
@@ -119,6 +120,8 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     if not micro_batches(*cut):
         check_micro_batches(*cut)  # says which numbers of prompts would divide
     estimate = _Estimate(config, processes)
+    if not estimate.plans(gpu_gb):  # no micro-batch is shared evenly by so many processes
+        raise UserError(unevenly_sharded(config, processes))
     fitting = [p for p in estimate.plans(gpu_gb) if p.fits]
     if fitting:
         costs = {p: estimate.relative_time(p.knobs) for p in fitting}
@@ -230,6 +233,8 @@ class _Estimate:
         for micro in micro_batches(rollout, update.minibatches):
             if update.informative_share < 1 and (kept % micro or rollout.group_size % micro):
                 continue  # training/informative.py keeps the micro-batches' shape
+            if unevenly_sharded(self.config, self.processes, micro_batch=micro):
+                continue
             for checkpointing in (False, True):
                 yield Knobs(micro, checkpointing)
 
@@ -406,7 +411,7 @@ class _Estimate:
             )
 
 
-def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], None]]]:
+def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Config], None]]]:
     """Settings beyond the knobs that save memory, as (what to set, change), what costs least first."""
 
     def setting(name: str, value) -> tuple[str, Callable[[Config], None]]:
@@ -426,7 +431,11 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], None]]]:
     if fewer:
         yield setting("rollout.prompts_per_iteration", fewer[-1])
     blocks = config.model_copy(update={"model": model.model_copy(update={"shard_base": "blocks"})})
-    if processes > 1 and model.shard_base == "none" and not not_sharded(blocks):
+    if (
+        processes > 1
+        and model.shard_base == "none"
+        and not (not_sharded(blocks) or unevenly_sharded(blocks, processes))
+    ):
         yield setting("model.shard_base", "blocks")
     if model.dtype == "float32" and model.train == "lora":
         yield setting("model.dtype", "bfloat16")
@@ -442,7 +451,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Callable[[Config], None]]]:
 
 def _remedies(config: Config, gpu_gb: float, processes: int) -> Iterator[str]:
     """Every single change that makes it fit; else the shortest prefix of all changes that does; else what is needed."""
-    changes = list(_changes(config))
+    changes = list(_changes(config, processes))
     alone = [name for name, change in changes if _least(config, [change], processes) <= gpu_gb]
     if alone:
         yield from (f"set {name}" for name in alone)
@@ -507,7 +516,7 @@ def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
         steps.append(f"rollout.micro_batch = {smaller[-1]} instead of {rollout.micro_batch}")
     if not model.gradient_checkpointing:
         steps.append("model.gradient_checkpointing = true instead of false")
-    steps += [f"{name} instead of {_current(config, name)}" for name, _ in _changes(config)]
+    steps += [f"{name} instead of {_current(config, name)}" for name, _ in _changes(config, processes)]
     if not steps:
         steps = ["a GPU with more memory: every knob is at its smallest"]
     order = "; ".join(f"{number}. {step}" for number, step in enumerate(steps, 1))

@@ -118,6 +118,8 @@ class Run:
         """From settings to a trainer that stands where the run goes on."""
         config, distributed = self.config, self.distributed
         configuration.check(config)
+        if uneven := configuration.unevenly_sharded(config, distributed.world_size):
+            raise UserError(uneven)
         distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
         sources = Sources.read(config, check=partial(check_prompts, config))
         if distributed.is_main:

@@ -728,3 +728,20 @@ def test_cheaper_rollouts_are_planned_as_they_run(paper):
     by_name = {c.name: c.bytes for c in estimate.components(Knobs(4, False))}
     latents = 4 * 16 * 64 * 64
     assert by_name["window latents that are trained on"] == 96 // 4 * 2 * 2 * latents
+
+
+def test_processes_of_a_base_in_parts_share_evenly_or_are_refused(paper):
+    """Every forward is a collective: where one process had a micro-batch more, the others would not be there."""
+    paper.model.shard_base = "blocks"
+    assert configuration.unevenly_sharded(paper, 1) == ""
+    assert configuration.unevenly_sharded(paper, 8) == ""
+    refused = configuration.unevenly_sharded(paper, 7)
+    assert "7 processes run every forward together" in refused
+    assert "multiple of 7, take another number of processes, or model.shard_base = none" in refused
+    for processes in (32, 64):
+        micro = plan(paper, 141, processes=processes).knobs.micro_batch
+        assert configuration.unevenly_sharded(paper, processes, micro_batch=micro) == ""
+    with pytest.raises(UserError, match="5 processes run every forward together"):
+        plan(paper, 141, processes=5)
+    paper.model.shard_base = "none"
+    assert configuration.unevenly_sharded(paper, 7) == ""
