@@ -1,7 +1,7 @@
 """Do figures hold: `python -m bench.gate STEP.json`, or `python -m bench.gate OLD.json NEW.json`.
 
-One file is a result of `python -m bench.step --json` on a CPU: whole iterations of ours must be ahead of B1's and of
-B0's, with the same algorithm on both sides, by what `HELD` says. Judged is the lower end of the 95 % interval.
+One file is a result of `python -m bench.step --json` on a CPU: whole iterations of ours over B1's and over B0's, with
+the same algorithm on both sides, must not fall below what `HELD` says. Judged is the lower end of the 95 % interval.
 
 Two files are results of `python -m bench.kernels --json`. Gated are the ratios to the baselines timed in the same run,
 not microseconds, so a slower clock is no regression. A ratio has regressed when it fell by more than 5 % **and** its
@@ -67,6 +67,8 @@ def _verdict(before: dict, after: dict | None) -> dict[str, object]:
 
 def incomparable(old: dict, new: dict) -> str | None:
     """Why two results cannot be compared, or None."""
+    if not all("entries" in result for result in (old, new)):
+        return "they are not both of bench.kernels; a result of bench.step is judged alone"
     for key in ("device", "gpu"):
         before, after = (result["environment"].get(key) for result in (old, new))
         if before != after:

@@ -54,11 +54,16 @@ def same_micro_batch(c: Contenders, other: Baseline) -> tuple[MicroBatchRollout,
     return MicroBatchRollout(micro_batch, text, steps, trainer.policy.decode(latents)), latents, theirs
 
 
+def _largest(errors: list[float]) -> float:
+    """NaN where one of them is, which is no error that is allowed; Python's max may lose it."""
+    return torch.tensor(errors).max().item()
+
+
 def check_sampler(c: Contenders, other: Baseline, allowed: float) -> Check:
     ours, latents, theirs = same_micro_batch(c, other)
     errors = [_relative(latents, theirs.latents), _relative(ours.images, theirs.images)]
     errors += [_relative(a.next_latents, b.next_latents) for a, b in zip(ours.steps, theirs.steps)]
-    return Check(max(errors), allowed, "latents and images of one micro-batch")
+    return Check(_largest(errors), allowed, "latents and images of one micro-batch")
 
 
 def check_update(c: Contenders, other: Baseline, allowed: float) -> Check:
@@ -101,4 +106,4 @@ def check_adversary(c: Contenders, other: Baseline, allowed: float) -> Check:
     rewards = score_features(chosen["cls"], patches, every, adversary.head, **settings).reward
     errors = [_relative(ours["cls"], theirs.cls), _relative(ours["patches"], theirs.patches), _relative(*losses)]
     errors.append(_relative(rewards, other.rewards(Features(chosen["cls"], patches))))
-    return Check(max(errors), allowed, "features, rewards and head loss")
+    return Check(_largest(errors), allowed, "features, rewards and head loss")

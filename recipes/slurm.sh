@@ -18,6 +18,8 @@ set -euo pipefail
 folder=${FOLDER:-$PWD}
 read -r first <<<"$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 
+# Since 22.05 srun does not take it from the batch script by itself.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun --kill-on-bad-exit=1 torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 \
   --rdzv-backend c10d --rdzv-endpoint "$first:$((29500 + SLURM_JOB_ID % 1000))" \

@@ -22,7 +22,7 @@ from advgrpo.experiments.plan import Claim
 
 CONFIRMED, CONTRADICTED, UNDECIDED = "confirmed", "contradicted", "undecided"
 LEVEL = 0.05  # of the adjusted p-values
-MIN_SEEDS = 2  # a single training says nothing of the next one
+MIN_SEEDS = 3  # two that happen to be alike look like many: evaluation/frontier.py
 
 
 @dataclass(frozen=True)

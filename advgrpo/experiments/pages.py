@@ -139,8 +139,8 @@ def _legend() -> str:
     return (
         f"p is Holm's, over all {total} claims of the plan together; at most {LEVEL:g} is a verdict. Claims that were "
         f"not run, or with fewer than {MIN_SEEDS} seeds, are not tested and count all the same. *Undecided* means that "
-        "the resamples do not settle it, not that nothing happened. *Cost*: CPU time, images drawn and references "
-        "shown, in units of the other arm's."
+        "these seeds and prompts do not settle it, not that nothing happened. *Cost*: CPU time, images drawn and "
+        "references shown, in units of the other arm's."
     )
 
 

@@ -119,9 +119,9 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     cut = config.rollout, config.update.minibatches
     if not micro_batches(*cut):
         check_micro_batches(*cut)  # says which numbers of prompts would divide
+    if not _accepted(config, processes):
+        raise UserError(unevenly_sharded(config, processes, micro_batch=micro_batches(*cut)[-1]))
     estimate = _Estimate(config, processes)
-    if not estimate.plans(gpu_gb):  # no micro-batch is shared evenly by so many processes
-        raise UserError(unevenly_sharded(config, processes))
     fitting = [p for p in estimate.plans(gpu_gb) if p.fits]
     if fitting:
         costs = {p: estimate.relative_time(p.knobs) for p in fitting}
@@ -134,8 +134,16 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
 
 def plan_as_configured(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     """What the settings as they are would keep, chosen or not; arguments and errors as of `plan`."""
+    if uneven := unevenly_sharded(config, processes):
+        raise UserError(uneven)
     wanted = Knobs(config.rollout.micro_batch, config.model.gradient_checkpointing)
     return next(each for each in _Estimate(config, processes).plans(gpu_gb) if each.knobs == wanted)
+
+
+def _accepted(config: Config, processes: int) -> list[int]:
+    """Micro-batches up to the configured one that so many processes may train with, ascending."""
+    sizes = micro_batches(config.rollout, config.update.minibatches)
+    return [size for size in sizes if not unevenly_sharded(config, processes, micro_batch=size)]
 
 
 def _shared(chosen: MemoryPlan, estimate: _Estimate) -> str:
@@ -230,11 +238,9 @@ class _Estimate:
     def _knobs(self) -> Iterator[Knobs]:
         rollout, update = self.config.rollout, self.config.update
         kept = round(rollout.group_size * update.informative_share)
-        for micro in micro_batches(rollout, update.minibatches):
+        for micro in _accepted(self.config, self.processes):
             if update.informative_share < 1 and (kept % micro or rollout.group_size % micro):
                 continue  # training/informative.py keeps the micro-batches' shape
-            if unevenly_sharded(self.config, self.processes, micro_batch=micro):
-                continue
             for checkpointing in (False, True):
                 yield Knobs(micro, checkpointing)
 
@@ -418,18 +424,16 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         section, field = name.split(".")
         return f"{name} = {value}", lambda c: setattr(getattr(c, section), field, value)
 
-    adversary, model, rollout = config.adversary, config.model, config.rollout
+    adversary, model = config.adversary, config.model
     if model.base_precision == "fp8":
         yield setting("model.base_precision", "model")
-    if not config.fast and model.train == "lora":
+    if not config.fast and model.train == "lora" and model.shard_base == "none":
         yield "fast = true", lambda c: setattr(c, "fast", True)
     dino = adversary.kind == "dino" and config.learns_adversary
     if dino and adversary.cached_patches > adversary.num_patches:
         yield setting("adversary.cached_patches", adversary.num_patches)
-    cut, quarter = (rollout, config.update.minibatches), rollout.prompts_per_iteration // 4
-    fewer = [n for n in range(1, quarter + 1) if fits_micro_batches(*cut, prompts=n)]
-    if fewer:
-        yield setting("rollout.prompts_per_iteration", fewer[-1])
+    if fewer := _fewer_prompts(config, processes):
+        yield setting("rollout.prompts_per_iteration", fewer)
     blocks = config.model_copy(update={"model": model.model_copy(update={"shard_base": "blocks"})})
     if (
         processes > 1
@@ -449,6 +453,16 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         yield "model.train = lora", lambda c: setattr(c.model, "train", "lora")
 
 
+def _fewer_prompts(config: Config, processes: int) -> int:
+    """The largest number up to a quarter of `rollout.prompts_per_iteration` that training accepts; 0: there is none."""
+    rollout = config.rollout
+    for prompts in range(rollout.prompts_per_iteration // 4, 0, -1):
+        fewer = config.model_copy(update={"rollout": rollout.model_copy(update={"prompts_per_iteration": prompts})})
+        if fits_micro_batches(fewer.rollout, config.update.minibatches) and _accepted(fewer, processes):
+            return prompts
+    return 0
+
+
 def _remedies(config: Config, gpu_gb: float, processes: int) -> Iterator[str]:
     """Every single change that makes it fit; else the shortest prefix of all changes that does; else what is needed."""
     changes = list(_changes(config, processes))
@@ -456,20 +470,22 @@ def _remedies(config: Config, gpu_gb: float, processes: int) -> Iterator[str]:
     if alone:
         yield from (f"set {name}" for name in alone)
         return
-    for count in range(2, len(changes) + 1):
-        if _least(config, [change for _, change in changes[:count]], processes) <= gpu_gb:
+    least = math.inf
+    for count in range(len(changes) + 1):
+        peak = _least(config, [change for _, change in changes[:count]], processes)
+        if peak <= gpu_gb:
             yield "set " + ", ".join(name for name, _ in changes[:count])
             return
-    least = _least(config, [change for _, change in changes], processes)
+        least = min(least, peak)
     yield f"no setting makes it fit: {config.model.path} needs {least:.1f} GB; take a larger GPU or a smaller model"
 
 
 def _least(config: Config, changes: list[Callable[[Config], None]], processes: int) -> float:
-    """The smallest peak over all knobs with these changes, GB."""
+    """The smallest peak over all knobs with these changes, GB; infinite where they leave no micro-batch."""
     changed = config.model_copy(deep=True)
     for change in changes:
         change(changed)
-    return min(p.peak_gb for p in _Estimate(changed, processes).plans(math.inf))
+    return min((p.peak_gb for p in _Estimate(changed, processes).plans(math.inf)), default=math.inf)
 
 
 def table(plans: list[MemoryPlan]) -> Table:
@@ -510,8 +526,7 @@ def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
     """
     rollout, model = config.rollout, config.model
     steps = []
-    fitting = micro_batches(rollout, config.update.minibatches)
-    smaller = [micro for micro in fitting if micro < rollout.micro_batch]
+    smaller = [micro for micro in _accepted(config, processes) if micro < rollout.micro_batch]
     if smaller:
         steps.append(f"rollout.micro_batch = {smaller[-1]} instead of {rollout.micro_batch}")
     if not model.gradient_checkpointing:

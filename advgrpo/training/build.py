@@ -299,6 +299,23 @@ OBJECTIVES: dict[str, Callable[[Parts], Objective]] = {
 }
 
 
+def _sum_over(distributed: Distributed, config: Config) -> Callable[[list[torch.Tensor]], None]:
+    """Sums tensors over processes: at once, or where some have more to compute before it, when all have come so far.
+
+    A collective's own timeout is not made for waiting until another process has finished its micro-batches.
+    """
+    shared = config.balance(distributed.world_size)
+    if shared.pieces % distributed.world_size == 0 and not config.update.skip_dead_groups:
+        return distributed.all_reduce_sum
+
+    def meet_and_sum(tensors: list[torch.Tensor]) -> None:
+        with distributed.monitored("update"):
+            pass
+        distributed.all_reduce_sum(tensors)
+
+    return meet_and_sum
+
+
 def build_trainer(
     config: Config,
     policy: Policy,
@@ -323,7 +340,7 @@ def build_trainer(
         config.update,
         config.rollout,
         config.advantage,
-        reduce=distributed.all_reduce_sum,
+        reduce=_sum_over(distributed, config),
         fused=fast.fused_optimizer,
         graphs=graphs,
     )

@@ -49,7 +49,6 @@ FREE_TO_CHANGE = (
     "collective_timeout",
     "data.cache_dir",
     "data.decode_workers",
-    "model.shard_base",
     "update.graphs",
     "output",
     "evaluation.every",

@@ -164,6 +164,8 @@ def test_p_values_are_those_of_students_t():
     assert found.p_above(-1e9) == 1 / 2001
     certain = Resampled(0.2, 0.0, math.inf, 2000)
     assert (certain.p_above(0), certain.p_below(0)) == (1 / 2001, 1)
+    unknown = Resampled(math.nan, 0.1, 4.0, 2000)
+    assert (unknown.p_above(0), unknown.p_below(0)) == (1, 1)
 
 
 def test_resamples_without_pairs_of_prompts_do_not_count():

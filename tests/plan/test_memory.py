@@ -745,3 +745,20 @@ def test_processes_of_a_base_in_parts_share_evenly_or_are_refused(paper):
         plan(paper, 141, processes=5)
     paper.model.shard_base = "none"
     assert configuration.unevenly_sharded(paper, 7) == ""
+
+
+def test_what_is_advised_to_processes_of_a_base_in_parts_is_accepted(paper):
+    paper.model.shard_base, paper.update.minibatches, paper.fast = "blocks", 1, False
+    rollout = paper.rollout
+    rollout.prompts_per_iteration, rollout.group_size, rollout.micro_batch = 16, 3, 3  # 16 micro-batches
+    assert not any("prompts_per_iteration" in remedy for remedy in plan(paper, 8, processes=16).remedies)
+    rollout.prompts_per_iteration, rollout.group_size, rollout.micro_batch = 1, 12, 6
+    said = advice(RuntimeError("out of memory"), paper, processes=2)
+    assert "rollout.micro_batch = 3 instead of 6" in said  # 4 would be three pieces
+    assert "fast = true" not in said  # diffusers' forward it is
+    rollout.prompts_per_iteration, rollout.group_size, rollout.micro_batch = 3, 3, 4
+    with pytest.raises(UserError, match="2 processes run every forward together"):
+        plan(paper, 80, processes=2)
+    rollout.micro_batch = 3
+    with pytest.raises(UserError, match="5 processes run every forward together"):
+        plan_as_configured(paper, 80, processes=5)

@@ -34,7 +34,7 @@ STUBS = {  # what a program does beside noting its arguments
     "srun": 'shift; if [ -n "${LASTS:-}" ]; then echo $$ > "$NOTES.pid"; exec sleep 60; fi; exec "$@"',
     "ssh": 'bash -c "${@: -1}"',
 }
-SLURM = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_NNODES": "2"}
+SLURM = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "32"}
 SKYPILOT = {
     "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8",
     "SKYPILOT_TASK_ID": "sky-1",

@@ -86,10 +86,11 @@ def networks(base, folder) -> dict[str, dict[str, torch.Tensor]]:
 def runs(base, folder) -> dict[str, Path]:
     """Folders of runs of one process that has all of the base."""
     for name, changes in RUNS.items():
-        whole = changed(base[name], folder, f"{name}-1", **changes)
+        whole = changed(base[name], folder, f"{name}-1", **{**changes, "model": {"shard_base": "blocks"}})
         sharding_worker.train(whole, Distributed.start("cpu"))
         for other in (f"{name}-2", f"{name}-1-to-2", f"{name}-2-to-1"):
-            changed(whole, folder, other, model={"shard_base": "blocks"})
+            changed(whole, folder, other)
+        changed(whole, folder, f"{name}-2", data={**whole.data.model_dump(), "cache_dir": str(folder / "empty")})
     return {name: folder / f"{name}-1" for name in RUNS}
 
 
