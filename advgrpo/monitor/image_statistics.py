@@ -111,14 +111,15 @@ def measure(
         embeddings: [B, D] their DINO class tokens, in the rollout's order, if there is a DINO.
         of_references: (prompt, height and width) -> `reference_statistics` of it, if the run has references.
     """
-    nothing = torch.zeros(0, len(IMAGE_STATISTICS), device=distributed.device)
-    columns = torch.cat([nothing, *(_columns(micro_batch.images) for micro_batch in rollout.micro_batches)])
+    none = 0, len(IMAGE_STATISTICS)
+    seen = [_columns(micro_batch.images) for micro_batch in rollout.micro_batches]
+    columns = torch.cat([torch.zeros(*none, device=distributed.device), *seen])
     if of_references is not None:
         sizes = {
             prompt: each.images.shape[-2:] for each in rollout.micro_batches for prompt in each.micro_batch.prompts
         }
         by_prompt = {prompt: of_references(prompt, tuple(size)) for prompt, size in sizes.items()}
-        own = torch.cat([nothing.cpu(), *(by_prompt[prompt][None] for prompt in rollout.prompts)])
+        own = torch.cat([torch.zeros(*none), *(by_prompt[prompt][None] for prompt in rollout.prompts)])
         columns = torch.cat([columns, to_device(own, columns.device)], dim=1)
     order = distributed.all_gather(to_device(rollout.image_ids, columns.device)).argsort()
     means = distributed.all_gather(columns)[order].double().mean(0).tolist()

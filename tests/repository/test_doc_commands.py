@@ -296,7 +296,7 @@ def test_settings_that_the_documents_name_exist():
         "python -m advgrpo.train --preset tiny --rollout.groupsize 8",
         "python -m advgrpo.train --preset sd35m-dino-papers",
         "python -m advgrpo.train --rollout.group-size 1",
-        "torchrun --nproc-per-node=7 -m advgrpo.train --preset sd35m-dino-paper",
+        "torchrun --nproc-per-node=7 -m advgrpo.train --preset sd35m-dino-paper --rollout.micro-batch 5",
         "python -m advgrpo.generate --prompt star --image-per-prompt 4",
         "python -m advgrpo.experiments run hackings",
         "python -m advgrpo.nothing",

@@ -129,7 +129,7 @@ def test_pods_run_what_torchrun_and_the_trainer_take_on_a_folder_that_they_share
     assert program == "torchrun"
     check_training([*arguments, *container["args"]])
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounted == {"work": "/work", "shm": "/dev/shm"}
+    assert mounted == {"work": "/volume", "shm": "/dev/shm"}
     assert mounted.keys() == {volume["name"] for volume in pod["volumes"]}
     assert pod["terminationGracePeriodSeconds"] > 30, "torchrun's own patience"
 
@@ -137,8 +137,8 @@ def test_pods_run_what_torchrun_and_the_trainer_take_on_a_folder_that_they_share
 def test_skypilot_mounts_what_the_run_reads_and_writes():
     task = yaml.safe_load((RECIPES / "skypilot.yaml").read_text())
     assert task["num_nodes"] > 1
-    assert list(task["volumes"]) == ["/work"]
-    assert "/work/runs" in task["run"]
+    assert list(task["volumes"]) == ["/volume"]
+    assert "/volume/runs" in task["run"]
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")

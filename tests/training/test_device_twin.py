@@ -133,10 +133,10 @@ def place_on(device: torch.device) -> Distributed:
 def run_on(config, device: torch.device, monkeypatch):
     """A run; models are loaded outside the twin, because loaders use the meta device themselves."""
 
-    def load(self, kind, part, dtype):
+    def load(self, kind, part, dtype, device=None):
         with _disable_current_modes():
             module = kind.from_pretrained(self.folder, subfolder=part, dtype=dtype)
-        return module.to(self.device).requires_grad_(False).eval()
+        return module.to(device or self.device).requires_grad_(False).eval()
 
     monkeypatch.setattr(DiffusersPolicy, "_load", load)
     monkeypatch.setattr(ReferenceFeatures, "prefetch", lambda self, prompts: None)  # a thread leaves the twin
