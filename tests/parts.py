@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -17,6 +18,11 @@ from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.graphs import GraphBackend
 from advgrpo.sampling.dynamics import window_steps
 from advgrpo.training.update import Updater
+
+
+def some_weekly(values: Iterable[str], weekly: Collection[str]) -> list:
+    """For parametrize: all of the values, of which `make test` runs those of `weekly` and CI does not."""
+    return [pytest.param(value, marks=[pytest.mark.weekly] * (value in weekly)) for value in values]
 
 
 def updater_of(policy: Policy, settings: Config, graphs: GraphBackend | None = None) -> Updater:

@@ -378,7 +378,7 @@ def unevenly_sharded(config: Config, processes: int, *, micro_batch: int | None 
         micro_batch: instead of `rollout.micro_batch`.
     """
     shared = config.balance(processes, micro_batch=micro_batch)
-    if not config.model.is_sharded(processes) or shared.pieces % processes == 0:
+    if not config.model.is_sharded(processes) or shared.even:
         return ""
     return (
         f"model.shard_base = 'blocks' has {processes} processes run every forward together, but the {shared.pieces} "

@@ -154,11 +154,11 @@ class Resamples:
         return cls(_counts(resamples, prompts, prompts, generator), _counts(resamples, seeds, drawn_seeds, generator))
 
     def of(self, statistic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Resampled:
-        """`statistic` is [B] of prompts [B, P] and seeds [B, S]."""
+        """`statistic` is [B] of prompts [B or 1, P] and seeds [B, S]."""
         (resamples, prompts), seeds = self.prompts.shape, self.seeds.shape[1]
         every = torch.ones(1, prompts).double(), torch.ones(1, seeds).double()
         both = _variance(statistic(self.prompts, self.seeds))
-        of_seeds = min(both, _variance(statistic(every[0].expand_as(self.prompts), self.seeds)))
+        of_seeds = min(both, _variance(statistic(every[0], self.seeds)))
         freedom = _freedom([(of_seeds, seeds), (both - of_seeds, prompts)])
         return Resampled(statistic(*every).item(), math.sqrt(both), freedom, resamples)
 

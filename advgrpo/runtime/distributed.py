@@ -38,7 +38,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -154,26 +154,18 @@ class Distributed:
                 raise ValueError(f"all_reduce_sum adds in float32; tensors[{i}] is {tensor.dtype}")
         if self.world_size == 1 or not tensors:
             return
-        with torch.no_grad(), self._collective("all_reduce_sum"):
+        with torch.no_grad(), self.collective("all_reduce_sum"):
             flat = torch.cat([tensor.reshape(-1).to(self.device, torch.float32) for tensor in tensors])
             dist.all_reduce(flat)
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part.view(tensor.shape))
-
-    def collective(self, what: str) -> AbstractContextManager[None]:
-        """Around a collective of another library, called by all ranks in the same order: it fails as ours do.
-
-        Raises:
-            CollectiveError, StopRequested: as of this class's own.
-        """
-        return self._collective(what)
 
     def patient_group(self) -> dist.ProcessGroup:
         """All ranks of a job of several, for collectives in work that takes ranks different times (`monitored`).
 
         They wait for `SLOW_SECONDS`; who hangs is noticed by the watches before that.
         """
-        with self._collective("forming a group"):
+        with self.collective("forming a group"):
             return dist.new_group(timeout=timedelta(seconds=SLOW_SECONDS))
 
     def gather_json(self, value: Any) -> list[Any]:
@@ -332,7 +324,7 @@ class Distributed:
 
     def _gather_rows(self, payload: Tensor, row_bytes: int, signature: str) -> list[Tensor]:
         """uint8 [n, row_bytes] of every rank, n differing; `signature` must not differ."""
-        with self._collective("all_gather"):
+        with self.collective("all_gather"):
             digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
             header = torch.tensor([[payload.shape[0], digest]], device=self.device)
             counts, digests = self._gather_equal(header).cpu().unbind(dim=1)
@@ -354,7 +346,12 @@ class Distributed:
         return gathered
 
     @contextmanager
-    def _collective(self, name: str) -> Iterator[None]:
+    def collective(self, name: str) -> Iterator[None]:
+        """Around a collective, this class's own or another library's, called by all ranks in the same order.
+
+        Raises:
+            CollectiveError, StopRequested: in place of what a process group raises.
+        """
         watched = self._watch
         if watched.failure is not None:
             raise watched.failure.as_exception()
@@ -370,7 +367,7 @@ class Distributed:
 
     def _meet(self, what: str) -> None:
         """A barrier through the store, without the process group's timeout; ends when no missing rank moves on."""
-        with self._collective(f"meeting {what!r}"):
+        with self.collective(f"meeting {what!r}"):
             place = self._watch.note.place
             key = f"meeting/{place}"
             theirs = self._store.compare_set(f"{key}/what", "", what).decode()

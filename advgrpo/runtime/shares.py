@@ -35,6 +35,11 @@ class Balance:
         return self.pieces * self.rounds
 
     @property
+    def even(self) -> bool:
+        """Whether no process has more pieces of a round than another."""
+        return self.pieces % self.processes == 0
+
+    @property
     def most(self) -> int:
         """Pieces of the busiest process in all rounds together, as where nobody waits between them."""
         return -(-self.total // self.processes)

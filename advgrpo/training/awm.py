@@ -182,16 +182,14 @@ class AdvantageWeightedMatching(ForwardProcess):
             prompts = self.prepared(rollout, table)
             own = advantages[to_device(ids, advantages.device)]
             levels = self.noised(rollout, iteration)
-            watched = watch_kl and int(ids[0]) == 0
-            joins = watch_kl and self.together and place == 0  # another process measures, and does not run it alone
-            pulled = levels if self.kl_weight else levels[: int(watched or joins)]
+            pulled, counts = self.levels_of_kl(levels, ids, watch_kl=watch_kl, first=place == 0)
             targets = self.without_gradient(self.updater.kl_target(), pulled, prompts)
             for number, level in enumerate(levels):
                 velocity = self.policy.predict(level.noisy, level.step, prompts)[0].float()
                 log_prob = self._log_prob(velocity, level)
                 before = log_prob.detach() if old is None else old[number]
                 losses, ratio = awm_loss(log_prob, before, own, clip_range=self.clip_range)
-                if number < len(targets) and (self.kl_weight or watched):
+                if counts and number < len(targets):
                     kl = (velocity - targets[number]).square().mean((1, 2, 3))
                     losses = losses + self.kl_weight * kl
                     sums[3] += kl.detach().double().sum()

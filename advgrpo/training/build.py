@@ -304,8 +304,7 @@ def _sum_over(distributed: Distributed, config: Config) -> Callable[[list[torch.
 
     A collective's own timeout is not made for waiting until another process has finished its micro-batches.
     """
-    shared = config.balance(distributed.world_size)
-    if shared.pieces % distributed.world_size == 0 and not config.update.skip_dead_groups:
+    if config.balance(distributed.world_size).even and not config.update.skip_dead_groups:
         return distributed.all_reduce_sum
 
     def meet_and_sum(tensors: list[torch.Tensor]) -> None:

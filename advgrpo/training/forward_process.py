@@ -41,6 +41,7 @@ class ForwardProcess(RewardedObjective):
 
     keeps_clean_latents: ClassVar[bool] = True
     draws: ClassVar[str]  # what its random draws are keyed by, beside the seed and the iteration
+    kl_weight: float  # `update.kl_weight`
 
     @property
     @abstractmethod
@@ -95,6 +96,19 @@ class ForwardProcess(RewardedObjective):
         norms = everywhere[0, :, -1]
         self.updater.check(0.0, norms.tolist(), iteration)
         return everywhere[..., :-1].sum((0, 1)).tolist(), norms.mean().item()
+
+    def levels_of_kl(
+        self, levels: list[Level], image_ids: torch.Tensor, *, watch_kl: bool, first: bool
+    ) -> tuple[list[Level], bool]:
+        """At which levels of a micro-batch the policy that the KL is to runs, and whether the KL there counts.
+
+        All where the loss has it. Else the first one, of image 0's micro-batch where it is watched, and uncounted of
+        every process's `first` micro-batch where all run each forward together.
+        """
+        if self.kl_weight:
+            return levels, True
+        watched = watch_kl and int(image_ids[0]) == 0
+        return levels[: int(watched or (watch_kl and self.together and first))], watched
 
     @torch.no_grad()
     def without_gradient(

@@ -192,9 +192,7 @@ class NegativeAwareFineTuning(ForwardProcess):
             rates = optimality[to_device(ids, optimality.device)]
             levels = self.noised(rollout, iteration)
             old = self.without_gradient(self.old.swap(), levels, prompts)
-            watched = watch_kl and int(ids[0]) == 0
-            joins = watch_kl and self.together and place == 0  # another process measures, and does not run it alone
-            based = levels if self.kl_weight else levels[: int(watched or joins)]
+            based, counts = self.levels_of_kl(levels, ids, watch_kl=watch_kl, first=place == 0)
             base = self.without_gradient(self.policy.disable_adapter(), based, prompts)
             for number, level in enumerate(levels):
                 velocity = self.policy.predict(level.noisy, level.step, prompts)[0].float()
@@ -207,7 +205,7 @@ class NegativeAwareFineTuning(ForwardProcess):
                     beta=self.section.beta,
                     scale=self.advantage.clip,
                 )
-                if number < len(base) and (self.kl_weight or watched):
+                if counts and number < len(base):
                     from_base = (velocity - base[number]).square().mean((1, 2, 3))
                     losses = losses + self.kl_weight * from_base
                     sums[2] += from_base.detach().double().sum()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import golden_runs
+from tests.parts import some_weekly
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +21,7 @@ def folder(tmp_path_factory):
 WEEKLY = {"adv-pickscore", "awm", "mixed", "nft", "style"}  # an objective or a reward that a run beside them has too
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.weekly] * (name in WEEKLY)) for name in sorted(golden_runs.RUNS)]
-)
+@pytest.mark.parametrize("name", some_weekly(sorted(golden_runs.RUNS), WEEKLY))
 def test_a_run_repeats_its_committed_numbers(name, folder):
     expected = json.loads((golden_runs.FOLDER / f"{name}.json").read_text())
     threads = torch.get_num_threads()

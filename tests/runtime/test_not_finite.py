@@ -18,6 +18,7 @@ from advgrpo.runtime.distributed import Distributed
 from advgrpo.train import main
 from advgrpo.training.run import Run
 from advgrpo.training.trainer import Trainer
+from tests.parts import some_weekly
 
 
 @pytest.fixture
@@ -58,9 +59,7 @@ def whole(settings, iteration: int) -> bool:
     return not_finite(*load_checkpoint(found[0])) is None
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=[pytest.mark.weekly] * (what in WEEKLY)) for what in SPOILED]
-)
+@pytest.mark.parametrize("what", some_weekly(SPOILED, WEEKLY))
 def test_it_is_named_and_the_checkpoint_from_before_can_be_continued(what, settings, monkeypatch):
     """In the last iteration, where the run would end with exit code 0."""
     plant, name = SPOILED[what]

@@ -26,6 +26,7 @@ from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
 from bench import contenders
 from tests.device_twin import DEVICE, DeviceTwin, MixedDevices
+from tests.parts import some_weekly
 from tests.vision_models import write_clip, write_siglip
 
 # What the host reads of an iteration. All of it lies between the phases or at their end: sampler, update and head
@@ -174,9 +175,7 @@ def test_an_iteration_is_the_cpus_and_waits_only_where_it_says(unit_config, monk
     assert places(waits, "read") == READS
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.weekly] * (name in WEEKLY)) for name in CONFIGURATIONS]
-)
+@pytest.mark.parametrize("name", some_weekly(CONFIGURATIONS, WEEKLY))
 def test_other_configurations_wait_nowhere_else(name, unit_config, monkeypatch, tmp_path):
     unit_config.model.attention = "math"
     made = configuration.merge(unit_config.model_dump(), CONFIGURATIONS[name])
