@@ -58,6 +58,7 @@ def check(config: Config, *, with_data: bool = True) -> None:
         raise UserError(reason)
     _check_names(config)
     _check_rewards(config)
+    _check_pools(config)
     check_learning(config)
     _check_metrics(config)
     _check_best(config)
@@ -449,6 +450,33 @@ def _check_names(config: Config) -> None:
                     f"{owner}.weight = 0, {owner}.gate = None, and evaluation.metrics does not name {section.name}: "
                     "the reward would do nothing; give it a weight, or leave it out"
                 )
+
+
+def _check_pools(config: Config) -> None:
+    """Every pool is of one reward that is used and needs no references, and its devices are those of its kind."""
+    seen: dict[str, str] = {}
+    for number, pool in enumerate(config.rewards.pools):
+        owner = f"rewards.pools[{number}]"
+        where = f"{owner}.reward = {pool.reward!r}"
+        if pool.reward in seen:
+            raise UserError(f"{where} has workers in {seen[pool.reward]} already: leave one out")
+        seen[pool.reward] = owner
+        if pool.reward in NEED_REFERENCES:
+            raise UserError(f"{where} compares with the references, which workers do not have: leave the pool out")
+        if pool.reward not in config.used_rewards:
+            known = ", ".join(name for name in config.used_rewards if name not in NEED_REFERENCES) or "none"
+            raise UserError(f"{where} is no fixed reward in use; those that can have workers: {known}")
+        if pool.kind == "processes" and pool.gpus:
+            raise UserError(f"{owner}.gpus = {pool.gpus:g} is what Ray reserves: want kind ray, or device cuda:N")
+        ray = pool.kind == "ray"
+        if not re.fullmatch("cpu|cuda" if ray else "cpu|cuda:[0-9]{1,3}", pool.device):
+            want = "cpu, or cuda, of which Ray chooses one" if ray else "cpu or cuda:N"
+            raise UserError(f"{owner}.device = {pool.device!r} with kind = {pool.kind}: want {want}")
+        if ray and (pool.device == "cuda") != (pool.gpus > 0):
+            raise UserError(
+                f"{owner}.device = {pool.device!r} with gpus = {pool.gpus:g}: Ray gives a worker the GPUs that it asks "
+                "for; want cpu and gpus 0, or cuda and gpus above 0"
+            )
 
 
 def _check_data(config: Config) -> None:

@@ -649,6 +649,27 @@ class CustomReward(_Imported):
     """Keyword arguments of the class, or of the function at every call."""
 
 
+class PoolSection(Section):
+    """Workers of one reward, which score while the next images are drawn."""
+
+    reward: Annotated[str, Field(min_length=1)]
+    """Whose: pickscore, ocr, ..., or a name of rewards.custom or rewards.remotes; none that looks at references."""
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """How many, of each process of the run."""
+    kind: Literal["processes", "ray"] = "processes"
+    """Processes of this machine, or actors of the Ray cluster that RAY_ADDRESS names."""
+    device: str = "cpu"
+    """Where their models are: cpu, or cuda:3; with Ray cpu or cuda, and Ray chooses which."""
+    gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
+    """GPUs that Ray reserves for each; a part of one if below 1."""
+    batch_size: Batch = 16
+    """Images that a worker gets at once."""
+    queue: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Batches that wait, per worker; where there are more, drawing waits."""
+    timeout: Annotated[float, Field(ge=0.1, le=86400)] = 600.0
+    """Seconds for a batch; a worker that takes longer is ended and replaced, and the batch is scored again."""
+
+
 @dataclass(frozen=True)
 class RewardEntry:
     """One reward of the settings."""
@@ -677,6 +698,9 @@ class RewardsSection(Section):
     custom: tuple[CustomReward, ...] = ()
     """Rewards of your own: a list of {name, import, weight, options, ...}; on the command line as JSON,
     --rewards.custom '[{"name": "red", "import": "my_reward.py:redness", "weight": 1}]' (docs/rewards.md)."""
+    pools: tuple[PoolSection, ...] = ()
+    """Workers for slow rewards: a list of {reward, workers, device, ...}; on the command line as JSON,
+    --rewards.pools '[{"reward": "ocr", "workers": 4}]' (docs/rewards.md)."""
 
     def entries(self) -> dict[str, RewardEntry]:
         """Every reward by name; `check` has seen to it that no two have the same."""
@@ -684,7 +708,7 @@ class RewardsSection(Section):
         found = {
             name: RewardEntry(name, f"rewards.{name}", getattr(self, name))
             for name in type(self).model_fields
-            if name not in lists
+            if name not in (*lists, "pools")
         }
         for field, kind in lists.items():
             for number, section in enumerate(getattr(self, field)):
@@ -694,6 +718,10 @@ class RewardsSection(Section):
     def sections(self) -> dict[str, RewardSection]:
         """Every reward's section by name."""
         return {name: entry.section for name, entry in self.entries().items()}
+
+    def pool(self, name: str) -> PoolSection | None:
+        """The workers of a reward; None where it is scored by the run's own processes."""
+        return next((pool for pool in self.pools if pool.reward == name), None)
 
     def fixed(self) -> dict[str, RewardSection]:
         """Those in use that do not learn."""

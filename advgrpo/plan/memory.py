@@ -186,7 +186,7 @@ class _Estimate:
         self.dino = learned == "dino"
         other = [] if learned in ("dino", "none") else [f"adversary.kind = {learned}"]
         entries = config.rewards.entries()
-        fixed = [entries[name].owner for name in config.fixed_rewards]
+        fixed = [entries[name].owner for name in config.fixed_rewards if config.rewards.pool(name) is None]
         observer = ["evaluation.backbone"] if config.evaluation.backbone else []
         encoder = ["the VAE's encoder"] if config.objective.learns_from_references else []
         self.uncounted = (*other, *fixed, *observer, *encoder)

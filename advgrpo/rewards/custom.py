@@ -23,7 +23,7 @@ is better: a list, a numpy array [B] or a tensor [B]; True and False count 1 and
 with `**metadata`, a prompt that lacks a key that others have gives None.
 
 What a file imports must be installed, or lie where the run is started. Everything that can be known of a reward is
-checked before any other model is loaded, with a trial on two images of noise; see `CustomReward.try_out`.
+checked before any other model is loaded, with a trial on two images of noise; see `try_out`.
 """
 
 from __future__ import annotations
@@ -138,23 +138,8 @@ class CustomReward(Reward):
     def try_out(
         self, prompts: list[str], references: ReferenceSet | None, size: int, device: torch.device | str = "cpu"
     ) -> None:
-        """`check_prompts`, and two images of noise scored as the run will, before anything depends on it.
-
-        Args:
-            size: side of the run's images in pixels.
-            device: where they will be.
-
-        Raises:
-            UserError: naming the import: another number of scores than images, no numbers, one that is not finite, or
-                whatever the reward raises.
-        """
-        self.check_prompts(prompts)
-        tried = prompts[:2]
-        noise = torch.rand(len(tried), 3, size, size, generator=torch.Generator().manual_seed(0))
-        try:
-            self.score(noise.to(device), tried, references)
-        except (RunFailure, FloatingPointError) as error:
-            raise UserError(f"{self._where}: tried on {len(tried)} images of noise: {error}") from error
+        """See `try_out`."""
+        try_out(self, self._where, prompts, references, size, device)
 
     def score(self, images: torch.Tensor, prompts: list[str], references: ReferenceSet | None = None) -> torch.Tensor:
         """[B] float32 on the device of `images`.
@@ -286,6 +271,34 @@ class _Takes:
             any_keyword=any(each.kind is each.VAR_KEYWORD for each in every),
             short=len(taken) < first and not any(each.kind is each.VAR_POSITIONAL for each in every),
         )
+
+
+def try_out(
+    reward: Reward,
+    where: str,
+    prompts: list[str],
+    references: ReferenceSet | None,
+    size: int,
+    device: torch.device | str = "cpu",
+) -> None:
+    """The reward's `check_prompts`, and two images of noise scored as the run will, before anything depends on it.
+
+    Args:
+        where: how errors call it: "rewards.custom[0].import = ...".
+        size: side of the run's images in pixels.
+        device: where they will be.
+
+    Raises:
+        UserError: naming `where`: another number of scores than images, no numbers, one that is not finite, or whatever
+            the reward raises.
+    """
+    reward.check_prompts(prompts)
+    tried = prompts[:2]
+    noise = torch.rand(len(tried), 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        reward.score(noise.to(device), tried, references)
+    except (RunFailure, FloatingPointError) as error:
+        raise UserError(f"{where}: tried on {len(tried)} images of noise: {error}") from error
 
 
 def load_object(source: str, owner: str) -> Any:

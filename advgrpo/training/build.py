@@ -10,7 +10,8 @@ import torch
 
 from advgrpo.adversary.base import Adversary
 from advgrpo.adversary.reference_features import ReferenceFeatures
-from advgrpo.config import NEED_REFERENCES, Config
+from advgrpo.config import NEED_REFERENCES, Config, RewardEntry
+from advgrpo.config import CustomReward as CustomRewardSection
 from advgrpo.data.decoding import DecodingWorkers, workers_for
 from advgrpo.data.references import ReferenceSet
 from advgrpo.data.sources import Sources
@@ -22,8 +23,10 @@ from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_class
 from advgrpo.reporting.display import Display
 from advgrpo.rewards import build_reward, prompt_options, reward_class
 from advgrpo.rewards.base import Reward
-from advgrpo.rewards.custom import CustomReward
+from advgrpo.rewards.custom import try_out
 from advgrpo.rewards.dino_similarity import DinoSimilarity
+from advgrpo.rewards.pool.recipe import Recipe
+from advgrpo.rewards.pool.reward import PooledReward
 from advgrpo.rewards.retrieval import judge_metrics
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.graphs import GraphBackend
@@ -54,7 +57,7 @@ def check_prompts(config: Config, sources: Sources) -> None:
     for name, entry in config.rewards.entries().items():
         trained = sources.prompts if name in config.fixed_rewards else []
         read = [*trained, *(sources.held_out if name in measured else [])]
-        if entry.kind in ("adversary", "custom") or not read:  # custom ones are tried out (build_custom_rewards)
+        if entry.kind in ("adversary", "custom") or not read:  # custom ones are tried out (build_early_rewards)
             continue
         if reward_class(entry.kind).check_prompts is Reward.check_prompts:
             continue
@@ -127,62 +130,68 @@ def check_cache_is_shared(policy: DiffusersPolicy, sources: Sources, distributed
         )
 
 
-def build_custom_rewards(config: Config, sources: Sources, distributed: Distributed) -> dict[str, Reward]:
-    """The rewards of section rewards.custom that are used, built and tried out; call it before other models are loaded.
+def build_early_rewards(config: Config, sources: Sources, distributed: Distributed) -> dict[str, Reward]:
+    """Rewards in use that are built before other models are loaded, and once for training and evaluation: those of
+    section rewards.custom, which are tried out, and those with workers, which start.
 
     Raises:
-        UserError: see `CustomReward`.
+        UserError: see `CustomReward`, `custom.try_out` and `PooledReward`.
     """
     found: dict[str, Reward] = {}
     entries = config.rewards.entries()
     for name in config.used_rewards:
-        if entries[name].kind != "custom":
+        is_custom, pool = entries[name].kind == "custom", config.rewards.pool(name)
+        if not (is_custom or pool):
             continue
         distributed.progress(f"load reward {name}", within_seconds=SLOW_SECONDS)
-        section = entries[name].section
-        reward = CustomReward(
-            getattr(section, "import"),
-            name=name,
-            options=section.options,
-            owner=entries[name].owner,
-            metadata=sources.metadata,
-            device=distributed.device,
-            dtype=getattr(torch, config.adversary.dtype),
-        )
-        reward.progress = distributed.step
-        distributed.progress(f"try out reward {name}", within_seconds=SLOW_SECONDS)
-        trained = sources.prompts if name in config.fixed_rewards else []
-        measured = sources.held_out if name in config.evaluation.metrics else []
-        reward.try_out([*trained, *measured], sources.references, config.model.resolution, distributed.device)
-        found[name] = reward
+        recipe = _recipe(entries[name], pool.device if pool else str(distributed.device), config, sources)
+        found[name] = reward = PooledReward(recipe, pool, distributed.step) if pool else _told(recipe, distributed)
+        if is_custom:
+            distributed.progress(f"try out reward {name}", within_seconds=SLOW_SECONDS)
+            trained = sources.prompts if name in config.fixed_rewards else []
+            measured = sources.held_out if name in config.evaluation.metrics else []
+            references = None if pool else sources.references
+            where, size = f"{recipe.owner}.import = {recipe.source!r}", config.model.resolution
+            try_out(reward, where, [*trained, *measured], references, size, distributed.device)
     return found
 
 
+def _recipe(entry: RewardEntry, device: str, config: Config, sources: Sources) -> Recipe:
+    """A reward of the settings, with what the prompt file adds to its options."""
+    section, dtype = entry.section, config.adversary.dtype
+    if isinstance(section, CustomRewardSection):
+        name, source = section.name, getattr(section, "import")
+        return Recipe(entry.kind, name, entry.owner, device, dtype, section.options, source, sources.metadata)
+    options = {**section.arguments(), **prompt_options(entry.kind, sources.metadata)}
+    return Recipe(entry.kind, options.get("name", entry.kind), entry.owner, device, dtype, options)
+
+
+def _told(recipe: Recipe, distributed: Distributed) -> Reward:
+    """The reward, which says what it begins where that takes long or waits for others: it is not stuck meanwhile."""
+    reward = recipe.build()
+    if hasattr(reward, "progress"):
+        reward.progress = distributed.step
+    return reward
+
+
 def build_rewards(
-    config: Config, sources: Sources, distributed: Distributed, custom: Mapping[str, Reward] | None = None
+    config: Config, sources: Sources, distributed: Distributed, early: Mapping[str, Reward] | None = None
 ) -> dict[str, Reward]:
     """The fixed rewards that the generator is trained on.
 
     Args:
-        custom: those of `build_custom_rewards`; built here where not given.
+        early: those of `build_early_rewards`; built here where not given.
     """
-    custom = build_custom_rewards(config, sources, distributed) if custom is None else custom
-    return {name: _build_reward(name, config, sources, distributed, custom) for name in config.fixed_rewards}
+    early = build_early_rewards(config, sources, distributed) if early is None else early
+    return {name: _build_reward(name, config, sources, distributed, early) for name in config.fixed_rewards}
 
 
 def _build_reward(
-    name: str, config: Config, sources: Sources, distributed: Distributed, custom: Mapping[str, Reward]
+    name: str, config: Config, sources: Sources, distributed: Distributed, early: Mapping[str, Reward]
 ) -> Reward:
-    """A reward with the options of its section, and what the prompt file adds to them."""
-    if name in custom:
-        return custom[name]
-    entry = config.rewards.entries()[name]
-    options = {**entry.section.arguments(), **prompt_options(entry.kind, sources.metadata)}
-    dtype = getattr(torch, config.adversary.dtype)
-    reward = build_reward(entry.kind, device=distributed.device, dtype=dtype, owner=entry.owner, **options)
-    if hasattr(reward, "progress"):  # it takes long, or waits for others, and is not stuck while it does
-        reward.progress = distributed.step
-    return reward
+    if name in early:
+        return early[name]
+    return _told(_recipe(config.rewards.entries()[name], str(distributed.device), config, sources), distributed)
 
 
 def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoObserver | None:
@@ -233,12 +242,12 @@ def build_metrics(
     sources: Sources,
     observer: DinoObserver | None,
     distributed: Distributed,
-    custom: Mapping[str, Reward] | None = None,
+    early: Mapping[str, Reward] | None = None,
 ) -> dict[str, Reward]:
-    """What evaluation.metrics names; UserError for one this run cannot compute. `custom`: as in `build_rewards`."""
+    """What evaluation.metrics names; UserError for one this run cannot compute. `early`: as in `build_rewards`."""
     if not sources.held_out:
         return {}
-    custom = build_custom_rewards(config, sources, distributed) if custom is None else custom
+    early = build_early_rewards(config, sources, distributed) if early is None else early
     metrics: dict[str, Reward] = {}
     judged = judge_metrics(config.evaluation.metrics, Path(config.data.cache_dir))
     for name in config.evaluation.metrics:
@@ -256,7 +265,7 @@ def build_metrics(
         elif name in ImageStatistic.NAMES:
             metrics[name] = ImageStatistic(name)
         else:
-            metrics[name] = _build_reward(name, config, sources, distributed, custom)
+            metrics[name] = _build_reward(name, config, sources, distributed, early)
         if name in NEED_REFERENCES and sources.references is None:
             raise UserError(f"evaluation.metrics: {name} compares with references; set data.references")
     return metrics
@@ -268,9 +277,9 @@ def build_scorer(
     adversary: Adversary | None,
     observer: DinoObserver | None,
     distributed: Distributed,
-    custom: Mapping[str, Reward] | None = None,
+    early: Mapping[str, Reward] | None = None,
 ) -> Scorer:
-    """Rewards, references and their cached features in one place. `custom`: as in `build_rewards`."""
+    """Rewards, references and their cached features in one place. `early`: as in `build_rewards`."""
     cache = Path(config.data.cache_dir).expanduser()
     workers = workers_for(config.data.decode_workers, distributed.device.type)
     if sources.references is not None and workers:
@@ -281,7 +290,7 @@ def build_scorer(
         seed=config.seed,
         adversary=adversary,
         reference_features=features,
-        rewards=build_rewards(config, sources, distributed, custom),
+        rewards=build_rewards(config, sources, distributed, early),
         weights=config.rewards.sections(),
         references=sources.references,
         observer=observer,

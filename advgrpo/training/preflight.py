@@ -6,7 +6,7 @@ Loading SD3.5 and its text encoders takes minutes; whatever their small files ca
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from advgrpo.config import (
     LoraSection,
     ModelSection,
     OutputSection,
+    PoolSection,
     RewardEntry,
     RewardSection,
     RewardsSection,
@@ -38,6 +39,7 @@ from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vi
 from advgrpo.policy.pipelines import PREDICTION_TYPES, local_pipeline, pipeline_index
 from advgrpo.policy.sdxl import ddim_scheduler
 from advgrpo.reporting.trackers import check_installed, choose
+from advgrpo.rewards.pool import workers
 from advgrpo.runtime.folders import writable
 from advgrpo.sampling.dynamics import check_dynamics, check_objective
 from advgrpo.training.optimizer import APEX
@@ -51,7 +53,7 @@ _CLIP_REWARDS = ("pickscore", "clip_similarity", "clip_reference_similarity", "a
 def preflight(config: Config) -> None:
     """UserError for settings that the models' folders refute, or for folders that are not whole."""
     writable(Path(config.data.cache_dir).expanduser(), "data.cache_dir")
-    _check_installed(config.output, config.update)
+    _check_installed(config.output, config.update, config.rewards.pools)
     _check_generator(config)
     _check_judges(config, network=True)
 
@@ -86,8 +88,10 @@ def _check_judges(config: Config, *, network: bool) -> None:
         _check_dino(observer.backbone, observer.image_size, observer.fields, network)
 
 
-def _check_installed(output: OutputSection, update: UpdateSection) -> None:
+def _check_installed(output: OutputSection, update: UpdateSection, pools: Sequence[PoolSection]) -> None:
     """Packages that only some settings need, before hours of work lead to them."""
+    for number, pool in enumerate(pools):
+        workers.check_installed(pool.kind, f"rewards.pools[{number}].kind")
     for tracker in choose(output):
         check_installed(tracker)
     apex = f"NVIDIA Apex (not PyPI's apex: {APEX})"

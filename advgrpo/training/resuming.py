@@ -61,6 +61,7 @@ FREE_TO_CHANGE = (
         for name in (where, "timeout", "retries", "backoff", "wait", "token_file")
     ),
     "rewards.vlm_judge.concurrency",
+    "rewards.pools",
 )
 
 

@@ -177,7 +177,11 @@ class RewardedObjective(ABC):
         self.policy.merge()
         micro_batches = self.micro_batches.of(iteration, chosen)
         self.scorer.prefetch([prompt for each in micro_batches for prompt in each.prompts])  # while the GPU samples
-        return Rollout(list(self.draw(self.sampler, table, micro_batches, iteration, "sample")))
+        drawn = []
+        for each in self.draw(self.sampler, table, micro_batches, iteration, "sample"):
+            self.scorer.begin(each)
+            drawn.append(each)
+        return Rollout(drawn)
 
     def draw(
         self, sampler: Sampler, table: StepTable, micro_batches: Sequence[MicroBatch], iteration: int, what: str

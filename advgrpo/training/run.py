@@ -47,7 +47,7 @@ from advgrpo.training import best as best_of
 from advgrpo.training.best import Best
 from advgrpo.training.build import (
     blind_spots,
-    build_custom_rewards,
+    build_early_rewards,
     build_metrics,
     build_observer,
     build_policy,
@@ -166,7 +166,7 @@ class Run:
     def _build(self, sources: Sources, fast: FastPaths) -> tuple[Trainer, Evaluator]:
         config, distributed = self.config, self.distributed
         self.cut_prompts = self._tell_of_prompts(sources) if distributed.is_main else {}
-        custom = build_custom_rewards(config, sources, distributed)  # first: what is wrong with one is found at once
+        early = build_early_rewards(config, sources, distributed)  # first: what is wrong with one is found at once
         policy = build_policy(config, sources, distributed, fast, self.display)
         distributed.progress("load the adversary", within_seconds=SLOW_SECONDS)
         adversary = (
@@ -178,13 +178,13 @@ class Run:
         observer = build_observer(config, adversary, distributed.device)
         if unseen := blind_spots(config, observer):
             self.console.print(unseen, highlight=False)
-        metrics = build_metrics(config, sources, observer, distributed, custom)
+        metrics = build_metrics(config, sources, observer, distributed, early)
         trainer = build_trainer(
             config,
             policy,
             sources.prompts,
             sources.references,
-            lambda: build_scorer(config, sources, adversary, observer, distributed, custom),
+            lambda: build_scorer(config, sources, adversary, observer, distributed, early),
             distributed,
             fast,
             CudaGraphs(distributed.device) if fast.graphs else None,

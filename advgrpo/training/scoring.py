@@ -23,6 +23,7 @@ from advgrpo.monitor.image_statistics import PROMPTS_IN_MEMORY, REFERENCES_LOOKE
 from advgrpo.reporting.metric_names import OF_REFERENCES
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.compose import compose
+from advgrpo.rewards.pool.reward import Begun, PooledReward
 from advgrpo.runtime.cache import LastUsed
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.transfer import to_device
@@ -132,6 +133,7 @@ class Scorer:
         self._of_references = ReferenceScores(self.rewards, self.references, device) if watched else None
         self._statistics = reference_statistics()
         self._ahead = self._references_ahead() if self.references is not None and self.references.workers else None
+        self._begun: dict[str, list[Begun]] = {}  # by reward with workers: the rollout under way, as far as it is drawn
 
     def _references_ahead(self) -> ReferencesAhead:
         size = self.size
@@ -153,11 +155,19 @@ class Scorer:
         return ReferencesAhead(self.references, missing, measure if self.watches else None)
 
     def prefetch(self, prompts: list[str]) -> None:
-        """Begin to load what scoring these prompts' images needs."""
+        """A rollout begins: begin to load what scoring these prompts' images needs."""
+        self._begun = {name: [] for name, reward in self.rewards.items() if isinstance(reward, PooledReward)}
         if self.reference_features is not None:
             self.reference_features.prefetch(prompts)
         if self._ahead is not None:
             self._ahead.begin(prompts)
+
+    def begin(self, drawn: MicroBatchRollout) -> None:
+        """Let the rewards that have workers begin with a micro-batch of the rollout, while the next one is drawn."""
+        for name, begun in self._begun.items():
+            reward = self.rewards[name]
+            assert isinstance(reward, PooledReward)
+            begun.append(reward.begin(drawn.images, drawn.micro_batch.captions))
 
     def reference_statistics(self, prompt: str, size: tuple[int, int]) -> torch.Tensor:
         """`image_statistics.reference_statistics` of a prompt's references."""
@@ -320,7 +330,11 @@ class Scorer:
         for name, reward in self.rewards.items():
             self.distributed.progress(f"reward {name}")
             with self.distributed.interruptible():
-                columns[name] = reward.score(images, rollout.prompts, self.references).to(images.device)
+                begun = self._begun.pop(name, [])
+                if begun and isinstance(reward, PooledReward):
+                    columns[name] = reward.finish(begun, images.device)
+                else:
+                    columns[name] = reward.score(images, rollout.prompts, self.references).to(images.device)
         return columns
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.bad_input.case import Bench, Case, changed, flagged
 
-_CUSTOM, _REMOTES, _VLM = "custom rewards", "several remote rewards", "vlm judge"
+_CUSTOM, _REMOTES, _VLM, _POOLS = "custom rewards", "several remote rewards", "vlm judge", "reward workers"
 _GOOD = "def f(images, prompts): return [0.0] * len(prompts)"
 _QUICK = {"timeout": 1, "retries": 0, "wait": 0}
 
@@ -120,4 +120,33 @@ VLM = [
     _judge("thinks", "chat-thinks", "less than min_probability = 0.1; likelier are '<think>'"),
 ]  # fmt: skip
 
-CASES = [*CUSTOM, *REMOTES, *VLM]
+_RULE = {"rule": {"weight": 1.0}}
+
+
+def _pools(pools: Any, *expect: str, rewards: Mapping[str, Any] = _RULE) -> Case:
+    return changed(_POOLS, {"rewards": {**rewards, "pools": pools}}, *expect)
+
+
+def _broken_in_a_worker(bench: Bench) -> list[str]:
+    source = bench.write("mine.py", "class f:\n def __init__(self): raise ValueError('no weights')")
+    own = {"name": "mine", "import": f"{source}:f", "weight": 1.0}
+    return bench.train("--rewards.custom", json.dumps([own]), "--rewards.pools", '[{"reward": "mine"}]')
+
+
+POOLS = [
+    _list("pools", _POOLS, "ocr", "rewards.pools = 'ocr': want a list of mappings (", "as JSON"),
+    _pools([{"workers": 2}], "rewards.pools[0].reward is missing: want text"),
+    _pools([{"reward": "rule", "worker": 2}], "did you mean 'rewards.pools[0].workers'?"),
+    _pools([{"reward": "rule", "workers": 0}], "rewards.pools[0].workers = 0: want a whole number from 1 to 1024"),
+    _pools([{"reward": "rule", "kind": "rey"}], "rewards.pools[0].kind = 'rey': want processes or ray; did you mean 'ray'?"),
+    _pools([{"reward": "ocr"}], "rewards.pools[0].reward = 'ocr' is no fixed reward in use; those that can have workers: rule"),
+    _pools([{"reward": "adversary"}], "rewards.pools[0].reward = 'adversary' is no fixed reward in use"),
+    _pools([{"reward": "rule"}, {"reward": "rule"}], "rewards.pools[1].reward = 'rule' has workers in rewards.pools[0] already"),
+    _pools([{"reward": "dino_similarity"}], "rewards.pools[0].reward = 'dino_similarity' compares with the references", rewards={"dino_similarity": {"weight": 1.0}}),
+    _pools([{"reward": "rule", "gpus": 1}], "rewards.pools[0].gpus = 1 is what Ray reserves"),
+    _pools([{"reward": "rule", "device": "cuda"}], "rewards.pools[0].device = 'cuda' with kind = processes: want cpu or cuda:N"),
+    _pools([{"reward": "rule", "kind": "ray", "device": "cuda"}], "rewards.pools[0].device = 'cuda' with gpus = 0: Ray gives a worker the GPUs that it asks for"),
+    Case(_POOLS, "cannot be built", ("rewards.custom[0].import", "building it: ValueError: no weights"), _broken_in_a_worker),
+]  # fmt: skip
+
+CASES = [*CUSTOM, *REMOTES, *VLM, *POOLS]

@@ -86,7 +86,7 @@ def looked_at(settings: config.Config, name: str) -> bool:
         return adversary.kind != "none" and conditional.get(field, True)
     if section == "rewards":
         reward = field.split(".")[0]
-        if reward in ("custom", "remotes"):  # lists of the user's own, which no preset has
+        if reward in ("custom", "remotes", "pools"):  # lists of the user's own, which no preset has
             return bool(getattr(settings.rewards, reward))
         used = adversary.kind != "none" if reward == "adversary" else settings.rewards.sections()[reward].used
         measured = reward in settings.evaluation.metrics and reward != "dino_similarity"
