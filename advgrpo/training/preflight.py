@@ -6,7 +6,7 @@ Loading SD3.5 and its text encoders takes minutes; whatever their small files ca
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,9 @@ from advgrpo.config import (
     Config,
     LoraSection,
     ModelSection,
-    OutputSection,
-    PoolSection,
     RewardEntry,
     RewardSection,
     RewardsSection,
-    UpdateSection,
     shown,
     wanted,
 )
@@ -53,7 +50,7 @@ _CLIP_REWARDS = ("pickscore", "clip_similarity", "clip_reference_similarity", "a
 def preflight(config: Config) -> None:
     """UserError for settings that the models' folders refute, or for folders that are not whole."""
     writable(Path(config.data.cache_dir).expanduser(), "data.cache_dir")
-    _check_installed(config.output, config.update, config.rewards.pools)
+    _check_installed(config)
     _check_generator(config)
     _check_judges(config, network=True)
 
@@ -88,14 +85,14 @@ def _check_judges(config: Config, *, network: bool) -> None:
         _check_dino(observer.backbone, observer.image_size, observer.fields, network)
 
 
-def _check_installed(output: OutputSection, update: UpdateSection, pools: Sequence[PoolSection]) -> None:
+def _check_installed(config: Config) -> None:
     """Packages that only some settings need, before hours of work lead to them."""
-    for number, pool in enumerate(pools):
+    for number, pool in enumerate(config.rewards.pools):
         workers.check_installed(pool.kind, f"rewards.pools[{number}].kind")
-    for tracker in choose(output):
+    for tracker in choose(config.output):
         check_installed(tracker)
     apex = f"NVIDIA Apex (not PyPI's apex: {APEX})"
-    if update.optimizer == "apex" and not _found("apex.optimizers"):
+    if config.update.optimizer == "apex" and not _found("apex.optimizers"):
         raise UserError(
             f"update.optimizer = apex needs {apex}, which is not installed; install it, or --update.optimizer auto"
         )

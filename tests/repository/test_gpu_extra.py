@@ -214,7 +214,7 @@ def test_without_nvidias_apex_the_error_says_where_it_is_from(there, monkeypatch
         pytest.skip("there is an apex")
     config = Config()
     config.update.optimizer = "apex"
-    for check in (lambda: _check_installed(config.output, config.update), lambda: optimizer_of("apex")):
+    for check in (lambda: _check_installed(config), lambda: optimizer_of("apex")):
         with pytest.raises(UserError, match=re.escape(APEX)):
             check()
 
