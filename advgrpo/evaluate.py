@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from advgrpo import config as configuration
 from advgrpo.config import MOST_PER_PROMPT, NEED_REFERENCES
-from advgrpo.config.checks import IMAGE_STATISTICS, JUDGE_METRICS
+from advgrpo.config.judge_checks import IMAGE_STATISTICS, JUDGE_METRICS
 from advgrpo.data.images import Fit
 from advgrpo.data.prompt_lengths import cut_prompts
 from advgrpo.data.prompts import load_prompts

@@ -6,34 +6,30 @@ a value is said in the same words (`explain.py`), wherever it came from.
 
 from advgrpo.config.base import Options, Positional, Repeated
 from advgrpo.config.checks import (
-    NEED_REFERENCES,
     check,
-    check_learning,
     check_micro_batches,
-    direction,
     eligible_steps,
     fits_micro_batches,
     most_steps_after_window,
     nearest_prompts,
-    needs_references,
     noisy_steps,
     not_sharded,
     unevenly_sharded,
-    untrained,
 )
 from advgrpo.config.config import Config, build, dump, load
 from advgrpo.config.explain import did_you_mean, explain, leaves, section_names, shown, wanted
 from advgrpo.config.flags import options_of, parse_command, parse_options, read_flags
 from advgrpo.config.help import settings_help
+from advgrpo.config.judge_checks import NEED_REFERENCES, check_learning, direction, needs_references, untrained
 from advgrpo.config.objectives import OBJECTIVES, ObjectiveTraits
 from advgrpo.config.reading import merge, nested, preset_names, read, read_preset, read_yaml
+from advgrpo.config.rewards import CustomReward, PoolSection, RewardEntry, RewardSection, RewardsSection
 from advgrpo.config.sections import (
     LORA_TARGETS,
     MOST_PER_PROMPT,
     AdvantageSection,
     AdversarySection,
     AwmSection,
-    CustomReward,
     EvaluationSection,
     ExportFormat,
     FlagName,
@@ -44,10 +40,6 @@ from advgrpo.config.sections import (
     NoiseLevelsSection,
     ObserverSettings,
     OutputSection,
-    PoolSection,
-    RewardEntry,
-    RewardSection,
-    RewardsSection,
     RolloutSection,
     UpdateSection,
 )

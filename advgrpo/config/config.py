@@ -13,6 +13,7 @@ from advgrpo.config.base import Section
 from advgrpo.config.explain import explain
 from advgrpo.config.objectives import OBJECTIVES, ObjectiveTraits
 from advgrpo.config.reading import merge, nested, read
+from advgrpo.config.rewards import RewardSection, RewardsSection
 from advgrpo.config.sections import (
     Above0,
     AdvantageSection,
@@ -27,8 +28,6 @@ from advgrpo.config.sections import (
     ObserverSettings,
     OutputSection,
     Positive,
-    RewardSection,
-    RewardsSection,
     RolloutSection,
     UpdateSection,
 )

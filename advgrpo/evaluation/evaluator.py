@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from advgrpo.config import EvaluationSection
-from advgrpo.config.checks import IMAGE_STATISTICS
+from advgrpo.config.judge_checks import IMAGE_STATISTICS
 from advgrpo.data.references import ReferenceSet
 from advgrpo.evaluation.statistics import t_interval
 from advgrpo.monitor.image_statistics import image_statistics

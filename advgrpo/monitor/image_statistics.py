@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from advgrpo.config.checks import IMAGE_STATISTICS
+from advgrpo.config.judge_checks import IMAGE_STATISTICS
 from advgrpo.data.per_reference import PerReference
 from advgrpo.runtime.cache import LastUsed
 from advgrpo.runtime.distributed import Distributed

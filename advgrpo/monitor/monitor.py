@@ -31,7 +31,7 @@ from advgrpo.config import (
     RolloutSection,
     UpdateSection,
 )
-from advgrpo.config.checks import IMAGE_STATISTICS
+from advgrpo.config.judge_checks import IMAGE_STATISTICS
 from advgrpo.monitor.flag_state import FlagState
 from advgrpo.monitor.held_out import HeldOutFalls
 from advgrpo.monitor.image_statistics import ImageStatistics

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from advgrpo.config.checks import JUDGE_METRICS
+from advgrpo.config.judge_checks import JUDGE_METRICS
 from advgrpo.errors import UserError
 from advgrpo.rewards.base import Reward
 from advgrpo.rewards.pixels import check_images

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from advgrpo import config
-from advgrpo.config.checks import IMAGE_STATISTICS
+from advgrpo.config.judge_checks import IMAGE_STATISTICS
 from advgrpo.monitor.image_statistics import (
     ImageStatistics,
     group_diversity,

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from advgrpo import config
-from advgrpo.config import checks
+from advgrpo.config import judge_checks
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.reporting import metric_names
 from advgrpo.rewards.base import Reward
@@ -296,7 +296,7 @@ def test_names_and_weights_that_cannot_work(unit_config, change, expected):
 
 def test_two_rewards_of_one_name(unit_config):
     settings = custom(unit_config, f"{EXAMPLE}:redness")
-    settings.rewards.remotes = (config.sections.NamedRemote(name="red", url="http://127.0.0.1:1", weight=1.0),)
+    settings.rewards.remotes = (config.rewards.NamedRemote(name="red", url="http://127.0.0.1:1", weight=1.0),)
     with pytest.raises(
         UserError, match=r"rewards.custom\[0\].name = 'red' is the name of another .* of rewards.remotes\[0\]"
     ):
@@ -342,6 +342,6 @@ def test_pil_images_are_what_the_tensor_says():
 
 def test_names_that_are_taken_are_those_of_other_metrics():
     """`config` stands below `reporting`, so it has them written out."""
-    assert {f"reward_{name}" for name in (*checks._TAKEN_NAMES, "adversary")} >= set(metric_names.OTHER_REWARDS)
+    assert {f"reward_{name}" for name in (*judge_checks._TAKEN_NAMES, "adversary")} >= set(metric_names.OTHER_REWARDS)
     endings = (metric_names.OF_REFERENCES, metric_names.CI95, metric_names.FIRST)
-    assert set(checks._TAKEN_ENDINGS) == set(endings)
+    assert set(judge_checks._TAKEN_ENDINGS) == set(endings)

@@ -196,7 +196,7 @@ def test_two_processes_keep_and_end_as_one(settings, tmp_path):
 
 
 def test_less_is_better_where_it_is(monkeypatch):
-    monkeypatch.setattr(config.checks, "LOWER_IS_BETTER", frozenset({"distance"}))
+    monkeypatch.setattr(config.judge_checks, "LOWER_IS_BETTER", frozenset({"distance"}))
     best = Best("distance")
     for iteration, value in enumerate((3.0, 2.0, 2.5), 1):
         best = best.after({"eval_distance": value}, iteration, {})
