@@ -1,7 +1,8 @@
 """Do figures hold: `python -m bench.gate STEP.json`, or `python -m bench.gate OLD.json NEW.json`.
 
 One file is a result of `python -m bench.step --json` on a CPU: whole iterations of ours over B1's and over B0's, with
-the same algorithm on both sides, must not fall below what `HELD` says. Judged is the lower end of the 95 % interval.
+the same algorithm on both sides, must not fall below what `HELD` says. Judged is the lower end of the 95 % interval,
+over at least three rounds.
 
 Two files are results of `python -m bench.kernels --json`. Gated are the ratios to the baselines timed in the same run,
 not microseconds, so a slower clock is no regression. A ratio has regressed when it fell by more than 5 % **and** its
@@ -16,6 +17,8 @@ import argparse
 import json
 import sys
 from pathlib import Path
+
+from .timing import FEWEST
 
 TOLERANCE = 0.05
 BASELINES = ("over_eager", "over_compiled")
@@ -33,10 +36,19 @@ def held(report: dict) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for unit, side, at_least, goal in HELD:
         gain = report.get(unit, {}).get(f"over_{side}") or {"ratio": None, "low": None}
-        verdict = "MISSING" if gain["low"] is None else "ok" if gain["low"] >= at_least else "BELOW"
+        verdict = _of_interval(gain["low"], report.get(unit, {}).get("rounds", 0), at_least)
         found = {"ratio": gain["ratio"], "low": gain["low"]}
         rows.append({"unit": unit, "over": side, **found, "at_least": at_least, "goal": goal, "verdict": verdict})
     return rows
+
+
+def _of_interval(low: float | None, rounds: int, at_least: float) -> str:
+    """One round has no interval, and two have one by chance: its lower end says nothing."""
+    if low is None:
+        return "MISSING"
+    if rounds < FEWEST:
+        return "TOO FEW ROUNDS"
+    return "ok" if low >= at_least else "BELOW"
 
 
 def compare(old: dict, new: dict) -> list[dict[str, object]]:

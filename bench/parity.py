@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from advgrpo.config import UpdateSection
 from advgrpo.runtime import rng
 from advgrpo.types import MicroBatchRollout
 from advgrpo_kernels import philox_normal, score_features
@@ -67,7 +70,26 @@ def check_sampler(c: Contenders, other: Baseline, allowed: float) -> Check:
 
 
 def check_update(c: Contenders, other: Baseline, allowed: float) -> Check:
-    """Gradients of one micro-batch; what is clipped is decided by each side's own old log-probabilities."""
+    """Gradients of one micro-batch, of unclipped objectives: a contender whose forward with gradients rounds otherwise
+    than the one that sampled, as compiled blocks do, leaves a clip range of 1e-5 here and there, at which its gradient
+    is 0, and is no other algorithm for that."""
+    with _unclipped(c.trainer.updater.config.update, other.config.update):
+        return _compared_gradients(c, other, allowed)
+
+
+@contextmanager
+def _unclipped(*sections: UpdateSection) -> Iterator[None]:
+    before = [section.clip_range for section in sections]
+    try:
+        for section in sections:
+            section.clip_range = 1.0
+        yield
+    finally:
+        for section, clip_range in zip(sections, before, strict=True):
+            section.clip_range = clip_range
+
+
+def _compared_gradients(c: Contenders, other: Baseline, allowed: float) -> Check:
     ours, _, theirs = same_micro_batch(c, other)
     count = len(theirs.captions)
     advantages = torch.linspace(-1, 1, count, device=c.device)

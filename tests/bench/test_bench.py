@@ -215,12 +215,12 @@ def test_gate_counts_the_compiled_baseline(report, tmp_path):
     assert [(r["case"], r["baseline"]) for r in rows if r["verdict"] == "WORSE"] == [("gaussian_step", "compiled")]
 
 
-def step_report(**lows: float) -> dict:
+def step_report(rounds: int = 3, **lows: float) -> dict:
     """A result of bench.step with these lower ends, by unit and over whom."""
     report: dict = {"refused": []}
     for name, low in lows.items():
         unit, over = name.split("__")
-        report.setdefault(unit, {})[f"over_{over}"] = {"ratio": low + 0.5, "low": low, "high": low + 1}
+        report.setdefault(unit, {"rounds": rounds})[f"over_{over}"] = {"ratio": low + 0.5, "low": low, "high": low + 1}
     return report
 
 
@@ -235,6 +235,9 @@ def test_the_gate_holds_whole_steps_by_their_lower_ends(tmp_path, capsys):
         assert gate.main([str(file)]) == status
     said = capsys.readouterr().out
     assert said.count("BELOW") == said.count("MISSING") == len(held)
+    file.write_text(json.dumps(step_report(rounds=2, **held)))
+    assert gate.main([str(file)]) == 1  # the lower end of an interval over two ratios is the lesser one
+    assert capsys.readouterr().out.count("TOO FEW ROUNDS") == len(held)
     file.write_text(json.dumps(step_report(**held) | {"refused": ["update of b1"]}))
     assert gate.main([str(file)]) == 1
     with pytest.raises(SystemExit):
