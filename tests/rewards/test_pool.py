@@ -187,6 +187,16 @@ def test_a_reward_that_cannot_be_built_is_the_users_error_before_anything_is_sco
         pooled(recipe(judges, judge, **options))
 
 
+def test_an_error_of_another_package_names_the_reward(threads, monkeypatch):
+    def no_gpu(*arguments, **options):
+        raise RuntimeError("CUDA error: invalid device ordinal")
+
+    monkeypatch.setattr("advgrpo.rewards.pool.recipe.build_reward", no_gpu)
+    made = Recipe("pickscore", "pickscore", "rewards.pickscore", "cuda:9", "float32", {})
+    with pytest.raises(RunFailure, match=r"^reward pickscore: RuntimeError: CUDA error"):
+        PooledReward(made, PoolSection(reward="pickscore"), silent)
+
+
 def test_what_a_reward_raises_is_raised_here(judges, threads):
     with pytest.raises(FloatingPointError, match=r"reward mine.*nan"):
         pooled(recipe(judges, "Wrong")).score(IMAGES, PROMPTS)

@@ -69,6 +69,7 @@ class Host:
     """
 
     def __init__(self) -> None:
+        self._name = ""
         self._built: tuple[Reward, torch.device] | None = None
 
     def answer(self, method: str, argument: Any = None) -> tuple[str, Any]:
@@ -77,10 +78,11 @@ class Host:
         except tuple(RAISED.values()) as error:
             return next(kind for kind, raised in RAISED.items() if isinstance(error, raised)), str(error)
         except Exception as error:
-            return "run", f"{type(error).__name__}: {error}"
+            return "run", f"reward {self._name}: {type(error).__name__}: {error}"
 
     def _build(self, recipe: Recipe) -> bool:
         """Whether the reward may be asked what the references would get (training/scoring.py)."""
+        self._name = recipe.name
         self._built = recipe.build(), torch.device(recipe.device)
         return getattr(self._built[0], "scores_references", True)
 
