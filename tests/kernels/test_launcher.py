@@ -336,7 +336,10 @@ def test_wrong_arguments_are_one_line_and_exit_2(argv, message, capsys):
 
 def test_every_integration_is_a_peer_of_the_launcher():
     folder = Path(_launcher.__file__).parent
-    modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - {"diffusers_sd3"}
+    modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - {
+        "diffusers_sd3",
+        "diffusers_transformers",
+    }
     assert set(_launcher.PEERS) == modules
     for peer in _launcher.PEERS:
         assert all(isinstance(target, _patching.Target) for target in _launcher.Session(peer).targets)
