@@ -153,9 +153,9 @@ def feed_forward(ff: Any, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def modulation(emb: torch.Tensor, images: int, parts: int) -> tuple[torch.Tensor, ...]:
-    """`parts` vectors [B, C] of the output of a modulation's linear, which may be one row for all images."""
-    return (emb if emb.shape[0] == images else emb.expand(images, -1)).chunk(parts, dim=-1)
+def modulation(emb: torch.Tensor, images: int, parts: int) -> list[Any]:
+    """`parts` tensors [B, C] of the output of a modulation's linear, which may be one row for all images."""
+    return list((emb if emb.shape[0] == images else emb.expand(images, -1)).chunk(parts, dim=-1))
 
 
 def within_float16(x: torch.Tensor) -> torch.Tensor:

@@ -84,8 +84,8 @@ def block_forward(
     x, text, images = hidden_states, encoder_hidden_states, hidden_states.shape[0]
     emb = _blocks.modulation(self.norm1.linear(self.norm1.silu(temb)), images, 6)
     text_emb = _blocks.modulation(self.norm1_context.linear(self.norm1_context.silu(temb)), images, 6)
-    normed = ada_layer_norm(x, *emb[:2], eps=self.norm1.norm.eps)
-    text_normed = ada_layer_norm(text, *text_emb[:2], eps=self.norm1_context.norm.eps)
+    normed = ada_layer_norm(x, emb[0], emb[1], eps=self.norm1.norm.eps)
+    text_normed = ada_layer_norm(text, text_emb[0], text_emb[1], eps=self.norm1_context.norm.eps)
     out, text_out, *adapted = _attention(self.attn, normed, text_normed, image_rotary_emb, joint_attention_kwargs or {})
     x = _rest_of_stream(x, out, emb[2:], self.norm2, self.ff)
     for more in adapted:  # an IP-Adapter's
@@ -93,7 +93,7 @@ def block_forward(
     return _blocks.within_float16(_rest_of_stream(text, text_out, text_emb[2:], self.norm2_context, self.ff_context)), x
 
 
-def _rest_of_stream(x: torch.Tensor, out: torch.Tensor, emb: tuple[torch.Tensor, ...], norm: Any, ff: Any):
+def _rest_of_stream(x: torch.Tensor, out: torch.Tensor, emb: list[Any], norm: Any, ff: Any):
     """One stream of a block behind its attention."""
     gate, shift, scale, gate_mlp = emb
     x, normed = gated_residual(x, out, gate, shift=shift, scale=scale, eps=norm.eps)

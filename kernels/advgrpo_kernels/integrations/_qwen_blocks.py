@@ -73,8 +73,8 @@ def _attention(block: Any, x: torch.Tensor, text: torch.Tensor, mask: Any, rotar
 def _forward(block: Any, x: torch.Tensor, text: torch.Tensor, mask: Any, temb: torch.Tensor, *attention: Any):
     emb = _blocks.modulation(block.img_mod(temb), x.shape[0], 6)
     text_emb = _blocks.modulation(block.txt_mod(temb), x.shape[0], 6)
-    normed = ada_layer_norm(x, *emb[:2], eps=block.img_norm1.eps)
-    text_normed = ada_layer_norm(text, *text_emb[:2], eps=block.txt_norm1.eps)
+    normed = ada_layer_norm(x, emb[0], emb[1], eps=block.img_norm1.eps)
+    text_normed = ada_layer_norm(text, text_emb[0], text_emb[1], eps=block.txt_norm1.eps)
     out, text_out = _attention(block, normed, text_normed, mask, *attention)
     x = _rest_of_stream(x, out, emb[2:], block.img_norm2, block.img_mlp)
     text = _rest_of_stream(text, text_out, text_emb[2:], block.txt_norm2, block.txt_mlp)

@@ -86,13 +86,13 @@ def block_forward(
     emb = self.norm1.linear(self.norm1.silu(temb))
     emb = _blocks.modulation(emb, images, 9 if self.use_dual_attention else 6)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = emb
-    normed = ada_layer_norm(hidden_states, shift, scale, *second[:2], eps=self.norm1.norm.eps)
+    normed: Any = ada_layer_norm(hidden_states, shift, scale, *second[:2], eps=self.norm1.norm.eps)
     normed, *normed2 = normed if self.use_dual_attention else (normed,)
     if self.context_pre_only:
-        context, text_emb = continuous_norm_forward(self.norm1_context, encoder_hidden_states, temb), ()
+        context, text_emb = continuous_norm_forward(self.norm1_context, encoder_hidden_states, temb), []
     else:
         text_emb = _blocks.modulation(self.norm1_context.linear(self.norm1_context.silu(temb)), images, 6)
-        context = ada_layer_norm(encoder_hidden_states, *text_emb[:2], eps=self.norm1_context.norm.eps)
+        context = ada_layer_norm(encoder_hidden_states, text_emb[0], text_emb[1], eps=self.norm1_context.norm.eps)
     out, text_out = _attention(self.attn, normed, context, **kwargs)
     dual = (_attention(self.attn2, *normed2, **kwargs), second[2]) if self.use_dual_attention else ()
     following = {"shift": shift_mlp, "scale": scale_mlp, "eps": self.norm2.eps}

@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -136,7 +137,7 @@ def _forward_for(name: str, module: nn.Module, fused: _blocks.Fused) -> Function
             f"{name}: its forward was replaced by a hook (LayerSkip, offloading, ...) or another patch, which this "
             "would undo: call accelerate(model) before such hooks are added"
         )
-    cls = next(cls for cls in type(module).__mro__ if cls.__name__ == fused.name)
+    cls: Any = next(cls for cls in type(module).__mro__ if cls.__name__ == fused.name)
     if type(module).forward is not cls.forward:
         raise ValueError(f"{name}: {type(module).__name__} has a forward of its own, which would be lost")
     misfit = fused.misfit(module)
