@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     ModelMixin,
     QwenImageTransformer2DModel,
@@ -35,7 +36,8 @@ ADAPTER = "default"
 START = "model.lora.start_from"  # the setting that a LoRA to load comes from unless another is named
 # Transformers that transformer/config.json can name; one that names none is SD3's.
 NETWORKS: dict[str, type[ModelMixin]] = {
-    kind.__name__: kind for kind in (SD3Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel)
+    kind.__name__: kind
+    for kind in (SD3Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel, Flux2Transformer2DModel)
 }
 _BLOCK = re.compile(r"(?:.+\.)?(?:single_)?transformer_blocks\.\d+")  # FLUX.1 has two kinds
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")

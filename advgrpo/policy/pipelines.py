@@ -14,9 +14,11 @@ PREDICTION_TYPES = {
     "StableDiffusion3Pipeline": "flow_prediction",
     "FluxPipeline": "flow_prediction",
     "QwenImagePipeline": "flow_prediction",
+    "Flux2KleinPipeline": "flow_prediction",
     "StableDiffusionPipeline": "epsilon",
     "StableDiffusionXLPipeline": "epsilon",
 }
+STOCK_FORWARD = ("Flux2KleinPipeline",)  # transformers that ours (fused/transformer.py) does not compute
 MASKED_TEXT = ("QwenImagePipeline",)  # those some of whose text tokens are not attended to
 QWEN_NEGATIVE_PROMPT = " "  # of its card: without one its pipeline draws unguided
 
@@ -75,8 +77,12 @@ def native_resolution(folder: Path) -> int:
 
 
 def native_guidance(folder: Path) -> float:
-    """The scale that a pipeline's model card draws at; FLUX.1-schnell's is distilled in: 1."""
-    kind = pipeline_class(str(folder))
+    """The scale that a pipeline's model card draws at; FLUX.1-schnell's and a distilled FLUX.2 klein's is distilled
+    in: 1."""
+    index = pipeline_index(str(folder))
+    kind = index["_class_name"]
+    if kind == "Flux2KleinPipeline":
+        return 1.0 if index.get("is_distilled") else 4.0
     if kind != "FluxPipeline":
         return 4.0 if kind == "QwenImagePipeline" else 4.5
     takes_guidance = read_json(folder / "transformer" / "config.json", str(folder)).get("guidance_embeds")

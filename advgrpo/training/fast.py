@@ -13,7 +13,7 @@ from advgrpo.config import Config, ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.transformer import can_adapt
-from advgrpo.policy.pipelines import MASKED_TEXT, PREDICTION_TYPES, pipeline_class
+from advgrpo.policy.pipelines import MASKED_TEXT, PREDICTION_TYPES, STOCK_FORWARD, pipeline_class
 from advgrpo_kernels._runtime import DEFAULT_BACKEND, HAS_TRITON
 from advgrpo_kernels.ops._csrc import library
 
@@ -114,6 +114,8 @@ def _why_not_fused(model: ModelSection) -> str:
     name = pipeline_class(model.path)
     if PREDICTION_TYPES[name] != "flow_prediction":
         return f"a {name} has a UNet; the fused forward is of transformers"
+    if name in STOCK_FORWARD:
+        return f"a {name} has blocks that it does not compute"
     if model.train != "lora":
         return "full fine-tuning trains the stock modules"
     if model.shard_base != "none":
