@@ -19,7 +19,7 @@ from advgrpo import tiny
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig
-from advgrpo.policy.pipelines import STOCK_FORWARD
+from advgrpo.policy.pipelines import FAMILIES
 from advgrpo.tiny import WORLDS
 
 if TYPE_CHECKING:  # diffusers takes seconds
@@ -52,6 +52,7 @@ TRANSFORMERS = {
     "stabilityai/stable-diffusion-3.5-large-turbo": _SD35_LARGE,
 }
 _FLUX1: dict[str, Any] = {
+    "_class_name": "FluxTransformer2DModel",
     "patch_size": 1,
     "in_channels": 64,
     "num_layers": 19,
@@ -68,6 +69,7 @@ FLUX_TRANSFORMERS = {
     "black-forest-labs/FLUX.1-schnell": _FLUX1 | {"guidance_embeds": False},
 }
 _KLEIN_4B: dict[str, Any] = {
+    "_class_name": "Flux2Transformer2DModel",
     "in_channels": 128,
     "num_layers": 5,
     "num_single_layers": 20,
@@ -81,6 +83,7 @@ _KLEIN_4B: dict[str, Any] = {
 FLUX2_TRANSFORMERS = {f"black-forest-labs/FLUX.2-klein-{name}": _KLEIN_4B for name in ("base-4B", "4B")}
 QWEN_TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen-Image": {
+        "_class_name": "QwenImageTransformer2DModel",
         "patch_size": 2,
         "in_channels": 64,
         "out_channels": 16,
@@ -223,7 +226,7 @@ class Pipeline:
 
     @property
     def has_own_forward(self) -> bool:
-        return self.kind not in STOCK_FORWARD
+        return FAMILIES[self.kind].own_forward
 
     @property
     def is_qwen(self) -> bool:
@@ -383,22 +386,14 @@ def _stack(name: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _meta_transformer(config: str):
-    from diffusers import (
-        Flux2Transformer2DModel,
-        FluxTransformer2DModel,
-        QwenImageTransformer2DModel,
-        SD3Transformer2DModel,
-    )
+    from advgrpo.policy.adapters import network_class
 
-    settings = {key: value for key, value in json.loads(config).items() if not key.startswith("_")}
+    named = json.loads(config)
+    settings = {key: value for key, value in named.items() if not key.startswith("_")}
     if settings.get("dual_attention_layers") is not None:
         settings["dual_attention_layers"] = tuple(settings["dual_attention_layers"])
-    kind = SD3Transformer2DModel
-    if "axes_dims_rope" in settings:
-        kind = FluxTransformer2DModel if "num_single_layers" in settings else QwenImageTransformer2DModel
-        kind = Flux2Transformer2DModel if "timestep_guidance_channels" in settings else kind
     with torch.device("meta"):
-        return kind(**settings).requires_grad_(False)
+        return network_class(named)(**settings).requires_grad_(False)
 
 
 def count_text_encoders(pipeline: Pipeline) -> int:

@@ -79,6 +79,8 @@ class Flux2Policy(PackedPolicy):
         cls.check_channels(field, network.in_channels, made, vae.latent_channels, "editing or control")
         if scheduler.get("shift_terminal"):
             raise UserError(f"{field}: its scheduler has shift_terminal, which FLUX.2's schedule does not have")
+        if model.shard_base != "none":
+            raise UserError(f"model.shard_base = {model.shard_base!r} has not been tried with FLUX.2; use none")
         if model.decoder_dtype == "bfloat16":
             raise UserError("model.decoder_dtype = 'bfloat16': FLUX.2's VAE decodes in float32; use auto")
         if model.lora.export_format == "kohya":

@@ -185,6 +185,7 @@ def test_float16_is_clipped_as_in_stock(family, name, last):
         torch.testing.assert_close(ours, part, rtol=1e-2, atol=1.0)
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("family", MODULES)
 def test_compiles_without_a_graph_break(family):
     model = transformer(

@@ -38,7 +38,7 @@ from tests.families import (
     with_adapters_of,
 )
 from tests.flux2_models import save_pipeline
-from tests.parts import assert_generate_draws, train_adapters
+from tests.parts import assert_generate_draws, some_weekly, train_adapters
 
 GUIDANCE = 4.0
 MOST_TOKENS = 24
@@ -74,7 +74,7 @@ def stock_images(pipe, initial, *, steps, guidance):
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize("guidance", [1.0, GUIDANCE])
+@pytest.mark.parametrize("guidance", some_weekly([1.0, GUIDANCE], [1.0]))
 def test_ode_images_equal_the_stock_pipelines(settings, guidance):
     policy = policy_of(settings)
     assert isinstance(policy, Flux2Policy)
@@ -99,7 +99,10 @@ def test_the_shift_follows_resolution_and_steps(settings):
     assert math.log(large.shift) == pytest.approx(compute_empirical_mu(64, 50))
 
 
-@pytest.mark.parametrize(("share", "dynamics", "window"), [(True, "flow_cps", (1, 2)), (False, "flow_sde", (0, 3))])
+@pytest.mark.parametrize(
+    ("share", "dynamics", "window"),
+    [(True, "flow_cps", (1, 2)), pytest.param(False, "flow_sde", (0, 3), marks=pytest.mark.weekly)],
+)
 def test_log_probs_before_the_first_step_are_exact(settings, share, dynamics, window):
     settings.rollout.dynamics = dynamics
     assert_on_policy(policy_of(settings), settings, window=window, share=share)
@@ -140,10 +143,12 @@ def test_lora_gradients_equal_those_of_the_stock_transformer(settings):
     assert_gradients(policy, gradient, theirs)
 
 
+@pytest.mark.weekly
 def test_reference_is_the_base_model_bit_for_bit(settings):
     assert_the_reference_is_the_base(policy_of(settings))
 
 
+@pytest.mark.weekly
 def test_an_exported_lora_is_the_trained_policy_in_stock_diffusers(settings, tmp_path):
     targets = (*TARGETS, "ff.linear_in", "ff_context.linear_out")
     policy = policy_of(settings, lora=LoraSection(rank=4, alpha=8, targets=targets))
@@ -157,6 +162,7 @@ def test_an_exported_lora_is_the_trained_policy_in_stock_diffusers(settings, tmp
     assert (images - stock_images(pipe, initial, steps=3, guidance=3.0)).abs().max() <= 1e-4
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bfloat16_base_with_float32_adapters_keeps_ratios_exact(settings, checkpointing):
     policy = policy_of(settings, dtype="bfloat16", gradient_checkpointing=checkpointing)
@@ -189,15 +195,18 @@ def test_lora_scope_on_the_exact_klein_configuration(settings, monkeypatch):
     assert len(target_modules(network, targets)) == 5 * 8 + 20 * 2
 
 
+@pytest.mark.weekly
 def test_a_run_trains_and_goes_on_as_if_never_stopped(settings, tmp_path):
     assert_a_stopped_run_goes_on(settings, tmp_path)
     stock(settings).load_lora_weights(tmp_path / "whole" / "lora")
 
 
+@pytest.mark.weekly
 def test_the_preset_trains_a_folder_by_one_command(settings, tmp_path):
     assert_preset_trains("flux2-dino", settings, tmp_path / "run")
 
 
+@pytest.mark.weekly
 def test_generate_draws_base_and_lora(settings, tmp_path, capsys):
     policy = policy_of(settings)
     train_adapters(policy)
@@ -216,6 +225,9 @@ def test_what_is_not_for_flux2_is_refused_before_it_is_loaded(settings, tmp_path
         preflight(changed)
     changed.model.lora.export_format, changed.model.decoder_dtype = "diffusers", "bfloat16"
     with pytest.raises(UserError, match=r"FLUX\.2's VAE decodes in float32; use auto"):
+        preflight(changed)
+    changed.model.decoder_dtype, changed.model.shard_base = "auto", "blocks"
+    with pytest.raises(UserError, match=r"shard_base = 'blocks' has not been tried with FLUX\.2; use none"):
         preflight(changed)
     network, vae = stored_network(Path(settings.model.path)).config, stock(settings).vae.config
     with pytest.raises(UserError, match=r"its transformer embeds the guidance, as FLUX\.2-dev's; want a FLUX\.2 klein"):
