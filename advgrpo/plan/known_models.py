@@ -221,7 +221,7 @@ class Pipeline:
 
     @property
     def is_flux(self) -> bool:
-        """FLUX.1, or FLUX.2, whose blocks are counted as FLUX.1's in diffusers' forward."""
+        """FLUX.1 or FLUX.2: packed latents, blocks of two streams and of one."""
         return self.kind in ("FluxPipeline", "Flux2KleinPipeline")
 
     @property
