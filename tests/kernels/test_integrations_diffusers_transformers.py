@@ -293,6 +293,20 @@ def test_other_attentions_and_arguments_run_the_block_s_own_attention(fused_call
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_mask_of_all_tokens_that_the_model_made_before_diffusers_0_38(fused_calls):
+    """Then the attention took that one, and passed over the text's."""
+    model = transformer("qwenimage")
+    block, named = block_call("qwenimage", model, "transformer_blocks.0")
+    expected = block(**named)
+    mask = torch.cat([named["encoder_hidden_states_mask"], torch.ones(2, 16, dtype=torch.bool)], dim=1)
+    named["joint_attention_kwargs"] = {"attention_mask": mask[:, None, None, :]}
+    got = _qwen_blocks.maskless_forward(block, **named)
+    assert fused_calls["qk_rms_norm"] == 1
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    named["joint_attention_kwargs"] = None
+    assert (_qwen_blocks.maskless_forward(block, **named)[1] - expected[1]).abs().max() > 1e-3
+
+
 def test_fused_projections_and_a_time_for_every_token(fused_calls):
     model = transformer("flux")
     expected = outputs("flux", model)

@@ -4,8 +4,8 @@ Fused: both AdaLN norms, gate and residual with the norm that follows, GELU, the
 and the joining of text and image. Editing models whose time differs by token (`zero_cond_t`) run their own forward;
 other attention processors and arguments for the attention run the block's own attention between the fused rest.
 
-Until diffusers 0.37 the stock attention was given the text's mask and did not use it; `patch` and `accelerate` find out
-which it is.
+Until diffusers 0.37 the stock attention was given the text's mask and did not use it, but an `attention_mask` of all
+tokens among its arguments, where the model made one; `patch` and `accelerate` find out which it is.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def _runs_stock(block: Any) -> bool:
 
 def _attention(block: Any, x: torch.Tensor, text: torch.Tensor, mask: Any, rotary: Any, kwargs: dict, masked: bool):
     """(image, text) of the block's attention."""
-    attn = block.attn
-    if kwargs or not _blocks.is_fusible(attn, PROCESSORS) or not _is_known(rotary):
+    attn, others = block.attn, dict(kwargs)
+    joint_mask = None if masked else others.pop("attention_mask", None)  # the model's own, of 0.36 and 0.37
+    if others or not _blocks.is_fusible(attn, PROCESSORS) or not _is_known(rotary):
         return attn(x, encoder_hidden_states=text, encoder_hidden_states_mask=mask, image_rotary_emb=rotary, **kwargs)
-    joint_mask = None
     if masked and mask is not None:
         image_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         joint_mask = torch.cat([mask, image_mask], dim=1)[:, None, None, :]
