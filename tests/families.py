@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from advgrpo.config import Config
+from advgrpo.policy.adapters import target_modules
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.loading import load_policy
 from advgrpo.policy.networks import FusedNetwork
@@ -124,7 +125,7 @@ def with_adapters_of(policy: DiffusersPolicy, network: ModelMixin, settings: Con
     """PEFT's own adapters on a stock network, with the policy's values; by PEFT's names."""
     lora = settings.model.lora
     network.requires_grad_(False).add_adapter(
-        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=target_modules(network, lora))
     )
     own = by_stock_name(policy, torch.cat([p.detach().flatten() for _, p in policy.trainable_parameters()]))
     theirs = {name: p for name, p in network.named_parameters() if p.requires_grad}

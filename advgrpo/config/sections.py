@@ -91,8 +91,8 @@ class ModelSection(Section):
     """"full" trains every transformer weight: it learns faster and forgets more (a warning is printed)."""
     lora: LoraSection = LoraSection()
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 128
-    """Tokens of the T5 prompt (SD3 and FLUX.1; 1 where the pipeline has no T5), or of Qwen-Image's, whose template
-    takes five of them."""
+    """Tokens of the T5 prompt (SD3 and FLUX.1; 1 where the pipeline has no T5), of Qwen-Image's, whose template takes
+    five of them, or of FLUX.2's with its chat template."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
     decoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"

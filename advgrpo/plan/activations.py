@@ -14,6 +14,7 @@ Saved for the backward of the transformer, elements per token and channel of its
 
 FLUX.1: a block of two streams as above, stock with 4 b around the norms of q and k and their rotation, and no f there;
 one of one stream keeps its residual once and has no projection of the attention alone: 10 b fused, 13 b + 3 f stock.
+FLUX.2, stock alone: 19 b and 4 f in a block of two streams, 18 b and 6 f in one of one; 28 and 25 with all weights.
 Qwen-Image: FLUX.1's blocks of two streams, stock with 5 f there, of rotations in complex numbers.
 
 b: elements of model.dtype; f: float32; *: only with norms of q and k (SD3.5). An adapter keeps its rank besides. Fused,
@@ -46,6 +47,8 @@ _BACKWARD_ALIVE = 7
 # Of FLUX.1: rotation in float32, and attention and feed-forward of a block of one stream side by side. Of
 # Qwen-Image, which has no such blocks.
 _FLUX_ALIVE = {"fused": (14.9, 8.1), "stock": (17.4, 13.0)}
+# FLUX.2, stock: an adapter on `to_qkv_mlp_proj` gives 9 D in float32, twice.
+_FLUX2_ALIVE = {"stock": (49.7, 18.4)}
 _QWEN_ALIVE = {"fused": (11.9, 7.1), "stock": (16.4, 8.7)}
 
 
@@ -65,6 +68,7 @@ class TransformerShape:
     rank: int  # of the adapters; 0 when every weight trains
     first_trained: int  # block with the first adapter; nothing before it is saved
     math_attention: bool  # keeps the attention matrix
+    swiglu: bool = False  # FLUX.2's blocks, whose feed-forwards are gated
     single_layers: int | None = None  # FLUX.1's blocks of one stream, after the others; 0: Qwen-Image; None: SD3
 
     @property
@@ -82,8 +86,10 @@ class TransformerShape:
             own, floats = (10 if single else 11) + 2 * recomputed, 0
         else:
             own, floats = (13, 3) if single else (14, 4 if self.single_layers else 5)
+            if self.swiglu:
+                own, floats = (18, 6) if single else (19, 4)
         if not self.rank:
-            own, floats = own + (8 if single else 10), 0
+            own, floats = own + (8 if single else 10) - self.swiglu, 0
         low_rank = (3 if single else 4) * self.rank * (self.element if fused else _FLOAT32)
         matrix = self.tokens**2 * self.heads * _FLOAT32 * self.math_attention
         return self.tokens * (self.width * (own * self.element + floats * _FLOAT32) + low_rank) + matrix
@@ -125,6 +131,8 @@ class TransformerShape:
 
     @property
     def _rotary_alive(self) -> tuple[float, float]:
+        if self.swiglu:
+            return _FLUX2_ALIVE[self.path]
         return (_FLUX_ALIVE if self.single_layers else _QWEN_ALIVE)[self.path]
 
     def forward_bytes(self) -> int:

@@ -19,6 +19,7 @@ from advgrpo import tiny
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig
+from advgrpo.policy.pipelines import FAMILIES
 from advgrpo.tiny import WORLDS
 
 if TYPE_CHECKING:  # diffusers takes seconds
@@ -51,6 +52,7 @@ TRANSFORMERS = {
     "stabilityai/stable-diffusion-3.5-large-turbo": _SD35_LARGE,
 }
 _FLUX1: dict[str, Any] = {
+    "_class_name": "FluxTransformer2DModel",
     "patch_size": 1,
     "in_channels": 64,
     "num_layers": 19,
@@ -66,8 +68,22 @@ FLUX_TRANSFORMERS = {
     "black-forest-labs/FLUX.1-dev": _FLUX1 | {"guidance_embeds": True},
     "black-forest-labs/FLUX.1-schnell": _FLUX1 | {"guidance_embeds": False},
 }
+_KLEIN_4B: dict[str, Any] = {
+    "_class_name": "Flux2Transformer2DModel",
+    "in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "timestep_guidance_channels": 256,
+    "axes_dims_rope": [32, 32, 32, 32],
+    "guidance_embeds": False,
+}
+FLUX2_TRANSFORMERS = {f"black-forest-labs/FLUX.2-klein-{name}": _KLEIN_4B for name in ("base-4B", "4B")}
 QWEN_TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen-Image": {
+        "_class_name": "QwenImageTransformer2DModel",
         "patch_size": 2,
         "in_channels": 64,
         "out_channels": 16,
@@ -124,10 +140,22 @@ _QWEN25_VL = {
     "tie_word_embeddings": False,
 }
 QWEN_TEXT_ENCODERS = (("Qwen2_5_VLForConditionalGeneration", _QWEN25_VL),)
+_QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+FLUX2_TEXT_ENCODERS = (("Qwen3ForCausalLM", _QWEN3_4B),)
 _CLIP_CLASS, _T5_CLASS = "CLIPTextModelWithProjection", "T5EncoderModel"
 FLUX_TEXT_ENCODERS = (("CLIPTextModel", _CLIP_L), (_T5_CLASS, _T5_XXL))
 TEXT_ENCODERS = ((_CLIP_CLASS, _CLIP_L), (_CLIP_CLASS, _CLIP_G), (_T5_CLASS, _T5_XXL))
-KNOWN = (*TRANSFORMERS, *FLUX_TRANSFORMERS, *QWEN_TRANSFORMERS)
+KNOWN = (*TRANSFORMERS, *FLUX_TRANSFORMERS, *FLUX2_TRANSFORMERS, *QWEN_TRANSFORMERS)
+FLUX2_DECODER = DecoderConfig(latent_channels=32, use_post_quant_conv=True)  # of AutoencoderKLFlux2, AutoencoderKL's
 _TEXT_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CLIP_TOKENS = 77
 BACKBONES = {
@@ -184,7 +212,7 @@ Vae = DecoderConfig | VideoVae
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The architectures of an SD3, FLUX.1 or Qwen-Image pipeline, as config.json mappings."""
+    """The architectures of an SD3, FLUX.1, FLUX.2 or Qwen-Image pipeline, as config.json mappings."""
 
     transformer: dict[str, Any]
     decoder: Vae
@@ -193,7 +221,12 @@ class Pipeline:
 
     @property
     def is_flux(self) -> bool:
-        return self.kind == "FluxPipeline"
+        """FLUX.1 or FLUX.2: packed latents, blocks of two streams and of one."""
+        return self.kind in ("FluxPipeline", "Flux2KleinPipeline")
+
+    @property
+    def has_own_forward(self) -> bool:
+        return FAMILIES[self.kind].own_forward
 
     @property
     def is_qwen(self) -> bool:
@@ -232,6 +265,8 @@ def known_pipeline(path: str) -> Pipeline:
         return Pipeline(TRANSFORMERS[path], SD3_DECODER, TEXT_ENCODERS)
     if path in FLUX_TRANSFORMERS:  # its VAE has the architecture of SD3's
         return Pipeline(FLUX_TRANSFORMERS[path], SD3_DECODER, FLUX_TEXT_ENCODERS, "FluxPipeline")
+    if path in FLUX2_TRANSFORMERS:
+        return Pipeline(FLUX2_TRANSFORMERS[path], FLUX2_DECODER, FLUX2_TEXT_ENCODERS, "Flux2KleinPipeline")
     if path in QWEN_TRANSFORMERS:
         return Pipeline(QWEN_TRANSFORMERS[path], VideoVae(), QWEN_TEXT_ENCODERS, "QwenImagePipeline")
     folder = WORLDS[path].pipeline if path in WORLDS else Path(path).expanduser()
@@ -351,16 +386,14 @@ def _stack(name: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _meta_transformer(config: str):
-    from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+    from advgrpo.policy.adapters import network_class
 
-    settings = {key: value for key, value in json.loads(config).items() if not key.startswith("_")}
+    named = json.loads(config)
+    settings = {key: value for key, value in named.items() if not key.startswith("_")}
     if settings.get("dual_attention_layers") is not None:
         settings["dual_attention_layers"] = tuple(settings["dual_attention_layers"])
-    kind = SD3Transformer2DModel
-    if "axes_dims_rope" in settings:
-        kind = FluxTransformer2DModel if "num_single_layers" in settings else QwenImageTransformer2DModel
     with torch.device("meta"):
-        return kind(**settings).requires_grad_(False)
+        return network_class(named)(**settings).requires_grad_(False)
 
 
 def count_text_encoders(pipeline: Pipeline) -> int:

@@ -192,7 +192,7 @@ class _Estimate:
         self.uncounted = (*other, *fixed, *observer, *encoder)
         self.lora = config.model.train == "lora"
         self.sharded = config.model.is_sharded(processes)
-        self.fused = config.fast and self.lora and config.model.shard_base == "none"
+        self.fused = config.fast and self.lora and config.model.shard_base == "none" and self.pipeline.has_own_forward
         self.own_decoder = self.fused and not self.pipeline.is_qwen
         self.element = 2 if config.model.dtype == "bfloat16" else 4
         self.weights = known_models.count_transformer(self.pipeline.transformer, config.model.lora)
@@ -218,6 +218,7 @@ class _Estimate:
             rank=model.lora.rank if self.lora else 0,
             first_trained=0 if blocks == "all" or not self.lora else every - blocks,
             math_attention=self.fused and model.attention == "math",
+            swiglu=not self.pipeline.has_own_forward,
             single_layers=self.pipeline.single_layers if self.pipeline.is_flux or self.pipeline.is_qwen else None,
         )
 

@@ -12,15 +12,11 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    ModelMixin,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 
@@ -33,10 +29,6 @@ from advgrpo.runtime.atomic import write_folder_atomically
 logger = logging.getLogger(__name__)
 ADAPTER = "default"
 START = "model.lora.start_from"  # the setting that a LoRA to load comes from unless another is named
-# Transformers that transformer/config.json can name; one that names none is SD3's.
-NETWORKS: dict[str, type[ModelMixin]] = {
-    kind.__name__: kind for kind in (SD3Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel)
-}
 _BLOCK = re.compile(r"(?:.+\.)?(?:single_)?transformer_blocks\.\d+")  # FLUX.1 has two kinds
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -56,15 +48,20 @@ def component_of(network: ModelMixin) -> str:
     return "unet" if isinstance(network, UNet2DConditionModel) else "transformer"
 
 
+def network_class(config: Mapping[str, Any], default: type[ModelMixin] = SD3Transformer2DModel) -> type[ModelMixin]:
+    """The class of diffusers that a network's config.json names; one that names none is the `default`."""
+    found = getattr(diffusers, str(config.get("_class_name")), default)
+    return found if isinstance(found, type) and issubclass(found, ModelMixin) else default
+
+
 def stored_network(pipeline: Path) -> ModelMixin:
     """The network of a pipeline's folder on the meta device: its modules and shapes without their weights."""
     component, kind = "transformer", SD3Transformer2DModel
     if (pipeline / "unet").is_dir():
         component, kind = "unet", UNet2DConditionModel
     config = kind.load_config(pipeline / component)
-    kind = NETWORKS.get(config.get("_class_name", ""), kind)
     with torch.device("meta"):
-        return kind.from_config(config)
+        return network_class(config, kind).from_config(config)
 
 
 def stored_blocks(pipeline: Path) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from advgrpo.config import ModelSection
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.flux import FluxPolicy
+from advgrpo.policy.flux2 import Flux2Policy
 from advgrpo.policy.pipelines import pipeline_class
 from advgrpo.policy.qwen import QwenPolicy
 from advgrpo.policy.sd3 import SD3Policy
@@ -19,6 +20,7 @@ POLICIES: dict[str, type[DiffusersPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
     "QwenImagePipeline": QwenPolicy,
+    "Flux2KleinPipeline": Flux2Policy,
     "StableDiffusionPipeline": UNetPolicy,
     "StableDiffusionXLPipeline": UNetPolicy,
 }

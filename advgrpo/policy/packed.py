@@ -61,11 +61,12 @@ class PackedPolicy(TransformerPolicy):
         """Evenly spaced σ from 1 to 1/T, shifted by `shift` and, where the scheduler has a shift_terminal, stretched so
         that the last of them is that; 0 at the image."""
         evenly = torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64).tolist()
-        self._scheduler.set_timesteps(sigmas=evenly, mu=self._mu())
+        self._scheduler.set_timesteps(sigmas=evenly, mu=self._mu(num_steps))
         return self._scheduler.sigmas.double(), self._scheduler.timesteps.float()
 
-    def _mu(self) -> float:
-        """Linear in the number of image tokens, through the scheduler's two points of it."""
+    def _mu(self, num_steps: int = 0) -> float:
+        """Linear in the number of image tokens, through the scheduler's two points of it; a family's may depend on the
+        number of steps as well, 0 for that of the training levels."""
         config = self._scheduler.config
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return config.base_shift + slope * (self.image_tokens - config.base_image_seq_len)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from advgrpo.errors import UserError
 from advgrpo.policy.model_files import local_folder, read_json
 from advgrpo.tiny import WORLDS
 
-# Pipeline class -> what its network predicts: the velocity of a rectified flow, or the noise ε of a diffusion.
-PREDICTION_TYPES = {
-    "StableDiffusion3Pipeline": "flow_prediction",
-    "FluxPipeline": "flow_prediction",
-    "QwenImagePipeline": "flow_prediction",
-    "StableDiffusionPipeline": "epsilon",
-    "StableDiffusionXLPipeline": "epsilon",
+
+class Family(NamedTuple):
+    """What of a pipeline class is asked before its policy (loading.py) is imported."""
+
+    prediction_type: str = "flow_prediction"  # the velocity of a rectified flow; epsilon: the noise of a diffusion
+    guidance: float = 4.5  # that its model card draws at; where it is distilled in, 1 (`native_guidance`)
+    own_forward: bool = False  # whether ours (fused/transformer.py) computes its transformer
+    masked_text: bool = False  # whether some of its text tokens are not attended to
+
+
+FAMILIES = {
+    "StableDiffusion3Pipeline": Family(own_forward=True),
+    "FluxPipeline": Family(guidance=3.5, own_forward=True),
+    "Flux2KleinPipeline": Family(guidance=4.0),
+    "QwenImagePipeline": Family(guidance=4.0, own_forward=True, masked_text=True),
+    "StableDiffusionPipeline": Family("epsilon"),
+    "StableDiffusionXLPipeline": Family("epsilon"),
 }
-MASKED_TEXT = ("QwenImagePipeline",)  # those some of whose text tokens are not attended to
+PREDICTION_TYPES = {name: family.prediction_type for name, family in FAMILIES.items()}
 QWEN_NEGATIVE_PROMPT = " "  # of its card: without one its pipeline draws unguided
 
 
@@ -75,12 +85,13 @@ def native_resolution(folder: Path) -> int:
 
 
 def native_guidance(folder: Path) -> float:
-    """The scale that a pipeline's model card draws at; FLUX.1-schnell's is distilled in: 1."""
-    kind = pipeline_class(str(folder))
-    if kind != "FluxPipeline":
-        return 4.0 if kind == "QwenImagePipeline" else 4.5
-    takes_guidance = read_json(folder / "transformer" / "config.json", str(folder)).get("guidance_embeds")
-    return 3.5 if takes_guidance else 1.0
+    """The scale that a pipeline's model card draws at; FLUX.1-schnell's and a distilled FLUX.2 klein's is distilled
+    in: 1."""
+    index = pipeline_index(str(folder))
+    distilled = index.get("is_distilled", False)  # FLUX.2 klein
+    if index["_class_name"] == "FluxPipeline":
+        distilled = not read_json(folder / "transformer" / "config.json", str(folder)).get("guidance_embeds")
+    return 1.0 if distilled else FAMILIES[index["_class_name"]].guidance
 
 
 def local_pipeline(path: str) -> Path | None:

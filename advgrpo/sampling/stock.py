@@ -61,7 +61,7 @@ def draw_stock(pipe: DiffusionPipeline, drawn: Drawn, prompt: str, seeds: Sequen
     else:
         guidance = {"guidance_scale": drawn.guidance_scale}
     images = pipe(
-        prompt,
+        prompt=prompt,  # FLUX.2's takes an image first
         num_images_per_prompt=len(seeds),
         num_inference_steps=drawn.num_steps,
         **guidance,

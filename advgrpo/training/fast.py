@@ -13,7 +13,7 @@ from advgrpo.config import Config, ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.transformer import can_adapt
-from advgrpo.policy.pipelines import MASKED_TEXT, PREDICTION_TYPES, pipeline_class
+from advgrpo.policy.pipelines import FAMILIES, pipeline_class
 from advgrpo_kernels._runtime import DEFAULT_BACKEND, HAS_TRITON
 from advgrpo_kernels.ops._csrc import library
 
@@ -48,7 +48,7 @@ class FastPaths:
                 f"model.attention = {config.model.attention!r} is the fused transformer's ({fused_off}); use auto"
             )
         if not fused_off:  # an explicit backend that this machine lacks is an error now
-            masked = pipeline_class(config.model.path) in MASKED_TEXT
+            masked = FAMILIES[pipeline_class(config.model.path)].masked_text
             choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
         no_triton = _why_no_triton(device)
         norms = "norms and residuals by PyTorch's operators" if no_triton else "one kernel per norm and residual"
@@ -112,8 +112,10 @@ def _row(name: str, off_because: str, saves: str) -> FastPath:
 def _why_not_fused(model: ModelSection) -> str:
     """Why the fused transformer cannot serve this model, or ""; reads no more of it than model_index.json."""
     name = pipeline_class(model.path)
-    if PREDICTION_TYPES[name] != "flow_prediction":
+    if FAMILIES[name].prediction_type != "flow_prediction":
         return f"a {name} has a UNet; the fused forward is of transformers"
+    if not FAMILIES[name].own_forward:
+        return f"a {name} has blocks that it does not compute"
     if model.train != "lora":
         return "full fine-tuning trains the stock modules"
     if model.shard_base != "none":

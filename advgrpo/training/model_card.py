@@ -22,7 +22,7 @@ from advgrpo.config import Config, RolloutSection, nearest
 from advgrpo.data.images import ImageError, read_header
 from advgrpo.data.record_source import HUB
 from advgrpo.errors import UserError, one_line
-from advgrpo.plan.known_models import QWEN_TRANSFORMERS
+from advgrpo.plan.known_models import FLUX2_TRANSFORMERS, QWEN_TRANSFORMERS
 from advgrpo.policy.lora_file import LORA_FILE
 from advgrpo.policy.pipelines import QWEN_NEGATIVE_PROMPT, local_pipeline, pipeline_class
 from advgrpo.report.run_files import CONFIG_FILE, SUMMARY_FILE, read_summary
@@ -70,7 +70,10 @@ _KNOWN = {
         "CreativeML OpenRAIL-M license",
         "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
-    **{name: License("apache-2.0", "Apache License 2.0") for name in (*_SHIPPED, *QWEN_TRANSFORMERS)},
+    **{
+        name: License("apache-2.0", "Apache License 2.0")
+        for name in (*_SHIPPED, *QWEN_TRANSFORMERS, *FLUX2_TRANSFORMERS)
+    },
 }
 
 
@@ -269,7 +272,7 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{facts.base_model or "BASE_MODEL"}", torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("THIS_REPOSITORY_OR_FOLDER")
-image = pipe("a prompt", {prompt}, {size}).images[0]
+image = pipe(prompt="a prompt", {prompt}, {size}).images[0]
 ```"""
 
 

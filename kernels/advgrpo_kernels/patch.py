@@ -7,8 +7,9 @@
 
 The functions are replaced right after the module that defines them has been executed, or, if that is the script
 itself, before its `if __name__ == "__main__":`. Each is first run beside its replacement; if they do not agree, the
-program stops. The script finds sys.argv, sys.path, __name__ and __file__ as under plain python, except that torch has
-been imported before it starts.
+program stops. So are the blocks of those diffusers transformers that the codebase trains, unless --no-blocks says
+otherwise. The script finds sys.argv, sys.path, __name__ and __file__ as under plain python, except that torch has been
+imported before it starts.
 """
 
 import sys

@@ -53,6 +53,9 @@ def launch(tmp_path, monkeypatch, capfd):
             except SystemExit as stop:  # a refusal
                 code = stop.code
             finally:
+                for module in [sys.modules[name] for name in before if name.startswith("diffusers.models.")]:
+                    if _patching._RECORD in vars(module):  # what other tests have imported and go on using
+                        _patching.restore(module)
                 for name in set(sys.modules) - before:
                     del sys.modules[name]
         out, err = capfd.readouterr()
@@ -208,6 +211,33 @@ def test_what_the_program_imports_is_replaced_as_it_is_imported(tmp_path, launch
     assert launch("adv_grpo", "scripts/train.py").stderr == ""  # one process of many speaks
 
 
+def test_blocks_of_the_peer_s_transformers_are_replaced_unless_told_otherwise(tmp_path, launch, monkeypatch):
+    pytest.importorskip("diffusers")
+    flux = importlib.import_module("diffusers.models.transformers.transformer_flux")
+    attention = importlib.import_module("diffusers.models.attention")  # SD3's, which DanceGRPO does not train
+    script = "import diffusers.models.transformers.transformer_flux as m, diffusers.models.attention as a\n"
+    script += "for c in (m.FluxTransformerBlock, m.FluxSingleTransformerBlock, a.JointTransformerBlock):\n"
+    script += "    print(c.forward.__code__.co_filename.rpartition('/')[2])\n"
+    written(tmp_path, train=script)
+    done = launch("dance_grpo", "train.py", options=["--strict"])
+    assert done.stdout.split() == ["_flux_blocks.py", "_flux_blocks.py", "attention.py"], done.stderr
+    assert (
+        "FluxTransformerBlock.forward of diffusers.models.transformers.transformer_flux replaced: agrees" in done.stderr
+    )
+    assert done.returncode == 3  # blocks are diffusers': nothing of the codebase was replaced
+    done = launch("dance_grpo", "train.py", options=["--no-blocks"])
+    assert done.stdout.split() == ["transformer_flux.py", "transformer_flux.py", "attention.py"]
+    own = flux.FluxTransformerBlock.forward
+    monkeypatch.setattr(flux.FluxTransformerBlock, "forward", lambda self, tokens: tokens)
+    other = flux.FluxTransformerBlock.forward
+    other.__qualname__, other.__module__ = own.__qualname__, own.__module__
+    done = launch("dance_grpo", "train.py")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "another version of that codebase" in done.stderr
+    assert "--no-blocks runs the program with diffusers' own" in done.stderr
+    assert attention.JointTransformerBlock.forward.__code__.co_filename == attention.__file__
+
+
 def test_a_refusal_ends_the_program_whatever_catches_exceptions(tmp_path, launch):
     other = stand_ins.ADV_GRPO.replace("(1 - after) * clean", "(1 - now) * clean")
     script = "try:\n    import adv_grpo.pipeline\nexcept Exception:\n    pass\nprint('went on')\n"
@@ -336,7 +366,10 @@ def test_wrong_arguments_are_one_line_and_exit_2(argv, message, capsys):
 
 def test_every_integration_is_a_peer_of_the_launcher():
     folder = Path(_launcher.__file__).parent
-    modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - {"diffusers_sd3"}
+    modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - {
+        "diffusers_sd3",
+        "diffusers_transformers",
+    }
     assert set(_launcher.PEERS) == modules
     for peer in _launcher.PEERS:
         assert all(isinstance(target, _patching.Target) for target in _launcher.Session(peer).targets)

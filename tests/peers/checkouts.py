@@ -64,6 +64,11 @@ STUBS = {
     "requests",
     "ray",
     "vllm",
+    "verl",
+    "tensordict",
+    "vllm_omni",
+    "omegaconf",
+    "hydra",
 }
 
 
@@ -87,7 +92,7 @@ RECIPES = {
             "verl-omni",
             "verl_omni",
             ["verl_omni.pipelines.schedulers.flow_match_sde"],
-            bare=["verl_omni", "verl_omni.pipelines"],
+            bare=["verl_omni", "verl_omni.pipelines", "verl_omni.pipelines.qwen_image_flow_grpo", "verl_omni.workers"],
         ),
         Recipe("UniRL", "unirl", ["unirl.sde.kernels"], bare=["unirl", "unirl.sde"]),
         Recipe(
@@ -147,7 +152,7 @@ def importable(integration: str, modules=None):
         yield [importlib.import_module(name) for name in (recipe.modules if modules is None else modules)]
     finally:
         sys.path[:], sys.meta_path[:] = path, finders
-        roots = {name.partition(".")[0] for name in [*recipe.modules, *recipe.bare]}
+        roots = {name.partition(".")[0] for name in [*recipe.modules, *recipe.bare, *(modules or ())]}
         for name in set(sys.modules) - before:
             if name.partition(".")[0] in roots or isinstance(sys.modules[name], _Stub):
                 del sys.modules[name]

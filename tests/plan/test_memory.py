@@ -25,7 +25,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -269,6 +274,45 @@ def test_saved_bytes_of_flux1_follow_the_table(of_rotary):
     if config.model.train == "lora":
         assert shape.forward_bytes() == pytest.approx(peak, rel=0.05)
         assert shape.backward_bytes() == pytest.approx(backward, rel=0.1)
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize("of_rotary", [(False, lora, "flux2-dino") for lora in (True, False)], indirect=True)
+def test_saved_bytes_of_flux2_follow_the_table(of_rotary):
+    """diffusers' forward; its 5 and 20 blocks are alike."""
+    config, dtype = of_rotary
+    shape, tokens = _Estimate(config, 8).shape, {"dtype": dtype, "device": "meta"}
+    assert (shape.image_tokens, shape.text_tokens, shape.path) == (1024, 512, "stock")
+    inputs = {
+        "hidden_states": torch.empty(1, 1024, 128, **tokens),
+        "encoder_hidden_states": torch.empty(1, 512, 7680, **tokens),
+        "timestep": torch.empty(1, device="meta"),
+        "img_ids": torch.empty(1024, 4, device="meta"),
+        "txt_ids": torch.empty(512, 4, device="meta"),
+    }
+    settings = known_models.FLUX2_TRANSFORMERS[config.model.path] | {"num_layers": 1, "num_single_layers": 1}
+    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
+
+    def counted(**more):
+        return counted_on_meta(config, inputs, None, partial(Flux2Transformer2DModel, **settings | more))
+
+    (base, peak, backward), double, single = counted(), counted(num_layers=2), counted(num_single_layers=2)
+    saved = (shape._flux_bytes(single=False), shape._flux_bytes(single=True))
+    assert saved == pytest.approx((double[0] - base, single[0] - base), rel=0.03)
+    if config.model.train == "lora":
+        assert shape.forward_bytes() == pytest.approx(peak, rel=0.05)
+        assert shape.backward_bytes() == pytest.approx(backward, rel=0.1)
+
+
+def test_flux2_klein_is_counted():
+    config = configuration.load("flux2-dino")
+    pipeline = known_models.known_pipeline(config.model.path)
+    weights = known_models.count_transformer(pipeline.transformer, config.model.lora)
+    projections = 5 * 8 * 2 * 3072 + 20 * (3072 + 9 * 3072 + 4 * 3072 + 3072)  # q, k, v and a gated feed-forward of 3
+    assert (weights.total, weights.lora) == (3_875_544_576, 32 * projections)
+    estimate = _Estimate(config, 8)
+    assert (estimate.guided, estimate.fused, estimate.own_decoder) == (2, False, False)
+    assert plan(config, 48, processes=8).fits
 
 
 @ways("qwen-image-dino")

@@ -13,7 +13,7 @@ from typing_extensions import assert_type  # noqa: UP035  # the kernels are chec
 
 import advgrpo_kernels as k
 from advgrpo_kernels import layers
-from advgrpo_kernels.integrations import diffusers_sd3
+from advgrpo_kernels.integrations import diffusers_transformers
 from advgrpo_kernels.ops.ada_layer_norm import Modulated
 from advgrpo_kernels.ops.gated_residual import Residual
 
@@ -75,8 +75,8 @@ def layer_ops(x: Tensor, row: Tensor, flag: bool) -> None:
 def modules(x: Tensor, emb: Tensor, model: nn.Module) -> None:
     assert_type(layers.GeluTanh().forward(x), Tensor)
     assert_type(layers.AdaLayerNormContinuous().forward(x, emb), Tensor)
-    assert_type(diffusers_sd3.accelerate(model), list[str])
-    assert_type(diffusers_sd3.restore(model), list[str])
+    assert_type(diffusers_transformers.accelerate(model), list[str])
+    assert_type(diffusers_transformers.restore(model), list[str])
 
 
 def refused(x: Tensor, row: Tensor, many: Sequence[Tensor]) -> None:

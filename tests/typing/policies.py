@@ -11,6 +11,7 @@ import torch
 from advgrpo.policy.base import Capturable, Generator, LoraReader, P, Policy, Prediction, SupervisedTarget, Trainable
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.flux import FluxPolicy
+from advgrpo.policy.flux2 import Flux2Policy
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared
 from advgrpo.policy.guidance import Guided, N, Network
 from advgrpo.policy.networks import FusedNetwork, StockNetwork, StockPrepared
@@ -42,6 +43,14 @@ def sd3(policy: SD3Policy) -> None:
 
 
 def flux(policy: FluxPolicy) -> None:
+    draws(policy, Guided)
+    learns(policy, Guided)
+    draws_and_learns(policy, Guided)
+    is_captured(policy, Guided)
+    is_supervised(policy, Guided)
+
+
+def flux2(policy: Flux2Policy) -> None:
     draws(policy, Guided)
     learns(policy, Guided)
     draws_and_learns(policy, Guided)

@@ -22,7 +22,7 @@ class WaitForPeer:
         if any(("." + name).endswith("." + known) for known in {known!r}):
             sys.meta_path.remove(self)
             from advgrpo_kernels.integrations._launcher import Session
-            return Session({peer!r}, {modules!r}).install().find_spec(name, path, target)
+            return Session({peer!r}, {modules!r}, {blocks!r}).install().find_spec(name, path, target)
 
 sys.meta_path.insert(0, WaitForPeer())
 here = os.path.dirname(os.path.abspath(__file__))
@@ -35,13 +35,13 @@ for folder in [entry for entry in sys.path if os.path.abspath(entry or ".") != h
 '''
 
 
-def prepare(peer: str, targets: Sequence, modules: Sequence[str]) -> None:
+def prepare(peer: str, targets: Sequence, modules: Sequence[str], blocks: bool) -> None:
     """Have the programs started from now on patch `peer` for as long as this one runs."""
     folder = tempfile.mkdtemp(prefix="advgrpo-kernels-")
     process = os.getpid()
     atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder, ignore_errors=True))
     known = tuple(name for target in targets for name in target.modules) + tuple(modules)
-    text = _SITE.format(peer=peer, known=known, modules=tuple(modules))
+    text = _SITE.format(peer=peer, known=known, modules=tuple(modules), blocks=blocks)
     Path(folder, "sitecustomize.py").write_text(text)
     rest = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = folder if not rest else f"{folder}{os.pathsep}{rest}"

@@ -19,6 +19,7 @@ USAGE = """usage: python -m advgrpo_kernels.patch [options] PEER [--] SCRIPT.py 
   --strict       exit with 3 if the program ended well and nothing was replaced in it
   --children     also in the Python programs that it starts, such as Ray's workers
   --module NAME  another module that defines the functions, a copy of the codebase's; may be repeated
+  --no-blocks    leave the blocks of diffusers' transformers as they are
 """
 NOTHING_REPLACED = 3
 
@@ -28,28 +29,49 @@ class Settings(NamedTuple):
     command: list[str]  # script or -m module, and its arguments
     strict: bool
     children: bool
+    blocks: bool
     modules: list[str]
 
 
 class Session:
-    """One program's replacements of one peer's functions."""
+    """One program's replacements of one peer's functions, and of the blocks of the transformers that it trains.
 
-    def __init__(self, peer: str, modules: Sequence[str] = ()):
+    Blocks are diffusers', and do not count as something replaced of the peer.
+    """
+
+    def __init__(self, peer: str, modules: Sequence[str] = (), blocks: bool = True):
         self.peer = peer
-        self.targets = importlib.import_module(f"..{peer}", __name__).TARGETS
+        integration = importlib.import_module(f"..{peer}", __name__)
+        self.targets, self.blocks = integration.TARGETS, getattr(integration, "BLOCKS", ()) if blocks else ()
         self.modules, self.replaced, self.refused, self._process = tuple(modules), [], False, os.getpid()
 
     def install(self) -> AfterImport:
         """From now on modules of the peer are patched as they are imported; those that are already, at once."""
         for name, module in list(sys.modules.items()):
             if isinstance(module, ModuleType) and self._is_wanted(name):
-                self.patch(module)
-        hook = AfterImport(self._is_wanted, self.patch)
+                self._after_import(module)
+        hook = AfterImport(self._is_wanted, self._after_import)
         sys.meta_path.insert(0, hook)
         return hook
 
     def _is_wanted(self, name: str) -> bool:
-        return name in self.modules or any(target.is_defined_in(name) for target in self.targets)
+        return name in self.modules or any(target.is_defined_in(name) for target in (*self.targets, *self.blocks))
+
+    def _after_import(self, module: ModuleType) -> None:
+        if any(target.is_defined_in(module.__name__) for target in self.blocks):
+            self._patch_blocks(module)
+        else:
+            self.patch(module)
+
+    def _patch_blocks(self, module: ModuleType) -> None:
+        """Patch the blocks that a module of diffusers defines; a release of it that has none of these has its own."""
+        try:
+            names = _patching.replace(module, self.blocks) if _patching.holds_any(module, self.blocks) else []
+        except (ValueError, RuntimeError) as error:
+            self.refused = True
+            _refuse(f"{error}. --no-blocks runs the program with diffusers' own")
+        if names and os.environ.get("RANK", "0") == "0":
+            _say(f"{', '.join(names)} of {module.__name__} replaced: agrees with the original")
 
     def patch(self, module: ModuleType) -> None:
         """Patch what `module` holds of the peer's, or end the program: it was to run with it.
@@ -87,10 +109,10 @@ class Session:
 def main(argv: list[str]) -> int | str | None:
     """The exit code: that of the program, 2 for wrong arguments, 3 with --strict if nothing was replaced."""
     settings = _settings(argv)
-    session = Session(settings.peer, settings.modules)
+    session = Session(settings.peer, settings.modules, settings.blocks)
     session.install()
     if settings.children:
-        _children.prepare(settings.peer, session.targets, settings.modules)
+        _children.prepare(settings.peer, session.targets, settings.modules, settings.blocks)
     code: int | str | None = 0
     try:
         _run(settings.command, session)
@@ -115,7 +137,8 @@ def _run(command: list[str], session: Session) -> None:
 
 
 def _settings(argv: list[str]) -> Settings:
-    given, flags, modules = list(argv), {"--strict": False, "--children": False}, []
+    given, modules = list(argv), []
+    flags = dict.fromkeys(("--strict", "--children", "--no-blocks"), False)
     while given and given[0].startswith("-"):
         option = given.pop(0)
         name, has_value, value = option.partition("=")
@@ -140,7 +163,7 @@ def _settings(argv: list[str]) -> Settings:
         _wrong_use(
             f"unknown option {command[0]!r} behind PEER: options of this command come first, a script follows --"
         )
-    return Settings(peer, command, flags["--strict"], flags["--children"], modules)
+    return Settings(peer, command, flags["--strict"], flags["--children"], not flags["--no-blocks"], modules)
 
 
 def _wrong_use(message: str) -> NoReturn:

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from . import _patching, _statistics, flow_grpo
+from .diffusers_transformers import SD3
 
 
 def sde_step_with_logprob(
@@ -51,6 +52,7 @@ TARGETS = (
     ),
     _statistics.tracker("adv_grpo.stat_tracking"),
 )
+BLOCKS = SD3  # of diffusers' transformers, what the launcher replaces besides
 
 
 def patch(module: ModuleType, everywhere: bool = True) -> list[str]:

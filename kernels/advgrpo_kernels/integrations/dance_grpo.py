@@ -18,6 +18,7 @@ import torch
 
 from . import _patching, mix_grpo
 from ._transition import steps_at
+from .diffusers_transformers import FLUX, QWEN
 
 TRAINERS = ("flux", "flux_lora", "hunyuan", "qwenimage", "qwenimage_edit", "skyreels_i2v", "wan_2_1")
 
@@ -64,6 +65,7 @@ TARGETS = (
     ),
     _patching.Target("dance_grpo_step", modules=(), variants=_VARIANTS, cases=mix_grpo.dance_cases),
 )
+BLOCKS = (*FLUX, *QWEN)  # of diffusers' transformers, what the launcher replaces besides
 
 
 def patch(module: ModuleType, everywhere: bool = True) -> list[str]:

@@ -24,6 +24,7 @@ import torch
 from . import _cases, _patching
 from ._self_check import Case
 from ._transition import Steps, broadcast, steps_of, torch_noise, transition
+from .diffusers_transformers import FLUX, QWEN, SD3
 
 logger = logging.getLogger("advgrpo_kernels.integrations")
 
@@ -173,6 +174,7 @@ TARGETS = (
         cases=_step_cases,
     ),
 )
+BLOCKS = (*SD3, *FLUX, *QWEN)  # of diffusers' transformers, what the launcher replaces besides
 
 
 def patch(module: ModuleType, everywhere: bool = True) -> list[str]:

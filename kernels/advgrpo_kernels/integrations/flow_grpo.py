@@ -19,6 +19,7 @@ import torch
 from . import _cases, _patching, _statistics
 from ._self_check import Case
 from ._transition import broadcast, step_indices, steps_at, torch_noise, transition
+from .diffusers_transformers import FLUX, QWEN, SD3
 
 DYNAMICS = {"sde": ("flow_sde", "gaussian"), "cps": ("flow_cps", "squared_error")}
 
@@ -106,6 +107,7 @@ TARGETS = (
     ),
     _statistics.tracker("flow_grpo.stat_tracking"),
 )
+BLOCKS = (*SD3, *FLUX, *QWEN)  # of diffusers' transformers, what the launcher replaces besides
 
 
 def patch(module: ModuleType, everywhere: bool = True) -> list[str]:

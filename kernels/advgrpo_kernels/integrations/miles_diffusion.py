@@ -56,6 +56,7 @@ TARGETS = (
     ),
     *flow_grpo.TARGETS,
 )
+BLOCKS = flow_grpo.BLOCKS
 
 
 def patch(module: ModuleType, everywhere: bool = True) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from . import _cases, _patching
 from ._self_check import FLOAT32, Case, Tolerance
 from ._transition import Steps, steps_at, torch_noise, transition
+from .diffusers_transformers import FLUX
 
 DEFAULT_CPS_LEVEL = 0.8
 
@@ -181,6 +182,7 @@ TARGETS = (
     _patching.Target("flow_grpo_step", modules=(_MODULE,), variants=(flow_grpo_step,), cases=_flow_cases),
     _patching.Target("dance_grpo_step", modules=(_MODULE,), variants=(dance_grpo_step,), cases=dance_cases),
 )
+BLOCKS = FLUX  # of diffusers' transformers, what the launcher replaces besides
 
 
 def patch(module: ModuleType, everywhere: bool = True) -> list[str]:

@@ -20,6 +20,7 @@ import torch
 from . import _cases, _patching
 from ._self_check import Case
 from ._transition import broadcast, step_indices, steps_at, torch_noise, transition
+from .diffusers_transformers import QWEN, SD3
 
 # sde_type -> dynamics here, likelihood with and without its normaliser
 DYNAMICS = {
@@ -107,6 +108,7 @@ TARGETS = (
         cases=_step_cases,
     ),
 )
+BLOCKS = (*SD3, *QWEN)  # of diffusers' transformers, what the launcher replaces besides
 
 
 def patch(module: ModuleType, everywhere: bool = True) -> list[str]:
