@@ -79,7 +79,7 @@ def machine() -> dict[str, str]:
         platform.processor(),
     )
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": model, "capability": capability, "torch": torch.__version__, "layers": _cpu.describe()}
+    return {"cpu": model, "capability": capability, "torch": torch.__version__, "layers": _cpu.why_not() or "compiled"}
 
 
 def main(names: list[str]) -> None:

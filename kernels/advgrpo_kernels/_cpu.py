@@ -68,7 +68,7 @@ class CpuKernelsUnavailable(RuntimeError):
 
 
 def takes(*tensors: torch.Tensor) -> bool:
-    """Whether `auto` runs the CPU's kernels on these tensors: float32 on a CPU, with values to read, and no tracing.
+    """Whether `auto` runs the CPU's kernels on these tensors: float32 on a CPU, outside of traced graphs.
 
     Raises:
         CpuKernelsUnavailable: they are required and not there.
@@ -102,13 +102,15 @@ def _fits(tensors: tuple[torch.Tensor, ...]) -> bool:
 def usable() -> bool:
     """Whether `auto` runs them on this machine; compiles them at the first call, and says once where it cannot.
 
+    A build without their sources, as the hub's, is one without them.
+
     Raises:
         CpuKernelsUnavailable: they are required and cannot be compiled.
         ValueError: ADVGRPO_KERNELS_CPU is none of `MODES`.
     """
     if MODE not in MODES:
         raise ValueError(f"ADVGRPO_KERNELS_CPU = {MODE!r}: want one of {', '.join(MODES)}")
-    if MODE == "off":
+    if MODE == "off" or (MODE == "auto" and not SOURCES.is_dir()):
         return False
     try:
         library()
@@ -120,11 +122,13 @@ def usable() -> bool:
     return True
 
 
-def describe() -> str:
-    """What the layer ops run on this CPU, in words."""
+def why_not() -> str:
+    """Why `auto` does not run them here, or ""."""
     if MODE == "off":
-        return "PyTorch (ADVGRPO_KERNELS_CPU=off)"
-    return "compiled for this CPU" if usable() else "PyTorch (they could not be compiled)"
+        return "ADVGRPO_KERNELS_CPU = off"
+    if not SOURCES.is_dir():
+        return "this build came without their sources"
+    return "" if usable() else "they could not be compiled"
 
 
 @functools.cache
@@ -134,6 +138,10 @@ def library() -> ctypes.CDLL:
     Raises:
         CpuKernelsUnavailable: no compiler, or one that fails.
     """
+    if not SOURCES.is_dir():
+        raise CpuKernelsUnavailable(
+            f"this build came without {SOURCES.name}/*.cpp: install the package from its sources"
+        )
     compiler = _compiler()
     sources = sorted(SOURCES.glob("*.cpp"))
     path = _cache_folder() / f"cpu_{_key(compiler)}.so"

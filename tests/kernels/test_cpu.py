@@ -274,7 +274,7 @@ def test_without_a_compiler_the_reference_runs_and_that_is_said_once(anew, monke
     x = torch.randn(2, 3, 16)
     for _ in range(2):
         assert torch.equal(k.gelu(x), k.gelu_ref(x))
-    assert _cpu.describe() == "PyTorch (they could not be compiled)"
+    assert _cpu.why_not() == "they could not be compiled"
     assert caplog.text.count("CXX = 'no-such-compiler' is no program: install one, or set ADVGRPO_KERNELS_CPU=off") == 1
     assert caplog.text.count("The PyTorch references run in place of the CPU's kernels") == 1
 
@@ -287,10 +287,19 @@ def test_where_they_are_required_a_compiler_that_fails_is_an_error(anew, monkeyp
     assert list(anew.iterdir()) == []
     monkeypatch.setattr(_cpu, "MODE", "off")
     k.gelu(torch.randn(2, 3, 16))
-    assert (_cpu.describe(), caplog.text) == ("PyTorch (ADVGRPO_KERNELS_CPU=off)", "")
+    assert (_cpu.why_not(), caplog.text) == ("ADVGRPO_KERNELS_CPU = off", "")
     monkeypatch.setattr(_cpu, "MODE", "never")
     with pytest.raises(ValueError, match="ADVGRPO_KERNELS_CPU = 'never': want one of auto, required, off"):
         k.gelu(torch.randn(2, 3, 16))
+
+
+def test_a_build_without_sources_is_one_without_them(anew, monkeypatch, caplog):
+    monkeypatch.setattr(_cpu, "MODE", "auto")
+    monkeypatch.setattr(_cpu, "SOURCES", anew / "cpu")
+    k.gelu(torch.randn(2, 3, 16))
+    assert (_cpu.why_not(), caplog.text) == ("this build came without their sources", "")
+    with pytest.raises(_cpu.CpuKernelsUnavailable, match="install the package from its sources"):
+        k.gelu(torch.randn(2, 3, 16), backend="cpu")
 
 
 @compiled

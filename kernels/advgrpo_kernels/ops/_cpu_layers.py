@@ -68,7 +68,7 @@ def residual_norm(
     scales: Sequence[torch.Tensor],
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
-    """h where there are outs, then y_1 and y_2 as many as shifts, as `_residual_norm.py` says; differentiable in x, outs.
+    """h where there are outs, then y_1 and y_2 as many as shifts: `_residual_norm.py`. Differentiable in x, outs.
 
     Args:
         x, outs: [B, T, C].
