@@ -29,6 +29,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from ._runtime import _warn_once, logger
 
@@ -86,16 +87,20 @@ def check(*tensors: torch.Tensor) -> None:
 
 def _fits(tensors: tuple[torch.Tensor, ...]) -> bool:
     """In a few microseconds: some of the calls take no more."""
-    for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype != torch.float32 or type(tensor) not in _PLAIN:
-            return False
     # What traces, counts or transforms sees operators of PyTorch, and would not see ours.
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
         or torch._is_functional_tensor(tensors[0])
-    )
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:
+        plain = tensor.is_cpu and tensor.dtype == torch.float32 and type(tensor) in _PLAIN
+        if not plain or tensor.is_neg():  # a view of negated values, which memory does not show
+            return False
+    return True
 
 
 @functools.cache
@@ -187,15 +192,16 @@ def _cpu_features() -> str:
 def _cache_folder() -> Path:
     """Where compiled kernels stay, or for this process alone where that cannot be written."""
     named = os.environ.get("ADVGRPO_KERNELS_CACHE")
-    folder = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advgrpo_kernels")
     try:
+        of_user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(named or Path(of_user) / "advgrpo_kernels")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter of a user without a home
         if named:
             raise CpuKernelsUnavailable(f"ADVGRPO_KERNELS_CACHE = {named!r} cannot be written ({error})") from error
-        logger.info("%s cannot be written: the CPU's kernels are compiled for this process alone", folder)
+        logger.info("no cache folder (%s): the CPU's kernels are compiled for this process alone", error)
         return Path(tempfile.mkdtemp(prefix="advgrpo_kernels_"))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import advgrpo_kernels as k
 from advgrpo_kernels import _cpu, _runtime
@@ -234,6 +235,12 @@ def test_auto_takes_them_where_they_fit_and_nowhere_else(monkeypatch):
     assert not ran(lambda: k.gelu(x.double().float().to("meta")))
     assert not ran(lambda: torch.compile(lambda x: k.gelu(x), backend="aot_eager", fullgraph=True)(x))
     assert not ran(lambda: torch.func.vmap(k.gelu)(x))
+    assert not ran(lambda: torch.func.jvp(k.gelu, (x,), (x,)))
+    with forward_ad.dual_level():
+        assert not ran(lambda: k.gelu(forward_ad.make_dual(x, x)))
+    negated = torch.view_as_complex(torch.randn(2, 3, 16, 2)).conj().imag
+    assert negated.is_neg()
+    assert not ran(lambda: k.gelu(negated))
     with _runtime.reference_only():
         assert not ran(lambda: k.gelu(x))
     monkeypatch.setattr(_cpu, "MODE", "off")

@@ -26,16 +26,23 @@ constexpr int WIDE = 1;
 // groups of `half`.
 template <int half>
 INLINE void exchange(Lanes (&row)[LANES]) {
-  Ints lower, upper;
-  for (int lane = 0; lane < LANES; ++lane) {
-    lower[lane] = lane & half ? lane - half + LANES : lane;
-    upper[lane] = lane & half ? lane + LANES : lane + half;
-  }
   for (int i = 0; i < LANES; ++i)
     if (!(i & half)) {
       const Lanes a = row[i], b = row[i + half];
+#ifdef __clang__  // has no shuffle by a vector, and makes one of this
+      for (int lane = 0; lane < LANES; ++lane) {
+        row[i][lane] = lane & half ? b[lane - half] : a[lane];
+        row[i + half][lane] = lane & half ? b[lane] : a[lane + half];
+      }
+#else
+      Ints lower, upper;
+      for (int lane = 0; lane < LANES; ++lane) {
+        lower[lane] = lane & half ? lane - half + LANES : lane;
+        upper[lane] = lane & half ? lane + LANES : lane + half;
+      }
       row[i] = __builtin_shuffle(a, b, lower);
       row[i + half] = __builtin_shuffle(a, b, upper);
+#endif
     }
 }
 
