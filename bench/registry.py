@@ -52,6 +52,7 @@ UNTIMED = {
     "ddim_coefficients": "float64 on the host, once per schedule",
     "step_coefficients": "a handful of scalars, for integrations whose callers hold no schedule",
     "step_std": "a handful of scalars, for integrations whose callers hold no schedule",
+    "small_attention": "a kernel for CPUs alone; on a GPU it is PyTorch's attention",
     "philox_integers": "the PyTorch twin of what the kernels draw inside",
     "philox_normal": "the PyTorch twin of what the kernels draw inside",
     "philox_permutation": "the PyTorch twin of what the kernels draw inside",

@@ -14,6 +14,7 @@ import pytest
 from torch.utils._device import _device_constructors
 
 from advgrpo.runtime.allocator import keep_freed_memory
+from advgrpo_kernels import _cpu
 
 keep_freed_memory(torch.device("cpu"))  # a tenth of the tests' time is spent in page faults
 
@@ -53,6 +54,12 @@ def _poison_empty(monkeypatch):
             return out.fill_(float("nan")) if plain and not torch.compiler.is_compiling() else out
 
         monkeypatch.setattr(torch, name, guarded)
+
+
+@pytest.fixture
+def layers_by_pytorch(monkeypatch) -> None:
+    """For what stands in for a GPU on the CPU: it has none of the CPU's kernels, and recorders see operators."""
+    monkeypatch.setattr(_cpu, "MODE", "off")
 
 
 @pytest.fixture(scope="session", autouse=True)

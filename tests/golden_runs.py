@@ -22,6 +22,7 @@ from rich.console import Console
 from advgrpo import config
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
+from advgrpo_kernels import _cpu
 
 FOLDER = Path(__file__).parent / "golden/losses"
 TOLERANCE = 1e-3  # relative, after three iterations from the same weights
@@ -77,7 +78,8 @@ def machine() -> dict[str, str]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    return {"cpu": model, "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"cpu": model, "capability": capability, "torch": torch.__version__, "layers": _cpu.why_not() or "compiled"}
 
 
 def main(names: list[str]) -> None:

@@ -14,6 +14,7 @@ from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.transformer import can_adapt
 from advgrpo.policy.pipelines import FAMILIES, pipeline_class
+from advgrpo_kernels import _cpu
 from advgrpo_kernels._runtime import DEFAULT_BACKEND, HAS_TRITON
 from advgrpo_kernels.ops._csrc import library
 
@@ -51,7 +52,9 @@ class FastPaths:
             masked = FAMILIES[pipeline_class(config.model.path)].masked_text
             choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
         no_triton = _why_no_triton(device)
-        norms = "norms and residuals by PyTorch's operators" if no_triton else "one kernel per norm and residual"
+        no_cpu = fused_off or _why_no_cpu_kernels(config.model, device)
+        ours = not (no_triton and no_cpu)
+        norms = "one kernel per norm and residual" if ours else "norms and residuals by PyTorch's operators"
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
             own_noise = "rollout.initial_noise = per_image: every image is its own trajectory"
@@ -70,6 +73,7 @@ class FastPaths:
                 "clipping, AdamW and EMA in three launches, no wait",
             ),
             _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
+            _row("CPU kernels", no_cpu, "norms, residuals, GELU and attention over few tokens, compiled for this CPU"),
             _row(
                 "CUDA graphs",
                 fused_off or gpu_only,
@@ -145,6 +149,24 @@ def _why_no_triton(device: torch.device) -> str:
     if DEFAULT_BACKEND == "torch":
         return "ADVGRPO_KERNELS_BACKEND = torch: PyTorch's operators instead"
     return "" if HAS_TRITON else "triton is not installed: PyTorch's operators instead"
+
+
+def _why_no_cpu_kernels(model: ModelSection, device: torch.device) -> str:
+    """Why the layer ops are not the ones compiled for this CPU, or ""; compiles them where they are wanted.
+
+    Raises:
+        UserError: ADVGRPO_KERNELS_CPU requires them, and they cannot be compiled; or it is no word that is known.
+    """
+    if device.type != "cpu":
+        return f"the model is on {device.type}"
+    if model.dtype != "float32":
+        return f"model.dtype = {model.dtype}: they are for float32"
+    if DEFAULT_BACKEND == "torch":
+        return "ADVGRPO_KERNELS_BACKEND = torch: PyTorch's operators instead"
+    try:
+        return "" if _cpu.usable() else f"{_cpu.why_not()}: PyTorch's operators instead"
+    except (_cpu.CpuKernelsUnavailable, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def _why_no_csrc(device: torch.device) -> str:

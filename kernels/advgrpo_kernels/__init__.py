@@ -21,6 +21,7 @@ from .ops.patches import PatchSample, sample_patches, sample_patches_ref
 from .ops.philox import philox_integers, philox_normal, philox_permutation, philox_words
 from .ops.qk_rms_norm import AttentionInputs, qk_rms_norm, qk_rms_norm_ref
 from .ops.score_features import FeatureScore, score_features, score_features_ref
+from .ops.small_attention import small_attention, small_attention_ref
 
 __all__ = [
     "Advantages",
@@ -66,6 +67,8 @@ __all__ = [
     "sample_patches_ref",
     "score_features",
     "score_features_ref",
+    "small_attention",
+    "small_attention_ref",
     "step_coefficients",
     "step_std",
     "transition_coefficients",

@@ -21,6 +21,8 @@ from advgrpo.types import Features
 from tests.graph_emulator import EmulatedGraphs
 from tests.vision_models import PROMPTS, random_images, write_clip
 
+pytestmark = pytest.mark.usefixtures("layers_by_pytorch")
+
 TOTAL = 8
 
 

@@ -17,6 +17,8 @@ from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.graph_emulator import EmulatedGraphs
 from tests.parts import updater_of
 
+pytestmark = pytest.mark.usefixtures("layers_by_pytorch")
+
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
 ROW = torch.tensor([0, 0, 0, 1, 1, 1])
 

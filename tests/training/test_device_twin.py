@@ -29,6 +29,8 @@ from tests.device_twin import DEVICE, DeviceTwin, MixedDevices
 from tests.parts import some_weekly
 from tests.vision_models import write_clip, write_siglip
 
+pytestmark = pytest.mark.usefixtures("layers_by_pytorch")
+
 # What the host reads of an iteration. All of it lies between the phases or at their end: sampler, update and head
 # updates themselves read nothing.
 READS = {

@@ -27,6 +27,7 @@ from advgrpo.runtime.command import plain_console
 from advgrpo.train import parse
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.preflight import preflight
+from advgrpo_kernels import _cpu
 
 
 @pytest.fixture
@@ -281,12 +282,39 @@ def test_a_model_behind_a_licence_names_the_way_to_it(capsys):
     assert "accept that on its page and run `hf auth login`" in message
 
 
+@pytest.mark.parametrize("usable", [True, False])
+def test_the_table_says_whether_the_kernels_are_compiled_for_this_cpu(unit_config, monkeypatch, usable):
+    monkeypatch.setattr(_cpu, "usable", lambda: usable)
+
+    def rows():
+        return {row.name: row for row in FastPaths.choose(unit_config, torch.device("cpu")).table}
+
+    assert rows()["CPU kernels"].on == usable
+    norms = "one kernel per norm and residual" if usable else "norms and residuals by PyTorch's operators"
+    assert rows()["fused transformer"].why == f"stacked matrix products, {norms}"
+    unit_config.model.dtype = "bfloat16"
+    assert "they are for float32" in rows()["CPU kernels"].why
+    unit_config.fast = False
+    assert rows()["CPU kernels"].why == "--no-fast"
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"), [("required", "'no-such-compiler' is no program"), ("yes", "want one of")]
+)
+def test_kernels_that_are_required_and_cannot_be_had_are_bad_input(unit_config, monkeypatch, mode, message):
+    monkeypatch.setattr(_cpu, "library", _cpu.library.__wrapped__)
+    monkeypatch.setattr(_cpu, "usable", _cpu.usable.__wrapped__)
+    monkeypatch.setattr(_cpu, "MODE", mode)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=message):
+        FastPaths.choose(unit_config, torch.device("cpu"))
+
+
 def test_the_table_of_fast_paths_claims_nothing_that_this_machine_lacks(unit_config, capsys):
     unit_config.rollout.precision = unit_config.model.base_precision = "fp8"
     paths = FastPaths.choose(unit_config, torch.device("cpu"))
     rows = {row.name: row for row in paths.table}
     assert not rows["Triton kernels"].on
-    assert rows["fused transformer"].why == "stacked matrix products, norms and residuals by PyTorch's operators"
     assert not rows["CUDA graphs"].on
     assert "no FP8 tensor cores" in rows["FP8 sampling"].why
     assert "no FP8 tensor cores" in rows["FP8 training"].why

@@ -14,6 +14,8 @@ from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.graph_emulator import EmulatedGraphs
 from tests.parts import updater_of
 
+pytestmark = pytest.mark.usefixtures("layers_by_pytorch")
+
 PROMPTS, ROW = ["a small red star", "a large green ring"], torch.tensor([0, 0, 1, 1])
 
 

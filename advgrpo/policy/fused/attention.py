@@ -42,6 +42,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from advgrpo.errors import UserError
+from advgrpo_kernels import small_attention
 
 _logger = logging.getLogger(__name__)
 Attention = Callable[..., torch.Tensor]  # q, k, v and, where one was asked for, the mask
@@ -121,6 +122,12 @@ def _torch_backend(backend: SDPBackend) -> Attention:
     return attend
 
 
+def _cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    if mask is None:
+        return small_attention(q, k, v).transpose(1, 2).flatten(2)
+    return _torch_backend(SDPBackend.FLASH_ATTENTION)(q, k, v, mask)
+
+
 class _TorchFlash:
     """PyTorch's flash attention, whose kernel the process can exchange (`activate_flash_attention_impl`, torch 2.11).
 
@@ -167,7 +174,7 @@ _MAKERS: dict[str, Callable[[], Attention]] = {
     "cudnn": lambda: _cudnn,
     "flash": _TorchFlash,
     "efficient": lambda: _efficient,
-    "cpu": lambda: _torch_backend(SDPBackend.FLASH_ATTENTION),
+    "cpu": lambda: _cpu,
     "math": lambda: _torch_backend(SDPBackend.MATH),
     "flash4": lambda: _TorchFlash("FA4"),
 }

@@ -125,10 +125,11 @@ class StackedLinear:
         """gelu_tanh(x·Wᵀ + b) of merged weights in the model's dtype, no gradient.
 
         On a GPU it is cuBLASLt's epilogue of the product: the wide result is written once and never read for GELU. The
-        same operator on a CPU takes the exact GELU in place of the tanh form, so there it is not used.
+        same operator on a CPU takes the exact GELU in place of the tanh form, so there it is not used, and our kernel
+        adds the bias.
         """
         if not x.is_cuda:
-            return gelu(self.run_merged(x))
+            return gelu(F.linear(x, self._merged_or_base()), self.bias)
         y = torch._addmm_activation(self.bias, x.flatten(0, -2), self._merged_or_base().t(), use_gelu=True)
         return y.view(*x.shape[:-1], -1)
 

@@ -7,32 +7,52 @@ from typing import TypeVar
 
 import torch
 
+from .. import _cpu, _runtime
 from .._runtime import _warn_once, check_tensors, pick_backend
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Given = TypeVar("Given")
 
 
-def pick_layer_backend(requested: str, activations: Sequence[torch.Tensor], frozen: dict[str, torch.Tensor]) -> str:
-    """`pick_backend`, for kernels whose backward has gradients for `activations` only.
+def pick_layer_backend(
+    requested: str, activations: Sequence[torch.Tensor], frozen: dict[str, torch.Tensor], *, cpu: bool = True
+) -> str:
+    """ "triton", "cpu" or "torch", for kernels whose backward has gradients for `activations` only.
 
-    A `frozen` tensor that requires a gradient would silently get none: an explicit "triton" raises, "auto" takes the
-    PyTorch reference, whose autograd covers every input, and says so once.
+    `pick_backend`'s choice, but for float32 tensors on a CPU the kernels compiled for it (`_cpu.py`), where these serve
+    the call's other arguments (`cpu`). A `frozen` tensor that requires a gradient would silently get none: an explicit
+    "triton" or "cpu" raises, "auto" takes the PyTorch reference, whose autograd covers every input, and says so once.
     """
-    choice = pick_backend(requested, *activations, *frozen.values())
+    tensors = [*activations, *frozen.values()]
+    if requested == "cpu":
+        _cpu.check(*tensors)
+        if not cpu:
+            raise RuntimeError("backend='cpu' has no kernel for these arguments: use backend='torch'")
+        choice = "cpu"
+    elif cpu and requested == "auto" == _runtime.DEFAULT_BACKEND and _cpu.takes(*tensors):
+        choice = "cpu"
+    else:
+        choice = pick_backend(requested, *tensors)
     if choice == "torch" or not torch.is_grad_enabled():
         return choice
     trained = [name for name, tensor in frozen.items() if tensor.requires_grad]
     if not trained:
         return choice
-    if requested == "triton":
-        raise RuntimeError(f"backend='triton' has no gradient for {trained}: detach them, or use backend='torch'")
+    if requested != "auto":
+        raise RuntimeError(f"backend={requested!r} has no gradient for {trained}: detach them, or use backend='torch'")
     _warn_once(f"{trained} require gradients, which the fused layer kernels do not compute: running PyTorch instead")
     return "torch"
 
 
 def check_float(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise unless `tensor` is a float tensor of `shape` on `device`; shapes are never broadcast."""
+    if (
+        isinstance(tensor, torch.Tensor)
+        and tensor.shape == shape
+        and tensor.dtype in FLOATS
+        and tensor.device == device
+    ):
+        return  # at once: there are dozens of them in a block
     check_tensors(**{name: tensor})
     if tuple(tensor.shape) != shape or tensor.dtype not in FLOATS:
         raise ValueError(f"{name} must be floating point {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")

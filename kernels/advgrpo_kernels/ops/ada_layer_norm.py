@@ -16,6 +16,7 @@ import torch
 
 from .._ops import add_op_namespace_prefix
 from .._runtime import check_tensors
+from ._cpu_layers import residual_norm
 from ._layers import FLOATS, check_float, given, pick_layer_backend
 from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward, token_major
 from .fp8 import Fp8Tensor, fp8_quantize_ref
@@ -172,8 +173,12 @@ def ada_layer_norm(
     if not shifts:
         raise ValueError("ada_layer_norm needs shift and scale")
     frozen = {f"modulation {i}": tensor for i, tensor in enumerate([*shifts, *scales])}
-    if pick_layer_backend(backend, [x], frozen) == "torch":
+    chosen = pick_layer_backend(backend, [x], frozen, cpu=not quantize)
+    if chosen == "torch":
         return ada_layer_norm_ref(x, shift, scale, shift2, scale2, eps=eps, quantize=quantize)
+    if chosen == "cpu":
+        ys = residual_norm(x, (), (), shifts, scales, eps)
+        return (ys[0], ys[1]) if len(shifts) > 1 else ys[0]
     if quantize:
         with torch.no_grad():
             y, y2, row_scales = _ada_layer_norm_fp8_op(x, shifts, scales, eps)

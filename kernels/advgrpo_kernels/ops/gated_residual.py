@@ -18,6 +18,7 @@ import torch
 
 from .._ops import add_op_namespace_prefix
 from .._runtime import check_tensors
+from ._cpu_layers import residual_norm
 from ._layers import check_float, given, pick_layer_backend
 from ._residual_norm import empty_like_rows, empty_row_scales, launch_backward, launch_forward
 from .ada_layer_norm import ada_layer_norm_ref, modulation_sets
@@ -223,7 +224,8 @@ def gated_residual(
     if quantize and not shifts:
         raise ValueError("quantize needs shift and scale: only the modulated norm is quantised")
     frozen = {f"gate or modulation {i}": tensor for i, tensor in enumerate([*gates, *shifts, *scales])}
-    if pick_layer_backend(backend, [residual, *outs], frozen) == "torch":
+    chosen = pick_layer_backend(backend, [residual, *outs], frozen, cpu=not quantize)
+    if chosen == "torch":
         return gated_residual_ref(
             *(residual, out, gate, out2, gate2),
             shift=shift,
@@ -233,6 +235,9 @@ def gated_residual(
             eps=eps,
             quantize=quantize,
         )
+    if chosen == "cpu":
+        results = residual_norm(residual, outs, gates, shifts, scales, eps)
+        return results if shifts else results[0]
     if quantize:
         with torch.no_grad():
             hidden, y, y2, row_scales = _gated_residual_fp8_op(residual, outs, gates, shifts, scales, eps)

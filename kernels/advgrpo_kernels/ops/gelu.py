@@ -17,6 +17,7 @@ import torch
 from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, check_tensors, device_guard
 from .._tuning import Launch, launch_of
+from . import _cpu_layers
 from ._layers import FLOATS, check_float, pick_layer_backend
 from .fp8 import Fp8Tensor, fp8_quantize_ref
 
@@ -167,8 +168,11 @@ def gelu(
         raise ValueError(f"x must be floating point [..., F], got {x.dtype} {list(x.shape)}")
     if bias is not None:
         check_float("bias", bias, (x.shape[-1],), x.device)
-    if pick_layer_backend(backend, [x], {} if bias is None else {"bias": bias}) == "torch":
+    chosen = pick_layer_backend(backend, [x], {} if bias is None else {"bias": bias}, cpu=not quantize)
+    if chosen == "torch":
         return gelu_ref(x, bias, quantize=quantize)
+    if chosen == "cpu":
+        return _cpu_layers.gelu(x, bias)
     if quantize:
         with torch.no_grad():
             data, scale = _gelu_fp8_op(x, bias)

@@ -25,10 +25,12 @@ from collections.abc import Sequence
 from typing import List, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, check_tensors, device_guard
 from .._tuning import Launch, launch_of
+from . import _cpu_layers
 from ._layers import FLOATS, check_float, given, pick_layer_backend
 
 __all__ = ["AttentionInputs", "qk_rms_norm", "qk_rms_norm_ref"]
@@ -397,6 +399,38 @@ class _ValueInPlace(torch.autograd.Function):
         return grad, None, None, None, *[None] * len(tensors)
 
 
+class _OnCpu(torch.autograd.Function):
+    """The same by the CPU's kernel."""
+
+    @staticmethod
+    def forward(ctx, qkv, txt_tokens, eps, turns, *tensors):
+        """tensors: cos and sin where `turns` is 2, not 0, then the weights; all dense."""
+        ctx.txt_tokens, ctx.eps, ctx.turns = txt_tokens, eps, turns
+        ctx.save_for_backward(qkv, *tensors)
+        return _forward_on_cpu(qkv, tensors[turns:], tensors[:turns], txt_tokens, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        qkv, *tensors = ctx.saved_tensors
+        (qkv_grad,), grads = _results([qkv], []), _with_common_strides(grads)
+        weights, rotary, images = tensors[ctx.turns :], tensors[: ctx.turns], qkv.shape[1] - ctx.txt_tokens
+        _cpu_layers.qk_rms_norm_backward(_dense_heads(qkv), weights, rotary, images, grads, qkv_grad, ctx.eps)
+        return qkv_grad, None, None, None, *[None] * len(tensors)
+
+
+def _forward_on_cpu(qkv, weights, rotary, txt_tokens: int, eps: float) -> tuple[torch.Tensor, ...]:
+    """Query, key and value of a fused qkv."""
+    B, T, _, H, D = qkv.shape
+    query, key = (_empty(qkv, (B, T, H, D)).transpose(1, 2) for _ in range(2))
+    _cpu_layers.qk_rms_norm(_dense_heads(qkv), weights, rotary, T - txt_tokens, query, key, eps)
+    return query, key, qkv.select(2, 2).transpose(1, 2)
+
+
+def _dense_heads(qkv: torch.Tensor) -> torch.Tensor:
+    return qkv if qkv.stride()[3:] == (qkv.shape[4], 1) else qkv.contiguous()
+
+
 def _check_stream(name: str, qkv, weights) -> tuple[list[torch.Tensor], list[torch.Tensor], tuple[int, ...]]:
     """(tensors, weights, (B, T, H, D)) of one stream.
 
@@ -404,7 +438,8 @@ def _check_stream(name: str, qkv, weights) -> tuple[list[torch.Tensor], list[tor
         ValueError: names the argument that does not fit.
     """
     tensors = [qkv] if isinstance(qkv, torch.Tensor) else list(qkv)
-    check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
     first = tensors[0]
     if len(tensors) not in (1, 3) or first.dim() != (5 if len(tensors) == 1 else 4) or first.dtype not in FLOATS:
         raise ValueError(
@@ -499,11 +534,18 @@ def qk_rms_norm(
     turns = _check_rotary(rotary, tokens, tensors[0])
     frozen = {f"norm weight {i}": weight for i, weight in enumerate([*weights, *text_weights])}
     frozen |= {f"rotary[{i}]": turn for i, turn in enumerate(turns)}
-    if pick_layer_backend(backend, [*tensors, *texts], frozen) == "torch":
+    fused = not texts and len(tensors) == 1
+    chosen = pick_layer_backend(backend, [*tensors, *texts], frozen, cpu=fused)
+    if chosen == "torch":
         return qk_rms_norm_ref(
             qkv, weights, txt_qkv=txt_qkv, txt_weights=txt_weights, txt_tokens=txt_tokens, rotary=rotary, eps=eps
         )
-    if not texts and len(tensors) == 1:
+    if chosen == "cpu":
+        own = [weight.contiguous() for weight in (*weights, *text_weights)]
+        if not _cpu_layers.learns(tensors[0]):
+            return AttentionInputs(*_forward_on_cpu(tensors[0], own, turns, txt_tokens, eps))
+        return AttentionInputs(*_OnCpu.apply(tensors[0], txt_tokens, eps, len(turns), *turns, *own))
+    if fused:
         own = len(turns), *turns, *weights, *text_weights
         return AttentionInputs(*_ValueInPlace.apply(tensors[0], txt_tokens, eps, *own))
     if texts:
