@@ -3,6 +3,20 @@
 Every process has one, with its own connection to the job's key-value store. Once a second it leaves a note (`Note`): a
 beat, what the process is doing, and at which meeting point of the job it has arrived. From the notes of the others a
 process that waits can say who keeps it waiting, and where; who stops leaving notes is dead or stopped.
+
+What torchrun and c10d do already is not done here: an agent sees at once that a process of its own machine has ended,
+and starts all again; a collective of gloo's ends at its time-out, and NCCL's watchdog kills a process whose does not; a
+store whose machine answers "connection reset" raises. What is left to this thread, and why:
+
+- notes, and the neighbour's silence: an agent takes a process that is stopped, or whose machine is gone, for healthy,
+  and its own keep-alive only takes machines from the list of who may meet next (`_look`);
+- a neighbour that is behind: c10d's time-outs end a job without a word about who was late, at what, and with NCCL
+  without an exception, in which rank 0 saves (`_look_for_a_hang`, `late`, `_diagnose`, `_tell_stacks`);
+- reports of errors: torchrun knows the exit code of the other machines' processes, not the error (`report`);
+- the wish to stop: torchrun passes a signal to its own machine's processes alone (`wanted_stop`, `stop_reason`);
+- the end of a main thread that is stuck, and saving before it: SIGTERM does not end what waits inside NCCL
+  (`_leave_after_failure`, `_leave_after_stop`);
+- the end of a process that is cut off: torchrun's client of the store waits for an answer for ever, like ours (`_fence`).
 """
 
 from __future__ import annotations

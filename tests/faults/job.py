@@ -39,6 +39,7 @@ class Outcome:
     lost: list[int] = field(default_factory=list)  # iterations that were begun again, at every new start
     waits: list[float] = field(default_factory=list)  # seconds from every blow to the next iteration that begins
     sizes: list[int] = field(default_factory=list)  # world size of every iteration that counted
+    hit: list[bool] = field(default_factory=list)  # whether the machine of each blow was at work in the job
     error: str = ""
 
 
@@ -84,17 +85,17 @@ class Job:
         self._gone.discard(machine)
 
     def ended(self) -> bool:
-        """Whether the agents of all machines that are not gone have ended well, and there is one.
+        """Whether the run is done: a machine has ended well and left the run's summary. Others, which wait for a machine
+        that is gone or came when all was done, are a scheduler's to end.
 
         Raises:
-            JobError: none of them goes on, and not all have ended well.
+            JobError: no machine goes on, and the run is not done.
         """
         codes = {machine: processes[-1].poll() for machine, processes in self._processes.items() if processes}
-        of_the_job = {machine: code for machine, code in codes.items() if machine not in self._gone}
-        if of_the_job and all(code is not None for code in of_the_job.values()):
-            if any(of_the_job.values()):
-                raise JobError(f"exit codes of the machines: {of_the_job}\n{self.said()}")
+        if 0 in codes.values() and (self._folder / "run" / "summary.json").exists():
             return True
+        if codes and all(code is not None for machine, code in codes.items() if machine not in self._gone):
+            raise JobError(f"exit codes of the machines: {codes}\n{self.said()}")
         return False
 
     def said(self, most: int = 6000) -> str:
@@ -142,8 +143,11 @@ class Job:
         return self._network.address(machine) if self._network else "127.0.0.1"
 
 
-def run(schedule: Schedule, flags: list[str], folder: Path, network: Network | None, *, limit: float = 150.0) -> Outcome:
-    """A job under a schedule to its end, or to the end of `limit` seconds."""
+def run_under(
+    schedule: Schedule, flags: list[str], folder: Path, network: Network | None, *, limit: float = 150.0
+) -> Outcome:
+    """A job that writes to `folder`/run under a schedule, to its end or to the end of `limit` seconds."""
+    flags = [*flags, "--output-dir", str(folder / "run")]
     outcome, began = Outcome(schedule.seed, list(schedule.faults)), time.monotonic()
     if any(fault.kind == "poor network" for fault in schedule.faults):
         network.delay, network.loss = POOR_DELAY, POOR_LOSS
@@ -179,6 +183,7 @@ def _drive(job: Job, schedule: Schedule, outcome: Outcome, deadline: float) -> N
         if to_come and not (later or waiting) and _is_time(to_come[0], begun):
             fault = to_come.pop(0)
             waiting = Blow(time.time(), begun)
+            outcome.hit.append(fault.machine in at_work(begun))
             later = [(now + seconds, action) for seconds, action in job.strike(fault)]
         for due in [each for each in later if each[0] <= now]:
             due[1]()
@@ -189,6 +194,12 @@ def _drive(job: Job, schedule: Schedule, outcome: Outcome, deadline: float) -> N
 def _is_time(fault: Fault, begun: list[Begun]) -> bool:
     times = [each.at for each in begun if each.iteration >= fault.iteration]
     return bool(times) and time.time() - min(times) >= fault.after
+
+
+def at_work(begun: list[Begun]) -> set[int]:
+    """The machines of the newest start of the job."""
+    newest = max(begun, key=lambda each: each.at)
+    return {each.machine for each in begun[-newest.world_size :]}
 
 
 class Blow:

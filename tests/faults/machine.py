@@ -27,8 +27,8 @@ COLLECTIVE_TIMEOUT = 8.0
 # A fraction of the defaults, or a schedule would take minutes; torchrun's own are in RENDEZVOUS.
 LIMITS = {"POLL_SECONDS": 0.3, "SILENCE_SECONDS": 6.0, "BEHIND_SECONDS": 2.0, "GRACE_SECONDS": 2.0, "SAVE_SECONDS": 4.0,
           "LINGER_SECONDS": 2.0}  # fmt: skip
-RENDEZVOUS = {"is_host": "false", "last_call_timeout": 4, "join_timeout": 90, "close_timeout": 5, "heartbeat": 3,
-              "keep_alive_interval": 1, "keep_alive_max_attempt": 4, "read_timeout": 10}  # fmt: skip
+RENDEZVOUS = {"is_host": "false", "last_call_timeout": 6, "join_timeout": 600, "close_timeout": 5, "heartbeat": 3,
+              "keep_alive_interval": 2, "keep_alive_max_attempt": 4, "read_timeout": 10}  # fmt: skip
 SHUTDOWN_SECONDS = 6
 
 
@@ -86,6 +86,8 @@ def agent(arguments: list[str]) -> int:
     described, nodes, restarts, *rest = arguments
     place = Place(**json.loads(described))
     place.enter()
+    # Or a machine that has met another process 0 before waits for that one's store (docs/clusters.md).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     least, most = map(int, nodes.split(":"))
     config = LaunchConfig(
         min_nodes=least, max_nodes=most, nproc_per_node=1, max_restarts=int(restarts), run_id="faults",
@@ -115,7 +117,9 @@ def worker(machine: int, trace: str, pace: str, *flags: str) -> None:
     rollout = PolicyGradient.rollout
 
     def traced(objective: Any, table: Any, iteration: int, *chosen: Any) -> Any:
-        begun = Begun(time.time(), machine, os.getpid(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), iteration)
+        begun = Begun(
+            time.time(), machine, os.getpid(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), iteration
+        )
         begun.write(Path(trace))
         time.sleep(float(pace))
         return rollout(objective, table, iteration, *chosen)
