@@ -1,5 +1,5 @@
-"""What an iteration should cost on 1 to 1,024 GPUs: `python -m bench.scaling`. Predicted; nothing here was measured on a
-cluster.
+"""What an iteration should cost on 1 to 1,024 GPUs: `python -m bench.scaling`. Predicted; nothing here was measured on
+a cluster.
 
 Work is counted: FLOPs of a forward on meta tensors, bytes and number of every collective (`collectives`, which
 tests/bench/test_scaling.py compares with those that a run of two and three processes issues), micro-batches of the
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -167,20 +168,21 @@ class Cost:
         return one.seconds / (self.gpus * self.seconds)
 
 
-def predict(
-    preset: str, gpus: int, links: Links = Links(), *, sharded: bool = False, micro_batch: int = 0
-) -> Cost | None:
-    """An iteration of a preset; None where a base in parts cannot be shared out evenly.
+def predict(preset: str, gpus: int, links: Links = Links(), *, sharded: bool = False, micro_batch: int = 0) -> Cost:
+    """An iteration of a preset.
 
     Args:
         sharded: with model.shard_base blocks: each forward gathers the frozen weights, a backward once more.
         micro_batch: instead of the preset's.
+
+    Raises:
+        ValueError: a base in parts, on GPUs that do not share the micro-batches evenly.
     """
     settings = {"rollout.micro_batch": micro_batch} if micro_batch else {}
     config, family, model = Config.load(preset, settings), family_of(preset), Model(H200)
     shared = config.balance(gpus)
     if sharded and not shared.even:
-        return None
+        raise ValueError(f"{gpus} GPUs do not share {preset}'s micro-batches evenly, which a base in parts needs")
     steps, trained, rounds = config.rollout.num_steps, config.trained_steps, shared.rounds
     merged, adapted = model.forward(family.merged), model.forward(family.adapted, adapters=_adapters(family))
     backward = model.backward(
@@ -218,21 +220,11 @@ def _adapters(family: Family) -> int:
 def family_of(preset: str) -> Family:
     """Counted: SD3.5-medium's are bench/model.py's; the others' are counted here on diffusers' default networks, which
     are FLUX.1-dev and Qwen-Image, on meta tensors."""
-    from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
-
     from advgrpo.policy.adapters import block_names, target_modules
-    from bench.stock_model import SD35_MEDIUM
 
-    config, decode = Config.load(preset), Model(H200).decode(CONVOLUTION, 1)
-    with torch.device("meta"):
-        if preset.startswith("sd35m"):
-            network = SD3Transformer2DModel(**asdict(SD35_MEDIUM))
-        else:
-            network = (
-                FluxTransformer2DModel(guidance_embeds=True) if "flux" in preset else QwenImageTransformer2DModel()
-            )
+    config, decode, network = Config.load(preset), Model(H200).decode(CONVOLUTION, 1), _network(preset)
     targets, rank = target_modules(network, config.model.lora), config.model.lora.rank
-    linear = {name: network.get_submodule(name) for name in targets}
+    linear: dict[str, Any] = {name: network.get_submodule(name) for name in targets}
     parameters = sum(rank * (each.in_features + each.out_features) for each in linear.values())
     sizes = Sizes(4 * parameters, 4 * _head_parameters(config), 4 * DINO_WIDTH)
     frozen, blocks = 2 * sum(each.numel() for each in network.parameters()), len(block_names(network))
@@ -249,6 +241,18 @@ def family_of(preset: str) -> Family:
     backward = rows * round(flops - attention + 2.5 * attention + 2 * adapters)
     trained = replace(adapted, flops=adapted.flops + backward, bytes=round(scale * TRAINED.bytes))
     return Family(merged, adapted, trained, decode, sizes, frozen, blocks)
+
+
+def _network(preset: str) -> Any:
+    """On the meta device."""
+    from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+
+    from bench.stock_model import SD35_MEDIUM
+
+    with torch.device("meta"):
+        if preset.startswith("sd35m"):
+            return SD3Transformer2DModel(**asdict(SD35_MEDIUM))
+        return FluxTransformer2DModel(guidance_embeds=True) if "flux" in preset else QwenImageTransformer2DModel()
 
 
 def _head_parameters(config: Config) -> int:
@@ -268,7 +272,7 @@ def _tokens(linear: str, text: int) -> int:
     return text if "add_" in linear.rsplit(".", 2)[-1] or linear.endswith("to_add_out") else IMAGE
 
 
-def _forward_flops(network: torch.nn.Module, text: int) -> tuple[int, int]:
+def _forward_flops(network: Any, text: int) -> tuple[int, int]:
     """FLOPs of a forward of one row of 512 px, and those of attention among them."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -298,10 +302,9 @@ def why(cost: Cost, one: Cost) -> str:
     return "even" if cost.efficiency(one) >= 0.995 else max(lost, key=lambda name: lost[name])
 
 
-def table(preset: str, links: Links = Links(), *, sharded: bool = False) -> list[Cost]:
-    """One row for every number of GPUs that is taken."""
-    costs = (predict(preset, gpus, links, sharded=sharded) for gpus in GPUS)
-    return [cost for cost in costs if cost is not None]
+def table(preset: str, *, micro_batch: int = 0) -> list[Cost]:
+    """One row for every number of `GPUS`."""
+    return [predict(preset, gpus, micro_batch=micro_batch) for gpus in GPUS]
 
 
 def badly_used(costs: list[Cost], one: Cost) -> str:
@@ -312,36 +315,37 @@ def badly_used(costs: list[Cost], one: Cost) -> str:
 
 def lines() -> Iterator[str]:
     """The page's generated part, as Markdown."""
+    columns = ("GPUs", "s an iteration", "images/s", "efficiency", "images of the busiest", "communication", "messages")
     for preset in PRESETS:
-        one = predict(preset, 1)
+        costs, images = table(preset), Config.load(preset).images_per_iteration
+        one = costs[0]
         yield f"### {preset}\n"
-        yield "| GPUs | s an iteration | images/s | efficiency | images of the busiest | communication | messages | MB put in | most is lost to |"
-        yield "|---|---|---|---|---|---|---|---|---|"
-        costs = table(preset)
+        yield f"| {' | '.join(columns)} | MB put in | most is lost to |"
+        yield f"|{'---|' * (len(columns) + 2)}"
         for cost in costs:
-            total = Config.load(preset).images_per_iteration
             yield (
-                f"| {cost.gpus:,} | {cost.seconds:.3g} | {total / cost.seconds:.3g} | {cost.efficiency(one):.0%} | {cost.images} | "
-                f"{cost.communication * 1e3:.3g} ms | {cost.messages} | {cost.bytes / 1e6:.3g} | {why(cost, one)} |"
+                f"| {cost.gpus:,} | {cost.seconds:.3g} | {images / cost.seconds:.3g} | {cost.efficiency(one):.0%} | "
+                f"{cost.images} | {cost.communication * 1e3:.3g} ms | {cost.messages} | {cost.bytes / 1e6:.3g} | "
+                f"{why(cost, one)} |"
             )
         yield ""
-        yield from _summary(preset, costs, one)
+        yield from _summary(preset, costs)
         yield ""
 
 
-def _summary(preset: str, costs: list[Cost], one: Cost) -> Iterator[str]:
-    yield f"Below {GOOD:.0%}: {badly_used(costs, one) or 'at no number here'}."
-    finer = [predict(preset, gpus, micro_batch=1) for gpus in GPUS]
-    found = badly_used([each for each in finer if each is not None], one)
-    yield f"With `rollout.micro_batch` 1 (what smaller products cost a GPU is not in it): {found or 'at no number here'}."
+def _summary(preset: str, costs: list[Cost]) -> Iterator[str]:
+    one, none = costs[0], "at no number here"
+    yield f"Below {GOOD:.0%}: {badly_used(costs, one) or none}."
+    finer = badly_used(table(preset, micro_batch=1), one)
+    yield f"With `rollout.micro_batch` 1 (what smaller products cost a GPU is not in it): {finer or none}."
     slow = predict(preset, 64, ETHERNET)
-    yield f"64 GPUs on 10 Gbit/s for each machine of 8: {slow.communication:.3g} s of {slow.seconds:.3g} s are communication."
+    share = f"{slow.communication:.3g} s of {slow.seconds:.3g} s"
+    yield f"64 GPUs on 10 Gbit/s for each machine of 8: {share} are communication."
     parts = predict(preset, 8, sharded=True)
-    if parts is not None:
-        yield (
-            f"8 GPUs with `model.shard_base blocks`: {parts.messages:,} messages, {parts.communication:.3g} s of gathers if "
-            f"nothing overlapped, beside {parts.seconds - parts.communication:.3g} s of work."
-        )
+    yield (
+        f"8 GPUs with `model.shard_base blocks`: {parts.messages:,} messages, {parts.communication:.3g} s if nothing "
+        f"overlapped, beside {parts.seconds - parts.communication:.3g} s of work."
+    )
 
 
 def draw(file: Path) -> None:
@@ -355,9 +359,9 @@ def draw(file: Path) -> None:
     for preset in PRESETS:
         one = predict(preset, 1)
         for micro, style in ((0, "-"), (1, ":")):
-            costs = [predict(preset, gpus, micro_batch=micro) for gpus in GPUS]
+            costs = table(preset, micro_batch=micro)
             label = f"{preset}{', micro-batch 1' if micro else ''}"
-            axes.plot(GPUS, [100 * each.efficiency(one) for each in costs if each], style, label=label, linewidth=1.4)
+            axes.plot(GPUS, [100 * each.efficiency(one) for each in costs], style, label=label, linewidth=1.4)
     axes.axhline(100 * GOOD, color="grey", linewidth=0.6)
     axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency, % (predicted)", ylim=(0, 105))
     axes.set_xticks([1, 8, 64, 256, 1024], ["1", "8", "64", "256", "1,024"])

@@ -16,7 +16,7 @@ store whose machine answers "connection reset" raises. What is left to this thre
 - the wish to stop: torchrun passes a signal to its own machine's processes alone (`wanted_stop`, `stop_reason`);
 - the end of a main thread that is stuck, and saving before it: SIGTERM does not end what waits inside NCCL
   (`_leave_after_failure`, `_leave_after_stop`);
-- the end of a process that is cut off: torchrun's client of the store waits for an answer for ever, like ours (`_fence`).
+- the end of a process that is cut off: torchrun's client of the store waits for its answer like ours (`_fence`).
 """
 
 from __future__ import annotations

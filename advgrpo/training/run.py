@@ -67,7 +67,7 @@ from advgrpo.types import Flag
 
 logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
-# What is longest in watch.seconds_to_the_end, and as much again: a machine that is cut off ends its processes by itself.
+# What is longest in watch.seconds_to_the_end, and as much again: a machine that is cut off ends its processes itself.
 LAST_START_SECONDS = 120.0
 
 _JUDGED_ON = {"held_out_prompts", "references", "base", "rewards"}  # what the base model's metrics depend on

@@ -12,6 +12,7 @@ import torch
 
 from advgrpo import config as configuration
 from advgrpo.config import Config
+from advgrpo.plan.work import efficiency
 from bench import scaling
 from tests.conftest import make_unit_config
 from tests.faults.job import environment
@@ -71,7 +72,7 @@ def test_efficiency_is_that_of_the_shares_where_talk_is_free():
     for gpus, most in ((8, 96), (64, 16), (1024, 8)):
         cost = scaling.predict(preset, gpus, free)
         assert cost.images == most
-        assert Config.load(preset).images_per_iteration / (gpus * most) == pytest.approx(cost.efficiency(one), abs=0.02)
+        assert cost.efficiency(one) == pytest.approx(efficiency(Config.load(preset), gpus), abs=0.02)
 
 
 @pytest.mark.weekly

@@ -85,7 +85,7 @@ class Job:
         self._gone.discard(machine)
 
     def ended(self) -> bool:
-        """Whether the run is done: a machine has ended well and left the run's summary. Others, which wait for a machine
+        """Whether the run is done: a machine has ended well, and the run's summary is there. Others, which wait for one
         that is gone or came when all was done, are a scheduler's to end.
 
         Raises:

@@ -6,6 +6,7 @@ told: what `tc netem` and a pulled cable do, on kernels without netem. It needs 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import heapq
 import os
@@ -116,10 +117,8 @@ class Network:
                     self._deliver(target, frame)
 
     def _deliver(self, target: int, frame: bytes) -> None:
-        try:
+        with contextlib.suppress(OSError):  # its queue is full, or the device is down: lost, as on a wire
             os.write(self._devices[target], frame)
-        except (BlockingIOError, OSError):  # its queue is full, or the device is down: lost, as on a wire
-            pass
 
 
 def _ip(*arguments: str) -> None:
