@@ -104,6 +104,17 @@ def test_a_rank_that_was_asked_to_stop_goes_on_until_rank_0_has_stopped():
         job.check_stop()
 
 
+def test_who_was_asked_to_stop_is_not_stopped_by_others():
+    """torchrun starts those again that were not asked."""
+    job = Distributed(1, 2, 0, "cpu")
+    job._watch = watches(2)[0][1]
+    assert not job.stopped_by_others
+    job._watch.stop_reason = "SIGTERM"
+    assert job.stopped_by_others
+    job.ask_to_stop("SIGTERM")
+    assert not job.stopped_by_others
+
+
 @pytest.mark.parametrize("answers", [False, True])
 def test_a_process_that_is_cut_off_saves_and_ends_by_itself(answers, monkeypatch):
     """The store neither answers nor fails, and both threads that ask it wait for ever."""
