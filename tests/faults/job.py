@@ -107,6 +107,9 @@ class Job:
         """Do it; what is to be done later about it, and in how many seconds."""
         what, _, how = fault.kind.partition(" ")
         network, machine = self._network, fault.machine
+        if fault.kind == "machine joins late":
+            self.start(machine)
+            return []
         if fault.kind.startswith("cut off"):
             network.cut.add(machine)
             if fault.kind == "cut off":
