@@ -21,7 +21,7 @@ from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.config.command_line import Start, read_settings
 from advgrpo.runtime.callable_module import make_callable
-from advgrpo.runtime.command import plain_console, run_command
+from advgrpo.runtime.command import INTERRUPTED, plain_console, run_command
 from advgrpo.runtime.libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -142,8 +142,8 @@ def _recorded(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     config, start = parse(arguments)
     quiet_libraries()
-    _run(config, resume=resume_of(start))
-    return 0
+    run = _run(config, resume=resume_of(start))
+    return INTERRUPTED if run.stopped_by_others else 0
 
 
 if __name__ == "__main__":

@@ -73,6 +73,16 @@ def _no_waiting_for_the_disk():
 @pytest.fixture(scope="session")
 def unit_pipeline(tmp_path_factory) -> str:
     """An untrained SD3 pipeline of width 64 with 2 blocks, the first with dual attention: seconds, not minutes."""
+    return make_unit_pipeline(tmp_path_factory.mktemp("models") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def unit_backbone(tmp_path_factory) -> str:
+    """An untrained DINOv2 of width 64 with 2 layers."""
+    return make_unit_backbone(tmp_path_factory.mktemp("models") / "backbone")
+
+
+def make_unit_pipeline(folder) -> str:
     from advgrpo.tiny import architecture
     from advgrpo.tiny.assets import save_half_precision
     from tests.unit_size import UNIT
@@ -83,19 +93,15 @@ def unit_pipeline(tmp_path_factory) -> str:
         generator = torch.Generator().manual_seed(1)
         for parameter in pipe.transformer.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("models") / "pipeline"
     save_half_precision(pipe, folder)
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def unit_backbone(tmp_path_factory) -> str:
-    """An untrained DINOv2 of width 64 with 2 layers."""
+def make_unit_backbone(folder) -> str:
     from advgrpo.tiny import architecture
     from advgrpo.tiny.assets import save_half_precision
     from tests.unit_size import UNIT
 
-    folder = tmp_path_factory.mktemp("models") / "backbone"
     save_half_precision(architecture.backbone(seed=0, width=64, layers=2, size=UNIT), folder)
     return str(folder)
 

@@ -70,6 +70,11 @@ class Forked:
             self.returncode = _zygote().code(self.pid)
         return self.returncode
 
+    def said(self) -> str:
+        """What it has written to standard output so far."""
+        file = Path(self._folder.name) / "out"
+        return file.read_text() if file.exists() else ""
+
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """What it wrote to standard output and standard error, once it has ended; kills it after `timeout` seconds."""
         deadline = time.monotonic() + timeout

@@ -1,7 +1,8 @@
 """What every command does around its work: one line for an error, the same exit codes, --version.
 
 Exit codes: 0 the work is done; 1 it failed on the way (a number that is not finite, a full disk, a lost process), or
-the command's own meaning of 1; 2 bad input, found before work; 130 interrupted.
+the command's own meaning of 1; 2 bad input, found before work; 130 interrupted, or
+stopped because the process of another machine was.
 """
 
 from __future__ import annotations

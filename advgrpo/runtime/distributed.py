@@ -124,6 +124,11 @@ class Distributed:
         """Whether this is rank 0, the only one that writes files."""
         return self.rank == 0
 
+    @property
+    def started_by_torchrun(self) -> bool:
+        """Whether an agent started this process, and may have started it before."""
+        return "TORCHELASTIC_RUN_ID" in os.environ
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenate `[n, ...]` of all ranks in rank order to `[sum of n, ...]`; n may differ, also be 0.
 
@@ -205,6 +210,12 @@ class Distributed:
     def stop_reason(self) -> str | None:
         """Why the job has been asked to stop, as far as this rank knows; None while it has not."""
         return self._stop_reason or (self._watch.stop_reason if self._watch is not None else None)
+
+    @property
+    def stopped_by_others(self) -> bool:
+        """Whether the job stops on the wish of other ranks alone, whose machines may be all that is taken away: with
+        torchrun's `--nnodes MIN:MAX` this machine is to go on, which torchrun does where its processes fail."""
+        return self._watch is not None and self._stop_reason is None and self._watch.stop_reason is not None
 
     def check_stop(self) -> None:
         """Where work can end, between two pieces of it; that it was reached also proves that this rank is not stuck.

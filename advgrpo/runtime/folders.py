@@ -7,12 +7,14 @@ import fcntl
 import logging
 import os
 import platform
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from advgrpo.errors import UserError
 
 logger = logging.getLogger(__name__)
+_POLL_SECONDS = 0.2
 
 
 def writable(folder: Path, field: str, *, leave: bool = True) -> None:
@@ -38,16 +40,19 @@ class FolderLock:
 
     Args:
         field: the setting that names the folder.
+        patience: seconds to wait for who holds it: where a job is started again, its last start may still be ending.
 
     Raises:
         UserError: another process holds it; the message says which.
     """
 
-    def __init__(self, folder: Path, field: str):
-        file = folder / ".lock"
+    def __init__(self, folder: Path, field: str, patience: float = 0.0):
+        file, deadline = folder / ".lock", time.monotonic() + patience
         self._descriptor: int | None = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not self._is_free() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # once more, where it is ours already
         except BlockingIOError:
             holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
             self.release()
@@ -63,6 +68,13 @@ class FolderLock:
             return
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+
+    def _is_free(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True  # and from now on this process's
 
     def release(self) -> None:
         """May be called twice."""

@@ -3,6 +3,20 @@
 Every process has one, with its own connection to the job's key-value store. Once a second it leaves a note (`Note`): a
 beat, what the process is doing, and at which meeting point of the job it has arrived. From the notes of the others a
 process that waits can say who keeps it waiting, and where; who stops leaving notes is dead or stopped.
+
+What torchrun and c10d do already is not done here: an agent sees at once that a process of its own machine has ended,
+and starts all again; a collective of gloo's ends at its time-out, and NCCL's watchdog kills a process whose does not; a
+store whose machine answers "connection reset" raises. What is left to this thread, and why:
+
+- notes, and the neighbour's silence: an agent takes a process that is stopped, or whose machine is gone, for healthy,
+  and its own keep-alive only takes machines from the list of who may meet next (`_look`);
+- a neighbour that is behind: c10d's time-outs end a job without a word about who was late, at what, and with NCCL
+  without an exception, in which rank 0 saves (`_look_for_a_hang`, `late`, `_diagnose`, `_tell_stacks`);
+- reports of errors: torchrun knows the exit code of the other machines' processes, not the error (`report`);
+- the wish to stop: torchrun passes a signal to its own machine's processes alone (`wanted_stop`, `stop_reason`);
+- the end of a main thread that is stuck, and saving before it: SIGTERM does not end what waits inside NCCL
+  (`_leave_after_failure`, `_leave_after_stop`);
+- the end of a process that is cut off: torchrun's client of the store waits for its answer like ours (`_fence`).
 """
 
 from __future__ import annotations
@@ -23,6 +37,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from advgrpo.errors import RunFailure, UserError, printable
+from advgrpo.runtime.command import INTERRUPTED
 
 # How long a job lives on after a process was stopped or hangs is the sum of these, of the collective timeout, and of
 # what torchrun leaves between SIGTERM and SIGKILL (`seconds_to_the_end`): less than a minute.
@@ -136,16 +151,22 @@ class Watch(threading.Thread):
         self._world_size = world_size
         self._main_thread = threading.main_thread().ident
         self._left = threading.Event()  # the main thread leaves the job
+        self._looks = 0  # how often the store has answered all that one look asks it
+        self._cut_off = False  # it answers no more, and nothing may be asked of it
         self._neighbour = (rank + 1) % world_size
         self._neighbour_note = b""
-        self._neighbour_seen = time.monotonic()
+        self._clock, self._last_look = 0.0, time.monotonic()  # seconds of this thread's own: not those of a SIGSTOP
+        self._neighbour_seen = 0.0  # by that clock
         self._neighbour_at = (0, 0)  # place and steps of the neighbour when it was last seen to move on
-        self._neighbour_moved = time.monotonic()
+        self._neighbour_moved = 0.0
 
     def run(self) -> None:
+        threading.Thread(target=self._fence, name="advgrpo-fence", daemon=True).start()
         while self.failure is None and not self.has_stopped:
             try:
-                self.failure = self._look()
+                failure = self._look()
+                self.failure = self.failure or failure
+                self._looks += 1
             except dist.DistError as error:
                 lost = f"rank {self._rank} lost the job's store, which ends with rank 0 or torchrun ({error})"
                 self.failure = Failure(0, 0, lost, lost)
@@ -153,8 +174,24 @@ class Watch(threading.Thread):
                 return
         if self.failure is None:
             self._leave_after_stop()
-        else:
+        elif not self._cut_off:
             self._leave_after_failure()
+
+    def _fence(self) -> None:
+        """End this process where the store has not answered for as long as makes others count it as dead.
+
+        A store whose machine is cut off neither answers nor fails, and who asks it waits for ever: `run`, and the main
+        thread. The others go on without this process, which must not hold their folder, or write to it. What counts is
+        time in which this thread ran: after SIGSTOP and SIGCONT the store is asked before anything is concluded.
+        """
+        looks, waited = self._looks, 0.0
+        while self.failure is None and not self.has_stopped and not self._left.wait(POLL_SECONDS):
+            waited = waited + POLL_SECONDS if looks == self._looks else 0.0
+            looks = self._looks
+            if waited > SILENCE_SECONDS:
+                text = f"rank {self._rank} was cut off: the job's store has not answered for {waited:.0f} s"
+                self._cut_off, self.failure = True, Failure(self._rank, self._rank, text, text)
+                self._leave_after_failure()
 
     def leave(self) -> None:
         """The main thread leaves the job by itself; nothing is watched any more."""
@@ -176,6 +213,8 @@ class Watch(threading.Thread):
             if self.failure is None and diagnosis:
                 tell(self._rank, diagnosis)
         self.has_reported = True
+        if self._cut_off:
+            return self.failure
         mine = Failure.of(error, self._rank, diagnosis, waits_for)
         try:
             cause = self._publish(mine)
@@ -252,7 +291,7 @@ class Watch(threading.Thread):
             if self.stop_reason is None and self._store.check([key]):
                 self.stop_reason = self._store.get(key).decode()
         self.has_stopped = self._rank != 0 and self._store.check(["stopped"])
-        key, now = f"alive/{self._neighbour}", time.monotonic()
+        key, now = f"alive/{self._neighbour}", self._own_time()
         note = self._store.get(key) if self._store.check([key]) else b""
         if note != self._neighbour_note or note in (b"", b"done"):
             self._neighbour_note, self._neighbour_seen = note, now
@@ -263,6 +302,13 @@ class Watch(threading.Thread):
             )
             return self._publish(Failure(self._neighbour, self._rank, text, text))
         return self._look_for_a_hang(Note.read(note), now) if note not in (b"", b"done") else None
+
+    def _own_time(self) -> float:
+        """After SIGSTOP and SIGCONT of a whole job nobody has seen the others be silent."""
+        now = time.monotonic()
+        self._clock += min(now - self._last_look, 4 * POLL_SECONDS)
+        self._last_look = now
+        return self._clock
 
     def _look_for_a_hang(self, note: Note, now: float) -> Failure | None:
         """A failure if the neighbour, which lives, keeps this process waiting for longer than it allows itself.
@@ -358,7 +404,7 @@ class Watch(threading.Thread):
             with suppress(dist.DistError):
                 self._store.set(f"alive/{self._rank}", "done")
                 self._store.add("goodbyes", 1)
-            exit_now(0)
+            exit_now(INTERRUPTED if self.wanted_stop is None else 0)
 
     @staticmethod
     def _wait_until(condition: Callable[[], bool], seconds: float) -> None:

@@ -67,6 +67,8 @@ from advgrpo.types import Flag
 
 logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
+# What is longest in watch.seconds_to_the_end, and as much again: a machine that is cut off ends its processes itself.
+LAST_START_SECONDS = 120.0
 
 _JUDGED_ON = {"held_out_prompts", "references", "base", "rewards"}  # what the base model's metrics depend on
 
@@ -105,6 +107,7 @@ class Run:
         self.unlogged: dict | None = None  # metrics of the newest iteration, while its evaluation is not done
         self.best: Best | None = Best(keep) if (keep := config.evaluation.keep_best) else None
         self.stopped = ""  # why the run ended early
+        self.stopped_by_others = False  # at the wish of other processes than this one
         self._asked = ""  # why a callback wants the end
         self.trackers = Trackers([], self.display.print_line)
         self._lock: FolderLock | None = None
@@ -122,11 +125,9 @@ class Run:
             raise UserError(uneven)
         distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
         sources = Sources.read(config, check=partial(check_prompts, config))
-        if distributed.is_main:
-            prepare_output(self.folder)
-            self._lock = FolderLock(self.folder, "output_dir")
-            for folder in (self.folder, self.folder / "samples", self.folder / "lora"):
-                clean(folder)
+        with distributed.monitored("wait for the output folder", at_most_seconds=2 * LAST_START_SECONDS):
+            if distributed.is_main:
+                self._take_the_folder()
         resuming = Resuming(config, self.folder, distributed, resume, self.console)
         saved = resuming.choose()
         self.nothing_left = distributed.gather_json(resuming.done(saved) if distributed.is_main else "")[0]
@@ -203,6 +204,14 @@ class Run:
         )
         return trainer, evaluator
 
+    def _take_the_folder(self) -> None:
+        """Of this process alone from now on; torchrun's last start of the job may take a minute to leave it."""
+        prepare_output(self.folder)
+        patience = LAST_START_SECONDS if self.distributed.started_by_torchrun else 0.0
+        self._lock = FolderLock(self.folder, "output_dir", patience)
+        for folder in (self.folder, self.folder / "samples", self.folder / "lora"):
+            clean(folder)
+
     def _tell_of_prompts(self, sources: Sources) -> dict[str, int]:
         """Print what becomes of prompts that nobody would notice; {tokenizer: how many it cuts} for the summary."""
         lines = sources.notes(self.config)
@@ -227,7 +236,7 @@ class Run:
                     self._train()
                     self._finish()
                 except StopRequested as reason:
-                    self.stopped = str(reason)
+                    self.stopped, self.stopped_by_others = str(reason), self.distributed.stopped_by_others
                     self._stop()
         finally:
             self._finish_trackers()

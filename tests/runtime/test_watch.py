@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -42,8 +44,11 @@ def test_every_rank_is_watched_by_another_one(clock):
         for one in everyone:
             store.set(f"alive/{one._rank}", json.dumps(asdict(Note(beat=7, doing="its work"))))
         assert look(everyone[rank]) is None
-        clock[0] += watch.SILENCE_SECONDS + 1
-        failure = look(everyone[rank])
+        clock[0] += 3600.0  # stopped and continued: nobody was seen to be silent
+        assert look(everyone[rank]) is None
+        for _ in range(int(watch.SILENCE_SECONDS / watch.POLL_SECONDS)):
+            clock[0] += watch.POLL_SECONDS
+            failure = look(everyone[rank])
         assert failure.reporter == rank
         assert "its last work was 'its work'" in failure.summary
         seen.add(failure.rank)
@@ -97,3 +102,39 @@ def test_a_rank_that_was_asked_to_stop_goes_on_until_rank_0_has_stopped():
     look(job._watch)
     with pytest.raises(StopRequested, match="SIGTERM"):
         job.check_stop()
+
+
+def test_who_was_asked_to_stop_is_not_stopped_by_others():
+    """torchrun starts those again that were not asked."""
+    job = Distributed(1, 2, 0, "cpu")
+    job._watch = watches(2)[0][1]
+    assert not job.stopped_by_others
+    job._watch.stop_reason = "SIGTERM"
+    assert job.stopped_by_others
+    job.ask_to_stop("SIGTERM")
+    assert not job.stopped_by_others
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_process_that_is_cut_off_saves_and_ends_by_itself(answers, monkeypatch):
+    """The store neither answers nor fails, and both threads that ask it wait for ever."""
+    for name, seconds in {"POLL_SECONDS": 0.02, "SILENCE_SECONDS": 0.3, "GRACE_SECONDS": 0.1}.items():
+        monkeypatch.setattr(watch, name, seconds)
+    monkeypatch.setattr(watch, "LINGER_SECONDS", 0.0)
+    done, mended = [], threading.Event()
+    monkeypatch.setattr(watch, "exit_now", lambda code: done.append(code))
+    store = dist.HashStore()
+    stuck = SimpleNamespace(set=store.set if answers else lambda *_: mended.wait(), check=store.check, get=store.get)
+    one = Watch(stuck, 0, 2)
+    one.before_exit = lambda: done.append("saved")
+    one.start()
+    deadline = time.monotonic() + (0.8 if answers else 20.0)
+    while len(done) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert done == ([] if answers else ["saved", 1])
+    if not answers:
+        assert "was cut off" in one.failure.summary
+        assert one.report(OSError("an echo")) is one.failure, "nothing more is asked of the store"
+    one.leave()
+    mended.set()
+    one.join()

@@ -1,0 +1,387 @@
+"""What an iteration should cost on 1 to 1,024 GPUs: `python -m bench.scaling`. Predicted; nothing here was measured on
+a cluster.
+
+Work is counted: FLOPs of a forward on meta tensors, bytes and number of every collective (`collectives`, which
+tests/bench/test_scaling.py compares with those that a run of two and three processes issues), micro-batches of the
+busiest process. Machine constants are those of bench/model.py; the links' are `Links`, assumptions with their reasons.
+
+Not in it: waiting for a slower machine, disks, evaluation, checkpoints, the host between launches, and whatever
+overlaps: communication is added to the work. Elementwise traffic of FLUX.1 and Qwen-Image is SD3.5-medium's per token,
+width and block, which was counted; theirs was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advgrpo.config import Config
+from bench.model import (
+    ADAPTED,
+    BACKBONE,
+    CONVOLUTION,
+    FEATURES,
+    H200,
+    IMAGE,
+    JOINT,
+    LAYERS,
+    MERGED,
+    ROWS,
+    TRAINED,
+    WIDTH,
+    Model,
+    Work,
+)
+
+GPUS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+PRESETS = ("sd35m-dino-paper", "flux1-dino", "qwen-image-dino")
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+FIGURE = PAGE.with_name("figures") / "scaling.png"
+GOOD = 0.9
+MARK = "<!-- python -m bench.scaling --write -->"
+DINO_WIDTH = 1024  # DINOv2-large: 24 blocks
+LARGE = 24 * DINO_WIDTH**2 / (12 * 768**2)  # over ViT-B, of which bench/model.py has FEATURES
+TEXT_TOKENS = {"flux1-dino": 512, "qwen-image-dino": 64}  # T5's length; an assumed prompt
+
+
+@dataclass(frozen=True)
+class Links:
+    """How fast GPUs talk: NCCL's rings within a machine of `local` GPUs and between machines."""
+
+    local: int = 8
+    local_gb_s: float = 360.0  # NVLink 4: 450 GB/s a direction, 80 % of it in rings
+    remote_gb_s: float = 40.0  # 400 Gbit/s of InfiniBand for each GPU, 80 % of it
+    latency_us: float = 8.0  # of a step of a ring or tree, launch included
+
+    def bandwidth(self, processes: int) -> float:
+        """Bytes per second of a ring's slowest link."""
+        return (self.local_gb_s if processes <= self.local else self.remote_gb_s) * 1e9
+
+    def seconds(self, each: Collective, processes: int) -> float:
+        """A ring for an all-gather, a tree's latency and a ring's traffic for a sum."""
+        if processes == 1:
+            return 0.0
+        others = processes - 1
+        if each.kind == "all_reduce":
+            steps, moved = 2 * math.ceil(math.log2(processes)), 2 * each.bytes * others / processes
+        else:
+            steps, moved = others, each.bytes * others
+        return steps * self.latency_us * 1e-6 + moved / self.bandwidth(processes)
+
+
+ETHERNET = Links(remote_gb_s=1.0 / 8, latency_us=50.0)  # 10 Gbit/s for a machine of 8, over TCP
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective of an iteration; `bytes` are those that each process puts in."""
+
+    kind: str  # all_reduce, all_gather
+    what: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that depend on the models: the LoRA's float32 gradient, the head's, a DINO class token."""
+
+    lora: int
+    head: int
+    token: int
+
+
+def collectives(config: Config, processes: int, sizes: Sizes, updates: int) -> Iterator[Collective]:
+    """What an iteration of a DINO job issues on each of several processes, in order.
+
+    A `Distributed.all_gather` is two: how many rows each has, then the rows, padded to the most. JSON is counted as 0
+    bytes: a few tens, whose number depends on digits.
+
+    Args:
+        updates: of the discriminator in this iteration.
+
+    Raises:
+        ValueError: a replay buffer.
+    """
+    if config.adversary.replay_capacity:
+        raise ValueError("adversary.replay_capacity must be 0: how many of its rows a process has, a draw says")
+    most, rounds = config.balance(processes).most_images, config.update.minibatches
+
+    def gather(what: str, payload: int) -> Iterator[Collective]:
+        yield Collective("all_gather", f"{what}: rows", 16)
+        yield Collective("all_gather", what, payload)
+
+    yield from gather("numbers of scored images", 8 * most)
+    yield from gather("rewards", 3 * 4 * most)  # adversary, its reward of the reference, similarity
+    yield from gather("JSON: updates", 0)
+    yield Collective("all_reduce", "discriminator's loss", 8)
+    for _ in range(updates):
+        yield Collective("all_reduce", "head's gradient and loss", sizes.head + 4)
+    for _ in range(rounds):
+        yield Collective("all_reduce", "LoRA's gradient", sizes.lora)
+    yield from gather("the update's report", 8 * 9 * rounds)
+    yield from gather("numbers of measured images", 8 * most)
+    yield from gather("image statistics", 6 * 4 * most)
+    yield from gather("class tokens", sizes.token * most)
+    yield from gather("JSON: stop", 0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A transformer on one GPU: passes over an image of 512 px, and what its frozen weights take."""
+
+    merged: Work  # of one image, all its guided rows
+    adapted: Work
+    trained: Work
+    decode: float  # seconds
+    sizes: Sizes
+    frozen: int  # bytes in bfloat16
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An iteration's seconds by part, and what they are made of."""
+
+    gpus: int
+    sampling: float
+    scoring: float
+    update: float
+    communication: float
+    bytes: int  # that each GPU puts into collectives
+    messages: int
+    images: int  # of the busiest GPU
+
+    @property
+    def seconds(self) -> float:
+        return self.sampling + self.scoring + self.update + self.communication
+
+    def efficiency(self, one: Cost) -> float:
+        """Speed over the number of GPUs times one GPU's speed."""
+        return one.seconds / (self.gpus * self.seconds)
+
+
+def predict(preset: str, gpus: int, links: Links = Links(), *, sharded: bool = False, micro_batch: int = 0) -> Cost:
+    """An iteration of a preset.
+
+    Args:
+        sharded: with model.shard_base blocks: each forward gathers the frozen weights, a backward once more.
+        micro_batch: instead of the preset's.
+
+    Raises:
+        ValueError: a base in parts, on GPUs that do not share the micro-batches evenly.
+    """
+    settings = {"rollout.micro_batch": micro_batch} if micro_batch else {}
+    config, family, model = Config.load(preset, settings), family_of(preset), Model(H200)
+    shared = config.balance(gpus)
+    if sharded and not shared.even:
+        raise ValueError(f"{gpus} GPUs do not share {preset}'s micro-batches evenly, which a base in parts needs")
+    steps, trained, rounds = config.rollout.num_steps, config.trained_steps, shared.rounds
+    merged, adapted = model.forward(family.merged), model.forward(family.adapted, adapters=_adapters(family))
+    backward = model.backward(
+        family.trained.flops - family.adapted.flops,
+        family.adapted.attention,
+        family.trained.bytes - family.adapted.bytes,
+    )
+    again = adapted if config.model.gradient_checkpointing else 0.0
+    pieces, of_a_round = shared.most, shared.most_of_a_round
+    exchanged = (
+        list(collectives(config, gpus, family.sizes, config.adversary.updates_per_iteration)) if gpus > 1 else []
+    )
+    if sharded and gpus > 1:
+        backwards = rounds * of_a_round * trained * (2 + config.model.gradient_checkpointing)
+        gathers = (pieces * steps + backwards) * family.blocks
+        exchanged += [Collective("all_gather", "a block of the base", family.frozen // family.blocks // gpus)] * gathers
+    head = config.adversary.updates_per_iteration * 0.5e-3
+    return Cost(
+        gpus=gpus,
+        sampling=shared.most_images * ((steps - trained) * merged + trained * adapted + family.decode),
+        scoring=shared.most_images * LARGE * model.products(FEATURES, BACKBONE) + head,
+        update=rounds * of_a_round * shared.images * trained * (adapted + again + backward),
+        communication=sum(links.seconds(each, gpus) for each in exchanged),
+        bytes=sum(each.bytes for each in exchanged),
+        messages=len(exchanged),
+        images=shared.most_images,
+    )
+
+
+def _adapters(family: Family) -> int:
+    return family.adapted.flops - family.merged.flops
+
+
+@cache
+def family_of(preset: str) -> Family:
+    """Counted: SD3.5-medium's are bench/model.py's; the others' are counted here on diffusers' default networks, which
+    are FLUX.1-dev and Qwen-Image, on meta tensors."""
+    from advgrpo.policy.adapters import block_names, target_modules
+
+    config, decode, network = Config.load(preset), Model(H200).decode(CONVOLUTION, 1), _network(preset)
+    targets, rank = target_modules(network, config.model.lora), config.model.lora.rank
+    linear: dict[str, Any] = {name: network.get_submodule(name) for name in targets}
+    parameters = sum(rank * (each.in_features + each.out_features) for each in linear.values())
+    sizes = Sizes(4 * parameters, 4 * _head_parameters(config), 4 * DINO_WIDTH)
+    frozen, blocks = 2 * sum(each.numel() for each in network.parameters()), len(block_names(network))
+    if preset.startswith("sd35m"):
+        of_an_image = (_divided(work, ROWS // 2) for work in (MERGED, ADAPTED, TRAINED))
+        return Family(*of_an_image, decode, sizes, frozen, blocks)
+    text, rows = TEXT_TOKENS[preset], 1 if "flux" in preset else 2  # FLUX.1's guidance is an input, Qwen's a second row
+    flops, attention = _forward_flops(network, text)
+    adapters = sum(2 * rank * (m.in_features + m.out_features) * _tokens(name, text) for name, m in linear.items())
+    width, tokens = network.inner_dim, IMAGE + text
+    scale = rows * tokens * width * blocks / (ROWS * JOINT * WIDTH * LAYERS)
+    merged = Work(rows * flops, rows * attention, round(scale * MERGED.bytes), 0)
+    adapted = replace(merged, flops=rows * (flops + adapters), bytes=round(scale * ADAPTED.bytes))
+    backward = rows * round(flops - attention + 2.5 * attention + 2 * adapters)
+    trained = replace(adapted, flops=adapted.flops + backward, bytes=round(scale * TRAINED.bytes))
+    return Family(merged, adapted, trained, decode, sizes, frozen, blocks)
+
+
+def _network(preset: str) -> Any:
+    """On the meta device."""
+    from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+
+    from bench.stock_model import SD35_MEDIUM
+
+    with torch.device("meta"):
+        if preset.startswith("sd35m"):
+            return SD3Transformer2DModel(**asdict(SD35_MEDIUM))
+        return FluxTransformer2DModel(guidance_embeds=True) if "flux" in preset else QwenImageTransformer2DModel()
+
+
+def _head_parameters(config: Config) -> int:
+    """Of the head: D -> H -> 1."""
+    hidden = config.adversary.hidden_size
+    return DINO_WIDTH * hidden + 2 * hidden + 1
+
+
+def _divided(work: Work, images: int) -> Work:
+    return Work(work.flops // images, work.attention // images, work.bytes // images, 0)
+
+
+def _tokens(linear: str, text: int) -> int:
+    """How many tokens of a row pass a linear layer, by its name."""
+    if "single_transformer_blocks" in linear:
+        return IMAGE + text
+    return text if "add_" in linear.rsplit(".", 2)[-1] or linear.endswith("to_add_out") else IMAGE
+
+
+def _forward_flops(network: Any, text: int) -> tuple[int, int]:
+    """FLOPs of a forward of one row of 512 px, and those of attention among them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    settings = network.config
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        inputs = {
+            "hidden_states": torch.empty(1, IMAGE, settings.in_channels),
+            "encoder_hidden_states": torch.empty(1, text, settings.joint_attention_dim),
+            "timestep": torch.empty(1),
+        }
+        if "pooled_projection_dim" in settings:
+            inputs["pooled_projections"] = torch.empty(1, settings.pooled_projection_dim)
+            inputs |= {"img_ids": torch.zeros(IMAGE, 3), "txt_ids": torch.zeros(text, 3), "guidance": torch.empty(1)}
+        else:
+            inputs["encoder_hidden_states_mask"] = None
+            inputs["img_shapes"] = [[(1, 32, 32)]]
+        network(**inputs)
+    by_operator = counter.get_flop_counts()["Global"]
+    attention = sum(count for operator, count in by_operator.items() if "attention" in str(operator))
+    return counter.get_total_flops(), attention
+
+
+def why(cost: Cost, one: Cost) -> str:
+    """Which term keeps most GPUs' time from being a share of one GPU's."""
+    even = one.seconds / cost.gpus
+    lost = {"shares": cost.seconds - cost.communication - even, "communication": cost.communication}
+    return "even" if cost.efficiency(one) >= 0.995 else max(lost, key=lambda name: lost[name])
+
+
+def table(preset: str, *, micro_batch: int = 0) -> list[Cost]:
+    """One row for every number of `GPUS`."""
+    return [predict(preset, gpus, micro_batch=micro_batch) for gpus in GPUS]
+
+
+def badly_used(costs: list[Cost], one: Cost) -> str:
+    """At which numbers of GPUs less than `GOOD` of their speed is used, and by what, in words; "" where at none."""
+    bad = [cost for cost in costs if cost.efficiency(one) < GOOD]
+    return ", ".join(f"{cost.gpus:,} ({cost.efficiency(one):.0%}, {why(cost, one)})" for cost in bad)
+
+
+def lines() -> Iterator[str]:
+    """The page's generated part, as Markdown."""
+    columns = ("GPUs", "s an iteration", "images/s", "efficiency", "images of the busiest", "communication", "messages")
+    for preset in PRESETS:
+        costs, images = table(preset), Config.load(preset).images_per_iteration
+        one = costs[0]
+        yield f"### {preset}\n"
+        yield f"| {' | '.join(columns)} | MB put in | most is lost to |"
+        yield f"|{'---|' * (len(columns) + 2)}"
+        for cost in costs:
+            yield (
+                f"| {cost.gpus:,} | {cost.seconds:.3g} | {images / cost.seconds:.3g} | {cost.efficiency(one):.0%} | "
+                f"{cost.images} | {cost.communication * 1e3:.3g} ms | {cost.messages} | {cost.bytes / 1e6:.3g} | "
+                f"{why(cost, one)} |"
+            )
+        yield ""
+        yield from _summary(preset, costs)
+        yield ""
+
+
+def _summary(preset: str, costs: list[Cost]) -> Iterator[str]:
+    one, none = costs[0], "at no number here"
+    yield f"Below {GOOD:.0%}: {badly_used(costs, one) or none}."
+    finer = badly_used(table(preset, micro_batch=1), one)
+    yield f"With `rollout.micro_batch` 1 (what smaller products cost a GPU is not in it): {finer or none}."
+    slow = predict(preset, 64, ETHERNET)
+    share = f"{slow.communication:.3g} s of {slow.seconds:.3g} s"
+    yield f"64 GPUs on 10 Gbit/s for each machine of 8: {share} are communication."
+    parts = predict(preset, 8, sharded=True)
+    yield (
+        f"8 GPUs with `model.shard_base blocks`: {parts.messages:,} messages, {parts.communication:.3g} s if nothing "
+        f"overlapped, beside {parts.seconds - parts.communication:.3g} s of work."
+    )
+
+
+def draw(file: Path) -> None:
+    """Efficiency over the number of GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for preset in PRESETS:
+        one = predict(preset, 1)
+        for micro, style in ((0, "-"), (1, ":")):
+            costs = table(preset, micro_batch=micro)
+            label = f"{preset}{', micro-batch 1' if micro else ''}"
+            axes.plot(GPUS, [100 * each.efficiency(one) for each in costs], style, label=label, linewidth=1.4)
+    axes.axhline(100 * GOOD, color="grey", linewidth=0.6)
+    axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency, % (predicted)", ylim=(0, 105))
+    axes.set_xticks([1, 8, 64, 256, 1024], ["1", "8", "64", "256", "1,024"])
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}'s table and its figure")
+    args = parser.parse_args(argv)
+    found = "\n".join(lines()).rstrip()
+    print(found)
+    if args.write:
+        above = PAGE.read_text(encoding="utf-8").split(MARK)[0]
+        PAGE.write_text(f"{above}{MARK}\n\n{found}\n", encoding="utf-8")
+        draw(FIGURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

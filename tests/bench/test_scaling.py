@@ -1,0 +1,81 @@
+"""bench/scaling.py against what runs issue, and its page against what it prints.
+
+Planted bugs that turn it red: a sum of the LoRA's gradient an iteration instead of one a minibatch; rows of the mean
+process instead of the busiest one's; three columns of statistics; a latency that does not grow with the processes.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from advgrpo import config as configuration
+from advgrpo.config import Config
+from advgrpo.plan.work import efficiency
+from bench import scaling
+from tests.conftest import make_unit_config
+from tests.faults.job import environment
+from tests.zygote import run
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.weekly)])
+def test_a_run_issues_the_collectives_that_are_counted(processes, unit_pipeline, unit_backbone, tmp_path):
+    base = make_unit_config(unit_pipeline, unit_backbone, tmp_path)
+    changes = {
+        "iterations": 2,
+        "data": {"held_out_prompts": ""},
+        "rollout": {"micro_batch": 1, "group_size": 2, "num_steps": 3, "guidance_scale": 1.0},
+        "adversary": {"schedule": "always", "replay_capacity": 0, "batch_size": 4},
+        "evaluation": {"metrics": ["dino_similarity"], "grid_prompts": 1},
+    }
+    settings = configuration.build(configuration.merge(base.model_dump(), changes), "test")
+    file = tmp_path / "settings.yaml"
+    file.write_text(configuration.dump(settings))
+    how = {"environment": environment(), "processes": processes, "merged": True}
+    done = run("tests.collectives_worker:run", [str(tmp_path), "--config", str(file)], **how)
+    assert done.returncode == 0, done.stdout
+    lora = sum(p.numel() for p in _tensors(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors"))
+    hidden, width = settings.adversary.hidden_size, 64
+    sizes = scaling.Sizes(4 * lora, 4 * (width * hidden + 2 * hidden + 1), 4 * width)
+    counted = list(scaling.collectives(settings, processes, sizes, settings.adversary.updates_per_iteration))
+    for rank in range(processes):
+        by_iteration = json.loads((tmp_path / f"{rank}.json").read_text())
+        issued = by_iteration["1"]
+        assert [kind for kind, _ in issued] == [each.kind for each in counted]
+        wrong = [
+            (each, size)
+            for each, (_, size) in zip(counted, issued)
+            if size != each.bytes and not each.what.startswith("JSON")
+        ]
+        assert wrong == []
+
+
+def _tensors(file: Path) -> list[torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return list(load_file(file).values())
+
+
+def test_a_sum_over_more_gpus_costs_more_and_one_gpu_nothing():
+    links, each = scaling.Links(), scaling.Collective("all_reduce", "", 75_000_000)
+    seconds = [links.seconds(each, gpus) for gpus in (1, 2, 8, 16, 1024)]
+    assert seconds[0] == 0
+    assert seconds == sorted(set(seconds))
+    assert seconds[3] > 5 * seconds[2], "machines are further apart than GPUs of one"
+
+
+def test_efficiency_is_that_of_the_shares_where_talk_is_free():
+    free = scaling.Links(local_gb_s=1e9, remote_gb_s=1e9, latency_us=0.0)
+    preset = "sd35m-dino-paper"
+    one = scaling.predict(preset, 1, free)
+    for gpus, most in ((8, 96), (64, 16), (1024, 8)):
+        cost = scaling.predict(preset, gpus, free)
+        assert cost.images == most
+        assert cost.efficiency(one) == pytest.approx(efficiency(Config.load(preset), gpus), abs=0.02)
+
+
+@pytest.mark.weekly
+def test_the_page_has_what_the_model_prints():
+    below = scaling.PAGE.read_text(encoding="utf-8").split(scaling.MARK)[1]
+    assert below.strip() == "\n".join(scaling.lines()).strip()

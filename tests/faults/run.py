@@ -1,0 +1,147 @@
+"""Jobs of three machines that fail as seeds say, compared with a run that nothing happens to.
+
+    python -m tests.faults.run                        schedules 0 to 49, into results.json
+    python -m tests.faults.run --seeds 7 8 --no-network --keep DIR
+
+Each machine is a network namespace with torchrun's agent in it and one process of a training of seconds; a fourth is
+where they meet. Without root, or with --no-network, all are on loopback, and nothing is done to the network.
+What became of each schedule is kept at once in results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.faults import job
+from tests.faults.network import Network, missing
+from tests.faults.schedule import MACHINES, Schedule
+from tests.faults.world import make_world
+from tests.zygote import run as run_forked
+
+RESULTS = Path(__file__).with_name("results.json")
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+MARK = "<!-- python -m tests.faults.run --write -->"
+LORA = Path("lora") / "pytorch_lora_weights.safetensors"
+# Of a LoRA's norm: sums over other numbers of processes round otherwise, and Adam's first steps enlarge that.
+TOLERANCE = 1e-2
+
+
+def undisturbed(flags: list[str], folder: Path) -> Path:
+    """The run of one process that all others are compared with."""
+    output = folder / "undisturbed"
+    arguments = [*flags, "--output-dir", str(output)]
+    done = run_forked("advgrpo.train:main", arguments, environment=job.environment(), merged=True)
+    if done.returncode:
+        raise job.JobError(done.stdout)
+    return output
+
+
+def difference(ours: Path, theirs: Path) -> float:
+    """Norm of the difference of two runs' LoRAs over the norm of the second; 0 where they are the same bits."""
+    mine, other = load_file(ours / LORA), load_file(theirs / LORA)
+    apart = sum(float((mine[name].double() - other[name].double()).square().sum()) for name in other)
+    return (apart / sum(float(each.double().square().sum()) for each in other.values())) ** 0.5
+
+
+def rewards_apart(ours: Path, theirs: Path) -> float:
+    """Largest difference of an iteration's mean reward between two runs; infinite where iterations are missing."""
+    mine, other = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (ours, theirs))
+    if [row["iteration"] for row in mine] != [row["iteration"] for row in other]:
+        return float("inf")
+    return max(abs(a["reward_generated"] - b["reward_generated"]) for a, b in zip(mine, other))
+
+
+def one(schedule: Schedule, flags: list[str], folder: Path, reference: Path, *, network: bool) -> dict:
+    """What became of a schedule, as results.json has it."""
+    folder.mkdir(parents=True)
+    with Network(MACHINES + 1, schedule.seed) if network else contextlib.nullcontext() as wires:
+        outcome = job.run_under(schedule, flags, folder, wires)
+    found = asdict(outcome) | {"error": outcome.error[:2000]}
+    if outcome.ended:
+        found["lora_apart"] = difference(folder / "run", reference)
+        found["rewards_apart"] = rewards_apart(folder / "run", reference)
+    return found
+
+
+def passed(found: dict) -> bool:
+    """Ended, with the undisturbed run's result, and at most one iteration was done twice for a blow."""
+    return (
+        found["ended"]
+        and not found["error"]
+        and found["lora_apart"] <= TOLERANCE
+        and max(found["lost"], default=0) <= 1
+    )
+
+
+def lines(results: dict[str, dict]) -> Iterator[str]:
+    """The page's table, as Markdown."""
+    columns = ("seed", "blow (was that machine at work?)", "passed", "iterations done again", "s to go on", "processes")
+    yield f"| {' | '.join(columns)} | LoRA apart |"
+    yield f"|{'---|' * (len(columns) + 1)}"
+    for seed, found in sorted(results.items(), key=lambda each: int(each[0])):
+        hit = found["hit"]
+        blows = [
+            f"{fault['kind']} ({'not noted' if hit is None else 'yes' if hit[i : i + 1] == [True] else 'no'})"
+            for i, fault in enumerate(found["faults"])
+        ]
+        apart = f"{found['lora_apart']:.1e}" if found["ended"] else "–"
+        waits = ", ".join(f"{wait:.0f}" for wait in found["waits"]) or "–"
+        lost = ", ".join(map(str, found["lost"])) or "none"
+        yield (
+            f"| {seed} | {'; '.join(blows)} | {'yes' if found['passed'] else '**no**'} | {lost} | {waits} | "
+            f"{' '.join(map(str, found['sizes']))} | {apart} |"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.run", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(50), metavar="N")
+    parser.add_argument("--no-network", action="store_true", help="all machines on loopback")
+    parser.add_argument("--keep", type=Path, help="folder for the runs' files; else they are deleted")
+    parser.add_argument(
+        "--write", action="store_true", help=f"run nothing; write {PAGE.name}'s table from results.json"
+    )
+    args = parser.parse_args(argv)
+    if args.write:
+        above = PAGE.read_text(encoding="utf-8").split(MARK)[0]
+        PAGE.write_text(
+            "\n".join([f"{above}{MARK}", "", *lines(json.loads(RESULTS.read_text())), ""]), encoding="utf-8"
+        )
+        return 0
+    torch.set_num_threads(1)
+    why = "asked for" if args.no_network else missing()
+    if why:
+        print(f"machines on loopback, nothing happens to the network: {why}")
+    folder = args.keep or Path(tempfile.mkdtemp(prefix="faults-"))
+    flags = make_world(folder)
+    reference = undisturbed(flags, folder)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    failed = []
+    for seed in args.seeds:
+        schedule = Schedule.draw(seed, network=not why)
+        found = one(schedule, flags, folder / str(seed), reference, network=not why)
+        results[str(seed)] = found | {"network": not why, "passed": passed(found)}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        failed += [seed] * (not passed(found))
+        kinds = " and ".join(f"{fault.kind} ({fault.machine})" for fault in schedule.faults)
+        said = "passed" if passed(found) else "FAILED"
+        print(f"{seed}: {kinds}: {said}, {found['seconds']} s, lost {found['lost']}, "
+              f"processes {found['sizes']}, apart {found.get('lora_apart')}", flush=True)  # fmt: skip
+    if args.keep is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

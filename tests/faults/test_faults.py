@@ -1,0 +1,90 @@
+"""Machines that fail: the instruments, and whole jobs (weekly; docs/reliability.md has those of many seeds).
+
+Planted bugs that turn it red: a cut that lets frames through; a fault that counts no iteration as lost; a fence that
+never closes (the job with a machine that is cut off does not go on in time where that machine had process 0).
+"""
+
+import ctypes
+import os
+import socket
+import time
+
+import pytest
+
+from tests.faults import network, run
+from tests.faults.job import History, at_work
+from tests.faults.machine import Begun
+from tests.faults.schedule import ITERATIONS, KINDS, MACHINES, Fault, Schedule
+from tests.faults.world import make_world
+
+
+def begun(*rows: tuple[int, int, int]) -> list[Begun]:
+    """(pid, rank, iteration) in the order of time, two processes each time, on machines of their rank."""
+    return [Begun(float(at), rank, pid, rank, 2, iteration) for at, (pid, rank, iteration) in enumerate(rows)]
+
+
+def test_an_iteration_that_is_begun_again_is_lost_and_one_that_follows_is_not():
+    rows = begun((10, 0, 0), (11, 1, 0), (10, 0, 1), (11, 1, 1), (20, 0, 1), (21, 1, 1), (30, 0, 2), (31, 1, 2))
+    history = History(rows)
+    assert history.lost() == [1, 0]
+    assert history.sizes() == [2, 2, 2]
+    assert history.overlap() == ""
+    assert at_work(rows) == {0, 1}
+    assert "at work at a time" in History([*rows, *begun((20, 0, 2))[:0], Begun(99.0, 0, 10, 0, 2, 3)]).overlap()
+
+
+def test_schedules_are_those_of_their_seeds_and_of_every_kind():
+    drawn = [Schedule.draw(seed) for seed in range(50)]
+    assert drawn == [Schedule.draw(seed) for seed in range(50)]
+    assert {fault.kind for schedule in drawn for fault in schedule.faults} == set(KINDS)
+    faults = [fault for schedule in drawn for fault in schedule.faults]
+    assert all(0 < fault.iteration < ITERATIONS - 1 and 0 <= fault.machine < MACHINES for fault in faults)
+    local = [Schedule.draw(seed, network=False) for seed in range(50)]
+    assert not any(KINDS[fault.kind] for schedule in local for fault in schedule.faults)
+
+
+@pytest.mark.skipif(bool(network.missing()), reason=network.missing() or "can be run")
+def test_a_machine_that_is_cut_off_is_not_reached_until_it_is_back():
+    with network.Network(2, seed=0) as wires:
+        there = os.open(wires.namespace(1), os.O_RDONLY)
+        child = os.fork()
+        if not child:
+            ctypes.CDLL(None).setns(there, 0)
+            with socket.create_server((wires.address(1), 5000)) as server:
+                talk, _ = server.accept()
+                while data := talk.recv(10):
+                    talk.send(data)
+            os._exit(0)
+        time.sleep(0.3)
+        here, home = os.open(wires.namespace(0), os.O_RDONLY), os.open("/proc/self/ns/net", os.O_RDONLY)
+        ctypes.CDLL(None).setns(here, 0)
+        try:
+            with socket.create_connection((wires.address(1), 5000), timeout=5) as talk:
+                talk.send(b"one")
+                assert talk.recv(10) == b"one"
+                wires.cut.add(1)
+                talk.settimeout(0.5)
+                talk.send(b"two")
+                with pytest.raises(TimeoutError):
+                    talk.recv(10)
+                wires.cut.clear()
+                talk.settimeout(10)
+                assert talk.recv(10) == b"two"
+        finally:
+            ctypes.CDLL(None).setns(home, 0)
+            os.waitpid(child, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.weekly
+@pytest.mark.parametrize("kind", ["worker killed", "machine lost", "cut off", "machine paused"])
+def test_a_job_goes_on_and_has_the_undisturbed_result(kind, tmp_path):
+    """Machine 0 is hit: it has process 0, which alone writes, unless it came late."""
+    wired = not network.missing()
+    if KINDS[kind] and not wired:
+        pytest.skip(network.missing())
+    flags = make_world(tmp_path)
+    reference = run.undisturbed(flags, tmp_path)
+    schedule = Schedule(0, (Fault(kind, 0, 2, 0.3),))
+    found = run.one(schedule, flags, tmp_path / "job", reference, network=wired)
+    assert run.passed(found), found
