@@ -213,9 +213,8 @@ class Distributed:
 
     @property
     def stopped_by_others(self) -> bool:
-        """Whether the job stops on the wish of other ranks alone, whose machines may be all that is taken away: with
-        torchrun's `--nnodes MIN:MAX` this machine is to go on, which torchrun does where its processes fail."""
-        return self._watch is not None and self._stop_reason is None and self._watch.stop_reason is not None
+        """Whether the job stops on the wish of another machine, and this one is to go on (`Watch.goes_on`)."""
+        return self._watch is not None and self._watch.goes_on
 
     def check_stop(self) -> None:
         """Where work can end, between two pieces of it; that it was reached also proves that this rank is not stuck.
@@ -239,7 +238,7 @@ class Distributed:
         if self.is_main and reason is not None:
             if self._watch is not None:
                 self._stopped = True
-                self._store.set("stopped", reason)
+                self._store.set("stopped", watch.stop_wish(reason, None if self._stop_reason else self._watch.stop_machine))
             raise StopRequested(reason)
 
     def step(self, doing: str, *, within_seconds: float | None = None) -> None:
@@ -320,7 +319,9 @@ class Distributed:
             return
         watched, self._watch = self._watch, None
         in_order = watched.failure is None and not watched.has_reported
-        stopped = self._stopped or watched.has_stopped
+        stopped, code = self._stopped or watched.has_stopped, watch.INTERRUPTED if watched.goes_on else 0
+        if in_order and self.is_main and stopped:
+            self._store.set("saved", "")
         if in_order and not self.is_main:
             watched.say_goodbye()
         elif in_order and stopped:  # torchrun may end this process soon: it does not wait for ranks that have died
@@ -328,7 +329,7 @@ class Distributed:
         elif in_order:
             watched.wait_for_goodbyes()
         if self.device.type == "cuda" and stopped and in_order:
-            atexit.register(watch.exit_now, 0)  # others may have been ended inside a collective, which NCCL waits for
+            atexit.register(watch.exit_now, code)  # others may have been ended inside a collective, which NCCL waits for
         elif dist.is_initialized() and (in_order or self.device.type == "cpu"):
             dist.destroy_process_group()
         watched.leave()

@@ -50,11 +50,13 @@ class FolderLock:
         file, deadline = folder / ".lock", time.monotonic() + patience
         self._descriptor: int | None = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            if patience and not self._is_free():
+                logger.warning("%s is held by %s: waiting for its end, %.0f s at most", folder, self._holder(), patience)
             while not self._is_free() and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # once more, where it is ours already
         except BlockingIOError:
-            holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
+            holder = self._holder()
             self.release()
             raise UserError(
                 f"{field} = {str(folder)!r} is in use by {holder or 'another process'}; wait for its end, or choose "
@@ -68,6 +70,10 @@ class FolderLock:
             return
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+
+    def _holder(self) -> str:
+        """Who holds the folder, as he has left it in the file."""
+        return os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
 
     def _is_free(self) -> bool:
         try:

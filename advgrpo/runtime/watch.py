@@ -46,6 +46,7 @@ SILENCE_SECONDS = 20.0  # without a sign of life a process counts as dead; nothi
 BEHIND_SECONDS = 6.0  # beyond what a process allows itself: a collective's own time-out, which says more, comes first
 GRACE_SECONDS = 5.0  # for the main thread to end by itself
 SAVE_SECONDS = 7.0  # for what is saved before the end, which begins at once, beside the grace
+LONGEST_SAVE_SECONDS = 600.0  # that the others wait for rank 0, where their end would be its end
 LINGER_SECONDS = 5.0  # a failed rank stays for the others to read its report: torchrun ends all once one exits
 TORCHRUN_SECONDS = 30.0  # between SIGTERM and SIGKILL, which alone ends a stopped process
 _WAIT_POLL_SECONDS = 0.05
@@ -142,6 +143,7 @@ class Watch(threading.Thread):
         self.failure: Failure | None = None
         self.wanted_stop: str | None = None  # why this rank wants the job to stop
         self.stop_reason: str | None = None  # why the job shall stop, once anybody said so
+        self.stop_machine = ""  # whose wish that was first
         self.has_stopped = False  # rank 0 has stopped: nothing is left for this process to do
         self.has_reported = False
         self.before_exit: Callable[[], None] = lambda: None  # done once the job has failed; must not raise
@@ -228,9 +230,22 @@ class Watch(threading.Thread):
 
     def say_goodbye(self) -> None:
         self.leave()
-        self.join()
+        self.join(SILENCE_SECONDS)
+        self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """Last of all: rank 0, and the store with it, may be gone right after.
+
+        Those that are to fail wait for rank 0 to have saved: torchrun ends all processes of a machine, rank 0 too, once
+        one of them has failed. A store that has gone silent would be asked for ever, so a timer of C's ends that.
+        """
+        most = SILENCE_SECONDS + (LONGEST_SAVE_SECONDS if self.goes_on else 0.0)
+        faulthandler.dump_traceback_later(most, exit=True, file=sys.__stderr__)
         self._store.set(f"alive/{self._rank}", "done")
-        self._store.add("goodbyes", 1)  # last: rank 0, and the store with it, may be gone right after
+        if self.goes_on:
+            self._wait_until(lambda: self._store.check(["saved"]), LONGEST_SAVE_SECONDS)
+        self._store.add("goodbyes", 1)
+        faulthandler.cancel_dump_traceback_later()
 
     def wait_for_goodbyes(self, seconds: float = math.inf) -> None:
         def all_left() -> bool:
@@ -286,10 +301,11 @@ class Watch(threading.Thread):
         if self._store.check(["failure"]):
             return Failure.read(self._store.get("failure"))
         if self.wanted_stop is not None and self.stop_reason is None:
-            self._store.compare_set("stop", "", self.wanted_stop)
+            self._store.compare_set("stop", "", stop_wish(self.wanted_stop))
         for key in ("stop", "stopped"):
             if self.stop_reason is None and self._store.check([key]):
-                self.stop_reason = self._store.get(key).decode()
+                wish = json.loads(self._store.get(key))
+                self.stop_machine, self.stop_reason = wish["machine"], wish["reason"]
         self.has_stopped = self._rank != 0 and self._store.check(["stopped"])
         key, now = f"alive/{self._neighbour}", self._own_time()
         note = self._store.get(key) if self._store.check([key]) else b""
@@ -402,15 +418,35 @@ class Watch(threading.Thread):
         """A process that waits for rank 0 in a collective would wait for ever: rank 0 has left."""
         if not self._left.wait(GRACE_SECONDS):
             with suppress(dist.DistError):
-                self._store.set(f"alive/{self._rank}", "done")
-                self._store.add("goodbyes", 1)
-            exit_now(INTERRUPTED if self.wanted_stop is None else 0)
+                self._say_goodbye()
+            exit_now(INTERRUPTED if self.goes_on else 0)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the job stops because another machine was told to, which may be all that is taken away: with
+        torchrun's `--nnodes MIN:MAX` this one goes on, which it does where processes fail and may be started again.
+
+        A signal that reached one process of this machine was meant for the job.
+        """
+        elsewhere = self.wanted_stop is None and self.stop_reason is not None and self.stop_machine != machine()
+        starts, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+        return elsewhere and starts < most
 
     @staticmethod
     def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
             time.sleep(_WAIT_POLL_SECONDS)
+
+
+def machine() -> str:
+    """Which of the job's machines this process is on, as torchrun numbers its agents."""
+    return os.environ.get("GROUP_RANK", "0")
+
+
+def stop_wish(reason: str, of: str | None = None) -> str:
+    """What the store holds of a wish to stop, of this machine unless given."""
+    return json.dumps({"machine": machine() if of is None else of, "reason": reason})
 
 
 def tell(rank: int, text: str) -> None:

@@ -96,23 +96,48 @@ def test_a_rank_that_was_asked_to_stop_goes_on_until_rank_0_has_stopped():
     job.ask_to_stop("SIGTERM")
     job.check_stop()
     look(job._watch)
-    assert job._store.get("stop") == b"SIGTERM", "rank 0 will read it"
+    assert json.loads(job._store.get("stop")) == {"machine": "0", "reason": "SIGTERM"}, "rank 0 will read it"
     job.check_stop()
-    job._store.set("stopped", "SIGTERM")
+    job._store.set("stopped", watch.stop_wish("SIGTERM"))
     look(job._watch)
     with pytest.raises(StopRequested, match="SIGTERM"):
         job.check_stop()
 
 
-def test_who_was_asked_to_stop_is_not_stopped_by_others():
-    """torchrun starts those again that were not asked."""
+@pytest.mark.parametrize(
+    ("asked", "left", "goes_on"),
+    [("1", "1", True), ("0", "1", False), ("1", "0", False)],
+    ids=["another machine", "this machine", "no restart left"],
+)
+def test_a_machine_goes_on_where_another_one_was_told_to_stop(asked, left, goes_on, monkeypatch):
+    """torchrun starts processes again that fail, if it may; a signal to one process of a machine is meant for the job."""
+    monkeypatch.setenv("GROUP_RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(2 + int(left)))
     job = Distributed(1, 2, 0, "cpu")
-    job._watch = watches(2)[0][1]
+    (_, job._watch), job._store = watches(2)
     assert not job.stopped_by_others
-    job._watch.stop_reason = "SIGTERM"
-    assert job.stopped_by_others
+    job._store.set("stop", watch.stop_wish("SIGTERM", asked))
+    look(job._watch)
+    assert job.stop_reason == "SIGTERM"
+    assert job.stopped_by_others == goes_on
     job.ask_to_stop("SIGTERM")
     assert not job.stopped_by_others
+
+
+def test_who_is_to_fail_waits_until_rank_0_has_saved(monkeypatch):
+    """torchrun would end rank 0 in the middle of it, where they are on one machine."""
+    monkeypatch.setattr(Watch, "goes_on", property(lambda self: True))
+    (_, other), store = watches(2)
+    other._left.set()
+    leaving = threading.Thread(target=other._say_goodbye, daemon=True)
+    leaving.start()
+    leaving.join(0.5)
+    assert leaving.is_alive()
+    assert store.get("alive/1") == b"done", "rank 0 must not take its silence for its death"
+    store.set("saved", "")
+    leaving.join(10)
+    assert not leaving.is_alive()
 
 
 @pytest.mark.parametrize("answers", [False, True])
