@@ -51,7 +51,9 @@ class FolderLock:
         self._descriptor: int | None = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if patience and not self._is_free():
-                logger.warning("%s is held by %s: waiting for its end, %.0f s at most", folder, self._holder(), patience)
+                logger.warning(
+                    "%s is held by %s: waiting for its end, %.0f s at most", folder, self._holder(), patience
+                )
             while not self._is_free() and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # once more, where it is ours already

@@ -152,6 +152,11 @@ def build_early_rewards(config: Config, sources: Sources, distributed: Distribut
             measured = sources.held_out if name in config.evaluation.metrics else []
             references = None if pool else sources.references
             where, size = f"{recipe.owner}.import = {recipe.source!r}", config.model.resolution
+            if pool and sources.references is not None and not reward.scores_references:
+                raise UserError(
+                    f"rewards.pools: reward = {name!r}, but {where} takes the references, which workers do not have: "
+                    "leave the pool out, or set scores_references = True on it if it does without them"
+                )
             try_out(reward, where, [*trained, *measured], references, size, distributed.device)
     return found
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from rich.console import Console
 
 from advgrpo import config
 from advgrpo.config import PoolSection
+from advgrpo.data.sources import Sources
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.rewards.pool import queueing
 from advgrpo.rewards.pool.queueing import Workers
@@ -23,18 +26,27 @@ from advgrpo.rewards.pool.reward import PooledReward
 from advgrpo.rewards.pool.workers import WorkerDied
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.watch import StopRequested
+from advgrpo.training.build import build_early_rewards
 from advgrpo.training.rewarded import RewardedObjective
 from advgrpo.training.run import Run
 
 JUDGES = '''
-import os, time
+import os, random, sys, time
+import numpy as np
 import torch
 
 def brightness(images, prompts):
     return images.mean(dim=(1, 2, 3))
 
+def asleep(images, prompts):
+    time.sleep(600)
+
 def drawn(images, prompts):
-    return torch.rand(len(prompts))
+    return torch.rand(len(prompts)) + torch.tensor(np.random.rand(len(prompts))) + random.random()
+
+class Compares:
+    def score(self, images, prompts, references):
+        return brightness(images, prompts)
 
 class Moody:
     """Ends its process, or falls asleep, the first times that it sees the prompt "dark"."""
@@ -47,8 +59,12 @@ class Moody:
         if "dark" in prompts and seen < self.times:
             open(os.path.join(self.marks, str(seen)), "w").close()
             if self.way == "dies":
+                if os.fork() == 0:
+                    time.sleep(60)  # holds the socket
                 os._exit(7)
             time.sleep(600)
+        if "slow" in prompts:
+            time.sleep(60)
         return brightness(images, prompts)
 
 class Wrong:
@@ -125,12 +141,16 @@ def test_scores_are_those_of_the_reward_in_the_order_of_the_images(judges, threa
 
 
 def test_what_a_reward_draws_does_not_depend_on_the_workers(judges, threads):
-    found = []
+    found, left = [], []
     for workers in (1, 3):
+        reward = pooled(recipe(judges, "drawn"), workers=workers, batch_size=2)
         torch.manual_seed(5)
-        found.append(pooled(recipe(judges, "drawn"), workers=workers, batch_size=2).score(IMAGES, PROMPTS))
+        found.append(torch.cat([reward.score(IMAGES, PROMPTS), reward.score(IMAGES, PROMPTS)]))
+        left.append(torch.rand(1))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-    assert len(found[0].unique()) == len(IMAGES)
+    assert len(found[0].unique()) == 2 * len(IMAGES)
+    torch.manual_seed(5)
+    assert left == [torch.rand(1)] * 2, "nothing is drawn from the generator that other rewards draw from"
 
 
 def test_a_process_that_ends_is_replaced_and_its_images_are_scored_again(judges, tmp_path):
@@ -144,9 +164,32 @@ def test_a_process_that_ends_is_replaced_and_its_images_are_scored_again(judges,
     torch.testing.assert_close(reward.score(IMAGES[:2], prompts[:2]), BRIGHTNESS[:2], rtol=0, atol=0)
     assert reward.replaced == 2
     process = reward._workers.workers[0]._process
+    begun = reward.begin(IMAGES, ["slow", *PROMPTS[1:]])
+    time.sleep(0.5)
     del reward
     gc.collect()
-    assert process.wait(20) is not None  # workers end with whoever used them
+    assert process.wait(5) is not None  # workers end with whoever used them, in the middle of a score as well
+    assert not begun.parts[-1].done()
+
+
+def test_a_worker_ends_with_a_trainer_that_was_killed(judges):
+    program = (
+        "import sys, time; from advgrpo.rewards.pool.workers import ProcessWorker; "
+        "from advgrpo.rewards.pool.recipe import Recipe; "
+        f"r = Recipe('custom', 'mine', 'r', 'cpu', 'float32', {{}}, {str(judges) + ':asleep'!r}); "
+        "w = ProcessWorker(); w.ask('build', r); print(w._process.pid, flush=True); "
+        "import numpy as np; from advgrpo.rewards.pool.recipe import Task; "
+        "w.ask('score', Task(np.zeros((1, 3, 4, 4), 'float32'), ['a'], 0))"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    worker = int(trainer.stdout.readline())
+    time.sleep(0.5)
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.weekly
@@ -185,6 +228,15 @@ def test_a_reward_that_cannot_be_built_is_the_users_error_before_anything_is_sco
 ):
     with pytest.raises(error, match=words):
         pooled(recipe(judges, judge, **options))
+
+
+def test_a_class_that_takes_the_references_has_no_workers(unit_config, judges, threads):
+    entry = {"name": "mine", "import": f"{judges}:Compares", "weight": 1.0}
+    change = {"adversary": {"kind": "none"}, "rewards": {"custom": [entry], "pools": [{"reward": "mine"}]}}
+    change["evaluation"] = {"metrics": []}
+    settings = config.build(config.merge(unit_config.model_dump(mode="json"), change), "test")
+    with pytest.raises(UserError, match=r"reward = 'mine', but rewards.custom\[0\].import = .* takes the references"):
+        build_early_rewards(settings, Sources.read(settings), Distributed.start("cpu"))
 
 
 def test_an_error_of_another_package_names_the_reward(threads, monkeypatch):

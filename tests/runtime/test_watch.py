@@ -110,7 +110,7 @@ def test_a_rank_that_was_asked_to_stop_goes_on_until_rank_0_has_stopped():
     ids=["another machine", "this machine", "no restart left"],
 )
 def test_a_machine_goes_on_where_another_one_was_told_to_stop(asked, left, goes_on, monkeypatch):
-    """torchrun starts processes again that fail, if it may; a signal to one process of a machine is meant for the job."""
+    """torchrun starts processes again that fail, if it may; a signal to one of a machine is meant for the job."""
     monkeypatch.setenv("GROUP_RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(2 + int(left)))

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from advgrpo.rewards.pool.recipe import Recipe
 from advgrpo.rewards.pool.workers import Worker, WorkerDied
 
 ATTEMPTS = 3  # workers that may end over one batch; what ends every worker is in the batch or in the reward
+_POLL_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +59,7 @@ class Workers:
         self.recipe, self.within_seconds, self.starting_seconds = recipe, within_seconds, starting_seconds
         self.replaced = 0  # workers, over the pool's life
         self._start = start
-        self._waiting: queue.Queue[_Waiting | None] = queue.Queue(max(1, room))
+        self._waiting: queue.Queue[_Waiting] = queue.Queue(max(1, room))
         self._ended = threading.Event()
         self.started: list[Future] = [Future() for _ in range(count)]  # each: what its `Host` says of the reward
         self.workers: list[Worker | None] = [None] * count
@@ -83,13 +85,12 @@ class Workers:
                 return waiting.answer
 
     def end(self) -> None:
-        """End all workers; what waits is never answered."""
+        """End all workers; what waits, or is being scored, is never answered. Takes no lock: it may be called anywhere,
+        by the garbage collector as well."""
         self._ended.set()
-        for _ in self.started:
-            try:
-                self._waiting.put_nowait(None)  # wakes a thread that waits for work; others look at `_ended`
-            except queue.Full:
-                break
+        for worker in self.workers:
+            if worker is not None:
+                worker.end()
 
     def _serve(self, number: int) -> None:
         try:
@@ -116,8 +117,10 @@ class Workers:
 
     def _next(self) -> _Waiting | None:
         """What waits longest; None once the pool has ended."""
-        waiting = None if self._ended.is_set() else self._waiting.get()
-        return None if self._ended.is_set() else waiting
+        while not self._ended.is_set():
+            with suppress(queue.Empty):
+                return self._waiting.get(timeout=_POLL_SECONDS)
+        return None
 
     def _answer(self, number: int, waiting: _Waiting) -> None:
         """Have it answered by worker `number`, or by those that take its place."""
@@ -129,6 +132,8 @@ class Workers:
     def _asked(self, number: int, waiting: _Waiting) -> Any:
         argument, last = waiting.argument(), None
         for _ in range(ATTEMPTS):
+            if self._ended.is_set():
+                raise RunFailure(f"reward {self.recipe.name}: its workers have been ended")
             worker = self.workers[number]
             if worker is None:
                 worker = self.workers[number] = self._built()[0]
@@ -136,6 +141,8 @@ class Workers:
                 return worker.ask(waiting.method, argument, within_seconds=self.within_seconds)
             except WorkerDied as death:
                 self.workers[number], last = None, death
+                if self._ended.is_set():
+                    continue
                 self.replaced += 1
                 _log.warning("reward %s: its worker %s; another takes its place", self.recipe.name, death)
         raise RunFailure(

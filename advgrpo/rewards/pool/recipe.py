@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,8 @@ class Recipe:
 class Task:
     """Images to be scored.
 
-    `images` [B, 3, H, W] float32 in [0, 1], one prompt each; `seed` is that of torch's generator, so that a
-    reward which draws from it gives the same whoever scores, and again when they are scored again.
+    `images` [B, 3, H, W] float32 in [0, 1], one prompt each; `seed` is for the generators of torch, numpy and random,
+    so that a reward which draws from them gives the same whoever scores, and when they are scored again.
     """
 
     images: np.ndarray
@@ -77,7 +78,7 @@ class Host:
             return "ok", getattr(self, f"_{method}")(argument)
         except tuple(RAISED.values()) as error:
             return next(kind for kind, raised in RAISED.items() if isinstance(error, raised)), str(error)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return "run", f"reward {self._name}: {type(error).__name__}: {error}"
 
     def _build(self, recipe: Recipe) -> bool:
@@ -98,6 +99,8 @@ class Host:
     def _score(self, task: Task) -> list[float]:
         """B scores, float32 in value; errors as `Reward.score`."""
         torch.manual_seed(task.seed)
+        random.seed(task.seed)
+        np.random.seed(task.seed % 2**32)
         reward, device = self._own
         images = torch.from_numpy(task.images).to(device)
         return reward.score(images, task.prompts, None).float().tolist()

@@ -15,6 +15,7 @@ from advgrpo.rewards.checks import check_batch
 from advgrpo.rewards.pool.queueing import Workers
 from advgrpo.rewards.pool.recipe import Recipe, Task
 from advgrpo.rewards.pool.workers import starter
+from advgrpo.runtime import rng
 from advgrpo.runtime.transfer import to_host
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _TELL_EVERY = 1.0  # seconds between two signs of life while the trainer waits
 _START_SECONDS = 900.0  # for a worker to start and to load its model
-_SEEDS = 2**62
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class PooledReward(Reward):
             within_seconds=pool.timeout,
             starting_seconds=_START_SECONDS,
         )
+        self._batches = (-1, 0)  # seed of torch's generator, batches since it was seeded
         weakref.finalize(self, self._workers.end)
         said = [self._awaited(each, _START_SECONDS) for each in self._workers.started]  # by each of them
         self.scores_references: bool = said[0]
@@ -81,12 +82,18 @@ class PooledReward(Reward):
         check_batch(images, prompts)
         parts, size = [], self.pool.batch_size
         starts = range(0, len(prompts), size)
-        seeds = torch.randint(_SEEDS, [len(starts)]).tolist()  # torch's generator is set by each iteration (trainer.py)
-        for start, seed in zip(starts, seeds, strict=True):
+        for start, seed in zip(starts, [self._next_seed() for _ in starts], strict=True):
             part = slice(start, start + size)
             task = _task(to_host(images[part].detach().float()), prompts[part], seed)
             parts.append(self._workers.ask("score", task, prompts[part], self._patience))
         return Begun(parts)
+
+    def _next_seed(self) -> int:
+        """Of the batch: which one it is since torch's generator was seeded, as every iteration does (trainer.py);
+        nothing is drawn from that one, which other rewards may use."""
+        seeded = torch.initial_seed()
+        self._batches = (seeded, self._batches[1] + 1 if seeded == self._batches[0] else 0)
+        return rng.derive_seed(seeded, f"pool:{self.name}", self._batches[1])
 
     def finish(self, begun: Sequence[Begun], device: torch.device) -> torch.Tensor:
         """[B] float32 on `device`, of all of `begun`; errors as `score`."""

@@ -12,7 +12,7 @@ import pickle
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -47,7 +47,7 @@ class Worker(Protocol):
         ...
 
     def end(self) -> None:
-        """At once; harmless when it has ended."""
+        """At once, from any thread; who waits for an answer gets `WorkerDied`. Harmless when it has ended."""
         ...
 
 
@@ -60,27 +60,40 @@ class ProcessWorker:
         with theirs:
             command = [sys.executable, "-m", child.__name__, str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        self._connection = Connection(ours.detach())
+        self._connection, self._overdue = Connection(ours.detach()), threading.Event()
 
     def ask(self, method: str, argument: Any = None, *, within_seconds: float = math.inf) -> Any:
-        deadline = time.monotonic() + within_seconds
+        timer = threading.Timer(min(within_seconds, threading.TIMEOUT_MAX), self._late)
+        timer.daemon = True
+        timer.start()  # also for a question that nobody takes out of the socket
         try:
             self._connection.send_bytes(pickle.dumps((method, argument), pickle.HIGHEST_PROTOCOL))
             while not self._connection.poll(_POLL_SECONDS):
-                if time.monotonic() > deadline:
-                    self.end()
-                    raise WorkerDied(_LATE.format(within_seconds))
+                if self._process.poll() is not None:  # what it has forked may hold the socket
+                    raise EOFError
             answer = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)  # its own end, if it comes to one
             self.end()
-            raise WorkerDied(f"ended with {_how(self._process.returncode)}") from None
+            self._process.wait()
+            how = (
+                _LATE.format(within_seconds)
+                if self._overdue.is_set()
+                else f"ended with {_how(self._process.returncode)}"
+            )
+            raise WorkerDied(how) from None
+        finally:
+            timer.cancel()
         return _value(answer)
+
+    def _late(self) -> None:
+        self._overdue.set()
+        self.end()
 
     def end(self) -> None:
         with suppress(ProcessLookupError):
             self._process.kill()
-        self._process.wait()
-        self._connection.close()
 
 
 def _how(code: int) -> str:
