@@ -90,6 +90,7 @@ def _fits(tensors: tuple[torch.Tensor, ...]) -> bool:
     # What traces, counts or transforms sees operators of PyTorch, and would not see ours.
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
         or torch._is_functional_tensor(tensors[0])
@@ -216,6 +217,7 @@ def _compile(compiler: str, sources: list[Path], path: Path) -> None:
             command = [compiler, *FLAGS, *flags, *map(str, sources), "-o", made]
             done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
             if done.returncode == 0:
+                os.chmod(made, 0o755)  # of a temporary file nobody else may read; the folder may be shared
                 os.replace(made, path)
                 return
             said = said or done.stderr.strip()

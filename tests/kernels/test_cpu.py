@@ -234,6 +234,7 @@ def test_auto_takes_them_where_they_fit_and_nowhere_else(monkeypatch):
     assert not ran(lambda: k.gelu(x.half()))
     assert not ran(lambda: k.gelu(x.double().float().to("meta")))
     assert not ran(lambda: torch.compile(lambda x: k.gelu(x), backend="aot_eager", fullgraph=True)(x))
+    assert not ran(lambda: torch.jit.trace(k.gelu, x, check_trace=False))
     assert not ran(lambda: torch.func.vmap(k.gelu)(x))
     assert not ran(lambda: torch.func.jvp(k.gelu, (x,), (x,)))
     with forward_ad.dual_level():
@@ -260,6 +261,12 @@ def test_an_explicit_choice_is_honoured_or_raises():
     with pytest.raises(RuntimeError, match="a head dim that is a multiple of 16"):
         k.small_attention(q, q, q, backend="cpu")
     torch.testing.assert_close(k.small_attention(q, q, q), k.small_attention_ref(q, q, q))
+    few = torch.randn(1, 1, 8, 16)
+    with pytest.raises(RuntimeError, match="a scale above 0"):
+        k.small_attention(few, few, few, scale=-1.0, backend="cpu")
+    torch.testing.assert_close(
+        k.small_attention(few, few, few, scale=-1.0), k.small_attention_ref(few, few, few, scale=-1.0)
+    )
     with pytest.raises(ValueError, match=r"backend must be one of \('auto', 'cpu', 'torch'\)"):
         k.small_attention(q, q, q, backend="triton")
     with pytest.raises(ValueError, match=r"k must be torch.float32"):

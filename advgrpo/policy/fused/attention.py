@@ -7,7 +7,9 @@
     cudnn      PyTorch's cuDNN attention, half        no
     flash      PyTorch's flash attention, half        no
     efficient  PyTorch's memory-efficient attention   no
-    cpu        PyTorch's fused attention on a CPU     yes
+    cpu        our kernel for a CPU in float32 and    yes
+               without a mask, over few keys; else
+               PyTorch's fused attention
     math       nothing                                yes
 
 An explicit name is honoured or raises; `auto` takes the first that this device and dtype support and that runs a small

@@ -74,18 +74,20 @@ def fits(q: torch.Tensor, k: torch.Tensor) -> bool:
     return 0 < k.shape[2] <= MOST_KEYS and 0 < q.shape[3] <= WIDEST and q.shape[3] % LANES == 0
 
 
-def _backend(requested: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+def _backend(requested: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str:
     if requested not in ("auto", "cpu", "torch"):
         raise ValueError(f"backend must be one of ('auto', 'cpu', 'torch'), got {requested!r}")
     if requested == "cpu":
         _cpu.check(q, k, v)
+        if not scale > 0:  # its softmax takes the largest product for the largest score
+            raise RuntimeError(f"backend='cpu' takes a scale above 0, got {scale}")
         if not fits(q, k):
             raise RuntimeError(
                 f"backend='cpu' takes up to {MOST_KEYS} keys and a head dim that is a multiple of {LANES} up to "
                 f"{WIDEST}, got q {list(q.shape)} and k {list(k.shape)}"
             )
         return "cpu"
-    wanted = requested == "auto" and _runtime.DEFAULT_BACKEND == "auto"
+    wanted = scale > 0 and requested == "auto" and _runtime.DEFAULT_BACKEND == "auto"
     return "cpu" if wanted and fits(q, k) and _cpu.takes(q, k, v) else "torch"
 
 
@@ -114,7 +116,7 @@ def small_attention(
                 f"{tensor.device}"
             )
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if _backend(backend, q, k, v) == "cpu":
+    if _backend(backend, q, k, v, scale) == "cpu":
         return _OnCpu.apply(q, k, v, scale) if learns(q, k, v) else _forward(_dense(q), _dense(k), _dense(v), scale)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
 
