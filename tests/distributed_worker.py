@@ -208,7 +208,10 @@ def ends_early(job: Distributed, folder: Path) -> None:
 
 
 def stops_while_waiting(job: Distributed, folder: Path) -> None:
-    """Rank 0 is asked to stop while it waits for rank 1, which is at something long."""
+    """Rank 0 is asked to stop while it waits for rank 1, which is at something long, on another machine."""
+    os.environ |= {
+        "GROUP_RANK": str(job.rank), "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "1"
+    }  # fmt: skip
     try:
         if job.rank == 0:
             job.ask_to_stop("SIGTERM")
