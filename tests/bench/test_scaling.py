@@ -1,8 +1,8 @@
 """bench/scaling.py against what runs issue, and its page against what it prints.
 
 Planted bugs that turn it red: a sum of the LoRA's gradient an iteration instead of one a minibatch; rows of the mean
-process instead of the busiest one's; three columns of statistics; a latency that does not grow with the processes; an Ethernet
-divided by a machine's GPUs.
+process instead of the busiest one's; three columns of statistics; a latency that does not grow with the processes; an
+Ethernet divided by a machine's GPUs.
 """
 
 import json
