@@ -49,6 +49,7 @@ GOOD = 0.9
 MARK = "<!-- python -m bench.scaling --write -->"
 DINO_WIDTH = 1024  # DINOv2-large: 24 blocks
 LARGE = 24 * DINO_WIDTH**2 / (12 * 768**2)  # over ViT-B, of which bench/model.py has FEATURES
+HEAD_UPDATE = 0.5e-3  # seconds of one update of the discriminator's head; assumed
 TEXT_TOKENS = {"flux1-dino": 512, "qwen-image-dino": 64}  # T5's length; an assumed prompt
 
 
@@ -77,7 +78,8 @@ class Links:
         return steps * self.latency_us * 1e-6 + moved / self.bandwidth(processes)
 
 
-ETHERNET = Links(remote_gb_s=1.0 / 8, latency_us=50.0)  # 10 Gbit/s for a machine of 8, over TCP
+# 10 Gbit/s for a machine of 8, over TCP. A ring enters and leaves a machine once, so its link there is all of that.
+ETHERNET = Links(remote_gb_s=1.0, latency_us=50.0)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def predict(preset: str, gpus: int, links: Links = Links(), *, sharded: bool = F
         backwards = rounds * of_a_round * trained * (2 + config.model.gradient_checkpointing)
         gathers = (pieces * steps + backwards) * family.blocks
         exchanged += [Collective("all_gather", "a block of the base", family.frozen // family.blocks // gpus)] * gathers
-    head = config.adversary.updates_per_iteration * 0.5e-3
+    head = config.adversary.updates_per_iteration * HEAD_UPDATE
     return Cost(
         gpus=gpus,
         sampling=shared.most_images * ((steps - trained) * merged + trained * adapted + family.decode),

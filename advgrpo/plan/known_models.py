@@ -229,6 +229,11 @@ class Pipeline:
         return FAMILIES[self.kind].own_forward
 
     @property
+    def is_gated(self) -> bool:
+        """Whether its feed-forwards are SwiGLU: FLUX.2's."""
+        return FAMILIES[self.kind].gated
+
+    @property
     def is_qwen(self) -> bool:
         return self.kind == "QwenImagePipeline"
 

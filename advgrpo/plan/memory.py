@@ -218,7 +218,7 @@ class _Estimate:
             rank=model.lora.rank if self.lora else 0,
             first_trained=0 if blocks == "all" or not self.lora else every - blocks,
             math_attention=self.fused and model.attention == "math",
-            swiglu=not self.pipeline.has_own_forward,
+            swiglu=self.pipeline.is_gated,
             single_layers=self.pipeline.single_layers if self.pipeline.is_flux or self.pipeline.is_qwen else None,
         )
 

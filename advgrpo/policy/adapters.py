@@ -48,10 +48,27 @@ def component_of(network: ModelMixin) -> str:
     return "unet" if isinstance(network, UNet2DConditionModel) else "transformer"
 
 
-def network_class(config: Mapping[str, Any], default: type[ModelMixin] = SD3Transformer2DModel) -> type[ModelMixin]:
-    """The class of diffusers that a network's config.json names; one that names none is the `default`."""
-    found = getattr(diffusers, str(config.get("_class_name")), default)
-    return found if isinstance(found, type) and issubclass(found, ModelMixin) else default
+def network_class(
+    config: Mapping[str, Any],
+    default: type[ModelMixin] = SD3Transformer2DModel,
+    source: str = "the transformer's config.json",
+) -> type[ModelMixin]:
+    """The class of diffusers that a network's config.json names; one that names none is the `default`.
+
+    Raises:
+        UserError: naming `source`: a class that this diffusers does not have, or that is no network.
+    """
+    name = config.get("_class_name")
+    if name is None:
+        return default
+    found = getattr(diffusers, str(name), None)
+    if isinstance(found, type) and issubclass(found, ModelMixin):
+        return found
+    made = config.get("_diffusers_version", "an unnamed version")
+    raise UserError(
+        f"{source}: _class_name = {name!r} is no network of diffusers {diffusers.__version__}; correct it, or install "
+        f"a diffusers that has it (the file is of {made})"
+    )
 
 
 def stored_network(pipeline: Path) -> ModelMixin:
@@ -61,7 +78,7 @@ def stored_network(pipeline: Path) -> ModelMixin:
         component, kind = "unet", UNet2DConditionModel
     config = kind.load_config(pipeline / component)
     with torch.device("meta"):
-        return network_class(config, kind).from_config(config)
+        return network_class(config, kind, str(pipeline / component / "config.json")).from_config(config)
 
 
 def stored_blocks(pipeline: Path) -> list[str]:

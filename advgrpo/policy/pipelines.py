@@ -16,13 +16,14 @@ class Family(NamedTuple):
     prediction_type: str = "flow_prediction"  # the velocity of a rectified flow; epsilon: the noise of a diffusion
     guidance: float = 4.5  # that its model card draws at; where it is distilled in, 1 (`native_guidance`)
     own_forward: bool = False  # whether ours (fused/transformer.py) computes its transformer
+    gated: bool = False  # whether its feed-forwards are SwiGLU
     masked_text: bool = False  # whether some of its text tokens are not attended to
 
 
 FAMILIES = {
     "StableDiffusion3Pipeline": Family(own_forward=True),
     "FluxPipeline": Family(guidance=3.5, own_forward=True),
-    "Flux2KleinPipeline": Family(guidance=4.0),
+    "Flux2KleinPipeline": Family(guidance=4.0, gated=True),
     "QwenImagePipeline": Family(guidance=4.0, own_forward=True, masked_text=True),
     "StableDiffusionPipeline": Family("epsilon"),
     "StableDiffusionXLPipeline": Family("epsilon"),

@@ -132,6 +132,8 @@ def _network(folder: Path, source: str) -> ModelMixin:
     """The network without weights; UserError for a config.json that does not describe one."""
     try:
         return stored_network(folder)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     except Exception as error:  # constructors fail in their own ways
         raise UserError(
             f"{source}: its transformer's or UNet's config.json describes no such network ({error})"

@@ -81,6 +81,7 @@ MODELS = [
     _model("scheduler/scheduler_config.json", replaced(use_dynamic_shifting=True), "use_dynamic_shifting"),
     _model("transformer/config.json", text("null"), "holds a NoneType"),
     _model("transformer/config.json", replaced(num_attention_heads=8), "contradict"),
+    _model("transformer/config.json", replaced(_class_name="SD4Transformer2DModel"), "transformer/config.json: _class_name = 'SD4Transformer2DModel'", "install a diffusers that has it", name="a network of another diffusers"),
     _model("transformer/config.json", replaced(patch_size="two"), "describes no such network"),
     _model("vae/config.json", replaced(block_out_channels=[]), "vae"),
     _model(_NETWORK, Path.unlink, "is missing; complete the folder"),

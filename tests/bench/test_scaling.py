@@ -1,7 +1,8 @@
 """bench/scaling.py against what runs issue, and its page against what it prints.
 
 Planted bugs that turn it red: a sum of the LoRA's gradient an iteration instead of one a minibatch; rows of the mean
-process instead of the busiest one's; three columns of statistics; a latency that does not grow with the processes.
+process instead of the busiest one's; three columns of statistics; a latency that does not grow with the processes; an
+Ethernet divided by a machine's GPUs.
 """
 
 import json
@@ -63,6 +64,11 @@ def test_a_sum_over_more_gpus_costs_more_and_one_gpu_nothing():
     assert seconds[0] == 0
     assert seconds == sorted(set(seconds))
     assert seconds[3] > 5 * seconds[2], "machines are further apart than GPUs of one"
+
+
+def test_a_ring_has_all_of_a_machines_ethernet():
+    """It enters and leaves each machine once, so no GPU shares that link: 10 Gbit/s are 1.25 GB/s."""
+    assert 0.75e9 < scaling.ETHERNET.bandwidth(64) <= 1.25e9
 
 
 def test_efficiency_is_that_of_the_shares_where_talk_is_free():

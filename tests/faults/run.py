@@ -1,4 +1,4 @@
-"""Jobs of three machines that fail as seeds say, compared with a run that nothing happens to.
+"""Jobs on up to three machines that fail as seeds say, compared with a run that nothing happens to.
 
     python -m tests.faults.run                        schedules 0 to 49, into results.json
     python -m tests.faults.run --seeds 7 8 --no-network --keep DIR
@@ -33,8 +33,9 @@ RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 MARK = "<!-- python -m tests.faults.run --write -->"
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
-# Of a LoRA's norm: sums over other numbers of processes round otherwise, and Adam's first steps enlarge that.
-TOLERANCE = 1e-2
+# Of a LoRA's norm, and of an iteration's mean reward: sums over other numbers of processes round otherwise (6e-8 in
+# results.json). A run that lacks one of the five iterations is 1e-3 of the norm away.
+TOLERANCE = 1e-5
 
 
 def undisturbed(flags: list[str], folder: Path) -> Path:
@@ -80,6 +81,7 @@ def passed(found: dict) -> bool:
         found["ended"]
         and not found["error"]
         and found["lora_apart"] <= TOLERANCE
+        and found["rewards_apart"] <= TOLERANCE
         and max(found["lost"], default=0) <= 1
     )
 

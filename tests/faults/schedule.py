@@ -27,7 +27,6 @@ KINDS = {
     "poor network": True,  # frames late and lost from the beginning on, and a worker killed
 }
 UNNOTICED = ("worker paused", "agent paused", "machine paused", "cut off briefly")  # the job goes on as if nothing were
-SPARE = ("agent frozen",)  # nothing that computes is hit; it may go on, or start again
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ never closes (the job with a machine that is cut off does not go on in time wher
 """
 
 import ctypes
+import json
 import os
 import socket
 import time
@@ -14,7 +15,7 @@ import pytest
 from tests.faults import network, run
 from tests.faults.job import History, at_work
 from tests.faults.machine import Begun
-from tests.faults.schedule import ITERATIONS, KINDS, MACHINES, Fault, Schedule
+from tests.faults.schedule import ITERATIONS, KINDS, MACHINES, UNNOTICED, Fault, Schedule
 from tests.faults.world import make_world
 
 
@@ -30,7 +31,15 @@ def test_an_iteration_that_is_begun_again_is_lost_and_one_that_follows_is_not():
     assert history.sizes() == [2, 2, 2]
     assert history.overlap() == ""
     assert at_work(rows) == {0, 1}
-    assert "at work at a time" in History([*rows, *begun((20, 0, 2))[:0], Begun(99.0, 0, 10, 0, 2, 3)]).overlap()
+    assert "at work at a time" in History([*rows, Begun(99.0, 0, 10, 0, 2, 3)]).overlap()
+
+
+def test_what_is_recorded_has_passed_and_would_not_with_an_iteration_less():
+    for seed, found in json.loads(run.RESULTS.read_text()).items():
+        assert (found["passed"], run.passed(found)) == (True, True), seed
+        for part in ("lora_apart", "rewards_apart"):
+            assert not run.passed(found | {part: 1e-3}), "what a lost iteration of five changes"
+        assert not run.passed(found | {"lost": [2]})
 
 
 def test_schedules_are_those_of_their_seeds_and_of_every_kind():
@@ -79,7 +88,7 @@ def test_a_machine_that_is_cut_off_is_not_reached_until_it_is_back():
 @pytest.mark.weekly
 @pytest.mark.parametrize("kind", ["worker killed", "machine lost", "cut off", "machine paused"])
 def test_a_job_goes_on_and_has_the_undisturbed_result(kind, tmp_path):
-    """Machine 0 is hit: it has process 0, which alone writes, unless it came late."""
+    """Machine 0 is hit. A job that it came too late for has not been tried, and fails here."""
     wired = not network.missing()
     if KINDS[kind] and not wired:
         pytest.skip(network.missing())
@@ -88,3 +97,6 @@ def test_a_job_goes_on_and_has_the_undisturbed_result(kind, tmp_path):
     schedule = Schedule(0, (Fault(kind, 0, 2, 0.3),))
     found = run.one(schedule, flags, tmp_path / "job", reference, network=wired)
     assert run.passed(found), found
+    assert found["hit"] == [True], "the blow hit a machine that only waited"
+    if kind in UNNOTICED:
+        assert found["lost"] == []

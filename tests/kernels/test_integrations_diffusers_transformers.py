@@ -320,6 +320,23 @@ def test_fused_projections_and_a_time_for_every_token(fused_calls):
     assert not [module for module in editing.modules() if "forward" in vars(module)]
 
 
+def test_a_block_that_is_told_the_time_of_every_token_runs_its_own_forward(fused_calls, caplog):
+    model = transformer("qwenimage")
+    block, named = block_call("qwenimage", model, "transformer_blocks.0")
+    if "modulate_index" not in named:
+        pytest.skip("this diffusers has no modulate_index")
+    usual = block(**named)
+    named["modulate_index"] = torch.arange(16).remainder(2).expand(2, -1)
+    expected = block(**named)
+    assert (expected[1] - usual[1]).abs().max() > 1e-2
+    diffusers_transformers.accelerate(model)
+    _blocks._say_stock.cache_clear()
+    for forward in (block, _qwen_blocks.maskless_forward.__get__(block)):
+        assert all(map(torch.equal, forward(**named), expected))
+    assert not fused_calls
+    assert "modulate_index" in caplog.text
+
+
 @pytest.mark.parametrize("family", MODULES)
 def test_a_patched_class_is_fused_in_every_model_and_undone(family, fused_calls):
     module = __import__("importlib").import_module(MODULES[family])

@@ -315,6 +315,13 @@ def test_flux2_klein_is_counted():
     assert plan(config, 48, processes=8).fits
 
 
+@pytest.mark.parametrize(("preset", "gated"), [("flux2-dino", True), ("flux1-dino", False), ("qwen-image-dino", False)])
+def test_gates_are_a_familys_own_whatever_forward_it_has(preset, gated, monkeypatch):
+    for name, family in known_models.FAMILIES.items():
+        monkeypatch.setitem(known_models.FAMILIES, name, family._replace(own_forward=False))
+    assert _Estimate(configuration.load(preset), 8).shape.swiglu == gated
+
+
 @ways("qwen-image-dino")
 def test_saved_bytes_of_qwen_image_follow_the_table(of_rotary):
     """Its blocks are alike but for the last, whose text ends."""

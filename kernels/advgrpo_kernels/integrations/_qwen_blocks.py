@@ -1,8 +1,9 @@
 """diffusers' Qwen-Image: blocks of two streams, as FLUX.1's, with rotations as complex numbers and a mask of the text.
 
 Fused: both AdaLN norms, gate and residual with the norm that follows, GELU, the norms of q and k with their rotation
-and the joining of text and image. Editing models whose time differs by token (`zero_cond_t`) run their own forward;
-other attention processors and arguments for the attention run the block's own attention between the fused rest.
+and the joining of text and image. Blocks whose time differs by token (`zero_cond_t` of editing models, or a
+`modulate_index`) run their own forward; other attention processors and arguments for the attention run the block's own
+attention between the fused rest.
 
 Until diffusers 0.37 the stock attention was given the text's mask and did not use it, but an `attention_mask` of all
 tokens among its arguments, where the model made one; `patch` and `accelerate` find out which it is.
@@ -50,9 +51,12 @@ def _parts(block: Any) -> Iterator[nn.Module]:
     yield from _blocks.parts_of_attention(block.attn)
 
 
-def _runs_stock(block: Any) -> bool:
+def _runs_stock(block: Any, modulate_index: Any) -> bool:
     frozen = iter((block.img_mod, block.txt_mod, *_blocks.qk_norms(block.attn)))
-    return _blocks.runs_stock(block, _parts(block), frozen, _misfit(block))
+    misfit = _misfit(block)
+    if misfit is None and modulate_index is not None:
+        misfit = "it is told which time each token has (modulate_index)"
+    return _blocks.runs_stock(block, _parts(block), frozen, misfit)
 
 
 def _attention(block: Any, x: torch.Tensor, text: torch.Tensor, mask: Any, rotary: Any, kwargs: dict, masked: bool):
@@ -93,7 +97,7 @@ def block_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`QwenImageTransformerBlock.forward` since diffusers 0.38: (encoder_hidden_states, hidden_states)."""
     streams = hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb
-    if _runs_stock(self):
+    if _runs_stock(self, modulate_index):
         more = () if modulate_index is None else (modulate_index,)
         return _blocks.stock(self)(self, *streams, joint_attention_kwargs, *more)
     return _forward(self, *streams, joint_attention_kwargs or {}, True)
@@ -111,7 +115,7 @@ def maskless_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same before 0.38, whose attention does not use the mask."""
     streams = hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb
-    if _runs_stock(self):
+    if _runs_stock(self, modulate_index):
         more = () if modulate_index is None else (modulate_index,)
         return _blocks.stock(self)(self, *streams, joint_attention_kwargs, *more)
     return _forward(self, *streams, joint_attention_kwargs or {}, False)
