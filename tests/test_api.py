@@ -152,6 +152,7 @@ def test_the_names_are_callable_whoever_imports_what_first():
         advgrpo.trian  # noqa: B018
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()

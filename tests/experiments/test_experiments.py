@@ -224,6 +224,7 @@ def test_a_repair_is_made_again_when_its_start_is(tmp_path, small):
     assert plan.finished(repaired) is not None
 
 
+@pytest.mark.weekly
 def test_what_is_judged_goes_on_where_it_stopped_and_follows_the_weights(tmp_path, small, monkeypatch):
     plan, job = plan_of(tmp_path, 1, small), Job("dino", 0)
     experiment_runs.make(job, plan)

@@ -49,6 +49,9 @@ ON_GPU = {
 ON_CPU = {"rollout": WINDOW, "update": {"learning_rate": 1e-4}}
 
 
+pytestmark = pytest.mark.usefixtures("layers_by_pytorch")
+
+
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """On a CPU some ops also check values, which is free there; a captured step must not."""

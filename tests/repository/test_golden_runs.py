@@ -18,7 +18,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("golden")  # the runs share a cache of texts and features, as a user's do
 
 
-WEEKLY = {"adv-pickscore", "awm", "mixed", "nft", "style"}  # an objective or a reward that a run beside them has too
+# An objective or a reward that a run beside them has too.
+WEEKLY = {"adv-pickscore", "awm", "mixed", "nft", "style", "words"}
 
 
 @pytest.mark.parametrize("name", some_weekly(sorted(golden_runs.RUNS), WEEKLY))

@@ -251,6 +251,7 @@ assert contenders.trainer.iterate()["log_prob_mismatch_max"] == 0
 """
 
 
+@pytest.mark.weekly
 def test_the_full_size_benchmark_needs_no_diffusers():
     """Its code path with small random models, in a process that cannot import diffusers."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}

@@ -255,6 +255,7 @@ def test_with_the_defaults_all_end_within_a_minute():
     assert watch.BEHIND_SECONDS > 3 * watch.POLL_SECONDS
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_a_job_whose_rank_is_stopped_ends_in_time(tmp_path):
     """The constants of distributed_worker.py, which are imported there and not here."""

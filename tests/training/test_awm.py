@@ -151,6 +151,7 @@ def test_a_step_is_compared_with_the_weights_that_drew_the_images(settings, monk
     assert one["grad_norm"] > 0
 
 
+@pytest.mark.weekly
 def test_micro_batches_of_another_size_learn_the_same_and_a_resumed_run_goes_on(settings, tmp_path):
     made = change(settings, update={"kl_to": "ema", "kl_weight": 1.0, "minibatches": 1}, output={"checkpoint_every": 1})
     whole = build(made)

@@ -63,6 +63,7 @@ FIRST_VISITS = {  # copies that a prompt's first visit makes
     "advgrpo/training/scoring.py:_mean_scores",  # references for the fixed rewards
 }
 WEEKLY = {  # their paths are longer, or mostly those of the others
+    *("noise per image, kl, replay", "full fine-tuning, no adversary", "awm, kl to the average"),
     *("nft, kl", "scouts, a short tail, the informative share", "siglip and a judge", "pickscore"),
     "a head with every restraint",
 }

@@ -77,6 +77,7 @@ def test_a_stop_is_in_time_and_a_slow_process_no_failure(own, undisturbed):
     assert_same_tensors(own.output_dir, undisturbed, 1)
 
 
+@pytest.mark.weekly
 def test_torchrun_restarts_a_run_that_lost_a_process_and_the_bits_are_the_same(own, undisturbed):
     process = torchrun(own, *RESUME, fault="killed", restarts=1)
     shown, _ = process.communicate(timeout=LIMIT_SECONDS)

@@ -10,6 +10,7 @@ samples and learns by the same forward and the first policy ratio stays what it 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType
@@ -201,7 +202,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: A
     global _dispatch
     if _dispatch is None:
         try:
-            from diffusers.models.attention_dispatch import dispatch_attention_fn as _dispatch
+            _dispatch = importlib.import_module("diffusers.models.attention_dispatch").dispatch_attention_fn
         except ImportError:  # before 0.35
             _dispatch = False
     if not _dispatch:
