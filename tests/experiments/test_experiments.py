@@ -190,6 +190,7 @@ def test_a_run_cut_short_before_its_first_checkpoint_or_its_samples_is_made_agai
     assert plan.finished(job).summary["final"] == final
 
 
+@pytest.mark.weekly
 def test_a_failing_arm_is_reported_and_the_others_go_on(tmp_path, small, monkeypatch, capsys):
     """A wrong path fails with its own words; the arm that starts from it fails for that reason; exit status 1."""
     broken = replace(ARMS["flow"], overrides={**ARMS["flow"].overrides, "data": {"references": "nowhere"}})
@@ -207,6 +208,7 @@ def test_a_failing_arm_is_reported_and_the_others_go_on(tmp_path, small, monkeyp
     assert "missing: flow, seed 0: reference folder nowhere" in output
 
 
+@pytest.mark.weekly
 def test_a_repair_is_made_again_when_its_start_is(tmp_path, small):
     plan, hacked, repaired = plan_of(tmp_path, 1, small), Job("flow", 0), Job("repair", 0)
     with pytest.raises(UserError, match="starts from flow, seed 0, which is not finished"):
@@ -245,6 +247,7 @@ def test_what_is_judged_goes_on_where_it_stopped_and_follows_the_weights(tmp_pat
     assert len(missing(plan.subject(Job("base")), plan.judging)) == len(LISTS) * len(SCALES)
 
 
+@pytest.mark.weekly
 def test_settings_that_differ_are_not_taken_for_finished(tmp_path, small):
     plan, job = plan_of(tmp_path, 1, small), Job("dino", 0)
     experiment_runs.make(job, plan)

@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 
 
 # An objective or a reward that a run beside them has too.
-WEEKLY = {"adv-pickscore", "awm", "mixed", "nft", "style", "words"}
+WEEKLY = {"adv-pickscore", "awm", "mixed", "nft", "style", "words", "adv-grpo-released"}
 
 
 @pytest.mark.parametrize("name", some_weekly(sorted(golden_runs.RUNS), WEEKLY))

@@ -116,7 +116,7 @@ def test_the_last_evaluation_counts_by_the_images_that_the_others_have(settings,
     assert header(Path(settings.output_dir)) == {"metric": NAME, "value": 0.95, "iteration": 7}
 
 
-@pytest.mark.parametrize("stopped_at", [2, 4])
+@pytest.mark.parametrize("stopped_at", [pytest.param(2, marks=pytest.mark.weekly), 4])
 def test_a_resumed_run_keeps_and_ends_as_one_that_never_stopped(settings, judged, tmp_path, stopped_at):
     settings.evaluation.stop_after, settings.output.checkpoint_every = 2, 1
     whole = other(settings, tmp_path, "whole")

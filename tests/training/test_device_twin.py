@@ -210,7 +210,7 @@ def test_an_evaluation_is_the_cpus_and_copies_nothing_from_ordinary_memory(unit_
     assert not places(waits, "copy")
 
 
-@pytest.mark.parametrize("mode", ["recompute", "truncated_importance"])
+@pytest.mark.parametrize("mode", [pytest.param("recompute", marks=pytest.mark.weekly), "truncated_importance"])
 def test_old_log_probs_are_replaced_on_the_device(mode, tmp_path):
     changes = {"rollout": {"window_forward": "merged"}, "update": {"old_log_prob": mode, "learning_rate": 1e-3}}
     with DeviceTwin() as twin:

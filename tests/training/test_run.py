@@ -207,7 +207,12 @@ def test_signals_save_and_exit_cleanly(unit_config, tmp_path, number):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "processes", "micro_batch"),
-    [("policy", 3, 2), ("nft", 2, 2), ("scouts", 3, 2), ("awm", 3, 8)],
+    [
+        ("policy", 3, 2),
+        pytest.param("nft", 2, 2, marks=pytest.mark.weekly),
+        ("scouts", 3, 2),
+        pytest.param("awm", 3, 8, marks=pytest.mark.weekly),
+    ],
 )
 def test_several_processes_give_the_losses_of_one(objective, processes, micro_batch, unit_config, tmp_path):
     """Three have shares that differ, or, of one micro-batch of 8 to a minibatch, the third has nothing at all."""
