@@ -32,7 +32,9 @@ FEW = {  # for CI: what the first cell says of the run, and on which prompts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [FEW, pytest.param({}, marks=pytest.mark.weekly)], ids=["short", "as it stands"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param(each, marks=pytest.mark.weekly) for each in (FEW, {})], ids=["short", "as it stands"]
+)
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch, changes):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     root = str(EXAMPLES.parent)

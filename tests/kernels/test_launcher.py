@@ -95,6 +95,7 @@ if __name__ == "__main__":
 )
 
 
+@pytest.mark.weekly
 def test_a_function_of_the_script_itself_is_replaced_before_its_main_block(tmp_path, launch):
     """DanceGRPO's trainers are started as scripts that define `flux_step` and use it under their main block."""
     written(tmp_path, fastvideo__train_grpo_flux=TRAINER)
@@ -272,6 +273,7 @@ def test_a_copy_in_another_module_is_named_on_the_command_line(tmp_path, launch)
     assert done.stdout.strip().endswith("integrations/flow_grpo.py")
 
 
+@pytest.mark.weekly
 def test_children_are_patched_on_request_and_keep_their_sitecustomize(tmp_path):
     """Ray's workers, for one: the program itself never imports what they run."""
     child = "import builtins; from adv_grpo import pipeline; print(pipeline.filename(), builtins.THEIRS)"

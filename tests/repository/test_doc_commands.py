@@ -260,6 +260,7 @@ LEFT = (
 )
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_cheap_commands_run_to_their_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

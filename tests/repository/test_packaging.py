@@ -161,6 +161,7 @@ def stub_of_the_pypi_package(folder: Path, version: str) -> Path:
     return folder
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_the_stack_imports_from_the_root_without_the_package_kernels():
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("diffusers") is None:

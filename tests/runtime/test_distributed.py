@@ -120,6 +120,7 @@ def test_a_failing_rank_ends_the_others_with_its_error(scenario, ends):
     assert 'raise OSError("the image store is on fire")' in text0, "the traceback of the other rank"
 
 
+@pytest.mark.weekly
 def test_a_failing_rank_ends_an_attempt_of_torchrun_and_the_next_one_works(tmp_path):
     done = run_torchrun("restarts", tmp_path, "--max-restarts=1")
     assert "[rank 0] ending because rank 1 failed: OSError: the image store is on fire" in done.stderr
@@ -127,6 +128,7 @@ def test_a_failing_rank_ends_an_attempt_of_torchrun_and_the_next_one_works(tmp_p
     assert [(tmp_path / f"{rank}.restarted").read_text() for rank in range(2)] == ["[0, 1]"] * 2
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     ("fault", "code", "error"),
     [

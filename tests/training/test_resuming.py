@@ -515,6 +515,7 @@ def test_checkpoints_of_before_there_were_hashes_are_continued(own):
     assert len(metrics(own.output_dir)) == 3
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_of_several_processes_one_decides(cut, whole, tmp_path):
     """The others follow it to the checkpoint before the damaged one."""

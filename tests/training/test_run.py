@@ -210,7 +210,7 @@ def test_signals_save_and_exit_cleanly(unit_config, tmp_path, number):
     [
         ("policy", 3, 2),
         pytest.param("nft", 2, 2, marks=pytest.mark.weekly),
-        ("scouts", 3, 2),
+        pytest.param("scouts", 3, 2, marks=pytest.mark.weekly),
         pytest.param("awm", 3, 8, marks=pytest.mark.weekly),
     ],
 )
@@ -250,6 +250,7 @@ def test_several_processes_give_the_losses_of_one(objective, processes, micro_ba
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0.01 * step)
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_a_failing_rank_ends_all_with_its_error(unit_config, tmp_path):
     """An exception on rank 1 alone: both end within a minute, and both say why."""
