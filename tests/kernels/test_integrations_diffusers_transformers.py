@@ -389,14 +389,8 @@ def test_a_release_whose_block_computes_something_else_is_refused_whole(monkeypa
 
 
 @pytest.fixture
-def launches(monkeypatch, device):
-    if device != "cpu":
-        pytest.skip("counts what the interpreter would run")
-    from triton.runtime.interpreter import GridExecutor
-
-    names: list[str] = []
-    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: names.append(self.fn.__name__))
-    return counting.Launches(names)
+def launches(interpreted):
+    return counting.Launches(interpreted)
 
 
 # Of one block: Triton launches and every ATen operator that computes or copies, in the forward pass and, with the

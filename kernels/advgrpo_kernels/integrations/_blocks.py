@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ..ops.gated_residual import gated_residual
 from ..ops.gelu import gelu
 from ..ops.qk_rms_norm import qk_rms_norm
 from . import _patching
@@ -154,6 +155,14 @@ def feed_forward(ff: Any, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def rest_of_stream(x: torch.Tensor, out: torch.Tensor, emb: list[Any], norm: Any, ff: Any) -> torch.Tensor:
+    """One stream of a block behind its attention, which gave `out`; `emb`: gate, then shift and scale of the norm, and
+    the feed-forward's gate."""
+    gate, shift, scale, gate_mlp = emb
+    x, normed = gated_residual(x, out, gate, shift=shift, scale=scale, eps=norm.eps)
+    return gated_residual(x, feed_forward(ff, normed), gate_mlp)
+
+
 def modulation(emb: torch.Tensor, images: int, parts: int) -> list[Any]:
     """`parts` tensors [B, C] of the output of a modulation's linear, which may be one row for all images."""
     return list((emb if emb.shape[0] == images else emb.expand(images, -1)).chunk(parts, dim=-1))
@@ -162,6 +171,20 @@ def modulation(emb: torch.Tensor, images: int, parts: int) -> list[Any]:
 def within_float16(x: torch.Tensor) -> torch.Tensor:
     """diffusers' clip of what left the range of float16."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def image_heads(attn: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """q, k and v of image tokens, or of all, [B, T, H, D]; heads are counted: of a sharded linear there are fewer."""
+    return _heads(attn, (attn.to_q, attn.to_k, attn.to_v), x)
+
+
+def text_heads(attn: Any, context: torch.Tensor) -> list[torch.Tensor]:
+    """The same of text tokens by linears of their own."""
+    return _heads(attn, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), context)
+
+
+def _heads(attn: Any, linears: Iterable[nn.Module], tokens: torch.Tensor) -> list[torch.Tensor]:
+    return [linear(tokens).unflatten(-1, (-1, attn.norm_q.weight.shape[-1])) for linear in linears]
 
 
 def joint_attention(
@@ -176,12 +199,11 @@ def joint_attention(
         mask: broadcasts to [B, H, S + T, S + T]; true where a token is attended to.
     """
     weights = (attn.norm_q.weight, attn.norm_k.weight)
-    split = (-1, weights[0].shape[-1])  # heads are counted: of a sharded linear there are fewer
-    qkv = [linear(x).unflatten(-1, split) for linear in (attn.to_q, attn.to_k, attn.to_v)]
+    qkv = image_heads(attn, x)
     if context is None:
         inputs = qk_rms_norm(qkv, weights, rotary=rotary, eps=attn.norm_q.eps)
     else:
-        text = [linear(context).unflatten(-1, split) for linear in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+        text = text_heads(attn, context)
         text_weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
         # The op's first stream comes first: here the text.
         inputs = qk_rms_norm(

@@ -87,17 +87,11 @@ def block_forward(
     normed = ada_layer_norm(x, emb[0], emb[1], eps=self.norm1.norm.eps)
     text_normed = ada_layer_norm(text, text_emb[0], text_emb[1], eps=self.norm1_context.norm.eps)
     out, text_out, *adapted = _attention(self.attn, normed, text_normed, image_rotary_emb, joint_attention_kwargs or {})
-    x = _rest_of_stream(x, out, emb[2:], self.norm2, self.ff)
+    x = _blocks.rest_of_stream(x, out, emb[2:], self.norm2, self.ff)
     for more in adapted:  # an IP-Adapter's
         x = x + more
-    return _blocks.within_float16(_rest_of_stream(text, text_out, text_emb[2:], self.norm2_context, self.ff_context)), x
-
-
-def _rest_of_stream(x: torch.Tensor, out: torch.Tensor, emb: list[Any], norm: Any, ff: Any):
-    """One stream of a block behind its attention."""
-    gate, shift, scale, gate_mlp = emb
-    x, normed = gated_residual(x, out, gate, shift=shift, scale=scale, eps=norm.eps)
-    return gated_residual(x, _blocks.feed_forward(ff, normed), gate_mlp)
+    text = _blocks.rest_of_stream(text, text_out, text_emb[2:], self.norm2_context, self.ff_context)
+    return _blocks.within_float16(text), x
 
 
 def _single_misfit(block: Any) -> str | None:

@@ -20,7 +20,6 @@ from torch import nn
 
 from ..ops.ada_layer_norm import ada_layer_norm
 from . import _blocks
-from ._flux_blocks import _rest_of_stream
 
 PROCESSORS = ("QwenDoubleStreamAttnProcessor2_0",)
 
@@ -80,9 +79,17 @@ def _forward(block: Any, x: torch.Tensor, text: torch.Tensor, mask: Any, temb: t
     normed = ada_layer_norm(x, emb[0], emb[1], eps=block.img_norm1.eps)
     text_normed = ada_layer_norm(text, text_emb[0], text_emb[1], eps=block.txt_norm1.eps)
     out, text_out = _attention(block, normed, text_normed, mask, *attention)
-    x = _rest_of_stream(x, out, emb[2:], block.img_norm2, block.img_mlp)
-    text = _rest_of_stream(text, text_out, text_emb[2:], block.txt_norm2, block.txt_mlp)
+    x = _blocks.rest_of_stream(x, out, emb[2:], block.img_norm2, block.img_mlp)
+    text = _blocks.rest_of_stream(text, text_out, text_emb[2:], block.txt_norm2, block.txt_mlp)
     return _blocks.within_float16(text), _blocks.within_float16(x)
+
+
+def _run(block: Any, *streams: Any, arguments: dict | None, modulate_index: Any, masked: bool):
+    """`block_forward`, or the block's own forward where it is to run that."""
+    if _runs_stock(block, modulate_index):
+        more = () if modulate_index is None else (modulate_index,)
+        return _blocks.stock(block)(block, *streams, arguments, *more)
+    return _forward(block, *streams, arguments or {}, masked)
 
 
 def block_forward(
@@ -97,10 +104,7 @@ def block_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`QwenImageTransformerBlock.forward` since diffusers 0.38: (encoder_hidden_states, hidden_states)."""
     streams = hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb
-    if _runs_stock(self, modulate_index):
-        more = () if modulate_index is None else (modulate_index,)
-        return _blocks.stock(self)(self, *streams, joint_attention_kwargs, *more)
-    return _forward(self, *streams, joint_attention_kwargs or {}, True)
+    return _run(self, *streams, arguments=joint_attention_kwargs, modulate_index=modulate_index, masked=True)
 
 
 def maskless_forward(
@@ -115,10 +119,7 @@ def maskless_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same before 0.38, whose attention does not use the mask."""
     streams = hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb
-    if _runs_stock(self, modulate_index):
-        more = () if modulate_index is None else (modulate_index,)
-        return _blocks.stock(self)(self, *streams, joint_attention_kwargs, *more)
-    return _forward(self, *streams, joint_attention_kwargs or {}, False)
+    return _run(self, *streams, arguments=joint_attention_kwargs, modulate_index=modulate_index, masked=False)
 
 
 def _cases(original: Any, cls: Any):

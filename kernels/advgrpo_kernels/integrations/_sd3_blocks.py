@@ -55,11 +55,10 @@ def _attention(attn: Any, x: torch.Tensor, context: torch.Tensor | None = None, 
         if context is None:
             return attn(hidden_states=x, **kwargs)
         return attn(hidden_states=x, encoder_hidden_states=context, **kwargs)
-    split = (attn.heads, -1)
-    qkv = [linear(x).unflatten(-1, split) for linear in (attn.to_q, attn.to_k, attn.to_v)]
+    qkv = _blocks.image_heads(attn, x)
     text, text_weights = None, None
     if context is not None:
-        text = [linear(context).unflatten(-1, split) for linear in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+        text = _blocks.text_heads(attn, context)
         text_weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
     weights = (attn.norm_q.weight, attn.norm_k.weight)
     inputs = qk_rms_norm(qkv, weights, txt_qkv=text, txt_weights=text_weights, eps=attn.norm_q.eps)
@@ -100,10 +99,8 @@ def block_forward(
     hidden_states = gated_residual(hidden_states, _blocks.feed_forward(self.ff, normed), gate_mlp)
     if self.context_pre_only:
         return None, hidden_states
-    _, _, gate, shift_mlp, scale_mlp, gate_mlp = text_emb
-    following = {"shift": shift_mlp, "scale": scale_mlp, "eps": self.norm2_context.eps}
-    text, normed = gated_residual(encoder_hidden_states, text_out, gate, **following)
-    return gated_residual(text, _blocks.feed_forward(self.ff_context, normed), gate_mlp), hidden_states
+    text = encoder_hidden_states, text_out, text_emb[2:], self.norm2_context, self.ff_context
+    return _blocks.rest_of_stream(*text), hidden_states
 
 
 def _norm_misfit(module: Any) -> str | None:
