@@ -16,7 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from advgrpo.config import Config
+from advgrpo.plan.known_models import known_pipeline, meta_transformer
 from bench.model import (
     ADAPTED,
     BACKBONE,
@@ -220,11 +221,11 @@ def _adapters(family: Family) -> int:
 
 @cache
 def family_of(preset: str) -> Family:
-    """Counted: SD3.5-medium's are bench/model.py's; the others' are counted here on diffusers' default networks, which
-    are FLUX.1-dev and Qwen-Image, on meta tensors."""
+    """Counted: SD3.5-medium's are bench/model.py's; the others' are counted on the plan's networks, of meta tensors."""
     from advgrpo.policy.adapters import block_names, target_modules
 
-    config, decode, network = Config.load(preset), Model(H200).decode(CONVOLUTION, 1), _network(preset)
+    config, decode = Config.load(preset), Model(H200).decode(CONVOLUTION, 1)
+    network: Any = meta_transformer(known_pipeline(config.model.path).transformer)
     targets, rank = target_modules(network, config.model.lora), config.model.lora.rank
     linear: dict[str, Any] = {name: network.get_submodule(name) for name in targets}
     parameters = sum(rank * (each.in_features + each.out_features) for each in linear.values())
@@ -243,18 +244,6 @@ def family_of(preset: str) -> Family:
     backward = rows * round(flops - attention + 2.5 * attention + 2 * adapters)
     trained = replace(adapted, flops=adapted.flops + backward, bytes=round(scale * TRAINED.bytes))
     return Family(merged, adapted, trained, decode, sizes, frozen, blocks)
-
-
-def _network(preset: str) -> Any:
-    """On the meta device."""
-    from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
-
-    from bench.stock_model import SD35_MEDIUM
-
-    with torch.device("meta"):
-        if preset.startswith("sd35m"):
-            return SD3Transformer2DModel(**asdict(SD35_MEDIUM))
-        return FluxTransformer2DModel(guidance_embeds=True) if "flux" in preset else QwenImageTransformer2DModel()
 
 
 def _head_parameters(config: Config) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -387,6 +388,11 @@ def _stack(name: str) -> str:
     return {"to_q": f"{head}.qkv", "to_k": f"{head}.qkv", "to_v": f"{head}.qkv"}.get(
         tail, f"{head}.add_qkv" if tail in ("add_q_proj", "add_k_proj", "add_v_proj") else name
     )
+
+
+def meta_transformer(config: Mapping[str, Any]):
+    """The network of a transformer's config.json, frozen, on the meta device; one for all who ask."""
+    return _meta_transformer(json.dumps(config, sort_keys=True))
 
 
 @functools.lru_cache(maxsize=8)

@@ -238,9 +238,8 @@ class Distributed:
         if self.is_main and reason is not None:
             if self._watch is not None:
                 self._stopped = True
-                self._store.set(
-                    "stopped", watch.stop_wish(reason, None if self._stop_reason else self._watch.stop_machine)
-                )
+                asked = watch.machine() if self._stop_reason else self._watch.stop_machine
+                self._store.set("stopped", watch.stop_wish(reason, asked))
             raise StopRequested(reason)
 
     def step(self, doing: str, *, within_seconds: float | None = None) -> None:
@@ -331,9 +330,8 @@ class Distributed:
         elif in_order:
             watched.wait_for_goodbyes()
         if self.device.type == "cuda" and stopped and in_order:
-            atexit.register(
-                watch.exit_now, code
-            )  # others may have been ended inside a collective, which NCCL waits for
+            # Others may have been ended inside a collective, which NCCL waits for.
+            atexit.register(watch.exit_now, code)
         elif dist.is_initialized() and (in_order or self.device.type == "cpu"):
             dist.destroy_process_group()
         watched.leave()

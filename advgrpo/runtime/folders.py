@@ -47,23 +47,21 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, field: str, patience: float = 0.0):
-        file, deadline = folder / ".lock", time.monotonic() + patience
-        self._descriptor: int | None = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor: int | None = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if patience and not self._is_free():
+            taken = self._take()
+            if patience and not taken:
                 logger.warning(
                     "%s is held by %s: waiting for its end, %.0f s at most", folder, self._holder(), patience
                 )
-            while not self._is_free() and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # once more, where it is ours already
-        except BlockingIOError:
-            holder = self._holder()
-            self.release()
-            raise UserError(
-                f"{field} = {str(folder)!r} is in use by {holder or 'another process'}; wait for its end, or choose "
-                "another folder"
-            ) from None
+                taken = self._take_within(patience)
+            if not taken:
+                holder = self._holder()
+                self.release()
+                raise UserError(
+                    f"{field} = {str(folder)!r} is in use by {holder or 'another process'}; wait for its end, or "
+                    "choose another folder"
+                )
         except OSError as error:
             self.release()
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -77,12 +75,19 @@ class FolderLock:
         """Who holds the folder, as he has left it in the file."""
         return os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
 
-    def _is_free(self) -> bool:
+    def _take(self) -> bool:
+        """Whether nobody else holds it: from now on this process does."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        return True  # and from now on this process's
+        return True
+
+    def _take_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not (taken := self._take()) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return taken
 
     def release(self) -> None:
         """May be called twice."""

@@ -301,7 +301,7 @@ class Watch(threading.Thread):
         if self._store.check(["failure"]):
             return Failure.read(self._store.get("failure"))
         if self.wanted_stop is not None and self.stop_reason is None:
-            self._store.compare_set("stop", "", stop_wish(self.wanted_stop))
+            self._store.compare_set("stop", "", stop_wish(self.wanted_stop, machine()))
         for key in ("stop", "stopped"):
             if self.stop_reason is None and self._store.check([key]):
                 wish = json.loads(self._store.get(key))
@@ -444,9 +444,9 @@ def machine() -> str:
     return os.environ.get("GROUP_RANK", "0")
 
 
-def stop_wish(reason: str, of: str | None = None) -> str:
-    """What the store holds of a wish to stop, of this machine unless given."""
-    return json.dumps({"machine": machine() if of is None else of, "reason": reason})
+def stop_wish(reason: str, of: str) -> str:
+    """What the store holds of a machine's wish to stop."""
+    return json.dumps({"machine": of, "reason": reason})
 
 
 def tell(rank: int, text: str) -> None:

@@ -61,9 +61,8 @@ def check_prompts(config: Config, sources: Sources) -> None:
             continue
         if reward_class(entry.kind).check_prompts is Reward.check_prompts:
             continue
-        options = {**entry.section.arguments(), **prompt_options(entry.kind, sources.metadata)}
         try:
-            build_reward(entry.kind, owner=entry.owner, **options).check_prompts(read)
+            _recipe(entry, "cpu", config, sources).build().check_prompts(read)
         except UserError as error:
             raise UserError(str(error).replace(f"reward {name}", entry.owner, 1)) from error
 

@@ -177,9 +177,9 @@ def test_a_worker_ends_with_a_trainer_that_was_killed(judges):
         "import sys, time; from advgrpo.rewards.pool.workers import ProcessWorker; "
         "from advgrpo.rewards.pool.recipe import Recipe; "
         f"r = Recipe('custom', 'mine', 'r', 'cpu', 'float32', {{}}, {str(judges) + ':asleep'!r}); "
-        "w = ProcessWorker(); w.ask('build', r); print(w._process.pid, flush=True); "
+        "w = ProcessWorker(); w.ask('build', r, within_seconds=60); print(w._process.pid, flush=True); "
         "import numpy as np; from advgrpo.rewards.pool.recipe import Task; "
-        "w.ask('score', Task(np.zeros((1, 3, 4, 4), 'float32'), ['a'], 0))"
+        "w.ask('score', Task(np.zeros((1, 3, 4, 4), 'float32'), ['a'], 0), within_seconds=600)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     worker = int(trainer.stdout.readline())

@@ -98,7 +98,7 @@ def test_a_rank_that_was_asked_to_stop_goes_on_until_rank_0_has_stopped():
     look(job._watch)
     assert json.loads(job._store.get("stop")) == {"machine": "0", "reason": "SIGTERM"}, "rank 0 will read it"
     job.check_stop()
-    job._store.set("stopped", watch.stop_wish("SIGTERM"))
+    job._store.set("stopped", watch.stop_wish("SIGTERM", "0"))
     look(job._watch)
     with pytest.raises(StopRequested, match="SIGTERM"):
         job.check_stop()

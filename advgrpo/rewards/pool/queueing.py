@@ -59,7 +59,7 @@ class Workers:
         self.recipe, self.within_seconds, self.starting_seconds = recipe, within_seconds, starting_seconds
         self.replaced = 0  # workers, over the pool's life
         self._start = start
-        self._waiting: queue.Queue[_Waiting] = queue.Queue(max(1, room))
+        self._waiting: queue.Queue[_Waiting] = queue.Queue(room)
         self._ended = threading.Event()
         self.started: list[Future] = [Future() for _ in range(count)]  # each: what its `Host` says of the reward
         self.workers: list[Worker | None] = [None] * count

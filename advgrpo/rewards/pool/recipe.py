@@ -73,7 +73,7 @@ class Host:
         self._name = ""
         self._built: tuple[Reward, torch.device] | None = None
 
-    def answer(self, method: str, argument: Any = None) -> tuple[str, Any]:
+    def answer(self, method: str, argument: Any) -> tuple[str, Any]:
         try:
             return "ok", getattr(self, f"_{method}")(argument)
         except tuple(RAISED.values()) as error:

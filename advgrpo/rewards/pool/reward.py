@@ -109,10 +109,6 @@ class PooledReward(Reward):
         """
         return self.finish([self.begin(images, prompts)], images.device)
 
-    def end(self) -> None:
-        """End the workers."""
-        self._workers.end()
-
     def _patience(self) -> None:
         self.progress(f"reward {self.name}: waits for a free worker", within_seconds=2 * self.pool.timeout)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import pickle
 import socket
 import subprocess
@@ -37,7 +36,7 @@ class WorkerDied(Exception):
 class Worker(Protocol):
     """Who has a reward and is asked, by one thread at a time."""
 
-    def ask(self, method: str, argument: Any = None, *, within_seconds: float = math.inf) -> Any:
+    def ask(self, method: str, argument: Any, *, within_seconds: float) -> Any:
         """What `Host` answers; it builds its reward first.
 
         Raises:
@@ -62,8 +61,8 @@ class ProcessWorker:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._connection, self._overdue = Connection(ours.detach()), threading.Event()
 
-    def ask(self, method: str, argument: Any = None, *, within_seconds: float = math.inf) -> Any:
-        timer = threading.Timer(min(within_seconds, threading.TIMEOUT_MAX), self._late)
+    def ask(self, method: str, argument: Any, *, within_seconds: float) -> Any:
+        timer = threading.Timer(within_seconds, self._late)
         timer.daemon = True
         timer.start()  # also for a question that nobody takes out of the socket
         try:
@@ -77,12 +76,8 @@ class ProcessWorker:
                 self._process.wait(1.0)  # its own end, if it comes to one
             self.end()
             self._process.wait()
-            how = (
-                _LATE.format(within_seconds)
-                if self._overdue.is_set()
-                else f"ended with {_how(self._process.returncode)}"
-            )
-            raise WorkerDied(how) from None
+            late, code = self._overdue.is_set(), self._process.returncode
+            raise WorkerDied(_LATE.format(within_seconds) if late else f"ended with {_how(code)}") from None
         finally:
             timer.cancel()
         return _value(answer)
@@ -112,11 +107,11 @@ class RayWorker:
         self._ray = ray
         self._actor = self._ray.remote(Host).options(num_cpus=1, num_gpus=gpus, max_restarts=0).remote()
 
-    def ask(self, method: str, argument: Any = None, *, within_seconds: float = math.inf) -> Any:
+    def ask(self, method: str, argument: Any, *, within_seconds: float) -> Any:
         errors = self._ray.exceptions
         try:
             answered = self._actor.answer.remote(method, argument)
-            answer = self._ray.get(answered, timeout=None if within_seconds == math.inf else within_seconds)
+            answer = self._ray.get(answered, timeout=within_seconds)
         except errors.GetTimeoutError:
             self.end()
             raise WorkerDied(_LATE.format(within_seconds)) from None
