@@ -6,8 +6,14 @@ ARGS ?=
 
 .PHONY: train test lint types docs golden mutants peers kernels-matrix kernel-hub wheels tiny-assets gpu-carry gpu-rehearsal clean
 
+# Without ARGS the independent judge then looks at what was trained, on prompts of no training, and its verdict goes into
+# runs/tiny/report.html as well.
 train: $(VENV)/.train
 	@$(BIN)/python -m advgrpo.train --fast $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/python -m advgrpo.frontier --loras runs/tiny/lora --output runs/tiny/frontier
+	@$(BIN)/python -m advgrpo.report runs/tiny
+endif
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -30,6 +30,7 @@ from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.callable_module import make_callable
 from advgrpo.runtime.command import plain_console, run_command
 from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.fingerprint import file_digest
 from advgrpo.runtime.folders import writable
 from advgrpo.runtime.libraries import quiet_libraries
 from advgrpo.sampling.drawing import ModelOptions
@@ -125,10 +126,11 @@ def front_rows(front: Front) -> list[dict[str, float]]:
     ]
 
 
-def report(found: Compared, options: Frontier) -> dict:
-    """What frontier.json holds."""
+def report(found: Compared, options: Frontier, digests: Sequence[str]) -> dict:
+    """What frontier.json holds; `digests` tell which LoRAs these were."""
     return {
         "settings": options.model_dump(mode="json"),
+        "digests": list(digests),
         "equal": [asdict(each) for each in found.equal],
         "best": asdict(found.best),
         "base": front_rows(found.base),
@@ -138,6 +140,7 @@ def report(found: Compared, options: Frontier) -> dict:
 
 def compare_models(options: Frontier, console: Console) -> Compared:
     """Draw, judge, compare; writes frontier.json and frontier.png."""
+    from advgrpo.policy.lora_file import lora_path
     from advgrpo.policy.pipelines import pipeline_folder
 
     if options.world is not WORLDS["tiny"]:
@@ -155,13 +158,14 @@ def compare_models(options: Frontier, console: Console) -> Compared:
                for name, field in (("tuning", "tuning_"), ("report", ""))}  # fmt: skip
     refuse_shared(prompts["tuning"].texts, prompts["report"].texts)
     texts = [text for part in prompts.values() for text in part.texts]
+    digests = [file_digest(lora_path(Path(lora))) for lora in options.loras]
     models, base = [], None
     for lora in settings:
         evaluator = load_model(options, lora, texts, distributed, display)
         base = base or fronts(evaluator.base(), prompts, witness, options, display)
         models.append(fronts(evaluator, prompts, witness, options, display))
     found = summarise(base, models, options)
-    numbers = report(found, options)
+    numbers = report(found, options, digests)
     write_atomically(options.output / "frontier.json", json.dumps(numbers, indent=1) + "\n")
     draw_front(numbers, options.output / "frontier.png", (witness.accuracy, witness.distance))
     console.print(table(found, witness, options))

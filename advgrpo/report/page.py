@@ -17,12 +17,15 @@ from typing import Any
 
 from advgrpo.config import direction
 from advgrpo.config.nearest import Change, nearest_preset
+from advgrpo.intervals import Interval
 from advgrpo.monitor.held_out import independent
 from advgrpo.monitor.monitor import RED_FLAGS, Knobs
 from advgrpo.report.band import Band, Outside, band_of
 from advgrpo.report.charts import WIDTH, Chart, Line, draw, draw_path, draw_stack
+from advgrpo.report.judged import judged_section
 from advgrpo.report.pictures import embed, spread
 from advgrpo.report.run_files import Point, RunFiles
+from advgrpo.reporting.evaluations import gains
 from advgrpo.reporting.metric_names import OF_REFERENCES, fixed_rewards
 from advgrpo.runtime.atomic import write_atomically
 
@@ -45,6 +48,7 @@ def render(run: RunFiles) -> str:
     band = band_of(run.config)
     sections = [
         ("curves", "Held-out metrics", _held_out(run, band)),
+        ("judged", "The independent judge", judged_section(run.folder)),
         ("samples", "Samples", _samples(run)),
         ("flags", "Red flags", _flags(run)),
         ("against", "One metric against another", _paths(run)),
@@ -81,7 +85,7 @@ def _head(run: RunFiles) -> str:
 
 def _tiles(run: RunFiles) -> str:
     """What a visitor wants to know first: every held-out metric, from the start to now."""
-    tiles = []
+    tiles, gained = [], gains(run.evaluations)
     for name, points in run.held_out().items():
         if not points:
             continue
@@ -95,7 +99,7 @@ def _tiles(run: RunFiles) -> str:
         tiles.append(
             f'<div class="tile"><h3>{escape(_words(name))}</h3><div class="number">{last.value:.4g}'
             f'<span class="soft">{half}</span></div>'
-            f'<div class="soft"><span class="{kind}">{before}</span>{at_best}</div></div>'
+            f'<div class="soft"><span class="{kind}">{before}</span>{at_best}</div>{_gain(gained.get(name))}</div>'
         )
     seconds = [row["seconds"] for row in run.rows if isinstance(row.get("seconds"), (int, float))]
     if seconds:
@@ -105,6 +109,13 @@ def _tiles(run: RunFiles) -> str:
             f'<div class="soft">of training, {speed:.3g} images/s</div></div>'
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _gain(gain: Interval | None) -> str:
+    """Of the end over the base model, over all images, prompt by prompt: what the terminal says at the end."""
+    if gain is None:
+        return ""
+    return f'<div class="soft">gain over the base {gain.text("+.3g").replace("-", "−")}</div>'
 
 
 def _held_out(run: RunFiles, band: Band | None) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from advgrpo.errors import UserError
+from advgrpo.intervals import Interval, t_interval
 from advgrpo.runtime.atomic import write_atomically
 
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -33,6 +34,7 @@ class Evaluated:
     means: Mapping[str, float]
     scores: Mapping[str, list[float]]
     rewards: Mapping[str, float]
+    scores_of_all: Mapping[str, list[float]] = field(default_factory=dict)  # empty: `scores` are, or older programs'
 
     def line(self) -> str:
         """JSON has no number that is not finite: such a score is null, and such a mean is left out."""
@@ -42,10 +44,8 @@ class Evaluated:
             "iteration": self.iteration,
             "images": self.images,
             "means": {name: value for name, value in self.means.items() if math.isfinite(value)},
-            "scores": {
-                name: [round(value, 9) if math.isfinite(value) else None for value in values]
-                for name, values in self.scores.items()
-            },
+            "scores": _finite(self.scores),
+            **({"scores_of_all": _finite(self.scores_of_all)} if self.scores_of_all else {}),
             "rewards": dict(self.rewards),
         }
         return json.dumps(record, allow_nan=False) + "\n"
@@ -57,16 +57,41 @@ class Evaluated:
             raise ValueError("no evaluation")
         if any(type(record.get(name)) is not int for name in ("iteration", "images")):
             raise ValueError("no iteration, or no images")
-        tables = [record.get(name) for name in ("means", "scores", "rewards")]
+        tables = [record.get(name) for name in ("means", "scores", "rewards")] + [record.get("scores_of_all", {})]
         if not all(isinstance(table, dict) for table in tables):
             raise ValueError("no means, scores or rewards")
-        means, scores, rewards = tables
+        means, scores, rewards, of_all = tables
         if not all(type(value) in (int, float) for table in (means, rewards) for value in table.values()):
             raise ValueError("means and rewards are numbers")
-        by_prompt = {
-            name: [math.nan if value is None else float(value) for value in values] for name, values in scores.items()
-        }
-        return cls(record["stage"], record["iteration"], record["images"], means, by_prompt, rewards)
+        own = (record["stage"], record["iteration"], record["images"], means)
+        return cls(*own, _by_prompt(scores), rewards, _by_prompt(of_all))
+
+
+def _finite(scores: Mapping[str, list[float]]) -> dict[str, list[float | None]]:
+    return {
+        name: [round(value, 9) if math.isfinite(value) else None for value in values] for name, values in scores.items()
+    }
+
+
+def _by_prompt(scores: Mapping[str, list[float | None]]) -> dict[str, list[float]]:
+    return {name: [math.nan if value is None else float(value) for value in values] for name, values in scores.items()}
+
+
+def gains(lines: Sequence[Evaluated]) -> dict[str, Interval]:
+    """metric -> the end of a run less the base model, paired by prompt, with Student's 95 % interval over prompts.
+
+    Both drew the same noise. Empty for a run that has not ended; without metrics that are not finite, and without those
+    of a single prompt.
+    """
+    ends = {line.stage: line.scores_of_all or line.scores for line in lines if line.stage in ("base", "final")}
+    base, final = ends.get("base", {}), ends.get("final", {})
+    found = {}
+    for name in final:
+        pairs = list(zip(final[name], base.get(name, ())))
+        differences = [after - before for after, before in pairs]
+        if len(differences) == len(final[name]) > 1 and all(map(math.isfinite, differences)):
+            found[name] = t_interval(differences)
+    return found
 
 
 def load_evaluations(file: Path) -> list[Evaluated]:

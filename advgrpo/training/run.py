@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from advgrpo.report.band import band_of
 from advgrpo.report.page import REPORT_FILE, write_report
 from advgrpo.report.run_files import RunFiles
 from advgrpo.reporting.display import Display
-from advgrpo.reporting.evaluations import EVALUATIONS_FILE, Evaluated, load_evaluations, record_evaluation
+from advgrpo.reporting.evaluations import EVALUATIONS_FILE, Evaluated, gains, load_evaluations, record_evaluation
 from advgrpo.reporting.metric_names import FIRST, half_widths, held_out_means, with_interval
 from advgrpo.reporting.plots import HeldOut, draw_curves, draw_grid
 from advgrpo.reporting.trackers import RunInfo, Trackers, choose
@@ -391,10 +392,18 @@ class Run:
             with self.trainer.averaged():
                 scores = self.evaluator.scores(count)
         found = self.evaluator.means(scores, first=first)
-        self._judge(stage, found, {name: values[:, :during].mean(1).tolist() for name, values in scores.items()})
+        by_prompt = {name: values[:, :during].mean(1).tolist() for name, values in scores.items()}
+        of_all = {name: values.mean(1).tolist() for name, values in scores.items()} if count > during else {}
+        self._judge(stage, found, by_prompt, of_all)
         return found
 
-    def _judge(self, stage: Stage, found: dict[str, float], by_prompt: dict[str, list[float]]) -> None:
+    def _judge(
+        self,
+        stage: Stage,
+        found: dict[str, float],
+        by_prompt: dict[str, list[float]],
+        of_all: dict[str, list[float]],
+    ) -> None:
         """What the monitor makes of an evaluation, and its line in OUT/evaluations.jsonl.
 
         A LoRA that the run starts from is what its training is compared with, not the base model.
@@ -406,7 +415,7 @@ class Run:
             trainer.flags = trainer.monitor.evaluated(done, by_prompt)
         if self.distributed.is_main:
             during = self.config.evaluation.during_images_per_prompt
-            line = Evaluated(stage, done, during, found, by_prompt, levels)
+            line = Evaluated(stage, done, during, found, by_prompt, levels, of_all)
             self._say_outside(record_evaluation(self.folder / EVALUATIONS_FILE, line))
 
     def _evaluate_base(self) -> dict[str, float]:
@@ -442,6 +451,8 @@ class Run:
         self.export()
         rows = self._draw_curves(final)
         summary = summarize(self.config, rows, self.base, final, self.start, iterations=self.trainer.iteration)
+        gained = gains(load_evaluations(self.folder / EVALUATIONS_FILE))
+        summary["gain"] = {name: asdict(interval) for name, interval in gained.items()}
         summary["prompts_cut_by"] = self.cut_prompts
         if self.best is not None:
             summary |= self._best_for_summary()
@@ -453,7 +464,8 @@ class Run:
             self.console.print(f"note: {summary['not_trained_because']}", soft_wrap=True)
         for name in summary["final"]:
             was, now = (with_interval(summary, stage, name) for stage in ("base", "final"))
-            self.console.print(f"{name}: base {was} -> final {now}")
+            gain = f", gain {gained[name].text('+.4f')}" if name in gained else ""
+            self.console.print(f"{name}: base {was} -> final {now}{gain}")
         if self.best is not None and self.best.value is not None:
             self.console.print(
                 f"best {self.best.metric} {self.best.value:.4f} at iteration {self.best.iteration}: {best_of.FOLDER}"
@@ -718,7 +730,7 @@ def summarize(
 
     `rows` are the records of metrics.jsonl, from which iterations may be missing: then speed is that of the others.
     "start" are those of the LoRA the run started from, where there was one; "ci95" holds half the width of every
-    metric's 95 % interval over prompts.
+    metric's 95 % interval over prompts. `Run` adds "gain", each metric's end less the base model's, paired by prompt.
     """
     stages = {"base": base, **({"start": start} if start else {}), "final": final}
     timed = [row["seconds"] for row in rows if isinstance(row.get("seconds"), (int, float))]

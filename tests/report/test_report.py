@@ -22,6 +22,7 @@ from advgrpo.report.charts import MOST_POINTS, Chart, Line, Scale, draw
 from advgrpo.report.page import MOST_PAGE_BYTES, render, write_report
 from advgrpo.report.run_files import RunFiles
 from advgrpo.reporting.tracking import metrics_line
+from advgrpo.runtime.fingerprint import file_digest
 from tests.browser import Browser, needs_browser
 from tests.report.made import make_run
 
@@ -118,6 +119,49 @@ def test_a_run_that_is_under_way_and_one_of_an_older_program_have_reports(tmp_pa
     bare.mkdir()
     (bare / "config.yaml").write_text((old / "config.yaml").read_text())
     assert "iteration 0 of 40" in Outline(write_report(bare).read_text()).said
+
+
+def judged(run, *, digest: str) -> None:
+    """OUT/frontier as the command leaves it, of a LoRA with that digest."""
+    found = {
+        "accuracy": {"mean": 0.24, "low": 0.125, "high": 0.355},
+        "kid": {"mean": -64.0, "low": -96.0, "high": -32.0},
+        "diversity_ratio": {"mean": 1.1, "low": 1.0, "high": 1.2},
+    }
+    numbers = {
+        "settings": {"prompts": "/home/me/secret/report.txt", "judge": "retrieval", "images_per_prompt": 2},
+        "digests": [digest],
+        "equal": [{"guidance": [2.0, 2.0], **found}],
+        "best": {"guidance": [3.0, 2.0], **found},
+    }
+    (run / "frontier").mkdir()
+    (run / "frontier" / "frontier.json").write_text(json.dumps(numbers))
+    Image.new("RGB", (60, 40)).save(run / "frontier" / "frontier.png")
+
+
+def test_the_independent_judges_verdict_on_this_lora_is_shown_and_that_on_another_is_not(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "lora").mkdir()
+    (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    judged(run, digest=file_digest(run / "lora" / "pytorch_lora_weights.safetensors"))
+    outline = Outline(write_report(run).read_text())
+    assert not outline.open
+    row = "+0.240 [+0.125, +0.355] −64.0 [−96.0, −32.0] 1.10 [1.00, 1.20]"
+    assert f"2 {row}" in outline.said
+    assert f"each its own best: 3, base 2 {row}" in outline.said
+    assert "less its base on report.txt" in outline.said
+    assert "secret" not in outline.said
+    assert any("distance to the references" in attributes.get("alt", "") for _, attributes in outline.found)
+    (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"trained on")
+    assert "independent judge" not in write_report(run).read_text()
+
+
+def test_a_damaged_verdict_is_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    judged(run, digest="none")
+    (run / "frontier" / "frontier.json").write_text('{"digests": ["none"], "equal": 3}')
+    with pytest.raises(UserError, match=r"frontier\.json cannot be read"):
+        write_report(run)
 
 
 def test_names_are_text_and_paths_are_not_told(tmp_path):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from advgrpo import config
 from advgrpo.errors import UserError
+from advgrpo.intervals import Interval
 from advgrpo.reporting.plots import draw_curves
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.train import main
@@ -123,6 +124,10 @@ def test_what_a_run_leaves(unit_config, unit_pipeline, monkeypatch):
     assert summary["seed"] == 42
     assert set(summary["base"]) == set(summary["final"]) == {"dino_similarity", "rule_accuracy"}
     assert set(summary["ci95"]["base"]) == set(summary["ci95"]["final"]) == set(summary["base"])
+    for name, gain in summary["gain"].items():
+        assert gain["mean"] == pytest.approx(summary["final"][name] - summary["base"][name], abs=1e-6)
+        assert f"gain {Interval(**gain).text('+.4f')}" in " ".join(said.getvalue().split())
+    assert summary["gain"].keys() == summary["final"].keys()
     assert summary["iterations"] == 2
     assert summary["trained"] is True
     pipe = StableDiffusion3Pipeline.from_pretrained(unit_pipeline)

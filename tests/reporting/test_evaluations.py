@@ -1,0 +1,47 @@
+"""Evaluations prompt by prompt: what a run gained over its base model."""
+
+import math
+
+import pytest
+
+from advgrpo.reporting.evaluations import Evaluated, gains, load_evaluations, record_evaluation
+
+BASE, FINAL = [0.1, 0.5, 0.3], [0.3, 0.6, 0.6]
+
+
+def line(stage: str, scores: dict, of_all: dict | None = None) -> Evaluated:
+    return Evaluated(stage, 0 if stage == "base" else 2, 1, {}, scores, {}, of_all or {})
+
+
+def test_a_gain_is_of_pairs_over_all_images_with_students_interval():
+    first = {"judge": [0.0, 0.0, 0.0]}
+    found = gains([line("base", first, {"judge": BASE}), line("during", first), line("final", first, {"judge": FINAL})])
+    assert found["judge"].mean == pytest.approx(0.2)
+    half = 4.302653 * 0.1 / math.sqrt(3)  # Student's with two degrees of freedom; .2, .1 and .3 have a spread of .1
+    assert (found["judge"].low, found["judge"].high) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))
+
+
+def test_where_all_evaluations_have_as_many_images_their_scores_are_the_pairs():
+    assert gains([line("base", {"judge": BASE}), line("final", {"judge": FINAL})])["judge"].mean == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [line("base", {"judge": BASE}), line("during", {"judge": FINAL})],  # not ended
+        [line("final", {"judge": FINAL})],
+        [line("base", {"judge": [math.nan, 0.5, 0.3]}), line("final", {"judge": FINAL})],
+        [line("base", {"judge": [0.1]}), line("final", {"judge": [0.3]})],  # no interval over one prompt
+        [line("base", {"judge": BASE[:2]}), line("final", {"judge": FINAL})],
+    ],
+)
+def test_where_there_are_no_pairs_there_is_no_gain(lines):
+    assert gains(lines) == {}
+
+
+def test_scores_of_all_images_are_kept(tmp_path):
+    whole = line("base", {"judge": BASE}, {"judge": [0.25, math.nan, 1.0]})
+    record_evaluation(tmp_path / "evaluations.jsonl", whole)
+    (read,) = load_evaluations(tmp_path / "evaluations.jsonl")
+    assert read.scores_of_all["judge"][::2] == [0.25, 1.0]
+    assert math.isnan(read.scores_of_all["judge"][1])
