@@ -1,5 +1,6 @@
 """Settings every test needs before torch and triton are first used."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two busy OpenMP processes on two cores otherwise spin (5x slower)
@@ -16,6 +17,7 @@ from torch.utils._device import _device_constructors
 from advgrpo.runtime.allocator import keep_freed_memory
 from advgrpo_kernels import _cpu
 
+gc.set_threshold(50_000, 20, 100)  # a million objects stay: looking for what does not is a fifth of every import
 keep_freed_memory(torch.device("cpu"))  # a tenth of the tests' time is spent in page faults
 
 
@@ -24,6 +26,15 @@ def pytest_collection_modifyitems(config, items):
     with minutes of work. (xdist would sort files by how many tests they have: the long ones come last.)"""
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: (item.path not in slow, "kernels" in item.path.parts))
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: no collection looks at it again."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or extension modules complain of leaks
 
 
 @pytest.fixture
@@ -71,7 +82,17 @@ def _no_waiting_for_the_disk():
 
 
 @pytest.fixture(scope="session")
-def unit_pipeline(tmp_path_factory) -> str:
+def plain_curves():
+    """Runs of the unit models, and all that follow in this process, do not render their curves (curves.py)."""
+    from tests import curves
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves.DRAWN_BY, curves.lay_out)
+        yield
+
+
+@pytest.fixture(scope="session")
+def unit_pipeline(tmp_path_factory, plain_curves) -> str:
     """An untrained SD3 pipeline of width 64 with 2 blocks, the first with dual attention: seconds, not minutes."""
     return make_unit_pipeline(tmp_path_factory.mktemp("models") / "pipeline")
 
@@ -107,25 +128,7 @@ def make_unit_backbone(folder) -> str:
 
 
 @pytest.fixture
-def plain_curves(monkeypatch):
-    """A run's curves.png is laid out and not rendered, which takes longer than training does here.
-
-    tests/reporting/test_plots.py looks at the pictures, and runs in processes of their own leave real ones.
-    """
-    from PIL import Image
-
-    from advgrpo.reporting import plots
-    from advgrpo.training import run
-
-    def lay_out(rows, file, held_out):
-        plots._curves_figure(rows, held_out)
-        Image.new("RGB", (1, 1)).save(file)
-
-    monkeypatch.setattr(run, "draw_curves", lay_out)
-
-
-@pytest.fixture
-def unit_config(unit_pipeline, unit_backbone, tmp_path, plain_curves):
+def unit_config(unit_pipeline, unit_backbone, tmp_path):
     return make_unit_config(unit_pipeline, unit_backbone, tmp_path)
 
 

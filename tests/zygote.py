@@ -4,8 +4,9 @@
     done = run("advgrpo.train:main", [...], processes=2)                    # as subprocess.run, under torchrun's agent
 
 A fork has the environment, the arguments, the exit code and the signals of a command, and dies of SIGKILL like one.
-What it has not: imports of its own, and torchrun's command line; test_run.py and test_distributed.py start both for
-real. The process that forks has neither run an operator nor started a thread; one serves all tests of a pytest process.
+What it has not: imports of its own, torchrun's command line, and rendered curves (curves.py); test_run.py and
+test_distributed.py start the first two for real. The process that forks has neither run an operator nor started a
+thread; one serves all tests of a pytest process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -136,12 +138,16 @@ def serve() -> None:
     """Fork for every line of standard input; tell who was born and who has died."""
     requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print is no answer
-    importlib.import_module("advgrpo.training.run")
+    gc.disable()  # what is imported stays: looking for what does not is a fifth of the time
     importlib.import_module("advgrpo.train")
+    importlib.import_module("advgrpo.training.run").draw_curves = importlib.import_module("tests.curves").lay_out
+    gc.freeze()
+    gc.enable()
     while True:
         if select.select([requests], [], [], POLL_SECONDS)[0]:
             line = requests.readline()
             if not line:
+                gc.unfreeze()  # or extension modules complain of leaks
                 return
             pid = os.fork()
             if not pid:

@@ -42,12 +42,6 @@ def models(tmp_path_factory, unit_backbone) -> dict[str, str]:
     return {"dino": unit_backbone, "other": str(root / "other"), "siglip": siglip, "pickscore": clip}
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    """Half of a short run's time; tests/reporting/test_plots.py draws them."""
-    monkeypatch.setattr("advgrpo.training.run.draw_curves", lambda rows, file, held_out: None)
-
-
 @pytest.fixture
 def settings(unit_config, models):
     """(kind, sections) -> a run of two iterations, evaluated only where `evaluated` says so."""

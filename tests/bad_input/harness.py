@@ -8,14 +8,17 @@ read) or "work" (it drew, trained or served), where the child is ended with code
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 import time
 from pathlib import Path
 
+import advgrpo
 from tests.commands import COMMANDS, main_of
 
 WORKED, TOO_LONG = 77, 78
@@ -52,8 +55,9 @@ def prepare() -> dict[str, object]:
     import transformers
 
     mains = {name: main_of(name) for name in COMMANDS}
-    importlib.import_module("advgrpo.training.run")
-    importlib.import_module("advgrpo.training.preflight")
+    for module in pkgutil.walk_packages(advgrpo.__path__, "advgrpo."):  # also what a command imports late
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     for kind in (diffusers.ModelMixin, diffusers.DiffusionPipeline, transformers.PreTrainedModel):
         watch(kind, "from_pretrained", "loading")
     evaluation = importlib.import_module("advgrpo.evaluation.evaluator")
@@ -90,6 +94,7 @@ def child(main, request: dict, folder: Path) -> None:
 
 def serve(scratch: Path) -> None:
     global _phase_file
+    gc.disable()  # what is imported stays, and a child is short
     mains, _phase_file = prepare(), scratch / "phase"
     print("ready", flush=True)
     for line in sys.stdin:

@@ -323,7 +323,7 @@ def test_triton_zero_advantage_gives_exactly_zero_gradient(device):
     assert all(torch.count_nonzero(grad) == 0 for grad in grads)
 
 
-@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("use_triton", [True, pytest.param(False, marks=pytest.mark.weekly)])
 def test_opcheck(use_triton, device):
     inputs, uncond, reference = problem(batch=2)
     latents, velocity, next_latents, coefficients, old, advantages = to_device(inputs, device)

@@ -337,10 +337,12 @@ def test_a_run_trains_and_goes_on_as_if_never_stopped(settings, tmp_path):
     assert len(names) == 2 * 3 * 8
 
 
+@pytest.mark.weekly
 def test_the_preset_trains_a_folder_by_one_command(settings, tmp_path):
     assert_preset_trains("qwen-image-dino", settings, tmp_path / "run", iterations=1)
 
 
+@pytest.mark.weekly
 def test_generate_draws_base_and_lora(settings, tmp_path, capsys):
     policy = load(settings)
     train_adapters(policy)

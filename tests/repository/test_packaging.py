@@ -172,6 +172,7 @@ def test_the_stack_imports_from_the_root_without_the_package_kernels():
     assert f"kernels at ['{ROOT / 'kernels'}'" in out  # a namespace with a list of folders: what a plain folder is
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_the_stack_imports_from_the_root_with_the_package_kernels(tmp_path):
     """In the version range transformers uses, so that it does import it; the folder must not get in its way."""

@@ -20,7 +20,7 @@ from advgrpo.runtime.allocator import keep_freed_memory
 import torch
 made = keep_freed_memory(torch.device("cpu")) if sys.argv[1] == "keep" else None
 block = lambda: torch.ones(48 << 20, dtype=torch.uint8)  # above the 32 MiB that glibc keeps by itself
-for _ in range(60):  # small objects take a part of the first holes
+for _ in range(60 if made else 0):  # small objects take a part of the first holes
     block()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(8):

@@ -347,16 +347,17 @@ print(killed)
 """
 
 
-def test_a_kill_at_any_line_of_a_save_leaves_a_whole_checkpoint(tmp_path):
-    """30 of the lines of each of four saves, evenly spread from the first to the last."""
+@pytest.mark.parametrize("lines", [12, pytest.param(30, marks=pytest.mark.weekly)])
+def test_a_kill_at_any_line_of_a_save_leaves_a_whole_checkpoint(tmp_path, lines):
+    """So many of the lines of each of four saves, evenly spread from the first to the last."""
     process = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_LINES, str(tmp_path / "root"), "30"],
+        [sys.executable, "-c", KILLED_AT_LINES, str(tmp_path / "root"), str(lines)],
         capture_output=True,
         text=True,
         cwd=Path.cwd(),
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout == "120\n"
+    assert process.stdout == f"{4 * lines}\n"
 
 
 def test_unwritable_root(tmp_path):

@@ -57,8 +57,8 @@ def recorded_error(folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collectives")
-    done = run_torchrun("collectives", folder)
-    assert done.returncode == 0, done.stderr
+    for code, text in forked(folder, ["collectives"])["collectives"]:
+        assert code == 0, text
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -93,16 +93,20 @@ def test_monitored_work_may_outlast_the_collective_timeout_while_it_moves_on(res
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """How every rank of every failing job ended: scenario -> [(exit code, standard error) of rank 0, of rank 1]."""
-    folder = tmp_path_factory.mktemp("ends")
-    command = [sys.executable, WORKER, "--fork", folder, *SCENARIOS]
+    """How every rank of every failing job ended."""
+    return forked(tmp_path_factory.mktemp("ends"), SCENARIOS)
+
+
+def forked(folder, scenarios):
+    """Jobs at once: scenario -> [(exit code, standard error) of rank 0, of rank 1]."""
+    command = [sys.executable, WORKER, "--fork", folder, *scenarios]
     process = subprocess.Popen(command, env=clean_environment(), start_new_session=True)
     try:
         process.wait(LIMIT_SECONDS)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # a rank that outlived the limit
-    files = {scenario: [folder / f"{scenario}.{rank}" for rank in range(2)] for scenario in SCENARIOS}
+    files = {scenario: [folder / f"{scenario}.{rank}" for rank in range(2)] for scenario in scenarios}
     return {
         scenario: [
             (int(f.with_name(f.name + ".code").read_text()), f.with_name(f.name + ".stderr").read_text()) for f in group

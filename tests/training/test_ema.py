@@ -162,7 +162,7 @@ def test_the_released_runs_137_averages_in_182_optimizer_steps_of_910_iterations
     assert ema.global_step == 1001
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.weekly)])
 def test_a_run_averages_by_mini_batches_and_resumes_in_step(unit_config, monkeypatch, fast):
     """Every second iteration trains the reward alone; an interval of two, so that every kind of look is due."""
     monkeypatch.setattr(module, "INTERVAL", 2)

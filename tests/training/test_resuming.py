@@ -39,6 +39,7 @@ from advgrpo.train import main, parse
 from advgrpo.training.resuming import Resume, differences, made_from
 from advgrpo.training.run import Run
 from tests.conftest import make_unit_config
+from tests.parts import some_weekly
 from tests.runtime.test_hostile_checkpoints import rehash
 from tests.training.test_run import command, environment, forked, metrics, wait_for_rows
 
@@ -50,6 +51,7 @@ def settings_in(folder: Path, pipeline: str, backbone: str) -> Config:
     settings = make_unit_config(pipeline, backbone, folder)
     settings.iterations, settings.data.held_out_prompts = LAST, ""
     settings.rollout.micro_batch = 2  # so that two processes can share the images
+    settings.rollout.num_steps, settings.rollout.guidance_scale = 3, 1.0
     settings.output.checkpoint_every, settings.output.keep_checkpoints = 1, 9
     return settings
 
@@ -202,7 +204,7 @@ SKIPPED = {
 }
 
 
-@pytest.mark.parametrize("name", SKIPPED)
+@pytest.mark.parametrize("name", some_weekly(SKIPPED, {"cut"}))
 def test_what_cannot_be_continued_is_skipped_and_named(name, cut, whole):
     damage, reason = SKIPPED[name]
     settings = cut(LAST)
@@ -296,7 +298,12 @@ def test_what_is_no_checkpoint_is_told_apart(cut, tmp_path, capsys):
 # config.yaml
 
 
-@pytest.mark.parametrize("content", [None, b"", b"model: {", b"\xff\xfe\x00", b"old_setting: 1\n"])
+WEEKLY = (b"", b"\xff\xfe\x00")  # are not read either
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"model: {", b"old_setting: 1\n", *(pytest.param(c, marks=pytest.mark.weekly) for c in WEEKLY)]
+)
 def test_the_settings_are_the_checkpoints(content, cut, whole, capsys):
     """A kill while config.yaml was rewritten made every resume impossible."""
     settings = cut(3)
@@ -461,7 +468,7 @@ def own(unit_pipeline, unit_backbone, tmp_path) -> Config:
     return settings
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", some_weekly(CHANGES, {"held_out_prompts"}))
 def test_other_content_is_named_and_taken_only_by_consent(name, own):
     change, settings = CHANGES[name]
     named = ", ".join(rf"{what} \({setting}\)" for what, setting in settings.items())
@@ -479,7 +486,7 @@ def test_other_content_is_named_and_taken_only_by_consent(name, own):
     assert "has changed" not in go(own)  # the new checkpoint knows
 
 
-def test_a_teacher_that_has_changed_is_named_and_taken_only_by_consent(unit_config, tmp_path, plain_curves):
+def test_a_teacher_that_has_changed_is_named_and_taken_only_by_consent(unit_config, tmp_path):
     unit_config.iterations = 1
     unit_config.data.held_out_prompts = ""
     teacher = unit_config.model_copy(deep=True)

@@ -192,7 +192,7 @@ def test_kill_and_resume_equals_never_having_stopped(unit_config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.weekly)])
 def test_signals_save_and_exit_cleanly(unit_config, tmp_path, number):
     unit_config.iterations = 1000
     process = forked(unit_config, tmp_path)

@@ -18,6 +18,7 @@ from advgrpo.training.run import Run
 from tests import flux_models, qwen_models, sharding_worker
 from tests.conftest import make_unit_config
 from tests.families import PROMPTS, metrics
+from tests.parts import some_weekly
 from tests.training.test_run import environment
 from tests.zygote import run as run_forked
 
@@ -31,6 +32,14 @@ NETWORKS = {
     "qwen": {},
 }
 RUNS = {"sd3": {"iterations": 2}, "flux": {"data": {"held_out_prompts": ""}}}
+WEEKLY = {"sd3-bfloat16", "qwen"}
+
+
+def asked(request, test: str, every: dict[str, dict]) -> dict[str, dict]:
+    """Those that this session's tests of that name are about, and sd3, which is in others as well."""
+    items = [item for item in request.session.items if getattr(item, "originalname", "") == test]
+    names = {"sd3", *(item.callspec.params["name"] for item in items)}
+    return {name: changes for name, changes in every.items() if name in names}
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +81,10 @@ def changed(settings: Config, folder: Path, name: str, **changes) -> Config:
 
 
 @pytest.fixture(scope="module")
-def networks(base, folder) -> dict[str, dict[str, torch.Tensor]]:
+def networks(base, folder, request) -> dict[str, dict[str, torch.Tensor]]:
     """What is seen of each whole network, by one process."""
     found = {}
-    for name, changes in NETWORKS.items():
+    for name, changes in asked(request, "test_every_process_has_the_bits_of_the_whole_network", NETWORKS).items():
         policy = sharding_worker.loaded(changed(base[name.split("-")[0]], folder, name, model=changes))
         policy.text_cache.fill([policy.negative_prompt, *PROMPTS])
         found[name] = sharding_worker.seen(policy)
@@ -83,15 +92,16 @@ def networks(base, folder) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def runs(base, folder) -> dict[str, Path]:
+def runs(base, folder, request) -> dict[str, Path]:
     """Folders of runs of one process that has all of the base."""
-    for name, changes in RUNS.items():
+    chosen = asked(request, "test_a_run_of_two_processes_has_the_losses_of_one", RUNS)
+    for name, changes in chosen.items():
         whole = changed(base[name], folder, f"{name}-1", **{**changes, "model": {"shard_base": "blocks"}})
         sharding_worker.train(whole, Distributed.start("cpu"))
         for other in (f"{name}-2", f"{name}-1-to-2", f"{name}-2-to-1"):
             changed(whole, folder, other)
         changed(whole, folder, f"{name}-2", data={**whole.data.model_dump(), "cache_dir": str(folder / "empty")})
-    return {name: folder / f"{name}-1" for name in RUNS}
+    return {name: folder / f"{name}-1" for name in chosen}
 
 
 def start(folder: Path, processes: int, networks: list[str], runs: dict[str, Path | None]) -> None:
@@ -104,9 +114,9 @@ def start(folder: Path, processes: int, networks: list[str], runs: dict[str, Pat
 @pytest.fixture(scope="module")
 def by_two(networks, runs, folder) -> dict[str, list[dict[str, torch.Tensor]]]:
     """What each of two processes has seen, by network."""
-    fresh = {f"{name}-2": None for name in RUNS}
-    start(folder, 2, list(NETWORKS), {**fresh, "sd3-1-to-2": runs["sd3"] / FIRST})
-    return {name: [load_file(folder / f"{name}.{rank}.safetensors") for rank in range(2)] for name in NETWORKS}
+    fresh = {f"{name}-2": None for name in runs}
+    start(folder, 2, list(networks), {**fresh, "sd3-1-to-2": runs["sd3"] / FIRST})
+    return {name: [load_file(folder / f"{name}.{rank}.safetensors") for rank in range(2)] for name in networks}
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +132,21 @@ def assert_the_bits_of_the_whole(expected: dict[str, torch.Tensor], by_process: 
     assert not torch.equal(expected["adapted"], expected["base"])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", some_weekly(NETWORKS, WEEKLY))
 def test_every_process_has_the_bits_of_the_whole_network(name, networks, by_two):
     assert_the_bits_of_the_whole(networks[name], by_two[name])
 
 
+@pytest.mark.weekly
 def test_four_processes_have_the_bits_of_the_whole_network(networks, by_four):
     assert_the_bits_of_the_whole(networks["sd3"], by_four["sd3"])
 
 
+@pytest.mark.parametrize("processes", ["by_two", pytest.param("by_four", marks=pytest.mark.weekly)])
 @pytest.mark.parametrize("when", ["held", "held after the backward"])
-def test_every_process_holds_its_share_alone(when, networks, by_two, by_four):
+def test_every_process_holds_its_share_alone(when, processes, networks, request):
     """Shares are of rows: a parameter of one row is on one process whole."""
-    for name, by_process in [*by_two.items(), *by_four.items()]:
+    for name, by_process in request.getfixturevalue(processes).items():
         total, shares = int(networks[name][when]), [int(found[when]) for found in by_process]
         assert sum(shares) == total
         assert max(shares) < 1.1 * total / len(shares)
@@ -158,7 +170,7 @@ def rounded_alike(found: Path, expected: Path, *, from_iteration: int = 0) -> No
     assert all(torch.allclose(lora(found)[n], t, rtol=1e-4, atol=1e-6) for n, t in lora(expected).items())
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some_weekly(RUNS, {"flux"}))
 def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, by_two, folder):
     rounded_alike(folder / f"{name}-2", runs[name])
 

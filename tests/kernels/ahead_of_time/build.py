@@ -2,7 +2,7 @@
 
 Run as a script in a process of its own: Triton's interpreter, which the other tests use, cannot share one.
 
-    python build.py                   the measurements as JSON
+    python build.py NAME..            the measurements of the named specs as JSON
     python build.py --budget NAME..   set the budgets of the named specs from what was just measured (read the diff!)
 """
 
@@ -119,4 +119,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--budget"]:
         write_budgets(sys.argv[2:])
     else:
-        print(json.dumps({spec.name: measure_or_error(spec) for spec in load_specs()}, indent=2))
+        specs = [spec for spec in load_specs() if spec.name in sys.argv[1:]]
+        print(json.dumps({spec.name: measure_or_error(spec) for spec in specs}, indent=2))
