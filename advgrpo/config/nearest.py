@@ -44,18 +44,18 @@ class Change:
 
 def changes(config: Config, preset: str, *, ignoring: Collection[str] = ELSEWHERE) -> list[Change]:
     """Settings with other values than in the preset, but for those in `ignoring`, names or sections, and tokens."""
-    return _differences(_compared(config, ignoring), preset)
+    return _differences(compared(config, ignoring), preset)
 
 
 def nearest_preset(config: Config, *, ignoring: Collection[str] = ELSEWHERE) -> tuple[str, list[Change]]:
     """The preset with the fewest `changes`, the first by name among several, and these."""
-    own = _compared(config, ignoring)
+    own = compared(config, ignoring)
     found = [(name, _differences(own, name)) for name in preset_names()]
     return min(found, key=lambda each: (len(each[1]), each[0]))
 
 
-def _compared(config: Config, ignoring: Collection[str]) -> dict[str, Any]:
-    """The settings, by name, that `changes` looks at."""
+def compared(config: Config, ignoring: Collection[str]) -> dict[str, Any]:
+    """The settings, by name, that `changes` looks at; values as JSON has them."""
     parts = tuple(f"{part}." for part in ignoring)
     own = _flat(config)
     return {name: own[name] for name in own if not f"{name}.".startswith(parts) and not name.endswith("token_file")}

@@ -1,22 +1,23 @@
 """Bands: what recorded runs of a preset's own settings gave, and whether a run is outside of all of them.
 
-`advgrpo/presets/curves/PRESET.json` is {"preset", "version", "runs": [{"seed", "iterations", "metrics": {metric:
-[[iterations done, mean over the images that all evaluations have], ...]}}]}; `python -m advgrpo.report band` writes it.
-A run is compared where every setting but those of `FREE_OF_CURVES` (config/nearest.py) is the preset's.
+`advgrpo/presets/curves/PRESET.json` is {"preset", "version", "settings": {name: value}, "runs": [{"seed", "iterations",
+"metrics": {metric: [[iterations done, mean over the images that all evaluations have], ...]}}]}; `python -m
+advgrpo.report band` writes it. A run is compared where it has every recorded setting, which are all but those of
+`FREE_OF_CURVES` (config/nearest.py): after a preset was changed its band is for nobody, and a test asks for a new one.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from advgrpo import config as configuration
 from advgrpo.config import Config
-from advgrpo.config.nearest import FREE_OF_CURVES, changes
+from advgrpo.config.nearest import FREE_OF_CURVES, changes, compared
 from advgrpo.errors import UserError
 from advgrpo.report.run_files import RunFiles
 from advgrpo.runtime.atomic import write_atomically
@@ -53,6 +54,12 @@ class Band:
 
     preset: str
     curves: Sequence[Mapping[str, Curve]]  # of each run, by metric
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that they had, by name
+
+    def is_of(self, config: Config) -> bool:
+        """Whether a run has these settings; one that is younger than the band does not count."""
+        own = compared(config, FREE_OF_CURVES)
+        return all(own.get(name, value) == value for name, value in self.settings.items())
 
     @property
     def runs(self) -> int:
@@ -84,15 +91,18 @@ class Band:
 
 
 def band_of(config: Config) -> Band | None:
-    """Of the preset whose settings the run has, if it has been recorded.
+    """Of the runs whose settings the run has, if there are.
 
     Raises:
-        UserError: the shipped file is damaged.
+        UserError: a shipped file is damaged.
     """
-    for name in recorded_presets():
-        if not changes(config, name, ignoring=FREE_OF_CURVES):
-            return read_band(Path(str(_folder() / f"{name}.json")))
-    return None
+    bands = (shipped_band(name) for name in recorded_presets())
+    return next((band for band in bands if band.is_of(config)), None)
+
+
+def shipped_band(preset: str) -> Band:
+    """UserError as `read_band`."""
+    return read_band(Path(str(_folder() / f"{preset}.json")))
 
 
 def recorded_presets() -> list[str]:
@@ -109,7 +119,7 @@ def read_band(file: Path) -> Band:
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']!r}, want {VERSION}")
         curves = [{name: _curve(points) for name, points in run["metrics"].items()} for run in content["runs"]]
-        return Band(str(content["preset"]), curves)
+        return Band(str(content["preset"]), curves, dict(content["settings"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is no band ({type(error).__name__}: {error}); record it again") from None
 
@@ -145,7 +155,9 @@ def write_band(runs: Sequence[Path], preset: str, file: Path) -> Band:
                 for name, points in run.held_out().items()
             },
         }
-    content = {"preset": preset, "version": VERSION, "runs": [recorded[seed] for seed in sorted(recorded)]}
+    settings = compared(configuration.load(preset=preset), FREE_OF_CURVES)
+    content = {"preset": preset, "version": VERSION, "settings": settings}
+    content["runs"] = [recorded[seed] for seed in sorted(recorded)]
     write_atomically(file, json.dumps(content, indent=1) + "\n")
     return read_band(file)
 

@@ -47,7 +47,7 @@ def _table(numbers: Mapping[str, Any]) -> str:
     rows += _row(f"each its own best: {best['guidance'][0]:g}, base {best['guidance'][1]:g}", best)
     settings = numbers["settings"]
     said = (
-        f"This run's LoRA less its base on {escape(Path(settings['prompts']).name)}, prompts of no training and no choice, "
+        f"This run's LoRA less its base on {escape(Path(settings['prompts']).name)}, prompts of no training, "
         f"{int(settings['images_per_prompt'])} images of each; the judge is in no reward. Intervals of 95 % are over "
         "prompts: another seed of the run can be outside."
     )

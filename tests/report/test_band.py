@@ -102,6 +102,29 @@ def test_runs_that_make_no_band_are_refused(tmp_path, spoil, said):
     assert not (tmp_path / "out.json").exists()
 
 
+def test_shipped_bands_are_of_their_presets_settings():
+    assert "tiny" in bands.recorded_presets()
+    for name in bands.recorded_presets():
+        band = bands.shipped_band(name)
+        assert band.preset == name
+        assert band.runs >= 3
+        assert band.is_of(config.load(preset=name)), f"{name} is not what was recorded any more: record it again"
+        assert band_of(config.load(preset=name)) == band
+
+
+def test_a_band_of_a_preset_that_was_changed_is_for_nobody(tmp_path, shipped):
+    runs = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2)]
+    write_band(runs, "tiny", shipped / "tiny.json")
+    content = json.loads((shipped / "tiny.json").read_text())
+    assert band_of(config.load("tiny")) is not None
+    del content["settings"]["update.eps"]  # as if it were younger than the band
+    (shipped / "tiny.json").write_text(json.dumps(content))
+    assert band_of(config.load("tiny")) is not None
+    content["settings"]["update.learning_rate"] *= 2
+    (shipped / "tiny.json").write_text(json.dumps(content))
+    assert band_of(config.load("tiny")) is None
+
+
 def test_a_damaged_band_is_named(shipped):
     file = shipped / "tiny.json"
     for content in (
