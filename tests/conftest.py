@@ -183,7 +183,7 @@ def make_unit_config(unit_pipeline, unit_backbone, tmp_path):
             "images_per_prompt": 1,
             "num_steps": 2,
             "guidance_scale": 1.0,
-            "grid_prompts": 2,
+            "grid_prompts": 1,
             "metrics": ["dino_similarity", "rule_accuracy"],
         },
         "output": {"checkpoint_every": 0, "tensorboard": False},
