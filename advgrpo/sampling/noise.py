@@ -32,8 +32,6 @@ def row_seeds(seed: int, ids: torch.Tensor) -> list[int]:
 def torch_noise(seeds: list[int], shape: tuple[int, ...], noise: str) -> torch.Tensor:
     """[R, *shape] float32 on the host: `torch.randn` of a CPU generator per row, in the dtype that `noise` names.
 
-    A generator's numbers in bfloat16 are not those in float32, rounded.
-
     Args:
         noise: a key of `TORCH_NOISE`.
     """

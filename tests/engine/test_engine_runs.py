@@ -19,8 +19,9 @@ from tests.judges import serving
 from tests.training.test_supervised import build
 from tests.unit_size import UNIT
 
-# Between diffusers' forward and ours, after two iterations: of the largest of a parameter's numbers.
-TOLERANCE = 1e-3
+# Between diffusers' forward and ours, after two iterations: distance over the way gone, of a parameter. Adam makes whole
+# steps of gradients that are next to nothing.
+TOLERANCE = 2e-3
 POLICY = {"rollout": {"window": {"steps": [2]}, "initial_noise": "shared"}}
 NFT = {"rollout": {"initial_noise": "per_image"}, "update": {"objective": "nft"}, "nft": {"old_decay_rate": 0.1}}
 
@@ -64,7 +65,7 @@ def parameters_of(trainer) -> list[torch.Tensor]:
     return [parameter.detach().clone() for _, parameter in trainer.policy.trainable_parameters()]
 
 
-@pytest.mark.parametrize("changes", [NFT, POLICY], ids=["nft", "policy"])
+@pytest.mark.parametrize("changes", [NFT, pytest.param(POLICY, marks=pytest.mark.weekly)], ids=["nft", "policy"])
 def test_a_run_with_an_engine_learns_what_one_without_learns(settings, url, tmp_path, changes):
     settings = change(settings, changes)
     alone, served = build(settings).trainer, build(with_engine(settings, url, tmp_path / "served")).trainer
@@ -72,8 +73,8 @@ def test_a_run_with_an_engine_learns_what_one_without_learns(settings, url, tmp_
     for _ in range(2):
         own, theirs = alone.iterate(), served.iterate()
     for before, one, other in zip(start, parameters_of(alone), parameters_of(served)):
-        assert not torch.equal(before, one)
-        assert (one - other).abs().max() <= TOLERANCE * (one - before).abs().max()
+        assert (one - before).norm() > 0
+        assert (one - other).norm() <= TOLERANCE * (one - before).norm()
     if "log_prob_mismatch_max" in theirs:
         assert theirs["log_prob_mismatch_max"] == own["log_prob_mismatch_max"] == 0, "likelihoods are the trainer's own"
 
@@ -96,6 +97,7 @@ def test_of_a_window_the_engine_takes_the_steps_before(settings, url, tmp_path, 
     assert [each for each in asked if each[0][1] == (0, 2)] == [[(rows, (0, 2))]] * 2
 
 
+@pytest.mark.weekly
 def test_a_run_goes_on_with_an_engine_that_was_started_anew(settings, url, standing, tmp_path):
     """To the bit: this engine repeats itself."""
     settings = change(settings, NFT)
@@ -110,6 +112,7 @@ def test_a_run_goes_on_with_an_engine_that_was_started_anew(settings, url, stand
     assert all(torch.equal(a, b) for a, b in zip(parameters_of(whole), parameters_of(second.trainer)))
 
 
+@pytest.mark.weekly
 def test_an_engine_that_dies_ends_the_run_with_a_checkpoint_it_goes_on_from(settings, url, standing, tmp_path):
     settings = change(with_engine(change(settings, NFT), url, tmp_path / "run"), {"output": {"checkpoint_every": 0}})
     run = build(settings)
