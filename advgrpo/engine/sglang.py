@@ -130,7 +130,8 @@ class SGLangDiffusion:
             url_field="rollout.engine.urls",
         )
         self._at_once = section.requests_at_once
-        self._generate = self._route("/rollout/generate", answer_type="application/msgpack", limit=max_answer_bytes)
+        kind = "application/msgpack"
+        self._generate = self._route("/rollout/generate", answer_type=kind, limit=max_answer_bytes, about="request")
         self._models = self._route("/v1/models", method="GET")
         self._loras = self._route("/v1/list_loras", method="GET")
         self._set_lora = self._route("/v1/set_lora")
@@ -237,7 +238,7 @@ def _latents(rows: list[dict[str, Any]], request: Request, drawing: Drawing) -> 
     """`SGLangDiffusion.draw`'s of one request; `Mismatch` says what is wrong with it."""
     try:
         if len(rows) != request.count:
-            raise Mismatch(f"it gave {len(rows)} images")
+            raise Mismatch(f"it gave {len(rows)} of them")
         found = []
         for row in rows:
             if row.get("prompt") != request.prompt or row.get("seed") != request.seed:

@@ -119,6 +119,7 @@ class JudgeClient:
         url_field: what the reward calls its url.
         answer_type: what the answer must have, where that is another.
         owner: what errors call whom they are of; "": "reward NAME".
+        about: what they call that which a request is of.
         method: of the request, "GET" for one without a body.
 
     Raises:
@@ -140,10 +141,11 @@ class JudgeClient:
         url_field: str = "url",
         answer_type: str = "",
         owner: str = "",
+        about: str = "prompt",
         method: Literal["GET", "POST"] = "POST",
     ) -> None:
         self.name, self.url, self.content_type, self.method = name, url, content_type, method
-        self.answer_type, self.owner = answer_type or content_type, owner or f"reward {name}"
+        self.answer_type, self.owner, self.about = answer_type or content_type, owner or f"reward {name}", about
         self._connect, self._path = _parse_url(url, self.owner, url_field)
         check_ranges(
             self.owner,
@@ -177,7 +179,7 @@ class JudgeClient:
             RunFailure: no valid answer, after the retries if they could help; names the prompts.
         """
         others = f" (and {len(prompts) - 1} more)" if len(prompts) > 1 else ""
-        where = f"{self.owner} at {self.url}" + (f", prompt {prompts[0]!r}{others}" if prompts else "")
+        where = f"{self.owner} at {self.url}" + (f", {self.about} {prompts[0]!r}{others}" if prompts else "")
         patience, began = _Patience(self.retries, self.backoff, self.wait), time.monotonic()
         for attempt in itertools.count(1):
             # A host with several addresses is tried at each of them; a pause follows, and then the next attempt.

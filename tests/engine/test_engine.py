@@ -190,7 +190,7 @@ BY_VERIFYING = {
     "HalfNoise": "as torch_bfloat16; set rollout.noise = torch_bfloat16",
     "Truncated": r"2 images of prompt 'a .*seeds \d+ to \d+\): it gave latents of shape",
     "NotFinite": "its latents are not finite",
-    "TooFew": "it gave 1 images",
+    "TooFew": "it gave 1 of them",
     "OtherSeed": "it gave images of prompt .*, seed 7",
     "NoTrajectory": "it gave no trajectory",
     "Unpackable": "its latents cannot be read",

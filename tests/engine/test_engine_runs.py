@@ -9,18 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from advgrpo import config as configuration
 from advgrpo.errors import RunFailure
+from tests import zygote
 from tests.engine import stand_ins
 from tests.engine.stand_ins import Engine, acting, stand_in
 from tests.judges import serving
 from tests.training.test_supervised import build
 from tests.unit_size import UNIT
 
-# Between diffusers' forward and ours, after two iterations: distance over the way gone, of a parameter. Adam makes whole
-# steps of gradients that are next to nothing.
+# Between diffusers' forward and ours, after two iterations: distance over the way gone, of a parameter. Adam makes
+# whole steps of gradients that are next to nothing.
 TOLERANCE = 2e-3
 POLICY = {"rollout": {"window": {"steps": [2]}, "initial_noise": "shared"}}
 NFT = {"rollout": {"initial_noise": "per_image"}, "update": {"objective": "nft"}, "nft": {"old_decay_rate": 0.1}}
@@ -132,6 +134,23 @@ def test_an_engine_that_dies_ends_the_run_with_a_checkpoint_it_goes_on_from(sett
     resumed = build(settings, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(wanted[0], parameters_of(resumed.trainer)))
     assert resumed.trainer.iterate()
+
+
+@pytest.mark.weekly
+def test_processes_that_share_an_engine_learn_what_one_learns(settings, url, standing, tmp_path):
+    """Process 0 brings it up to date; process 1 draws with that."""
+    loras = []
+    for processes in (1, 2):
+        standing.forget()
+        small = {"rollout": {"micro_batch": 2}, "update": {"minibatches": 1}, "device": "cpu"}
+        own = change(with_engine(change(settings, NFT), url, tmp_path / f"of-{processes}"), small)
+        (tmp_path / "run.yaml").write_text(configuration.dump(own))
+        arguments = ["none", "--config", str(tmp_path / "run.yaml")]
+        done = zygote.run("tests.train_worker:run", arguments, processes=processes)
+        assert done.returncode == 0, done.stderr
+        loras.append(safetensors.torch.load_file(Path(own.output_dir) / "lora/pytorch_lora_weights.safetensors"))
+    for name, one in loras[0].items():
+        assert (one - loras[1][name]).norm() <= TOLERANCE * one.norm(), name
 
 
 class Gone(stand_ins.Engine):
