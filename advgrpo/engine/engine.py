@@ -154,11 +154,15 @@ class RolloutEngine:
     def _lost(self) -> str:
         """What it draws with instead of the newest version; "" where it draws with that."""
         assert self.adapter is not None  # synchronised
-        wanted = {"module": MODULE, "nickname": NICKNAME, "path": str(self.adapter.path), "strength": 1.0}
+        own = {"path": str(self.adapter.path), "strength": 1.0, "merged": False}
+        wanted = {"module": MODULE, "nickname": NICKNAME, **own}
         active = self.engine.active(self.distributed.step)
         if len(active) == 1 and all(active[0].get(key) == value for key, value in wanted.items()):
             return ""
-        said = [f"{each.get('path')!r} at {each.get('strength')} in {each['module']}" for each in active]
+        said = [
+            f"{each.get('path')!r} at {each.get('strength')} in {each['module']}{', merged' * bool(each.get('merged'))}"
+            for each in active
+        ]
         return f"it draws with {' and '.join(said) or 'no LoRA'}, not with version {self.version}"
 
     def _probe(self, version: str) -> None:
@@ -178,9 +182,10 @@ class RolloutEngine:
             tolerance=section.probe_tolerance,
         )
         if not probe.agrees:
+            lost = f" ({lost})" if (lost := self._lost()) else ""
             raise RunFailure(
                 f"{self.owner}: its images are not this policy's (version {version}, prompt {prompt!r}): {probe}. It "
-                f"computes with other weights, guidance ({self.drawing.guidance_scale:g} here), text (model."
+                f"computes with other weights{lost}, guidance ({self.drawing.guidance_scale:g} here), text (model."
                 f"max_sequence_length) or precision ({self.dtype} here): correct its settings, or where it only rounds "
                 "more, set rollout.engine.probe_tolerance"
             )
@@ -191,7 +196,7 @@ class RolloutEngine:
         try:
             drawn = torch.cat(self.engine.draw(requests, self.drawing, self.distributed.step))
         except Mismatch as error:
-            raise RunFailure(f"{self.owner}, {error}") from None
+            raise RunFailure(f"{self.owner}, {error}. docs/rollout_engines.md says what it is asked for") from None
         found = torch.empty_like(drawn)
         found[torch.tensor(order)] = drawn
         for row, (own, theirs) in enumerate(zip(rows.initial.cpu(), found[:, 0])):

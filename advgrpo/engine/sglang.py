@@ -129,6 +129,7 @@ class SGLangDiffusion:
             token=token,
             url_field="rollout.engine.urls",
         )
+        self._client(url, owner=self.owner)  # an address that is none is named as it was given
         self._at_once = section.requests_at_once
         kind = "application/msgpack"
         self._generate = self._route("/rollout/generate", answer_type=kind, limit=max_answer_bytes, about="request")

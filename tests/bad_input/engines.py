@@ -44,8 +44,7 @@ CASES = [
     changed(
         _GROUP,
         _asked(urls=("10.0.0.7:30000",)),
-        "rollout.engine.urls = '10.0.0.7:30000/v1/models'",
-        "want http://host:port/path",
+        "rollout.engine.urls = '10.0.0.7:30000'; want http://host:port/path",
     ),
     changed(
         _GROUP,

@@ -6,6 +6,7 @@ engine keeps the weights of the iteration before; noise keyed by row instead of 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,8 @@ def test_processes_that_share_an_engine_learn_what_one_learns(settings, url, sta
         small = {"rollout": {"micro_batch": 2}, "update": {"minibatches": 1}, "device": "cpu"}
         own = change(with_engine(change(settings, NFT), url, tmp_path / f"of-{processes}"), small)
         (tmp_path / "run.yaml").write_text(configuration.dump(own))
-        arguments = ["none", "--config", str(tmp_path / "run.yaml")]
-        done = zygote.run("tests.train_worker:run", arguments, processes=processes)
+        arguments = ["--config", str(tmp_path / "run.yaml")]
+        done = zygote.run("advgrpo.train:main", arguments, processes=processes, environment={**os.environ})
         assert done.returncode == 0, done.stderr
         loras.append(safetensors.torch.load_file(Path(own.output_dir) / "lora/pytorch_lora_weights.safetensors"))
     for name, one in loras[0].items():
