@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _VLLM_OMNI = (
     "rollout.engine.kind = 'vllm_omni': its released HTTP interface (/v1/images/generations) returns pictures and no "
-    "latents, and the RL interface that is proposed for it (vllm-project/vllm-omni issue 6304) hands latents over in "
+    "latents, and the RL interface that is proposed for it (vllm-project/vllm-omni#6304) hands latents over in "
     "shared memory of its own machine; neither lets this program check what was drawn. Set rollout.engine.kind = sglang"
 )
 
