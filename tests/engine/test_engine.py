@@ -22,8 +22,10 @@ from advgrpo import config as configuration
 from advgrpo.engine import msgpack
 from advgrpo.engine.engine import RolloutEngine, Rows, _requests, check_reachable
 from advgrpo.engine.probe import compare
+from advgrpo.engine.sglang import SERVED, Mismatch, Request, _trajectory
 from advgrpo.engine.weights import Adapter, checksum, loud
 from advgrpo.errors import RunFailure, UserError
+from advgrpo.policy.packed import pack
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.sampling.dynamics import step_table
@@ -119,6 +121,7 @@ def test_before_a_step_its_latents_are_the_samplers(engine, policy):
     torch.testing.assert_close(engine.latents(rows, 2), own, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.weekly
 def test_every_iterations_weights_are_drawn_with(engine, policy):
     rows, found = some_rows(engine), []
     for iteration in range(2):
@@ -131,6 +134,7 @@ def test_every_iterations_weights_are_drawn_with(engine, policy):
     assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 
+@pytest.mark.weekly
 def test_the_probes_adapter_leaves_the_policy_as_it_was(engine, policy):
     before = [parameter.detach().clone() for _, parameter in policy.trainable_parameters()]
     with loud(policy, 3):
@@ -197,7 +201,7 @@ BY_VERIFYING = {
 }
 
 
-IN_CI = {"PartlyBound", "PartlyComputed", "FewerCounted", "OtherShift", "OtherGuidance", "ImagesTurned", "HalfNoise"}
+IN_CI = {"PartlyBound", "PartlyComputed", "FewerCounted", "OtherGuidance", "ImagesTurned"}
 
 
 @pytest.mark.parametrize("kind", some_weekly(BY_VERIFYING, BY_VERIFYING.keys() - IN_CI))
@@ -280,6 +284,7 @@ def test_one_that_is_restarted_again_and_again_ends_the_run(engine, standing):
         engine.latents(some_rows(engine), 4)
 
 
+@pytest.mark.weekly
 def test_a_late_one_is_waited_for_as_long_as_the_settings_say(settings, engine, standing, policy):
     late = asking(settings, engine.engine.url, engine={"timeout": 0.2, "retries": 0})
     impatient = RolloutEngine(late, policy, PROMPTS, engine.distributed)
@@ -305,6 +310,7 @@ def test_nobody_there(base, tmp_path):
 # What the probe allows
 
 
+@pytest.mark.weekly
 def test_rounding_of_another_forward_is_allowed_and_nothing_else(base, policy, engine):
     """Our own fused forward is another implementation of the network."""
     fused = SD3Policy(base.model, device=torch.device("cpu"), cache_dir=Path(base.data.cache_dir), seed=0, fused=True)
@@ -406,6 +412,17 @@ def test_a_request_holds_one_prompts_rows_whose_seeds_follow_each_other(engine):
     assert order == [2, 1, 0]
 
 
+def test_latents_come_as_families_have_them(engine):
+    """SD3's as they are, FLUX.1's and Qwen-Image's as tokens or with an axis of frames."""
+    (channels, height, width), request = engine.drawing.shape, Request("a", 3, 1, (0, 4))
+    latents = torch.randn(2, channels, height, width)
+    for packed in (latents, pack(latents), latents[:, :, None], latents[:, None], latents.double()):
+        assert torch.equal(_trajectory(packed, request, engine.drawing), latents)
+    for wrong in (latents[:1], latents[..., 1:], pack(latents)[:, 1:], latents.flatten()):
+        with pytest.raises(Mismatch, match="it gave latents of shape"):
+            _trajectory(wrong, request, engine.drawing)
+
+
 def test_what_is_asked_for_is_what_the_engines_api_has(engine):
     """The fields of RolloutRequest in SGLang's io_struct.py at 00e1106."""
     known = {
@@ -414,8 +431,6 @@ def test_what_is_asked_for_is_what_the_engines_api_has(engine):
         *("rollout_log_prob_no_const", "rollout_debug_mode", "rollout_return_dit_trajectory"),
         *("rollout_return_step_indices", "suppress_logs"),
     }
-    from advgrpo.engine.sglang import SERVED, Request
-
     for pipeline, (scale, by_rows) in SERVED.items():
         drawing = replace(engine.drawing, pipeline=pipeline)
         body = json.loads(engine.engine._body(Request("a", 3, 2, (0, 4)), drawing))

@@ -23,7 +23,8 @@ from tests.bad_input.case import Bench, Case
 from tests.bad_input.world import make_world
 
 ROOT = Path(__file__).parents[2]
-CASES: list[Case] = [*settings.CASES, *images.CASES, *models.CASES, *runs.CASES, *judges.CASES, *engines.CASES, *tools.CASES]
+GROUPS = (settings, images, models, runs, judges, engines, tools)
+CASES: list[Case] = [case for group in GROUPS for case in group.CASES]
 
 
 class Harness:
