@@ -82,7 +82,8 @@ def test_a_run_with_an_engine_learns_what_one_without_learns(settings, url, tmp_
         assert theirs["log_prob_mismatch_max"] == own["log_prob_mismatch_max"] == 0, "likelihoods are the trainer's own"
 
 
-@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.weekly)])
+@pytest.mark.weekly
+@pytest.mark.parametrize("shared", [True, False])
 def test_of_a_window_the_engine_takes_the_steps_before(settings, url, tmp_path, monkeypatch, shared):
     noise = {"rollout": {"initial_noise": "shared" if shared else "per_image"}}
     trainer = build(with_engine(change(settings, POLICY, noise), url, tmp_path / "served")).trainer
