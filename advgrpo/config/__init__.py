@@ -17,6 +17,7 @@ from advgrpo.config.checks import (
     unevenly_sharded,
 )
 from advgrpo.config.config import Config, build, dump, load
+from advgrpo.config.engine import EngineSection
 from advgrpo.config.explain import did_you_mean, explain, leaves, section_names, shown, wanted
 from advgrpo.config.flags import options_of, parse_command, parse_options, read_flags
 from advgrpo.config.help import settings_help
@@ -54,6 +55,7 @@ __all__ = [
     "AwmSection",
     "Config",
     "CustomReward",
+    "EngineSection",
     "EvaluationSection",
     "ExportFormat",
     "FlagName",

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from advgrpo.config.config import Config
+from advgrpo.config.engine import check_engine
 from advgrpo.config.explain import shown
 from advgrpo.config.judge_checks import check_judges, needs_references
 from advgrpo.config.sections import RolloutSection, UpdateSection
@@ -45,6 +46,7 @@ def check(config: Config, *, with_data: bool = True) -> None:
     _check_precision(config)
     if reason := not_sharded(config):
         raise UserError(reason)
+    check_engine(config)
     check_judges(config)
     if with_data:
         _check_data(config)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, PlainSerializer
 
 from advgrpo.config.base import Section
+from advgrpo.config.engine import EngineSection
 
 LORA_TARGETS = (
     "attn.to_q",
@@ -224,7 +225,12 @@ class RolloutSection(Section):
     initial_noise: Literal["per_image", "shared"] = "per_image"
     """Every image's own initial noise (the paper, the released code), or one for the images of a prompt, which up
     to the window are then one trajectory that --fast computes once (Flow-GRPO-Fast: one per mini-group, 8 of 16)."""
+    noise: Literal["philox", "torch_float32", "torch_bfloat16", "torch_float16"] = "philox"
+    """What draws the initial noise: our generator, which depends on nothing but seed and image, or torch's on the CPU
+    in that dtype, which an engine draws as well when it is handed the seed (rollout.engine); each gives other images.
+    """
     window: WindowSection = WindowSection()
+    engine: EngineSection = EngineSection()
     precision: Literal["model", "fp8"] = "model"
     """ODE steps, which have no likelihood: merged weights in the model's dtype, or in FP8; needs --fast."""
     window_forward: Literal["trainer", "merged"] = "trainer"

@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from advgrpo.errors import RunFailure, UserError, one_line
@@ -95,12 +95,12 @@ class _Retryable(Exception):
         self.down, self.pause = down, pause
 
 
-def check_ranges(name: str, *limits: tuple[str, float, float, float]) -> None:
-    """UserError for the first (field, value, least, most) out of its range; also for NaN."""
+def check_ranges(owner: str, *limits: tuple[str, float, float, float]) -> None:
+    """UserError of `owner` ("reward NAME") for the first (field, value, least, most) out of its range; also for NaN."""
     for field, value, low, high in limits:
         if not low <= value <= high:
             to = "" if high == math.inf else f" and at most {high:g}"
-            raise UserError(f"reward {name}: {field} = {value} must be at least {low}{to}")
+            raise UserError(f"{owner}: {field} = {value} must be at least {low}{to}")
 
 
 class JudgeClient:
@@ -117,6 +117,10 @@ class JudgeClient:
         token: sent with every request where it is not empty, and shown in no error.
         max_answer_bytes: longer answers are refused without being read to the end.
         url_field: what the reward calls its url.
+        answer_type: what the answer must have, where that is another.
+        owner: what errors call whom they are of; "": "reward NAME".
+        about: what they call that which a request is of.
+        method: of the request, "GET" for one without a body.
 
     Raises:
         UserError: an argument out of range, or a URL that is not http(s) with a host.
@@ -135,11 +139,16 @@ class JudgeClient:
         token: str = "",
         max_answer_bytes: int = 1_000_000,
         url_field: str = "url",
+        answer_type: str = "",
+        owner: str = "",
+        about: str = "prompt",
+        method: Literal["GET", "POST"] = "POST",
     ) -> None:
-        self.name, self.url, self.content_type = name, url, content_type
-        self._connect, self._path = _parse_url(url, name, url_field)
+        self.name, self.url, self.content_type, self.method = name, url, content_type, method
+        self.answer_type, self.owner, self.about = answer_type or content_type, owner or f"reward {name}", about
+        self._connect, self._path = _parse_url(url, self.owner, url_field)
         check_ranges(
-            name,
+            self.owner,
             ("timeout", timeout, 1e-3, 86_400),
             ("retries", retries, 0, 1000),
             ("backoff", backoff, 1e-3, _LONGEST_PAUSE),
@@ -162,7 +171,7 @@ class JudgeClient:
 
         Args:
             read: raises `Refused` for an answer that is wrong in content.
-            prompts: what the request is about, for errors; at least one.
+            prompts: what the request is about, for errors; may be empty.
             tell: told before every attempt what begins and how long it may take, as `Distributed.step`.
             sleep: how to pause.
 
@@ -170,12 +179,12 @@ class JudgeClient:
             RunFailure: no valid answer, after the retries if they could help; names the prompts.
         """
         others = f" (and {len(prompts) - 1} more)" if len(prompts) > 1 else ""
-        where = f"reward {self.name} at {self.url}, prompt {prompts[0]!r}{others}"
+        where = f"{self.owner} at {self.url}" + (f", {self.about} {prompts[0]!r}{others}" if prompts else "")
         patience, began = _Patience(self.retries, self.backoff, self.wait), time.monotonic()
         for attempt in itertools.count(1):
             # A host with several addresses is tried at each of them; a pause follows, and then the next attempt.
             within = 2 * (self.timeout + _LONGEST_PAUSE)
-            tell(f"reward {self.name} at {self.url}, attempt {attempt}", within_seconds=within)
+            tell(f"{self.owner} at {self.url}, attempt {attempt}", within_seconds=within)
             try:
                 return read(self._post(body))
             except Refused as error:
@@ -221,7 +230,7 @@ class JudgeClient:
         late = f"no complete answer within {self.timeout} s"
         headers = {"Connection": "close"}
         if self.content_type:
-            headers |= {"Content-Type": self.content_type, "Accept": self.content_type}
+            headers |= {"Content-Type": self.content_type, "Accept": self.answer_type}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         connection = self._connect(timeout=self.timeout)
@@ -229,7 +238,7 @@ class JudgeClient:
             try:
                 _reach(connection, self.timeout)
                 deadline.watch(connection.sock)
-                connection.request("POST", self._path, body, headers)
+                connection.request(self.method, self._path, body or None, headers)
                 response = connection.getresponse()
                 answer = self._read(response)
             except (OSError, http.client.HTTPException) as error:
@@ -240,7 +249,7 @@ class JudgeClient:
                 connection.close()
             if deadline.passed:  # an answer without a length ends where it was cut
                 raise _Retryable(late)
-        return _check_answer(response, answer, self.content_type)
+        return _check_answer(response, answer, self.answer_type)
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         answer = response.read(self.max_answer_bytes + 1)
@@ -385,20 +394,20 @@ class _Deadline:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
-def _parse_url(url: str, name: str, field: str) -> tuple[Any, str]:
+def _parse_url(url: str, owner: str, field: str) -> tuple[Any, str]:
     """(connection factory, path with query)."""
     if not re.fullmatch(r"[!-~]+", url or "-"):
         why = "it holds a space, a control character or a letter that is not ASCII"
-        raise UserError(f"reward {name}: {field} = {url!r} is not an address ({why})")
+        raise UserError(f"{owner}: {field} = {url!r} is not an address ({why})")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
         (host or "-").encode("idna")  # as connecting does
     except ValueError as error:
-        raise UserError(f"reward {name}: {field} = {url!r} is not an address ({error})") from None
+        raise UserError(f"{owner}: {field} = {url!r} is not an address ({error})") from None
     kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     if parts.scheme not in kinds or not host or port == 0 or parts.username is not None:
-        raise UserError(f"reward {name}: {field} = {url!r}; want http://host:port/path or https://host/path")
+        raise UserError(f"{owner}: {field} = {url!r}; want http://host:port/path or https://host/path")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return lambda timeout: kinds[parts.scheme](host, port, timeout=timeout), path
 

@@ -112,7 +112,7 @@ class RemoteReward(Reward):
         if scores_key and protocol != "flow_grpo":
             raise UserError(f"reward {name}: scores_key = {scores_key!r} is protocol flow_grpo's; leave it empty")
         self.name, self.url, self._protocol, self._scores_key = name, url, PROTOCOLS[protocol], scores_key
-        check_ranges(name, ("batch_size", batch_size, 1, math.inf))
+        check_ranges(f"reward {name}", ("batch_size", batch_size, 1, math.inf))
         self.batch_size, self.metadata = batch_size, metadata
         self.progress: Callable[..., None] = untold
         self._client = JudgeClient(

@@ -94,7 +94,7 @@ class ChatJudge:
             json.dumps(dict(body), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise UserError(f"reward {name}: extra_body cannot be sent as JSON ({error}); correct it") from None
-        check_ranges(name, ("concurrency", concurrency, 1, 1024))
+        check_ranges(f"reward {name}", ("concurrency", concurrency, 1, 1024))
         self.name, self.question, self.concurrency = name, question, concurrency
         self._body = {"model": model, **body}
         self.progress: Callable[..., None] = untold
@@ -164,7 +164,7 @@ class VlmJudge(Reward):
         wait: float = 300.0,
         token_file: str = "",
     ) -> None:
-        check_ranges(name, ("min_probability", min_probability, 0, 1))
+        check_ranges(f"reward {name}", ("min_probability", min_probability, 0, 1))
         self.name, self.min_probability = name, min_probability
         self._judge = ChatJudge(
             base_url=base_url,

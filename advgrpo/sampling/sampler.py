@@ -29,6 +29,7 @@ from advgrpo.policy.current_prompts import CurrentPrompts
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
+from advgrpo.sampling.noise import PHILOX, row_seeds, torch_noise
 from advgrpo.types import Conditioning, WindowStep
 from advgrpo_kernels import GaussianStep, gaussian_step, philox_normal
 
@@ -60,6 +61,7 @@ class Sampler(Generic[P]):
         shared_noise: the images of a prompt start from one noise.
         keep_means: the steps to train on hold the means of their distributions, for trust regions that compare them.
         whole: with graphs, a trajectory is one of them.
+        noise: what draws the initial noise, `rollout.noise`.
     """
 
     policy: Generator[P]
@@ -72,6 +74,7 @@ class Sampler(Generic[P]):
     shared_noise: bool = True
     keep_means: bool = False
     whole: bool = False
+    noise: str = PHILOX
 
     def __post_init__(self):
         if self.share_prefix and not self.shared_noise:
@@ -106,6 +109,8 @@ class Sampler(Generic[P]):
     def initial_latents(self, seed: int, ids: torch.Tensor) -> torch.Tensor:
         """[ids, C, H, W] unit noise; each row depends on (seed, id) only."""
         shape = (len(ids), *self.policy.latent_shape())
+        if self.noise != PHILOX:
+            return to_device(torch_noise(row_seeds(seed, ids), shape[1:], self.noise), self.policy.device)
         return philox_normal(shape, seed=seed, sample_ids=to_device(ids, self.policy.device))
 
     @torch.no_grad()

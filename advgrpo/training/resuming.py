@@ -50,6 +50,13 @@ FREE_TO_CHANGE = (
     "data.cache_dir",
     "data.decode_workers",
     "update.graphs",
+    *(
+        f"rollout.engine.{name}"
+        for name in (
+            *("urls", "weights_dir", "requests_at_once", "probe_tolerance"),
+            *("timeout", "retries", "backoff", "wait", "token_file"),
+        )
+    ),
     "output",
     "evaluation.every",
     "evaluation.keep_best",

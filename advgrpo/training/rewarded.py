@@ -10,7 +10,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -18,12 +18,14 @@ import torch
 
 from advgrpo.adversary.trainer import DiscriminatorBatch, DiscriminatorTrainer, UpdatePlan, paired_accuracy
 from advgrpo.config import AdvantageSection, RolloutSection
+from advgrpo.engine.engine import RolloutEngine, Rows
 from advgrpo.monitor.image_statistics import ImageStatistics, measure
 from advgrpo.policy.base import Policy
 from advgrpo.runtime import rng
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
+from advgrpo.sampling.noise import row_seeds
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.clean_start import State
 from advgrpo.training.micro_batches import MicroBatches
@@ -43,6 +45,7 @@ def build_sampler(parts: Parts, *, window_merged: bool) -> Sampler:
         config.rollout.guidance_scale,
         config.rollout.likelihood,
         share_prefix=parts.fast.share_prefix,
+        noise=config.rollout.noise,
         merged=parts.policy.has_merged,
         window_merged=window_merged,
         graphs=parts.graphs,
@@ -50,6 +53,15 @@ def build_sampler(parts: Parts, *, window_merged: bool) -> Sampler:
         keep_means=config.update.trust_region != "ratio",
         whole=config.rollout.window.one_for_all,
     )
+
+
+def build_engine(parts: Parts) -> RolloutEngine | None:
+    """The rollout engine of the settings, verified; None where they ask for none."""
+    if parts.config.rollout.engine.kind == "none":
+        return None
+    engine = RolloutEngine(parts.config, parts.policy, parts.micro_batches.prompts, parts.distributed)
+    engine.verify()
+    return engine
 
 
 @dataclass
@@ -65,6 +77,7 @@ class RewardedObjective(ABC):
         seed: of the run.
         due: iteration -> whether the monitor looks at it.
         together: all processes run every forward, also those that only one of them needs: the base is in parts on them.
+        engine: takes the ODE steps before the window, or all where there is none; None: the sampler takes them.
     """
 
     keeps_clean_latents: ClassVar[bool] = False  # the update learns from the latents that images are decoded from
@@ -82,6 +95,7 @@ class RewardedObjective(ABC):
     seed: int
     due: Callable[[int], bool]
     together: bool
+    engine: RolloutEngine | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._of_references = None if self.scorer.references is None else self.scorer.reference_statistics
@@ -112,6 +126,7 @@ class RewardedObjective(ABC):
             seed=config.seed,
             due=parts.monitor.due,
             together=config.model.is_sharded(distributed.world_size),
+            engine=build_engine(parts),
             **cls.own_settings(parts, scorer),
         )
 
@@ -175,6 +190,8 @@ class RewardedObjective(ABC):
                 then has; None: nothing was scouted.
         """
         self.policy.merge()
+        if self.engine is not None:
+            self.engine.synchronise(iteration)
         micro_batches = self.micro_batches.of(iteration, chosen)
         self.scorer.prefetch([prompt for each in micro_batches for prompt in each.prompts])  # while the GPU samples
         drawn = []
@@ -210,17 +227,32 @@ class RewardedObjective(ABC):
         initial_seed: int,
         noise_seed: int,
     ) -> MicroBatchRollout:
-        owners = micro_batch.trajectories if sampler.shared_noise else micro_batch.draws
-        latents, steps = sampler.run(
-            table.of(micro_batch.branch),
-            conditioning,
-            sampler.initial_latents(initial_seed, owners),
-            to_device(micro_batch.row, self.policy.device),
-            noise_seed=noise_seed,
-            image_ids=to_device(micro_batch.draws, self.policy.device),
-        )
+        table, reached = self._reached(sampler, table.of(micro_batch.branch), micro_batch, initial_seed)
+        latents, steps = reached, []
+        if self.engine is None or table.window:
+            latents, steps = sampler.run(
+                table,
+                conditioning,
+                reached,
+                to_device(micro_batch.row, self.policy.device),
+                noise_seed=noise_seed,
+                image_ids=to_device(micro_batch.draws, self.policy.device),
+            )
         clean = latents if self.keeps_clean_latents else None
         return MicroBatchRollout(micro_batch, conditioning, steps, self.policy.decode(latents), clean)
+
+    def _reached(
+        self, sampler: Sampler, table: StepTable, micro_batch: MicroBatch, seed: int
+    ) -> tuple[StepTable, torch.Tensor]:
+        """What is left of the steps, and the latents they start from: all of them and the initial noise, unless an
+        engine takes those before the window, or where there is none, all."""
+        owners = micro_batch.trajectories if sampler.shared_noise else micro_batch.draws
+        initial, first = sampler.initial_latents(seed, owners), table.window[0] if table.window else len(table.numbers)
+        if self.engine is None or not first:
+            return table, initial
+        texts = micro_batch.prompts if sampler.shared_noise else micro_batch.captions
+        reached = self.engine.latents(Rows(texts, row_seeds(seed, owners), initial), first)
+        return replace(table, taken=tuple(step for step in table.taken if step >= first)), reached
 
     def train_discriminator(
         self, rollout: Rollout, scored: Scored, iteration: int

@@ -23,6 +23,7 @@ from advgrpo.adversary.build import build_adversary
 from advgrpo.config import Config
 from advgrpo.data.prompt_lengths import cut_prompts
 from advgrpo.data.sources import Sources
+from advgrpo.engine.engine import check_reachable
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.plan.memory import advice
@@ -136,6 +137,7 @@ class Run:
             resuming.tell(saved)
             return
         preflight(config)
+        check_reachable(config, distributed)
         keep_freed_memory(distributed.device)
         fast = FastPaths.choose(config, distributed.device)
         if distributed.is_main:

@@ -48,6 +48,7 @@ BEHAVIOURS = {
         "application/json",
         b'{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "<think>", "logprob": 0.0}]}]}}]}',
     ),
+    "engine-in-bf16": (200, "application/json", b'{"object": "list", "data": [{"dit_precision": "bf16"}]}'),
     "endless": (200, "application/json", b'{"scores": [' + b" " * 2_000_000 + b"1.0]}"),
 }
 
@@ -121,9 +122,15 @@ def servers() -> Iterator[dict[str, str]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            name = self.path.strip("/").removesuffix("/chat/completions")
+            self.answer(self.path.strip("/").removesuffix("/chat/completions"))
+
+        def do_GET(self) -> None:
+            self.answer(self.path.strip("/").removesuffix("/v1/models"))
+
+        def answer(self, name: str) -> None:
             if name == "hangs":
-                return self.connection.recv(1) and None  # until the client gives up
+                self.connection.recv(1)  # until the client gives up
+                return
             status, kind, body = BEHAVIOURS[name]
             self.send_response(status)
             self.send_header("Content-Type", kind)

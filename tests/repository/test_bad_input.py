@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import images, judges, models, runs, settings, tools
+from tests.bad_input import engines, images, judges, models, runs, settings, tools
 from tests.bad_input.case import Bench, Case
 from tests.bad_input.world import make_world
 
 ROOT = Path(__file__).parents[2]
-CASES: list[Case] = [*settings.CASES, *images.CASES, *models.CASES, *runs.CASES, *judges.CASES, *tools.CASES]
+GROUPS = (settings, images, models, runs, judges, engines, tools)
+CASES: list[Case] = [case for group in GROUPS for case in group.CASES]
 
 
 class Harness:

@@ -51,7 +51,7 @@ OURS = (
     *("update.objective", "update.optimizer", "update.max_log_prob_mismatch", "evaluation.grid_prompts"),
     *("update.trust_region", "update.max_divergence", "update.step_weights"),  # other articles' (jobs/objectives.md)
     *("rollout.tail_*", "rollout.scout*", "update.informative_share", "update.skip_dead_groups"),  # method 10
-    *("update.graphs", "rollout.window.branching"),
+    *("update.graphs", "rollout.window.branching", "rollout.engine.*", "rollout.noise"),
     *("update.policy_weight", "update.kl_to", "update.teacher", "update.kl_space"),
     *("evaluation.keep_best", "evaluation.stop_after"),
     *("evaluation.backbone", "evaluation.backbone_image_size", "rewards.*.normalize", "rewards.*.gate"),
