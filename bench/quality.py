@@ -3,7 +3,8 @@
 How many pictures, and how many seconds of training, until a run in the embedded world has gained what the default run
 gains: three contenders, one judge that is in no reward, held-out prompts.
 
-* ours: the default, as `python -m advgrpo.train` trains it.
+* ours: the default, as `python -m advgrpo.train` trains it. `--ours` names runs that are there, such as those of
+  `advgrpo.experiments run dino`; how they were evaluated is their own affair, nothing else.
 * released: the schedule of the authors' DINO run (`RELEASED`, each setting as in the preset sd35m-dino-released), on
   stock diffusers and PEFT as B0 is (`fast: false`). Model, prompts, references, guidance, pictures of an iteration and
   judge are the world's. It ends when it has had its `--minutes`, or has its length.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,14 @@ PREDICTED = {"pictures": 10.0, "seconds": 14.0}
 
 
 @dataclass(frozen=True)
+class Run:
+    """A folder, and the settings of the run in it."""
+
+    folder: Path
+    config: Config
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which runs are made, and where.
 
@@ -73,6 +82,7 @@ class Plan:
         metric: the judge's, of the held-out prompts.
         minutes: of training that the released schedule gets, all its seeds together.
         device: "cpu" or "cuda".
+        there: folders of finished runs that are ours, instead of those that would be made.
     """
 
     world: Mapping[str, Any]
@@ -81,9 +91,16 @@ class Plan:
     minutes: float
     device: str = "cpu"
     metric: str = "retrieval"
+    there: tuple[Path, ...] = ()
 
     def folder(self, contender: str, seed: int) -> Path:
         return self.work / contender / f"seed-{seed}"
+
+    def runs(self, contender: str) -> list[Run]:
+        """Those that are compared; UserError for a folder of `there` that holds none of the default."""
+        if contender == OURS and self.there:
+            return [Run(folder, self.config(OURS, saved_config(folder).seed)) for folder in self.there]
+        return [Run(self.folder(contender, seed), self.config(contender, seed)) for seed in self.seeds[contender]]
 
     def config(self, contender: str, seed: int) -> Config:
         """The run's whole configuration."""
@@ -164,34 +181,35 @@ def make(plan: Plan, contender: str, seed: int, console: Console) -> bool:
     """
     import advgrpo
 
-    config, name = plan.config(contender, seed), f"{contender}, seed {seed}"
-    folder = Path(config.output_dir)
-    check_settings(config)
+    run, name = Run(plan.folder(contender, seed), plan.config(contender, seed)), f"{contender}, seed {seed}"
+    if (run.folder / CONFIG_FILE).exists():
+        check_settings(run)
     limit = plan.seconds if contender == RELEASED else float("inf")
-    resumable = latest_checkpoint(folder / "checkpoints") is not None
-    rows = load_metrics(folder / METRICS_FILE) if resumable else []
-    taken = {row["iteration"]: seconds_of(row, config) for row in rows}
-    watch = Watch(name, config, plan.metric, limit, taken, console)
-    if (folder / "summary.json").exists() or watch.spent >= limit:
+    resumable = latest_checkpoint(run.folder / "checkpoints") is not None
+    rows = load_metrics(run.folder / METRICS_FILE) if resumable else []
+    taken = {row["iteration"]: seconds_of(row, run.config) for row in rows}
+    watch = Watch(name, run.config, plan.metric, limit, taken, console)
+    if (run.folder / "summary.json").exists() or watch.spent >= limit:
         console.print(f"{name}: there already", markup=False)
         return True
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a") as log:
-        result = advgrpo.train(config, callbacks=[watch], resume="auto", console=Console(file=log, width=200))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "log.txt").open("a") as log:
+        result = advgrpo.train(run.config, callbacks=[watch], resume="auto", console=Console(file=log, width=200))
     return not result.stopped or OVER in result.stopped
 
 
-def check_settings(config: Config) -> None:
-    """UserError where the output folder holds a run with other settings."""
-    file = Path(config.output_dir) / CONFIG_FILE
-    if not file.exists():
-        return
-    saved = configuration.build(configuration.read_yaml(file), str(file)).model_dump(mode="json")
-    wanted = config.model_dump(mode="json")
+def saved_config(folder: Path) -> Config:
+    """Of the run in a folder; UserError where there is none."""
+    return configuration.build(configuration.read_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+
+
+def check_settings(run: Run) -> None:
+    """UserError where the folder holds another run: only where it is kept and how it is looked at may differ."""
+    saved, wanted = saved_config(run.folder).model_dump(mode="json"), run.config.model_dump(mode="json")
     for each in (saved, wanted):
-        each["output_dir"] = each["data"]["cache_dir"] = ""
-    if saved != wanted:
-        raise UserError(f"{file.parent} holds a run with other settings; remove it, or give another --work")
+        each["output_dir"] = each["data"]["cache_dir"] = each["device"] = each["evaluation"] = each["output"] = ""
+    if other := [name for name in wanted if saved[name] != wanted[name]]:
+        raise UserError(f"{run.folder} holds another run ({', '.join(other)}); remove it, or name another folder")
 
 
 def command(arguments: list[str]) -> int:
@@ -199,6 +217,7 @@ def command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--ours", type=Path, nargs="+", default=[], help="folders of runs of the default, instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of ours")
     parser.add_argument("--released-seeds", type=int, nargs="+", default=[1], help="of the released schedule")
     parser.add_argument("--minutes", type=float, default=25, help="of training for the released schedule in all")
@@ -215,15 +234,15 @@ def command(arguments: list[str]) -> int:
     for flag, given in zip(("--seeds", "--released-seeds"), seeds.values()):
         if len(set(given)) < len(given) or min(given) < 0:
             parser.error(f"{flag} {' '.join(map(str, given))}: want different numbers of at least 0")
-    if missing := set(flags.released_seeds) - set(flags.seeds):
-        parser.error(f"--released-seeds {min(missing)}: seeds are compared with ours of the same; add it to --seeds")
     from . import quality_report
 
     plan = Plan(configuration.read_preset(WORLD), flags.work.resolve(), seeds, flags.minutes, flags.device)
-    ratio = quality_report.step_ratio(flags.step)
-    console = Console(soft_wrap=True)
+    plan = replace(plan, there=tuple(flags.ours))
+    ratio, console = quality_report.step_ratio(flags.step), Console(soft_wrap=True)
+    for run in plan.runs(OURS) if plan.there else ():
+        check_settings(run)
     for contender, given in () if flags.report else seeds.items():
-        for seed in given:
+        for seed in () if contender == OURS and plan.there else given:
             if not make(plan, contender, seed, console):
                 return INTERRUPTED
     quality_report.write(plan, flags.share, ratio, flags.out, console)
