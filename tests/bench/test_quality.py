@@ -60,6 +60,16 @@ def _changed(ours) -> dict:
     }
 
 
+def test_the_time_is_over_after_an_evaluation_and_an_iteration_done_again_counts_once(tmp_path):
+    made = plan(tmp_path)
+    watch = quality.Watch("a run", made.config(OURS, 1), made.metric, 5.0, {4: 4.0}, QUIET)  # evaluated every six
+    assert watch.on_iteration({"iteration": 3, "cpu_seconds": 2.0, "seconds": 9.0}, []) is None
+    assert watch.on_iteration({"iteration": 4, "cpu_seconds": 3.5, "seconds": 9.0}, []) is None
+    assert watch.spent == 5.5
+    assert watch.on_iteration({"iteration": 5, "cpu_seconds": 0.5, "seconds": 9.0}, []) == OVER
+
+
+@pytest.mark.weekly
 def test_a_run_ends_after_an_evaluation_goes_on_and_can_be_ours_elsewhere(unit_config, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "EVALUATIONS", {OURS: 2, RELEASED: 2})
     world = {**unit_config.model_dump(mode="json"), "iterations": 4}

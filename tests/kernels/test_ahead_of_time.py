@@ -23,7 +23,16 @@ import pytest
 FOLDER = Path(__file__).parent / "ahead_of_time"
 BUDGETS = json.loads((FOLDER / "budgets.json").read_text())
 OPS = FOLDER.parents[2] / "kernels" / "advgrpo_kernels" / "ops"
-LAYER_OPS = {"_layers", "_residual_norm", "ada_layer_norm", "fp8", "gated_residual", "gelu", "qk_rms_norm"}
+LAYER_OPS = {
+    "_layers",
+    "_residual_norm",
+    "ada_layer_norm",
+    "fp8",
+    "gated_residual",
+    "gelu",
+    "group_norm",
+    "qk_rms_norm",
+}
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) if HAS_TRITON else ()
