@@ -104,6 +104,7 @@ def group_norm_forward(name: str, channels_last: bool, kind: str = "*bf16") -> S
         warps=group_norm.WARPS,
         vector_loads=3 if channels_last else 1,  # scale and shift side by side as well
         vector_stores=1,
+        elements=pixels * channels // (32 * group_norm.WARPS),
     )
 
 
@@ -141,6 +142,7 @@ SPECS = [
         constants={"fp8_scale_ptr": None, "ROWS": gelu.ROWS, "BLOCK_F": gelu.BLOCK_F},
         vector_loads=2,
         vector_stores=1,
+        elements=gelu.ROWS * gelu.BLOCK_F // (32 * gelu.WARPS),
     ),
     Spec(
         name="gelu/fp8",
@@ -158,6 +160,7 @@ SPECS = [
         constants={"ROWS": gelu.ROWS, "BLOCK_F": gelu.BLOCK_F},
         vector_loads=3,
         vector_stores=1,
+        elements=gelu.ROWS * gelu.BLOCK_F // (32 * gelu.WARPS),
     ),
     Spec(
         name="fp8_quantize/rows",
