@@ -4,7 +4,7 @@ How many pictures, and how many seconds of training, until a run in the embedded
 gains: three contenders, one judge that is in no reward, held-out prompts.
 
 * ours: the default, as `python -m advgrpo.train` trains it. `--ours` names runs that are there, such as those of
-  `advgrpo.experiments run dino`; how they were evaluated is their own affair, nothing else.
+  `advgrpo.experiments run dino`; how often and on how many pictures they were evaluated may differ, nothing else.
 * released: the schedule of the authors' DINO run (`RELEASED`, each setting as in the preset sd35m-dino-released), on
   stock diffusers and PEFT as B0 is (`fast: false`). Model, prompts, references, guidance, pictures of an iteration and
   judge are the world's. It ends when it has had its `--minutes`, or has its length.
@@ -204,10 +204,12 @@ def saved_config(folder: Path) -> Config:
 
 
 def check_settings(run: Run) -> None:
-    """UserError where the folder holds another run: only where it is kept and how it is looked at may differ."""
+    """UserError where the folder holds another run: only where it is kept, and how often and on how many pictures it is
+    looked at, may differ."""
     saved, wanted = saved_config(run.folder).model_dump(mode="json"), run.config.model_dump(mode="json")
     for each in (saved, wanted):
-        each["output_dir"] = each["data"]["cache_dir"] = each["device"] = each["evaluation"] = each["output"] = ""
+        each["output_dir"] = each["data"]["cache_dir"] = each["device"] = each["output"] = ""
+        each["evaluation"] = {name: each["evaluation"][name] for name in ("num_steps", "guidance_scale")}
     if other := [name for name in wanted if saved[name] != wanted[name]]:
         raise UserError(f"{run.folder} holds another run ({', '.join(other)}); remove it, or name another folder")
 

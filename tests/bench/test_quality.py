@@ -105,9 +105,10 @@ def test_runs_that_are_there_stand_for_ours_however_they_were_evaluated(tmp_path
     assert found.iterations.tolist() == [0, 10]
     assert found.seconds.tolist() == [0.0, 20.0]
     assert found.gains[0, 1].tolist() == pytest.approx([0.25, 0.0])
-    write_run(tmp_path, configuration.merge(default, {"update": {"learning_rate": 1e-3}}))
-    with pytest.raises(UserError, match=r"holds another run \(update\)"):
-        quality_report.read(plan(tmp_path / "work", there=(tmp_path,)), OURS)
+    for section, change in (("update", {"learning_rate": 1e-3}), ("evaluation", {"guidance_scale": 3.0})):
+        write_run(tmp_path, configuration.merge(default, {section: change}))
+        with pytest.raises(UserError, match=rf"holds another run \({section}\)"):
+            quality_report.read(plan(tmp_path / "work", there=(tmp_path,)), OURS)
 
 
 def write_run(folder, settings) -> None:

@@ -216,11 +216,11 @@ def group_norm_ref(
     """
     weight, bias = weight.to(compute_dtype), bias.to(compute_dtype)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    if x.dtype != compute_dtype and not trained:
+    if x.dtype == compute_dtype or trained:
+        y = torch.nn.functional.group_norm(x.to(compute_dtype), groups, weight, bias, eps)
+    else:
         y = _norm_without_copy(x, groups, weight, bias, eps)
-        return torch.nn.functional.silu(y, inplace=True) if silu else y
-    y = torch.nn.functional.group_norm(x.to(compute_dtype), groups, weight, bias, eps)
-    return (torch.nn.functional.silu(y) if silu else y).to(x.dtype)
+    return (torch.nn.functional.silu(y, inplace=not trained) if silu else y).to(x.dtype)
 
 
 def _norm_without_copy(x, groups, weight, bias, eps) -> torch.Tensor:
