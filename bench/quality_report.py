@@ -200,7 +200,7 @@ def lines(report: Mapping) -> Iterator[str]:
     target, trained, step = report["target"], ours["trained"], report["b1_seconds_over_ours"]
     yield f"Target: held-out {report['metric']} {target['value']:.3f} above the base model's, {report['share']:.0%} of"
     yield f"what ours has gained after {trained['pictures']:.0f} pictures, {_text(trained['gain'], '.3f')}.\n"
-    yield f"| | seeds | pictures [95 %] | {clock} [95 %] | both over ours | trained for | gain then |"
+    yield f"| | seeds | pictures [95 %] | {clock} [95 %] | over ours: pictures, {clock} | trained for | gain then |"
     yield "|---|---|---|---|---|---|---|"
     yield _row("**ours**", ours, "1, 1", clock)
     ratio = f"{step['ratio']:.2f}x [{step['low']:.2f}, {step['high']:.2f}]"
