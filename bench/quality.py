@@ -163,14 +163,20 @@ class Watch(Callback):
         return sum(self.taken.values())
 
     def on_evaluation(self, stage, scores, iteration):
-        value, length = scores[f"eval_{self.metric}"], self.config.iterations
-        spent = sum(seconds for number, seconds in self.taken.items() if number < iteration)
-        self.console.print(f"{self.name}: {iteration}/{length}, {spent:.0f} s, {self.metric} {value:.3f}", markup=False)
+        if stage != "during":  # then the iteration before it is not logged yet
+            self._tell(scores, iteration)
 
     def on_iteration(self, metrics, flags):
+        done, name = metrics["iteration"] + 1, f"eval_{self.metric}"
         self.taken[metrics["iteration"]] = seconds_of(metrics, self.config)
-        evaluated = (metrics["iteration"] + 1) % self.config.evaluation.every == 0
-        return OVER if evaluated and self.spent >= self.limit else None
+        if name in metrics:
+            self._tell(metrics, done)
+        return OVER if done % self.config.evaluation.every == 0 and self.spent >= self.limit else None
+
+    def _tell(self, scores, done: int) -> None:
+        value, length = scores[f"eval_{self.metric}"], self.config.iterations
+        spent = sum(seconds for number, seconds in self.taken.items() if number < done)
+        self.console.print(f"{self.name}: {done}/{length}, {spent:.0f} s, {self.metric} {value:.3f}", markup=False)
 
 
 def make(plan: Plan, contender: str, seed: int, console: Console) -> bool:

@@ -1,10 +1,11 @@
 """`bench.quality`: what the released contender is, runs that end in time and go on, and when a level is reached.
 
-Planted bugs that turned this file red: a schedule's setting left out; time that a resumed run forgets; a run that ends
-between evaluations; the first crossing of a noisy curve; a run that was cut off taken for one that got there; gains
-over nothing; any run taken for ours.
+Planted bugs that turned this file red: a schedule's setting left out; time before a resume left out; a run that ends
+between evaluations; the first crossing of a noisy curve; a run that was cut off taken for one that got there; scores for
+gains; a target without a gain; any run taken for ours.
 """
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -62,11 +63,14 @@ def _changed(ours) -> dict:
 
 def test_the_time_is_over_after_an_evaluation_and_an_iteration_done_again_counts_once(tmp_path):
     made = plan(tmp_path)
-    watch = quality.Watch("a run", made.config(OURS, 1), made.metric, 5.0, {4: 4.0}, QUIET)  # evaluated every six
+    console = Console(file=io.StringIO())
+    watch = quality.Watch("a run", made.config(OURS, 1), made.metric, 5.0, {4: 4.0}, console)  # evaluated every six
     assert watch.on_iteration({"iteration": 3, "cpu_seconds": 2.0, "seconds": 9.0}, []) is None
     assert watch.on_iteration({"iteration": 4, "cpu_seconds": 3.5, "seconds": 9.0}, []) is None
     assert watch.spent == 5.5
-    assert watch.on_iteration({"iteration": 5, "cpu_seconds": 0.5, "seconds": 9.0}, []) == OVER
+    watch.on_evaluation("during", {"eval_retrieval": 0.25}, 6)
+    assert watch.on_iteration({"iteration": 5, "cpu_seconds": 0.5, "seconds": 9.0, "eval_retrieval": 0.25}, []) == OVER
+    assert console.file.getvalue() == "a run: 6/60, 6 s, retrieval 0.250\n"
 
 
 @pytest.mark.weekly
