@@ -1,8 +1,8 @@
 """`bench.quality`: what the released contender is, runs that end in time and go on, and when a level is reached.
 
 Planted bugs that turned this file red: a schedule's setting left out; time before a resume left out; a run that ends
-between evaluations; the first crossing of a noisy curve; a run that was cut off taken for one that got there; scores for
-gains; a target without a gain; any run taken for ours.
+between evaluations; the first crossing of a noisy curve; a run that was cut off taken for one that got there; scores
+for gains; a target without a gain; any run taken for ours.
 """
 
 import io

@@ -3,8 +3,8 @@
 Bugs planted in a copy, each seen red: channel sums, or square sums, without dtype=float32; variance of the channel
 means left out; sign of the shift; the shortcut's convolution skipped; post_quant_conv skipped, or its default False;
 images of a second micro-batch written over the first; shift_factor left out; the gate averaging over images instead
-of taking the worst; the gate passing NaN; bfloat16 weights left contiguous; a float32 decoder by our
-kernels.
+of taking the worst; the gate passing NaN; bfloat16 weights left contiguous; our kernels in the float32
+decoder.
 """
 
 import dataclasses
