@@ -1,4 +1,4 @@
-"""Workloads of the transformer layer ops. Baselines round and lay out as diffusers' SD3 transformer does, eager."""
+"""Workloads of the layer ops. Baselines round and lay out as diffusers' SD3 transformer and VAE do, eager."""
 
 from __future__ import annotations
 
@@ -125,6 +125,19 @@ def gelu(bench: Bench) -> Workload:
     """Bias and GELU between the two linears of a feed-forward layer."""
     x, bias = _tokens(bench, bench.sizes.mlp), bench.randn(bench.sizes.mlp, dtype=bench.dtype)
     return Workload(lambda: k.gelu(x, bias), lambda: F.gelu(x + bias, approximate="tanh"), 2 * nbytes(x))
+
+
+def group_norm(bench: Bench) -> Workload:
+    """A norm with SiLU of the VAE decoder's last block; x is larger than the L2, so its statistics are a read of their
+    own."""
+    images, channels, side = bench.sizes.decoded
+    x = bench.randn(images, channels, side, side, dtype=bench.dtype).to(memory_format=torch.channels_last)
+    weight, bias = (bench.randn(channels, dtype=bench.dtype) for _ in range(2))
+
+    def eager():
+        return F.silu(F.group_norm(x, 32, weight, bias, 1e-6))
+
+    return Workload(lambda: k.group_norm(x, 32, weight, bias, silu=True), eager, 3 * nbytes(x))
 
 
 def fp8_quantize(bench: Bench) -> Workload:

@@ -74,7 +74,9 @@ TRAINED = Work(78_373_116_100_608, OWN_ATTENTION, 96_094_823_816, 1500)  # forwa
 STOCK = Work(35_579_400_290_304, STOCK_ATTENTION, 139_382_903_680, 2348)
 STOCK_ADAPTED = Work(35_949_900_988_416, STOCK_ATTENTION, 168_328_270_720, 3112)
 STOCK_BACKWARD = Work(42_755_424_387_072, STOCK_ATTENTION, 277_352_212_230, 4090)
-DECODED, DECODED_BYTES = 2_514_971_787_264, 8_097_707_008  # of one image of 512 px, bytes in bf16
+DECODED = 2_514_971_787_264  # of one image of 512 px
+# Elementwise, GroupNorm's second read of its input among them: ours in bfloat16, diffusers' in float32.
+DECODED_BYTES, STOCK_DECODED_BYTES = 5_276_848_512, 12_029_292_800
 FEATURES = 303_147_436_032  # DINOv2 ViT-B/14 of one image of 518 px
 
 STEPS, IMAGES, MICRO = 10, 32, 8  # bench.step --size full: 2 prompts of 16, window {0, 1}
@@ -113,7 +115,8 @@ KERNELS = {
     "ada_layer_norm": Kernel(150_994_944, 0, 7, 503_840_768, 40.8),
     "ada_layer_norm_backward": Kernel(352_321_536, 0, 11, 1_007_386_624),
     "gated_residual": Kernel(201_326_592, 0, 6, 554_024_960, 45.6),
-    "gelu": Kernel(402_653_184, 0, 2, 805_318_656, 105.0),
+    "gelu": Kernel(402_653_184, 0, 2, 805_318_656, 67.7),
+    "group_norm": Kernel(1_610_612_736, 0, 3, 3_221_227_008),
     "fp8_quantize": Kernel(75_563_008, 0, 10, 982_122_496),
     "merge_lora": Kernel(1_877_606_400, 0, 573, 5_407_506_432, 900.0),
     "multi_tensor_adamw": Kernel(751_042_560, 0, 2310, 2_328_245_728),
@@ -190,9 +193,9 @@ class Model:
         """A step on one prompt's two guided rows, replayed: bound by its nodes."""
         return max(self.adapted * 2 / ROWS, ADAPTED.launches * NODE * 1e-6)
 
-    def decode(self, share: float, width: int) -> float:
-        """One image; `width` is 1 in bfloat16 and 2 in float32."""
-        return self.products(DECODED, share) + width * DECODED_BYTES / (STREAM * self.bytes)
+    def decode(self, share: float, moved: int) -> float:
+        """One image."""
+        return self.products(DECODED, share) + moved / (STREAM * self.bytes)
 
     def sampler(self, ode: float, *, shared: bool = False) -> float:
         """An iteration's images of ours: two window steps, the rest merged; and the decoder.
@@ -200,17 +203,17 @@ class Model:
         With shared noise the first of them is the branching step; before the window {0, 1} there is no prefix.
         """
         micro_batch = (self.branching if shared else self.adapted) + self.adapted + (STEPS - 2) * ode
-        return IMAGES / MICRO * micro_batch + IMAGES * self.decode(CONVOLUTION, 1)
+        return IMAGES / MICRO * micro_batch + IMAGES * self.decode(CONVOLUTION, DECODED_BYTES)
 
     @property
     def b1_sampler(self) -> float:
         """With either noise. B1 decodes as we do."""
         micro_batch = 2 * self.compiled_adapted + (STEPS - 2) * self.compiled_merged
-        return IMAGES / MICRO * micro_batch + IMAGES * self.decode(CONVOLUTION, 1)
+        return IMAGES / MICRO * micro_batch + IMAGES * self.decode(CONVOLUTION, DECODED_BYTES)
 
     @property
     def stock_sampler(self) -> float:
-        return IMAGES / MICRO * STEPS * self.stock_adapted + IMAGES * self.decode(CONVOLUTION_TF32, 2)
+        return IMAGES / MICRO * STEPS * self.stock_adapted + IMAGES * self.decode(CONVOLUTION_TF32, STOCK_DECODED_BYTES)
 
     def update(self, *, shared: bool = False) -> float:
         """Both of the window's steps; with shared noise the first on one prompt's rows, which the host is slower

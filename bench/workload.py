@@ -29,6 +29,7 @@ class Sizes:
     groups: int
     group_size: int
     adapters: int  # linears with LoRA, all [channels, channels]
+    decoded: tuple[int, int, int]  # images, channels and side in pixels of the VAE decoder's last blocks
 
     @property
     def channels(self) -> int:
@@ -54,6 +55,7 @@ SD35_MEDIUM_512 = Sizes(
     groups=48,
     group_size=16,
     adapters=191,
+    decoded=(8, 128, 512),
 )
 # The same cases in milliseconds on a CPU.
 TINY = Sizes(
@@ -74,6 +76,7 @@ TINY = Sizes(
     groups=4,
     group_size=4,
     adapters=3,
+    decoded=(2, 64, 12),
 )
 
 

@@ -14,6 +14,7 @@ from .ops.gaussian_log_prob import gaussian_log_prob, gaussian_log_prob_ref
 from .ops.gaussian_step import GaussianStep, gaussian_step, gaussian_step_ref
 from .ops.gelu import gelu, gelu_ref
 from .ops.group_advantages import Advantages, group_advantages, group_advantages_ref
+from .ops.group_norm import group_norm, group_norm_ref
 from .ops.hinge_head_loss import HingeHeadLoss, hinge_head_loss
 from .ops.merge_lora import merge_lora, merge_lora_ref
 from .ops.multi_tensor_adamw import multi_tensor_adamw, multi_tensor_adamw_ref
@@ -51,6 +52,8 @@ __all__ = [
     "gelu_ref",
     "group_advantages",
     "group_advantages_ref",
+    "group_norm",
+    "group_norm_ref",
     "hinge_head_loss",
     "layers",
     "merge_lora",

@@ -20,6 +20,7 @@ from advgrpo_kernels import (
     gaussian_step,
     gelu,
     group_advantages,
+    group_norm,
     hinge_head_loss,
     merge_lora,
     multi_tensor_adamw,
@@ -92,6 +93,7 @@ def kernel_calls():
     head = {n: meta(*s) for n, s in {"w1": (8, 6), "b1": (8,), "w2": (1, 8), "b2": (1,)}.items()}
     qkv, weights, table = meta(2, 5, 3, 2, 16), [meta(16), meta(16)], meta(3)
     norm, residual, gelus = "_residual_norm_fwd_kernel", "_residual_norm_fwd_kernel", "_gelu_fwd_kernel"
+    group_norms = ["_group_norm_sums_kernel", "_group_norm_scales_kernel", "_group_norm_fwd_kernel"]
     seed, step = meta(dtype=torch.int64), meta(dtype=torch.int64)
     draw = {"seed": seed, "sample_ids": ids[:2], "step": step}
     chosen = meta(2, 4, dtype=torch.int64)
@@ -103,6 +105,7 @@ def kernel_calls():
         "ada_layer_norm fp8": (lambda: ada_layer_norm(x, vector, vector, quantize=True), [norm]),
         "gated_residual": (lambda: gated_residual(x, x, vector), [residual]),
         "gelu": (lambda: gelu(x), [gelus]),
+        "group_norm": (lambda: group_norm(meta(2, 8, 3, 4), 2, meta(8), meta(8), silu=True), group_norms),
         "fp8 by row": (lambda: fp8_quantize(x), ["_fp8_rows_kernel"]),
         "fp8 by tensor": (lambda: fp8_quantize(x, granularity="tensor"), ["_fp8_amax_kernel", "_fp8_tensor_kernel"]),
         "gaussian_step": (lambda: gaussian_step(grid, grid, table, **draw), ["_gaussian_step_kernel"]),

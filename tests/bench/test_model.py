@@ -40,6 +40,11 @@ def test_our_work_is_what_the_structure_tests_count(name, work):
     )
 
 
+def test_our_decoders_bytes_are_what_the_structure_test_counts():
+    golden = GOLDEN["decode"]
+    assert golden["elementwise_bytes"] + golden["norm_inputs_bytes"] == 8 * model.DECODED_BYTES
+
+
 @pytest.mark.parametrize("name", sorted(model.KERNELS.keys() - UNCOUNTED))
 def test_the_work_of_a_kernel_and_of_its_baseline_is_counted(name, monkeypatch):
     kernel, build = model.KERNELS[name], next(op.cases[name] for op in REGISTRY.values() if name in op.cases)

@@ -13,6 +13,7 @@ epilogue, a read on the host, q and k kept for the backward, a step number that 
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ import torch.utils._device
 
 from advgrpo.plan.activations import AliveBytes
 from advgrpo.policy.fused import linear, transformer
+from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, _Norm
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig
+from advgrpo_kernels._runtime import reference_only
 from bench.counters import ElementwiseBytes, HostSyncError, HostSyncs, Launches, Trace, flops, on_gpu
 from bench.stock_model import LORA_TARGETS, SD35_MEDIUM, StockTransformer
 
@@ -89,6 +92,14 @@ def medium():
         yield Medium()
 
 
+@pytest.fixture(scope="module")
+def decoder():
+    """SD3.5's in bfloat16, on latents of eight images of 512 px."""
+    with on_gpu():
+        made = Decoder(SD3_DECODER, dtype=torch.bfloat16, device="meta")
+        yield partial(made, torch.empty(8, 16, 64, 64, device="meta"))
+
+
 def launches(run) -> int:
     with Launches() as counted:
         run()
@@ -137,6 +148,27 @@ def test_elementwise_bytes(name, medium):
 
 def test_saved_bytes(medium):
     assert medium.saved_bytes() <= GOLDEN["train"]["saved_bytes"]
+
+
+def test_decoding_eight_images(decoder):
+    """GroupNorm and SiLU are three launches of ours instead of some seventeen."""
+    golden = GOLDEN["decode"]
+    assert launches(decoder) == golden["launches"]
+    assert elementwise_bytes(decoder) == golden["elementwise_bytes"]
+    read: list[int] = []
+    inputs = [m.register_forward_pre_hook(lambda _m, given: read.append(given[0].nbytes)) for m in norms(decoder)]
+    with HostSyncs():
+        decoder()
+    for hook in inputs:
+        hook.remove()
+    assert sum(read) == golden["norm_inputs_bytes"]  # read twice, the second time inside the op, which no counter sees
+    with reference_only():
+        assert launches(decoder) == golden["launches_without_kernels"]
+        assert elementwise_bytes(decoder) > 1.8 * golden["elementwise_bytes"]
+
+
+def norms(decoder):
+    return [module for module in decoder.func.modules() if isinstance(module, _Norm)]
 
 
 def test_no_step_waits_for_the_device(medium):

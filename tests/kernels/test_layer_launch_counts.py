@@ -7,7 +7,7 @@ unused results; maxima taken though the scale is given.
 import pytest
 import torch
 
-from advgrpo_kernels import ada_layer_norm, fp8_quantize, gated_residual, gelu, qk_rms_norm
+from advgrpo_kernels import ada_layer_norm, fp8_quantize, gated_residual, gelu, group_norm, qk_rms_norm
 from tests.kernels import test_launch_counts as counting
 
 
@@ -64,6 +64,15 @@ def test_plain_residual_passes_its_gradient_on(launches):
     with launches:
         torch.autograd.grad(gated_residual(x, out, gate, backend="triton"), (x, out), upstream)
     assert launches.names == ["_residual_norm_fwd_kernel", "_residual_norm_bwd_kernel"]
+
+
+def test_group_norm_with_silu_is_three_launches_in_either_layout(launches):
+    x, weight, bias = torch.zeros(2, 8, 4, 3), torch.zeros(8), torch.zeros(8)
+    with launches:
+        group_norm(x, 2, weight, bias, silu=True, backend="triton")
+        group_norm(x.to(memory_format=torch.channels_last), 2, weight, bias, silu=True, backend="triton")
+    once = ["_group_norm_sums_kernel", "_group_norm_scales_kernel", "_group_norm_fwd_kernel"]
+    assert [name for name in launches.names if name != "_to_copy"] == 2 * once
 
 
 def test_gelu_is_one_launch_each_way(launches):

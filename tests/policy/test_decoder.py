@@ -3,7 +3,8 @@
 Bugs planted in a copy, each seen red: channel sums, or square sums, without dtype=float32; variance of the channel
 means left out; sign of the shift; the shortcut's convolution skipped; post_quant_conv skipped, or its default False;
 images of a second micro-batch written over the first; shift_factor left out; the gate averaging over images instead
-of taking the worst; the gate passing NaN; bfloat16 weights left contiguous.
+of taking the worst; the gate passing NaN; bfloat16 weights left contiguous; our kernels in the float32
+decoder.
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ from diffusers import AutoencoderKL
 from advgrpo import tiny
 from advgrpo.errors import UserError
 from advgrpo.policy.fused import decoder as decoder_module
-from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig, ImageQualityError, group_norm, psnr_gate
+from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig, ImageQualityError, psnr_gate
+from advgrpo_kernels import group_norm
+from advgrpo_kernels.ops import group_norm as group_norm_op
 
 NARROW_SD3 = dataclasses.replace(SD3_DECODER, block_out_channels=(32, 64, 96, 96))
 
@@ -59,6 +62,49 @@ def test_float32_equals_diffusers(vae):
     assert (decoder.images(latents) - (images / 2 + 0.5).clamp(0, 1)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("channels_last", [True, pytest.param(False, marks=pytest.mark.weekly)])
+def test_every_stage_by_our_kernels_equals_diffusers(channels_last, monkeypatch):
+    """In float32, where PyTorch would compute it otherwise: in the interpreter without a GPU."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks).eval()
+    for name, parameter in vae.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 0.5, 0.5)
+    config = DecoderConfig.from_mapping(vae.config)
+    ours = Decoder.from_state_dict(config, vae.state_dict(), channels_last=channels_last)
+    norms = [module for module in ours.modules() if isinstance(module, decoder_module._Norm)]
+    assert {norm.backend for norm in norms} == {"torch"}
+    for norm in norms:
+        norm.backend = "triton"
+    launched, launch = [], group_norm_op._launch
+    monkeypatch.setattr(group_norm_op, "_launch", lambda *args: launched.append(args[-2:]) or launch(*args))
+    latents = torch.randn(1, 4, 4, 3, generator=torch.Generator().manual_seed(1))
+    found = {
+        name: stages(root.decoder, act)
+        for name, root, act in (("ours", ours, "conv_norm_out"), ("theirs", vae, "conv_act"))
+    }
+    with torch.no_grad():
+        images = vae.decode(latents, return_dict=False)[0]
+    assert (ours(latents) - images).abs().max() <= 1e-5 * images.abs().max()
+    assert found["ours"].keys() == found["theirs"].keys()
+    for name, expected in found["theirs"].items():
+        assert (found["ours"][name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+    assert len(launched) == len(norms) == 14
+    assert sum(silu for silu, _ in launched) == 13  # all but the attention's
+    assert {layout for _, layout in launched} == {channels_last}
+
+
+def stages(decoder, act: str) -> dict[str, torch.Tensor]:
+    """Filled with the output of every stage of a decoder when it runs; `act` is the module behind its last norm."""
+    found, modules = {}, dict(decoder.named_modules())
+    names = {"conv_in": "conv_in", "mid_block": "mid_block", act: "norm_out", "conv_out": "conv_out"}
+    names |= {name: name for name in modules if name.startswith("up_blocks.") and name.count(".") == 1}
+    for module, name in names.items():
+        modules[module].register_forward_hook(lambda _m, _i, out, name=name: found.__setitem__(name, out))
+    return found
+
+
 def test_config_is_read_as_diffusers_reads_it():
     config = DecoderConfig.from_mapping(narrow_sd3_vae(True).config)
     assert config == dataclasses.replace(NARROW_SD3, use_post_quant_conv=True)
@@ -85,12 +131,12 @@ def test_bfloat16_group_norm_has_float32_statistics(offset):
     x = x.to(memory_format=torch.channels_last)
     weight, bias = torch.randn((2, 32), generator=generator).bfloat16()
     expected = F.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-6)
-    result = group_norm(x, 8, weight, bias, 1e-6)
+    result = group_norm(x, 8, weight, bias, eps=1e-6)
     assert result.dtype == torch.bfloat16
     assert result.is_contiguous(memory_format=torch.channels_last)
     # Half an ulp of the one rounding, and float32 sums of squares of values 10 standard deviations from zero.
     assert ((result.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-3).all()
-    assert (group_norm(x.float().contiguous(), 8, weight, bias, 1e-6).double() - expected).abs().max() <= 1e-4
+    assert (group_norm(x.float().contiguous(), 8, weight, bias, eps=1e-6).double() - expected).abs().max() <= 1e-4
 
 
 def test_bfloat16_is_channels_last_throughout():
@@ -138,14 +184,15 @@ def test_gate_passes_bfloat16(pair):
 
 
 def test_gate_refuses_bfloat16_statistics(pair, monkeypatch):
-    def bfloat16_statistics(x, groups, weight, bias, eps):
+    def bfloat16_statistics(x, groups, weight, bias, *, eps, silu, backend):
         if x.dtype == torch.float32:
-            return group_norm(x, groups, weight, bias, eps)
+            return group_norm(x, groups, weight, bias, eps=eps, silu=silu, backend=backend)
         values = x.reshape(len(x), groups, -1)
         mean, square = (sum_in_bfloat16(v) / values.shape[2] for v in (values, values * values))
         normed = (values - mean) * ((square - mean * mean).clamp_min(0) + eps).rsqrt()
         weight, bias = (t.to(x.dtype).view(1, -1, 1, 1) for t in (weight, bias))
-        return torch.addcmul(bias, normed.reshape(x.shape), weight)
+        y = torch.addcmul(bias, normed.reshape(x.shape), weight)
+        return F.silu(y) if silu else y
 
     def sum_in_bfloat16(values):
         total = torch.zeros_like(values[..., :1])

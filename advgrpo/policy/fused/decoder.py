@@ -1,8 +1,9 @@
 """The image decoder of the SD3 family: our own forward over the stock weights of diffusers' AutoencoderKL.
 
 Two precisions. float32 is the reference: the same operations as diffusers' `AutoencoderKL.decode`. bfloat16 runs
-channels_last, the layout in which tensor-core convolutions need no transposes, with GroupNorm's statistics in float32:
-sums over 2 million elements per group lose the image in bfloat16. `psnr_gate` compares the two.
+channels_last, the layout in which tensor-core convolutions need no transposes, with our kernels for GroupNorm and SiLU
+on a GPU, whose statistics are in float32: sums over 2 million elements per group lose the image in bfloat16.
+`psnr_gate` compares the two.
 
 The module needs no diffusers. Parameter names are those of an AutoencoderKL's state dict (`decoder.*`,
 `post_quant_conv.*`), architecture after "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.runtime import rng
+from advgrpo_kernels import group_norm
 
 MIN_PSNR_DB = 40.0
 GATED_IMAGES = 2  # of a run's first micro-batch
@@ -74,43 +76,16 @@ class DecoderConfig:
 SD3_DECODER = DecoderConfig()
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GroupNorm with float32 statistics and affine map whatever x's dtype; the result keeps x's dtype and layout.
-
-    bfloat16: mean and mean square of every channel are accumulated in float32 straight from the bfloat16 values, no
-    float32 copy of x is made, and channels are combined as group variance = mean of variances + variance of means,
-    which cancels less than E[x²] - E[x]² of the whole group. The variance's relative error is float32's rounding times
-    mean² / variance of a channel, which is small in a VAE. The result is rounded once.
-
-    Args:
-        x: [B, C, H, W] float32 or bfloat16.
-        groups: divides C.
-        weight, bias: [C].
-    """
-    if x.dtype == torch.float32:
-        return F.group_norm(x, groups, weight.float(), bias.float(), eps)
-    batch, channels, height, width = x.shape
-    # Rows first, then over them: one float32 chain over all pixels loses three digits.
-    mean = x.mean(3, dtype=torch.float32).mean(2)  # [B, C]
-    square = torch.linalg.vector_norm(x, dim=3, dtype=torch.float32).square_().sum(2).div_(height * width)
-    variance = square.addcmul_(mean, mean, value=-1).clamp_min_(0)
-    of_means, group_mean = torch.var_mean(mean.view(batch, groups, -1), dim=2, correction=0, keepdim=True)
-    inverse = of_means.add_(variance.view(batch, groups, -1).mean(2, keepdim=True)).add_(eps).rsqrt_()
-    scale = inverse * weight.float().view(1, groups, -1)  # [B, G, C / G]
-    shift = torch.addcmul(bias.float().view(1, groups, -1), group_mean, scale, value=-1)
-    shift, scale = (t.view(batch, channels, 1, 1) for t in (shift, scale))
-    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
-
-
 class _Norm(nn.Module):
     def __init__(self, groups: int, channels: int):
         super().__init__()
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
+        self.backend = "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.groups, self.weight, self.bias, _EPS)
+    def forward(self, x: Tensor, *, silu: bool = False) -> Tensor:
+        return group_norm(x, self.groups, self.weight, self.bias, eps=_EPS, silu=silu, backend=self.backend)
 
 
 class _ResNet(nn.Module):
@@ -121,8 +96,8 @@ class _ResNet(nn.Module):
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x), inplace=True))
-        hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True))
+        hidden = self.conv1(self.norm1(x, silu=True))
+        hidden = self.conv2(self.norm2(hidden, silu=True))
         return hidden.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -195,7 +170,7 @@ class _Stack(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class Decoder(nn.Module):
@@ -234,6 +209,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, _Norm):
                 module.float()
+                module.backend = "torch" if dtype == torch.float32 else "auto"
         self.to_empty(device=device)
         self.to(memory_format=self.layout)
         self.requires_grad_(False).eval()

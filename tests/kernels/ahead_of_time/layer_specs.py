@@ -1,11 +1,11 @@
-"""The transformer layer ops at SD3.5-medium's shapes: C = 1536, 24 heads of 64, feed-forward width 6144, bf16.
+"""The layer ops at SD3.5-medium's shapes: C = 1536, 24 heads of 64, feed-forward width 6144, bf16; 512 px in its VAE.
 
 Block sizes are the launchers' own, imported, so that a change there is compiled here.
 """
 
 from spec import Spec
 
-from advgrpo_kernels.ops import _residual_norm, fp8, gelu, qk_rms_norm
+from advgrpo_kernels.ops import _residual_norm, fp8, gelu, group_norm, qk_rms_norm
 
 OPS = "advgrpo_kernels.ops."
 MODULATED = {"ROWS": _residual_norm.ROWS, "BLOCK_C": 2048}
@@ -78,6 +78,36 @@ def qk(name: str, given: dict[str, str], loads: int, stores: int = 3, *, backwar
 GELU_SCALARS = {"M": "i32:16", "F": "i32:16"}
 FP8_TENSOR = {"data_ptr": FP8, "scale_ptr": "*fp32", "x_ptr": "*bf16", "N": "i32:16"}
 
+GROUP_NORM_SCALARS = {"C": "i32:16", "N": "i32:16"}
+
+
+def group_norm_sums(name: str, channels_last: bool) -> Spec:
+    pixels, channels = group_norm.TILES[channels_last]
+    tile = {"CHANNELS_LAST": channels_last, "PIXELS": pixels, "CHANNELS": channels}
+    return Spec(
+        name=name,
+        kernel=OPS + "group_norm:_group_norm_sums_kernel",
+        types=pointers("x") | pointers("sums", "*fp32") | GROUP_NORM_SCALARS | {"stretches": "i32"},
+        constants=tile | {"TILES": group_norm.TILES_PER_STRETCH},
+        warps=group_norm.WARPS,
+        vector_loads=1,
+    )
+
+
+def group_norm_forward(name: str, channels_last: bool, kind: str = "*bf16") -> Spec:
+    pixels, channels = group_norm.TILES[channels_last]
+    return Spec(
+        name=name,
+        kernel=OPS + "group_norm:_group_norm_fwd_kernel",
+        types=pointers("x y", kind) | pointers("scales", "*fp32") | GROUP_NORM_SCALARS,
+        constants={"SILU": True, "CHANNELS_LAST": channels_last, "PIXELS": pixels, "CHANNELS": channels},
+        warps=group_norm.WARPS,
+        vector_loads=3 if channels_last else 1,  # scale and shift side by side as well
+        vector_stores=1,
+        elements=pixels * channels // (32 * group_norm.WARPS),
+    )
+
+
 SPECS = [
     norm("ada_layer_norm/one", pointers("x shift scale y"), 3, 1),
     norm("ada_layer_norm/two", pointers("x shift scale shift2 scale2 y y2"), 5, 2),
@@ -112,6 +142,7 @@ SPECS = [
         constants={"fp8_scale_ptr": None, "ROWS": gelu.ROWS, "BLOCK_F": gelu.BLOCK_F},
         vector_loads=2,
         vector_stores=1,
+        elements=gelu.ROWS * gelu.BLOCK_F // (32 * gelu.WARPS),
     ),
     Spec(
         name="gelu/fp8",
@@ -129,6 +160,7 @@ SPECS = [
         constants={"ROWS": gelu.ROWS, "BLOCK_F": gelu.BLOCK_F},
         vector_loads=3,
         vector_stores=1,
+        elements=gelu.ROWS * gelu.BLOCK_F // (32 * gelu.WARPS),
     ),
     Spec(
         name="fp8_quantize/rows",
@@ -164,4 +196,19 @@ SPECS = [
         vector_loads=1,
         vector_stores=1,
     ),
+    group_norm_sums("group_norm/sums", True),
+    group_norm_sums("group_norm/sums_contiguous", False),
+    Spec(
+        name="group_norm/scales",
+        kernel=OPS + "group_norm:_group_norm_scales_kernel",
+        types=pointers("x")
+        | pointers("sums weight bias scales", "*fp32")
+        | GROUP_NORM_SCALARS
+        | {"stretches": "i32"}
+        | {"eps": "fp32"},
+        constants={"CHANNELS_LAST": True, "WIDTH": 4, "CHANNELS": 4, "STRETCHES": group_norm.STRETCHES, "STEPS": 2},
+    ),
+    group_norm_forward("group_norm/forward", True),
+    group_norm_forward("group_norm/forward_fp32", True, "*fp32"),
+    group_norm_forward("group_norm/forward_contiguous", False),
 ]
