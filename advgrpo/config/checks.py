@@ -344,8 +344,8 @@ def not_sharded(config: Config) -> str:
             return f"{name} = {shown(value)} {why}, but {asked}; set {name} = {shown(plain)}, {without}"
     if config.model.in_parts and config.update.optimizer not in ("auto", "torch"):
         return (
-            f"update.optimizer = {config.update.optimizer!r} clips by the norm of whole gradients, but model.train = "
-            f"full with {asked} has parts of them; set update.optimizer = torch, {without}"
+            f"update.optimizer = {config.update.optimizer!r} clips by the norm of whole gradients, which model.train = "
+            f"full has in parts, but {asked}; set update.optimizer = torch, {without}"
         )
     rollout = config.rollout
     for name in ("tail_steps", "scout_tail_steps"):

@@ -290,7 +290,8 @@ class _Estimate:
         else:
             yield Component("frozen base beside the trained weights", 4 * trained, "model.train = full")
         moving = ("sample", "decode", "score", "update")
-        yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, "model.lora", moving)
+        decides = "model.lora" if self.lora else "model.train = full"
+        yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, decides, moving)
         old = self.config.objective.old_policy  # training/nft.py
         if old:  # while it draws, the trained weights are set aside
             yield Component("old policy, and the weights that it stands in for", 2 * 4 * trained, "model.lora", moving)

@@ -1,7 +1,7 @@
 """Every weight trained, in parts on several processes: the bits of the whole network, its runs, and going on with them.
 
-Bugs planted in a copy, each seen red: a mean of the gradients instead of their sum, a norm of this process's rows, the
-base's weights not given back before the backward, an export of one process's rows.
+Bugs planted in a copy, each seen red: a mean of the gradients instead of their sum, a norm of this process's rows,
+weights that stay where the base's should be, an export of one process's rows.
 """
 
 import json
