@@ -1,12 +1,15 @@
-"""A process of the jobs that tests/training/test_sharding.py starts in forks (zygote.py).
+"""A process of the jobs that tests/training/test_sharding.py and test_full_in_parts.py start in forks (zygote.py).
 
 FOLDER/job.json names networks, of each of which every process leaves FOLDER/NAME.RANK.safetensors (`seen`), and runs,
-each with the checkpoint that it goes on from or null, which leave FOLDER/NAME. Settings are in FOLDER/NAME.yaml.
+each with the checkpoint that it goes on from or null, which leave FOLDER/NAME. Settings are in FOLDER/NAME.yaml. The
+last process asks those that it calls "stopped" to stop, in their first iteration.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,19 +22,36 @@ from advgrpo.config import Config
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.loading import load_policy
 from advgrpo.policy.sharding import BlockSharding
+from advgrpo.runtime.checkpoint_parts import Cut
 from advgrpo.runtime.distributed import Distributed
+from advgrpo.training.objective import Iteration
 from advgrpo.training.resuming import Resume
 from advgrpo.training.run import Run
+from advgrpo.training.trainer import Trainer
 from tests.families import PROMPTS
 from tests.parts import train_adapters
 
 
 def loaded(settings: Config, sharding: BlockSharding | None = None) -> DiffusersPolicy:
-    """By diffusers' forward, with adapters that say something."""
+    """By diffusers' forward, with adapters that say something, or other weights than the base's."""
     place, cache = torch.device("cpu"), Path(settings.data.cache_dir)
     policy = load_policy(settings.model, device=place, cache_dir=cache, seed=0, sharding=sharding)
-    train_adapters(policy)
+    if policy.parts is None:
+        train_adapters(policy)
+    else:
+        train_parts(policy)
     return policy
+
+
+def train_parts(policy: DiffusersPolicy) -> None:
+    """This process's rows of what `train_adapters` does."""
+    generator, job = torch.Generator().manual_seed(5), policy.parts.distributed
+    cut = Cut(job.rank, job.world_size, lambda name: True)
+    with torch.no_grad():
+        for name, parameter in policy.trainable_parameters():
+            shape = policy.parts.shapes[name]
+            own = cut.of(shape[0])
+            parameter.add_(0.1 * torch.randn(shape, generator=generator)[own.start : own.stop])
 
 
 def seen(policy: DiffusersPolicy) -> dict[str, torch.Tensor]:
@@ -46,17 +66,26 @@ def seen(policy: DiffusersPolicy) -> dict[str, torch.Tensor]:
             found["base"] = policy.predict(latents, step, prepared)[0]
     found["held"] = torch.tensor(frozen_bytes(policy))
     velocity, unconditional = policy.predict(latents, step, prepared)
+    with torch.no_grad(), policy.disable_adapter():  # as the KL of the update does it
+        found["base, before the backward"] = policy.predict(latents, step, prepared)[0]
     found["trained"] = velocity.detach()
     outputs = [each for each in (velocity, unconditional) if each is not None]
     gradients = [torch.randn(each.shape, generator=generator).to(each.dtype) for each in outputs]
     torch.autograd.backward(outputs, gradients)
     found["held after the backward"] = torch.tensor(frozen_bytes(policy))
-    named = policy.trainable_parameters()  # the last block's text, which nothing reads, has no gradient
-    return found | {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+    named = policy.trainable_parameters()
+    gradients = {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+    if policy.parts is not None:  # each process has computed it
+        job = policy.parts.distributed
+        gradients = {name: policy.parts.gathered(name, g) / job.world_size for name, g in gradients.items()}
+    gradients = {name: g for name, g in gradients.items() if bool(g.any())}  # nothing reads the last block's text
+    return found | gradients
 
 
 def frozen_bytes(policy: DiffusersPolicy) -> int:
-    frozen = [parameter for parameter in policy.transformer.parameters() if not parameter.requires_grad]
+    """Held by this process of the frozen weights; of all, where all are trained."""
+    held = list(policy.transformer.parameters())
+    frozen = [parameter for parameter in held if not parameter.requires_grad] or held
     return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
 
 
@@ -66,6 +95,19 @@ def train(settings: Config, job: Distributed, checkpoint: str | None = None) -> 
     made = Run(settings, job, resume=resume, console=Console(quiet=True))
     made.train()
     return made
+
+
+@contextmanager
+def stopping(job: Distributed) -> Iterator[None]:
+    """Inside, this process asks for the end when an iteration begins."""
+    begin = Trainer.begin
+
+    def ask(trainer: Trainer, number: int) -> Iteration:
+        job.ask_to_stop("SIGTERM")
+        return begin(trainer, number)
+
+    with mock.patch.object(Trainer, "begin", ask):
+        yield
 
 
 def main(arguments: list[str]) -> int:
@@ -78,6 +120,8 @@ def main(arguments: list[str]) -> int:
             policy = loaded(configuration.load(file=folder / f"{name}.yaml"), sharding)
             save_file(seen(policy), folder / f"{name}.{job.rank}.safetensors")
         for name, checkpoint in asked["runs"].items():
-            train(configuration.load(file=folder / f"{name}.yaml"), job, checkpoint)
+            asks = name.endswith("-stopped") and checkpoint is None and job.rank == job.world_size - 1
+            with stopping(job) if asks else nullcontext():
+                train(configuration.load(file=folder / f"{name}.yaml"), job, checkpoint)
     job.close()
     return 0

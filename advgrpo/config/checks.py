@@ -325,7 +325,6 @@ def _check_precision(config: Config) -> None:
 _FUSED = "is the fused transformer's, which wants whole weights"
 # Settings that a base in parts has not, with what they are where nothing is asked, and why.
 _NOT_SHARDED = (
-    ("model.train", "lora", "trains the weights that would be shared out frozen"),
     ("model.attention", "auto", _FUSED),
     ("model.base_precision", "model", _FUSED),
     ("rollout.precision", "model", _FUSED),
@@ -345,6 +344,11 @@ def not_sharded(config: Config) -> str:
         value = getattr(getattr(config, section), field)
         if value != plain:
             return f"{name} = {shown(value)} {why}, but {asked}; set {name} = {shown(plain)}, {without}"
+    if config.model.in_parts and config.update.optimizer not in ("auto", "torch"):
+        return (
+            f"update.optimizer = {config.update.optimizer!r} clips by the norm of whole gradients, which model.train = "
+            f"full has in parts, but {asked}; set update.optimizer = torch, {without}"
+        )
     rollout = config.rollout
     for name in ("tail_steps", "scout_tail_steps"):
         if getattr(rollout, name) and rollout.window.branching:

@@ -105,11 +105,17 @@ class ModelSection(Section):
     base_precision: Literal["model", "fp8"] = "model"
     """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast."""
     shard_base: Literal["none", "blocks"] = "none"
-    """"blocks": each process holds its share of the transformer's frozen weights and gathers a block when it runs, by
-    diffusers' forward (docs/families.md, "Models larger than a GPU"); "none": each holds them all."""
+    """"blocks": each process holds its share of the transformer's frozen weights, or with train = full of the trained
+    ones and of all that the optimizer keeps, and gathers a block when it runs, by diffusers' forward (docs/families.md,
+    "Models larger than a GPU"); "none": each holds them all."""
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether what is trained lies in parts on several processes."""
+        return self.train == "full" and self.shard_base == "blocks"
 
     def is_sharded(self, processes: int) -> bool:
-        """Whether so many processes hold the base in parts, and so run every forward together; one holds all of it."""
+        """Whether so many processes hold the network in parts, and so run every forward together; one holds all."""
         return self.shard_base == "blocks" and processes > 1
 
 

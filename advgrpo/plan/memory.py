@@ -282,7 +282,7 @@ class _Estimate:
             yield Component("merged weights", self._merged_bytes(), f"rollout.precision = {config.rollout.precision}")
             if config.model.base_precision == "fp8":  # the weight and its transpose, beside the pristine one
                 yield Component("FP8 base weights", 2 * weights.inner, "model.base_precision = fp8")
-        trained = weights.lora if self.lora else weights.total
+        trained = weights.lora if self.lora else self._held()
         if self.lora:
             yield Component("LoRA, float32", 4 * trained, "model.lora")
             if config.update.kl_to == "teacher":
@@ -290,7 +290,8 @@ class _Estimate:
         else:
             yield Component("frozen base beside the trained weights", 4 * trained, "model.train = full")
         moving = ("sample", "decode", "score", "update")
-        yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, "model.lora", moving)
+        decides = "model.lora" if self.lora else "model.train = full"
+        yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, decides, moving)
         old = self.config.objective.old_policy  # training/nft.py
         if old:  # while it draws, the trained weights are set aside
             yield Component("old policy, and the weights that it stands in for", 2 * 4 * trained, "model.lora", moving)
@@ -302,13 +303,23 @@ class _Estimate:
         yield Component("image decoder", self._decoder_bytes(), "model.path, fast")
         yield Component("stock VAE, float32", 4 * self._vae_parameters(), "model.path, fast")
 
+    def _held(self) -> int:
+        """Elements of the transformer that a process has at rest."""
+        if not self.sharded:
+            return self.weights.total
+        return known_models.count_share(self.pipeline.transformer, self.processes).held
+
     def _share(self, dtype: str) -> Iterator[Component]:
         """A process's part of the transformer, and what it gathers: what is outside of blocks, the block that runs and
-        the next one, these in what the gather gives and in the parameters that it is copied into."""
+        the next one, these in what the gather gives and in the parameters that it is copied into. Where they are
+        trained, also their gradients until they are summed: of a block, and of two in what the sum reads."""
         share = known_models.count_share(self.pipeline.transformer, self.processes)
         yield Component("share of the transformer", share.held * self.element, f"{dtype}, processes")
         gathered = (share.outside + 2 * 2 * share.block) * self.element
         yield Component("gathered blocks", gathered, "model.shard_base = blocks", ("sample", "update"))
+        if not self.lora:
+            unsummed = (share.outside + 3 * share.block) * self.element
+            yield Component("gradients of gathered blocks", unsummed, "model.shard_base = blocks", ("update",))
 
     def _merged_bytes(self) -> int:
         weights = self.weights

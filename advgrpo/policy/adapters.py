@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -224,9 +225,13 @@ class FullWeights:
             "LoRA. Watch the held-out metrics, or set update.kl_weight."
         )
         self.network = network.requires_grad_(True)
-        self._base = copy.deepcopy(network).requires_grad_(False)
+
+    @functools.cached_property
+    def _base(self) -> ModelMixin:
+        return copy.deepcopy(self.network).requires_grad_(False)
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        _ = self._base  # before anybody can train them
         return ((n, p) for n, p in self.network.named_parameters() if p.requires_grad)
 
     @contextlib.contextmanager
@@ -243,7 +248,12 @@ class FullWeights:
 
     def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
         """A folder for `from_pretrained` of the network's class; UserError where it cannot be written."""
-        try:
-            write_folder_atomically(folder, self.network.save_pretrained)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder} cannot be written ({error}); free space or choose another folder") from error
+        save_network(self.network, folder)
+
+
+def save_network(network: ModelMixin, folder: Path) -> None:
+    """A folder for `from_pretrained` of the network's class; UserError where it cannot be written."""
+    try:
+        write_folder_atomically(folder, network.save_pretrained)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written ({error}); free space or choose another folder") from error

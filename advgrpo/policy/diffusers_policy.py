@@ -21,6 +21,7 @@ from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import GATED_IMAGES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
 from advgrpo.policy.guidance import GuidedPolicy
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
+from advgrpo.policy.parts import Parts
 from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_folder
 from advgrpo.policy.sharding import BlockSharding
 from advgrpo.policy.text_cache import TextCache
@@ -194,6 +195,11 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.network.parameters()
 
+    @property
+    def parts(self) -> Parts | None:
+        """How the trainable parameters lie on the processes; None where each has all of them."""
+        return self.network.parts
+
     def parameters_of_lora(self, folder: Path, field: str) -> dict[str, torch.Tensor]:
         """See `LoraReader`: loaded in the parameters' place, which then get their own values back, to the bit."""
         own = {name: parameter.detach().clone() for name, parameter in self.trainable_parameters()}
@@ -217,7 +223,7 @@ class TransformerPolicy(DiffusersPolicy):
     Args:
         fused: run our forward (fused/transformer.py) instead of diffusers'.
         precision: of the merged weights, "model" or "fp8"; fused only.
-        sharding: shares the frozen weights out over processes; not fused. None: they are whole on each.
+        sharding: shares the weights out over processes; not fused. None: they are whole on each.
 
     Raises:
         UserError: as `check_parts`.
@@ -247,7 +253,7 @@ class TransformerPolicy(DiffusersPolicy):
         else:
             network = self._stock_network(seed)
             if sharding is not None:
-                sharding.shard(self.transformer)
+                network.share_out(sharding)
             self._train(network)
 
     @abstractmethod

@@ -20,6 +20,9 @@ from diffusers import ModelMixin
 from advgrpo.config import ModelSection
 from advgrpo.policy.adapters import START, FullWeights, LoraAdapters, export_lora, start_state, target_modules
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig, Weights
+from advgrpo.policy.parts import Parts
+from advgrpo.policy.sharding import BlockSharding
+from advgrpo.policy.weights_in_parts import WeightsInParts
 
 
 @dataclass
@@ -58,6 +61,7 @@ class StockNetwork:
         seed: int,
         pooled_arguments: Callable[[torch.Tensor], dict[str, Any]] = lambda pooled: {},
     ):
+        self.adapters: LoraAdapters | FullWeights | WeightsInParts
         if model.train == "lora":
             self.adapters = LoraAdapters(network, model.lora, seed)
         else:
@@ -66,6 +70,13 @@ class StockNetwork:
             network.enable_gradient_checkpointing()
             network.train()  # diffusers checkpoints in train mode only; there is no dropout, so nothing else changes
         self.network, self.pooled_arguments = network, pooled_arguments
+
+    def share_out(self, sharding: BlockSharding) -> None:
+        """Leave this process its part of the network, on the device; made by all processes at the same place."""
+        if isinstance(self.adapters, FullWeights):
+            self.adapters = WeightsInParts(self.network, sharding)
+        else:
+            sharding.shard(self.network)
 
     def prepare(
         self,
@@ -98,6 +109,11 @@ class StockNetwork:
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.adapters.parameters()
 
+    @property
+    def parts(self) -> Parts | None:
+        """How what is trained lies on the processes; None where each has all of it."""
+        return self.adapters.parts if isinstance(self.adapters, WeightsInParts) else None
+
     def element_name(self, parameter: str, index: int) -> str:
         return parameter
 
@@ -118,6 +134,7 @@ class FusedNetwork:
     """`FusedTransformer` over the weights of a stock module, which shares them."""
 
     has_merged = True
+    parts = None
 
     def __init__(self, transformer: ModelMixin, model: ModelSection, seed: int, *, precision: str):
         targets = set(target_modules(transformer, model.lora))

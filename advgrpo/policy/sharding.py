@@ -1,8 +1,10 @@
-"""The frozen base shared out over the processes, block by block, by PyTorch's own `fully_shard` (FSDP2).
+"""A transformer shared out over the processes, block by block, by PyTorch's own `fully_shard` (FSDP2).
 
-Every process holds 1/N of each frozen parameter, cut along its first dimension. A block is gathered before it runs, in
-the forward pass and again in the backward pass, while its neighbour still computes, and let go of after it. Adapters
-are left out: they lie whole on every process, and their gradient is summed in one all-reduce as without sharding.
+Every process holds 1/N of each parameter, cut along its first dimension. A block is gathered before it runs, in the
+forward pass and again in the backward pass, while its neighbour still computes, and let go of after it. Adapters are
+left out: they lie whole on every process, and their gradient is summed in one all-reduce as without sharding. Where
+every weight is trained (weights_in_parts.py), a block's gradient is summed as soon as it is known, and each process
+keeps its share of it.
 
 A gather moves bits and computes nothing, so a sharded network gives the bits of a whole one, on any number of
 processes. But each of its forwards is a collective: all processes must run the same ones in the same order.
@@ -19,8 +21,8 @@ import torch
 import torch.distributed as dist
 from diffusers import ModelMixin
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from advgrpo.policy.adapters import block_names
 from advgrpo.runtime.distributed import Distributed
@@ -34,9 +36,9 @@ class BlockSharding:
     """
 
     def __init__(self, distributed: Distributed):
-        self.device = distributed.device
+        self.distributed, self.device = distributed, distributed.device
         self._mesh = DeviceMesh.from_group(distributed.patient_group(), self.device.type)
-        self._gather = _Gather(distributed)
+        self._gather, self._sum = _Gather(distributed), _SumAndScatter(distributed)
 
     def shard(self, network: ModelMixin) -> None:
         """Leave this process its share of the frozen parameters, and move it and the trainable ones to the device.
@@ -46,15 +48,27 @@ class BlockSharding:
         adapters = {parameter for parameter in network.parameters() if parameter.requires_grad}
         for parameter in adapters:
             parameter.data = parameter.data.to(self.device)
+        self._share_out(network, adapters)
+
+    def shard_trained(self, network: ModelMixin) -> None:
+        """As `shard`, of a network whose parameters are all trained; their gradients are summed over processes."""
+        for unit in self._share_out(network.requires_grad_(True), set()):
+            unit.set_custom_reduce_scatter(self._sum)
+            unit.set_gradient_divide_factor(1.0)  # a loss is divided by the images of all processes already
+            unit.set_force_sum_reduction_for_comms(True)
+
+    def _share_out(self, network: ModelMixin, whole: set[torch.nn.Parameter]) -> list[FSDPModule]:
+        """The blocks, then the network, which has what is outside of them; but for the parameters that stay `whole`."""
         blocks = [network.get_submodule(name) for name in block_names(network)]
         units = [
-            fully_shard(module, mesh=self._mesh, ignored_params=adapters, reshard_after_forward=True)
-            for module in (*blocks, network)  # the last one has what is outside of blocks
+            fully_shard(module, mesh=self._mesh, ignored_params=whole, reshard_after_forward=True)
+            for module in (*blocks, network)
         ]
         for unit in units:
             unit.set_custom_all_gather(self._gather)
         for block, following in pairwise(units[:-1]):
             block.set_modules_to_forward_prefetch([following])
+        return units
 
 
 class _Gather(DefaultAllGather):
@@ -71,5 +85,24 @@ class _Gather(DefaultAllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> dist.Work | None:
-        with self._distributed.collective("gathering a block of the base"):
+        with self._distributed.collective("gathering a block"):
             return super().__call__(output_tensor, input_tensor, group, async_op)
+
+
+class _SumAndScatter(DefaultReduceScatter):
+    """FSDP2's sum of gradients, whose failures become those of the job's other collectives."""
+
+    def __init__(self, distributed: Distributed):
+        super().__init__()
+        self._distributed = distributed
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work:
+        with self._distributed.collective("summing a block's gradient"):
+            return super().__call__(output_tensor, input_tensor, group, op, async_op)

@@ -3,19 +3,19 @@
     root/iteration-000123/tensors.safetensors   every tensor
                           state.json            everything else
                           manifest.json         format, version, and the size and SHA-256 of the two files above
+                          shard-….safetensors   tensors that lie in parts on several processes (checkpoint_parts.py)
 
 A run that is killed while writing leaves a hidden folder that `latest_checkpoint` ignores and the next save removes.
 Nothing here is ever unpickled.
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from advgrpo.errors import UserError
 from advgrpo.runtime.atomic import SUFFIX, clean, remove, write_folder_atomically
+from advgrpo.runtime.checkpoint_parts import PART, Cut, described_file, read_parts, sha256_of
 from advgrpo.runtime.reading import RepeatedKeyError, parse_json, read_text, unique_keys
 
 FORMAT = "advgrpo-checkpoint"
@@ -59,7 +60,15 @@ def folder_of(root: str | Path, iteration: int) -> Path:
     return Path(root) / f"iteration-{iteration:06d}"
 
 
-def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    root: Path,
+    iteration: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    *,
+    write_parts: Callable[[Path], dict[str, dict[str, Any]]] | None = None,
+) -> Path:
     """Write `root/iteration-NNNNNN` atomically and durably, then prune to the newest `keep` checkpoints.
 
     Checkpoints of later iterations are removed too: they belong to a run that was since resumed from further back, and
@@ -69,6 +78,8 @@ def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], stat
         tensors: any dtypes, shapes and devices; stored on the CPU, bit for bit.
         state: JSON that reads back equal (string keys, lists, finite floats); see `flatten_state` for anything else.
         keep: how many checkpoints to leave, at least 1.
+        write_parts: writes into the folder what lies in parts, all processes together, and returns what the manifest is
+            to say of each file.
 
     Returns:
         The folder of the new checkpoint.
@@ -84,7 +95,7 @@ def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], stat
     try:
         root.mkdir(parents=True, exist_ok=True)
         clean(root)
-        write_folder_atomically(final, lambda folder: _write_files(folder, iteration, tensors, state_text))
+        write_folder_atomically(final, lambda folder: _write_files(folder, iteration, tensors, state_text, write_parts))
         _prune(root, final, keep)
     except (OSError, SafetensorError) as error:
         raise _write_error(error, final) from error
@@ -97,8 +108,14 @@ def latest_checkpoint(root: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path, cut: Cut | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint folder after verifying its manifest: the (CPU tensors, state) that `save_checkpoint` was given.
+
+    What was written in parts comes back whole.
+
+    Args:
+        cut: of tensors in parts, however they were written, this process's rows alone. It verifies its share of the
+            files that have parts; the other processes, which call it too, the others.
 
     Raises:
         UserError: no such folder, not a checkpoint of this program or of a known version, of another iteration than its
@@ -107,8 +124,16 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     manifest = _read_manifest(path)
-    _verify_file(path, TENSORS, manifest["files"][TENSORS])
+    files = manifest["files"]
+    parts = sorted(name for name in files if PART.fullmatch(name))
+    for name in (TENSORS, *(parts if cut is None else parts[cut.rank :: cut.processes])):
+        _verify_file(path, name, files[name])
     state = _read_state(path, manifest)
+    if parts or cut is not None:
+        try:
+            return read_parts(path, [TENSORS, *parts], cut), state
+        except ValueError as error:
+            raise CheckpointError(path, str(error)) from None
     try:
         tensors = safetensors.torch.load_file(path / TENSORS)
     except Exception as error:  # a header can promise anything, and what then fails is not for us to list
@@ -157,12 +182,17 @@ def _exact_json(state: dict[str, Any]) -> str:
     return text
 
 
-def _write_files(folder: Path, iteration: int, tensors: dict[str, Tensor], state_text: str) -> None:
+def _write_files(
+    folder: Path,
+    iteration: int,
+    tensors: dict[str, Tensor],
+    state_text: str,
+    write_parts: Callable[[Path], dict[str, dict[str, Any]]] | None,
+) -> None:
+    parts = write_parts(folder) if write_parts is not None else {}
     safetensors.torch.save_file(_storable(tensors), folder / TENSORS)
     (folder / STATE).write_text(state_text, encoding="utf-8")
-    files = {
-        name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in (TENSORS, STATE)
-    }
+    files = {name: described_file(folder / name) for name in (TENSORS, STATE)} | parts
     manifest = {"format": FORMAT, "version": VERSION, "iteration": iteration, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -256,7 +286,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if type(iteration) is not int or iteration != (iteration if iteration_of(path) is None else iteration_of(path)):
         raise CheckpointError(path, f"{path / MANIFEST} says iteration {iteration!r}, unlike its folder")
     files = manifest.get("files")
-    if not isinstance(files, dict) or not all(isinstance(files.get(name), dict) for name in (TENSORS, STATE)):
+    if not isinstance(files, dict) or not all(isinstance(files.get(name), dict) for name in (TENSORS, STATE, *files)):
         raise CheckpointError(path, f"{path / MANIFEST} does not list {TENSORS} and {STATE}")
     return manifest
 
@@ -290,16 +320,8 @@ def _verify_file(path: Path, name: str, expected: dict[str, Any]) -> None:
     size = file.stat().st_size
     if size != expected.get("size"):
         raise CheckpointError(path, f"{file} is truncated: {size} bytes instead of {expected.get('size')}")
-    if _sha256(file) != expected.get("sha256"):
+    if sha256_of(file) != expected.get("sha256"):
         raise CheckpointError(path, f"{file} was altered: its SHA-256 is not the manifest's")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def remedy(path: Path) -> str:

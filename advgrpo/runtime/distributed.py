@@ -64,6 +64,8 @@ class Distributed:
     Attributes:
         rank, world_size, local_rank: as torchrun set them; 0, 1, 0 in a single process.
         device: where this rank computes: `cpu`, or `cuda:local_rank`.
+        stops_together: where rank 0 alone could not save: nothing ends early by itself, the caller asks all ranks for
+            their `stop_reason` and ends on all of them. The same on all.
 
     Every collective must be called by all ranks in the same order. It raises `CollectiveError` when it fails or takes
     longer than the timeout, and the other rank's error when one is known.
@@ -81,6 +83,7 @@ class Distributed:
         self._stopped = False
         self._interruptible = False
         self._last_meeting = ""
+        self.stops_together = False
 
     @classmethod
     def start(cls, device: str = "auto", *, timeout_seconds: float = 40.0) -> "Distributed":
@@ -235,7 +238,7 @@ class Distributed:
     def _stop_here(self) -> None:
         """StopRequested on rank 0 if somebody asked for it; the others learn that it stops."""
         reason = self.stop_reason
-        if self.is_main and reason is not None:
+        if self.is_main and reason is not None and not self.stops_together:
             if self._watch is not None:
                 self._stopped = True
                 asked = watch.machine() if self._stop_reason else self._watch.stop_machine

@@ -19,6 +19,7 @@ from advgrpo.errors import UserError
 from advgrpo.evaluation.evaluator import ImageStatistic
 from advgrpo.monitor.monitor import NOT_JUDGED, RED_FLAGS, Knobs, Monitor
 from advgrpo.policy.base import Policy
+from advgrpo.policy.parts import parts_of
 from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_class
 from advgrpo.reporting.display import Display
 from advgrpo.rewards import build_reward, prompt_options, reward_class
@@ -328,6 +329,10 @@ def _sum_over(distributed: Distributed, config: Config) -> Callable[[list[torch.
     return meet_and_sum
 
 
+def _nothing_to_sum(gradients: list[torch.Tensor]) -> None:
+    """Of weights in parts: each backward pass has summed its own, and left every process its rows."""
+
+
 def build_trainer(
     config: Config,
     policy: Policy,
@@ -352,7 +357,7 @@ def build_trainer(
         config.update,
         config.rollout,
         config.advantage,
-        reduce=_sum_over(distributed, config),
+        reduce=_sum_over(distributed, config) if parts_of(policy) is None else _nothing_to_sum,
         fused=fast.fused_optimizer,
         graphs=graphs,
     )

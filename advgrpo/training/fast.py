@@ -69,7 +69,7 @@ class FastPaths:
             _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
             _row(
                 "fused AdamW",
-                _why_not_ours(config.update.optimizer, config.fast) or _why_no_csrc(device),
+                _why_not_ours(config) or _why_no_csrc(device),
                 "clipping, AdamW and EMA in three launches, no wait",
             ),
             _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
@@ -95,7 +95,8 @@ class FastPaths:
                 _where_fp8(device, "frozen weights quantised once, adapters never", "frozen weights in FP8"),
             ),
         )
-        return cls(not (plain or own_noise), not fused_off, config.fast, not (fused_off or gpu_only), rows)
+        own_optimizer = config.fast and not config.model.in_parts
+        return cls(not (plain or own_noise), not fused_off, own_optimizer, not (fused_off or gpu_only), rows)
 
     def print(self, console: Console) -> None:
         """A line for each path: what it saves, or why it is off."""
@@ -128,9 +129,12 @@ def _why_not_fused(model: ModelSection) -> str:
     return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
 
 
-def _why_not_ours(optimizer: str, fast: bool) -> str:
+def _why_not_ours(config: Config) -> str:
+    optimizer = config.update.optimizer
+    if config.model.in_parts:
+        return f"model.shard_base = {config.model.shard_base}: the norm is of gradients in parts"
     if optimizer == "auto":
-        return "" if fast else "--no-fast"
+        return "" if config.fast else "--no-fast"
     return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
 
 

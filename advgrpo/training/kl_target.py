@@ -1,7 +1,8 @@
 """Whom the KL of the update pulls towards: the frozen base, the policy's average, or a teacher's LoRA.
 
 Each is a context within which `policy.predict` is that model's. The latter two lend their weights to the parameters: a
-parameter's storage is exchanged, not written, so that a forward pass whose backward is still to come keeps its own.
+parameter's storage is exchanged, not written, so that a forward pass whose backward is still to come keeps its own;
+parameters in parts are written, as their backward gathers them anew.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from advgrpo.config import UpdateSection
 from advgrpo.errors import UserError
 from advgrpo.policy.base import LoraReader, Policy
+from advgrpo.policy.parts import parts_of
 from advgrpo.training.ema import Ema
 
 KlTarget = Callable[[], AbstractContextManager[None]]
@@ -29,9 +31,10 @@ def kl_target(policy: Policy, update: UpdateSection, ema: Ema) -> KlTarget:
     """
     if update.kl_to == "base":
         return policy.disable_adapter
-    parameters = dict(policy.trainable_parameters())
+    parameters, parts = dict(policy.trainable_parameters()), parts_of(policy)
     if update.kl_to == "ema":
-        return partial(_lent, parameters, ema.averages_for_update())
+        averages = ema.averages_for_update()
+        return partial(_lent, parameters, averages) if parts is None else partial(parts.lent, averages)
     if not isinstance(policy, LoraReader):
         raise UserError(f"update.teacher = {update.teacher!r}: a {type(policy).__name__} reads no LoRA")
     return partial(_lent, parameters, policy.parameters_of_lora(Path(update.teacher), "update.teacher"))

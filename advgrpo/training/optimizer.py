@@ -7,6 +7,7 @@ only when the iteration is logged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -20,6 +21,9 @@ from advgrpo_kernels import multi_tensor_adamw
 APEX = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation 'apex @ git+https://github.com/NVIDIA/apex'"
 
 
+Norm = Callable[[list[torch.Tensor]], torch.Tensor]
+
+
 class ClippedOptimizer(Protocol):
     """What `Updater` steps; `optimizer` holds the state that a checkpoint keeps."""
 
@@ -31,16 +35,27 @@ class ClippedOptimizer(Protocol):
 
 
 class TorchAdamW:
-    """torch's AdamW (or Apex's FusedAdam) and the average one after the other; reads the norm on the host."""
+    """torch's AdamW (or Apex's FusedAdam) and the average one after the other; reads the norm on the host.
 
-    def __init__(self, parameters: list[torch.nn.Parameter], section: UpdateSection, ema: Ema):
-        self.parameters, self.max_norm, self.ema = parameters, section.max_grad_norm, ema
+    Args:
+        norm: of gradients, a scalar on the device; torch's own unless these are in parts on several processes.
+    """
+
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        section: UpdateSection,
+        ema: Ema,
+        norm: Norm = torch.nn.utils.get_total_norm,
+    ):
+        self.parameters, self.max_norm, self.ema, self.norm = parameters, section.max_grad_norm, ema, norm
         settings = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
         kind = _apex_adam() if section.optimizer == "apex" else torch.optim.AdamW
         self.optimizer = kind(parameters, weight_decay=section.weight_decay, **settings)
 
     def step(self) -> torch.Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        norm = self.norm([p.grad for p in self.parameters])
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         if torch.isfinite(norm):
             self.ema.before_step()
             self.optimizer.step()
@@ -113,8 +128,14 @@ def _apex_adam() -> type:
 
 
 def build_optimizer(
-    parameters: list[torch.nn.Parameter], section: UpdateSection, ema: Ema, *, fused: bool
+    parameters: list[torch.nn.Parameter], section: UpdateSection, ema: Ema, *, fused: bool, norm: Norm | None = None
 ) -> ClippedOptimizer:
-    """Ours on the fast path, torch's on the plain one, unless `update.optimizer` asks for one by name."""
+    """Ours on the fast path, torch's on the plain one, unless `update.optimizer` asks for one by name.
+
+    Args:
+        norm: as of `TorchAdamW`, which is then the one; None: of the gradients as they are.
+    """
+    if norm is not None:
+        return TorchAdamW(parameters, section, ema, norm)
     ours = section.optimizer == "fused" or (section.optimizer == "auto" and fused)
     return (FusedAdamW if ours else TorchAdamW)(parameters, section, ema)

@@ -37,6 +37,7 @@ from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.fingerprint import FileStamps, file_digest, folder_fingerprint
 from advgrpo.training import best
 from advgrpo.training.restoring import count, entry, measured
+from advgrpo.training.state_in_parts import cut_of
 
 SUMMARY_FILE = "summary.json"
 
@@ -92,7 +93,7 @@ class Resume:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is whole, finite, and of a run with these settings."""
+    """A checkpoint that is whole, finite, and of a run with these settings; of tensors in parts this process's rows."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
@@ -124,6 +125,7 @@ class Resuming:
         self.root = folder / "checkpoints"
         self._left: list[Path] | None = None  # those that have not been looked at, newest last
         self._skipped: list[str] = []
+        self._cut = cut_of(config, distributed)
 
     @property
     def flag(self) -> str:
@@ -144,12 +146,28 @@ class Resuming:
             return None
         if self.distributed.is_main and self._left is None:
             self._left = self._candidates()
-        with self.distributed.monitored("look for a checkpoint", at_most_seconds=SLOW_SECONDS):
-            found = self._search() if self.distributed.is_main else None
-        path = self.distributed.gather_json(None if found is None else str(found.path))[0]
-        if found is None and path is not None:
-            found = self._open(Path(path))
-        return found
+        while True:
+            with self.distributed.monitored("look for a checkpoint", at_most_seconds=SLOW_SECONDS):
+                found = self._search() if self.distributed.is_main else None
+            path = self.distributed.gather_json(None if found is None else str(found.path))[0]
+            if path is None or self._cut is None:
+                return found if path is None or found is not None else self._open(Path(path))
+            found, reason = self._open_together(Path(path), found)
+            if not reason:
+                return found
+            if self.resume.mode != "auto":
+                raise UserError(f"{self.flag}: {reason}")
+            self._skipped.append(reason)
+
+    def _open_together(self, path: Path, found: Saved | None) -> tuple[Saved | None, str]:
+        """A checkpoint that every process has opened, of which each has verified a share; or the first one's error."""
+        reason = ""
+        with self.distributed.monitored("open a checkpoint", at_most_seconds=SLOW_SECONDS):
+            try:
+                found = found or self._open(path)
+            except checkpoints.CheckpointError as error:
+                reason = error.reason if self.resume.mode == "auto" else str(error)
+        return found, next(filter(None, self.distributed.gather_json(reason)), "")
 
     def next(self, saved: Saved, reason: str) -> Saved | None:
         """The one before `saved`, which turned out not to fit; UserError where exactly that one was asked for."""
@@ -265,7 +283,7 @@ class Resuming:
 
     def _open(self, path: Path) -> Saved:
         """A checkpoint whose files are what was written, and whose numbers are finite."""
-        tensors, state = checkpoints.load_checkpoint(path)
+        tensors, state = checkpoints.load_checkpoint(path, self._cut)
         try:
             own = entry(state, "trainer", dict)
             iteration = count(own, "iteration")

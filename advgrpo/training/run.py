@@ -28,6 +28,7 @@ from advgrpo.errors import RunFailure, UserError
 from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.plan.memory import advice
 from advgrpo.plan.work import badly_shared
+from advgrpo.policy.parts import Parts, parts_of
 from advgrpo.policy.pipelines import pipeline_folder
 from advgrpo.report.band import band_of
 from advgrpo.report.page import REPORT_FILE, write_report
@@ -63,6 +64,7 @@ from advgrpo.training.fast import FastPaths
 from advgrpo.training.model_card import CARD, RunFacts, newest_grid, write_card, write_samples
 from advgrpo.training.preflight import preflight
 from advgrpo.training.resuming import SUMMARY_FILE, Resume, Resuming, Saved, differences, made_from
+from advgrpo.training.state_in_parts import save_in_parts
 from advgrpo.training.stopping import Keeper, signals_stop
 from advgrpo.training.trainer import Trainer
 from advgrpo.types import Flag
@@ -111,6 +113,7 @@ class Run:
         self.stopped = ""  # why the run ended early
         self.stopped_by_others = False  # at the wish of other processes than this one
         self._asked = ""  # why a callback wants the end
+        self.parts: Parts | None = None  # how the trained weights lie on the processes, where no one has them all
         self.trackers = Trackers([], self.display.print_line)
         self._lock: FolderLock | None = None
         try:
@@ -160,7 +163,14 @@ class Run:
             self._restore(saved, changed)
         newest = self.trainer.iteration if self.resumed else None
         write = weakref.WeakMethod(self._write_checkpoint)  # a cycle would keep the lock of a run nobody holds any more
-        self.keeper = Keeper(lambda tensors, state: write()(tensors, state), self.trainer, distributed, newest)
+        self.parts = parts_of(self.trainer.policy)
+        self.keeper = Keeper(
+            lambda tensors, state: write()(tensors, state),
+            self.trainer,
+            distributed,
+            newest,
+            alone=self.parts is None,
+        )
 
     def close(self) -> None:
         """Let another run have the output folder; `train` does it at its end."""
@@ -262,19 +272,23 @@ class Run:
             trackers=self.trackers,
             display=self.display,
         )
+        self.distributed.stops_together = self.parts is not None
         with log, self.keeper.at_failure():
             while self.unlogged is not None or not self._at_end:
                 if self.unlogged is None:
                     self.unlogged = plain(self._iterate())
                 self._log(log)
-                reasons = self.distributed.gather_json(_flagged_to_stop(trainer.flags) or self._asked)
+                wanted = self.distributed.stop_reason if self.parts is not None else ""
+                reasons = self.distributed.gather_json(wanted or _flagged_to_stop(trainer.flags) or self._asked)
                 flagged = [text for text in reasons if text]
                 every = config.output.checkpoint_every
                 if flagged or self._at_end or (every and trainer.iteration % every == 0):
                     log.sync()
                     self.save()
                 if flagged and not self._at_end:
+                    self._stop_together()
                     raise StopRequested(flagged[0])
+            self.distributed.stops_together = False
             if main and self._ended_early:
                 self.display.print_line(f"ended after iteration {trainer.iteration}: {self._ended_early}")
 
@@ -352,6 +366,13 @@ class Run:
         with self.trainer.averaged(best.weights):
             write_folder_atomically(self.folder / best_of.FOLDER, lambda folder: policy.export(folder, best.header()))
 
+    def _stop_together(self) -> None:
+        """Where the end needs all processes: what `_stop` leaves to one, while they are all here."""
+        if self.parts is not None:
+            self.export()
+            self.distributed.stops_together = False
+            self.distributed.check_stop()
+
     def _stop(self) -> None:
         """Leave a run that ends early so that it can be continued: on rank 0 alone, the others may be gone."""
         if not self.distributed.is_main:
@@ -365,7 +386,8 @@ class Run:
         again = "start it again" if self.keeper.saved is None else f"continue with --resume {self.folder}"
         self.console.print(f"stopped by {self.stopped} after {self.trainer.iteration} iterations; {again}")
         if self.keeper.began and not self._at_end:  # last: whoever stops a run does not wait for long
-            self.export()
+            if self.parts is None:
+                self.export()
             self._write_card({})
             self._draw_curves({})
             self._write_report()
@@ -448,9 +470,10 @@ class Run:
             self.callbacks.on_evaluation("final", final, self.trainer.iteration)
             self._count_in(final)
         self._draw_samples("final", final)
+        if self.parts is not None or self.distributed.is_main:
+            self.export()
         if not self.distributed.is_main:
             return
-        self.export()
         rows = self._draw_curves(final)
         summary = summarize(self.config, rows, self.base, final, self.start, iterations=self.trainer.iteration)
         gained = gains(load_evaluations(self.folder / EVALUATIONS_FILE))
@@ -596,15 +619,16 @@ class Run:
         return " · ".join(parts)
 
     def save(self) -> None:
-        """Write a checkpoint; everything in it is the same on every process, so rank 0 alone writes.
+        """Write a checkpoint. What is not in parts is the same on every process, so rank 0 alone writes it.
 
         Raises:
             RunFailure: something in it is not finite. Nothing is written, and older checkpoints stay.
             UserError: as `save_checkpoint`.
         """
         with self.distributed.monitored("save a checkpoint"):
-            if self.distributed.is_main:
+            if self.parts is not None or self.distributed.is_main:
                 self.keeper.save()
+            if self.distributed.is_main:
                 self._tell_of_checkpoint()
 
     def _tell_of_checkpoint(self) -> None:
@@ -629,9 +653,11 @@ class Run:
             state[best_of.STATE] = best.state()
             tensors = tensors | {best_of.TENSORS + name: tensor for name, tensor in best.weights.items()}
         self._refuse_not_finite(tensors, state, "saved")
-        checkpoints.save_checkpoint(
-            self.folder / "checkpoints", done, tensors, state, self.config.output.keep_checkpoints
-        )
+        root, keep = self.folder / "checkpoints", self.config.output.keep_checkpoints
+        if self.parts is None:
+            checkpoints.save_checkpoint(root, done, tensors, state, keep)
+        else:
+            save_in_parts(root, done, tensors, state, keep, self.parts)
 
     def _refuse_not_finite(self, tensors: dict[str, torch.Tensor], state: dict, what_for: str) -> None:
         name = checkpoints.not_finite(tensors, state)

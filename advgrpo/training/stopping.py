@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from advgrpo.training.trainer import Trainer
 
 _ONE_SIGNAL_SECONDS = 2.0  # schedulers signal every process, and torchrun passes the same signal on
-_SLOWEST_DISK = 20e6  # bytes per second: a checkpoint that is written slower counts as hanging
+SLOWEST_DISK = 20e6  # bytes per second: a checkpoint that is written slower counts as hanging
 
 
 @contextlib.contextmanager
@@ -85,6 +85,7 @@ class Keeper:
         write: writes a checkpoint of `Trainer.state()`'s result.
         trainer: whose state it is.
         saved: the iteration of the newest checkpoint; None where there is none.
+        alone: one process can write it; otherwise `save` is called by all together, and nothing is kept at a failure.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class Keeper:
         trainer: Trainer,
         distributed: Distributed,
         saved: int | None = None,
+        *,
+        alone: bool = True,
     ):
-        self._write, self._trainer, self._distributed = write, trainer, distributed
+        self._write, self._trainer, self._distributed, self._alone = write, trainer, distributed, alone
         self.saved = saved
         self.began = False  # there is something to keep
 
@@ -105,6 +108,8 @@ class Keeper:
 
     def keep(self) -> None:
         """Write a checkpoint of the newest state that can be continued from, unless there is one, or none is known."""
+        if not self._alone:
+            return
         with self._trainer.clean.state() as state:
             if state is not None and state[1]["trainer"]["iteration"] != self.saved:
                 self._save(*state)
@@ -126,7 +131,7 @@ class Keeper:
 
     def _save(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        within = self._distributed.timeout_seconds + size / _SLOWEST_DISK
+        within = self._distributed.timeout_seconds + size / SLOWEST_DISK
         self._distributed.progress("write a checkpoint", within_seconds=within)
         self.saved = state["trainer"]["iteration"]  # also if it fails: a full disk is still full the next time
         self._write(tensors, state)

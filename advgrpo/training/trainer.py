@@ -14,6 +14,7 @@ import torch
 
 from advgrpo.monitor.monitor import Monitor
 from advgrpo.policy.base import Policy
+from advgrpo.policy.parts import parts_of
 from advgrpo.runtime import rng
 from advgrpo.runtime.checkpoint import pack_optimizer
 from advgrpo.runtime.distributed import Distributed
@@ -105,7 +106,8 @@ class Trainer:
         images = None if outcome.images is None else outcome.images()
         rms, norm = None, outcome.metrics["grad_norm"]
         if norm is not None:  # of the gradient as Adam sees it: clipped, over all trained elements
-            elements = sum(p.numel() for _, p in self.policy.trainable_parameters())
+            parts, trained = parts_of(self.policy), self.policy.trainable_parameters()
+            elements = sum(p.numel() for _, p in trained) if parts is None else parts.elements
             rms = min(norm, self.max_grad_norm) / elements**0.5
         statistics = {**(images.metrics() if images else {}), "monitor_gradient_rms": rms}
         for name, value in outcome.statistics.items():

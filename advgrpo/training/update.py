@@ -17,6 +17,7 @@ from advgrpo.config import AdvantageSection, RolloutSection, UpdateSection
 from advgrpo.errors import RunFailure
 from advgrpo.policy.base import Capturable, Policy, Prediction, PreparedPrompts, combining_scale
 from advgrpo.policy.current_prompts import CurrentPrompts
+from advgrpo.policy.parts import parts_of
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable, step_weights
@@ -116,9 +117,10 @@ class Updater:
         self.named = list(policy.trainable_parameters())
         self.ema = ema or Ema.of(self.named, update)
         self.kl_target = kl_target(policy, update, self.ema)
-        self.stepper = build_optimizer([p for _, p in self.named], update, self.ema, fused=fused)
+        self.abort, parts = DeviceAbort(policy.device), parts_of(policy)
+        norm = None if parts is None else lambda gradients: parts.norm([*gradients, self.abort.value])
+        self.stepper = build_optimizer([p for _, p in self.named], update, self.ema, fused=fused, norm=norm)
         self.optimizer = self.stepper.optimizer
-        self.abort = DeviceAbort(policy.device)
         storage = policy if update.graphs and graphs is not None and isinstance(policy, Capturable) else None
         if update.graphs and graphs is not None and storage is None:
             logger.warning("a %s is not Capturable: its update runs eagerly", type(policy).__name__)

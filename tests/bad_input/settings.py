@@ -228,7 +228,7 @@ CONFLICTS = [
     *(
         flagged("conflicts", f"--model.shard_base blocks {flags}", f"{named}", "but model.shard_base = 'blocks'; set")
         for flags, named in {
-            "--model.train full --model.dtype float32": "model.train = 'full' trains the weights",
+            "--model.train full --model.dtype float32 --update.optimizer fused": "update.optimizer = 'fused' clips by",
             "--model.attention math": "model.attention = 'math' is the fused transformer's",
             "--model.base_precision fp8": "model.base_precision = 'fp8' is the fused transformer's",
             "--rollout.precision fp8": "rollout.precision = 'fp8' is the fused transformer's",

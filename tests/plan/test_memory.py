@@ -46,6 +46,7 @@ from advgrpo.policy.adapters import LoraAdapters, target_modules
 from advgrpo.policy.fused.decoder import SD3_DECODER, decoded_at_once
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
 from advgrpo.policy.sharding import BlockSharding
+from advgrpo.policy.weights_in_parts import WeightsInParts
 from advgrpo_kernels import _runtime
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
@@ -694,6 +695,26 @@ def test_a_sharded_base_is_planned(paper):
     assert "transformer" in {c.name for c in _Estimate(paper, 1).components(knobs)}  # one process has all of it
 
 
+def test_weights_trained_in_parts_are_planned_as_they_lie(paper, first_of_eight):
+    """Beside the optimizer's, which has as many elements for each: weights, gradient, base."""
+    paper.model.train, paper.model.dtype, paper.model.shard_base = "full", "float32", "blocks"
+    planned = {c.name: c.bytes for c in _Estimate(paper, 8).components(Knobs(2, True))}
+    config = known_models.known_pipeline(paper.model.path).transformer
+    made = WeightsInParts(
+        copy.deepcopy(known_models._meta_transformer(json.dumps(config, sort_keys=True))), BlockSharding(first_of_eight)
+    )
+    trained = dict(made.parameters())
+    held = sum(p.nbytes for p in trained.values())
+    assert planned["share of the transformer"] == held == sum(p.grad.nbytes for p in trained.values())
+    assert planned["frozen base beside the trained weights"] == sum(t.nbytes for t in made._base.values()) == held
+    assert planned["gradient, Adam's moments, average, float32"] == 4 * held
+    total = known_models.count_transformer(config, paper.model.lora).total
+    assert made.parts.elements == total
+    assert (
+        held / 8 < planned["gradients of gathered blocks"] < 4 * total / 4
+    )  # of three blocks of 24, and what is outside
+
+
 def test_sharding_is_proposed_where_it_can_be_done(paper):
     """By several processes, and not beside what it refuses."""
     paper.model.path = "stabilityai/stable-diffusion-3.5-large"
@@ -713,9 +734,11 @@ FAMILIES = {
 }
 
 
-def least_gb(preset: str, path: str, way: str, processes: int) -> float:
+def least_gb(preset: str, path: str, way: str, processes: int, train: str = "lora") -> float:
     config = configuration.load(preset)
-    config.model.path, config.model.shard_base = path, way
+    config.model.path, config.model.shard_base, config.model.train = path, way, train
+    if train == "full":
+        config.model.dtype = "float32"
     return min(each.peak_gb for each in _Estimate(config, processes).plans(math.inf))
 
 
@@ -731,6 +754,18 @@ def test_the_documents_say_what_fits():
             cells = ["whole" if whole <= size else "in parts" if parts <= size else "–" for size in SIZES]
             least = [f"{whole:.0f} GB", "" if processes == 1 else f"{parts:.0f} GB"]
             lines.append("| " + " | ".join([name, str(processes), *least, *cells]) + " |")
+    text = "\n".join(lines)
+    assert text in (ROOT / "docs" / "families.md").read_text(), text
+
+
+def test_the_documents_say_where_every_weight_can_be_trained():
+    counts = (1, 8, 16, 64)
+    heads = " | ".join(f"{count} GPU{'s' * (count > 1)}" for count in counts)
+    lines = [f"| model | {heads} |", "|---|" + "---|" * len(counts)]
+    for name, settings in FAMILIES.items():
+        ways = {count: "none" if count == 1 else "blocks" for count in counts}
+        least = [least_gb(*settings, way, count, "full") for count, way in ways.items()]
+        lines.append(f"| {name} | " + " | ".join(f"{gb:.0f} GB" for gb in least) + " |")
     text = "\n".join(lines)
     assert text in (ROOT / "docs" / "families.md").read_text(), text
 

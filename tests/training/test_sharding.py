@@ -4,6 +4,7 @@ Bugs planted in a copy, each seen red: adapters shared out as well; blocks kept 
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,8 +157,14 @@ def lora(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
 
 
-def rounded_alike(found: Path, expected: Path, *, from_iteration: int = 0) -> None:
-    """Metrics and LoRA of two runs differ by the order of their sums alone, and none drifts."""
+def rounded_alike(
+    found: Path,
+    expected: Path,
+    *,
+    from_iteration: int = 0,
+    weights: Callable[[Path], dict[str, torch.Tensor]] = lora,
+) -> None:
+    """Metrics and weights of two runs differ by the order of their sums alone, and none drifts."""
     ours, theirs = metrics(found), metrics(expected)[from_iteration:]
     assert len(ours) == len(theirs)
     for one, both in zip(theirs, ours, strict=True):
@@ -166,8 +173,9 @@ def rounded_alike(found: Path, expected: Path, *, from_iteration: int = 0) -> No
         names = [n for n in one if "second" not in n and not n.endswith(("flags", "dark_share", "edge_density"))]
         assert {n: both[n] for n in names} == pytest.approx({n: one[n] for n in names}, abs=1e-6, rel=1e-5)
         assert one["grad_norm"] > 0
-    assert lora(found).keys() == lora(expected).keys()
-    assert all(torch.allclose(lora(found)[n], t, rtol=1e-4, atol=1e-6) for n, t in lora(expected).items())
+    own, others = weights(found), weights(expected)
+    assert own.keys() == others.keys()
+    assert all(torch.allclose(own[n], t, rtol=1e-4, atol=1e-6) for n, t in others.items())
 
 
 @pytest.mark.parametrize("name", some_weekly(RUNS, {"flux"}))

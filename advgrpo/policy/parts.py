@@ -1,0 +1,75 @@
+"""What of trained weights that lie in parts on all processes is of the whole: norms, sizes, gathers.
+
+A policy of another kind than ours needs none of it: `parts_of` is then None, and each process has all of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from advgrpo.runtime.distributed import Distributed
+
+
+class Parts:
+    """How trained weights lie on the processes of a job: rows of each, in the order of the ranks.
+
+    Args:
+        trained: this process's rows of every parameter, by name, in the policy's order.
+        shapes: of the whole parameters.
+    """
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        trained: Mapping[str, torch.nn.Parameter],
+        shapes: Mapping[str, torch.Size],
+    ):
+        self.distributed, self.trained, self.shapes = distributed, dict(trained), dict(shapes)
+
+    @property
+    def elements(self) -> int:
+        """Of all parameters, over all processes."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """L2 norm, a float32 scalar, of tensors whose rows all processes share; the same on each, and NaN if one is."""
+        square = torch.nn.utils.get_total_norm(tensors).square()
+        self.distributed.all_reduce_sum([square])
+        return square.sqrt()
+
+    def gathered(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """The whole of this process's rows of parameter `name`; a collective."""
+        whole = self.distributed.all_gather(part)
+        if whole.shape != self.shapes[name]:
+            raise RuntimeError(f"the parts of {name} make {list(whole.shape)}, not {list(self.shapes[name])}")
+        return whole
+
+    @contextlib.contextmanager
+    def lent(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within it the parameters hold `values`, by name, and these hold the parameters' own: no third copy is made.
+
+        A backward pass gathers the weights anew, so one that is to come may wait outside.
+        """
+        self._exchange(values)
+        try:
+            yield
+        finally:
+            self._exchange(values)
+
+    @torch.no_grad()
+    def _exchange(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            own = parameter.detach().clone()
+            parameter.copy_(values[name])
+            values[name].copy_(own)
+        device = self.distributed.device
+        if device.type == "cuda":  # gathers of a backward pass run on a stream that does not wait for this one
+            torch.cuda.current_stream(device).synchronize()
+
+
+def parts_of(policy: object) -> Parts | None:
+    """How what a policy trains lies on the processes; None where each has all of it."""
+    return getattr(policy, "parts", None)
