@@ -37,8 +37,9 @@ WEEKLY = {"sd3-bfloat16", "qwen"}
 
 
 def asked(request, test: str, every: dict[str, dict]) -> dict[str, dict]:
-    """Those that this session's tests of that name are about, and sd3, which is in others as well."""
-    items = [item for item in request.session.items if getattr(item, "originalname", "") == test]
+    """Those that this session's tests of that name in this file are about, and sd3, which is in others as well."""
+    own = (item for item in request.session.items if item.path == request.path)
+    items = [item for item in own if getattr(item, "originalname", "") == test]
     names = {"sd3", *(item.callspec.params["name"] for item in items)}
     return {name: changes for name, changes in every.items() if name in names}
 
