@@ -289,12 +289,14 @@ class _Estimate:
                 yield Component("LoRA of the teacher, float32", 4 * trained, "update.kl_to = teacher")
         else:
             yield Component("frozen base beside the trained weights", 4 * trained, "model.train = full")
+            aside = ("sample", "decode")  # Ema.swap, in an evaluation
+            yield Component("weights that the average stands in for", 4 * trained, "model.train = full", aside)
         moving = ("sample", "decode", "score", "update")
         decides = "model.lora" if self.lora else "model.train = full"
         yield Component("gradient, Adam's moments, average, float32", 4 * 4 * trained, decides, moving)
         old = self.config.objective.old_policy  # training/nft.py
         if old:  # while it draws, the trained weights are set aside
-            yield Component("old policy, and the weights that it stands in for", 2 * 4 * trained, "model.lora", moving)
+            yield Component("old policy, and the weights that it stands in for", 2 * 4 * trained, decides, moving)
         if self.lora:  # clean_start.py
             kept, phases = (5, moving) if old else (4, ("score", "update"))
             yield Component("copy of the iteration's start", 4 * kept * trained, "model.lora", phases)

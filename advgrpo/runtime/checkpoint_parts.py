@@ -61,7 +61,7 @@ def write_together(
         folder: given by process 0, and there.
         tensors: this process's rows.
         rows: of the whole of each tensor.
-        within_seconds: how long a process may take to write its rows.
+        within_seconds: how long a process may take to write its rows, and process 0 for what is left to do then.
 
     Raises:
         UserError: one of them could not write; on all processes.
@@ -77,10 +77,14 @@ def write_together(
     described: dict[str, dict[str, Any]] = {}
     for rank, files in enumerate(distributed.gather_json(found)):
         if isinstance(files, str):
-            raise UserError(f"process {rank} cannot write its part of a checkpoint ({files}): make room, or mend it")
+            raise UserError(
+                f"output_dir: process {rank} cannot write its part of a checkpoint in {place.parent} ({files}); make "
+                "room there, or name a folder that every machine may write to. Older checkpoints are as they were"
+            )
         described |= files
     if folder is not None:
         _refuse_absent(place, described)
+        distributed.progress("finish a checkpoint", within_seconds=within_seconds)  # the others wait for it
     return described
 
 

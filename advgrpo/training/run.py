@@ -680,20 +680,26 @@ class Run:
         return tuple(self.distributed.gather_json(changed)[0])
 
     def _misfit(self, saved: Saved) -> str:
-        """Take the checkpoint over, or say why it does not fit; what process 0 finds counts on all."""
-        reason = ""
+        """Take the checkpoint over, or say why it does not fit: then no process has taken anything.
+
+        What process 0 finds counts on all; where each has its rows, what any finds.
+        """
+        reason, restored, best = "", None, None
         own = {name: t for name, t in saved.tensors.items() if not name.startswith(best_of.TENSORS)}
         parameters = dict(self.trainer.policy.trainable_parameters())
         try:
             best = self.best and Best.read(self.best.metric, saved.tensors, saved.state, parameters)
-            self.trainer.load(own, saved.state)
-            self.best = best
+            restored = self.trainer.checked(own, saved.state)
         except UserError as error:
             reason = str(error)
-        decided = self.distributed.gather_json(reason)[0]
-        if reason and not decided:
+        found = self.distributed.gather_json(reason)
+        if decided := next(filter(None, found if parts_of(self.trainer.policy) is not None else found[:1]), ""):
+            return decided
+        if restored is None:
             raise UserError(f"checkpoint {saved.path}: {reason}")
-        return decided
+        self.trainer.take(restored)
+        self.best = best
+        return ""
 
     def _restore(self, saved: Saved, changed: tuple[str, ...]) -> None:
         """What the trainer does not know; it has been loaded."""

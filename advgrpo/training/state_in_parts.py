@@ -57,7 +57,7 @@ def save_in_parts(
         rows=rows,
         cut=Cut(distributed.rank, distributed.world_size, in_parts),
         distributed=distributed,
-        within_seconds=distributed.timeout_seconds + sum(tensor.nbytes for tensor in own.values()) / SLOWEST_DISK,
+        within_seconds=distributed.timeout_seconds + sum(tensor.nbytes for tensor in tensors.values()) / SLOWEST_DISK,
     )
     if distributed.is_main:
         whole = {name: tensor for name, tensor in tensors.items() if name not in rows}

@@ -22,6 +22,7 @@ from advgrpo.runtime.phases import Phases
 from advgrpo.training import restoring
 from advgrpo.training.clean_start import CleanStart, State
 from advgrpo.training.objective import Iteration, Objective, Outcome
+from advgrpo.training.restoring import Restored
 from advgrpo.training.update import Updater
 from advgrpo.types import Flag
 
@@ -145,7 +146,11 @@ class Trainer:
         Raises:
             UserError: it is not this run's, or not finite; see `restoring.check`. Nothing was changed.
         """
-        found = restoring.check(
+        self.take(self.checked(tensors, state))
+
+    def checked(self, tensors: dict[str, torch.Tensor], state: dict) -> Restored:
+        """What `load` would take over, or its error."""
+        return restoring.check(
             tensors,
             state,
             parameters=dict(self.policy.trainable_parameters()),
@@ -153,6 +158,9 @@ class Trainer:
             monitor=self.monitor,
             objective=self.objective,
         )
+
+    def take(self, found: Restored) -> None:
+        """Continue from what `checked` has found."""
         with torch.no_grad():
             for name, parameter in self.policy.trainable_parameters():
                 parameter.copy_(found.policy[name])

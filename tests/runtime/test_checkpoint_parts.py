@@ -5,19 +5,27 @@ Processes are played one after the other; tests/training/test_full_in_parts.py h
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from advgrpo.errors import UserError
+from advgrpo.policy.parts import Parts
 from advgrpo.runtime import checkpoint_parts
 from advgrpo.runtime.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from advgrpo.runtime.checkpoint_parts import Cut, described_file, sha256_of
-from advgrpo.training.state_in_parts import in_parts
+from advgrpo.runtime.checkpoint_parts import Cut, described_file, sha256_of, write_together
+from advgrpo.runtime.distributed import Distributed
+from advgrpo.training.run import Run
+from advgrpo.training.state_in_parts import in_parts, save_in_parts
+from advgrpo.training.stopping import SLOWEST_DISK
 
 PARTED = {
     "policy.a": torch.randn(5, 3),
@@ -166,6 +174,47 @@ def test_killed_while_parts_are_written_the_last_good_one_stays(tmp_path):
     assert torch.equal(load_checkpoint(good)[0]["policy.a"], PARTED["policy.a"])
     assert latest_checkpoint(tmp_path) != save(tmp_path, 2, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration-000001", "iteration-000002"]
+
+
+def test_a_part_that_cannot_be_written_is_named_with_its_folder_and_the_last_good_one_stays(tmp_path, monkeypatch):
+    good = save(tmp_path, 1, 1)
+    job = Distributed(0, 1, 0, torch.device("cpu"))
+    write = partial(write_together, tensors={}, rows={}, cut=cut(0, 1), distributed=job, within_seconds=1.0)
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as `write` has it: without the file's name
+
+    monkeypatch.setattr(checkpoint_parts, "_write", full)
+    with pytest.raises(UserError, match=f"output_dir: process 0 .*{tmp_path}.*No space left.*make room"):
+        save_checkpoint(tmp_path, 2, WHOLE, {}, 5, write_parts=write)
+    assert list(tmp_path.iterdir()) == [good]
+
+
+def test_process_0_may_take_as_long_for_the_rest_as_its_tensors_take(tmp_path):
+    """Others wait for it then, and would take it for hanging after the timeout of a collective."""
+    job, said = Distributed(0, 1, 0, torch.device("cpu")), []
+    job.progress = lambda doing, *, within_seconds=None: said.append((doing, within_seconds))
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    tensors = {"policy.a": weight.detach(), "replay.x": torch.zeros(10**6)}
+    save_in_parts(tmp_path, 1, tensors, {}, 1, Parts(job, {"a": weight}, {"a": weight.shape}))
+    doing, within = said[-1]
+    assert doing == "finish a checkpoint"
+    assert within >= sum(tensor.nbytes for tensor in tensors.values()) / SLOWEST_DISK
+
+
+def test_a_checkpoint_that_one_process_cannot_take_is_taken_by_none():
+    """Otherwise the others would begin anew, or go on with an earlier one, from weights of this one."""
+    took = []
+    policy = SimpleNamespace(parts=object(), trainable_parameters=dict)
+    trainer = SimpleNamespace(policy=policy, checked=lambda *_: "fits here", take=took.append)
+    job = SimpleNamespace(gather_json=lambda reason: [reason, "rows of process 1 do not fit"])
+    run = SimpleNamespace(trainer=trainer, best=None, distributed=job)
+    saved = SimpleNamespace(tensors={}, state={}, path=Path("a"))
+    assert Run._misfit(run, saved) == "rows of process 1 do not fit"
+    assert not took
+    job.gather_json = lambda reason: [reason, ""]
+    assert Run._misfit(run, saved) == ""
+    assert took == ["fits here"]
 
 
 def test_hashes_are_those_of_sha256sum(tmp_path):
