@@ -29,8 +29,8 @@ class EngineSection(Section):
     """Addresses of its servers, such as http://host:30000, each one engine and no router: process r draws at the one
     with number r modulo their count."""
     weights_dir: str = ""
-    """Folder, by the same absolute path here and on the engines' machines, that each iteration's LoRA is written to;
-    empty: OUTPUT_DIR/engine."""
+    """Folder of this run alone, by the same absolute path here and on the engines' machines, that each iteration's LoRA
+    is written to; empty: OUTPUT_DIR/engine."""
     requests_at_once: Annotated[int, Field(ge=1, le=1024)] = 4
     """Requests under way at a time, each of one prompt's images in a micro-batch."""
     probe_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -85,6 +85,11 @@ def check_engine(config: Config) -> None:
         raise UserError(
             f"rollout.scouts = {rollout.scouts}: a scout has the noise of the window's steps, which an engine does not "
             f"draw, so it would be another image than the one kept; set rollout.scouts = 1, or {asked} to none"
+        )
+    if rollout.precision != "model" and not config.objective.has_window:
+        raise UserError(
+            f"rollout.precision = {rollout.precision} would not be looked at: {asked} takes all steps of "
+            f"update.objective = {config.update.objective}; set rollout.precision = model"
         )
     window = rollout.window
     if config.objective.has_window and window.one_for_all and 0 in (window.steps or ()):

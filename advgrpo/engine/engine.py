@@ -7,8 +7,8 @@ Nothing it draws is used before, of these weights,
     a trajectory of its is ours, step by step, up to rounding                       probe.py
 
 and after every draw it is asked once more what it draws with: an engine that was restarted meanwhile has the base
-weights. It is then brought up to date and the images are drawn again. Of every image the initial noise must be ours to
-the bit, which tells rows apart, and the schedule ours.
+weights. It is then brought up to date and the images are drawn again; where several processes draw at it, the run ends.
+Of every image the initial noise must be ours to the bit, which tells rows apart, and the schedule ours.
 
 Which steps it takes: of an objective without likelihoods all; of the policy gradient those before the window. What
 follows is the sampler's, from the latents that the engine arrived at: likelihoods are those of our own forward at the
@@ -26,7 +26,17 @@ import torch
 
 from advgrpo.config import Config
 from advgrpo.engine.probe import compare
-from advgrpo.engine.sglang import MODULE, NICKNAME, SERVED, Drawing, Mismatch, Request, SGLangDiffusion, check_model
+from advgrpo.engine.sglang import (
+    MODULE,
+    NICKNAME,
+    SERVED,
+    Drawing,
+    Mismatch,
+    Request,
+    SGLangDiffusion,
+    check_model,
+    check_targets,
+)
 from advgrpo.engine.weights import Adapter, loud
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.policy.base import Policy
@@ -57,20 +67,16 @@ class RolloutEngine:
         prompts: of the run, from which the probe's is taken.
 
     Raises:
-        UserError: as `connect`, or more engines than processes.
+        UserError: as `connect`.
     """
 
     def __init__(self, config: Config, policy: Policy, prompts: Sequence[str], distributed: Distributed):
         self.settings, self.distributed, self.policy = config.rollout, distributed, policy
         self.seed, self.dtype = config.seed, config.model.dtype
         section, world = config.rollout.engine, distributed.world_size
-        if len(section.urls) > world:
-            raise UserError(
-                f"rollout.engine.urls names {len(section.urls)} engines for {world} process{'es' * (world > 1)}, each "
-                f"of which draws at one: name at most {world}, or start more processes"
-            )
         self.number = distributed.rank % len(section.urls)
         self.leads = distributed.rank < len(section.urls)  # brings the engine up to date for those that share it
+        self.shared = self.number + len(section.urls) < world
         self.prompts = list(dict.fromkeys(prompts))
         self.drawing = _drawing(config, policy)
         self.engine = connect(config, self.number)
@@ -114,6 +120,9 @@ class RolloutEngine:
     def latents(self, rows: Rows, step: int) -> torch.Tensor:
         """[R, C, H, W] float32 on the policy's device: before step `step`, or the images' for the number of steps.
 
+        An engine that several processes draw at is not brought up to date again in the midst of an iteration: whoever
+        asks only after another has done that would take images of the wrong weights for good ones.
+
         Raises:
             RunFailure: no valid answer, of another request, or by other weights even after these were sent again.
         """
@@ -121,6 +130,11 @@ class RolloutEngine:
             found = self._draw(rows, (0, step))
             if not (lost := self._lost()):
                 return to_device(found[:, 1].contiguous(), self.policy.device)
+            if self.shared:
+                raise RunFailure(
+                    f"{self.owner}: {lost}. Other processes draw at it as well, and theirs may be drawn with that: "
+                    "see why it restarts, or who else sends it adapters, then resume"
+                )
             if not again:
                 _log.warning("%s: %s; it gets its weights again, and the images are drawn again", self.owner, lost)
                 self._bring(self.version)
@@ -168,7 +182,8 @@ class RolloutEngine:
     def _probe(self, version: str) -> None:
         """Raises RunFailure for a trajectory that is not ours."""
         keyed = rng.derive_seed(self.seed, f"engine_probe:{version}")
-        prompt = self.prompts[keyed % len(self.prompts)]
+        longest = max(self.prompts, key=len)  # where the engine takes fewer tokens, it shows
+        prompt = longest if version == _START else self.prompts[keyed % len(self.prompts)]
         seeds = row_seeds(keyed, torch.arange(_PROBED_ROWS))
         noise = torch_noise(seeds, self.drawing.shape, self.settings.noise)
         latents = self._draw(Rows([prompt] * _PROBED_ROWS, seeds, noise), tuple(range(self.drawing.num_steps + 1)))
@@ -227,13 +242,18 @@ def connect(config: Config, number: int = 0) -> SGLangDiffusion:
     """
     section, pixels = config.rollout.engine, 3 * config.model.resolution**2
     images = config.rollout.micro_batch + _PROBED_ROWS
-    # Pictures and latents in float32 and base64, and every step's latents of a probe: no more than the pictures' 12 x.
-    most = 1_000_000 + images * pixels * 4 * (2 + config.rollout.num_steps)
+    # A value in float32 and base64 is 5.4 bytes. An image is a picture and, smaller, latents of T + 1 steps.
+    most = 1_000_000 + images * pixels * 6 * (2 + config.rollout.num_steps)
     return SGLangDiffusion(section.urls[number], section, max_answer_bytes=most)
 
 
 def check_reachable(config: Config, distributed: Distributed) -> None:
-    """UserError unless the engine of this process answers as one of this run's precision; no model is loaded for it."""
+    """Before a model is loaded: whether the engine of this process can draw for this run.
+
+    Raises:
+        UserError: a model or LoRA that it cannot serve, more engines than processes, as `connect`, or nobody answers as
+            an engine of this run's precision.
+    """
     if config.rollout.engine.kind == "none":
         return
     name = pipeline_class(config.model.path)
@@ -242,7 +262,14 @@ def check_reachable(config: Config, distributed: Distributed) -> None:
             f"rollout.engine.kind = {config.rollout.engine.kind!r} serves {', '.join(SERVED)}, but model.path = "
             f"{config.model.path!r} holds a {name}; set rollout.engine.kind = none"
         )
-    engine = connect(config, distributed.rank % len(config.rollout.engine.urls))
+    check_targets(name, config.model.lora.targets)
+    urls, world = config.rollout.engine.urls, distributed.world_size
+    if len(urls) > world:
+        raise UserError(
+            f"rollout.engine.urls names {len(urls)} engines for {world} process{'es' * (world > 1)}, each of which "
+            f"draws at one: name at most {world}, or start more processes"
+        )
+    engine = connect(config, distributed.rank % len(urls))
     try:
         check_model(engine.model(distributed.step), config.model.dtype, engine.owner)
     except RunFailure as error:

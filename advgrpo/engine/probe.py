@@ -63,20 +63,20 @@ def compare(
     sampler = Sampler(policy, guidance, "squared_error", share_prefix=False, merged=False, shared_noise=False)
     table, conditioning = step_table(policy, steps), policy.encode([prompt])
     rows = to_device(torch.zeros(len(latents), dtype=torch.int64), device)
-    roundoff, worst = torch.finfo(dtype).eps / 2, None
+    roundoff, all_errors, all_allowed = torch.finfo(dtype).eps / 2, [], []
     for step in range(steps):
         before, after = latents[:, step], latents[:, step + 1]
         initial = to_device(before.contiguous(), device)
         own = sampler.run(replace(table, taken=(step,)), conditioning, initial, rows)[0].cpu()
         length = _rms(own - before).clamp(min=torch.finfo(torch.float32).tiny)
-        errors = _rms(after - own) / length
-        allowed = _OF_NETWORK * roundoff + _OF_LATENTS * roundoff * _rms(before) / length
-        for row, (error, most) in enumerate(zip(errors.tolist(), allowed.tolist())):
-            found = Probe(row, step, error, tolerance or most)
-            if worst is None or found.error / found.allowed > worst.error / worst.allowed:
-                worst = found
-    assert worst is not None  # there are rows, and steps
-    return worst
+        all_errors.append(_rms(after - own) / length)
+        all_allowed.append(_OF_NETWORK * roundoff + _OF_LATENTS * roundoff * _rms(before) / length)
+    errors, allowed = torch.stack(all_errors), torch.stack(all_allowed)  # [T, R]
+    if tolerance:
+        allowed = torch.full_like(errors, tolerance)
+    excess = (errors / allowed).nan_to_num(nan=torch.inf)  # a forward that is not finite agrees with nothing
+    step, row = divmod(int(excess.argmax()), len(latents))
+    return Probe(row, step, float(errors[step, row]), float(allowed[step, row]))
 
 
 def _rms(rows: torch.Tensor) -> torch.Tensor:

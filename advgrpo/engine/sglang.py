@@ -35,13 +35,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import safetensors.torch
 import torch
 
 from advgrpo.config import EngineSection
-from advgrpo.engine import msgpack
 from advgrpo.errors import UserError
 from advgrpo.policy.packed import PATCH, unpack
 from advgrpo.rewards.judge_client import JudgeClient, Refused, excerpt, parse_json, read_token
@@ -56,6 +56,8 @@ SERVED = {
     "FluxPipeline": ("guidance_scale", False),
     "QwenImagePipeline": ("true_cfg_scale", True),
 }
+# Of Qwen-Image it joins these in one layer, and its table of names has no LoRA for that.
+QWEN_JOINED = ("add_q_proj", "add_k_proj", "add_v_proj")
 PRECISIONS = {"float32": ("fp32", "float32"), "bfloat16": ("bf16", "bfloat16")}
 _COUNTED = re.compile(r"for (\d+) tensor\(s\)")
 _Tell = Callable[..., None]
@@ -112,10 +114,11 @@ class SGLangDiffusion:
         max_answer_bytes: of an answer with images.
 
     Raises:
-        UserError: a URL that is not http(s) with a host, or an unusable token file.
+        UserError: a URL that is not http(s) with a host, an unusable token file, or MessagePack is not installed.
     """
 
     def __init__(self, url: str, section: EngineSection, *, max_answer_bytes: int):
+        _messagepack()
         self.url = url.rstrip("/")
         self.owner = f"rollout engine sglang at {self.url}"
         token = read_token(section.token_file, "rollout.engine.token_file =", TOKEN_VARIABLE)
@@ -213,6 +216,16 @@ class SGLangDiffusion:
         return json.dumps(fields).encode()
 
 
+def _messagepack() -> ModuleType:
+    try:
+        import msgpack
+    except ImportError as error:
+        raise UserError(
+            f'rollout.engine.kind = sglang needs msgpack ({error}): pip install "advgrpo[engine]", or set it to none'
+        ) from error
+    return msgpack
+
+
 def _object(answer: bytes) -> dict[str, Any]:
     record = parse_json(answer)
     if not isinstance(record, dict):
@@ -223,9 +236,9 @@ def _object(answer: bytes) -> dict[str, Any]:
 def _rows(answer: bytes) -> list[dict[str, Any]]:
     """The images of an answer, in its order."""
     try:
-        rows = msgpack.unpack(answer)
-    except ValueError as error:
-        raise Refused(f"the answer is not MessagePack ({error})") from None
+        rows = _messagepack().unpackb(answer)
+    except ValueError as error:  # of all its kinds: not whole, more than one value, nested too deep, text that is none
+        raise Refused(f"the answer is not MessagePack ({str(error) or type(error).__name__})") from None
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise Refused("the answer is no list of images")
     return rows
@@ -292,6 +305,17 @@ def _trajectory(latents: torch.Tensor, request: Request, drawing: Drawing) -> to
 def _short(values: torch.Tensor) -> str:
     shown = [f"{value:.4f}" for value in values.flatten().tolist()]
     return f"[{', '.join(shown if len(shown) <= 5 else [*shown[:3], '...', shown[-1]])}] ({len(shown)})"
+
+
+def check_targets(pipeline: str, targets: Sequence[str]) -> None:
+    """UserError for a LoRA of layers that the engine joins, whose adapters it would leave out."""
+    joined = [target for target in targets if target.rsplit(".", 1)[-1] in QWEN_JOINED]
+    if pipeline == "QwenImagePipeline" and joined:
+        rest = [target for target in targets if target not in joined] or ["attn.to_q", "attn.to_k", "attn.to_v"]
+        raise UserError(
+            f"model.lora.targets holds {', '.join(joined)}, which SGLang joins into one layer of Qwen-Image that takes "
+            f"no LoRA; train --model.lora.targets {' '.join(rest)}, or set rollout.engine.kind = none"
+        )
 
 
 def check_model(said: Mapping[str, Any], dtype: str, owner: str) -> None:

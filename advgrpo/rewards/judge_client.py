@@ -1,4 +1,5 @@
-"""How rewards ask a server over HTTP: one request with retries, each attempt within a total time, and several at once.
+"""How rewards and rollout engines ask a server over HTTP: one request with retries, each attempt within a total time,
+and several at once.
 
 A failure is an error, never a score. What becomes of it:
 

@@ -15,12 +15,12 @@ import argparse
 import base64
 import hashlib
 import json
-import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import safetensors.torch
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -183,23 +183,6 @@ def packed(tensor: torch.Tensor) -> dict[str, Any]:
     return {"__tensor__": True, "data": data, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
 
 
-def to_msgpack(value: Any) -> bytes:
-    """The kinds that an answer has."""
-    if value is None or isinstance(value, bool):
-        return {None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value]
-    if isinstance(value, int):
-        return struct.pack(">Bq", 0xD3, value)
-    if isinstance(value, float):
-        return struct.pack(">Bd", 0xCB, value)
-    if isinstance(value, str):
-        text = value.encode()
-        return struct.pack(">BI", 0xDB, len(text)) + text
-    if isinstance(value, dict):
-        pairs = b"".join(to_msgpack(key) + to_msgpack(each) for key, each in value.items())
-        return struct.pack(">BI", 0xDF, len(value)) + pairs
-    return struct.pack(">BI", 0xDD, len(value)) + b"".join(map(to_msgpack, value))
-
-
 class Handler(BaseHTTPRequestHandler):
     engine: Engine
 
@@ -226,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(500, "application/json", json.dumps({"message": repr(error)}).encode())
         status, found = found if isinstance(found, tuple) else (200, found)
         if method == "generate":
-            return self.send(status, "application/msgpack", to_msgpack(found))
+            return self.send(status, "application/msgpack", msgpack.packb(found))
         return self.send(status, "application/json", json.dumps(found).encode())
 
     def send(self, status: int, kind: str, body: bytes) -> None:

@@ -56,6 +56,18 @@ CASES = [
     changed(
         _GROUP, _asked(rollout={"window": {"steps": [0, 1]}}), "rollout.window.steps = [0, 1] begins with the first"
     ),
+    changed(
+        _GROUP,
+        _asked(urls=("http://127.0.0.1:9", "http://127.0.0.1:10")),
+        "rollout.engine.urls names 2 engines for 1 process,",
+        "name at most 1",
+    ),
+    changed(
+        _GROUP,
+        _asked(fast=True, update={"objective": "nft"}, rollout={"precision": "fp8", "initial_noise": "per_image"}),
+        "rollout.precision = fp8 would not be looked at",
+        "set rollout.precision = model",
+    ),
     changed(_GROUP, _asked(update={"objective": "sft"}), "update.objective = sft draws nothing"),
     changed(_GROUP, _asked(model={"train": "full", "dtype": "float32"}), "model.train = full; set model.train = lora"),
     changed(

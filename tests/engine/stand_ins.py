@@ -119,6 +119,13 @@ class OtherPrompt(Engine):
         return super().trajectory({**request, "prompt": "a large green ring"}, seeds)
 
 
+class FewerTokens(Engine):
+    """Reads three words of a prompt."""
+
+    def trajectory(self, request, seeds):
+        return super().trajectory({**request, "prompt": " ".join(request["prompt"].split()[:3])}, seeds)
+
+
 class HalfSaid(Engine):
     def models(self):
         return {"data": [{"dit_precision": "bf16"}]}

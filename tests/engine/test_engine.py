@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +20,15 @@ import pytest
 import torch
 
 from advgrpo import config as configuration
-from advgrpo.engine import msgpack
-from advgrpo.engine.engine import RolloutEngine, Rows, _requests, check_reachable
+from advgrpo.config.sections import LORA_TARGETS
+from advgrpo.engine.engine import RolloutEngine, Rows, _requests, check_reachable, connect
 from advgrpo.engine.probe import compare
-from advgrpo.engine.sglang import SERVED, Mismatch, Request, _trajectory
+from advgrpo.engine.sglang import QWEN_JOINED, SERVED, Mismatch, Request, _rows, _trajectory, check_targets
 from advgrpo.engine.weights import Adapter, checksum, loud
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.policy.packed import pack
 from advgrpo.policy.sd3 import SD3Policy
+from advgrpo.rewards.judge_client import Refused
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.noise import row_seeds, torch_noise
@@ -285,6 +287,30 @@ def test_one_that_is_restarted_again_and_again_ends_the_run(engine, standing):
         engine.latents(some_rows(engine), 4)
 
 
+def test_one_that_processes_share_gets_no_weights_in_the_midst_of_an_iteration(engine, settings, policy, standing):
+    """Or the process that asks second is told that all is well, of images that the base weights have drawn."""
+    shared = [RolloutEngine(settings, policy, PROMPTS, Distributed(r, 2, r, policy.device)) for r in range(2)]
+    assert [each.shared for each in (engine, *shared)] == [False, True, True]
+    engine.synchronise(0)
+    for each in shared:
+        each.adapter, each.version = engine.adapter, engine.version
+    with acting(standing, stand_ins.ForgetsOnce, forget=False):
+        for each in shared:
+            with pytest.raises(RunFailure, match=r"it draws with no LoRA, .*Other processes draw at it as well"):
+                each.latents(some_rows(engine, prompts=(0,)), 4)
+
+
+@pytest.mark.weekly
+def test_the_first_probe_is_of_the_longest_prompt(settings, policy, standing):
+    short = [f"a {colour} star" for colour in ("red", "green", "blue", "white")]
+    made = RolloutEngine(settings, policy, [*short, PROMPTS[1]], Distributed.start("cpu"))
+    with (
+        acting(standing, stand_ins.FewerTokens),
+        pytest.raises(UserError, match=f"its images are not this policy's .*{PROMPTS[1]}"),
+    ):
+        made.verify()
+
+
 @pytest.mark.weekly
 def test_a_late_one_is_waited_for_as_long_as_the_settings_say(settings, engine, standing, policy):
     late = asking(settings, engine.engine.url, engine={"timeout": 0.2, "retries": 0})
@@ -331,6 +357,8 @@ def test_rounding_of_another_forward_is_allowed_and_nothing_else(base, policy, e
         assert not compare(each, PROMPTS[0], latents, guidance=1.501, dtype=torch.float32).agrees
         assert not compare(each, PROMPTS[1], latents, guidance=1.5, dtype=torch.float32).agrees
     assert compare(policy, PROMPTS[0], latents, guidance=1.501, dtype=torch.float32, tolerance=0.01).agrees
+    latents[1, -1, 0, 0, 0] = torch.nan
+    assert not compare(policy, PROMPTS[0], latents, guidance=1.5, dtype=torch.float32, tolerance=0.01).agrees
 
 
 def policy_file(policy, engine) -> Path:
@@ -342,44 +370,41 @@ def policy_file(policy, engine) -> Path:
 # MessagePack
 
 
+NOT_WHOLE, NO_IMAGES = "the answer is not MessagePack", "the answer is no list of images"
+
+
 @pytest.mark.parametrize(
-    ("data", "value"),
+    ("data", "said"),
     [
-        (b"\xc0", None),
-        (b"\xc3", True),
-        (b"\x7f", 127),
-        (b"\xe0", -32),
-        (b"\xcc\xff", 255),
-        (b"\xcd\x01\x00", 256),
-        (b"\xd1\xff\x00", -256),
-        (b"\xcf" + b"\xff" * 8, 2**64 - 1),
-        (b"\xca\x3f\x80\x00\x00", 1.0),
-        (b"\xcb\x3f\xf0" + b"\x00" * 6, 1.0),
-        (b"\xa3abc", "abc"),
-        (b"\xd9\x03abc", "abc"),
-        (b"\xc4\x02\x00\x01", b"\x00\x01"),
-        (b"\x93\x01\xa1a\xc2", [1, "a", False]),
-        (b"\xdc\x00\x02\x01\x02", [1, 2]),
-        (b"\x82\xa1a\x01\xa1b\x90", {"a": 1, "b": []}),
-        (b"\xde\x00\x01\xa1a\xc0", {"a": None}),
+        *((data, NOT_WHOLE) for data in (b"", b"\xa3ab", b"\xc1", b"\x90\x01", b"\x81\x90\x01", b"\x91\xa1\xff")),
+        (b"\x91" * 5000 + b"\x01", NOT_WHOLE),
+        *((data, NO_IMAGES) for data in (b"\x80", b"\x91\x01", b"\x91\xd4\x01\x00")),
     ],
 )
-def test_messagepack_is_read(data, value):
-    assert msgpack.unpack(data) == value
+def test_what_is_no_list_of_images_is_refused(data, said):
+    with pytest.raises(Refused, match=said):
+        _rows(data)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"\xa3ab", b"\xc1", b"\xd4\x01\x00", b"\x01\x01", b"\x91" * 40 + b"\x01", b"\x81\x90\x01", b"\xa1\xff"],
-)
-def test_what_is_no_plain_messagepack_is_refused(data):
-    with pytest.raises(ValueError):  # noqa: PT011  (several, each of another text)
-        msgpack.unpack(data)
+def test_without_messagepack_a_run_says_what_to_install(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "msgpack", None)  # importing it fails, as if it were not installed
+    with pytest.raises(UserError, match=r'needs msgpack .*: pip install "advgrpo\[engine\]"'):
+        connect(settings)
 
 
-def test_what_the_stand_in_writes_is_read():
-    value = {"a": [1, -5, 2.5, None, True, {"b": "ä" * 300}], "c": list(range(70_000))}
-    assert msgpack.unpack(stand_in.to_msgpack(value)) == value
+# What an engine cannot serve
+
+
+def test_of_qwen_image_no_layers_that_the_engine_joins():
+    rest = " ".join(target for target in LORA_TARGETS if not target.endswith(QWEN_JOINED))
+    with pytest.raises(
+        UserError, match=f"model.lora.targets holds attn.add_q_proj, .*train --model.lora.targets {rest},"
+    ):
+        check_targets("QwenImagePipeline", LORA_TARGETS)
+    with pytest.raises(UserError, match="holds add_k_proj, which"):
+        check_targets("QwenImagePipeline", ("add_k_proj",))
+    check_targets("QwenImagePipeline", tuple(rest.split()))
+    check_targets("FluxPipeline", LORA_TARGETS)
 
 
 # Noise
