@@ -72,7 +72,7 @@ def alone(base: Config, folder: Path, runs: dict[str, dict]) -> None:
 def by_two(base, whole, folder) -> list[dict[str, torch.Tensor]]:
     """What each of two processes has seen, after their runs."""
     alone(base, folder, RUNS)
-    start(folder, 2, ["network"], {"kl-2": None, "kl-1-to-2": folder / "kl-1" / FIRST})
+    start(folder, 2, ["network"], {"kl-2": None})
     return [load_file(folder / f"network.{rank}.safetensors") for rank in range(2)]
 
 
@@ -108,7 +108,9 @@ def test_a_run_of_two_processes_has_the_losses_of_one(by_two, folder):
     assert metrics(folder / "kl-1")[0]["grad_norm"] > 0.01  # it is clipped
 
 
+@pytest.mark.weekly  # who reads which rows is tested in tests/runtime/test_checkpoint_parts.py
 def test_two_processes_go_on_with_what_one_began(by_two, folder):
+    start(folder, 2, [], {"kl-1-to-2": folder / "kl-1" / FIRST})
     alike(folder / "kl-1-to-2", folder / "kl-1", from_iteration=1)
 
 
