@@ -2,6 +2,8 @@
 
 Bugs planted in a copy, each seen red: a mean of the gradients instead of their sum, a norm of this process's rows,
 weights that stay where the base's should be, an export of one process's rows.
+
+CI has the network alone; whole runs, of seconds on each of three processes, are weekly.
 """
 
 import json
@@ -70,10 +72,16 @@ def alone(base: Config, folder: Path, runs: dict[str, dict]) -> None:
 
 @pytest.fixture(scope="module")
 def by_two(base, whole, folder) -> list[dict[str, torch.Tensor]]:
-    """What each of two processes has seen, after their runs."""
-    alone(base, folder, RUNS)
-    start(folder, 2, ["network"], {"kl-2": None, "kl-1-to-2": folder / "kl-1" / FIRST})
+    """What each of two processes has seen."""
+    start(folder, 2, ["network"], {})
     return [load_file(folder / f"network.{rank}.safetensors") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def runs(base, whole, folder) -> None:
+    """Of one process and of two."""
+    alone(base, folder, RUNS)
+    start(folder, 2, [], {"kl-2": None})
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:
@@ -102,25 +110,28 @@ def test_every_process_holds_its_share_alone(when, whole, by_two):
     assert max(shares) < 1.1 * sum(shares) / 2
 
 
-def test_a_run_of_two_processes_has_the_losses_of_one(by_two, folder):
+@pytest.mark.weekly
+def test_a_run_of_two_processes_has_the_losses_of_one(runs, folder):
     alike(folder / "kl-2", folder / "kl-1")
     assert metrics(folder / "kl-1")[1]["kl"] > 0
     assert metrics(folder / "kl-1")[0]["grad_norm"] > 0.01  # it is clipped
 
 
-def test_two_processes_go_on_with_what_one_began(by_two, folder):
+@pytest.mark.weekly  # who reads which rows is tested in tests/runtime/test_checkpoint_parts.py
+def test_two_processes_go_on_with_what_one_began(runs, folder):
+    start(folder, 2, [], {"kl-1-to-2": folder / "kl-1" / FIRST})
     alike(folder / "kl-1-to-2", folder / "kl-1", from_iteration=1)
 
 
 @pytest.mark.weekly
-def test_one_process_goes_on_with_what_two_began(by_two, folder):
+def test_one_process_goes_on_with_what_two_began(runs, folder):
     settings = config.load(file=folder / "kl-2-to-1.yaml")
     sharding_worker.train(settings, Distributed.start("cpu"), str(folder / "kl-2" / FIRST))
     alike(folder / "kl-2-to-1", folder / "kl-1", from_iteration=1)
 
 
 @pytest.mark.weekly
-def test_two_processes_that_stopped_go_on_with_the_same_bits(by_two, folder):
+def test_two_processes_that_stopped_go_on_with_the_same_bits(runs, folder):
     """Asked to stop in their first iteration, they ended, and exported, together after it."""
     start(folder, 2, [], {"kl-2-stopped": None})
     assert (folder / "kl-2-stopped" / TRANSFORMER).exists()
@@ -134,7 +145,8 @@ def test_two_processes_that_stopped_go_on_with_the_same_bits(by_two, folder):
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_a_checkpoint_of_two_is_as_large_on_each(by_two, folder):
+@pytest.mark.weekly
+def test_a_checkpoint_of_two_is_as_large_on_each(runs, folder):
     """And what is not in parts is in one place."""
     saved = folder / "kl-2" / FIRST
     parts = sorted(saved.glob("shard-*"))
@@ -145,7 +157,8 @@ def test_a_checkpoint_of_two_is_as_large_on_each(by_two, folder):
     assert not list((folder / "kl-1" / FIRST).glob("shard-*"))
 
 
-def test_stock_diffusers_loads_the_export(by_two, folder):
+@pytest.mark.weekly
+def test_stock_diffusers_loads_the_export(runs, folder):
     network = SD3Transformer2DModel.from_pretrained(folder / "kl-2" / "transformer")
     assert (
         json.loads((folder / "kl-2" / "transformer/config.json").read_text())["_class_name"] == type(network).__name__
@@ -155,7 +168,7 @@ def test_stock_diffusers_loads_the_export(by_two, folder):
 
 
 @pytest.mark.weekly
-def test_other_objectives_and_targets_and_four_processes(base, by_two, folder):
+def test_other_objectives_and_targets_and_four_processes(base, runs, folder):
     alone(base, folder, WEEKLY)
     start(folder, 2, [], {f"{name}-2": None for name in WEEKLY})
     start(folder, 4, [], {"kl-4": None})
