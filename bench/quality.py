@@ -33,7 +33,7 @@ from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.errors import UserError
 from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
-from advgrpo.runtime.checkpoint import latest_checkpoint
+from advgrpo.runtime.checkpoint import iteration_of, latest_checkpoint
 from advgrpo.runtime.command import INTERRUPTED, run_command
 from advgrpo.training.callbacks import Callback
 from advgrpo.training.run import CONFIG_FILE
@@ -151,7 +151,8 @@ class Watch(Callback):
     """Says what the judge sees while a run trains, and ends it, after an evaluation, when its time is over.
 
     Args:
-        taken: seconds of the iterations that are done, by their number; a resumed run does some of them again.
+        taken: seconds of the iterations that the log has, by their number. A crash leaves some there that no checkpoint
+            has; the run does them again, and they count once.
     """
 
     def __init__(self, name: str, config: Config, metric: str, limit: float, taken: dict[int, float], console: Console):
@@ -168,7 +169,8 @@ class Watch(Callback):
 
     def on_iteration(self, metrics, flags):
         done, name = metrics["iteration"] + 1, f"eval_{self.metric}"
-        self.taken[metrics["iteration"]] = seconds_of(metrics, self.config)
+        self.taken = {number: seconds for number, seconds in self.taken.items() if number < done - 1}
+        self.taken[done - 1] = seconds_of(metrics, self.config)
         if name in metrics:
             self._tell(metrics, done)
         return OVER if done % self.config.evaluation.every == 0 and self.spent >= self.limit else None
@@ -191,10 +193,7 @@ def make(plan: Plan, contender: str, seed: int, console: Console) -> bool:
     if (run.folder / CONFIG_FILE).exists():
         check_settings(run)
     limit = plan.seconds if contender == RELEASED else float("inf")
-    resumable = latest_checkpoint(run.folder / "checkpoints") is not None
-    rows = load_metrics(run.folder / METRICS_FILE) if resumable else []
-    taken = {row["iteration"]: seconds_of(row, run.config) for row in rows}
-    watch = Watch(name, run.config, plan.metric, limit, taken, console)
+    watch = Watch(name, run.config, plan.metric, limit, taken_until_checkpoint(run), console)
     if (run.folder / "summary.json").exists() or watch.spent >= limit:
         console.print(f"{name}: there already", markup=False)
         return True
@@ -202,6 +201,18 @@ def make(plan: Plan, contender: str, seed: int, console: Console) -> bool:
     with (run.folder / "log.txt").open("a") as log:
         result = advgrpo.train(run.config, callbacks=[watch], resume="auto", console=Console(file=log, width=200))
     return not result.stopped or OVER in result.stopped
+
+
+def taken_until_checkpoint(run: Run) -> dict[int, float]:
+    """Seconds of the iterations that the last checkpoint has, by their number: from there the run goes on."""
+    last = latest_checkpoint(run.folder / "checkpoints")
+    done = 0 if last is None else iteration_of(last) or 0
+    return {number: seconds for number, seconds in taken(run).items() if number < done} if done else {}
+
+
+def taken(run: Run) -> dict[int, float]:
+    """Seconds of the iterations that were logged, by their number; UserError without metrics.jsonl."""
+    return {row["iteration"]: seconds_of(row, run.config) for row in load_metrics(run.folder / METRICS_FILE)}
 
 
 def saved_config(folder: Path) -> Config:

@@ -25,11 +25,11 @@ from scipy.optimize import isotonic_regression
 from advgrpo.errors import UserError
 from advgrpo.evaluation.frontier import Resamples
 from advgrpo.reporting.evaluations import EVALUATIONS_FILE, load_evaluations
-from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
+from advgrpo.reporting.tracking import METRICS_FILE
 
 from . import timing
 from .budget import Report
-from .quality import OURS, PREDICTED, RELEASED, Plan, check_settings, seconds_of
+from .quality import OURS, PREDICTED, RELEASED, Plan, check_settings, taken
 
 SCHEMA = 1
 RESAMPLES = 2000
@@ -67,7 +67,8 @@ def read(plan: Plan, contender: str) -> Curve:
     """The curve that its runs have left, up to the evaluation that all its seeds have.
 
     Raises:
-        UserError: a run that is missing, is another or was never evaluated after its start.
+        UserError: a run that is missing, is another, was never evaluated after its start, or whose log lacks an
+            iteration.
     """
     scores, seconds, pictures = [], [], 0
     for run in plan.runs(contender):
@@ -76,9 +77,11 @@ def read(plan: Plan, contender: str) -> Curve:
         if len(found) < 2 or 0 not in found:
             raise UserError(f"{run.folder} has no evaluations by {plan.metric}; call without --report to make the run")
         check_settings(run)
-        taken = [seconds_of(row, run.config) for row in load_metrics(run.folder / METRICS_FILE)]
+        logged = taken(run)
+        if missing := set(range(max(found))) - logged.keys():
+            raise UserError(f"{run.folder / METRICS_FILE} lacks iteration {min(missing)}: what it took is not known")
         scores.append(found)
-        seconds.append({done: sum(taken[:done]) for done in found})
+        seconds.append({done: sum(logged[number] for number in range(done)) for done in found})
         pictures = run.config.images_per_iteration
     common = sorted(set.intersection(*(set(each) for each in scores)))
     values = torch.tensor([[each[done] for done in common] for each in scores], dtype=torch.float64)

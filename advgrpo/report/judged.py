@@ -31,7 +31,7 @@ def judged_section(run: Path) -> str:
         return _table(numbers) + _picture(file.with_suffix(".png"))
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({one_line(str(error), 100)}); make it again or remove it") from None
 
 

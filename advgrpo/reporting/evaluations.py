@@ -80,9 +80,11 @@ def _by_prompt(scores: Mapping[str, list[float | None]]) -> dict[str, list[float
 def gains(lines: Sequence[Evaluated]) -> dict[str, Interval]:
     """metric -> the end of a run less the base model, paired by prompt, with Student's 95 % interval over prompts.
 
-    Both drew the same noise. Empty for a run that has not ended; without metrics that are not finite, and without those
-    of a single prompt.
+    Both drew the same noise. Empty for a run that has not ended, or goes on after an end; without metrics that are not
+    finite, and without those of a single prompt.
     """
+    if not lines or max(lines, key=_place).stage != "final":
+        return {}
     ends = {line.stage: line.scores_of_all or line.scores for line in lines if line.stage in ("base", "final")}
     base, final = ends.get("base", {}), ends.get("final", {})
     found = {}

@@ -2,7 +2,8 @@
 
 Planted bugs that turned this file red: a schedule's setting left out; time before a resume left out; a run that ends
 between evaluations; the first crossing of a noisy curve; a run that was cut off taken for one that got there; scores
-for gains; a target without a gain; any run taken for ours.
+for gains; a target without a gain; any run taken for ours; what a crash left behind a checkpoint counted; seconds by
+place in a log that lacks an iteration.
 """
 
 import io
@@ -73,6 +74,26 @@ def test_the_time_is_over_after_an_evaluation_and_an_iteration_done_again_counts
     assert console.file.getvalue() == "a run: 6/60, 6 s, retrieval 0.250\n"
 
 
+def test_iterations_that_a_crash_left_behind_a_checkpoint_are_no_seconds_of_the_run(tmp_path, monkeypatch):
+    """Ten of two seconds are logged and six are kept: 12 of its 15 seconds are over, and it goes on."""
+    made = plan(tmp_path, minutes=0.25)
+    folder = made.folder(RELEASED, 1)
+    (folder / "checkpoints" / "iteration-000006").mkdir(parents=True)
+    write_run(folder, made.config(RELEASED, 1).model_dump(mode="json"))
+    seen = []
+    monkeypatch.setattr("advgrpo.train", lambda *_, callbacks, **__: seen.extend(callbacks) or Stopped)
+    assert not quality.make(made, RELEASED, 1, QUIET)
+    (watch,) = seen
+    assert watch.spent == 12.0
+    watch.taken = dict.fromkeys(range(10), 2.0)  # where that checkpoint was damaged, and four are kept
+    watch.on_iteration({"iteration": 4, "cpu_seconds": 3.0, "seconds": 9.0}, [])
+    assert watch.spent == 4 * 2.0 + 3.0
+
+
+class Stopped:
+    stopped = "by a signal"
+
+
 @pytest.mark.weekly
 def test_a_run_ends_after_an_evaluation_goes_on_and_can_be_ours_elsewhere(unit_config, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "EVALUATIONS", {OURS: 2, RELEASED: 2})
@@ -109,6 +130,10 @@ def test_runs_that_are_there_stand_for_ours_however_they_were_evaluated(tmp_path
     assert found.iterations.tolist() == [0, 10]
     assert found.seconds.tolist() == [0.0, 20.0]
     assert found.gains[0, 1].tolist() == pytest.approx([0.25, 0.0])
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(rows[:3] + rows[4:]))
+    with pytest.raises(UserError, match=r"metrics.jsonl lacks iteration 3: what it took is not known"):
+        quality_report.read(plan(tmp_path / "work", there=(tmp_path,)), OURS)
     for section, change in (("update", {"learning_rate": 1e-3}), ("evaluation", {"guidance_scale": 3.0})):
         write_run(tmp_path, configuration.merge(default, {section: change}))
         with pytest.raises(UserError, match=rf"holds another run \({section}\)"):

@@ -1,7 +1,7 @@
 """The bias + tanh-GELU epilogue.
 
 Planted bugs that turned this file red: square instead of cube; derivative of the cube without its 3; bias left out;
-second tile of columns never written; 0/0 at x = 0.
+second tile of columns never written; 0/0 at x = 0; the slope's cube not bounded on the left; NaN taken for the bound.
 """
 
 import pytest
@@ -43,14 +43,22 @@ def test_full_size_within_error_budget():
 
 
 def test_far_tails_are_finite_and_keep_their_sign(device):
-    """z passes 80 at x = 12, where exp overflows in float32."""
-    x = torch.tensor([-1e4, -60.0, -12.0, -5.0, 0.0, 12.0, 60.0, 1e4], device=device, requires_grad=True)
+    """z passes 80 at x = 12, where exp overflows in float32; x³ times float32's least number is not 0 from 1e12."""
+    far = [-1e30, -1e13, -1e12, -1e4, -60.0, -12.0, -5.0, 0.0, 12.0, 60.0, 1e4, 1e12]
+    x = torch.tensor(far, device=device, requires_grad=True)
     y = gelu(x, backend="triton")
     (grad,) = torch.autograd.grad(y.sum(), x)
     double = x.detach().double().requires_grad_()
     expected = gelu_ref(double, compute_dtype=torch.float64)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(grad.double(), torch.autograd.grad(expected.sum(), double)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_not_a_number_has_no_gradient_of_zero(device):
+    x = torch.tensor([float("nan"), 1.0], device=device, requires_grad=True)
+    y = gelu(x, backend="triton")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert y.isnan().tolist() == grad.isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -14,10 +14,13 @@ gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton 
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
 # Several stretches of pixels with a ragged last one; groups of twelve channels over two tiles of channels.
 STRETCHED, WIDE = ((2, 24, 13, 11), 4), ((1, 132, 3, 5), 11)
+weekly = pytest.mark.weekly
 CASES = [
-    *((*size, torch.float32, layout, True) for size in (STRETCHED, WIDE) for layout in LAYOUTS),
-    (*STRETCHED, torch.float32, torch.channels_last, False),
-    (*STRETCHED, torch.float16, torch.channels_last, True),
+    *((*STRETCHED, torch.float32, layout, True) for layout in LAYOUTS),
+    (*WIDE, torch.float32, torch.channels_last, True),
+    pytest.param(*WIDE, torch.float32, torch.contiguous_format, True, marks=weekly),
+    pytest.param(*STRETCHED, torch.float32, torch.channels_last, False, marks=weekly),
+    pytest.param(*STRETCHED, torch.float16, torch.channels_last, True, marks=weekly),
     *(pytest.param(*STRETCHED, torch.bfloat16, layout, True, marks=gpu_only) for layout in LAYOUTS),
 ]
 
@@ -103,12 +106,13 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(device):
     assert torch.equal(whole[1:2], alone)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, pytest.param(torch.contiguous_format, marks=weekly)], ids=str)
 def test_opcheck(layout, device):
     x, weight, bias = inputs((1, 4, 3, 2), torch.float32, layout, device)
     torch.library.opcheck(op._group_norm_op, (x, 1, weight, bias, 1e-6, True))
 
 
+@weekly
 def test_compiles_without_graph_break(device):
     x, weight, bias = inputs((2, 8, 4, 3), torch.float32, torch.channels_last, device)
     compiled = torch.compile(

@@ -156,10 +156,11 @@ def test_the_independent_judges_verdict_on_this_lora_is_shown_and_that_on_anothe
     assert "independent judge" not in write_report(run).read_text()
 
 
-def test_a_damaged_verdict_is_named(tmp_path):
+@pytest.mark.parametrize("equal", ["3", '[{"guidance": []}]'])
+def test_a_damaged_verdict_is_named(equal, tmp_path):
     run = make_run(tmp_path / "run")
     judged(run, digest="none")
-    (run / "frontier" / "frontier.json").write_text('{"digests": ["none"], "equal": 3}')
+    (run / "frontier" / "frontier.json").write_text(f'{{"digests": ["none"], "equal": {equal}}}')
     with pytest.raises(UserError, match=r"frontier\.json cannot be read"):
         write_report(run)
 

@@ -8,6 +8,8 @@ from advgrpo.reporting.evaluations import Evaluated, gains, load_evaluations, re
 
 BASE, FINAL = [0.1, 0.5, 0.3], [0.3, 0.6, 0.6]
 
+GOES_ON = Evaluated("during", 3, 1, {}, {}, {})  # after the end
+
 
 def line(stage: str, scores: dict, of_all: dict | None = None) -> Evaluated:
     return Evaluated(stage, 0 if stage == "base" else 2, 1, {}, scores, {}, of_all or {})
@@ -29,7 +31,9 @@ def test_where_all_evaluations_have_as_many_images_their_scores_are_the_pairs():
     "lines",
     [
         [line("base", {"judge": BASE}), line("during", {"judge": FINAL})],  # not ended
+        [line("base", {"judge": BASE}), line("final", {"judge": FINAL}), GOES_ON],
         [line("final", {"judge": FINAL})],
+        [],
         [line("base", {"judge": [math.nan, 0.5, 0.3]}), line("final", {"judge": FINAL})],
         [line("base", {"judge": [0.1]}), line("final", {"judge": [0.3]})],  # no interval over one prompt
         [line("base", {"judge": BASE[:2]}), line("final", {"judge": FINAL})],

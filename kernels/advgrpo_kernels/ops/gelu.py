@@ -78,9 +78,10 @@ if HAS_TRITON:
         mask = (row < M)[:, None] & (f < F)[None, :]
         offsets = row.to(tl.int64)[:, None] * F + f[None, :]
         u = _load_biased(x_ptr, bias_ptr, offsets, mask, f, F)
-        e = tl.exp2(tl.minimum(_exponent(u), 126.0))  # finite, so that e·s, which is 1 - s without its cancellation, is
+        u = tl.maximum(u, -10.0, propagate_nan=tl.PropagateNan.ALL)  # e < 2^126; and |u|³ grows no further
+        e = tl.exp2(_exponent(u))
         s = inverse_of_one_plus(e)
-        slope = s * (1.0 + u * (e * s) * (1.5957691216057308 + 0.21406444881780048 * u * u))
+        slope = s * (1.0 + u * (e * s) * (1.5957691216057308 + 0.21406444881780048 * u * u))  # e·s is 1 - s
         grad = tl.load(y_grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * slope
         tl.store(x_grad_ptr + offsets, grad.to(x_grad_ptr.dtype.element_ty), mask=mask)
 

@@ -5,7 +5,8 @@ one pass that writes the result. x is read twice and y written once.
 
     var of a group = mean of its channels' variances + variance of their means
 
-which cancels less than E[x²] - E[x]² over the whole group; sums are of x less the channel's first pixel.
+which cancels less than E[x²] - E[x]² over the whole group; sums are of x less the channel's first pixel. Where that
+one is 30 standard deviations from the others' mean, in 512 px, the variance is off by 1e-5; at 300 by half a per cent.
 
 Shapes:   B images, C channels in G groups, N = H·W pixels. x [B, C, H, W], weight, bias [C] -> y as x.
 Memory:   channels_last or contiguous; y lies as x does.
