@@ -46,11 +46,16 @@ class EngineSection(Section):
     token_file: str = ""
     """File with the engine's admin API key; empty: that of environment variable ADVGRPO_ENGINE_TOKEN, or none."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether an engine draws for the run."""
+        return self.kind != "none"
+
 
 def check_engine(config: Config) -> None:
     """UserError for settings that an engine cannot serve, or that would not be looked at without one."""
     rollout, engine = config.rollout, config.rollout.engine
-    if engine.kind == "none":
+    if not engine.draws:
         if engine.urls:
             raise UserError(
                 f"rollout.engine.urls = {list(engine.urls)} would not be looked at: rollout.engine.kind = none; set "

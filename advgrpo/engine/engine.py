@@ -254,7 +254,7 @@ def check_reachable(config: Config, distributed: Distributed) -> None:
         UserError: a model or LoRA that it cannot serve, more engines than processes, as `connect`, or nobody answers as
             an engine of this run's precision.
     """
-    if config.rollout.engine.kind == "none":
+    if not config.rollout.engine.draws:
         return
     name = pipeline_class(config.model.path)
     if name not in SERVED:

@@ -43,7 +43,7 @@ import torch
 
 from advgrpo.config import EngineSection
 from advgrpo.errors import UserError
-from advgrpo.policy.packed import PATCH, unpack
+from advgrpo.policy.packing import PATCH, unpack
 from advgrpo.rewards.judge_client import JudgeClient, Refused, excerpt, parse_json, read_token
 
 TOKEN_VARIABLE = "ADVGRPO_ENGINE_TOKEN"

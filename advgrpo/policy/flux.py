@@ -19,7 +19,8 @@ from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.guidance import CLASSIFIER_FREE, EMBEDDED, GuidanceMethod
 from advgrpo.policy.networks import StockNetwork, StockPrepared
-from advgrpo.policy.packed import PATCH, PackedPolicy, pack, unpack
+from advgrpo.policy.packed import PackedPolicy
+from advgrpo.policy.packing import PATCH, pack, unpack
 from advgrpo.types import Conditioning
 
 

@@ -26,7 +26,8 @@ from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.flux import image_ids
 from advgrpo.policy.networks import StockNetwork, StockPrepared
-from advgrpo.policy.packed import PackedPolicy, pack, unpack
+from advgrpo.policy.packed import PackedPolicy
+from advgrpo.policy.packing import pack, unpack
 from advgrpo.types import Conditioning
 
 _TRAINING_STEPS = 50  # the pipeline's default, whose shift the levels of supervised fine-tuning have

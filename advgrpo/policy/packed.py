@@ -1,7 +1,6 @@
-"""What FLUX.1 and Qwen-Image share: latents packed into tokens, and a schedule that moves with how many there are.
+"""What FLUX.1 and Qwen-Image share: packed latents (packing.py), and a schedule that moves with the number of tokens.
 
-A latent image is packed: every 2 x 2 patch of it is one token of 4·C numbers. Positions are rotary, from the patch's
-row and column, so no table limits the side.
+Positions are rotary, from the patch's row and column, so no table limits the side.
 
 Shapes: R rows, latents [R, C, H, W] float32 and packed [R, T, 4·C] with T = H/2 · W/2.
 """
@@ -15,22 +14,7 @@ import torch
 
 from advgrpo.errors import UserError
 from advgrpo.policy.diffusers_policy import TransformerPolicy
-
-PATCH = 2  # latents of a token's side
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[R, T, 4·C] of latents [R, C, H, W]: rows of patches, and of each patch channel, row, column."""
-    rows, channels, height, width = latents.shape
-    patches = latents.reshape(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(rows, -1, channels * PATCH**2)
-
-
-def unpack(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Latents [R, C, H, W] of `pack`'s tokens [R, T, 4·C], of `size` (H, W)."""
-    height, width = size
-    patches = tokens.view(len(tokens), height // PATCH, width // PATCH, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(len(tokens), -1, height, width)
+from advgrpo.policy.packing import PATCH
 
 
 class PackedPolicy(TransformerPolicy):

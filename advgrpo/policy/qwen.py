@@ -25,7 +25,8 @@ from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.guidance import GuidanceMethod
 from advgrpo.policy.networks import StockNetwork, StockPrepared
-from advgrpo.policy.packed import PATCH, PackedPolicy, pack, unpack
+from advgrpo.policy.packed import PackedPolicy
+from advgrpo.policy.packing import PATCH, pack, unpack
 from advgrpo.policy.pipelines import QWEN_NEGATIVE_PROMPT
 from advgrpo.types import Conditioning
 

@@ -57,7 +57,7 @@ def build_sampler(parts: Parts, *, window_merged: bool) -> Sampler:
 
 def build_engine(parts: Parts) -> RolloutEngine | None:
     """The rollout engine of the settings, verified; None where they ask for none."""
-    if parts.config.rollout.engine.kind == "none":
+    if not parts.config.rollout.engine.draws:
         return None
     engine = RolloutEngine(parts.config, parts.policy, parts.micro_batches.prompts, parts.distributed)
     engine.verify()

@@ -26,7 +26,7 @@ from advgrpo.engine.probe import compare
 from advgrpo.engine.sglang import QWEN_JOINED, SERVED, Mismatch, Request, _rows, _trajectory, check_targets
 from advgrpo.engine.weights import Adapter, checksum, loud
 from advgrpo.errors import RunFailure, UserError
-from advgrpo.policy.packed import pack
+from advgrpo.policy.packing import pack
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.rewards.judge_client import Refused
 from advgrpo.runtime.distributed import Distributed

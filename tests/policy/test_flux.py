@@ -19,7 +19,7 @@ from advgrpo.policy.adapters import stored_network, target_modules
 from advgrpo.policy.flux import FluxPolicy, image_ids
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
 from advgrpo.policy.lora_file import convert
-from advgrpo.policy.packed import pack, unpack
+from advgrpo.policy.packing import pack, unpack
 from advgrpo.policy.pipelines import native_guidance
 from advgrpo.sampling.drawing import Drawn
 from advgrpo.sampling.stock import draw_stock

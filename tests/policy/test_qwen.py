@@ -21,7 +21,7 @@ from advgrpo.policy.adapters import target_modules
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
 from advgrpo.policy.guidance import rescaled_guidance
 from advgrpo.policy.lora_file import convert
-from advgrpo.policy.packed import pack
+from advgrpo.policy.packing import pack
 from advgrpo.policy.pipelines import native_guidance
 from advgrpo.policy.qwen import QwenPolicy
 from advgrpo.sampling.drawing import Drawn

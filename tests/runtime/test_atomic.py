@@ -141,6 +141,7 @@ MODULES = {"os": {"replace", "rename", "link", "symlink"}, "shutil": {"copy", "c
 WRAPPERS = {"write_atomically", "write_folder_atomically", "write_output"}
 ALLOWED = {  # (file, function): why
     ("runtime/checkpoint.py", "_write_files"): "fills the folder that write_folder_atomically renames",
+    ("runtime/checkpoint_dcp.py", "write_rows"): "fills the folder that write_folder_atomically renames",
     ("runtime/checkpoint.py", "set_later_aside"): "renames whole checkpoints",
     ("runtime/checkpoint.py", "_prune"): "renames whole checkpoints",
     ("runtime/folders.py", "writable"): "a probe that is removed at once",

@@ -102,7 +102,7 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen | Forked) 
 def test_what_a_run_leaves(unit_config, unit_pipeline, monkeypatch):
     monkeypatch.setattr("advgrpo.training.run.draw_curves", draw_curves)  # rendered, once
     unit_config.output.tensorboard = True
-    unit_config.evaluation.every = 1
+    unit_config.evaluation.every, unit_config.evaluation.grid_prompts = 1, 2
     said = io.StringIO()
     run(unit_config, console=Console(file=said, width=80))
     before = said.getvalue().split("iteration 1/2")[0].splitlines()
