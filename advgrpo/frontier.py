@@ -104,7 +104,8 @@ def summarise(base: Mapping[str, Front], models: Sequence[Mapping[str, Front]], 
 
 def table(found: Compared, witness: Witness, options: Frontier) -> Table:
     seeds = f"{len(found.models)} LoRA{'s' * (len(found.models) > 1)}"
-    title = f"{seeds} less base on {options.prompts}: mean [95 % interval over seeds and prompts]"
+    over = "seeds and prompts" if len(found.models) > 1 else "prompts"
+    title = f"{seeds} less base on {options.prompts}: mean [95 % interval over {over}]"
     shown = Table("guidance", witness.accuracy, witness.distance.split(" in ")[0], "diversity, ratio", title=title)
     for name, each in [*((f"{d.guidance[0]:g}", d) for d in found.equal), ("own best", found.best)]:
         own = f" ({each.guidance[0]:g}, base {each.guidance[1]:g})" if each is found.best else ""
