@@ -35,23 +35,10 @@ from advgrpo.sampling.noise import row_seeds, torch_noise
 from advgrpo.sampling.sampler import Sampler
 from tests.conftest import make_unit_config
 from tests.engine import stand_ins
-from tests.engine.stand_ins import Engine, acting, stand_in
-from tests.judges import serving
+from tests.engine.stand_ins import acting, stand_in
 from tests.parts import some_weekly
-from tests.unit_size import UNIT
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
-
-
-@pytest.fixture(scope="module")
-def standing(unit_pipeline):
-    return Engine(unit_pipeline, UNIT.t5_tokens)
-
-
-@pytest.fixture(scope="module")
-def url(standing):
-    with serving(stand_in.server(standing)) as address:
-        yield address
 
 
 def asking(base, url, **changes):

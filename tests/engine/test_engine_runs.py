@@ -17,27 +17,14 @@ from advgrpo import config as configuration
 from advgrpo.errors import RunFailure
 from tests import zygote
 from tests.engine import stand_ins
-from tests.engine.stand_ins import Engine, acting, stand_in
-from tests.judges import serving
+from tests.engine.stand_ins import Engine, acting
 from tests.training.test_supervised import build
-from tests.unit_size import UNIT
 
 # Between diffusers' forward and ours, after two iterations: distance over the way gone, of a parameter. Adam makes
 # whole steps of gradients that are next to nothing.
 TOLERANCE = 2e-3
 POLICY = {"rollout": {"window": {"steps": [2]}, "initial_noise": "shared"}}
 NFT = {"rollout": {"initial_noise": "per_image"}, "update": {"objective": "nft"}, "nft": {"old_decay_rate": 0.1}}
-
-
-@pytest.fixture(scope="module")
-def standing(unit_pipeline):
-    return Engine(unit_pipeline, UNIT.t5_tokens)
-
-
-@pytest.fixture(scope="module")
-def url(standing):
-    with serving(stand_in.server(standing)) as address:
-        yield address
 
 
 @pytest.fixture
