@@ -3,15 +3,20 @@ there is no compiler.
 
 Planted bugs that turned this file red: the mean not taken off before the squares; GELU's slope without the 3 of its
 cube; the text's tokens normed by the image's weights; weights of absent keys left at e^0; a row of keys too few in the
-gradient of v; the second norm's gradient dropped; a broken compiler passed over without a word.
+gradient of v; the second norm's gradient dropped; a broken compiler passed over without a word; sixteen floats as one
+vector type on a CPU with registers of eight (27 times slower).
 """
 
+import functools
 import logging
+import platform
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import advgrpo_kernels as k
@@ -192,6 +197,56 @@ def test_no_bit_depends_on_the_batch_or_on_the_number_of_threads(by_token):
     part = on_threads(1, x[1:4], qkv[1:4], bias, [vector[1:4] for vector in given], weights)
     for result, own in zip(together, part, strict=True):
         assert torch.equal(result[1:4], own)
+
+
+@compiled
+@pytest.mark.weekly
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64's compilers")
+@pytest.mark.parametrize("narrower", ["-mno-avx512f", "-mno-avx"])
+def test_no_bit_depends_on_how_wide_registers_are(narrower, anew, monkeypatch):
+    """But for products that are added in one rounding where the CPU can, and which are is the compiler's choice."""
+    arguments = (
+        torch.randn(3, 21, 100),
+        torch.randn(3, 21, 3, 2, 48),
+        torch.randn(100),
+        vectors(3, 3, 100),
+        [torch.randn(48) for _ in range(4)],
+    )
+    found = []
+    for flags in ((), (narrower,)):
+        with monkeypatch.context() as patch:
+            patch.setattr(_cpu, "FLAGS", (*_cpu.FLAGS, "-ffp-contract=off", *flags))
+            library = functools.cache(_cpu.library)
+            patch.setattr(_cpu, "library", library)
+            found.append(on_threads(1, *arguments))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@compiled
+def test_none_is_slower_than_pytorch():
+    """On the tiny world's shapes, interleaved. A gross error of the compiler's alone shows: one was 27 times."""
+    B, T, H, D = 32, 52, 4, 32
+    q, key, v = torch.randn(3, B, T, H, D).transpose(2, 3)
+    hidden, x, bias = torch.randn(B, T, H * D), torch.randn(B, T, 4 * H * D), torch.randn(4 * H * D)
+    shift, scale = vectors(2, B, H * D)
+    modulated = lambda: F.layer_norm(hidden, (H * D,)) * (1 + scale[:, None]) + shift[:, None]  # noqa: E731
+    pairs = {
+        "small_attention": (
+            lambda: k.small_attention(q, key, v, backend="cpu"),
+            lambda: F.scaled_dot_product_attention(q, key, v),
+        ),
+        "gelu": (lambda: k.gelu(x, bias, backend="cpu"), lambda: F.gelu(x + bias, approximate="tanh")),
+        "ada_layer_norm": (lambda: k.ada_layer_norm(hidden, shift, scale, backend="cpu"), modulated),
+    }
+    for name, both in pairs.items():
+        seconds = [[], []]
+        for _ in range(15):
+            for taken, call in zip(seconds, both):
+                began = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - began)
+        ours, theirs = map(min, seconds)
+        assert ours < 2 * theirs, f"{name}: {ours * 1e6:.0f} us, PyTorch {theirs * 1e6:.0f}"
 
 
 @compiled

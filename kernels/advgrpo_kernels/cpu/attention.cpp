@@ -16,34 +16,48 @@ struct View {
 };
 
 constexpr int QUERIES = 4;  // rows of a tile: each value that is read serves four
+// Lanes of a tile: as many sums as fit into registers, of which AVX-512 has 32, ARM 32 and AVX2 16.
 #ifdef __AVX512F__
-constexpr int WIDE = 4;  // vectors of a tile: sixteen sums in registers
+constexpr int WIDE = 4, WIDE_ROWS = 2;
 #else
-constexpr int WIDE = 1;
+constexpr int WIDE = 1, WIDE_ROWS = 1;
 #endif
 
-// Of rows i and i + half of a square: the upper lanes of the first and the lower ones of the second change places, in
-// groups of `half`.
+// The upper lanes of a and the lower ones of b change places, in groups of `half`.
 template <int half>
-INLINE void exchange(Lanes (&row)[LANES]) {
-  for (int i = 0; i < LANES; ++i)
-    if (!(i & half)) {
-      const Lanes a = row[i], b = row[i + half];
+INLINE void exchange(Register &a, Register &b) {
+  const Register first = a, second = b;
 #ifdef __clang__  // has no shuffle by a vector, and makes one of this
-      for (int lane = 0; lane < LANES; ++lane) {
-        row[i][lane] = lane & half ? b[lane - half] : a[lane];
-        row[i + half][lane] = lane & half ? b[lane] : a[lane + half];
-      }
+  for (int lane = 0; lane < REGISTER; ++lane) {
+    a[lane] = lane & half ? second[lane - half] : first[lane];
+    b[lane] = lane & half ? second[lane] : first[lane + half];
+  }
 #else
-      Ints lower, upper;
-      for (int lane = 0; lane < LANES; ++lane) {
-        lower[lane] = lane & half ? lane - half + LANES : lane;
-        upper[lane] = lane & half ? lane + LANES : lane + half;
-      }
-      row[i] = __builtin_shuffle(a, b, lower);
-      row[i + half] = __builtin_shuffle(a, b, upper);
+  Ints lower, upper;
+  for (int lane = 0; lane < REGISTER; ++lane) {
+    lower[lane] = lane & half ? lane - half + REGISTER : lane;
+    upper[lane] = lane & half ? lane + REGISTER : lane + half;
+  }
+  a = __builtin_shuffle(first, second, lower);
+  b = __builtin_shuffle(first, second, upper);
 #endif
-    }
+}
+
+template <int half, class T>
+INLINE void exchange(Pair<T> &a, Pair<T> &b) {
+  if constexpr (half * sizeof(float) == sizeof(T)) {
+    const T upper = a.high;
+    a.high = b.low, b.low = upper;
+  } else {
+    exchange<half>(a.low, b.low), exchange<half>(a.high, b.high);
+  }
+}
+
+// Of all rows i and i + half of a square.
+template <int half>
+INLINE void exchange_rows(Lanes (&row)[LANES]) {
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & half)) exchange<half>(row[i], row[i + half]);
 }
 
 // Four rows that a tile works on: the last one again where there are fewer.
@@ -95,8 +109,8 @@ INLINE void all_weighted_rows(const float *weights, int64_t across, int64_t alon
                               int64_t length, const float *factor, float *to, int64_t to_stride, int64_t count,
                               int64_t D) {
   int64_t d = 0;
-  for (; d + 2 * LANES <= D; d += 2 * LANES)
-    weighted_rows<2>(weights, across, along, rows + d, stride, length, factor, to + d, to_stride, count);
+  for (; d + WIDE_ROWS * LANES <= D; d += WIDE_ROWS * LANES)
+    weighted_rows<WIDE_ROWS>(weights, across, along, rows + d, stride, length, factor, to + d, to_stride, count);
   for (; d < D; d += LANES)
     weighted_rows<1>(weights, across, along, rows + d, stride, length, factor, to + d, to_stride, count);
 }
@@ -127,7 +141,7 @@ static void transposed(const float *from, int64_t stride, int64_t tokens, int64_
     for (int64_t d = 0; d < D; d += LANES) {
       Lanes row[LANES];
       for (int i = 0; i < LANES; ++i) row[i] = t + i < tokens ? load(from + (t + i) * stride + d) : Lanes{};
-      exchange<8>(row), exchange<4>(row), exchange<2>(row), exchange<1>(row);
+      exchange_rows<8>(row), exchange_rows<4>(row), exchange_rows<2>(row), exchange_rows<1>(row);
       for (int i = 0; i < LANES; ++i) store(to + (d + i) * width + t, row[i]);
     }
 }

@@ -1,5 +1,6 @@
-// Sixteen floats at a time in the compilers' own vector types (GCC's and Clang's), on any CPU: what has narrower registers
-// takes several. The order of every sum is the same everywhere, and no result depends on how many rows a call has.
+// Sixteen floats at a time in the compilers' own vector types (GCC's and Clang's), as many of a CPU's registers as they fill:
+// a vector type wider than the registers would go through memory. The order of every sum is the same everywhere, and no
+// result depends on how many rows a call has.
 #pragma once
 
 #include <cmath>
@@ -12,65 +13,149 @@
 namespace advgrpo {
 
 constexpr int LANES = 16;
-typedef float Lanes __attribute__((vector_size(64)));
-typedef float Half __attribute__((vector_size(32)));
-typedef float Quarter __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int REGISTER = 16;  // floats
+#elif defined(__AVX__)
+constexpr int REGISTER = 8;
+#else
+constexpr int REGISTER = 4;
+#endif
+typedef float Register __attribute__((vector_size(4 * REGISTER)));
+typedef float Unaligned __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * REGISTER)));
+typedef uint32_t Words __attribute__((vector_size(4 * REGISTER)));
+
+// Twice as many floats as T. Every operation is that of both halves.
+template <class T>
+struct Pair {
+  T low, high;
+};
+
+template <int floats>
+struct Vector {
+  typedef Pair<typename Vector<floats / 2>::Type> Type;
+};
+template <>
+struct Vector<REGISTER> {
+  typedef Register Type;
+};
+typedef Vector<LANES>::Type Lanes;
+
+#define PAIR_OPERATOR(sign)                                                                                            \
+  template <class T>                                                                                                   \
+  INLINE Pair<T> operator sign(Pair<T> a, Pair<T> b) {                                                                 \
+    return {a.low sign b.low, a.high sign b.high};                                                                     \
+  }                                                                                                                    \
+  template <class T>                                                                                                   \
+  INLINE Pair<T> operator sign(Pair<T> a, float b) {                                                                   \
+    return {a.low sign b, a.high sign b};                                                                              \
+  }                                                                                                                    \
+  template <class T>                                                                                                   \
+  INLINE Pair<T> operator sign(float a, Pair<T> b) {                                                                   \
+    return {a sign b.low, a sign b.high};                                                                              \
+  }
+PAIR_OPERATOR(+)
+PAIR_OPERATOR(-)
+PAIR_OPERATOR(*)
+PAIR_OPERATOR(/)
+#undef PAIR_OPERATOR
+
+template <class T>
+INLINE void operator+=(Pair<T> &a, Pair<T> b) {
+  a.low += b.low, a.high += b.high;
+}
 
 INLINE Lanes all(float value) { return value - Lanes{}; }
 
-INLINE Lanes load(const float *from) {
-  Lanes read;
-  std::memcpy(&read, from, sizeof read);
-  return read;
+// A register's own load and store: a copy of sixteen floats may go by narrower pieces, which a later wide read waits for.
+INLINE void read(const float *from, Register &value) { value = *(const Unaligned *)from; }
+INLINE void write(float *to, Register value) { *(Unaligned *)to = value; }
+
+template <class T>
+INLINE void read(const float *from, Pair<T> &value) {
+  read(from, value.low), read(from + sizeof(T) / sizeof(float), value.high);
 }
 
-INLINE void store(float *to, Lanes value) { std::memcpy(to, &value, sizeof value); }
+template <class T>
+INLINE void write(float *to, Pair<T> value) {
+  write(to, value.low), write(to + sizeof(T) / sizeof(float), value.high);
+}
+
+INLINE Lanes load(const float *from) {
+  Lanes value;
+  read(from, value);
+  return value;
+}
+
+INLINE void store(float *to, Lanes value) { write(to, value); }
 
 // How many of sixteen lanes there are, of a whole piece known to the compiler: that is most of the speed.
 typedef std::integral_constant<int, LANES> Whole;
 
 INLINE Lanes load(const float *from, Whole) { return load(from); }
 INLINE void store(float *to, Lanes value, Whole) { store(to, value); }
-INLINE Lanes first(Lanes value, Whole, float = 0.0f) { return value; }
-
 // The first `count` of sixteen; the others are 0 and are not read.
 INLINE Lanes load(const float *from, int count) {
-  Lanes read = {};
-  std::memcpy(&read, from, count * sizeof(float));
-  return read;
+  float read[LANES] = {};
+  std::memcpy(read, from, count * sizeof(float));
+  return load(read);
 }
 
-INLINE void store(float *to, Lanes value, int count) { std::memcpy(to, &value, count * sizeof(float)); }
+INLINE void store(float *to, Lanes value, int count) {
+  float written[LANES];
+  store(written, value);
+  std::memcpy(to, written, count * sizeof(float));
+}
 
 // `value` in the first `count` lanes, `other` in the others.
-INLINE Lanes first(Lanes value, int count, float other = 0.0f) {
-  const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return lane < count ? value : all(other);
+INLINE Register first(Register value, int count, float other = 0.0f) {
+  Ints lane;
+  for (int i = 0; i < REGISTER; ++i) lane[i] = i;
+  return lane < count ? value : other - Register{};
+}
+
+template <class T>
+INLINE Pair<T> first(Pair<T> value, int count, float other = 0.0f) {
+  return {first(value.low, count, other), first(value.high, count - int(sizeof(T) / sizeof(float)), other)};
+}
+
+INLINE Lanes first(Lanes value, Whole, float = 0.0f) { return value; }
+
+// b where one is NaN.
+INLINE Register greater(Register a, Register b) { return a > b ? a : b; }
+INLINE Register lesser(Register a, Register b) { return a < b ? a : b; }
+
+template <class T>
+INLINE Pair<T> greater(Pair<T> a, Pair<T> b) {
+  return {greater(a.low, b.low), greater(a.high, b.high)};
+}
+
+template <class T>
+INLINE Pair<T> lesser(Pair<T> a, Pair<T> b) {
+  return {lesser(a.low, b.low), lesser(a.high, b.high)};
 }
 
 // Halves onto each other, four times.
-INLINE float sum(Lanes value) {
-  Half half[2];
-  std::memcpy(half, &value, sizeof value);
-  half[0] += half[1];
-  Quarter quarter[2];
-  std::memcpy(quarter, half, sizeof quarter);
-  quarter[0] += quarter[1];
-  return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+INLINE float sum(Register value) {
+  for (int half = REGISTER / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) value[i] += value[i + half];
+  return value[0];
 }
 
-INLINE float largest(Lanes value) {
-  Half half[2];
-  std::memcpy(half, &value, sizeof value);
-  half[0] = half[0] < half[1] ? half[1] : half[0];
-  Quarter quarter[2];
-  std::memcpy(quarter, half, sizeof quarter);
-  quarter[0] = quarter[0] < quarter[1] ? quarter[1] : quarter[0];
-  const float even = quarter[0][0] < quarter[0][2] ? quarter[0][2] : quarter[0][0];
-  const float odd = quarter[0][1] < quarter[0][3] ? quarter[0][3] : quarter[0][1];
-  return even < odd ? odd : even;
+INLINE float largest(Register value) {
+  for (int half = REGISTER / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) value[i] = value[i] < value[i + half] ? value[i + half] : value[i];
+  return value[0];
+}
+
+template <class T>
+INLINE float sum(Pair<T> value) {
+  return sum(value.low + value.high);
+}
+
+template <class T>
+INLINE float largest(Pair<T> value) {
+  return largest(greater(value.high, value.low));
 }
 
 // `body(start, count)` for every piece of up to sixteen of `size` elements.
@@ -81,8 +166,13 @@ INLINE void pieces(int64_t size, Body body) {
   if (i < size) body(i, int(size - i));
 }
 
-INLINE Lanes greater(Lanes a, Lanes b) { return a > b ? a : b; }  // b where one is NaN
-INLINE Lanes lesser(Lanes a, Lanes b) { return a < b ? a : b; }
+// 2^n of an n in the last bits; infinite of 128.
+INLINE Register power_of_two(Register shifted) { return (Register)(((Words)shifted << 23) + (127u << 23)); }
+
+template <class T>
+INLINE Pair<T> power_of_two(Pair<T> shifted) {
+  return {power_of_two(shifted.low), power_of_two(shifted.high)};
+}
 
 // e^x within 1.1 units in the last place, for x from -87.3 to 88.3; below it e^-87.3, which is no denormal number, above
 // it infinite. x = n·ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts as Cody and Waite have it, e^r by a polynomial.
@@ -99,7 +189,7 @@ INLINE Lanes exp(Lanes x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * (r * r) + r) + 1.0f;
-  return p * (Lanes)(((Words)shifted << 23) + (127u << 23));  // of n = 128 infinite
+  return p * power_of_two(shifted);
 }
 
 }  // namespace advgrpo
