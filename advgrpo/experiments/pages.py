@@ -58,7 +58,9 @@ def _entry(of_experiment: dict, claim: Claim) -> dict:
 def page(name: str, known: Known) -> str:
     """One experiment's page, also where nothing of it was run."""
     found, claims, experiment = known.get(name), judged(known)[name], EXPERIMENTS[name]
-    parts = [heading(experiment, found, claims), "## Expected and found", _claims(experiment, claims), _legend()]
+    parts = [heading(experiment, found, claims)]
+    if claims:
+        parts += ["## Expected and found", _claims(experiment, claims), _legend()]
     if found is not None:
         parts += _evidence(name, found)
     return "\n\n".join(parts) + "\n"
@@ -113,9 +115,15 @@ def _summary(found: dict | None, claims: Sequence[tuple[Claim, dict, Verdict]]) 
     untested = sum(verdict.p is None for _, _, verdict in claims)
     note = f", {untested} of them not tested" if untested else ""
     if found is None:
-        return f"**Found.** Nothing yet: none of the {len(claims)} claims below was tested."
+        return (
+            f"**Found.** Nothing yet: none of the {len(claims)} claims below was tested."
+            if claims
+            else "**Found.** Nothing yet."
+        )
     seeds = len(found["seeds"])
     made = f"{seeds} seed{'s' * (seeds != 1)} × {found['iterations']} iterations"
+    if not claims:
+        return f"**Found.** What the tables say: no claim is tested here ({made})."
     return f"**Found.** Of {len(claims)} claims: {', '.join(parts)}{note} ({made})."
 
 
@@ -303,6 +311,7 @@ def _how(name: str, found: dict) -> str:
         f"- {arm['label']}: preset `{arm['preset']}`"
         + (f" with `{arm['overrides']}`" if arm["overrides"] else "")
         + (f", started from the LoRA of `{arm['start_from']}`" if arm["start_from"] else "")
+        + (f", taught by the LoRA of `{arm['teacher']}`" if arm.get("teacher") else "")
         for arm in found["arms"].values()
     )
     runs = [run for arm in found["arms"].values() for run in arm["runs"].values()]

@@ -46,8 +46,14 @@ class Arm:
     preset: str
     overrides: dict[str, Any] = field(default_factory=dict)
     start_from: str = ""  # the arm whose LoRA, of the same seed, this one starts from
+    teacher: str = ""  # the arm whose LoRA, of the same seed, this one's update.teacher is
     style: str = ""  # whose artist it is to draw like
     trains: bool = True  # False: the base model, which is only judged
+
+    @property
+    def follows(self) -> str:
+        """The arm without whose LoRA this one cannot be made."""
+        return self.start_from or self.teacher
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Experiment:
     claims: tuple[Claim, ...]
     note: str = ""  # what a reader of the counts must know; stands on the page and in the index
     base: str = "base"  # of BASES
+    against: str = ""  # the arm that every other one is compared with, also without a claim
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,8 @@ class Job:
 
     @property
     def origin(self) -> Job | None:
-        """The run whose LoRA this one starts from."""
-        return Job(self.made.start_from, self.seed) if self.made.start_from else None
+        """The run whose LoRA this one starts from or is taught by."""
+        return Job(self.made.follows, self.seed) if self.made.follows else None
 
     def __str__(self) -> str:
         return f"{self.arm}, seed {self.seed}" if self.made.trains else self.arm
@@ -112,6 +119,34 @@ _ADV_PREFERENCE = {
 }
 _HACKED = {"rewards": {"pickscore": {"weight": 0.0, "path": WORLD}}}  # it is still measured
 _COUNTS = (100, 200, 500, 1000)
+_KL = {"update": {"kl_weight": 0.1}}
+_AWM_ADV = {"update": {"objective": "awm", "kl_to": "ema", "kl_weight": 1.0, "clip_range": 1.0}}
+_AWM_ADV |= {"awm": {"step_share": 0.45}, "advantage": {"clip": 1.0}}
+
+# Each is one change to the default.
+LEVERS: dict[str, dict[str, Any]] = {
+    "kl-velocity": {"update": {"kl_weight": 0.1, "kl_space": "velocity"}},
+    "kl-average": {"update": {"kl_weight": 0.1, "kl_to": "ema"}},
+    "noise-per-image": {"rollout": {"initial_noise": "per_image"}},
+    "window-contiguous": {"rollout": {"window": {"order": "contiguous"}}},
+    "window-all": {"rollout": {"window": {"noise_range": [0.0, 1.0]}}},
+    "guidance-1": {"rollout": {"guidance_scale": 1.0}},
+    "learning-rate-low": {"update": {"learning_rate": 1e-4}},
+    "learning-rate-high": {"update": {"learning_rate": 1e-3}},
+    "one-step": {"update": {"minibatches": 1}},
+    "head-layers": {"adversary": {"feature_layers": [2, 4]}},
+    "head-augment": {"adversary": {"augment": "crop_flip"}},
+    "head-spectral-norm": {"adversary": {"spectral_norm": True}},
+    "head-r1": {"adversary": {"gradient_penalty": 1.0}},
+    "head-average": {"adversary": {"reward_ema": 0.95}},
+    "head-ensemble": {"adversary": {"heads": 4}},
+    "head-resets": {"adversary": {"reset_every": 20}},
+    "no-replay": {"adversary": {"replay_capacity": 0}},
+    "tail-4": {"rollout": {"tail_steps": 4}},
+    "tail-2": {"rollout": {"tail_steps": 2}},
+    "scouts": {"rollout": {"scouts": 2, "scout_tail_steps": 2}},
+    "informative": {"update": {"informative_share": 0.5}},
+}
 
 ARMS = {
     "dino": Arm(PRESET),
@@ -125,15 +160,27 @@ ARMS = {
     "adv-preference": Arm(PRESET, _ADV_PREFERENCE),
     "repair": Arm(PRESET, _HACKED, start_from="flow"),
     "style-ink": Arm(f"{PRESET}-style-ink", style="ink"),
-    "style-ink-kl": Arm(f"{PRESET}-style-ink", {"update": {"kl_weight": 0.1}}, style="ink"),
+    "style-ink-kl": Arm(f"{PRESET}-style-ink", _KL, style="ink"),
     "style-outline": Arm(f"{PRESET}-style-outline", style="outline"),
-    "style-outline-kl": Arm(f"{PRESET}-style-outline", {"update": {"kl_weight": 0.1}}, style="outline"),
+    "style-outline-kl": Arm(f"{PRESET}-style-outline", _KL, style="outline"),
+    "guard": Arm(f"{PRESET}-grpo-guard"),
+    "dppo": Arm(f"{PRESET}-flow-dppo"),
+    "tempflow": Arm(f"{PRESET}-tempflow"),
+    "mixgrpo": Arm(f"{PRESET}-mixgrpo"),
+    "mixgrpo-flash": Arm(f"{PRESET}-mixgrpo-flash"),
+    "gdpo": Arm(f"{PRESET}-gdpo"),
+    "awm": Arm(f"{PRESET}-nft-adv", _AWM_ADV),
+    "distill": Arm(f"{PRESET}-distill", teacher="dino"),
+    **{arm: Arm(PRESET, changes) for arm, changes in LEVERS.items()},
 }
 BASES = {
     "base": Arm(PRESET, trains=False),
     "base-preference": Arm(PRESET, _HACKED, trains=False),
 }
 
+_NO_ARMS = "The paper has no such arms."
+_UNTUNED = "Every method has the settings of its preset (docs/jobs/objectives.md), none of which was tuned."
+_EXPLORED = "There is no claim: nothing was expected of a change, and nothing was chosen by what is found here."
 _INDEPENDENT: tuple[Metric, ...] = ("retrieval", "kid", "diversity")
 _HACKING: tuple[Metric, ...] = ("pickscore", "retrieval", "kid", "diversity", "saturation_distance")
 
@@ -268,6 +315,139 @@ EXPERIMENTS = {
             )
         ),
     ),
+    "trust-region": Experiment(
+        title="How far a step may go: other clips, and a KL to other things",
+        question="The default clips PPO's ratio. GRPO-Guard clips a normalised one, Flow-DPPO masks by a divergence; a "
+        "KL of velocities pulls towards the base model, another towards the policy's own average.",
+        paper=_NO_ARMS,
+        note=_UNTUNED,
+        arms={
+            "dino": "PPO's clip, the default",
+            "guard": "GRPO-Guard",
+            "dppo": "Flow-DPPO",
+            "kl-velocity": "KL of velocities, β = 0.1",
+            "kl-average": "KL to the average, β = 0.1",
+        },
+        metrics=_INDEPENDENT,
+        claims=tuple(Claim(arm, "retrieval", "rises") for arm in ("guard", "dppo", "kl-velocity", "kl-average")),
+        against="dino",
+    ),
+    "stochastic-steps": Experiment(
+        title="Which steps are noisy and learned from",
+        question="The default draws two of the noisier half anew in every iteration. TempFlow-GRPO gives each of four "
+        "steps groups of its own, MixGRPO moves two in a row from noise to image.",
+        paper=_NO_ARMS,
+        note=f"{_UNTUNED} TempFlow-GRPO draws two prompts in an iteration instead of eight, at four steps each. "
+        "MixGRPO's window moves over the four pairs of the noisier half and has begun anew when 60 iterations end.",
+        arms={
+            "dino": "default",
+            "tempflow": "TempFlow-GRPO",
+            "mixgrpo": "MixGRPO",
+            "mixgrpo-flash": "MixGRPO-Flash",
+            "window-contiguous": "default, two in a row",
+        },
+        metrics=_INDEPENDENT,
+        claims=tuple(Claim(arm, "retrieval", "rises") for arm in ("tempflow", "mixgrpo", "mixgrpo-flash")),
+        against="dino",
+    ),
+    "signal": Experiment(
+        title="Other ways to learn from the same adversary",
+        question="AWM has no likelihoods, GDPO adds the fixed preference model, each reward normalised by itself, and "
+        "distillation learns from the default's LoRA of the same seed instead of a reward.",
+        paper=_NO_ARMS,
+        note=_UNTUNED,
+        arms={
+            "dino": "default",
+            "awm": "AWM",
+            "gdpo": "GDPO, with the preference model",
+            "distill": "distillation from the default's LoRA",
+        },
+        metrics=_INDEPENDENT,
+        claims=tuple(Claim(arm, "retrieval", "rises") for arm in ("awm", "gdpo", "distill")),
+        against="dino",
+    ),
+    "noise": Experiment(
+        title="Levers: noise and guidance",
+        question="The default has one noise per prompt, its window in the noisier half, and guidance 2 in rollout "
+        "and update.",
+        paper=_NO_ARMS,
+        note=_EXPLORED,
+        arms={
+            "dino": "default",
+            "noise-per-image": "a noise per image",
+            "window-all": "a window over all steps",
+            "guidance-1": "no guidance in rollout and update",
+        },
+        metrics=_INDEPENDENT,
+        claims=(),
+        against="dino",
+    ),
+    "step-size": Experiment(
+        title="Levers: learning rate and optimizer steps",
+        question="The default has learning rate 3e-4 and two optimizer steps in an iteration, 120 in all; the released "
+        "run takes 182 at 1e-4.",
+        paper=_NO_ARMS,
+        note=_EXPLORED,
+        arms={
+            "dino": "default",
+            "learning-rate-low": "learning rate 1e-4",
+            "learning-rate-high": "learning rate 1e-3",
+            "one-step": "one optimizer step in an iteration",
+        },
+        metrics=_INDEPENDENT,
+        claims=(),
+        against="dino",
+    ),
+    "fewer-rows": Experiment(
+        title="Levers: fewer rows of the network, or better chosen ones",
+        question="Options that draw or train fewer rows (docs/performance.md): fewer steps after the window, twice "
+        "as many images drawn cheaply of which half are kept, and the half with the larger advantages trained on.",
+        paper=_NO_ARMS,
+        note=_EXPLORED,
+        arms={
+            "dino": "default",
+            "tail-4": "four steps after the window",
+            "tail-2": "two steps after the window",
+            "scouts": "twice the scouts, by two steps",
+            "informative": "the more informative half",
+        },
+        metrics=_INDEPENDENT,
+        claims=(),
+        against="dino",
+    ),
+    "head": Experiment(
+        title="Levers: what the head sees and how it is held back",
+        question="The default's head is on the last layer's features of the whole image, without regularisation.",
+        paper=_NO_ARMS,
+        note=_EXPLORED,
+        arms={
+            "dino": "default",
+            "head-layers": "features of two layers",
+            "head-augment": "crops and flips",
+            "head-spectral-norm": "spectral norm",
+            "head-r1": "R1, γ = 1",
+        },
+        metrics=_INDEPENDENT,
+        claims=(),
+        against="dino",
+    ),
+    "head-over-time": Experiment(
+        title="Levers: the head over time",
+        question="The default has one head, which gives the reward as it is, never begins anew and sees a quarter "
+        "of older generations.",
+        paper=_NO_ARMS,
+        note=_EXPLORED,
+        arms={
+            "dino": "default",
+            "head-average": "reward by the head's average",
+            "head-ensemble": "four heads",
+            "head-resets": "a new head every 20 iterations",
+            "no-replay": "no older generations",
+        },
+        metrics=_INDEPENDENT,
+        claims=(),
+        against="dino",
+    ),
 }
 
 
@@ -284,9 +464,9 @@ def chains(names: Sequence[str], seeds: Sequence[int]) -> list[list[Job]]:
     followed by those that start from it; chains are independent of each other."""
     bases = dict.fromkeys(EXPERIMENTS[name].base for name in names)
     arms = {arm for name in names for arm in EXPERIMENTS[name].arms}
-    arms |= {ARMS[arm].start_from for arm in arms} - {""}
-    roots = [arm for arm in ARMS if arm in arms and not ARMS[arm].start_from]
-    followers = {root: [arm for arm in ARMS if arm in arms and ARMS[arm].start_from == root] for root in roots}
+    arms |= {ARMS[arm].follows for arm in arms} - {""}
+    roots = [arm for arm in ARMS if arm in arms and not ARMS[arm].follows]
+    followers = {root: [arm for arm in ARMS if arm in arms and ARMS[arm].follows == root] for root in roots}
     runs = [[Job(arm, seed) for arm in (root, *followers[root])] for seed in dict.fromkeys(seeds) for root in roots]
     return [[Job(base)] for base in bases] + runs
 
@@ -316,7 +496,8 @@ def settings(job: Job, work: Path, iterations: int, file: Path | None = None) ->
     }
     own = {"iterations": iterations, "seed": job.seed, "output_dir": str(job.folder(work))}
     if job.origin is not None:
-        own["model"] = {"lora": {"start_from": str(job.origin.folder(work) / "lora")}}
+        lora = str(job.origin.folder(work) / "lora")
+        own |= {"model": {"lora": {"start_from": lora}}} if arm.start_from else {"update": {"teacher": lora}}
     merged = configuration.read_preset(arm.preset)
     for layer in (common, arm.overrides, configuration.read_yaml(file) if file else {}, own):
         merged = configuration.merge(merged, layer)

@@ -155,6 +155,7 @@ def _arm_numbers(results: Results, arm: str) -> dict:
         "preset": made.preset,
         "overrides": made.overrides,
         "start_from": made.start_from,
+        "teacher": made.teacher,
         "style": made.style,
         "runs": {str(seed): _run_numbers(results, Job(arm, seed)) for seed in results.seeds(arm)},
         "changes": _changes(results, arm),
@@ -162,8 +163,11 @@ def _arm_numbers(results: Results, arm: str) -> dict:
 
 
 def _differences(results: Results) -> list[dict]:
-    """Between the arms that claims compare."""
-    pairs = dict.fromkeys((claim.arm, claim.against) for claim in results.experiment.claims if claim.against)
+    """Between the arms that claims compare, and those that the experiment compares with one."""
+    experiment = results.experiment
+    claimed = [(claim.arm, claim.against) for claim in experiment.claims if claim.against]
+    others = [(arm, experiment.against) for arm in experiment.arms if experiment.against not in ("", arm)]
+    pairs = dict.fromkeys([*claimed, *others])
     return [{"arm": arm, "against": against, "changes": _changes(results, arm, against)} for arm, against in pairs]
 
 

@@ -121,6 +121,7 @@ def _comparable(config: Config) -> dict:
     """Without paths that depend on where the runs are kept; what a run starts from is compared by `same_origin`."""
     plain = config.model_dump(mode="json")
     plain["output_dir"] = plain["data"]["cache_dir"] = plain["model"]["lora"]["start_from"] = ""
+    plain["update"]["teacher"] = ""
     return plain
 
 

@@ -28,6 +28,7 @@ from advgrpo.experiments.plan import (
     BASES,
     EXPERIMENTS,
     GUIDANCE,
+    LEVERS,
     REPORT_PROMPTS,
     TUNING_PROMPTS,
     WORLD,
@@ -282,6 +283,7 @@ def test_shards_cover_every_run_once_and_keep_starts_together(count):
 
 
 def test_an_experiment_brings_the_arms_it_starts_from():
+    assert chains(["signal"], [4])[1] == [Job("dino", 4), Job("distill", 4)]
     assert chains(["repair"], [4]) == [[Job("base-preference")], [Job("flow", 4), Job("repair", 4)]]
 
 
@@ -323,9 +325,14 @@ def test_arms_are_what_they_say():
         assert made.data.held_out_prompts == WORLD
         assert (made.seed, made.iterations, made.evaluation.every) == (1, 64, 8)
         assert made.evaluation.guidance_scale == GUIDANCE
-        assert made.rollout.guidance_scale == (1.0 if made.objective.forward_process else GUIDANCE)
+        without = arm == "guidance-1" or made.objective.forward_process
+        assert made.rollout.guidance_scale == (1.0 if without else GUIDANCE)
     assert not {7, 42} & set(experiments.Report().seeds)
     assert settings(Job("repair", 1), Path("/w"), 60).model.lora.start_from == "/w/flow/seed-1/lora"
+    assert settings(Job("distill", 1), Path("/w"), 60).update.teacher == "/w/dino/seed-1/lora"
+    default = settings(Job("dino"), Path("/w"), 60)
+    for arm in LEVERS:  # each changes the default, and something that its run looks at
+        assert settings(Job(arm), Path("/w"), 60).model_copy(update={"output_dir": default.output_dir}) != default
     betas = [settings(Job(arm, 0), Path("/w"), 60).update.kl_weight for arm in EXPERIMENTS["kl"].arms]
     assert betas == sorted(set(betas))
     assert betas[0] == 0
@@ -339,6 +346,7 @@ def test_arms_are_what_they_say():
         for claim in experiment.claims:
             assert {claim.arm, claim.against} - {""} <= set(experiment.arms)
             assert claim.metric in experiment.metrics
+        assert experiment.against in ("", *experiment.arms)
 
 
 def test_the_note_on_references_counts_them_right():
