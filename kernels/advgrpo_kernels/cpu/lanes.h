@@ -135,17 +135,35 @@ INLINE Pair<T> lesser(Pair<T> a, Pair<T> b) {
   return {lesser(a.low, b.low), lesser(a.high, b.high)};
 }
 
-// Halves onto each other, four times.
-INLINE float sum(Register value) {
-  for (int half = REGISTER / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) value[i] += value[i + half];
-  return value[0];
+// Every lane has that of its number with one bit the other way.
+template <int bit>
+INLINE Register crossed(Register value) {
+#ifdef __clang__  // has no shuffle by a vector, and makes one of this
+  Register result;
+  for (int lane = 0; lane < REGISTER; ++lane) result[lane] = value[lane ^ bit];
+  return result;
+#else
+  Ints from;
+  for (int lane = 0; lane < REGISTER; ++lane) from[lane] = lane ^ bit;
+  return __builtin_shuffle(value, from);
+#endif
 }
 
+// Halves onto each other, four times.
+template <int half = REGISTER / 2>
+INLINE float sum(Register value) {
+  if constexpr (half == 0)
+    return value[0];
+  else
+    return sum<half / 2>(value + crossed<half>(value));
+}
+
+template <int half = REGISTER / 2>
 INLINE float largest(Register value) {
-  for (int half = REGISTER / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) value[i] = value[i] < value[i + half] ? value[i + half] : value[i];
-  return value[0];
+  if constexpr (half == 0)
+    return value[0];
+  else
+    return largest<half / 2>(greater(crossed<half>(value), value));
 }
 
 template <class T>
