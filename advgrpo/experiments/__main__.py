@@ -75,6 +75,8 @@ class Report(Options):
     """Bootstrap resamples of seeds and prompts; a verdict among all claims needs some 2,000."""
     config: Path | None = None
     """YAML laid over every arm: other models, data or sizes."""
+    keep: bool = False
+    """Arms with more runs in the results.json that is there keep its numbers, instead of being left out."""
 
 
 class Make(Report):
@@ -136,7 +138,9 @@ def report(options: Report, console: Console) -> int:
     """Exit code: 0, or 1 when runs are missing."""
     from advgrpo.experiments.report import write_report
 
-    missing = write_report(select(options.names), plan(options), options.seeds, options.output, options.resamples)
+    missing = write_report(
+        select(options.names), plan(options), options.seeds, options.output, options.resamples, keep=options.keep
+    )
     for job, reason in missing.items():
         console.print(f"missing: {job}: {reason}")
     console.print(f"wrote {options.output}/README.md")

@@ -318,9 +318,10 @@ def _how(name: str, found: dict) -> str:
     machines = sorted({_machine(run["machine"]) for run in runs})
     versions = sorted({", ".join(f"{name} {v}" for name, v in run["versions"].items()) for run in runs})
     minutes = sum(run["cpu_seconds"] for run in runs) / 60
+    days = sorted({run["finished"][:10] for run in runs})
     made = (
         f"{len(runs)} runs of {found['iterations']} iterations, {minutes:.1f} CPU minutes of training in total, "
-        f"finished {min(run['finished'] for run in runs)[:10]}; judged on `{found['prompts']['report']}`, "
+        f"finished {' to '.join(dict.fromkeys((days[0], days[-1])))}; judged on `{found['prompts']['report']}`, "
         f"{found['images_per_prompt']} pictures a prompt; {'; '.join(machines)}; {'; '.join(versions)}."
     )
     return f"{commands}\n\n{arms}\n\n{made}"

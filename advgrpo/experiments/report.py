@@ -10,6 +10,7 @@ import torch
 
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
+from advgrpo.experiments.earlier import keep_earlier
 from advgrpo.experiments.figures import draw_curves, draw_fronts
 from advgrpo.experiments.pages import index, page
 from advgrpo.experiments.plan import EXPERIMENTS, Experiment, Job
@@ -23,12 +24,18 @@ NUMBERS = "results.json"
 
 
 def write_report(
-    names: Sequence[str], plan: Plan, seeds: Sequence[int], output: Path, resamples: int = RESAMPLES
+    names: Sequence[str],
+    plan: Plan,
+    seeds: Sequence[int],
+    output: Path,
+    resamples: int = RESAMPLES,
+    *,
+    keep: bool = False,
 ) -> dict[Job, str]:
     """Write results.json and NAME-samples.png per experiment, then `write_pages`.
 
     Entries of experiments that are not named stay as they are. An experiment without any finished run has no entry, and
-    a page that says so.
+    a page that says so. `keep`: arms keep their numbers of an earlier report (earlier.py).
 
     Returns:
         The runs that are missing, with the reason.
@@ -41,7 +48,8 @@ def write_report(
         missing |= results.missing
         if not results.runs:
             continue
-        known[name] = numbers(results)
+        found = numbers(results)
+        known[name] = keep_earlier(found, known.get(name)) if keep else found
         draw_grid(sample_rows(results, results.experiment), output / f"{name}-samples.png")
     known = {name: known[name] for name in EXPERIMENTS if name in known}
     write_atomically(output / NUMBERS, json.dumps(known, indent=1) + "\n")

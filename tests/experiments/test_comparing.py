@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from advgrpo.errors import UserError
 from advgrpo.evaluation.frontier import Resampled, kid
 from advgrpo.experiments import figures as experiment_figures
 from advgrpo.experiments import runs as experiment_runs
 from advgrpo.experiments.comparing import Evidence, Pair, difference, evidence, level, verdicts
+from advgrpo.experiments.earlier import keep_earlier
 from advgrpo.experiments.figures import draw_curves, draw_fronts
 from advgrpo.experiments.judging import Judged, Judging
 from advgrpo.experiments.pages import expectation, index, page
@@ -301,6 +303,44 @@ def test_every_arm_is_drawn(tmp_path, monkeypatch):
     for draw in (draw_curves, lambda found, path: draw_fronts(found, path, ("retrieval",))):
         with pytest.raises(ValueError, match="9 arms, but"):
             draw(entry("abcdefghi"), tmp_path / "a.png")
+
+
+def without(found: dict, arm: str) -> dict:
+    """As a report that has no run of the arm, whose others have moved."""
+    found = json.loads(json.dumps(found))
+    found["arms"][arm] |= {"runs": {}, "changes": {}}
+    found["missing"] = {f"{arm}, seed 0": "not made yet", "adv-preference, seed 7": "not made yet"}
+    for entry in found["claims"]:
+        if arm in (entry["arm"], entry["against"]):
+            entry.pop("found"), entry.pop("evidence", None)
+        else:
+            entry["found"]["mean"] += 1
+    for entry in found["differences"]:
+        entry["changes"] = {}
+    return found
+
+
+def test_an_arm_that_was_not_made_again_keeps_all_that_was_said_of_it(made_up):
+    earlier = numbers(made_up("hacking"))
+    kept = keep_earlier(without(earlier, "flow"), earlier)
+    assert kept["arms"] == earlier["arms"]
+    assert list(kept["missing"]) == ["adv-preference, seed 7"]
+    assert kept["differences"] == earlier["differences"]  # all are with flow
+    for before, entry in zip(earlier["claims"], kept["claims"], strict=True):
+        moved = "flow" not in (entry["arm"], entry["against"])
+        assert entry["found"]["mean"] == pytest.approx(before["found"]["mean"] + moved)
+    again = {**without(earlier, "flow"), "arms": earlier["arms"]}
+    assert keep_earlier(again, earlier) is again  # as many runs: today's
+    assert keep_earlier(again, None) is again
+
+
+def test_an_arm_of_other_settings_is_not_kept(made_up):
+    earlier = numbers(made_up("hacking"))
+    found = without(earlier, "flow")
+    found["arms"]["flow"]["overrides"] = {"update": {"kl_weight": 1.0}}
+    assert keep_earlier(found, earlier) is found
+    with pytest.raises(UserError, match="--keep: flow of the earlier report had iterations 64, and it is 60 now: make"):
+        keep_earlier({**without(earlier, "flow"), "iterations": 60}, earlier)
 
 
 def test_numbers_are_json(made_up):

@@ -1,0 +1,52 @@
+"""Numbers of an earlier report beside those of today: an arm can be added without making all others again.
+
+Nothing is compared across the two. Where an arm is kept, what it was compared with was of the same report.
+"""
+
+from __future__ import annotations
+
+from advgrpo.errors import UserError
+
+_ALIKE = ("iterations", "guidance_scales", "images_per_prompt", "prompts", "laid_over")
+
+
+def keep_earlier(found: dict, earlier: dict | None) -> dict:
+    """One experiment's numbers (results.numbers), with every arm that has more runs in `earlier`.
+
+    Raises:
+        UserError: an arm would be kept, but the two were made with other iterations, prompts, guidance or settings.
+    """
+    kept = {arm for arm, entry in (earlier or {}).get("arms", {}).items() if _has_more(entry, found["arms"].get(arm))}
+    if earlier is None or not kept:
+        return found
+    for name in _ALIKE:
+        if found[name] != earlier[name]:
+            raise UserError(
+                f"--keep: {', '.join(sorted(kept))} of the earlier report had {name} {earlier[name]}, and it is "
+                f"{found[name]} now: make them again, or leave out --keep"
+            )
+    arms = {arm: earlier["arms"][arm] if arm in kept else entry for arm, entry in found["arms"].items()}
+    return {
+        **found,
+        "arms": arms,
+        "seeds": sorted({int(seed) for entry in arms.values() for seed in entry["runs"]}),
+        "base": found["base"] or earlier["base"],
+        "differences": _of_both(found["differences"], earlier["differences"], kept, ("arm", "against")),
+        "claims": _of_both(found["claims"], earlier["claims"], kept, ("arm", "metric", "expected", "against", "where")),
+        "missing": {job: why for job, why in found["missing"].items() if job.split(",")[0] not in kept},
+    }
+
+
+def _has_more(earlier: dict, now: dict | None) -> bool:
+    """Of the arm as it is in the plan today."""
+    same = now is not None and all(earlier[name] == now[name] for name in ("preset", "overrides", "start_from"))
+    return same and len(earlier["runs"]) > len(now["runs"])
+
+
+def _of_both(found: list[dict], earlier: list[dict], kept: set[str], named_by: tuple[str, ...]) -> list[dict]:
+    """Every entry of today, but those about an arm that is kept as they were."""
+    before = {tuple(entry[name] for name in named_by): entry for entry in earlier}
+    return [
+        before.get(tuple(entry[name] for name in named_by), entry) if {entry["arm"], entry["against"]} & kept else entry
+        for entry in found
+    ]
