@@ -121,7 +121,7 @@ def _summary(found: dict | None, claims: Sequence[tuple[Claim, dict, Verdict]]) 
             else "**Found.** Nothing yet."
         )
     seeds = len(found["seeds"])
-    made = f"{seeds} seed{'s' * (seeds != 1)} × {found['iterations']} iterations"
+    made = f"{seeds} seed{'s' * (seeds != 1)} × {_lengths(found)} iterations"
     if not claims:
         return f"**Found.** What the tables say: no claim is tested here ({made})."
     return f"**Found.** Of {len(claims)} claims: {', '.join(parts)}{note} ({made})."
@@ -320,11 +320,18 @@ def _how(name: str, found: dict) -> str:
     minutes = sum(run["cpu_seconds"] for run in runs) / 60
     days = sorted({run["finished"][:10] for run in runs})
     made = (
-        f"{len(runs)} runs of {found['iterations']} iterations, {minutes:.1f} CPU minutes of training in total, "
+        f"{len(runs)} runs of {_lengths(found)} iterations, {minutes:.1f} CPU minutes of training in total, "
         f"finished {' to '.join(dict.fromkeys((days[0], days[-1])))}; judged on `{found['prompts']['report']}`, "
         f"{found['images_per_prompt']} pictures a prompt; {'; '.join(machines)}; {'; '.join(versions)}."
     )
     return f"{commands}\n\n{arms}\n\n{made}"
+
+
+def _lengths(found: dict) -> str:
+    """Iterations of the arms, as "60" or "60 and 200"."""
+    return " and ".join(
+        map(str, sorted({arm.get("iterations", found["iterations"]) for arm in found["arms"].values()}))
+    )
 
 
 def _other_options(found: dict) -> str:
@@ -396,7 +403,7 @@ def _link(name: str) -> str:
 def _index_row(name: str, known: Known, claims: Sequence[tuple[Claim, dict, Verdict]]) -> str:
     counts = Counter(verdict.word for _, _, verdict in claims)
     cells = [str(counts[word]) for word in _WORDS] + [str(sum(verdict.p is None for _, _, verdict in claims))]
-    made = f"{len(known[name]['seeds'])} × {known[name]['iterations']}" if name in known else "not run"
+    made = f"{len(known[name]['seeds'])} × {_lengths(known[name])}" if name in known else "not run"
     return f"| {_link(name)} | {made} | {' | '.join(cells)} |"
 
 

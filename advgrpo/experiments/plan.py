@@ -49,6 +49,7 @@ class Arm:
     teacher: str = ""  # the arm whose LoRA, of the same seed, this one's update.teacher is
     style: str = ""  # whose artist it is to draw like
     trains: bool = True  # False: the base model, which is only judged
+    longer: float = 1.0  # iterations, in units of the plan's
 
     @property
     def follows(self) -> str:
@@ -119,6 +120,7 @@ _ADV_PREFERENCE = {
 }
 _HACKED = {"rewards": {"pickscore": {"weight": 0.0, "path": WORLD}}}  # it is still measured
 _COUNTS = (100, 200, 500, 1000)
+_LONGER = 10 / 3  # 200 iterations for 60
 _KL = {"update": {"kl_weight": 0.1}}
 _AWM_ADV = {"update": {"objective": "awm", "kl_to": "ema", "kl_weight": 1.0, "clip_range": 1.0}}
 _AWM_ADV |= {"awm": {"step_share": 0.45}, "advantage": {"clip": 1.0}}
@@ -158,6 +160,8 @@ ARMS = {
     "flow-kl-low": Arm(PRESET, {**_PREFERENCE, "update": {"kl_weight": 0.04}}),
     "flow-kl-high": Arm(PRESET, {**_PREFERENCE, "update": {"kl_weight": 0.4}}),
     "adv-preference": Arm(PRESET, _ADV_PREFERENCE),
+    "flow-long": Arm(PRESET, _PREFERENCE, longer=_LONGER),
+    "adv-preference-long": Arm(PRESET, _ADV_PREFERENCE, longer=_LONGER),
     "repair": Arm(PRESET, _HACKED, start_from="flow"),
     "style-ink": Arm(f"{PRESET}-style-ink", style="ink"),
     "style-ink-kl": Arm(f"{PRESET}-style-ink", _KL, style="ink"),
@@ -259,6 +263,30 @@ EXPERIMENTS = {
             Claim("adv-preference", "saturation_distance", "does not rise", margin=0.01),
             Claim("adv-preference", "retrieval", "rises", against="flow"),
             Claim("adv-preference", "kid", "falls", against="flow"),
+        ),
+    ),
+    "over-optimisation": Experiment(
+        title="Over-optimisation: the same two, more than three times as long",
+        question="A fixed preference model is right near the base model and wrong far away. What becomes of retrieval "
+        "when its reward is maximised for 10/3 of the iterations, and when the same model keeps learning?",
+        paper="PickScore 22.82 (Flow-GRPO) and 22.78 (Adv-GRPO): about the same reward, but people prefer the quality "
+        "of Adv-GRPO's images in 70.0 % of comparisons.",
+        note="These claims were written after one of the runs, Flow-GRPO's long one of seed 0, had been seen.",
+        arms={
+            "flow": "Flow-GRPO",
+            "flow-long": "Flow-GRPO, long",
+            "adv-preference": "Adv-GRPO",
+            "adv-preference-long": "Adv-GRPO, long",
+        },
+        metrics=_HACKING,
+        base="base-preference",
+        claims=(
+            Claim("flow-long", "pickscore", "rises", against="flow"),
+            Claim("flow-long", "retrieval", "falls", against="flow"),
+            Claim("flow-long", "saturation_distance", "rises", against="flow"),
+            Claim("adv-preference-long", "retrieval", "does not fall", against="adv-preference", margin=0.03),
+            Claim("adv-preference-long", "retrieval", "rises", against="flow-long"),
+            Claim("adv-preference-long", "kid", "falls", against="flow-long"),
         ),
     ),
     "kl": Experiment(
@@ -479,6 +507,11 @@ def take_shard(every: list[list[Job]], shard: str) -> list[list[Job]]:
     return every[int(number) :: int(count)]
 
 
+def length(arm: str, iterations: int) -> int:
+    """Iterations of an arm's runs, where the plan's are so many."""
+    return round(iterations * ARMS[arm].longer) if arm in ARMS else iterations
+
+
 def settings(job: Job, work: Path, iterations: int, file: Path | None = None) -> Config:
     """The run's configuration: preset, what all arms share, the arm's own changes, then the file's."""
     arm = job.made
@@ -494,7 +527,7 @@ def settings(job: Job, work: Path, iterations: int, file: Path | None = None) ->
         },
         "output": {"tensorboard": False},
     }
-    own = {"iterations": iterations, "seed": job.seed, "output_dir": str(job.folder(work))}
+    own = {"iterations": length(job.arm, iterations), "seed": job.seed, "output_dir": str(job.folder(work))}
     if job.origin is not None:
         lora = str(job.origin.folder(work) / "lora")
         own |= {"model": {"lora": {"start_from": lora}}} if arm.start_from else {"update": {"teacher": lora}}

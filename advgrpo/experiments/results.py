@@ -18,7 +18,7 @@ from advgrpo.data.sources import Sources
 from advgrpo.evaluation.frontier import Resampled, best_guidance, kid
 from advgrpo.experiments.comparing import MIN_SEEDS, Pair, difference, evidence, level
 from advgrpo.experiments.judging import Judged
-from advgrpo.experiments.plan import ARMS, EXPERIMENTS, GUIDANCE, Claim, Job
+from advgrpo.experiments.plan import ARMS, EXPERIMENTS, GUIDANCE, Claim, Job, length
 from advgrpo.experiments.runs import Finished, Plan
 from advgrpo.reporting.metric_names import held_out_means, held_out_metrics
 from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
@@ -156,6 +156,7 @@ def _arm_numbers(results: Results, arm: str) -> dict:
         "overrides": made.overrides,
         "start_from": made.start_from,
         "teacher": made.teacher,
+        "iterations": length(arm, results.plan.iterations),
         "style": made.style,
         "runs": {str(seed): _run_numbers(results, Job(arm, seed)) for seed in results.seeds(arm)},
         "changes": _changes(results, arm),

@@ -104,7 +104,8 @@ class Plan:
             return None
         summary = json.loads((folder / "summary.json").read_text())
         saved = configuration.build(configuration.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-        same = _comparable(saved) == _comparable(self.config(job)) and summary["iterations"] == self.iterations
+        wanted = self.config(job)
+        same = _comparable(saved) == _comparable(wanted) and summary["iterations"] == wanted.iterations
         return summary if same else None
 
     def failure(self, job: Job) -> str:
