@@ -1,7 +1,8 @@
 """Make a run's evaluations a recorded series: `python -m tests.monitor.record OUT NAME --over-optimised`.
 
-It becomes tests/monitor/recorded/NAME.json, which test_held_out.py plays to the monitor. Whether the run was
-over-optimised is for a person to say, by the images or by a judge that the run did not see.
+It becomes tests/monitor/recorded/NAME.json, which test_held_out.py plays to the monitor, with what the run logged of
+rewards and images. Whether the run was over-optimised is for a person to say, by the images or by a judge that the run
+did not see.
 
 Of runs that were made before evaluations were kept prompt by prompt only means are known. `python -m
 tests.monitor.record reconstruct` makes series of these: the means that were published, straight lines between them, and
@@ -19,9 +20,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from advgrpo import config
+from advgrpo.config.nearest import nearest_preset
 from advgrpo.monitor.held_out import independent
 from advgrpo.reporting.evaluations import EVALUATIONS_FILE, load_evaluations
+from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
 
+_OF_THE_FLAG = ("adversary", "rewards", "evaluation", "update", "advantage", "rollout")
+_NOT_READ = ("monitor_merge_error", "monitor_gradient_rms", "reward_std")
 FOLDER = Path(__file__).parent / "recorded"
 
 
@@ -38,11 +43,27 @@ def record(out: Path, name: str, *, over_optimised: bool, why: str) -> Path:
         for line in lines
         if line.stage != "final"  # of the same images; the monitor has no say any more
     ]
-    return write(name, over_optimised, why, settings.iterations, evaluations)
+    preset, changed = nearest_preset(settings)
+    known = [change for change in changed if change.name.startswith(_OF_THE_FLAG)]
+    more = {"preset": preset, "changes": {change.name: change.here for change in known}, "rows": rows(out)}
+    return write(name, over_optimised, why, settings.iterations, evaluations, **more)
 
 
-def write(name: str, over_optimised: bool, why: str, iterations: int, evaluations: list[dict]) -> Path:
-    content = {"name": name, "over_optimised": over_optimised, "why": why, "iterations": iterations}
+def rows(out: Path) -> list[dict]:
+    """What `reward_hacking` reads of every iteration."""
+    return [
+        {
+            name: round(value, 5)
+            for name, value in row.items()
+            if name.startswith(("iteration", "reward_", "monitor_")) or name in ("grad_norm", "dino_similarity")
+            if value is not None and name not in _NOT_READ
+        }
+        for row in load_metrics(out / METRICS_FILE)
+    ]
+
+
+def write(name: str, over_optimised: bool, why: str, iterations: int, evaluations: list[dict], **more) -> Path:
+    content = {"name": name, "over_optimised": over_optimised, "why": why, "iterations": iterations, **more}
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"{name}.json"
     file.write_text(

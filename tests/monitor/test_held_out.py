@@ -2,8 +2,8 @@
 is wrong as rarely as its setting says.
 
 Recorded runs are recorded/*.json (record.py makes them): {name, over_optimised, iterations, evaluations: [{iteration,
-scores: {metric: [per prompt]}, rewards: {name: level}}]}. Any file that is dropped there is played. Simulated ones have
-a known truth.
+scores: {metric: [per prompt]}, rewards: {name: level}}]}, and of a whole run its settings and `rows`, what it logged.
+Any file that is dropped there is played. Simulated ones have a known truth.
 
 Planted bugs that turn it red (tests/mutants/monitor-held-out-*): prompts not paired; the reward not looked at; pairs
 that share an evaluation; no correction for looking again.
@@ -11,6 +11,7 @@ that share an evaluation; no correction for looking again.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import statistics
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from advgrpo import config
 from advgrpo.monitor.held_out import HeldOutFalls, independent
+from advgrpo.monitor.monitor import Knobs, Monitor
 from tests.monitor.test_monitor import feed, images, make, series, settings
 
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.json"))
@@ -39,11 +42,31 @@ def play(run: dict, level: float = LEVEL) -> list[int]:
     return up
 
 
+def play_all(run: dict) -> list[int]:
+    """The iterations after which the monitor has the flag up, by what the run logged of rewards and images, and by its
+    evaluations."""
+    changes: dict = {}
+    for name, value in run["changes"].items():
+        changes = config.merge(
+            changes, functools.reduce(lambda inner, part: {part: inner}, name.split(".")[::-1], value)
+        )
+    built = config.build(config.merge(config.read_preset(run["preset"]), changes), run["name"])
+    monitor, evaluations, up = Monitor(built.monitor, Knobs.of(built)), list(run["evaluations"]), []
+    for row in run["rows"]:
+        if evaluations and evaluations[0]["iteration"] == row["iteration"]:
+            monitor.evaluated(row["iteration"], evaluations.pop(0)["scores"])
+        flags = monitor.check(row, images(row))
+        if any(flag.name == "reward_hacking" for flag in flags):
+            up.append(row["iteration"] + 1)
+    return up
+
+
 @pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)
 def test_recorded_runs(file):
+    """Of runs whose images are not recorded, only evaluations have a say."""
     run = json.loads(file.read_text())
     assert run["name"] == file.stem
-    up = play(run)
+    up = play_all(run) if "rows" in run else play(run)
     if run["over_optimised"]:
         assert up, "silent"
         assert up[0] <= IN_TIME * run["iterations"], "too late"
