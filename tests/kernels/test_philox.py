@@ -142,6 +142,7 @@ def test_normals_of_the_kernels_are_within_a_millionth_of_the_radius(device):
         assert ((straight - radius).abs() <= 2e-7 * radius).all()
         u0, u1 = (words.float() * 2.0**-32 + 2.0**-33).unbind()
         eager = torch.sqrt(-2 * torch.log(u0)) * torch.stack(((2 * math.pi * u1).cos(), (2 * math.pi * u1).sin()))
+        assert ((eager - true).abs() <= 1e-6 * radius).all()
         assert (got - true).abs().max() <= 2 * (eager - true).abs().max()
 
 
