@@ -104,17 +104,17 @@ class Kernel:
 
 
 KERNELS = {
-    "gaussian_step": Kernel(100_663_296, 0, 43, 1_140_851_212, 32.4),
+    "gaussian_step": Kernel(100_663_296, 0, 43, 1_140_851_212, 19.2),
     "gaussian_step_ode": Kernel(100_663_296, 0, 8, 570_425_352),
     "gaussian_log_prob": Kernel(14_680_064, 0, 77, 103_285_196),
     "clipped_policy_loss": Kernel(14_680_064, 0, 129, 105_385_280),
-    "sample_patches": Kernel(18_923_520, 0, 8, 134_896_512, 30.0),
+    "sample_patches": Kernel(18_923_520, 0, 8, 134_896_512, 28.8),
     "score_features": Kernel(11_210_756, 4_907_335_680, 11, 111_602_688),
     "hinge_head_loss": Kernel(22_323_208, 9_814_671_360, 81, 149_056_036),
     "qk_rms_norm": Kernel(362_446_848, 0, 35, 2_438_965_760, 33.1),
-    "ada_layer_norm": Kernel(150_994_944, 0, 7, 503_840_768, 40.8),
+    "ada_layer_norm": Kernel(150_994_944, 0, 7, 503_840_768, 34.3),
     "ada_layer_norm_backward": Kernel(352_321_536, 0, 11, 1_007_386_624),
-    "gated_residual": Kernel(201_326_592, 0, 6, 554_024_960, 45.6),
+    "gated_residual": Kernel(201_326_592, 0, 6, 554_024_960, 40.0),
     "gelu": Kernel(402_653_184, 0, 2, 805_318_656, 67.7),
     "group_norm": Kernel(1_610_612_736, 0, 3, 3_221_227_008),
     "fp8_quantize": Kernel(75_563_008, 0, 10, 982_122_496),

@@ -12,6 +12,7 @@ epilogue, a read on the host, q and k kept for the backward, a step number that 
 """
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from advgrpo.policy.fused import linear, transformer
 from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, _Norm
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig
 from advgrpo_kernels._runtime import reference_only
-from bench.counters import ElementwiseBytes, HostSyncError, HostSyncs, Launches, Trace, flops, on_gpu
+from bench.counters import ElementwiseBytes, HostSyncError, HostSyncs, Launches, Recorder, Trace, flops, on_gpu
 from bench.stock_model import LORA_TARGETS, SD35_MEDIUM, StockTransformer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "structure.json").read_text())
@@ -202,6 +203,35 @@ def test_adapters_left_unmerged_are_seen(medium):
     assert GOLDEN["adapted"]["launches"] > golden["launches"]
     assert GOLDEN["adapted"]["elementwise_bytes"] > golden["elementwise_bytes"]
     assert flops(medium.adapted) != golden["flops"]
+
+
+class LowRankBytes(Recorder):
+    """Of a pass's low-rank products: bytes of x that A reads, and of y that B's product reads and writes again."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.added = 0, 0
+
+    def see(self, name, func, args, kwargs, result):
+        if name == "mm":
+            self.read += args[0].nbytes
+        elif name == "baddbmm":
+            self.added += 2 * result.nbytes
+
+
+def test_what_adapters_add_to_a_forward(medium):
+    """What one product of [x | x·Aᵀ] and [W | scale·B] could save of it, and what not (docs/performance.md)."""
+    counts = {name: Launches() for name in ("merged", "adapted")}
+    for name, counted in counts.items():
+        with counted:
+            getattr(medium, name)()
+    more = counts["adapted"].by_name() - counts["merged"].by_name()
+    # A's product, B's, GELU out of an epilogue whose input the backward needs, and the cast of the adapters
+    assert more == Counter({"mm": 95, "baddbmm": 95, "addmm": 47, "_gelu_fwd_kernel": 47, "_to_copy": 1})
+    assert len([layer for layer in medium.model.linears() if layer.adapted]) == 95
+    with LowRankBytes() as low_rank:
+        medium.adapted()
+    assert (low_rank.read, low_rank.added) == (2_889_498_624, 11_578_146_816)
 
 
 def test_gelu_out_of_the_epilogue_is_seen(medium, monkeypatch):

@@ -6,7 +6,8 @@ second, so those whose code is also in a larger one of the same kernel are weekl
 
 Planted bugs that turned this file red: four warps in the head (spills, registers); ieee products (no tensor cores); a
 name bound to a scalar and then to a tensor in a branch (does not compile); offsets that depend on a loaded id (no
-128-bit access); a division in GELU (instructions); a kernel all of whose specs are weekly.
+128-bit access); a division in GELU (instructions); a sine in the noise that reduces its argument (instructions); a
+kernel all of whose specs are weekly.
 """
 
 import importlib
@@ -39,7 +40,7 @@ WEEKLY = {  # a part of another spec, other types of it, or an argument in a reg
     *("ada_layer_norm/fp8", "ada_layer_norm/one", "fp8_quantize/given_scale", "gated_residual/backward_plain"),
     *("gated_residual/dual_fp32", "gated_residual/norm", "gated_residual/plain", "qk_rms_norm/backward_image"),
     *("qk_rms_norm/image", "qk_rms_norm/rotary_image", "qk_rms_norm/two_tensors"),
-    *("gaussian_step/ode_unguided", "gaussian_step/philox_fp32", "gaussian_step/philox_host_seed"),
+    *("gaussian_step/ode_unguided", "gaussian_step/philox_fp32"),
     *("gaussian_step/stored_bf16", "gaussian_log_prob/forward", "gaussian_log_prob/forward_stored_bf16"),
     *("gaussian_log_prob/forward_kl", "gaussian_log_prob/forward_kl_std", "gaussian_log_prob/forward_normalized_ratio"),
     *("clipped_policy_loss", "clipped_policy_loss/divergence", "clipped_policy_loss/kl_std_value"),
@@ -97,7 +98,7 @@ def test_machine_code(name, specs, measured):
     spec, budget, got = specs[name], BUDGETS[name], measured[name]
     assert "error" not in got, got["error"]
     assert got["entries"] == 1, "one launch must be one kernel"
-    if TRITON >= (3, 6):  # older ones are supported, not tuned for: 3.2 spills in one backward
+    if TRITON >= (3, 6):  # older ones are supported, not tuned for: 3.2 spills in two kernels
         assert got["spill_bytes"] == 0
         assert got["registers"] <= budget["registers"]
         assert ("instructions" in budget) == bool(spec.elements)

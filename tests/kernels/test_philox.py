@@ -1,7 +1,8 @@
 """Philox as a generator (known answers) and its normals as a distribution.
 
 Planted bugs that turned this file red: nine rounds instead of ten; sine replaced by cosine; the angle without 2π; the
-high half of the sample id dropped; the high half of the seed dropped.
+high half of the sample id dropped; the high half of the seed dropped; in the kernels: a coefficient of the logarithm,
+the sine or the cosine off by a millionth; the mantissa cut at 1 instead of 2/3; the angle's word taken as unsigned.
 """
 
 import itertools
@@ -11,7 +12,24 @@ import pytest
 import torch
 
 from advgrpo_kernels import philox_integers, philox_normal, philox_permutation, philox_words
+from advgrpo_kernels._runtime import HAS_TRITON
 from advgrpo_kernels.ops.philox import NOISE_STREAM, PATCH_STREAM, _rounds, as_int64
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from advgrpo_kernels.ops.philox import box_muller
+
+    @triton.jit
+    def _normals_of_words_kernel(words_ptr, normals_ptr, COUNT: tl.constexpr):
+        lane = tl.arange(0, COUNT)
+        w0 = tl.load(words_ptr + lane).to(tl.uint32)
+        w1 = tl.load(words_ptr + COUNT + lane).to(tl.uint32)
+        z0, z1 = box_muller(w0, w1)
+        tl.store(normals_ptr + lane, z0)
+        tl.store(normals_ptr + COUNT + lane, z1)
+
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -38,6 +56,22 @@ def kolmogorov_distance(sample: torch.Tensor) -> float:
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     """Sample correlation in units of its standard error 1/sqrt(n)."""
     return (x.double() * y.double()).mean().item() * math.sqrt(x.numel())
+
+
+def normals_of_words(words: torch.Tensor, device: str) -> torch.Tensor:
+    """The kernels' Box-Muller of int64 words [2, COUNT], float64 [2, COUNT]."""
+    if not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    normals = torch.empty(words.shape, dtype=torch.float32, device=device)
+    _normals_of_words_kernel[(1,)](words.to(device).contiguous(), normals, COUNT=words.shape[1])
+    return normals.double().cpu()
+
+
+def float64_normals(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normals [2, COUNT], radius [COUNT]) of u0 as float32 has it, next to 1 in steps of 2⁻²⁴, and the exact u1."""
+    u0 = (words[0].float() * 2.0**-32 + 2.0**-33).double()
+    radius, angle = (-2 * u0.log()).sqrt(), 2 * math.pi * (words[1].double() + 0.5) * 2.0**-32
+    return torch.stack((radius * angle.cos(), radius * angle.sin())), radius
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
@@ -87,6 +121,43 @@ def test_ids_steps_and_seeds_are_independent():
     }
     for name, other in others.items():
         assert abs(correlation(base, other)) < 4, name
+
+
+def test_normals_of_the_kernels_are_within_a_millionth_of_the_radius(device):
+    """Of float64's, and at most twice as far as PyTorch's own float32 functions: uniform words, words of every
+    magnitude, words next to 2³², and the edges of octaves and quadrants with their neighbours."""
+    count = 2**18
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.randint(0, 2**32, (2, count), generator=generator)
+    small = uniform >> torch.randint(0, 32, (2, count), generator=generator)
+    edges = (torch.arange(33)[:, None, None] * 2**27 + torch.tensor([1, 3, 4]) * 2**26 // 3).flatten()
+    edges = torch.cat((edges, 2 ** torch.arange(32), torch.tensor([0, 2**32])))
+    edges = (edges[:, None] + torch.arange(-2, 3)).flatten().clamp(0, 2**32 - 1)
+    edges = torch.cartesian_prod(edges, edges)[:count].T
+    edges = torch.cat((edges, uniform), 1)[:, :count]
+    for words in (uniform, small, 2**32 - 1 - small, edges):
+        got, (true, radius) = normals_of_words(words, device), float64_normals(words)
+        assert ((got - true).abs() <= 1e-6 * radius).all()
+        straight = normals_of_words(words * torch.tensor([[1], [0]]), device)[0]  # at angle 0: the radius
+        assert ((straight - radius).abs() <= 2e-7 * radius).all()
+        u0, u1 = (words.float() * 2.0**-32 + 2.0**-33).unbind()
+        eager = torch.sqrt(-2 * torch.log(u0)) * torch.stack(((2 * math.pi * u1).cos(), (2 * math.pi * u1).sin()))
+        assert ((eager - true).abs() <= 1e-6 * radius).all()
+        assert (got - true).abs().max() <= 2 * (eager - true).abs().max()
+
+
+def test_normals_of_the_kernels_have_the_moments_and_tails_of_a_normal(device):
+    """Of words in the midst of a grid's cells: what is off is the grid's doing, unless the functions are."""
+    radii, angles = ((2 * torch.arange(cells) + 1) * (2**31 // cells) for cells in (2**13, 2**5))
+    normals = normals_of_words(torch.cartesian_prod(radii, angles).T, device)
+    for power, moment, error in [(1, 0, 1e-6), (2, 1, 1e-4), (3, 0, 1e-6), (4, 3, 2e-3), (6, 15, 0.04)]:
+        assert normals.pow(power).mean().item() == pytest.approx(moment, abs=error), power
+    assert (normals[0] * normals[1]).mean().item() == pytest.approx(0, abs=1e-6)
+    for limit in (1.0, 2.0, 3.0):
+        share = (normals.abs() > limit).double().mean().item()
+        assert share == pytest.approx(math.erfc(limit / math.sqrt(2)), rel=0.05), limit
+    ends = normals_of_words(torch.tensor([[0, 2**32 - 1], [0, 0]]), device)[0]
+    assert ends.tolist() == pytest.approx([math.sqrt(66 * math.log(2)), 0.0], rel=1e-6)
 
 
 @pytest.mark.parametrize("width", [1, 3, 7, 64, 1001])

@@ -35,6 +35,7 @@ def norm(name: str, given: dict[str, str], loads: int, stores: int, *, backward:
         warps=_residual_norm.WARPS,
         vector_loads=loads,
         vector_stores=stores,
+        elements=_residual_norm.ROWS * MODULATED["BLOCK_C"] // (32 * _residual_norm.WARPS),
     )
 
 
