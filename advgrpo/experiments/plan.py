@@ -184,9 +184,23 @@ BASES = {
 
 _NO_ARMS = "The paper has no such arms."
 _UNTUNED = "Every method has the settings of its preset (docs/jobs/objectives.md), none of which was tuned."
-_EXPLORED = "There is no claim: nothing was expected of a change, and nothing was chosen by what is found here."
 _INDEPENDENT: tuple[Metric, ...] = ("retrieval", "kid", "diversity")
 _HACKING: tuple[Metric, ...] = ("pickscore", "retrieval", "kid", "diversity", "saturation_distance")
+
+
+def _levers(title: str, question: str, arms: dict[str, str]) -> Experiment:
+    """The default beside arms that change one thing each."""
+    return Experiment(
+        title=title,
+        question=question,
+        paper=_NO_ARMS,
+        note="There is no claim: nothing was expected of a change, and nothing was chosen by what is found here.",
+        arms={"dino": "default", **arms},
+        metrics=_INDEPENDENT,
+        claims=(),
+        against="dino",
+    )
+
 
 EXPERIMENTS = {
     "dino": Experiment(
@@ -394,87 +408,57 @@ EXPERIMENTS = {
         claims=tuple(Claim(arm, "retrieval", "rises") for arm in ("awm", "gdpo", "distill")),
         against="dino",
     ),
-    "noise": Experiment(
+    "noise": _levers(
         title="Levers: noise and guidance",
         question="The default has one noise per prompt, its window in the noisier half, and guidance 2 in rollout "
         "and update.",
-        paper=_NO_ARMS,
-        note=_EXPLORED,
         arms={
-            "dino": "default",
             "noise-per-image": "a noise per image",
             "window-all": "a window over all steps",
             "guidance-1": "no guidance in rollout and update",
         },
-        metrics=_INDEPENDENT,
-        claims=(),
-        against="dino",
     ),
-    "step-size": Experiment(
+    "step-size": _levers(
         title="Levers: learning rate and optimizer steps",
         question="The default has learning rate 3e-4 and two optimizer steps in an iteration, 120 in all; the released "
         "run takes 182 at 1e-4.",
-        paper=_NO_ARMS,
-        note=_EXPLORED,
         arms={
-            "dino": "default",
             "learning-rate-low": "learning rate 1e-4",
             "learning-rate-high": "learning rate 1e-3",
             "one-step": "one optimizer step in an iteration",
         },
-        metrics=_INDEPENDENT,
-        claims=(),
-        against="dino",
     ),
-    "fewer-rows": Experiment(
+    "fewer-rows": _levers(
         title="Levers: fewer rows of the network, or better chosen ones",
         question="Options that draw or train fewer rows (docs/performance.md): fewer steps after the window, twice "
         "as many images drawn cheaply of which half are kept, and the half with the larger advantages trained on.",
-        paper=_NO_ARMS,
-        note=_EXPLORED,
         arms={
-            "dino": "default",
             "tail-4": "four steps after the window",
             "tail-2": "two steps after the window",
             "scouts": "twice the scouts, by two steps",
             "informative": "the more informative half",
         },
-        metrics=_INDEPENDENT,
-        claims=(),
-        against="dino",
     ),
-    "head": Experiment(
+    "head": _levers(
         title="Levers: what the head sees and how it is held back",
         question="The default's head is on the last layer's features of the whole image, without regularisation.",
-        paper=_NO_ARMS,
-        note=_EXPLORED,
         arms={
-            "dino": "default",
             "head-layers": "features of two layers",
             "head-augment": "crops and flips",
             "head-spectral-norm": "spectral norm",
             "head-r1": "R1, γ = 1",
         },
-        metrics=_INDEPENDENT,
-        claims=(),
-        against="dino",
     ),
-    "head-over-time": Experiment(
+    "head-over-time": _levers(
         title="Levers: the head over time",
         question="The default has one head, which gives the reward as it is, never begins anew and sees a quarter "
         "of older generations.",
-        paper=_NO_ARMS,
-        note=_EXPLORED,
         arms={
-            "dino": "default",
             "head-average": "reward by the head's average",
             "head-ensemble": "four heads",
             "head-resets": "a new head every 20 iterations",
             "no-replay": "no older generations",
         },
-        metrics=_INDEPENDENT,
-        claims=(),
-        against="dino",
     ),
 }
 
