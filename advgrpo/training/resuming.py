@@ -52,6 +52,7 @@ FREE_TO_CHANGE = (
     "data.cache_dir",
     "data.decode_workers",
     "update.graphs",
+    "model.offload",
     *(
         f"rollout.engine.{name}"
         for name in (

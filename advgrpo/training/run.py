@@ -148,6 +148,8 @@ class Run:
             fast.print(self.console)
             if uneven := badly_shared(config, distributed.world_size):
                 self.console.print(f"note: {uneven}", soft_wrap=True)
+            if config.model.offload != "none" and distributed.device.type == "cpu":
+                self.console.print(f"note: model.offload = {config.model.offload!r} changes nothing on a CPU")
         with distributed.monitored("hash what the run is made from", at_most_seconds=SLOW_SECONDS):
             self.made_from = made_from(config, sources) if distributed.is_main else {}
         changed = self._changed(resuming, saved)
