@@ -410,14 +410,10 @@ class _Estimate:
         config, shape = self.config, self.shape
         sequences = knobs.micro_batch * self.guided
         decides = "rollout.micro_batch"
-        if config.model.offload == "none":
-            encoders, there = known_models.count_text_encoders(self.pipeline), "text encoders, until cached"
-        else:
-            encoders, there = (
-                known_models.count_largest_text_layer(self.pipeline),
-                "a text encoder's layer, until cached",
-            )
-        yield Component(there, encoders * self.element, "model.path, model.offload", ("encode",))
+        whole = config.model.offload == "none"
+        count = known_models.count_text_encoders if whole else known_models.count_largest_text_layer
+        encoders = "text encoders, until cached" if whole else "a text encoder's layer, until cached"
+        yield Component(encoders, count(self.pipeline) * self.element, "model.path, model.offload", ("encode",))
         side, resolution = self.latent_side, config.model.resolution
         latents = 4 * self.pipeline.decoder.latent_channels * side**2
         forward_process = config.objective.forward_process

@@ -114,6 +114,7 @@ class Run:
         self.stopped_by_others = False  # at the wish of other processes than this one
         self._asked = ""  # why a callback wants the end
         self._measured_on_other = ""  # what earlier evaluations depended on and is no longer what it was
+        self._monitor_knows_base = False  # although it has to be evaluated again
         self.parts: Parts | None = None  # how the trained weights lie on the processes, where no one has them all
         self.trackers = Trackers([], self.display.print_line)
         self._lock: FolderLock | None = None
@@ -439,15 +440,14 @@ class Run:
         """
         trainer = self.trainer
         done = trainer.iteration if stage in ("during", "final") else 0  # a resumed run may have to judge the base anew
-        again = stage == "base" and self.resumed and not self._measured_on_other  # as before, with metrics besides
         levels = trainer.monitor.levels() if done else {}
-        if not (again or (stage == "base" and self.config.model.lora.start_from)):
+        if not (stage == "base" and (self.config.model.lora.start_from or self._monitor_knows_base)):
             trainer.flags = trainer.monitor.evaluated(done, by_prompt)
         if self.distributed.is_main:
             during = self.config.evaluation.during_images_per_prompt
             line = Evaluated(stage, done, during, found, by_prompt, levels, of_all)
-            known = trainer.iteration if again else -1
-            self._say_outside(record_evaluation(self.folder / EVALUATIONS_FILE, line, done=known))
+            since = trainer.iteration if stage == "base" and self.resumed else -1
+            self._say_outside(record_evaluation(self.folder / EVALUATIONS_FILE, line, done=since))
 
     def _set_evaluations_aside(self) -> None:
         """Evaluations on other content than that of now: none that is to come can be compared with them."""
@@ -728,6 +728,7 @@ class Run:
         for stage in ("base", "start"):  # those of an older program may lack metrics: then without, or evaluated again
             values = known.get(stage, {})
             setattr(self, stage, values if self.evaluator.names() <= values.keys() else {})
+        self._monitor_knows_base = bool(known.get("base")) and not self.base
         self.unlogged = saved.state.get("unlogged")
         self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}", soft_wrap=True)
         if not self.distributed.is_main or not (self.folder / CONFIG_FILE).exists():
