@@ -30,7 +30,6 @@ from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.callable_module import make_callable
 from advgrpo.runtime.command import plain_console, run_command
 from advgrpo.runtime.distributed import Distributed
-from advgrpo.runtime.fingerprint import file_digest
 from advgrpo.runtime.folders import writable
 from advgrpo.runtime.libraries import quiet_libraries
 from advgrpo.sampling.drawing import ModelOptions
@@ -141,7 +140,7 @@ def report(found: Compared, options: Frontier, digests: Sequence[str]) -> dict:
 
 def compare_models(options: Frontier, console: Console) -> Compared:
     """Draw, judge, compare; writes frontier.json and frontier.png."""
-    from advgrpo.policy.lora_file import lora_path
+    from advgrpo.policy.lora_file import lora_digest
     from advgrpo.policy.pipelines import pipeline_folder
 
     if options.world is not WORLDS["tiny"]:
@@ -159,7 +158,7 @@ def compare_models(options: Frontier, console: Console) -> Compared:
                for name, field in (("tuning", "tuning_"), ("report", ""))}  # fmt: skip
     refuse_shared(prompts["tuning"].texts, prompts["report"].texts)
     texts = [text for part in prompts.values() for text in part.texts]
-    digests = [file_digest(lora_path(Path(lora))) for lora in options.loras]
+    digests = [lora_digest(Path(lora)) for lora in options.loras]
     models, base = [], None
     for lora in settings:
         evaluator = load_model(options, lora, texts, distributed, display)

@@ -88,6 +88,7 @@ def _base(start: Start) -> tuple[dict, str]:
 def _settings_of_run(folder: Path) -> tuple[dict, str]:
     """Those of the newest checkpoint that can be read, for a resume may have changed some; else of config.yaml."""
     from advgrpo.runtime.checkpoint import MANIFEST, checkpoints  # imports torch, which plain starts do later
+    from advgrpo.runtime.reading import UnreadableError
 
     if (folder / MANIFEST).exists():
         raise UserError(f"--resume {folder} is a checkpoint, not the folder of a run; use --resume-from {folder}")
@@ -95,6 +96,8 @@ def _settings_of_run(folder: Path) -> tuple[dict, str]:
         try:
             settings = _settings_in(path)
             configuration.build(settings, str(path))
+        except UnreadableError:
+            raise
         except UserError:  # the run will say so, where an earlier checkpoint cannot take its place
             continue
         return {**settings, "output_dir": str(folder)}, str(path)

@@ -24,6 +24,7 @@ FREE_OF_CURVES = (
     "fast",
     "collective_timeout",
     "data.cache_dir",
+    "model.offload",
     "output",
     "monitor",
     "evaluation.every",

@@ -109,6 +109,11 @@ class ModelSection(Section):
     ones and of all that the optimizer keeps, and gathers a block when it runs, by diffusers' forward (docs/families.md,
     "Models larger than a GPU"); "none": each holds them all."""
 
+    offload: Literal["none", "text", "text_vae"] = "none"
+    """Frozen weights that lie in the host's memory, with the same results to the bit: "text": the text encoders', of
+    which one layer at a time is on the GPU while prompts are encoded; "text_vae": the VAE's as well, which are there
+    while it decodes; on a CPU nothing changes."""
+
     @property
     def in_parts(self) -> bool:
         """Whether what is trained lies in parts on several processes."""

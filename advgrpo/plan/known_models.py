@@ -412,6 +412,14 @@ def count_text_encoders(pipeline: Pipeline) -> int:
     return sum(_count_transformers_model(name, json.dumps(config)) for name, config in pipeline.text_encoders)
 
 
+def count_largest_text_layer(pipeline: Pipeline) -> int:
+    """Parameters of the largest of the text encoders' modules that have some of their own, without those below them."""
+    modules = (
+        m for each in pipeline.text_encoders for m in _meta_transformers_model(each[0], json.dumps(each[1])).modules()
+    )
+    return max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules)
+
+
 @functools.lru_cache(maxsize=8)
 def count_decoder(config: Vae) -> int:
     """Parameters of the image decoder."""
@@ -450,11 +458,14 @@ def count_backbone(config: dict[str, Any]) -> int:
     return _count_transformers_model("Dinov2Model", json.dumps(config))
 
 
-@functools.lru_cache(maxsize=16)
 def _count_transformers_model(class_name: str, config: str) -> int:
+    return sum(p.numel() for p in _meta_transformers_model(class_name, config).parameters())
+
+
+@functools.lru_cache(maxsize=16)
+def _meta_transformers_model(class_name: str, config: str) -> torch.nn.Module:
     import transformers
 
     kind = getattr(transformers, class_name)
     with torch.device("meta"):
-        model = kind(kind.config_class(**json.loads(config)))
-    return sum(p.numel() for p in model.parameters())
+        return kind(kind.config_class(**json.loads(config)))

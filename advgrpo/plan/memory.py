@@ -73,6 +73,7 @@ class MemoryPlan:
     uncounted: tuple[str, ...]  # settings and models that the estimate leaves out
     decided: str = ""  # what kept the micro-batch from being larger, where it was not memory
     shared: str = ""  # what the busiest of several processes computes
+    host_gb: float = 0.0  # of pinned host memory, for each process of a machine
 
     def phase_gb(self, phase: str) -> float:
         held = sum(c.bytes for c in self.components if phase in c.phases)
@@ -95,7 +96,8 @@ class MemoryPlan:
         size = f"{self.gpu_gb:.4g} GB"
         if self.fits:
             left_out = f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else ""
-            more = "".join(f"; {said}" for said in (self.shared, self.decided) if said)
+            host = f"{self.host_gb:.1f} GB of pinned host memory for each process" if self.host_gb else ""
+            more = "".join(f"; {said}" for said in (host, self.shared, self.decided) if said)
             peak = f"peak {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
             return f"{size}: {self.knobs}; {peak}{left_out}{more}"
         least = f"at least {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
@@ -234,7 +236,8 @@ class _Estimate:
         return self._plan(math.inf, knobs, 0.0).peak_gb
 
     def _plan(self, gpu_gb: float, knobs: Knobs, configured_gb: float) -> MemoryPlan:
-        return MemoryPlan(gpu_gb, knobs, self.components(knobs), configured_gb, (), self.uncounted)
+        known = self.components(knobs), configured_gb, (), self.uncounted
+        return MemoryPlan(gpu_gb, knobs, *known, host_gb=self.host_gb())
 
     def _knobs(self) -> Iterator[Knobs]:
         rollout, update = self.config.rollout, self.config.update
@@ -302,8 +305,23 @@ class _Estimate:
             yield Component("copy of the iteration's start", 4 * kept * trained, "model.lora", phases)
         side = self.pipeline.transformer.get("pos_embed_max_size") or 0
         yield Component("table of positions", side**2 * self.shape.width * self.element, "model.path")
-        yield Component("image decoder", self._decoder_bytes(), "model.path, fast")
-        yield Component("stock VAE, float32", 4 * self._vae_parameters(), "model.path, fast")
+        decoder, vae = self._vae_phases()
+        yield Component("image decoder", self._decoder_bytes(), "model.path, fast, model.offload", decoder)
+        yield Component("stock VAE, float32", 4 * self._vae_parameters(), "model.path, fast, model.offload", vae)
+
+    def _vae_phases(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """When the decoder in use is on the GPU, and what of the stock VAE is not in use as that."""
+        if self.config.model.offload != "text_vae":
+            return PHASES, PHASES
+        encodes = ("update",) if self.config.objective.learns_from_references else ()
+        return (("decode",), encodes) if self.own_decoder else (("decode", *encodes), ("decode", *encodes))
+
+    def host_gb(self) -> float:
+        """What `model.offload` pins in the host's memory until all prompts are cached, 10^9 bytes."""
+        offload = self.config.model.offload
+        encoders = known_models.count_text_encoders(self.pipeline) * self.element if offload != "none" else 0
+        vae = self._decoder_bytes() + 4 * self._vae_parameters() if offload == "text_vae" else 0
+        return (encoders + vae) / GB
 
     def _held(self) -> int:
         """Elements of the transformer that a process has at rest."""
@@ -392,8 +410,10 @@ class _Estimate:
         config, shape = self.config, self.shape
         sequences = knobs.micro_batch * self.guided
         decides = "rollout.micro_batch"
-        encoders = known_models.count_text_encoders(self.pipeline) * self.element
-        yield Component("text encoders, until cached", encoders, "model.path", ("encode",))
+        whole = config.model.offload == "none"
+        count = known_models.count_text_encoders if whole else known_models.count_largest_text_layer
+        encoders = "text encoders, until cached" if whole else "a text encoder's layer, until cached"
+        yield Component(encoders, count(self.pipeline) * self.element, "model.path, model.offload", ("encode",))
         side, resolution = self.latent_side, config.model.resolution
         latents = 4 * self.pipeline.decoder.latent_channels * side**2
         forward_process = config.objective.forward_process
@@ -439,6 +459,8 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         return f"{name} = {value}", lambda c: setattr(getattr(c, section), field, value)
 
     adversary, model = config.adversary, config.model
+    if model.offload != "text_vae":
+        yield setting("model.offload", "text_vae")
     if model.base_precision == "fp8":
         yield setting("model.base_precision", "model")
     if not config.fast and model.train == "lora" and model.shard_base == "none":
@@ -517,6 +539,9 @@ def table(plans: list[MemoryPlan]) -> Table:
     context = [f"{each.peak_gb - (each.peak_gb - _CONTEXT) / (1 + _SLACK):.2f}" for each in plans]
     result.add_row("context, workspaces, allocator's slack", *context, f"{_CONTEXT} GB and {_SLACK:.0%}, an allowance")
     result.add_section()
+    if any(each.host_gb for each in plans):
+        pinned = (f"({each.host_gb:.2f})" for each in plans)
+        result.add_row("pinned memory of the host, for each process", *pinned, "model.offload")
     result.add_row("peak", *(f"{each.peak_gb:.2f}" for each in plans), " | ".join(each.peak_phase for each in plans))
     result.add_row("peak as configured", *(f"{each.configured_gb:.2f}" for each in plans), "settings as they are")
     return result

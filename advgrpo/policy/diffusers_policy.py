@@ -1,12 +1,14 @@
 """What all policies over a diffusers pipeline share: its folder, cached text, guidance, the VAE, the trained network.
 
-Text encoders are loaded only when a prompt is not in the cache yet and dropped afterwards.
+Text encoders are loaded only when a prompt is not in the cache yet and dropped afterwards. With `model.offload` their
+weights, and the VAE's, lie on the host but while they are used (offload.py).
 
 Shapes: R rows, latents [R, C, H, W] float32, text [R, L, D], pooled [R, E].
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -21,6 +23,7 @@ from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import GATED_IMAGES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
 from advgrpo.policy.guidance import GuidedPolicy
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
+from advgrpo.policy.offload import HostWeights
 from advgrpo.policy.parts import Parts
 from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_folder
 from advgrpo.policy.sharding import BlockSharding
@@ -51,7 +54,12 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         self.index = json.loads((self.folder / "model_index.json").read_text())
         self.prediction_type = PREDICTION_TYPES[self.index["_class_name"]]
         self.dtype = getattr(torch, model.dtype)
-        self.vae = self._load(self.vae_class, "vae", torch.float32)
+        offload = "none" if device.type == "cpu" else model.offload  # whose memory is the host's
+        self._offloads_text, self._offloads_vae = offload != "none", offload == "text_vae"
+        host = torch.device("cpu") if self._offloads_vae else None
+        self.vae = self._load(self.vae_class, "vae", torch.float32, host)
+        self._vae_weights = HostWeights(self.vae, device) if self._offloads_vae else None
+        self._decoder_weights: HostWeights | None = None
         self._empty: Conditioning | None = None
         # Ours beside a fused transformer. In bfloat16 the first images must pass a gate against float32.
         self.decoder: Decoder | None = None
@@ -151,8 +159,13 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         given = {"vae": self.vae, self.component: getattr(self, self.component), **dict.fromkeys(absent)}
         pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True, **given)
         for part in self.text_parts:
-            if isinstance(getattr(pipe, part, None), torch.nn.Module):
-                getattr(pipe, part).to(self.device)
+            encoder = getattr(pipe, part, None)
+            if not isinstance(encoder, torch.nn.Module):
+                continue
+            if self._offloads_text:
+                HostWeights(encoder, self.device).lend_by_layer()
+            else:
+                encoder.to(self.device)
         for start in range(0, len(prompts), _TEXT_BATCH):
             with torch.no_grad():
                 batch = self._encode_batch(pipe, prompts[start : start + _TEXT_BATCH])
@@ -162,7 +175,12 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [R, 3, H, W] float32 in [0, 1], by our decoder where it is in use, else the stock VAE in float32."""
         if self.decoder is not None:
-            return self._decode_fast(self.decoder, latents)
+            with _lent(self._decoder_weights):
+                return self._decode_fast(self.decoder, latents)
+        with _lent(self._vae_weights):
+            return self._decode_stock(latents)
+
+    def _decode_stock(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.vae.config
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
@@ -173,6 +191,8 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         else:
             dtype = getattr(torch, self.model.decoder_dtype)
         self.decoder = self._build_decoder(dtype, channels_last=True)
+        if self._offloads_vae:
+            self._decoder_weights = HostWeights(self.decoder, self.device)
 
     def _decode_fast(self, decoder: Decoder, latents: torch.Tensor) -> torch.Tensor:
         if decoder.dtype != torch.float32 and self.decoder_psnr is None:
@@ -187,7 +207,11 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """[R, C, H, W] float32, the mean of the stock VAE's posterior."""
+        """[R, C, H, W] float32, the mean of the stock VAE's posterior, as the network knows latents."""
+        with _lent(self._vae_weights):
+            return self._encode_stock(images)
+
+    def _encode_stock(self, images: torch.Tensor) -> torch.Tensor:
         config = self.vae.config
         mean = self.vae.encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist.mode()
         return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
@@ -215,6 +239,11 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
 
     def export(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
         self.network.export(folder, notes)
+
+
+def _lent(weights: HostWeights | None) -> contextlib.AbstractContextManager[None]:
+    """Within it weights that lie on the host are on the device; None: they are always there."""
+    return contextlib.nullcontext() if weights is None else weights.lent()
 
 
 class TransformerPolicy(DiffusersPolicy):

@@ -104,16 +104,14 @@ class Flux2Policy(PackedPolicy):
         norm = self.vae.bn
         return norm.running_mean, torch.sqrt(norm.running_var + self.vae.config.batch_norm_eps)
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decode_stock(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [R, 3, H, W] float32 in [0, 1], by the stock VAE in float32."""
         mean, std = self._normalisation()
         size = latents.shape[-2], latents.shape[-1]
         images = self.vae.decode(unpack(pack(latents) * std + mean, size), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    @torch.no_grad()
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+    def _encode_stock(self, images: torch.Tensor) -> torch.Tensor:
         """[R, C, H, W] float32, the mean of the stock VAE's posterior, normalised."""
         mean, std = self._normalisation()
         posterior = self.vae.encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist.mode()

@@ -30,6 +30,7 @@ from advgrpo.config import ExportFormat
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.lora import Pair
 from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.fingerprint import file_digest
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 COMPONENTS = ("transformer", "unet")
@@ -98,6 +99,16 @@ def lora_path(path: Path) -> Path:
     """The file that is meant by a folder of an export, or by the file itself."""
     path = Path(path).expanduser()
     return path if path.suffix == ".safetensors" and not path.is_dir() else path / LORA_FILE
+
+
+def lora_digest(path: Path) -> str:
+    """Hash of the file's content (`file_digest`), which tells which LoRA it is; "" where there is none.
+
+    Args:
+        path: as of `lora_path`.
+    """
+    file = lora_path(path)
+    return file_digest(file) if file.is_file() else ""
 
 
 def read_lora(path: Path, field: str) -> LoraFile:

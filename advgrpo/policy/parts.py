@@ -12,6 +12,8 @@ import torch
 
 from advgrpo.runtime.distributed import Distributed
 
+_PIECE = 1 << 24  # elements that are copied to float64 at a time, 128 MiB
+
 
 class Parts:
     """How trained weights lie on the processes of a job: rows of each, in the order of the ranks.
@@ -35,10 +37,15 @@ class Parts:
         return sum(shape.numel() for shape in self.shapes.values())
 
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """L2 norm, a float32 scalar, of tensors whose rows all processes share; the same on each, and NaN if one is."""
-        square = torch.nn.utils.get_total_norm(tensors).square()
-        self.distributed.all_reduce_sum([square])
-        return square.sqrt()
+        """L2 norm, a float32 scalar, of tensors whose rows all processes share; the same on each, and NaN if one is.
+
+        Squares are summed in float64, as `multi_tensor_adamw` sums those of whole gradients: in float32 the square of a
+        norm beyond 2**64 is infinite, and of one below 2**-75 it is 0.
+        """
+        pieces = (piece for tensor in tensors for piece in tensor.flatten().split(_PIECE))
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+        square = torch.stack(norms).square().sum()
+        return self.distributed.all_gather(square[None]).sum().sqrt().float()
 
     def gathered(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """The whole of this process's rows of parameter `name`; a collective."""

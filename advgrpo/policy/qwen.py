@@ -110,16 +110,14 @@ class QwenPolicy(PackedPolicy):
         values = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
         return values[0, :, None, None], values[1, :, None, None]
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decode_stock(self, latents: torch.Tensor) -> torch.Tensor:
         """Images [R, 3, H, W] float32 in [0, 1], by the stock VAE in float32, one after the other."""
         mean, std = self._normalisation()
         frames = (latents * std + mean).unsqueeze(2).split(1)
         images = torch.cat([self.vae.decode(frame, return_dict=False)[0][:, :, 0] for frame in frames])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    @torch.no_grad()
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+    def _encode_stock(self, images: torch.Tensor) -> torch.Tensor:
         """[R, C, H, W] float32, the mean of the stock VAE's posterior, normalised."""
         mean, std = self._normalisation()
         frames = (images.to(self.device, torch.float32) * 2 - 1).unsqueeze(2)

@@ -57,9 +57,10 @@ class Band:
     settings: Mapping[str, Any] = field(default_factory=dict)  # that they had, by name
 
     def is_of(self, config: Config) -> bool:
-        """Whether a run has these settings; one that is younger than the band does not count."""
+        """Whether a run has these settings, one at least; those that it does not know do not count."""
         own = compared(config, FREE_OF_CURVES)
-        return all(own.get(name, value) == value for name, value in self.settings.items())
+        known = self.settings.keys() & own.keys()
+        return bool(known) and all(own[name] == self.settings[name] for name in known)
 
     @property
     def runs(self) -> int:
@@ -118,6 +119,8 @@ def read_band(file: Path) -> Band:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']!r}, want {VERSION}")
+        if not content["settings"]:
+            raise ValueError("no settings")
         curves = [{name: _curve(points) for name, points in run["metrics"].items()} for run in content["runs"]]
         return Band(str(content["preset"]), curves, dict(content["settings"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -10,9 +10,8 @@ from typing import Any
 
 from advgrpo.errors import UserError, one_line
 from advgrpo.intervals import Interval
-from advgrpo.policy.lora_file import lora_path
+from advgrpo.policy.lora_file import lora_digest
 from advgrpo.report.pictures import embed
-from advgrpo.runtime.fingerprint import file_digest
 
 FOLDER = "frontier"  # below OUT
 
@@ -26,19 +25,13 @@ def judged_section(run: Path) -> str:
     file = run / FOLDER / "frontier.json"
     try:
         numbers = json.loads(file.read_text(encoding="utf-8"))
-        if numbers.get("digests") != _own(run):
+        if numbers.get("digests") != [lora_digest(run / "lora")]:
             return ""
         return _table(numbers) + _picture(file.with_suffix(".png"))
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({one_line(str(error), 100)}); make it again or remove it") from None
-
-
-def _own(run: Path) -> list[str]:
-    """Of the run's own LoRA, as frontier.json has it."""
-    file = lora_path(run / "lora")
-    return [file_digest(file)] if file.is_file() else ["none"]
 
 
 def _table(numbers: Mapping[str, Any]) -> str:

@@ -114,11 +114,21 @@ def load_evaluations(file: Path) -> list[Evaluated]:
     return found
 
 
-def record_evaluation(file: Path, evaluated: Evaluated) -> list[Evaluated]:
-    """Add a line; those of the same moment, and of a future that the run has left, go. Returns those before it."""
-    before = [each for each in load_evaluations(file) if _place(each) < _place(evaluated)]
-    write_atomically(file, "".join(each.line() for each in [*before, evaluated]))
-    return before
+def record_evaluation(file: Path, evaluated: Evaluated, *, done: int = -1) -> list[Evaluated]:
+    """Add a line in its place; those of the same moment, and of a future that the run has left, go.
+
+    Args:
+        done: iterations that the run has done, where the line belongs before some of them: what was evaluated since
+            stays.
+
+    Returns:
+        The other lines.
+    """
+    lines, place = load_evaluations(file), _place(evaluated)
+    before = [each for each in lines if _place(each) < place]
+    since = [each for each in lines if _place(each) > place and each.iteration <= done]
+    write_atomically(file, "".join(each.line() for each in [*before, evaluated, *since]))
+    return before + since
 
 
 def _place(evaluated: Evaluated) -> tuple[int, int]:

@@ -6,6 +6,7 @@
                           shard-….safetensors   tensors that lie in parts on several processes (checkpoint_parts.py)
 
 A run that is killed while writing leaves a hidden folder that `latest_checkpoint` ignores and the next save removes.
+A read that fails (a server that does not answer, a lost handle) is no damage: it is tried again, and then an error.
 Nothing here is ever unpickled.
 """
 
@@ -15,10 +16,12 @@ import math
 import os
 import re
 import shutil
+import stat
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -28,12 +31,21 @@ from torch import Tensor
 from advgrpo.errors import UserError
 from advgrpo.runtime.atomic import SUFFIX, clean, remove, write_folder_atomically
 from advgrpo.runtime.checkpoint_parts import PART, Cut, described_file, read_parts, sha256_of
-from advgrpo.runtime.reading import RepeatedKeyError, parse_json, read_text, unique_keys
+from advgrpo.runtime.reading import (
+    RepeatedKeyError,
+    UnreadableError,
+    failed_read,
+    parse_json,
+    read_text,
+    unique_keys,
+)
 
 FORMAT = "advgrpo-checkpoint"
 VERSION = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"iteration-(\d{6,})")
+_WAITS = (0.5, 1.0, 2.0)  # seconds between the attempts to read
+_Read = TypeVar("_Read")
 _ASIDE = re.compile(rf"\.(iteration-\d{{6,}})\.old{re.escape(SUFFIX)}")
 _NO_ROOM = {
     errno.ENOSPC: "the disk is full ({free:.0f} MiB free): make room on it",
@@ -121,8 +133,13 @@ def load_checkpoint(path: Path, cut: Cut | None = None) -> tuple[dict[str, Tenso
         UserError: no such folder, not a checkpoint of this program or of a known version, of another iteration than its
             name says, or a file that is missing, truncated, altered, or that its hash fits although it is no such file.
             The message names the file, and the flag that continues from another checkpoint.
+        UnreadableError: a file is there and cannot be read, however often that is tried.
     """
     path = Path(path)
+    return _patiently(path, lambda: _load(path, cut))
+
+
+def _load(path: Path, cut: Cut | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     manifest = _read_manifest(path)
     files = manifest["files"]
     parts = sorted(name for name in files if PART.fullmatch(name))
@@ -137,14 +154,35 @@ def load_checkpoint(path: Path, cut: Cut | None = None) -> tuple[dict[str, Tenso
     try:
         tensors = safetensors.torch.load_file(path / TENSORS)
     except Exception as error:  # a header can promise anything, and what then fails is not for us to list
-        raise CheckpointError(path, f"{path / TENSORS} is no safetensors file ({error})") from None
+        damaged = CheckpointError(path, f"{path / TENSORS} is no safetensors file ({error})")
+        raise failed_read(error) or damaged from None
     return tensors, state
+
+
+def _patiently(path: Path, read: Callable[[], _Read]) -> _Read:
+    """What `read` returns, tried again where reading itself fails.
+
+    Raises:
+        UnreadableError: it failed every time. Nothing is known of what `path` holds.
+    """
+    for wait in (*_WAITS, None):
+        try:
+            return read()
+        except (OSError, UnreadableError) as error:
+            if wait is None:
+                raise UnreadableError(
+                    f"{path} cannot be read ({error}), {len(_WAITS) + 1} times in {sum(_WAITS):g} s; it need not be "
+                    "damaged, so no other checkpoint takes its place. Start again when its disk or server answers, or "
+                    "name another checkpoint with --resume-from"
+                ) from error
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """The state alone, as `load_checkpoint` reads it; the tensors are not looked at."""
     path = Path(path)
-    return _read_state(path, _read_manifest(path))
+    return _patiently(path, lambda: _read_state(path, _read_manifest(path)))
 
 
 def not_finite(tensors: Mapping[str, Tensor], state: Any = None) -> str | None:
@@ -210,7 +248,8 @@ def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_error(error: OSError | SafetensorError, final: Path) -> UserError:
-    code = error.errno if isinstance(error, OSError) else _os_error_code(error)
+    failed = failed_read(error) or error
+    code = failed.errno if isinstance(failed, OSError) else None
     latest = latest_checkpoint(final.parent)
     kept = f"; {latest} is whole, --resume-from continues from it" if latest else ""
     if code in _NO_ROOM:
@@ -218,11 +257,6 @@ def _write_error(error: OSError | SafetensorError, final: Path) -> UserError:
         return UserError(f"checkpoint {final} cannot be written, {_NO_ROOM[code].format(free=free)}{kept}")
     reason = os.strerror(code) if code else str(error)
     return UserError(f"checkpoint {final} cannot be written ({reason}): choose a writable output directory{kept}")
-
-
-def _os_error_code(error: SafetensorError) -> int | None:
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found.group(1)) if found else None
 
 
 def _existing_parent(path: Path) -> Path:
@@ -233,14 +267,31 @@ def checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders in `root` in the order of their iterations, unverified.
 
     One whose replacement was cut short by a kill is found where it was moved aside.
+
+    Raises:
+        UnreadableError: `root` is there and cannot be read, however often that is tried.
     """
-    root, found = Path(root), {}
-    for path in root.iterdir() if root.is_dir() else ():
-        if _NAME.fullmatch(path.name) and path.is_dir():
+    return _patiently(Path(root), lambda: _listed(Path(root)))
+
+
+def _listed(root: Path) -> list[Path]:
+    found: dict[str, Path] = {}
+    for path in root.iterdir() if stat.S_ISDIR(_mode(root)) else ():
+        if _NAME.fullmatch(path.name) and stat.S_ISDIR(_mode(path)):
             found[path.name] = path
-        elif (match := _ASIDE.fullmatch(path.name)) and path.is_dir():
+        elif (match := _ASIDE.fullmatch(path.name)) and stat.S_ISDIR(_mode(path)):
             found.setdefault(match[1], path)
     return [found[name] for name in sorted(found, key=lambda name: iteration_of(root / name))]
+
+
+def _mode(path: Path) -> int:
+    """Of what is there, 0 where nothing is; `Path.is_dir` takes any error for that from Python 3.14 on."""
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if (failed := failed_read(error)) is not None:
+            raise failed from error
+        return 0
 
 
 def iteration_of(path: Path) -> int | None:
@@ -275,7 +326,7 @@ def _prune(root: Path, newest: Path, keep: int) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
+    if not stat.S_ISDIR(_mode(path)):
         raise CheckpointError(path, f"checkpoint {path} does not exist")
     manifest = _read_json(path, MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -300,6 +351,8 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     where = f"checkpoint file {path / name}"
     try:
         text = read_text(path / name, "checkpoint file", "every checkpoint has one")
+    except UnreadableError:
+        raise
     except UserError as error:
         raise CheckpointError(path, str(error)) from None
     try:
@@ -315,7 +368,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 def _verify_file(path: Path, name: str, expected: dict[str, Any]) -> None:
     file = path / name
-    if not file.is_file():
+    if not stat.S_ISREG(_mode(file)):
         raise CheckpointError(path, f"{file} is missing")
     size = file.stat().st_size
     if size != expected.get("size"):

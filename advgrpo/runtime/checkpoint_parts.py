@@ -23,6 +23,7 @@ from torch import Tensor
 
 from advgrpo.errors import UserError
 from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.reading import failed_read
 
 PART = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -125,6 +126,7 @@ def read_parts(folder: Path, names: list[str], cut: Cut | None) -> dict[str, Ten
 
     Raises:
         ValueError: naming the file: it is no safetensors file, or none of `names`; or the parts are not whole.
+        OSError: a file is there and could not be read.
     """
     stray = {file.name for file in folder.glob("*.safetensors")} - {*names}
     if stray:
@@ -134,10 +136,10 @@ def read_parts(folder: Path, names: list[str], cut: Cut | None) -> dict[str, Ten
             with safetensors.safe_open(folder / name, framework="pt"):
                 pass
         except Exception as error:  # a header can promise anything, and what then fails is not for us to list
-            raise ValueError(f"{folder / name} is no safetensors file ({error})") from None
+            raise failed_read(error) or ValueError(f"{folder / name} is no safetensors file ({error})") from None
     from advgrpo.runtime.checkpoint_dcp import read_rows
 
     try:
         return read_rows(folder, cut)
     except Exception as error:  # as above
-        raise ValueError(f"the parts in {folder} do not fit together ({error})") from None
+        raise failed_read(error) or ValueError(f"the parts in {folder} do not fit together ({error})") from None

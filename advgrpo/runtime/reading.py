@@ -6,7 +6,10 @@ are taken for, nesting that exhausts the stack, and half characters (lone surrog
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,21 @@ from advgrpo.errors import UserError
 Pairs = Callable[[list[tuple[str, Any]]], Any]  # a JSON object's keys and values -> what stands for it
 MAX_BYTES = 2**30  # ten million prompts
 _SURROGATES = range(0xD800, 0xE000)
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+class UnreadableError(UserError):
+    """A file is there and could not be read; what it holds is not known, so it is not said to be damaged."""
+
+
+def failed_read(error: Exception) -> OSError | None:
+    """The system's error by which a read failed, also where safetensors words it; None where there is nothing to read.
+
+    None as well for any other exception: what was read is at fault then.
+    """
+    found = re.search(r"os error (\d+)", str(error))
+    code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    return None if code is None or code in _NOT_THERE else OSError(code, os.strerror(code))
 
 
 def read_text(path: Path, what: str, remedy: str) -> str:
@@ -28,6 +46,7 @@ def read_text(path: Path, what: str, remedy: str) -> str:
 
     Raises:
         UserError: no such file, no regular file, more than `MAX_BYTES`, or not UTF-8.
+        UnreadableError: reading it failed.
     """
     try:
         status = path.stat()
@@ -43,7 +62,8 @@ def read_text(path: Path, what: str, remedy: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        kind = UserError if failed_read(error) is None else UnreadableError
+        raise kind(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def parse_json(

@@ -13,8 +13,13 @@ PINNED_FOR = ("cuda",)  # types of devices that copy from pinned memory only wit
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor` on `device`: to a GPU through pinned memory and without a wait; as it is if it is there already."""
     if tensor.device.type == "cpu" and device.type in PINNED_FOR:
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return pinned_for(tensor, device).to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def pinned_for(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What `device` copies a host's tensor from without a wait: for a GPU a copy in pinned memory, else the tensor."""
+    return tensor.pin_memory() if device.type in PINNED_FOR else tensor
 
 
 def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

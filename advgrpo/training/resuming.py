@@ -26,7 +26,7 @@ from advgrpo.config import Config
 from advgrpo.config.command_line import Source
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError, one_line
-from advgrpo.policy.lora_file import lora_path
+from advgrpo.policy.lora_file import lora_digest
 from advgrpo.policy.pipelines import pipeline_folder, pipeline_index
 from advgrpo.reporting.evaluations import EVALUATIONS_FILE
 from advgrpo.reporting.tracking import METRICS_FILE
@@ -34,7 +34,8 @@ from advgrpo.rewards.custom import source_digest
 from advgrpo.runtime import checkpoint as checkpoints
 from advgrpo.runtime.atomic import move_aside
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
-from advgrpo.runtime.fingerprint import FileStamps, file_digest, folder_fingerprint
+from advgrpo.runtime.fingerprint import FileStamps, folder_fingerprint
+from advgrpo.runtime.reading import UnreadableError
 from advgrpo.training import best
 from advgrpo.training.restoring import count, entry, measured
 from advgrpo.training.state_in_parts import cut_of
@@ -51,6 +52,7 @@ FREE_TO_CHANGE = (
     "data.cache_dir",
     "data.decode_workers",
     "update.graphs",
+    "model.offload",
     *(
         f"rollout.engine.{name}"
         for name in (
@@ -138,8 +140,8 @@ class Resuming:
         """The checkpoint to go on from; None where the run starts anew.
 
         Raises:
-            UserError: there is none although one was asked for, it is damaged, or it is another run's. With --resume
-                auto only the last: what is damaged is skipped.
+            UserError: there is none although one was asked for, it is damaged, it cannot be read, or it is another
+                run's. With --resume auto only the last two: what is damaged is skipped.
         """
         if self.resume.mode == "never":
             self._refuse_a_run()
@@ -160,14 +162,23 @@ class Resuming:
             self._skipped.append(reason)
 
     def _open_together(self, path: Path, found: Saved | None) -> tuple[Saved | None, str]:
-        """A checkpoint that every process has opened, of which each has verified a share; or the first one's error."""
-        reason = ""
+        """A checkpoint that every process has opened, of which each has verified a share; or the first one's error.
+
+        Raises:
+            UserError: a process cannot read it and none finds it damaged; on all of them.
+        """
+        reason = unreadable = ""
         with self.distributed.monitored("open a checkpoint", at_most_seconds=SLOW_SECONDS):
             try:
                 found = found or self._open(path)
             except checkpoints.CheckpointError as error:
                 reason = error.reason if self.resume.mode == "auto" else str(error)
-        return found, next(filter(None, self.distributed.gather_json(reason)), "")
+            except UnreadableError as error:
+                unreadable = str(error)
+        reasons, unread = zip(*self.distributed.gather_json([reason, unreadable]))
+        if any(unread) and not any(reasons):
+            raise UserError(f"{self.flag}: {next(filter(None, unread))}")
+        return found, next(filter(None, reasons), "")
 
     def next(self, saved: Saved, reason: str) -> Saved | None:
         """The one before `saved`, which turned out not to fit; UserError where exactly that one was asked for."""
@@ -277,6 +288,8 @@ class Resuming:
                     raise UserError(f"{self.flag}: {error}") from error
                 self._skipped.append(error.reason)
                 continue
+            except UnreadableError as error:  # whoever takes an older one then loses what the newest has
+                raise UserError(f"{self.flag}: {error}") from error
             self._refuse_other_settings(saved)
             return saved
         return None
@@ -328,9 +341,10 @@ _SETTINGS = {
 
 
 def made_from(config: Config, sources: Sources) -> dict[Source, str]:
-    """Hashes of what a run is made from, beside its settings: prompts, references, the files of the base model, of the
-    teacher that it learns from and of
-    its own rewards."""
+    """Hashes of what a run is made from, beside its settings.
+
+    Prompts, references, the files of the base model, of the teacher that it learns from and of its own rewards.
+    """
     hashes = {
         "prompts": _digest([sources.prompts, sources.metadata]),
         "held_out_prompts": _digest(sources.held_out),
@@ -359,8 +373,7 @@ def _rewards_digest(config: Config) -> str:
 
 def _teacher_digest(teacher: str) -> str:
     """Of the file of its weights; "" without one, which is refused where it is read."""
-    file = lora_path(Path(teacher))
-    return file_digest(file) if teacher and file.is_file() else ""
+    return lora_digest(Path(teacher)) if teacher else ""
 
 
 def _digest(value: Any) -> str:

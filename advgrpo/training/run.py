@@ -113,6 +113,8 @@ class Run:
         self.stopped = ""  # why the run ended early
         self.stopped_by_others = False  # at the wish of other processes than this one
         self._asked = ""  # why a callback wants the end
+        self._measured_on_other = ""  # what earlier evaluations depended on and is no longer what it was
+        self._monitor_knows_base = False  # although it has to be evaluated again
         self.parts: Parts | None = None  # how the trained weights lie on the processes, where no one has them all
         self.trackers = Trackers([], self.display.print_line)
         self._lock: FolderLock | None = None
@@ -147,6 +149,8 @@ class Run:
             fast.print(self.console)
             if uneven := badly_shared(config, distributed.world_size):
                 self.console.print(f"note: {uneven}", soft_wrap=True)
+            if config.model.offload != "none" and distributed.device.type == "cpu":
+                self.console.print(f"note: model.offload = {config.model.offload!r} changes nothing on a CPU")
         with distributed.monitored("hash what the run is made from", at_most_seconds=SLOW_SECONDS):
             self.made_from = made_from(config, sources) if distributed.is_main else {}
         changed = self._changed(resuming, saved)
@@ -261,6 +265,8 @@ class Run:
             self._clear_the_way()
         self._start_trackers()
         if not self.base:
+            if main and self._measured_on_other and self.evaluator.prompts:
+                self._set_evaluations_aside()
             self.base = self._evaluate_base()
             self.start = self.start if self.resumed else self._evaluate_start()
         self._draw_samples("base", self.base)
@@ -435,12 +441,26 @@ class Run:
         trainer = self.trainer
         done = trainer.iteration if stage in ("during", "final") else 0  # a resumed run may have to judge the base anew
         levels = trainer.monitor.levels() if done else {}
-        if not (stage == "base" and self.config.model.lora.start_from):
+        if not (stage == "base" and (self.config.model.lora.start_from or self._monitor_knows_base)):
             trainer.flags = trainer.monitor.evaluated(done, by_prompt)
         if self.distributed.is_main:
             during = self.config.evaluation.during_images_per_prompt
             line = Evaluated(stage, done, during, found, by_prompt, levels, of_all)
-            self._say_outside(record_evaluation(self.folder / EVALUATIONS_FILE, line))
+            since = trainer.iteration if stage == "base" and self.resumed else -1
+            self._say_outside(record_evaluation(self.folder / EVALUATIONS_FILE, line, done=since))
+
+    def _set_evaluations_aside(self) -> None:
+        """Evaluations on other content than that of now: none that is to come can be compared with them."""
+        file = self.folder / EVALUATIONS_FILE
+        lines = load_evaluations(file)
+        if not lines:
+            return
+        dropped = ", ".join(f"{line.stage} at {line.iteration}" for line in lines)
+        self.console.print(
+            f"note: with other content of {self._measured_on_other} earlier evaluations ({dropped}) compare with none "
+            f"that is to come: {EVALUATIONS_FILE} is now {move_aside(file).name}, and a new one begins",
+            soft_wrap=True,
+        )
 
     def _evaluate_base(self) -> dict[str, float]:
         """The base model: adapters are disabled, so a resumed or LoRA-started run measures the same thing."""
@@ -703,10 +723,12 @@ class Run:
 
     def _restore(self, saved: Saved, changed: tuple[str, ...]) -> None:
         """What the trainer does not know; it has been loaded."""
-        known = {} if _JUDGED_ON.intersection(changed) else saved.state
+        self._measured_on_other = ", ".join(sorted(_JUDGED_ON.intersection(changed)))
+        known = {} if self._measured_on_other else saved.state
         for stage in ("base", "start"):  # those of an older program may lack metrics: then without, or evaluated again
             values = known.get(stage, {})
             setattr(self, stage, values if self.evaluator.names() <= values.keys() else {})
+        self._monitor_knows_base = bool(known.get("base")) and not self.base
         self.unlogged = saved.state.get("unlogged")
         self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}", soft_wrap=True)
         if not self.distributed.is_main or not (self.folder / CONFIG_FILE).exists():

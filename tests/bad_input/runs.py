@@ -139,6 +139,15 @@ def _flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+def _unreadable(folder: Path) -> None:
+    """A file that is there, and whose first byte Linux refuses with EIO."""
+    (folder / STATE).unlink()
+    (folder / STATE).symlink_to("/proc/self/mem")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][STATE]["size"] = 0
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-50])
 
@@ -197,6 +206,7 @@ RESUME = [
     _damaged("config of another version", _without_checkpoints(b"old_setting: 1\n"), "old_setting"),
     _damaged("no checkpoints", lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint in", "--resume auto"),
     _damaged("checkpoints is a file", lambda run: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").write_text("")), "checkpoint"),
+    _damaged("a read error", _in_checkpoint(_unreadable), "--resume", "iteration-000001 cannot be read", "Input/output error", "--resume-from"),
     _damaged("empty checkpoint", _in_checkpoint(lambda c: [f.unlink() for f in c.iterdir()]), "iteration-"),
     _damaged("manifest not JSON", _every("*manifest*", lambda f: f.write_text("{")), "iteration-"),
     _damaged("manifest a list", _every("*manifest*", lambda f: f.write_text("[]")), "iteration-"),

@@ -71,6 +71,7 @@ def _out_of_range() -> list[Case]:
         "--model.lora.blocks 77": "model.lora.blocks = 77: the model has 2 transformer blocks",
         "--model.lora.blocks some": "model.lora.blocks = 'some'",
         "--model.shard_base layers": "model.shard_base = 'layers': want none or blocks",
+        "--model.offload vae": "model.offload = 'vae': want one of none, text, text_vae",
         "--model.attention flash9": "model.attention = 'flash9': want one of auto, flash3, flash2",
         "--model.attention cudnn": "model.attention = 'cudnn': it needs a CUDA device",
         "--model.decoder_dtype int8": "model.decoder_dtype = 'int8'",

@@ -93,7 +93,7 @@ def kernel_calls():
     head = {n: meta(*s) for n, s in {"w1": (8, 6), "b1": (8,), "w2": (1, 8), "b2": (1,)}.items()}
     qkv, weights, table = meta(2, 5, 3, 2, 16), [meta(16), meta(16)], meta(3)
     norm, residual, gelus = "_residual_norm_fwd_kernel", "_residual_norm_fwd_kernel", "_gelu_fwd_kernel"
-    group_norms = ["_group_norm_sums_kernel", "_group_norm_scales_kernel", "_group_norm_fwd_kernel"]
+    group_norms = ["_group_norm_moments_kernel", "_group_norm_scales_kernel", "_group_norm_fwd_kernel"]
     seed, step = meta(dtype=torch.int64), meta(dtype=torch.int64)
     draw = {"seed": seed, "sample_ids": ids[:2], "step": step}
     chosen = meta(2, 4, dtype=torch.int64)

@@ -45,7 +45,7 @@ WEEKLY = {  # a part of another spec, other types of it, or an argument in a reg
     *("gaussian_log_prob/forward_kl", "gaussian_log_prob/forward_kl_std", "gaussian_log_prob/forward_normalized_ratio"),
     *("clipped_policy_loss", "clipped_policy_loss/divergence", "clipped_policy_loss/kl_std_value"),
     *("sample_patches/host_seed", "score_features/rows_fp32", "hinge_head_loss/backward_bf16"),
-    *("group_norm/sums_contiguous", "group_norm/forward_fp32", "group_norm/forward_contiguous"),
+    *("group_norm/moments_contiguous", "group_norm/forward_fp32", "group_norm/forward_contiguous"),
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

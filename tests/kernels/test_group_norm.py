@@ -1,6 +1,7 @@
 """GroupNorm with SiLU behind it.
 
-Planted bugs that turned this file red: variance of the channels' means left out; only the first stretches added up.
+Planted bugs that turned this file red: variance of the channels' means left out; only the first stretches put together;
+sums of x less the first pixel; a stretch's mean taken for the image's; the ragged last stretch counted as a full one.
 """
 
 import pytest
@@ -72,6 +73,19 @@ def test_a_far_mean_does_not_cancel(device):
     got = group_norm(x, 1, weight, bias, backend="triton")
     true = group_norm_ref(x.double(), 1, weight, bias, compute_dtype=torch.float64)
     assert (got - true).abs().max() < 2e-3  # the rounding of x·scale, of numbers near 1000
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("pixel", [0, 200 * 201 - 1], ids=["first", "last"])
+def test_a_pixel_far_from_all_others_costs_no_digits(pixel, layout, device, monkeypatch):
+    """300 standard deviations away. Seen red at 1e-2, with sums of x less the first pixel."""
+    monkeypatch.setattr(op, "TILES", {True: (4096, 2), False: (4096, 2)})
+    x = torch.randn(1, 2, 200, 201, device=device)
+    x.view(1, 2, -1)[:, :, pixel] = 300.0
+    x, weight, bias = x.contiguous(memory_format=layout), torch.ones(2, device=device), torch.zeros(2, device=device)
+    got = group_norm(x, 1, weight, bias, backend="triton")
+    true = group_norm_ref(x.double(), 1, weight, bias, compute_dtype=torch.float64)
+    assert ((got - true).abs() <= 8 * 2**-24 * (1 + true.abs())).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -71,7 +71,7 @@ def test_group_norm_with_silu_is_three_launches_in_either_layout(launches):
     with launches:
         group_norm(x, 2, weight, bias, silu=True, backend="triton")
         group_norm(x.to(memory_format=torch.channels_last), 2, weight, bias, silu=True, backend="triton")
-    once = ["_group_norm_sums_kernel", "_group_norm_scales_kernel", "_group_norm_fwd_kernel"]
+    once = ["_group_norm_moments_kernel", "_group_norm_scales_kernel", "_group_norm_fwd_kernel"]
     assert [name for name in launches.names if name != "_to_copy"] == 2 * once
 
 

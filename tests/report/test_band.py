@@ -125,12 +125,19 @@ def test_a_band_of_a_preset_that_was_changed_is_for_nobody(tmp_path, shipped):
     assert band_of(config.load("tiny")) is None
 
 
+@pytest.mark.parametrize("settings", [{}, {"update.of_an_older_program": 1}])
+def test_a_band_that_knows_none_of_a_runs_settings_is_not_its_band(settings):
+    """Seen red: it was every run's."""
+    assert not Band("tiny", CURVES, settings).is_of(config.load("tiny"))
+
+
 def test_a_damaged_band_is_named(shipped):
     file = shipped / "tiny.json"
     for content in (
         "{",
         '{"version": 2}',
-        json.dumps({"version": 1, "preset": "tiny", "runs": [{"metrics": {"a": [1]}}]}),
+        json.dumps({"version": 1, "preset": "tiny", "settings": {"seed": 1}, "runs": [{"metrics": {"a": [1]}}]}),
+        json.dumps({"version": 1, "preset": "tiny", "settings": {}, "runs": []}),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=r"tiny\.json is no band"):

@@ -159,8 +159,8 @@ def test_the_independent_judges_verdict_on_this_lora_is_shown_and_that_on_anothe
 @pytest.mark.parametrize("equal", ["3", '[{"guidance": []}]'])
 def test_a_damaged_verdict_is_named(equal, tmp_path):
     run = make_run(tmp_path / "run")
-    judged(run, digest="none")
-    (run / "frontier" / "frontier.json").write_text(f'{{"digests": ["none"], "equal": {equal}}}')
+    judged(run, digest="")
+    (run / "frontier" / "frontier.json").write_text(f'{{"digests": [""], "equal": {equal}}}')
     with pytest.raises(UserError, match=r"frontier\.json cannot be read"):
         write_report(run)
 

@@ -43,6 +43,20 @@ def test_where_there_are_no_pairs_there_is_no_gain(lines):
     assert gains(lines) == {}
 
 
+def test_a_base_that_is_judged_again_takes_its_place_and_what_the_run_has_done_since_stays(tmp_path):
+    """Seen red with everything after the start dropped, and with the future of a run that was taken back kept."""
+    file = tmp_path / "evaluations.jsonl"
+    places = [("base", 0), ("start", 0), ("during", 2), ("during", 4), ("final", 6)]
+    for stage, iteration in places:
+        record_evaluation(file, Evaluated(stage, iteration, 1, {}, {}, {}))
+    again = Evaluated("base", 0, 1, {"eval_new": 0.5}, {}, {})
+    others = record_evaluation(file, again, done=4)
+    assert [(each.stage, each.iteration) for each in others] == places[1:4]
+    lines = load_evaluations(file)
+    assert [(each.stage, each.iteration) for each in lines] == places[:4]
+    assert lines[0].means == {"eval_new": 0.5}
+
+
 def test_scores_of_all_images_are_kept(tmp_path):
     whole = line("base", {"judge": BASE}, {"judge": [0.25, math.nan, 1.0]})
     record_evaluation(tmp_path / "evaluations.jsonl", whole)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from advgrpo.errors import UserError
 from advgrpo.runtime import atomic
@@ -31,6 +32,7 @@ from advgrpo.runtime.checkpoint import (
     unflatten_state,
     unpack_optimizer,
 )
+from advgrpo.runtime.reading import UnreadableError
 
 STATE = {"iteration": 3, "rates": [0.1, 1e-300, -0.0], "nested": {"flag": True, "none": None, "name": "ü"}}
 
@@ -195,6 +197,66 @@ def test_damage_is_found_and_the_previous_checkpoint_named(tmp_path, file, spoil
         load_checkpoint(damaged)
     assert f"--resume-from {tmp_path / 'iteration-000005'}" in str(error.value)
     load_checkpoint(tmp_path / "iteration-000005")
+
+
+class Faults:
+    """Reads of one file fail as those of a server that does not answer, so many times; and nobody waits."""
+
+    def __init__(self, monkeypatch, name: str, times: int):
+        self.left, self.waited = times, []
+        opened = Path.open
+
+        def fails(path, *args, **kwargs):
+            if path.name == name and self.left:
+                self.left -= 1
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return opened(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", fails)
+        monkeypatch.setattr("advgrpo.runtime.checkpoint.time.sleep", self.waited.append)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", "tensors.safetensors"])
+def test_a_read_that_fails_is_tried_again_and_then_named_as_no_damage(tmp_path, file, monkeypatch):
+    """Seen red with a failed read taken for damage, or raised as it is at the first attempt."""
+    for iteration in (5, 6):
+        save_checkpoint(tmp_path, iteration, some_tensors(), STATE, keep=2)
+    faults = Faults(monkeypatch, file, times=3)
+    assert load_checkpoint(tmp_path / "iteration-000006")[1] == STATE
+    assert len(faults.waited) == 3
+    faults.left = 4
+    with pytest.raises(UnreadableError, match=r"iteration-000006 cannot be read \(.*Stale file handle.*\), 4 times in"):
+        load_checkpoint(tmp_path / "iteration-000006")
+    assert not faults.left
+
+
+def test_a_failed_read_inside_safetensors_is_one_too(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, some_tensors(), STATE, keep=1)
+    monkeypatch.setattr("advgrpo.runtime.checkpoint.time.sleep", lambda _: None)
+
+    def fails(_):
+        raise SafetensorError("I/O error: Input/output error (os error 5)")
+
+    monkeypatch.setattr("safetensors.torch.load_file", fails)
+    with pytest.raises(UnreadableError, match="Input/output error"):
+        load_checkpoint(tmp_path / "iteration-000001")
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
+    """Seen red with `Path.is_dir` of Python 3.14, to which it is no folder."""
+    save_checkpoint(tmp_path, 1, some_tensors(), STATE, keep=1)
+    monkeypatch.setattr("advgrpo.runtime.checkpoint.time.sleep", lambda _: None)
+    seen = Path.stat
+
+    def fails(path, **kwargs):
+        if path.name == "iteration-000001":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return seen(path, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", fails)
+    monkeypatch.setattr(Path, "is_dir", lambda path: os.path.isdir(path))
+    with pytest.raises(UnreadableError, match="Input/output error"):
+        checkpoints(tmp_path)
 
 
 def test_missing_and_foreign_folders(tmp_path):

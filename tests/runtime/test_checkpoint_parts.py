@@ -217,6 +217,25 @@ def test_a_checkpoint_that_one_process_cannot_take_is_taken_by_none():
     assert took == ["fits here"]
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
+def test_a_norm_of_parts_is_that_of_the_whole_summed_in_float64(size):
+    """Large and small ones beside each other, in pieces. Seen red with squares in float32: 0, inf, or wrong digits."""
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randn(101, 7, generator=generator) * size * scale for scale in (1.0, 1e-4, 300.0)]
+    whole.append(torch.full((3000,), 0.1 * size))
+    wanted = sum(tensor.double().square().sum() for tensor in whole).sqrt()
+    shares = [[list(tensor.chunk(3))[rank] for tensor in whole] for rank in range(3)]
+    squares = [sum(tensor.double().square().sum() for tensor in own)[None] for own in shares]
+    for rank, own in enumerate(shares):
+        others = squares[:rank] + squares[rank + 1 :]
+        job = SimpleNamespace(all_gather=lambda square, others=others: torch.cat([square, *others]))
+        norm = Parts(job, {}, {}).norm([*own, torch.zeros(0, 7)])
+        assert norm.dtype == torch.float32
+        assert abs(norm.double() - wanted) <= wanted * 2**-24
+    job = SimpleNamespace(all_gather=lambda square: torch.cat([square, torch.tensor([torch.nan]).double()]))
+    assert Parts(job, {}, {}).norm(shares[0]).isnan()
+
+
 def test_hashes_are_those_of_sha256sum(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_of(tmp_path / "a").startswith("ba7816bf8f01cfea")

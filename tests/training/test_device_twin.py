@@ -69,7 +69,7 @@ WEEKLY = {  # their paths are longer, or mostly those of the others
 }
 NOT_EVALUATED = {"data": {"held_out_prompts": ""}, "evaluation": {"backbone_image_size": 32}}
 CONFIGURATIONS = {
-    "sft": {"update": {"objective": "sft"}},
+    "sft, weights on the host": {"update": {"objective": "sft"}, "model": {"offload": "text_vae"}},
     "nft, kl": {"update": {"objective": "nft", "kl_weight": 0.1}, "rollout": {"initial_noise": "per_image"}},
     "awm, kl to the average": {
         "update": {"objective": "awm", "kl_weight": 0.1, "kl_to": "ema"},

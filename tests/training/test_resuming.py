@@ -14,12 +14,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,14 +35,16 @@ from advgrpo import config
 from advgrpo.config import Config
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
+from advgrpo.reporting.evaluations import load_evaluations
 from advgrpo.runtime.checkpoint import STATE, TENSORS, checkpoints
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.folders import FolderLock
 from advgrpo.train import main, parse
-from advgrpo.training.resuming import Resume, differences, made_from
+from advgrpo.training.resuming import Resume, Resuming, differences, made_from
 from advgrpo.training.run import Run
 from tests.conftest import make_unit_config
 from tests.parts import some_weekly
+from tests.runtime.test_checkpoint import Faults
 from tests.runtime.test_hostile_checkpoints import rehash
 from tests.training.test_run import command, environment, forked, metrics, wait_for_rows
 
@@ -214,6 +219,32 @@ def test_what_cannot_be_continued_is_skipped_and_named(name, cut, whole):
     assert reason in line
     assert "--resume-from" not in line
     assert_equal(settings, whole)
+
+
+def test_a_newest_checkpoint_that_cannot_be_read_just_now_is_waited_for_and_never_skipped(cut, whole, monkeypatch):
+    """Seen red: an older one was taken, and what the newest had was trained again."""
+    settings = cut(LAST)
+    faults = Faults(monkeypatch, STATE, times=4)
+    with pytest.raises(UserError, match=r"--resume auto: \S+/iteration-000003 cannot be read .*no other checkpoint"):
+        go(settings)
+    assert len(names(settings)) == LAST - 1
+    faults.left = 2
+    said = go(settings)
+    assert f"resumed {settings.output_dir} at iteration {LAST - 1}" in said
+    assert "skipped" not in said
+    assert_equal(settings, whole)
+
+
+def test_what_another_process_cannot_read_ends_all_of_them_and_what_one_finds_damaged_is_skipped(tmp_path):
+    job = SimpleNamespace(
+        monitored=lambda *_, **__: nullcontext(), gather_json=lambda own: [own, ["", "a lost handle"]]
+    )
+    resuming = Resuming.__new__(Resuming)
+    resuming.distributed, resuming.resume, resuming.folder = job, AUTO, tmp_path
+    with pytest.raises(UserError, match="--resume auto: a lost handle"):
+        resuming._open_together(tmp_path, "whole here")
+    job.gather_json = lambda own: [["altered", ""], ["", "a lost handle"]]
+    assert resuming._open_together(tmp_path, "whole here") == ("whole here", "altered")
 
 
 def test_when_none_can_be_continued_the_run_starts_anew_and_nothing_is_lost(cut, whole):
@@ -481,6 +512,11 @@ def test_other_content_is_named_and_taken_only_by_consent(name, own):
     said = go(own, Resume("auto", accepted=tuple(settings)))
     assert f"going on with other content of {', '.join(settings)}" in said
     assert "base model: " in said  # evaluated again: what its metrics depend on has changed, or may have
+    assert re.search(
+        r"note: with other content of .* \(base at 0, final at 2\) .* is now evaluations.jsonl.old-1", said
+    )
+    assert evaluated(own, "evaluations.jsonl.old-1") == [("base", 0), ("final", 2)]
+    assert evaluated(own) == [("base", 0), ("final", 3)]
     after = json.loads((newest(own) / STATE).read_text())["base"]
     assert (after == base) == (name == "prompts")
     assert "has changed" not in go(own)  # the new checkpoint knows
@@ -520,6 +556,26 @@ def test_checkpoints_of_before_there_were_hashes_are_continued(own):
     assert said.count("has no hashes of prompts, held_out_prompts, references, base, so they are not compared") == 1
     assert newest(own).name == "iteration-000003"
     assert len(metrics(own.output_dir)) == 3
+
+
+def test_a_base_that_lacks_a_metric_is_judged_again_and_later_evaluations_stay(own):
+    """As of an older program. Seen red: all of them went, and nobody was told."""
+    folder = newest(own)
+    state = json.loads((folder / STATE).read_text())
+    del state["base"][next(iter(state["base"]))]
+    (folder / STATE).write_text(json.dumps(state))
+    rehash(folder)
+    before = evaluated(own)
+    own.iterations = 2
+    (Path(own.output_dir) / "summary.json").unlink()
+    said = go(own, True)
+    assert "base model: " in said
+    assert "evaluations.jsonl.old" not in said
+    assert evaluated(own) == before == [("base", 0), ("final", 2)]
+
+
+def evaluated(settings: Config, name: str = "evaluations.jsonl") -> list[tuple[str, int]]:
+    return [(line.stage, line.iteration) for line in load_evaluations(Path(settings.output_dir) / name)]
 
 
 @pytest.mark.weekly

@@ -82,13 +82,13 @@ FP8_TENSOR = {"data_ptr": FP8, "scale_ptr": "*fp32", "x_ptr": "*bf16", "N": "i32
 GROUP_NORM_SCALARS = {"C": "i32:16", "N": "i32:16"}
 
 
-def group_norm_sums(name: str, channels_last: bool) -> Spec:
+def group_norm_moments(name: str, channels_last: bool) -> Spec:
     pixels, channels = group_norm.TILES[channels_last]
     tile = {"CHANNELS_LAST": channels_last, "PIXELS": pixels, "CHANNELS": channels}
     return Spec(
         name=name,
-        kernel=OPS + "group_norm:_group_norm_sums_kernel",
-        types=pointers("x") | pointers("sums", "*fp32") | GROUP_NORM_SCALARS | {"stretches": "i32"},
+        kernel=OPS + "group_norm:_group_norm_moments_kernel",
+        types=pointers("x") | pointers("moments", "*fp32") | GROUP_NORM_SCALARS | {"stretches": "i32"},
         constants=tile | {"TILES": group_norm.TILES_PER_STRETCH},
         warps=group_norm.WARPS,
         vector_loads=1,
@@ -197,17 +197,16 @@ SPECS = [
         vector_loads=1,
         vector_stores=1,
     ),
-    group_norm_sums("group_norm/sums", True),
-    group_norm_sums("group_norm/sums_contiguous", False),
+    group_norm_moments("group_norm/moments", True),
+    group_norm_moments("group_norm/moments_contiguous", False),
     Spec(
         name="group_norm/scales",
         kernel=OPS + "group_norm:_group_norm_scales_kernel",
-        types=pointers("x")
-        | pointers("sums weight bias scales", "*fp32")
+        types=pointers("moments weight bias scales", "*fp32")
         | GROUP_NORM_SCALARS
-        | {"stretches": "i32"}
+        | {"stretches": "i32", "pixels": "i32:16"}
         | {"eps": "fp32"},
-        constants={"CHANNELS_LAST": True, "WIDTH": 4, "CHANNELS": 4, "STRETCHES": group_norm.STRETCHES, "STEPS": 2},
+        constants={"WIDTH": 4, "CHANNELS": 4, "STRETCHES": group_norm.STRETCHES, "STEPS": 2},
     ),
     group_norm_forward("group_norm/forward", True),
     group_norm_forward("group_norm/forward_fp32", True, "*fp32"),
