@@ -109,6 +109,11 @@ class ModelSection(Section):
     ones and of all that the optimizer keeps, and gathers a block when it runs, by diffusers' forward (docs/families.md,
     "Models larger than a GPU"); "none": each holds them all."""
 
+    sequence_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that compute the same images together, each a share of their tokens and, in attention, of the heads, by
+    our forward (docs/scaling.md, "Images larger than a GPU"): activations are divided by so many, and the processes of
+    the run must be a multiple of it; 1: each computes images of its own."""
+
     @property
     def in_parts(self) -> bool:
         """Whether what is trained lies in parts on several processes."""

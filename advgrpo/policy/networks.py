@@ -19,6 +19,7 @@ from diffusers import ModelMixin
 
 from advgrpo.config import ModelSection
 from advgrpo.policy.adapters import START, FullWeights, LoraAdapters, export_lora, start_state, target_modules
+from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig, Weights
 from advgrpo.policy.parts import Parts
 from advgrpo.policy.sharding import BlockSharding
@@ -131,12 +132,25 @@ class StockNetwork:
 
 
 class FusedNetwork:
-    """`FusedTransformer` over the weights of a stock module, which shares them."""
+    """`FusedTransformer` over the weights of a stock module, which shares them.
+
+    Args:
+        precision: of the merged weights, "model" or "fp8".
+        sequence: see there.
+    """
 
     has_merged = True
     parts = None
 
-    def __init__(self, transformer: ModelMixin, model: ModelSection, seed: int, *, precision: str):
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        model: ModelSection,
+        seed: int,
+        *,
+        precision: str,
+        sequence: SequenceGroup | None = None,
+    ):
         targets = set(target_modules(transformer, model.lora))
         tensors = {name: t.detach() for name, t in [*transformer.named_parameters(), *transformer.named_buffers()]}
         self.transformer = FusedTransformer(
@@ -145,6 +159,7 @@ class FusedNetwork:
             stock=transformer,
             attention=model.attention,
             checkpointing=model.gradient_checkpointing,
+            sequence=sequence,
         )
         lora = model.lora
         self.export_format = lora.export_format

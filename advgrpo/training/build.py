@@ -31,6 +31,7 @@ from advgrpo.rewards.pool.reward import PooledReward
 from advgrpo.rewards.retrieval import judge_metrics
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.graphs import GraphBackend
+from advgrpo.runtime.mesh import Mesh
 from advgrpo.sampling.dynamics import check_dynamics, check_objective
 from advgrpo.training.awm import AdvantageWeightedMatching
 from advgrpo.training.fast import FastPaths
@@ -75,9 +76,11 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
     check_dynamics(prediction_type, config.rollout.dynamics)
     check_objective(prediction_type, config.update.objective)
     # These need diffusers, which a trainer around another policy does not.
+    from advgrpo.policy.fused.sequence import SequenceGroup
     from advgrpo.policy.loading import load_policy
     from advgrpo.policy.sharding import BlockSharding
 
+    mesh = Mesh.of(distributed, config.model.sequence_parallel)
     policy = load_policy(
         config.model,
         device=distributed.device,
@@ -86,6 +89,7 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
         fused=fast.fused,
         precision=config.rollout.precision,
         sharding=BlockSharding(distributed) if config.model.is_sharded(distributed.world_size) else None,
+        sequence=SequenceGroup(distributed, mesh) if mesh.members > 1 else None,
     )
     mine = _texts(policy, sources)[distributed.rank :: distributed.world_size]
     encode_prompts(policy, mine, cache, display, distributed)
@@ -366,8 +370,7 @@ def build_trainer(
         config.rollout,
         config.update.minibatches,
         seed=config.seed,
-        rank=distributed.rank,
-        world_size=distributed.world_size,
+        mesh=Mesh.of(distributed, config.model.sequence_parallel),
         together=config.balance(distributed.world_size).images,
     )
     monitor = Monitor(config.monitor, Knobs.of(config))
