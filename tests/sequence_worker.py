@@ -3,12 +3,14 @@
 FOLDER/job.json names models, of each of which every process leaves what `seen` and `by_rows` give in
 FOLDER/NAME.PROCESSES.RANK.safetensors, and what `exchanges` gives in FOLDER/exchanges.PROCESSES.RANK.safetensors, in
 one group of all; and runs, each with the checkpoint that it goes on from or null, whose settings are in
-FOLDER/NAME.yaml and which leave FOLDER/NAME.
+FOLDER/NAME.yaml and which leave FOLDER/NAME. The last process asks those that it calls "stopped" to stop, in their
+second iteration.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import ADAPTABLE, WEIGHTS, FusedTransformer, Prepared, TransformerConfig
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.mesh import Mesh
-from tests.sharding_worker import train
+from tests.sharding_worker import stopping, train
 
 HEADS, TEXT, SIZE = 4, 7, (8, 12)  # 24 image tokens; 7 are no equal shares of several
 _SD3 = {"patch_size": 2, "num_layers": 3, "caption_projection_dim": 64, "pos_embed_max_size": 12, "sample_size": 16}
@@ -114,7 +116,7 @@ WHOLE = torch.randn(24 + TEXT, 2, 3, 8, 5, generator=torch.Generator().manual_se
 
 def exchanges(group: SequenceGroup) -> dict[str, torch.Tensor]:
     """What a process gets of WHOLE by its tokens or heads, and their gradients where WHOLE is that of the result."""
-    streams, mine = (24, TEXT), slice(8 // group.size * group.member, 8 // group.size * (group.member + 1))
+    streams, mine = (24, TEXT), slice(8 // group.size * group.rank, 8 // group.size * (group.rank + 1))
     own = torch.cat([part[group.own(len(part))] for part in WHOLE.split(streams)])
     tokens, attended = own.clone().requires_grad_(), WHOLE[:, :, :, mine].clone().requires_grad_()
     heads, back = group.heads(tokens, streams), group.tokens(attended, streams)
@@ -149,6 +151,8 @@ def main(arguments: list[str]) -> int:
             job.all_reduce_sum([found["gradient"]])
             save_file(found, folder / f"{key}.{where}")
         for name, checkpoint in asked["runs"].items():
-            train(configuration.load(file=folder / f"{name}.yaml"), job, checkpoint)
+            asks = name.endswith("-stopped") and job.rank == job.world_size - 1
+            with stopping(job, since=1) if asks else nullcontext():
+                train(configuration.load(file=folder / f"{name}.yaml"), job, checkpoint)
     job.close()
     return 0

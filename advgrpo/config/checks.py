@@ -385,15 +385,15 @@ def not_in_sequence(config: Config) -> str:
     return ""
 
 
-def no_groups(config: Config, processes: int) -> str:
-    """Why so many processes are no groups that share out tokens, as an error; "" where they are."""
+def no_sequence_groups(config: Config, processes: int) -> str:
+    """Why so many processes are no sequence groups, which share out tokens, as an error; "" where they are."""
     members = config.model.sequence_parallel
     if processes % members == 0:
         return ""
     fitting = [n for n in range(members, 1, -1) if processes % n == 0]
     smaller = f", or model.sequence_parallel = {fitting[0] if fitting else 1}"
     return (
-        f"model.sequence_parallel = {members} puts processes into groups of {members}, but there "
+        f"model.sequence_parallel = {members} puts processes into sequence groups of {members}, but there "
         f"{'is' if processes == 1 else 'are'} {processes}; take a multiple of {members} (torchrun --nproc-per-node="
         f"{members}, advgrpo.plan --processes {members}){smaller}"
     )

@@ -87,8 +87,8 @@ class Config(Section):
 
     def balance(self, processes: int, *, micro_batch: int | None = None) -> Balance:
         """How evenly an iteration's images are shared, in pieces that are micro-batches; in whole groups where the
-        update is computed of some of their images alone. Who shares them are processes, or the groups of
-        `model.sequence_parallel` of them, which compute every image together.
+        update is computed of some of their images alone. Who shares them are processes, or the sequence
+        groups of `model.sequence_parallel` of them, which compute every image together.
 
         Args:
             micro_batch: instead of `rollout.micro_batch`.

@@ -111,7 +111,7 @@ class ModelSection(Section):
 
     sequence_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that compute the same images together, each a share of their tokens and, in attention, of the heads, by
-    our forward (docs/scaling.md, "Images larger than a GPU"): activations are divided by so many, and the processes of
+    our forward (docs/families.md, "Images larger than a GPU"): activations are divided by so many, and the processes of
     the run must be a multiple of it; 1: each computes images of its own."""
 
     @property

@@ -52,7 +52,7 @@ class Evaluator:
     display: Display | None = None
     of_base: bool = False  # evaluate the frozen base instead of the trained weights
     together: bool = False  # all processes draw equally often: each holds a part of the model alone
-    mesh: Mesh | None = None  # whose groups share the prompts; None: each process is one
+    mesh: Mesh | None = None  # whose sequence groups share the prompts; None: each process is one
 
     def base(self) -> Evaluator:
         """The same evaluation of the frozen base model."""
@@ -86,8 +86,8 @@ class Evaluator:
             StopRequested: somebody asked for the end.
         """
         mesh = self.mesh or Mesh.of(self.distributed, 1)
-        numbers = range(mesh.group, len(self.prompts), mesh.groups)
-        most = len(range(0, len(self.prompts), mesh.groups)) if self.together else len(numbers)
+        numbers = range(mesh.data_rank, len(self.prompts), mesh.data_size)
+        most = len(range(0, len(self.prompts), mesh.data_size)) if self.together else len(numbers)
         at_once = max(1, self.micro_batch // images_per_prompt)
         scores = {name: [] for name in self.metrics}
         with (
@@ -132,7 +132,7 @@ class Evaluator:
     @property
     def draws_grid(self) -> bool:
         """Whether this process calls `grid_images`: rank 0 looks at them, and cannot draw them without some others."""
-        return self.together or (self.mesh or Mesh.of(self.distributed, 1)).group == 0
+        return self.together or (self.mesh or Mesh.of(self.distributed, 1)).data_rank == 0
 
     def grid_images(self, columns: int = 4) -> list[tuple[str, torch.Tensor]]:
         """(prompt, images [columns, 3, H, W]) of the grid's prompts, always from the same noise."""
@@ -176,14 +176,14 @@ class Evaluator:
 
 
 def _by_process(prompts: int, mesh: Mesh, at_once: int) -> list[int]:
-    """Numbers of all prompts in the order of the processes that judge them; a group draws `at_once` at a time."""
-    parts = [
-        (group * mesh.members + place % mesh.members, numbers[place * at_once : (place + 1) * at_once])
-        for group in range(mesh.groups)
-        for numbers in [range(group, prompts, mesh.groups)]
-        for place in range(-(-len(numbers) // at_once))
-    ]
-    return [number for _, part in sorted(parts, key=lambda each: each[0]) for number in part]
+    """Numbers of all prompts in the order of the processes that judge them; those that draw together draw `at_once`."""
+    found = []
+    for rank in range(mesh.world_size):
+        each = replace(mesh, rank=rank)
+        numbers = range(each.data_rank, prompts, mesh.data_size)
+        for place, start in enumerate(range(0, len(numbers), at_once)):
+            found += numbers[start : start + at_once] if each.is_judge(place) else ()
+    return found
 
 
 def _half_width(name: str, by_prompt: torch.Tensor) -> dict[str, float]:

@@ -17,8 +17,8 @@ one of one stream keeps its residual once and has no projection of the attention
 FLUX.2, stock alone: 19 b and 4 f in a block of two streams, 18 b and 6 f in one of one; 28 and 25 with all weights.
 Qwen-Image: FLUX.1's blocks of two streams, stock with 5 f there, of rotations in complex numbers.
 
-Where processes share out a sequence's tokens (model.sequence_parallel), tokens are those of a process, and each
-attention keeps 1 b more: its output by heads, and by tokens.
+Where processes share out a sequence's tokens (model.sequence_parallel), tokens are those of a process, and an
+attention whose to_out has a LoRA keeps 1 b more: its output by heads, and by tokens.
 
 b: elements of model.dtype; f: float32; *: only with norms of q and k (SD3.5). An adapter keeps its rank besides. Fused,
 the normalised q and k are computed again for the backward from the product that their norm keeps (in brackets: where
@@ -90,14 +90,14 @@ class TransformerShape:
 
     @property
     def _exchanged(self) -> int:
-        """Attention's output, once by heads and once by tokens."""
+        """An attention's output by tokens, as to_out's LoRA keeps it, beside that by heads."""
         return int(self.processes > 1)
 
     def _flux_bytes(self, single: bool, recomputed: bool = False) -> int:
         """Saved by a block of FLUX.1 or Qwen-Image for one sequence, or alive when checkpointing has recomputed it."""
         fused = self.path == "fused"
         if fused:
-            own, floats = (10 if single else 11) + 2 * recomputed + self._exchanged, 0
+            own, floats = (10 if single else 11 + self._exchanged) + 2 * recomputed, 0
         else:
             own, floats = (13, 3) if single else (14, 4 if self.single_layers else 5)
             if self.swiglu:
@@ -113,7 +113,7 @@ class TransformerShape:
         if fused:
             around_norm = 2 * norm * recomputed
             own, floats = 2 + 1 + around_norm + 3 + 1 + 4 + self._exchanged, 0
-            dual_own, dual_floats = around_norm + 3 + 1 + self._exchanged, 0
+            dual_own, dual_floats = around_norm + 3 + 1, 0
         else:
             own, floats = 2 + 2 * norm + 3 + 1 + 4, 3 + 2 * norm + 1
             dual_own, dual_floats = 2 * norm + 4, 2 * norm

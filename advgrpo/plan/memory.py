@@ -20,8 +20,7 @@ from advgrpo.config import (
     check_micro_batches,
     fits_micro_batches,
     nearest_prompts,
-    no_groups,
-    not_in_sequence,
+    no_sequence_groups,
     not_sharded,
     unevenly_sharded,
 )
@@ -121,7 +120,7 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     cut = config.rollout, config.update.minibatches
     if not micro_batches(*cut):
         check_micro_batches(*cut)  # says which numbers of prompts would divide
-    if reason := no_groups(config, processes):
+    if reason := no_sequence_groups(config, processes):
         raise UserError(reason)
     if not _accepted(config, processes):
         raise UserError(unevenly_sharded(config, processes, micro_batch=micro_batches(*cut)[-1]))
@@ -138,7 +137,7 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
 
 def plan_as_configured(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     """What the settings as they are would keep, chosen or not; arguments and errors as of `plan`."""
-    for refused in (no_groups, unevenly_sharded):
+    for refused in (no_sequence_groups, unevenly_sharded):
         if reason := refused(config, processes):
             raise UserError(reason)
     wanted = Knobs(config.rollout.micro_batch, config.model.gradient_checkpointing)
@@ -274,7 +273,7 @@ class _Estimate:
         return self.config.balance(self.processes, micro_batch=knobs.micro_batch).most_images
 
     def judged(self, knobs: Knobs) -> int:
-        """Of these, on the process that decodes and judges the most: the members of a group take turns."""
+        """Of these, on the process that decodes and judges the most: those of a sequence group take turns."""
         micro_batches = -(-self.images(knobs) // knobs.micro_batch)
         return -(-micro_batches // self.config.model.sequence_parallel) * knobs.micro_batch
 
@@ -466,10 +465,6 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         and not (not_sharded(blocks) or unevenly_sharded(blocks, processes))
     ):
         yield setting("model.shard_base", "blocks")
-    members = 2 * model.sequence_parallel
-    together = config.model_copy(update={"model": model.model_copy(update={"sequence_parallel": members})})
-    if not (no_groups(together, processes) or not_in_sequence(together)) and _can_share_out(config, members):
-        yield setting("model.sequence_parallel", members)
     if model.dtype == "float32" and model.train == "lora":
         yield setting("model.dtype", "bfloat16")
     if dino and adversary.backbone in ("facebook/dinov2-large", "facebook/dinov2-giant"):
@@ -480,12 +475,6 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         yield setting("model.resolution", model.resolution // 2)
     if model.train == "full":
         yield "model.train = lora", lambda c: setattr(c.model, "train", "lora")
-
-
-def _can_share_out(config: Config, members: int) -> bool:
-    """Whether so many processes can compute a sequence of the model together."""
-    pipeline = known_models.known_pipeline(config.model.path)
-    return pipeline.has_own_forward and pipeline.transformer["num_attention_heads"] % members == 0
 
 
 def _fewer_prompts(config: Config, processes: int) -> int:

@@ -52,7 +52,7 @@ def sharing(
     images, of_a_minibatch = config.images_per_iteration, config.images_per_iteration // shared.rounds
     nothing = f", and {shared.idle} none" if shared.idle else ""
     members, sharing = config.model.sequence_parallel, shared.processes
-    who = f"{processes} processes" if members == 1 else f"{sharing} groups of {members} processes"
+    who = f"{processes} processes" if members == 1 else f"{sharing} sequence group{'s' * (sharing > 1)} of {members}"
     return (
         f"the busiest of {who} computes {shared.most_images} of {images} images (mean "
         f"{images / sharing:.4g}) and {shared.most_of_a_round * shared.images} of a minibatch's {of_a_minibatch} "

@@ -201,6 +201,11 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         """How the trainable parameters lie on the processes; None where each has all of them."""
         return self.network.parts
 
+    @property
+    def sequence(self) -> SequenceGroup | None:
+        """The processes that compute the same rows together; None: this one alone."""
+        return self.network.sequence
+
     def parameters_of_lora(self, folder: Path, field: str) -> dict[str, torch.Tensor]:
         """See `LoraReader`: loaded in the parameters' place, which then get their own values back, to the bit."""
         own = {name: parameter.detach().clone() for name, parameter in self.trainable_parameters()}

@@ -54,6 +54,7 @@ class StockNetwork:
     """
 
     has_merged = False
+    sequence = None
 
     def __init__(
         self,
@@ -185,6 +186,11 @@ class FusedNetwork:
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield "lora", self.lora.master
+
+    @property
+    def sequence(self) -> SequenceGroup | None:
+        """The processes that run every forward together; None: this one alone."""
+        return self.transformer.sequence
 
     def element_name(self, parameter: str, index: int) -> str:
         """The stock module that an element of a parameter belongs to, for error messages."""

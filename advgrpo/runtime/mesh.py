@@ -1,7 +1,8 @@
-"""The processes of a job as a mesh: groups, which share an iteration's micro-batches, and the members of each.
+"""The processes of a job as a mesh of two dimensions, "data" and "sequence".
 
-The members of a group compute the same rows together, each a share of their tokens (policy/fused/sequence.py). They are
-next to each other in rank, so that a group lies within a machine wherever its size divides the machine's GPUs.
+Those of one place along "data", a sequence group, compute the same rows together, each a share of their tokens
+(policy/fused/sequence.py); the sequence groups share an iteration's micro-batches. The processes of one are next to
+each other in rank, so that it lies within a machine wherever its size divides the machine's GPUs.
 """
 
 from __future__ import annotations
@@ -13,63 +14,62 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from advgrpo.runtime.distributed import Distributed
 
-SEQUENCE = "sequence"  # the mesh's dimension along a group's members
-
 
 @dataclass(frozen=True)
 class Mesh:
     """A process's place in it.
 
     Args:
-        rank, processes: in the job.
-        members: of a group; divides the processes.
+        rank, world_size: in the job.
+        sequence_size: processes of a sequence group; divides world_size.
 
     Raises:
         ValueError: it does not.
     """
 
     rank: int = 0
-    processes: int = 1
-    members: int = 1
+    world_size: int = 1
+    sequence_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.processes % self.members:
-            raise ValueError(f"{self.processes} processes are no groups of {self.members}")
+        if self.world_size % self.sequence_size:
+            raise ValueError(f"{self.world_size} processes are no sequence groups of {self.sequence_size}")
 
     @classmethod
-    def of(cls, distributed: Distributed, members: int) -> Mesh:
+    def of(cls, distributed: Distributed, sequence_size: int) -> Mesh:
         """Of this process in a job."""
-        return cls(distributed.rank, distributed.world_size, members)
+        return cls(distributed.rank, distributed.world_size, sequence_size)
 
     @property
-    def groups(self) -> int:
-        return self.processes // self.members
+    def data_size(self) -> int:
+        """How many sequence groups there are."""
+        return self.world_size // self.sequence_size
 
     @property
-    def group(self) -> int:
-        """The number of this process's group."""
-        return self.rank // self.members
+    def data_rank(self) -> int:
+        """The number of this process's sequence group."""
+        return self.rank // self.sequence_size
 
     @property
-    def member(self) -> int:
-        """The number of this process in its group."""
-        return self.rank % self.members
+    def sequence_rank(self) -> int:
+        """The number of this process in its sequence group."""
+        return self.rank % self.sequence_size
 
     def is_judge(self, number: int) -> bool:
-        """Whether this process is the one of its group that decodes and judges what the group has drawn as number
-        `number`: members take turns."""
-        return number % self.members == self.member
+        """Whether this process decodes and judges what its sequence group has drawn as number `number`: they take
+        turns."""
+        return number % self.sequence_size == self.sequence_rank
 
-    def one_of_each_group(self, gathered: torch.Tensor) -> torch.Tensor:
-        """[groups, ...] of [processes, ...]: what the members of a group know alike, once."""
-        return gathered[:: self.members]
+    def one_of_each(self, gathered: torch.Tensor) -> torch.Tensor:
+        """[data_size, ...] of [world_size, ...]: what all of a sequence group know alike, once."""
+        return gathered[:: self.sequence_size]
 
     def on(self, distributed: Distributed) -> DeviceMesh:
-        """The mesh "data" x "sequence" with its process groups; a collective of all processes, of more than one.
+        """PyTorch's mesh, with its process groups; a collective of all processes, of more than one.
 
-        Its collectives wait for `SLOW_SECONDS`, since a member may judge images while the others draw.
+        Its collectives wait for `SLOW_SECONDS`, since one process may judge images while the others draw.
         """
-        ranks = torch.arange(self.processes).view(self.groups, self.members)
+        ranks = torch.arange(self.world_size).view(self.data_size, self.sequence_size)
         groups = [distributed.patient_group(each.tolist()) for each in (ranks.T, ranks)]
-        names = ("data", SEQUENCE)
+        names = ("data", "sequence")
         return DeviceMesh.from_group(groups, distributed.device.type, mesh=ranks, mesh_dim_names=names)

@@ -89,7 +89,7 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
         fused=fast.fused,
         precision=config.rollout.precision,
         sharding=BlockSharding(distributed) if config.model.is_sharded(distributed.world_size) else None,
-        sequence=SequenceGroup(distributed, mesh) if mesh.members > 1 else None,
+        sequence=SequenceGroup(distributed, mesh) if mesh.sequence_size > 1 else None,
     )
     mine = _texts(policy, sources)[distributed.rank :: distributed.world_size]
     encode_prompts(policy, mine, cache, display, distributed)
@@ -355,7 +355,16 @@ def build_trainer(
         scorer: builds what judges its images, if the objective wants it.
         fast: which of the machine's fast paths are used.
         graphs: captures functions; None runs them eagerly.
+
+    Raises:
+        UserError: processes are to share out tokens, which the policy does not.
     """
+    mesh = Mesh.of(distributed, config.model.sequence_parallel)
+    if mesh.sequence_size > 1 and getattr(policy, "sequence", None) is None:
+        raise UserError(
+            f"model.sequence_parallel = {mesh.sequence_size}: a {type(policy).__name__} does not share out tokens, and "
+            "its gradient would be counted by each process; set model.sequence_parallel = 1"
+        )
     updater = Updater(
         policy,
         config.update,
@@ -370,7 +379,7 @@ def build_trainer(
         config.rollout,
         config.update.minibatches,
         seed=config.seed,
-        mesh=Mesh.of(distributed, config.model.sequence_parallel),
+        mesh=mesh,
         together=config.balance(distributed.world_size).images,
     )
     monitor = Monitor(config.monitor, Knobs.of(config))

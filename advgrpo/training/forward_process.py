@@ -95,7 +95,7 @@ class ForwardProcess(RewardedObjective):
         everywhere = self.distributed.all_gather(torch.stack(reports)[None]).cpu()  # [processes, minibatches, N + 1]
         norms = everywhere[0, :, -1]
         self.updater.check(0.0, norms.tolist(), iteration)
-        sums = self.micro_batches.mesh.one_of_each_group(everywhere)[..., :-1].sum((0, 1))
+        sums = self.micro_batches.mesh.one_of_each(everywhere)[..., :-1].sum((0, 1))
         return sums.tolist(), norms.mean().item()
 
     def levels_of_kl(

@@ -1,8 +1,8 @@
 """Which images an iteration has, and who computes which of them together (architecture.md, "Micro-batches").
 
 Any number of processes shares them (runtime/shares.py). A process may have more than another, or none; it takes part in
-whatever all do together all the same. Where processes compute images together (runtime/mesh.py), it is their groups
-that share the micro-batches, and the members of a group take turns in judging them.
+whatever all do together all the same. Where processes compute images together (runtime/mesh.py), it is their sequence
+groups that share the micro-batches, and the processes of one take turns in judging them.
 
 Where groups branch apart (`rollout.window.branching`), S consecutive groups have one prompt, and each its own of the
 window's S steps: group g has step g mod S.
@@ -27,7 +27,7 @@ class MicroBatches:
         rollout: how many groups of how many images, and how many are computed at once.
         minibatches: optimizer steps of an iteration.
         seed: of the run; with the iteration it decides the prompts.
-        mesh: this process's place; its group takes its share of every minibatch.
+        mesh: this process's place; its sequence group takes its share of every minibatch.
         together: images that stay on one process, a multiple of a micro-batch's; 0: those of a micro-batch.
     """
 
@@ -58,7 +58,7 @@ class MicroBatches:
         return [self.prompts[number] for number in self._groups.next(iteration) for _ in range(self._branches)]
 
     def of(self, iteration: int, chosen: torch.Tensor | None = None) -> list[MicroBatch]:
-        """The micro-batches of this process's group, in order of minibatch and of image numbers.
+        """The micro-batches of this process's sequence group, in order of minibatch and of image numbers.
 
         Args:
             chosen: int64 by image number, over all processes: which scout each image is.
@@ -79,8 +79,8 @@ class MicroBatches:
         return mine
 
     def _own_images(self, minibatch: int) -> range:
-        """The group's images of a minibatch, next to each other; it may have none."""
+        """The sequence group's images of a minibatch, next to each other; it may have none."""
         pieces = self.images_per_minibatch // self._together
-        own = share(pieces, minibatch, rank=self.mesh.group, world_size=self.mesh.groups)
+        own = share(pieces, minibatch, rank=self.mesh.data_rank, world_size=self.mesh.data_size)
         first = minibatch * self.images_per_minibatch
         return range(first + own.start * self._together, first + own.stop * self._together)

@@ -151,7 +151,7 @@ class PolicyGradient(RewardedObjective):
             LogProbMismatchError, FloatingPointError: see `Updater.check`; nothing was stepped.
         """
         everywhere = self.distributed.all_gather(reports[None]).cpu()  # [processes, minibatches, 9]
-        sums = self.micro_batches.mesh.one_of_each_group(everywhere)[..., :7].sum(0)
+        sums = self.micro_batches.mesh.one_of_each(everywhere)[..., :7].sum(0)
         mismatch, norms = everywhere[:, 0, 7].max().item(), everywhere[0, :, 8]
         self.updater.check(mismatch, norms.tolist(), iteration)
         loss, ratio, clipped, kl, divergence, pairs, kl_pairs = sums.sum(0).tolist()
@@ -169,7 +169,7 @@ class PolicyGradient(RewardedObjective):
 
     def _reweighed_metrics(self, sums: torch.Tensor) -> dict[str, float | None]:
         """How far the rollout's policy was from the trainer's (update.old_log_prob)."""
-        everywhere = self.micro_batches.mesh.one_of_each_group(self.distributed.all_gather(sums[None]))
+        everywhere = self.micro_batches.mesh.one_of_each(self.distributed.all_gather(sums[None]))
         gap, weight, capped, pairs = everywhere.sum(0).tolist()
         return {
             "log_prob_mismatch_mean": _mean(gap, pairs),

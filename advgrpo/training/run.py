@@ -127,7 +127,7 @@ class Run:
         """From settings to a trainer that stands where the run goes on."""
         config, distributed = self.config, self.distributed
         configuration.check(config)
-        for refused in (configuration.no_groups, configuration.unevenly_sharded):
+        for refused in (configuration.no_sequence_groups, configuration.unevenly_sharded):
             if reason := refused(config, distributed.world_size):
                 raise UserError(reason)
         distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)

@@ -64,12 +64,13 @@ def test_shares_are_in_order_and_differ_by_one_at_most():
         shares(3, 4)
 
 
-def test_members_of_a_group_are_neighbours_and_take_turns():
+def test_processes_of_a_sequence_group_are_neighbours_and_take_turns():
     places = [Mesh(rank, 6, 3) for rank in range(6)]
-    assert [(each.group, each.member, each.groups) for each in places] == [(r // 3, r % 3, 2) for r in range(6)]
+    found = [(each.data_rank, each.sequence_rank, each.data_size) for each in places]
+    assert found == [(0, 0, 2), (0, 1, 2), (0, 2, 2), (1, 0, 2), (1, 1, 2), (1, 2, 2)]
     assert [each.rank for each in places if each.is_judge(4)] == [1, 4]
-    assert places[0].one_of_each_group(torch.arange(6)).tolist() == [0, 3]
-    with pytest.raises(ValueError, match="4 processes are no groups of 3"):
+    assert places[0].one_of_each(torch.arange(6)).tolist() == [0, 3]
+    with pytest.raises(ValueError, match="4 processes are no sequence groups of 3"):
         Mesh(0, 4, 3)
 
 

@@ -1,18 +1,21 @@
-"""Images computed by several processes each: runs of 1, 2 and 4 in groups of 2 are the same up to rounding.
+"""Images computed by several processes each: runs of 1, 2 and 4 in sequence groups of 2 are the same up to rounding.
 
-Bugs planted in a copy, each seen red: gradients summed over the groups alone; every member judges all of its group's
-images; a metric that counts each member; members that evaluate other prompts.
+Bugs planted in a copy, each seen red: processes of a sequence group that draw images of their own, or all judge each; a
+loss that counts each of them; held-out scores in the order of the ranks.
 """
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from advgrpo import config
 from advgrpo.config import Config
+from advgrpo.errors import UserError
 from advgrpo.reporting.evaluations import EVALUATIONS_FILE
 from advgrpo.runtime.distributed import Distributed
+from advgrpo.training.build import build_trainer
 from tests import flux_models, qwen_models, sharding_worker
 from tests.conftest import make_unit_config
 from tests.families import metrics
@@ -23,17 +26,17 @@ from tests.zygote import run as run_forked
 
 pytestmark = pytest.mark.slow
 PER_IMAGE = {"rollout": {"initial_noise": "per_image"}, "data": {"held_out_prompts": ""}, "iterations": 1}
-TWO = {  # runs by a group of two
+TWO = {  # runs by a sequence group of two
     "qwen": {},
     "sd3": {"iterations": 2},
     "flux": {"model": {"gradient_checkpointing": True}},
     "nft": {"update": {"objective": "nft"}, **PER_IMAGE},
     "awm": {"update": {"objective": "awm"}, **PER_IMAGE},
     "sft": {"update": {"objective": "sft"}, **PER_IMAGE},
-    "scouts": {"rollout": {"scouts": 2, "tail_steps": 1}, "data": {"held_out_prompts": ""}},
+    "scouts": {"rollout": {"scouts": 2}, "data": {"held_out_prompts": ""}},
 }
 EVALUATED = ("qwen", "sd3", "flux")
-FOUR = ("sd3",)  # by two groups of two
+FOUR = ("sd3",)  # by two sequence groups of two
 WEEKLY = {"flux", "nft", "awm", "sft", "scouts"}
 
 
@@ -71,7 +74,7 @@ def runs(base, folder, request) -> dict[str, Path]:
     for name in names:
         alone = changed(base[name], folder, f"{name}-1")
         sharding_worker.train(alone, Distributed.start("cpu"))
-        for other in (f"{name}-2", f"{name}-4", f"{name}-1-to-2"):
+        for other in (f"{name}-2", f"{name}-4", f"{name}-1-to-2", f"{name}-stopped"):
             changed(alone, folder, other, model={**alone.model.model_dump(), "sequence_parallel": 2})
         changed(alone, folder, f"{name}-2-to-1")
     return {name: folder / f"{name}-1" for name in names}
@@ -108,10 +111,25 @@ def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, by_two, folder
     same(folder / f"{name}-2", runs[name])
 
 
-def test_a_run_of_two_groups_of_two_has_the_losses_of_one(runs, folder):
+def test_a_run_of_two_sequence_groups_of_two_has_the_losses_of_one(runs, folder):
     start(folder, 4, dict.fromkeys(f"{name}-4" for name in FOUR))
     for name in FOUR:
         rounded_and_evaluated_alike(folder / f"{name}-4", runs[name])
+
+
+@pytest.mark.weekly
+def test_a_job_that_one_process_asks_to_stop_saves_and_ends(runs, folder):
+    """Some of them wait in an exchange for those that have stopped."""
+    start(folder, 4, {"sd3-stopped": None})
+    assert len(metrics(folder / "sd3-stopped")) == 1
+    assert (folder / "sd3-stopped" / FIRST).is_dir()
+    assert not (folder / "sd3-stopped" / "checkpoints" / "iteration-000002").exists()
+
+
+def test_a_policy_that_does_not_share_out_tokens_is_refused(unit_config):
+    unit_config.model.sequence_parallel, job = 2, SimpleNamespace(rank=0, world_size=2)
+    with pytest.raises(UserError, match=r"sequence_parallel = 2: a SimpleNamespace does not share out tokens, and its"):
+        build_trainer(unit_config, SimpleNamespace(), [], None, None, job, None)
 
 
 def test_two_processes_go_on_with_what_one_began(runs, by_two, folder):

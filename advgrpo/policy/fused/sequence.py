@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from advgrpo.runtime.distributed import Distributed
-from advgrpo.runtime.mesh import SEQUENCE, Mesh
+from advgrpo.runtime.mesh import Mesh
 
 
 def shares(tokens: int, processes: int) -> list[int]:
@@ -40,25 +40,25 @@ def shares(tokens: int, processes: int) -> list[int]:
 
 
 class SequenceGroup:
-    """This process's group, which runs every forward and backward together, on the same rows.
+    """This process's sequence group, which runs every forward and backward together, on the same rows.
 
     Args:
         distributed: the job.
-        mesh: of more than one member a group. Made by all processes at the same place.
+        mesh: of more than one process a sequence group. Made by all processes at the same place.
     """
 
     def __init__(self, distributed: Distributed, mesh: Mesh):
-        self.size, self.member = mesh.members, mesh.member
-        self._distributed, self._group = distributed, mesh.on(distributed).get_group(SEQUENCE)
+        self.size, self.rank = mesh.sequence_size, mesh.sequence_rank
+        self._distributed, self._group = distributed, mesh.on(distributed).get_group("sequence")
 
     def own(self, tokens: int) -> slice:
         """Which of a stream's tokens are this process's."""
         ends = [0, *accumulate(shares(tokens, self.size))]
-        return slice(ends[self.member], ends[self.member + 1])
+        return slice(ends[self.rank], ends[self.rank + 1])
 
     def count(self, tokens: int) -> int:
         """How many of a stream's tokens are this process's."""
-        return shares(tokens, self.size)[self.member]
+        return shares(tokens, self.size)[self.rank]
 
     def heads(self, x: torch.Tensor, streams: Sequence[int]) -> torch.Tensor:
         """[T, R, n, H / N, d] of this process's tokens [t, R, n, H, d], such as their q, k and v.
