@@ -3,14 +3,12 @@
 FOLDER/job.json names models, of each of which every process leaves what `seen` and `by_rows` give in
 FOLDER/NAME.PROCESSES.RANK.safetensors, and what `exchanges` gives in FOLDER/exchanges.PROCESSES.RANK.safetensors, in
 one group of all; and runs, each with the checkpoint that it goes on from or null, whose settings are in
-FOLDER/NAME.yaml and which leave FOLDER/NAME. The last process asks those that it calls "stopped" to stop, in their
-second iteration.
+FOLDER/NAME.yaml and which leave FOLDER/NAME.
 """
 
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import ADAPTABLE, WEIGHTS, FusedTransformer, Prepared, TransformerConfig
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.mesh import Mesh
-from tests.sharding_worker import stopping, train
+from tests.sharding_worker import train
 
 HEADS, TEXT, SIZE = 4, 7, (8, 12)  # 24 image tokens; 7 are no equal shares of several
 _SD3 = {"patch_size": 2, "num_layers": 3, "caption_projection_dim": 64, "pos_embed_max_size": 12, "sample_size": 16}
@@ -151,8 +149,6 @@ def main(arguments: list[str]) -> int:
             job.all_reduce_sum([found["gradient"]])
             save_file(found, folder / f"{key}.{where}")
         for name, checkpoint in asked["runs"].items():
-            asks = name.endswith("-stopped") and job.rank == job.world_size - 1
-            with stopping(job, since=1) if asks else nullcontext():
-                train(configuration.load(file=folder / f"{name}.yaml"), job, checkpoint)
+            train(configuration.load(file=folder / f"{name}.yaml"), job, checkpoint)
     job.close()
     return 0

@@ -99,13 +99,12 @@ def train(settings: Config, job: Distributed, checkpoint: str | None = None) -> 
 
 
 @contextmanager
-def stopping(job: Distributed, *, since: int = 0) -> Iterator[None]:
-    """Inside, this process asks for the end when an iteration from `since` on begins."""
+def stopping(job: Distributed) -> Iterator[None]:
+    """Inside, this process asks for the end when an iteration begins."""
     begin = Trainer.begin
 
     def ask(trainer: Trainer, number: int) -> Iteration:
-        if number >= since:
-            job.ask_to_stop("SIGTERM")
+        job.ask_to_stop("SIGTERM")
         return begin(trainer, number)
 
     with mock.patch.object(Trainer, "begin", ask):

@@ -146,9 +146,10 @@ def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
         return fused.predict(meta_inputs(ROWS)[0], step, prepared, "adapted")
 
     adapters = 2 * fused.lora.master.numel()  # their bfloat16 copy, which the plan counts once, not per sequence
-    assert shape.saved_bytes(checkpointing=False) == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=0.01)
+    whole, ends = (0.005, 0.06) if shape.processes == 1 else (0.01, 0.1)  # what stands around blocks weighs more
+    assert shape.saved_bytes(checkpointing=False) == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=whole)
     fused.checkpointing = True
-    assert shape.boundary_bytes() == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=0.06)
+    assert shape.boundary_bytes() == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=ends)
     fused.checkpointing = False
     fused.prepare_merged(fp8=False)
     with torch.no_grad(), AliveBytes() as alive:

@@ -74,7 +74,7 @@ def runs(base, folder, request) -> dict[str, Path]:
     for name in names:
         alone = changed(base[name], folder, f"{name}-1")
         sharding_worker.train(alone, Distributed.start("cpu"))
-        for other in (f"{name}-2", f"{name}-4", f"{name}-1-to-2", f"{name}-stopped"):
+        for other in (f"{name}-2", f"{name}-4", f"{name}-1-to-2"):
             changed(alone, folder, other, model={**alone.model.model_dump(), "sequence_parallel": 2})
         changed(alone, folder, f"{name}-2-to-1")
     return {name: folder / f"{name}-1" for name in names}
@@ -115,15 +115,6 @@ def test_a_run_of_two_sequence_groups_of_two_has_the_losses_of_one(runs, folder)
     start(folder, 4, dict.fromkeys(f"{name}-4" for name in FOUR))
     for name in FOUR:
         rounded_and_evaluated_alike(folder / f"{name}-4", runs[name])
-
-
-@pytest.mark.weekly
-def test_a_job_that_one_process_asks_to_stop_saves_and_ends(runs, folder):
-    """Some of them wait in an exchange for those that have stopped."""
-    start(folder, 4, {"sd3-stopped": None})
-    assert len(metrics(folder / "sd3-stopped")) == 1
-    assert (folder / "sd3-stopped" / FIRST).is_dir()
-    assert not (folder / "sd3-stopped" / "checkpoints" / "iteration-000002").exists()
 
 
 def test_a_policy_that_does_not_share_out_tokens_is_refused(unit_config):
