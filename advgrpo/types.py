@@ -47,6 +47,7 @@ class MicroBatch:
     minibatch: int  # which optimizer step of the iteration trains on it
     chosen: torch.Tensor | None = None  # [M] int64, which scouts the images are; None: nothing was scouted
     branch: int | None = None  # which of the window's steps is theirs (rollout.window.branching); None: all are
+    judged: bool = True  # by this process; not, by another one that draws the same images with it
 
     @property
     def trajectories(self) -> torch.Tensor:
@@ -83,7 +84,7 @@ class MicroBatchRollout:
     micro_batch: MicroBatch
     conditioning: Conditioning  # of the micro-batch's prompts, on the device, for the update as well
     steps: list[WindowStep]
-    images: torch.Tensor  # [M, 3, H, W] float32 in [0, 1]
+    images: torch.Tensor  # [M, 3, H, W] float32 in [0, 1]; [0, 3, H, W] where another process judges them
     clean: torch.Tensor | None = None  # [M, C, h, w] float32, what they were decoded from, where that is learned from
 
 
@@ -92,6 +93,11 @@ class Rollout:
     """One iteration's images of this process, which may have none."""
 
     micro_batches: list[MicroBatchRollout]
+
+    @property
+    def judged(self) -> Rollout:
+        """Those that this process judges; every image is judged by one."""
+        return Rollout([each for each in self.micro_batches if each.micro_batch.judged])
 
     @property
     def image_ids(self) -> torch.Tensor:

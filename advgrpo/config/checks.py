@@ -44,8 +44,9 @@ def check(config: Config, *, with_data: bool = True) -> None:
             "rollout.dynamics = 'ddim' has not; set update.step_weights = 'uniform'"
         )
     _check_precision(config)
-    if reason := not_sharded(config):
-        raise UserError(reason)
+    for reason in (not_sharded(config), not_in_sequence(config)):
+        if reason:
+            raise UserError(reason)
     check_engine(config)
     check_judges(config)
     if with_data:
@@ -358,6 +359,44 @@ def not_sharded(config: Config) -> str:
                 f"{without}"
             )
     return ""
+
+
+# Settings under which no processes can share out an image's tokens, with what they are else, and why.
+_NOT_IN_SEQUENCE = (
+    ("fast", True, "has diffusers' forward, and ours shares out tokens"),
+    ("model.train", "lora", "trains diffusers' modules, and our forward shares out tokens"),
+    ("model.shard_base", "none", "has diffusers' forward, and ours shares out tokens"),
+    ("update.graphs", False, "captures a forward in whose middle processes exchange tokens"),
+)
+
+
+def not_in_sequence(config: Config) -> str:
+    """Why the settings do not go with model.sequence_parallel, as an error; "" where they do, or do not ask."""
+    members = config.model.sequence_parallel
+    for name, needed, why in _NOT_IN_SEQUENCE if members > 1 else ():
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value != needed:
+            return (
+                f"{name} = {shown(value)} {why}, but model.sequence_parallel = {members}; set {name} = "
+                f"{shown(needed)}, or model.sequence_parallel = 1"
+            )
+    return ""
+
+
+def no_sequence_groups(config: Config, processes: int) -> str:
+    """Why so many processes are no sequence groups, which share out tokens, as an error; "" where they are."""
+    members = config.model.sequence_parallel
+    if processes % members == 0:
+        return ""
+    fitting = [n for n in range(members, 1, -1) if processes % n == 0]
+    smaller = f", or model.sequence_parallel = {fitting[0] if fitting else 1}"
+    return (
+        f"model.sequence_parallel = {members} puts processes into sequence groups of {members}, but there "
+        f"{'is' if processes == 1 else 'are'} {processes}; take a multiple of {members} (torchrun --nproc-per-node="
+        f"{members}, advgrpo.plan --processes {members}){smaller}"
+    )
 
 
 def unevenly_sharded(config: Config, processes: int, *, micro_batch: int | None = None) -> str:

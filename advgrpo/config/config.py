@@ -87,15 +87,17 @@ class Config(Section):
 
     def balance(self, processes: int, *, micro_batch: int | None = None) -> Balance:
         """How evenly an iteration's images are shared, in pieces that are micro-batches; in whole groups where the
-        update is computed of some of their images alone.
+        update is computed of some of their images alone. Who shares them are processes, or the sequence
+        groups of `model.sequence_parallel` of them, which compute every image together.
 
         Args:
             micro_batch: instead of `rollout.micro_batch`.
         """
+        sharing = max(processes // self.model.sequence_parallel, 1)
         rollout, update = self.rollout, self.update
         whole = rollout.group_size if update.informative_share < 1 else 1
         together = max(micro_batch or rollout.micro_batch, whole)
-        return Balance(rollout.images // (update.minibatches * together), update.minibatches, processes, together)
+        return Balance(rollout.images // (update.minibatches * together), update.minibatches, sharing, together)
 
     @property
     def objective(self) -> ObjectiveTraits:

@@ -81,6 +81,12 @@ def check_engine(config: Config) -> None:
             f"{asked} is probed by one process's forward, but model.shard_base = {config.model.shard_base!r} has all "
             "processes run each together; set one of them to none"
         )
+    if config.model.sequence_parallel > 1:
+        raise UserError(
+            f"{asked} is probed by one process's forward, but model.sequence_parallel = "
+            f"{config.model.sequence_parallel} has several compute each together; set rollout.engine.kind = none, or "
+            "model.sequence_parallel = 1"
+        )
     if rollout.noise == "philox":
         raise UserError(
             f"{asked} draws its initial noise with torch and takes no latents, but rollout.noise = philox is drawn "

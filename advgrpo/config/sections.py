@@ -114,6 +114,11 @@ class ModelSection(Section):
     which one layer at a time is on the GPU while prompts are encoded; "text_vae": the VAE's as well, which are there
     while it decodes; on a CPU nothing changes."""
 
+    sequence_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that compute the same images together, each a share of their tokens and, in attention, of the heads, by
+    our forward (docs/families.md, "Images larger than a GPU"): activations are divided by so many, and the processes of
+    the run must be a multiple of it; 1: each computes images of its own."""
+
     @property
     def in_parts(self) -> bool:
         """Whether what is trained lies in parts on several processes."""

@@ -23,6 +23,7 @@ from advgrpo.reporting.metric_names import CI95, FIRST, HELD_OUT
 from advgrpo.rewards.base import Reward
 from advgrpo.runtime import rng
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
+from advgrpo.runtime.mesh import Mesh
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 
@@ -51,6 +52,7 @@ class Evaluator:
     display: Display | None = None
     of_base: bool = False  # evaluate the frozen base instead of the trained weights
     together: bool = False  # all processes draw equally often: each holds a part of the model alone
+    mesh: Mesh | None = None  # whose sequence groups share the prompts; None: each process is one
 
     def base(self) -> Evaluator:
         """The same evaluation of the frozen base model."""
@@ -83,9 +85,9 @@ class Evaluator:
         Raises:
             StopRequested: somebody asked for the end.
         """
-        world = self.distributed.world_size
-        numbers = range(self.distributed.rank, len(self.prompts), world)
-        most = len(range(0, len(self.prompts), world)) if self.together else len(numbers)
+        mesh = self.mesh or Mesh.of(self.distributed, 1)
+        numbers = range(mesh.data_rank, len(self.prompts), mesh.data_size)
+        most = len(range(0, len(self.prompts), mesh.data_size)) if self.together else len(numbers)
         at_once = max(1, self.micro_batch // images_per_prompt)
         scores = {name: [] for name in self.metrics}
         with (
@@ -97,17 +99,19 @@ class Evaluator:
                 drawn = part or range(1)  # beside the others, who need this process's part; nobody looks at it
                 prompts = [self.prompts[number] for number in drawn for _ in range(images_per_prompt)]
                 self._begin(f"evaluate: prompt {start + 1} of {most}", first=not start)
-                images = self.images(prompts, torch.cat([self.ids(n, images_per_prompt) for n in drawn]))
-                for name, values in scores.items() if part else ():
-                    self._begin(f"evaluate: metric {name}", first=not start)
-                    with self.distributed.interruptible():
-                        values.append(self.metrics[name].score(images, prompts, self.references))
+                latents = self._latents(prompts, torch.cat([self.ids(n, images_per_prompt) for n in drawn]))
+                if part and mesh.is_judge(start // at_once):
+                    images = self._decoded(latents)
+                    for name, values in scores.items():
+                        self._begin(f"evaluate: metric {name}", first=not start)
+                        with self.distributed.interruptible():
+                            values.append(self.metrics[name].score(images, prompts, self.references))
                 tell(start + len(part))
-        order = torch.tensor([n for rank in range(world) for n in range(rank, len(self.prompts), world)]).argsort()
+        order = torch.tensor(_by_process(len(self.prompts), mesh, at_once)).argsort()
         result = {}
         for name, values in scores.items():
             local = torch.cat(values).double() if values else torch.zeros(0, dtype=torch.float64)
-            everywhere = self.distributed.all_gather(local)  # process 0's prompts, process 1's, ...
+            everywhere = self.distributed.all_gather(local)  # the prompts that process 0 has judged, process 1, ...
             result[name] = everywhere.cpu().view(-1, images_per_prompt)[order]
         return result
 
@@ -125,8 +129,13 @@ class Evaluator:
             return contextlib.nullcontext(lambda done: None)
         return self.display.steps(f"{what} the base model" if self.of_base else what, prompts)
 
+    @property
+    def draws_grid(self) -> bool:
+        """Whether this process calls `grid_images`: rank 0 looks at them, and cannot draw them without some others."""
+        return self.together or (self.mesh or Mesh.of(self.distributed, 1)).data_rank == 0
+
     def grid_images(self, columns: int = 4) -> list[tuple[str, torch.Tensor]]:
-        """(prompt, images [columns, 3, H, W]) of the grid's prompts, always from the same noise; rank 0 calls it."""
+        """(prompt, images [columns, 3, H, W]) of the grid's prompts, always from the same noise."""
         chosen, drawn = self.prompts[: self.settings.grid_prompts], []
         with self._steps("drawing samples of" if self.of_base else "drawing samples", len(chosen)) as tell:
             for number, prompt in enumerate(chosen):
@@ -135,27 +144,46 @@ class Evaluator:
                 tell(len(drawn))
         return drawn
 
-    @torch.no_grad()
     def images(self, prompts: list[str], ids: torch.Tensor) -> torch.Tensor:
         """[n, 3, H, W] of n prompts in micro-batches, with the evaluation's steps and guidance."""
+        return self._decoded(self._latents(prompts, ids))
+
+    @torch.no_grad()
+    def _decoded(self, latents: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([self.policy.decode(micro_batch) for micro_batch in latents])
+
+    @torch.no_grad()
+    def _latents(self, prompts: list[str], ids: torch.Tensor) -> list[torch.Tensor]:
+        """What `images` decodes, by micro-batch."""
         table = step_table(self.policy, self.settings.num_steps)
         merged = self.policy.has_merged and not self.of_base
         if merged:
             self.policy.merge()
         sampler = Sampler(self.policy, self.settings.guidance_scale, "gaussian", share_prefix=True, merged=merged)
-        images = []
+        found = []
         for start in range(0, len(prompts), self.micro_batch):
             part = slice(start, start + self.micro_batch)
             row = torch.arange(len(prompts[part]), device=self.policy.device)
             initial = sampler.initial_latents(rng.derive_seed(self.seed, "evaluation"), ids[part])
             with self.policy.disable_adapter() if self.of_base else contextlib.nullcontext():
                 latents, _ = sampler.run(table, self.policy.encode(prompts[part]), initial, row)
-            images.append(self.policy.decode(latents))
-        return torch.cat(images)
+            found.append(latents)
+        return found
 
     def ids(self, number: int, count: int) -> torch.Tensor:
         """[count] image numbers of prompt `number`, which key their noise."""
         return number * _STRIDE + torch.arange(count)
+
+
+def _by_process(prompts: int, mesh: Mesh, at_once: int) -> list[int]:
+    """Numbers of all prompts in the order of the processes that judge them; those that draw together draw `at_once`."""
+    found = []
+    for rank in range(mesh.world_size):
+        each = replace(mesh, rank=rank)
+        numbers = range(each.data_rank, prompts, mesh.data_size)
+        for place, start in enumerate(range(0, len(numbers), at_once)):
+            found += numbers[start : start + at_once] if each.is_judge(place) else ()
+    return found
 
 
 def _half_width(name: str, by_prompt: torch.Tensor) -> dict[str, float]:

@@ -17,6 +17,9 @@ one of one stream keeps its residual once and has no projection of the attention
 FLUX.2, stock alone: 19 b and 4 f in a block of two streams, 18 b and 6 f in one of one; 28 and 25 with all weights.
 Qwen-Image: FLUX.1's blocks of two streams, stock with 5 f there, of rotations in complex numbers.
 
+Where processes share out a sequence's tokens (model.sequence_parallel), tokens are those of a process, and an
+attention whose to_out has a LoRA keeps 1 b more: its output by heads, and by tokens.
+
 b: elements of model.dtype; f: float32; *: only with norms of q and k (SD3.5). An adapter keeps its rank besides. Fused,
 the normalised q and k are computed again for the backward from the product that their norm keeps (in brackets: where
 checkpointing recomputes the block, they are not). With checkpointing a block keeps its two input streams, 1 b, and one
@@ -47,6 +50,7 @@ _BACKWARD_ALIVE = 7
 # Of FLUX.1: rotation in float32, and attention and feed-forward of a block of one stream side by side. Of
 # Qwen-Image, which has no such blocks.
 _FLUX_ALIVE = {"fused": (14.9, 8.1), "stock": (17.4, 13.0)}
+_FLUX_EXCHANGED_BACKWARD = 11.8  # fused, where gradients of q, k and v are exchanged beside that of the feed-forward
 # FLUX.2, stock: an adapter on `to_qkv_mlp_proj` gives 9 D in float32, twice.
 _FLUX2_ALIVE = {"stock": (49.7, 18.4)}
 _QWEN_ALIVE = {"fused": (11.9, 7.1), "stock": (16.4, 8.7)}
@@ -70,20 +74,30 @@ class TransformerShape:
     math_attention: bool  # keeps the attention matrix
     swiglu: bool = False  # FLUX.2's blocks, whose feed-forwards are gated
     single_layers: int | None = None  # FLUX.1's blocks of one stream, after the others; 0: Qwen-Image; None: SD3
+    processes: int = 1  # that share out the tokens of a sequence, and in attention its heads
 
     @property
     def tokens(self) -> int:
-        return self.image_tokens + self.text_tokens
+        """Of a sequence, on the process that has the most."""
+        return self._most_of(self.image_tokens) + self._most_of(self.text_tokens)
+
+    def _most_of(self, tokens: int) -> int:
+        return -(-tokens // self.processes)
 
     @property
     def trained_layers(self) -> int:
         return self.layers + (self.single_layers or 0) - self.first_trained
 
+    @property
+    def _exchanged(self) -> int:
+        """An attention's output by tokens, as to_out's LoRA keeps it, beside that by heads."""
+        return int(self.processes > 1)
+
     def _flux_bytes(self, single: bool, recomputed: bool = False) -> int:
         """Saved by a block of FLUX.1 or Qwen-Image for one sequence, or alive when checkpointing has recomputed it."""
         fused = self.path == "fused"
         if fused:
-            own, floats = (10 if single else 11) + 2 * recomputed, 0
+            own, floats = (10 if single else 11 + self._exchanged) + 2 * recomputed, 0
         else:
             own, floats = (13, 3) if single else (14, 4 if self.single_layers else 5)
             if self.swiglu:
@@ -91,15 +105,14 @@ class TransformerShape:
         if not self.rank:
             own, floats = own + (8 if single else 10) - self.swiglu, 0
         low_rank = (3 if single else 4) * self.rank * (self.element if fused else _FLOAT32)
-        matrix = self.tokens**2 * self.heads * _FLOAT32 * self.math_attention
-        return self.tokens * (self.width * (own * self.element + floats * _FLOAT32) + low_rank) + matrix
+        return self.tokens * (self.width * (own * self.element + floats * _FLOAT32) + low_rank) + self._matrix()
 
     def block_bytes(self, dual: bool, recomputed: bool) -> int:
         """Saved by one block for one sequence, or alive when checkpointing has recomputed it."""
         norm, fused = int(self.qk_norm), self.path == "fused"
         if fused:
             around_norm = 2 * norm * recomputed
-            own, floats = 2 + 1 + around_norm + 3 + 1 + 4, 0
+            own, floats = 2 + 1 + around_norm + 3 + 1 + 4 + self._exchanged, 0
             dual_own, dual_floats = around_norm + 3 + 1, 0
         else:
             own, floats = 2 + 2 * norm + 3 + 1 + 4, 3 + 2 * norm + 1
@@ -108,9 +121,9 @@ class TransformerShape:
             own, floats = own + 8, floats - 4
         joint = self.tokens * self.width * (own * self.element + floats * _FLOAT32)
         low_rank = self.tokens * 4 * self.rank * (self.element if fused else _FLOAT32)
-        second = self.image_tokens * self.width * (dual_own * self.element + dual_floats * _FLOAT32) * dual
-        matrix = (self.tokens**2 + self.image_tokens**2 * dual) * self.heads * _FLOAT32 * self.math_attention
-        return joint + low_rank + second + matrix
+        of_token = self.width * (dual_own * self.element + dual_floats * _FLOAT32)
+        second = (self._most_of(self.image_tokens) * of_token + self._matrix(self.image_tokens)) * dual
+        return joint + low_rank + second + self._matrix()
 
     def saved_bytes(self, *, checkpointing: bool) -> int:
         """Saved by a training forward of one sequence; with checkpointing, while one block is recomputed."""
@@ -143,10 +156,14 @@ class TransformerShape:
     def backward_bytes(self) -> int:
         """Gradients alive at once in the backward, beside what is saved."""
         alive = _BACKWARD_ALIVE if self.single_layers is None else self._rotary_alive[1]
+        if self.single_layers and self._exchanged:
+            alive = _FLUX_EXCHANGED_BACKWARD
         return round(alive * self.tokens * self.width * self.element) + self._matrix()
 
-    def _matrix(self) -> int:
-        return self.tokens**2 * self.heads * _FLOAT32 * self.math_attention
+    def _matrix(self, tokens: int | None = None) -> int:
+        """Of attention among so many tokens, or all, by the heads of one process."""
+        tokens = self.image_tokens + self.text_tokens if tokens is None else tokens
+        return tokens**2 * (self.heads // self.processes) * _FLOAT32 * self.math_attention
 
 
 class AliveBytes(TorchDispatchMode):

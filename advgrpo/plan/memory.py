@@ -20,6 +20,7 @@ from advgrpo.config import (
     check_micro_batches,
     fits_micro_batches,
     nearest_prompts,
+    no_sequence_groups,
     not_sharded,
     unevenly_sharded,
 )
@@ -121,6 +122,8 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     cut = config.rollout, config.update.minibatches
     if not micro_batches(*cut):
         check_micro_batches(*cut)  # says which numbers of prompts would divide
+    if reason := no_sequence_groups(config, processes):
+        raise UserError(reason)
     if not _accepted(config, processes):
         raise UserError(unevenly_sharded(config, processes, micro_batch=micro_batches(*cut)[-1]))
     estimate = _Estimate(config, processes)
@@ -136,8 +139,9 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
 
 def plan_as_configured(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
     """What the settings as they are would keep, chosen or not; arguments and errors as of `plan`."""
-    if uneven := unevenly_sharded(config, processes):
-        raise UserError(uneven)
+    for refused in (no_sequence_groups, unevenly_sharded):
+        if reason := refused(config, processes):
+            raise UserError(reason)
     wanted = Knobs(config.rollout.micro_batch, config.model.gradient_checkpointing)
     return next(each for each in _Estimate(config, processes).plans(gpu_gb) if each.knobs == wanted)
 
@@ -222,6 +226,7 @@ class _Estimate:
             math_attention=self.fused and model.attention == "math",
             swiglu=self.pipeline.is_gated,
             single_layers=self.pipeline.single_layers if self.pipeline.is_flux or self.pipeline.is_qwen else None,
+            processes=model.sequence_parallel,
         )
 
     def plans(self, gpu_gb: float) -> list[MemoryPlan]:
@@ -267,8 +272,13 @@ class _Estimate:
         return work * time / filled
 
     def images(self, knobs: Knobs) -> int:
-        """Of an iteration, on the process that has the most."""
+        """Of an iteration, on the process that computes the most, alone or with others."""
         return self.config.balance(self.processes, micro_batch=knobs.micro_batch).most_images
+
+    def judged(self, knobs: Knobs) -> int:
+        """Of these, on the process that decodes and judges the most: those of a sequence group take turns."""
+        micro_batches = -(-self.images(knobs) // knobs.micro_batch)
+        return -(-micro_batches // self.config.model.sequence_parallel) * knobs.micro_batch
 
     def components(self, knobs: Knobs) -> tuple[Component, ...]:
         reward = self._dino(knobs) if self.dino else ()
@@ -388,7 +398,7 @@ class _Estimate:
         count = known_models.count_backbone(backbone)
         yield Component("DINO backbone", count * element, f"adversary.backbone = {adversary.backbone}")
         after = ("score", "update")
-        images = self.images(knobs)
+        images = self.judged(knobs)
         yield Component("features of an iteration's images", images * per_image, iteration, after)
         yield Component("the same, while joined", images * per_image, iteration, ("score",))
         yield Component("features of their references", images * kept, "adversary.cached_patches", after)
@@ -419,7 +429,7 @@ class _Estimate:
         forward_process = config.objective.forward_process
         kept = 2 + (config.update.trust_region != "ratio")  # before and after a step, and its mean
         held_latents = (1 if forward_process else kept * config.trained_steps) * latents
-        rollout = self.images(knobs) * (4 * 3 * resolution**2 + held_latents)
+        rollout = self.judged(knobs) * 4 * 3 * resolution**2 + self.images(knobs) * held_latents
         held = ("decode", "score", "update")
         yield Component("images and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
         share = config.update.informative_share
@@ -433,7 +443,7 @@ class _Estimate:
         kept = 1 if self.pipeline.is_qwen else sequences  # which has one modulation for all prompts
         modulation = config.rollout.num_steps * kept * self.weights.modulation * self.element if self.fused else 0
         forward = sequences * (shape.forward_bytes() + 4 * latents) + modulation
-        graphs = self.fused  # a captured graph keeps its pool for as long as it may run
+        graphs = self.fused and shape.processes == 1  # a captured graph keeps its pool for as long as it may run
         name = "sampler's forward, in the CUDA graphs' pool" if graphs else "sampler's forward"
         yield Component(name, forward, decides, ("sample", *held) if graphs else ("sample",))
         decode = self._decoding_bytes(knobs.micro_batch)

@@ -51,10 +51,12 @@ def sharing(
     kept = efficiency(config, processes, micro_batch=micro_batch, checkpointing=checkpointing)
     images, of_a_minibatch = config.images_per_iteration, config.images_per_iteration // shared.rounds
     nothing = f", and {shared.idle} none" if shared.idle else ""
+    members, sharing = config.model.sequence_parallel, shared.processes
+    who = f"{processes} processes" if members == 1 else f"{sharing} sequence group{'s' * (sharing > 1)} of {members}"
     return (
-        f"the busiest of {processes} processes computes {shared.most_images} of {images} images (mean "
-        f"{images / processes:.4g}) and {shared.most_of_a_round * shared.images} of a minibatch's {of_a_minibatch} "
-        f"(mean {of_a_minibatch / processes:.4g}){nothing}: {kept:.0%} of their speed is used"
+        f"the busiest of {who} computes {shared.most_images} of {images} images (mean "
+        f"{images / sharing:.4g}) and {shared.most_of_a_round * shared.images} of a minibatch's {of_a_minibatch} "
+        f"(mean {of_a_minibatch / sharing:.4g}){nothing}: {kept:.0%} of their speed is used"
     )
 
 

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from advgrpo.config import ModelSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import GATED_IMAGES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
+from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.guidance import GuidedPolicy
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
 from advgrpo.policy.offload import HostWeights
@@ -224,6 +225,11 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         """How the trainable parameters lie on the processes; None where each has all of them."""
         return self.network.parts
 
+    @property
+    def sequence(self) -> SequenceGroup | None:
+        """The processes that compute the same rows together; None: this one alone."""
+        return self.network.sequence
+
     def parameters_of_lora(self, folder: Path, field: str) -> dict[str, torch.Tensor]:
         """See `LoraReader`: loaded in the parameters' place, which then get their own values back, to the bit."""
         own = {name: parameter.detach().clone() for name, parameter in self.trainable_parameters()}
@@ -253,6 +259,7 @@ class TransformerPolicy(DiffusersPolicy):
         fused: run our forward (fused/transformer.py) instead of diffusers'.
         precision: of the merged weights, "model" or "fp8"; fused only.
         sharding: shares the weights out over processes; not fused. None: they are whole on each.
+        sequence: the processes that run every forward together; fused only. None: this one alone.
 
     Raises:
         UserError: as `check_parts`.
@@ -270,6 +277,7 @@ class TransformerPolicy(DiffusersPolicy):
         fused: bool = False,
         precision: str = "model",
         sharding: BlockSharding | None = None,
+        sequence: SequenceGroup | None = None,
     ):
         super().__init__(model, device=device, cache_dir=cache_dir)
         host = None if sharding is None else torch.device("cpu")
@@ -277,7 +285,7 @@ class TransformerPolicy(DiffusersPolicy):
         self._scheduler = self._load_flow_scheduler()
         self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
         if fused:
-            self._train(FusedNetwork(self.transformer, model, seed, precision=precision))
+            self._train(FusedNetwork(self.transformer, model, seed, precision=precision, sequence=sequence))
             self._use_fast_decoder()
         else:
             network = self._stock_network(seed)

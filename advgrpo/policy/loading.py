@@ -10,6 +10,7 @@ from advgrpo.config import ModelSection
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.flux import FluxPolicy
 from advgrpo.policy.flux2 import Flux2Policy
+from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.pipelines import pipeline_class
 from advgrpo.policy.qwen import QwenPolicy
 from advgrpo.policy.sd3 import SD3Policy
@@ -35,18 +36,19 @@ def load_policy(
     fused: bool = False,
     precision: str = "model",
     sharding: BlockSharding | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> DiffusersPolicy:
     """The policy for the pipeline class that `model.path` names in its model_index.json.
 
     Args:
-        fused, precision: see `TransformerPolicy`; no other has a fused forward (fast.py decides).
+        fused, precision, sequence: see `TransformerPolicy`; no other has a fused forward (fast.py decides).
         sharding: see there; no other network is sharded.
 
     Raises:
         UserError: no such model, or a class that no policy serves.
     """
     kind = POLICIES[pipeline_class(model.path)]
-    options = {"fused": True, "precision": precision} if fused else {}
+    options = {"fused": True, "precision": precision, "sequence": sequence} if fused else {}
     if sharding is not None:
         options["sharding"] = sharding
     return kind(model, device=device, cache_dir=cache_dir, seed=seed, **options)

@@ -19,6 +19,7 @@ from diffusers import ModelMixin
 
 from advgrpo.config import ModelSection
 from advgrpo.policy.adapters import START, FullWeights, LoraAdapters, export_lora, start_state, target_modules
+from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig, Weights
 from advgrpo.policy.parts import Parts
 from advgrpo.policy.sharding import BlockSharding
@@ -53,6 +54,7 @@ class StockNetwork:
     """
 
     has_merged = False
+    sequence = None
 
     def __init__(
         self,
@@ -131,12 +133,25 @@ class StockNetwork:
 
 
 class FusedNetwork:
-    """`FusedTransformer` over the weights of a stock module, which shares them."""
+    """`FusedTransformer` over the weights of a stock module, which shares them.
+
+    Args:
+        precision: of the merged weights, "model" or "fp8".
+        sequence: see there.
+    """
 
     has_merged = True
     parts = None
 
-    def __init__(self, transformer: ModelMixin, model: ModelSection, seed: int, *, precision: str):
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        model: ModelSection,
+        seed: int,
+        *,
+        precision: str,
+        sequence: SequenceGroup | None = None,
+    ):
         targets = set(target_modules(transformer, model.lora))
         tensors = {name: t.detach() for name, t in [*transformer.named_parameters(), *transformer.named_buffers()]}
         self.transformer = FusedTransformer(
@@ -145,6 +160,7 @@ class FusedNetwork:
             stock=transformer,
             attention=model.attention,
             checkpointing=model.gradient_checkpointing,
+            sequence=sequence,
         )
         lora = model.lora
         self.export_format = lora.export_format
@@ -170,6 +186,11 @@ class FusedNetwork:
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield "lora", self.lora.master
+
+    @property
+    def sequence(self) -> SequenceGroup | None:
+        """The processes that run every forward together; None: this one alone."""
+        return self.transformer.sequence
 
     def element_name(self, parameter: str, index: int) -> str:
         """The stock module that an element of a parameter belongs to, for error messages."""

@@ -168,13 +168,19 @@ class Distributed:
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part.view(tensor.shape))
 
-    def patient_group(self) -> dist.ProcessGroup:
+    def patient_group(self, groups: list[list[int]] | None = None) -> dist.ProcessGroup:
         """All ranks of a job of several, for collectives in work that takes ranks different times (`monitored`).
 
-        They wait for `SLOW_SECONDS`; who hangs is noticed by the watches before that.
+        They wait for `SLOW_SECONDS`; who hangs is noticed by the watches before that, where all ranks take part.
+
+        Args:
+            groups: this rank's of these instead, which share out all ranks; every rank passes the same.
         """
+        timeout = timedelta(seconds=SLOW_SECONDS)
         with self.collective("forming a group"):
-            return dist.new_group(timeout=timedelta(seconds=SLOW_SECONDS))
+            if groups is None:
+                return dist.new_group(timeout=timeout)
+            return dist.new_subgroups_by_enumeration(groups, timeout=timeout)[0]
 
     def gather_json(self, value: Any) -> list[Any]:
         """The JSON-serialisable `value` of every rank, in rank order, on all ranks."""
@@ -363,8 +369,11 @@ class Distributed:
         return gathered
 
     @contextmanager
-    def collective(self, name: str) -> Iterator[None]:
+    def collective(self, name: str, *, of_all: bool = True) -> Iterator[None]:
         """Around a collective, this class's own or another library's, called by all ranks in the same order.
+
+        Args:
+            of_all: False: some ranks alone take part, so that it is no place that all of them pass.
 
         Raises:
             CollectiveError, StopRequested: in place of what a process group raises.
@@ -372,7 +381,7 @@ class Distributed:
         watched = self._watch
         if watched.failure is not None:
             raise watched.failure.as_exception()
-        watched.note.place += 1
+        watched.note.place += of_all
         try:
             yield
         except (CollectiveError, RankFailure):

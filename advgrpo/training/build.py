@@ -31,6 +31,7 @@ from advgrpo.rewards.pool.reward import PooledReward
 from advgrpo.rewards.retrieval import judge_metrics
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.graphs import GraphBackend
+from advgrpo.runtime.mesh import Mesh
 from advgrpo.sampling.dynamics import check_dynamics, check_objective
 from advgrpo.training.awm import AdvantageWeightedMatching
 from advgrpo.training.fast import FastPaths
@@ -75,9 +76,11 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
     check_dynamics(prediction_type, config.rollout.dynamics)
     check_objective(prediction_type, config.update.objective)
     # These need diffusers, which a trainer around another policy does not.
+    from advgrpo.policy.fused.sequence import SequenceGroup
     from advgrpo.policy.loading import load_policy
     from advgrpo.policy.sharding import BlockSharding
 
+    mesh = Mesh.of(distributed, config.model.sequence_parallel)
     policy = load_policy(
         config.model,
         device=distributed.device,
@@ -86,6 +89,7 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
         fused=fast.fused,
         precision=config.rollout.precision,
         sharding=BlockSharding(distributed) if config.model.is_sharded(distributed.world_size) else None,
+        sequence=SequenceGroup(distributed, mesh) if mesh.sequence_size > 1 else None,
     )
     mine = _texts(policy, sources)[distributed.rank :: distributed.world_size]
     encode_prompts(policy, mine, cache, display, distributed)
@@ -351,7 +355,16 @@ def build_trainer(
         scorer: builds what judges its images, if the objective wants it.
         fast: which of the machine's fast paths are used.
         graphs: captures functions; None runs them eagerly.
+
+    Raises:
+        UserError: processes are to share out tokens, which the policy does not.
     """
+    mesh = Mesh.of(distributed, config.model.sequence_parallel)
+    if mesh.sequence_size > 1 and getattr(policy, "sequence", None) is None:
+        raise UserError(
+            f"model.sequence_parallel = {mesh.sequence_size}: a {type(policy).__name__} does not share out tokens, and "
+            "its gradient would be counted by each process; set model.sequence_parallel = 1"
+        )
     updater = Updater(
         policy,
         config.update,
@@ -366,8 +379,7 @@ def build_trainer(
         config.rollout,
         config.update.minibatches,
         seed=config.seed,
-        rank=distributed.rank,
-        world_size=distributed.world_size,
+        mesh=mesh,
         together=config.balance(distributed.world_size).images,
     )
     monitor = Monitor(config.monitor, Knobs.of(config))

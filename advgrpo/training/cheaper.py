@@ -143,7 +143,7 @@ class Scouts:
         group = self.settings.group_size * self.settings.scouts
         cheap = step_table(self.sampler.policy, self.settings.num_steps, table.window, rollout=self.settings.of_scouts)
         micro_batches = self.micro_batches.of(iteration)
-        self.scorer.prefetch([prompt for each in micro_batches for prompt in each.prompts])
+        self.scorer.prefetch([prompt for each in micro_batches if each.judged for prompt in each.prompts])
         drawn = draw(self.sampler, cheap.to_look_at(), micro_batches, iteration, "scout")
         rewards = self.scorer.totals(drawn, iteration, group)
         chosen = best_and_worst(rewards, group, self.settings.group_size)

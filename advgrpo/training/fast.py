@@ -48,9 +48,15 @@ class FastPaths:
             raise UserError(
                 f"model.attention = {config.model.attention!r} is the fused transformer's ({fused_off}); use auto"
             )
+        if fused_off and config.model.sequence_parallel > 1:
+            raise UserError(
+                f"model.sequence_parallel = {config.model.sequence_parallel} is the fused transformer's ({fused_off}); "
+                "use 1"
+            )
         if not fused_off:  # an explicit backend that this machine lacks is an error now
             masked = FAMILIES[pipeline_class(config.model.path)].masked_text
             choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
+        no_graphs = fused_off or gpu_only or _why_no_graphs(config.model)
         no_triton = _why_no_triton(device)
         no_cpu = fused_off or _why_no_cpu_kernels(config.model, device)
         ours = not (no_triton and no_cpu)
@@ -76,12 +82,12 @@ class FastPaths:
             _row("CPU kernels", no_cpu, "norms, residuals, GELU and attention over few tokens, compiled for this CPU"),
             _row(
                 "CUDA graphs",
-                fused_off or gpu_only,
+                no_graphs,
                 f"one launch per {of_sampler}; one per discriminator update, two on several GPUs",
             ),
             _row(
                 "captured update",
-                fused_off or gpu_only or _why_not_captured(config),
+                no_graphs or _why_not_captured(config),
                 "one launch per step of the window, forward and backward; its activations stay in memory",
             ),
             _row(
@@ -96,7 +102,7 @@ class FastPaths:
             ),
         )
         own_optimizer = config.fast and not config.model.in_parts
-        return cls(not (plain or own_noise), not fused_off, own_optimizer, not (fused_off or gpu_only), rows)
+        return cls(not (plain or own_noise), not fused_off, own_optimizer, not no_graphs, rows)
 
     def print(self, console: Console) -> None:
         """A line for each path: what it saves, or why it is off."""
@@ -127,6 +133,12 @@ def _why_not_fused(model: ModelSection) -> str:
         return f"model.shard_base = {model.shard_base}: diffusers' blocks are gathered one by one"
     outside = [target for target in model.lora.targets if not can_adapt(target)]
     return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
+
+
+def _why_no_graphs(model: ModelSection) -> str:
+    """Why no forward of this model is captured, or ""."""
+    members = model.sequence_parallel
+    return "" if members == 1 else f"model.sequence_parallel = {members}: exchanges are not captured"
 
 
 def _why_not_ours(config: Config) -> str:

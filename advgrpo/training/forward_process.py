@@ -95,7 +95,8 @@ class ForwardProcess(RewardedObjective):
         everywhere = self.distributed.all_gather(torch.stack(reports)[None]).cpu()  # [processes, minibatches, N + 1]
         norms = everywhere[0, :, -1]
         self.updater.check(0.0, norms.tolist(), iteration)
-        return everywhere[..., :-1].sum((0, 1)).tolist(), norms.mean().item()
+        sums = self.micro_batches.mesh.one_of_each(everywhere)[..., :-1].sum((0, 1))
+        return sums.tolist(), norms.mean().item()
 
     def levels_of_kl(
         self, levels: list[Level], image_ids: torch.Tensor, *, watch_kl: bool, first: bool

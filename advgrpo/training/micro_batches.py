@@ -1,7 +1,8 @@
 """Which images an iteration has, and who computes which of them together (architecture.md, "Micro-batches").
 
 Any number of processes shares them (runtime/shares.py). A process may have more than another, or none; it takes part in
-whatever all do together all the same.
+whatever all do together all the same. Where processes compute images together (runtime/mesh.py), it is their sequence
+groups that share the micro-batches, and the processes of one take turns in judging them.
 
 Where groups branch apart (`rollout.window.branching`), S consecutive groups have one prompt, and each its own of the
 window's S steps: group g has step g mod S.
@@ -13,6 +14,7 @@ import torch
 
 from advgrpo.config import RolloutSection
 from advgrpo.data.prompts import GroupSampler
+from advgrpo.runtime.mesh import Mesh
 from advgrpo.runtime.shares import share
 from advgrpo.types import MicroBatch
 
@@ -25,7 +27,7 @@ class MicroBatches:
         rollout: how many groups of how many images, and how many are computed at once.
         minibatches: optimizer steps of an iteration.
         seed: of the run; with the iteration it decides the prompts.
-        rank, world_size: a process takes its share of every minibatch.
+        mesh: this process's place; its sequence group takes its share of every minibatch.
         together: images that stay on one process, a multiple of a micro-batch's; 0: those of a micro-batch.
     """
 
@@ -36,8 +38,7 @@ class MicroBatches:
         minibatches: int,
         *,
         seed: int,
-        rank: int,
-        world_size: int,
+        mesh: Mesh,
         together: int = 0,
     ):
         self.prompts, self.minibatches = prompts, minibatches
@@ -45,7 +46,7 @@ class MicroBatches:
         self._groups = GroupSampler(len(prompts), rollout.prompts_per_iteration // self._branches, seed)
         self._group_size, self._micro = rollout.group_size, rollout.micro_batch
         self._together = max(together, rollout.micro_batch)
-        self._images, self.rank, self.world_size = rollout.images, rank, world_size
+        self._images, self.mesh = rollout.images, mesh
 
     @property
     def images_per_minibatch(self) -> int:
@@ -57,7 +58,7 @@ class MicroBatches:
         return [self.prompts[number] for number in self._groups.next(iteration) for _ in range(self._branches)]
 
     def of(self, iteration: int, chosen: torch.Tensor | None = None) -> list[MicroBatch]:
-        """This process's micro-batches, in order of minibatch and of image numbers.
+        """The micro-batches of this process's sequence group, in order of minibatch and of image numbers.
 
         Args:
             chosen: int64 by image number, over all processes: which scout each image is.
@@ -73,12 +74,13 @@ class MicroBatches:
                 row = torch.searchsorted(groups, group_ids)
                 branch = int(groups[0]) % self._branches if self._branching else None  # one group, as checks.py wants
                 draws = None if chosen is None else chosen[ids]
-                mine.append(MicroBatch(ids, prompts, groups, row, minibatch, draws, branch))
+                judged = self.mesh.is_judge(len(mine))
+                mine.append(MicroBatch(ids, prompts, groups, row, minibatch, draws, branch, judged))
         return mine
 
     def _own_images(self, minibatch: int) -> range:
-        """This process's images of a minibatch, next to each other; it may have none."""
+        """The sequence group's images of a minibatch, next to each other; it may have none."""
         pieces = self.images_per_minibatch // self._together
-        own = share(pieces, minibatch, rank=self.rank, world_size=self.world_size)
+        own = share(pieces, minibatch, rank=self.mesh.data_rank, world_size=self.mesh.data_size)
         first = minibatch * self.images_per_minibatch
         return range(first + own.start * self._together, first + own.stop * self._together)

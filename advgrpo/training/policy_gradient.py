@@ -151,7 +151,8 @@ class PolicyGradient(RewardedObjective):
             LogProbMismatchError, FloatingPointError: see `Updater.check`; nothing was stepped.
         """
         everywhere = self.distributed.all_gather(reports[None]).cpu()  # [processes, minibatches, 9]
-        sums, mismatch, norms = everywhere[..., :7].sum(0), everywhere[:, 0, 7].max().item(), everywhere[0, :, 8]
+        sums = self.micro_batches.mesh.one_of_each(everywhere)[..., :7].sum(0)
+        mismatch, norms = everywhere[:, 0, 7].max().item(), everywhere[0, :, 8]
         self.updater.check(mismatch, norms.tolist(), iteration)
         loss, ratio, clipped, kl, divergence, pairs, kl_pairs = sums.sum(0).tolist()
         compared = self.updater.config.update.trust_region == "divergence"
@@ -168,7 +169,8 @@ class PolicyGradient(RewardedObjective):
 
     def _reweighed_metrics(self, sums: torch.Tensor) -> dict[str, float | None]:
         """How far the rollout's policy was from the trainer's (update.old_log_prob)."""
-        gap, weight, capped, pairs = self.distributed.all_gather(sums[None]).sum(0).tolist()
+        everywhere = self.micro_batches.mesh.one_of_each(self.distributed.all_gather(sums[None]))
+        gap, weight, capped, pairs = everywhere.sum(0).tolist()
         return {
             "log_prob_mismatch_mean": _mean(gap, pairs),
             "importance_weight_mean": _mean(weight, pairs),
@@ -178,14 +180,13 @@ class PolicyGradient(RewardedObjective):
 
 def _scouts(parts: Parts, scorer: Scorer) -> Scouts:
     """On micro-batches of their own, by merged weights wherever there are any."""
-    config, distributed = parts.config, parts.distributed
+    config = parts.config
     micro_batches = MicroBatches(
         parts.micro_batches.prompts,
         config.rollout.of_scouts,
         config.update.minibatches,
         seed=config.seed,
-        rank=distributed.rank,
-        world_size=distributed.world_size,
+        mesh=parts.micro_batches.mesh,
     )
     return Scouts(config.rollout, scorer, build_sampler(parts, window_merged=parts.policy.has_merged), micro_batches)
 

@@ -31,6 +31,7 @@ from advgrpo.plan.known_models import BACKBONES, KNOWN, known_pipeline
 from advgrpo.policy.adapters import START, component_of, read_lora_for, stored_network, target_modules
 from advgrpo.policy.diffusers_policy import DiffusersPolicy, TransformerPolicy
 from advgrpo.policy.fused.lora import check_lora_state
+from advgrpo.policy.fused.transformer import TransformerConfig
 from advgrpo.policy.loading import POLICIES
 from advgrpo.policy.model_files import check_pipeline, check_tokenizer, check_vision_model, local_folder, read_json
 from advgrpo.policy.pipelines import PREDICTION_TYPES, local_pipeline, pipeline_index
@@ -204,6 +205,7 @@ def _check_generator(config: Config) -> None:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     schedule = read_json(scheduler, source)
     family.check_parts(model, index, network.config, vae.config, schedule)
+    _check_shares(model, network.config, family.pixels_of_latent(vae.config))
     if config.objective.fits_velocity and getattr(network.config, "guidance_embeds", False):
         _check_told_guidance(config, source)
     trained = None
@@ -212,6 +214,24 @@ def _check_generator(config: Config) -> None:
     _check_num_steps(config, fewest=2 if schedule.get("shift_terminal") else 1, trained=trained)
     if model.train == "lora":
         check_adapters(folder, network, model.lora, config.update.teacher)
+
+
+def _check_shares(model: ModelSection, network: Mapping[str, Any], pixels_of_latent: int) -> None:
+    """Of a transformer of that configuration; others have no forward that shares out tokens (fast.py says so)."""
+    members = model.sequence_parallel
+    if members == 1 or "num_attention_heads" not in network or "patch_size" not in network:
+        return
+    asked, heads = f"model.sequence_parallel = {members}", network["num_attention_heads"]
+    if heads % members:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise UserError(f"{asked} shares out the {heads} heads of {model.path}'s attention; want one of {fitting}")
+    of_side = model.resolution // pixels_of_latent // TransformerConfig.from_stock(network).patch_size
+    for field, tokens in (
+        (f"model.resolution = {model.resolution}", of_side**2),
+        (f"model.max_sequence_length = {model.max_sequence_length}", model.max_sequence_length),
+    ):
+        if tokens < members:
+            raise UserError(f"{asked} is more than the {tokens} tokens of {field}; set it to {tokens} or less")
 
 
 def _check_num_steps(config: Config, *, fewest: int, trained: int | None) -> None:
@@ -229,6 +249,7 @@ def _check_known_size(model: ModelSection) -> None:
         pipeline = known_pipeline(model.path)
         network = SimpleNamespace(**pipeline.transformer)
         POLICIES[pipeline.kind].check_resolution(model.resolution, network, pipeline.decoder)
+        _check_shares(model, pipeline.transformer, pipeline.decoder.scale)
 
 
 def check_adapters(folder: Path, network: ModelMixin, lora: LoraSection, teacher: str = "") -> None:

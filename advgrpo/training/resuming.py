@@ -49,6 +49,7 @@ FREE_TO_CHANGE = (
     "output_dir",
     "device",
     "collective_timeout",
+    "model.sequence_parallel",
     "data.cache_dir",
     "data.decode_workers",
     "update.graphs",

@@ -143,18 +143,19 @@ class RewardedObjective(ABC):
         with iteration.phase("sample"), self.behaviour(iteration):
             rollout = self.rollout(table, number, chosen)
             merge_error = self.policy.merge_error() if self.due(number) else None
+        judged = rollout.judged
         with iteration.phase("score"):
-            scored = self.scorer.score(rollout, number)
+            scored = self.scorer.score(judged, number)
             compared = self.compared(rollout, scored, table, number)
         iteration.changes()
         with iteration.phase("discriminator"):
-            plan, discriminator_metrics = self.train_discriminator(rollout, scored, number)
+            plan, discriminator_metrics = self.train_discriminator(judged, scored, number)
         with iteration.phase("update"):
             update_metrics = self.update(rollout, scored, table, iteration) if plan.generator else self.not_updated()
             self.updater.ema.global_step += not plan.generator  # the released code counts such an iteration as a step
         metrics = {**scored.metrics(self.settings.group_size), **compared, **discriminator_metrics, **update_metrics}
         statistics = {} if merge_error is None else {"monitor_merge_error": merge_error}
-        return Outcome(metrics, partial(self.measure, rollout, scored), statistics)
+        return Outcome(metrics, partial(self.measure, judged, scored), statistics)
 
     def not_updated(self) -> dict[str, float | None]:
         """Metrics of an iteration that trains only the head."""
@@ -183,7 +184,8 @@ class RewardedObjective(ABC):
         """Train the generator on the images; `update_metrics` and more."""
 
     def rollout(self, table: StepTable, iteration: int, chosen: torch.Tensor | None = None) -> Rollout:
-        """Sample this process's images; draws are keyed by group or image number, never by micro-batch or process.
+        """Sample the images of this process and those that draw along; draws are keyed by group or image number, never
+        by micro-batch or process.
 
         Args:
             chosen: int64 by image number, on the host: which of the iteration's scouts each image is, whose draws it
@@ -193,10 +195,12 @@ class RewardedObjective(ABC):
         if self.engine is not None:
             self.engine.synchronise(iteration)
         micro_batches = self.micro_batches.of(iteration, chosen)
-        self.scorer.prefetch([prompt for each in micro_batches for prompt in each.prompts])  # while the GPU samples
+        judged = [prompt for each in micro_batches if each.judged for prompt in each.prompts]
+        self.scorer.prefetch(judged)  # while the GPU samples
         drawn = []
         for each in self.draw(self.sampler, table, micro_batches, iteration, "sample"):
-            self.scorer.begin(each)
+            if each.micro_batch.judged:
+                self.scorer.begin(each)
             drawn.append(each)
         return Rollout(drawn)
 
@@ -239,7 +243,8 @@ class RewardedObjective(ABC):
                 image_ids=to_device(micro_batch.draws, self.policy.device),
             )
         clean = latents if self.keeps_clean_latents else None
-        return MicroBatchRollout(micro_batch, conditioning, steps, self.policy.decode(latents), clean)
+        images = self.policy.decode(latents) if micro_batch.judged else latents.new_zeros(0, 3, 1, 1)
+        return MicroBatchRollout(micro_batch, conditioning, steps, images, clean)
 
     def _reached(
         self, sampler: Sampler, table: StepTable, micro_batch: MicroBatch, seed: int

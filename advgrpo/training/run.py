@@ -45,6 +45,7 @@ from advgrpo.runtime.atomic import clean, move_aside, write_atomically, write_fo
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.folders import FolderLock, writable
 from advgrpo.runtime.graphs import CudaGraphs
+from advgrpo.runtime.mesh import Mesh
 from advgrpo.runtime.watch import StopRequested
 from advgrpo.training import best as best_of
 from advgrpo.training.best import Best
@@ -128,8 +129,9 @@ class Run:
         """From settings to a trainer that stands where the run goes on."""
         config, distributed = self.config, self.distributed
         configuration.check(config)
-        if uneven := configuration.unevenly_sharded(config, distributed.world_size):
-            raise UserError(uneven)
+        for refused in (configuration.no_sequence_groups, configuration.unevenly_sharded):
+            if reason := refused(config, distributed.world_size):
+                raise UserError(reason)
         distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
         sources = Sources.read(config, check=partial(check_prompts, config))
         with distributed.monitored("wait for the output folder", at_most_seconds=2 * LAST_START_SECONDS):
@@ -218,6 +220,7 @@ class Run:
             distributed,
             self.display,
             together=config.model.is_sharded(distributed.world_size),
+            mesh=Mesh.of(distributed, config.model.sequence_parallel),
         )
         return trainer, evaluator
 
@@ -598,7 +601,7 @@ class Run:
         """OUT/samples/NAME.png: base, trained (but for the base's own grid) and reference images."""
         main = self.distributed.is_main
         with self.distributed.monitored("draw samples"):  # rank 0 draws, the others wait, or draw along where they must
-            if not (main or self.evaluator.together) or not self.evaluator.prompts:
+            if not self.evaluator.draws_grid or not self.evaluator.prompts:
                 return
             if name == "base":
                 self.samples["base"] = self.evaluator.base().grid_images()

@@ -210,8 +210,8 @@ class Scorer:
     def totals(self, drawn: Iterable[MicroBatchRollout], iteration: int, group_size: int) -> torch.Tensor:
         """[G] float32: the generator's reward of images in groups of `group_size`, by image number, and nothing else.
 
-        Each micro-batch is scored as it is drawn and then let go of. The same image gets the same reward as from
-        `score` up to rounding: all that is drawn for it is keyed by `MicroBatch.draws`.
+        Each micro-batch that this process judges is scored as it is drawn and then let go of. The same image gets the
+        same reward as from `score` up to rounding: all that is drawn for it is keyed by `MicroBatch.draws`.
 
         Raises:
             As `score`.
@@ -222,6 +222,8 @@ class Scorer:
             self._ahead.asked()
         with self.distributed.monitored("draw and score scouts"):
             for micro_batch in drawn:
+                if not micro_batch.micro_batch.judged:
+                    continue
                 rollout = Rollout([micro_batch])
                 rewards = self._fixed_rewards(rollout)
                 if self.adversary is not None:

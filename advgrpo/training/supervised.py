@@ -98,7 +98,7 @@ class SupervisedFineTuning:
             everywhere = self.distributed.all_gather(torch.stack(reports)[None]).cpu()  # [processes, minibatches, 2]
             norms = everywhere[0, :, 1]
             self.updater.check(0.0, norms.tolist(), iteration.number)
-        loss = everywhere[..., 0].sum().item() / self.settings.images
+        loss = self.micro_batches.mesh.one_of_each(everywhere)[..., 0].sum().item() / self.settings.images
         return Outcome({"sft_loss": loss, "grad_norm": norms.mean().item()})
 
     def accumulate(self, micro_batches: Iterable[MicroBatch], iteration: int, *, total: int) -> torch.Tensor:

@@ -76,6 +76,11 @@ CASES = [
         "model.shard_base = 'blocks' has all processes run each together",
     ),
     changed(
+        _GROUP,
+        _asked(fast=True, model={"sequence_parallel": 2}),
+        "model.sequence_parallel = 2 has several compute each together",
+    ),
+    changed(
         _GROUP, _asked(engine={"probe_tolerance": 2}), "rollout.engine.probe_tolerance = 2: want a number from 0 to 1"
     ),
     changed(_GROUP, _asked(engine={"requests_at_once": 0}), "rollout.engine.requests_at_once = 0"),

@@ -72,6 +72,7 @@ def _out_of_range() -> list[Case]:
         "--model.lora.blocks some": "model.lora.blocks = 'some'",
         "--model.shard_base layers": "model.shard_base = 'layers': want none or blocks",
         "--model.offload vae": "model.offload = 'vae': want one of none, text, text_vae",
+        "--model.sequence_parallel 0": "model.sequence_parallel = 0: want a whole number from 1 to 64",
         "--model.attention flash9": "model.attention = 'flash9': want one of auto, flash3, flash2",
         "--model.attention cudnn": "model.attention = 'cudnn': it needs a CUDA device",
         "--model.decoder_dtype int8": "model.decoder_dtype = 'int8'",
@@ -237,6 +238,19 @@ CONFLICTS = [
             "--update.graphs": "update.graphs = True captures the fused transformer",
             "--update.skip_dead_groups": "update.skip_dead_groups = True leaves out forwards",
             "--rollout.window.branching --rollout.initial_noise shared --rollout.tail_steps 1": "rollout.tail_steps = 1",
+        }.items()
+    ),
+    *(
+        flagged("conflicts", f"--fast --model.sequence_parallel 2 {flags}", *named)
+        for flags, named in {
+            "": (
+                "model.sequence_parallel = 2 puts processes into sequence groups of 2, but there is 1; take a multiple of 2",
+                "or model.sequence_parallel = 1",
+            ),
+            "--no-fast": ("fast = False has diffusers' forward", "but model.sequence_parallel = 2; set fast = True"),
+            "--model.train full --model.dtype float32": ("model.train = 'full' trains diffusers' modules",),
+            "--model.shard_base blocks": ("model.shard_base = 'blocks' has diffusers' forward", "set model.shard_base"),
+            "--update.graphs": ("update.graphs = True captures a forward in whose middle", "or model.sequence_"),
         }.items()
     ),
     flagged("conflicts", "--no-fast --rollout.precision fp8", "rollout.precision = 'fp8' needs --fast"),

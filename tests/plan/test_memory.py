@@ -44,6 +44,7 @@ from advgrpo.plan.memory import PHASES, Knobs, _Estimate, advice, plan, plan_as_
 from advgrpo.plan.work import drawn_steps, micro_batches
 from advgrpo.policy.adapters import LoraAdapters, target_modules
 from advgrpo.policy.fused.decoder import SD3_DECODER, decoded_at_once
+from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
 from advgrpo.policy.sharding import BlockSharding
 from advgrpo.policy.weights_in_parts import WeightsInParts
@@ -88,12 +89,25 @@ def flash(query, key, value, **_):
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
-@pytest.fixture
-def fused(medium, paper, monkeypatch) -> FusedTransformer:
+def one_of(processes: int) -> SequenceGroup | None:
+    """The first of so many processes that share out tokens, in whose exchanges nothing moves."""
+    if processes == 1:
+        return None
+    group = SequenceGroup.__new__(SequenceGroup)
+    group.size, group.rank = processes, 0
+    group.exchange = lambda x, found, given, taken: None
+    return group
+
+
+@pytest.fixture(params=[1, 4], ids=["one", "of four"])
+def fused(request, medium, paper, monkeypatch) -> FusedTransformer:
+    """By one process, or that of a group that has the most tokens."""
+    paper.model.sequence_parallel = request.param
     monkeypatch.setattr(_runtime, "DEFAULT_BACKEND", "triton")  # what a GPU runs saves other tensors than the reference
     monkeypatch.setattr(_runtime, "INTERPRET", True)
     tensors = {name: t.detach() for name, t in [*medium.named_parameters(), *medium.named_buffers()]}
-    model = FusedTransformer(TransformerConfig.from_stock(medium.config), tensors, attention="math")
+    sequence = one_of(request.param)
+    model = FusedTransformer(TransformerConfig.from_stock(medium.config), tensors, attention="math", sequence=sequence)
     model._attend = lambda q, k, v: flash(q, k, v).transpose(1, 2).flatten(2)
     targets = set(target_modules(medium, paper.model.lora))
     model.adapt(targets.__contains__, rank=32, alpha=64, init="gaussian", seed=0)
@@ -132,9 +146,10 @@ def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
         return fused.predict(meta_inputs(ROWS)[0], step, prepared, "adapted")
 
     adapters = 2 * fused.lora.master.numel()  # their bfloat16 copy, which the plan counts once, not per sequence
-    assert shape.saved_bytes(checkpointing=False) == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=0.005)
+    whole, ends = (0.005, 0.06) if shape.processes == 1 else (0.01, 0.1)  # what stands around blocks weighs more
+    assert shape.saved_bytes(checkpointing=False) == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=whole)
     fused.checkpointing = True
-    assert shape.boundary_bytes() == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=0.06)
+    assert shape.boundary_bytes() == pytest.approx((saved_bytes(forward) - adapters) / ROWS, rel=ends)
     fused.checkpointing = False
     fused.prepare_merged(fp8=False)
     with torch.no_grad(), AliveBytes() as alive:
@@ -205,7 +220,10 @@ def counted_on_meta(config, inputs, prepared_of, make):
 
     def fused():
         tensors = {name: p.detach() for name, p in network.named_parameters()}
-        ours = FusedTransformer(TransformerConfig.from_stock(network.config), tensors, attention="math")
+        sequence = one_of(config.model.sequence_parallel)
+        ours = FusedTransformer(
+            TransformerConfig.from_stock(network.config), tensors, attention="math", sequence=sequence
+        )
         ours._attend, ours.recompute_qk = lambda q, k, v, *mask: flash(q, k, v).transpose(1, 2).flatten(2), True
         targets = set(target_modules(network, config.model.lora))
         ours.adapt(targets.__contains__, rank=32, alpha=64, init="gaussian", seed=0)
@@ -229,21 +247,23 @@ def counted_on_meta(config, inputs, prepared_of, make):
 
 @pytest.fixture
 def of_rotary(request, monkeypatch):
-    """(configuration, dtype) of a preset by our forward or the stock one, with LoRA or all weights: `fast`, `lora`."""
-    fast, lora, preset = request.param
+    """(configuration, dtype) of a preset by our forward, of so many processes, or the stock one, with LoRA or all
+    weights: `fast`, `lora`."""
+    fast, lora, preset, processes = request.param
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
     monkeypatch.setattr(_runtime, "DEFAULT_BACKEND", "triton")  # as for the fixture `fused`
     monkeypatch.setattr(_runtime, "INTERPRET", True)
     config = configuration.load(preset)
-    config.fast = fast
+    config.fast, config.model.sequence_parallel = fast, processes
     if not lora:
         config.model.train, config.model.dtype = "full", "float32"
     return config, torch.bfloat16 if lora else torch.float32
 
 
 def ways(preset: str):
-    kinds = [(True, True, preset), (False, True, preset), (False, False, preset)]
-    return pytest.mark.parametrize("of_rotary", kinds, indirect=True, ids=["ours", "stock", "stock, all weights"])
+    kinds = [(True, True, preset, 1), (True, True, preset, 4), (False, True, preset, 1), (False, False, preset, 1)]
+    names = ["ours", "ours, of four", "stock", "stock, all weights"]
+    return pytest.mark.parametrize("of_rotary", kinds, indirect=True, ids=names)
 
 
 @ways("flux1-dino")
@@ -279,7 +299,7 @@ def test_saved_bytes_of_flux1_follow_the_table(of_rotary):
 
 
 @pytest.mark.weekly
-@pytest.mark.parametrize("of_rotary", [(False, lora, "flux2-dino") for lora in (True, False)], indirect=True)
+@pytest.mark.parametrize("of_rotary", [(False, lora, "flux2-dino", 1) for lora in (True, False)], indirect=True)
 def test_saved_bytes_of_flux2_follow_the_table(of_rotary):
     """diffusers' forward; its 5 and 20 blocks are alike."""
     config, dtype = of_rotary
@@ -739,6 +759,23 @@ def test_weights_trained_in_parts_are_planned_as_they_lie(paper, first_of_eight)
     )  # of three blocks of 24, and what is outside
 
 
+def test_tokens_shared_out_are_planned(paper):
+    """What is of tokens by their number, what a group draws by its share of the images, and what is judged by turns."""
+    knobs = Knobs(8, False)
+    alone = {c.name: c for c in _Estimate(paper, 2).components(knobs)}
+    paper.model.sequence_parallel = 4
+    shared = {c.name: c for c in _Estimate(paper, 8).components(knobs)}
+    name = "activations saved for the backward"
+    assert shared[name].bytes == pytest.approx(14 / 13 * alone[name].bytes / 4, rel=0.01)
+    assert shared["sampler's forward"].bytes < alone["sampler's forward, in the CUDA graphs' pool"].bytes / 2
+    assert shared["sampler's forward"].phases == ("sample",)  # no graph keeps it
+    assert shared["transformer"].bytes == alone["transformer"].bytes
+    name = "features of an iteration's images"
+    assert shared[name].bytes == alone[name].bytes / 4
+    with pytest.raises(UserError, match=r"model\.sequence_parallel = 4 puts .* into .* groups of 4, but there are 6"):
+        plan(paper, 80, processes=6)
+
+
 def test_sharding_is_proposed_where_it_can_be_done(paper):
     """By several processes, and not beside what it refuses."""
     paper.model.path = "stabilityai/stable-diffusion-3.5-large"
@@ -790,6 +827,35 @@ def test_the_documents_say_where_every_weight_can_be_trained():
         ways = {count: "none" if count == 1 else "blocks" for count in counts}
         least = [least_gb(*settings, way, count, "full") for count, way in ways.items()]
         lines.append(f"| {name} | " + " | ".join(f"{gb:.0f} GB" for gb in least) + " |")
+    text = "\n".join(lines)
+    assert text in (ROOT / "docs" / "families.md").read_text(), text
+
+
+def sent(processes: int) -> tuple[float, int]:
+    """(GB that a process sends to others, messages) in a forward of one row of Qwen-Image of 1024 pixels."""
+    group, messages = one_of(processes), []
+    group.exchange = lambda x, found, given, taken: messages.append(x.nbytes * (sum(given) - given[0]) // sum(given))
+    config = known_models.known_pipeline("Qwen/Qwen-Image").transformer
+    stock = known_models._meta_transformer(json.dumps(config, sort_keys=True))
+    tensors = {name: p.detach().bfloat16() for name, p in stock.named_parameters()}
+    ours = FusedTransformer(TransformerConfig.from_stock(stock.config), tensors, attention="math", sequence=group)
+    text, none = (torch.empty(1, *shape, dtype=torch.bfloat16, device="meta") for shape in ((128, 3584), (0,)))
+    mask = torch.ones(1, 128, dtype=torch.bool, device="meta")
+    prepared = ours.prepare(text, none, torch.empty(1, device="meta"), mask=mask)
+    step, latents = torch.zeros(1, dtype=torch.int64, device="meta"), text.new_empty(1, 16, 128, 128)
+    with torch.no_grad():
+        ours.predict(latents, step, prepared, "base")
+    return sum(messages) / 1e9, len(messages)
+
+
+def test_the_documents_say_what_tokens_shared_out_need_and_cost():
+    config, lines = configuration.load("qwen-image-dino"), []
+    config.model.resolution, config.rollout.micro_batch = 1024, 1
+    for members in (1, 2, 4, 8):
+        config.model.sequence_parallel = members
+        plain, recomputed = (each.phase_gb("update") for each in _Estimate(config, 8).plans(math.inf))
+        gb, messages = sent(members) if members > 1 else (0.0, 0)
+        lines.append(f"| {members} | {plain:.0f} GB | {recomputed:.0f} GB | {gb:.2f} GB in {messages} |")
     text = "\n".join(lines)
     assert text in (ROOT / "docs" / "families.md").read_text(), text
 

@@ -253,6 +253,9 @@ def test_what_fast_switches_on(settings):
     rows = {row.name: row for row in fast.table}
     assert (fast.share_prefix, fast.fused, fast.graphs) == (True, False, False)
     assert rows["fused transformer"].why == "a Flux2KleinPipeline has blocks that it does not compute"
+    settings.model.sequence_parallel = 2
+    with pytest.raises(UserError, match=r"model\.sequence_parallel = 2 is the fused transformer's \(a Flux2Klein"):
+        FastPaths.choose(settings, torch.device("cpu"))
 
 
 KLEIN_4B = {

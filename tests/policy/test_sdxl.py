@@ -359,6 +359,9 @@ def test_what_fast_switches_on_for_a_unet(settings):
     settings.rollout.precision, settings.rollout.window_forward = "model", "merged"
     with pytest.raises(UserError, match=r"rollout\.window_forward = 'merged' needs the fused transformer \(a Stable"):
         FastPaths.choose(settings, torch.device("cpu"))
+    settings.rollout.window_forward, settings.model.sequence_parallel = "trainer", 2
+    with pytest.raises(UserError, match=r"model\.sequence_parallel = 2 is the fused transformer's \(a Stable.*use 1"):
+        FastPaths.choose(settings, torch.device("cpu"))
 
 
 @both_kinds

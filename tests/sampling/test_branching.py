@@ -16,6 +16,7 @@ from advgrpo import config
 from advgrpo.config import RolloutSection
 from advgrpo.config.sections import WindowSection
 from advgrpo.errors import UserError
+from advgrpo.runtime.mesh import Mesh
 from advgrpo.sampling.dynamics import step_table, step_weights
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.micro_batches import MicroBatches
@@ -71,8 +72,7 @@ def test_groups_of_a_prompt_share_their_noise_and_take_the_steps_in_turn(world_s
     prompts = [f"prompt {number}" for number in range(20)]
     every: list[MicroBatch] = []
     for rank in range(world_size):
-        settings = {"seed": 7, "rank": rank, "world_size": world_size}
-        micro_batches = MicroBatches(prompts, three_branches(), 3, **settings)
+        micro_batches = MicroBatches(prompts, three_branches(), 3, seed=7, mesh=Mesh(rank, world_size))
         every += micro_batches.of(4)
         texts = micro_batches.prompts_of(4)
     assert [texts[0]] * 3 + [texts[3]] * 3 == texts
@@ -86,7 +86,7 @@ def test_groups_of_a_prompt_share_their_noise_and_take_the_steps_in_turn(world_s
 
 
 def test_without_branching_nothing_is_shared_out():
-    micro_batches = MicroBatches(["a", "b"], three_branches(branching=False), 3, seed=7, rank=0, world_size=1).of(0)
+    micro_batches = MicroBatches(["a", "b"], three_branches(branching=False), 3, seed=7, mesh=Mesh()).of(0)
     assert {each.branch for each in micro_batches} == {None}
     assert [each.trajectories.tolist() for each in micro_batches[:4]] == [[0], [0], [1], [1]]
 

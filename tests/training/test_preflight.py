@@ -25,6 +25,7 @@ from advgrpo.policy.fused import attention
 from advgrpo.rewards.checks import finite_scores
 from advgrpo.runtime.command import plain_console
 from advgrpo.train import parse
+from advgrpo.training import fast
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.preflight import preflight
 from advgrpo_kernels import _cpu
@@ -324,6 +325,33 @@ def test_the_table_of_fast_paths_claims_nothing_that_this_machine_lacks(unit_con
     assert changed["fused AdamW"].why == "update.optimizer = torch"
     paths.print(plain_console(width=200))
     assert "[green]" not in capsys.readouterr().out
+
+
+def test_exchanges_of_tokens_are_not_captured(unit_config, monkeypatch):
+    monkeypatch.setattr(fast, "choose_attention", lambda *given, **options: None)
+    device = torch.device("cuda")
+    assert FastPaths.choose(unit_config, device).graphs
+    unit_config.model.sequence_parallel = 2
+    paths = FastPaths.choose(unit_config, device)
+    assert (paths.fused, paths.graphs) == (True, False)
+    rows = {row.name: row for row in paths.table}
+    for name in ("CUDA graphs", "captured update"):
+        assert rows[name].why == "model.sequence_parallel = 2: exchanges are not captured"
+
+
+@pytest.mark.parametrize(
+    ("members", "changes", "expected"),
+    [
+        (3, {}, r"model\.sequence_parallel = 3 shares out the 2 heads of .* attention; want one of 1, 2"),
+        (2, {"max_sequence_length": 1}, r"= 2 is more than the 1 tokens of model\.max_sequence_length = 1; set it"),
+    ],
+)
+def test_tokens_and_heads_that_cannot_be_shared_out_are_refused(members, changes, expected, unit_config, no_weights):
+    preflight(unit_config)
+    for name, value in {"sequence_parallel": members, **changes}.items():
+        setattr(unit_config.model, name, value)
+    with pytest.raises(UserError, match=expected):
+        preflight(unit_config)
 
 
 def test_generate_draws_at_its_defaults_with_a_pipeline_folder_of_small_images(unit_pipeline, tmp_path, capsys):

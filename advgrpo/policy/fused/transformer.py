@@ -13,6 +13,9 @@ Low-rank adapters are views of one vector (lora.py). Three sets of weights: "ada
 Tokens come first in memory, rows second: image and text are then slices of one dense tensor, so that nothing is copied
 to join them for attention or to part them after it, and every linear is one matrix product with its bias.
 
+Several processes may compute the same rows together, each a share of the tokens (sequence.py): the streams of a block
+are then this process's tokens, and what attention reads and gives is exchanged.
+
 Nothing here imports diffusers: a model is a `TransformerConfig` and tensors by their stock names.
 
 Shapes: R rows, T image tokens, S text tokens, D = H·head_dim channels, L layers, K steps; latents [R, C, h, w]; streams
@@ -37,6 +40,7 @@ from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import Recomputed, choose_attention
 from advgrpo.policy.fused.linear import StackedLinear, run_joint, run_joint_merged
 from advgrpo.policy.fused.lora import LoraWeights, Pair, StackedAdapter
+from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo_kernels import Fp8Tensor, ada_layer_norm, gated_residual, gelu, merge_lora, qk_rms_norm
 
 EPS = 1e-6  # of every norm in the family
@@ -312,6 +316,8 @@ class FusedTransformer:
         stock: the module the tensors came from, whose linears then share the stacked weights.
         attention: name of attention.py.
         checkpointing: recompute each block in the backward pass.
+        sequence: the processes that share out the tokens of every row, and call `predict` on the same ones together;
+            None: this one has them all. The gradient of `lora` is then this process's part of the sum.
     """
 
     def __init__(
@@ -322,8 +328,9 @@ class FusedTransformer:
         stock: torch.nn.Module | None = None,
         attention: str = "auto",
         checkpointing: bool = False,
+        sequence: SequenceGroup | None = None,
     ):
-        self.config, self.checkpointing = config, checkpointing
+        self.config, self.checkpointing, self.sequence = config, checkpointing, sequence
         reader = _Reader(tensors, stock)
         of_blocks = ("transformer_blocks.", "single_transformer_blocks.")
         self._small = {name: t for name, t in tensors.items() if not name.startswith(of_blocks)}
@@ -515,8 +522,9 @@ class FusedTransformer:
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], or [R] for one per row)."""
         rotary = self._rotary(latents.shape[-2:], prepared.text.shape[1])
-        forward = _Forward(self, weights, prepared.at(step), rotary, self._mask(latents, prepared.mask))
-        x, text, normed = self._embed(latents), prepared.text.transpose(0, 1).contiguous(), None
+        streams = self._image_tokens(latents), prepared.text.shape[1]
+        forward = _Forward(self, weights, prepared.at(step), streams, rotary, self._mask(latents, prepared.mask))
+        x, text, normed = self._embed(latents), self._own(prepared.text.transpose(0, 1)).contiguous(), None
         for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             if not self.checkpointing:
                 joins = following is None and self.singles  # whose norm is of both streams in one tensor
@@ -527,9 +535,17 @@ class FusedTransformer:
             else:
                 x, text, _ = forward.block(block, x, text)
         if self.singles:
-            return self._unpatch(self._linear("proj_out", self._run_singles(forward, x, text)), latents.shape[-2:])
-        last = forward.last_norm(x) if self.checkpointing else normed.image
-        return self._unpatch(self._linear("proj_out", last), latents.shape[-2:])
+            last = self._run_singles(forward, x, text)
+        else:
+            last = forward.last_norm(x) if self.checkpointing else normed.image
+        patches = self._linear("proj_out", last)
+        if self.sequence is not None:
+            patches = self.sequence.gathered(patches, streams[0])
+        return self._unpatch(patches, latents.shape[-2:])
+
+    def _own(self, stream: torch.Tensor) -> torch.Tensor:
+        """This process's tokens of all [T, ...]."""
+        return stream if self.sequence is None else stream[self.sequence.own(len(stream))]
 
     def _run_singles(self, forward: _Forward, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """[T, R, D] what the output's linear reads after the blocks of one stream, of image [T, R, D] and text."""
@@ -545,15 +561,15 @@ class FusedTransformer:
         return forward.last_norm(joint) if self.checkpointing else normed
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
-        """Patches [T, R, D] with their positions; the patch convolution as a matrix product."""
+        """This process's patches [T, R, D] with their positions; the patch convolution as a matrix product."""
         p, (rows, channels, height, width) = self.config.patch_size, latents.shape
         patches = latents.to(self.dtype).view(rows, channels, height // p, p, width // p, p).permute(2, 4, 0, 1, 3, 5)
         name = self.config.names.embedder
         weight, bias = self._small[f"{name}.weight"], self._small[f"{name}.bias"]
-        patches = F.linear(patches.reshape(-1, rows, channels * p * p), weight.flatten(1), bias)
+        patches = F.linear(self._own(patches.reshape(-1, rows, channels * p * p)), weight.flatten(1), bias)
         if self.config.is_rotary:
             return patches
-        return (patches + self._position(height // p, width // p)).to(self.dtype)
+        return (patches + self._own(self._position(height // p, width // p))).to(self.dtype)
 
     def _position(self, height: int, width: int) -> torch.Tensor:
         """[T, 1, D] the centre of the stock position embedding; kept, so that capture finds it ready."""
@@ -600,8 +616,11 @@ class FusedTransformer:
         """[R, T + S] bool, the tokens that are attended to, of the text's [R, S]; None: all."""
         if text is None:
             return None
-        tokens = latents.shape[-2] * latents.shape[-1] // self.config.patch_size**2
-        return torch.cat([text.new_ones(len(text), tokens), text], dim=1)
+        return torch.cat([text.new_ones(len(text), self._image_tokens(latents)), text], dim=1)
+
+    def _image_tokens(self, latents: torch.Tensor) -> int:
+        """T of latents [R, C, h, w], on all processes together."""
+        return latents.shape[-2] * latents.shape[-1] // self.config.patch_size**2
 
     def _unpatch(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         p, channels, rows = self.config.patch_size, self.config.out_channels, x.shape[1]
@@ -613,20 +632,23 @@ class FusedTransformer:
 
 
 class _Forward:
-    """One pass: the weights it runs, the modulation of its step, the turns of q and k where positions are rotary, and
-    the tokens [R, T + S] that are attended to where not all are."""
+    """One pass: the weights it runs, the modulation of its step, how many tokens image and text have on all processes
+    together, the turns of q and k where positions are rotary, and the tokens [R, T + S] that are attended to where not
+    all are."""
 
     def __init__(
         self,
         model: FusedTransformer,
         weights: Weights,
         modulation: torch.Tensor,
+        streams: tuple[int, ...],
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         mask: torch.Tensor | None = None,
     ):
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
         self.model, self.weights, self.modulation, self.rotary = model, weights, modulation, rotary
+        self.streams = streams
         self.masks = () if mask is None else (mask,)  # attention's further argument
         self.pairs = model.lora.pairs(model.dtype) if weights == "adapted" and model.lora else []
 
@@ -853,6 +875,35 @@ class _Forward:
             tokens: how many of a joint product's tokens are the image's.
             queries: only the first ones attend; None: all.
         """
+        if self.model.sequence is not None:
+            return self._exchanged_attention(self.model.sequence, qkv, norms, txt_norms, queries)
+        return self._all_tokens(qkv, norms, txt_norms, tokens, queries)
+
+    def _exchanged_attention(
+        self,
+        sequence: SequenceGroup,
+        qkv: list[torch.Tensor],
+        norms: _NormWeights | None,
+        txt_norms: _NormWeights | None,
+        queries: int | None,
+    ) -> torch.Tensor:
+        """As `_attention`, of this process's tokens of each stream, whose heads attend among all tokens."""
+        x, tokens = qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=1), self.streams[0]
+        streams = self.streams if x.shape[1] > sequence.count(tokens) else self.streams[:1]  # text, too, or images
+        every = _swapped(sequence.heads(_swapped(x), streams))
+        out = self._all_tokens([every], norms, txt_norms, tokens, None if queries is None else tokens)
+        attending = streams if queries is None else streams[:1]
+        return sequence.tokens(out.unflatten(2, (1, 1, -1)), attending).flatten(2)  # a process's heads as a wide one
+
+    def _all_tokens(
+        self,
+        qkv: list[torch.Tensor],
+        norms: _NormWeights | None,
+        txt_norms: _NormWeights | None,
+        tokens: int,
+        queries: int | None,
+    ) -> torch.Tensor:
+        """As `_attention`, where all tokens are here."""
         inputs = partial(self._attention_inputs, qkv, norms, txt_norms, tokens)
         q, k, v = inputs()
         recompute = self.model.recompute_qk and not self.model.checkpointing  # which recomputes the whole block
