@@ -108,12 +108,10 @@ class ModelSection(Section):
     """"blocks": each process holds its share of the transformer's frozen weights, or with train = full of the trained
     ones and of all that the optimizer keeps, and gathers a block when it runs, by diffusers' forward (docs/families.md,
     "Models larger than a GPU"); "none": each holds them all."""
-
     offload: Literal["none", "text", "text_vae"] = "none"
     """Frozen weights that lie in the host's memory, with the same results to the bit: "text": the text encoders', of
     which one layer at a time is on the GPU while prompts are encoded; "text_vae": the VAE's as well, which are there
     while it decodes; on a CPU nothing changes."""
-
     sequence_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that compute the same images together, each a share of their tokens and, in attention, of the heads, by
     our forward (docs/families.md, "Images larger than a GPU"): activations are divided by so many, and the processes of
