@@ -99,9 +99,11 @@ class Evaluator:
                 drawn = part or range(1)  # beside the others, who need this process's part; nobody looks at it
                 prompts = [self.prompts[number] for number in drawn for _ in range(images_per_prompt)]
                 self._begin(f"evaluate: prompt {start + 1} of {most}", first=not start)
-                latents = self._latents(prompts, torch.cat([self.ids(n, images_per_prompt) for n in drawn]))
-                if part and mesh.is_judge(start // at_once):
-                    images = self._decoded(latents)
+                ids = torch.cat([self.ids(n, images_per_prompt) for n in drawn])
+                if not part or not mesh.is_judge(start // at_once):
+                    self._latents(prompts, ids)  # with those that look at them
+                else:
+                    images = self.images(prompts, ids)
                     for name, values in scores.items():
                         self._begin(f"evaluate: metric {name}", first=not start)
                         with self.distributed.interruptible():
@@ -144,13 +146,10 @@ class Evaluator:
                 tell(len(drawn))
         return drawn
 
+    @torch.no_grad()
     def images(self, prompts: list[str], ids: torch.Tensor) -> torch.Tensor:
         """[n, 3, H, W] of n prompts in micro-batches, with the evaluation's steps and guidance."""
-        return self._decoded(self._latents(prompts, ids))
-
-    @torch.no_grad()
-    def _decoded(self, latents: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([self.policy.decode(micro_batch) for micro_batch in latents])
+        return torch.cat([self.policy.decode(micro_batch) for micro_batch in self._latents(prompts, ids)])
 
     @torch.no_grad()
     def _latents(self, prompts: list[str], ids: torch.Tensor) -> list[torch.Tensor]:

@@ -1,8 +1,7 @@
 """The tokens of a row on 2 and 4 processes: exchanges and their gradients, and our forward against that of one process.
 
-Bugs planted in a copy, each seen red: shares of heads in another order than the processes; the gradient of the gather
-summed over processes; every process on the positions of the first tokens; the text's tokens before the image's in
-attention; the last tokens of a stream that is no multiple of the processes left out.
+Bugs planted in a copy, each seen red (tests/mutants): the gradient of the first tokens on every process; every process
+on the positions of the first tokens.
 """
 
 import json

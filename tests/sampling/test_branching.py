@@ -142,7 +142,7 @@ def test_two_processes_draw_the_branches_that_one_does(unit_config):
     alone, parts = by_image(rollout_of(trainer)), []
     for rank in range(2):
         mine = trainer.objective.micro_batches
-        mine.rank, mine.world_size = rank, 2
+        mine.mesh = Mesh(rank, 2)
         parts.append(rollout_of(trainer))
     together = by_image(*parts)
     assert together.keys() == alone.keys() == set(range(8))

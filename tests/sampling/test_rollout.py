@@ -18,6 +18,7 @@ from advgrpo import config
 from advgrpo.config.sections import WindowSection
 from advgrpo.errors import UserError
 from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.mesh import Mesh
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.fast import FastPaths
@@ -138,8 +139,7 @@ def test_several_processes_sample_what_one_does(unit_config, noise, shares):
     alone = by_image(rollout_of(trainer))
     parts = []
     for rank in range(len(shares)):
-        mine = trainer.objective.micro_batches
-        mine.rank, mine.world_size = rank, len(shares)
+        trainer.objective.micro_batches.mesh = Mesh(rank, len(shares))
         parts.append(rollout_of(trainer))
     assert [len(part.image_ids) for part in parts] == shares
     together = by_image(*parts)

@@ -17,6 +17,7 @@ import torch
 from advgrpo.config import build as configured
 from advgrpo.config import check, merge
 from advgrpo.errors import UserError
+from advgrpo.runtime.mesh import Mesh
 from advgrpo.sampling.dynamics import rows, step_table, taken_steps
 from advgrpo.training.cheaper import DisagreeingTail, ShortTail, best_and_worst, rank_agreement
 from advgrpo.training.informative import most_informative, without_dead
@@ -371,13 +372,13 @@ def test_the_kl_is_measured_by_whoever_has_the_first_group_with_a_say(unit_confi
         advantages = torch.zeros(16)
         advantages[image], advantages[15] = -1.0, 1.0
         measured = {}
-        for mine.rank, mine.world_size in ((0, 1), (0, 2), (1, 2)):
+        for mine.mesh in (Mesh(0, 1), Mesh(0, 2), Mesh(1, 2)):
             rollout = objective.rollout(table, 0)
             watching = objective._watching(rollout.micro_batches, advantages)
             learned = objective._learned(rollout.micro_batches, advantages)
             own = [each for each in learned if each.micro_batch.minibatch == watching]
             stats = updater.accumulate(own, advantages, table, total=8, watch_kl=watching is not None)
-            measured[mine.rank, mine.world_size] = watching, stats.kl_pairs, float(stats.sums()[3])
+            measured[mine.mesh.rank, mine.mesh.world_size] = watching, stats.kl_pairs, float(stats.sums()[3])
         alone = measured[0, 1]
         assert alone[:2] == (minibatch, 2)
         assert measured[process, 2] == alone

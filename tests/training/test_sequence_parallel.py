@@ -1,7 +1,6 @@
 """Images computed by several processes each: runs of 1, 2 and 4 in sequence groups of 2 are the same up to rounding.
 
-Bugs planted in a copy, each seen red: processes of a sequence group that draw images of their own, or all judge each; a
-loss that counts each of them; held-out scores in the order of the ranks.
+A bug planted in a copy, seen red (tests/mutants): processes of a sequence group that draw images of their own.
 """
 
 import json
