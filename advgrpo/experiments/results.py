@@ -23,7 +23,7 @@ from advgrpo.experiments.runs import Finished, Plan
 from advgrpo.reporting.metric_names import held_out_means, held_out_metrics
 from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
 
-RESAMPLES = 10_000  # a p-value is at least 1 / 10,001: among 50 claims still below .05
+RESAMPLES = 10_000  # a p-value is at least 1 / 10,001: among 200 claims still below .05
 _WHERE = ("equal", "best")
 
 
