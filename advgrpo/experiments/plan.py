@@ -163,6 +163,7 @@ ARMS = {
     "flow-long": Arm(PRESET, _PREFERENCE, longer=_LONGER),
     "adv-preference-long": Arm(PRESET, _ADV_PREFERENCE, longer=_LONGER),
     "repair": Arm(PRESET, _HACKED, start_from="flow"),
+    "repair-long": Arm(PRESET, _HACKED, start_from="flow-long"),
     "style-ink": Arm(f"{PRESET}-style-ink", style="ink"),
     "style-ink-kl": Arm(f"{PRESET}-style-ink", _KL, style="ink"),
     "style-outline": Arm(f"{PRESET}-style-outline", style="outline"),
@@ -282,15 +283,18 @@ EXPERIMENTS = {
     "over-optimisation": Experiment(
         title="Over-optimisation: the same two, more than three times as long",
         question="A fixed preference model is right near the base model and wrong far away. What becomes of retrieval "
-        "when its reward is maximised for 10/3 of the iterations, and when the same model keeps learning?",
+        "when its reward is maximised for 10/3 of the iterations, when the same model keeps learning, and when the DINO reward "
+        "takes over from a LoRA that was spoilt?",
         paper="PickScore 22.82 (Flow-GRPO) and 22.78 (Adv-GRPO): about the same reward, but people prefer the quality "
         "of Adv-GRPO's images in 70.0 % of comparisons.",
-        note="These claims were written after one of the runs, Flow-GRPO's long one of seed 0, had been seen.",
+        note="These claims were written after some of the runs had been seen: those of Flow-GRPO and Adv-GRPO after "
+        "Flow-GRPO's long one of seed 0, those of the repair after both long ones of seeds 0 and 1.",
         arms={
             "flow": "Flow-GRPO",
             "flow-long": "Flow-GRPO, long",
             "adv-preference": "Adv-GRPO",
             "adv-preference-long": "Adv-GRPO, long",
+            "repair-long": "Flow-GRPO, long, repaired",
         },
         metrics=_HACKING,
         base="base-preference",
@@ -301,6 +305,8 @@ EXPERIMENTS = {
             Claim("adv-preference-long", "retrieval", "does not fall", against="adv-preference", margin=0.03),
             Claim("adv-preference-long", "retrieval", "rises", against="flow-long"),
             Claim("adv-preference-long", "kid", "falls", against="flow-long"),
+            Claim("repair-long", "retrieval", "rises", against="flow-long"),
+            Claim("repair-long", "kid", "falls", against="flow-long"),
         ),
     ),
     "kl": Experiment(
