@@ -283,8 +283,8 @@ EXPERIMENTS = {
     "over-optimisation": Experiment(
         title="Over-optimisation: the same two, more than three times as long",
         question="A fixed preference model is right near the base model and wrong far away. What becomes of retrieval "
-        "when its reward is maximised for 10/3 of the iterations, when the same model keeps learning, and when the DINO reward "
-        "takes over from a LoRA that was spoilt?",
+        "when its reward is maximised for 10/3 of the iterations, when the same model keeps learning, and when the "
+        "DINO reward takes over from a LoRA that was spoilt?",
         paper="PickScore 22.82 (Flow-GRPO) and 22.78 (Adv-GRPO): about the same reward, but people prefer the quality "
         "of Adv-GRPO's images in 70.0 % of comparisons.",
         note="These claims were written after some of the runs had been seen: those of Flow-GRPO and Adv-GRPO after "
