@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from advgrpo.errors import UserError
 
+_OF_AN_ARM = ("preset", "overrides", "start_from", "teacher", "iterations")
 _ALIKE = ("iterations", "guidance_scales", "images_per_prompt", "prompts", "laid_over")
 
 
@@ -33,13 +34,16 @@ def keep_earlier(found: dict, earlier: dict | None) -> dict:
         "base": found["base"] or earlier["base"],
         "differences": _of_both(found["differences"], earlier["differences"], kept, ("arm", "against")),
         "claims": _of_both(found["claims"], earlier["claims"], kept, ("arm", "metric", "expected", "against", "where")),
-        "missing": {job: why for job, why in found["missing"].items() if job.split(",")[0] not in kept},
+        "missing": {
+            **{job: why for job, why in found["missing"].items() if job.split(",")[0] not in kept},
+            **{job: why for job, why in earlier["missing"].items() if job.split(",")[0] in kept},
+        },
     }
 
 
 def _has_more(earlier: dict, now: dict | None) -> bool:
-    """Of the arm as it is in the plan today."""
-    same = now is not None and all(earlier[name] == now[name] for name in ("preset", "overrides", "start_from"))
+    """Of the arm as it is in the plan today; reports of before there were teachers and longer runs say neither."""
+    same = now is not None and all(earlier.get(name, now[name]) == now[name] for name in _OF_AN_ARM)
     return same and len(earlier["runs"]) > len(now["runs"])
 
 

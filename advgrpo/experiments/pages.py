@@ -279,12 +279,16 @@ def _costs(found: dict) -> str:
             f"{_mean(curve[-1]['retrieval'] for curve in curves):.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    after = " A repair's costs come on top of those of the run that it starts from." if _starts(found) else ""
+    after = ""
+    if _any(found, "start_from"):
+        after += " A repair's costs come on top of those of the run that it starts from."
+    if _any(found, "teacher"):
+        after += " Distillation's costs come on top of those of its teacher's run."
     return "\n".join(lines) + "\n\nMeans over seeds. Between evaluations the curve is interpolated." + after
 
 
-def _starts(found: dict) -> bool:
-    return any(arm["start_from"] for arm in found["arms"].values())
+def _any(found: dict, follows: str) -> bool:
+    return any(arm.get(follows) for arm in found["arms"].values())
 
 
 def _reached(curve: Sequence[Mapping[str, float]], seconds: float) -> float:
@@ -328,10 +332,9 @@ def _how(name: str, found: dict) -> str:
 
 
 def _lengths(found: dict) -> str:
-    """Iterations of the arms, as "60" or "60 and 200"."""
-    return " and ".join(
-        map(str, sorted({arm.get("iterations", found["iterations"]) for arm in found["arms"].values()}))
-    )
+    """Iterations of the arms that were run, as "60" or "60 and 200"."""
+    made = [arm for arm in found["arms"].values() if arm["runs"]]
+    return " and ".join(map(str, sorted({arm.get("iterations", found["iterations"]) for arm in made})))
 
 
 def _other_options(found: dict) -> str:

@@ -21,6 +21,7 @@ from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig
 from advgrpo.policy.pipelines import FAMILIES
+from advgrpo.runtime.transfer import pinned_bytes
 from advgrpo.tiny import WORLDS
 
 if TYPE_CHECKING:  # diffusers takes seconds
@@ -429,16 +430,20 @@ def count_decoder(config: Vae) -> int:
     return sum(p.numel() for p in Decoder(config, device="meta").parameters())
 
 
-@functools.lru_cache(maxsize=8)
 def count_vae(config: Vae) -> int:
     """Parameters of the whole stock VAE around such a decoder."""
+    return sum(p.numel() for p in _meta_vae(config).parameters())
+
+
+@functools.lru_cache(maxsize=8)
+def _meta_vae(config: Vae) -> torch.nn.Module:
     from diffusers import AutoencoderKL
 
     if isinstance(config, VideoVae):
-        return sum(p.numel() for p in config.stock().parameters())
+        return config.stock()
     blocks = len(config.block_out_channels)
     with torch.device("meta"):
-        vae = AutoencoderKL(
+        return AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,
             block_out_channels=config.block_out_channels,
@@ -450,7 +455,25 @@ def count_vae(config: Vae) -> int:
             use_post_quant_conv=config.use_post_quant_conv,
             use_quant_conv=config.use_post_quant_conv,
         )
-    return sum(p.numel() for p in vae.parameters())
+
+
+def pinned_text_encoders(pipeline: Pipeline, element: int) -> int:
+    """Bytes of pinned memory that all text encoders take, of `element` bytes a weight."""
+    encoders = (_meta_transformers_model(name, json.dumps(config)) for name, config in pipeline.text_encoders)
+    return sum(_pinned(each, element) for each in encoders)
+
+
+def pinned_vae(config: Vae, decoder_element: int | None) -> int:
+    """Bytes of pinned memory that the stock VAE takes in float32, and our decoder, of `decoder_element` bytes a weight.
+
+    None: there is no decoder of ours.
+    """
+    stock = _pinned(_meta_vae(config), 4)
+    return stock if decoder_element is None else stock + _pinned(Decoder(config, device="meta"), decoder_element)
+
+
+def _pinned(module: torch.nn.Module, element: int) -> int:
+    return sum(pinned_bytes(p.numel() * element) for p in module.parameters())
 
 
 def count_backbone(config: dict[str, Any]) -> int:

@@ -329,8 +329,9 @@ class _Estimate:
     def host_gb(self) -> float:
         """What `model.offload` pins in the host's memory until all prompts are cached, 10^9 bytes."""
         offload = self.config.model.offload
-        encoders = known_models.count_text_encoders(self.pipeline) * self.element if offload != "none" else 0
-        vae = self._decoder_bytes() + 4 * self._vae_parameters() if offload == "text_vae" else 0
+        encoders = known_models.pinned_text_encoders(self.pipeline, self.element) if offload != "none" else 0
+        own = self._decoder_dtype().itemsize if self.own_decoder else None
+        vae = known_models.pinned_vae(self.pipeline.decoder, own) if offload == "text_vae" else 0
         return (encoders + vae) / GB
 
     def _held(self) -> int:

@@ -29,6 +29,7 @@ from advgrpo.policy.parts import Parts
 from advgrpo.policy.pipelines import PREDICTION_TYPES, pipeline_folder
 from advgrpo.policy.sharding import BlockSharding
 from advgrpo.policy.text_cache import TextCache
+from advgrpo.runtime import transfer
 from advgrpo.runtime.fingerprint import FileStamps, folder_fingerprint
 from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Conditioning
@@ -159,18 +160,21 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         absent = {name for name in listed if name not in kept or self.index[name][0] is None}
         given = {"vae": self.vae, self.component: getattr(self, self.component), **dict.fromkeys(absent)}
         pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True, **given)
-        for part in self.text_parts:
-            encoder = getattr(pipe, part, None)
-            if not isinstance(encoder, torch.nn.Module):
-                continue
-            if self._offloads_text:
-                HostWeights(encoder, self.device).lend_by_layer()
-            else:
-                encoder.to(self.device)
-        for start in range(0, len(prompts), _TEXT_BATCH):
-            with torch.no_grad():
-                batch = self._encode_batch(pipe, prompts[start : start + _TEXT_BATCH])
-            yield Conditioning(**{name: tensor.cpu() for name, tensor in batch.tensors().items()})
+        encoders = [each for part in self.text_parts if isinstance(each := getattr(pipe, part, None), torch.nn.Module)]
+        with contextlib.ExitStack() as lent:
+            while encoders:
+                encoder = encoders.pop()
+                if self._offloads_text:
+                    lent.enter_context(HostWeights(encoder, self.device).lent_by_layer())
+                else:
+                    encoder.to(self.device)
+            for start in range(0, len(prompts), _TEXT_BATCH):
+                with torch.no_grad():
+                    batch = self._encode_batch(pipe, prompts[start : start + _TEXT_BATCH])
+                yield Conditioning(**{name: tensor.cpu() for name, tensor in batch.tensors().items()})
+        del pipe, given, encoder
+        if self._offloads_text:
+            transfer.release_pinned(self.device)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

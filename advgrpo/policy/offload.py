@@ -48,16 +48,22 @@ class HostWeights:
             for owner in self._own:
                 self._give_back(owner)
 
-    def lend_by_layer(self) -> None:
-        """From now on a module has its own tensors on the device while its forward runs, and nothing else is there.
+    @contextlib.contextmanager
+    def lent_by_layer(self) -> Iterator[None]:
+        """Within it a module has its own tensors on the device while its forward runs, and nothing else is there.
 
         For modules that touch no other module's tensors but by calling it, as text encoders do. Tensors that the whole
         is called with are brought along: diffusers sends some to the device on which it finds the weights.
         """
-        self._module.register_forward_pre_hook(self._bring_inputs, with_kwargs=True)
+        hooks = [self._module.register_forward_pre_hook(self._bring_inputs, with_kwargs=True)]
         for owner in self._own:
-            owner.register_forward_pre_hook(lambda module, _: self._bring(module))
-            owner.register_forward_hook(lambda module, *_: self._give_back(module), always_call=True)
+            hooks.append(owner.register_forward_pre_hook(lambda module, _: self._bring(module)))
+            hooks.append(owner.register_forward_hook(lambda module, *_: self._give_back(module), always_call=True))
+        try:
+            yield
+        finally:  # hooks that know this object would keep the module, and all that is pinned, until a collection
+            for hook in hooks:
+                hook.remove()
 
     def _bring_inputs(
         self, _, args: tuple[Any, ...], options: dict[str, Any]

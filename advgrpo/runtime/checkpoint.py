@@ -250,7 +250,9 @@ def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _write_error(error: OSError | SafetensorError, final: Path) -> UserError:
     failed = failed_read(error) or error
     code = failed.errno if isinstance(failed, OSError) else None
-    latest = latest_checkpoint(final.parent)
+    latest = None
+    with suppress(UnreadableError):  # of a disk that fails altogether: what is to be told is the write
+        latest = latest_checkpoint(final.parent)
     kept = f"; {latest} is whole, --resume-from continues from it" if latest else ""
     if code in _NO_ROOM:
         free = shutil.disk_usage(_existing_parent(final)).free / 2**20
@@ -291,6 +293,8 @@ def _mode(path: Path) -> int:
     except OSError as error:
         if (failed := failed_read(error)) is not None:
             raise failed from error
+        return 0
+    except ValueError:  # a NUL in the path
         return 0
 
 

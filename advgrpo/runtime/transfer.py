@@ -22,6 +22,20 @@ def pinned_for(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory() if device.type in PINNED_FOR else tensor
 
 
+def pinned_bytes(size: int) -> int:
+    """What a tensor of `size` bytes takes of pinned memory: PyTorch's allocator rounds it up to a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def release_pinned(device: torch.device) -> None:
+    """Return to the system what no tensor is in any more: PyTorch keeps pinned memory for the next one of its size.
+
+    `torch.cuda.graph` does so before it captures; a run without graphs would keep it to its end.
+    """
+    if device.type == "cuda":
+        torch._C._host_emptyCache()
+
+
 def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """What gives `tensor` on the host, once it has arrived: from a GPU the copy is queued now and waited for then, by
     whichever thread asks. One that is there already is given as it is."""

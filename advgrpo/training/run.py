@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from advgrpo.errors import RunFailure, UserError
 from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.plan.memory import advice
 from advgrpo.plan.work import badly_shared
+from advgrpo.policy.base import LoraReader
 from advgrpo.policy.parts import Parts, parts_of
 from advgrpo.policy.pipelines import pipeline_folder
 from advgrpo.report.band import band_of
@@ -271,7 +272,7 @@ class Run:
             if main and self._measured_on_other and self.evaluator.prompts:
                 self._set_evaluations_aside()
             self.base = self._evaluate_base()
-            self.start = self.start if self.resumed else self._evaluate_start()
+            self.start = self._evaluate_start()
         self._draw_samples("base", self.base)
         log = RunLog(
             self.folder,
@@ -422,13 +423,22 @@ class Run:
         if stage == "base":
             scores = self.evaluator.base().scores(count)
         else:
-            with self.trainer.averaged():
+            with self.trainer.averaged(self._weights_of_start() if stage == "start" else None):
                 scores = self.evaluator.scores(count)
         found = self.evaluator.means(scores, first=first)
         by_prompt = {name: values[:, :during].mean(1).tolist() for name, values in scores.items()}
         of_all = {name: values.mean(1).tolist() for name, values in scores.items()} if count > during else {}
         self._judge(stage, found, by_prompt, of_all)
         return found
+
+    def _weights_of_start(self) -> Mapping[str, torch.Tensor] | None:
+        """Of `model.lora.start_from`, where a resumed run has others already; None: the averages are these."""
+        if not self.resumed:
+            return None
+        policy, field = self.trainer.policy, "model.lora.start_from"
+        if not isinstance(policy, LoraReader):
+            raise UserError(f"{field}: a {type(policy).__name__} reads no LoRA")
+        return policy.parameters_of_lora(Path(self.config.model.lora.start_from), field)
 
     def _judge(
         self,
@@ -444,12 +454,14 @@ class Run:
         trainer = self.trainer
         done = trainer.iteration if stage in ("during", "final") else 0  # a resumed run may have to judge the base anew
         levels = trainer.monitor.levels() if done else {}
-        if not (stage == "base" and (self.config.model.lora.start_from or self._monitor_knows_base)):
+        begins = stage == ("start" if self.config.model.lora.start_from else "base")
+        known = self._monitor_knows_base or not begins
+        if done or not known:
             trainer.flags = trainer.monitor.evaluated(done, by_prompt)
         if self.distributed.is_main:
             during = self.config.evaluation.during_images_per_prompt
             line = Evaluated(stage, done, during, found, by_prompt, levels, of_all)
-            since = trainer.iteration if stage == "base" and self.resumed else -1
+            since = trainer.iteration if stage in ("base", "start") and self.resumed else -1
             self._say_outside(record_evaluation(self.folder / EVALUATIONS_FILE, line, done=since))
 
     def _set_evaluations_aside(self) -> None:
@@ -476,7 +488,7 @@ class Run:
         return base
 
     def _evaluate_start(self) -> dict[str, float]:
-        """The LoRA the run starts from, on the same noise as the base model, which has no LoRA at all."""
+        """The LoRA the run starts from, on the same noise as the base model; a resumed run reads it again."""
         start = self.config.model.lora.start_from
         if not start or not self.evaluator.prompts:
             return {}
@@ -732,6 +744,8 @@ class Run:
             values = known.get(stage, {})
             setattr(self, stage, values if self.evaluator.names() <= values.keys() else {})
         self._monitor_knows_base = bool(known.get("base")) and not self.base
+        if self._measured_on_other and self.best is not None:
+            self.best = Best(self.best.metric)  # the next evaluation is the first of those that can be compared
         self.unlogged = saved.state.get("unlogged")
         self.console.print(f"resumed {self.folder} at iteration {self.trainer.iteration}", soft_wrap=True)
         if not self.distributed.is_main or not (self.folder / CONFIG_FILE).exists():
@@ -756,14 +770,16 @@ class Run:
             (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
 
     def _restore_best(self) -> None:
-        """OUT/lora-best as it was when the run was here: what is there may be of a future that does not come."""
+        """OUT/lora-best as it was when the run was here: what is there may be of a future that does not come, or the
+        best of evaluations that none to come is compared with."""
         if self.best is not None and self.best.value is not None:
             self._write_best()
         elif self.best is not None and (self.folder / best_of.FOLDER).exists():
             moved = move_aside(self.folder / best_of.FOLDER)
-            self.display.print_line(
-                f"{best_of.FOLDER} is of a later iteration than the run goes on from: now {moved.name}"
-            )
+            why = "is of a later iteration than the run goes on from"
+            if self._measured_on_other:
+                why = f"was the best with other content of {self._measured_on_other}"
+            self.display.print_line(f"{best_of.FOLDER} {why}: now {moved.name}")
 
 
 def _flagged_to_stop(flags: list[Flag]) -> str:

@@ -334,11 +334,32 @@ def test_an_arm_that_was_not_made_again_keeps_all_that_was_said_of_it(made_up):
     assert keep_earlier(again, None) is again
 
 
-def test_an_arm_of_other_settings_is_not_kept(made_up):
+def test_what_an_arm_that_is_kept_lacked_is_still_said(made_up):
     earlier = numbers(made_up("hacking"))
     found = without(earlier, "flow")
-    found["arms"]["flow"]["overrides"] = {"update": {"kl_weight": 1.0}}
+    earlier["missing"] = {"flow, seed 9": "it diverged", "adv-preference, seed 8": "it diverged"}
+    assert keep_earlier(found, earlier)["missing"] == {
+        "adv-preference, seed 7": "not made yet",
+        "flow, seed 9": "it diverged",
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [{"overrides": {"update": {"kl_weight": 1.0}}}, {"teacher": "dino"}, {"iterations": 200}]
+)
+def test_an_arm_of_other_settings_is_not_kept(made_up, change):
+    earlier = numbers(made_up("hacking"))
+    found = without(earlier, "flow")
+    found["arms"]["flow"] |= change
     assert keep_earlier(found, earlier) is found
+    found = without(earlier, "flow")
+    for name in ("teacher", "iterations"):
+        del earlier["arms"]["flow"][name]
+    assert keep_earlier(found, earlier) is not found, "an older report says neither"
+
+
+def test_an_arm_is_not_kept_beside_runs_of_another_length(made_up):
+    earlier = numbers(made_up("hacking"))
     with pytest.raises(UserError, match="--keep: flow of the earlier report had iterations 64, and it is 60 now: make"):
         keep_earlier({**without(earlier, "flow"), "iterations": 60}, earlier)
 

@@ -53,7 +53,7 @@ def play_all(run: dict) -> list[int]:
     built = config.build(config.merge(config.read_preset(run["preset"]), changes), run["name"])
     monitor, evaluations, up = Monitor(built.monitor, Knobs.of(built)), list(run["evaluations"]), []
     for row in run["rows"]:
-        if evaluations and evaluations[0]["iteration"] == row["iteration"]:
+        while evaluations and evaluations[0]["iteration"] == row["iteration"]:  # of a run from a LoRA two at the start
             monitor.evaluated(row["iteration"], evaluations.pop(0)["scores"])
         flags = monitor.check(row, images(row))
         if any(flag.name == "reward_hacking" for flag in flags):

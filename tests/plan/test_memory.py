@@ -536,10 +536,13 @@ def test_text_encoders_are_on_the_gpu_while_they_encode(paper):
     assert after.fits
     table_of_words = 2 * 32_128 * 4_096
     assert before.phase_gb("encode") - after.phase_gb("encode") == pytest.approx(1.05 * (every - table_of_words) / 1e9)
-    assert after.host_gb == pytest.approx(every / 1e9)
-    assert "11.2 GB of pinned host memory for each process" in after.line()
+    mib = 2**20  # a power of two for each tensor: 128 for the three of T5's layers that are 80
+    t5 = (24 * (4 * 32 + 3 * 128) + 256) * mib
+    assert t5 < 1e9 * after.host_gb < t5 + 2 * 2 * (123_650_304 + 694_659_840)
+    assert after.host_gb > 1.3 * every / 1e9
+    assert "15.3 GB of pinned host memory for each process" in after.line()
     decoder, vae = 2 * 49_545_475, 4 * 83_819_683  # ours in bfloat16, and the stock one that nothing here encodes with
-    assert both.host_gb - after.host_gb == pytest.approx((decoder + vae) / 1e9)
+    assert (decoder + vae) / 1e9 < both.host_gb - after.host_gb < 2 * (decoder + vae) / 1e9
     assert after.phase_gb("update") - both.phase_gb("update") == pytest.approx(1.05 * (decoder + vae) / 1e9)
     assert after.phase_gb("decode") - both.phase_gb("decode") == pytest.approx(1.05 * vae / 1e9)
 

@@ -6,6 +6,8 @@ layers of an encoder there at once; a shared tensor pinned twice; a copy from or
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -128,17 +130,44 @@ def test_what_fails_leaves_nothing_on_the_device_and_what_is_shared_lies_on_the_
         with pytest.raises(RuntimeError, match="on the way"), weights.lent():
             raise RuntimeError("on the way")
         assert on_the_device(model) == 0
-        weights.lend_by_layer()
-        seen = []
-        model[1].register_forward_pre_hook(lambda *_: seen.append([on_the_device(layer) > 0 for layer in model]))
-        twin.waits.clear()
-        assert torch.equal(model(x.to(DEVICE)).held, expected)
-        assert seen == [[False, True, False]]
-        assert torch.equal(model(x).held, expected), "its input is brought along"
-        assert [wait.operator for wait in twin.waits] == ["_to_copy"], "the other input, from ordinary memory"
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            model(torch.ones(2, 4))
-        assert on_the_device(model) == 0
+        with weights.lent_by_layer():
+            seen = []
+            watch = model[1].register_forward_pre_hook(
+                lambda *_: seen.append([on_the_device(layer) > 0 for layer in model])
+            )
+            twin.waits.clear()
+            assert torch.equal(model(x.to(DEVICE)).held, expected)
+            assert seen == [[False, True, False]]
+            assert torch.equal(model(x).held, expected), "its input is brought along"
+            assert [wait.operator for wait in twin.waits] == ["_to_copy"], "the other input, from ordinary memory"
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                model(torch.ones(2, 4))
+            assert on_the_device(model) == 0
+            watch.remove()
+        assert torch.equal(model(x), expected), "on the host, as any module"
+
+
+def test_encoders_are_let_go_of_and_their_memory_returned_once_prompts_are_cached(
+    folders, unit_config, tmp_path, monkeypatch
+):
+    """Without a collection, which may be long in coming: 11 GB of SD3.5's are pinned."""
+    begin, encoders, left = HostWeights.__init__, [], []
+
+    def watched(self, module, device):
+        begin(self, module, device)
+        encoders.append(weakref.ref(module))
+
+    monkeypatch.setattr(HostWeights, "__init__", watched)
+    monkeypatch.setattr(transfer, "release_pinned", lambda device: left.append([each() for each in encoders]))
+    unit_config.model.max_sequence_length = 24
+    gc.disable()
+    try:
+        with DeviceTwin():
+            policy_of(unit_config, folders["SD3"], "text", tmp_path).encode(PROMPTS)
+    finally:
+        gc.enable()
+    assert encoders
+    assert left == [[None] * len(encoders)]
 
 
 def test_a_resumed_run_may_change_where_frozen_weights_lie():

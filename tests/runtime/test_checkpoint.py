@@ -283,6 +283,23 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, code, cause)
     assert same_bits(load_checkpoint(tmp_path / "iteration-000001")[0]["float"], tensors["float"])
 
 
+def test_a_disk_that_fails_altogether_is_told_as_the_write_that_failed(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(atomic, "force_to_disk", fails)
+    monkeypatch.setattr("advgrpo.runtime.checkpoint._listed", fails)
+    monkeypatch.setattr("advgrpo.runtime.checkpoint._WAITS", ())
+    with pytest.raises(UserError, match="iteration-000002 cannot be written"):
+        save_checkpoint(tmp_path, 2, some_tensors(), STATE, keep=1)
+
+
+def test_no_path_at_all_is_none_that_is_there(tmp_path):
+    assert checkpoints(Path(f"{tmp_path}/a\0b")) == []
+    with pytest.raises(UserError, match="does not exist"):
+        load_checkpoint(Path(f"{tmp_path}/a\0b"))
+
+
 # RLIMIT_FSIZE makes a real write fail, inside safetensors' own code, without needing a disk to fill.
 FULL_DISK = """
 import resource, signal, sys, torch

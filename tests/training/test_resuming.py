@@ -522,6 +522,33 @@ def test_other_content_is_named_and_taken_only_by_consent(name, own):
     assert "has changed" not in go(own)  # the new checkpoint knows
 
 
+def test_on_other_prompts_the_best_is_sought_anew_and_the_start_is_judged_again(own, tmp_path):
+    settings = own.model_copy(deep=True)
+    settings.model.lora.start_from, settings.output_dir = str(Path(own.output_dir) / "lora"), str(tmp_path / "next")
+    settings.evaluation.keep_best, settings.evaluation.every, settings.iterations = "dino_similarity", 1, 2
+    go(settings, False)
+    change_held_out(settings)
+    settings.iterations = 3
+    said = go(settings, Resume("folder", accepted=("held_out_prompts", "references")))
+    assert re.search(
+        r"lora-best was the best with other content of held_out_prompts, references: now lora-best.old-1", said
+    )
+    assert evaluated(settings) == [("base", 0), ("start", 0), ("final", 3)]
+    assert json.loads((Path(settings.output_dir) / "summary.json").read_text())["best"]["best_iteration"] == 3
+    before, after = (
+        {line.stage: line.scores["dino_similarity"] for line in load_evaluations(Path(settings.output_dir) / name)}
+        for name in ("evaluations.jsonl.old-1", "evaluations.jsonl")
+    )
+    assert after["start"] == pytest.approx(before["start"][:-1], abs=1e-6), "the same prompts but for the last"
+    assert after["start"] != pytest.approx(before["final"][:-1], abs=1e-5)
+    memory = json.loads((newest(settings) / STATE).read_text())["trainer"]["monitor"]["reward_hacking"]
+    assert len(find(memory, "held-out dino_similarity: before")) == len(after["start"])
+
+
+def find(memory: dict, key: str) -> list[float]:
+    return memory[key] if key in memory else next(find(each, key) for each in memory.values() if isinstance(each, dict))
+
+
 def test_a_teacher_that_has_changed_is_named_and_taken_only_by_consent(unit_config, tmp_path):
     unit_config.iterations = 1
     unit_config.data.held_out_prompts = ""
