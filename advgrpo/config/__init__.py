@@ -14,6 +14,7 @@ from advgrpo.config.checks import (
     nearest_prompts,
     no_sequence_groups,
     noisy_steps,
+    not_in_sequence,
     not_sharded,
     unevenly_sharded,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "nested",
     "no_sequence_groups",
     "noisy_steps",
+    "not_in_sequence",
     "not_sharded",
     "options_of",
     "parse_command",

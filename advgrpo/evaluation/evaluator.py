@@ -98,14 +98,15 @@ class Evaluator:
                 part = numbers[start : start + at_once]
                 drawn = part or range(1)  # beside the others, who need this process's part; nobody looks at it
                 prompts = [self.prompts[number] for number in drawn for _ in range(images_per_prompt)]
-                self._begin(f"evaluate: prompt {start + 1} of {most}", first=not start)
+                waits = mesh.sequence_size > 1  # in an exchange for one that judges
+                self._begin(f"evaluate: prompt {start + 1} of {most}", slow=waits or not start)
                 ids = torch.cat([self.ids(n, images_per_prompt) for n in drawn])
                 if not part or not mesh.is_judge(start // at_once):
                     self._latents(prompts, ids)  # with those that look at them
                 else:
                     images = self.images(prompts, ids)
                     for name, values in scores.items():
-                        self._begin(f"evaluate: metric {name}", first=not start)
+                        self._begin(f"evaluate: metric {name}", slow=not values)
                         with self.distributed.interruptible():
                             values.append(self.metrics[name].score(images, prompts, self.references))
                 tell(start + len(part))
@@ -121,9 +122,9 @@ class Evaluator:
         """Those that every result of `run` with `first` has; intervals need several prompts."""
         return {f"{HELD_OUT}{metric}{part}" for metric in self.metrics for part in ("", FIRST)}
 
-    def _begin(self, doing: str, *, first: bool) -> None:
+    def _begin(self, doing: str, *, slow: bool) -> None:
         """A place to stop. Processes without a share wait from the start, while the first one's may compile kernels."""
-        self.distributed.step(doing, within_seconds=SLOW_SECONDS if first else None)
+        self.distributed.step(doing, within_seconds=SLOW_SECONDS if slow else None)
 
     def _steps(self, what: str, prompts: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Progress over this process's prompts."""
@@ -141,7 +142,7 @@ class Evaluator:
         chosen, drawn = self.prompts[: self.settings.grid_prompts], []
         with self._steps("drawing samples of" if self.of_base else "drawing samples", len(chosen)) as tell:
             for number, prompt in enumerate(chosen):
-                self._begin(f"draw samples: prompt {number + 1}", first=not number)
+                self._begin(f"draw samples: prompt {number + 1}", slow=not number)
                 drawn.append((prompt, self.images([prompt] * columns, self.ids(number, columns)).cpu()))
                 tell(len(drawn))
         return drawn

@@ -21,6 +21,7 @@ from advgrpo.config import (
     fits_micro_batches,
     nearest_prompts,
     no_sequence_groups,
+    not_in_sequence,
     not_sharded,
     unevenly_sharded,
 )
@@ -485,7 +486,7 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
     if (
         processes > 1
         and model.shard_base == "none"
-        and not (not_sharded(blocks) or unevenly_sharded(blocks, processes))
+        and not (not_sharded(blocks) or not_in_sequence(blocks) or unevenly_sharded(blocks, processes))
     ):
         yield setting("model.shard_base", "blocks")
     if model.dtype == "float32" and model.train == "lora":

@@ -256,10 +256,10 @@ class Distributed:
         self.check_stop()
         self.progress(doing, within_seconds=within_seconds)
 
-    def stoppable(self, work: Collection[T], what: str) -> Iterator[T]:
+    def stoppable(self, work: Collection[T], what: str, *, within_seconds: float | None = None) -> Iterator[T]:
         """The pieces of `work` with a `step` before each of them, called "WHAT 1 of 8" and so on."""
         for number, piece in enumerate(work, 1):
-            self.step(f"{what} {number} of {len(work)}")
+            self.step(f"{what} {number} of {len(work)}", within_seconds=within_seconds)
             yield piece
 
     @contextmanager

@@ -22,7 +22,7 @@ from advgrpo.engine.engine import RolloutEngine, Rows
 from advgrpo.monitor.image_statistics import ImageStatistics, measure
 from advgrpo.policy.base import Policy
 from advgrpo.runtime import rng
-from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
 from advgrpo.sampling.noise import row_seeds
@@ -216,7 +216,11 @@ class RewardedObjective(ABC):
         initial_seed = rng.derive_seed(self.seed, "initial_noise", iteration)
         noise_seed = rng.derive_seed(self.seed, "step_noise", iteration)
         encoded: dict[tuple[str, ...], Conditioning] = {}  # the micro-batches of a prompt share its embeddings
-        for micro_batch in self.distributed.stoppable(micro_batches, f"{what}: micro-batch"):
+        waits = self.micro_batches.mesh.sequence_size > 1  # in an exchange for one that judges
+        pieces = self.distributed.stoppable(
+            micro_batches, f"{what}: micro-batch", within_seconds=SLOW_SECONDS if waits else None
+        )
+        for micro_batch in pieces:
             texts = tuple(micro_batch.prompts)
             if texts not in encoded:
                 encoded[texts] = self.policy.encode(micro_batch.prompts)

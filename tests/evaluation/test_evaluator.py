@@ -16,6 +16,7 @@ from advgrpo.config import Config
 from advgrpo.evaluation.evaluator import Evaluator
 from advgrpo.reporting.display import Display
 from advgrpo.runtime.distributed import SLOW_SECONDS
+from advgrpo.runtime.mesh import Mesh
 from tests.parts import evaluator_of
 
 SCORES = torch.tensor([[0.1, 0.3, 0.2], [0.5, 0.7, 0.9], [0.2, 0.2, 0.8], [1.0, 0.4, 0.4]])  # [prompts, images]
@@ -81,6 +82,21 @@ def test_processes_that_wait_learn_of_every_chunk(evaluator, monkeypatch):
         ("evaluate: prompt 3 of 4", None),
         ("evaluate: metric looked", None),
     ]
+
+
+def test_who_draws_with_others_may_wait_for_what_they_judge(evaluator, monkeypatch):
+    """Process 0 judges the first two prompts, while process 1 waits for it in the next ones' first exchange."""
+    told, distributed = [], evaluator.distributed
+    monkeypatch.setattr(distributed, "progress", lambda what, within_seconds=0: told.append((what, within_seconds)))
+    monkeypatch.setattr(type(distributed), "all_gather", lambda self, local: local.repeat(2))
+    monkeypatch.setattr(Evaluator, "_latents", lambda self, prompts, ids: [])
+    first, second = ((f"evaluate: prompt {n} of 4", SLOW_SECONDS) for n in (1, 3))
+    metric = "evaluate: metric looked", SLOW_SECONDS  # the first that this process computes
+    for rank, expected in enumerate([[first, metric, second], [first, second, metric]]):
+        evaluator.mesh = Mesh(rank, 2, 2)
+        told.clear()
+        evaluator.scores(3)
+        assert told[1:-1] == expected
 
 
 def test_progress_counts_prompts(evaluator, monkeypatch):

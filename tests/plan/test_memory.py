@@ -785,7 +785,9 @@ def test_sharding_is_proposed_where_it_can_be_done(paper):
     remedy = "set model.shard_base = blocks"
     assert remedy in plan(paper, 24, processes=8).remedies
     assert not any("shard_base" in each for each in plan(paper, 24).remedies)
-    paper.model.base_precision = "fp8"
+    paper.model.sequence_parallel = 2
+    assert not any("shard_base" in each for each in plan(paper, 24, processes=8).remedies)
+    paper.model.sequence_parallel, paper.model.base_precision = 1, "fp8"
     assert remedy not in plan(paper, 24, processes=8).remedies
 
 

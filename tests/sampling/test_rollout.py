@@ -17,7 +17,7 @@ from rich.console import Console
 from advgrpo import config
 from advgrpo.config.sections import WindowSection
 from advgrpo.errors import UserError
-from advgrpo.runtime.distributed import Distributed
+from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.mesh import Mesh
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
@@ -146,6 +146,20 @@ def test_several_processes_sample_what_one_does(unit_config, noise, shares):
     assert together.keys() == alone.keys() == set(range(8))
     for number in alone:
         assert all(torch.equal(*pair) for pair in zip(alone[number], together[number], strict=True))
+
+
+def test_who_draws_with_others_may_wait_for_what_they_judge(unit_config, monkeypatch):
+    """Those of a sequence group take turns in decoding and judging; who does not waits in the next exchange."""
+    objective, told = build(changed(unit_config, micro_batch=4)).trainer.objective, []
+    progress = lambda what, *, within_seconds=None: told.append((what, within_seconds))  # noqa: E731
+    monkeypatch.setattr(objective.distributed, "progress", progress)
+    for mesh, seconds in ((Mesh(), None), (Mesh(0, 2, 2), SLOW_SECONDS), (Mesh(1, 2, 2), SLOW_SECONDS)):
+        told.clear()
+        objective.micro_batches.mesh = mesh
+        found = objective.rollout(objective.table(0), 0).micro_batches
+        assert told == [(f"sample: micro-batch {number} of 2", seconds) for number in (1, 2)]
+        turns = [mesh.world_size == 1 or place == mesh.rank for place in range(2)]
+        assert [len(each.images) > 0 for each in found] == [each.micro_batch.judged for each in found] == turns
 
 
 def test_other_micro_batches_sample_the_same_images(unit_config):
