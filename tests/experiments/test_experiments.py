@@ -324,7 +324,7 @@ def test_arms_are_what_they_say():
         made = settings(Job(arm, 1), Path("/w"), 64)
         assert made.data.held_out_prompts == WORLD
         assert (made.seed, made.evaluation.every) == (1, 8)
-        assert made.iterations == (213 if arm.endswith("-long") else 64)
+        assert made.iterations == (213 if arm in ("flow-long", "adv-preference-long") else 64)
         assert made.evaluation.guidance_scale == GUIDANCE
         without = arm == "guidance-1" or made.objective.forward_process
         assert made.rollout.guidance_scale == (1.0 if without else GUIDANCE)

@@ -154,7 +154,7 @@ def test_saved_bytes_of_the_fused_forward_follow_the_table(fused, paper):
     fused.prepare_merged(fp8=False)
     with torch.no_grad(), AliveBytes() as alive:
         fused.predict(meta_inputs(ROWS)[0], step, prepared, "merged")
-    assert shape.forward_bytes() == pytest.approx(alive.peak / ROWS, rel=0.05)
+    assert shape.forward_bytes() == pytest.approx(alive.peak / ROWS, rel=0.05 if shape.processes == 1 else 0.08)
     with AliveBytes() as alive:
         velocity = forward()
         kept = alive.alive

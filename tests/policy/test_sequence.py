@@ -104,7 +104,7 @@ def test_a_velocity_has_the_bits_of_one_process_where_no_product_blocks_rows(key
 
 @pytest.mark.parametrize("key", MODELS)
 def test_velocities_and_gradients_are_those_of_one_process_up_to_rounding(key, by_one, processes, folder):
-    bound = 1e-6 if "bfloat16" not in key else 1e-2
+    bound = 3e-6 if "bfloat16" not in key else 1e-2
     for found in left(folder, key, processes):
         assert found.keys() == by_one[key].keys()
         for name, expected in by_one[key].items():

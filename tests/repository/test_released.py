@@ -47,7 +47,8 @@ def value(text: str):
 OURS = (
     *("device", "fast", "collective_timeout", "global_steps", "data.*", "output.*", "monitor.*"),
     *("model.lora.blocks", "model.lora.start_from", "model.lora.export_format", "model.gradient_checkpointing"),
-    *("model.attention", "model.base_precision", "model.shard_base", "model.sequence_parallel"),
+    *("model.attention", "model.base_precision", "model.shard_base", "model.offload"),
+    "model.sequence_parallel",
     *("rollout.precision", "rollout.window_forward"),
     *("update.objective", "update.optimizer", "update.max_log_prob_mismatch", "evaluation.grid_prompts"),
     *("update.trust_region", "update.max_divergence", "update.step_weights"),  # other articles' (jobs/objectives.md)
