@@ -176,7 +176,7 @@ def rounded_alike(
         assert one["grad_norm"] > 0
     own, others = weights(found), weights(expected)
     assert own.keys() == others.keys()
-    # Adam makes a whole step of a gradient that is rounding alone, as a few are: MKL's sums follow a buffer's alignment.
+    # Adam makes a whole step of a gradient that is rounding alone, as a few are: MKL's sums follow buffers' alignment.
     alike = torch.cat([torch.isclose(own[n], t, rtol=1e-4, atol=1e-6).flatten() for n, t in others.items()])
     assert alike.float().mean() > 0.999
     assert max((own[n] - t).abs().max() for n, t in others.items()) < 1e-5
