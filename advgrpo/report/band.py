@@ -85,7 +85,7 @@ class Band:
         for metric, points in held_out.items():
             for iteration, value in sorted(points):
                 bounds = self.at(metric, iteration) if iteration else None
-                if bounds is not None and not bounds[0] <= value <= bounds[1]:
+                if bounds is not None and not bounds[0] <= _recorded(value) <= bounds[1]:
                     found.append(Outside(metric, iteration, value, *bounds))
                     break
         return found
@@ -154,7 +154,7 @@ def write_band(runs: Sequence[Path], preset: str, file: Path) -> Band:
             "seed": run.config.seed,
             "iterations": run.done,
             "metrics": {
-                name: [[point.iteration, float(f"{point.value:.6g}")] for point in points]
+                name: [[point.iteration, _recorded(point.value)] for point in points]
                 for name, points in run.held_out().items()
             },
         }
@@ -174,6 +174,11 @@ def _curve(points: Any) -> Curve:
     if len(dict(found)) != len(found):
         raise ValueError("an iteration stands twice")
     return found
+
+
+def _recorded(value: float) -> float:
+    """With the digits that a band keeps: a run that repeats a recorded one is not outside of it."""
+    return float(f"{value:.6g}")
 
 
 def _digits(value: float, bound: float) -> int:

@@ -47,6 +47,14 @@ def test_a_value_below_every_recorded_run_is_named_with_their_range():
     assert not BAND.outside({"dino_similarity": [(40, 0.74), (80, 0.84)], "other": [(40, 0.0)]})
 
 
+def test_a_run_that_repeats_a_recorded_one_is_not_outside_of_it():
+    """Of a third a band keeps six digits."""
+    kept = [{"retrieval": [(40, value)]} for value in (0.333333, 0.5)]
+    assert not Band("tiny", kept).outside({"retrieval": [(40, 1 / 3)]})
+    kept = [{"retrieval": [(40, value)]} for value in (0.354167, 0.5)]
+    assert not Band("tiny", kept).outside({"retrieval": [(40, 17 / 48)]})
+
+
 def test_one_run_is_no_band():
     assert Band("tiny", CURVES[:1]).at("dino_similarity", 40) is None
     assert Band("tiny", CURVES[:1]).shape("dino_similarity") is None
