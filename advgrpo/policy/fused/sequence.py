@@ -15,7 +15,7 @@ Shapes: T tokens of a stream, t of this process, R rows, H heads of width d, N p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.mesh import Mesh
+
+_Move = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]  # of tokens and heads, by the tokens of every stream
 
 
 def shares(tokens: int, processes: int) -> list[int]:
@@ -67,11 +69,11 @@ class SequenceGroup:
             streams: how many tokens each stream has on all processes together; x holds this process's of the first one,
                 then of the second, the result all of the first, then of the second.
         """
-        return _ToHeads.apply(x, self, streams)
+        return _Exchange.apply(x, self.to_heads, self.to_tokens, streams)
 
     def tokens(self, x: torch.Tensor, streams: Sequence[int]) -> torch.Tensor:
         """[t, R, n, H, d] of this process's heads [T, R, n, H / N, d] of all tokens: the other way."""
-        return _ToTokens.apply(x, self, streams)
+        return _Exchange.apply(x, self.to_tokens, self.to_heads, streams)
 
     def gathered(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
         """[T, R, C] of every process's tokens [t, R, C]; its gradient must be the same on all of them."""
@@ -106,32 +108,18 @@ class SequenceGroup:
             dist.all_to_all_single(found, x, taken, given, group=self._group)
 
 
-class _ToHeads(torch.autograd.Function):
-    """See `SequenceGroup.heads`."""
+class _Exchange(torch.autograd.Function):
+    """`there`, whose gradient is `back`: see `SequenceGroup.heads` and `tokens`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: SequenceGroup, streams: Sequence[int]) -> torch.Tensor:
-        ctx.group, ctx.streams = group, streams
-        return group.to_heads(x, streams)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor):
-        return ctx.group.to_tokens(gradient, ctx.streams), None, None
-
-
-class _ToTokens(torch.autograd.Function):
-    """See `SequenceGroup.tokens`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: SequenceGroup, streams: Sequence[int]) -> torch.Tensor:
-        ctx.group, ctx.streams = group, streams
-        return group.to_tokens(x, streams)
+    def forward(ctx: Any, x: torch.Tensor, there: _Move, back: _Move, streams: Sequence[int]) -> torch.Tensor:
+        ctx.back, ctx.streams = back, streams
+        return there(x, streams)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor):
-        return ctx.group.to_heads(gradient, ctx.streams), None, None
+        return ctx.back(gradient, ctx.streams), None, None, None
 
 
 class _Gathered(torch.autograd.Function):
