@@ -183,22 +183,24 @@ BASES = {
     "base-preference": Arm(PRESET, _HACKED, trains=False),
 }
 
-_NO_ARMS = "The paper has no such arms."
+_EXPLORED = "There is no claim: nothing was expected of a change, and nothing was chosen by what is found here."
 _UNTUNED = "Every method has the settings of its preset (docs/jobs/objectives.md), none of which was tuned."
 _INDEPENDENT: tuple[Metric, ...] = ("retrieval", "kid", "diversity")
 _HACKING: tuple[Metric, ...] = ("pickscore", "retrieval", "kid", "diversity", "saturation_distance")
 
 
-def _levers(title: str, question: str, arms: dict[str, str]) -> Experiment:
-    """The default beside arms that change one thing each."""
+def _beside_default(
+    title: str, question: str, arms: dict[str, str], *, default: str = "default", note: str = _EXPLORED, rise: str = ""
+) -> Experiment:
+    """The default beside other arms, of which those named in `rise` are claimed to gain retrieval."""
     return Experiment(
         title=title,
         question=question,
-        paper=_NO_ARMS,
-        note="There is no claim: nothing was expected of a change, and nothing was chosen by what is found here.",
-        arms={"dino": "default", **arms},
+        paper="The paper has no such arms.",
+        note=note,
+        arms={"dino": default, **arms},
         metrics=_INDEPENDENT,
-        claims=(),
+        claims=tuple(Claim(arm, "retrieval", "rises") for arm in rise.split()),
         against="dino",
     )
 
@@ -363,58 +365,47 @@ EXPERIMENTS = {
             )
         ),
     ),
-    "trust-region": Experiment(
+    "trust-region": _beside_default(
         title="How far a step may go: other clips, and a KL to other things",
         question="The default clips PPO's ratio. GRPO-Guard clips a normalised one, Flow-DPPO masks by a divergence; a "
         "KL of velocities pulls towards the base model, another towards the policy's own average.",
-        paper=_NO_ARMS,
+        default="PPO's clip, the default",
         note=_UNTUNED,
         arms={
-            "dino": "PPO's clip, the default",
             "guard": "GRPO-Guard",
             "dppo": "Flow-DPPO",
             "kl-velocity": "KL of velocities, β = 0.1",
             "kl-average": "KL to the average, β = 0.1",
         },
-        metrics=_INDEPENDENT,
-        claims=tuple(Claim(arm, "retrieval", "rises") for arm in ("guard", "dppo", "kl-velocity", "kl-average")),
-        against="dino",
+        rise="guard dppo kl-velocity kl-average",
     ),
-    "stochastic-steps": Experiment(
+    "stochastic-steps": _beside_default(
         title="Which steps are noisy and learned from",
         question="The default draws two of the noisier half anew in every iteration. TempFlow-GRPO gives each of four "
         "steps groups of its own, MixGRPO moves two in a row from noise to image.",
-        paper=_NO_ARMS,
         note=f"{_UNTUNED} TempFlow-GRPO draws two prompts in an iteration instead of eight, at four steps each. "
         "MixGRPO's window moves over the four pairs of the noisier half and has begun anew when 60 iterations end.",
         arms={
-            "dino": "default",
             "tempflow": "TempFlow-GRPO",
             "mixgrpo": "MixGRPO",
             "mixgrpo-flash": "MixGRPO-Flash",
             "window-contiguous": "default, two in a row",
         },
-        metrics=_INDEPENDENT,
-        claims=tuple(Claim(arm, "retrieval", "rises") for arm in ("tempflow", "mixgrpo", "mixgrpo-flash")),
-        against="dino",
+        rise="tempflow mixgrpo mixgrpo-flash",
     ),
-    "signal": Experiment(
+    "signal": _beside_default(
         title="Other ways to learn from the same adversary",
         question="AWM has no likelihoods, GDPO adds the fixed preference model, each reward normalised by itself, and "
         "distillation learns from the default's LoRA of the same seed instead of a reward.",
-        paper=_NO_ARMS,
         note=_UNTUNED,
         arms={
-            "dino": "default",
             "awm": "AWM",
             "gdpo": "GDPO, with the preference model",
             "distill": "distillation from the default's LoRA",
         },
-        metrics=_INDEPENDENT,
-        claims=tuple(Claim(arm, "retrieval", "rises") for arm in ("awm", "gdpo", "distill")),
-        against="dino",
+        rise="awm gdpo distill",
     ),
-    "noise": _levers(
+    "noise": _beside_default(
         title="Levers: noise and guidance",
         question="The default has one noise per prompt, its window in the noisier half, and guidance 2 in rollout "
         "and update.",
@@ -424,7 +415,7 @@ EXPERIMENTS = {
             "guidance-1": "no guidance in rollout and update",
         },
     ),
-    "step-size": _levers(
+    "step-size": _beside_default(
         title="Levers: learning rate and optimizer steps",
         question="The default has learning rate 3e-4 and two optimizer steps in an iteration, 120 in all; the released "
         "run takes 182 at 1e-4.",
@@ -434,7 +425,7 @@ EXPERIMENTS = {
             "one-step": "one optimizer step in an iteration",
         },
     ),
-    "fewer-rows": _levers(
+    "fewer-rows": _beside_default(
         title="Levers: fewer rows of the network, or better chosen ones",
         question="Options that draw or train fewer rows (docs/performance.md): fewer steps after the window, twice "
         "as many images drawn cheaply of which half are kept, and the half with the larger advantages trained on.",
@@ -445,7 +436,7 @@ EXPERIMENTS = {
             "informative": "the more informative half",
         },
     ),
-    "head": _levers(
+    "head": _beside_default(
         title="Levers: what the head sees and how it is held back",
         question="The default's head is on the last layer's features of the whole image, without regularisation.",
         arms={
@@ -455,7 +446,7 @@ EXPERIMENTS = {
             "head-r1": "R1, γ = 1",
         },
     ),
-    "head-over-time": _levers(
+    "head-over-time": _beside_default(
         title="Levers: the head over time",
         question="The default has one head, which gives the reward as it is, never begins anew and sees a quarter "
         "of older generations.",
