@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from advgrpo.config.config import Config
 from advgrpo.config.engine import check_engine
@@ -340,11 +343,8 @@ def not_sharded(config: Config) -> str:
     if config.model.shard_base == "none":
         return ""
     asked, without = "model.shard_base = 'blocks'", "or model.shard_base = none"
-    for name, plain, why in _NOT_SHARDED:
-        section, field = name.split(".")
-        value = getattr(getattr(config, section), field)
-        if value != plain:
-            return f"{name} = {shown(value)} {why}, but {asked}; set {name} = {shown(plain)}, {without}"
+    if reason := _other_than_plain(config, _NOT_SHARDED, asked, without):
+        return reason
     if config.model.in_parts and config.update.optimizer not in ("auto", "torch"):
         return (
             f"update.optimizer = {config.update.optimizer!r} clips by the norm of whole gradients, which model.train = "
@@ -373,15 +373,18 @@ _NOT_IN_SEQUENCE = (
 def not_in_sequence(config: Config) -> str:
     """Why the settings do not go with model.sequence_parallel, as an error; "" where they do, or do not ask."""
     members = config.model.sequence_parallel
-    for name, needed, why in _NOT_IN_SEQUENCE if members > 1 else ():
-        value = config
-        for part in name.split("."):
-            value = getattr(value, part)
+    if members == 1:
+        return ""
+    asked, without = f"model.sequence_parallel = {members}", "or model.sequence_parallel = 1"
+    return _other_than_plain(config, _NOT_IN_SEQUENCE, asked, without)
+
+
+def _other_than_plain(config: Config, plain: Sequence[tuple[str, Any, str]], asked: str, without: str) -> str:
+    """The first of some settings, (name, what it must be, why), that is something else, as an error; "" for none."""
+    for name, needed, why in plain:
+        value = attrgetter(name)(config)
         if value != needed:
-            return (
-                f"{name} = {shown(value)} {why}, but model.sequence_parallel = {members}; set {name} = "
-                f"{shown(needed)}, or model.sequence_parallel = 1"
-            )
+            return f"{name} = {shown(value)} {why}, but {asked}; set {name} = {shown(needed)}, {without}"
     return ""
 
 
