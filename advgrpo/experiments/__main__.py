@@ -173,7 +173,7 @@ def plan(options: Report):
     judging = Judging(lists, WORLD, tuple(sorted(set(options.guidance_scales))), options.images_per_prompt)
     check_lists(judging)
     runs = Plan(options.work.resolve(), options.iterations, judging, options.config)
-    for job, *_ in chains(select(options.names), options.seeds[:1]):
+    for job, *_ in chains(select(options.names), options.seeds[:1]):  # whose followers need its LoRA
         configuration.check(runs.config(job))
     return runs
 

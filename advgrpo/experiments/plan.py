@@ -147,7 +147,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "tail-4": {"rollout": {"tail_steps": 4}},
     "tail-2": {"rollout": {"tail_steps": 2}},
     "scouts": {"rollout": {"scouts": 2, "scout_tail_steps": 2}},
-    "informative": {"update": {"informative_share": 0.5}},
+    "informative": {"update": {"informative_share": 0.5}, "rollout": {"micro_batch": 4}},  # half a group
 }
 
 ARMS = {
@@ -433,7 +433,7 @@ EXPERIMENTS = {
             "tail-4": "four steps after the window",
             "tail-2": "two steps after the window",
             "scouts": "twice the scouts, by two steps",
-            "informative": "the more informative half",
+            "informative": "the more informative half, in micro-batches of 4",
         },
     ),
     "head": _beside_default(
