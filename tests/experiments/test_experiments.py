@@ -315,8 +315,8 @@ def test_pages_without_numbers_are_refused(tmp_path, capsys):
 
 
 def test_arms_are_what_they_say():
-    """Every arm's run could begin, all are evaluated alike, and none of its prompts is reported on; every claim is about
-    what its experiment has."""
+    """Every arm's run could begin, is evaluated like the others, and has none of the reported prompts; every claim is
+    about what its experiment has."""
     reported = set(tiny.other_prompts()[REPORT_PROMPTS].read_text().splitlines())
     looked_at = [tiny.other_prompts()[TUNING_PROMPTS], tiny.WORLDS[WORLD].held_out_prompts, tiny.WORLDS[WORLD].prompts]
     assert all(reported.isdisjoint(file.read_text().splitlines()) for file in looked_at)
