@@ -136,7 +136,9 @@ def _recorded(arguments: list[str]) -> int:
         return _train(arguments)
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(_train)(arguments) or 0
+    from advgrpo.runtime.watch import ErrorFile
+
+    return record(_train, ErrorFile())(arguments) or 0
 
 
 def _train(arguments: list[str]) -> int:

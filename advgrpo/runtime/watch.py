@@ -32,11 +32,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from advgrpo.errors import RunFailure, UserError, printable
+from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.command import INTERRUPTED
 
 # How long a job lives on after a process was stopped or hangs is the sum of these, of the collective timeout, and of
@@ -47,6 +49,7 @@ BEHIND_SECONDS = 6.0  # beyond what a process allows itself: a collective's own 
 GRACE_SECONDS = 5.0  # for the main thread to end by itself
 SAVE_SECONDS = 7.0  # for what is saved before the end, which begins at once, beside the grace
 LONGEST_SAVE_SECONDS = 600.0  # that the others wait for rank 0, where their end would be its end
+END_SECONDS = 2.0  # after the grace, for the error to be written down
 LINGER_SECONDS = 5.0  # a failed rank stays for the others to read its report: torchrun ends all once one exits
 TORCHRUN_SECONDS = 30.0  # between SIGTERM and SIGKILL, which alone ends a stopped process
 _WAIT_POLL_SECONDS = 0.05
@@ -58,7 +61,7 @@ def seconds_to_the_end(timeout: float) -> dict[str, float]:
     Args:
         timeout: of collectives, and of work within `monitored` that sets itself no other limit.
     """
-    leaving = max(GRACE_SECONDS, SAVE_SECONDS)
+    leaving = max(GRACE_SECONDS + END_SECONDS, SAVE_SECONDS)
     return {
         "stopped": SILENCE_SECONDS + 2 * POLL_SECONDS + leaving + TORCHRUN_SECONDS,
         "hangs": timeout + BEHIND_SECONDS + 2 * POLL_SECONDS + leaving,
@@ -375,7 +378,8 @@ class Watch(threading.Thread):
         own, began = self.failure.is_own(self._rank), time.monotonic()
         grace = GRACE_SECONDS + (LINGER_SECONDS if own else 0.0)
         # A timer of C's ends the process also where the work before the end hangs, or nobody gets the GIL any more.
-        faulthandler.dump_traceback_later(max(grace, SAVE_SECONDS), exit=True, file=sys.__stderr__)
+        latest = max(grace + END_SECONDS, SAVE_SECONDS)
+        faulthandler.dump_traceback_later(latest, exit=True, file=sys.__stderr__)
         if self._left.is_set():  # while the timer was set
             faulthandler.cancel_dump_traceback_later()
             return
@@ -386,7 +390,7 @@ class Watch(threading.Thread):
         if self._left.wait(max(0.0, grace - (time.monotonic() - began))):
             return
         error = self.failure.as_exception()
-        record_error(error)
+        ErrorFile().record_exception(error)
         tell(self._rank, f"{error}\nThis rank did not end by itself and was here:")
         faulthandler.dump_traceback(file=sys.__stderr__)
         exit_now(self.failure.exit_code)
@@ -453,15 +457,19 @@ def tell(rank: int, text: str) -> None:
     print(f"[rank {rank}] {printable(text)}", file=sys.stderr, flush=True)  # other ranks' and machines' words
 
 
-def record_error(error: Exception) -> None:
-    """Leave `error` in the file that torchrun names in its report, where torchrun has started this process."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return
-    try:
-        raise error  # what is recorded is the exception that is being handled
-    except Exception:
+class ErrorFile(ErrorHandler):
+    """The file that torchrun names in its report: torch's content, but whole. Half of one, as a process leaves it that
+    is killed while it writes, ends the agent that reads it, and with it this machine's part in the job.
+    """
+
+    def record_exception(self, e: BaseException) -> None:
+        """Nothing where torchrun has not started this process, or its file cannot be written."""
+        if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+            return
+        told = {"py_callstack": "".join(traceback.format_exception(e)), "timestamp": str(int(time.time()))}
+        content = {"message": {"message": f"{type(e).__name__}: {e}", "extraInfo": told}}
         with suppress(OSError):
-            get_error_handler().record_exception(error)
+            write_atomically(Path(file), json.dumps(content))
 
 
 def exit_now(code: int) -> None:

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faults import job
+from tests.faults.machine import run_as_others, run_first
 from tests.faults.network import Network, missing
 from tests.faults.schedule import MACHINES, Schedule
 from tests.faults.world import make_world
@@ -66,9 +67,13 @@ def rewards_apart(ours: Path, theirs: Path) -> float:
 def one(schedule: Schedule, flags: list[str], folder: Path, reference: Path, *, network: bool) -> dict:
     """What became of a schedule, as results.json has it."""
     folder.mkdir(parents=True)
-    with Network(MACHINES + 1, schedule.seed) if network else contextlib.nullcontext() as wires:
-        outcome = job.run_under(schedule, flags, folder, wires)
-    found = asdict(outcome) | {"error": outcome.error[:2000]}
+    run_first()  # the switch, and who strikes
+    try:
+        with Network(MACHINES + 1, schedule.seed) if network else contextlib.nullcontext() as wires:
+            outcome = job.run_under(schedule, flags, folder, wires)
+    finally:
+        run_as_others()
+    found = asdict(outcome) | {"error": outcome.error[:20_000]}
     if outcome.ended:
         found["lora_apart"] = difference(folder / "run", reference)
         found["rewards_apart"] = rewards_apart(folder / "run", reference)

@@ -1,6 +1,7 @@
 """What a watch sees in the notes of the others, in one process: who is looked at, and how long what may take."""
 
 import json
+import os
 import re
 import threading
 import time
@@ -9,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from advgrpo.runtime import watch
 from advgrpo.runtime.distributed import Distributed
-from advgrpo.runtime.watch import Note, StopRequested, Watch
+from advgrpo.runtime.watch import ErrorFile, Note, StopRequested, Watch
 
 
 @pytest.fixture
@@ -163,3 +165,45 @@ def test_a_process_that_is_cut_off_saves_and_ends_by_itself(answers, monkeypatch
     one.leave()
     mended.set()
     one.join()
+
+
+def test_the_end_that_hangs_comes_after_the_one_that_writes_the_error_down(monkeypatch):
+    """C's timer, which kills in the middle of whatever is done."""
+    killed = []
+    monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", lambda seconds, **_: killed.append(seconds))
+    monkeypatch.setattr(watch, "exit_now", lambda code: None)
+    for name in ("GRACE_SECONDS", "LINGER_SECONDS"):
+        monkeypatch.setattr(watch, name, 0.1)
+    monkeypatch.setattr(watch, "SAVE_SECONDS", 0.0)
+    (one, other), _ = watches(2)
+    for each in (one, other):
+        each.failure = watch.Failure(0, 0, "burning", "burning")
+        began = time.monotonic()
+        each._leave_after_failure()
+        assert killed.pop() >= time.monotonic() - began + 1
+
+
+def test_torchruns_agent_never_reads_half_an_error(tmp_path, monkeypatch):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ErrorFile().record_exception(OSError("on fire"))
+    assert not file.exists(), "the agent takes that for a process that left no error"
+    try:
+        raise OSError("on fire")
+    except OSError as error:
+        ErrorFile().record_exception(error)
+    read = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    assert read.message["message"] == "OSError: on fire"
+    assert "in test_torchruns_agent_never_reads_half_an_error" in read.message["extraInfo"]["py_callstack"]
+    assert abs(read.timestamp - time.time()) < 60
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path))  # a folder
+    ErrorFile().record_exception(OSError("on fire"))
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    ErrorFile().record_exception(OSError("on fire"))
