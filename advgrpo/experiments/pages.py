@@ -4,6 +4,7 @@ costs and curves with those of the cheapest arm; what numbers would not say is t
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -328,7 +329,9 @@ def _how(name: str, found: dict) -> str:
         f"finished {' to '.join(dict.fromkeys((days[0], days[-1])))}; judged on `{found['prompts']['report']}`, "
         f"{found['images_per_prompt']} pictures a prompt; {'; '.join(machines)}; {'; '.join(versions)}."
     )
-    return f"{commands}\n\n{arms}\n\n{made}"
+    settings = found.get("laid_over_settings")  # results of before they were kept have none
+    laid_over = f"`{found['laid_over']}`, laid over each: `{json.dumps(settings)}`\n\n" if settings else ""
+    return f"{commands}\n\n{arms}\n\n{laid_over}{made}"
 
 
 def _lengths(found: dict) -> str:

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from advgrpo.config import read_yaml
 from advgrpo.data.references import ReferenceSet
 from advgrpo.data.sources import Sources
 from advgrpo.evaluation.frontier import Resampled, best_guidance, kid
@@ -104,13 +105,14 @@ class Results:
 
 
 def cost(run: Finished, rows: Sequence[dict]) -> dict[str, float]:
-    """What a training took: images drawn, references that it fitted or showed to its adversary, CPU seconds."""
-    config = run.config
+    """What a training took: images drawn, scouts too, references that it fitted or showed to its adversary, seconds."""
+    config, rollout = run.config, run.config.rollout
     images = config.images_per_iteration * len(rows)
+    scouts = rollout.of_scouts.images * len(rows) if rollout.scouts > 1 else 0  # the kept ones are drawn again
     updates = sum(row.get("discriminator_updates") or 0 for row in rows)
     shown = images if config.objective.learns_from_references else 0
     return {
-        "images_drawn": images if config.objective.samples_images else 0,
+        "images_drawn": images + scouts if config.objective.samples_images else 0,
         "references_shown": shown + updates * min(config.adversary.batch_size, config.images_per_iteration),
         "cpu_seconds": sum(row["cpu_seconds"] for row in rows),
     }
@@ -127,6 +129,7 @@ def numbers(results: Results) -> dict:
         "images_per_prompt": plan.judging.images_per_prompt,
         "prompts": dict(plan.judging.prompts),
         "laid_over": plan.file.name if plan.file else "",
+        "laid_over_settings": read_yaml(plan.file) if plan.file else {},
         "sample_seed": sample_seed(results),
         "base": _base_numbers(results),
         "arms": {arm: _arm_numbers(results, arm) for arm in experiment.arms},

@@ -7,7 +7,6 @@ guidance chosen on the report prompts; a claim that was not run left out of the 
 import json
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +267,8 @@ def test_what_a_training_takes(made_up):
     rows = [{"cpu_seconds": 1.0, "discriminator_updates": 10}] * 2
     batch = min(adversary.config.adversary.batch_size, images)
     assert cost(adversary, rows) == {"images_drawn": 2 * images, "references_shown": 20 * batch, "cpu_seconds": 2.0}
+    scouts = replace(run, config=results.plan.config(Job("scouts")))  # two for each one kept, which is drawn once more
+    assert cost(scouts, rows)["images_drawn"] == 2 * 3 * images
 
 
 def test_claims_read_as_sentences():
@@ -371,4 +372,14 @@ def test_numbers_are_json(made_up):
         asdict(claim).items() <= entry.items() for claim, entry in zip(EXPERIMENTS["hacking"].claims, found["claims"])
     } == {True}
     assert set(found["arms"]) == set(EXPERIMENTS["hacking"].arms) <= set(ARMS)
-    assert Path(found["laid_over"]) == Path()
+    assert (found["laid_over"], found["laid_over_settings"]) == ("", {})
+
+
+def test_what_was_laid_over_all_runs_stands_on_the_page(made_up, tmp_path):
+    results = made_up("sft")
+    file = tmp_path / "more.yaml"
+    file.write_text("evaluation: {every: 10}")
+    found = numbers(Results("sft", replace(results.plan, file=file), [0, 1, 2], resamples=100))
+    text = page("sft", {"sft": found})
+    assert "--config more.yaml" in text
+    assert '`more.yaml`, laid over each: `{"evaluation": {"every": 10}}`' in text
