@@ -65,8 +65,12 @@ def small(unit_config, tmp_path, monkeypatch) -> Path:
         "model": {"path": plain["model"]["path"], "lora": {"rank": 4, "alpha": 8}},
         "data": {"held_out_prompts": str(tmp_path / "held_out.txt"), "cache_dir": plain["data"]["cache_dir"]},
         "rollout": {
-            name: value for name, value in plain["rollout"].items() if name != "initial_noise"
-        },  # NFT has its own
+            "prompts_per_iteration": 4,
+            "group_size": 4,
+            "micro_batch": 2,
+            "num_steps": 8,
+            "tail_agreement": 0.0,
+        },
         "adversary": {"updates_per_iteration": 1, "batch_size": 6, "replay_capacity": 16},
         "evaluation": {"images_per_prompt": 1, "during_images_per_prompt": 1, "num_steps": 2, "grid_prompts": 2},
         "output": {"checkpoint_every": 1},
