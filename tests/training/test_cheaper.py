@@ -22,11 +22,11 @@ from advgrpo.sampling.dynamics import rows, step_table, taken_steps
 from advgrpo.training.cheaper import DisagreeingTail, ShortTail, best_and_worst, rank_agreement
 from advgrpo.training.informative import most_informative, without_dead
 from bench.counters import flops
+from tests.parts import every_second
 from tests.sampling.test_rollout import build, by_image, changed, rollout_of, without_times
 
 FIRST_TWO = {"order": "fixed", "steps": [0, 1]}
 NOISE = ("per_image", "shared")
-OTHERS = ((True, "shared"), (False, "per_image"))  # of a forward and its noise, each of which CI has in another pair
 weekly = pytest.mark.weekly
 
 
@@ -116,10 +116,7 @@ def test_along_a_straight_flow_any_tail_ends_at_the_same_image(unit_config, monk
         torch.testing.assert_close(other, images[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("fast", "noise"),
-    [(True, "per_image"), (False, "shared"), *(pytest.param(*each, marks=weekly) for each in OTHERS)],
-)
+@pytest.mark.parametrize(("fast", "noise"), every_second([True, False], NOISE))
 def test_what_is_learned_from_keeps_its_bits_with_a_shorter_tail(unit_config, noise, fast):
     unit_config.fast = fast
     settings = changed(unit_config, num_steps=8, initial_noise=noise, window={"order": "fixed", "steps": [1, 2]})
@@ -332,15 +329,7 @@ def test_the_gradient_without_dead_groups_has_the_same_bits(unit_config, noise):
     assert all(torch.equal(*pair) for pair in zip(whole, part, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("trust_region", "noise"),
-    [
-        ("ratio", "shared"),
-        ("divergence", "per_image"),
-        pytest.param("ratio", "per_image", marks=weekly),
-        pytest.param("divergence", "shared", marks=weekly),
-    ],
-)
+@pytest.mark.parametrize(("trust_region", "noise"), every_second(["ratio", "divergence"], NOISE))
 def test_the_gradient_of_the_most_informative_is_the_whole_one_without_the_others(unit_config, noise, trust_region):
     """In micro-batches of the rollout's shape, so that log-probabilities keep their bits."""
     settings = changed(unit_config, initial_noise=noise, micro_batch=2, window=FIRST_TWO)
