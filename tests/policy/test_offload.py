@@ -88,12 +88,12 @@ def computed(policy: DiffusersPolicy) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", some_weekly(FAMILIES, FAMILIES.keys() - {"SD3", "Qwen-Image"}))
 def test_results_are_those_of_weights_that_stay_to_the_bit(family, folder_of, unit_config, tmp_path, monkeypatch):
-    unit_config.model.max_sequence_length = 24
+    unit_config.model.max_sequence_length, folder = 24, folder_of(family)
     with DeviceTwin() as twin:
-        stay = policy_of(unit_config, folder_of(family), "none", tmp_path / "stay")
+        stay = policy_of(unit_config, folder, "none", tmp_path / "stay")
         expected = computed(stay)
         for offload in ("text", "text_vae") if family == "SD3" else ("text_vae",):
-            policy = policy_of(unit_config, folder_of(family), offload, tmp_path / offload)
+            policy = policy_of(unit_config, folder, offload, tmp_path / offload)
             twin.waits.clear()
             with monkeypatch.context() as patch:
                 beside = beside_a_layer(patch)

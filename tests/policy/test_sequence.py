@@ -59,7 +59,7 @@ def left(folder, request) -> Callable[[str, int], list[dict[str, torch.Tensor]]]
         cases = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
         asked = {case.params.get("key") for case in cases if case and case.params.get("processes") == processes}
         models = {key: model for key, model in MODELS.items() if key in asked}
-        (folder / "job.json").write_text(json.dumps({"models": models, "runs": {}}))
+        (folder / "job.json").write_text(json.dumps({"group": True, "models": models, "runs": {}}))
         done = run_forked("tests.sequence_worker:main", [folder], processes=processes, environment=environment())
         assert done.returncode == 0, done.stderr
 

@@ -94,7 +94,7 @@ def rounded_and_evaluated_alike(found: Path, expected: Path) -> None:
 
 
 def start(folder: Path, processes: int, runs: dict[str, Path | None]) -> None:
-    job = {"models": {}, "runs": {name: path and str(path) for name, path in runs.items()}}
+    job = {"group": False, "models": {}, "runs": {name: path and str(path) for name, path in runs.items()}}
     (folder / "job.json").write_text(json.dumps(job))
     done = run_forked("tests.sequence_worker:main", [folder], processes=processes, environment=environment())
     assert done.returncode == 0, done.stderr
