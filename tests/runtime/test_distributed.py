@@ -55,16 +55,9 @@ def recorded_error(folder):
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    """(folder, how every rank ended by scenario) of all jobs at once, most of which wait for something."""
-    folder = tmp_path_factory.mktemp("jobs")
-    return folder, forked(folder, ("collectives", *SCENARIOS))
-
-
-@pytest.fixture(scope="module")
-def results(jobs):
-    folder, ended = jobs
-    for code, text in ended["collectives"]:
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collectives")
+    for code, text in forked(folder, ["collectives"])["collectives"]:
         assert code == 0, text
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -99,9 +92,9 @@ def test_monitored_work_may_outlast_the_collective_timeout_while_it_moves_on(res
 
 
 @pytest.fixture(scope="module")
-def ends(jobs):
+def ends(tmp_path_factory):
     """How every rank of every failing job ended."""
-    return jobs[1]
+    return forked(tmp_path_factory.mktemp("ends"), SCENARIOS)
 
 
 def forked(folder, scenarios):
