@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,16 @@ from advgrpo.training.update import Updater
 def some_weekly(values: Iterable[str], weekly: Collection[str]) -> list:
     """For parametrize: all of the values, of which `make test` runs those of `weekly` and CI does not."""
     return [pytest.param(value, marks=[pytest.mark.weekly] * (value in weekly)) for value in values]
+
+
+def every_second(*choices: Sequence) -> list:
+    """For parametrize: all combinations, of which CI runs every second one. Of three arguments and more any two values
+    meet there, of two each value has its turn; `make test` runs the others as well."""
+    found = []
+    for places in itertools.product(*(range(len(values)) for values in choices)):
+        values = [of[place] for of, place in zip(choices, places, strict=True)]
+        found.append(pytest.param(*values, marks=[pytest.mark.weekly] * (sum(places) % 2)))
+    return found
 
 
 def updater_of(policy: Policy, settings: Config, graphs: GraphBackend | None = None) -> Updater:

@@ -1,9 +1,9 @@
 """A process of the jobs that tests of sequence parallelism start in forks (zygote.py).
 
-FOLDER/job.json names models, of each of which every process leaves what `seen` and `by_rows` give in
-FOLDER/NAME.PROCESSES.RANK.safetensors, and what `exchanges` gives in FOLDER/exchanges.PROCESSES.RANK.safetensors, in
-one group of all; and runs, each with the checkpoint that it goes on from or null, whose settings are in
-FOLDER/NAME.yaml and which leave FOLDER/NAME.
+FOLDER/job.json says whether all processes are one sequence group, each of which then leaves what `exchanges` gives in
+FOLDER/exchanges.PROCESSES.RANK.safetensors; names models, of each of which it leaves what `seen` and `by_rows` give in
+FOLDER/NAME.PROCESSES.RANK.safetensors; and runs, each with the checkpoint that it goes on from or null, whose settings
+are in FOLDER/NAME.yaml and which leave FOLDER/NAME.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def main(arguments: list[str]) -> int:
     job = Distributed.start("cpu")
     with job.guard():
         asked, where = json.loads((folder / "job.json").read_text()), f"{job.world_size}.{job.rank}.safetensors"
-        if asked["models"]:
-            group = SequenceGroup(job, Mesh.of(job, job.world_size))
+        group = SequenceGroup(job, Mesh.of(job, job.world_size)) if asked["group"] else None
+        if group is not None:
             save_file({n: t.contiguous() for n, t in exchanges(group).items()}, folder / f"exchanges.{where}")
         for key, (name, settings) in asked["models"].items():
             ours = model(name, group, **options(settings))

@@ -415,9 +415,12 @@ def count_text_encoders(pipeline: Pipeline) -> int:
 
 def count_largest_text_layer(pipeline: Pipeline) -> int:
     """Parameters of the largest of the text encoders' modules that have some of their own, without those below them."""
-    modules = (
-        m for each in pipeline.text_encoders for m in _meta_transformers_model(each[0], json.dumps(each[1])).modules()
-    )
+    return max(_count_largest_layer(name, json.dumps(config)) for name, config in pipeline.text_encoders)
+
+
+@functools.lru_cache(maxsize=16)
+def _count_largest_layer(class_name: str, config: str) -> int:
+    modules = _meta_transformers_model(class_name, config).modules()
     return max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules)
 
 
@@ -430,6 +433,7 @@ def count_decoder(config: Vae) -> int:
     return sum(p.numel() for p in Decoder(config, device="meta").parameters())
 
 
+@functools.lru_cache(maxsize=8)
 def count_vae(config: Vae) -> int:
     """Parameters of the whole stock VAE around such a decoder."""
     return sum(p.numel() for p in _meta_vae(config).parameters())
@@ -459,10 +463,15 @@ def _meta_vae(config: Vae) -> torch.nn.Module:
 
 def pinned_text_encoders(pipeline: Pipeline, element: int) -> int:
     """Bytes of pinned memory that all text encoders take, of `element` bytes a weight."""
-    encoders = (_meta_transformers_model(name, json.dumps(config)) for name, config in pipeline.text_encoders)
-    return sum(_pinned(each, element) for each in encoders)
+    return sum(_pinned_encoder(name, json.dumps(config), element) for name, config in pipeline.text_encoders)
 
 
+@functools.lru_cache(maxsize=16)
+def _pinned_encoder(class_name: str, config: str, element: int) -> int:
+    return _pinned(_meta_transformers_model(class_name, config), element)
+
+
+@functools.lru_cache(maxsize=16)
 def pinned_vae(config: Vae, decoder_element: int | None) -> int:
     """Bytes of pinned memory that the stock VAE takes in float32, and our decoder, of `decoder_element` bytes a weight.
 
@@ -481,6 +490,7 @@ def count_backbone(config: dict[str, Any]) -> int:
     return _count_transformers_model("Dinov2Model", json.dumps(config))
 
 
+@functools.lru_cache(maxsize=16)
 def _count_transformers_model(class_name: str, config: str) -> int:
     return sum(p.numel() for p in _meta_transformers_model(class_name, config).parameters())
 

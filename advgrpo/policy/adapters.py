@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -73,13 +74,20 @@ def network_class(
 
 
 def stored_network(pipeline: Path) -> ModelMixin:
-    """The network of a pipeline's folder on the meta device: its modules and shapes without their weights."""
+    """The network of a pipeline's folder `without_weights`."""
     component, kind = "transformer", SD3Transformer2DModel
     if (pipeline / "unet").is_dir():
         component, kind = "unet", UNet2DConditionModel
     config = kind.load_config(pipeline / component)
+    return without_weights(network_class(config, kind, str(pipeline / component / "config.json")), json.dumps(config))
+
+
+@functools.lru_cache(maxsize=8)
+def without_weights(kind: type[ModelMixin], config: str) -> ModelMixin:
+    """The model of that configuration, as JSON, on the meta device: its modules and shapes. All that ask for it get one
+    object, which is for reading: a large network takes a second, and a run's checks ask several times."""
     with torch.device("meta"):
-        return network_class(config, kind, str(pipeline / component / "config.json")).from_config(config)
+        return kind.from_config(json.loads(config))
 
 
 def stored_blocks(pipeline: Path) -> list[str]:

@@ -49,13 +49,7 @@ def draw_curves(metrics: Sequence[_Values], path: str | Path, held_out: HeldOut 
 
 
 def _curves_figure(metrics: Sequence[_Values], held_out: HeldOut | None = None) -> Figure:
-    curves = _curves(metrics)
-    evaluations = _evaluations(metrics, held_out)
-    panels = [(draw, {key: curves[key] for key in keys if key in curves}) for draw, keys in _panels(curves)]
-    panels[_HELD_OUT_AT:_HELD_OUT_AT] = [(_draw_held_out, {name: of}) for name, of in evaluations.items()]
-    panels = [(draw, drawn) for draw, drawn in panels if drawn]
-    if not panels:
-        raise ValueError("the metrics hold nothing to draw: no finite reward, adversary or held-out value")
+    panels = _drawn(metrics, held_out)
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), dpi=110)
@@ -67,6 +61,18 @@ def _curves_figure(metrics: Sequence[_Values], held_out: HeldOut | None = None) 
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _drawn(metrics: Sequence[_Values], held_out: HeldOut | None) -> list[tuple[Any, dict[str, Any]]]:
+    """(how a panel is drawn, what is in it by name) in their order."""
+    curves = _curves(metrics)
+    evaluations = _evaluations(metrics, held_out)
+    panels = [(draw, {key: curves[key] for key in keys if key in curves}) for draw, keys in _panels(curves)]
+    panels[_HELD_OUT_AT:_HELD_OUT_AT] = [(_draw_held_out, {name: of}) for name, of in evaluations.items()]
+    panels = [(draw, drawn) for draw, drawn in panels if drawn]
+    if not panels:
+        raise ValueError("the metrics hold nothing to draw: no finite reward, adversary or held-out value")
+    return panels
 
 
 def _margins(rows: int, columns: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ Loading SD3.5 and its text encoders takes minutes; whatever their small files ca
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from advgrpo.config import (
 )
 from advgrpo.errors import UserError
 from advgrpo.plan.known_models import BACKBONES, KNOWN, known_pipeline
-from advgrpo.policy.adapters import START, component_of, read_lora_for, stored_network, target_modules
+from advgrpo.policy.adapters import START, component_of, read_lora_for, stored_network, target_modules, without_weights
 from advgrpo.policy.diffusers_policy import DiffusersPolicy, TransformerPolicy
 from advgrpo.policy.fused.lora import check_lora_state
 from advgrpo.policy.fused.transformer import TransformerConfig
@@ -165,8 +166,7 @@ def check_size(folder: Path, resolution: int, *, model_field: str, field: str) -
 def _vae(family: type[DiffusersPolicy], folder: Path, source: str) -> ModelMixin:
     kind = family.vae_class
     try:
-        with torch.device("meta"):
-            return kind.from_config(kind.load_config(folder / "vae"))
+        return without_weights(kind, json.dumps(kind.load_config(folder / "vae")))
     except Exception as error:  # constructors fail in their own ways
         raise UserError(f"{source}: its vae/config.json describes no {kind.__name__} ({error})") from error
 

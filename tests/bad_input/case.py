@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 Content = str | bytes
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of libyaml, a third of the time
 REQUIRED_SILENCE = ("Traceback", "pydantic.dev", "╭", "site-packages")
 
 
@@ -64,7 +65,7 @@ class Bench:
         merged = merge(self.world.settings, dict(change or {}))
         merged["output_dir"] = str(self.folder / "run")
         merged["data"] = {**merged["data"], "cache_dir": str(self.folder / "cache")}
-        return self.write("good.yaml", yaml.safe_dump(merged))
+        return self.write("good.yaml", yaml.dump(merged, Dumper=DUMPER))
 
     def train(self, *flags: str, change: Mapping[str, Any] | None = None) -> list[str]:
         """Arguments of a run that would train but for `flags` or `change`."""

@@ -47,8 +47,8 @@ def watch(owner: type, name: str, phase: str) -> None:
     setattr(owner, name, classmethod(told) if isinstance(original, classmethod) else told)
 
 
-def prepare() -> dict[str, object]:
-    """Import everything and set the watches; {command: main}."""
+def prepare(pipeline: str) -> dict[str, object]:
+    """Import everything, make what every check of the world's pipeline asks for, and set the watches; {command: main}."""
     import socketserver
 
     import diffusers
@@ -58,6 +58,10 @@ def prepare() -> dict[str, object]:
     for module in pkgutil.walk_packages(advgrpo.__path__, "advgrpo."):  # also what a command imports late
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    preflight = importlib.import_module("advgrpo.training.preflight")
+    preflight.check_size(
+        preflight.check_model(pipeline, "model.path"), 32, model_field="model.path", field="resolution"
+    )
     for kind in (diffusers.ModelMixin, diffusers.DiffusionPipeline, transformers.PreTrainedModel):
         watch(kind, "from_pretrained", "loading")
     evaluation = importlib.import_module("advgrpo.evaluation.evaluator")
@@ -92,10 +96,10 @@ def child(main, request: dict, folder: Path) -> None:
     os._exit(code)
 
 
-def serve(scratch: Path) -> None:
+def serve(scratch: Path, pipeline: str) -> None:
     global _phase_file
     gc.disable()  # what is imported stays, and a child is short
-    mains, _phase_file = prepare(), scratch / "phase"
+    mains, _phase_file = prepare(pipeline), scratch / "phase"
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -111,4 +115,4 @@ def serve(scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), sys.argv[2])

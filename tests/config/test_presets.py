@@ -5,6 +5,7 @@ sft that is not; another learning rate for one job; an output folder of another 
 """
 
 import pytest
+import yaml
 
 from advgrpo import config
 from advgrpo.config import reading
@@ -238,13 +239,17 @@ def test_a_preset_that_was_read_is_nobodys_to_change_and_says_what_any_reader_of
     assert config.read_preset("tiny")["rollout"]["group_size"] > 0
     for name in config.preset_names():
         file = preset_file(name)
-        assert reading.read_yaml(file, reading._PresetLoader) == reading.read_yaml(file), name
+        assert reading.read_yaml(file) == yaml.load(file.read_text(), reading._Loader), name
 
 
-def test_a_key_that_stands_twice_in_a_preset_is_an_error(tmp_path):
-    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
-    with pytest.raises(UserError, match="'seed' stands twice"):
-        reading.read_yaml(tmp_path / "twice.yaml", reading._PresetLoader)
+def test_a_key_that_stands_twice_is_an_error_of_either_parser(tmp_path):
+    text = "seed: 1\nseed: 2\n"
+    for loader in (reading._Quick, reading._Loader):
+        with pytest.raises(yaml.constructor.ConstructorError, match="'seed' stands twice"):
+            yaml.load(text, loader)
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"'seed' stands twice; leave one out \(line 2, column 1\)"):
+        reading.read_yaml(tmp_path / "twice.yaml")
 
 
 def test_awm_on_pickscore_is_the_public_codes():

@@ -28,7 +28,7 @@ from advgrpo.training.fast import FastPaths
 from advgrpo.training.models import lora_section
 from advgrpo.training.run import Run
 from advgrpo.types import MicroBatch, MicroBatchRollout
-from tests.parts import assert_generate_draws, steps_of, train_adapters, updater_of
+from tests.parts import assert_generate_draws, every_second, steps_of, train_adapters, updater_of
 from tests.unet_models import SDXL_UNET, save_pipeline, unet
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
@@ -154,8 +154,7 @@ def test_levels_are_those_of_the_timesteps_and_end_at_the_final_one(settings, tm
 
 
 @both_kinds
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("likelihood", ["gaussian", "squared_error"])
+@pytest.mark.parametrize(("share", "likelihood"), every_second([True, False], ["gaussian", "squared_error"]))
 def test_log_probs_before_the_first_step_are_exact(settings, share, likelihood):
     settings.rollout.likelihood = likelihood
     policy = load(settings)

@@ -5,6 +5,8 @@ on the positions of the first tokens.
 """
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,10 @@ MODELS = {
     "qwen": ("qwen", {}),
     "qwen-bfloat16": ("qwen", {"dtype": "bfloat16"}),
 }
+FOUR = {"sd35-medium", "qwen"}  # by four processes in CI: both kinds of text, and a head to each process
+CASES = [(2, key) for key in MODELS]
+CASES += [pytest.param(4, key, marks=[pytest.mark.weekly] * (key not in FOUR)) for key in MODELS]
+every_case = pytest.mark.parametrize(("processes", "key"), CASES)
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +49,25 @@ def by_one() -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def processes(request, folder) -> int:
-    """So many have left what they give in the folder."""
-    (folder / "job.json").write_text(json.dumps({"models": MODELS, "runs": {}}))
-    done = run_forked("tests.sequence_worker:main", [folder], processes=request.param, environment=environment())
-    assert done.returncode == 0, done.stderr
-    return request.param
+@pytest.fixture(scope="module")
+def left(folder, request) -> Callable[[str, int], list[dict[str, torch.Tensor]]]:
+    """What each of so many processes has left of a model, or of the "exchanges". They are started once, for all models
+    that this session asks of them."""
 
+    @cache
+    def start(processes: int) -> None:
+        cases = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+        asked = {case.params.get("key") for case in cases if case and case.params.get("processes") == processes}
+        models = {key: model for key, model in MODELS.items() if key in asked}
+        (folder / "job.json").write_text(json.dumps({"group": True, "models": models, "runs": {}}))
+        done = run_forked("tests.sequence_worker:main", [folder], processes=processes, environment=environment())
+        assert done.returncode == 0, done.stderr
 
-def left(folder: Path, key: str, processes: int) -> list[dict[str, torch.Tensor]]:
-    """Of every process."""
-    return [load_file(folder / f"{key}.{processes}.{rank}.safetensors") for rank in range(processes)]
+    def of(key: str, processes: int) -> list[dict[str, torch.Tensor]]:
+        start(processes)
+        return [load_file(folder / f"{key}.{processes}.{rank}.safetensors") for rank in range(processes)]
+
+    return of
 
 
 def test_shares_are_in_order_and_differ_by_one_at_most():
@@ -73,10 +86,11 @@ def test_processes_of_a_sequence_group_are_neighbours_and_take_turns():
         Mesh(0, 4, 3)
 
 
-def test_an_exchange_moves_bits_and_its_gradient_moves_them_back(processes, folder):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_an_exchange_moves_bits_and_its_gradient_moves_them_back(processes, left):
     first, width = [sum(shares(24, processes)[:rank]) for rank in range(processes + 1)], 8 // processes
     second = [24 + sum(shares(TEXT, processes)[:rank]) for rank in range(processes + 1)]
-    for rank, found in enumerate(left(folder, "exchanges", processes)):
+    for rank, found in enumerate(left("exchanges", processes)):
         image, heads = WHOLE[first[rank] : first[rank + 1]], WHOLE[:, :, :, width * rank : width * (rank + 1)]
         tokens = torch.cat([image, WHOLE[second[rank] : second[rank + 1]]])
         expected = {
@@ -92,20 +106,20 @@ def test_an_exchange_moves_bits_and_its_gradient_moves_them_back(processes, fold
         assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
-@pytest.mark.parametrize("key", MODELS)
-def test_a_velocity_has_the_bits_of_one_process_where_no_product_blocks_rows(key, by_one, processes, folder):
+@every_case
+def test_a_velocity_has_the_bits_of_one_process_where_no_product_blocks_rows(key, by_one, processes, left):
     """What is exchanged, attention by heads and all that is computed token by token; a library's matrix product rounds
     by how many rows it has, which here it has one by one."""
-    for found in left(folder, key, processes):
+    for found in left(key, processes):
         names = [name for name in by_one[key] if "by rows" in name]
         assert len(names) == 3
         assert [name for name in names if not torch.equal(found[name], by_one[key][name])] == []
 
 
-@pytest.mark.parametrize("key", MODELS)
-def test_velocities_and_gradients_are_those_of_one_process_up_to_rounding(key, by_one, processes, folder):
+@every_case
+def test_velocities_and_gradients_are_those_of_one_process_up_to_rounding(key, by_one, processes, left):
     bound = 3e-6 if "bfloat16" not in key else 1e-2
-    for found in left(folder, key, processes):
+    for found in left(key, processes):
         assert found.keys() == by_one[key].keys()
         for name, expected in by_one[key].items():
             difference = (found[name].float() - expected.float()).abs().max()
@@ -113,9 +127,9 @@ def test_velocities_and_gradients_are_those_of_one_process_up_to_rounding(key, b
         assert (found["adapted"] - found["base"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("key", MODELS)
-def test_every_process_has_the_same_velocity_with_and_without_a_gradient(key, by_one, processes, folder):
+@every_case
+def test_every_process_has_the_same_velocity_with_and_without_a_gradient(key, by_one, processes, left):
     """So that all compute the same loss, and likelihood ratios start at exactly 1."""
-    every = left(folder, key, processes)
+    every = left(key, processes)
     assert all(torch.equal(found["trained"], every[0]["adapted"]) for found in every)
     assert all(torch.equal(found["base, before the backward"], every[0]["base"]) for found in every)

@@ -30,10 +30,10 @@ CASES: list[Case] = [case for group in GROUPS for case in group.CASES]
 class Harness:
     """A process that answers requests (bad_input/harness.py)."""
 
-    def __init__(self, scratch: Path):
+    def __init__(self, scratch: Path, pipeline: str):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0", "COLUMNS": "200"}
-        command = [sys.executable, "-m", "tests.bad_input.harness", str(scratch)]
+        command = [sys.executable, "-m", "tests.bad_input.harness", str(scratch), pipeline]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -56,8 +56,8 @@ class Harness:
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    started = Harness(tmp_path_factory.mktemp("harness"))
+def harness(tmp_path_factory, unit_pipeline):
+    started = Harness(tmp_path_factory.mktemp("harness"), unit_pipeline)
     yield started
     started.process.kill()
     started.process.wait(timeout=30)

@@ -22,10 +22,12 @@ from advgrpo.sampling.dynamics import rows, step_table, taken_steps
 from advgrpo.training.cheaper import DisagreeingTail, ShortTail, best_and_worst, rank_agreement
 from advgrpo.training.informative import most_informative, without_dead
 from bench.counters import flops
+from tests.parts import every_second
 from tests.sampling.test_rollout import build, by_image, changed, rollout_of, without_times
 
 FIRST_TWO = {"order": "fixed", "steps": [0, 1]}
 NOISE = ("per_image", "shared")
+weekly = pytest.mark.weekly
 
 
 def gradients(trainer) -> list[torch.Tensor]:
@@ -114,8 +116,7 @@ def test_along_a_straight_flow_any_tail_ends_at_the_same_image(unit_config, monk
         torch.testing.assert_close(other, images[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("noise", NOISE)
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("fast", "noise"), every_second([True, False], NOISE))
 def test_what_is_learned_from_keeps_its_bits_with_a_shorter_tail(unit_config, noise, fast):
     unit_config.fast = fast
     settings = changed(unit_config, num_steps=8, initial_noise=noise, window={"order": "fixed", "steps": [1, 2]})
@@ -129,7 +130,7 @@ def test_what_is_learned_from_keeps_its_bits_with_a_shorter_tail(unit_config, no
         assert not torch.equal(image, other_image)
 
 
-@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("noise", ["shared", pytest.param("per_image", marks=weekly)])
 def test_rows_calls_and_flops_of_a_shorter_tail(unit_config, noise):
     """Two prompts in two micro-batches: a row each where their images are one trajectory."""
     settings = changed(unit_config, num_steps=8, initial_noise=noise, window=FIRST_TWO)
@@ -245,7 +246,7 @@ def test_the_best_and_the_worst_are_kept_in_order():
 
 
 @pytest.mark.parametrize("noise", NOISE)
-@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.weekly)])
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=weekly)])
 def test_kept_scouts_have_the_bits_of_a_run_that_draws_all_exactly(unit_config, noise, fast):
     """Latents, log-probabilities and images; the scouts themselves came by another path."""
     unit_config.fast = fast
@@ -287,7 +288,7 @@ def test_rows_of_scouts(unit_config):
     assert found == rows(cheap, prompts=6, images=24, shared=True) == 6 + 3 * 24
 
 
-@pytest.mark.parametrize("noise", ["shared", pytest.param("per_image", marks=pytest.mark.weekly)])
+@pytest.mark.parametrize("noise", ["shared", pytest.param("per_image", marks=weekly)])
 def test_all_of_it_together_is_on_policy_and_resumes_bit_for_bit(unit_config, noise):
     unit_config.update.learning_rate = 1e-2
     settings = changed(
@@ -328,8 +329,7 @@ def test_the_gradient_without_dead_groups_has_the_same_bits(unit_config, noise):
     assert all(torch.equal(*pair) for pair in zip(whole, part, strict=True))
 
 
-@pytest.mark.parametrize("noise", NOISE)
-@pytest.mark.parametrize("trust_region", ["ratio", "divergence"])
+@pytest.mark.parametrize(("trust_region", "noise"), every_second(["ratio", "divergence"], NOISE))
 def test_the_gradient_of_the_most_informative_is_the_whole_one_without_the_others(unit_config, noise, trust_region):
     """In micro-batches of the rollout's shape, so that log-probabilities keep their bits."""
     settings = changed(unit_config, initial_noise=noise, micro_batch=2, window=FIRST_TWO)
@@ -360,7 +360,7 @@ def test_what_is_dead_is_left_out_of_what_is_informative(unit_config):
     assert [each.micro_batch.image_ids.tolist() for each in learned] == [[2, 3]]
 
 
-@pytest.mark.parametrize("share", [pytest.param(1.0, marks=pytest.mark.weekly), 0.5])
+@pytest.mark.parametrize("share", [pytest.param(1.0, marks=weekly), 0.5])
 def test_the_kl_is_measured_by_whoever_has_the_first_group_with_a_say(unit_config, share):
     """Two processes with a group in either minibatch: one measures, in the micro-batch that a lone process takes."""
     settings = changed(unit_config, micro_batch=2, prompts_per_iteration=4, window=FIRST_TWO)

@@ -80,9 +80,16 @@ def expected_kl(trainer, target, space):
     return sum(found) / len(found)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("space", ["latent", "velocity"])
-@pytest.mark.parametrize("to", ["base", "ema", "teacher"])
+# By diffusers' forward CI has the teacher, whose LoRA it reads in another way.
+@pytest.mark.parametrize(
+    ("to", "space", "fast"),
+    [
+        pytest.param(to, space, fast, marks=[pytest.mark.weekly] * (not fast and to != "teacher"))
+        for to in ("base", "ema", "teacher")
+        for space in ("latent", "velocity")
+        for fast in (True, False)
+    ],
+)
 def test_the_kl_is_to_the_model_named_in_the_space_named(unit_config, teacher, to, space, fast):
     settings = {"kl_to": to, "kl_space": space, "teacher": str(teacher[0]) if to == "teacher" else ""}
     trainer = pulled(unit_config, fast, **settings)

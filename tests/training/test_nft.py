@@ -20,6 +20,7 @@ from advgrpo.training.model_card import _rewards
 from advgrpo.training.nft import nft_loss, optimality
 from advgrpo_kernels import philox_normal
 from tests import golden_runs
+from tests.parts import every_second
 from tests.sampling.test_rollout import rollout_of
 from tests.training.test_supervised import build, change, rows
 
@@ -175,8 +176,8 @@ def written_out(trainer, rollout, advantages, iteration: int, minibatch: int) ->
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("micro_batch", [2, 12])  # a group in two micro-batches, and three groups in one
+# A group in two micro-batches, and three groups in one.
+@pytest.mark.parametrize(("fast", "micro_batch"), every_second([True, False], [12, 2]))
 def test_gradients_are_those_of_the_loss_as_it_is_written(settings, fast, micro_batch):
     minibatches = 1 if micro_batch == 12 else 2
     made = change(

@@ -1,6 +1,9 @@
 """Images computed by several processes each: runs of 1, 2 and 4 in sequence groups of 2 are the same up to rounding.
 
 A bug planted in a copy, seen red (tests/mutants): processes of a sequence group that draw images of their own.
+
+CI has one group of two, and two groups of two. Going on with a checkpoint of another number of processes, each of which
+has the whole network, is weekly: CI sees it in test_sharding.py.
 """
 
 import json
@@ -20,7 +23,7 @@ from tests.conftest import make_unit_config
 from tests.families import metrics
 from tests.parts import some_weekly
 from tests.training.test_run import environment
-from tests.training.test_sharding import FIRST, asked, changed, rounded_alike
+from tests.training.test_sharding import FIRST, RUN_TEST, asked, changed, rounded_alike
 from tests.zygote import run as run_forked
 
 pytestmark = pytest.mark.slow
@@ -36,7 +39,7 @@ TWO = {  # runs by a sequence group of two
 }
 EVALUATED = ("qwen", "sd3", "flux")
 FOUR = ("sd3",)  # by two sequence groups of two
-WEEKLY = {"flux", "nft", "awm", "sft", "scouts"}
+WEEKLY = {"sd3", "flux", "nft", "awm", "sft", "scouts"}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +48,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(unit_pipeline, unit_backbone, folder) -> dict[str, Config]:
-    """The unit run of each kind: two minibatches of two micro-batches, and three held-out prompts."""
+def base(unit_pipeline, unit_backbone, folder, request) -> dict[str, Config]:
+    """The unit run of each kind that is asked for: two minibatches of two micro-batches, and three held-out prompts."""
     settings = make_unit_config(unit_pipeline, unit_backbone, folder).model_dump()
     pipelines = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline}
     changes = {
@@ -58,7 +61,7 @@ def base(unit_pipeline, unit_backbone, folder) -> dict[str, Config]:
         "output": {"checkpoint_every": 1, "keep_checkpoints": 9},
     }
     found = {}
-    for name, own in TWO.items():
+    for name, own in asked(request, RUN_TEST, TWO).items():
         made = config.merge(config.merge(settings, changes), own)
         if name in pipelines:
             made = config.merge(made, {"model": {"path": str(pipelines[name](folder / name, shard="300KB"))}})
@@ -67,16 +70,15 @@ def base(unit_pipeline, unit_backbone, folder) -> dict[str, Config]:
 
 
 @pytest.fixture(scope="module")
-def runs(base, folder, request) -> dict[str, Path]:
+def runs(base, folder) -> dict[str, Path]:
     """Folders of runs of one process, and settings of those of several."""
-    names = asked(request, "test_a_run_of_two_processes_has_the_losses_of_one", TWO)
-    for name in names:
-        alone = changed(base[name], folder, f"{name}-1")
+    for name, settings in base.items():
+        alone = changed(settings, folder, f"{name}-1")
         sharding_worker.train(alone, Distributed.start("cpu"))
         for other in (f"{name}-2", f"{name}-4", f"{name}-1-to-2"):
             changed(alone, folder, other, model={**alone.model.model_dump(), "sequence_parallel": 2})
         changed(alone, folder, f"{name}-2-to-1")
-    return {name: folder / f"{name}-1" for name in names}
+    return {name: folder / f"{name}-1" for name in base}
 
 
 def rounded_and_evaluated_alike(found: Path, expected: Path) -> None:
@@ -92,7 +94,7 @@ def rounded_and_evaluated_alike(found: Path, expected: Path) -> None:
 
 
 def start(folder: Path, processes: int, runs: dict[str, Path | None]) -> None:
-    job = {"models": {}, "runs": {name: path and str(path) for name, path in runs.items()}}
+    job = {"group": False, "models": {}, "runs": {name: path and str(path) for name, path in runs.items()}}
     (folder / "job.json").write_text(json.dumps(job))
     done = run_forked("tests.sequence_worker:main", [folder], processes=processes, environment=environment())
     assert done.returncode == 0, done.stderr
@@ -100,12 +102,20 @@ def start(folder: Path, processes: int, runs: dict[str, Path | None]) -> None:
 
 @pytest.fixture(scope="module")
 def by_two(runs, folder) -> None:
-    start(folder, 2, {**dict.fromkeys(f"{name}-2" for name in runs), "sd3-1-to-2": runs["sd3"] / FIRST})
+    """Of all but sd3."""
+    start(folder, 2, dict.fromkeys(f"{name}-2" for name in runs if name != "sd3"))
+
+
+@pytest.fixture(scope="module")
+def sd3_by_two(runs, folder) -> None:
+    """From its start and from what one process began."""
+    start(folder, 2, {"sd3-2": None, "sd3-1-to-2": runs["sd3"] / FIRST})
 
 
 @pytest.mark.parametrize("name", some_weekly(TWO, WEEKLY))
-def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, by_two, folder):
+def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, folder, request):
     """Metrics, what held-out prompts score, the weights, and no drift before the first optimizer step."""
+    request.getfixturevalue("sd3_by_two" if name == "sd3" else "by_two")
     same = rounded_and_evaluated_alike if name in EVALUATED else rounded_alike
     same(folder / f"{name}-2", runs[name])
 
@@ -122,11 +132,13 @@ def test_a_policy_that_does_not_share_out_tokens_is_refused(unit_config):
         build_trainer(unit_config, SimpleNamespace(), [], None, None, job, None)
 
 
-def test_two_processes_go_on_with_what_one_began(runs, by_two, folder):
+@pytest.mark.weekly
+def test_two_processes_go_on_with_what_one_began(runs, sd3_by_two, folder):
     rounded_alike(folder / "sd3-1-to-2", runs["sd3"], from_iteration=1)
 
 
-def test_one_process_goes_on_with_what_two_began(runs, by_two, folder):
+@pytest.mark.weekly
+def test_one_process_goes_on_with_what_two_began(runs, sd3_by_two, folder):
     settings = config.load(file=folder / "sd3-2-to-1.yaml")
     sharding_worker.train(settings, Distributed.start("cpu"), str(folder / "sd3-2" / FIRST))
     rounded_alike(folder / "sd3-2-to-1", runs["sd3"], from_iteration=1)

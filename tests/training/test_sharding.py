@@ -44,20 +44,24 @@ def asked(request, test: str, every: dict[str, dict]) -> dict[str, dict]:
     return {name: changes for name, changes in every.items() if name in names}
 
 
+NETWORK_TEST = "test_every_process_has_the_bits_of_the_whole_network"
+RUN_TEST = "test_a_run_of_two_processes_has_the_losses_of_one"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("sharding")
 
 
 @pytest.fixture(scope="module")
-def base(unit_pipeline, unit_backbone, folder) -> dict[str, Config]:
+def base(unit_pipeline, unit_backbone, folder, request) -> dict[str, Config]:
     """The unit run on each family by one process. The KL has no weight, so that one process alone measures it, and
     held-out prompts are three, which are no equal shares of several."""
-    pipelines = {
-        "sd3": unit_pipeline,
-        "flux": flux_models.save_pipeline(folder / "flux", shard="300KB"),
-        "qwen": qwen_models.save_pipeline(folder / "qwen", shard="300KB"),
-    }
+    names = (*asked(request, NETWORK_TEST, NETWORKS), *asked(request, RUN_TEST, RUNS))
+    families = {name.split("-")[0] for name in names}
+    made = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline}
+    pipelines = {name: made[name](folder / name, shard="300KB") for name in made.keys() & families}
+    pipelines["sd3"] = unit_pipeline
     settings = make_unit_config(unit_pipeline, unit_backbone, folder).model_dump()
     changes = {
         "fast": False,
@@ -86,7 +90,7 @@ def changed(settings: Config, folder: Path, name: str, **changes) -> Config:
 def networks(base, folder, request) -> dict[str, dict[str, torch.Tensor]]:
     """What is seen of each whole network, by one process."""
     found = {}
-    for name, changes in asked(request, "test_every_process_has_the_bits_of_the_whole_network", NETWORKS).items():
+    for name, changes in asked(request, NETWORK_TEST, NETWORKS).items():
         policy = sharding_worker.loaded(changed(base[name.split("-")[0]], folder, name, model=changes))
         policy.text_cache.fill([policy.negative_prompt, *PROMPTS])
         found[name] = sharding_worker.seen(policy)
@@ -96,7 +100,7 @@ def networks(base, folder, request) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def runs(base, folder, request) -> dict[str, Path]:
     """Folders of runs of one process that has all of the base."""
-    chosen = asked(request, "test_a_run_of_two_processes_has_the_losses_of_one", RUNS)
+    chosen = asked(request, RUN_TEST, RUNS)
     for name, changes in chosen.items():
         whole = changed(base[name], folder, f"{name}-1", **{**changes, "model": {"shard_base": "blocks"}})
         sharding_worker.train(whole, Distributed.start("cpu"))

@@ -21,6 +21,7 @@ from advgrpo.runtime import rng
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
 from advgrpo_kernels import philox_normal
+from tests.parts import every_second
 
 
 def build(settings, *, resume=False) -> Run:
@@ -99,8 +100,8 @@ def written_out(trainer, iteration: int, minibatch: int) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("micro_batch", [2, 12])  # a group in two micro-batches, and three groups in one
+# A group in two micro-batches, and three groups in one.
+@pytest.mark.parametrize(("fast", "micro_batch"), every_second([True, False], [12, 2]))
 def test_gradients_are_those_of_the_loss_as_it_is_written(settings, fast, micro_batch):
     minibatches = 1 if micro_batch == 12 else 2
     trainer = build(

@@ -16,6 +16,7 @@ import torch
 from advgrpo import config
 from advgrpo.errors import UserError
 from advgrpo.sampling.dynamics import step_weights
+from tests.parts import every_second
 from tests.sampling.test_rollout import build, changed, rollout_of, without_times
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -31,9 +32,7 @@ def settings_of(unit_config, region="ratio", weights="uniform", **rollout):
     return settings
 
 
-@pytest.mark.parametrize("rollout", [{}, SDE], ids=["cps", "sde"])
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize(("region", "fast", "rollout"), every_second(REGIONS, [True, False], [{}, SDE]))
 def test_every_region_starts_where_the_rollout_was_and_moves(unit_config, region, fast, rollout):
     settings = settings_of(unit_config, region, **rollout)
     settings.fast, settings.update.clip_range, settings.update.max_divergence = fast, 1e-12, 1e-12
