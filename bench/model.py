@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,8 @@ ROWS, IMAGE, TEXT, WIDTH, LAYERS, DUAL = 16, 1024, 205, 1536, 24, 13
 JOINT = IMAGE + TEXT
 STOCK_ATTENTION = 4 * ROWS * WIDTH * (LAYERS * JOINT**2 + DUAL * IMAGE**2)
 OWN_ATTENTION = STOCK_ATTENTION - 4 * ROWS * WIDTH * TEXT * JOINT  # the last block's text queries do not attend
-SMS = 132  # multiprocessors
+SMS, REGISTERS, WARPS = 132, 65536, 64  # multiprocessors, and what each has room for
+ISSUE = 2.5 * 1.93e9  # instructions of a warp that a multiprocessor issues in a second: 2.5 a cycle
 TILES = ((128, 256), (256, 128), (128, 128))  # rows and columns that one of them computes of a product
 QUERIES = 128  # of a head that one of them attends to
 HEADS = 24
@@ -167,6 +169,57 @@ KERNELS = {
     "fp8_quantize": Kernel(75_563_008, 0, 10, 982_122_496),
     "merge_lora": Kernel(1_877_606_400, 0, 573, 5_407_506_432, 900.0),
     "multi_tensor_adamw": Kernel(751_042_560, 0, 2310, 2_328_245_728),
+}
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A kernel that reads and writes tensors of tokens or images once, as it is launched at full size.
+
+    Args:
+        elements: of a row: a guided image's tokens and channels; of an image's latents.
+        bytes: moved for each.
+        program: elements of one program, of `warps` warps.
+        lanes: share of its threads' work that is inside of the tensor.
+    """
+
+    elements: int
+    bytes: int
+    program: int
+    warps: int
+    lanes: float = 1.0
+
+    def by_instructions(self, machine: Machine, instructions: float) -> float:
+        """Share of the copy bandwidth that is left where a thread issues so many instructions for an element."""
+        issued = instructions / (32 * self.lanes * SMS * ISSUE)
+        return min(1.0, self.bytes / (machine.copy_gb_s * 1e9) / issued)
+
+    def by_waves(self, rows: int, registers: int) -> float:
+        """Share of the multiprocessors' places that programs fill until the last one ends, if all take as long."""
+        places = SMS * min(REGISTERS // (32 * self.warps * registers), WARPS // self.warps)
+        waves = self.elements * rows / self.program / places
+        return waves / math.ceil(waves)
+
+
+NORM = {"elements": IMAGE * WIDTH, "program": 4 * WIDTH, "warps": 8, "lanes": 0.75}  # 1,536 of 2,048 lanes
+GELU = {"elements": IMAGE * 4 * WIDTH, "program": 4096, "warps": 4}
+# By the names of tests/kernels/ahead_of_time/budgets.json, which has their instructions and registers.
+STREAMING = {
+    "ada_layer_norm/one": Streaming(bytes=4, **NORM),
+    "ada_layer_norm/two": Streaming(bytes=6, **NORM),
+    "ada_layer_norm/backward": Streaming(bytes=8, **NORM),
+    "ada_layer_norm/fp8": Streaming(bytes=3, **NORM),
+    "gated_residual/plain": Streaming(bytes=6, **NORM),
+    "gated_residual/norm": Streaming(bytes=8, **NORM),
+    "gated_residual/dual": Streaming(bytes=12, **NORM),
+    "gated_residual/dual_fp32": Streaming(bytes=24, **NORM),
+    "gated_residual/dual_fp8": Streaming(bytes=10, **NORM),
+    "gated_residual/backward_plain": Streaming(bytes=4, **NORM),
+    "gated_residual/backward_dual": Streaming(bytes=14, **NORM),
+    "gelu/forward": Streaming(bytes=4, **GELU),
+    "gelu/backward": Streaming(bytes=6, **GELU),
+    "gaussian_step/ode": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
+    "gaussian_step/philox_host_seed": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
 }
 
 
