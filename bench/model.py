@@ -13,10 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+# Figures of a session that nothing is predicted of, and why.
+UNPREDICTED = {
+    "check": "an op agrees or is refused",
+    "step.on_policy": "0 is demanded",
+    "step.peak_memory_gb": "the weights of all contenders are in it; bench.train puts the plan of ours beside its own",
+    "step.waterfall.merge": "stock operators one by one: bound by the host's launches, which differ between machines",
+    "step.waterfall.fuse": "as merge",
+    "step.waterfall.attention": "as merge",
+    "train.world": "a tiny model: bound by the host",
+    "train.random.allocated_gb": "beside it stands what python -m advgrpo.plan says",
+    "kernels.over_compiled": "what inductor fuses is not counted",
+    "tune": "it asks which launch is faster",
+}
 
 FILE = Path(__file__).with_name("predictions.json")
 TOLERANCE = 0.25
@@ -50,12 +65,27 @@ EAGER, CUSTOM = 5.0, 40.0  # host time of an ATen operator, of a custom op with 
 NODE = 2.5  # a kernel of a captured graph too small to fill the chip
 WAITS = 50_000.0  # an iteration's, at the ends of phases: with a noise per image the host is ahead elsewhere; a guess
 LAUNCH = 3.0  # what events enclose around one kernel besides the kernel
+GAP = 1.0  # between kernels of a graph: one drains and the next fills the chip
+HOLES = 0.5  # of what a forward leaves idle that a second stream gets: its tiles end behind the hole they began in
 
 FP8_PART = 0.92  # of the products: inner blocks without AdaLN
 ROWS, IMAGE, TEXT, WIDTH, LAYERS, DUAL = 16, 1024, 205, 1536, 24, 13
 JOINT = IMAGE + TEXT
 STOCK_ATTENTION = 4 * ROWS * WIDTH * (LAYERS * JOINT**2 + DUAL * IMAGE**2)
 OWN_ATTENTION = STOCK_ATTENTION - 4 * ROWS * WIDTH * TEXT * JOINT  # the last block's text queries do not attend
+SMS, REGISTERS, WARPS = 132, 65536, 64  # multiprocessors, and what each has room for
+ISSUE = 2.5 * 1.93e9  # instructions of a warp that a multiprocessor issues in a second: 2.5 a cycle
+TILES = ((128, 256), (256, 128), (128, 128))  # rows and columns that one of them computes of a product
+QUERIES = 128  # of a head that one of them attends to
+HEADS = 24
+# The merged forward's products as (rows, columns, reduction, how many): q, k and v, output, and both linears of the
+# feed-forward, of image and text; and the dual attention's. Of text the last block has k and v alone.
+PRODUCTS = (
+    *((ROWS * IMAGE, n * WIDTH, k * WIDTH, LAYERS) for n, k in ((3, 1), (1, 1), (4, 1), (1, 4))),
+    *((ROWS * IMAGE, n * WIDTH, WIDTH, DUAL) for n in (3, 1)),
+    *((ROWS * TEXT, n * WIDTH, k * WIDTH, LAYERS - 1) for n, k in ((3, 1), (1, 1), (4, 1), (1, 4))),
+    (ROWS * TEXT, 2 * WIDTH, WIDTH, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +119,25 @@ COMPILED_MERGED, COMPILED_ADAPTED, COMPILED_BACKWARD = (
 )
 
 
+def idle_share(tiles: int) -> float:
+    """Of the multiprocessors' time over so many equal tiles, each of them one at a time: that of the last wave."""
+    return 1 - tiles / (-(-tiles // SMS) * SMS)
+
+
+def idle_of_products() -> float:
+    """The same over `PRODUCTS`, each by the tile that takes the least time for it; what a tile computes beyond a
+    product's edge is no hole."""
+    held = idle = 0.0
+    for rows, columns, reduction, count in PRODUCTS:
+        found = []
+        for height, width in TILES:
+            tiles = -(-rows // height) * -(-columns // width)
+            found.append((-(-tiles // SMS) * SMS * height * width * reduction * count, idle_share(tiles)))
+        time, share = min(found)
+        held, idle = held + time, idle + time * share
+    return idle / held
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A case of bench.kernels at full size: what must be moved and computed, and what the eager baseline does instead.
@@ -120,6 +169,57 @@ KERNELS = {
     "fp8_quantize": Kernel(75_563_008, 0, 10, 982_122_496),
     "merge_lora": Kernel(1_877_606_400, 0, 573, 5_407_506_432, 900.0),
     "multi_tensor_adamw": Kernel(751_042_560, 0, 2310, 2_328_245_728),
+}
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A kernel that reads and writes tensors of tokens or images once, as it is launched at full size.
+
+    Args:
+        elements: of a row: a guided image's tokens and channels; of an image's latents.
+        bytes: moved for each.
+        program: elements of one program, of `warps` warps.
+        lanes: share of its threads' work that is inside of the tensor.
+    """
+
+    elements: int
+    bytes: int
+    program: int
+    warps: int
+    lanes: float = 1.0
+
+    def by_instructions(self, machine: Machine, instructions: float) -> float:
+        """Share of the copy bandwidth that is left where a thread issues so many instructions for an element."""
+        issued = instructions / (32 * self.lanes * SMS * ISSUE)
+        return min(1.0, self.bytes / (machine.copy_gb_s * 1e9) / issued)
+
+    def by_waves(self, rows: int, registers: int) -> float:
+        """Share of the multiprocessors' places that programs fill until the last one ends, if all take as long."""
+        places = SMS * min(REGISTERS // (32 * self.warps * registers), WARPS // self.warps)
+        waves = self.elements * rows / self.program / places
+        return waves / math.ceil(waves)
+
+
+NORM = {"elements": IMAGE * WIDTH, "program": 4 * WIDTH, "warps": 8, "lanes": 0.75}  # 1,536 of 2,048 lanes
+GELU = {"elements": IMAGE * 4 * WIDTH, "program": 4096, "warps": 4}
+# By the names of tests/kernels/ahead_of_time/budgets.json, which has their instructions and registers.
+STREAMING = {
+    "ada_layer_norm/one": Streaming(bytes=4, **NORM),
+    "ada_layer_norm/two": Streaming(bytes=6, **NORM),
+    "ada_layer_norm/backward": Streaming(bytes=8, **NORM),
+    "ada_layer_norm/fp8": Streaming(bytes=3, **NORM),
+    "gated_residual/plain": Streaming(bytes=6, **NORM),
+    "gated_residual/norm": Streaming(bytes=8, **NORM),
+    "gated_residual/dual": Streaming(bytes=12, **NORM),
+    "gated_residual/dual_fp32": Streaming(bytes=24, **NORM),
+    "gated_residual/dual_fp8": Streaming(bytes=10, **NORM),
+    "gated_residual/backward_plain": Streaming(bytes=4, **NORM),
+    "gated_residual/backward_dual": Streaming(bytes=14, **NORM),
+    "gelu/forward": Streaming(bytes=4, **GELU),
+    "gelu/backward": Streaming(bytes=6, **GELU),
+    "gaussian_step/ode": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
+    "gaussian_step/philox_host_seed": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
 }
 
 
@@ -197,6 +297,24 @@ class Model:
         """One image."""
         return self.products(DECODED, share) + moved / (STREAM * self.bytes)
 
+    @property
+    def idle(self) -> float:
+        """Of a merged forward, in seconds of the whole chip: last waves of products and of attention, and gaps."""
+        joint, dual = (ROWS * HEADS * -(-tokens // QUERIES) for tokens in (JOINT, IMAGE))
+        attention = (LAYERS * joint * idle_share(joint) + DUAL * dual * idle_share(dual)) / (
+            LAYERS * joint + DUAL * dual
+        )
+        dense = self.products(MERGED.flops - MERGED.attention, GEMM)
+        waves = dense * idle_of_products() + self.products(MERGED.attention, ATTENTION) * attention
+        return waves + MERGED.launches * GAP * 1e-6
+
+    def hidden(self, share: float = HOLES) -> float:
+        """Of an iteration's decoding, which a side stream does while the next micro-batch is sampled: in `share` of the
+        time that the sampler leaves idle. The last micro-batch has nothing beside it."""
+        micro_batches = IMAGES // MICRO - 1
+        decoded = MICRO * self.decode(CONVOLUTION, DECODED_BYTES)
+        return micro_batches * min(decoded, share * STEPS * self.idle)
+
     def sampler(self, ode: float, *, shared: bool = False) -> float:
         """An iteration's images of ours: two window steps, the rest merged; and the decoder.
 
@@ -230,18 +348,23 @@ class Model:
         return IMAGES / MICRO * 2 * self.stock_trained
 
     @property
+    def features(self) -> float:
+        """DINO's, of an iteration's images."""
+        return IMAGES * self.products(FEATURES, BACKBONE)
+
+    @property
     def adversary(self) -> float:
-        return IMAGES * self.products(FEATURES, BACKBONE) + HEAD_UPDATES * 0.5e-3
+        return self.features + HEAD_UPDATES * 0.5e-3
 
     @property
     def b1_adversary(self) -> float:
         """A head update is 137 launches."""
-        return IMAGES * self.products(FEATURES, BACKBONE) + HEAD_UPDATES * 137 * EAGER * 1e-6
+        return self.features + HEAD_UPDATES * 137 * EAGER * 1e-6
 
     @property
     def stock_adversary(self) -> float:
         """References have no cache either."""
-        return 2 * IMAGES * self.products(FEATURES, BACKBONE) + HEAD_UPDATES * 137 * EAGER * 1e-6
+        return 2 * self.features + HEAD_UPDATES * 137 * EAGER * 1e-6
 
     def iteration(self, *, shared: bool = False) -> float:
         return self.sampler(self.merged, shared=shared) + self.adversary + self.update(shared=shared)
@@ -282,29 +405,45 @@ def predict(machine: Machine = H200) -> dict[str, float]:
         "step.iteration.b0": 1 / m.stock_iteration,
         "step.iteration_shared.over_b1.ratio": m.b1_iteration / iteration_shared,
         "step.iteration_shared.ours": 1 / iteration_shared,
+        "step.iteration_shared.b1": 1 / m.b1_iteration,
         "step.sampler.over_b1.ratio": m.b1_sampler / own,
         "step.sampler.over_b0.ratio": m.stock_sampler / own,
         "step.sampler.ours": IMAGES / own,
         "step.sampler.b1": IMAGES / m.b1_sampler,
         "step.sampler.b0": IMAGES / m.stock_sampler,
         "step.sampler_shared.over_b1.ratio": m.b1_sampler / own_shared,
+        "step.sampler_shared.ours": IMAGES / own_shared,
+        "step.sampler_shared.b1": IMAGES / m.b1_sampler,
         "step.sampler_fp8.over_b1.ratio": m.b1_sampler / fp8,
         "step.sampler_fp8.over_b0.ratio": m.stock_sampler / fp8,
         "step.sampler_fp8.ours": IMAGES / fp8,
+        "step.sampler_fp8.b1": IMAGES / m.b1_sampler,
+        "step.sampler_fp8.b0": IMAGES / m.stock_sampler,
         "step.update.over_b1.ratio": m.b1_update / m.update(),
         "step.update.over_b0.ratio": m.stock_update / m.update(),
         "step.update.ours": IMAGES / m.update(),
         "step.update.b1": IMAGES / m.b1_update,
         "step.update.b0": IMAGES / m.stock_update,
         "step.update_shared.over_b1.ratio": m.b1_update / update_shared,
+        "step.update_shared.ours": IMAGES / update_shared,
+        "step.update_shared.b1": IMAGES / m.b1_update,
+        "step.waterfall.B0": IMAGES / m.stock_sampler,
+        "step.waterfall.graph": IMAGES / own,
+        "step.waterfall.side stream": IMAGES / (own - m.hidden()),
+        "step.waterfall.FP8": IMAGES / fp8,
         "step.adversary.over_b1.ratio": m.b1_adversary / m.adversary,
         "step.adversary.over_b0.ratio": m.stock_adversary / m.adversary,
         "step.adversary.ours": IMAGES / m.adversary,
+        "step.adversary.b1": IMAGES / m.b1_adversary,
+        "step.adversary.b0": IMAGES / m.stock_adversary,
         "step.fp8_forward_over_roofline": m.merged_fp8 / m.products(STOCK.flops, 1.0),
         "step.sampler_mfu": IMAGES / own * STEPS * STOCK.flops / 8 / 989e12,
         "profile.iterations_per_second": 1 / iteration,
         "profile.phase_shares.sample": own / iteration,
+        "profile.images_per_second": IMAGES / iteration,
         "profile.phase_shares.update": m.update() / iteration,
+        "profile.phase_shares.score": m.features / iteration,
+        "profile.phase_shares.discriminator": (m.adversary - m.features) / iteration,
         "profile.trajectory.kernels": 2 * ADAPTED.launches + (STEPS - 2) * MERGED.launches + 3 * STEPS,
         "profile.trajectory.host_syncs": 0,
         "profile.idle_share": WAITS * 1e-6 / iteration,
@@ -359,6 +498,9 @@ def measured(name: str, reports: Mapping[str, dict]) -> float | None:
         return sorted(rows)[len(rows) // 2] if rows else None
     value: object = report
     for key in path:
+        if isinstance(value, list):  # the waterfall's rows
+            value = next((row["images_per_second"] for row in value if row["step"] == key), None)
+            break
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, (int, float)) else None
 

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from advgrpo.policy.fused.attention import choose_attention
+from advgrpo.runtime.streams import SideStream, Stream
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.types import Rollout
 
@@ -142,8 +143,10 @@ def figures(unit: Unit, times: dict[str, np.ndarray], wanted: int) -> dict[str, 
     return entry | {"rounds": len(times["ours"]), "rounds_wanted": wanted}
 
 
-def sampler_with(c: Contenders, *, attention=None, graphs: bool) -> Callable[[], Rollout]:
-    """Our rollout with some of what makes it fast switched off."""
+def sampler_with(
+    c: Contenders, *, attention=None, graphs: bool, decode_stream: Stream | None = None
+) -> Callable[[], Rollout]:
+    """Our rollout with some of what makes it fast switched off, or decoding on another stream."""
     trainer, ours, own = c.trainer, c.objective, c.objective.sampler
     network = trainer.policy.network
     transformer = getattr(network, "transformer", network)  # of a FusedNetwork, or RandomPolicy's own
@@ -158,12 +161,14 @@ def sampler_with(c: Contenders, *, attention=None, graphs: bool) -> Callable[[],
         shared_noise=own.shared_noise,
     )
 
+    stream, other = ours.decode_stream, decode_stream or ours.decode_stream
+
     def run() -> Rollout:
-        ours.sampler, transformer._attend = sampler, attention or chosen
+        ours.sampler, ours.decode_stream, transformer._attend = sampler, other, attention or chosen
         try:
             return ours.rollout(table, 0)
         finally:
-            ours.sampler, transformer._attend = own, chosen
+            ours.sampler, ours.decode_stream, transformer._attend = own, stream, chosen
 
     return run
 
@@ -403,6 +408,7 @@ class Session:
             "fuse": sampler_with(c, attention=plain, graphs=False),
             "attention": sampler_with(c, graphs=False) if gpu else None,
             "graph": sampler_with(c, graphs=True) if gpu else None,
+            "side stream": sampler_with(c, graphs=True, decode_stream=SideStream(c.device)) if gpu else None,
             "FP8": sampler_with(fp8, graphs=True) if fp8 else None,
         }
 

@@ -25,6 +25,7 @@ FREE_OF_CURVES = (
     "collective_timeout",
     "data.cache_dir",
     "model.offload",
+    "rollout.decode_stream",
     "output",
     "monitor",
     "evaluation.every",

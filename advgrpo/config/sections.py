@@ -247,6 +247,9 @@ class RolloutSection(Section):
     engine: EngineSection = EngineSection()
     precision: Literal["model", "fp8"] = "model"
     """ODE steps, which have no likelihood: merged weights in the model's dtype, or in FP8; needs --fast."""
+    decode_stream: Literal["main", "side"] = "main"
+    """CUDA stream that decodes a micro-batch's images: before the next micro-batch is sampled (main) or beside it
+    (side), with the same bits; side keeps the decoder's memory through the iteration."""
     window_forward: Literal["trainer", "merged"] = "trainer"
     """Forward of the stochastic steps: the trainer's own, so that likelihood ratios start at exactly 1, or the merged
     weights in `precision`, which needs another update.old_log_prob."""

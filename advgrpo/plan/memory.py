@@ -320,12 +320,18 @@ class _Estimate:
         yield Component("image decoder", self._decoder_bytes(), "model.path, fast, model.offload", decoder)
         yield Component("stock VAE, float32", 4 * self._vae_parameters(), "model.path, fast, model.offload", vae)
 
+    def _decoding_phases(self) -> tuple[str, ...]:
+        """When what decoding allocates is held: of a side stream, beside the sampler and from then on."""
+        side = self.config.rollout.decode_stream == "side"
+        return ("sample", "decode", "score", "update") if side else ("decode",)
+
     def _vae_phases(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """When the decoder in use is on the GPU, and what of the stock VAE is not in use as that."""
         if self.config.model.offload != "text_vae":
             return PHASES, PHASES
         encodes = ("update",) if self.config.objective.learns_from_references else ()
-        return (("decode",), encodes) if self.own_decoder else (("decode", *encodes), ("decode", *encodes))
+        decodes = self._decoding_phases()
+        return (decodes, encodes) if self.own_decoder else ((*decodes, *encodes), (*decodes, *encodes))
 
     def host_gb(self) -> float:
         """What `model.offload` pins in the host's memory until all prompts are cached, 10^9 bytes."""
@@ -433,7 +439,8 @@ class _Estimate:
         held_latents = (1 if forward_process else kept * config.trained_steps) * latents
         rollout = self.judged(knobs) * 4 * 3 * resolution**2 + self.images(knobs) * held_latents
         held = ("decode", "score", "update")
-        yield Component("images and window latents", rollout, "rollout.prompts_per_iteration, processes", held)
+        lies = ("sample", *held) if config.rollout.decode_stream == "side" else held
+        yield Component("images and window latents", rollout, "rollout.prompts_per_iteration, processes", lies)
         share = config.update.informative_share
         if share < 1:  # training/informative.py copies them; what it leaves out is held until the iteration ends
             copied = round(self.images(knobs) * share) * held_latents
@@ -449,7 +456,8 @@ class _Estimate:
         name = "sampler's forward, in the CUDA graphs' pool" if graphs else "sampler's forward"
         yield Component(name, forward, decides, ("sample", *held) if graphs else ("sample",))
         decode = self._decoding_bytes(knobs.micro_batch)
-        yield Component("decoding", decode, "model.resolution, rollout.micro_batch", ("decode",))
+        decided = "model.resolution, rollout.micro_batch, rollout.decode_stream"
+        yield Component("decoding", decode, decided, self._decoding_phases())
         both = "rollout.micro_batch, model.gradient_checkpointing, model.lora.blocks"
         saved = sequences * shape.saved_bytes(checkpointing=knobs.gradient_checkpointing)
         captured = config.update.graphs and self.fused and config.objective.has_window  # in the graphs' pool, always

@@ -54,6 +54,7 @@ FREE_TO_CHANGE = (
     "data.decode_workers",
     "update.graphs",
     "model.offload",
+    "rollout.decode_stream",
     *(
         f"rollout.engine.{name}"
         for name in (

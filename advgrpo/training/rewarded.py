@@ -23,6 +23,7 @@ from advgrpo.monitor.image_statistics import ImageStatistics, measure
 from advgrpo.policy.base import Policy
 from advgrpo.runtime import rng
 from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
+from advgrpo.runtime.streams import CurrentStream, Stream, stream_of
 from advgrpo.runtime.transfer import to_device
 from advgrpo.sampling.dynamics import StepTable
 from advgrpo.sampling.noise import row_seeds
@@ -78,6 +79,7 @@ class RewardedObjective(ABC):
         due: iteration -> whether the monitor looks at it.
         together: all processes run every forward, also those that only one of them needs: the base is in parts on them.
         engine: takes the ODE steps before the window, or all where there is none; None: the sampler takes them.
+        decode_stream: decodes a rollout's images, while the next ones are sampled where it is a side stream.
     """
 
     keeps_clean_latents: ClassVar[bool] = False  # the update learns from the latents that images are decoded from
@@ -96,6 +98,7 @@ class RewardedObjective(ABC):
     due: Callable[[int], bool]
     together: bool
     engine: RolloutEngine | None = field(default=None, kw_only=True)
+    decode_stream: Stream = field(default_factory=CurrentStream, kw_only=True)
 
     def __post_init__(self) -> None:
         self._of_references = None if self.scorer.references is None else self.scorer.reference_statistics
@@ -127,6 +130,7 @@ class RewardedObjective(ABC):
             due=parts.monitor.due,
             together=config.model.is_sharded(distributed.world_size),
             engine=build_engine(parts),
+            decode_stream=stream_of(config.rollout.decode_stream, parts.policy.device),
             **cls.own_settings(parts, scorer),
         )
 
@@ -197,22 +201,33 @@ class RewardedObjective(ABC):
         micro_batches = self.micro_batches.of(iteration, chosen)
         judged = [prompt for each in micro_batches if each.judged for prompt in each.prompts]
         self.scorer.prefetch(judged)  # while the GPU samples
-        drawn = []
-        for each in self.draw(self.sampler, table, micro_batches, iteration, "sample"):
+        drawn, stream = [], self.decode_stream
+        for each in self.draw(self.sampler, table, micro_batches, iteration, "sample", decode_stream=stream):
             if each.micro_batch.judged:
-                self.scorer.begin(each)
+                with stream.work():
+                    self.scorer.begin(each)
             drawn.append(each)
+        stream.join(*(each.images for each in drawn))
         return Rollout(drawn)
 
     def draw(
-        self, sampler: Sampler, table: StepTable, micro_batches: Sequence[MicroBatch], iteration: int, what: str
+        self,
+        sampler: Sampler,
+        table: StepTable,
+        micro_batches: Sequence[MicroBatch],
+        iteration: int,
+        what: str,
+        *,
+        decode_stream: Stream | None = None,
     ) -> Iterator[MicroBatchRollout]:
         """The images of micro-batches, one of these after the other; the same by whatever sampler and table draws them,
         up to what these compute differently.
 
         Args:
             what: is done, for those who wait.
+            decode_stream: decodes the images, which who reads them joins first; None: the current one does.
         """
+        decode_stream = decode_stream or CurrentStream()
         initial_seed = rng.derive_seed(self.seed, "initial_noise", iteration)
         noise_seed = rng.derive_seed(self.seed, "step_noise", iteration)
         encoded: dict[tuple[str, ...], Conditioning] = {}  # the micro-batches of a prompt share its embeddings
@@ -224,7 +239,7 @@ class RewardedObjective(ABC):
             texts = tuple(micro_batch.prompts)
             if texts not in encoded:
                 encoded[texts] = self.policy.encode(micro_batch.prompts)
-            yield self._sample(sampler, table, micro_batch, encoded[texts], initial_seed, noise_seed)
+            yield self._sample(sampler, table, micro_batch, encoded[texts], initial_seed, noise_seed, decode_stream)
 
     def _sample(
         self,
@@ -234,6 +249,7 @@ class RewardedObjective(ABC):
         conditioning: Conditioning,
         initial_seed: int,
         noise_seed: int,
+        decode_stream: Stream,
     ) -> MicroBatchRollout:
         table, reached = self._reached(sampler, table.of(micro_batch.branch), micro_batch, initial_seed)
         latents, steps = reached, []
@@ -247,7 +263,8 @@ class RewardedObjective(ABC):
                 image_ids=to_device(micro_batch.draws, self.policy.device),
             )
         clean = latents if self.keeps_clean_latents else None
-        images = self.policy.decode(latents) if micro_batch.judged else latents.new_zeros(0, 3, 1, 1)
+        with decode_stream.work(latents):
+            images = self.policy.decode(latents) if micro_batch.judged else latents.new_zeros(0, 3, 1, 1)
         return MicroBatchRollout(micro_batch, conditioning, steps, images, clean)
 
     def _reached(

@@ -154,6 +154,10 @@ class Run:
                 self.console.print(f"note: {uneven}", soft_wrap=True)
             if config.model.offload != "none" and distributed.device.type == "cpu":
                 self.console.print(f"note: model.offload = {config.model.offload!r} changes nothing on a CPU")
+            if config.rollout.decode_stream != "main" and distributed.device.type == "cpu":
+                self.console.print(
+                    "note: rollout.decode_stream = 'side' changes nothing on a CPU, which has no streams"
+                )
         with distributed.monitored("hash what the run is made from", at_most_seconds=SLOW_SECONDS):
             self.made_from = made_from(config, sources) if distributed.is_main else {}
         changed = self._changed(resuming, saved)

@@ -76,6 +76,7 @@ def _out_of_range() -> list[Case]:
         "--model.attention flash9": "model.attention = 'flash9': want one of auto, flash3, flash2",
         "--model.attention cudnn": "model.attention = 'cudnn': it needs a CUDA device",
         "--model.decoder_dtype int8": "model.decoder_dtype = 'int8'",
+        "--rollout.decode_stream beside": "rollout.decode_stream = 'beside': want main or side",
         "--rollout.group_size 1": "rollout.group_size = 1: want a whole number from 2",
         "--rollout.group_size 1000000": "rollout.group_size = 1000000",
         "--rollout.prompts_per_iteration 0": "rollout.prompts_per_iteration = 0",

@@ -293,3 +293,15 @@ def test_an_iteration_waits_where_it_is_known_to(tmp_path):
     places = sorted({warning.filename.rpartition("advgrpo/")[2] for warning in caught})
     assert not [place for place in places if place.startswith("policy/")], places
     print("the host waits in", places, len(caught), "times")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_decoded_beside_the_sampler_have_the_same_bits(device, tmp_path):
+    """On a CPU, which has no streams, in place; tests/training/test_decode_stream.py emulates them."""
+    drawn = []
+    for stream in ("main", "side"):
+        objective = trainer_on(device, tmp_path / stream, rollout={"decode_stream": stream}).objective
+        rollouts = [objective.rollout(objective.table(0), 0) for _ in range(3)]  # eager, captured and replayed
+        drawn.append([each.images for rollout in rollouts for each in rollout.micro_batches])
+    for one, other in zip(*drawn, strict=True):
+        assert torch.equal(one, other)

@@ -487,6 +487,17 @@ def test_a_captured_update_holds_its_activations_in_every_phase(paper):
     assert after.peak_gb > before.peak_gb + saved  # a warm-up beside the graphs that there are
 
 
+def test_a_side_stream_keeps_what_decoding_allocates(paper):
+    """Images are decoded while the last ones are sampled, and the allocator gives the stream's memory to no other."""
+    before = plan_as_configured(paper, 141)
+    paper.rollout.decode_stream = "side"
+    after = plan_as_configured(paper, 141)
+    decoding = next(c.bytes for c in before.components if c.name == "decoding") / 1e9
+    assert after.phase_gb("sample") > before.phase_gb("sample") + decoding
+    assert after.phase_gb("update") == pytest.approx(before.phase_gb("update") + 1.05 * decoding)
+    assert after.phase_gb("decode") == before.phase_gb("decode")
+
+
 def test_kept_means_and_a_teacher_are_counted(paper):
     """Two steps of 96 images with 16·64·64 float32 each, and a third copy of the adapters."""
     plain = {c.name: c.bytes for c in plan(paper, 80, processes=8).components}

@@ -49,7 +49,7 @@ OURS = (
     *("model.lora.blocks", "model.lora.start_from", "model.lora.export_format", "model.gradient_checkpointing"),
     *("model.attention", "model.base_precision", "model.shard_base", "model.offload"),
     "model.sequence_parallel",
-    *("rollout.precision", "rollout.window_forward"),
+    *("rollout.precision", "rollout.window_forward", "rollout.decode_stream"),
     *("update.objective", "update.optimizer", "update.max_log_prob_mismatch", "evaluation.grid_prompts"),
     *("update.trust_region", "update.max_divergence", "update.step_weights"),  # other articles' (jobs/objectives.md)
     *("rollout.tail_*", "rollout.scout*", "update.informative_share", "update.skip_dead_groups"),  # method 10

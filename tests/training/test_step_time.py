@@ -28,7 +28,7 @@ SHARED_SIDES = {
     "update": {"ours": 1.0, "b1": 1.4},
 }
 FP8_SIDES = {"ours": 2.4, "b1": 3.1, "b0": 6.0}
-ROWS = {"B0": 6.0, "merge": 5.4, "fuse": 4.0, "attention": 3.2, "graph": 3.0, "FP8": 2.4}
+ROWS = {"B0": 6.0, "merge": 5.4, "fuse": 4.0, "attention": 3.2, "graph": 3.0, "side stream": 2.9, "FP8": 2.4}
 SHARED = tuple(f"{name}_shared" for name in SHARED_SIDES)
 ALL = (*SIDES, *SHARED, "sampler_fp8", "peak_memory_gb", "fp8_forward_over_roofline", "waterfall")
 FIGURES = tuple(name for name in ALL if name not in ("peak_memory_gb", "fp8_forward_over_roofline"))
