@@ -41,6 +41,10 @@ if HAS_TRITON:
         return tl.exp2(-1.4426950409 * g)
 
     @triton.jit
+    def silu(g):
+        return g * inverse_of_one_plus(_exp_of_minus(g))
+
+    @triton.jit
     def _swiglu_fwd_kernel(
         x_ptr, y_ptr, fp8_scale_ptr, M, F, x_stride, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
     ):  # fmt: skip
@@ -50,7 +54,7 @@ if HAS_TRITON:
         gates = row.to(tl.int64)[:, None] * x_stride + f[None, :]
         g = tl.load(x_ptr + gates, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(x_ptr + gates + F, mask=mask, other=0.0).to(tl.float32)
-        y = g * inverse_of_one_plus(_exp_of_minus(g)) * u
+        y = silu(g) * u
         offsets = row.to(tl.int64)[:, None] * F + f[None, :]
         if fp8_scale_ptr is not None:  # one program sees the whole row, which is 0 beyond its end
             fp8_scale, inverse = row_scales(tl.max(tl.abs(y), axis=1))
