@@ -2,7 +2,7 @@
 
 Planted bugs that turned this file red: see tests/mutants (fused_*); besides, image tokens before text tokens, the mask
 of the text ignored, the IP-Adapter's part dropped, a modulation that trains on fused layers, float16 not clipped, the
-class's replacement that calls itself where a block is to run its own forward, a SwiGLU that gates by another function.
+class's replacement that calls itself where a block is to run its own forward.
 """
 
 import copy
