@@ -1,8 +1,8 @@
 """SwiGLU between the linears of a gated feed-forward layer.
 
 Planted bugs that turned this file red: see tests/mutants (kernels-swiglu-*); besides, the halves exchanged, rows of x
-taken as dense, a second tile of columns that is never written, NaN taken for the bound, the scale of half a row, a slope
-without its second term. 1 - s taken from s is not seen: PyTorch does it too, and the budget is by its error.
+taken as dense, a second tile of columns that is never written, NaN taken for the bound, the scale of half a row, a
+slope without its second term. 1 - s taken from s is not seen: PyTorch does it too, and the budget is by its error.
 """
 
 import pytest
