@@ -150,10 +150,10 @@ def test_quantised_is_the_unrounded_result_with_the_scales_of_whole_rows(columns
 def test_opcheck(device):
     x, dy = inputs((2, 3, 16), torch.float32, device)
     torch.library.opcheck(_swiglu_op, (x.requires_grad_(),))
-    without_gradient = {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(_swiglu_op, (torch.randn(2, 3, 40, device=device)[..., 8:24],), **without_gradient)
-    torch.library.opcheck(_swiglu_backward_op, (dy, x.detach()), **without_gradient)
-    torch.library.opcheck(_swiglu_fp8_op, (x.detach(),), **without_gradient)
+    without_gradient = ("test_schema", "test_faketensor")
+    torch.library.opcheck(_swiglu_op, (torch.randn(2, 3, 40, device=device)[..., 8:24],), test_utils=without_gradient)
+    torch.library.opcheck(_swiglu_backward_op, (dy, x.detach()), test_utils=without_gradient)
+    torch.library.opcheck(_swiglu_fp8_op, (x.detach(),), test_utils=without_gradient)
 
 
 def test_compiles_without_graph_break(device):
