@@ -1,4 +1,4 @@
-"""Workloads of the layer ops. Baselines round and lay out as diffusers' SD3 transformer and VAE do, eager."""
+"""Workloads of the layer ops. Baselines round and lay out as diffusers' SD3 (of SwiGLU: FLUX.2) and VAE do, eager."""
 
 from __future__ import annotations
 
@@ -125,6 +125,17 @@ def gelu(bench: Bench) -> Workload:
     """Bias and GELU between the two linears of a feed-forward layer."""
     x, bias = _tokens(bench, bench.sizes.mlp), bench.randn(bench.sizes.mlp, dtype=bench.dtype)
     return Workload(lambda: k.gelu(x, bias), lambda: F.gelu(x + bias, approximate="tanh"), 2 * nbytes(x))
+
+
+def swiglu(bench: Bench) -> Workload:
+    """Gate and value between the two linears of a gated feed-forward layer of that hidden width, as in FLUX.2."""
+    x = _tokens(bench, 2 * bench.sizes.mlp)
+
+    def eager():
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+    return Workload(lambda: k.swiglu(x), eager, nbytes(x) * 3 // 2)
 
 
 def group_norm(bench: Bench) -> Workload:

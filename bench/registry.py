@@ -39,6 +39,7 @@ REGISTRY: dict[str, Op] = {
         _op("ada_layer_norm", cases_layers, ada_layer_norm_backward=cases_layers.ada_layer_norm_backward),
         _op("gated_residual", cases_layers),
         _op("gelu", cases_layers),
+        _op("swiglu", cases_layers),
         _op("group_norm", cases_layers),
         _op("fp8_quantize", cases_layers, test="fp8"),
         _op("fp8_linear", cases_layers, test="fp8"),

@@ -26,11 +26,12 @@ from advgrpo_kernels import _tuning
 from advgrpo_kernels._tuning import Launch
 from advgrpo_kernels.ops import _residual_norm, qk_rms_norm
 from advgrpo_kernels.ops import gelu as gelu_module  # the module where the package has the function
+from advgrpo_kernels.ops import swiglu as swiglu_module
 
 from . import timing
 from .agreement import agreement
 from .budget import Budget, OutOfTime, Report
-from .cases_layers import ada_layer_norm, ada_layer_norm_backward, gated_residual, gelu
+from .cases_layers import ada_layer_norm, ada_layer_norm_backward, gated_residual, gelu, swiglu
 from .cases_layers import qk_rms_norm as qk_case
 from .workload import SD35_MEDIUM_512, TINY, Bench, Workload
 
@@ -49,16 +50,19 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "qk_rms_norm": {"qk_rms_norm": qk_case},
     "gelu": {"gelu": gelu},
+    "swiglu": {"swiglu": swiglu},
 }
 OWN = {
     "residual_norm": Launch(_residual_norm.ROWS, _residual_norm.WARPS),
     "qk_rms_norm": Launch(qk_rms_norm.ROWS, qk_rms_norm.WARPS),
     "gelu": Launch(gelu_module.ROWS, gelu_module.WARPS),
+    "swiglu": Launch(swiglu_module.ROWS, swiglu_module.WARPS),
 }
 SWEEP = {
     "residual_norm": [Launch(rows, warps) for rows in (1, 2, 4, 8) for warps in (4, 8)],
     "qk_rms_norm": [Launch(rows, warps) for rows in (32, 64, 128) for warps in (4, 8)],
     "gelu": [Launch(rows, warps) for rows in (2, 4, 8) for warps in (4, 8)],
+    "swiglu": [Launch(rows, warps) for rows in (1, 2, 4) for warps in (4, 8)],
 }
 
 

@@ -8,7 +8,8 @@ The VAE's latents are normalised after they are packed, each of a patch's 4·C n
 VAE's own batch norm. Ours are the normalised ones, unpacked. The schedule's shift moves with the number of image tokens
 and of steps, by a line through points that Black Forest Labs measured (diffusers' `compute_empirical_mu`).
 
-diffusers' forward alone: SwiGLU, and modulation that blocks share, are not in ours (fused/transformer.py).
+diffusers' forward alone: SwiGLU (the kernels' `swiglu`), and modulation that blocks share, are not in ours
+(fused/transformer.py).
 
 Shapes: R rows, latents [R, C, H, W] float32, text [R, L, 3·D], no pooled vector: [R, 0].
 """

@@ -23,6 +23,7 @@ from .ops.philox import philox_integers, philox_normal, philox_permutation, phil
 from .ops.qk_rms_norm import AttentionInputs, qk_rms_norm, qk_rms_norm_ref
 from .ops.score_features import FeatureScore, score_features, score_features_ref
 from .ops.small_attention import small_attention, small_attention_ref
+from .ops.swiglu import swiglu, swiglu_ref
 
 __all__ = [
     "Advantages",
@@ -74,6 +75,8 @@ __all__ = [
     "small_attention_ref",
     "step_coefficients",
     "step_std",
+    "swiglu",
+    "swiglu_ref",
     "transition_coefficients",
 ]
 __version__ = "0.1.0"

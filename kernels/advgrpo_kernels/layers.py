@@ -8,6 +8,7 @@ the signature of the class that it stands for:
 | `AdaLayerNormZero`, `SD35AdaLayerNormZeroX`, `AdaLayerNormContinuous` | diffusers | norm and modulation |
 | `GELU` | diffusers' feed-forward, with `approximate="tanh"` | what follows its matrix product |
 | `GeluTanh`, `NewGELU` | transformers' names of tanh-GELU | the whole layer |
+| `Flux2SwiGLU` | diffusers' FLUX.2, in all its feed-forwards | the whole layer |
 
 The other ops are no layers: `qk_rms_norm` stands for four norms, three concatenations and a transpose, `gated_residual`
 for a line in a block's forward, and `fp8_linear` needs weights that are stored otherwise.
@@ -24,8 +25,17 @@ from torch import nn
 
 from .ops.ada_layer_norm import ada_layer_norm
 from .ops.gelu import gelu
+from .ops.swiglu import swiglu
 
-__all__ = ["GELU", "AdaLayerNormContinuous", "AdaLayerNormZero", "GeluTanh", "NewGELU", "SD35AdaLayerNormZeroX"]
+__all__ = [
+    "GELU",
+    "AdaLayerNormContinuous",
+    "AdaLayerNormZero",
+    "Flux2SwiGLU",
+    "GeluTanh",
+    "NewGELU",
+    "SD35AdaLayerNormZeroX",
+]
 
 
 def _eps_of(norm: nn.Module) -> float:
@@ -133,3 +143,19 @@ class NewGELU(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return gelu(input)
+
+
+class Flux2SwiGLU(nn.Module):
+    """silu(gate)·value for x [..., 2F], gate first: [..., F].
+
+    Raises:
+        ValueError: the adopting module's `gate_fn` is another than a SiLU.
+    """
+
+    can_torch_compile = True
+    gate_fn: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.gate_fn, nn.SiLU):
+            raise ValueError(f"gate_fn must be a SiLU, which alone is fused, got {self.gate_fn}")
+        return swiglu(x)

@@ -27,6 +27,7 @@ from advgrpo_kernels import (
     qk_rms_norm,
     sample_patches,
     score_features,
+    swiglu,
 )
 from bench.counters import (
     ElementwiseBytes,
@@ -105,6 +106,7 @@ def kernel_calls():
         "ada_layer_norm fp8": (lambda: ada_layer_norm(x, vector, vector, quantize=True), [norm]),
         "gated_residual": (lambda: gated_residual(x, x, vector), [residual]),
         "gelu": (lambda: gelu(x), [gelus]),
+        "swiglu of a part": (lambda: swiglu(x[..., 4:]), ["_swiglu_fwd_kernel"]),
         "group_norm": (lambda: group_norm(meta(2, 8, 3, 4), 2, meta(8), meta(8), silu=True), group_norms),
         "fp8 by row": (lambda: fp8_quantize(x), ["_fp8_rows_kernel"]),
         "fp8 by tensor": (lambda: fp8_quantize(x, granularity="tensor"), ["_fp8_amax_kernel", "_fp8_tensor_kernel"]),

@@ -9,7 +9,17 @@ import json
 import pytest
 import torch
 
-from advgrpo_kernels import _tuning, ada_layer_norm, ada_layer_norm_ref, gelu, gelu_ref, qk_rms_norm, qk_rms_norm_ref
+from advgrpo_kernels import (
+    _tuning,
+    ada_layer_norm,
+    ada_layer_norm_ref,
+    gelu,
+    gelu_ref,
+    qk_rms_norm,
+    qk_rms_norm_ref,
+    swiglu,
+    swiglu_ref,
+)
 from advgrpo_kernels._runtime import HAS_TRITON
 from advgrpo_kernels._tuning import Launch, forced, launch_of
 from bench import tune
@@ -77,6 +87,7 @@ def test_every_launch_of_the_sweep_gives_the_same_values(kernel, device):
             ada_layer_norm_ref(x, shift, scale),
         ),
         "gelu": (lambda: gelu(x, backend="triton"), gelu_ref(x)),
+        "swiglu": (lambda: swiglu(x, backend="triton"), swiglu_ref(x)),
         "qk_rms_norm": (lambda: qk_rms_norm(qkv, weights, backend="triton"), qk_rms_norm_ref(qkv, weights)),
     }[kernel]
     for launch in tune.SWEEP[kernel]:
@@ -92,7 +103,7 @@ def test_a_launch_that_is_wrong_is_not_timed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tune, "agreement", agreement)
     report = tune.Sweep("cpu", 2, Budget(None), tmp_path / "tune.json").run()
-    assert {entry["kernel"] for entry in report["launches"]} == {"residual_norm", "qk_rms_norm"}
+    assert {entry["kernel"] for entry in report["launches"]} == {"residual_norm", "qk_rms_norm", "swiglu"}
     assert all("gelu: 1.0e+00 off float64" in why for name, why in report["failed"].items())
     assert json.loads((tmp_path / "tune.json").read_text()) == report
 

@@ -28,6 +28,7 @@ from tools.kernel_hub.__main__ import BACKENDS, PACKAGE, generate, sources
 
 CALLS = {
     "gelu": ((2, 40),),
+    "swiglu": ((2, 40),),
     "ada_layer_norm": ((2, 3, 40), (2, 40), (2, 40)),
     "gated_residual": ((2, 3, 40), (2, 3, 40), (2, 40)),
 }
@@ -201,6 +202,8 @@ def stock(name: str) -> tuple[nn.Module, list[torch.Tensor]]:
         return {"GeluTanh": activations.GELUTanh, "NewGELU": activations.NewGELUActivation}[name](), [x]
     if name == "GELU":
         return pytest.importorskip("diffusers.models.activations").GELU(32, 48, approximate="tanh"), [x]
+    if name == "Flux2SwiGLU":
+        return pytest.importorskip("diffusers.models.transformers.transformer_flux2").Flux2SwiGLU(), [x]
     norms = pytest.importorskip("diffusers.models.normalization")
     if name == "AdaLayerNormContinuous":
         return norms.AdaLayerNormContinuous(32, 32, elementwise_affine=False, eps=1e-6), [x, emb]
@@ -280,3 +283,7 @@ def test_a_layer_refuses_a_module_that_is_built_otherwise():
     exact = pytest.importorskip("diffusers.models.activations").GELU(32, 48)
     with pytest.raises(ValueError, match=r"approximate must be \"tanh\", .* got 'none'"):
         adopted(exact, layers.GELU)(x)
+    gated = pytest.importorskip("diffusers.models.transformers.transformer_flux2").Flux2SwiGLU()
+    gated.gate_fn = nn.GELU()
+    with pytest.raises(ValueError, match=r"gate_fn must be a SiLU, .* got GELU"):
+        adopted(gated, layers.Flux2SwiGLU)(x)

@@ -1,4 +1,4 @@
-"""diffusers' FLUX.1 and Qwen-Image transformers with fused layers against themselves without; SD3 has its own file.
+"""diffusers' FLUX.1, FLUX.2 and Qwen-Image with fused layers against themselves without; SD3 has its own file.
 
 Planted bugs that turned this file red: see tests/mutants (fused_*); besides, image tokens before text tokens, the mask
 of the text ignored, the IP-Adapter's part dropped, a modulation that trains on fused layers, float16 not clipped, the
@@ -13,23 +13,35 @@ import pytest
 import torch
 
 from advgrpo_kernels import _runtime
-from advgrpo_kernels.integrations import _blocks, _flux_blocks, _qwen_blocks, _sd3_blocks, diffusers_transformers
+from advgrpo_kernels.integrations import (
+    _blocks,
+    _flux2_blocks,
+    _flux_blocks,
+    _qwen_blocks,
+    _sd3_blocks,
+    diffusers_transformers,
+)
 from tests.kernels import test_launch_counts as counting
 
 diffusers = pytest.importorskip("diffusers")
-SIZES = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6), "in_channels": 8}
-MODULES = {name: f"diffusers.models.transformers.transformer_{name}" for name in ("flux", "qwenimage")}
+SIZES = {"attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 8, "joint_attention_dim": 24}
+AXES = {"flux": (4, 6, 6), "qwenimage": (4, 6, 6), "flux2": (4, 4, 4, 4)}
+MODULES = {name: f"diffusers.models.transformers.transformer_{name}" for name in AXES}
 
 
 def transformer(family, **settings):
     """Small, with weights that make every branch count: an untrained one has gates near zero."""
     torch.manual_seed(0)
+    sizes = SIZES | {"axes_dims_rope": AXES[family]}
     if family == "flux":
         more = {"num_layers": 2, "num_single_layers": 2, "pooled_projection_dim": 20, "guidance_embeds": True}
-        model = diffusers.FluxTransformer2DModel(**SIZES, joint_attention_dim=24, **more | settings)
+        model = diffusers.FluxTransformer2DModel(**sizes, **more | settings)
+    elif family == "flux2":
+        more = {"num_layers": 2, "num_single_layers": 2, "timestep_guidance_channels": 16, "guidance_embeds": False}
+        model = diffusers.Flux2Transformer2DModel(**sizes, **more | settings)
     else:
         more = {"num_layers": 3, "out_channels": 2}
-        model = diffusers.QwenImageTransformer2DModel(**SIZES, joint_attention_dim=24, **more | settings)
+        model = diffusers.QwenImageTransformer2DModel(**sizes, **more | settings)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -43,6 +55,9 @@ def inputs(family, dtype=torch.float32, batch=2):
         shapes["pooled_projections"] = (batch, 20)
     named = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     named["timestep"] = torch.tensor([0.9, 0.3])[:batch].to(dtype)
+    if family == "flux2":
+        places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), torch.zeros(1))
+        return named | {"img_ids": places, "txt_ids": torch.arange(5.0)[:, None] * torch.eye(4)[3]}
     if family == "flux":
         rows = torch.arange(4.0).repeat_interleave(4)
         places = torch.stack([torch.zeros(16), rows, torch.arange(4.0).repeat(4)], dim=1)
@@ -66,8 +81,8 @@ def fused_calls(monkeypatch):
     def counted(name, op):
         return lambda *args, **kwargs: calls.update([name]) or op(*args, **kwargs)
 
-    for name in ("ada_layer_norm", "gated_residual", "gelu", "qk_rms_norm"):
-        for module in (_blocks, _flux_blocks, _qwen_blocks, _sd3_blocks):
+    for name in ("ada_layer_norm", "gated_residual", "gelu", "qk_rms_norm", "swiglu"):
+        for module in (_blocks, _flux2_blocks, _flux_blocks, _qwen_blocks, _sd3_blocks):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     return calls
@@ -76,12 +91,18 @@ def fused_calls(monkeypatch):
 NAMES = {
     "flux": [*(f"transformer_blocks.{i}" for i in (0, 1)), *(f"single_transformer_blocks.{i}" for i in (0, 1))],
     "qwenimage": [f"transformer_blocks.{i}" for i in (0, 1, 2)],
+    "flux2": [
+        *(f"transformer_blocks.{i}.{stream}.act_fn" for i in (0, 1) for stream in ("ff", "ff_context")),
+        *(f"single_transformer_blocks.{i}.attn.mlp_act_fn" for i in (0, 1)),
+    ],
 }
 # Blocks of two streams: 2 norms, 4 residuals, 2 feed-forwards, 1 attention; of one: one of each; and the last norm.
 CALLS = {
     "flux": {"ada_layer_norm": 4 + 2 + 1, "gated_residual": 8 + 2, "gelu": 4 + 2, "qk_rms_norm": 2 + 2},
     "qwenimage": {"ada_layer_norm": 6 + 1, "gated_residual": 12, "gelu": 6, "qk_rms_norm": 3},
+    "flux2": {"ada_layer_norm": 1, "swiglu": 4 + 2},
 }
+IN_BLOCKS = {"flux": "gated_residual", "qwenimage": "gated_residual", "flux2": "swiglu"}  # an op of all blocks alone
 
 
 @pytest.mark.parametrize("family", MODULES)
@@ -105,7 +126,7 @@ def test_float32_parity_and_undo(family, fused_calls):
 def test_gradients_of_lora_and_inputs(family, checkpointing, fused_calls):
     peft = pytest.importorskip("peft")
     targets = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.to_add_out"]
-    targets += ["proj_mlp", "net.2"]
+    targets += ["proj_mlp", "net.2", "to_qkv_mlp_proj", "linear_in"]
     lora = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(transformer(family), lora).train()
     if checkpointing:
@@ -120,7 +141,8 @@ def test_gradients_of_lora_and_inputs(family, checkpointing, fused_calls):
     expected = gradients()
     diffusers_transformers.accelerate(model)
     got = gradients()
-    assert fused_calls["gated_residual"] == CALLS[family]["gated_residual"] * (2 if checkpointing else 1)
+    op = IN_BLOCKS[family]
+    assert fused_calls[op] == CALLS[family][op] * (2 if checkpointing else 1)
     assert got.keys() == expected.keys()
     assert len(got) > 20
     for name, gradient in expected.items():
@@ -146,7 +168,7 @@ def test_half_precision_is_no_worse_than_stock_against_float64(family, how, fuse
     stock = run(model, dtype, how == "autocast")
     diffusers_transformers.accelerate(model)
     fused = run(model, dtype, how == "autocast")
-    assert fused_calls["qk_rms_norm"] == CALLS[family]["qk_rms_norm"]
+    assert dict(fused_calls) == CALLS[family]
     for exact, theirs, ours in zip(truth, stock, fused, strict=True):
         assert (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
 
@@ -189,7 +211,7 @@ def test_float16_is_clipped_as_in_stock(family, name, last):
 @pytest.mark.parametrize("family", MODULES)
 def test_compiles_without_a_graph_break(family):
     model = transformer(
-        family, **({"num_layers": 1, "num_single_layers": 1} if family == "flux" else {"num_layers": 1})
+        family, **({"num_layers": 1} if family == "qwenimage" else {"num_layers": 1, "num_single_layers": 1})
     )
     diffusers_transformers.accelerate(model)
     expected = outputs(family, model)
@@ -248,6 +270,8 @@ BYPASSED = {
     ): "norm1 norm1_context.norm norm2 ff attn norm2_context ff_context.net.0 attn.norm_q",
     ("flux", "single_transformer_blocks.0"): "norm norm.norm act_mlp attn.norm_k",
     ("qwenimage", "transformer_blocks.0"): "img_norm1 img_norm2 txt_norm1 txt_norm2 txt_mlp img_mlp.net.0 attn",
+    ("flux2", "transformer_blocks.0"): "ff_context.act_fn.gate_fn",
+    ("flux2", "single_transformer_blocks.0"): "attn.mlp_act_fn.gate_fn",
 }
 
 
@@ -256,7 +280,8 @@ BYPASSED = {
     [(family, f"{block}.{part}") for (family, block), parts in BYPASSED.items() for part in parts.split()],
 )
 def test_hooks_of_parts_that_the_fused_forward_does_not_call_fire(family, part, fused_calls):
-    model, fired = transformer(family, **({"num_layers": 1, "num_single_layers": 1} if family == "flux" else {})), []
+    model = transformer(family, **({} if family == "qwenimage" else {"num_layers": 1, "num_single_layers": 1}))
+    op, fired = IN_BLOCKS[family], []
     expected = outputs(family, model)
     diffusers_transformers.accelerate(model)
     handle = model.get_submodule(part).register_forward_hook(lambda *_: fired.append(part))
@@ -265,7 +290,7 @@ def test_hooks_of_parts_that_the_fused_forward_does_not_call_fire(family, part, 
     stock = Counter(fused_calls)
     handle.remove()
     outputs(family, model)
-    assert fused_calls["gated_residual"] - stock["gated_residual"] > stock["gated_residual"]
+    assert fused_calls[op] - stock[op] > stock[op]
 
 
 def test_other_attentions_and_arguments_run_the_block_s_own_attention(fused_calls):
@@ -337,6 +362,14 @@ def test_a_block_that_is_told_the_time_of_every_token_runs_its_own_forward(fused
     assert "modulate_index" in caplog.text
 
 
+def run_stock(model):
+    """Make every block, or SwiGLU, of `model` run its own forward."""
+    model.requires_grad_(True)
+    for module in model.modules():
+        if hasattr(module, "gate_fn"):
+            module.gate_fn.register_forward_hook(lambda *_: None)
+
+
 @pytest.mark.parametrize("family", MODULES)
 def test_a_patched_class_is_fused_in_every_model_and_undone(family, fused_calls):
     module = __import__("importlib").import_module(MODULES[family])
@@ -345,13 +378,13 @@ def test_a_patched_class_is_fused_in_every_model_and_undone(family, fused_calls)
     names = diffusers_transformers.patch(module)
     try:
         assert set(names) == {
-            f"{fused.name}.forward" for fused in diffusers_transformers.BLOCKS if fused.module == module.__name__
+            f"{fused.name}.forward" for fused in diffusers_transformers.FUSED if fused.module == module.__name__
         }
         fused_calls.clear()
         for model in (before, transformer(family)):
             torch.testing.assert_close(outputs(family, model), expected, rtol=1e-5, atol=1e-5)
-        assert fused_calls["gated_residual"] == 2 * CALLS[family]["gated_residual"]
-        before.requires_grad_(True)  # a block that runs its class's own forward must not find ours there
+        assert fused_calls[IN_BLOCKS[family]] == 2 * CALLS[family][IN_BLOCKS[family]]
+        run_stock(before)  # what runs its class's own forward must not find ours there
         fused_calls.clear()
         assert torch.equal(outputs(family, before), expected)
         assert not fused_calls
@@ -362,6 +395,18 @@ def test_a_patched_class_is_fused_in_every_model_and_undone(family, fused_calls)
         diffusers_transformers.unpatch(module)
     fused_calls.clear()
     assert torch.equal(outputs(family, transformer(family)), expected)
+    assert not fused_calls
+
+
+def test_a_swiglu_that_gates_by_another_function_is_refused_and_runs_its_own_forward(fused_calls):
+    model = transformer("flux2")
+    gate = model.transformer_blocks[1].ff.act_fn
+    gate.gate_fn = torch.nn.GELU()
+    with pytest.raises(ValueError, match=r"transformer_blocks.1.ff.act_fn: its gate_fn must be SiLU, got GELU"):
+        diffusers_transformers.accelerate(model)
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+    x = torch.randn(2, 8)
+    assert torch.equal(_flux2_blocks.swiglu_forward(gate, x), gate(x))
     assert not fused_calls
 
 
@@ -399,6 +444,8 @@ LAUNCHES = {
     ("flux", "transformer_blocks.0"): ((82, 100), (32, 31)),
     ("flux", "single_transformer_blocks.0"): ((39, 53), (16, 20)),
     ("qwenimage", "transformer_blocks.0"): ((81, 104), (37, 31)),
+    ("flux2", "transformer_blocks.0"): ((90, 110), (88, 100)),
+    ("flux2", "single_transformer_blocks.0"): ((36, 50), (35, 45)),
 }
 
 
@@ -406,14 +453,17 @@ LAUNCHES = {
 def test_launches_of_a_block(family, name, launches, monkeypatch):
     model = transformer(family)
     block, named = block_call(family, model, name)
-    streams = [named[key].requires_grad_() for key in ("hidden_states", "encoder_hidden_states")]
+    streams = [named[key] for key in ("hidden_states", "encoder_hidden_states") if named[key] is not None]
+    for stream in streams:
+        stream.requires_grad_()
 
     def counted():
         launches.names.clear()
         with launches:
             out = block(**named)
             forward = len(launches.names)
-            torch.autograd.grad(out, streams, [torch.ones_like(part) for part in out])
+            outs = out if isinstance(out, tuple) else (out,)
+            torch.autograd.grad(outs, streams, [torch.ones_like(part) for part in outs])
         return forward, len(launches.names) - forward
 
     stock = counted()

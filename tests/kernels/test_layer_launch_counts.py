@@ -7,7 +7,7 @@ unused results; maxima taken though the scale is given.
 import pytest
 import torch
 
-from advgrpo_kernels import ada_layer_norm, fp8_quantize, gated_residual, gelu, group_norm, qk_rms_norm
+from advgrpo_kernels import ada_layer_norm, fp8_quantize, gated_residual, gelu, group_norm, qk_rms_norm, swiglu
 from tests.kernels import test_launch_counts as counting
 
 
@@ -82,12 +82,21 @@ def test_gelu_is_one_launch_each_way(launches):
     assert launches.names == ["_gelu_fwd_kernel", "_gelu_bwd_kernel"]
 
 
+def test_swiglu_of_a_part_of_a_wider_product_is_one_launch_each_way(launches):
+    """Neither it nor its gradient is copied: a block of FLUX.2 has both as parts."""
+    x, upstream = torch.zeros(2, 3, 40)[..., 8:].requires_grad_(), torch.ones(2, 3, 24)[..., 8:]
+    with launches:
+        torch.autograd.grad(swiglu(x, backend="triton"), x, upstream)
+    assert launches.names == ["_swiglu_fwd_kernel", "_swiglu_bwd_kernel"]
+
+
 def test_quantisation_fused_or_by_row_is_one_launch_and_by_tensor_two(launches):
     x, vector, scale = torch.zeros(2, 3, 16), torch.zeros(2, 16), torch.ones(())
     with launches:
         ada_layer_norm(x, vector, vector, quantize=True, backend="triton")
         gated_residual(x, x, vector, shift=vector, scale=vector, quantize=True, backend="triton")
         gelu(x, quantize=True, backend="triton")
+        swiglu(x, quantize=True, backend="triton")
         fp8_quantize(x, backend="triton")
         fp8_quantize(x, granularity="tensor", scale=scale, backend="triton")
         fp8_quantize(x, granularity="tensor", backend="triton")
@@ -95,6 +104,7 @@ def test_quantisation_fused_or_by_row_is_one_launch_and_by_tensor_two(launches):
         "_residual_norm_fwd_kernel",
         "_residual_norm_fwd_kernel",
         "_gelu_fwd_kernel",
+        "_swiglu_fwd_kernel",
         "_fp8_rows_kernel",
         "_fp8_tensor_kernel",
         "_fp8_amax_kernel",

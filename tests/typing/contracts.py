@@ -57,6 +57,8 @@ def adversary(cls: Tensor, patches: Tensor, head: dict[str, Tensor]) -> None:
 def layer_ops(x: Tensor, row: Tensor, flag: bool) -> None:
     assert_type(k.gelu(x), Tensor)
     assert_type(k.gelu(x, row, quantize=flag), Tensor | k.Fp8Tensor)
+    assert_type(k.swiglu(x), Tensor)
+    assert_type(k.swiglu(x, quantize=flag), Tensor | k.Fp8Tensor)
     assert_type(k.ada_layer_norm(x, row, row), Tensor)
     assert_type(k.ada_layer_norm(x, row, row, row, row), tuple[Tensor, Tensor])
     assert_type(k.ada_layer_norm(x, row, row, quantize=flag), Modulated)
@@ -74,6 +76,7 @@ def layer_ops(x: Tensor, row: Tensor, flag: bool) -> None:
 
 def modules(x: Tensor, emb: Tensor, model: nn.Module) -> None:
     assert_type(layers.GeluTanh().forward(x), Tensor)
+    assert_type(layers.Flux2SwiGLU().forward(x), Tensor)
     assert_type(layers.AdaLayerNormContinuous().forward(x, emb), Tensor)
     assert_type(diffusers_transformers.accelerate(model), list[str])
     assert_type(diffusers_transformers.restore(model), list[str])

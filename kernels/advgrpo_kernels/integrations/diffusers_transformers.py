@@ -1,4 +1,4 @@
-"""diffusers: the fused layer ops in the transformers of SD3 and SD3.5, FLUX.1 and Qwen-Image.
+"""diffusers: the fused layer ops in the transformers of SD3 and SD3.5, FLUX.1, Qwen-Image and FLUX.2.
 
     from advgrpo_kernels.integrations import diffusers_transformers
     diffusers_transformers.accelerate(pipe.transformer)               # or filter=lambda name, module: ...
@@ -21,7 +21,8 @@ Fused are frozen norms and modulations: LoRA of anything else, and inference of 
 `requires_grad_(False)`. A block whose norms or modulation train, as in full fine-tuning, runs its own forward and says
 so once, and so does one in which a norm, attention, feed-forward or GELU has a hook (`register_forward_hook`, an
 offloading or casting hook of diffusers or accelerate, a global one), so that the hook fires. `_flux_blocks` and
-`_qwen_blocks` say what else of theirs is not fused.
+`_qwen_blocks` say what else of theirs is not fused; of FLUX.2 it is SwiGLU and the last norm that are, in blocks that
+run as they are (`_flux2_blocks`).
 """
 
 from __future__ import annotations
@@ -33,30 +34,32 @@ from typing import Any
 
 from torch import nn
 
-from . import _blocks, _flux_blocks, _patching, _qwen_blocks, _sd3_blocks
+from . import _blocks, _flux2_blocks, _flux_blocks, _patching, _qwen_blocks, _sd3_blocks
 from ._blocks import logger
 
 MODELS = {
     "SD3Transformer2DModel": "SD3, SD3.5",
     "FluxTransformer2DModel": "FLUX.1",
     "QwenImageTransformer2DModel": "Qwen-Image",
+    "Flux2Transformer2DModel": "FLUX.2",
 }
 BLOCKS = (_sd3_blocks.BLOCK, _flux_blocks.BLOCK, _flux_blocks.SINGLE, _qwen_blocks.BLOCK)
-FUSED = (*BLOCKS, _sd3_blocks.NORM)
-SD3, FLUX, QWEN = (
+FUSED = (*BLOCKS, _flux2_blocks.SWIGLU, _sd3_blocks.NORM)
+SD3, FLUX, QWEN, FLUX2 = (
     (_sd3_blocks.BLOCK.target,),
     (_flux_blocks.BLOCK.target, _flux_blocks.SINGLE.target),
     (_qwen_blocks.BLOCK.target,),
+    (_flux2_blocks.SWIGLU.target,),
 )
-TARGETS = (*SD3, *FLUX, *QWEN)
+TARGETS = (*SD3, *FLUX, *QWEN, *FLUX2)
 _MARK = "_advgrpo_kernels_forward"  # on each replaced module: what `forward` was set to
 
 
 def accelerate(model: nn.Module, filter: Callable[[str, nn.Module], bool] | None = None) -> list[str]:
-    """Replace the forward of `model`'s transformer blocks and of its last norm; returns the names of those replaced.
+    """Replace the forward of `model`'s transformer blocks, FLUX.2's SwiGLUs, and of its last norm; returns their names.
 
     Args:
-        model: an SD3Transformer2DModel, FluxTransformer2DModel or QwenImageTransformer2DModel, also wrapped by PEFT.
+        model: one of `MODELS`, also wrapped by PEFT.
         filter: called with (name, module) of each candidate; only those for which it is true are replaced. Default all.
 
     Raises:
@@ -107,7 +110,7 @@ def restore(model: nn.Module) -> list[str]:
 
 
 def patch(module: ModuleType, everywhere: bool = True) -> list[str]:
-    """Replace the forward of the block classes that `module` holds; `_patching.replace` says what it raises."""
+    """Replace the forward of the classes in `module` that `TARGETS` names; `_patching.replace` says what it raises."""
     return _patching.replace(module, TARGETS, everywhere)
 
 

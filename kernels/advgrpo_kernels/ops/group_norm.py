@@ -37,7 +37,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from .gelu import inverse_of_one_plus
+    from .swiglu import silu
 
     @triton.jit
     def _tile(C, N, b, p, c, CHANNELS_LAST: tl.constexpr):
@@ -130,7 +130,7 @@ if HAS_TRITON:
         shift = tl.load(scales_ptr + row + C, mask=c < C, other=0.0)[None, :]
         y = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) * scale + shift
         if SILU:
-            y = y * inverse_of_one_plus(tl.exp2(-1.4426950409 * y))
+            y = silu(y)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 

@@ -5,7 +5,7 @@ Block sizes are the launchers' own, imported, so that a change there is compiled
 
 from spec import Spec
 
-from advgrpo_kernels.ops import _residual_norm, fp8, gelu, group_norm, qk_rms_norm
+from advgrpo_kernels.ops import _residual_norm, fp8, gelu, group_norm, qk_rms_norm, swiglu
 
 OPS = "advgrpo_kernels.ops."
 MODULATED = {"ROWS": _residual_norm.ROWS, "BLOCK_C": 2048}
@@ -77,6 +77,8 @@ def qk(name: str, given: dict[str, str], loads: int, stores: int = 3, *, backwar
 
 
 GELU_SCALARS = {"M": "i32:16", "F": "i32:16"}
+SWIGLU_SCALARS = GELU_SCALARS | {"x_stride": "i32:16"}
+SWIGLU_TILE = {"ROWS": swiglu.ROWS, "BLOCK_F": swiglu.BLOCK_F}
 FP8_TENSOR = {"data_ptr": FP8, "scale_ptr": "*fp32", "x_ptr": "*bf16", "N": "i32:16"}
 
 GROUP_NORM_SCALARS = {"C": "i32:16", "N": "i32:16"}
@@ -162,6 +164,35 @@ SPECS = [
         vector_loads=3,
         vector_stores=1,
         elements=gelu.ROWS * gelu.BLOCK_F // (32 * gelu.WARPS),
+    ),
+    Spec(
+        name="swiglu/forward",
+        kernel=OPS + "swiglu:_swiglu_fwd_kernel",
+        types=pointers("x y") | SWIGLU_SCALARS,
+        constants=SWIGLU_TILE | {"fp8_scale_ptr": None},
+        warps=swiglu.WARPS,
+        vector_loads=2,
+        vector_stores=1,
+        elements=swiglu.ROWS * swiglu.BLOCK_F // (32 * swiglu.WARPS),
+    ),
+    Spec(
+        name="swiglu/fp8",
+        kernel=OPS + "swiglu:_swiglu_fwd_kernel",
+        types=pointers("x") | pointers("y", FP8) | pointers("fp8_scale", "*fp32") | SWIGLU_SCALARS,
+        constants={"ROWS": 1, "BLOCK_F": 16384},  # FLUX.2 klein's 9216
+        warps=16,
+        vector_loads=2,
+        vector_stores=1,
+    ),
+    Spec(
+        name="swiglu/backward",
+        kernel=OPS + "swiglu:_swiglu_bwd_kernel",
+        types=pointers("x y_grad x_grad") | SWIGLU_SCALARS | {"y_grad_stride": "i32:16"},
+        constants=SWIGLU_TILE,
+        warps=swiglu.WARPS,
+        vector_loads=3,
+        vector_stores=2,
+        elements=swiglu.ROWS * swiglu.BLOCK_F // (32 * swiglu.WARPS),
     ),
     Spec(
         name="fp8_quantize/rows",

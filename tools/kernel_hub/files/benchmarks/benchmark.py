@@ -55,6 +55,17 @@ class AdvgrpoKernelsBenchmark(Benchmark):
     def verify_gelu(self) -> torch.Tensor:
         return F.gelu(self.x + self.bias, approximate="tanh")
 
+    def setup_swiglu(self) -> None:
+        images, tokens, channels = self.sizes()
+        self.x = self.randn(images, tokens, 8 * channels, scale=0.5)
+
+    def benchmark_swiglu(self) -> None:
+        self.out = self.kernel.swiglu(self.x)
+
+    def verify_swiglu(self) -> torch.Tensor:
+        gate, value = self.x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
     def setup_qk_rms_norm(self) -> None:
         images, tokens, channels = self.sizes()
         self.qkv = self.randn(images, tokens, 3, channels // 64, 64)

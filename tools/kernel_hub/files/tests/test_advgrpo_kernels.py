@@ -38,11 +38,12 @@ def test_the_ops_have_a_name_of_this_build():
     assert callable(getattr(torch.ops, metadata["id"]).gelu)
 
 
-@pytest.mark.parametrize("name", ["gelu", "ada_layer_norm", "gated_residual", "qk_rms_norm", "gaussian_step"])
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "ada_layer_norm", "gated_residual", "qk_rms_norm", "gaussian_step"])
 def test_ops_agree_with_their_formulas(name):
     x, vectors = randn(2, 6, 32), randn(2, 128).chunk(4, dim=1)
     arguments = {
         "gelu": (x, randn(32)),
+        "swiglu": (x,),
         "ada_layer_norm": (x, *vectors[:2]),
         "gated_residual": (x, randn(2, 6, 32), vectors[2]),
         "qk_rms_norm": (randn(2, 6, 3, 4, 8), [randn(8), randn(8)]),
