@@ -278,8 +278,7 @@ class _Estimate:
 
     def judged(self, knobs: Knobs) -> int:
         """Of these, on the process that decodes and judges the most: those of a sequence group take turns."""
-        micro_batches = -(-self.images(knobs) // knobs.micro_batch)
-        return -(-micro_batches // self.config.model.sequence_parallel) * knobs.micro_batch
+        return self.config.most_judged(self.processes, micro_batch=knobs.micro_batch)
 
     def components(self, knobs: Knobs) -> tuple[Component, ...]:
         reward = self._dino(knobs) if self.dino else ()
