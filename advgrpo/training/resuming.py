@@ -356,8 +356,8 @@ _SETTINGS = {
 def made_from(config: Config, sources: Sources) -> dict[Source, str]:
     """Hashes of what a run is made from, beside its settings.
 
-    Prompts, references, the files of the base model, of the LoRA that it starts from, of the teacher that it learns from
-    and of its own rewards.
+    Prompts, references, the files of the base model, of the LoRA that it starts from, of the teacher that it learns
+    from and of its own rewards.
     """
     hashes = {
         "prompts": _digest([sources.prompts, sources.metadata]),
