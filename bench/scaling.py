@@ -1,9 +1,10 @@
 """What an iteration should cost on 1 to 1,024 GPUs: `python -m bench.scaling`. Predicted; nothing here was measured on
 a cluster.
 
-Work is counted: FLOPs of a forward on meta tensors, bytes and number of every collective (`collectives`, which
-tests/bench/test_scaling.py compares with those that a run of two and three processes issues), micro-batches of the
-busiest process. Machine constants are those of bench/model.py; the links' are `Links`, assumptions with their reasons.
+Work is counted: FLOPs of a forward on meta tensors, bytes and number of every collective (`collectives`, and
+`exchanges` of processes that compute an image together; tests/bench/test_scaling.py compares both with those that runs
+of two and three processes issue), micro-batches of the busiest process. Machine constants are those of bench/model.py;
+the links' are `Links`, assumptions with their reasons.
 
 Not in it: waiting for a slower machine, disks, evaluation, checkpoints, the host between launches, and whatever
 overlaps: communication is added to the work. Elementwise traffic of FLUX.1 and Qwen-Image is SD3.5-medium's per token,
@@ -13,6 +14,7 @@ width and block, which was counted; theirs was not.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,9 @@ import torch
 
 from advgrpo.config import Config
 from advgrpo.plan.known_models import known_pipeline, meta_transformer
+from advgrpo.policy.adapters import block_names, target_modules
+from advgrpo.policy.fused.sequence import SequenceGroup
+from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
 from bench.model import (
     ADAPTED,
     BACKBONE,
@@ -43,6 +48,7 @@ from bench.model import (
 )
 
 GPUS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+SOME_GPUS, MEMBERS = (8, 64, 256, 1024), (1, 2, 4, 8)
 PRESETS = ("sd35m-dino-paper", "flux1-dino", "qwen-image-dino")
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 FIGURE = PAGE.with_name("figures") / "scaling.png"
@@ -68,15 +74,18 @@ class Links:
         return (self.local_gb_s if processes <= self.local else self.remote_gb_s) * 1e9
 
     def seconds(self, each: Collective, processes: int) -> float:
-        """A ring for an all-gather, a tree's latency and a ring's traffic for a sum."""
+        """A ring for an all-gather, a tree's latency and a ring's traffic for a sum, all pairs at once in an
+        all-to-all."""
         if processes == 1:
             return 0.0
         others = processes - 1
         if each.kind == "all_reduce":
             steps, moved = 2 * math.ceil(math.log2(processes)), 2 * each.bytes * others / processes
+        elif each.kind == "all_to_all":
+            steps, moved = 1, each.bytes * others / processes
         else:
             steps, moved = others, each.bytes * others
-        return steps * self.latency_us * 1e-6 + moved / self.bandwidth(processes)
+        return each.times * (steps * self.latency_us * 1e-6 + moved / self.bandwidth(processes))
 
 
 # 10 Gbit/s for a machine of 8, over TCP. A ring enters and leaves a machine once, so its link there is all of that.
@@ -85,11 +94,12 @@ ETHERNET = Links(remote_gb_s=1.0, latency_us=50.0)
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective of an iteration; `bytes` are those that each process puts in."""
+    """A collective of an iteration; `bytes` are those that each process puts in, each time."""
 
-    kind: str  # all_reduce, all_gather
+    kind: str  # all_reduce, all_gather, all_to_all
     what: str
     bytes: int
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def collectives(config: Config, processes: int, sizes: Sizes, updates: int) -> I
     """
     if config.adversary.replay_capacity:
         raise ValueError("adversary.replay_capacity must be 0: how many of its rows a process has, a draw says")
-    most, rounds = config.balance(processes).most_images, config.update.minibatches
+    most, rounds = config.most_judged(processes), config.update.minibatches
 
     def gather(what: str, payload: int) -> Iterator[Collective]:
         yield Collective("all_gather", f"{what}: rows", 16)
@@ -136,9 +146,80 @@ def collectives(config: Config, processes: int, sizes: Sizes, updates: int) -> I
     yield from gather("JSON: stop", 0)
 
 
+class _Counted(SequenceGroup):
+    """A process of a sequence group whose exchanges are noted, by the bytes that it puts in, and not made."""
+
+    def __init__(self, size: int, rank: int):
+        self.size, self.rank, self.noted = size, rank, []
+
+    def exchange(self, x: torch.Tensor, found: torch.Tensor, given: list[int], taken: list[int]) -> None:
+        self.noted.append(x.nbytes)
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """Bytes that a process of a sequence group puts into each exchange, in order."""
+
+    drawn: tuple[int, ...]  # of a forward without a gradient
+    trained: tuple[int, ...]  # of a forward and its backward
+
+
+def exchanges(
+    config: Config, stock: Any, side: int, text: int, members: int, *, rows: int = 1, rank: int = 0
+) -> Exchanges:
+    """Those of a forward of our transformer, which is run on the meta device.
+
+    Args:
+        stock: diffusers' network on the meta device, in the model's dtype.
+        side: of a latent.
+        text: tokens.
+        members: processes of a sequence group, of which this is number `rank`; the first has the most tokens.
+        rows: of the forward.
+    """
+    group, tensors = _Counted(members, rank), dict(stock.named_parameters()) | dict(stock.named_buffers())
+    ours = FusedTransformer(
+        TransformerConfig.from_stock(stock.config),
+        {name: tensor.detach() for name, tensor in tensors.items()},
+        attention="math",
+        checkpointing=config.model.gradient_checkpointing,
+        sequence=group,
+    )
+    targets, lora = set(target_modules(stock, config.model.lora)), config.model.lora
+    ours.adapt(targets.__contains__, rank=lora.rank, alpha=lora.alpha, init=lora.init, seed=0)
+    settings = stock.config
+    with torch.device("meta"):
+        embedded = torch.empty(rows, text, settings.joint_attention_dim, dtype=stock.dtype)
+        pooled = torch.empty(rows, settings.get("pooled_projection_dim") or 0, dtype=stock.dtype)
+        guidance = 1.0 if settings.get("guidance_embeds") else None
+        mask = None if pooled.numel() else torch.ones(rows, text, dtype=torch.bool)
+        prepared = ours.prepare(embedded, pooled, torch.empty(1), guidance, mask)
+        latents = torch.empty(rows, ours.config.in_channels, side, side)
+        step = torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        ours.predict(latents, step, prepared, "adapted")
+    drawn, group.noted = tuple(group.noted), []
+    velocity = ours.predict(latents, step, prepared, "adapted")
+    velocity.backward(torch.empty_like(velocity))
+    return Exchanges(drawn, tuple(group.noted))
+
+
+def exchanged(config: Config, processes: int, each: Exchanges, *, measures_kl: bool = False) -> Iterator[Collective]:
+    """The exchanges of an iteration on a process of the busiest sequence group.
+
+    Args:
+        measures_kl: whether it is one of those that measure a KL of no weight, by a forward of the base.
+    """
+    shared, trained = config.balance(processes), config.trained_steps
+    updated = shared.rounds * shared.most_of_a_round * trained
+    drawn = shared.most * config.rollout.num_steps + measures_kl
+    for sizes, times in ((each.drawn, drawn), (each.trained, updated)):
+        for size in sorted(set(sizes)):
+            yield Collective("all_to_all", "tokens and heads", size, sizes.count(size) * times)
+
+
 @dataclass(frozen=True)
 class Family:
-    """A transformer on one GPU: passes over an image of 512 px, and what its frozen weights take."""
+    """A transformer on one GPU: passes over an image, and what its frozen weights take."""
 
     merged: Work  # of one image, all its guided rows
     adapted: Work
@@ -171,19 +252,33 @@ class Cost:
         return one.seconds / (self.gpus * self.seconds)
 
 
-def predict(preset: str, gpus: int, links: Links = Links(), *, sharded: bool = False, micro_batch: int = 0) -> Cost:
+def predict(
+    preset: str,
+    gpus: int,
+    links: Links = Links(),
+    *,
+    sharded: bool = False,
+    micro_batch: int = 0,
+    resolution: int = 512,
+    members: int = 1,
+) -> Cost:
     """An iteration of a preset.
 
     Args:
         sharded: with model.shard_base blocks: each forward gathers the frozen weights, a backward once more.
         micro_batch: instead of the preset's.
+        members: GPUs of a sequence group, by model.sequence_parallel: they divide the transformer's work evenly, which
+            what is of no token (modulation, the adapters' sums) and smaller products would add to.
 
     Raises:
-        ValueError: a base in parts, on GPUs that do not share the micro-batches evenly.
+        ValueError: a base in parts, on GPUs that do not share the micro-batches evenly; incomplete sequence groups.
     """
-    settings = {"rollout.micro_batch": micro_batch} if micro_batch else {}
-    config, family, model = Config.load(preset, settings), family_of(preset), Model(H200)
-    shared = config.balance(gpus)
+    settings: dict[str, Any] = {"model.resolution": resolution, "model.sequence_parallel": members}
+    settings |= {"rollout.micro_batch": micro_batch} if micro_batch else {}
+    config, family, model = Config.load(preset, settings), family_of(preset, resolution), Model(H200)
+    if gpus % members:
+        raise ValueError(f"{gpus} GPUs are no sequence groups of {members}")
+    shared, judged = config.balance(gpus), config.most_judged(gpus)
     if sharded and not shared.even:
         raise ValueError(f"{gpus} GPUs do not share {preset}'s micro-batches evenly, which a base in parts needs")
     steps, trained, rounds = config.rollout.num_steps, config.trained_steps, shared.rounds
@@ -195,22 +290,24 @@ def predict(preset: str, gpus: int, links: Links = Links(), *, sharded: bool = F
     )
     again = adapted if config.model.gradient_checkpointing else 0.0
     pieces, of_a_round = shared.most, shared.most_of_a_round
-    exchanged = (
-        list(collectives(config, gpus, family.sizes, config.adversary.updates_per_iteration)) if gpus > 1 else []
-    )
+    issued = list(collectives(config, gpus, family.sizes, config.adversary.updates_per_iteration)) if gpus > 1 else []
     if sharded and gpus > 1:
         backwards = rounds * of_a_round * trained * (2 + config.model.gradient_checkpointing)
         gathers = (pieces * steps + backwards) * family.blocks
-        exchanged += [Collective("all_gather", "a block of the base", family.frozen // family.blocks // gpus)] * gathers
+        issued.append(Collective("all_gather", "a block of the base", family.frozen // family.blocks // gpus, gathers))
+    together = list(exchanged(config, gpus, _exchanges_of(preset, resolution, members, shared.images)))
+    communication = sum(links.seconds(each, gpus) for each in issued)
+    communication += sum(links.seconds(each, members) for each in together)
     head = config.adversary.updates_per_iteration * HEAD_UPDATE
+    drawn = shared.most_images * ((steps - trained) * merged + trained * adapted) / members
     return Cost(
         gpus=gpus,
-        sampling=shared.most_images * ((steps - trained) * merged + trained * adapted + family.decode),
-        scoring=shared.most_images * LARGE * model.products(FEATURES, BACKBONE) + head,
-        update=rounds * of_a_round * shared.images * trained * (adapted + again + backward),
-        communication=sum(links.seconds(each, gpus) for each in exchanged),
-        bytes=sum(each.bytes for each in exchanged),
-        messages=len(exchanged),
+        sampling=drawn + judged * family.decode,
+        scoring=judged * LARGE * model.products(FEATURES, BACKBONE) + head,
+        update=rounds * of_a_round * shared.images * trained * (adapted + again + backward) / members,
+        communication=communication,
+        bytes=sum(each.bytes * each.times for each in (*issued, *together)),
+        messages=sum(each.times for each in (*issued, *together)),
         images=shared.most_images,
     )
 
@@ -220,11 +317,27 @@ def _adapters(family: Family) -> int:
 
 
 @cache
-def family_of(preset: str) -> Family:
-    """Counted: SD3.5-medium's are bench/model.py's; the others' are counted on the plan's networks, of meta tensors."""
-    from advgrpo.policy.adapters import block_names, target_modules
+def _exchanges_of(preset: str, resolution: int, members: int, images: int) -> Exchanges:
+    """Of a micro-batch of so many images, in bfloat16."""
+    if members == 1:
+        return Exchanges((), ())
+    config = Config.load(preset, {"model.resolution": resolution})
+    whole = copy.deepcopy(meta_transformer(known_pipeline(config.model.path).transformer))
+    network = torch.nn.Module.to(whole, torch.bfloat16)  # diffusers' own warns of what is to stay float32: nothing
+    one = exchanges(config, network, resolution // 8, TEXT_TOKENS[preset], members)
+    rows = images * (1 if "flux" in preset else 2)
+    return Exchanges(*(tuple(rows * size for size in sizes) for sizes in (one.drawn, one.trained)))
 
-    config, decode = Config.load(preset), Model(H200).decode(CONVOLUTION, 1)
+
+@cache
+def family_of(preset: str, resolution: int = 512) -> Family:
+    """Counted: SD3.5-medium's are bench/model.py's; the others' are counted on the plan's networks, of meta tensors.
+
+    Raises:
+        ValueError: SD3.5-medium at another resolution than 512.
+    """
+    config, larger = Config.load(preset), (resolution // 512) ** 2
+    decode, image = larger * Model(H200).decode(CONVOLUTION, 1), larger * IMAGE
     network: Any = meta_transformer(known_pipeline(config.model.path).transformer)
     targets, rank = target_modules(network, config.model.lora), config.model.lora.rank
     linear: dict[str, Any] = {name: network.get_submodule(name) for name in targets}
@@ -232,12 +345,16 @@ def family_of(preset: str) -> Family:
     sizes = Sizes(4 * parameters, 4 * _head_parameters(config), 4 * DINO_WIDTH)
     frozen, blocks = 2 * sum(each.numel() for each in network.parameters()), len(block_names(network))
     if preset.startswith("sd35m"):
+        if resolution != 512:
+            raise ValueError(f"{preset} was counted at 512 pixels, not at {resolution}")
         of_an_image = (_divided(work, ROWS // 2) for work in (MERGED, ADAPTED, TRAINED))
         return Family(*of_an_image, decode, sizes, frozen, blocks)
     text, rows = TEXT_TOKENS[preset], 1 if "flux" in preset else 2  # FLUX.1's guidance is an input, Qwen's a second row
-    flops, attention = _forward_flops(network, text)
-    adapters = sum(2 * rank * (m.in_features + m.out_features) * _tokens(name, text) for name, m in linear.items())
-    width, tokens = network.inner_dim, IMAGE + text
+    flops, attention = _forward_flops(network, image, text)
+    adapters = sum(
+        2 * rank * (m.in_features + m.out_features) * _tokens(name, image, text) for name, m in linear.items()
+    )
+    width, tokens = network.inner_dim, image + text
     scale = rows * tokens * width * blocks / (ROWS * JOINT * WIDTH * LAYERS)
     merged = Work(rows * flops, rows * attention, round(scale * MERGED.bytes), 0)
     adapted = replace(merged, flops=rows * (flops + adapters), bytes=round(scale * ADAPTED.bytes))
@@ -256,30 +373,30 @@ def _divided(work: Work, images: int) -> Work:
     return Work(work.flops // images, work.attention // images, work.bytes // images, 0)
 
 
-def _tokens(linear: str, text: int) -> int:
+def _tokens(linear: str, image: int, text: int) -> int:
     """How many tokens of a row pass a linear layer, by its name."""
     if "single_transformer_blocks" in linear:
-        return IMAGE + text
-    return text if "add_" in linear.rsplit(".", 2)[-1] or linear.endswith("to_add_out") else IMAGE
+        return image + text
+    return text if "add_" in linear.rsplit(".", 2)[-1] or linear.endswith("to_add_out") else image
 
 
-def _forward_flops(network: Any, text: int) -> tuple[int, int]:
-    """FLOPs of a forward of one row of 512 px, and those of attention among them."""
+def _forward_flops(network: Any, image: int, text: int) -> tuple[int, int]:
+    """FLOPs of a forward of one row, and those of attention among them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     settings = network.config
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         inputs = {
-            "hidden_states": torch.empty(1, IMAGE, settings.in_channels),
+            "hidden_states": torch.empty(1, image, settings.in_channels),
             "encoder_hidden_states": torch.empty(1, text, settings.joint_attention_dim),
             "timestep": torch.empty(1),
         }
         if "pooled_projection_dim" in settings:
             inputs["pooled_projections"] = torch.empty(1, settings.pooled_projection_dim)
-            inputs |= {"img_ids": torch.zeros(IMAGE, 3), "txt_ids": torch.zeros(text, 3), "guidance": torch.empty(1)}
+            inputs |= {"img_ids": torch.zeros(image, 3), "txt_ids": torch.zeros(text, 3), "guidance": torch.empty(1)}
         else:
             inputs["encoder_hidden_states_mask"] = None
-            inputs["img_shapes"] = [[(1, 32, 32)]]
+            inputs["img_shapes"] = [[(1, math.isqrt(image), math.isqrt(image))]]
         network(**inputs)
     by_operator = counter.get_flop_counts()["Global"]
     attention = sum(count for operator, count in by_operator.items() if "attention" in str(operator))
@@ -304,6 +421,28 @@ def badly_used(costs: list[Cost], one: Cost) -> str:
     return ", ".join(f"{cost.gpus:,} ({cost.efficiency(one):.0%}, {why(cost, one)})" for cost in bad)
 
 
+def in_groups(gpus: int, members: int) -> Cost:
+    """Of Qwen-Image at 1024 pixels, by sequence groups, with a micro-batch of one image."""
+    return predict("qwen-image-dino", gpus, micro_batch=1, resolution=1024, members=members)
+
+
+def _groups() -> Iterator[str]:
+    """What sequence groups predict, as a table."""
+    columns = ("GPUs", "of a sequence group", "s an iteration", "images/s", "efficiency", "communication", "messages")
+    yield "### qwen-image-dino at 1024 px, micro-batch 1, with `model.sequence_parallel`\n"
+    yield f"| {' | '.join(columns)} | GB put in | most is lost to |"
+    yield f"|{'---|' * (len(columns) + 2)}"
+    one, images = in_groups(1, 1), Config.load("qwen-image-dino").images_per_iteration
+    for gpus in SOME_GPUS:
+        for members in MEMBERS:
+            cost = in_groups(gpus, members)
+            yield (
+                f"| {gpus:,} | {members} | {cost.seconds:.3g} | {images / cost.seconds:.3g} | "
+                f"{cost.efficiency(one):.0%} | {cost.communication:.3g} s | {cost.messages:,} | "
+                f"{cost.bytes / 1e9:.3g} | {why(cost, one)} |"
+            )
+
+
 def lines() -> Iterator[str]:
     """The page's generated part, as Markdown."""
     columns = ("GPUs", "s an iteration", "images/s", "efficiency", "images of the busiest", "communication", "messages")
@@ -322,6 +461,7 @@ def lines() -> Iterator[str]:
         yield ""
         yield from _summary(preset, costs)
         yield ""
+    yield from _groups()
 
 
 def _summary(preset: str, costs: list[Cost]) -> Iterator[str]:
@@ -353,6 +493,11 @@ def draw(file: Path) -> None:
             costs = table(preset, micro_batch=micro)
             label = f"{preset}{', micro-batch 1' if micro else ''}"
             axes.plot(GPUS, [100 * each.efficiency(one) for each in costs], style, label=label, linewidth=1.4)
+    for members, style in ((1, ":"), (8, "-")):
+        costs = [in_groups(gpus, members) for gpus in GPUS if gpus % members == 0]
+        share = [100 * each.efficiency(in_groups(1, 1)) for each in costs]
+        label = f"qwen-image-dino, 1024 px, micro-batch 1, groups of {members}"
+        axes.plot([each.gpus for each in costs], share, style, label=label, linewidth=1.4, color="black")
     axes.axhline(100 * GOOD, color="grey", linewidth=0.6)
     axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency, % (predicted)", ylim=(0, 105))
     axes.set_xticks([1, 8, 64, 256, 1024], ["1", "8", "64", "256", "1,024"])

@@ -16,7 +16,8 @@ def run(arguments: list[str]) -> int:
     """[folder, *flags]: leaves folder/RANK.json, {iteration: [[kind, bytes that this process put in], ...]}."""
     folder, *flags = arguments
     noted: dict[int, list[tuple[str, int]]] = {}
-    gather, reduce, iterate = dist.all_gather_into_tensor, dist.all_reduce, Run._iterate
+    gather, reduce, exchange = dist.all_gather_into_tensor, dist.all_reduce, dist.all_to_all_single
+    iterate = Run._iterate
     now = [-1]  # the iteration under way; -1 outside of one
 
     def note(kind: str, tensor) -> None:
@@ -30,11 +31,16 @@ def run(arguments: list[str]) -> int:
         note("all_reduce", tensor)
         return reduce(tensor, *rest, **how)
 
+    def noted_exchange(output, tensor, *rest, **how):
+        note("all_to_all", tensor)
+        return exchange(output, tensor, *rest, **how)
+
     def noted_iteration(self):
         now[0] = self.trainer.iteration
         return iterate(self)
 
-    dist.all_gather_into_tensor, dist.all_reduce, Run._iterate = noted_gather, noted_reduce, noted_iteration
+    dist.all_gather_into_tensor, dist.all_reduce, dist.all_to_all_single = noted_gather, noted_reduce, noted_exchange
+    Run._iterate = noted_iteration
     code = main(flags)
     (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(noted))
     return code

@@ -297,14 +297,16 @@ def _check_forward_process(config: Config) -> None:
 
 
 def _check_precision(config: Config) -> None:
-    """Merged and quantised weights exist on the fused path only, and cost on-policy exactness in the window."""
+    """Merged and quantised weights exist on the fused path only, but for a frozen base in parts, which may be in FP8;
+    merged ones cost on-policy exactness in the window."""
     needs_fused = {
         "rollout.precision": (config.rollout.precision, "model"),
         "rollout.window_forward": (config.rollout.window_forward, "trainer"),
         "model.base_precision": (config.model.base_precision, "model"),
     }
     for name, (value, plain) in needs_fused.items():
-        if value != plain and not (config.fast and config.model.train == "lora"):
+        in_parts = name == "model.base_precision" and config.model.shard_base != "none"
+        if value != plain and not ((config.fast or in_parts) and config.model.train == "lora"):
             raise UserError(f"{name} = {value!r} needs --fast and model.train = lora; use them, or {name} = {plain}")
     if config.rollout.window_forward == "merged" and config.update.old_log_prob == "rollout":
         raise UserError(
@@ -330,7 +332,6 @@ _FUSED = "is the fused transformer's, which wants whole weights"
 # Settings that a base in parts has not, with what they are where nothing is asked, and why.
 _NOT_SHARDED = (
     ("model.attention", "auto", _FUSED),
-    ("model.base_precision", "model", _FUSED),
     ("rollout.precision", "model", _FUSED),
     ("rollout.window_forward", "trainer", _FUSED),
     ("update.graphs", False, "captures the fused transformer, which wants whole weights"),

@@ -14,7 +14,7 @@ from advgrpo.config.base import Options
 from advgrpo.config.config import Config
 from advgrpo.errors import UserError
 
-Source = Literal["prompts", "held_out_prompts", "references", "base", "rewards", "teacher"]
+Source = Literal["prompts", "held_out_prompts", "references", "base", "rewards", "teacher", "start"]
 
 
 class Start(Options):

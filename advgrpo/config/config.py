@@ -99,6 +99,13 @@ class Config(Section):
         together = max(micro_batch or rollout.micro_batch, whole)
         return Balance(rollout.images // (update.minibatches * together), update.minibatches, sharing, together)
 
+    def most_judged(self, processes: int, *, micro_batch: int | None = None) -> int:
+        """Images of an iteration on the process that decodes and judges the most: those of a sequence group take turns
+        by micro-batch. Arguments as of `balance`."""
+        micro = micro_batch or self.rollout.micro_batch
+        micro_batches = -(-self.balance(processes, micro_batch=micro_batch).most_images // micro)
+        return -(-micro_batches // self.model.sequence_parallel) * micro
+
     @property
     def objective(self) -> ObjectiveTraits:
         """What `update.objective` asks of the run."""

@@ -14,7 +14,7 @@ from advgrpo.config.reading import preset_names
 # Where a run lies, on what it runs and what it says of itself: settings that are not of the method.
 ELSEWHERE = ("output", "monitor", "data", "model.path", "output_dir", "seed", "device", "fast", "collective_timeout")
 # What may differ between runs whose curves are compared: it changes neither what is trained nor on what that is judged,
-# up to an iteration that both have reached; `fast` changes rounding alone.
+# up to an iteration that both have reached; `fast` and `model.sequence_parallel` change rounding alone.
 FREE_OF_CURVES = (
     "iterations",
     "global_steps",
@@ -24,8 +24,11 @@ FREE_OF_CURVES = (
     "fast",
     "collective_timeout",
     "data.cache_dir",
+    "data.decode_workers",
     "model.offload",
+    "model.sequence_parallel",
     "rollout.decode_stream",
+    "update.graphs",
     "output",
     "monitor",
     "evaluation.every",

@@ -103,7 +103,8 @@ class ModelSection(Section):
     """Attention of the fused transformer (policy/fused/attention.py says what each needs); auto takes the first that
     runs, never flash4."""
     base_precision: Literal["model", "fp8"] = "model"
-    """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast."""
+    """Frozen weights while training: the model's dtype, or FP8 quantised once (adapters never are); needs --fast, or
+    shard_base = blocks, which then has the only copy."""
     shard_base: Literal["none", "blocks"] = "none"
     """"blocks": each process holds its share of the transformer's frozen weights, or with train = full of the trained
     ones and of all that the optimizer keeps, and gathers a block when it runs, by diffusers' forward (docs/families.md,

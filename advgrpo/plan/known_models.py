@@ -6,7 +6,9 @@ config.json of each backbone), without the keys that no weight depends on. A loc
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -332,7 +334,7 @@ def count_transformer(config: dict[str, Any], lora: LoraSection) -> TransformerC
 
 @functools.lru_cache(maxsize=16)
 def _count_transformer(config: str, lora_json: str) -> TransformerCount:
-    from advgrpo.policy.adapters import block_names, block_of, target_modules
+    from advgrpo.policy.adapters import block_names, block_of, modulates, target_modules
 
     lora, transformer = LoraSection.model_validate_json(lora_json), _meta_transformer(config)
     targets = target_modules(transformer, lora)
@@ -340,7 +342,7 @@ def _count_transformer(config: str, lora_json: str) -> TransformerCount:
     blocks = block_names(transformer)
     ends = (f"{blocks[0]}.", f"{blocks[-1]}.")
     of_blocks = {n: m.weight.numel() for n, m in linears.items() if block_of(n) is not None}
-    plain = {n: size for n, size in of_blocks.items() if not _modulates(n)}
+    plain = {n: size for n, size in of_blocks.items() if not modulates(n)}
     stacks = {_stack(n) for n in targets}
     stacked = {n: size for n, size in plain.items() if _stack(n) in stacks}
     return TransformerCount(
@@ -349,38 +351,45 @@ def _count_transformer(config: str, lora_json: str) -> TransformerCount:
         stacked=sum(stacked.values()),
         stacked_ends=sum(size for n, size in stacked.items() if n.startswith(ends)),
         inner=sum(size for n, size in plain.items() if not n.startswith(ends)),
-        modulation=sum(m.out_features for n, m in linears.items() if _modulates(n)),
+        modulation=sum(m.out_features for n, m in linears.items() if modulates(n)),
     )
 
 
 @dataclass(frozen=True)
 class ShareCount:
-    """Elements of a transformer that is shared out over processes (policy/sharding.py)."""
+    """Bytes of a transformer that is shared out over processes (policy/sharding.py)."""
 
     held: int  # by a process at rest, padded to equal shares
     block: int  # of the largest block, gathered
+    pair: int  # of the two blocks that follow each other and are largest together
     outside: int  # of blocks, gathered while the network runs
+    largest_fp8: int  # of the largest weight that is quantised, 0 where none is
 
 
 @functools.lru_cache(maxsize=64)
-def _count_share(config: str, processes: int) -> ShareCount:
+def _count_share(config: str, processes: int, dtype: torch.dtype, fp8: bool) -> ShareCount:
     from advgrpo.policy.adapters import block_names
+    from advgrpo.policy.fp8_base import quantize, quantized_blocks
 
-    transformer = _meta_transformer(config)
+    transformer = torch.nn.Module.to(copy.deepcopy(_meta_transformer(config)), dtype)
+    for name in quantized_blocks(transformer) if fp8 else ():
+        quantize(transformer.get_submodule(name), torch.device("meta"))
     parameters = list(transformer.parameters())
-    held = sum(math.ceil(len(p) / processes) * (p.numel() // len(p)) for p in parameters)
-    blocks = [sum(p.numel() for p in transformer.get_submodule(n).parameters()) for n in block_names(transformer)]
-    return ShareCount(held, max(blocks), sum(p.numel() for p in parameters) - sum(blocks))
+    held = sum(math.ceil(len(p) / processes) * (p.nbytes // len(p)) for p in parameters)
+    blocks = [sum(p.nbytes for p in transformer.get_submodule(n).parameters()) for n in block_names(transformer)]
+    largest = max((p.numel() for p in parameters if p.dtype == torch.float8_e4m3fn), default=0)
+    outside, pair = sum(p.nbytes for p in parameters) - sum(blocks), max(map(sum, itertools.pairwise(blocks)))
+    return ShareCount(held, max(blocks), pair, outside, largest)
 
 
-def count_share(config: dict[str, Any], processes: int) -> ShareCount:
-    """What each of so many processes has of a transformer of this configuration, counted on the meta device."""
-    return _count_share(json.dumps(config, sort_keys=True), processes)
+def count_share(config: dict[str, Any], processes: int, dtype: torch.dtype, *, fp8: bool = False) -> ShareCount:
+    """What each of so many processes has of a transformer of this configuration, counted on the meta device.
 
-
-def _modulates(linear: str) -> bool:
-    """Whether a linear gives shifts, scales and gates, in the names of any family."""
-    return any(part in f".{linear}" for part in (".norm", ".img_mod.", ".txt_mod."))
+    Args:
+        dtype: of its weights.
+        fp8: whether its inner blocks' linear layers are e4m3 (policy/fp8_base.py).
+    """
+    return _count_share(json.dumps(config, sort_keys=True), processes, dtype, fp8)
 
 
 def _stack(name: str) -> str:

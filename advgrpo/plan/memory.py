@@ -278,8 +278,7 @@ class _Estimate:
 
     def judged(self, knobs: Knobs) -> int:
         """Of these, on the process that decodes and judges the most: those of a sequence group take turns."""
-        micro_batches = -(-self.images(knobs) // knobs.micro_batch)
-        return -(-micro_batches // self.config.model.sequence_parallel) * knobs.micro_batch
+        return self.config.most_judged(self.processes, micro_batch=knobs.micro_batch)
 
     def components(self, knobs: Knobs) -> tuple[Component, ...]:
         reward = self._dino(knobs) if self.dino else ()
@@ -291,7 +290,9 @@ class _Estimate:
         if self.sharded:
             yield from self._share(dtype)
         else:
-            yield Component("transformer", weights.total * self.element, dtype)
+            quantized = config.model.base_precision == "fp8" and not self.fused  # of a base in parts, by one process
+            held = self._count_share().held if quantized else weights.total * self.element
+            yield Component("transformer", held, dtype)
         if self.fused:
             yield Component("merged weights", self._merged_bytes(), f"rollout.precision = {config.rollout.precision}")
             if config.model.base_precision == "fp8":  # the weight and its transpose, beside the pristine one
@@ -345,18 +346,25 @@ class _Estimate:
         """Elements of the transformer that a process has at rest."""
         if not self.sharded:
             return self.weights.total
-        return known_models.count_share(self.pipeline.transformer, self.processes).held
+        return self._count_share().held // self.element
+
+    def _count_share(self) -> known_models.ShareCount:
+        model = self.config.model
+        how = {"dtype": getattr(torch, model.dtype), "fp8": model.base_precision == "fp8"}
+        return known_models.count_share(self.pipeline.transformer, self.processes, **how)
 
     def _share(self, dtype: str) -> Iterator[Component]:
         """A process's part of the transformer, and what it gathers: what is outside of blocks, the block that runs and
         the next one, these in what the gather gives and in the parameters that it is copied into. Where they are
         trained, also their gradients until they are summed: of a block, and of two in what the sum reads."""
-        share = known_models.count_share(self.pipeline.transformer, self.processes)
-        yield Component("share of the transformer", share.held * self.element, f"{dtype}, processes")
-        gathered = (share.outside + 2 * 2 * share.block) * self.element
+        share, decides = self._count_share(), f"{dtype}, model.base_precision, processes"
+        yield Component("share of the transformer", share.held, decides)
+        gathered = share.outside + 2 * share.pair
         yield Component("gathered blocks", gathered, "model.shard_base = blocks", ("sample", "update"))
+        read = share.largest_fp8 * self.element  # a product of the backward reads it so
+        yield Component("an FP8 weight in the model's dtype", read, "model.base_precision = fp8", ("update",))
         if not self.lora:
-            unsummed = (share.outside + 3 * share.block) * self.element
+            unsummed = share.outside + 3 * share.block
             yield Component("gradients of gathered blocks", unsummed, "model.shard_base = blocks", ("update",))
 
     def _merged_bytes(self) -> int:
@@ -481,7 +489,7 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
     adversary, model = config.adversary, config.model
     if model.offload != "text_vae":
         yield setting("model.offload", "text_vae")
-    if model.base_precision == "fp8":
+    if model.base_precision == "fp8" and model.shard_base == "none":  # beside the pristine weights
         yield setting("model.base_precision", "model")
     if not config.fast and model.train == "lora" and model.shard_base == "none":
         yield "fast = true", lambda c: setattr(c, "fast", True)

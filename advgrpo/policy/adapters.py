@@ -45,6 +45,11 @@ def block_of(module: str) -> tuple[str, str] | None:
     return None if found is None else (found[1], found[2])
 
 
+def modulates(linear: str) -> bool:
+    """Whether a linear layer gives shifts, scales and gates, by its name in any family or within a block."""
+    return any(part in f".{linear}" for part in (".norm", ".img_mod.", ".txt_mod."))
+
+
 def component_of(network: ModelMixin) -> str:
     """The folder of a network in its pipeline, which is also the prefix of its names in a LoRA file."""
     return "unet" if isinstance(network, UNet2DConditionModel) else "transformer"

@@ -293,8 +293,7 @@ class TransformerPolicy(DiffusersPolicy):
             self._use_fast_decoder()
         else:
             network = self._stock_network(seed)
-            if sharding is not None:
-                network.share_out(sharding)
+            network.place(device, sharding)
             self._train(network)
 
     @abstractmethod

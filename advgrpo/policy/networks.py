@@ -19,6 +19,7 @@ from diffusers import ModelMixin
 
 from advgrpo.config import ModelSection
 from advgrpo.policy.adapters import START, FullWeights, LoraAdapters, export_lora, start_state, target_modules
+from advgrpo.policy.fp8_base import quantize, quantized_blocks
 from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig, Weights
 from advgrpo.policy.parts import Parts
@@ -72,13 +73,26 @@ class StockNetwork:
             network.enable_gradient_checkpointing()
             network.train()  # diffusers checkpoints in train mode only; there is no dropout, so nothing else changes
         self.network, self.pooled_arguments = network, pooled_arguments
+        self._quantized = set(quantized_blocks(network)) if model.base_precision == "fp8" else set()
 
-    def share_out(self, sharding: BlockSharding) -> None:
-        """Leave this process its part of the network, on the device; made by all processes at the same place."""
-        if isinstance(self.adapters, FullWeights):
+    def place(self, device: torch.device, sharding: BlockSharding | None) -> None:
+        """Leave this process what it holds of the network, on the device, quantised if `model.base_precision` says so.
+
+        Args:
+            sharding: its part; made by all processes at the same place. None: all of it, which is there already.
+        """
+
+        def quantize_block(name: str) -> None:
+            if name in self._quantized:
+                quantize(self.network.get_submodule(name), device)
+
+        if sharding is None:
+            for name in self._quantized:
+                quantize_block(name)
+        elif isinstance(self.adapters, FullWeights):
             self.adapters = WeightsInParts(self.network, sharding)
         else:
-            sharding.shard(self.network)
+            sharding.shard(self.network, quantize_block)
 
     def prepare(
         self,

@@ -29,8 +29,9 @@ class HostWeights:
         kept: dict[int, Tensor] = {}  # by the tensor: what several modules share lies in the host's memory once
         self._own: dict[nn.Module, dict[str, Tensor]] = {}
         for owner in module.modules():
-            held = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
-            for name, tensor in held:
+            for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):  # a tensor by all of its names
+                if tensor is None:
+                    continue
                 if id(tensor) not in kept:
                     kept[id(tensor)] = pinned_for(tensor.detach().cpu(), device)
                 self._own.setdefault(owner, {})[name] = kept[id(tensor)]

@@ -15,6 +15,7 @@ all blocks, into matrices that no block owns: to gather these by block would be 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -40,15 +41,18 @@ class BlockSharding:
         self._mesh = DeviceMesh.from_group(distributed.patient_group(), self.device.type)
         self._gather, self._sum = _Gather(distributed), _SumAndScatter(distributed)
 
-    def shard(self, network: ModelMixin) -> None:
+    def shard(self, network: ModelMixin, prepare: Callable[[str], None] = lambda block: None) -> None:
         """Leave this process its share of the frozen parameters, and move it and the trainable ones to the device.
 
         The network may lie on the host: no more of it than its share and one block is on the device at a time.
+
+        Args:
+            prepare: is called with each block's name before it is shared out.
         """
         adapters = {parameter for parameter in network.parameters() if parameter.requires_grad}
         for parameter in adapters:
             parameter.data = parameter.data.to(self.device)
-        self._share_out(network, adapters)
+        self._share_out(network, adapters, prepare)
 
     def shard_trained(self, network: ModelMixin) -> None:
         """As `shard`, of a network whose parameters are all trained; their gradients are summed over processes."""
@@ -57,13 +61,22 @@ class BlockSharding:
             unit.set_gradient_divide_factor(1.0)  # a loss is divided by the images of all processes already
             unit.set_force_sum_reduction_for_comms(True)
 
-    def _share_out(self, network: ModelMixin, whole: set[torch.nn.Parameter]) -> list[FSDPModule]:
+    def _share_out(
+        self,
+        network: ModelMixin,
+        whole: set[torch.nn.Parameter],
+        prepare: Callable[[str], None] = lambda block: None,
+    ) -> list[FSDPModule]:
         """The blocks, then the network, which has what is outside of them; but for the parameters that stay `whole`."""
-        blocks = [network.get_submodule(name) for name in block_names(network)]
-        units = [
-            fully_shard(module, mesh=self._mesh, ignored_params=whole, reshard_after_forward=True)
-            for module in (*blocks, network)
-        ]
+
+        def shared_out(module: torch.nn.Module) -> FSDPModule:
+            return fully_shard(module, mesh=self._mesh, ignored_params=whole, reshard_after_forward=True)
+
+        units = []
+        for name in block_names(network):
+            prepare(name)
+            units.append(shared_out(network.get_submodule(name)))
+        units.append(shared_out(network))
         for unit in units:
             unit.set_custom_all_gather(self._gather)
         for block, following in pairwise(units[:-1]):

@@ -17,6 +17,7 @@ from typing import Any
 
 from advgrpo.errors import UserError
 from advgrpo.intervals import Interval, t_interval
+from advgrpo.reporting.metric_names import HELD_OUT
 from advgrpo.runtime.atomic import write_atomically
 
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -94,6 +95,21 @@ def gains(lines: Sequence[Evaluated]) -> dict[str, Interval]:
         if len(differences) == len(final[name]) > 1 and all(map(math.isfinite, differences)):
             found[name] = t_interval(differences)
     return found
+
+
+def comparable(rows: Sequence[Mapping[str, Any]], lines: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Records of metrics.jsonl, without the held-out values of evaluations that were set aside.
+
+    A file that has the base model's line has all evaluations that can be compared with it; one that has not is of an
+    older program, which wrote none at first.
+    """
+    kept = {line.iteration for line in lines}
+    if not any(line.stage == "base" for line in lines):
+        return [dict(row) for row in rows]
+    return [
+        {key: value for key, value in row.items() if row["iteration"] + 1 in kept or not key.startswith(HELD_OUT)}
+        for row in rows
+    ]
 
 
 def load_evaluations(file: Path) -> list[Evaluated]:

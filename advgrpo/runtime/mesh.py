@@ -64,12 +64,12 @@ class Mesh:
         """[data_size, ...] of [world_size, ...]: what all of a sequence group know alike, once."""
         return gathered[:: self.sequence_size]
 
-    def on(self, distributed: Distributed) -> DeviceMesh:
-        """PyTorch's mesh, with its process groups; a collective of all processes, of more than one.
+    def sequence(self, distributed: Distributed) -> DeviceMesh:
+        """PyTorch's mesh of this process's sequence group; a collective of all processes, of more than one.
 
-        Its collectives wait for `SLOW_SECONDS`, since one process may judge images while the others draw.
+        What goes along "data" is of all processes, so that no group of its own is needed. Collectives of the mesh wait
+        for `SLOW_SECONDS`, since one process may judge images while the others draw.
         """
         ranks = torch.arange(self.world_size).view(self.data_size, self.sequence_size)
-        groups = [distributed.patient_group(each.tolist()) for each in (ranks.T, ranks)]
-        names = ("data", "sequence")
-        return DeviceMesh.from_group(groups, distributed.device.type, mesh=ranks, mesh_dim_names=names)
+        group = distributed.patient_group(ranks.tolist())
+        return DeviceMesh.from_group(group, distributed.device.type, mesh_dim_names=("sequence",))

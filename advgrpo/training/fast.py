@@ -97,7 +97,12 @@ class FastPaths:
             ),
             _row(
                 "FP8 training",
-                _why_no_fp8(config.model.base_precision, "model.base_precision", device, fused_off),
+                _why_no_fp8(
+                    config.model.base_precision,
+                    "model.base_precision",
+                    device,
+                    "" if config.model.shard_base == "blocks" else fused_off,
+                ),
                 _where_fp8(device, "frozen weights quantised once, adapters never", "frozen weights in FP8"),
             ),
         )

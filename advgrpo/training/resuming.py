@@ -41,6 +41,7 @@ from advgrpo.training.restoring import count, entry, measured
 from advgrpo.training.state_in_parts import cut_of
 
 SUMMARY_FILE = "summary.json"
+JUDGED_ON = {"held_out_prompts", "references", "base", "rewards"}  # what the base model's metrics depend on
 
 # Settings a resumed run may change; any other difference would make it another run.
 FREE_TO_CHANGE = (
@@ -58,7 +59,7 @@ FREE_TO_CHANGE = (
     *(
         f"rollout.engine.{name}"
         for name in (
-            *("urls", "weights_dir", "requests_at_once", "probe_tolerance"),
+            *("kind", "urls", "weights_dir", "requests_at_once", "probe_tolerance"),
             *("timeout", "retries", "backoff", "wait", "token_file"),
         )
     ),
@@ -204,8 +205,10 @@ class Resuming:
                 soft_wrap=True,
             )
 
-    def done(self, saved: Saved | None) -> str:
+    def done(self, saved: Saved | None, sources: Sources) -> str:
         """Why nothing is left to do; empty while something is.
+
+        A run that ended early has something to do where its evaluations are to be of other content from now on.
 
         Raises:
             UserError: the run is done, and it was asked for by --resume DIR or --resume-from.
@@ -213,6 +216,8 @@ class Resuming:
         if saved is None:
             return ""
         early = "" if saved.finished(self.config) else saved.ended_early(self.config)
+        if early and self._judged_anew(saved, sources):
+            early = ""
         if not (early or saved.finished(self.config)):
             return ""
         done, wanted = saved.iteration, self.config.iterations
@@ -226,6 +231,12 @@ class Resuming:
         if self.resume.mode != "auto":
             raise UserError(text)
         return text
+
+    def _judged_anew(self, saved: Saved, sources: Sources) -> bool:
+        """Whether what evaluations depend on has changed since the checkpoint was written, by consent."""
+        accepted = JUDGED_ON.intersection(self.resume.accepted)
+        before, now = saved.state.get("made_from", {}), made_from(self.config, sources) if accepted else {}
+        return any(before.get(name, now[name]) != now[name] for name in accepted)
 
     def refuse_changes(self, saved: Saved, made_from: Mapping[str, str]) -> tuple[Source, ...]:
         """What has changed since the checkpoint was written, and was accepted by --accept-changed.
@@ -246,7 +257,7 @@ class Resuming:
             given = {**{name: getattr(self.config.data, name, "") for name in refused}, "base": self.config.model.path}
             given["references"] = given.get("references") or self.config.data.style
             given["rewards"] = ", ".join(getattr(each, "import") for each in self.config.rewards.custom)
-            given["teacher"] = self.config.update.teacher
+            given |= {"teacher": self.config.update.teacher, "start": self.config.model.lora.start_from}
             named = ", ".join(f"{name} ({_SETTINGS[name]} = {given[name]!r})" for name in refused)
             raise UserError(
                 f"{self.flag}: since {saved.path} was written, the content of {named} has changed. Put back what was "
@@ -339,13 +350,15 @@ _SETTINGS = {
     "base": "model.path",
     "rewards": "rewards.custom",
     "teacher": "update.teacher",
+    "start": "model.lora.start_from",
 }
 
 
 def made_from(config: Config, sources: Sources) -> dict[Source, str]:
     """Hashes of what a run is made from, beside its settings.
 
-    Prompts, references, the files of the base model, of the teacher that it learns from and of its own rewards.
+    Prompts, references, the files of the base model, of the LoRA that it starts from, of the teacher that it learns
+    from and of its own rewards.
     """
     hashes = {
         "prompts": _digest([sources.prompts, sources.metadata]),
@@ -353,7 +366,8 @@ def made_from(config: Config, sources: Sources) -> dict[Source, str]:
         "references": "" if sources.references is None else sources.references.fingerprint(),
         "base": base_fingerprint(config),
         "rewards": _rewards_digest(config),
-        "teacher": _teacher_digest(config.update.teacher),
+        "teacher": _lora_digest(config.update.teacher),
+        "start": _lora_digest(config.model.lora.start_from),
     }
     assert tuple(hashes) == get_args(Source)
     return hashes
@@ -373,9 +387,9 @@ def _rewards_digest(config: Config) -> str:
     return _digest(files) if files else ""
 
 
-def _teacher_digest(teacher: str) -> str:
+def _lora_digest(path: str) -> str:
     """Of the file of its weights; "" without one, which is refused where it is read."""
-    return lora_digest(Path(teacher)) if teacher else ""
+    return lora_digest(Path(path)) if path else ""
 
 
 def _digest(value: Any) -> str:

@@ -35,7 +35,14 @@ from advgrpo.report.band import band_of
 from advgrpo.report.page import REPORT_FILE, write_report
 from advgrpo.report.run_files import RunFiles
 from advgrpo.reporting.display import Display
-from advgrpo.reporting.evaluations import EVALUATIONS_FILE, Evaluated, gains, load_evaluations, record_evaluation
+from advgrpo.reporting.evaluations import (
+    EVALUATIONS_FILE,
+    Evaluated,
+    comparable,
+    gains,
+    load_evaluations,
+    record_evaluation,
+)
 from advgrpo.reporting.metric_names import FIRST, half_widths, held_out_means, with_interval
 from advgrpo.reporting.plots import HeldOut, draw_curves, draw_grid
 from advgrpo.reporting.trackers import RunInfo, Trackers, choose
@@ -65,7 +72,7 @@ from advgrpo.training.callbacks import Callback, Callbacks, Stage
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.model_card import CARD, RunFacts, newest_grid, write_card, write_samples
 from advgrpo.training.preflight import preflight
-from advgrpo.training.resuming import SUMMARY_FILE, Resume, Resuming, Saved, differences, made_from
+from advgrpo.training.resuming import JUDGED_ON, SUMMARY_FILE, Resume, Resuming, Saved, differences, made_from
 from advgrpo.training.state_in_parts import save_in_parts
 from advgrpo.training.stopping import Keeper, signals_stop
 from advgrpo.training.trainer import Trainer
@@ -75,8 +82,6 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 # What is longest in watch.seconds_to_the_end, and as much again: a machine that is cut off ends its processes itself.
 LAST_START_SECONDS = 120.0
-
-_JUDGED_ON = {"held_out_prompts", "references", "base", "rewards"}  # what the base model's metrics depend on
 
 
 def prepare_output(folder: Path) -> None:
@@ -116,7 +121,7 @@ class Run:
         self.stopped_by_others = False  # at the wish of other processes than this one
         self._asked = ""  # why a callback wants the end
         self._measured_on_other = ""  # what earlier evaluations depended on and is no longer what it was
-        self._monitor_knows_base = False  # although it has to be evaluated again
+        self._monitor_knows_beginning = False  # although it has to be evaluated again
         self.parts: Parts | None = None  # how the trained weights lie on the processes, where no one has them all
         self.trackers = Trackers([], self.display.print_line)
         self._lock: FolderLock | None = None
@@ -140,7 +145,9 @@ class Run:
                 self._take_the_folder()
         resuming = Resuming(config, self.folder, distributed, resume, self.console)
         saved = resuming.choose()
-        self.nothing_left = distributed.gather_json(resuming.done(saved) if distributed.is_main else "")[0]
+        with distributed.monitored("look whether anything is left to do", at_most_seconds=SLOW_SECONDS):
+            done = resuming.done(saved, sources) if distributed.is_main else ""
+        self.nothing_left = distributed.gather_json(done)[0]
         if self.nothing_left:
             resuming.tell(saved)
             return
@@ -276,6 +283,7 @@ class Run:
             if main and self._measured_on_other and self.evaluator.prompts:
                 self._set_evaluations_aside()
             self.base = self._evaluate_base()
+        if not self.start:
             self.start = self._evaluate_start()
         self._draw_samples("base", self.base)
         log = RunLog(
@@ -459,7 +467,7 @@ class Run:
         done = trainer.iteration if stage in ("during", "final") else 0  # a resumed run may have to judge the base anew
         levels = trainer.monitor.levels() if done else {}
         begins = stage == ("start" if self.config.model.lora.start_from else "base")
-        known = self._monitor_knows_base or not begins
+        known = self._monitor_knows_beginning or not begins
         if done or not known:
             trainer.flags = trainer.monitor.evaluated(done, by_prompt)
         if self.distributed.is_main:
@@ -599,7 +607,8 @@ class Run:
         evaluation = self.config.evaluation
         counts = evaluation.during_images_per_prompt, evaluation.images_per_prompt
         if rows:  # a damaged file may have held none
-            draw_curves(rows, self.folder / "curves.png", HeldOut(self.base, final, *counts))
+            drawn = comparable(rows, load_evaluations(self.folder / EVALUATIONS_FILE))
+            draw_curves(drawn, self.folder / "curves.png", HeldOut(self.base, final, *counts))
         return rows
 
     def export(self) -> None:
@@ -742,12 +751,15 @@ class Run:
 
     def _restore(self, saved: Saved, changed: tuple[str, ...]) -> None:
         """What the trainer does not know; it has been loaded."""
-        self._measured_on_other = ", ".join(sorted(_JUDGED_ON.intersection(changed)))
-        known = {} if self._measured_on_other else saved.state
-        for stage in ("base", "start"):  # those of an older program may lack metrics: then without, or evaluated again
+        self._measured_on_other = ", ".join(sorted(JUDGED_ON.intersection(changed)))
+        known = {} if self._measured_on_other else dict(saved.state)
+        if "start" in changed:
+            known.pop("start", None)
+        for stage in ("base", "start"):  # those of an older program may lack metrics: then evaluated again
             values = known.get(stage, {})
             setattr(self, stage, values if self.evaluator.names() <= values.keys() else {})
-        self._monitor_knows_base = bool(known.get("base")) and not self.base
+        begins = "start" if self.config.model.lora.start_from else "base"
+        self._monitor_knows_beginning = bool(known.get(begins)) and not getattr(self, begins)
         if self._measured_on_other and self.best is not None:
             self.best = Best(self.best.metric)  # the next evaluation is the first of those that can be compared
         self.unlogged = saved.state.get("unlogged")

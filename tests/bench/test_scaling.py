@@ -6,6 +6,7 @@ Ethernet divided by a machine's GPUs.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,24 @@ import torch
 from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.plan.work import efficiency
+from advgrpo.policy.adapters import stored_network
 from bench import scaling
 from tests.conftest import make_unit_config
 from tests.faults.job import environment
+from tests.unit_size import UNIT
 from tests.zygote import run
 
+WEEKLY = [pytest.param(*each, marks=pytest.mark.weekly) for each in ((3, 1), (4, 2))]
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.weekly)])
-def test_a_run_issues_the_collectives_that_are_counted(processes, unit_pipeline, unit_backbone, tmp_path):
+
+@pytest.mark.parametrize(("processes", "members"), [(2, 1), (2, 2), *WEEKLY])
+def test_a_run_issues_the_collectives_that_are_counted(processes, members, unit_pipeline, unit_backbone, tmp_path):
+    """Of processes alone, and of sequence groups, with tokens that are no equal shares."""
     base = make_unit_config(unit_pipeline, unit_backbone, tmp_path)
     changes = {
         "iterations": 2,
         "data": {"held_out_prompts": ""},
+        "model": {"sequence_parallel": members},
         "rollout": {"micro_batch": 1, "group_size": 2, "num_steps": 3, "guidance_scale": 1.0},
         "adversary": {"schedule": "always", "replay_capacity": 0, "batch_size": 4},
         "evaluation": {"metrics": ["dino_similarity"], "grid_prompts": 1},
@@ -42,7 +49,7 @@ def test_a_run_issues_the_collectives_that_are_counted(processes, unit_pipeline,
     counted = list(scaling.collectives(settings, processes, sizes, settings.adversary.updates_per_iteration))
     for rank in range(processes):
         by_iteration = json.loads((tmp_path / f"{rank}.json").read_text())
-        issued = by_iteration["1"]
+        issued = [each for each in by_iteration["1"] if each[0] != "all_to_all"]
         assert [kind for kind, _ in issued] == [each.kind for each in counted]
         wrong = [
             (each, size)
@@ -50,6 +57,20 @@ def test_a_run_issues_the_collectives_that_are_counted(processes, unit_pipeline,
             if size != each.bytes and not each.what.startswith("JSON")
         ]
         assert wrong == []
+        together = Counter(size for kind, size in by_iteration["1"] if kind == "all_to_all")
+        assert together == _exchanged(settings, processes, rank)
+
+
+def _exchanged(settings: Config, processes: int, rank: int) -> Counter[int]:
+    """How many exchanges of so many bytes a process is counted to issue in an iteration."""
+    members, found = settings.model.sequence_parallel, Counter()
+    if members > 1:
+        stock, side = stored_network(Path(settings.model.path)), UNIT.image_size // 4
+        text = UNIT.clip_tokens + UNIT.t5_tokens
+        each = scaling.exchanges(settings, stock, side, text, members, rank=rank % members)
+        for counted in scaling.exchanged(settings, processes, each, measures_kl=rank < members):
+            found[counted.bytes] += counted.times
+    return found
 
 
 def _tensors(file: Path) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 from advgrpo import config as configuration
 from advgrpo.errors import RunFailure
+from advgrpo.training.resuming import differences
 from tests import zygote
 from tests.engine import stand_ins
 from tests.engine.stand_ins import Engine, acting
@@ -101,6 +102,28 @@ def test_a_run_goes_on_with_an_engine_that_was_started_anew(settings, url, stand
     second = build(change(first, {"iterations": 2}), resume=True)
     second.trainer.iterate()
     assert all(torch.equal(a, b) for a, b in zip(parameters_of(whole), parameters_of(second.trainer)))
+
+
+def test_a_run_goes_on_without_its_engine_and_with_one_that_it_had_not():
+    asked = [
+        {"rollout": {"engine": each}} for each in ({"kind": "none", "urls": []}, {"kind": "sglang", "urls": ["x"]})
+    ]
+    assert not differences(*asked)
+
+
+@pytest.mark.weekly
+def test_what_an_engine_began_ends_without_it_as_a_run_that_had_none(settings, url, tmp_path):
+    settings = change(settings, NFT, {"iterations": 1, "output": {"checkpoint_every": 1}})
+    began = with_engine(settings, url, tmp_path / "parts")
+    start = parameters_of(build(change(settings, {"output_dir": str(tmp_path / "start")})).trainer)
+    build(began).train()
+    alone = change(began, {"iterations": 2, "rollout": {"engine": {"kind": "none", "urls": []}}})
+    second, whole = build(alone, resume=True).trainer, build(settings).trainer
+    for trainer, times in ((second, 1), (whole, 2)):
+        for _ in range(times):
+            trainer.iterate()
+    for ours, theirs, begun in zip(parameters_of(second), parameters_of(whole), start):
+        assert (ours - theirs).norm() <= TOLERANCE * (theirs - begun).norm()
 
 
 @pytest.mark.weekly

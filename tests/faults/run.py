@@ -1,11 +1,12 @@
 """Jobs on up to three machines that fail as seeds say, compared with a run that nothing happens to.
 
-    python -m tests.faults.run                        schedules 0 to 49, into results.json
-    python -m tests.faults.run --seeds 7 8 --no-network --keep DIR
+    python -m tests.faults.run                        those of schedules 0 to 49 that are not in results.json, into it
+    python -m tests.faults.run --seeds 7 8            these, anew where they are there
+    python -m tests.faults.run --no-network --keep DIR
 
 Each machine is a network namespace with torchrun's agent in it and one process of a training of seconds; a fourth is
 where they meet. Without root, or with --no-network, all are on loopback, and nothing is done to the network.
-What became of each schedule is kept at once in results.json.
+What became of each schedule is kept at once in results.json: a command that was ended goes on where it is given again.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from advgrpo.runtime.atomic import write_atomically
 from tests.faults import job
 from tests.faults.machine import run_as_others, run_first
 from tests.faults.network import Network, missing
@@ -32,6 +34,7 @@ from tests.zygote import run as run_forked
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+SCHEDULES = 50
 MARK = "<!-- python -m tests.faults.run --write -->"
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
 # Of a LoRA's norm, and of an iteration's mean reward: sums over other numbers of processes round otherwise (6e-8 in
@@ -111,9 +114,14 @@ def lines(results: dict[str, dict]) -> Iterator[str]:
         )
 
 
+def missing_seeds(results: Collection[str]) -> list[int]:
+    """Of the schedules that are asked for, those that are not among the results."""
+    return [seed for seed in range(SCHEDULES) if str(seed) not in results]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.run", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(50), metavar="N")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: those that were not run")
     parser.add_argument("--no-network", action="store_true", help="all machines on loopback")
     parser.add_argument("--keep", type=Path, help="folder for the runs' files; else they are deleted")
     parser.add_argument(
@@ -130,16 +138,21 @@ def main(argv: list[str] | None = None) -> int:
     why = "asked for" if args.no_network else missing()
     if why:
         print(f"machines on loopback, nothing happens to the network: {why}")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    seeds = args.seeds or missing_seeds(results)
+    print(f"{len(seeds)} of {SCHEDULES} schedules to run, {len(results)} in {RESULTS.name}", flush=True)
+    if not seeds:
+        return 0
     folder = args.keep or Path(tempfile.mkdtemp(prefix="faults-"))
     flags = make_world(folder)
     reference = undisturbed(flags, folder)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     failed = []
-    for seed in args.seeds:
+    for seed in seeds:
         schedule = Schedule.draw(seed, network=not why)
+        shutil.rmtree(folder / str(seed), ignore_errors=True)  # of a command that was ended, with --keep
         found = one(schedule, flags, folder / str(seed), reference, network=not why)
         results[str(seed)] = found | {"network": not why, "passed": passed(found)}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
         failed += [seed] * (not passed(found))
         kinds = " and ".join(f"{fault.kind} ({fault.machine})" for fault in schedule.faults)
         said = "passed" if passed(found) else "FAILED"

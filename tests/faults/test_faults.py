@@ -42,13 +42,38 @@ def test_what_is_recorded_has_passed_and_would_not_with_an_iteration_less():
         assert not run.passed(found | {"lost": [2]})
 
 
+def test_a_command_that_was_ended_goes_on_with_what_is_not_recorded(tmp_path, monkeypatch):
+    ran, results = [], tmp_path / "results.json"
+    found = json.loads(run.RESULTS.read_text())["8"]
+    results.write_text(json.dumps({str(seed): found for seed in range(run.SCHEDULES) if seed not in (7, 30)}))
+
+    def one(schedule, flags, folder, reference, *, network):
+        ran.append(schedule.seed)
+        if schedule.seed == 30 and ran.count(30) == 1:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(run, "RESULTS", results)
+    monkeypatch.setattr(run, "one", one)
+    for name in ("make_world", "undisturbed"):
+        monkeypatch.setattr(run, name, lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--no-network"])
+    assert run.main(["--no-network"]) == 0
+    assert ran == [7, 30, 30]
+    assert len(json.loads(results.read_text())) == run.SCHEDULES
+    assert run.main(["--no-network"]) == 0
+    assert run.main(["--no-network", "--seeds", "7"]) == 0
+    assert ran == [7, 30, 30, 7]
+
+
 def test_schedules_are_those_of_their_seeds_and_of_every_kind():
-    drawn = [Schedule.draw(seed) for seed in range(50)]
-    assert drawn == [Schedule.draw(seed) for seed in range(50)]
+    drawn = [Schedule.draw(seed) for seed in range(run.SCHEDULES)]
+    assert drawn == [Schedule.draw(seed) for seed in range(run.SCHEDULES)]
     assert {fault.kind for schedule in drawn for fault in schedule.faults} == set(KINDS)
     faults = [fault for schedule in drawn for fault in schedule.faults]
     assert all(0 < fault.iteration < ITERATIONS - 1 and 0 <= fault.machine < MACHINES for fault in faults)
-    local = [Schedule.draw(seed, network=False) for seed in range(50)]
+    local = [Schedule.draw(seed, network=False) for seed in range(run.SCHEDULES)]
     assert not any(KINDS[fault.kind] for schedule in local for fault in schedule.faults)
 
 

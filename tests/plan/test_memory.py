@@ -14,6 +14,7 @@ smallest micro-batch instead of the next; GiB read as GB; the ceiling not named.
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import re
@@ -43,6 +44,7 @@ from advgrpo.plan.activations import AliveBytes, TransformerShape, decode_bytes
 from advgrpo.plan.memory import PHASES, Knobs, _Estimate, advice, plan, plan_as_configured, table
 from advgrpo.plan.work import drawn_steps, micro_batches
 from advgrpo.policy.adapters import LoraAdapters, target_modules
+from advgrpo.policy.fp8_base import quantize, quantized_blocks
 from advgrpo.policy.fused.decoder import SD3_DECODER, decoded_at_once
 from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
@@ -723,17 +725,31 @@ def first_of_eight():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("path", [MEDIUM, "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image"])
-def test_shares_are_what_fully_shard_leaves(path, first_of_eight):
+FLUX, QWEN = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image"
+
+
+@pytest.mark.parametrize(("path", "fp8"), [(MEDIUM, False), (FLUX, False), (QWEN, False), (FLUX, True)])
+def test_shares_are_what_fully_shard_leaves(path, fp8, first_of_eight):
     config = known_models.known_pipeline(path).transformer
     network = copy.deepcopy(known_models._meta_transformer(json.dumps(config, sort_keys=True)))
-    BlockSharding(first_of_eight).shard(network)
-    counted, whole = known_models.count_share(config, 8), sum(p.numel() for p in network.parameters())
-    assert counted.held == sum(p.to_local().numel() for p in network.parameters())
+    network, device = torch.nn.Module.to(network, torch.bfloat16), torch.device("meta")
+    chosen = set(quantized_blocks(network)) if fp8 else set()
+    BlockSharding(first_of_eight).shard(
+        network, lambda name: quantize(network.get_submodule(name), device) if name in chosen else None
+    )
+    counted = known_models.count_share(config, 8, torch.bfloat16, fp8=fp8)
+    whole = sum(p.nbytes for p in network.parameters())
+    assert counted.held == sum(p.to_local().nbytes for p in network.parameters())
     assert whole / 8 <= counted.held < 1.001 * whole / 8
     groups = [m._get_fsdp_state()._fsdp_param_group for m in network.modules() if isinstance(m, FSDPModule)]
-    sizes = [sum(p.sharded_param.numel() for p in group.fsdp_params) for group in groups]
+    sizes = [sum(p.sharded_param.nbytes for p in group.fsdp_params) for group in groups]
     assert (counted.outside, counted.block) == (sizes[0], max(sizes[1:]))
+    assert counted.pair == max(a + b for a, b in itertools.pairwise(sizes[1:]))
+    if fp8:  # the scales, biases and what is not quantised are the rest
+        inner = known_models.count_transformer(config, configuration.load("flux1-dino").model.lora).inner
+        assert 2 * sum(p.numel() for p in known_models.meta_transformer(config).parameters()) - inner == pytest.approx(
+            whole, rel=1e-3
+        )
 
 
 def test_a_sharded_base_is_planned(paper):
@@ -751,6 +767,21 @@ def test_a_sharded_base_is_planned(paper):
     assert "encode" not in gathered.phases
     assert {name: c.bytes for name, c in parts.items()} == whole
     assert "transformer" in {c.name for c in _Estimate(paper, 1).components(knobs)}  # one process has all of it
+
+
+def test_a_base_in_parts_in_fp8_is_planned(paper):
+    """Quantised layers take a byte, whole or in parts, and no second form of them is kept."""
+    paper.model.shard_base = "blocks"
+    name = "share of the transformer"
+    plain = {c.name: c.bytes for c in _Estimate(paper, 8).components(Knobs(2, True))}
+    paper.model.base_precision = "fp8"
+    quantised = {c.name: c.bytes for c in _Estimate(paper, 8).components(Knobs(2, True))}
+    inner = _Estimate(paper, 8).weights.inner
+    assert plain[name] - quantised[name] == pytest.approx(inner / 8, rel=0.01)
+    assert quantised["gathered blocks"] < 0.9 * plain["gathered blocks"], "the first block stays"
+    assert quantised.keys() - plain.keys() == {"an FP8 weight in the model's dtype"}
+    alone = {c.name: c.bytes for c in _Estimate(paper, 1).components(Knobs(2, True))}
+    assert alone["transformer"] == pytest.approx(8 * quantised[name], rel=0.01)
 
 
 def test_weights_trained_in_parts_are_planned_as_they_lie(paper, first_of_eight):
@@ -799,6 +830,8 @@ def test_sharding_is_proposed_where_it_can_be_done(paper):
     paper.model.sequence_parallel = 2
     assert not any("shard_base" in each for each in plan(paper, 24, processes=8).remedies)
     paper.model.sequence_parallel, paper.model.base_precision = 1, "fp8"
+    assert remedy in plan(paper, 24, processes=8).remedies
+    paper.rollout.precision = "fp8"
     assert remedy not in plan(paper, 24, processes=8).remedies
 
 
@@ -811,8 +844,9 @@ FAMILIES = {
 }
 
 
-def least_gb(preset: str, path: str, way: str, processes: int, train: str = "lora") -> float:
+def least_gb(preset: str, path: str, way: str, processes: int, train: str = "lora", precision: str = "model") -> float:
     config = configuration.load(preset)
+    config.model.base_precision = precision
     config.model.path, config.model.shard_base, config.model.train = path, way, train
     if train == "full":
         config.model.dtype = "float32"
@@ -821,15 +855,17 @@ def least_gb(preset: str, path: str, way: str, processes: int, train: str = "lor
 
 def test_the_documents_say_what_fits():
     lines = [
-        "| model | GPUs | whole | in parts | " + " | ".join(f"{size} GB" for size in SIZES) + " |",
-        "|---|---|---|---|" + "---|" * len(SIZES),
+        "| model | GPUs | whole | in parts | in parts, FP8 | " + " | ".join(f"{size} GB" for size in SIZES) + " |",
+        "|---|---|---|---|---|" + "---|" * len(SIZES),
     ]
     for name, settings in FAMILIES.items():
         for processes in (1, 2, 4, 8):
             whole = least_gb(*settings, "none", processes)
-            parts = math.inf if processes == 1 else least_gb(*settings, "blocks", processes)
-            cells = ["whole" if whole <= size else "in parts" if parts <= size else "–" for size in SIZES]
-            least = [f"{whole:.0f} GB", "" if processes == 1 else f"{parts:.0f} GB"]
+            parts = least_gb(*settings, "blocks", processes)
+            fp8 = least_gb(*settings, "blocks", processes, precision="fp8")
+            ways = {"whole": whole, **({} if processes == 1 else {"in parts": parts}), "FP8": fp8}
+            cells = [next((way for way, gb in ways.items() if gb <= size), "–") for size in SIZES]
+            least = [f"{whole:.0f} GB", "" if processes == 1 else f"{parts:.0f} GB", f"{fp8:.0f} GB"]
             lines.append("| " + " | ".join([name, str(processes), *least, *cells]) + " |")
     text = "\n".join(lines)
     assert text in (ROOT / "docs" / "families.md").read_text(), text

@@ -120,14 +120,15 @@ def beside_a_layer(patch) -> list[int]:
 
 def test_what_fails_leaves_nothing_on_the_device_and_what_is_shared_lies_on_the_host_once():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).requires_grad_(False).eval()
-    model[2].weight = model[0].weight
+    model[2].weight = model[2].again = model[0].weight
     x = torch.ones(2, 3)
     expected = model(x)
     with DeviceTwin() as twin:
         weights = HostWeights(model, DEVICE)
         assert model[2].weight.data_ptr() == model[0].weight.data_ptr()
         with weights.lent():
-            assert on_the_device(model) == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            names = model.named_parameters(remove_duplicate=False)
+            assert on_the_device(model) == sum(t.nbytes for t in (*dict(names).values(), *model.buffers()))
             assert torch.equal(model(x.to(DEVICE)).held, expected)
         assert on_the_device(model) == 0
         with pytest.raises(RuntimeError, match="on the way"), weights.lent():

@@ -73,6 +73,7 @@ def test_runs_are_recorded_and_compared_where_the_settings_are_the_presets(tmp_p
     same = config.load(file=runs[0] / "config.yaml")
     assert band_of(same) == made
     same.output.checkpoint_every, same.evaluation.every, same.fast, same.iterations = 3, 7, False, 99
+    same.model.sequence_parallel, same.data.decode_workers = 2, 1
     assert band_of(same) == made
     for section, name, value in (("update", "learning_rate", 1e-5), ("evaluation", "guidance_scale", 3.0)):
         other = same.model_copy(deep=True)

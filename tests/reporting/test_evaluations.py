@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from advgrpo.reporting.evaluations import Evaluated, gains, load_evaluations, record_evaluation
+from advgrpo.reporting.evaluations import Evaluated, comparable, gains, load_evaluations, record_evaluation
 
 BASE, FINAL = [0.1, 0.5, 0.3], [0.3, 0.6, 0.6]
 
@@ -55,6 +55,13 @@ def test_a_base_that_is_judged_again_takes_its_place_and_what_the_run_has_done_s
     lines = load_evaluations(file)
     assert [(each.stage, each.iteration) for each in lines] == places[:4]
     assert lines[0].means == {"eval_new": 0.5}
+
+
+def test_what_was_set_aside_is_not_drawn_beside_what_came_after():
+    rows = [{"iteration": at, "kl": 0.1, "eval_judge": 0.5, "eval_judge_ci95": 0.1} for at in range(3)]
+    since = [line("base", {}), GOES_ON]
+    assert comparable(rows, since) == [{"iteration": 0, "kl": 0.1}, {"iteration": 1, "kl": 0.1}, rows[2]]
+    assert comparable(rows, [GOES_ON]) == comparable(rows, []) == rows, "of an older program"
 
 
 def test_scores_of_all_images_are_kept(tmp_path):

@@ -560,6 +560,52 @@ def find(memory: dict, key: str) -> list[float]:
     return memory[key] if key in memory else next(find(each, key) for each in memory.values() if isinstance(each, dict))
 
 
+def change_lora(folder: Path) -> None:
+    file = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, header)
+
+
+def test_a_run_that_ended_early_goes_on_where_it_is_judged_on_other_prompts(own):
+    folder, accepted = newest(own), Resume("auto", accepted=("held_out_prompts", "references"))
+    own.evaluation.keep_best, own.evaluation.stop_after, own.evaluation.every = "dino_similarity", 1, 9
+    state = json.loads((folder / STATE).read_text())
+    state["best"] = {"metric": "dino_similarity", "evaluated": 2, "without_gain": 1}
+    (folder / STATE).write_text(json.dumps(state))
+    rehash(folder)
+    for resume in (AUTO, accepted):
+        assert "the run has ended after iteration 2: 1 evaluation without gain" in go(own, resume)
+    change_held_out(own)
+    assert "going on with other content of held_out_prompts" in go(own, accepted)
+    assert newest(own).name == "iteration-000003"
+
+
+def test_a_start_that_has_changed_is_named_and_judged_again_by_consent(own, tmp_path):
+    settings = own.model_copy(deep=True)
+    start = shutil.copytree(Path(own.output_dir) / "lora", tmp_path / "start")
+    settings.model.lora.start_from, settings.output_dir = str(start), str(tmp_path / "next")
+    settings.iterations = 1
+    go(settings, False)
+    file, settings.iterations = Path(settings.output_dir) / "evaluations.jsonl", 2
+    before = load_evaluations(file)
+    assert "evaluating " not in go(settings, True)
+    change_lora(start)
+    settings.iterations = 3
+    where = r"start \(model\.lora\.start_from = '.*'\)"
+    with pytest.raises(UserError, match=rf"the content of {where} has changed.*by --accept-changed start$"):
+        go(settings, True)
+    said = go(settings, Resume("folder", accepted=("start",)))
+    assert f"evaluating {start}" in said
+    assert "base model: " not in said
+    assert evaluated(settings) == [("base", 0), ("start", 0), ("final", 1), ("final", 2), ("final", 3)]
+    after = load_evaluations(file)
+    assert after[0] == before[0]
+    assert after[1].scores != before[1].scores
+    memory = json.loads((newest(settings) / STATE).read_text())["trainer"]["monitor"]["reward_hacking"]
+    assert find(memory, "held-out dino_similarity: before") == pytest.approx(after[1].scores["dino_similarity"])
+
+
 def test_a_teacher_that_has_changed_is_named_and_taken_only_by_consent(unit_config, tmp_path):
     unit_config.iterations = 1
     unit_config.data.held_out_prompts = ""
@@ -569,10 +615,7 @@ def test_a_teacher_that_has_changed_is_named_and_taken_only_by_consent(unit_conf
     lora = Path(teacher.output_dir) / "lora"
     unit_config.update.kl_to, unit_config.update.kl_weight, unit_config.update.teacher = "teacher", 0.1, str(lora)
     go(unit_config, False)
-    file = lora / "pytorch_lora_weights.safetensors"
-    with safe_open(file, "pt") as opened:
-        header = opened.metadata()
-    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, header)
+    change_lora(lora)
     unit_config.iterations = 2
     where = rf"teacher \(update\.teacher = '{lora}'\)"
     with pytest.raises(UserError, match=rf"the content of {where} has changed.*by --accept-changed teacher$"):

@@ -30,9 +30,14 @@ NETWORKS = {
     "sd3": {},
     "sd3-bfloat16": {"dtype": "bfloat16"},
     "flux": {"gradient_checkpointing": True},
+    "flux-fp8": {"base_precision": "fp8", "gradient_checkpointing": True},
     "qwen": {},
 }
-RUNS = {"sd3": {"iterations": 2}, "flux": {"data": {"held_out_prompts": ""}}}
+RUNS = {
+    "sd3": {"iterations": 2},
+    "flux": {"data": {"held_out_prompts": ""}},
+    "flux-fp8": {"data": {"held_out_prompts": ""}, "iterations": 2, "model": {"base_precision": "fp8"}},
+}
 WEEKLY = {"sd3-bfloat16", "qwen"}
 
 
@@ -102,7 +107,8 @@ def runs(base, folder, request) -> dict[str, Path]:
     """Folders of runs of one process that has all of the base."""
     chosen = asked(request, RUN_TEST, RUNS)
     for name, changes in chosen.items():
-        whole = changed(base[name], folder, f"{name}-1", **{**changes, "model": {"shard_base": "blocks"}})
+        model = {"shard_base": "blocks", **changes.get("model", {})}
+        whole = changed(base[name.split("-")[0]], folder, f"{name}-1", **{**changes, "model": model})
         sharding_worker.train(whole, Distributed.start("cpu"))
         for other in (f"{name}-2", f"{name}-1-to-2", f"{name}-2-to-1"):
             changed(whole, folder, other)
@@ -121,7 +127,8 @@ def start(folder: Path, processes: int, networks: list[str], runs: dict[str, Pat
 def by_two(networks, runs, folder) -> dict[str, list[dict[str, torch.Tensor]]]:
     """What each of two processes has seen, by network."""
     fresh = {f"{name}-2": None for name in runs}
-    start(folder, 2, list(networks), {**fresh, "sd3-1-to-2": runs["sd3"] / FIRST})
+    going_on = {f"{name}-1-to-2": runs[name] / FIRST for name in ("sd3", "flux-fp8") if name in runs}
+    start(folder, 2, list(networks), {**fresh, **going_on})
     return {name: [load_file(folder / f"{name}.{rank}.safetensors") for rank in range(2)] for name in networks}
 
 
@@ -186,13 +193,15 @@ def rounded_alike(
     assert max((own[n] - t).abs().max() for n, t in others.items()) < 1e-5
 
 
-@pytest.mark.parametrize("name", some_weekly(RUNS, {"flux"}))
+@pytest.mark.parametrize("name", some_weekly(RUNS, {"flux", "flux-fp8"}))
 def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, by_two, folder):
     rounded_alike(folder / f"{name}-2", runs[name])
 
 
 def test_two_processes_go_on_with_what_one_began(runs, by_two, folder):
-    rounded_alike(folder / "sd3-1-to-2", runs["sd3"], from_iteration=1)
+    for name in ("sd3", "flux-fp8"):
+        if name in runs:
+            rounded_alike(folder / f"{name}-1-to-2", runs[name], from_iteration=1)
 
 
 def test_one_process_goes_on_with_what_two_began(runs, by_two, folder):

@@ -51,7 +51,7 @@ class SequenceGroup:
 
     def __init__(self, distributed: Distributed, mesh: Mesh):
         self.size, self.rank = mesh.sequence_size, mesh.sequence_rank
-        self._distributed, self._group = distributed, mesh.on(distributed).get_group("sequence")
+        self._distributed, self._group = distributed, mesh.sequence(distributed).get_group()
 
     def own(self, tokens: int) -> slice:
         """Which of a stream's tokens are this process's."""
