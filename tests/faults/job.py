@@ -50,10 +50,11 @@ class Job:
         flags: of the training.
         folder: for its files.
         network: None: all on loopback.
+        first: its processes run before whatever else the computer does.
     """
 
-    def __init__(self, flags: list[str], folder: Path, network: Network | None, *, pace: float = PACE):
-        self._flags, self._folder, self._network, self._pace = flags, folder, network, pace
+    def __init__(self, flags: list[str], folder: Path, network: Network | None, *, first: bool, pace: float = PACE):
+        self._flags, self._folder, self._network, self._first, self._pace = flags, folder, network, first, pace
         self.trace = folder / "trace.jsonl"
         self._endpoint = f"{self._address(MACHINES)}:{29400 if network else _free_port()}"
         self._processes: dict[int, list[Forked]] = {machine: [] for machine in range(MACHINES)}
@@ -138,6 +139,7 @@ class Job:
             machine=machine, address=self._address(machine), endpoint=self._endpoint,
             namespace=network.namespace(machine) if network else "",
             interface=network.interface(machine) if network else "lo", hosts=str(self._hosts),
+            first=self._first,
         )  # fmt: skip
         entry, described = f"tests.faults.machine:{what}", json.dumps(asdict(place))
         return Forked(entry, [described, *arguments], environment=environment(), merged=True)
@@ -147,7 +149,7 @@ class Job:
 
 
 def run_under(
-    schedule: Schedule, flags: list[str], folder: Path, network: Network | None, *, limit: float = 150.0
+    schedule: Schedule, flags: list[str], folder: Path, network: Network | None, *, first: bool, limit: float = 150.0
 ) -> Outcome:
     """A job that writes to `folder`/run under a schedule, to its end or to the end of `limit` seconds."""
     flags = [*flags, "--output-dir", str(folder / "run")]
@@ -155,7 +157,7 @@ def run_under(
     if any(fault.kind == "poor network" for fault in schedule.faults):
         network.delay, network.loss = POOR_DELAY, POOR_LOSS
     late = [fault.machine for fault in schedule.faults if fault.kind == "machine joins late"]
-    with Job(flags, folder, network) as job:
+    with Job(flags, folder, network, first=first) as job:
         for machine in range(MACHINES):
             if machine not in late:
                 job.start(machine)

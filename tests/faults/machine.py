@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,12 @@ class Place:
     address: str
     endpoint: str  # of the meeting place, HOST:PORT
     hosts: str = ""  # what stands for /etc/hosts in a namespace
+    first: bool = False  # its processes run before whatever else the computer does
 
     def enter(self) -> None:
-        """This process and its children are on that machine from now on, which is busy with nothing else."""
-        run_first()
+        """This process and its children are on that machine from now on."""
+        if self.first:
+            run_first()
         if self.namespace:
             descriptor = os.open(self.namespace, os.O_RDONLY)
             _system("setns", descriptor, _CLONE_NEWNET)
@@ -57,15 +60,12 @@ class Place:
         os.environ["GLOO_SOCKET_IFNAME"] = self.interface
 
 
-def run_first() -> bool:
+def run_first() -> None:
     """This thread, and all that it starts, runs before whatever else the computer does, which real machines would not
-    wait for: with the limits above, a few seconds without a core are taken for death. False where that is not allowed
+    wait for: with the limits above, a few seconds without a core are taken for death. Nothing where that is not allowed
     (CAP_SYS_NICE)."""
-    try:
+    with suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    except PermissionError:
-        return False
-    return True
 
 
 def run_as_others() -> None:

@@ -67,13 +67,21 @@ def rewards_apart(ours: Path, theirs: Path) -> float:
     return max(abs(a["reward_generated"] - b["reward_generated"]) for a, b in zip(mine, other))
 
 
-def one(schedule: Schedule, flags: list[str], folder: Path, reference: Path, *, network: bool) -> dict:
-    """What became of a schedule, as results.json has it."""
+def one(
+    schedule: Schedule, flags: list[str], folder: Path, reference: Path, *, network: bool, first: bool = False
+) -> dict:
+    """What became of a schedule, as results.json has it.
+
+    Args:
+        first: before whatever else the computer does, where that is allowed: for a busy computer, and not beside
+            tests that cannot wait.
+    """
     folder.mkdir(parents=True)
-    run_first()  # the switch, and who strikes
+    if first:
+        run_first()  # the switch, and who strikes
     try:
         with Network(MACHINES + 1, schedule.seed) if network else contextlib.nullcontext() as wires:
-            outcome = job.run_under(schedule, flags, folder, wires)
+            outcome = job.run_under(schedule, flags, folder, wires, first=first)
     finally:
         run_as_others()
     found = asdict(outcome) | {"error": outcome.error[:20_000]}
@@ -150,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     for seed in seeds:
         schedule = Schedule.draw(seed, network=not why)
         shutil.rmtree(folder / str(seed), ignore_errors=True)  # of a command that was ended, with --keep
-        found = one(schedule, flags, folder / str(seed), reference, network=not why)
+        found = one(schedule, flags, folder / str(seed), reference, network=not why, first=True)
         results[str(seed)] = found | {"network": not why, "passed": passed(found)}
         write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
         failed += [seed] * (not passed(found))

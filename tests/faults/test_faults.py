@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults import network, run
 from tests.faults.job import History, at_work
-from tests.faults.machine import Begun, run_as_others, run_first
+from tests.faults.machine import Begun
 from tests.faults.schedule import ITERATIONS, KINDS, MACHINES, UNNOTICED, Fault, Schedule
 from tests.faults.world import make_world
 
@@ -112,9 +112,6 @@ def test_a_machine_that_is_cut_off_is_not_reached_until_it_is_back():
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """(flags of the training, the run of one process)."""
-    if not run_first():
-        pytest.skip("a job on a busy computer is not done in time, and its processes may not go first: CAP_SYS_NICE")
-    run_as_others()
     folder = tmp_path_factory.mktemp("faults")
     flags = make_world(folder)
     return flags, run.undisturbed(flags, folder)

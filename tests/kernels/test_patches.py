@@ -86,7 +86,7 @@ def test_triton_gather_is_exact_and_norm_within_budget(dtype, P, n, D, device):
     assert_error_within_budget(got, eager, true, name="patches")
 
 
-@pytest.mark.parametrize(("P", "n"), [(9, 9), (37, 5), (600, 20)])
+@pytest.mark.parametrize(("P", "n"), [(9, 9), (37, 5), pytest.param(600, 20, marks=pytest.mark.weekly)])
 def test_triton_draws_the_reference_s_indices(P, n, device):
     patches = torch.randn(2, P, 6, device=device)
     ids = torch.tensor([11, -(2**40)], device=device)

@@ -24,7 +24,7 @@ from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.run import Run
 from advgrpo_kernels import gaussian_step
-from tests.parts import steps_of
+from tests.parts import some_weekly, steps_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NOISE = ("per_image", "shared")
@@ -110,7 +110,7 @@ def test_every_step_of_a_window_draws_its_own_noise(unit_config, monkeypatch):
     assert set(steps) == {0, 1, None}, "the window's two, and those without noise"
 
 
-@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("noise", some_weekly(NOISE, ["per_image"]))
 def test_every_order_is_on_policy_and_resumes_bit_for_bit(unit_config, noise):
     unit_config.update.learning_rate = 1e-2  # weights that matter after a step
     settings = changed(unit_config, initial_noise=noise)

@@ -15,7 +15,7 @@ from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.graph_emulator import EmulatedGraphs
-from tests.parts import updater_of
+from tests.parts import every_second, updater_of
 
 pytestmark = pytest.mark.usefixtures("layers_by_pytorch")
 
@@ -68,8 +68,7 @@ def assert_same(one, other) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name)), (a.step, name)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 1.7])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("share", "guidance"), every_second([True, False], [1.7, 1.0]))
 def test_replays_equal_the_eager_sampler_bit_for_bit_while_everything_changes(policy, unit_config, share, guidance):
     """Seeds, image ids, windows and weights differ every time; the captured graphs stay."""
     backend = EmulatedGraphs()
@@ -114,8 +113,7 @@ def test_every_window_and_length_has_a_trajectory_of_its_own(policy, unit_config
     assert captured.captures == 4
 
 
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("share", "whole"), every_second([True, False], [True, False]))
 def test_a_tail_of_second_order_has_the_eager_bits(policy, unit_config, share, whole):
     """What a step hands on to the next lies in static storage, or inside the trajectory's graph."""
     unit_config.rollout.tail_steps, unit_config.rollout.tail_solver = 3, "dpm2"

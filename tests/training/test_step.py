@@ -107,6 +107,7 @@ def test_report(report):
         "fuse",
         "attention",
         "graph",
+        "side stream",
         "FP8",
     ]
     missing = {row["step"] for row in report["waterfall"] if row["images_per_second"] is None}

@@ -34,6 +34,7 @@ from advgrpo.training.run import Run
 from advgrpo.training.stopping import Keeper, signals_stop
 from advgrpo.training.trainer import Trainer
 from tests.conftest import make_unit_config
+from tests.parts import some_weekly
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 2
@@ -130,7 +131,7 @@ PLACES = {  # what is begun when the signal comes: (signal, in iteration, what i
 }
 
 
-@pytest.mark.parametrize("doing", PLACES)
+@pytest.mark.parametrize("doing", some_weekly(PLACES, ["reward rule", "draw samples"]))
 def test_a_signal_ends_the_run_where_it_is_and_nothing_is_lost(doing, own, undisturbed, monkeypatch):
     number, iteration, saved = PLACES[doing]
     run = make(own)
