@@ -103,6 +103,14 @@ def test_efficiency_is_that_of_the_shares_where_talk_is_free():
 
 
 @pytest.mark.weekly
+@pytest.mark.parametrize("preset", scaling.PRESETS)
+def test_any_preset_can_be_asked_for_in_sequence_groups(preset):
+    alone, pairs = scaling.predict(preset, 8), scaling.predict(preset, 8, members=2)
+    assert pairs.messages > alone.messages
+    assert pairs.seconds > alone.seconds
+
+
+@pytest.mark.weekly
 def test_the_page_has_what_the_model_prints():
     below = scaling.PAGE.read_text(encoding="utf-8").split(scaling.MARK)[1]
     assert below.strip() == "\n".join(scaling.lines()).strip()
