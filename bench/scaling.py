@@ -41,6 +41,7 @@ from bench.model import (
     LAYERS,
     MERGED,
     ROWS,
+    TEXT,
     TRAINED,
     WIDTH,
     Model,
@@ -57,7 +58,8 @@ MARK = "<!-- python -m bench.scaling --write -->"
 DINO_WIDTH = 1024  # DINOv2-large: 24 blocks
 LARGE = 24 * DINO_WIDTH**2 / (12 * 768**2)  # over ViT-B, of which bench/model.py has FEATURES
 HEAD_UPDATE = 0.5e-3  # seconds of one update of the discriminator's head; assumed
-TEXT_TOKENS = {"flux1-dino": 512, "qwen-image-dino": 64}  # T5's length; an assumed prompt
+# T5's 128 beside CLIP's 77; T5's length; an assumed prompt.
+TEXT_TOKENS = {"sd35m-dino-paper": TEXT, "flux1-dino": 512, "qwen-image-dino": 64}
 
 
 @dataclass(frozen=True)

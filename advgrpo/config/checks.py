@@ -307,7 +307,8 @@ def _check_precision(config: Config) -> None:
     for name, (value, plain) in needs_fused.items():
         in_parts = name == "model.base_precision" and config.model.shard_base != "none"
         if value != plain and not ((config.fast or in_parts) and config.model.train == "lora"):
-            raise UserError(f"{name} = {value!r} needs --fast and model.train = lora; use them, or {name} = {plain}")
+            ways = "--fast or model.shard_base = blocks," if name == "model.base_precision" else "--fast"
+            raise UserError(f"{name} = {value!r} needs {ways} and model.train = lora; use them, or {name} = {plain}")
     if config.rollout.window_forward == "merged" and config.update.old_log_prob == "rollout":
         raise UserError(
             "rollout.window_forward = 'merged' samples from other weights than are trained, so ratios would not start "

@@ -31,7 +31,7 @@ class Start(Options):
     """Continue from this checkpoint (OUT/checkpoints/iteration-N), with its settings; what came after it is dropped."""
     accept_changed: tuple[Source, ...] = ()
     """Resume although the content of these has changed: prompts, held_out_prompts, references, base (the model),
-    rewards (the files of rewards.custom)."""
+    rewards (the files of rewards.custom), teacher (update.teacher), start (model.lora.start_from)."""
 
 
 Own = TypeVar("Own", bound=Start)

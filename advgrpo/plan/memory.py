@@ -293,6 +293,8 @@ class _Estimate:
             quantized = config.model.base_precision == "fp8" and not self.fused  # of a base in parts, by one process
             held = self._count_share().held if quantized else weights.total * self.element
             yield Component("transformer", held, dtype)
+            if quantized:
+                yield self._fp8_weight()
         if self.fused:
             yield Component("merged weights", self._merged_bytes(), f"rollout.precision = {config.rollout.precision}")
             if config.model.base_precision == "fp8":  # the weight and its transpose, beside the pristine one
@@ -361,11 +363,15 @@ class _Estimate:
         yield Component("share of the transformer", share.held, decides)
         gathered = share.outside + 2 * share.pair
         yield Component("gathered blocks", gathered, "model.shard_base = blocks", ("sample", "update"))
-        read = share.largest_fp8 * self.element  # a product of the backward reads it so
-        yield Component("an FP8 weight in the model's dtype", read, "model.base_precision = fp8", ("update",))
+        yield self._fp8_weight()
         if not self.lora:
             unsummed = share.outside + 3 * share.block
             yield Component("gradients of gathered blocks", unsummed, "model.shard_base = blocks", ("update",))
+
+    def _fp8_weight(self) -> Component:
+        """A product of the backward pass reads it so."""
+        read = self._count_share().largest_fp8 * self.element
+        return Component("an FP8 weight in the model's dtype", read, "model.base_precision = fp8", ("update",))
 
     def _merged_bytes(self) -> int:
         weights = self.weights

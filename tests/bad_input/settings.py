@@ -258,7 +258,7 @@ CONFLICTS = [
     flagged(
         "conflicts",
         "--model.shard_base blocks --model.base_precision fp8 --model.train full --model.dtype float32",
-        "model.base_precision = 'fp8' needs --fast and model.train = lora",
+        "model.base_precision = 'fp8' needs --fast or model.shard_base = blocks, and model.train = lora",
     ),
     flagged(
         "conflicts",

@@ -103,6 +103,14 @@ def test_efficiency_is_that_of_the_shares_where_talk_is_free():
 
 
 @pytest.mark.weekly
+def test_sequence_groups_of_the_first_preset_are_predicted_too():
+    """The page has Qwen-Image's."""
+    alone, pairs = (scaling.predict("sd35m-dino-paper", 8, members=members) for members in (1, 2))
+    assert pairs.messages > alone.messages
+    assert pairs.seconds > alone.seconds
+
+
+@pytest.mark.weekly
 def test_the_page_has_what_the_model_prints():
     below = scaling.PAGE.read_text(encoding="utf-8").split(scaling.MARK)[1]
     assert below.strip() == "\n".join(scaling.lines()).strip()

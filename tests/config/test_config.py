@@ -9,11 +9,13 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from advgrpo import config
+from advgrpo.config.command_line import Source, Start
 from advgrpo.config.help import reference_page
 from advgrpo.config.reading import nested
 from advgrpo.errors import UserError
@@ -305,6 +307,8 @@ def test_resume_excludes_preset_and_wants_a_run(tmp_path):
         parse(["--accept-changed", "base"])
     with pytest.raises(UserError, match=r"--accept-changed \['bases'\].*prompts, held_out_prompts, references, base"):
         parse(["--resume", "auto", "--accept-changed", "bases"])
+    said = Start.model_fields["accept_changed"].description
+    assert [name for name in get_args(Source) if f" {name}" not in said] == [], "--help names what can be accepted"
 
 
 def test_resume_auto_takes_the_flags_of_a_start(tmp_path, monkeypatch):

@@ -782,6 +782,8 @@ def test_a_base_in_parts_in_fp8_is_planned(paper):
     assert quantised.keys() - plain.keys() == {"an FP8 weight in the model's dtype"}
     alone = {c.name: c.bytes for c in _Estimate(paper, 1).components(Knobs(2, True))}
     assert alone["transformer"] == pytest.approx(8 * quantised[name], rel=0.01)
+    name = "an FP8 weight in the model's dtype"
+    assert alone[name] == quantised[name]
 
 
 def test_weights_trained_in_parts_are_planned_as_they_lie(paper, first_of_eight):

@@ -1,7 +1,7 @@
 """The repository cites only what it contains: a reader can follow every reference.
 
 Planted bugs that turn it red: "METHOD section 4" in a docstring; docs/method.md section 9; a link to a missing file;
-`make matrix`; formula 5.3 taken out, or given twice.
+`make matrix`; formula 5.3 taken out, or given twice; an empty line in the middle of a table.
 """
 
 import re
@@ -60,6 +60,14 @@ def test_relative_links_of_the_docs_lead_somewhere(everything):
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
             if not re.match(r"[a-z]+:", target):
                 assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_rows_of_a_table_stand_below_its_head(everything):
+    """Rows behind an empty line are no table to who shows the page."""
+    head = re.compile(r"(?<=\n)(?<!\|\n)\|.*\n(?!\|[ :|-]+\|(?:\n|\Z))")
+    pages = {path: re.sub(r"^```.*?^```", "", text, flags=re.M | re.S) for path, text in everything.items()}
+    found = [f"{path}: {row}" for path, text in pages.items() if path.suffix == ".md" for row in head.findall(text)]
+    assert found == []
 
 
 def test_every_make_target_that_is_named_exists(everything):
