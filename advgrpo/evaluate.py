@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from advgrpo import config as configuration
 from advgrpo.config import MOST_PER_PROMPT, NEED_REFERENCES
 from advgrpo.config.judge_checks import IMAGE_STATISTICS, JUDGE_METRICS
+from advgrpo.config.reading import UNREADABLE
 from advgrpo.data.images import Fit
 from advgrpo.data.prompt_lengths import cut_prompts
 from advgrpo.data.prompts import load_prompts
@@ -122,7 +123,7 @@ def split_metric_options(arguments: list[str]) -> tuple[list[str], MetricOptions
             raise UserError(f"{name} is given twice")
         try:
             options[metric][option] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except UNREADABLE:
             raise UserError(
                 f"{name} {value}: the value cannot be read; put text with special signs in quotes"
             ) from None

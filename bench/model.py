@@ -204,6 +204,7 @@ class Streaming:
 
 NORM = {"elements": IMAGE * WIDTH, "program": 4 * WIDTH, "warps": 8, "lanes": 0.75}  # 1,536 of 2,048 lanes
 GELU = {"elements": IMAGE * 4 * WIDTH, "program": 4096, "warps": 4}
+SWIGLU = GELU | {"program": 2048}  # of what it gives
 # By the names of tests/kernels/ahead_of_time/budgets.json, which has their instructions and registers.
 STREAMING = {
     "ada_layer_norm/one": Streaming(bytes=4, **NORM),
@@ -219,6 +220,8 @@ STREAMING = {
     "gated_residual/backward_dual": Streaming(bytes=14, **NORM),
     "gelu/forward": Streaming(bytes=4, **GELU),
     "gelu/backward": Streaming(bytes=6, **GELU),
+    "swiglu/forward": Streaming(bytes=6, **SWIGLU),
+    "swiglu/backward": Streaming(bytes=10, **SWIGLU),
     "gaussian_step/ode": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
     "gaussian_step/philox_host_seed": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
 }

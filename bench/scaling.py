@@ -338,8 +338,8 @@ def family_of(preset: str, resolution: int = 512) -> Family:
     Raises:
         ValueError: SD3.5-medium at another resolution than 512.
     """
-    config, larger = Config.load(preset), (resolution // 512) ** 2
-    decode, image = larger * Model(H200).decode(CONVOLUTION, 1), larger * IMAGE
+    config, image = Config.load(preset), (resolution // 16) ** 2
+    decode = image / IMAGE * Model(H200).decode(CONVOLUTION, 1)
     network: Any = meta_transformer(known_pipeline(config.model.path).transformer)
     targets, rank = target_modules(network, config.model.lora), config.model.lora.rank
     linear: dict[str, Any] = {name: network.get_submodule(name) for name in targets}

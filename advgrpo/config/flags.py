@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from advgrpo.config.base import Options, Positional, Repeated
 from advgrpo.config.explain import did_you_mean, explain, flag_of, leaves, wanted
+from advgrpo.config.reading import UNREADABLE
 from advgrpo.config.renamed import RENAMED
 from advgrpo.errors import UserError
 
@@ -161,7 +162,7 @@ def _read(value: Any, field: FieldInfo) -> Any:
         text = value[0] if isinstance(value, list) and len(value) == 1 else value
         try:
             return yaml.safe_load(text) if isinstance(text, str) else text
-        except yaml.YAMLError:
+        except UNREADABLE:
             return value
     return value
 

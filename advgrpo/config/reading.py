@@ -19,6 +19,8 @@ from advgrpo.config.renamed import PRESETS
 from advgrpo.errors import UserError
 
 _MOST_BYTES = 1_000_000  # of a file of settings
+# What PyYAML raises of text: the last two where a value is not what its tag says (!!bool maybe, !!timestamp soon).
+UNREADABLE = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 
 
 def preset_names() -> list[str]:
@@ -63,7 +65,7 @@ def _parsed(text: str) -> Any:
     """What is refused is parsed again by PyYAML, whose words tell where."""
     try:
         return yaml.load(text, _Quick)
-    except (yaml.YAMLError, RecursionError, ValueError):
+    except UNREADABLE:
         return yaml.load(text, _Loader)
 
 
@@ -72,7 +74,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: a missing or oversized file, bytes that are not UTF-8, a syntax error, a repeated key, nesting too
-            deep to read, or anything that is not a mapping.
+            deep to read, a value that is not what its tag says, or anything that is not a mapping.
     """
     where = f"config file {path}"
     try:
@@ -87,13 +89,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{where} is not UTF-8 text (byte {error.start}); pass a YAML file") from error
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {_problem(error)}") from error
-    except (RecursionError, ValueError) as error:  # nesting; whole numbers of thousands of digits, impossible dates
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{where} cannot be read: {reason}; correct the file") from error
+    except UNREADABLE as error:
+        raise UserError(f"{where} cannot be read: {_reason(error)}; correct the file") from error
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{where}: want a mapping of settings such as 'iterations: 100', got {found}")
     return content
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, ValueError):  # whole numbers of thousands of digits, impossible dates
+        return str(error)
+    return "a value is not what its tag (!!) says"
 
 
 def _problem(error: yaml.YAMLError) -> str:

@@ -361,7 +361,7 @@ class ShareCount:
 
     held: int  # by a process at rest, padded to equal shares
     block: int  # of the largest block, gathered
-    pair: int  # of the two blocks that follow each other and are largest together
+    pair: int  # of the two blocks that follow each other and are largest together, or of the only one
     outside: int  # of blocks, gathered while the network runs
     largest_fp8: int  # of the largest weight that is quantised, 0 where none is
 
@@ -378,8 +378,8 @@ def _count_share(config: str, processes: int, dtype: torch.dtype, fp8: bool) -> 
     held = sum(math.ceil(len(p) / processes) * (p.nbytes // len(p)) for p in parameters)
     blocks = [sum(p.nbytes for p in transformer.get_submodule(n).parameters()) for n in block_names(transformer)]
     largest = max((p.numel() for p in parameters if p.dtype == torch.float8_e4m3fn), default=0)
-    outside, pair = sum(p.nbytes for p in parameters) - sum(blocks), max(map(sum, itertools.pairwise(blocks)))
-    return ShareCount(held, max(blocks), pair, outside, largest)
+    pair = max(map(sum, itertools.pairwise(blocks)), default=blocks[0])
+    return ShareCount(held, max(blocks), pair, sum(p.nbytes for p in parameters) - sum(blocks), largest)
 
 
 def count_share(config: dict[str, Any], processes: int, dtype: torch.dtype, *, fp8: bool = False) -> ShareCount:

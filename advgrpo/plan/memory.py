@@ -290,8 +290,8 @@ class _Estimate:
         if self.sharded:
             yield from self._share(dtype)
         else:
-            quantized = config.model.base_precision == "fp8" and not self.fused  # of a base in parts, by one process
-            held = self._count_share().held if quantized else weights.total * self.element
+            in_parts = config.model.shard_base != "none"  # by one process, whose share is all of it
+            held = self._count_share().held if in_parts else weights.total * self.element
             yield Component("transformer", held, dtype)
             if quantized:
                 yield self._fp8_weight()

@@ -111,6 +111,14 @@ def test_sequence_groups_of_the_first_preset_are_predicted_too():
 
 
 @pytest.mark.weekly
+def test_an_image_of_another_size_is_other_work():
+    """Of half as much again to a side, which is 2.25 times the tokens and pixels."""
+    plain, larger = (scaling.family_of("flux1-dino", side) for side in (512, 768))
+    assert larger.decode == 2.25 * plain.decode
+    assert 1.8 < larger.merged.flops / plain.merged.flops < 2.25, "the text has no more tokens"
+
+
+@pytest.mark.weekly
 def test_the_page_has_what_the_model_prints():
     below = scaling.PAGE.read_text(encoding="utf-8").split(scaling.MARK)[1]
     assert below.strip() == "\n".join(scaling.lines()).strip()

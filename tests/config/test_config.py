@@ -336,6 +336,17 @@ def test_precision_settings_that_cannot_work_are_named(change, message):
         config.check(settings)
 
 
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!float ''", "!!timestamp soon"])
+def test_a_value_that_is_not_what_its_tag_says_is_a_line(value, tmp_path):
+    """PyYAML raises KeyError, IndexError and AttributeError of these."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"seed: {value}")
+    with pytest.raises(UserError, match=r"run\.yaml cannot be read: a value is not what its tag"):
+        config.read_yaml(file)
+    with pytest.raises(UserError, match=rf"rewards\.custom.* = .*{re.escape(value)}"):
+        parse(["--preset", "tiny", "--rewards.custom", value])
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

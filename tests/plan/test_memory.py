@@ -752,6 +752,12 @@ def test_shares_are_what_fully_shard_leaves(path, fp8, first_of_eight):
         )
 
 
+def test_an_only_block_has_none_beside_it():
+    config = known_models.known_pipeline(MEDIUM).transformer | {"num_layers": 1}
+    counted = known_models.count_share(config, 8, torch.bfloat16, fp8=True)
+    assert (counted.pair, counted.largest_fp8) == (counted.block, 0)
+
+
 def test_a_sharded_base_is_planned(paper):
     """By diffusers' forward, whose activations are larger, and with nothing merged."""
     paper.model.path, paper.fast = "stabilityai/stable-diffusion-3.5-large", False
