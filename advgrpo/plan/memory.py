@@ -293,7 +293,7 @@ class _Estimate:
             in_parts = config.model.shard_base != "none"  # by one process, whose share is all of it
             held = self._count_share().held if in_parts else weights.total * self.element
             yield Component("transformer", held, dtype)
-            if quantized:
+            if in_parts and config.model.base_precision == "fp8":
                 yield self._fp8_weight()
         if self.fused:
             yield Component("merged weights", self._merged_bytes(), f"rollout.precision = {config.rollout.precision}")
