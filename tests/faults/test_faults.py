@@ -47,7 +47,7 @@ def test_a_command_that_was_ended_goes_on_with_what_is_not_recorded(tmp_path, mo
     found = json.loads(run.RESULTS.read_text())["8"]
     results.write_text(json.dumps({str(seed): found for seed in range(run.SCHEDULES) if seed not in (7, 30)}))
 
-    def one(schedule, flags, folder, reference, *, network):
+    def one(schedule, flags, folder, reference, **how):
         ran.append(schedule.seed)
         if schedule.seed == 30 and ran.count(30) == 1:
             raise KeyboardInterrupt

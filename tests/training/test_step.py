@@ -111,7 +111,7 @@ def test_report(report):
         "FP8",
     ]
     missing = {row["step"] for row in report["waterfall"] if row["images_per_second"] is None}
-    assert missing == {"attention", "graph", "FP8"}
+    assert missing == {"attention", "graph", "side stream", "FP8"}
     goals = {row["id"]: row for row in report["goals"]}
     assert list(goals) == ["P1", "P2", "P3", "P5", "P7", "P8", "P9", "P10", "P11", "P12", "P13"]
     assert goals["P13"]["met"] is True
