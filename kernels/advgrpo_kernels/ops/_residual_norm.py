@@ -58,6 +58,16 @@ if HAS_TRITON:
         return tl.div_rn(amax, LARGEST), tl.div_rn(LARGEST, amax)
 
     @triton.jit
+    def store_rows(y_ptr, offsets, mask, y, fp8_scale_ptr, row, is_row):
+        """y in y_ptr's dtype; with fp8_scale_ptr as e4m3, each row's scale at `row`: the program sees rows whole."""
+        if fp8_scale_ptr is not None:
+            scale, inverse = row_scales(tl.max(tl.where(mask, tl.abs(y), 0.0), axis=1))
+            tl.store(fp8_scale_ptr + row, scale, mask=is_row)
+            tl.store(y_ptr + offsets, quantize_rows(y, inverse[:, None]), mask=mask)
+        else:
+            tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
     def _residual_norm_fwd_kernel(
         x_ptr,
         out_ptr,
@@ -105,22 +115,12 @@ if HAS_TRITON:
             normed, _ = standardize(hidden, inside[None, :], C, eps)
             scale = load_vector(scale_ptr, modulation, inside)
             y = normed * (1.0 + scale) + load_vector(shift_ptr, modulation, inside)
-            if fp8_scale_ptr is not None:
-                fp8_scale, inverse = row_scales(tl.max(tl.where(mask, tl.abs(y), 0.0), axis=1))
-                tl.store(fp8_scale_ptr + row, fp8_scale, mask=t < T)
-                tl.store(y_ptr + offsets, quantize_rows(y, inverse[:, None]), mask=mask)
-            else:
-                tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+            store_rows(y_ptr, offsets, mask, y, fp8_scale_ptr, row, t < T)
             if y2_ptr is not None:
                 scale2 = load_vector(scale2_ptr, modulation, inside)
                 y2 = normed * (1.0 + scale2) + load_vector(shift2_ptr, modulation, inside)
-                if fp8_scale_ptr is not None:
-                    fp8_scale2, inverse2 = row_scales(tl.max(tl.where(mask, tl.abs(y2), 0.0), axis=1))
-                    second = tl.num_programs(1).to(tl.int64) * T
-                    tl.store(fp8_scale_ptr + second + row, fp8_scale2, mask=t < T)
-                    tl.store(y2_ptr + offsets, quantize_rows(y2, inverse2[:, None]), mask=mask)
-                else:
-                    tl.store(y2_ptr + offsets, y2.to(y2_ptr.dtype.element_ty), mask=mask)
+                second = tl.num_programs(1).to(tl.int64) * T  # scales of the second set follow all of the first
+                store_rows(y2_ptr, offsets, mask, y2, fp8_scale_ptr, second + row, t < T)
 
     @triton.jit
     def _residual_norm_bwd_kernel(

@@ -10,6 +10,7 @@ Numerics: float32 inside; a maximum has one result in any order, so the scales d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def _fp8_quantize_op(
     x: torch.Tensor, by_row: bool, given_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(data, scale). One launch by row or with a given scale, two by tensor."""
-    data, scale = _outputs(x, by_row)
+    data, scale = empty_fp8(x, x.shape, by_row=by_row)
     x, K = x.contiguous(), x.shape[-1]
     with device_guard(x):
         if by_row:
@@ -96,12 +97,13 @@ def _fp8_quantize_op(
 
 @_fp8_quantize_op.register_fake
 def _(x, by_row, given_scale):
-    return _outputs(x, by_row)
+    return empty_fp8(x, x.shape, by_row=by_row)
 
 
-def _outputs(x: torch.Tensor, by_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    return data, x.new_empty((*x.shape[:-1], 1) if by_row else (), dtype=torch.float32)
+def empty_fp8(like: torch.Tensor, shape: Sequence[int], *, by_row: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised data and scale of an `Fp8Tensor` of that shape, on the device of `like`."""
+    data = like.new_empty(shape, dtype=torch.float8_e4m3fn)
+    return data, like.new_empty((*shape[:-1], 1) if by_row else (), dtype=torch.float32)
 
 
 class Fp8Tensor(NamedTuple):

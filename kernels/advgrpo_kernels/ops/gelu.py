@@ -20,7 +20,7 @@ from .._runtime import HAS_TRITON, check_tensors, device_guard
 from .._tuning import Launch, launch_of
 from . import _cpu_layers
 from ._layers import FLOATS, check_float, pick_layer_backend
-from .fp8 import Fp8Tensor, fp8_quantize_ref
+from .fp8 import Fp8Tensor, empty_fp8, fp8_quantize_ref
 
 __all__ = ["gelu", "gelu_ref"]
 
@@ -30,7 +30,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._residual_norm import load_vector, quantize_rows, row_scales
+    from ._residual_norm import load_vector, store_rows
 
     @triton.jit
     def _load_biased(x_ptr, bias_ptr, offsets, mask, f, F):
@@ -62,12 +62,7 @@ if HAS_TRITON:
         offsets = row.to(tl.int64)[:, None] * F + f[None, :]
         u = _load_biased(x_ptr, bias_ptr, offsets, mask, f, F)
         y = u * _sigmoid_of_2z(u)
-        if fp8_scale_ptr is not None:  # one program sees the whole row
-            fp8_scale, inverse = row_scales(tl.max(tl.where(mask, tl.abs(y), 0.0), axis=1))
-            tl.store(fp8_scale_ptr + row, fp8_scale, mask=row < M)
-            tl.store(y_ptr + offsets, quantize_rows(y, inverse[:, None]), mask=mask)
-        else:
-            tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        store_rows(y_ptr, offsets, mask, y, fp8_scale_ptr, row, row < M)
 
     @triton.jit
     def _gelu_bwd_kernel(
@@ -112,17 +107,15 @@ def _(y_grad, x, bias):
 
 @torch.library.custom_op(add_op_namespace_prefix("gelu_fp8"), mutates_args=())
 def _gelu_fp8_op(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 values, row scales [...])."""
-    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    row_scales_ = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _launch(_gelu_fwd_kernel, x, bias, y, row_scales_, whole_rows=True)
-    return y, row_scales_
+    """(e4m3 values, row scales [..., 1])."""
+    y, scales = empty_fp8(x, x.shape)
+    _launch(_gelu_fwd_kernel, x, bias, y, scales, whole_rows=True)
+    return y, scales
 
 
 @_gelu_fp8_op.register_fake
 def _(x, bias):
-    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    return y, x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return empty_fp8(x, x.shape)
 
 
 def _launch(kernel, x, bias, third, fourth, *, whole_rows: bool = False) -> None:
@@ -190,7 +183,7 @@ def gelu(
     if quantize:
         with torch.no_grad():
             data, scale = _gelu_fp8_op(x, bias)
-        return Fp8Tensor(data, scale.unsqueeze(-1))
+        return Fp8Tensor(data, scale)
     return _gelu_op(x, bias)
 
 

@@ -23,7 +23,7 @@ from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, check_tensors, device_guard
 from .._tuning import Launch, launch_of
 from ._layers import FLOATS, pick_layer_backend
-from .fp8 import Fp8Tensor, fp8_quantize_ref
+from .fp8 import Fp8Tensor, empty_fp8, fp8_quantize_ref
 
 __all__ = ["swiglu", "swiglu_ref"]
 
@@ -33,7 +33,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._residual_norm import quantize_rows, row_scales
+    from ._residual_norm import store_rows
     from .gelu import inverse_of_one_plus
 
     @triton.jit
@@ -56,12 +56,7 @@ if HAS_TRITON:
         u = tl.load(x_ptr + gates + F, mask=mask, other=0.0).to(tl.float32)
         y = silu(g) * u
         offsets = row.to(tl.int64)[:, None] * F + f[None, :]
-        if fp8_scale_ptr is not None:  # one program sees the whole row, which is 0 beyond its end
-            fp8_scale, inverse = row_scales(tl.max(tl.abs(y), axis=1))
-            tl.store(fp8_scale_ptr + row, fp8_scale, mask=row < M)
-            tl.store(y_ptr + offsets, quantize_rows(y, inverse[:, None]), mask=mask)
-        else:
-            tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        store_rows(y_ptr, offsets, mask, y, fp8_scale_ptr, row, row < M)
 
     @triton.jit
     def _swiglu_bwd_kernel(
@@ -113,24 +108,20 @@ def _(y_grad, x):
 
 @torch.library.custom_op(add_op_namespace_prefix("swiglu_fp8"), mutates_args=())
 def _swiglu_fp8_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 values, row scales [...])."""
-    y, scales, rows = *_fp8_like(x), _rows(x)
+    """(e4m3 values, row scales [..., 1])."""
+    y, scales = empty_fp8(x, _shape(x))
+    rows = _rows(x)
     _launch(_swiglu_fwd_kernel, (rows, y, scales), rows.stride(0), like=y, whole_rows=True)
     return y, scales
 
 
 @_swiglu_fp8_op.register_fake
 def _(x):
-    return _fp8_like(x)
+    return empty_fp8(x, _shape(x))
 
 
 def _shape(x: torch.Tensor) -> tuple[int, ...]:
     return *x.shape[:-1], x.shape[-1] // 2
-
-
-def _fp8_like(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    y = torch.empty(_shape(x), dtype=torch.float8_e4m3fn, device=x.device)
-    return y, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +184,7 @@ def swiglu(x: torch.Tensor, *, quantize: bool = False, backend: str = "auto") ->
     if quantize:
         with torch.no_grad():
             data, scale = _swiglu_fp8_op(x)
-        return Fp8Tensor(data, scale.unsqueeze(-1))
+        return Fp8Tensor(data, scale)
     return _swiglu_op(x)
 
 

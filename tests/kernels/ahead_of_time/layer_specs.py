@@ -3,6 +3,8 @@
 Block sizes are the launchers' own, imported, so that a change there is compiled here.
 """
 
+from types import ModuleType
+
 from spec import Spec
 
 from advgrpo_kernels.ops import _residual_norm, fp8, gelu, group_norm, qk_rms_norm, swiglu
@@ -76,9 +78,34 @@ def qk(name: str, given: dict[str, str], loads: int, stores: int = 3, *, backwar
     )
 
 
-GELU_SCALARS = {"M": "i32:16", "F": "i32:16"}
-SWIGLU_SCALARS = GELU_SCALARS | {"x_stride": "i32:16"}
-SWIGLU_TILE = {"ROWS": swiglu.ROWS, "BLOCK_F": swiglu.BLOCK_F}
+SWIGLU_STRIDE = {"x_stride": "i32:16"}
+QUANTIZED = pointers("y", FP8) | pointers("fp8_scale", "*fp32")
+
+
+def elementwise(
+    name: str,
+    op: ModuleType,
+    given: dict[str, str],
+    loads: int,
+    stores: int,
+    *,
+    whole_rows: tuple[int, int] | None = None,
+) -> Spec:
+    """A kernel of `gelu` or `swiglu`: a tile of rows, or, to quantise these, one whole row of (lanes, warps)."""
+    kernel = "bwd" if name.endswith("/backward") else "fwd"
+    tile = {"ROWS": op.ROWS, "BLOCK_F": op.BLOCK_F} if whole_rows is None else {"ROWS": 1, "BLOCK_F": whole_rows[0]}
+    return Spec(
+        name=name,
+        kernel=f"{op.__name__}:_{name.split('/')[0]}_{kernel}_kernel",
+        types=given | {"M": "i32:16", "F": "i32:16"},
+        constants=tile | (absent("fp8_scale", given) if kernel == "fwd" else {}),
+        warps=op.WARPS if whole_rows is None else whole_rows[1],
+        vector_loads=loads,
+        vector_stores=stores,
+        elements=op.ROWS * op.BLOCK_F // (32 * op.WARPS) if whole_rows is None else 0,
+    )
+
+
 FP8_TENSOR = {"data_ptr": FP8, "scale_ptr": "*fp32", "x_ptr": "*bf16", "N": "i32:16"}
 
 GROUP_NORM_SCALARS = {"C": "i32:16", "N": "i32:16"}
@@ -138,61 +165,15 @@ SPECS = [
     qk("qk_rms_norm/rotary_joint", with_turns(pointers(QK_FWD.replace(" value", ""))), 6, 2, dim=128),
     qk("qk_rms_norm/rotary_image", with_turns(image_only(QK_FWD.replace(" value", ""))), 6, 2, dim=128),
     qk("qk_rms_norm/rotary_backward_joint", with_turns(pointers(QK_BWD)), 9, backward=True, dim=128),
-    Spec(
-        name="gelu/forward",
-        kernel=OPS + "gelu:_gelu_fwd_kernel",
-        types=pointers("x bias y") | GELU_SCALARS,
-        constants={"fp8_scale_ptr": None, "ROWS": gelu.ROWS, "BLOCK_F": gelu.BLOCK_F},
-        vector_loads=2,
-        vector_stores=1,
-        elements=gelu.ROWS * gelu.BLOCK_F // (32 * gelu.WARPS),
-    ),
-    Spec(
-        name="gelu/fp8",
-        kernel=OPS + "gelu:_gelu_fwd_kernel",
-        types=pointers("x bias") | pointers("y", FP8) | pointers("fp8_scale", "*fp32") | GELU_SCALARS,
-        constants={"ROWS": 1, "BLOCK_F": 8192},
-        warps=8,
-        vector_loads=2,
-        vector_stores=1,
-    ),
-    Spec(
-        name="gelu/backward",
-        kernel=OPS + "gelu:_gelu_bwd_kernel",
-        types=pointers("x bias y_grad x_grad") | GELU_SCALARS,
-        constants={"ROWS": gelu.ROWS, "BLOCK_F": gelu.BLOCK_F},
-        vector_loads=3,
-        vector_stores=1,
-        elements=gelu.ROWS * gelu.BLOCK_F // (32 * gelu.WARPS),
-    ),
-    Spec(
-        name="swiglu/forward",
-        kernel=OPS + "swiglu:_swiglu_fwd_kernel",
-        types=pointers("x y") | SWIGLU_SCALARS,
-        constants=SWIGLU_TILE | {"fp8_scale_ptr": None},
-        warps=swiglu.WARPS,
-        vector_loads=2,
-        vector_stores=1,
-        elements=swiglu.ROWS * swiglu.BLOCK_F // (32 * swiglu.WARPS),
-    ),
-    Spec(
-        name="swiglu/fp8",
-        kernel=OPS + "swiglu:_swiglu_fwd_kernel",
-        types=pointers("x") | pointers("y", FP8) | pointers("fp8_scale", "*fp32") | SWIGLU_SCALARS,
-        constants={"ROWS": 1, "BLOCK_F": 16384},  # FLUX.2 klein's 9216
-        warps=16,
-        vector_loads=2,
-        vector_stores=1,
-    ),
-    Spec(
-        name="swiglu/backward",
-        kernel=OPS + "swiglu:_swiglu_bwd_kernel",
-        types=pointers("x y_grad x_grad") | SWIGLU_SCALARS | {"y_grad_stride": "i32:16"},
-        constants=SWIGLU_TILE,
-        warps=swiglu.WARPS,
-        vector_loads=3,
-        vector_stores=2,
-        elements=swiglu.ROWS * swiglu.BLOCK_F // (32 * swiglu.WARPS),
+    elementwise("gelu/forward", gelu, pointers("x bias y"), 2, 1),
+    elementwise("gelu/fp8", gelu, pointers("x bias") | QUANTIZED, 2, 1, whole_rows=(8192, 8)),
+    elementwise("gelu/backward", gelu, pointers("x bias y_grad x_grad"), 3, 1),
+    elementwise("swiglu/forward", swiglu, pointers("x y") | SWIGLU_STRIDE, 2, 1),
+    elementwise(
+        "swiglu/fp8", swiglu, pointers("x") | QUANTIZED | SWIGLU_STRIDE, 2, 1, whole_rows=(16384, 16)
+    ),  # FLUX.2 klein's 9216
+    elementwise(
+        "swiglu/backward", swiglu, pointers("x y_grad x_grad") | SWIGLU_STRIDE | {"y_grad_stride": "i32:16"}, 3, 2
     ),
     Spec(
         name="fp8_quantize/rows",
