@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Place:
     def enter(self) -> None:
         """This process and its children are on that machine from now on."""
         if self.first:
-            run_first()
+            _run_first()
         if self.namespace:
             descriptor = os.open(self.namespace, os.O_RDONLY)
             _system("setns", descriptor, _CLONE_NEWNET)
@@ -60,17 +61,22 @@ class Place:
         os.environ["GLOO_SOCKET_IFNAME"] = self.interface
 
 
-def run_first() -> None:
-    """This thread, and all that it starts, runs before whatever else the computer does, which real machines would not
-    wait for: with the limits above, a few seconds without a core are taken for death. Nothing where that is not allowed
-    (CAP_SYS_NICE)."""
+@contextmanager
+def before_others() -> Iterator[None]:
+    """This thread, and all that it starts within, runs before whatever else the computer does, which real machines
+    would not wait for: with the limits above, a few seconds without a core are taken for death. Nothing where that is
+    not allowed (CAP_SYS_NICE)."""
+    usual, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    _run_first()
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, usual, parameters)
+
+
+def _run_first() -> None:
     with suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-
-
-def run_as_others() -> None:
-    """This thread waits for others again."""
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _system(call: str, *arguments: Any) -> None:

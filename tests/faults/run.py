@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import shutil
 import sys
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 
 from advgrpo.runtime.atomic import write_atomically
 from tests.faults import job
-from tests.faults.machine import run_as_others, run_first
+from tests.faults.machine import before_others
 from tests.faults.network import Network, missing
 from tests.faults.schedule import MACHINES, Schedule
 from tests.faults.world import make_world
@@ -77,13 +78,11 @@ def one(
             tests that cannot wait.
     """
     folder.mkdir(parents=True)
-    if first:
-        run_first()  # the switch, and who strikes
-    try:
-        with Network(MACHINES + 1, schedule.seed) if network else contextlib.nullcontext() as wires:
-            outcome = job.run_under(schedule, flags, folder, wires, first=first)
-    finally:
-        run_as_others()
+    with contextlib.ExitStack() as around:
+        if first:
+            around.enter_context(before_others())  # the switch, and who strikes
+        wires = around.enter_context(Network(MACHINES + 1, schedule.seed)) if network else None
+        outcome = job.run_under(schedule, flags, folder, wires, first=first)
     found = asdict(outcome) | {"error": outcome.error[:20_000]}
     if outcome.ended:
         found["lora_apart"] = difference(folder / "run", reference)
@@ -108,11 +107,8 @@ def lines(results: dict[str, dict]) -> Iterator[str]:
     yield f"| {' | '.join(columns)} | LoRA apart |"
     yield f"|{'---|' * (len(columns) + 1)}"
     for seed, found in sorted(results.items(), key=lambda each: int(each[0])):
-        hit = found["hit"]
-        blows = [
-            f"{fault['kind']} ({'not noted' if hit is None else 'yes' if hit[i : i + 1] == [True] else 'no'})"
-            for i, fault in enumerate(found["faults"])
-        ]
+        hits = itertools.zip_longest(found["faults"], found["hit"])  # a job that failed may not have got all its blows
+        blows = [f"{fault['kind']} ({'yes' if hit else 'no'})" for fault, hit in hits]
         apart = f"{found['lora_apart']:.1e}" if found["ended"] else "–"
         waits = ", ".join(f"{wait:.0f}" for wait in found["waits"]) or "–"
         lost = ", ".join(map(str, found["lost"])) or "none"
