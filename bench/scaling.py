@@ -318,6 +318,11 @@ def _adapters(family: Family) -> int:
     return family.adapted.flops - family.merged.flops
 
 
+def _guided_rows(preset: str) -> int:
+    """Of the network, to an image: FLUX.1's guidance is an input, the others' a second row."""
+    return 1 if "flux" in preset else 2
+
+
 @cache
 def _exchanges_of(preset: str, resolution: int, members: int, images: int) -> Exchanges:
     """Of a micro-batch of so many images, in bfloat16."""
@@ -327,7 +332,7 @@ def _exchanges_of(preset: str, resolution: int, members: int, images: int) -> Ex
     whole = copy.deepcopy(meta_transformer(known_pipeline(config.model.path).transformer))
     network = torch.nn.Module.to(whole, torch.bfloat16)  # diffusers' own warns of what is to stay float32: nothing
     one = exchanges(config, network, resolution // 8, TEXT_TOKENS[preset], members)
-    rows = images * (1 if "flux" in preset else 2)
+    rows = images * _guided_rows(preset)
     return Exchanges(*(tuple(rows * size for size in sizes) for sizes in (one.drawn, one.trained)))
 
 
@@ -351,7 +356,7 @@ def family_of(preset: str, resolution: int = 512) -> Family:
             raise ValueError(f"{preset} was counted at 512 pixels, not at {resolution}")
         of_an_image = (_divided(work, ROWS // 2) for work in (MERGED, ADAPTED, TRAINED))
         return Family(*of_an_image, decode, sizes, frozen, blocks)
-    text, rows = TEXT_TOKENS[preset], 1 if "flux" in preset else 2  # FLUX.1's guidance is an input, Qwen's a second row
+    text, rows = TEXT_TOKENS[preset], _guided_rows(preset)
     flops, attention = _forward_flops(network, image, text)
     adapters = sum(
         2 * rank * (m.in_features + m.out_features) * _tokens(name, image, text) for name, m in linear.items()

@@ -299,15 +299,15 @@ def _check_forward_process(config: Config) -> None:
 def _check_precision(config: Config) -> None:
     """Merged and quantised weights exist on the fused path only, but for a frozen base in parts, which may be in FP8;
     merged ones cost on-policy exactness in the window."""
-    needs_fused = {
-        "rollout.precision": (config.rollout.precision, "model"),
-        "rollout.window_forward": (config.rollout.window_forward, "trainer"),
-        "model.base_precision": (config.model.base_precision, "model"),
+    fused = (config.fast, "--fast")
+    fused_or_in_parts = (config.fast or config.model.shard_base != "none", "--fast or model.shard_base = blocks,")
+    needs = {
+        "rollout.precision": (config.rollout.precision, "model", fused),
+        "rollout.window_forward": (config.rollout.window_forward, "trainer", fused),
+        "model.base_precision": (config.model.base_precision, "model", fused_or_in_parts),
     }
-    for name, (value, plain) in needs_fused.items():
-        in_parts = name == "model.base_precision" and config.model.shard_base != "none"
-        if value != plain and not ((config.fast or in_parts) and config.model.train == "lora"):
-            ways = "--fast or model.shard_base = blocks," if name == "model.base_precision" else "--fast"
+    for name, (value, plain, (there, ways)) in needs.items():
+        if value != plain and not (there and config.model.train == "lora"):
             raise UserError(f"{name} = {value!r} needs {ways} and model.train = lora; use them, or {name} = {plain}")
     if config.rollout.window_forward == "merged" and config.update.old_log_prob == "rollout":
         raise UserError(
