@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
 from advgrpo.experiments.earlier import keep_earlier
 from advgrpo.experiments.figures import draw_curves, draw_fronts
 from advgrpo.experiments.pages import index, page
-from advgrpo.experiments.plan import EXPERIMENTS, Experiment, Job
+from advgrpo.experiments.plan import EXPERIMENTS, Job
 from advgrpo.experiments.results import RESAMPLES, Results, numbers, sample_seed
 from advgrpo.experiments.runs import Plan
-from advgrpo.reporting.plots import draw_grid
+from advgrpo.reporting.plots import draw_below, draw_grid
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.reading import parse_json, read_text
 
@@ -48,13 +49,28 @@ def write_report(
         missing |= results.missing
         if not results.runs:
             continue
-        found = numbers(results)
-        known[name] = keep_earlier(found, known.get(name)) if keep else found
-        draw_grid(sample_rows(results, results.experiment), output / f"{name}-samples.png")
+        found, earlier = numbers(results), known.get(name)
+        known[name] = keep_earlier(found, earlier) if keep else found
+        _draw_samples(results, made(known[name]), made(earlier), output / f"{name}-samples.png")
     known = {name: known[name] for name in EXPERIMENTS if name in known}
     write_atomically(output / NUMBERS, json.dumps(known, indent=1) + "\n")
     write_pages(output)
     return missing
+
+
+def made(found: dict | None) -> set[str]:
+    """Arms with a finished run in the numbers of an experiment."""
+    return {arm for arm, entry in (found or {}).get("arms", {}).items() if entry["runs"]}
+
+
+def _draw_samples(results: Results, reported: set[str], earlier: set[str], file: Path) -> None:
+    """The picture of the reported arms. The images of those that are kept are gone, but the earlier picture shows them:
+    it stays, with the arms that it lacks below."""
+    if reported == set(results.arms) or not file.is_file():
+        draw_grid(sample_rows(results, results.arms), file)
+    elif lacking := [arm for arm in results.arms if arm not in earlier]:
+        with Image.open(file) as picture:
+            draw_below(picture, sample_rows(results, lacking), file)
 
 
 def read_numbers(output: Path) -> dict[str, dict]:
@@ -85,12 +101,12 @@ def _reference_source(results: Results, job: Job) -> str:
     return data.style or data.references
 
 
-def sample_rows(results: Results, experiment: Experiment) -> list[tuple[str, list[tuple[str, torch.Tensor]]]]:
-    """draw_grid's rows: base, every arm and the references, all arms of one seed and therefore from the same noise.
+def sample_rows(results: Results, arms: Sequence[str]) -> list[tuple[str, list[tuple[str, torch.Tensor]]]]:
+    """draw_grid's rows: base, these arms and the references, all arms of one seed and therefore from the same noise.
 
     Where arms have different references, those follow the last of the arms that share them.
     """
-    arms, seed = results.arms, sample_seed(results)
+    experiment, seed = results.experiment, sample_seed(results)
     jobs = [Job(arm, results.seeds(arm)[0] if seed is None else seed) for arm in arms]
     prompts = Sources.read(results.runs[jobs[0]].config).held_out
     samples = [results.plan.samples(job) for job in jobs]

@@ -285,8 +285,21 @@ _MIN_WIDTH = 360  # captions over a single small image stay readable
 
 def draw_grid(rows: GridRows, path: str | Path, **how: Any) -> None:
     """Write `grid_image(rows, **how)` to a file, whose suffix says its format."""
-    canvas, kind = grid_image(rows, **how), Image.registered_extensions()[Path(path).suffix.lower()]
-    write_atomically(Path(path), lambda file: canvas.save(file, kind))
+    _write(grid_image(rows, **how), Path(path))
+
+
+def draw_below(picture: Image.Image, rows: GridRows, path: str | Path, **how: Any) -> None:
+    """`draw_grid` below a picture that is there."""
+    grid = grid_image(rows, **how)
+    canvas = Image.new("RGB", (max(picture.width, grid.width), picture.height + grid.height), "white")
+    canvas.paste(picture, (0, 0))
+    canvas.paste(grid, (0, picture.height))
+    _write(canvas, Path(path))
+
+
+def _write(canvas: Image.Image, path: Path) -> None:
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    write_atomically(path, lambda file: canvas.save(file, kind))
 
 
 def grid_image(rows: GridRows, *, header: str = "", min_size: int = 64, max_size: int = 256) -> Image.Image:

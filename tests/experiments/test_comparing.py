@@ -6,14 +6,17 @@ guidance chosen on the report prompts; a claim that was not run left out of the 
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from PIL import Image
 
 from advgrpo.errors import UserError
 from advgrpo.evaluation.frontier import Resampled, kid
 from advgrpo.experiments import figures as experiment_figures
+from advgrpo.experiments import report
 from advgrpo.experiments import runs as experiment_runs
 from advgrpo.experiments.comparing import Evidence, Pair, difference, evidence, level, verdicts
 from advgrpo.experiments.earlier import keep_earlier
@@ -363,6 +366,31 @@ def test_an_arm_is_not_kept_beside_runs_of_another_length(made_up):
     earlier = numbers(made_up("hacking"))
     with pytest.raises(UserError, match="--keep: flow of the earlier report had iterations 64, and it is 60 now: make"):
         keep_earlier({**without(earlier, "flow"), "iterations": 60}, earlier)
+
+
+def test_the_picture_of_arms_that_are_kept_stays_above_those_it_lacks(made_up, monkeypatch, tmp_path):
+    def rows(_results, arms):
+        return [("a prompt", [(arm, torch.rand(1, 3, 64, 64)) for arm in ("base", *arms)])]
+
+    monkeypatch.setattr(report, "sample_rows", rows)
+    results, file, old = made_up("hacking"), tmp_path / "hacking-samples.png", tmp_path / "old.png"
+
+    def drawn(reported: set[str], earlier: set[str]) -> tuple[int, bool]:
+        """The picture's height, in those of the one that was there; whether that one stands in it."""
+        report._draw_samples(results, {"flow", "adv-preference"}, set(), old)
+        shutil.copy(old, file)
+        report._draw_samples(results, reported, earlier, file)
+        with Image.open(file) as now, Image.open(old) as before:
+            kept = now.crop((0, 0, *before.size)).tobytes() == before.tobytes()
+            return now.height // before.height, kept
+
+    both = {"flow", "adv-preference"}
+    assert drawn(both, {"flow"}) == (1, False)  # all have their runs: drawn anew
+    assert drawn({*both, "repair"}, {*both, "repair"}) == (1, True)  # repair is kept, and nothing is new
+    assert drawn({*both, "repair"}, {"flow", "repair"}) == (2, True)
+    file.unlink()
+    report._draw_samples(results, {*both, "repair"}, both, file)
+    assert file.is_file()
 
 
 def test_numbers_are_json(made_up):

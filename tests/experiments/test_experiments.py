@@ -145,7 +145,7 @@ def test_every_experiment_runs_and_is_written_up(names, tmp_path, small, capsys)
 
 def references_stand_beside_the_last_arm_that_shows_them(plan: Plan) -> None:
     styles = Results("style", plan, (0,), resamples=100)
-    labels = [label for label, _ in sample_rows(styles, EXPERIMENTS["style"])[0][1]]
+    labels = [label for label, _ in sample_rows(styles, styles.arms)[0][1]]
     arms = [*EXPERIMENTS["style"].arms.values()]
     for with_references in (4, 2):  # after the last of the two arms that share them
         arms.insert(with_references, f"{arms[with_references - 1]}: references")
