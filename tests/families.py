@@ -32,6 +32,7 @@ from tests.parts import train_adapters, updater_of
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top"]
 ROW = torch.tensor([0, 0, 0, 1, 1, 1])
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, -1.5])
+SMALL_MODEL = Path(__file__).parents[1] / "examples" / "small_model.yaml"
 both_forwards = pytest.mark.parametrize("fused", [True, False], ids=["ours", "diffusers"])
 
 
@@ -200,27 +201,14 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def assert_preset_trains(preset: str, settings: Config, folder: Path, *, iterations: int = 2) -> None:
-    """`python -m advgrpo.train --preset PRESET --model.path FOLDER`, with what a picture of 32 pixels allows."""
+    """README's `python -m advgrpo.train --preset PRESET --config examples/small_model.yaml --model.path FOLDER`."""
     flags = {
+        "config": SMALL_MODEL,
         "model.path": settings.model.path,
-        "model.resolution": 32,
-        "model.dtype": "float32",
         "model.max-sequence-length": settings.model.max_sequence_length,
-        "model.lora.rank": 4,
-        "data.prompts": settings.data.prompts,
-        "data.references": settings.data.references,
-        "data.min-reference-size": settings.data.min_reference_size,
+        "data.prompts": settings.data.prompts,  # fewer than the file's, and a cache of the test's own
+        "data.held-out-prompts": settings.data.held_out_prompts,
         "data.cache-dir": settings.data.cache_dir,
-        "adversary.backbone": settings.adversary.backbone,
-        "adversary.image-size": settings.adversary.image_size,
-        "adversary.num-patches": 8,
-        "adversary.cached-patches": 8,
-        "adversary.dtype": "float32",
-        "rollout.prompts-per-iteration": 2,
-        "rollout.group-size": 4,
-        "rollout.micro-batch": 4,
-        "evaluation.every": 0,
-        "evaluation.num-steps": 2,
         "iterations": iterations,
         "output-dir": folder,
     }

@@ -3,12 +3,16 @@
 import importlib.util
 import json
 import os
+import shlex
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
 import torch
 
 from advgrpo.tiny import held_out_prompts_file
+from advgrpo.train import main as train
+from tests import small_models
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -99,3 +103,21 @@ def test_the_method_in_one_file_gives_the_trainers_numbers_to_the_last_bit(tmp_p
 
 def test_the_method_in_one_file_is_one_page():
     assert len((EXAMPLES / "adv_grpo_minimal.py").read_text().splitlines()) <= 150
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize("family", small_models.FAMILIES)
+def test_a_small_model_of_a_family_is_written_and_trains_by_the_command_that_it_prints(family, tmp_path, capsys):
+    folder = tmp_path / "model"
+    small_models.main([family, str(folder)])
+    command = shlex.split(capsys.readouterr().out)
+    assert command[:3] == ["python", "-m", "advgrpo.train"]
+    with chdir(EXAMPLES.parent):
+        assert train([*command[3:], "--output-dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_small_model_is_not_written_over_another(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        small_models.main(["flux1", str(tmp_path)])
+    assert f"{tmp_path} is there already: name another folder, or delete it" in capsys.readouterr().err
