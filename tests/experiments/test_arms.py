@@ -1,0 +1,55 @@
+"""Every arm of every experiment trains for two iterations, with its settings as they are but for sizes.
+
+Bugs planted in a copy, each seen red: an arm whose micro-batch has no group's half; one whose start is another arm's
+folder; a preset that names a reward which is not there.
+"""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+import advgrpo
+from advgrpo.experiments.plan import EXPERIMENTS, chains, length, settings
+from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
+from tests.parts import some_weekly
+
+ITERATIONS = 2
+CHAINS = {chain[0].arm: chain for chain in chains(list(EXPERIMENTS), [0]) if chain[0].made.trains}
+IN_CI = {"flow", "sft", "awm", "mixgrpo", "style-ink", "scouts", "informative", "head-ensemble"}  # of a kind each
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    """Of all arms: they have the same prompts and references."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def sizes(unit_config, cache, tmp_path) -> Path:
+    """--config for runs of a second: the unit model, and no more pictures than every arm's groups need."""
+    plain = unit_config.model_dump(mode="json")
+    content = {
+        "model": {"path": plain["model"]["path"], "lora": {"rank": 4, "alpha": 8}},
+        "data": {"held_out_prompts": plain["data"]["held_out_prompts"], "cache_dir": cache},
+        "rollout": {
+            **{"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 2, "num_steps": 8},
+            "tail_agreement": 0.0,  # an untrained model's rewards do not agree
+        },
+        "adversary": {"updates_per_iteration": 1, "warmup_updates": 1, "batch_size": 4, "replay_capacity": 8},
+        "evaluation": {"every": 0, "images_per_prompt": 1, "num_steps": 2, "grid_prompts": 1},
+        "monitor": {"every": 0},
+    }
+    file = tmp_path / "sizes.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.mark.parametrize("root", some_weekly(CHAINS, CHAINS.keys() - IN_CI))
+def test_an_arm_and_those_that_follow_it_train(root, sizes, tmp_path):
+    for job in CHAINS[root]:
+        result = advgrpo.train(settings(job, tmp_path, ITERATIONS, sizes), console=Console(quiet=True))
+        assert not result.stopped
+        assert len(load_metrics(job.folder(tmp_path) / METRICS_FILE)) == length(job.arm, ITERATIONS)
+        assert (job.folder(tmp_path) / "lora" / "pytorch_lora_weights.safetensors").is_file()
