@@ -261,7 +261,8 @@ class TransformerPolicy(DiffusersPolicy):
 
     Args:
         fused: run our forward (fused/transformer.py) instead of diffusers'.
-        precision: of the merged weights, "model" or "fp8"; fused only.
+        precision: of the merged weights, "model" or "fp8"; without `fused` the latter are a whole copy in our forward
+            beside diffusers' (merged_copy.py), and "model" has none.
         sharding: shares the weights out over processes; not fused. None: they are whole on each.
         sequence: the processes that run every forward together; fused only. None: this one alone.
 
@@ -293,7 +294,7 @@ class TransformerPolicy(DiffusersPolicy):
             self._use_fast_decoder()
         else:
             network = self._stock_network(seed)
-            network.place(device, sharding)
+            network.place(device, sharding, copied=precision == "fp8")
             self._train(network)
 
     @abstractmethod
