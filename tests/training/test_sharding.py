@@ -5,7 +5,7 @@ a block that is gathered when it runs; blocks kept after they were merged.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,20 @@ RUNS = {
 WEEKLY = {"sd3-bfloat16", "qwen"}
 
 
-def asked(request, test: str, every: dict[str, dict]) -> dict[str, dict]:
-    """Those that this session's tests of that name in this file are about, and sd3, which is in others as well."""
+def asked(request, tests: Collection[str], every: dict[str, dict]) -> dict[str, dict]:
+    """Those that this session's tests of these names in this file are about, and sd3, which is in others as well."""
     own = (item for item in request.session.items if item.path == request.path)
-    items = [item for item in own if getattr(item, "originalname", "") == test]
+    items = [item for item in own if getattr(item, "originalname", "") in tests]
     names = {"sd3", *(item.callspec.params["name"] for item in items)}
     return {name: changes for name, changes in every.items() if name in names}
 
 
-NETWORK_TEST = "test_every_process_has_the_bits_of_the_whole_network"
-RUN_TEST = "test_a_run_of_two_processes_has_the_losses_of_one"
+NETWORK_TESTS = (
+    "test_every_process_has_the_bits_of_the_whole_network",
+    "test_the_next_block_is_gathered_while_one_runs",
+    "test_a_whole_copy_is_merged_block_by_block_and_gathers_nothing_to_sample",
+)
+RUN_TESTS = ("test_a_run_of_two_processes_has_the_losses_of_one",)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def folder(tmp_path_factory) -> Path:
 def base(unit_pipeline, unit_backbone, folder, request) -> dict[str, Config]:
     """The unit run on each family by one process. The KL has no weight, so that one process alone measures it, and
     held-out prompts are three, which are no equal shares of several."""
-    names = (*asked(request, NETWORK_TEST, NETWORKS), *asked(request, RUN_TEST, RUNS))
+    names = (*asked(request, NETWORK_TESTS, NETWORKS), *asked(request, RUN_TESTS, RUNS))
     families = {name.split("-")[0] for name in names}
     made = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline}
     pipelines = {name: made[name](folder / name, shard="300KB") for name in made.keys() & families}
@@ -99,7 +103,7 @@ def changed(settings: Config, folder: Path, name: str, **changes) -> Config:
 def networks(base, folder, request) -> dict[str, dict[str, torch.Tensor]]:
     """What is seen of each whole network, by one process."""
     found = {}
-    for name, changes in asked(request, NETWORK_TEST, NETWORKS).items():
+    for name, changes in asked(request, NETWORK_TESTS, NETWORKS).items():
         rollout = {"precision": "fp8" if name in COPIED else "model"}
         settings = changed(base[name.split("-")[0]], folder, name, model=changes, rollout=rollout)
         policy = sharding_worker.loaded(settings)
@@ -111,7 +115,7 @@ def networks(base, folder, request) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def runs(base, folder, request) -> dict[str, Path]:
     """Folders of runs of one process that has all of the base."""
-    chosen = asked(request, RUN_TEST, RUNS)
+    chosen = asked(request, RUN_TESTS, RUNS)
     for name, changes in chosen.items():
         model = {"shard_base": "blocks", **changes.get("model", {})}
         whole = changed(base[name.split("-")[0]], folder, f"{name}-1", **{**changes, "model": model})
