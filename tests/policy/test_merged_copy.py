@@ -45,11 +45,13 @@ def as_trained(ours: DiffusersPolicy, trained: DiffusersPolicy) -> None:
             parameter.copy_(theirs[name.replace(".weight", ".default.weight")])
 
 
-@pytest.mark.parametrize("family", some_weekly(["sd3", "flux", "qwen"], ["qwen"]))
-def test_a_copy_samples_the_bits_of_a_whole_model_in_fp8(family, unit_config, tmp_path):
+@pytest.mark.parametrize("name", some_weekly(["sd3", "flux-bfloat16", "flux", "qwen"], ["flux", "qwen"]))
+def test_a_copy_samples_the_bits_of_a_whole_model_in_fp8(name, unit_config, tmp_path):
     """From merged weights, also when the adapters have moved on, and loses as much of them to rounding."""
+    family, _, dtype = name.partition("-")
     settings = settings_of(family, unit_config, tmp_path)
-    copied, ours = (load(settings, fused=fused, precision="fp8") for fused in (False, True))
+    how = {"precision": "fp8", "dtype": dtype or "float32"}
+    copied, ours = (load(settings, fused=fused, **how) for fused in (False, True))
     for _ in range(2):
         train_adapters(copied)
         as_trained(ours, copied)
