@@ -164,8 +164,9 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         listed = {name for name, value in self.index.items() if isinstance(value, list)}
         absent = {name for name in listed if name not in kept or self.index[name][0] is None}
         given = {"vae": self.vae, self.component: getattr(self, self.component), **dict.fromkeys(absent)}
-        how = {"dtype": self.dtype, "use_safetensors": True, "variant": self.variant}
-        pipe = DiffusionPipeline.from_pretrained(self.folder, **how, **given)
+        pipe = DiffusionPipeline.from_pretrained(
+            self.folder, dtype=self.dtype, use_safetensors=True, variant=self.variant, **given
+        )
         encoders = [each for part in self.text_parts if isinstance(each := getattr(pipe, part, None), torch.nn.Module)]
         with contextlib.ExitStack() as lent:
             while encoders:
