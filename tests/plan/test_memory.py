@@ -847,6 +847,7 @@ def test_sharding_is_proposed_where_it_can_be_done(paper):
     assert "set rollout.precision = model" in plan(paper, 24, processes=8).remedies
 
 
+@pytest.mark.weekly
 def test_a_whole_copy_beside_a_base_in_parts_is_planned(paper):
     """All of the model once, its inner linears as e4m3, on every process; forwards of ours outside of the window."""
     paper.model.shard_base = "blocks"
