@@ -1,8 +1,9 @@
 """A process of the jobs that tests/training/test_sharding.py and test_full_in_parts.py start in forks (zygote.py).
 
-FOLDER/job.json names networks, of each of which every process leaves FOLDER/NAME.RANK.safetensors (`seen`), and runs,
-each with the checkpoint that it goes on from or null, which leave FOLDER/NAME. Settings are in FOLDER/NAME.yaml. The
-last process asks those that it calls "stopped" to stop, in their first iteration.
+FOLDER/job.json names networks, of each of which every process leaves FOLDER/NAME.RANK.safetensors (`seen`) and
+FOLDER/NAME.RANK.json (`counted`), and runs, each with the checkpoint that it goes on from or null, which leave
+FOLDER/NAME. Settings are in FOLDER/NAME.yaml. The last process asks those that it calls "stopped" to stop, in their
+first iteration.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,9 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from advgrpo import config as configuration
 from advgrpo.config import Config
+from advgrpo.policy.adapters import block_names
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.loading import load_policy
-from advgrpo.policy.sharding import BlockSharding
+from advgrpo.policy.sharding import BlockSharding, _Gather
 from advgrpo.runtime.checkpoint_parts import Cut
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.objective import Iteration
@@ -36,7 +39,8 @@ from tests.parts import train_adapters
 def loaded(settings: Config, sharding: BlockSharding | None = None) -> DiffusersPolicy:
     """By diffusers' forward, with adapters that say something, or other weights than the base's."""
     place, cache = torch.device("cpu"), Path(settings.data.cache_dir)
-    policy = load_policy(settings.model, device=place, cache_dir=cache, seed=0, sharding=sharding)
+    how = {"precision": settings.rollout.precision, "sharding": sharding}
+    policy = load_policy(settings.model, device=place, cache_dir=cache, seed=0, **how)
     if policy.parts is None:
         train_adapters(policy)
     else:
@@ -65,6 +69,10 @@ def seen(policy: DiffusersPolicy) -> dict[str, torch.Tensor]:
         found["adapted"] = policy.predict(latents, step, prepared)[0]
         with policy.disable_adapter():
             found["base"] = policy.predict(latents, step, prepared)[0]
+        if policy.has_merged:
+            policy.merge()
+            found["merged"], error = policy.predict_merged(latents, step, prepared)[0], policy.merge_error()
+            found["merge error"] = error
     found["held"] = torch.tensor(frozen_bytes(policy))
     velocity, unconditional = policy.predict(latents, step, prepared)
     with torch.no_grad(), policy.disable_adapter():  # as the KL of the update does it
@@ -81,6 +89,45 @@ def seen(policy: DiffusersPolicy) -> dict[str, torch.Tensor]:
         gradients = {name: policy.parts.gathered(name, g) / job.world_size for name, g in gradients.items()}
     gradients = {name: g for name, g in gradients.items() if bool(g.any())}  # nothing reads the last block's text
     return found | gradients
+
+
+def counted(policy: DiffusersPolicy) -> dict[str, Any]:
+    """Gathers that have begun when each block runs, in a forward; of a policy with merged weights also the gathers of
+    their step, and the most bytes of the frozen weights that are here while they are merged."""
+    gathers, before, gather = [], [], _Gather.__call__
+
+    def listed(self: _Gather, *given: Any, **named: Any) -> Any:
+        gathers.append(self)
+        return gather(self, *given, **named)
+
+    blocks = [policy.transformer.get_submodule(name) for name in block_names(policy.transformer)]
+    hooks = [block.register_forward_pre_hook(lambda *given: before.append(len(gathers))) for block in blocks]
+    prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([900.0, 500.0]), guidance=1.5)
+    inputs = torch.zeros(len(PROMPTS), *policy.latent_shape()), torch.tensor([1]), prepared
+    with torch.no_grad(), mock.patch.object(_Gather, "__call__", listed):
+        policy.predict(*inputs)
+        found: dict[str, Any] = {"before": before}
+        if policy.has_merged:
+            gathers.clear()
+            policy.predict_merged(*inputs)
+            found |= {"merged": len(gathers), "held": most_held_while_merging(policy)}
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def most_held_while_merging(policy: DiffusersPolicy) -> int:
+    held, gathered = [], policy.network.copy._gathered
+
+    @contextmanager
+    def weighed(unit: torch.nn.Module) -> Iterator[None]:
+        with gathered(unit):
+            held.append(frozen_bytes(policy))
+            yield
+
+    with mock.patch.object(policy.network.copy, "_gathered", weighed):
+        policy.merge()
+    return max(held)
 
 
 def frozen_bytes(policy: DiffusersPolicy) -> int:
@@ -120,6 +167,7 @@ def main(arguments: list[str]) -> int:
         for name in asked["networks"]:
             policy = loaded(configuration.load(file=folder / f"{name}.yaml"), sharding)
             save_file(seen(policy), folder / f"{name}.{job.rank}.safetensors")
+            (folder / f"{name}.{job.rank}.json").write_text(json.dumps(counted(policy)))
         for name, checkpoint in asked["runs"].items():
             asks = name.endswith("-stopped") and checkpoint is None and job.rank == job.world_size - 1
             with stopping(job) if asks else nullcontext():

@@ -333,7 +333,6 @@ _FUSED = "is the fused transformer's, which wants whole weights"
 # Settings that a base in parts has not, with what they are where nothing is asked, and why.
 _NOT_SHARDED = (
     ("model.attention", "auto", _FUSED),
-    ("rollout.precision", "model", _FUSED),
     ("rollout.window_forward", "trainer", _FUSED),
     ("update.graphs", False, "captures the fused transformer, which wants whole weights"),
     ("update.skip_dead_groups", False, "leaves out forwards on some processes alone, which all run together"),

@@ -120,6 +120,11 @@ class Config(Section):
         return window.trained_of(window.of_image)
 
     @property
+    def has_merged_copy(self) -> bool:
+        """Whether each process has merged weights in FP8, whole, beside a base in parts."""
+        return self.model.shard_base != "none" and self.rollout.precision == "fp8"
+
+    @property
     def learns_adversary(self) -> bool:
         """Whether an adversary is loaded and trained."""
         return self.adversary.kind != "none" and self.objective.uses_rewards

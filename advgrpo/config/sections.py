@@ -247,7 +247,9 @@ class RolloutSection(Section):
     window: WindowSection = WindowSection()
     engine: EngineSection = EngineSection()
     precision: Literal["model", "fp8"] = "model"
-    """ODE steps, which have no likelihood: merged weights in the model's dtype, or in FP8; needs --fast."""
+    """ODE steps, which have no likelihood: merged weights in the model's dtype, or in FP8; needs --fast. Beside
+    model.shard_base = blocks "model" gathers each block as the update does, and "fp8" is a whole copy on every process,
+    which gathers nothing (docs/families.md, "Sampling from a whole copy in FP8")."""
     decode_stream: Literal["main", "side"] = "main"
     """CUDA stream that decodes a micro-batch's images: before the next micro-batch is sampled (main) or beside it
     (side), with the same bits; side keeps the decoder's memory through the iteration."""

@@ -30,6 +30,7 @@ from advgrpo.plan import known_models
 from advgrpo.plan.activations import TransformerShape, decode_bytes
 from advgrpo.plan.work import drawn_steps, efficiency, learning, micro_batches, sharing
 from advgrpo.policy.fused.decoder import GATED_IMAGES, decoded_at_once
+from advgrpo.policy.fused.transformer import can_adapt
 
 GB = 1e9
 PHASES = ("encode", "sample", "decode", "score", "update")
@@ -75,6 +76,7 @@ class MemoryPlan:
     uncounted: tuple[str, ...]  # settings and models that the estimate leaves out
     decided: str = ""  # what kept the micro-batch from being larger, where it was not memory
     shared: str = ""  # what the busiest of several processes computes
+    copy: str = ""  # that a whole FP8 copy to sample from would fit beside a base in parts
     host_gb: float = 0.0  # of pinned host memory, for each process of a machine
 
     def phase_gb(self, phase: str) -> float:
@@ -99,7 +101,7 @@ class MemoryPlan:
         if self.fits:
             left_out = f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else ""
             host = f"{self.host_gb:.1f} GB of pinned host memory for each process" if self.host_gb else ""
-            more = "".join(f"; {said}" for said in (host, self.shared, self.decided) if said)
+            more = "".join(f"; {said}" for said in (host, self.shared, self.decided, self.copy) if said)
             peak = f"peak {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
             return f"{size}: {self.knobs}; {peak}{left_out}{more}"
         least = f"at least {self.peak_gb:.1f} GB while {self.peak_phase}, estimated"
@@ -133,7 +135,8 @@ def plan(config: Config, gpu_gb: float, *, processes: int = 1) -> MemoryPlan:
         costs = {p: estimate.relative_time(p.knobs) for p in fitting}
         close = [p for p in fitting if costs[p] <= _CLOSE * min(costs.values())]
         chosen = max(close, key=lambda p: p.knobs.micro_batch)
-        return replace(chosen, decided=_what_decided(chosen, estimate), shared=_shared(chosen, estimate))
+        said = {"decided": _what_decided(chosen, estimate), "shared": _shared(chosen, estimate)}
+        return replace(chosen, **said, copy=_copy_that_fits(chosen, estimate))
     least = min(estimate.plans(gpu_gb), key=lambda p: p.peak_gb)
     return replace(least, remedies=tuple(_remedies(config, gpu_gb, processes)))
 
@@ -158,6 +161,20 @@ def _shared(chosen: MemoryPlan, estimate: _Estimate) -> str:
     knobs, processes = chosen.knobs, estimate.processes
     how = {"micro_batch": knobs.micro_batch, "checkpointing": knobs.gradient_checkpointing}
     return sharing(estimate.config, processes, **how) if processes > 1 else ""
+
+
+def _copy_that_fits(chosen: MemoryPlan, estimate: _Estimate) -> str:
+    """Whether a base in parts could be sampled from a whole copy in FP8; empty where it is, or cannot be."""
+    config = estimate.config
+    served = config.fast and estimate.lora and estimate.pipeline.has_own_forward
+    if not (estimate.sharded and served and all(map(can_adapt, config.model.lora.targets))) or estimate.copied:
+        return ""
+    rollout = config.rollout.model_copy(update={"precision": "fp8"})
+    copied = _Estimate(config.model_copy(update={"rollout": rollout}), estimate.processes)
+    peak = copied.peak_gb(chosen.knobs)
+    if peak > chosen.gpu_gb:
+        return ""
+    return f"rollout.precision = fp8 fits as well, peak {peak:.1f} GB: ODE steps that gather nothing"
 
 
 def _what_decided(chosen: MemoryPlan, estimate: _Estimate) -> str:
@@ -200,6 +217,7 @@ class _Estimate:
         self.lora = config.model.train == "lora"
         self.sharded = config.model.is_sharded(processes)
         self.fused = config.fast and self.lora and config.model.shard_base == "none" and self.pipeline.has_own_forward
+        self.copied = config.has_merged_copy
         self.own_decoder = self.fused and not self.pipeline.is_qwen
         self.element = 2 if config.model.dtype == "bfloat16" else 4
         self.weights = known_models.count_transformer(self.pipeline.transformer, config.model.lora)
@@ -299,6 +317,8 @@ class _Estimate:
             yield Component("merged weights", self._merged_bytes(), f"rollout.precision = {config.rollout.precision}")
             if config.model.base_precision == "fp8":  # the weight and its transpose, beside the pristine one
                 yield Component("FP8 base weights", 2 * weights.inner, "model.base_precision = fp8")
+        if self.copied:  # what merging reads is gathered block by block, before there is anything of a step
+            yield Component("merged weights, whole", self._copy_bytes(), "rollout.precision = fp8")
         trained = weights.lora if self.lora else self._held()
         if self.lora:
             yield Component("LoRA, float32", 4 * trained, "model.lora")
@@ -378,6 +398,11 @@ class _Estimate:
         if self.config.rollout.precision == "fp8":
             return weights.inner + weights.stacked_ends * self.element
         return weights.stacked * self.element
+
+    def _copy_bytes(self) -> int:
+        """Of policy/merged_copy.py: it has every weight once, and quantises what a base in FP8 does."""
+        dtype = getattr(torch, self.config.model.dtype)
+        return known_models.count_share(self.pipeline.transformer, 1, dtype, fp8=True).held
 
     def _vae_parameters(self) -> int:
         """What of the stock VAE stays on the GPU beside the decoder in use, which may be the stock one itself."""
@@ -464,8 +489,10 @@ class _Estimate:
             decides = f"{forward_process}.step_share, rollout.micro_batch"
             yield Component("noise levels of a micro-batch", levels, decides, ("update",))
         kept = 1 if self.pipeline.is_qwen else sequences  # which has one modulation for all prompts
-        modulation = config.rollout.num_steps * kept * self.weights.modulation * self.element if self.fused else 0
-        forward = sequences * (shape.forward_bytes() + 4 * latents) + modulation
+        ours = self.fused or self.copied
+        modulation = config.rollout.num_steps * kept * self.weights.modulation * self.element if ours else 0
+        paths = [shape, *([replace(shape, path="fused")] if self.copied else [])]  # in the window, and outside of it
+        forward = sequences * (max(path.forward_bytes() for path in paths) + 4 * latents) + modulation
         graphs = self.fused and shape.processes == 1  # a captured graph keeps its pool for as long as it may run
         name = "sampler's forward, in the CUDA graphs' pool" if graphs else "sampler's forward"
         yield Component(name, forward, decides, ("sample", *held) if graphs else ("sample",))
@@ -495,6 +522,8 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
     adversary, model = config.adversary, config.model
     if model.offload != "text_vae":
         yield setting("model.offload", "text_vae")
+    if config.has_merged_copy:
+        yield setting("rollout.precision", "model")
     if model.base_precision == "fp8" and model.shard_base == "none":  # beside the pristine weights
         yield setting("model.base_precision", "model")
     if not config.fast and model.train == "lora" and model.shard_base == "none":

@@ -23,6 +23,7 @@ from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import GATED_IMAGES, Decoder, DecoderConfig, decoded_at_once, psnr_gate
 from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.guidance import GuidedPolicy
+from advgrpo.policy.model_files import DIFFUSERS_STEM, of_variant, pipeline_variant
 from advgrpo.policy.networks import FusedNetwork, StockNetwork
 from advgrpo.policy.offload import HostWeights
 from advgrpo.policy.parts import Parts
@@ -54,6 +55,7 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         self.model, self.device = model, device
         self.folder = pipeline_folder(model.path)
         self.index = json.loads((self.folder / "model_index.json").read_text())
+        self.variant = pipeline_variant(self.folder, f"model.path = {model.path!r}")
         self.prediction_type = PREDICTION_TYPES[self.index["_class_name"]]
         self.dtype = getattr(torch, model.dtype)
         offload = "none" if device.type == "cpu" else model.offload  # whose memory is the host's
@@ -81,8 +83,11 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
 
         On the host what is stored in `dtype` stays mapped from its files.
         """
+        variant = of_variant(self.folder / part, DIFFUSERS_STEM, self.variant)
         try:
-            module = kind.from_pretrained(self.folder, subfolder=part, dtype=dtype, use_safetensors=True)
+            module = kind.from_pretrained(
+                self.folder, subfolder=part, dtype=dtype, use_safetensors=True, variant=variant
+            )
         except OSError as error:
             raise UserError(f"model.path = {self.model.path!r}: {error}") from error
         return module.to(device or self.device).requires_grad_(False).eval()
@@ -159,7 +164,9 @@ class DiffusersPolicy(GuidedPolicy[StockNetwork | FusedNetwork]):
         listed = {name for name, value in self.index.items() if isinstance(value, list)}
         absent = {name for name in listed if name not in kept or self.index[name][0] is None}
         given = {"vae": self.vae, self.component: getattr(self, self.component), **dict.fromkeys(absent)}
-        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True, **given)
+        pipe = DiffusionPipeline.from_pretrained(
+            self.folder, dtype=self.dtype, use_safetensors=True, variant=self.variant, **given
+        )
         encoders = [each for part in self.text_parts if isinstance(each := getattr(pipe, part, None), torch.nn.Module)]
         with contextlib.ExitStack() as lent:
             while encoders:
@@ -261,7 +268,8 @@ class TransformerPolicy(DiffusersPolicy):
 
     Args:
         fused: run our forward (fused/transformer.py) instead of diffusers'.
-        precision: of the merged weights, "model" or "fp8"; fused only.
+        precision: of the merged weights, "model" or "fp8"; without `fused` the latter are a whole copy in our forward
+            beside diffusers' (merged_copy.py), and "model" has none.
         sharding: shares the weights out over processes; not fused. None: they are whole on each.
         sequence: the processes that run every forward together; fused only. None: this one alone.
 
@@ -293,7 +301,7 @@ class TransformerPolicy(DiffusersPolicy):
             self._use_fast_decoder()
         else:
             network = self._stock_network(seed)
-            network.place(device, sharding)
+            network.place(device, sharding, copied=precision == "fp8")
             self._train(network)
 
     @abstractmethod

@@ -41,14 +41,16 @@ def load_policy(
     """The policy for the pipeline class that `model.path` names in its model_index.json.
 
     Args:
-        fused, precision, sequence: see `TransformerPolicy`; no other has a fused forward (fast.py decides).
+        fused, precision, sequence: see `TransformerPolicy`; no other has a forward of ours (fast.py decides).
         sharding: see there; no other network is sharded.
 
     Raises:
         UserError: no such model, or a class that no policy serves.
     """
     kind = POLICIES[pipeline_class(model.path)]
-    options = {"fused": True, "precision": precision, "sequence": sequence} if fused else {}
+    options = {"fused": True, "sequence": sequence} if fused else {}
+    if precision != "model":
+        options["precision"] = precision
     if sharding is not None:
         options["sharding"] = sharding
     return kind(model, device=device, cache_dir=cache_dir, seed=seed, **options)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ _LFS = b"version https://git-lfs"
 _MOST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _BITS = {"BOOL": 8, "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
 _BITS |= {"I16": 16, "U16": 16, "I8": 8, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8}
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"  # of the names of files with weights
+_STEMS = {"transformers": TRANSFORMERS_STEM}  # by the library that a part is of; of others it is diffusers'
+# STEM.safetensors and STEM.safetensors.index.json, of a variant STEM.VARIANT.safetensors and
+# STEM.safetensors.index.VARIANT.json; no shard.
+_WEIGHTS = re.compile(
+    r"(?P<stem>[^.]+)(\.(?![^.]+-\d{5}-of-\d{5}\.)(?P<whole>[^.]+))?\.safetensors(\.index(\.(?P<index>[^.]+))?\.json)?"
+)
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
 
 
@@ -43,14 +51,58 @@ def read_json(file: Path, source: str) -> dict[str, Any]:
     return content
 
 
-def weight_shapes(folder: Path, stem: str, source: str) -> Shapes:
-    """Shape of every tensor of STEM.safetensors, or of the shards that STEM.safetensors.index.json lists.
+def weight_variant(parts: Iterable[tuple[Path, str]], source: str) -> str | None:
+    """What diffusers and transformers call the `variant` of a model's weights, such as fp16; None for the plain files.
+
+    Plain files are taken where they are, as by these libraries. Where a part has none, the variant that all such parts
+    have is the model's: the parts that have it are read by it, the others by their plain files.
+
+    Args:
+        parts: (folder, stem of the file's name) of each that has weights.
+
+    Raises:
+        UserError: the parts without plain files have no variant in common, or several.
+    """
+    only = {folder: held for folder, stem in parts if (held := _variants(folder, stem)) and "" not in held}
+    if not only:
+        return None
+    common = set.intersection(*only.values())
+    if len(common) == 1:
+        return common.pop()
+    found = "; ".join(f"{folder} has {', '.join(sorted(held))}" for folder, held in only.items())
+    raise UserError(
+        f"{source}: its weights are there as variants alone, and not as one that can be chosen ({found}); leave one "
+        "variant in the folder, or add the plain files"
+    )
+
+
+def of_variant(folder: Path, stem: str, variant: str | None) -> str | None:
+    """`variant` where this part's weights are there as that; None: they are read by their plain files."""
+    return variant if variant in _variants(folder, stem) else None
+
+
+def pipeline_variant(folder: Path, source: str) -> str | None:
+    """`weight_variant` of a pipeline's folder, for `DiffusionPipeline.from_pretrained`."""
+    index = read_json(folder / "model_index.json", source)
+    return weight_variant(((folder / name, stem) for name, _, stem in _parts(index, source) if stem), source)
+
+
+def _variants(folder: Path, stem: str) -> set[str]:
+    """Those that a part's weights are there as, whole or in shards; "" is the plain files'."""
+    found = (_WEIGHTS.fullmatch(file.name) for file in (folder.iterdir() if folder.is_dir() else ()))
+    return {each["whole"] or each["index"] or "" for each in found if each and each["stem"] == stem}
+
+
+def weight_shapes(folder: Path, stem: str, source: str, variant: str | None = None) -> Shapes:
+    """Shape of every tensor of STEM.safetensors, or of the shards that STEM.safetensors.index.json lists; of a variant
+    of STEM.VARIANT.safetensors or STEM.safetensors.index.VARIANT.json.
 
     Raises:
         UserError: naming the file: there are no weights, or only pickled ones, which run what code they hold; a shard
             is missing, a git-lfs pointer, or a file that is not whole.
     """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    own = f".{variant}" if variant else ""
+    single, index = folder / f"{stem}{own}.safetensors", folder / f"{stem}.safetensors.index{own}.json"
     if single.exists():
         return _header(single, source)
     if index.exists():
@@ -130,14 +182,8 @@ def check_pipeline(folder: Path, index: Mapping[str, Any], source: str) -> dict[
         UserError: naming the file that is missing, damaged or no JSON.
     """
     weights: dict[str, Shapes] = {}
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list):
-            continue
-        if len(entry) != 2 or not all(each is None or isinstance(each, str) for each in entry):
-            raise UserError(f"{source}: {name} in model_index.json is {entry!r}; want [library, class]")
-        kind = entry[1]
-        if kind is None:
-            continue
+    variant = weight_variant(((folder / name, stem) for name, _, stem in _parts(index, source) if stem), source)
+    for name, kind, stem in _parts(index, source):
         part = folder / name
         if not part.is_dir():
             raise UserError(f"{source}: {part} is missing, but model_index.json lists it; download the model again")
@@ -145,11 +191,24 @@ def check_pipeline(folder: Path, index: Mapping[str, Any], source: str) -> dict[
             check_tokenizer(part, source)
         elif "Scheduler" in kind:
             read_json(part / "scheduler_config.json", source)
-        elif "Processor" not in kind and "FeatureExtractor" not in kind:
+        elif stem:
             read_json(part / "config.json", source)
-            stem = "model" if entry[0] == "transformers" else "diffusion_pytorch_model"
-            weights[name] = weight_shapes(part, stem, source)
+            weights[name] = weight_shapes(part, stem, source, of_variant(part, stem, variant))
     return weights
+
+
+def _parts(index: Mapping[str, Any], source: str) -> Iterator[tuple[str, str, str]]:
+    """(name, class, stem of the files' names where it has weights, else "") of what model_index.json lists."""
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list):
+            continue
+        if len(entry) != 2 or not all(each is None or isinstance(each, str) for each in entry):
+            raise UserError(f"{source}: {name} in model_index.json is {entry!r}; want [library, class]")
+        library, kind = entry
+        if kind is None:
+            continue
+        weightless = any(word in kind for word in ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor"))
+        yield name, kind, "" if weightless else _STEMS.get(library, DIFFUSERS_STEM)
 
 
 def check_vision_model(folder: Path, model_types: tuple[str, ...], field: str, path: str) -> dict[str, Any]:
@@ -161,5 +220,5 @@ def check_vision_model(folder: Path, model_types: tuple[str, ...], field: str, p
         raise UserError(
             f"{source} is a {kind or 'folder without a model_type in config.json'}; want a {' or '.join(model_types)}"
         )
-    weight_shapes(folder, "model", source)
+    weight_shapes(folder, TRANSFORMERS_STEM, source)
     return config

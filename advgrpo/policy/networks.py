@@ -1,7 +1,8 @@
 """The ways to run a network: diffusers' forward with PEFT adapters (MMDiT or UNet), and our fused MMDiT.
 
 All take latents and the number of a step of a prepared trajectory, and one of three sets of weights: "adapted" (what
-is trained), "base" (frozen), "merged" (fused only: adapters folded into the weights, for steps without a likelihood).
+is trained), "base" (frozen), "merged" (adapters folded into the weights, for steps without a likelihood; by our forward
+alone, which diffusers' may have a copy for beside it: merged_copy.py).
 
 Shapes: R rows, latents [R, C, h, w], text [R, S, E], pooled [R, E'], K steps.
 """
@@ -22,6 +23,7 @@ from advgrpo.policy.adapters import START, FullWeights, LoraAdapters, export_lor
 from advgrpo.policy.fp8_base import quantize, quantized_blocks
 from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig, Weights
+from advgrpo.policy.merged_copy import MergedCopy
 from advgrpo.policy.parts import Parts
 from advgrpo.policy.sharding import BlockSharding
 from advgrpo.policy.weights_in_parts import WeightsInParts
@@ -34,17 +36,23 @@ class StockPrepared:
     timesteps: torch.Tensor  # [K]
     guidance: torch.Tensor | None = None  # [1] float32, of a network that takes it as an input
     mask: torch.Tensor | None = None  # [R, S] bool, text tokens that are attended to; None: all
+    merged: Prepared | None = None  # the same for a copy in our forward, where there is one
 
     def rows(self, index: torch.Tensor) -> StockPrepared:
         own = {name: getattr(self, name) for name in ("text", "pooled", "mask") if getattr(self, name) is not None}
-        return replace(self, **{name: tensor.index_select(0, index) for name, tensor in own.items()})
+        merged = None if self.merged is None else self.merged.rows(index)
+        return replace(self, merged=merged, **{name: tensor.index_select(0, index) for name, tensor in own.items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        held = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "merged"}
+        of_copy = {} if self.merged is None else self.merged.tensors()
+        own = {name: tensor for name, tensor in held.items() if tensor is not None}
+        return own | {f"merged.{name}": tensor for name, tensor in of_copy.items()}
 
     def with_tensors(self, tensors: dict[str, torch.Tensor]) -> StockPrepared:
-        return StockPrepared(**tensors)
+        of_copy = {n.removeprefix("merged."): t for n, t in tensors.items() if n.startswith("merged.")}
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("merged.")}
+        return StockPrepared(**own, merged=Prepared(**of_copy) if of_copy else None)
 
 
 class StockNetwork:
@@ -54,7 +62,6 @@ class StockNetwork:
         pooled_arguments: pooled text [R, E'] -> the arguments of the network's call that depend on it, for `run`.
     """
 
-    has_merged = False
     sequence = None
 
     def __init__(
@@ -74,12 +81,19 @@ class StockNetwork:
             network.train()  # diffusers checkpoints in train mode only; there is no dropout, so nothing else changes
         self.network, self.pooled_arguments = network, pooled_arguments
         self._quantized = set(quantized_blocks(network)) if model.base_precision == "fp8" else set()
+        self._attention = model.attention
+        self.copy: MergedCopy | None = None
 
-    def place(self, device: torch.device, sharding: BlockSharding | None) -> None:
+    @property
+    def has_merged(self) -> bool:
+        return self.copy is not None
+
+    def place(self, device: torch.device, sharding: BlockSharding | None, *, copied: bool = False) -> None:
         """Leave this process what it holds of the network, on the device, quantised if `model.base_precision` says so.
 
         Args:
             sharding: its part; made by all processes at the same place. None: all of it, which is there already.
+            copied: merged weights in FP8, whole, are held beside it; of a network with adapters.
         """
 
         def quantize_block(name: str) -> None:
@@ -93,6 +107,10 @@ class StockNetwork:
             self.adapters = WeightsInParts(self.network, sharding)
         else:
             sharding.shard(self.network, quantize_block)
+        if copied:
+            assert isinstance(self.adapters, LoraAdapters)
+            gathered = (lambda module: contextlib.nullcontext()) if sharding is None else sharding.gathered
+            self.copy = MergedCopy(self.network, self.adapters, gathered, self._attention)
 
     def prepare(
         self,
@@ -103,11 +121,16 @@ class StockNetwork:
         mask: torch.Tensor | None = None,
     ) -> StockPrepared:
         scale = None if guidance is None else torch.full((1,), guidance, device=text.device)
-        return StockPrepared(text, pooled, timesteps, scale, mask)
+        merged = None
+        if self.copy is not None:
+            merged = self.copy.transformer.prepare(text, pooled, timesteps, guidance, mask)
+        return StockPrepared(text, pooled, timesteps, scale, mask, merged)
 
     def predict(
         self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: Weights
     ) -> torch.Tensor:
+        if weights == "merged" and self.copy is not None and prepared.merged is not None:
+            return self.copy.transformer.predict(latents, step, prepared.merged, weights)
         with self.adapters.disabled() if weights == "base" else contextlib.nullcontext():
             timesteps = prepared.timesteps.index_select(0, step).expand(len(latents))
             return self.run(latents.to(self.network.dtype), timesteps, prepared)
@@ -134,10 +157,13 @@ class StockNetwork:
         return parameter
 
     def merge(self) -> None:
-        """Nothing to merge: sampling runs the trained weights."""
+        """Of the copy; without one there is nothing to merge: sampling runs the trained weights."""
+        if self.copy is not None:
+            self.copy.merge()
 
-    def merge_error(self) -> None:
-        """Nothing is rounded."""
+    def merge_error(self) -> torch.Tensor | None:
+        """Of the copy; without one nothing is rounded."""
+        return None if self.copy is None else self.copy.merge_error()
 
     def load_lora(self, folder: Path, field: str = START) -> None:
         self.adapters.load_lora(folder, field)

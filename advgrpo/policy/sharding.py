@@ -15,7 +15,8 @@ all blocks, into matrices that no block owns: to gather these by block would be 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -60,6 +61,17 @@ class BlockSharding:
             unit.set_custom_reduce_scatter(self._sum)
             unit.set_gradient_divide_factor(1.0)  # a loss is divided by the images of all processes already
             unit.set_force_sum_reduction_for_comms(True)
+
+    @contextmanager
+    def gathered(self, unit: torch.nn.Module) -> Iterator[None]:
+        """Within it this process has all of the parameters of a block, or of the network those outside of blocks; on
+        all processes at the same place."""
+        assert isinstance(unit, FSDPModule)
+        unit.unshard()
+        try:
+            yield
+        finally:
+            unit.reshard()
 
     def _share_out(
         self,

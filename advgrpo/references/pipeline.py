@@ -15,6 +15,7 @@ import torch
 
 from advgrpo.data.prompt_lengths import CutPrompts, cut_prompts
 from advgrpo.errors import UserError
+from advgrpo.policy.model_files import pipeline_variant
 from advgrpo.policy.pipelines import QWEN_NEGATIVE_PROMPT
 from advgrpo.references.builder import Recipe
 from advgrpo.runtime.fingerprint import folder_fingerprint
@@ -60,7 +61,8 @@ def open_pipeline(settings: DrawSettings, device: str) -> tuple[Recipe, Callable
     folder = _model_folder(settings.model)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" and settings.model not in WORLDS else torch.float32
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
+        variant = pipeline_variant(folder, f"--model {settings.model}")
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant).to(device)
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise UserError(f"--model {settings.model}: diffusers cannot load it ({error})") from error
     pipe.set_progress_bar_config(disable=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from advgrpo.errors import RunFailure, UserError
+from advgrpo.policy.model_files import pipeline_variant
 from advgrpo.policy.pipelines import PREDICTION_TYPES, QWEN_NEGATIVE_PROMPT
 from advgrpo.sampling.drawing import Drawn
 
@@ -28,7 +29,8 @@ def open_stock(folder: Path, device: str, dtype: torch.dtype, field: str) -> Dif
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
+        variant = pipeline_variant(folder, field)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant).to(device)
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         raise UserError(f"{field}: diffusers cannot load it ({error})") from error
     if PREDICTION_TYPES[type(pipe).__name__] == "epsilon":

@@ -56,6 +56,10 @@ class FastPaths:
         if not fused_off:  # an explicit backend that this machine lacks is an error now
             masked = FAMILIES[pipeline_class(config.model.path)].masked_text
             choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
+        merged_off, ode = fused_off, "ODE steps"
+        if config.has_merged_copy:
+            merged_off = plain or _why_not_ours(config.model)
+            ode = "ODE steps, by a whole copy beside the base in parts,"
         no_graphs = fused_off or gpu_only or _why_no_graphs(config.model)
         no_triton = _why_no_triton(device)
         no_cpu = fused_off or _why_no_cpu_kernels(config.model, device)
@@ -72,10 +76,10 @@ class FastPaths:
                 "one trajectory per prompt up to the window",
             ),
             _row("fused transformer", fused_off, f"stacked matrix products, {norms}"),
-            _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
+            _row("merged LoRA", merged_off, f"{ode} run merged weights: no adapter matmuls"),
             _row(
                 "fused AdamW",
-                _why_not_ours(config) or _why_no_csrc(device),
+                _why_not_our_optimizer(config) or _why_no_csrc(device),
                 "clipping, AdamW and EMA in three launches, no wait",
             ),
             _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
@@ -92,8 +96,8 @@ class FastPaths:
             ),
             _row(
                 "FP8 sampling",
-                _why_no_fp8(config.rollout.precision, "rollout.precision", device, fused_off),
-                _where_fp8(device, "ODE steps on FP8 tensor cores", "ODE steps in FP8"),
+                _why_no_fp8(config.rollout.precision, "rollout.precision", device, merged_off),
+                _where_fp8(device, f"{ode} on FP8 tensor cores", f"{ode} in FP8"),
             ),
             _row(
                 "FP8 training",
@@ -126,7 +130,14 @@ def _row(name: str, off_because: str, saves: str) -> FastPath:
 
 
 def _why_not_fused(model: ModelSection) -> str:
-    """Why the fused transformer cannot serve this model, or ""; reads no more of it than model_index.json."""
+    """Why the fused transformer cannot train this model, or ""; reads no more of it than model_index.json."""
+    if model.shard_base != "none" and model.train == "lora":
+        return f"model.shard_base = {model.shard_base}: diffusers' blocks are gathered one by one"
+    return _why_not_ours(model)
+
+
+def _why_not_ours(model: ModelSection) -> str:
+    """Why our forward cannot run this model, with the adapters of its settings, or ""."""
     name = pipeline_class(model.path)
     if FAMILIES[name].prediction_type != "flow_prediction":
         return f"a {name} has a UNet; the fused forward is of transformers"
@@ -134,8 +145,6 @@ def _why_not_fused(model: ModelSection) -> str:
         return f"a {name} has blocks that it does not compute"
     if model.train != "lora":
         return "full fine-tuning trains the stock modules"
-    if model.shard_base != "none":
-        return f"model.shard_base = {model.shard_base}: diffusers' blocks are gathered one by one"
     outside = [target for target in model.lora.targets if not can_adapt(target)]
     return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
 
@@ -146,7 +155,7 @@ def _why_no_graphs(model: ModelSection) -> str:
     return "" if members == 1 else f"model.sequence_parallel = {members}: exchanges are not captured"
 
 
-def _why_not_ours(config: Config) -> str:
+def _why_not_our_optimizer(config: Config) -> str:
     optimizer = config.update.optimizer
     if config.model.in_parts:
         return f"model.shard_base = {config.model.shard_base}: the norm is of gradients in parts"

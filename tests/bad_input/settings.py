@@ -233,7 +233,6 @@ CONFLICTS = [
         for flags, named in {
             "--model.train full --model.dtype float32 --update.optimizer fused": "update.optimizer = 'fused' clips by",
             "--model.attention math": "model.attention = 'math' is the fused transformer's",
-            "--rollout.precision fp8": "rollout.precision = 'fp8' is the fused transformer's",
             "--rollout.window_forward merged --update.old_log_prob recompute": "rollout.window_forward = 'merged' is",
             "--update.graphs": "update.graphs = True captures the fused transformer",
             "--update.skip_dead_groups": "update.skip_dead_groups = True leaves out forwards",
@@ -254,6 +253,11 @@ CONFLICTS = [
         }.items()
     ),
     flagged("conflicts", "--no-fast --rollout.precision fp8", "rollout.precision = 'fp8' needs --fast"),
+    flagged(
+        "conflicts",
+        "--model.shard_base blocks --rollout.precision fp8 --model.train full --model.dtype float32",
+        "rollout.precision = 'fp8' needs --fast and model.train = lora",
+    ),
     flagged("conflicts", "--no-fast --model.base_precision fp8", "model.base_precision = 'fp8' needs --fast"),
     flagged(
         "conflicts",

@@ -37,6 +37,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from advgrpo import config as configuration
 from advgrpo import tiny
+from advgrpo.config import LORA_TARGETS
 from advgrpo.errors import UserError
 from advgrpo.plan import __main__ as command
 from advgrpo.plan import known_models
@@ -48,6 +49,7 @@ from advgrpo.policy.fp8_base import quantize, quantized_blocks
 from advgrpo.policy.fused.decoder import SD3_DECODER, decoded_at_once
 from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
+from advgrpo.policy.merged_copy import MergedCopy
 from advgrpo.policy.sharding import BlockSharding
 from advgrpo.policy.weights_in_parts import WeightsInParts
 from advgrpo_kernels import _runtime
@@ -839,8 +841,50 @@ def test_sharding_is_proposed_where_it_can_be_done(paper):
     assert not any("shard_base" in each for each in plan(paper, 24, processes=8).remedies)
     paper.model.sequence_parallel, paper.model.base_precision = 1, "fp8"
     assert remedy in plan(paper, 24, processes=8).remedies
-    paper.rollout.precision = "fp8"
+    paper.rollout.precision = "fp8"  # of which each process would have a copy
     assert remedy not in plan(paper, 24, processes=8).remedies
+    paper.model.shard_base = "blocks"
+    assert "set rollout.precision = model" in plan(paper, 24, processes=8).remedies
+
+
+@pytest.mark.weekly
+def test_a_whole_copy_beside_a_base_in_parts_is_planned(paper):
+    """All of the model once, its inner linears as e4m3, on every process; forwards of ours outside of the window."""
+    paper.model.shard_base = "blocks"
+    knobs = Knobs(2, True)
+    parts = {c.name: c for c in _Estimate(paper, 8).components(knobs)}
+    paper.rollout.precision = "fp8"
+    copied = {c.name: c for c in _Estimate(paper, 8).components(knobs)}
+    copy_of_all = copied.pop("merged weights, whole")
+    config = known_models.known_pipeline(paper.model.path).transformer
+    network = copy.deepcopy(known_models.meta_transformer(config)).bfloat16()
+    adapters = LoraAdapters(network, paper.model.lora.model_copy(update={"blocks": 2}), 0)  # which takes no room here
+    made = MergedCopy(network, adapters, lambda module: contextlib.nullcontext(), "math")
+    parts_of_rows = [[rows] if isinstance(rows, torch.Tensor) else rows for rows in made._rows.values()]
+    held = [*itertools.chain(*parts_of_rows), *(layer.bias for layer in made.transformer.linears())]
+    held += [made.transformer._modulation[1]]
+    shared = "norm_out.linear.weight", "pos_embed.pos_embed"  # a shape alone, and the network's own table
+    outside = [tensor for name, tensor in made.transformer._small.items() if name not in shared]
+    assert copy_of_all.bytes == pytest.approx(sum(t.nbytes for t in (*held, *outside)), rel=1e-3)
+    assert copy_of_all.phases == PHASES
+    name = "sampler's forward"
+    assert copied[name].bytes > parts[name].bytes  # the modulation of all steps
+    assert {n: c.bytes for n, c in copied.items() if n != name} == {n: c.bytes for n, c in parts.items() if n != name}
+
+
+def test_a_whole_copy_is_proposed_where_it_fits(paper):
+    """Beside a base in parts that is not sampled from one already, and that our forward can run."""
+    paper.model.path = "stabilityai/stable-diffusion-3.5-large"
+    said = "rollout.precision = fp8 fits as well, peak"
+    assert said not in plan(paper, 80, processes=8).line()
+    paper.model.shard_base = "blocks"
+    assert said in plan(paper, 80, processes=8).line()
+    assert said not in plan(paper, 24, processes=8).line()
+    assert said not in plan(paper, 80).line(), "one process gathers nothing"
+    paper.model.lora.targets = ("norm1.linear",)
+    assert said not in plan(paper, 80, processes=8).line()
+    paper.model.lora.targets, paper.rollout.precision = LORA_TARGETS, "fp8"
+    assert said not in plan(paper, 80, processes=8).line()
 
 
 SIZES = (24, 40, 48, 80, 141)
@@ -852,8 +896,17 @@ FAMILIES = {
 }
 
 
-def least_gb(preset: str, path: str, way: str, processes: int, train: str = "lora", precision: str = "model") -> float:
+def least_gb(
+    preset: str,
+    path: str,
+    way: str,
+    processes: int,
+    train: str = "lora",
+    precision: str = "model",
+    sampled: str = "model",
+) -> float:
     config = configuration.load(preset)
+    config.rollout.precision = sampled
     config.model.base_precision = precision
     config.model.path, config.model.shard_base, config.model.train = path, way, train
     if train == "full":
@@ -873,6 +926,19 @@ def test_the_documents_say_what_fits(processes):
         cells = [next((way for way, gb in ways.items() if gb <= size), "–") for size in SIZES]
         least = [f"{whole:.0f} GB", "" if processes == 1 else f"{parts:.0f} GB", f"{fp8:.0f} GB"]
         line = "| " + " | ".join([name, str(processes), *least, *cells]) + " |"
+        assert line in page, line
+
+
+@pytest.mark.weekly
+def test_the_documents_say_what_a_whole_copy_takes():
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert "| model | the copy | in parts | with the copy | in parts, FP8 | with the copy |" in page
+    for name, (preset, path) in FAMILIES.items():
+        config = known_models.known_pipeline(path).transformer
+        cells = [known_models.count_share(config, 1, torch.bfloat16, fp8=True).held / 1e9]
+        for base, sampled in itertools.product(("model", "fp8"), repeat=2):
+            cells.append(least_gb(preset, path, "blocks", 8, precision=base, sampled=sampled))
+        line = f"| {name} | {cells[0]:.1f} GB | " + " | ".join(f"{gb:.0f} GB" for gb in cells[1:]) + " |"
         assert line in page, line
 
 

@@ -327,6 +327,22 @@ def test_the_table_of_fast_paths_claims_nothing_that_this_machine_lacks(unit_con
     assert "[green]" not in capsys.readouterr().out
 
 
+def test_a_base_in_parts_may_be_sampled_from_a_copy_that_our_forward_can_run(unit_config):
+    unit_config.model.shard_base = "blocks"
+
+    def rows():
+        return {row.name: row for row in FastPaths.choose(unit_config, torch.device("cpu")).table}
+
+    assert not rows()["merged LoRA"].on
+    unit_config.rollout.precision = "fp8"
+    assert not rows()["fused transformer"].on
+    assert rows()["merged LoRA"].on
+    assert rows()["FP8 sampling"].why.startswith("ODE steps, by a whole copy beside the base in parts, in FP8")
+    unit_config.model.lora.targets = ("norm1.linear",)
+    with pytest.raises(UserError, match=r"rollout\.precision = 'fp8' needs .* no adapters on norm1\.linear .*use roll"):
+        rows()
+
+
 def test_exchanges_of_tokens_are_not_captured(unit_config, monkeypatch):
     monkeypatch.setattr(fast, "choose_attention", lambda *given, **options: None)
     device = torch.device("cuda")

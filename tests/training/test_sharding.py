@@ -1,11 +1,13 @@
 """A base in parts on 2 and 4 processes: the bits of the whole one, its runs, and going on with other numbers of them.
 
-Bugs planted in a copy, each seen red: adapters shared out as well; blocks kept after their forward.
+Bugs planted in a copy, each seen red: adapters shared out as well; blocks kept after their forward. In tests/mutants:
+a block that is gathered when it runs; blocks kept after they were merged.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,24 +35,30 @@ NETWORKS = {
     "flux-fp8": {"base_precision": "fp8", "gradient_checkpointing": True},
     "qwen": {},
 }
+COPIED = {"flux", "flux-fp8"}  # of which every process has merged weights in FP8 as well, whole
 RUNS = {
     "sd3": {"iterations": 2},
     "flux": {"data": {"held_out_prompts": ""}},
+    "flux-copied": {"data": {"held_out_prompts": ""}, "fast": True, "rollout": {"precision": "fp8"}},
     "flux-fp8": {"data": {"held_out_prompts": ""}, "iterations": 2, "model": {"base_precision": "fp8"}},
 }
 WEEKLY = {"sd3-bfloat16", "qwen"}
 
 
-def asked(request, test: str, every: dict[str, dict]) -> dict[str, dict]:
-    """Those that this session's tests of that name in this file are about, and sd3, which is in others as well."""
+def asked(request, tests: Collection[str], every: dict[str, dict]) -> dict[str, dict]:
+    """Those that this session's tests of these names in this file are about, and sd3, which is in others as well."""
     own = (item for item in request.session.items if item.path == request.path)
-    items = [item for item in own if getattr(item, "originalname", "") == test]
+    items = [item for item in own if getattr(item, "originalname", "") in tests]
     names = {"sd3", *(item.callspec.params["name"] for item in items)}
     return {name: changes for name, changes in every.items() if name in names}
 
 
-NETWORK_TEST = "test_every_process_has_the_bits_of_the_whole_network"
-RUN_TEST = "test_a_run_of_two_processes_has_the_losses_of_one"
+NETWORK_TESTS = (
+    "test_every_process_has_the_bits_of_the_whole_network",
+    "test_the_next_block_is_gathered_while_one_runs",
+    "test_a_whole_copy_is_merged_block_by_block_and_gathers_nothing_to_sample",
+)
+RUN_TESTS = ("test_a_run_of_two_processes_has_the_losses_of_one",)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,7 @@ def folder(tmp_path_factory) -> Path:
 def base(unit_pipeline, unit_backbone, folder, request) -> dict[str, Config]:
     """The unit run on each family by one process. The KL has no weight, so that one process alone measures it, and
     held-out prompts are three, which are no equal shares of several."""
-    names = (*asked(request, NETWORK_TEST, NETWORKS), *asked(request, RUN_TEST, RUNS))
+    names = (*asked(request, NETWORK_TESTS, NETWORKS), *asked(request, RUN_TESTS, RUNS))
     families = {name.split("-")[0] for name in names}
     made = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline}
     pipelines = {name: made[name](folder / name, shard="300KB") for name in made.keys() & families}
@@ -95,8 +103,10 @@ def changed(settings: Config, folder: Path, name: str, **changes) -> Config:
 def networks(base, folder, request) -> dict[str, dict[str, torch.Tensor]]:
     """What is seen of each whole network, by one process."""
     found = {}
-    for name, changes in asked(request, NETWORK_TEST, NETWORKS).items():
-        policy = sharding_worker.loaded(changed(base[name.split("-")[0]], folder, name, model=changes))
+    for name, changes in asked(request, NETWORK_TESTS, NETWORKS).items():
+        rollout = {"precision": "fp8" if name in COPIED else "model"}
+        settings = changed(base[name.split("-")[0]], folder, name, model=changes, rollout=rollout)
+        policy = sharding_worker.loaded(settings)
         policy.text_cache.fill([policy.negative_prompt, *PROMPTS])
         found[name] = sharding_worker.seen(policy)
     return found
@@ -105,7 +115,7 @@ def networks(base, folder, request) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def runs(base, folder, request) -> dict[str, Path]:
     """Folders of runs of one process that has all of the base."""
-    chosen = asked(request, RUN_TEST, RUNS)
+    chosen = asked(request, RUN_TESTS, RUNS)
     for name, changes in chosen.items():
         model = {"shard_base": "blocks", **changes.get("model", {})}
         whole = changed(base[name.split("-")[0]], folder, f"{name}-1", **{**changes, "model": model})
@@ -141,6 +151,7 @@ def by_four(by_two, folder) -> dict[str, list[dict[str, torch.Tensor]]]:
 def assert_the_bits_of_the_whole(expected: dict[str, torch.Tensor], by_process: list[dict[str, torch.Tensor]]) -> None:
     for found in by_process:
         assert found.keys() == expected.keys()
+        assert not torch.equal(found["adapted"], found.get("merged", found["base"]))
         assert [name for name in expected if "held" not in name and not torch.equal(found[name], expected[name])] == []
     assert not torch.equal(expected["adapted"], expected["base"])
 
@@ -163,6 +174,27 @@ def test_every_process_holds_its_share_alone(when, processes, networks, request)
         total, shares = int(networks[name][when]), [int(found[when]) for found in by_process]
         assert sum(shares) == total
         assert max(shares) < 1.1 * total / len(shares)
+
+
+def counts(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What each of two processes has `counted`."""
+    return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", some_weekly(NETWORKS, WEEKLY))
+def test_the_next_block_is_gathered_while_one_runs(name, networks, by_two, folder):
+    """The network's own weights are the first gather; a block starts with its own done and the next one's begun."""
+    for found in counts(folder, name):
+        blocks = len(found["before"])
+        assert found["before"] == [1 + min(number + 2, blocks) for number in range(blocks)]
+
+
+@pytest.mark.parametrize("name", sorted(COPIED))
+def test_a_whole_copy_is_merged_block_by_block_and_gathers_nothing_to_sample(name, networks, by_two, folder):
+    for rank, found in enumerate(counts(folder, name)):
+        assert found["merged"] == 0
+        share, total = int(by_two[name][rank]["held"]), int(networks[name]["held"])
+        assert share < found["held"] < share + (total - share) / 2  # four blocks, of which one is here
 
 
 def lora(folder: Path) -> dict[str, torch.Tensor]:

@@ -100,6 +100,21 @@ class StackedLinear:
         elif self.adapted:
             self.merged = self.weight.clone()
 
+    def allocate_merged(self, fp8: bool, device: torch.device) -> None:
+        """Room for what `merged` runs, where the weight is on the meta device; whoever has it writes the rows."""
+        if fp8:
+            scale = torch.empty(len(self.weight), 1, device=device)
+            self.merged_fp8 = Fp8Tensor(torch.empty_like(self.weight, dtype=torch.float8_e4m3fn, device=device), scale)
+        else:
+            self.merged = torch.empty_like(self.weight, device=device)
+
+    def merged_rows(self, part: int) -> torch.Tensor | Fp8Tensor:
+        """The rows of a part in what `merged` runs, as views."""
+        rows = slice(part * self.part_size, (part + 1) * self.part_size)
+        if self.merged_fp8 is not None:
+            return Fp8Tensor(self.merged_fp8.data[rows], self.merged_fp8.scale[rows])
+        return self._merged_or_base()[rows]
+
     def prepare_fp8_base(self) -> None:
         self.base_fp8 = fp8_quantize(self.weight), fp8_quantize(self.weight.t().contiguous())
 

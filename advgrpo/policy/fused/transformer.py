@@ -145,6 +145,13 @@ class TransformerConfig:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def modulation(self) -> list[str]:
+        """Every AdaLN linear, in the order of the blocks, the last norm's at the end."""
+        names = [f"transformer_blocks.{i}.{name}" for i in range(self.num_layers) for name in self.names.modulation]
+        names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(self.num_single_layers)]
+        return [*names, "norm_out.linear"]
+
 
 @dataclass
 class Prepared:
@@ -391,13 +398,8 @@ class FusedTransformer:
 
     def _read_modulation(self, reader: _Reader) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight [W, D] and bias [W] of every AdaLN linear."""
-        names = [
-            f"transformer_blocks.{i}.{name}"
-            for i in range(self.config.num_layers)
-            for name in self.config.names.modulation
-        ]
-        names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(self.config.num_single_layers)]
-        names.append("norm_out.linear")
+        names = self.config.modulation
+        self._modulation_sizes = [len(reader.tensors[f"{name}.weight"]) for name in names]
         weight, bias = (torch.cat([reader.tensors[f"{n}.{kind}"] for n in names]) for kind in ("weight", "bias"))
         reader.share(names, weight, bias)
         return weight, bias
@@ -421,21 +423,38 @@ class FusedTransformer:
         self.lora = LoraWeights(adapters, device=self.device, **settings)
         return self.lora
 
+    def _quantisable(self) -> list[StackedLinear]:
+        """The linears that run as e4m3 where weights do: of all blocks but the first and the last."""
+        return [layer for layers in self._linears_by_block()[1:-1] for layer in layers if layer.can_quantize]
+
     def prepare_merged(self, *, fp8: bool) -> None:
-        """Allocate merged weights, e4m3 in all blocks but the first and the last; call `merge` to fill them."""
-        blocks = self._linears_by_block()
-        for number, layers in enumerate(blocks):
-            inner = 0 < number < len(blocks) - 1
-            for layer in layers:
-                layer.prepare_merged(fp8 and inner and layer.can_quantize)
+        """Allocate merged weights, e4m3 where they can be if `fp8`; call `merge` to fill them."""
+        quantised = set(self._quantisable()) if fp8 else set()
+        for layer in self.linears():
+            layer.prepare_merged(layer in quantised)
         self._merge_lists = self._list_merges()
+
+    def hold_merged_alone(self) -> dict[str, torch.Tensor | Fp8Tensor]:
+        """Allocate merged weights, e4m3 where they can be, of a model whose weights of blocks and modulation are on the
+        meta device.
+
+        Returns:
+            Stock name of each of these linears -> its rows of what `merged` runs, in the order of the forward pass:
+            for the caller to write, there is no `merge` here.
+        """
+        quantised = set(self._quantisable())
+        for layer in self.linears():
+            layer.allocate_merged(layer in quantised, self.device)
+        rows = {name: layer.merged_rows(part) for layer in self.linears() for part, name in enumerate(layer.names)}
+        shapes, bias = self._modulation
+        weight = torch.empty_like(shapes, device=self.device)
+        self._modulation = weight, bias
+        return rows | dict(zip(self.config.modulation, weight.split(self._modulation_sizes), strict=True))
 
     def prepare_fp8_base(self) -> None:
         """Quantise the frozen weights of the inner blocks once; adapters and their products keep the model's dtype."""
-        for layers in self._linears_by_block()[1:-1]:
-            for layer in layers:
-                if layer.can_quantize:
-                    layer.prepare_fp8_base()
+        for layer in self._quantisable():
+            layer.prepare_fp8_base()
 
     def _list_merges(self):
         """Arguments of merge_lora: those written in the model's dtype, those written as e4m3."""
@@ -443,11 +462,8 @@ class FusedTransformer:
         plain, quantised = ([], [], [], []), ([], [], [], [])
         for layer in self.linears():
             for part in layer.adapted:
-                rows = slice(part * layer.part_size, (part + 1) * layer.part_size)
-                fp8 = layer.merged_fp8
-                out = layer.merged[rows] if fp8 is None else Fp8Tensor(fp8.data[rows], fp8.scale[rows])
-                arguments = (layer.weight[rows], *modules[layer.names[part]], out)
-                for column, value in zip(plain if fp8 is None else quantised, arguments):
+                arguments = (layer.slices()[part], *modules[layer.names[part]], layer.merged_rows(part))
+                for column, value in zip(plain if layer.merged_fp8 is None else quantised, arguments):
                     column.append(value)
         return plain, quantised
 
@@ -461,18 +477,10 @@ class FusedTransformer:
 
     @torch.no_grad()
     def merge_error(self) -> torch.Tensor:
-        """|W' - W - ΔW| / |ΔW| of one adapted linear, a scalar on the device; W' its merged weight, ΔW = (alpha/r)·B·A.
-
-        What rounding to the model's dtype, or to e4m3, takes from the adapters' work on steps that run merged weights:
-        changes below half a unit in the last place of W vanish. 0 while there is no change; the linear is one in the
-        middle of the model, in e4m3 where any is.
-        """
+        """`merge_error` of one adapted linear, in the middle of the model, in e4m3 where any is."""
         plain, quantised = self._merge_lists
         weight, a, b, merged = (column[len(column) // 2] for column in (quantised if quantised[0] else plain))
-        merged = merged.dequantize() if isinstance(merged, Fp8Tensor) else merged.float()
-        change = self.lora.scale * (b @ a)
-        size = change.norm()
-        return torch.where(size > 0, (merged - weight.float() - change).norm() / size, 0.0)
+        return merge_error(weight, (a, b), self.lora.scale, merged)
 
     @torch.no_grad()
     def prepare(
@@ -924,6 +932,19 @@ class _Forward:
         elif text:
             text["txt_tokens"] = qkv[0].shape[1] - tokens
         return qk_rms_norm(qkv[0], norms, **text, rotary=self.rotary, eps=EPS)
+
+
+def merge_error(weight: torch.Tensor, pair: Pair, scale: float, merged: torch.Tensor | Fp8Tensor) -> torch.Tensor:
+    """|W' - W - ΔW| / |ΔW|, a scalar on the device, of W and its merged weight W' [N, K]; ΔW = scale·B·A.
+
+    What rounding to the model's dtype, or to e4m3, takes from the adapters' work on steps that run merged weights:
+    changes below half a unit in the last place of W vanish. 0 while there is no change.
+    """
+    a, b = pair
+    change = scale * (b @ a)
+    size = change.norm()
+    merged = merged.dequantize() if isinstance(merged, Fp8Tensor) else merged.float()
+    return torch.where(size > 0, (merged - weight.float() - change).norm() / size, 0.0)
 
 
 def _first(x: Activations, count: int) -> Activations:
