@@ -72,7 +72,11 @@ class FastPaths:
                 "one trajectory per prompt up to the window",
             ),
             _row("fused transformer", fused_off, f"stacked matrix products, {norms}"),
-            _row("merged LoRA", fused_off, "ODE steps run merged weights: no adapter matmuls"),
+            _row(
+                "merged LoRA",
+                fused_off or _why_not_merged(config.model),
+                "ODE steps run merged weights: no adapter matmuls",
+            ),
             _row(
                 "fused AdamW",
                 _why_not_ours(config) or _why_no_csrc(device),
@@ -134,10 +138,16 @@ def _why_not_fused(model: ModelSection) -> str:
         return f"a {name} has blocks that it does not compute"
     if model.train != "lora":
         return "full fine-tuning trains the stock modules"
-    if model.shard_base != "none":
+    if model.gathers_stock_blocks:
         return f"model.shard_base = {model.shard_base}: diffusers' blocks are gathered one by one"
     outside = [target for target in model.lora.targets if not can_adapt(target)]
     return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
+
+
+def _why_not_merged(model: ModelSection) -> str:
+    """Why sampling runs the weights that are trained, by our forward, or ""."""
+    whole = model.shard_base == "none"
+    return "" if whole else f"model.shard_base = {model.shard_base}: merged weights would be whole on each process"
 
 
 def _why_no_graphs(model: ModelSection) -> str:
