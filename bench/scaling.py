@@ -1,10 +1,10 @@
 """What an iteration should cost on 1 to 1,024 GPUs: `python -m bench.scaling`. Predicted; nothing here was measured on
 a cluster.
 
-Work is counted: FLOPs of a forward on meta tensors, bytes and number of every collective (`collectives`, and
-`exchanges` of processes that compute an image together; tests/bench/test_scaling.py compares both with those that runs
-of two and three processes issue), micro-batches of the busiest process. Machine constants are those of bench/model.py;
-the links' are `Links`, assumptions with their reasons.
+Work is counted: FLOPs of a forward on meta tensors, bytes and number of every collective (`collectives`, `exchanges` of
+processes that compute an image together, `gathers` of a base in parts; tests/bench/test_scaling.py compares all of them
+with those that runs of two to four processes issue), micro-batches of the busiest process. Machine constants are those
+of bench/model.py; the links' are `Links`, assumptions with their reasons.
 
 Not in it: waiting for a slower machine, disks, evaluation, checkpoints, the host between launches, and whatever
 overlaps: communication is added to the work. Elementwise traffic of FLUX.1 and Qwen-Image is SD3.5-medium's per token,
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from advgrpo.config import Config
-from advgrpo.plan.known_models import known_pipeline, meta_transformer
+from advgrpo.plan.known_models import fused_units, known_pipeline, meta_transformer, share_bytes, stock_units
 from advgrpo.policy.adapters import block_names, target_modules
 from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
@@ -220,6 +220,55 @@ def exchanged(config: Config, processes: int, each: Exchanges, *, measures_kl: b
 
 
 @dataclass(frozen=True)
+class Gathers:
+    """Bytes of its share that a process puts into each gather of a base in parts, in the order of blocks."""
+
+    run: tuple[int, ...]  # of a forward, and again of its backward
+    prepared: tuple[int, ...]  # of a trajectory's modulation, by our forward
+
+
+Units = list[list[torch.Tensor]]
+
+
+def units_in_parts(config: Config, stock: Any) -> tuple[Units, Units]:
+    """Parameters that are gathered together: in every forward, and for a trajectory's modulation.
+
+    Args:
+        stock: diffusers' network on the meta device, in the dtype in which it is trained; its blocks may be quantised.
+    """
+    if not config.model.gathers_stock_blocks:
+        units, blocks = fused_units(stock), len(block_names(stock))
+        return units[:blocks], units[blocks:]
+    blocks, _ = stock_units(stock, config.model.base_precision == "fp8")
+    inside = {parameter for block in blocks for parameter in block}
+    return [[parameter for parameter in stock.parameters() if parameter not in inside], *blocks], []
+
+
+def gathers(units: tuple[Units, Units], processes: int) -> Gathers:
+    """Those of `units_in_parts`."""
+    return Gathers(*(tuple(sum(share_bytes(p, processes) for p in unit) for unit in each) for each in units))
+
+
+def gathered(config: Config, processes: int, each: Gathers, *, measures_kl: bool = False) -> Iterator[Collective]:
+    """The gathers of an iteration on every process, which all have as many micro-batches.
+
+    A forward that is recomputed in the backward pass is of a block that has been gathered for that pass already.
+
+    Args:
+        measures_kl: whether one of them measures a KL of no weight, by a forward of the base that all run.
+    """
+    shared, trained = config.balance(processes), config.trained_steps
+    updated = shared.rounds * shared.most_of_a_round
+    forwards = shared.most * config.rollout.num_steps + measures_kl + 2 * updated * trained
+    for sizes, times, what in (
+        (each.run, forwards, "a block of the base"),
+        (each.prepared, shared.most + updated, "a block's modulation"),
+    ):
+        for size in sorted(set(sizes)):
+            yield Collective("all_gather", what, size, sizes.count(size) * times)
+
+
+@dataclass(frozen=True)
 class Family:
     """A transformer on one GPU: passes over an image, and what its frozen weights take."""
 
@@ -228,8 +277,6 @@ class Family:
     trained: Work
     decode: float  # seconds
     sizes: Sizes
-    frozen: int  # bytes in bfloat16
-    blocks: int
 
 
 @dataclass(frozen=True)
@@ -267,7 +314,8 @@ def predict(
     """An iteration of a preset.
 
     Args:
-        sharded: with model.shard_base blocks: each forward gathers the frozen weights, a backward once more.
+        sharded: with model.shard_base blocks: each forward gathers the frozen weights, a backward once more; the
+            work is counted as our forward's.
         micro_batch: instead of the preset's.
         members: GPUs of a sequence group, by model.sequence_parallel: they divide the transformer's work evenly, which
             what is of no token (modulation, the adapters' sums) and smaller products would add to.
@@ -277,6 +325,7 @@ def predict(
     """
     settings: dict[str, Any] = {"model.resolution": resolution, "model.sequence_parallel": members}
     settings |= {"rollout.micro_batch": micro_batch} if micro_batch else {}
+    settings |= {"model.shard_base": "blocks"} if sharded else {}
     config, family, model = Config.load(preset, settings), family_of(preset, resolution), Model(H200)
     if gpus % members:
         raise ValueError(f"{gpus} GPUs are no sequence groups of {members}")
@@ -291,17 +340,16 @@ def predict(
         family.trained.bytes - family.adapted.bytes,
     )
     again = adapted if config.model.gradient_checkpointing else 0.0
-    pieces, of_a_round = shared.most, shared.most_of_a_round
+    of_a_round = shared.most_of_a_round
     issued = list(collectives(config, gpus, family.sizes, config.adversary.updates_per_iteration)) if gpus > 1 else []
     if sharded and gpus > 1:
-        backwards = rounds * of_a_round * trained * (2 + config.model.gradient_checkpointing)
-        gathers = (pieces * steps + backwards) * family.blocks
-        issued.append(Collective("all_gather", "a block of the base", family.frozen // family.blocks // gpus, gathers))
+        issued += gathered(config, gpus, gathers(_units_of(preset, members > 1), gpus))
     together = list(exchanged(config, gpus, _exchanges_of(preset, resolution, members, shared.images)))
     communication = sum(links.seconds(each, gpus) for each in issued)
     communication += sum(links.seconds(each, members) for each in together)
     head = config.adversary.updates_per_iteration * HEAD_UPDATE
-    drawn = shared.most_images * ((steps - trained) * merged + trained * adapted) / members
+    outside_window = adapted if sharded else merged
+    drawn = shared.most_images * ((steps - trained) * outside_window + trained * adapted) / members
     return Cost(
         gpus=gpus,
         sampling=drawn + judged * family.decode,
@@ -329,11 +377,21 @@ def _exchanges_of(preset: str, resolution: int, members: int, images: int) -> Ex
     if members == 1:
         return Exchanges((), ())
     config = Config.load(preset, {"model.resolution": resolution})
-    whole = copy.deepcopy(meta_transformer(known_pipeline(config.model.path).transformer))
-    network = torch.nn.Module.to(whole, torch.bfloat16)  # diffusers' own warns of what is to stay float32: nothing
-    one = exchanges(config, network, resolution // 8, TEXT_TOKENS[preset], members)
+    one = exchanges(config, _in_bfloat16(config), resolution // 8, TEXT_TOKENS[preset], members)
     rows = images * _guided_rows(preset)
     return Exchanges(*(tuple(rows * size for size in sizes) for sizes in (one.drawn, one.trained)))
+
+
+@cache
+def _units_of(preset: str, in_groups: bool) -> tuple[Units, Units]:
+    """Of a preset's transformer in bfloat16, alone or in sequence groups of whatever size."""
+    config = Config.load(preset, {"model.shard_base": "blocks", "model.sequence_parallel": 1 + in_groups})
+    return units_in_parts(config, _in_bfloat16(config))
+
+
+def _in_bfloat16(config: Config) -> Any:
+    whole = copy.deepcopy(meta_transformer(known_pipeline(config.model.path).transformer))
+    return torch.nn.Module.to(whole, torch.bfloat16)  # diffusers' own warns of what is to stay float32: nothing
 
 
 @cache
@@ -350,24 +408,23 @@ def family_of(preset: str, resolution: int = 512) -> Family:
     linear: dict[str, Any] = {name: network.get_submodule(name) for name in targets}
     parameters = sum(rank * (each.in_features + each.out_features) for each in linear.values())
     sizes = Sizes(4 * parameters, 4 * _head_parameters(config), 4 * DINO_WIDTH)
-    frozen, blocks = 2 * sum(each.numel() for each in network.parameters()), len(block_names(network))
     if preset.startswith("sd35m"):
         if resolution != 512:
             raise ValueError(f"{preset} was counted at 512 pixels, not at {resolution}")
         of_an_image = (_divided(work, ROWS // 2) for work in (MERGED, ADAPTED, TRAINED))
-        return Family(*of_an_image, decode, sizes, frozen, blocks)
+        return Family(*of_an_image, decode, sizes)
     text, rows = TEXT_TOKENS[preset], _guided_rows(preset)
     flops, attention = _forward_flops(network, image, text)
     adapters = sum(
         2 * rank * (m.in_features + m.out_features) * _tokens(name, image, text) for name, m in linear.items()
     )
-    width, tokens = network.inner_dim, image + text
+    width, tokens, blocks = network.inner_dim, image + text, len(block_names(network))
     scale = rows * tokens * width * blocks / (ROWS * JOINT * WIDTH * LAYERS)
     merged = Work(rows * flops, rows * attention, round(scale * MERGED.bytes), 0)
     adapted = replace(merged, flops=rows * (flops + adapters), bytes=round(scale * ADAPTED.bytes))
     backward = rows * round(flops - attention + 2.5 * attention + 2 * adapters)
     trained = replace(adapted, flops=adapted.flops + backward, bytes=round(scale * TRAINED.bytes))
-    return Family(merged, adapted, trained, decode, sizes, frozen, blocks)
+    return Family(merged, adapted, trained, decode, sizes)
 
 
 def _head_parameters(config: Config) -> int:
@@ -428,9 +485,11 @@ def badly_used(costs: list[Cost], one: Cost) -> str:
     return ", ".join(f"{cost.gpus:,} ({cost.efficiency(one):.0%}, {why(cost, one)})" for cost in bad)
 
 
-def in_groups(gpus: int, members: int) -> Cost:
-    """Of Qwen-Image at 1024 pixels, by sequence groups, with a micro-batch of one image."""
-    return predict("qwen-image-dino", gpus, micro_batch=1, resolution=1024, members=members)
+def in_groups(gpus: int, members: int, *, sharded: bool = False) -> Cost:
+    """Of Qwen-Image at 1024 pixels, by sequence groups, with a micro-batch of one image; where every forward gathers
+    the base, of one for each GPU of a group, so that each GPU has as many tokens as with groups of one."""
+    micro_batch = members if sharded else 1
+    return predict("qwen-image-dino", gpus, micro_batch=micro_batch, resolution=1024, members=members, sharded=sharded)
 
 
 def _groups() -> Iterator[str]:
@@ -447,6 +506,17 @@ def _groups() -> Iterator[str]:
                 f"| {gpus:,} | {members} | {cost.seconds:.3g} | {images / cost.seconds:.3g} | "
                 f"{cost.efficiency(one):.0%} | {cost.communication:.3g} s | {cost.messages:,} | "
                 f"{cost.bytes / 1e9:.3g} | {why(cost, one)} |"
+            )
+    yield "\nWith `model.shard_base blocks` and a micro-batch of one image for each GPU of a group; nothing overlaps:\n"
+    columns = ("GPUs", "of a sequence group", "s of work", "communication", "messages", "GB put in")
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for gpus in SOME_GPUS[:2]:
+        for members in MEMBERS:
+            cost = in_groups(gpus, members, sharded=True)
+            yield (
+                f"| {gpus:,} | {members} | {cost.seconds - cost.communication:.3g} | {cost.communication:.3g} s | "
+                f"{cost.messages:,} | {cost.bytes / 1e9:.3g} |"
             )
 
 

@@ -15,15 +15,25 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advgrpo import config as configuration
 from advgrpo.policy.fused.sequence import SequenceGroup
-from advgrpo.policy.fused.transformer import ADAPTABLE, WEIGHTS, FusedTransformer, Prepared, TransformerConfig
+from advgrpo.policy.fused.transformer import (
+    ADAPTABLE,
+    WEIGHTS,
+    FusedTransformer,
+    Prepared,
+    TransformerConfig,
+    Weights,
+)
+from advgrpo.policy.sharding import BlockSharding
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.mesh import Mesh
 from tests.sharding_worker import train
 
+IN_PARTS = "-in-parts"  # the end of a model's key: its blocks lie in parts on all processes
 HEADS, TEXT, SIZE = 4, 7, (8, 12)  # 24 image tokens; 7 are no equal shares of several
 _SD3 = {"patch_size": 2, "num_layers": 3, "caption_projection_dim": 64, "pos_embed_max_size": 12, "sample_size": 16}
 _ROTARY = {"in_channels": 64, "axes_dims_rope": (4, 6, 6)}
@@ -85,21 +95,28 @@ def given(ours: FusedTransformer, name: str) -> tuple[torch.Tensor, torch.Tensor
     return latents, torch.tensor([1]), ours.prepare(text, pooled, torch.tensor([900.0, 500.0]), mask=mask)
 
 
+def ways(ours: FusedTransformer) -> list[Weights]:
+    """Weights that it has: none are merged where blocks lie in parts."""
+    in_parts = any(isinstance(parameter, DTensor) for parameter in ours.linears()[0].parameters())
+    return [weights for weights in WEIGHTS if weights != "merged" or not in_parts]
+
+
 @torch.no_grad()
 def by_rows(ours: FusedTransformer, name: str) -> dict[str, torch.Tensor]:
     """Velocities of which no bit depends on how many tokens are computed at once."""
     inputs = given(ours, name)
     with RowByRow():
-        return {f"{weights}, by rows": ours.predict(*inputs, weights) for weights in WEIGHTS}
+        return {f"{weights}, by rows": ours.predict(*inputs, weights) for weights in ways(ours)}
 
 
 def seen(ours: FusedTransformer, name: str) -> dict[str, torch.Tensor]:
     """Velocities by all weights, with and without a gradient, and the gradient: one process's part of it."""
     inputs = given(ours, name)
-    ours.prepare_merged(fp8=False)
-    ours.merge()
+    if "merged" in ways(ours):
+        ours.prepare_merged(fp8=False)
+        ours.merge()
     with torch.no_grad():
-        found = {weights: ours.predict(*inputs, weights) for weights in WEIGHTS}
+        found = {weights: ours.predict(*inputs, weights) for weights in ways(ours)}
     velocity = ours.predict(*inputs, "adapted")
     with torch.no_grad():  # as the KL of the update does it
         found["base, before the backward"] = ours.predict(*inputs, "base")
@@ -143,8 +160,10 @@ def main(arguments: list[str]) -> int:
         group = SequenceGroup(job, Mesh.of(job, job.world_size)) if asked["group"] else None
         if group is not None:
             save_file({n: t.contiguous() for n, t in exchanges(group).items()}, folder / f"exchanges.{where}")
+        sharding = BlockSharding(job)
         for key, (name, settings) in asked["models"].items():
-            ours = model(name, group, **options(settings))
+            own = options(settings)
+            ours = model(name, group, **own, sharding=sharding if key.endswith(IN_PARTS) else None)
             found = seen(ours, name) | by_rows(ours, name)
             job.all_reduce_sum([found["gradient"]])
             save_file(found, folder / f"{key}.{where}")

@@ -331,8 +331,8 @@ def _check_precision(config: Config) -> None:
 
 _FUSED = "is the fused transformer's, which wants whole weights"
 # Settings that a base in parts has not, with what they are where nothing is asked, and why.
+_NOT_OF_STOCK_BLOCKS = (("model.attention", "auto", "is the fused transformer's, and those blocks are diffusers'"),)
 _NOT_SHARDED = (
-    ("model.attention", "auto", _FUSED),
     ("rollout.window_forward", "trainer", _FUSED),
     ("update.graphs", False, "captures the fused transformer, which wants whole weights"),
     ("update.skip_dead_groups", False, "leaves out forwards on some processes alone, which all run together"),
@@ -344,7 +344,8 @@ def not_sharded(config: Config) -> str:
     if config.model.shard_base == "none":
         return ""
     asked, without = "model.shard_base = 'blocks'", "or model.shard_base = none"
-    if reason := _other_than_plain(config, _NOT_SHARDED, asked, without):
+    plain = (*(_NOT_OF_STOCK_BLOCKS if config.model.gathers_stock_blocks else ()), *_NOT_SHARDED)
+    if reason := _other_than_plain(config, plain, asked, without):
         return reason
     if config.model.in_parts and config.update.optimizer not in ("auto", "torch"):
         return (
@@ -366,8 +367,12 @@ def not_sharded(config: Config) -> str:
 _NOT_IN_SEQUENCE = (
     ("fast", True, "has diffusers' forward, and ours shares out tokens"),
     ("model.train", "lora", "trains diffusers' modules, and our forward shares out tokens"),
-    ("model.shard_base", "none", "has diffusers' forward, and ours shares out tokens"),
     ("update.graphs", False, "captures a forward in whose middle processes exchange tokens"),
+)
+# The same of blocks that lie in parts besides.
+_NOT_IN_SEQUENCE_AND_PARTS = (
+    ("rollout.precision", "model", "of a base in parts samples from a whole copy, which computes all tokens"),
+    ("model.base_precision", "model", "of a base in parts is of diffusers' blocks, which compute all tokens"),
 )
 
 
@@ -377,7 +382,8 @@ def not_in_sequence(config: Config) -> str:
     if members == 1:
         return ""
     asked, without = f"model.sequence_parallel = {members}", "or model.sequence_parallel = 1"
-    return _other_than_plain(config, _NOT_IN_SEQUENCE, asked, without)
+    plain = _NOT_IN_SEQUENCE if config.model.shard_base == "none" else (*_NOT_IN_SEQUENCE, *_NOT_IN_SEQUENCE_AND_PARTS)
+    return _other_than_plain(config, plain, asked, without)
 
 
 def _other_than_plain(config: Config, plain: Sequence[tuple[str, Any, str]], asked: str, without: str) -> str:
@@ -414,10 +420,12 @@ def unevenly_sharded(config: Config, processes: int, *, micro_batch: int | None 
     shared = config.balance(processes, micro_batch=micro_batch)
     if not config.model.is_sharded(processes) or shared.even:
         return ""
+    alone = config.model.sequence_parallel == 1
+    by = "them" if alone else f"their {shared.processes} sequence groups (model.sequence_parallel)"
     return (
         f"model.shard_base = 'blocks' has {processes} processes run every forward together, but the {shared.pieces} "
-        f"micro-batches of a minibatch ({shared.images} images each) are not shared evenly by them; set "
-        f"rollout.prompts_per_iteration or rollout.micro_batch so that they are a multiple of {processes}, take "
+        f"micro-batches of a minibatch ({shared.images} images each) are not shared evenly by {by}; set "
+        f"rollout.prompts_per_iteration or rollout.micro_batch so that they are a multiple of {shared.processes}, take "
         "another number of processes, or model.shard_base = none"
     )
 

@@ -107,8 +107,8 @@ class ModelSection(Section):
     shard_base = blocks, which then has the only copy."""
     shard_base: Literal["none", "blocks"] = "none"
     """"blocks": each process holds its share of the transformer's frozen weights, or with train = full of the trained
-    ones and of all that the optimizer keeps, and gathers a block when it runs, by diffusers' forward (docs/families.md,
-    "Models larger than a GPU"); "none": each holds them all."""
+    ones and of all that the optimizer keeps, and gathers a block when it runs, by diffusers' forward, or by ours where
+    sequence_parallel shares out tokens (docs/families.md, "Models larger than a GPU"); "none": each holds them all."""
     offload: Literal["none", "text", "text_vae"] = "none"
     """Frozen weights that lie in the host's memory, with the same results to the bit: "text": the text encoders', of
     which one layer at a time is on the GPU while prompts are encoded; "text_vae": the VAE's as well, which are there
@@ -122,6 +122,11 @@ class ModelSection(Section):
     def in_parts(self) -> bool:
         """Whether what is trained lies in parts on several processes."""
         return self.train == "full" and self.shard_base == "blocks"
+
+    @property
+    def gathers_stock_blocks(self) -> bool:
+        """Whether blocks lie in parts that diffusers' forward runs; ours does where tokens are shared out."""
+        return self.shard_base == "blocks" and self.sequence_parallel == 1
 
     def is_sharded(self, processes: int) -> bool:
         """Whether so many processes hold the network in parts, and so run every forward together; one holds all."""

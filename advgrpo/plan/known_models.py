@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -362,34 +362,79 @@ class ShareCount:
     held: int  # by a process at rest, padded to equal shares
     block: int  # of the largest block, gathered
     pair: int  # of the two blocks that follow each other and are largest together, or of the only one
-    outside: int  # of blocks, gathered while the network runs
+    outside: int  # of blocks, gathered while the network runs; 0 by our forward, which has it whole
     largest_fp8: int  # of the largest weight that is quantised, 0 where none is
 
 
 @functools.lru_cache(maxsize=64)
-def _count_share(config: str, processes: int, dtype: torch.dtype, fp8: bool) -> ShareCount:
+def _count_share(config: str, processes: int, dtype: torch.dtype, fp8: bool, fused: bool) -> ShareCount:
+    transformer = torch.nn.Module.to(copy.deepcopy(_meta_transformer(config)), dtype)
+    units, largest = (fused_units(transformer), 0) if fused else stock_units(transformer, fp8)
+    every = list(itertools.chain.from_iterable(units))
+    outside = sum(p.nbytes for p in transformer.parameters()) - sum(p.nbytes for p in every)
+    held = sum(share_bytes(p, processes) for p in every)
+    if fused:
+        held, outside = held + outside, 0
+    else:
+        held += sum(share_bytes(p, processes) for p in {*transformer.parameters()} - {*every})
+    blocks = [sum(p.nbytes for p in unit) for unit in units]
+    pair = max(map(sum, itertools.pairwise(blocks)), default=blocks[0])
+    return ShareCount(held, max(blocks), pair, outside, largest)
+
+
+def share_bytes(parameter: torch.Tensor, processes: int) -> int:
+    """Of its rows on each of so many processes, padded to the most: what one puts into a gather."""
+    return math.ceil(len(parameter) / processes) * (parameter.nbytes // len(parameter))
+
+
+def stock_units(transformer: Any, fp8: bool) -> tuple[list[list[torch.Tensor]], int]:
+    """Parameters of diffusers' blocks, whose inner linear layers are e4m3 with `fp8`, and the largest of these."""
     from advgrpo.policy.adapters import block_names
     from advgrpo.policy.fp8_base import quantize, quantized_blocks
 
-    transformer = torch.nn.Module.to(copy.deepcopy(_meta_transformer(config)), dtype)
     for name in quantized_blocks(transformer) if fp8 else ():
         quantize(transformer.get_submodule(name), torch.device("meta"))
-    parameters = list(transformer.parameters())
-    held = sum(math.ceil(len(p) / processes) * (p.nbytes // len(p)) for p in parameters)
-    blocks = [sum(p.nbytes for p in transformer.get_submodule(n).parameters()) for n in block_names(transformer)]
-    largest = max((p.numel() for p in parameters if p.dtype == torch.float8_e4m3fn), default=0)
-    pair = max(map(sum, itertools.pairwise(blocks)), default=blocks[0])
-    return ShareCount(held, max(blocks), pair, sum(p.nbytes for p in parameters) - sum(blocks), largest)
+    units = [list(transformer.get_submodule(name).parameters()) for name in block_names(transformer)]
+    quantised = (p.numel() for unit in units for p in unit if p.dtype == torch.float8_e4m3fn)
+    return units, max(quantised, default=0)
 
 
-def count_share(config: dict[str, Any], processes: int, dtype: torch.dtype, *, fp8: bool = False) -> ShareCount:
+class _Units:
+    """The `Sharding` (policy/fused/transformer.py) that notes whose weights are to lie in parts."""
+
+    device = torch.device("meta")
+
+    def __init__(self) -> None:
+        self.parameters: list[list[torch.Tensor]] = []
+
+    def share_out(self, unit: torch.nn.Module) -> None:
+        self.parameters.append(list(unit.parameters()))
+
+    def join(self, network: torch.nn.Module, *runs: Sequence[torch.nn.Module]) -> None:
+        """Nothing is gathered."""
+
+
+def fused_units(transformer: Any) -> list[list[torch.Tensor]]:
+    """Parameters of what our forward gathers: the blocks, and then the modulation of each."""
+    from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
+
+    noted = _Units()
+    tensors = {n: t.detach() for n, t in (*transformer.named_parameters(), *transformer.named_buffers())}
+    FusedTransformer(TransformerConfig.from_stock(transformer.config), tensors, attention="math", sharding=noted)
+    return noted.parameters
+
+
+def count_share(
+    config: dict[str, Any], processes: int, dtype: torch.dtype, *, fp8: bool = False, fused: bool = False
+) -> ShareCount:
     """What each of so many processes has of a transformer of this configuration, counted on the meta device.
 
     Args:
         dtype: of its weights.
-        fp8: whether its inner blocks' linear layers are e4m3 (policy/fp8_base.py).
+        fp8: whether its inner blocks' linear layers are e4m3 (policy/fp8_base.py); not fused.
+        fused: by our forward, which has what is outside of blocks whole.
     """
-    return _count_share(json.dumps(config, sort_keys=True), processes, dtype, fp8)
+    return _count_share(json.dumps(config, sort_keys=True), processes, dtype, fp8, fused)
 
 
 def _stack(name: str) -> str:

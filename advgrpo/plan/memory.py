@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -216,7 +219,9 @@ class _Estimate:
         self.uncounted = (*other, *fixed, *observer, *encoder)
         self.lora = config.model.train == "lora"
         self.sharded = config.model.is_sharded(processes)
-        self.fused = config.fast and self.lora and config.model.shard_base == "none" and self.pipeline.has_own_forward
+        self.fused = (
+            config.fast and self.lora and not config.model.gathers_stock_blocks and self.pipeline.has_own_forward
+        )
         self.copied = config.has_merged_copy
         self.own_decoder = self.fused and not self.pipeline.is_qwen
         self.element = 2 if config.model.dtype == "bfloat16" else 4
@@ -313,7 +318,7 @@ class _Estimate:
             yield Component("transformer", held, dtype)
             if in_parts and config.model.base_precision == "fp8":
                 yield self._fp8_weight()
-        if self.fused:
+        if self.fused and not self.sharded:
             yield Component("merged weights", self._merged_bytes(), f"rollout.precision = {config.rollout.precision}")
             if config.model.base_precision == "fp8":  # the weight and its transpose, beside the pristine one
                 yield Component("FP8 base weights", 2 * weights.inner, "model.base_precision = fp8")
@@ -372,13 +377,14 @@ class _Estimate:
 
     def _count_share(self) -> known_models.ShareCount:
         model = self.config.model
-        how = {"dtype": getattr(torch, model.dtype), "fp8": model.base_precision == "fp8"}
+        how = {"dtype": getattr(torch, model.dtype), "fp8": model.base_precision == "fp8", "fused": self.fused}
         return known_models.count_share(self.pipeline.transformer, self.processes, **how)
 
     def _share(self, dtype: str) -> Iterator[Component]:
-        """A process's part of the transformer, and what it gathers: what is outside of blocks, the block that runs and
-        the next one, these in what the gather gives and in the parameters that it is copied into. Where they are
-        trained, also their gradients until they are summed: of a block, and of two in what the sum reads."""
+        """A process's part of the transformer, and what it gathers: what is outside of blocks but by our forward, the
+        block that runs and the next one, these in what the gather gives and in the parameters that it is copied into.
+        Where they are trained, also their gradients until they are summed: of a block, and of two in what the sum
+        reads."""
         share, decides = self._count_share(), f"{dtype}, model.base_precision, processes"
         yield Component("share of the transformer", share.held, decides)
         gathered = share.outside + 2 * share.pair
@@ -552,6 +558,28 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         yield "model.train = lora", lambda c: setattr(c.model, "train", "lora")
 
 
+def _groups(config: Config, processes: int) -> Iterator[dict[str, Any]]:
+    """Settings of `model` by which processes compute images together that training accepts, few to an image first, and
+    then the same with blocks in parts where they are not yet."""
+    pipeline, model = known_models.known_pipeline(config.model.path), config.model
+    if not pipeline.has_own_forward or model.sequence_parallel > 1:
+        return
+    tokens = min((model.resolution // pipeline.decoder.scale // pipeline.patch) ** 2, model.max_sequence_length)
+    heads = pipeline.transformer["num_attention_heads"]
+    sizes = [size for size in range(2, min(processes, tokens) + 1) if processes % size == heads % size == 0]
+    for besides in ({}, {"shard_base": "blocks"}) if model.shard_base == "none" else ({},):
+        for members in sizes:
+            own = {"sequence_parallel": members, **besides}
+            changed = config.model_copy(update={"model": model.model_copy(update=own)})
+            if not (not_sharded(changed) or not_in_sequence(changed)):
+                yield own
+
+
+def _set_model(values: Mapping[str, Any], config: Config) -> None:
+    for name, value in values.items():
+        setattr(config.model, name, value)
+
+
 def _fewer_prompts(config: Config, processes: int) -> int:
     """The largest number up to a quarter of `rollout.prompts_per_iteration` that training accepts; 0: there is none."""
     rollout = config.rollout
@@ -563,9 +591,15 @@ def _fewer_prompts(config: Config, processes: int) -> int:
 
 
 def _remedies(config: Config, gpu_gb: float, processes: int) -> Iterator[str]:
-    """Every single change that makes it fit; else the shortest prefix of all changes that does; else what is needed."""
+    """Every single change that makes it fit, of sequence groups the smallest; else these with blocks in parts; else the
+    shortest prefix of all changes that does; else what is needed."""
     changes = list(_changes(config, processes))
     alone = [name for name, change in changes if _least(config, [change], processes) <= gpu_gb]
+    groups = list(_groups(config, processes))
+    in_parts = [group for group in groups if "shard_base" in group]
+    for tried in ([group for group in groups if group not in in_parts], [] if alone else in_parts):
+        fitting = (group for group in tried if _least(config, [partial(_set_model, group)], processes) <= gpu_gb)
+        alone += [", ".join(f"model.{name} = {value}" for name, value in group.items()) for group in islice(fitting, 1)]
     if alone:
         yield from (f"set {name}" for name in alone)
         return

@@ -269,8 +269,8 @@ class TransformerPolicy(DiffusersPolicy):
     Args:
         fused: run our forward (fused/transformer.py) instead of diffusers'.
         precision: of the merged weights, "model" or "fp8"; without `fused` the latter are a whole copy in our forward
-            beside diffusers' (merged_copy.py), and "model" has none.
-        sharding: shares the weights out over processes; not fused. None: they are whole on each.
+            beside diffusers' (merged_copy.py), and "model" has none. With `fused` and `sharding` nothing is merged.
+        sharding: shares the weights out over processes. None: they are whole on each.
         sequence: the processes that run every forward together; fused only. None: this one alone.
 
     Raises:
@@ -297,7 +297,10 @@ class TransformerPolicy(DiffusersPolicy):
         self._scheduler = self._load_flow_scheduler()
         self.check_parts(model, self.index, self.transformer.config, self.vae.config, self._scheduler.config)
         if fused:
-            self._train(FusedNetwork(self.transformer, model, seed, precision=precision, sequence=sequence))
+            ours = FusedNetwork(
+                self.transformer, model, seed, precision=precision, sequence=sequence, sharding=sharding
+            )
+            self._train(ours)
             self._use_fast_decoder()
         else:
             network = self._stock_network(seed)

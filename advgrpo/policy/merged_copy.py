@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import chain
 
 import torch
 from diffusers import ModelMixin
@@ -48,7 +49,8 @@ class MergedCopy:
         self._network, self._adapters, self._gathered = network, adapters, gathered
         self._linears = _frozen_linears(network)
         config = TransformerConfig.from_stock(network.config)
-        self.transformer = FusedTransformer(config, self._small_tensors(set(config.modulation)), attention=attention)
+        tensors = self._small_tensors(set(chain.from_iterable(config.modulation)))
+        self.transformer = FusedTransformer(config, tensors, attention=attention)
         self._rows = self.transformer.hold_merged_alone()
         self._by_unit: dict[str, list[str]] = {}
         for name in self._rows:

@@ -22,7 +22,7 @@ from advgrpo.config import ModelSection
 from advgrpo.policy.adapters import START, FullWeights, LoraAdapters, export_lora, start_state, target_modules
 from advgrpo.policy.fp8_base import quantize, quantized_blocks
 from advgrpo.policy.fused.sequence import SequenceGroup
-from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, TransformerConfig, Weights
+from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, Sharding, TransformerConfig, Weights
 from advgrpo.policy.merged_copy import MergedCopy
 from advgrpo.policy.parts import Parts
 from advgrpo.policy.sharding import BlockSharding
@@ -178,9 +178,10 @@ class FusedNetwork:
     Args:
         precision: of the merged weights, "model" or "fp8".
         sequence: see there.
+        sharding: see there; the stock module may lie on the host, and has no weights afterwards. There are no merged
+            ones then.
     """
 
-    has_merged = True
     parts = None
 
     def __init__(
@@ -191,22 +192,28 @@ class FusedNetwork:
         *,
         precision: str,
         sequence: SequenceGroup | None = None,
+        sharding: Sharding | None = None,
     ):
         targets = set(target_modules(transformer, model.lora))
         tensors = {name: t.detach() for name, t in [*transformer.named_parameters(), *transformer.named_buffers()]}
         self.transformer = FusedTransformer(
             TransformerConfig.from_stock(transformer.config),
             tensors,
-            stock=transformer,
+            stock=transformer if sharding is None else None,
             attention=model.attention,
             checkpointing=model.gradient_checkpointing,
             sequence=sequence,
+            sharding=sharding,
         )
+        self.has_merged = sharding is None
         lora = model.lora
         self.export_format = lora.export_format
         self.lora = self.transformer.adapt(
             targets.__contains__, rank=lora.rank, alpha=lora.alpha, init=lora.init, seed=seed
         )
+        if not self.has_merged:
+            torch.nn.Module.to(transformer, "meta")  # diffusers' own warns of what is to stay float32: nothing is left
+            return
         self.transformer.prepare_merged(fp8=precision == "fp8")
         if model.base_precision == "fp8":
             self.transformer.prepare_fp8_base()
@@ -237,10 +244,11 @@ class FusedNetwork:
         return self.lora.name_at(index)
 
     def merge(self) -> None:
-        self.transformer.merge()
+        if self.has_merged:
+            self.transformer.merge()
 
-    def merge_error(self) -> torch.Tensor:
-        return self.transformer.merge_error()
+    def merge_error(self) -> torch.Tensor | None:
+        return self.transformer.merge_error() if self.has_merged else None
 
     def load_lora(self, folder: Path, field: str = START) -> None:
         self.lora.load_state_dict(start_state(folder, "transformer", self.lora.scale, field), str(folder))

@@ -9,13 +9,15 @@ keeps its share of it.
 A gather moves bits and computes nothing, so a sharded network gives the bits of a whole one, on any number of
 processes. But each of its forwards is a collective: all processes must run the same ones in the same order.
 
-The network is diffusers' own. Our forward (fused/transformer.py) stacks q, k and v of a stream, and the modulation of
-all blocks, into matrices that no block owns: to gather these by block would be another forward, with other bits.
+The network is diffusers' own, or, where sequence groups share out tokens, our forward (fused/transformer.py): its
+blocks are shared out over all processes of the job, whatever group they are in, since the least that each can hold is
+1/N of the job, and all run the same forwards anyway. Whole, it has the modulation of all blocks in one matrix, which no
+block owns; in parts each block's is gathered when a trajectory is prepared, not in every forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -27,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from advgrpo.policy.adapters import block_names
+from advgrpo.policy.fused.transformer import Together
 from advgrpo.runtime.distributed import Distributed
 
 
@@ -80,20 +83,38 @@ class BlockSharding:
         prepare: Callable[[str], None] = lambda block: None,
     ) -> list[FSDPModule]:
         """The blocks, then the network, which has what is outside of them; but for the parameters that stay `whole`."""
-
-        def shared_out(module: torch.nn.Module) -> FSDPModule:
-            return fully_shard(module, mesh=self._mesh, ignored_params=whole, reshard_after_forward=True)
-
         units = []
         for name in block_names(network):
             prepare(name)
-            units.append(shared_out(network.get_submodule(name)))
-        units.append(shared_out(network))
-        for unit in units:
-            unit.set_custom_all_gather(self._gather)
-        for block, following in pairwise(units[:-1]):
-            block.set_modules_to_forward_prefetch([following])
+            units.append(self._cut(network.get_submodule(name), whole))
+        units.append(self._cut(network, whole))
+        _prefetch_next(units[:-1])
         return units
+
+    def share_out(self, unit: Together) -> None:
+        """See `Sharding` (fused/transformer.py), as which our forward is given this."""
+        self._cut(unit, set())
+
+    def join(self, network: Together, *runs: Sequence[Together]) -> None:
+        """See `share_out`."""
+        self._cut(network, set(network.parameters()))
+        for run in runs:
+            units = [unit for unit in run if isinstance(unit, FSDPModule)]
+            _prefetch_next(units)
+            # Before its first block runs backward, FSDP2 would gather what ran before it: another forward's last one.
+            for block, preceding in zip(units, [units[0], *units], strict=False):
+                block.set_modules_to_backward_prefetch([preceding])
+
+    def _cut(self, module: torch.nn.Module, whole: set[torch.nn.Parameter]) -> FSDPModule:
+        unit = fully_shard(module, mesh=self._mesh, ignored_params=whole, reshard_after_forward=True)
+        unit.set_custom_all_gather(self._gather)
+        return unit
+
+
+def _prefetch_next(units: Sequence[FSDPModule]) -> None:
+    """A unit's gather is issued before the one ahead of it computes."""
+    for block, following in pairwise(units):
+        block.set_modules_to_forward_prefetch([following])
 
 
 class _Gather(DefaultAllGather):

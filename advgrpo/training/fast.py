@@ -56,7 +56,7 @@ class FastPaths:
         if not fused_off:  # an explicit backend that this machine lacks is an error now
             masked = FAMILIES[pipeline_class(config.model.path)].masked_text
             choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
-        merged_off, ode = fused_off, "ODE steps"
+        merged_off, ode = fused_off or _why_not_merged(config.model), "ODE steps"
         if config.has_merged_copy:
             merged_off = plain or _why_not_ours(config.model)
             ode = "ODE steps, by a whole copy beside the base in parts,"
@@ -131,7 +131,7 @@ def _row(name: str, off_because: str, saves: str) -> FastPath:
 
 def _why_not_fused(model: ModelSection) -> str:
     """Why the fused transformer cannot train this model, or ""; reads no more of it than model_index.json."""
-    if model.shard_base != "none" and model.train == "lora":
+    if model.gathers_stock_blocks and model.train == "lora":
         return f"model.shard_base = {model.shard_base}: diffusers' blocks are gathered one by one"
     return _why_not_ours(model)
 
@@ -147,6 +147,12 @@ def _why_not_ours(model: ModelSection) -> str:
         return "full fine-tuning trains the stock modules"
     outside = [target for target in model.lora.targets if not can_adapt(target)]
     return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
+
+
+def _why_not_merged(model: ModelSection) -> str:
+    """Why sampling runs the weights that are trained, by our forward, or ""."""
+    whole = model.shard_base == "none"
+    return "" if whole else f"model.shard_base = {model.shard_base}: merged weights would be whole on each process"
 
 
 def _why_no_graphs(model: ModelSection) -> str:

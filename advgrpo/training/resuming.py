@@ -335,6 +335,12 @@ class Resuming:
     def _refuse_other_settings(self, saved: Saved) -> None:
         there = configuration.build(saved.state["config"], str(saved.path))  # settings that are newer get defaults
         different = differences(there.model_dump(mode="json"), self.config.model_dump(mode="json"))
+        if there.model.gathers_stock_blocks != self.config.model.gathers_stock_blocks and not different:
+            before, now = (each.model.sequence_parallel for each in (there, self.config))
+            different = [
+                f"model.sequence_parallel: {before} -> {now}, which changes the forward that model.shard_base = blocks "
+                "gathers blocks for, and with it how adapters are kept (1 is diffusers', more ours)"
+            ]
         if different:
             free = ", ".join(name for name in FREE_TO_CHANGE if name != "output_dir")  # only that the folder was moved
             raise UserError(

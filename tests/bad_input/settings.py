@@ -248,7 +248,10 @@ CONFLICTS = [
             ),
             "--no-fast": ("fast = False has diffusers' forward", "but model.sequence_parallel = 2; set fast = True"),
             "--model.train full --model.dtype float32": ("model.train = 'full' trains diffusers' modules",),
-            "--model.shard_base blocks": ("model.shard_base = 'blocks' has diffusers' forward", "set model.shard_base"),
+            "--model.shard_base blocks --model.base_precision fp8": (
+                "model.base_precision = 'fp8' in parts (model.shard_base = 'blocks') is of diffusers' blocks, which have",
+                "but model.sequence_parallel = 2; set model.base_precision = 'model'",
+            ),
             "--update.graphs": ("update.graphs = True captures a forward in whose middle", "or model.sequence_"),
         }.items()
     ),

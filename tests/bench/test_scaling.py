@@ -22,22 +22,27 @@ from tests.faults.job import environment
 from tests.unit_size import UNIT
 from tests.zygote import run
 
-WEEKLY = [pytest.param(*each, marks=pytest.mark.weekly) for each in ((3, 1), (4, 2))]
+CI = [(2, 2, "none"), (2, 1, "blocks")]
+WEEKLY = [(2, 1, "none"), (3, 1, "none"), (4, 2, "none"), (2, 2, "blocks"), (4, 2, "blocks")]
+WAYS = [*CI, *(pytest.param(*each, marks=pytest.mark.weekly) for each in WEEKLY)]
 
 
-@pytest.mark.parametrize(("processes", "members"), [(2, 1), (2, 2), *WEEKLY])
-def test_a_run_issues_the_collectives_that_are_counted(processes, members, unit_pipeline, unit_backbone, tmp_path):
-    """Of processes alone, and of sequence groups, with tokens that are no equal shares."""
-    base = make_unit_config(unit_pipeline, unit_backbone, tmp_path)
+@pytest.mark.parametrize(("processes", "members", "base"), WAYS)
+def test_a_run_issues_the_collectives_that_are_counted(
+    processes, members, base, unit_pipeline, unit_backbone, tmp_path
+):
+    """Of processes alone, and of sequence groups, with tokens that are no equal shares; of blocks in parts, by
+    diffusers' forward, and by ours in sequence groups."""
+    plain = make_unit_config(unit_pipeline, unit_backbone, tmp_path)
     changes = {
         "iterations": 2,
         "data": {"held_out_prompts": ""},
-        "model": {"sequence_parallel": members},
+        "model": {"sequence_parallel": members, "shard_base": base, "gradient_checkpointing": base == "blocks"},
         "rollout": {"micro_batch": 1, "group_size": 2, "num_steps": 3, "guidance_scale": 1.0},
         "adversary": {"schedule": "always", "replay_capacity": 0, "batch_size": 4},
         "evaluation": {"metrics": ["dino_similarity"], "grid_prompts": 1},
     }
-    settings = configuration.build(configuration.merge(base.model_dump(), changes), "test")
+    settings = configuration.build(configuration.merge(plain.model_dump(), changes), "test")
     file = tmp_path / "settings.yaml"
     file.write_text(configuration.dump(settings))
     how = {"environment": environment(), "processes": processes, "merged": True}
@@ -49,7 +54,7 @@ def test_a_run_issues_the_collectives_that_are_counted(processes, members, unit_
     counted = list(scaling.collectives(settings, processes, sizes, settings.adversary.updates_per_iteration))
     for rank in range(processes):
         by_iteration = json.loads((tmp_path / f"{rank}.json").read_text())
-        issued = [each for each in by_iteration["1"] if each[0] != "all_to_all"]
+        issued = [each for each in by_iteration["1"] if each[0] not in ("all_to_all", "block")]
         assert [kind for kind, _ in issued] == [each.kind for each in counted]
         wrong = [
             (each, size)
@@ -59,6 +64,17 @@ def test_a_run_issues_the_collectives_that_are_counted(processes, members, unit_
         assert wrong == []
         together = Counter(size for kind, size in by_iteration["1"] if kind == "all_to_all")
         assert together == _exchanged(settings, processes, rank)
+        assert Counter(size for kind, size in by_iteration["1"] if kind == "block") == _gathered(settings, processes)
+
+
+def _gathered(settings: Config, processes: int) -> Counter[int]:
+    """How many gathers of so many bytes every process is counted to issue in an iteration."""
+    found = Counter()
+    if settings.model.shard_base == "blocks":
+        each = scaling.gathers(scaling.units_in_parts(settings, stored_network(Path(settings.model.path))), processes)
+        for counted in scaling.gathered(settings, processes, each, measures_kl=True):
+            found[counted.bytes] += counted.times
+    return found
 
 
 def _exchanged(settings: Config, processes: int, rank: int) -> Counter[int]:
@@ -68,7 +84,8 @@ def _exchanged(settings: Config, processes: int, rank: int) -> Counter[int]:
         stock, side = stored_network(Path(settings.model.path)), UNIT.image_size // 4
         text = UNIT.clip_tokens + UNIT.t5_tokens
         each = scaling.exchanges(settings, stock, side, text, members, rank=rank % members)
-        for counted in scaling.exchanged(settings, processes, each, measures_kl=rank < members):
+        measures_kl = rank < members or settings.model.shard_base == "blocks"
+        for counted in scaling.exchanged(settings, processes, each, measures_kl=measures_kl):
             found[counted.bytes] += counted.times
     return found
 

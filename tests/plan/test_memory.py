@@ -44,7 +44,7 @@ from advgrpo.plan import known_models
 from advgrpo.plan.activations import AliveBytes, TransformerShape, decode_bytes
 from advgrpo.plan.memory import PHASES, Knobs, _Estimate, advice, plan, plan_as_configured, table
 from advgrpo.plan.work import drawn_steps, micro_batches
-from advgrpo.policy.adapters import LoraAdapters, target_modules
+from advgrpo.policy.adapters import LoraAdapters, block_names, target_modules
 from advgrpo.policy.fp8_base import quantize, quantized_blocks
 from advgrpo.policy.fused.decoder import SD3_DECODER, decoded_at_once
 from advgrpo.policy.fused.sequence import SequenceGroup
@@ -754,6 +754,24 @@ def test_shares_are_what_fully_shard_leaves(path, fp8, first_of_eight):
         )
 
 
+@pytest.mark.parametrize("path", [MEDIUM, pytest.param(FLUX, marks=pytest.mark.weekly), QWEN])
+def test_shares_of_our_forward_are_what_fully_shard_leaves(path, first_of_eight):
+    config, sharding = known_models.known_pipeline(path).transformer, BlockSharding(first_of_eight)
+    network, sharding.device = known_models.meta_transformer(config), torch.device("meta")
+    tensors = {name: p.detach().bfloat16() for name, p in network.named_parameters()}
+    ours = FusedTransformer(TransformerConfig.from_stock(network.config), tensors, attention="math", sharding=sharding)
+    counted = known_models.count_share(config, 8, torch.bfloat16, fused=True)
+    units = [m for m in ours._network.modules() if isinstance(m, FSDPModule) and m is not ours._network]
+    groups = [unit._get_fsdp_state()._fsdp_param_group for unit in units]
+    parts = [parameter for group in groups for parameter in group.fsdp_params]
+    sizes = [sum(p.sharded_param.nbytes for p in group.fsdp_params) for group in groups]
+    whole = sum(t.nbytes for t in tensors.values()) - sum(sizes)
+    assert counted.held == whole + sum(p.sharded_param.to_local().nbytes for p in parts)
+    assert (counted.outside, counted.block) == (0, max(sizes))
+    assert counted.pair == max(a + b for a, b in itertools.pairwise(sizes))
+    assert 0 < whole < sum(sizes) / 50, "norms, and what is outside of blocks"
+
+
 def test_an_only_block_has_none_beside_it():
     config = known_models.known_pipeline(MEDIUM).transformer | {"num_layers": 1}
     counted = known_models.count_share(config, 8, torch.bfloat16, fp8=True)
@@ -838,8 +856,10 @@ def test_sharding_is_proposed_where_it_can_be_done(paper):
     assert remedy in plan(paper, 24, processes=8).remedies
     assert not any("shard_base" in each for each in plan(paper, 24).remedies)
     paper.model.sequence_parallel = 2
-    assert not any("shard_base" in each for each in plan(paper, 24, processes=8).remedies)
-    paper.model.sequence_parallel, paper.model.base_precision = 1, "fp8"
+    assert remedy in plan(paper, 24, processes=8).remedies
+    paper.model.base_precision = "fp8"
+    assert remedy not in plan(paper, 24, processes=8).remedies
+    paper.model.sequence_parallel = 1
     assert remedy in plan(paper, 24, processes=8).remedies
     paper.rollout.precision = "fp8"  # of which each process would have a copy
     assert remedy not in plan(paper, 24, processes=8).remedies
@@ -885,6 +905,43 @@ def test_a_whole_copy_is_proposed_where_it_fits(paper):
     assert said not in plan(paper, 80, processes=8).line()
     paper.model.lora.targets, paper.rollout.precision = LORA_TARGETS, "fp8"
     assert said not in plan(paper, 80, processes=8).line()
+
+
+@pytest.fixture
+def large_images():
+    """Qwen-Image's of 1024 pixels."""
+    config = configuration.load("qwen-image-dino")
+    config.model.resolution, config.rollout.micro_batch, config.model.offload = 1024, 1, "text_vae"
+    return config
+
+
+def test_sequence_groups_with_blocks_in_parts_are_planned(large_images):
+    """By our forward with nothing merged: tokens are divided by a group, weights by all processes."""
+    config, knobs = large_images, Knobs(1, False)
+    config.model.sequence_parallel = 4
+    whole = {c.name: c.bytes for c in _Estimate(config, 8).components(knobs)}
+    config.model.shard_base = "blocks"
+    parts = {c.name: c.bytes for c in _Estimate(config, 8).components(knobs)}
+    share, total = parts.pop("share of the transformer"), whole.pop("transformer")
+    assert total / 8 < share < 1.02 * total / 8  # what is outside of blocks is whole
+    assert total / 50 < parts.pop("gathered blocks") < total / 10  # two pairs of 60 blocks, without modulation
+    assert whole.pop("merged weights") > 0
+    assert parts == whole
+
+
+def test_sequence_groups_are_proposed_where_nothing_less_fits(large_images):
+    """Parts alone where they do, both where only both do, and then the fewest processes to an image."""
+    config = large_images
+    assert plan(config, 24, processes=8).remedies == ("set model.shard_base = blocks",)
+    assert plan(config, 22, processes=8).remedies == ("set model.sequence_parallel = 2, model.shard_base = blocks",)
+    config.model.shard_base = "blocks"
+    remedies = plan(config, 22, processes=8).remedies
+    assert "set model.sequence_parallel = 2" in remedies
+    assert not any("sequence_parallel = 4" in each for each in remedies), "fewer do"
+    config.model.sequence_parallel = 2
+    assert plan(config, 22, processes=8).fits
+    config.model.sequence_parallel, config.fast = 1, False
+    assert not any("sequence_parallel" in each for each in plan(config, 22, processes=8).remedies)
 
 
 SIZES = (24, 40, 48, 80, 141)
@@ -983,6 +1040,27 @@ def test_the_documents_say_what_tokens_shared_out_need_and_cost():
     assert text in (ROOT / "docs" / "families.md").read_text(), text
 
 
+def received(fused: bool) -> float:
+    """GB that a process of 8 gets of Qwen-Image's blocks in a forward."""
+    stock = copy.deepcopy(known_models.meta_transformer(known_models.known_pipeline(QWEN).transformer))
+    stock, blocks = torch.nn.Module.to(stock, torch.bfloat16), len(block_names(stock))
+    units = known_models.fused_units(stock)[:blocks] if fused else known_models.stock_units(stock, fp8=False)[0]
+    return 7 * sum(known_models.share_bytes(parameter, 8) for unit in units for parameter in unit) / 1e9
+
+
+@pytest.mark.weekly
+def test_the_documents_say_what_sequence_groups_with_blocks_in_parts_need():
+    config, lines = configuration.load("qwen-image-dino"), []
+    config.model.resolution, config.rollout.micro_batch, config.model.shard_base = 1024, 1, "blocks"
+    for members in (1, 2, 4, 8):
+        config.model.sequence_parallel = members
+        plain, recomputed = (each.phase_gb("update") for each in _Estimate(config, 8).plans(math.inf))
+        moved = received(fused=members > 1)
+        lines.append(f"| {members} | {plain:.0f} GB | {recomputed:.0f} GB | {moved:.1f} GB |")
+    text = "\n".join(lines)
+    assert text in (ROOT / "docs" / "families.md").read_text(), text
+
+
 def test_command_line(capsys):
     assert command.main(["--preset", "sd35m-dino-paper", "--gpu", "24,80", "--processes", "8"]) == 0
     output = capsys.readouterr().out
@@ -1037,6 +1115,12 @@ def test_processes_of_a_base_in_parts_share_evenly_or_are_refused(paper):
     refused = configuration.unevenly_sharded(paper, 7)
     assert "7 processes run every forward together" in refused
     assert "multiple of 7, take another number of processes, or model.shard_base = none" in refused
+    paper.model.sequence_parallel = 2  # whose sequence groups share them
+    assert configuration.unevenly_sharded(paper, 16) == ""
+    refused = configuration.unevenly_sharded(paper, 14)
+    assert "not shared evenly by their 7 sequence groups" in refused
+    assert "multiple of 7, take another" in refused
+    paper.model.sequence_parallel = 1
     for processes in (32, 64):
         micro = plan(paper, 141, processes=processes).knobs.micro_batch
         assert configuration.unevenly_sharded(paper, processes, micro_batch=micro) == ""

@@ -1,4 +1,5 @@
-"""The tokens of a row on 2 and 4 processes: exchanges and their gradients, and our forward against that of one process.
+"""The tokens of a row on 2 and 4 processes: exchanges and their gradients, and our forward against that of one process,
+with its blocks whole on each and with each block's weights in parts.
 
 Bugs planted in a copy, each seen red (tests/mutants): the gradient of the first tokens on every process; every process
 on the positions of the first tokens.
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from advgrpo.policy.fused.sequence import shares
 from advgrpo.runtime.mesh import Mesh
 from tests import sequence_worker
-from tests.sequence_worker import TEXT, WHOLE
+from tests.sequence_worker import IN_PARTS, TEXT, WHOLE
 from tests.training.test_run import environment
 from tests.zygote import run as run_forked
 
@@ -27,9 +28,14 @@ MODELS = {
     "flux-checkpointing": ("flux", {"checkpointing": True}),
     "qwen": ("qwen", {}),
     "qwen-bfloat16": ("qwen", {"dtype": "bfloat16"}),
+    f"sd35-medium{IN_PARTS}": ("sd35-medium", {}),
+    f"flux-checkpointing{IN_PARTS}": ("flux", {"checkpointing": True}),
+    f"flux{IN_PARTS}": ("flux", {}),
+    f"qwen{IN_PARTS}": ("qwen", {}),
 }
-FOUR = {"sd35-medium", "qwen"}  # by four processes in CI: both kinds of text, and a head to each process
-CASES = [(2, key) for key in MODELS]
+WEEKLY = {f"sd35-medium{IN_PARTS}", f"flux{IN_PARTS}"}
+FOUR = {"sd35-medium", "qwen", f"qwen{IN_PARTS}"}  # by four processes in CI: both kinds of text, and a head to each
+CASES = [pytest.param(2, key, marks=[pytest.mark.weekly] * (key in WEEKLY)) for key in MODELS]
 CASES += [pytest.param(4, key, marks=[pytest.mark.weekly] * (key not in FOUR)) for key in MODELS]
 every_case = pytest.mark.parametrize(("processes", "key"), CASES)
 
@@ -45,7 +51,9 @@ def by_one() -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for key, (name, settings) in MODELS.items():
         ours = sequence_worker.model(name, **sequence_worker.options(settings))
-        found[key] = sequence_worker.seen(ours, name) | sequence_worker.by_rows(ours, name)
+        given = sequence_worker.seen(ours, name) | sequence_worker.by_rows(ours, name)
+        merged = not key.endswith(IN_PARTS)
+        found[key] = {what: tensor for what, tensor in given.items() if merged or "merged" not in what}
     return found
 
 
@@ -112,7 +120,7 @@ def test_a_velocity_has_the_bits_of_one_process_where_no_product_blocks_rows(key
     by how many rows it has, which here it has one by one."""
     for found in left(key, processes):
         names = [name for name in by_one[key] if "by rows" in name]
-        assert len(names) == 3
+        assert len(names) == (2 if key.endswith(IN_PARTS) else 3)
         assert [name for name in names if not torch.equal(found[name], by_one[key][name])] == []
 
 

@@ -355,6 +355,18 @@ def test_exchanges_of_tokens_are_not_captured(unit_config, monkeypatch):
         assert rows[name].why == "model.sequence_parallel = 2: exchanges are not captured"
 
 
+def test_blocks_in_parts_are_ours_where_tokens_are_shared_out(unit_config):
+    unit_config.model.shard_base = "blocks"
+    rows = {row.name: row for row in FastPaths.choose(unit_config, torch.device("cpu")).table}
+    assert "diffusers' blocks are gathered" in rows["fused transformer"].why
+    unit_config.model.sequence_parallel = 2
+    paths = FastPaths.choose(unit_config, torch.device("cpu"))
+    rows = {row.name: row for row in paths.table}
+    assert paths.fused
+    assert not rows["merged LoRA"].on
+    assert rows["merged LoRA"].why == "model.shard_base = blocks: merged weights would be whole on each process"
+
+
 @pytest.mark.parametrize(
     ("members", "changes", "expected"),
     [

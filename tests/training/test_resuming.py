@@ -40,7 +40,7 @@ from advgrpo.runtime.checkpoint import STATE, TENSORS, checkpoints
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.folders import FolderLock
 from advgrpo.train import main, parse
-from advgrpo.training.resuming import Resume, Resuming, differences, made_from
+from advgrpo.training.resuming import Resume, Resuming, Saved, differences, made_from
 from advgrpo.training.run import Run
 from tests.conftest import make_unit_config
 from tests.parts import some_weekly
@@ -264,6 +264,21 @@ def test_auto_is_no_licence_for_other_settings(cut):
     with pytest.raises(UserError, match=r"made with other settings: update.learning_rate: .* -> 0\.5"):
         go(settings)
     assert len(names(settings)) == 2
+
+
+def test_blocks_in_parts_go_on_by_the_forward_that_they_began_with(cut):
+    """Which keeps the adapters as one vector, or as PEFT's."""
+    settings = cut(3)
+    resuming, there = Resuming.__new__(Resuming), settings.model_copy(deep=True)
+    resuming.resume, there.model.shard_base, settings.model.shard_base = AUTO, "blocks", "blocks"
+    resuming.config, saved = settings, Saved(Path("there"), {}, {"config": there.model_dump(mode="json")})
+    for before, now in ((1, 1), (2, 4), (4, 2)):
+        saved.state["config"]["model"]["sequence_parallel"], settings.model.sequence_parallel = before, now
+        resuming._refuse_other_settings(saved)
+    for before, now in ((1, 2), (2, 1)):
+        saved.state["config"]["model"]["sequence_parallel"], settings.model.sequence_parallel = before, now
+        with pytest.raises(UserError, match=rf"sequence_parallel: {before} -> {now}, which changes the forward that"):
+            resuming._refuse_other_settings(saved)
 
 
 def test_a_folder_is_continued_from_its_newest_checkpoint_or_not_at_all(cut):

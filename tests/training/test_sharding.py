@@ -207,14 +207,19 @@ def rounded_alike(
     *,
     from_iteration: int = 0,
     weights: Callable[[Path], dict[str, torch.Tensor]] = lora,
+    merged: bool = True,
 ) -> None:
-    """Metrics and weights of two runs differ by the order of their sums alone, and none drifts."""
+    """Metrics and weights of two runs differ by the order of their sums alone, and none drifts; `merged` False: the
+    first has no merged weights, whose error the second measures."""
     ours, theirs = metrics(found), metrics(expected)[from_iteration:]
     assert len(ours) == len(theirs)
     for one, both in zip(theirs, ours, strict=True):
         if "log_prob_mismatch_max" in one:
             assert both["log_prob_mismatch_max"] == one["log_prob_mismatch_max"] == 0
         names = [n for n in one if "second" not in n and not n.endswith(("flags", "dark_share", "edge_density"))]
+        if not merged:
+            assert "monitor_merge_error" not in both
+            names.remove("monitor_merge_error")
         assert {n: both[n] for n in names} == pytest.approx({n: one[n] for n in names}, abs=1e-6, rel=1e-5)
         assert one["grad_norm"] > 0
     own, others = weights(found), weights(expected)

@@ -33,14 +33,20 @@ _Both = tuple[torch.Tensor, torch.Tensor]  # of image and of text
 _Two = tuple["StackedLinear", "StackedLinear"]
 
 
-class StackedLinear:
-    """Rows of several stock linears in one weight; the stock modules can be pointed at its slices."""
+class StackedLinear(torch.nn.Module):
+    """Rows of several stock linears in one weight; the stock modules can be pointed at its slices.
+
+    A module, so that weight and bias can lie in parts on several processes, here while its block runs (sharding.py);
+    who reads them otherwise reads their shapes alone.
+    """
 
     def __init__(self, names: Sequence[str], weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]):
+        super().__init__()
         self.names = tuple(names)
-        self.weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-        self.bias = biases[0] if len(biases) == 1 else torch.cat(list(biases))
-        self.part_size = len(weights[0])
+        stacked = (parts[0] if len(parts) == 1 else torch.cat(list(parts)) for parts in (weights, biases))
+        self.weight, self.bias = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in stacked)
+        self.sizes = [len(weight) for weight in weights]
+        self.part_size = self.sizes[0]  # of all, but of a modulation's
         self.adapted: list[int] = []  # parts with an adapter
         self.adapter_number: int | None = None  # which of `LoraWeights.pairs` is theirs
         self.merged: torch.Tensor | None = None
@@ -91,7 +97,7 @@ class StackedLinear:
 
     def slices(self) -> list[torch.Tensor]:
         """The stock weights [n, K], as views."""
-        return list(self.weight.split(self.part_size))
+        return list(self.weight.split(self.sizes))
 
     def prepare_merged(self, fp8: bool) -> None:
         """Allocate what `merged` runs, starting from the base; without adapters the base itself serves."""

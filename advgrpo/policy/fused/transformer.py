@@ -14,7 +14,9 @@ Tokens come first in memory, rows second: image and text are then slices of one 
 to join them for attention or to part them after it, and every linear is one matrix product with its bias.
 
 Several processes may compute the same rows together, each a share of the tokens (sequence.py): the streams of a block
-are then this process's tokens, and what attention reads and gives is exchanged.
+are then this process's tokens, and what attention reads and gives is exchanged. They may also have a part of the
+blocks' weights each (`Sharding`): a block is gathered when it runs, its modulation when a trajectory is prepared; what
+is outside of blocks is whole on each, and nothing is merged.
 
 Nothing here imports diffusers: a model is a `TransformerConfig` and tensors by their stock names.
 
@@ -30,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, Protocol, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -146,11 +148,11 @@ class TransformerConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
-    def modulation(self) -> list[str]:
-        """Every AdaLN linear, in the order of the blocks, the last norm's at the end."""
-        names = [f"transformer_blocks.{i}.{name}" for i in range(self.num_layers) for name in self.names.modulation]
-        names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(self.num_single_layers)]
-        return [*names, "norm_out.linear"]
+    def modulation(self) -> list[list[str]]:
+        """The AdaLN linears of every block, in their order, and that of the last norm."""
+        blocks = [[f"transformer_blocks.{i}.{name}" for name in self.names.modulation] for i in range(self.num_layers)]
+        blocks += [[f"single_transformer_blocks.{i}.norm.linear"] for i in range(self.num_single_layers)]
+        return [*blocks, ["norm_out.linear"]]
 
 
 @dataclass
@@ -285,14 +287,51 @@ class _Block:
     text: _Stream
 
 
-class _Reader:
-    """Takes stock tensors by name and, where the stock module is given, points it at the stacked copies."""
+class Together(torch.nn.Module):
+    """Layers whose weights are all here inside of a call: those of a block, or units like this one.
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], stock: torch.nn.Module | None):
-        self.tensors, self.stock = tensors, stock
+    Args:
+        parts: the layers, which the function that is called reads by itself.
+    """
+
+    def __init__(self, parts: Sequence[torch.nn.Module]):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(parts)
+
+    def forward(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        return function(*given, **named)
+
+
+class Sharding(Protocol):
+    """Leaves each of several processes its share of weights that wait to be used; policy/sharding.py has one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are used; they may be read elsewhere."""
+        ...
+
+    def share_out(self, unit: Together) -> None:
+        """Of the unit's weights; from then on all processes call it together, inside of a call of the network."""
+        ...
+
+    def join(self, network: Together, *runs: Sequence[Together]) -> None:
+        """The network of the units that are shared out, in the orders in which they are called one after the other."""
+        ...
+
+
+class _Reader:
+    """Takes stock tensors by name, to the device, and, where the stock module is given, points it at the stacked
+    copies."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], stock: torch.nn.Module | None, device: torch.device):
+        self.tensors, self.stock, self.device = tensors, stock, device
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name]
+        return tensor if tensor.is_meta else tensor.to(self.device)  # of which the shape is all there is
 
     def stacked(self, *names: str) -> StackedLinear:
-        layer = StackedLinear(names, *([self.tensors[f"{n}.{kind}"] for n in names] for kind in ("weight", "bias")))
+        layer = StackedLinear(names, *([self.read(f"{n}.{kind}") for n in names] for kind in ("weight", "bias")))
         self.share(names, layer.weight, layer.bias)
         return layer
 
@@ -306,10 +345,10 @@ class _Reader:
             module.weight.data, module.bias.data = w, b
 
     def heads(self, prefix: str, projections: tuple[str, ...], norms: tuple[str, str], out: str | None) -> _Heads:
-        weights = tuple(self.tensors.get(f"{prefix}.{norm}.weight") for norm in norms)
+        names = [f"{prefix}.{norm}.weight" for norm in norms]
         return _Heads(
             self.stacked(*(f"{prefix}.{p}" for p in projections)),
-            weights if weights[0] is not None else None,
+            (self.read(names[0]), self.read(names[1])) if names[0] in self.tensors else None,
             self.stacked(f"{prefix}.{out}") if out else None,
         )
 
@@ -325,6 +364,8 @@ class FusedTransformer:
         checkpointing: recompute each block in the backward pass.
         sequence: the processes that share out the tokens of every row, and call `predict` on the same ones together;
             None: this one has them all. The gradient of `lora` is then this process's part of the sum.
+        sharding: leaves this process its share of every block, as soon as it is read; all processes then call `prepare`
+            and `predict` together, with no merged or quantised weights. None: it has all of them.
     """
 
     def __init__(
@@ -336,19 +377,24 @@ class FusedTransformer:
         attention: str = "auto",
         checkpointing: bool = False,
         sequence: SequenceGroup | None = None,
+        sharding: Sharding | None = None,
     ):
-        self.config, self.checkpointing, self.sequence = config, checkpointing, sequence
-        reader = _Reader(tensors, stock)
+        self.config, self.checkpointing, self.sequence, self._sharding = config, checkpointing, sequence, sharding
+        reader = _Reader(tensors, stock, tensors["proj_out.weight"].device if sharding is None else sharding.device)
         of_blocks = ("transformer_blocks.", "single_transformer_blocks.")
-        self._small = {name: t for name, t in tensors.items() if not name.startswith(of_blocks)}
-        self.dtype, self.device = tensors["proj_out.weight"].dtype, tensors["proj_out.weight"].device
+        self._small = {name: reader.read(name) for name in tensors if not name.startswith(of_blocks)}
+        self.dtype, self.device = tensors["proj_out.weight"].dtype, reader.device
         # Normalised q and k are a quarter of what a training step saves; on a CPU recomputing them only costs time.
         self.recompute_qk = self.device.type != "cpu"
         masked = config.family == "qwen"
         self.attention_name, self._attend = choose_attention(attention, self.device, self.dtype, masked=masked)
+        self._units: list[Together] = []  # of the blocks, in the order in which they run
         self.blocks = self._read_blocks(reader)
         self.singles = self._read_singles(reader)
         self._modulation = self._read_modulation(reader)
+        self._network = Together([*self._units, *(unit for unit, _ in self._modulation)])
+        if sharding is not None:
+            sharding.join(self._network, self._units, [unit for unit, _ in self._modulation[:-1]])
         self._positions: dict[tuple[int, int], torch.Tensor] = {}
         self._turns: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.lora: LoraWeights | None = None
@@ -383,6 +429,7 @@ class FusedTransformer:
             )
             first += image.count + text.count
             blocks.append(_Block(image, text))
+            self._units.append(self._unit([*image.linears(), *text.linears()]))
         self._last_norm = first
         return blocks
 
@@ -393,16 +440,30 @@ class FusedTransformer:
             heads = reader.heads(f"{prefix}.attn", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), None)
             feed_forward = reader.stacked(f"{prefix}.proj_mlp"), reader.stacked(f"{prefix}.proj_out")
             singles.append(_Stream(heads, None, feed_forward, self._last_norm, 3))
+            self._units.append(self._unit(singles[-1].linears()))
             self._last_norm += 3
         return singles
 
-    def _read_modulation(self, reader: _Reader) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight [W, D] and bias [W] of every AdaLN linear."""
-        names = self.config.modulation
-        self._modulation_sizes = [len(reader.tensors[f"{name}.weight"]) for name in names]
-        weight, bias = (torch.cat([reader.tensors[f"{n}.{kind}"] for n in names]) for kind in ("weight", "bias"))
-        reader.share(names, weight, bias)
-        return weight, bias
+    def _read_modulation(self, reader: _Reader) -> list[tuple[Together, StackedLinear]]:
+        """Every AdaLN linear, in the order of the blocks and the last norm's at the end: one [W, D], or, where blocks
+        are shared out, one for each of them, and the last whole."""
+        *blocks, last = self.config.modulation
+        if self._sharding is None:
+            layer = reader.stacked(*(name for names in blocks for name in names), *last)
+            return [(Together([layer]), layer)]
+        found = []
+        for names in blocks:
+            layer = reader.stacked(*names)
+            found.append((self._unit([layer]), layer))
+        layer = reader.stacked(*last)
+        return [*found, (Together([layer]), layer)]
+
+    def _unit(self, layers: Sequence[StackedLinear]) -> Together:
+        """Layers that are used together, shared out where blocks are."""
+        unit = Together(layers)
+        if self._sharding is not None:
+            self._sharding.share_out(unit)
+        return unit
 
     def linears(self) -> list[StackedLinear]:
         """Every linear of the blocks, in order."""
@@ -446,10 +507,10 @@ class FusedTransformer:
         for layer in self.linears():
             layer.allocate_merged(layer in quantised, self.device)
         rows = {name: layer.merged_rows(part) for layer in self.linears() for part, name in enumerate(layer.names)}
-        shapes, bias = self._modulation
-        weight = torch.empty_like(shapes, device=self.device)
-        self._modulation = weight, bias
-        return rows | dict(zip(self.config.modulation, weight.split(self._modulation_sizes), strict=True))
+        ((_, modulation),) = self._modulation
+        weight = torch.empty_like(modulation.weight, device=self.device)
+        modulation.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return rows | dict(zip(modulation.names, weight.split(modulation.sizes), strict=True))
 
     def prepare_fp8_base(self) -> None:
         """Quantise the frozen weights of the inner blocks once; adapters and their products keep the model's dtype."""
@@ -497,19 +558,34 @@ class FusedTransformer:
             guidance: FLUX.1-dev's.
             mask: [R, S] bool, Qwen-Image's.
         """
+        return self._network(self._prepare, text, pooled, timesteps, guidance, mask)
+
+    def _prepare(
+        self,
+        text: torch.Tensor,
+        pooled: torch.Tensor,
+        timesteps: torch.Tensor,
+        guidance: float | None,
+        mask: torch.Tensor | None,
+    ) -> Prepared:
         time = self._perceptron("time_text_embed.timestep_embedder", self._waves(timesteps.float()))
         if self.config.family == "qwen":
             text = F.rms_norm(text.float(), text.shape[-1:], self._small["txt_norm.weight"].float(), EPS)
             embedded = self._linear(self.config.names.text_embedder, text.to(self.dtype))
             row = torch.zeros(len(text), dtype=torch.int64, device=self.device)
-            return Prepared(embedded, F.linear(F.silu(time), *self._modulation)[:, None], row, mask)
+            return Prepared(embedded, self._modulate(F.silu(time))[:, None], row, mask)
         embedded = self._linear(self.config.names.text_embedder, text)
         if guidance is not None:
             scale = torch.full((1,), 1000 * guidance, device=self.device)
             time = time + self._perceptron("time_text_embed.guidance_embedder", self._waves(scale))
         pooled = self._perceptron("time_text_embed.text_embedder", pooled)
         conditioning = F.silu(time[:, None] + pooled[None])
-        return Prepared(embedded, F.linear(conditioning, *self._modulation))
+        return Prepared(embedded, self._modulate(conditioning))
+
+    def _modulate(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., W] of conditioning [..., D]."""
+        found = [unit(layer.run_base, x) for unit, layer in self._modulation]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
     def _waves(self, values: torch.Tensor) -> torch.Tensor:
         """[K, 256] cosines and sines of times, or of another scalar between 0 and 1 times 1000, [K] float32."""
@@ -529,19 +605,23 @@ class FusedTransformer:
 
     def predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         """Velocity [R, C, h, w] in the model's dtype at step number `step` (int64 [1], or [R] for one per row)."""
+        return self._network(self._predict, latents, step, prepared, weights)
+
+    def _predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         rotary = self._rotary(latents.shape[-2:], prepared.text.shape[1])
         streams = self._image_tokens(latents), prepared.text.shape[1]
         forward = _Forward(self, weights, prepared.at(step), streams, rotary, self._mask(latents, prepared.mask))
         x, text, normed = self._embed(latents), self._own(prepared.text.transpose(0, 1)).contiguous(), None
-        for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+        for block, following, unit in zip(self.blocks, [*self.blocks[1:], None], self._units, strict=False):
+            run = partial(unit, forward.block, block)
             if not self.checkpointing:
                 joins = following is None and self.singles  # whose norm is of both streams in one tensor
                 ending = _NO_NORMS if joins else forward.start_of(following)
-                x, text, normed = forward.block(block, x, text, normed=normed, ending=ending)
+                x, text, normed = run(x, text, normed=normed, ending=ending)
             elif torch.is_grad_enabled():  # no norm leaves a block: each is computed again with the block that reads it
-                x, text, _ = checkpoint(forward.block, block, x, text, use_reentrant=False, preserve_rng_state=False)
+                x, text, _ = checkpoint(run, x, text, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, text, _ = forward.block(block, x, text)
+                x, text, _ = run(x, text)
         if self.singles:
             last = self._run_singles(forward, x, text)
         else:
@@ -558,8 +638,9 @@ class FusedTransformer:
     def _run_singles(self, forward: _Forward, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """[T, R, D] what the output's linear reads after the blocks of one stream, of image [T, R, D] and text."""
         tokens, normed, joint = len(x), None, torch.cat([x, text])
-        for block, following in zip(self.singles, [*self.singles[1:], None], strict=True):
-            run = partial(forward.single, block, only=tokens if following is None else None)
+        units = self._units[len(self.blocks) :]
+        for block, following, unit in zip(self.singles, [*self.singles[1:], None], units, strict=True):
+            run = partial(unit, forward.single, block, only=tokens if following is None else None)
             if not self.checkpointing:
                 joint, normed = run(joint, normed=normed, then=forward.start_of_single(following))
             elif torch.is_grad_enabled():
