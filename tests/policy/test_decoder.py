@@ -73,8 +73,10 @@ def test_every_stage_by_our_kernels_equals_diffusers(channels_last, monkeypatch)
             torch.nn.init.normal_(parameter, 0.5, 0.5)
     config = DecoderConfig.from_mapping(vae.config)
     ours = Decoder.from_state_dict(config, vae.state_dict(), channels_last=channels_last)
-    norms = [module for module in ours.modules() if isinstance(module, decoder_module._Norm)]
+    norms = norms_of(ours)
     assert {norm.backend for norm in norms} == {"auto" if channels_last else "torch"}
+    reference = Decoder.from_state_dict(config, vae.state_dict())  # what `psnr_gate` compares with
+    assert {norm.backend for norm in norms_of(reference)} == {"torch"}
     for norm in norms:
         norm.backend = "triton"
     launched, launch = [], group_norm_op._launch
@@ -93,6 +95,10 @@ def test_every_stage_by_our_kernels_equals_diffusers(channels_last, monkeypatch)
     assert len(launched) == len(norms) == 14
     assert sum(silu for silu, _ in launched) == 13  # all but the attention's
     assert {layout for _, layout in launched} == {channels_last}
+
+
+def norms_of(decoder) -> list:
+    return [module for module in decoder.modules() if isinstance(module, decoder_module._Norm)]
 
 
 def stages(decoder, act: str) -> dict[str, torch.Tensor]:

@@ -213,7 +213,7 @@ def philox_words(
     device = sample_ids.device
     seed, step = as_int64(seed, device), as_int64(step, device)
     if _runtime.DEFAULT_BACKEND == "auto" and _cpu.takes(sample_ids, seed, step, dtype=torch.int64):
-        return _words_on_cpu((count + 3) // 4, seed.item(), sample_ids.contiguous(), step.item(), stream)
+        return _words_on_cpu((count + 3) // 4, int(seed), sample_ids.contiguous(), int(step), stream)
     block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device).expand(len(sample_ids), -1)
     ids = sample_ids[:, None]
     counter = (block, (step & _MASK).expand_as(block), ids & _MASK, (ids >> 32) & _MASK)
