@@ -55,6 +55,8 @@ _pointer, _count, _number, _threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_
 SIGNATURES = {
     "gelu": [*[_pointer] * 3, _count, _count, _threads],
     "gelu_backward": [*[_pointer] * 4, _count, _count, _threads],
+    "group_norm": [*[_pointer] * 5, _number, _threads],
+    "philox_words": [*[_pointer] * 3, _threads],
     "residual_norm": [*[_pointer] * 13, _number, _threads],
     "residual_norm_backward": [*[_pointer] * 12, _number, _threads],
     "qk_rms_norm": [*[_pointer] * 7, _number, _threads],
@@ -68,24 +70,24 @@ class CpuKernelsUnavailable(RuntimeError):
     """The CPU's kernels cannot be compiled or loaded here; the message says why and what to do."""
 
 
-def takes(*tensors: torch.Tensor) -> bool:
-    """Whether `auto` runs the CPU's kernels on these tensors: float32 on a CPU, outside of traced graphs.
+def takes(*tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether `auto` runs the CPU's kernels on these tensors: of the dtype, on a CPU, outside of traced graphs.
 
     Raises:
         CpuKernelsUnavailable: they are required and not there.
     """
-    return MODE != "off" and _fits(tensors) and usable()
+    return MODE != "off" and _fits(tensors, dtype) and usable()
 
 
 def check(*tensors: torch.Tensor) -> None:
     """Raise for a call with backend="cpu" that they cannot serve."""
-    if not _fits(tensors):
+    if not _fits(tensors, torch.float32):
         found = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
         raise RuntimeError(f"backend='cpu' needs float32 tensors on a CPU, outside of a traced graph, got {found}")
     library()
 
 
-def _fits(tensors: tuple[torch.Tensor, ...]) -> bool:
+def _fits(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> bool:
     """In a few microseconds: some of the calls take no more."""
     # What traces, counts or transforms sees operators of PyTorch, and would not see ours.
     if (
@@ -98,7 +100,7 @@ def _fits(tensors: tuple[torch.Tensor, ...]) -> bool:
     ):
         return False
     for tensor in tensors:
-        plain = tensor.is_cpu and tensor.dtype == torch.float32 and type(tensor) in _PLAIN
+        plain = tensor.is_cpu and tensor.dtype == dtype and type(tensor) in _PLAIN
         if not plain or tensor.is_neg():  # a view of negated values, which memory does not show
             return False
     return True

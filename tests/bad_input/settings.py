@@ -249,8 +249,11 @@ CONFLICTS = [
             "--no-fast": ("fast = False has diffusers' forward", "but model.sequence_parallel = 2; set fast = True"),
             "--model.train full --model.dtype float32": ("model.train = 'full' trains diffusers' modules",),
             "--model.shard_base blocks --model.base_precision fp8": (
-                "model.base_precision = 'fp8' in parts (model.shard_base = 'blocks') is of diffusers' blocks, which have",
+                "model.base_precision = 'fp8' of a base in parts is of diffusers' blocks, which compute all tokens",
                 "but model.sequence_parallel = 2; set model.base_precision = 'model'",
+            ),
+            "--model.shard_base blocks --rollout.precision fp8": (
+                "rollout.precision = 'fp8' of a base in parts samples from a whole copy, which computes all tokens",
             ),
             "--update.graphs": ("update.graphs = True captures a forward in whose middle", "or model.sequence_"),
         }.items()

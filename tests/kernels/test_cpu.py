@@ -3,8 +3,9 @@ there is no compiler.
 
 Planted bugs that turned this file red: the mean not taken off before the squares; GELU's slope without the 3 of its
 cube; the text's tokens normed by the image's weights; weights of absent keys left at e^0; a row of keys too few in the
-gradient of v; the second norm's gradient dropped; a broken compiler passed over without a word; sixteen floats as one
-vector type on a CPU with registers of eight (27 times slower).
+gradient of v; the second norm's gradient dropped; a group's variance of one channel; the stream left out of Philox's
+key; a broken compiler passed over without a word; sixteen floats as one vector type on a CPU with registers of eight
+(27 times slower).
 """
 
 import functools
@@ -134,6 +135,41 @@ def test_qk_rms_norm_within_error_budget(head_dim, by_token, rotary, text):
     )
 
 
+def in_channels_last(*shape):
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+@compiled
+@pytest.mark.parametrize(("channels", "groups"), [(64, 16), (24, 3), (16, 1)])
+@pytest.mark.parametrize("silu", [True, False])
+def test_group_norm_within_error_budget(channels, groups, silu):
+    """Of pixels that are far from zero and no multiple of a stretch's."""
+    x, weight, bias = in_channels_last(2, channels, 9, 17) + 20, torch.randn(channels), torch.randn(channels)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+    def norm(dtype):
+        return k.group_norm_ref(x.to(dtype), groups, weight, bias, silu=silu, compute_dtype=dtype)
+
+    ours = k.group_norm(x, groups, weight, bias, silu=silu, backend="cpu")
+    assert ours.stride() == x.stride()
+    assert_error_within_budget(ours, norm(torch.float32), norm(torch.float64), name="group_norm")
+
+
+@compiled
+def test_words_of_philox_are_the_reference_s(monkeypatch):
+    """Of every part of key and counter, and with ids that lie apart in memory; no bit depends on threads."""
+    ids = torch.tensor([[0, 9], [1, 9], [2**32 + 1, 9], [-1, 9], [2**63 - 1, 9]])[:, 0]
+    cases = [
+        {"seed": seed, "step": step, "stream": stream}
+        for seed in (0, 1, -(2**40) - 3, torch.tensor([2**62 + 5]))
+        for step, stream in ((0, 0), (7, 0x50415443), (torch.tensor(2**33 - 1), 3))
+    ]
+    found = [k.philox_words(count, sample_ids=ids, **case) for case in cases for count in (1, 6, 20_000)]
+    monkeypatch.setattr(_cpu, "MODE", "off")
+    expected = [k.philox_words(count, sample_ids=ids, **case) for case in cases for count in (1, 6, 20_000)]
+    assert all(map(torch.equal, found, expected))
+
+
 @compiled
 @pytest.mark.parametrize(
     ("queries", "keys", "head_dim"), [(53, 53, 32), (36, 53, 16), (3, 17, 48), (1, 1, 32), (5, 200, 128)]
@@ -230,7 +266,12 @@ def test_none_is_slower_than_pytorch():
     hidden, x, bias = torch.randn(B, T, H * D), torch.randn(B, T, 4 * H * D), torch.randn(4 * H * D)
     shift, scale = vectors(2, B, H * D)
     modulated = lambda: F.layer_norm(hidden, (H * D,)) * (1 + scale[:, None]) + shift[:, None]  # noqa: E731
+    image, weight = in_channels_last(8, H * D, 24, 24), torch.randn(H * D)
     pairs = {
+        "group_norm": (
+            lambda: k.group_norm(image, 16, weight, weight, silu=True, backend="cpu"),
+            lambda: F.silu(F.group_norm(image, 16, weight, weight), inplace=True),
+        ),
         "small_attention": (
             lambda: k.small_attention(q, key, v, backend="cpu"),
             lambda: F.scaled_dot_product_attention(q, key, v),
@@ -286,7 +327,11 @@ def test_auto_takes_them_where_they_fit_and_nowhere_else(monkeypatch):
         call()
         return bool(calls)
 
+    image, weight = in_channels_last(2, 16, 3, 3), torch.randn(16)
     assert ran(lambda: k.gelu(x))
+    assert ran(lambda: k.group_norm(image, 4, weight, weight))
+    assert not ran(lambda: k.group_norm(image.contiguous(), 4, weight, weight))
+    assert ran(lambda: k.philox_words(5, seed=1, sample_ids=torch.arange(3)))
     assert not ran(lambda: k.gelu(x, backend="torch"))
     assert not ran(lambda: k.gelu(x.half()))
     assert not ran(lambda: k.gelu(x.double().float().to("meta")))
@@ -312,6 +357,8 @@ def test_an_explicit_choice_is_honoured_or_raises():
         k.gelu(x.half(), backend="cpu")
     with pytest.raises(RuntimeError, match="has no kernel for these arguments"):
         k.gelu(x, quantize=True, backend="cpu")
+    with pytest.raises(RuntimeError, match="has no kernel for these arguments"):
+        k.group_norm(torch.randn(1, 4, 2, 2), 2, torch.ones(4), torch.ones(4), backend="cpu")
     with pytest.raises(RuntimeError, match="has no gradient for"):
         k.gelu(x, torch.zeros(16, requires_grad=True), backend="cpu")
     q = torch.randn(1, 1, 3, 20)

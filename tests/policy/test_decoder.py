@@ -64,7 +64,7 @@ def test_float32_equals_diffusers(vae):
 
 @pytest.mark.parametrize("channels_last", [True, pytest.param(False, marks=pytest.mark.weekly)])
 def test_every_stage_by_our_kernels_equals_diffusers(channels_last, monkeypatch):
-    """In float32, where PyTorch would compute it otherwise: in the interpreter without a GPU."""
+    """In float32, where PyTorch or the CPU's kernels would compute it otherwise: in the interpreter without a GPU."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks).eval()
@@ -73,8 +73,10 @@ def test_every_stage_by_our_kernels_equals_diffusers(channels_last, monkeypatch)
             torch.nn.init.normal_(parameter, 0.5, 0.5)
     config = DecoderConfig.from_mapping(vae.config)
     ours = Decoder.from_state_dict(config, vae.state_dict(), channels_last=channels_last)
-    norms = [module for module in ours.modules() if isinstance(module, decoder_module._Norm)]
-    assert {norm.backend for norm in norms} == {"torch"}
+    norms = norms_of(ours)
+    assert {norm.backend for norm in norms} == {"auto" if channels_last else "torch"}
+    reference = Decoder.from_state_dict(config, vae.state_dict())  # what `psnr_gate` compares with
+    assert {norm.backend for norm in norms_of(reference)} == {"torch"}
     for norm in norms:
         norm.backend = "triton"
     launched, launch = [], group_norm_op._launch
@@ -93,6 +95,10 @@ def test_every_stage_by_our_kernels_equals_diffusers(channels_last, monkeypatch)
     assert len(launched) == len(norms) == 14
     assert sum(silu for silu, _ in launched) == 13  # all but the attention's
     assert {layout for _, layout in launched} == {channels_last}
+
+
+def norms_of(decoder) -> list:
+    return [module for module in decoder.modules() if isinstance(module, decoder_module._Norm)]
 
 
 def stages(decoder, act: str) -> dict[str, torch.Tensor]:

@@ -190,6 +190,32 @@ def test_adapters_folded_into_narrow_weights_train_the_same(targets):
         torch.testing.assert_close(gradient, own[name].grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
 
 
+@torch.no_grad()
+def test_a_folded_weight_is_kept_for_as_long_as_adapters_are_the_same():
+    """And is another tensor once they are not: an earlier forward's graph still reads the one before."""
+    ours = fused(stock_model("sd35-medium"), rank=32)
+    train(ours.lora)
+    layer = next(layer for layer in ours.linears() if layer.adapted and layer.folds(32))
+
+    def fold() -> torch.Tensor:
+        return layer.folded(*ours.lora.pairs(torch.float32)[layer.adapter_number], ours.lora.scale)
+
+    def anew() -> torch.Tensor:
+        return layer._fold(*ours.lora.pairs(torch.float32)[layer.adapter_number], ours.lora.scale)
+
+    first = fold()
+    assert fold() is first
+    before, own = first.clone(), ours.lora.master.data
+    ours.lora.master.add_(0.1)  # as an optimizer does
+    assert torch.equal(fold(), anew())
+    assert not torch.equal(fold(), first)
+    assert torch.equal(first, before)
+    ours.lora.master.data = own + 0.1  # as a KL target's weights are lent (training/kl_target.py)
+    assert torch.equal(fold(), anew())
+    ours.lora.master.data = own
+    assert torch.equal(fold(), anew())
+
+
 def test_rows_of_a_prompt_use_its_text_and_modulation():
     model, given = stock_model("sd35-medium"), inputs(rows=2)
     ours, row = fused(model), torch.tensor([0, 0, 1])

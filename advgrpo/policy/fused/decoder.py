@@ -2,7 +2,8 @@
 
 Two precisions. float32 is the reference: the same operations as diffusers' `AutoencoderKL.decode`. bfloat16 runs
 channels_last, the layout in which tensor-core convolutions need no transposes, with our kernels for GroupNorm and SiLU
-on a GPU, whose statistics are in float32: sums over 2 million elements per group lose the image in bfloat16.
+on a GPU, whose statistics are in float32: sums over 2 million elements per group lose the image in bfloat16. On a CPU
+float32 may lie in channels_last as well, where our kernels serve it too.
 `psnr_gate` compares the two.
 
 The module needs no diffusers. Parameter names are those of an AutoencoderKL's state dict (`decoder.*`,
@@ -206,10 +207,12 @@ class Decoder(nn.Module):
         fast_layout = channels_last or dtype == torch.bfloat16
         self.layout = torch.channels_last if fast_layout else torch.contiguous_format
         self.to(dtype=dtype)
+        on_cpu = torch.device(device).type == "cpu"
+        ours = dtype == torch.bfloat16 or (fast_layout and on_cpu)  # float32 on a GPU stays PyTorch's, the reference
         for module in self.modules():
             if isinstance(module, _Norm):
                 module.float()
-                module.backend = "torch" if dtype == torch.float32 else "auto"
+                module.backend = "auto" if ours else "torch"
         self.to_empty(device=device)
         self.to(memory_format=self.layout)
         self.requires_grad_(False).eval()

@@ -52,6 +52,7 @@ class StackedLinear(torch.nn.Module):
         self.merged: torch.Tensor | None = None
         self.merged_fp8: Fp8Tensor | None = None
         self.base_fp8: tuple[Fp8Tensor, Fp8Tensor] | None = None  # W and its transpose, each with row scales
+        self._kept_fold: tuple[tuple[float, ...], torch.Tensor] | None = None
 
     def folds(self, rank: int) -> bool:
         """Whether W + scale·B·A is computed instead of low-rank products."""
@@ -59,7 +60,19 @@ class StackedLinear(torch.nn.Module):
         return narrow and self.base_fp8 is None
 
     def folded(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-        """W + scale·B·A [N, K]."""
+        """W + scale·B·A [N, K], which nobody may write to.
+
+        On a CPU it is kept until A, B or W are written to or are others: the forwards of a rollout share it, and those
+        between two optimizer steps. Never on a GPU, where a captured graph has to compute it at every replay.
+        """
+        if not self.weight.is_cpu:
+            return self._fold(a, b, scale)
+        key = scale, *(value for each in (self.weight, a, b) for value in (each.data_ptr(), each._version))
+        if self._kept_fold is None or self._kept_fold[0] != key:
+            self._kept_fold = key, self._fold(a, b, scale)
+        return self._kept_fold[1]
+
+    def _fold(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
         weight = self.weight.clone()
         for parts, own in self._adapted_rows(weight):
             own.baddbmm_(b[parts], a[parts], alpha=scale)

@@ -740,6 +740,7 @@ class _Forward:
         self.streams = streams
         self.masks = () if mask is None else (mask,)  # attention's further argument
         self.pairs = model.lora.pairs(model.dtype) if weights == "adapted" and model.lora else []
+        self._vectors: dict[int, Modulation] = {}  # by where they start: a block's are read by the one before as well
 
     def linear(self, layer: StackedLinear, x: Activations) -> torch.Tensor:
         """[..., N] of x [..., K] by the weights of this pass."""
@@ -816,7 +817,9 @@ class _Forward:
         return _Next(self.vectors(following).attention, following.attention.qkv)
 
     def vectors(self, stream: _Stream) -> Modulation:
-        return stream.modulation(self.modulation, self.model.config.width)
+        if stream.first not in self._vectors:
+            self._vectors[stream.first] = stream.modulation(self.modulation, self.model.config.width)
+        return self._vectors[stream.first]
 
     def start_of(self, following: _Block | None) -> _Ending:
         """The norms that a block starts with, for the one before it; after the last block the output's."""

@@ -174,6 +174,17 @@ def _backward(
     return out_grads if x_grad is None else [x_grad, *out_grads]
 
 
+def group_norm(
+    x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool
+) -> torch.Tensor:
+    """GroupNorm of x [B, C, H, W] in channels_last, with SiLU behind it where `silu`; no gradient."""
+    y, (B, C, H, W) = torch.empty_like(x), x.shape
+    pointers = map(address, (x, weight.contiguous(), bias.contiguous(), y))
+    sizes = integers(B, H * W, C, groups, int(silu))
+    _cpu.library().advgrpo_group_norm(*pointers, sizes, eps, torch.get_num_threads())
+    return y
+
+
 def qk_rms_norm(
     qkv: torch.Tensor,
     weights: Sequence[torch.Tensor],

@@ -23,6 +23,7 @@ import torch
 
 from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, check_tensors, device_guard
+from . import _cpu_layers
 from ._layers import FLOATS, check_float, pick_layer_backend
 
 __all__ = ["group_norm", "group_norm_ref"]
@@ -197,7 +198,8 @@ def group_norm(
 
     Raises:
         ValueError: names the argument that does not fit.
-        RuntimeError: backend="triton" with an argument that requires a gradient.
+        RuntimeError: backend="triton" or "cpu" with an argument that requires a gradient; "cpu" with x in another order
+            than channels_last.
     """
     check_tensors(x=x, weight=weight, bias=bias)
     if x.dim() != 4 or x.dtype not in FLOATS or not x.shape[1]:
@@ -207,8 +209,11 @@ def group_norm(
     for name, tensor in (("weight", weight), ("bias", bias)):
         check_float(name, tensor, (x.shape[1],), x.device)
     given = {"x": x, "weight": weight, "bias": bias}
-    if pick_layer_backend(backend, [], given, cpu=False) == "torch":
+    chosen = pick_layer_backend(backend, [], given, cpu=x.is_contiguous(memory_format=torch.channels_last))
+    if chosen == "torch":
         return group_norm_ref(x, groups, weight, bias, eps=eps, silu=silu)
+    if chosen == "cpu":
+        return _cpu_layers.group_norm(x, groups, weight, bias, eps, silu)
     return _group_norm_op(x, groups, weight, bias, eps, silu)
 
 
