@@ -117,8 +117,9 @@ gpu-carry: $(VENV)/.pip .rehearsal/.installed
 gpu-rehearsal: $(VENV)/.dev gpu-carry
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.rehearsal --python $(GPU_ENV) $(ARGS)
 
-# What an installation prints is kept beside it and shown only when it fails.
+# What an installation prints is kept beside it and shown only when it fails. INSTALL="..." is passed to pip.
 LOG := $(VENV)/install.log
+INSTALL ?=
 install = $(BIN)/python -m pip install $(1) >$(LOG) 2>&1 || { cat $(LOG); exit 1; }
 
 $(VENV)/.pip:
@@ -128,12 +129,12 @@ $(VENV)/.pip:
 
 $(VENV)/.train: $(VENV)/.pip pyproject.toml
 	@echo "installing into $(VENV), a few minutes the first time"
-	@$(call install,--editable ".[train]")
+	@$(call install,$(INSTALL) --editable ".[train]")
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	@echo "installing into $(VENV), a few minutes the first time"
-	@$(call install,--editable ".[dev]")
+	@$(call install,$(INSTALL) --editable ".[dev]")
 	@touch $@ $(VENV)/.train
 
 clean:

@@ -21,9 +21,17 @@ gc.set_threshold(50_000, 20, 100)  # a million objects stay: looking for what do
 keep_freed_memory(torch.device("cpu"))  # a tenth of the tests' time is spent in page faults
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Files with slow tests first and the kernels', which are many and quick, last: no process is left alone at the end
+    """Of a test of all combinations of the arguments that `every_second` names, every second one is weekly: of three
+    arguments and more any two values meet in CI.
+
+    Files with slow tests first and the kernels', which are many and quick, last: no process is left alone at the end
     with minutes of work. (xdist would sort files by how many tests they have: the long ones come last.)"""
+    for item in items:
+        named = item.get_closest_marker("every_second")
+        if named and sum(item.callspec.indices[name] for name in named.args) % 2:
+            item.add_marker("weekly")
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: (item.path not in slow, "kernels" in item.path.parts))
 
@@ -44,7 +52,10 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # the same without notes, each with a stack, for devices that nobody will start: 2 ms of every test
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

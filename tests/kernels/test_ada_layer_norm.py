@@ -34,6 +34,7 @@ def joined(function, vectors, **settings):
     return of_x
 
 
+@pytest.mark.every_second("shape", "dtype", "sets")
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -70,6 +70,7 @@ def test_closed_form_gradient_is_autograd_s(likelihood, kl_weight, clip_range):
 KL_STDS = {"number": 0.7, "shared": torch.tensor(0.7), "per_row": torch.linspace(0.2, 1.2, 6)}
 
 
+@pytest.mark.every_second("likelihood", "kl_std", "backend")
 @pytest.mark.parametrize("likelihood", ["gaussian", "squared_error"])
 @pytest.mark.parametrize("kl_std", KL_STDS.values(), ids=KL_STDS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -239,6 +240,7 @@ gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, gpu_only])]
 
 
+@pytest.mark.every_second("shape", "dtype", "likelihood")
 @pytest.mark.parametrize("shape", [(3, 5, 7), (4500,)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("likelihood", "kl_weight"), [("gaussian", 0.04), ("squared_error", 0.04), ("gaussian", 0.0)])

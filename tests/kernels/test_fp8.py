@@ -26,6 +26,7 @@ GRANULARITIES = ["row", "tensor"]
 SHAPES = [(1, 8), (2, 5, 96), (3, 3001)]  # the last is several tiles of rows, and a ragged one of lanes
 
 
+@pytest.mark.every_second("shape", "dtype", "granularity")
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

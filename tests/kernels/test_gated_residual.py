@@ -39,6 +39,7 @@ def call(function, vectors, **settings):
     return of_activations
 
 
+@pytest.mark.every_second("shape", "dtype", "outs")
 @pytest.mark.parametrize(("outs", "sets"), [(1, 0), (2, 0), (1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,7 +149,7 @@ def test_gradient_when_only_some_results_are_used(used, device):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("outs", "sets"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(("outs", "sets"), [pytest.param(1, 0, marks=pytest.mark.weekly), (2, 2)])
 def test_opcheck(outs, sets, device):
     (x, *results), v = inputs((2, 3, 16), torch.float32, device, outs, sets)
     gates, shifts, scales = ([v[n] for n in names if n in v] for names in (VECTORS[:2], VECTORS[2::2], VECTORS[3::2]))

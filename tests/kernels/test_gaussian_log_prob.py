@@ -100,6 +100,7 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pyte
 COEFFICIENTS = torch.tensor([0.97, -0.11, 0.3])
 
 
+@pytest.mark.every_second("shape", "dtype", "likelihood")
 @pytest.mark.parametrize("shape", [(1, 16), (3, 4, 5, 5), (2, 9001)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("likelihood", ["gaussian", "squared_error"])

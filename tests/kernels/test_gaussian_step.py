@@ -187,6 +187,7 @@ def on_device(device, *tensors):
     return [tensor.to(device) for tensor in tensors]
 
 
+@pytest.mark.every_second("shape", "dtype", "likelihood")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

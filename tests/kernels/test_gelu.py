@@ -21,6 +21,7 @@ def inputs(shape, dtype, device):
     return (3 * torch.randn(shape, device=device)).to(dtype).requires_grad_(), torch.randn(shape[-1], device=device)
 
 
+@pytest.mark.every_second("shape", "dtype", "biased")
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

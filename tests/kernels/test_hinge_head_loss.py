@@ -57,6 +57,7 @@ def test_loss_and_gradients_of_the_public_implementation(backend, device):
         torch.testing.assert_close(grad, golden[f"w{i}_grad"], rtol=1e-4, atol=2e-7)
 
 
+@pytest.mark.every_second("dtype", "normalize", "B")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("B", "B2", "n", "D", "H"), [(1, 1, 1, 3, 2), (3, 3, 5, 20, 24), (2, 3, 67, 40, 70)])

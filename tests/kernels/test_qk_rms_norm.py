@@ -59,6 +59,7 @@ def gradient_like(shape, dtype, device, *, text):
     return torch.randn(3 * B, H, T + S * text, D, device=device).to(dtype)
 
 
+@pytest.mark.every_second("shape", "dtype", "form")
 @pytest.mark.parametrize("form", [joint, one_tensor, image])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,6 +70,7 @@ def test_forward_and_backward_within_error_budget(shape, dtype, form, device):
     assert_within_budget(form(qk_rms_norm, weights, backend="triton"), form(qk_rms_norm_ref, weights), args, dy)
 
 
+@pytest.mark.every_second("shape", "dtype", "form")
 @pytest.mark.parametrize("form", [joint, one_tensor, image])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -85,6 +85,7 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pyte
 NAMES = ("w1", "b1", "w2", "b2")
 
 
+@pytest.mark.every_second("dtype", "normalize", "B")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("B", "P", "n", "D", "H"), [(1, 1, 1, 3, 2), (3, 11, 5, 20, 24), (2, 70, 67, 40, 130)])

@@ -81,6 +81,7 @@ def test_losses_of_verl_omni(region, file, bounds, backend, device):
             assert 0 < own["clip_fraction"] < 1
 
 
+@pytest.mark.every_second("backend", "region", "kl_weight", "likelihood")
 @pytest.mark.parametrize("likelihood", ["gaussian", "squared_error"])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.04])
 @pytest.mark.parametrize("region", REGIONS)

@@ -1,6 +1,6 @@
 """Bad input: one clear line, naming field, value and remedy, before a weight is read; docs/bad_input.md has the counts.
 
-Each case runs in a forked child (bad_input/harness.py): a twentieth of a second. A sample of them, which this once was,
+Cases run in forked children (bad_input/harness.py): a fiftieth of a second each. A sample of them, which this once was,
 has missed what two cases see.
 
 Bugs planted, each seen red: preflight not called; the stack printed for bad input; infinity let through,

@@ -162,7 +162,7 @@ def test_same_seed_same_losses_and_another_seed_others(unit_config, tmp_path):
     run(again)
     assert metrics(again.output_dir) == metrics(unit_config.output_dir)
     other = unit_config.model_copy(deep=True)
-    other.output_dir, other.seed = str(tmp_path / "other"), 43
+    other.output_dir, other.seed, other.iterations = str(tmp_path / "other"), 43, 1
     run(other)
     assert metrics(other.output_dir)[0]["reward_generated"] != metrics(unit_config.output_dir)[0]["reward_generated"]
 
