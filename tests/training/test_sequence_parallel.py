@@ -24,7 +24,7 @@ from tests.conftest import make_unit_config
 from tests.families import metrics
 from tests.parts import some_weekly
 from tests.training.test_run import environment
-from tests.training.test_sharding import FIRST, RUN_TEST, asked, changed, rounded_alike
+from tests.training.test_sharding import FIRST, RUN_TESTS, asked, changed, rounded_alike
 from tests.zygote import run as run_forked
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def base(unit_pipeline, unit_backbone, folder, request) -> dict[str, Config]:
         "output": {"checkpoint_every": 1, "keep_checkpoints": 9},
     }
     found = {}
-    for name, own in (asked(request, RUN_TEST, TWO) | asked(request, PARTS_TEST, TWO)).items():
+    for name, own in (asked(request, RUN_TESTS, TWO) | asked(request, {PARTS_TEST}, TWO)).items():
         made = config.merge(config.merge(settings, changes), own)
         if name in pipelines:
             made = config.merge(made, {"model": {"path": str(pipelines[name](folder / name, shard="300KB"))}})
