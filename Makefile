@@ -119,7 +119,7 @@ gpu-rehearsal: $(VENV)/.dev gpu-carry
 
 # What an installation prints is kept beside it and shown only when it fails. INSTALL="..." is passed to pip.
 LOG := $(VENV)/install.log
-INSTALL ?=
+INSTALL :=
 install = $(BIN)/python -m pip install $(1) >$(LOG) 2>&1 || { cat $(LOG); exit 1; }
 
 $(VENV)/.pip:

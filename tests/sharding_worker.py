@@ -118,6 +118,8 @@ def counted(policy: DiffusersPolicy) -> dict[str, Any]:
 
 def most_held_while_merging(policy: DiffusersPolicy) -> int:
     held, gathered = [], policy.network.copy._gathered
+    with torch.no_grad():
+        next(iter(policy.trainable_parameters()))[1].add_(0)  # or there is nothing to merge
 
     @contextmanager
     def weighed(unit: torch.nn.Module) -> Iterator[None]:

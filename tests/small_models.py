@@ -7,6 +7,7 @@ run: `examples/small_model.yaml` has the settings that pictures of 32 pixels nee
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{options.folder} is there already: name another folder, or delete it")
     quiet_libraries()
     FAMILIES[options.family](options.folder)
-    command = f"python -m advgrpo.train --preset {options.family}-dino --config examples/small_model.yaml"
-    print(f"{command} --model.path {options.folder}")
+    command = ["python", "-m", "advgrpo.train", "--preset", f"{options.family}-dino"]
+    command += ["--config", "examples/small_model.yaml", "--model.path", str(options.folder)]
+    print(shlex.join([*command, "--output-dir", f"{options.folder}-run"]))
 
 
 if __name__ == "__main__":

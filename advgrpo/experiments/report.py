@@ -51,26 +51,27 @@ def write_report(
             continue
         found, earlier = numbers(results), known.get(name)
         known[name] = keep_earlier(found, earlier) if keep else found
-        _draw_samples(results, made(known[name]), made(earlier), output / f"{name}-samples.png")
+        _draw_samples(results, known[name]["arms"], (earlier or {}).get("arms", {}), output / f"{name}-samples.png")
     known = {name: known[name] for name in EXPERIMENTS if name in known}
     write_atomically(output / NUMBERS, json.dumps(known, indent=1) + "\n")
     write_pages(output)
     return missing
 
 
-def made(found: dict | None) -> set[str]:
-    """Arms with a finished run in the numbers of an experiment."""
-    return {arm for arm, entry in (found or {}).get("arms", {}).items() if entry["runs"]}
-
-
-def _draw_samples(results: Results, reported: set[str], earlier: set[str], file: Path) -> None:
+def _draw_samples(results: Results, reported: dict[str, dict], earlier: dict[str, dict], file: Path) -> None:
     """The picture of the reported arms. The images of those that are kept are gone, but the earlier picture shows them:
-    it stays, with the arms that it lacks below."""
-    if reported == set(results.arms) or not file.is_file():
+    it stays, with the arms whose runs are not of that report below.
+
+    Args:
+        reported: arm -> its numbers, now.
+        earlier: the same of the earlier report.
+    """
+    made = [arm for arm, entry in reported.items() if entry["runs"]]
+    if made == results.arms or not file.is_file():
         draw_grid(sample_rows(results, results.arms), file)
-    elif lacking := [arm for arm in results.arms if arm not in earlier]:
+    elif new := [arm for arm in results.arms if reported[arm]["runs"] != earlier.get(arm, {}).get("runs")]:
         with Image.open(file) as picture:
-            draw_below(picture, sample_rows(results, lacking), file)
+            draw_below(picture, sample_rows(results, new), file)
 
 
 def read_numbers(output: Path) -> dict[str, dict]:

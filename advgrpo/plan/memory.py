@@ -20,6 +20,7 @@ from rich.table import Table
 
 from advgrpo.config import (
     Config,
+    ModelSection,
     check_micro_batches,
     fits_micro_batches,
     nearest_prompts,
@@ -169,8 +170,7 @@ def _shared(chosen: MemoryPlan, estimate: _Estimate) -> str:
 def _copy_that_fits(chosen: MemoryPlan, estimate: _Estimate) -> str:
     """Whether a base in parts could be sampled from a whole copy in FP8; empty where it is, or cannot be."""
     config = estimate.config
-    served = config.fast and estimate.lora and estimate.pipeline.has_own_forward
-    if not (estimate.sharded and served and all(map(can_adapt, config.model.lora.targets))) or estimate.copied:
+    if not (estimate.sharded and config.model.gathers_stock_blocks and estimate.is_ours) or estimate.copied:
         return ""
     rollout = config.rollout.model_copy(update={"precision": "fp8"})
     copied = _Estimate(config.model_copy(update={"rollout": rollout}), estimate.processes)
@@ -203,6 +203,11 @@ def _what_decided(chosen: MemoryPlan, estimate: _Estimate) -> str:
     )
 
 
+def _adapted_by_ours(model: ModelSection) -> bool:
+    """Whether what is trained are adapters that our forward has."""
+    return model.train == "lora" and all(map(can_adapt, model.lora.targets))
+
+
 class _Estimate:
     """Everything that does not depend on the knobs, counted once."""
 
@@ -219,9 +224,8 @@ class _Estimate:
         self.uncounted = (*other, *fixed, *observer, *encoder)
         self.lora = config.model.train == "lora"
         self.sharded = config.model.is_sharded(processes)
-        self.fused = (
-            config.fast and self.lora and not config.model.gathers_stock_blocks and self.pipeline.has_own_forward
-        )
+        self.is_ours = config.fast and self.pipeline.has_own_forward and _adapted_by_ours(config.model)
+        self.fused = self.is_ours and not config.model.gathers_stock_blocks
         self.copied = config.has_merged_copy
         self.own_decoder = self.fused and not self.pipeline.is_qwen
         self.element = 2 if config.model.dtype == "bfloat16" else 4
@@ -562,7 +566,7 @@ def _groups(config: Config, processes: int) -> Iterator[dict[str, Any]]:
     """Settings of `model` by which processes compute images together that training accepts, few to an image first, and
     then the same with blocks in parts where they are not yet."""
     pipeline, model = known_models.known_pipeline(config.model.path), config.model
-    if not pipeline.has_own_forward or model.sequence_parallel > 1:
+    if not (pipeline.has_own_forward and _adapted_by_ours(model)) or model.sequence_parallel > 1:
         return
     tokens = min((model.resolution // pipeline.decoder.scale // pipeline.patch) ** 2, model.max_sequence_length)
     heads = pipeline.transformer["num_attention_heads"]

@@ -55,7 +55,7 @@ class MergedCopy:
         self._by_unit: dict[str, list[str]] = {}
         for name in self._rows:
             self._by_unit.setdefault(_unit(name), []).append(name)
-        self._filled = False
+        self._merged_of: list[tuple[int, int]] = []  # where adapters lay, and how often they had been written to
         self.merge()
 
     def _small_tensors(self, modulation: set[str]) -> dict[str, torch.Tensor]:
@@ -76,16 +76,20 @@ class MergedCopy:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W + (alpha/r)·B·A of the linears with adapters, rounded once, in place."""
-        adapted = self._adapters.modules()
+        """W + (alpha/r)·B·A of the linears with adapters, rounded once, in place; nothing where adapters are as they
+        were, since evaluations ask before every few prompts."""
+        adapted, filled = self._adapters.modules(), bool(self._merged_of)
+        merging_of = [(each.data_ptr(), each._version) for pair in adapted.values() for each in pair]
+        if merging_of == self._merged_of:
+            return
         for unit, names in self._by_unit.items():
-            if self._filled and adapted.keys().isdisjoint(names):
+            if filled and adapted.keys().isdisjoint(names):
                 continue
             with self._gathered(self._network.get_submodule(unit)):
-                for name in [] if self._filled else [name for name in names if name not in adapted]:
+                for name in [] if filled else [name for name in names if name not in adapted]:
                     self._copy(name)
                 self._merge([name for name in names if name in adapted])
-        self._filled = True
+        self._merged_of = merging_of
 
     def _copy(self, name: str) -> None:
         """The weight of a linear without an adapter, gathered, into its rows."""

@@ -129,7 +129,8 @@ class StockNetwork:
     def predict(
         self, latents: torch.Tensor, step: torch.Tensor, prepared: StockPrepared, weights: Weights
     ) -> torch.Tensor:
-        if weights == "merged" and self.copy is not None and prepared.merged is not None:
+        if weights == "merged" and self.copy is not None:
+            assert prepared.merged is not None
             return self.copy.transformer.predict(latents, step, prepared.merged, weights)
         with self.adapters.disabled() if weights == "base" else contextlib.nullcontext():
             timesteps = prepared.timesteps.index_select(0, step).expand(len(latents))

@@ -62,7 +62,7 @@ class FastPaths:
             ode = "ODE steps, by a whole copy beside the base in parts,"
         no_graphs = fused_off or gpu_only or _why_no_graphs(config.model)
         no_triton = _why_no_triton(device)
-        no_cpu = fused_off or _why_no_cpu_kernels(config.model, device)
+        no_cpu = (fused_off and merged_off) or _why_no_cpu_kernels(config.model, device)
         ours = not (no_triton and no_cpu)
         norms = "one kernel per norm and residual" if ours else "norms and residuals by PyTorch's operators"
         own_noise = ""

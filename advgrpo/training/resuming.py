@@ -337,10 +337,11 @@ class Resuming:
         different = differences(there.model_dump(mode="json"), self.config.model_dump(mode="json"))
         if there.model.gathers_stock_blocks != self.config.model.gathers_stock_blocks and not different:
             before, now = (each.model.sequence_parallel for each in (there, self.config))
-            different = [
-                f"model.sequence_parallel: {before} -> {now}, which changes the forward that model.shard_base = blocks "
-                "gathers blocks for, and with it how adapters are kept (1 is diffusers', more ours)"
-            ]
+            raise UserError(
+                f"{self.flag}: {saved.path} was made with other settings: model.sequence_parallel: {before} -> {now}, "
+                "which changes the forward that model.shard_base = blocks gathers blocks for, and with it how adapters "
+                f"are kept (1 is diffusers', more ours). Set model.sequence_parallel = {before}, or start a new run"
+            )
         if different:
             free = ", ".join(name for name in FREE_TO_CHANGE if name != "output_dir")  # only that the folder was moved
             raise UserError(

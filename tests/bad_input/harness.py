@@ -29,6 +29,7 @@ from tests.commands import COMMANDS, main_of
 
 WORKED, TOO_LONG = 77, 78
 TURNS, POLL_SECONDS = 20, 0.1
+REFUSED = 2  # the exit code of bad input
 _phase_file: Path | None = None
 
 
@@ -107,9 +108,9 @@ class Child:
                 return self._code
         return int(os.read(self._answers, 4) or self._end())
 
-    def leave(self, phase: str) -> bool:
-        """Whether the next command gets another child, because this one has come beyond checks or had its turns."""
-        if self._code is None and phase == "checks" and self._turns < TURNS:
+    def leave(self, code: int, phase: str) -> bool:
+        """Whether the next command gets another child, because this one was not refused by checks or had its turns."""
+        if self._code is None and code == REFUSED and phase == "checks" and self._turns < TURNS:
             return False
         os.close(self._ask)
         self._end()
@@ -166,7 +167,7 @@ def serve(scratch: Path, pipeline: str) -> None:
         texts = {name: (scratch / name).read_text(errors="replace") for name in ("out", "err")}
         answer = {"code": code, "phase": phase, "seconds": time.monotonic() - started, **texts}
         print(json.dumps(answer), flush=True)
-        if child.leave(phase):
+        if child.leave(code, phase):
             child = None
 
 

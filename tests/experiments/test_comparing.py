@@ -374,22 +374,24 @@ def test_the_picture_of_arms_that_are_kept_stays_above_those_it_lacks(made_up, m
 
     monkeypatch.setattr(report, "sample_rows", rows)
     results, file, old = made_up("hacking"), tmp_path / "hacking-samples.png", tmp_path / "old.png"
+    both = {arm: {"runs": {"0": arm}} for arm in ("flow", "adv-preference")}
 
-    def drawn(reported: set[str], earlier: set[str]) -> tuple[int, bool]:
+    def drawn(reported: dict, earlier: dict) -> tuple[int, bool]:
         """The picture's height, in those of the one that was there; whether that one stands in it."""
-        report._draw_samples(results, {"flow", "adv-preference"}, set(), old)
+        report._draw_samples(results, both, {}, old)
         shutil.copy(old, file)
         report._draw_samples(results, reported, earlier, file)
         with Image.open(file) as now, Image.open(old) as before:
             kept = now.crop((0, 0, *before.size)).tobytes() == before.tobytes()
             return now.height // before.height, kept
 
-    both = {"flow", "adv-preference"}
-    assert drawn(both, {"flow"}) == (1, False)  # all have their runs: drawn anew
-    assert drawn({*both, "repair"}, {*both, "repair"}) == (1, True)  # repair is kept, and nothing is new
-    assert drawn({*both, "repair"}, {"flow", "repair"}) == (2, True)
+    assert drawn(both, {"flow": both["flow"]}) == (1, False)  # all have their runs: drawn anew
+    kept = {"repair": {"runs": {"0": "earlier"}}}
+    assert drawn(both | kept, both | kept) == (1, True)  # nothing is new
+    assert drawn(both | kept, kept) == (2, True)
+    assert drawn(both | kept, both | kept | {"flow": {"runs": {"0": "other"}}}) == (2, True)
     file.unlink()
-    report._draw_samples(results, {*both, "repair"}, both, file)
+    report._draw_samples(results, both | kept, both | kept, file)
     assert file.is_file()
 
 

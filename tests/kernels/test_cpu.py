@@ -143,8 +143,8 @@ def in_channels_last(*shape):
 @pytest.mark.parametrize(("channels", "groups"), [(64, 16), (24, 3), (16, 1)])
 @pytest.mark.parametrize("silu", [True, False])
 def test_group_norm_within_error_budget(channels, groups, silu):
-    """Of pixels that are far from zero and no multiple of a stretch's."""
-    x, weight, bias = in_channels_last(2, channels, 9, 17) + 20, torch.randn(channels), torch.randn(channels)
+    """Of pixels that are far from zero and no multiple of a stretch's; weight and bias lie apart in memory."""
+    x, (weight, bias) = in_channels_last(2, channels, 9, 17) + 20, torch.randn(channels, 2).unbind(1)
     assert x.is_contiguous(memory_format=torch.channels_last)
 
     def norm(dtype):
@@ -157,7 +157,7 @@ def test_group_norm_within_error_budget(channels, groups, silu):
 
 @compiled
 def test_words_of_philox_are_the_reference_s(monkeypatch):
-    """Of every part of key and counter, and with ids that lie apart in memory; no bit depends on threads."""
+    """Of every part of key and counter, and with ids that lie apart in memory."""
     ids = torch.tensor([[0, 9], [1, 9], [2**32 + 1, 9], [-1, 9], [2**63 - 1, 9]])[:, 0]
     cases = [
         {"seed": seed, "step": step, "stream": stream}
@@ -208,7 +208,13 @@ def every_result(x, qkv, bias, given, weights):
         *k.gated_residual(x, x.sin(), given[0], shift=given[1], scale=given[2], backend="cpu"),
         k.small_attention(q, key, v, backend="cpu"),
     ]
-    return [*results, *torch.autograd.grad(sum(r.square().sum() for r in results), (x, qkv))]
+    pixels = x.detach().transpose(1, 2)[..., None].contiguous(memory_format=torch.channels_last)
+    ones, ids = torch.ones(x.shape[2]), (1e6 * x.detach()[:, 0, 0]).long()
+    without_gradient = [
+        k.group_norm(pixels, 4, ones, ones, silu=True, backend="cpu"),
+        k.philox_words(20_000, seed=0, sample_ids=ids),
+    ]
+    return [*results, *torch.autograd.grad(sum(r.square().sum() for r in results), (x, qkv)), *without_gradient]
 
 
 def on_threads(count, *arguments):

@@ -882,7 +882,7 @@ def test_a_whole_copy_beside_a_base_in_parts_is_planned(paper):
     made = MergedCopy(network, adapters, lambda module: contextlib.nullcontext(), "math")
     parts_of_rows = [[rows] if isinstance(rows, torch.Tensor) else rows for rows in made._rows.values()]
     held = [*itertools.chain(*parts_of_rows), *(layer.bias for layer in made.transformer.linears())]
-    held += [made.transformer._modulation[1]]
+    held += [layer.bias for _, layer in made.transformer._modulation]
     shared = "norm_out.linear.weight", "pos_embed.pos_embed"  # a shape alone, and the network's own table
     outside = [tensor for name, tensor in made.transformer._small.items() if name not in shared]
     assert copy_of_all.bytes == pytest.approx(sum(t.nbytes for t in (*held, *outside)), rel=1e-3)
@@ -903,7 +903,9 @@ def test_a_whole_copy_is_proposed_where_it_fits(paper):
     assert said not in plan(paper, 80).line(), "one process gathers nothing"
     paper.model.lora.targets = ("norm1.linear",)
     assert said not in plan(paper, 80, processes=8).line()
-    paper.model.lora.targets, paper.rollout.precision = LORA_TARGETS, "fp8"
+    paper.model.lora.targets, paper.model.sequence_parallel = LORA_TARGETS, 2
+    assert said not in plan(paper, 80, processes=8).line(), "a copy computes all tokens"
+    paper.model.sequence_parallel, paper.rollout.precision = 1, "fp8"
     assert said not in plan(paper, 80, processes=8).line()
 
 

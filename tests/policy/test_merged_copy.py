@@ -58,6 +58,8 @@ def test_a_copy_samples_the_bits_of_a_whole_model_in_fp8(name, unit_config, tmp_
         found, expected = merged_latents(copied), merged_latents(ours)
         assert torch.equal(found, expected)
         assert torch.equal(copied.merge_error(), ours.merge_error())
+    copied.network.copy._gathered = lambda module: pytest.fail("gathered, though adapters are as they were")
+    copied.merge()
     layers = copied.network.copy.transformer.linears()
     quantised = [layer.names for layer in layers if layer.merged_fp8 is not None]
     assert quantised == [x.names for x in ours.network.transformer.linears() if x.merged_fp8 is not None] != []

@@ -52,7 +52,8 @@ class StackedLinear(torch.nn.Module):
         self.merged: torch.Tensor | None = None
         self.merged_fp8: Fp8Tensor | None = None
         self.base_fp8: tuple[Fp8Tensor, Fp8Tensor] | None = None  # W and its transpose, each with row scales
-        self._kept_fold: tuple[tuple[float, ...], torch.Tensor] | None = None
+        self.shared_out = False  # whether weight and bias lie in parts on several processes
+        self._kept_fold: tuple[tuple[float, ...], tuple[torch.Tensor, ...], torch.Tensor] | None = None
 
     def folds(self, rank: int) -> bool:
         """Whether W + scale·B·A is computed instead of low-rank products."""
@@ -62,15 +63,17 @@ class StackedLinear(torch.nn.Module):
     def folded(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
         """W + scale·B·A [N, K], which nobody may write to.
 
-        On a CPU it is kept until A, B or W are written to or are others: the forwards of a rollout share it, and those
-        between two optimizer steps. Never on a GPU, where a captured graph has to compute it at every replay.
+        On a CPU it is kept until A, B or W are others or are written to, which autograd counts but through `.data`: the
+        forwards of a rollout share it, and those between two optimizer steps. Never on a GPU, where a captured graph
+        has to compute it at every replay, nor where W lies in parts, which would be whole here for good.
         """
-        if not self.weight.is_cpu:
+        given = self.weight.detach(), a.detach(), b.detach()  # kept with it, so that no other has their addresses
+        if not self.weight.is_cpu or self.shared_out or any(each.is_inference() for each in given):
             return self._fold(a, b, scale)
-        key = scale, *(value for each in (self.weight, a, b) for value in (each.data_ptr(), each._version))
+        key = scale, *(value for each in given for value in (each.data_ptr(), each._version))
         if self._kept_fold is None or self._kept_fold[0] != key:
-            self._kept_fold = key, self._fold(a, b, scale)
-        return self._kept_fold[1]
+            self._kept_fold = key, given, self._fold(a, b, scale)
+        return self._kept_fold[-1]
 
     def _fold(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
         weight = self.weight.clone()

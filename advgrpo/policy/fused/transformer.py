@@ -15,8 +15,8 @@ to join them for attention or to part them after it, and every linear is one mat
 
 Several processes may compute the same rows together, each a share of the tokens (sequence.py): the streams of a block
 are then this process's tokens, and what attention reads and gives is exchanged. They may also have a part of the
-blocks' weights each (`Sharding`): a block is gathered when it runs, its modulation when a trajectory is prepared; what
-is outside of blocks is whole on each, and nothing is merged.
+blocks' weights each (`Sharding`): a block is gathered when it runs, its modulation when a trajectory is prepared; norms
+and what is outside of blocks are whole on each, and nothing is merged.
 
 Nothing here imports diffusers: a model is a `TransformerConfig` and tensors by their stock names.
 
@@ -463,6 +463,8 @@ class FusedTransformer:
         unit = Together(layers)
         if self._sharding is not None:
             self._sharding.share_out(unit)
+            for layer in layers:
+                layer.shared_out = True
         return unit
 
     def linears(self) -> list[StackedLinear]:
@@ -612,7 +614,9 @@ class FusedTransformer:
         streams = self._image_tokens(latents), prepared.text.shape[1]
         forward = _Forward(self, weights, prepared.at(step), streams, rotary, self._mask(latents, prepared.mask))
         x, text, normed = self._embed(latents), self._own(prepared.text.transpose(0, 1)).contiguous(), None
-        for block, following, unit in zip(self.blocks, [*self.blocks[1:], None], self._units, strict=False):
+        for block, following, unit in zip(
+            self.blocks, [*self.blocks[1:], None], self._units[: len(self.blocks)], strict=True
+        ):
             run = partial(unit, forward.block, block)
             if not self.checkpointing:
                 joins = following is None and self.singles  # whose norm is of both streams in one tensor

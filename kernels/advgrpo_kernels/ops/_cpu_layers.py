@@ -179,7 +179,8 @@ def group_norm(
 ) -> torch.Tensor:
     """GroupNorm of x [B, C, H, W] in channels_last, with SiLU behind it where `silu`; no gradient."""
     y, (B, C, H, W) = torch.empty_like(x), x.shape
-    pointers = map(address, (x, weight.contiguous(), bias.contiguous(), y))
+    weight, bias = weight.contiguous(), bias.contiguous()  # that outlive the call
+    pointers = map(address, (x, weight, bias, y))
     sizes = integers(B, H * W, C, groups, int(silu))
     _cpu.library().advgrpo_group_norm(*pointers, sizes, eps, torch.get_num_threads())
     return y

@@ -211,7 +211,7 @@ def philox_words(
     if sample_ids.dim() != 1 or sample_ids.dtype != torch.int64:
         raise ValueError(f"sample_ids must be int64 [B], got {sample_ids.dtype} {tuple(sample_ids.shape)}")
     device = sample_ids.device
-    seed, step = as_int64(seed, device), as_int64(step, device)
+    seed, step, stream = as_int64(seed, device), as_int64(step, device), stream & _MASK
     if _runtime.DEFAULT_BACKEND == "auto" and _cpu.takes(sample_ids, seed, step, dtype=torch.int64):
         return _words_on_cpu((count + 3) // 4, int(seed), sample_ids.contiguous(), int(step), stream)
     block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device).expand(len(sample_ids), -1)
