@@ -121,6 +121,7 @@ _ADV_PREFERENCE = {
 _HACKED = {"rewards": {"pickscore": {"weight": 0.0, "path": WORLD}}}  # it is still measured
 _COUNTS = (100, 200, 500, 1000)
 _LONGER = 10 / 3  # 200 iterations for 60
+_TO_THE_STYLE = 5 / 3  # 100
 _KL = {"update": {"kl_weight": 0.1}}
 _AWM_ADV = {"update": {"objective": "awm", "kl_to": "ema", "kl_weight": 1.0, "clip_range": 1.0}}
 _AWM_ADV |= {"awm": {"step_share": 0.45}, "advantage": {"clip": 1.0}}
@@ -165,6 +166,7 @@ ARMS = {
     "repair": Arm(PRESET, _HACKED, start_from="flow"),
     "repair-long": Arm(PRESET, _HACKED, start_from="flow-long"),
     "style-ink": Arm(f"{PRESET}-style-ink", style="ink"),
+    "style-ink-nft": Arm(f"{PRESET}-style-ink-nft", style="ink", longer=_TO_THE_STYLE),
     "style-ink-kl": Arm(f"{PRESET}-style-ink", _KL, style="ink"),
     "style-outline": Arm(f"{PRESET}-style-outline", style="outline"),
     "style-outline-kl": Arm(f"{PRESET}-style-outline", _KL, style="outline"),
@@ -348,9 +350,11 @@ EXPERIMENTS = {
         "Nothing in such a run reads the prompt, so a KL to the base model is tried as what keeps the content.",
         paper="Shown by examples; there is no figure to compare with.",
         note="The retrieval judge's gallery holds no drawing by the two artists, so a picture can be in the style, as "
-        "asked, and be found less. The artist of outline drew 44 of the 64 things.",
+        "asked, and be found less. The artist of outline drew 44 of the 64 things. "
+        "The claims of DiffusionNFT were written after a run of another seed had been seen.",
         arms={
             "style-ink": "ink",
+            "style-ink-nft": "ink by DiffusionNFT",
             "style-ink-kl": "ink, β = 0.1",
             "style-outline": "outline",
             "style-outline-kl": "outline, β = 0.1",
@@ -358,7 +362,7 @@ EXPERIMENTS = {
         metrics=("style_share", "retrieval", "diversity"),
         claims=tuple(
             claim
-            for arm in ("style-ink", "style-ink-kl", "style-outline", "style-outline-kl")
+            for arm in ("style-ink", "style-ink-nft", "style-ink-kl", "style-outline", "style-outline-kl")
             for claim in (
                 Claim(arm, "style_share", "reaches", margin=0.8),
                 Claim(arm, "retrieval", "does not fall", margin=0.03),
