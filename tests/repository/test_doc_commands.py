@@ -93,7 +93,7 @@ class Parsed(BaseException):
 
 @pytest.fixture
 def parse_only(monkeypatch, tmp_path):
-    """The commands' own parsers, after which nothing happens; in a folder with a run to resume."""
+    """The commands' own parsers, after which nothing happens; in a folder with the examples and a run to resume."""
 
     def stops_after(function):
         def called(*arguments, **keywords):
@@ -106,6 +106,7 @@ def parse_only(monkeypatch, tmp_path):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stops_after(argparse.ArgumentParser.parse_args))
     monkeypatch.setattr(_launcher, "Session", stops_after(lambda *arguments: arguments))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
     settings, _ = configuration.read("tiny", None)
