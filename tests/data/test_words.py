@@ -86,6 +86,7 @@ def test_the_shipped_set_is_what_the_command_writes(shipped, tmp_path):
             assert abs(np.asarray(kept, dtype=int) - np.asarray(drawn, dtype=int)).max() <= 2  # fonts move by versions
 
 
+@pytest.mark.weekly
 def test_the_shipped_pipeline_draws_words_that_are_read(shipped, reward):
     """Above half of the letters without guidance, and more with it: what a text-rendering reward starts from."""
     pipe = StableDiffusion3Pipeline.from_pretrained(shipped.pipeline)

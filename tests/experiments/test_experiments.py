@@ -330,7 +330,8 @@ def test_arms_are_what_they_say():
             config.check(made)
         assert made.data.held_out_prompts == WORLD
         assert (made.seed, made.evaluation.every) == (1, 8)
-        assert made.iterations == (213 if arm in ("flow-long", "adv-preference-long") else 64)
+        longer = {"flow-long": 213, "adv-preference-long": 213, "style-ink-nft": 107}
+        assert made.iterations == longer.get(arm, 64)
         assert made.evaluation.guidance_scale == GUIDANCE
         without = arm == "guidance-1" or made.objective.forward_process
         assert made.rollout.guidance_scale == (1.0 if without else GUIDANCE)

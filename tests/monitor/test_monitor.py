@@ -483,6 +483,7 @@ def test_a_run_whose_images_are_constant(unit_config, monkeypatch):
     assert flags_of(run, 8) >= {"mode_collapse", "dead_groups", "overpowered_adversary"}
 
 
+@pytest.mark.weekly
 def test_a_run_whose_head_learns_the_wrong_way_round(unit_config, monkeypatch):
     """reward_collapse: references and generations are swapped in the head's training."""
     unit_config.adversary.learning_rate = 0.005

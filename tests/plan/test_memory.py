@@ -849,6 +849,7 @@ def test_tokens_shared_out_are_planned(paper):
         plan(paper, 80, processes=6)
 
 
+@pytest.mark.weekly
 def test_sharding_is_proposed_where_it_can_be_done(paper):
     """By several processes, and not beside what it refuses."""
     paper.model.path = "stabilityai/stable-diffusion-3.5-large"
@@ -973,6 +974,7 @@ def least_gb(
     return min(each.peak_gb for each in _Estimate(config, processes).plans(math.inf))
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("processes", [1, *(pytest.param(many, marks=pytest.mark.weekly) for many in (2, 4)), 8])
 def test_the_documents_say_what_fits(processes):
     page = (ROOT / "docs" / "families.md").read_text()
@@ -1030,6 +1032,7 @@ def sent(processes: int) -> tuple[float, int]:
     return sum(messages) / 1e9, len(messages)
 
 
+@pytest.mark.weekly
 def test_the_documents_say_what_tokens_shared_out_need_and_cost():
     config, lines = configuration.load("qwen-image-dino"), []
     config.model.resolution, config.rollout.micro_batch = 1024, 1

@@ -32,6 +32,7 @@ def test_every_artists_drawings_keep_the_rules_wherever_they_jitter(artist):
     assert layout.background_correct.all()
 
 
+@pytest.mark.weekly
 def test_an_unknown_artists_drawings_fit_too(monkeypatch):
     """The boxes are of things, not of single drawings: those of the four others will do."""
     from advgrpo.tiny import rules
