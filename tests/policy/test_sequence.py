@@ -94,7 +94,7 @@ def test_processes_of_a_sequence_group_are_neighbours_and_take_turns():
         Mesh(0, 4, 3)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.weekly)])
 def test_an_exchange_moves_bits_and_its_gradient_moves_them_back(processes, left):
     first, width = [sum(shares(24, processes)[:rank]) for rank in range(processes + 1)], 8 // processes
     second = [24 + sum(shares(TEXT, processes)[:rank]) for rank in range(processes + 1)]
