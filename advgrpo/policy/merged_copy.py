@@ -22,6 +22,7 @@ from torch import nn
 
 from advgrpo.policy.adapters import LoraAdapters, block_names, block_of
 from advgrpo.policy.fp8_base import Fp8Linear
+from advgrpo.policy.fused.linear import as_written
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig, merge_error
 from advgrpo_kernels import Fp8Tensor, fp8_quantize, merge_lora
 
@@ -55,7 +56,7 @@ class MergedCopy:
         self._by_unit: dict[str, list[str]] = {}
         for name in self._rows:
             self._by_unit.setdefault(_unit(name), []).append(name)
-        self._merged_of: list[tuple[int, int]] = []  # where adapters lay, and how often they had been written to
+        self._merged_of: tuple[int, ...] = ()  # `as_written` of the adapters
         self.merge()
 
     def _small_tensors(self, modulation: set[str]) -> dict[str, torch.Tensor]:
@@ -79,7 +80,7 @@ class MergedCopy:
         """W + (alpha/r)·B·A of the linears with adapters, rounded once, in place; nothing where adapters are as they
         were, since evaluations ask before every few prompts."""
         adapted, filled = self._adapters.modules(), bool(self._merged_of)
-        merging_of = [(each.data_ptr(), each._version) for pair in adapted.values() for each in pair]
+        merging_of = as_written(chain.from_iterable(adapted.values()))
         if merging_of == self._merged_of:
             return
         for unit, names in self._by_unit.items():

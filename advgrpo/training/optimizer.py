@@ -52,6 +52,8 @@ class TorchAdamW:
         settings = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
         kind = _apex_adam() if section.optimizer == "apex" else torch.optim.AdamW
         self.optimizer = kind(parameters, weight_decay=section.weight_decay, **settings)
+        if section.optimizer == "apex":  # whose kernels write to them without telling autograd
+            self.optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(parameters))
 
     def step(self) -> torch.Tensor:
         norm = self.norm([p.grad for p in self.parameters])

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from advgrpo.config import Config, UpdateSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import choose_attention
+from advgrpo.policy.fused.linear import as_written
 from advgrpo.runtime import phases
 from advgrpo.runtime.checkpoint import pack_optimizer, unpack_optimizer
 from advgrpo.training.ema import Ema
@@ -120,7 +121,8 @@ def test_auto_takes_the_newest_flash_attention_that_the_gpu_can_run(gpu, monkeyp
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """apex.optimizers.FusedAdam's arguments, state and where it counts steps; the arithmetic is Adam's formula."""
+    """apex.optimizers.FusedAdam's arguments, state, where it counts steps, and that autograd does not see it write; the
+    arithmetic is Adam's formula."""
 
     def __init__(
         self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0,
@@ -151,8 +153,8 @@ class FusedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"].lerp_(grad * grad, 1 - second)
                 root = (state["exp_avg_sq"] / (1 - second**t)).sqrt() + group["eps"]
                 if self.decoupled:
-                    p -= group["lr"] * group["weight_decay"] * p
-                p -= group["lr"] / (1 - first**t) * state["exp_avg"] / root
+                    p.data -= group["lr"] * group["weight_decay"] * p
+                p.data -= group["lr"] / (1 - first**t) * state["exp_avg"] / root
 
 
 @pytest.fixture
@@ -194,6 +196,14 @@ def test_apex_takes_the_steps_of_torchs_adamw(apex):
     steps(ours, ours_p, 4, 2)
     steps(resumed, resumed_p, 4, 2)
     assert all(torch.equal(a, b) for a, b in zip(ours_p, resumed_p))
+
+
+def test_a_step_of_apex_is_seen_where_weights_are_remembered(apex):
+    """A whole copy beside a base in parts is merged again only where adapters have been written to."""
+    optimizer, parameters = optimizer_of("apex")
+    before = as_written(parameters)
+    steps(optimizer, parameters, 0, 1)
+    assert as_written(parameters) != before
 
 
 def test_apex_never_sees_a_gradient_that_is_not_finite(apex):

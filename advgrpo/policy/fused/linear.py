@@ -20,7 +20,7 @@ Of joint layers T image tokens and S text tokens, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, overload
 
 import torch
@@ -31,6 +31,12 @@ from advgrpo_kernels import Fp8Tensor, fp8_linear, fp8_quantize, gelu
 
 _Both = tuple[torch.Tensor, torch.Tensor]  # of image and of text
 _Two = tuple["StackedLinear", "StackedLinear"]
+
+
+def as_written(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
+    """Changes when one of them is another or is written to, as autograd counts it: not through `.data`. Only of tensors
+    that are kept, since another could come to lie where one was."""
+    return tuple(value for each in tensors for value in (each.data_ptr(), each._version))
 
 
 class StackedLinear(torch.nn.Module):
@@ -67,10 +73,10 @@ class StackedLinear(torch.nn.Module):
         forwards of a rollout share it, and those between two optimizer steps. Never on a GPU, where a captured graph
         has to compute it at every replay, nor where W lies in parts, which would be whole here for good.
         """
-        given = self.weight.detach(), a.detach(), b.detach()  # kept with it, so that no other has their addresses
-        if not self.weight.is_cpu or self.shared_out or any(each.is_inference() for each in given):
+        if not self.weight.is_cpu or self.shared_out or any(each.is_inference() for each in (self.weight, a, b)):
             return self._fold(a, b, scale)
-        key = scale, *(value for each in given for value in (each.data_ptr(), each._version))
+        given = self.weight.detach(), a.detach(), b.detach()  # kept with it, so that no other has their addresses
+        key = scale, *as_written(given)
         if self._kept_fold is None or self._kept_fold[0] != key:
             self._kept_fold = key, given, self._fold(a, b, scale)
         return self._kept_fold[-1]
