@@ -26,7 +26,14 @@ from typing import Any
 import torch
 
 from advgrpo.config import Config
-from advgrpo.plan.known_models import fused_units, known_pipeline, meta_transformer, share_bytes, stock_units
+from advgrpo.plan.known_models import (
+    fused_units,
+    known_pipeline,
+    meta_transformer,
+    outside_of,
+    share_bytes,
+    stock_units,
+)
 from advgrpo.policy.adapters import block_names, target_modules
 from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
@@ -240,8 +247,7 @@ def units_in_parts(config: Config, stock: Any) -> tuple[Units, Units]:
         units, blocks = fused_units(stock), len(block_names(stock))
         return units[:blocks], units[blocks:]
     blocks, _ = stock_units(stock, config.model.base_precision == "fp8")
-    inside = {parameter for block in blocks for parameter in block}
-    return [[parameter for parameter in stock.parameters() if parameter not in inside], *blocks], []
+    return [outside_of(stock, blocks), *blocks], []
 
 
 def gathers(units: tuple[Units, Units], processes: int) -> Gathers:

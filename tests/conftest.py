@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two busy OpenMP processes on two cores otherwise spin (5x slower)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +22,11 @@ gc.set_threshold(50_000, 20, 100)  # a million objects stay: looking for what do
 keep_freed_memory(torch.device("cpu"))  # a tenth of the tests' time is spent in page faults
 
 
+def is_second(places: Iterable[int]) -> bool:
+    """Whether a combination of arguments, by their places among the values of each, is left to the week."""
+    return sum(places) % 2 == 1
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Of a test of all combinations of the arguments that `every_second` names, every second one is weekly: of three
@@ -32,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
         named = item.get_closest_marker("every_second")
         if named:
             assert len(named.args) >= 3, f"{item}: of fewer, two values would never meet in CI"
-            if sum(item.callspec.indices[name] for name in named.args) % 2:
+            if is_second(item.callspec.indices[name] for name in named.args):
                 item.add_marker("weekly")
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: (item.path not in slow, "kernels" in item.path.parts))

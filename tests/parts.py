@@ -19,6 +19,7 @@ from advgrpo.runtime.distributed import Distributed
 from advgrpo.runtime.graphs import GraphBackend
 from advgrpo.sampling.dynamics import window_steps
 from advgrpo.training.update import Updater
+from tests.conftest import is_second
 
 
 def some_weekly(values: Iterable[str], weekly: Collection[str]) -> list:
@@ -32,7 +33,7 @@ def every_second(*choices: Sequence) -> list:
     found = []
     for places in itertools.product(*(range(len(values)) for values in choices)):
         values = [of[place] for of, place in zip(choices, places, strict=True)]
-        found.append(pytest.param(*values, marks=[pytest.mark.weekly] * (sum(places) % 2)))
+        found.append(pytest.param(*values, marks=[pytest.mark.weekly] * is_second(places)))
     return found
 
 

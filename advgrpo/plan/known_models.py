@@ -376,7 +376,7 @@ def _count_share(config: str, processes: int, dtype: torch.dtype, fp8: bool, fus
     if fused:
         held, outside = held + outside, 0
     else:
-        held += sum(share_bytes(p, processes) for p in {*transformer.parameters()} - {*every})
+        held += sum(share_bytes(p, processes) for p in outside_of(transformer, units))
     blocks = [sum(p.nbytes for p in unit) for unit in units]
     pair = max(map(sum, itertools.pairwise(blocks)), default=blocks[0])
     return ShareCount(held, max(blocks), pair, outside, largest)
@@ -397,6 +397,12 @@ def stock_units(transformer: Any, fp8: bool) -> tuple[list[list[torch.Tensor]], 
     units = [list(transformer.get_submodule(name).parameters()) for name in block_names(transformer)]
     quantised = (p.numel() for unit in units for p in unit if p.dtype == torch.float8_e4m3fn)
     return units, max(quantised, default=0)
+
+
+def outside_of(transformer: Any, units: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Parameters that are in none of its `stock_units`."""
+    inside = set(itertools.chain.from_iterable(units))
+    return [parameter for parameter in transformer.parameters() if parameter not in inside]
 
 
 class _Units:
