@@ -37,7 +37,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -188,6 +188,25 @@ class Distributed:
             return [json.loads(json.dumps(value))]
         payload = _to_bytes(value).to(self.device)
         return [_from_bytes(part) for part in self._gather_rows(payload[:, None], 1, "JSON")]
+
+    def from_rank(self, source: int, contents: Sequence[bytes], group: dist.ProcessGroup | None = None) -> list[bytes]:
+        """The byte strings of rank `source`, on all ranks; the others pass as many, which are ignored.
+
+        Args:
+            group: `patient_group`, where ranks come to this at different times.
+        """
+        if self.world_size == 1 or not contents:
+            return list(contents)
+        with self.collective("from_rank"):
+            lengths = torch.tensor([len(content) for content in contents], device=self.device)
+            dist.broadcast(lengths, source, group=group)
+            if self.rank == source:
+                payload = torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8).to(self.device)
+            else:
+                payload = torch.empty(int(lengths.sum()), dtype=torch.uint8, device=self.device)
+            dist.broadcast(payload, source, group=group)
+            parts = payload.cpu().split(lengths.tolist())
+        return [part.numpy().tobytes() for part in parts]
 
     def progress(self, doing: str, *, within_seconds: float | None = None) -> None:
         """Note what this rank begins now; those that wait for it in `monitored` show it, and it proves it is not stuck.
@@ -413,7 +432,7 @@ class Distributed:
         of its work."""
         began = said = time.monotonic()
         seen: dict[int, tuple[tuple[int, int], float]] = {}
-        while not _comes(self._store, everybody_is_here, watch.POLL_SECONDS):
+        while not watch.comes(self._store, everybody_is_here, watch.POLL_SECONDS):
             if self._watch.failure is not None:
                 raise self._watch.failure.as_exception()
             if self._watch.has_stopped:
@@ -473,7 +492,7 @@ def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
             _welcome(store, own, other, deadline)
         return own
     store.set(f"hello/{rank}", own)
-    while not _comes(store, f"welcome/{own}", watch.POLL_SECONDS):
+    while not watch.comes(store, f"welcome/{own}", watch.POLL_SECONDS):
         _check_start(deadline)
     attempt = store.get(f"welcome/{own}").decode()
     store.set(f"{attempt}/here/{rank}", "")
@@ -485,7 +504,7 @@ def _welcome(store: dist.Store, attempt: str, rank: int, deadline: float) -> Non
     while True:
         if store.check([f"hello/{rank}"]):
             store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", attempt)
-        if _comes(store, f"{attempt}/here/{rank}", _LONGEST_POLL_SECONDS):
+        if watch.comes(store, f"{attempt}/here/{rank}", _LONGEST_POLL_SECONDS):
             return
         _check_start(deadline)
 
@@ -493,15 +512,6 @@ def _welcome(store: dist.Store, attempt: str, rank: int, deadline: float) -> Non
 def _check_start(deadline: float) -> None:
     if time.monotonic() > deadline:
         raise UserError(f"not all processes of the job came up within {START_SECONDS:.0f} s; see the others' logs")
-
-
-def _comes(store: dist.Store, key: str, seconds: float) -> bool:
-    """Whether somebody sets the key within so many seconds; one request, which the store answers when it is there."""
-    try:
-        store.wait([key], timedelta(seconds=seconds))
-    except dist.DistStoreError:  # also where the store is gone, which the next request to it says
-        return False
-    return True
 
 
 def _to_bytes(value: Any) -> Tensor:

@@ -32,6 +32,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -53,6 +54,8 @@ END_SECONDS = 2.0  # after the grace, for the error to be written down
 LINGER_SECONDS = 5.0  # a failed rank stays for the others to read its report: torchrun ends all once one exits
 TORCHRUN_SECONDS = 30.0  # between SIGTERM and SIGKILL, which alone ends a stopped process
 _WAIT_POLL_SECONDS = 0.05
+_REPORT_POLLS = 3  # until a rank that fails is taken not to report it
+_DIAGNOSIS_POLLS = 6  # until the rank that looks for the cause is taken not to report it: as long again, for the notes
 
 
 def seconds_to_the_end(timeout: float) -> dict[str, float]:
@@ -65,7 +68,7 @@ def seconds_to_the_end(timeout: float) -> dict[str, float]:
     return {
         "stopped": SILENCE_SECONDS + 2 * POLL_SECONDS + leaving + TORCHRUN_SECONDS,
         "hangs": timeout + BEHIND_SECONDS + 2 * POLL_SECONDS + leaving,
-        "hangs, and the collective notices": timeout + 3 * POLL_SECONDS + LINGER_SECONDS + leaving,
+        "hangs, and the collective notices": timeout + _DIAGNOSIS_POLLS * POLL_SECONDS + LINGER_SECONDS + leaving,
     }
 
 
@@ -212,11 +215,7 @@ class Watch(threading.Thread):
         if isinstance(error, CollectiveError) and self.failure is None:
             # Usually the echo of a rank that is about to report, or whose process has just been killed.
             tell(self._rank, f"{error}\nWaiting for the report of the rank that caused it.")
-            before = self._notes()
-            self._wait_until(lambda: self.failure is not None, 3 * POLL_SECONDS)
-            diagnosis, waits_for = self._diagnose(before, self._notes())
-            if self.failure is None and diagnosis:
-                tell(self._rank, diagnosis)
+            diagnosis, waits_for = self._diagnose_once()
         self.has_reported = True
         if self._cut_off:
             return self.failure
@@ -246,7 +245,7 @@ class Watch(threading.Thread):
         faulthandler.dump_traceback_later(most, exit=True, file=sys.__stderr__)
         self._store.set(f"alive/{self._rank}", "done")
         if self.goes_on:
-            self._wait_until(lambda: self._store.check(["saved"]), LONGEST_SAVE_SECONDS)
+            comes(self._store, "saved", LONGEST_SAVE_SECONDS)
         self._store.add("goodbyes", 1)
         faulthandler.cancel_dump_traceback_later()
 
@@ -359,6 +358,26 @@ class Watch(threading.Thread):
         text = self._store.get(key) if self._store.check([key]) else b"done"
         return None if text == b"done" else Note.read(text)
 
+    def _diagnose_once(self) -> tuple[str, tuple[int, ...]]:
+        """`_diagnose` on the first rank that asks, after waiting for a report; the others wait for that rank's report.
+
+        All of them reading the notes of all would be a million requests of a job of a thousand ranks. Where no report
+        comes, because the one that diagnoses has died meanwhile, nothing is known.
+        """
+        try:
+            first = int(self._store.compare_set("diagnosing", "", str(self._rank))) == self._rank
+            if not first:
+                self._wait_until(lambda: self.failure is not None, _DIAGNOSIS_POLLS * POLL_SECONDS)
+                return "", ()
+            before = self._notes()
+            self._wait_until(lambda: self.failure is not None, _REPORT_POLLS * POLL_SECONDS)
+            diagnosis, waits_for = ("", ()) if self.failure is not None else self._diagnose(before, self._notes())
+        except dist.DistError:  # the store is gone, which `report` says
+            return "", ()
+        if diagnosis:
+            tell(self._rank, diagnosis)
+        return diagnosis, waits_for
+
     def _diagnose(self, before: dict[int, Note], after: dict[int, Note]) -> tuple[str, tuple[int, ...]]:
         """Why a collective failed, from the notes around a few seconds of waiting: who is silent, or who is behind."""
         silent = [rank for rank in after if rank in before and before[rank].beat == after[rank].beat]
@@ -441,6 +460,15 @@ class Watch(threading.Thread):
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
             time.sleep(_WAIT_POLL_SECONDS)
+
+
+def comes(store: dist.Store, key: str, seconds: float) -> bool:
+    """Whether somebody sets the key within so many seconds; one request, which the store answers when it is there."""
+    try:
+        store.wait([key], timedelta(seconds=seconds))
+    except dist.DistStoreError:  # also where the store is gone, which the next request to it says
+        return False
+    return True
 
 
 def machine() -> str:

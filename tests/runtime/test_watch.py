@@ -76,6 +76,56 @@ def test_each_rank_that_is_behind_is_looked_after_by_one_that_waits(clock):
     assert [re.match(r"rank (\d+) has not come any further", text)[1] for text in late] == ["5", "40", "63"]
 
 
+class Counted:
+    """A store that counts what is asked of it."""
+
+    def __init__(self, store: dist.Store):
+        self.store, self.asked = store, 0
+
+    def __getattr__(self, name):
+        self.asked += 1
+        return getattr(self.store, name)
+
+
+def test_one_rank_looks_for_the_cause_of_a_collective_that_failed_on_all(monkeypatch):
+    """Each of a thousand reading the notes of a thousand would be what the store does in its last seconds."""
+    monkeypatch.setattr(Watch, "_wait_until", staticmethod(lambda condition, seconds: None))
+    (everyone, store), behind = watches(64), {7, 40}
+    for one in everyone:
+        one.note = Note(place=3 - (one._rank in behind), doing="its work")
+        store.set(f"alive/{one._rank}", json.dumps(asdict(one.note)))
+        one._store = Counted(store)
+    waiting = [one for one in everyone if one._rank not in behind]
+    monkeypatch.setattr(Watch, "_diagnose", lambda self, before, after: alive(self, before, after))
+    causes = {one.report(watch.CollectiveError("all_gather timed out")) for one in waiting}
+    (cause,) = causes
+    assert cause.waits_for == (7, 40)
+    assert "not there: rank 7 (its work), rank 40 (its work)" in cause.summary
+    assert sum(one._store.asked for one in everyone) <= 8 * 64
+    assert max(one._store.asked for one in waiting[1:]) <= 3
+
+
+real_diagnose = Watch._diagnose
+
+
+def alive(one: Watch, before: dict[int, Note], after: dict[int, Note]):
+    """The diagnosis where a beat has passed between the notes."""
+    for note in after.values():
+        note.beat += 1
+    return real_diagnose(one, before, after)
+
+
+def test_a_rank_that_dies_while_it_looks_for_the_cause_is_not_waited_for_for_long(monkeypatch):
+    waited = []
+    monkeypatch.setattr(Watch, "_wait_until", staticmethod(lambda condition, seconds: waited.append(seconds)))
+    (_, second), store = watches(2)
+    store.set("diagnosing", "0")
+    cause = second.report(watch.CollectiveError("all_gather timed out"))
+    assert cause.is_own(1)
+    assert cause.summary.endswith("CollectiveError: all_gather timed out")
+    assert waited[0] + watch.LINGER_SECONDS + watch.SAVE_SECONDS + 40 <= 60
+
+
 @pytest.mark.parametrize(("within", "wanted"), [(None, 40.0), (7.0, 7.0)])
 def test_work_without_a_limit_of_its_own_has_the_collectives(within, wanted):
     job = Distributed(0, 2, 0, "cpu")
@@ -132,11 +182,13 @@ def test_who_is_to_fail_waits_until_rank_0_has_saved(monkeypatch):
     monkeypatch.setattr(Watch, "goes_on", property(lambda self: True))
     (_, other), store = watches(2)
     other._left.set()
+    other._store = Counted(store)
     leaving = threading.Thread(target=other._say_goodbye, daemon=True)
     leaving.start()
     leaving.join(0.5)
     assert leaving.is_alive()
     assert store.get("alive/1") == b"done", "rank 0 must not take its silence for its death"
+    assert other._store.asked <= 2, "asleep in the store rather than asking again and again"
     store.set("saved", "")
     leaving.join(10)
     assert not leaving.is_alive()
