@@ -30,8 +30,9 @@ _NAMED = 5  # unusable images that an error names
 class ReferenceSet:
     """Reference images in a folder, indexed by a JSON file `{prompt: [files relative to the folder]}`.
 
-    Made by `ReferenceSet.load`, which decodes every image once so that a bad one is found before training starts.
-    Models see squares: an image that is none is an error, unless `fit` says how it becomes one.
+    Made by `ReferenceSet.load`, which decodes every image once so that a bad one is found before training starts; each
+    of several processes decodes its share. Models see squares: an image that is none is an error, unless `fit` says how
+    it becomes one.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class ReferenceSet:
         index: str = "references.json",
         min_size: int = 16,
         fit: Fit = "refuse",
+        rank: int = 0,
+        world_size: int = 1,
     ) -> "ReferenceSet":
         """Read the index and check the images of `prompts`; other entries of the index are left alone.
 
@@ -61,11 +64,13 @@ class ReferenceSet:
             min_size: the smallest width and height, in pixels, that an image may have.
             fit: what happens to images whose sides differ by more than 2 %: refuse, crop the middle, letterbox with
                 white bars, or stretch.
+            rank, world_size: which of how many processes this is, each of which checks a share of the images. Only
+                once none has failed are all checked: the caller lets them meet.
 
         Raises:
             UserError: missing folder, index or file; an index of another shape; a prompt without references; an image
-                that is unreadable, truncated, not RGB, animated, too small, too large, in a single colour or, with
-                `fit` = refuse, not square.
+                of this process's share that is missing, unreadable, truncated, not RGB, animated, too small, too large,
+                in a single colour or, with `fit` = refuse, not square.
         """
         folder = Path(folder)
         source = parse_source(folder)
@@ -78,17 +83,24 @@ class ReferenceSet:
         _check_coverage(entries, prompts, folder / index)
         files = {prompt: [folder / name for name in entries[prompt]] for prompt in prompts}
         distinct = list(dict.fromkeys(file for group in files.values() for file in group))
-        _check_images(folder, distinct, min_size, fit)
+        _check_images(folder, distinct[rank::world_size], min_size, fit, of=len(distinct))
         return cls(folder, files, fit)
 
     @classmethod
     def shared(
-        cls, folder: str | Path, prompts: list[str] | None, min_size: int = 16, fit: Fit = "refuse"
+        cls,
+        folder: str | Path,
+        prompts: list[str] | None,
+        min_size: int = 16,
+        fit: Fit = "refuse",
+        rank: int = 0,
+        world_size: int = 1,
     ) -> "ReferenceSet":
         """Every image in `folder` is a reference of every prompt: a style, which has no prompts.
 
         Args:
             prompts: those that there are; None: any.
+            rank, world_size: as in `load`.
 
         Raises:
             UserError: missing folder, no image in it, or one that `load` would refuse.
@@ -99,7 +111,7 @@ class ReferenceSet:
         files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise UserError(f"data.style = {str(folder)!r} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        _check_images(folder, files, min_size, fit, style=True)
+        _check_images(folder, files[rank::world_size], min_size, fit, of=len(files), style=True)
         if prompts is None:
             return cls(folder, {"": files}, fit, shared=files)
         return cls(folder, dict.fromkeys(prompts, files), fit)
@@ -212,7 +224,9 @@ def _nearest(prompt: str, keys: Iterable[str]) -> str:
     return f"; the nearest prompt there is {close[0]!r}" if close else ""
 
 
-def _check_images(folder: Path, files: list[Path], min_size: int, fit: Fit, *, style: bool = False) -> None:
+def _check_images(folder: Path, files: list[Path], min_size: int, fit: Fit, *, of: int, style: bool = False) -> None:
+    """UserError for those of the `files` that cannot be references; they are a share of so many images."""
+
     def complaint(file: Path) -> ImageError | None:
         try:
             check_reference(file, min_size, fit)
@@ -222,7 +236,8 @@ def _check_images(folder: Path, files: list[Path], min_size: int, fit: Fit, *, s
 
     complaints = [error for error in _map_in_threads(complaint, files) if error is not None]
     if complaints:
-        raise UserError(_unusable(complaints, len(files), folder, import_command(folder, style=style)))
+        checked = f"{len(files)} images" if len(files) == of else f"{len(files)} images of this process's share"
+        raise UserError(_unusable(complaints, checked, folder, import_command(folder, style=style)))
 
 
 def check_reference(file: Path, min_size: int, fit: Fit) -> Image.Image:
@@ -252,13 +267,13 @@ def import_command(folder: Path, *, style: bool = False) -> str:
     return command + (" --captions none" if style else "")
 
 
-def _unusable(errors: list[ImageError], checked: int, folder: Path, command: str) -> str:
+def _unusable(errors: list[ImageError], checked: str, folder: Path, command: str) -> str:
     """One error for all: the first in full, the next ones by name, and what mends most of them."""
     first, others = errors[0], errors[1:]
     text = f"reference image {first.name} {first.reason}"
     if others:
         named = ", ".join(str(Path(error.name).relative_to(folder)) for error in others[: _NAMED - 1])
-        text += f" ({len(errors)} of {checked} images are unusable, also {named}{', ...' * (len(errors) > _NAMED)})"
+        text += f" ({len(errors)} of {checked} are unusable, also {named}{', ...' * (len(errors) > _NAMED)})"
     remedies = [first.remedy] if first.remedy else []
     if any(error.importable for error in errors):
         remedies.append(f"convert the whole folder: {command}")

@@ -37,12 +37,20 @@ class Sources:
     metadata: dict[str, Mapping[str, Any]] | None = None
 
     @classmethod
-    def read(cls, config: Config, *, check: Callable[[Sources], None] | None = None) -> Sources:
+    def read(
+        cls,
+        config: Config,
+        *,
+        check: Callable[[Sources], None] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Sources:
         """UserError naming the file, the prompt or the image that is wrong.
 
         Args:
             check: of the prompts, before their references are looked for: who has to draw those wants to know first
                 whether a prompt can be judged. It gets sources without references.
+            rank, world_size: of how many processes, which share out the images to check: see `ReferenceSet.load`.
         """
         fields = ("prompts", "held_out_prompts", "references")
         paths = {field: shipped_path(field, getattr(config.data, field)) for field in fields}
@@ -57,7 +65,7 @@ class Sources:
         metadata = metadata_of([*lines[0], *lines[1]])
         if check is not None:
             check(cls(prompts, held_out, None, metadata))
-        references = _references(config, paths["references"], prompts + held_out)
+        references = _references(config, paths["references"], prompts + held_out, rank=rank, world_size=world_size)
         if config.data.reference_count:
             prompts = _within_budget(config, references, prompts)
         if references is not None and not config.data.style:
@@ -89,8 +97,8 @@ def metadata_of(prompts: list[Prompt]) -> dict[str, Mapping[str, Any]] | None:
     return {p.text: p.metadata for p in prompts if p.metadata} or None
 
 
-def _references(config: Config, folder: str, prompts: list[str]) -> ReferenceSet | None:
-    rules: dict[str, Any] = {"min_size": config.data.min_reference_size, "fit": config.data.fit}
+def _references(config: Config, folder: str, prompts: list[str], **share: int) -> ReferenceSet | None:
+    rules: dict[str, Any] = {"min_size": config.data.min_reference_size, "fit": config.data.fit, **share}
     if config.data.style:
         return ReferenceSet.shared(_style_folder(config.data.style), prompts, **rules)
     if folder:
@@ -104,7 +112,8 @@ def _check_variety(references: ReferenceSet, prompts: list[str]) -> None:
     files = [set(references.files(prompt)) for prompt in prompts]
     if len(prompts) < 2 or any(len(own) > 1 for own in files):
         return
-    if len({references.content_key(file) for own in files for file in own}) == 1:
+    first, *others = (file for own in files for file in own)
+    if all(references.content_key(file) == references.content_key(first) for file in others):  # reads up to another one
         raise UserError(
             f"data.references = {str(references.folder)!r}: all {len(prompts)} training prompts have one and the same "
             f"image, {next(iter(files[0])).name}; give each prompt its own, or the folder as --data.style"

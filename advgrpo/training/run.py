@@ -65,7 +65,6 @@ from advgrpo.training.build import (
     build_policy,
     build_scorer,
     build_trainer,
-    check_cache_is_shared,
     check_prompts,
 )
 from advgrpo.training.callbacks import Callback, Callbacks, Stage
@@ -138,8 +137,10 @@ class Run:
         for refused in (configuration.no_sequence_groups, configuration.unevenly_sharded):
             if reason := refused(config, distributed.world_size):
                 raise UserError(reason)
-        distributed.progress("read prompts and references", within_seconds=SLOW_SECONDS)
-        sources = Sources.read(config, check=partial(check_prompts, config))
+        with distributed.monitored("read prompts and references", at_most_seconds=SLOW_SECONDS):
+            sources = Sources.read(
+                config, check=partial(check_prompts, config), rank=distributed.rank, world_size=distributed.world_size
+            )
         with distributed.monitored("wait for the output folder", at_most_seconds=2 * LAST_START_SECONDS):
             if distributed.is_main:
                 self._take_the_folder()
@@ -170,8 +171,6 @@ class Run:
         changed = self._changed(resuming, saved)
         with distributed.monitored("load the models", at_most_seconds=SLOW_SECONDS):
             self.trainer, self.evaluator = self._build(sources, fast)
-        with distributed.monitored("look into the cache"):
-            check_cache_is_shared(self.trainer.policy, sources, distributed, config.data.cache_dir)
         while saved is not None and (reason := self._misfit(saved)):
             saved = resuming.next(saved, reason)
             changed = self._changed(resuming, saved)
