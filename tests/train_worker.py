@@ -1,6 +1,6 @@
 """`advgrpo.train` with a fault: none, slow, killed, burning or misconfigured.
 
-Started in forks (zygote.py) by test_restart.py, test_distributed.py and test_text_cache.py.
+Started in forks (zygote.py) by test_restart.py, test_distributed.py and test_text_caches.py.
 
 slow: rank 1 takes a second longer for every micro-batch that it samples, and one for every micro-batch that it scores.
 killed: rank 1 is killed in its third iteration, but only in the first attempt of torchrun.

@@ -161,8 +161,8 @@ class DataSection(Section):
     """Processes that decode an iteration's references while its images are sampled, for each process that trains; auto:
     none on a CPU, up to 8 beside a GPU."""
     cache_dir: Annotated[str, Field(min_length=1)] = "~/.cache/advgrpo"
-    """Where text embeddings and reference features are kept, keyed by content hash; every process encodes a share of
-    the prompts into it, so all machines of a run must see the same folder."""
+    """Where text embeddings and reference features are kept, keyed by content hash: one folder for all machines of a
+    run, or one on each machine's own disk, between which embeddings are then exchanged."""
 
 
 class WindowSection(Section):

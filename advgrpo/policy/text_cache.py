@@ -32,13 +32,13 @@ class TextCache:
         return [p for p in dict.fromkeys(prompts) if self.key(p) not in self.tensors]
 
     def absent(self, prompts: Sequence[str]) -> list[str]:
-        """Those that this process would have to encode although others say they are done: see `TensorCache.absent`."""
+        """Those whose file is not in the folder, whatever this process has in memory: see `TensorCache.absent`."""
         keys = {self.key(prompt): prompt for prompt in prompts}
         return [keys[key] for key in self.tensors.absent(keys)]
 
     def fill(self, prompts: Sequence[str], tell: Callable[[int], None] = lambda done: None) -> None:
         """Encode and store the prompts that are missing; `tell` is called with how many of them are done."""
-        missing, done = self.missing(prompts), 0
+        missing, done = self.absent(self.missing(prompts)), 0
         if not missing:
             return
         for part in self.encode(missing):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from advgrpo.errors import UserError
-from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.atomic import Content, write_atomically
 from advgrpo.runtime.fingerprint import tensors_digest
 
 _CHECKSUM = "checksum"  # key in the file's metadata
@@ -94,6 +94,26 @@ class TensorCache:
                 listed[folder] = set()
         return [key for key in keys if self.path(key).name not in listed[self.path(key).parent]]
 
+    def checksum(self, key: str) -> str:
+        """What the key's file says its content is, from its header alone; "" where there is no file or none is said."""
+        try:
+            with safe_open(self.path(key), "pt") as file:
+                return (file.metadata() or {}).get(_CHECKSUM, "")
+        except (FileNotFoundError, SafetensorError):
+            return ""
+
+    def file(self, key: str) -> bytes:
+        """The key's file as it is, for `store_file` of another cache; FileNotFoundError where there is none."""
+        return self.path(key).read_bytes()
+
+    def store_file(self, key: str, content: bytes) -> None:
+        """Write what `file` of another cache gave, in place of what is there; UserError as `store`."""
+        self._write(self.path(key), content)
+
+    def leave(self, name: str) -> None:
+        """An empty file beside the folders of entries, for others who may see the same cache; UserError as `store`."""
+        self._write(self.root / name, b"")
+
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors stored under `key`; None when there are none, or the file was damaged (it is gone then)."""
         known = self._memory.load(key)
@@ -115,15 +135,17 @@ class TensorCache:
         Raises:
             UserError: the folder cannot be written.
         """
-        path = self.path(key)
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        self._write(self.path(key), lambda file: save_file(own, file, metadata={_CHECKSUM: _checksum(key, own)}))
+        return self._remember(key, own)
+
+    def _write(self, path: Path, content: Content) -> None:
         try:
-            write_atomically(path, lambda file: save_file(own, file, metadata={_CHECKSUM: _checksum(key, own)}))
+            write_atomically(path, content)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the cache {self.root} cannot be written ({error}); make room there or set data.cache_dir"
             ) from error
-        return self._remember(key, own)
 
     def _remember(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self._memory.store(key, {name: tensor.to(self.device) for name, tensor in tensors.items()})

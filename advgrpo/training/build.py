@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -42,12 +41,10 @@ from advgrpo.training.observer import DinoObserver
 from advgrpo.training.policy_gradient import PolicyGradient
 from advgrpo.training.scoring import Scorer
 from advgrpo.training.supervised import SupervisedFineTuning
+from advgrpo.training.text_caches import fill_caches
 from advgrpo.training.trainer import Length, Trainer
 from advgrpo.training.update import Updater
 from advgrpo.vision.dino import DinoBackbone, backbone_folder
-
-if TYPE_CHECKING:
-    from advgrpo.policy.diffusers_policy import DiffusersPolicy
 
 
 def check_prompts(config: Config, sources: Sources) -> None:
@@ -70,7 +67,7 @@ def check_prompts(config: Config, sources: Sources) -> None:
 
 
 def build_policy(config: Config, sources: Sources, distributed: Distributed, fast: FastPaths, display: Display):
-    """The generator, with this process's share of the prompts in the text cache."""
+    """The generator, with all prompts in the text cache of every process."""
     cache = Path(config.data.cache_dir).expanduser()
     prediction_type = PREDICTION_TYPES[pipeline_class(config.model.path)]
     check_dynamics(prediction_type, config.rollout.dynamics)
@@ -81,57 +78,20 @@ def build_policy(config: Config, sources: Sources, distributed: Distributed, fas
     from advgrpo.policy.sharding import BlockSharding
 
     mesh = Mesh.of(distributed, config.model.sequence_parallel)
-    policy = load_policy(
-        config.model,
-        device=distributed.device,
-        cache_dir=cache,
-        seed=config.seed,
-        fused=fast.fused,
-        precision=config.rollout.precision,
-        sharding=BlockSharding(distributed) if config.model.is_sharded(distributed.world_size) else None,
-        sequence=SequenceGroup(distributed, mesh) if mesh.sequence_size > 1 else None,
-    )
-    mine = _texts(policy, sources)[distributed.rank :: distributed.world_size]
-    encode_prompts(policy, mine, cache, display, distributed)
-    return policy
-
-
-def _texts(policy: DiffusersPolicy, sources: Sources) -> list[str]:
-    return [policy.negative_prompt, *sources.prompts, *sources.held_out]
-
-
-def encode_prompts(
-    policy: DiffusersPolicy, prompts: list[str], cache: Path, display: Display, distributed: Distributed
-) -> None:
-    """Fill the text cache, with progress for people and for the processes that wait."""
-    missing = policy.text_cache.missing(prompts)
-    if not missing:
-        return
-    display.print_line(f"encoding {len(missing)} prompts into {cache}")
-    with display.steps("encoding prompts", len(missing)) as show:
-
-        def tell(done: int) -> None:
-            show(done)
-            distributed.progress("encode prompts", within_seconds=SLOW_SECONDS)
-
-        policy.text_cache.fill(missing, tell)
-
-
-def check_cache_is_shared(policy: DiffusersPolicy, sources: Sources, distributed: Distributed, cache_dir: str) -> None:
-    """Call it once all processes have encoded their shares.
-
-    Raises:
-        UserError: this process does not see what others have stored. It would load the text encoders in the middle of
-            training, for every prompt that it comes across.
-    """
-    texts = _texts(policy, sources)
-    absent = policy.text_cache.absent(texts) if distributed.world_size > 1 else []
-    if absent:
-        raise UserError(
-            f"data.cache_dir = {cache_dir!r}: process {distributed.rank} does not find {len(absent)} of "
-            f"{len(texts)} prompts there that other processes have encoded, first {absent[0]!r}; name a folder that "
-            "all machines share (--data.cache-dir)"
+    with distributed.monitored("load the generator", at_most_seconds=SLOW_SECONDS):
+        policy = load_policy(
+            config.model,
+            device=distributed.device,
+            cache_dir=cache,
+            seed=config.seed,
+            fused=fast.fused,
+            precision=config.rollout.precision,
+            sharding=BlockSharding(distributed) if config.model.is_sharded(distributed.world_size) else None,
+            sequence=SequenceGroup(distributed, mesh) if mesh.sequence_size > 1 else None,
         )
+    texts = [policy.negative_prompt, *sources.prompts, *sources.held_out]
+    fill_caches(policy.text_cache, texts, cache, display, distributed)
+    return policy
 
 
 def build_early_rewards(config: Config, sources: Sources, distributed: Distributed) -> dict[str, Reward]:

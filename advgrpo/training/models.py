@@ -78,8 +78,8 @@ def load_model(
     """Draws images of the base model, or of it with a LoRA; the prompts are encoded once and cached."""
     from advgrpo.evaluation.evaluator import Evaluator
     from advgrpo.policy.loading import load_policy
-    from advgrpo.training.build import encode_prompts
     from advgrpo.training.fast import FastPaths
+    from advgrpo.training.text_caches import encode_prompts
 
     device, cache = distributed.device, Path(options.cache_dir).expanduser()
     keep_freed_memory(device)
@@ -90,7 +90,7 @@ def load_model(
         seed=options.seed,
         fused=FastPaths.choose(settings, device).fused,
     )
-    encode_prompts(policy, [policy.negative_prompt, *prompts], cache, display, distributed)
+    encode_prompts(policy.text_cache, [policy.negative_prompt, *prompts], cache, display, distributed)
     evaluator = Evaluator(
         policy,
         None,

@@ -1,32 +1,30 @@
-"""Encoding prompts: in parts that are kept at once, with progress, by all processes into one folder.
+"""Encoding prompts: in parts that are kept at once, with progress.
 
 Bugs planted in a copy, each seen red: all parts collected before the first is stored; the encoders loaded for every
-part; nothing told; the check of the others' prompts left out, or asked of `missing`'s memory instead of the folder.
+part; nothing told; what is absent asked of `missing`'s memory instead of the folder; a file that a file system denies
+once encoded again.
 """
 
 import gc
 import io
+import os
 import weakref
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from rich.console import Console
 
-from advgrpo import config
 from advgrpo.data.sources import Sources
-from advgrpo.errors import UserError
 from advgrpo.evaluate import main as evaluate
 from advgrpo.policy import text_cache
 from advgrpo.policy.text_cache import TextCache
 from advgrpo.reporting.display import Display
+from advgrpo.runtime.cache import TensorCache
 from advgrpo.runtime.distributed import Distributed
-from advgrpo.training.build import build_policy, check_cache_is_shared
+from advgrpo.training.build import build_policy
 from advgrpo.training.fast import FastPaths
 from advgrpo.types import Conditioning
-from tests import zygote
-from tests.training.test_run import environment
 
 PROMPTS = [f"prompt {number}" for number in range(7)]
 CPU = torch.device("cpu")
@@ -94,13 +92,20 @@ def test_what_is_absent_is_asked_of_the_folder(tmp_path):
     assert cache.absent(PROMPTS) == [PROMPTS[3]]
 
 
-def place(rank: int) -> Distributed:
-    return Distributed(rank, 2, rank, CPU)
+def test_a_file_that_a_network_file_system_denies_at_first_is_not_encoded_again(tmp_path, monkeypatch):
+    """It remembers for a while that there was none; listing the folder asks the server."""
+    TextCache(tmp_path, "key", Encoder()).fill(PROMPTS)
+    listed, real, load, there = [], os.listdir, TensorCache.load, TensorCache.__contains__
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or real(folder))
+    monkeypatch.setattr(TensorCache, "load", lambda self, key: load(self, key) if listed else None)
+    monkeypatch.setattr(TensorCache, "__contains__", lambda self, key: bool(listed) and there(self, key))
+    again = TextCache(tmp_path, "key", lambda _: pytest.fail("encoded twice"))
+    assert again.load(PROMPTS[3:4]).pooled.item() == 3
 
 
 @pytest.fixture
 def encoding(unit_config, monkeypatch):
-    """Function that encodes as a process of two; (policy, lines said, how often the pipeline was loaded)."""
+    """Function that encodes; (policy, lines said, how often the pipeline was loaded)."""
     monkeypatch.setattr("advgrpo.reporting.display._PLAIN_EVERY", 0.0)
     monkeypatch.setattr("advgrpo.policy.diffusers_policy._TEXT_BATCH", 2)
     loaded, real = [], diffusers.DiffusionPipeline.from_pretrained
@@ -108,24 +113,24 @@ def encoding(unit_config, monkeypatch):
         diffusers.DiffusionPipeline, "from_pretrained", lambda *a, **k: loaded.append(a) or real(*a, **k)
     )
 
-    def encode(distributed: Distributed):
+    def encode():
         loaded.clear()
         said = io.StringIO()
         fast = FastPaths.choose(unit_config, CPU)
         display = Display(Console(file=said, width=200))
-        policy = build_policy(unit_config, Sources.read(unit_config), distributed, fast, display)
+        policy = build_policy(unit_config, Sources.read(unit_config), Distributed.start("cpu"), fast, display)
         return policy, said.getvalue().splitlines(), len(loaded)
 
     return encode
 
 
 def test_progress_is_shown_and_the_encoders_are_loaded_once(encoding, unit_config):
-    _, said, loaded = encoding(Distributed.start("cpu"))
+    _, said, loaded = encoding()
     assert said[0] == f"encoding 10 prompts into {unit_config.data.cache_dir}"  # 6, 3 held out, and the empty one
     counts = [f"encoding prompts {done}/10" for done in (2, 4, 6, 8, 10)]
     assert [line.split("  ")[0] for line in said[1:]] == counts
     assert loaded == 1
-    assert encoding(Distributed.start("cpu"))[1:] == ([], 0)
+    assert encoding()[1:] == ([], 0)
 
 
 def test_evaluate_shows_progress_of_encoding_scoring_and_samples(unit_config, tmp_path, monkeypatch, capsys):
@@ -137,38 +142,3 @@ def test_evaluate_shows_progress_of_encoding_scoring_and_samples(unit_config, tm
     said = capsys.readouterr().out
     for line in ("encoding prompts 4/4", "drawing and scoring 2/3", "drawing samples of the base model 2/2"):
         assert line in said
-
-
-def test_a_cache_that_processes_do_not_share_is_found_before_training(encoding, unit_config, tmp_path):
-    """Each encodes its share; in a folder of its own it lacks the other's."""
-    sources = Sources.read(unit_config)
-    first, _, _ = encoding(place(0))
-    second, _, _ = encoding(place(1))
-    for rank, policy in enumerate((first, second)):
-        check_cache_is_shared(policy, sources, place(rank), unit_config.data.cache_dir)
-    unit_config.data.cache_dir = str(tmp_path / "of another machine")
-    alone, _, _ = encoding(place(1))
-    with pytest.raises(UserError) as error:
-        check_cache_is_shared(alone, sources, place(1), unit_config.data.cache_dir)
-    assert str(error.value).startswith(
-        f"data.cache_dir = {unit_config.data.cache_dir!r}: process 1 does not find 5 of 10"
-    )
-    check_cache_is_shared(
-        alone, sources, Distributed.start("cpu"), unit_config.data.cache_dir
-    )  # one process encodes what it needs
-
-
-@pytest.mark.slow
-@pytest.mark.weekly
-def test_two_processes_with_caches_of_their_own_end_in_one_line(unit_config, tmp_path):
-    """As on two machines: the same setting, another folder behind it."""
-    unit_config.data.cache_dir, unit_config.rollout.micro_batch = "~/cache", 2
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(config.dump(unit_config))
-    arguments = [str(tmp_path), "--config", str(settings)]
-    done = zygote.run("tests.train_worker:run_at_home", arguments, processes=2, environment=environment())
-    assert done.returncode != 0
-    assert "does not find 5 of 10 prompts there that other processes have encoded" in done.stderr
-    ours = done.stderr.partition("\n=====")[0]  # without torchrun's report, which has the stack of an error file
-    assert "advgrpo/training/run.py" not in ours
-    assert not (Path(unit_config.output_dir) / "metrics.jsonl").exists()
