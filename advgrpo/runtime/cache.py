@@ -11,7 +11,8 @@ import hashlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from advgrpo.errors import UserError
-from advgrpo.runtime.atomic import Content, write_atomically
+from advgrpo.runtime.atomic import write_atomically
 from advgrpo.runtime.fingerprint import tensors_digest
 
 _CHECKSUM = "checksum"  # key in the file's metadata
@@ -108,11 +109,13 @@ class TensorCache:
 
     def store_file(self, key: str, content: bytes) -> None:
         """Write what `file` of another cache gave, in place of what is there; UserError as `store`."""
-        self._write(self.path(key), content)
+        with self._writing():
+            write_atomically(self.path(key), content)
 
     def leave(self, name: str) -> None:
         """An empty file beside the folders of entries, for others who may see the same cache; UserError as `store`."""
-        self._write(self.root / name, b"")
+        with self._writing():
+            write_atomically(self.root / name, b"")
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors stored under `key`; None when there are none, or the file was damaged (it is gone then)."""
@@ -135,13 +138,16 @@ class TensorCache:
         Raises:
             UserError: the folder cannot be written.
         """
+        path = self.path(key)
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        self._write(self.path(key), lambda file: save_file(own, file, metadata={_CHECKSUM: _checksum(key, own)}))
+        with self._writing():
+            write_atomically(path, lambda file: save_file(own, file, metadata={_CHECKSUM: _checksum(key, own)}))
         return self._remember(key, own)
 
-    def _write(self, path: Path, content: Content) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            write_atomically(path, content)
+            yield
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the cache {self.root} cannot be written ({error}); make room there or set data.cache_dir"

@@ -2,9 +2,11 @@
 
 Processes are threads here, but for the last test. The encoder's bits depend on what is encoded together, as a T5's do.
 
-Bugs planted in a copy, each seen red: what is absent encoded again instead of brought; all of a machine's processes
-store every file; all files at once; the lowest process's bits instead of those of most; every process looks into every
-folder; a damaged file spread; neighbours by path; the check in the end left out; prompts or encoders not compared.
+Bugs planted in a copy, each seen red: what is absent encoded again, by all or by whose cache lacks it, instead of
+brought; all of a machine's processes store every file; all files at once; the bits of the first cache, or those of the
+lowest or highest number, instead of those of most; holes brought and other bits left; every process looks into every
+folder; a damaged file spread; all caches taken for one, or for several; the marks left; the check in the end left out;
+prompts or encoders not compared.
 """
 
 import io
