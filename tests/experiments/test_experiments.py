@@ -330,7 +330,7 @@ def test_arms_are_what_they_say():
             config.check(made)
         assert made.data.held_out_prompts == WORLD
         assert (made.seed, made.evaluation.every) == (1, 8)
-        longer = {"flow-long": 213, "adv-preference-long": 213, "style-ink-nft": 107}
+        longer = {"flow-long": 213, "adv-preference-long": 213, "style-ink-nft": 107, "released-steps": 97}
         assert made.iterations == longer.get(arm, 64)
         assert made.evaluation.guidance_scale == GUIDANCE
         without = arm == "guidance-1" or made.objective.forward_process
@@ -341,6 +341,8 @@ def test_arms_are_what_they_say():
     default = settings(Job("dino"), Path("/w"), 60)
     for arm in LEVERS:  # each changes the default, and something that its run looks at
         assert settings(Job(arm), Path("/w"), 60).model_copy(update={"output_dir": default.output_dir}) != default
+    as_released = settings(Job("released-steps"), Path("/w"), 60)
+    assert as_released.iterations * as_released.update.minibatches == 182
     betas = [settings(Job(arm, 0), Path("/w"), 60).update.kl_weight for arm in EXPERIMENTS["kl"].arms]
     assert betas == sorted(set(betas))
     assert betas[0] == 0
