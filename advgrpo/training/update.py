@@ -337,8 +337,7 @@ class Updater:
     def _kl_std(self, coefficients: torch.Tensor) -> torch.Tensor | None:
         """What the KL divides by, as its standard deviation; None: as the likelihood says.
 
-        In velocity space the KL is Flow-Factory's `kl_type: v-based` (X-GenGroup/Flow-Factory at a0b2bc5). With
-        mu - mu' = b·(v - v') the mean square of the velocities' difference is that of the means over 2·(|b|/√2)².
+        mu - mu' = b·(v - v'), so the mean square of the velocities' difference is that of the means over 2·(|b|/√2)².
         """
         return coefficients[1].abs() * 0.5**0.5 if self.config.update.kl_space == "velocity" else None
 
