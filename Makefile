@@ -86,6 +86,7 @@ tiny-assets: $(VENV)/.dev
 	$(BIN)/python -m tools.tiny.build_backbone --pipeline $(ASSETS)/pipeline --output $(ASSETS)/backbone
 	$(BIN)/python -m tools.tiny.build_preference --pipeline $(ASSETS)/pipeline --output $(ASSETS)/preference
 	$(BIN)/python -m tools.tiny.build_second_judge --pipeline $(ASSETS)/pipeline --output $(ASSETS)/second_judge
+	$(BIN)/python -m tools.tiny.measure_world --pipeline $(ASSETS)/pipeline --output $(ASSETS)
 	$(BIN)/python -m advgrpo.tiny.words --size 32 --per-prompt 4 --output $(ASSETS)/words
 	$(BIN)/python -m tools.tiny.build_words --output $(ASSETS)/words/pipeline
 

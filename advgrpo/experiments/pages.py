@@ -28,10 +28,12 @@ from advgrpo.experiments.plan import (
     METRIC_LABELS,
     REPORT_PROMPTS,
     TUNING_PROMPTS,
+    WORLD,
     Claim,
     Experiment,
 )
 from advgrpo.intervals import Interval
+from advgrpo.tiny import WORLDS
 
 Known = Mapping[str, dict]  # results.json: experiment -> results.numbers
 
@@ -81,7 +83,7 @@ def _evidence(name: str, found: dict) -> list[str]:
         f"![fronts]({name}-front.png)",
         "## While training",
         _costs(found),
-        "Held-out prompts, 2 pictures each; mean over seeds, range between them shaded.",
+        f"Held-out prompts, {_held_out_images(found)}; mean over seeds, range between them shaded.",
         f"![curves]({name}.png)",
         "## Samples",
         _samples(found),
@@ -300,6 +302,38 @@ def _reached(curve: Sequence[Mapping[str, float]], seconds: float) -> float:
             share = max(0.0, (seconds - before["cpu_seconds"]) / span)
             return before["retrieval"] + share * (after["retrieval"] - before["retrieval"])
     return curve[-1]["retrieval"]
+
+
+def _held_out_images(found: dict) -> str:
+    """How many pictures of each prompt a curve's points rest on, as "2 pictures each"."""
+    runs = [run for arm in found["arms"].values() for run in arm["runs"].values()]
+    kept = [run["held_out_images"] for run in runs if "held_out_images" in run]
+    counts = {(each["ends"], each["between"]) for each in kept}
+    if curves := [run["curve"] for run in runs if "held_out_images" not in run]:
+        ends = _fewest_images([point for curve in curves for point in (curve[0], curve[-1])])
+        between = [point for curve in curves for point in curve[1:-1]]
+        counts.add((ends, _fewest_images(between) if between else ends))
+    said = []
+    for ends, between in sorted(counts):
+        pictures = f"{ends} picture{'s' * (ends != 1)} each"
+        after = f" before and after training but {between} in between, where points are noisier and peaks flatter"
+        said.append(pictures + after * (ends != between))
+    return ", or, by run, ".join(said)
+
+
+def _fewest_images(points: Sequence[Mapping[str, float]]) -> int:
+    """The fewest pictures of each held-out prompt that give all these shares of pictures, for results of before their
+    number was kept.
+
+    Raises:
+        ValueError: no number up to 8 does.
+    """
+    prompts = len(WORLDS[WORLD].held_out_prompts.read_text().splitlines())
+    shares = [point["retrieval"] * prompts for point in points]
+    for images in range(1, 9):
+        if all(abs(share * images - round(share * images)) < 1e-4 for share in shares):
+            return images
+    raise ValueError(f"results without held_out_images: no number of pictures of {prompts} prompts gives their shares")
 
 
 def _samples(found: dict) -> str:

@@ -189,11 +189,15 @@ def _change(results: Results, metric: str, arm: str, against: str) -> dict[str, 
 
 
 def _run_numbers(results: Results, job: Job) -> dict:
-    summary = results.runs[job].summary
+    summary, evaluation = results.runs[job].summary, results.runs[job].config.evaluation
     return {
         "front": _front(results.judged[job]["report"], ARMS[job.arm].style),
         "own_best": results.at(job, "best")[0],
         "curve": results.curve(job),
+        "held_out_images": {
+            "ends": evaluation.images_per_prompt,
+            "between": evaluation.during_images_per_prompt,
+        },
         **results.costs[job],
         **{name: summary[name] for name in ("training_seconds", "finished", "machine", "versions")},
     }

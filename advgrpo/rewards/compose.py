@@ -4,7 +4,9 @@
 
 `norm` leaves a reward as it is ("none"), or subtracts mean and divides by standard deviation over the prompt's group
 ("group") or over the iteration ("global"), so that a weight means the same whatever a reward's scale. With "none" and
-weights that sum to 1 this is docs/method.md 6.4, R = lambda * R_rule + (1 - lambda) * sim(gen, ref).
+weights that sum to 1 this is docs/method.md 6.4, R = lambda * R_rule + (1 - lambda) * sim(gen, ref). With "group" for
+all and `advantage.std` global it is GDPO (arXiv 2601.05242; X-GenGroup/Flow-Factory at a0b2bc5, `compute_gdpo`, which
+bounds deviations at 1e-6 where 1e-4 is added here).
 
 A gate is a bar: an image whose raw reward lies below it gets its group's lowest total, so that nothing else can earn
 it a positive advantage.

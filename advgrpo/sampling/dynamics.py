@@ -189,9 +189,9 @@ def step_weights(policy: Generator, rollout: RolloutSection, which: str) -> tupl
 def window_steps(rollout: RolloutSection, seed: int, iteration: int) -> tuple[int, ...]:
     """This iteration's stochastic steps, ascending: a function of (seed, iteration) alone, in window.order.
 
-    A sliding window is MixGRPO's (arXiv 2507.21802): it starts at the noisiest step and moves by the stride after every
-    shift interval. Its code lets the window shrink at the end of the range; here it starts over before that, so that
-    every iteration trains on as many steps.
+    A sliding window is MixGRPO's (arXiv 2507.21802; Tencent-Hunyuan/MixGRPO at e5cdd6a, `GRPOTrainingStates`): it
+    starts at the noisiest step and moves by the stride after every shift interval. Its code lets the window shrink at
+    the end of the range; here it starts over before that, so that every iteration trains on as many steps.
     """
     window = rollout.window
     if window.chosen_order == "fixed":

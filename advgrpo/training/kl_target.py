@@ -1,4 +1,6 @@
-"""Whom the KL of the update pulls towards: the frozen base, the policy's average, or a teacher's LoRA.
+"""Whom the KL of the update pulls towards: the frozen base, the policy's average (`ema_kl_beta` of
+X-GenGroup/Flow-Factory at a0b2bc5), or a teacher's LoRA (DistillKLLoss and DistillFlowMatchingMSELoss of
+verl-project/verl-omni at a1139ba).
 
 Each is a context within which `policy.predict` is that model's. The latter two lend their weights to the parameters: a
 parameter's storage is exchanged, not written, so that a forward pass whose backward is still to come keeps its own;

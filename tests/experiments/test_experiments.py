@@ -1,13 +1,16 @@
 """The experiments end to end on untrained unit models, and the rules of their plan.
 
-Bugs planted in a copy, each seen red: a note that is not on its page; one that is not in the index; a run that is taken
-for finished before it is judged; a judge's file of other weights that is kept.
+Bugs planted in a copy, each seen red: "2 pictures" on every page; a figure of the note on over-optimisation; a note
+that is not on its page; one that is not in the index; a run that is taken for finished before it is judged; a judge's
+file of other weights that is kept.
 """
 
+import copy
 import json
 import os
 import re
 import signal
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +119,8 @@ def test_every_experiment_runs_and_is_written_up(names, tmp_path, small, capsys)
         assert entry["missing"] == {}
         assert all("found" in claim and "evidence" not in claim for claim in entry["claims"])  # one seed is not tested
         assert f"({name}.md)" in (results / "README.md").read_text()
+        assert all(run["held_out_images"] == {"ends": 1, "between": 1} for run in runs_of(entry))
+        assert "Held-out prompts, 1 picture each; mean over seeds" in text
         for metric in EXPERIMENTS[name].metrics:
             assert all(set(arm["changes"][metric]) == {"2", "3", "best"} for arm in entry["arms"].values())
     costs = {arm: found["sft"]["arms"][arm]["runs"]["0"] for arm in ("sft", "dino")}
@@ -141,6 +146,10 @@ def test_every_experiment_runs_and_is_written_up(names, tmp_path, small, capsys)
     assert experiments.main(["pages", "--output", str(results)]) == 0  # from the numbers alone
     assert {file: file.read_bytes() for file in results.glob("*.md")} == pages
     assert all((results / f"{name}-front.png").is_file() for name in names)
+
+
+def runs_of(entry: dict) -> list[dict]:
+    return [run for arm in entry["arms"].values() for run in arm["runs"].values()]
 
 
 def references_stand_beside_the_last_arm_that_shows_them(plan: Plan) -> None:
@@ -330,7 +339,7 @@ def test_arms_are_what_they_say():
             config.check(made)
         assert made.data.held_out_prompts == WORLD
         assert (made.seed, made.evaluation.every) == (1, 8)
-        longer = {"flow-long": 213, "adv-preference-long": 213, "style-ink-nft": 107}
+        longer = {"flow-long": 213, "adv-preference-long": 213, "style-ink-nft": 107, "released-steps": 97}
         assert made.iterations == longer.get(arm, 64)
         assert made.evaluation.guidance_scale == GUIDANCE
         without = arm == "guidance-1" or made.objective.forward_process
@@ -341,6 +350,8 @@ def test_arms_are_what_they_say():
     default = settings(Job("dino"), Path("/w"), 60)
     for arm in LEVERS:  # each changes the default, and something that its run looks at
         assert settings(Job(arm), Path("/w"), 60).model_copy(update={"output_dir": default.output_dir}) != default
+    as_released = settings(Job("released-steps"), Path("/w"), 60)
+    assert as_released.iterations * as_released.update.minibatches == 182
     betas = [settings(Job(arm, 0), Path("/w"), 60).update.kl_weight for arm in EXPERIMENTS["kl"].arms]
     assert betas == sorted(set(betas))
     assert betas[0] == 0
@@ -368,10 +379,63 @@ def test_the_note_on_references_counts_them_right():
     assert said == [(str(count), str(prompts), f"{3 * prompts:,}") for count, prompts in whole.items()]
 
 
+COMMITTED = json.loads((ROOT / "docs" / "results" / "results.json").read_text())
+
+
+def test_a_page_says_how_many_pictures_a_curve_rests_on():
+    """As kept with the runs, and of before it was kept as the curves' shares of pictures give it."""
+    assert "Held-out prompts, 2 pictures each; mean" in page("sft", COMMITTED)
+    fewer = "Held-out prompts, 4 pictures each before and after training but 1 in between, where points are noisier and"
+    assert f"{fewer} peaks flatter; mean" in page("kl", COMMITTED)
+    entry = copy.deepcopy(COMMITTED["kl"])
+    for run, between in zip(runs_of(entry), (2, *[4] * 8)):
+        run["held_out_images"] = {"ends": 4, "between": between}
+    text = page("kl", {"kl": entry})
+    assert "Held-out prompts, 4 pictures each before and after training but 2 in between" in text
+    assert "peaks flatter, or, by run, 4 pictures each; mean" in text
+    del runs_of(entry)[0]["held_out_images"]
+    runs_of(entry)[0]["curve"][1]["retrieval"] = 0.123
+    with pytest.raises(ValueError, match="results without held_out_images: no number of pictures of 48 prompts"):
+        page("kl", {"kl": entry})
+
+
+def _between_experiments(metric: str, arm: str, against: str, form: str) -> str:
+    """An arm of over-optimisation less one of hacking, by seed at guidance 2: "mean [low, high]", Student's t."""
+    names = {"over-optimisation": arm, "hacking": against}
+    by_seed = [
+        {
+            seed: point[metric]
+            for seed, run in COMMITTED[name]["arms"][each]["runs"].items()
+            for point in run["front"]
+            if point["guidance"] == GUIDANCE
+        }
+        for name, each in names.items()
+    ]
+    assert by_seed[0].keys() == by_seed[1].keys() == {"0", "1", "2"}
+    differences = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0]]
+    mean, half = statistics.mean(differences), 4.302653 * statistics.stdev(differences) / 3**0.5
+    shown = [f"{value:{form}}".replace("0.", ".") for value in (mean, mean - half, mean + half)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def test_the_note_on_over_optimisation_has_both_pages_figures():
+    """While its short arms are on another page only."""
+    note = EXPERIMENTS["over-optimisation"].note
+    assert not any(COMMITTED["over-optimisation"]["arms"][arm]["runs"] for arm in ("flow", "adv-preference"))
+    for label, metric, form in (
+        ("retrieval", "retrieval", "+.3f"),
+        ("preference reward", "pickscore", "+.3f"),
+        ("KID × 1000", "kid", "+.0f"),
+        ("saturation's distance", "saturation_distance", "+.3f"),
+    ):
+        assert f"{label} {_between_experiments(metric, 'flow-long', 'flow', form)}" in note
+    of_adversary = _between_experiments("retrieval", "adv-preference-long", "adv-preference", "+.3f")
+    assert f"Adv-GRPO, long less Adv-GRPO: retrieval {of_adversary}." in note
+
+
 def test_the_committed_pages_are_what_would_be_written_today():
     """Notes, verdicts and what was not run included: they are what the numbers do not say."""
     folder = ROOT / "docs" / "results"
-    known = json.loads((folder / "results.json").read_text())
     for name in EXPERIMENTS:
-        assert (folder / f"{name}.md").read_text() == page(name, known), name
-    assert (folder / "README.md").read_text() == index(known)
+        assert (folder / f"{name}.md").read_text() == page(name, COMMITTED), name
+    assert (folder / "README.md").read_text() == index(COMMITTED)

@@ -1,8 +1,8 @@
 """Red flags: each trips on the series it is defined by and no other does, and in a run built to trip it; healthy runs
 raise none; resume is exact.
 
-`golden/healthy_tiny_run.json` holds the metrics of a run of the tiny preset that improved both held-out metrics; its
-`_source` says how it was made.
+`golden/healthy_tiny_run.json` holds the metrics of a run that improved both held-out metrics, of an earlier world; its
+`_source` says how it was made. A run of today's default is in recorded/ (test_held_out.py).
 
 Bugs planted in a copy, each seen red: no median over the window; a flag that never clears; the reward's rise without
 the references'; drift towards the references counted; the baseline lost on resume; no trend, or no fall, needed for a

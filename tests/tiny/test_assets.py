@@ -2,16 +2,18 @@
 
 Bugs planted in a copy, each seen red: a held-out name in a training prompt; a prompt in two lists; a prompt without
 references; references by another artist; a backbone that is no better than an untrained one; a file only its owner may
-read.
+read; a page on which a run's end is another's.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPTokenizer, Dinov2Model
 
+import advgrpo
 from advgrpo import tiny
 from advgrpo.data.references import ReferenceSet
 from advgrpo.rewards.pickscore import PickScore
@@ -23,6 +25,7 @@ from tools.tiny.build_backbone import MEAN, STD
 
 WORLD = tiny.WORLDS["tiny"]
 ASSETS = WORLD.pipeline.parent
+PAGE = Path(__file__).parents[2] / "docs" / "tiny.md"
 LISTS = {"prompts": WORLD.prompts, "held_out_prompts": WORLD.held_out_prompts} | {
     name: tiny.other_prompts()[f"tiny:{shown}"]
     for name, shown in (("tuning_prompts", "tuning"), ("report_prompts", "report"), ("held_out_names", "names"))
@@ -129,12 +132,19 @@ def _found_again(model: Dinov2Model) -> float:
 
 
 def test_the_page_has_the_backbones_recorded_figures():
-    from pathlib import Path
-
     figures = json.loads((tiny.BACKBONES["tiny"] / "training.json").read_text())["figures"]
-    page = (Path(__file__).parents[2] / "docs" / "tiny.md").read_text()
+    page = PAGE.read_text()
     for row, name in (("not fitted on", "probe"), ("of the untrained backbone", "probe_untrained")):
         assert f"{row} | {figures[name]:.3f} |".replace(" 0.", " .") in page
+
+
+def test_the_page_says_that_the_five_runs_end_while_they_rise():
+    file = Path(advgrpo.__file__).parent / "presets" / "curves" / "tiny.json"
+    runs = {run["seed"]: dict(run["metrics"]["retrieval"]) for run in json.loads(file.read_text())["runs"]}
+    five = [runs[seed] for seed in range(5)]
+    assert all(max(curve.values()) == curve[60] for curve in five)
+    at = {iteration: ", ".join(f"{curve[iteration]:.3f}"[1:] for curve in five) for iteration in (50, 60)}
+    assert f"is highest at 60 ({at[60]}) and was {at[50]} at 50." in " ".join(PAGE.read_text().split())
 
 
 def test_assets_are_a_few_megabytes_that_anybody_may_read():

@@ -21,11 +21,11 @@ What keeps the update near the policy of the rollout is its `trust_region`. "rat
 compare μ with the mean μ_old that the rollout's step had, and need the step's s > 0 whatever the likelihood:
 
     normalized_ratio   ratio = exp(mean((x_next-μ_old)·(μ-μ_old))/s), clipped as above (GRPO-Guard, arXiv 2510.22319,
-                       whose exp(s·(log p - log p_old + mean((μ-μ_old)²)/(2s²))) this is without the cancellation);
-                       dL/dμ = w·(x_next-μ_old)/(s·N)
+                       verl-project/verl-omni at a1139ba, GRPOGuardLoss, whose exp(s·(log p - log p_old +
+                       mean((μ-μ_old)²)/(2s²))) this is without the cancellation); dL/dμ = w·(x_next-μ_old)/(s·N)
     divergence         the ratio is not clipped; a row whose D = mean((μ-μ_old)²)/(2s²) is at least the threshold, and
                        whose ratio has moved the way its advantage pushes, has neither loss nor gradient (Flow-DPPO,
-                       arXiv 2606.11025)
+                       arXiv 2606.11025, verl-omni at a1139ba, FlowDPPOLoss)
 
 The forward computes the loss and this gradient, in two launches on a GPU; the backward scales it by the incoming
 scalar, after the gradient was rounded to the velocity's dtype: exact for powers of two, one more rounding otherwise.
