@@ -124,6 +124,18 @@ def test_before_the_first_step_the_drift_is_exactly_zero(device, attention, prec
     assert not torch.equal(trainer.policy.lora.master, before)
 
 
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "model"), on_gpu("cuda", "model"), on_gpu("cuda", "fp8")])
+@pytest.mark.parametrize("graphs", ["auto", False])
+def test_the_update_of_shared_noise_is_captured_without_being_asked(device, precision, graphs, tmp_path):
+    """Its first step, one row per prompt, and the others; warm-ups, captures and replays in three iterations."""
+    trainer = trainer_on(device, tmp_path, model={"base_precision": precision}, update={"graphs": graphs})
+    for _ in range(3):
+        metrics = trainer.iterate()
+        assert metrics["log_prob_mismatch_max"] == 0.0
+        assert metrics["grad_norm"] > 0
+    assert trainer.updater.captured.captures == (0 if graphs is False else 3)  # two steps, and one with image 0's KL
+
+
 @pytest.mark.parametrize(
     ("device", "name"),
     [("cpu", "cpu"), ("cpu", "math"), *(on_gpu("cuda", name) for name in ("cudnn", "flash", "efficient", "math"))],
