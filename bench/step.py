@@ -66,7 +66,7 @@ ORDER = (
     "sampler_fp8_shared",
     "waterfall",
 )
-APART = 32  # iterations from where one trainer begins to where the next one does: no prompt is met twice
+APART = 16  # iterations from where one of four trainers begins to where the next one does: no prompt is met twice
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from advgrpo.data.prompts import GroupSampler
 from advgrpo.training.policy_gradient import PolicyGradient
 from bench import contenders, parity, profile, step, step_report, timing
 from bench.budget import Budget, OutOfTime, Report
 from bench.parity import Check
+from bench.random_policy import FULL
 from tests.graph_emulator import EmulatedGraphs
 
 
@@ -283,8 +285,7 @@ def test_goals_are_judged_by_the_lower_end(report):
 def test_the_update_is_timed_without_its_graphs_as_well(tmp_path):
     """On the emulator: no replay, and the graphs are back afterwards."""
     backend = EmulatedGraphs()
-    settings = {**contenders.SMALL_SETTINGS, "rollout": {**contenders.SMALL_SETTINGS["rollout"], "num_steps": 2}}
-    own = contenders.random(tmp_path, "cpu", contenders.SMALL, graphs=backend, **settings)
+    own = contenders.small(tmp_path, "cpu", graphs=backend)
     assert step.eager_update(own) is None  # with a noise per image it has none
     shared = own.with_noise("shared")
     assert shared.fast.captured_update
@@ -293,6 +294,15 @@ def test_the_update_is_timed_without_its_graphs_as_well(tmp_path):
     run()
     assert backend.replays == before
     assert shared.trainer.updater.captured.backend is backend
+
+
+def test_no_iteration_of_a_session_meets_a_prompt_that_another_has_seen():
+    """Four trainers at full size, of which each has room for all rounds and what comes before them."""
+    assert step.REPEATS["cuda"] + 4 < step.APART
+    groups = contenders.FULL_SETTINGS["rollout"]["prompts_per_iteration"]
+    drawn = GroupSampler(FULL.prompts, groups, 0)
+    seen = [number for iteration in range(4 * step.APART) for number in drawn.next(iteration)]
+    assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.parametrize("name", ["sampler", "iteration_shared"])
