@@ -70,7 +70,7 @@ def page(gpu: str, reports: Mapping[str, dict], times: Mapping[str, dict], rows:
     yield f"more than {model.TOLERANCE:.0%} off. Predictions: `python -m bench.model`, from counted work.\n"
     yield from model.lines(rows)
     if "step" in reports:
-        yield from _step(reports["step"])
+        yield from _step(reports["step"], reports)
     if "kernels" in reports:
         yield from _kernels(reports["kernels"])
     if "train" in reports:
@@ -82,20 +82,22 @@ def page(gpu: str, reports: Mapping[str, dict], times: Mapping[str, dict], rows:
     yield from _what_failed(reports)
 
 
-def _step(report: dict) -> Iterator[str]:
-    """Ours over B1 first: what one gains who could have had that."""
+def _step(report: dict, reports: Mapping[str, dict]) -> Iterator[str]:
+    """Ours over B1 first: what one gains who could have had that; goals with what other parts say of them."""
     compiled = "compiled" if report["b1_compiled"] else "not compiled"
     yield f"\n## Whole steps\nThe same algorithm on all sides; B1's blocks are {compiled}.\n"
     yield "| | over B1 [95 %] | over B0 [95 %] | ours | B1 | B0 | rounds |\n|---|---|---|---|---|---|---|"
-    for name in (*step_report.measured_units(report), "sampler_fp8"):
-        if name in report:
-            entry = report[name]
-            gains = " | ".join(step_report.interval(entry.get(f"over_{side}")) for side in ("b1", "b0"))
-            rates = " | ".join(f"{entry[side]:.3f}" if side in entry else "" for side in ("b1", "b0"))
-            label = step_report.label(name)
-            yield f"| {label} | {gains} | {entry['ours']:.3f} {entry['unit']} | {rates} | {entry['rounds']} |"
+    for name in step_report.measured_units(report):
+        entry = report[name]
+        gains = " | ".join(step_report.interval(entry.get(f"over_{side}")) for side in ("b1", "b0"))
+        rates = " | ".join(f"{entry[side]:.3f}" if side in entry else "" for side in ("b1", "b0"))
+        label = step_report.label(name)
+        yield f"| {label} | {gains} | {entry['ours']:.3f} {entry['unit']} | {rates} | {entry['rounds']} |"
+    if "sampler_mfu" in report:
+        rate, mfu = report["sampler"]["ours"], report["sampler_mfu"]
+        yield f"\nSD3.5-medium at 512 px, 10 steps, guided: {rate:.2f} images/s, MFU {mfu:.1%} of 989 TFLOP/s."
     yield "\n![ratios and waterfall](step.png)\n\n| goal | what | target | measured | |\n|---|---|---|---|---|"
-    for row in report.get("goals", []):
+    for row in step_report.from_elsewhere(report.get("goals", []), reports):
         met = {True: "met", False: "**missed**", None: ""}[row["met"]]
         yield f"| {row['id']} | {row['what']} | {row['target']} | {row['measured']} | {met} |"
 

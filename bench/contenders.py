@@ -5,9 +5,9 @@ is timed; the head trains in every iteration on all sides. The window's steps ar
 work: the released {0, 1} at full size, and {6, 7} for the tiny model, which leaves a prefix to share where the images
 of a prompt start from one noise.
 
-What is timed is what a run does: references are files, their features and statistics cached after a first look, prompts
-come from the host's text cache, and the monitor looks at every iteration. B0 and B1 have references and embeddings on
-the device and no monitor, which is in their favour.
+What is timed is what a run does: references are files, which are decoded when their prompt is drawn for the first time,
+as at full size in every iteration; prompts come from the host's text cache, and the monitor looks at every iteration.
+B0 and B1 have references and embeddings on the device and no monitor, which is in their favour.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Contenders:
         """
         rollout = self.config.rollout.model_copy(update={"initial_noise": noise})
         config, own = self.config.model_copy(update={"rollout": rollout}), self.objective
-        fast = replace(self.fast, share_prefix=noise == "shared")
+        captured = self.fast.graphs and not config.why_update_is_not_captured
+        fast = replace(self.fast, share_prefix=noise == "shared", captured_update=captured)
         trainer = build_trainer(
             config,
             self.trainer.policy,
@@ -199,7 +200,7 @@ def random_trainer(
     settings = configuration.read_preset("sd35m-dino-released")
     given = {
         "device": device,
-        "data": {"cache_dir": str(folder / "cache"), "decode_workers": 0},
+        "data": {"cache_dir": str(folder / "cache")},
         "adversary": {"backbone": str(folder / "backbone"), "image_size": size.backbone["image_size"]},
     }
     for change in (FULL_SETTINGS, given, changes):
@@ -210,7 +211,7 @@ def random_trainer(
     policy = RandomPolicy(config.model, size, device=place.device, seed=config.seed, precision=precision)
     _wake(policy.lora)
     adversary = build_adversary(config.adversary, device=place.device, seed=config.seed)
-    prompts = [f"prompt {i}" for i in range(8)]
+    prompts = [f"prompt {i}" for i in range(size.prompts)]
     references = save_references(folder / "references", prompts, size.backbone["image_size"], config.seed)
     observer = build_observer(config, adversary, place.device)
     scorer = partial(build_scorer, config, Sources(prompts, [], references), adversary, observer, place)
@@ -227,6 +228,7 @@ def _fast_of_random(config: Config, graphs: GraphBackend | None) -> FastPaths:
         fused=True,
         fused_optimizer=True,
         graphs=graphs is not None,
+        captured_update=graphs is not None and not config.why_update_is_not_captured,
         table=(),
     )
 

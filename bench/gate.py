@@ -2,7 +2,7 @@
 
 One file is a result of `python -m bench.step --json` on a CPU: whole iterations of ours over B1's and over B0's, with
 the same algorithm on both sides, must not fall below what `HELD` says. Judged is the lower end of the 95 % interval,
-over at least three rounds.
+over at least three rounds. With `--goals` it must not fall below the goals, which are higher.
 
 Two files are results of `python -m bench.kernels --json`. Gated are the ratios to the baselines timed in the same run,
 not microseconds, so a slower clock is no regression. A ratio has regressed when it fell by more than 5 % **and** its
@@ -32,12 +32,13 @@ HELD = (
 )
 
 
-def held(report: dict) -> list[dict[str, object]]:
-    """A row per threshold: unit, over, ratio and low (None where it was not measured), at_least, goal, verdict."""
+def held(report: dict, *, goals: bool = False) -> list[dict[str, object]]:
+    """A row per threshold: unit, over, ratio and low (None where it was not measured), at_least, goal, verdict, by the
+    threshold or by the goal."""
     rows: list[dict[str, object]] = []
     for unit, side, at_least, goal in HELD:
         gain = report.get(unit, {}).get(f"over_{side}") or {"ratio": None, "low": None}
-        verdict = _of_interval(gain["low"], report.get(unit, {}).get("rounds", 0), at_least)
+        verdict = _of_interval(gain["low"], report.get(unit, {}).get("rounds", 0), goal if goals else at_least)
         found = {"ratio": gain["ratio"], "low": gain["low"]}
         rows.append({"unit": unit, "over": side, **found, "at_least": at_least, "goal": goal, "verdict": verdict})
     return rows
@@ -91,10 +92,10 @@ def incomparable(old: dict, new: dict) -> str | None:
     return None
 
 
-def _hold(report: dict) -> int:
+def _hold(report: dict, *, goals: bool) -> int:
     """Print what holds of a result of bench.step; the exit status."""
     print(f"{'unit':18}{'over':6}{'x':>6}{'from':>7}{'at least':>10}{'goal':>6}  verdict")
-    rows = held(report)
+    rows = held(report, goals=goals)
     for row in rows:
         ratio, low = (f"{row[key]:.2f}" if row[key] is not None else "-" for key in ("ratio", "low"))
         limits = f"{row['at_least']:10.2f}{row['goal']:6.2f}"
@@ -132,13 +133,17 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="STEP.json, or OLD.json NEW.json")
-    files = parser.parse_args(argv).files
+    parser.add_argument("--goals", action="store_true", help="of STEP.json: hold it to the goals")
+    args = parser.parse_args(argv)
+    files: list[Path] = args.files
+    if args.goals and len(files) > 1:
+        parser.error("--goals are of one file, of bench.step")
     if len(files) > 2:
         parser.error(f"{len(files)} files: want one of bench.step, or two of bench.kernels")
     for path in files:
         if not path.is_file():
             parser.error(f"{path} is no file")  # exit status 2
-    return _compare(*files) if len(files) == 2 else _hold(json.loads(files[0].read_text()))
+    return _compare(*files) if len(files) == 2 else _hold(json.loads(files[0].read_text()), goals=args.goals)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ UNPREDICTED = {
     "train.world": "a tiny model: bound by the host",
     "train.random.allocated_gb": "beside it stands what python -m advgrpo.plan says",
     "kernels.over_compiled": "what inductor fuses is not counted",
+    "kernels.group_advantages": "a few hundred numbers: a launch, and its baseline waits for the host three times",
     "tune": "it asks which launch is faster",
 }
 
@@ -60,6 +61,7 @@ COMPILED = 0.20  # what inductor leaves of them: 28 of 139 GB, estimated from wh
 # Shares of the copy.
 STREAM = 0.93  # PyTorch's elementwise operators on tensors of tens of MB
 FUSED = 0.85  # our streaming kernels
+FUSED_FP8 = 0.68  # those with a norm that writes e4m3: what their instructions leave of it (`STREAMING`)
 # Microseconds.
 EAGER, CUSTOM = 5.0, 40.0  # host time of an ATen operator, of a custom op with its autograd function
 NODE = 2.5  # a kernel of a captured graph too small to fill the chip
@@ -73,6 +75,10 @@ ROWS, IMAGE, TEXT, WIDTH, LAYERS, DUAL = 16, 1024, 205, 1536, 24, 13
 JOINT = IMAGE + TEXT
 STOCK_ATTENTION = 4 * ROWS * WIDTH * (LAYERS * JOINT**2 + DUAL * IMAGE**2)
 OWN_ATTENTION = STOCK_ATTENTION - 4 * ROWS * WIDTH * TEXT * JOINT  # the last block's text queries do not attend
+# Of a merged forward's elementwise bytes the residual streams': both residuals of a block read stream and update, and
+# write stream and norm; dual attention adds an update to one and a norm to the other. Text's last block has neither.
+RESIDUAL = 2 * ROWS * WIDTH * (IMAGE * (8 * LAYERS + 2 * DUAL) + TEXT * 8 * (LAYERS - 1))
+RESIDUAL_FP8 = RESIDUAL - ROWS * WIDTH * (IMAGE * (2 * LAYERS + DUAL) + TEXT * 2 * (LAYERS - 1))  # norms of one byte
 SMS, REGISTERS, WARPS = 132, 65536, 64  # multiprocessors, and what each has room for
 ISSUE = 2.5 * 1.93e9  # instructions of a warp that a multiprocessor issues in a second: 2.5 a cycle
 TILES = ((128, 256), (256, 128), (128, 128))  # rows and columns that one of them computes of a product
@@ -110,6 +116,7 @@ DECODED_BYTES, STOCK_DECODED_BYTES = 5_276_848_512, 12_029_292_800
 FEATURES = 303_147_436_032  # DINOv2 ViT-B/14 of one image of 518 px
 
 STEPS, IMAGES, MICRO = 10, 32, 8  # bench.step --size full: 2 prompts of 16, window {0, 1}
+REFERENCES = 16  # of an iteration's two prompts, which no iteration before it has met
 HEAD_UPDATES = 10
 
 
@@ -143,6 +150,7 @@ class Kernel:
     """A case of bench.kernels at full size: what must be moved and computed, and what the eager baseline does instead.
 
     issue_us: where instructions and not bytes bound it: counted in the machine code, at 2.5 a cycle.
+    share, eager_share: of the bf16 8192³ product, that its products and the baseline's reach.
     """
 
     bytes: int
@@ -150,6 +158,8 @@ class Kernel:
     eager_launches: int
     eager_bytes: int
     issue_us: float = 0.0
+    share: float = HEAD
+    eager_share: float = 2 * HEAD
 
 
 KERNELS = {
@@ -168,6 +178,8 @@ KERNELS = {
     "swiglu": Kernel(603_979_776, 0, 2, 1_006_632_960, 64.7),
     "group_norm": Kernel(1_610_612_736, 0, 3, 3_221_227_008),
     "fp8_quantize": Kernel(75_563_008, 0, 10, 982_122_496),
+    "qk_rms_norm_rotary": Kernel(241_945_856, 0, 32, 5_581_430_016),
+    "fp8_linear": Kernel(235_929_600, 309_237_645_312, 1, 0, share=FP8_GEMM, eager_share=GEMM),
     "merge_lora": Kernel(1_877_606_400, 0, 573, 5_407_506_432, 900.0),
     "multi_tensor_adamw": Kernel(751_042_560, 0, 2310, 2_328_245_728),
 }
@@ -240,10 +252,11 @@ class Model:
     def forward(self, work: Work, *, adapters: int = 0, fp8: bool = False) -> float:
         """A pass without gradients; `adapters` are FLOPs of LoRA's products among `work`'s."""
         dense = work.flops - work.attention - adapters
-        small = self.products(adapters, ADAPTERS) + work.bytes / (STREAM * self.bytes)
-        gemm = self.products(dense, GEMM)
+        moved, gemm = work.bytes / STREAM, self.products(dense, GEMM)
         if fp8:
+            moved = (work.bytes - RESIDUAL) / STREAM + RESIDUAL_FP8 / FUSED_FP8
             gemm = self.products(FP8_PART * dense, FP8_GEMM) + (1 - FP8_PART) * gemm
+        small = self.products(adapters, ADAPTERS) + moved / self.bytes
         return max(gemm + self.products(work.attention, ATTENTION) + small, work.launches * NODE * 1e-6)
 
     def backward(self, flops: int, attention: int, moved: int) -> float:
@@ -337,10 +350,11 @@ class Model:
     def stock_sampler(self) -> float:
         return IMAGES / MICRO * STEPS * self.stock_adapted + IMAGES * self.decode(CONVOLUTION_TF32, STOCK_DECODED_BYTES)
 
-    def update(self, *, shared: bool = False) -> float:
-        """Both of the window's steps; with shared noise the first on one prompt's rows, which the host is slower
-        than."""
-        first = max(self.trained * 2 / ROWS, TRAINED.launches * CUSTOM * 1e-6) if shared else self.trained
+    def update(self, *, shared: bool = False, captured: bool = True) -> float:
+        """Both of the window's steps; with shared noise the first on one prompt's rows, which the host is slower than
+        where the step is not captured."""
+        launched = TRAINED.launches * (NODE if captured else CUSTOM) * 1e-6
+        first = max(self.trained * 2 / ROWS, launched) if shared else self.trained
         return IMAGES / MICRO * (self.trained + first)
 
     @property
@@ -370,8 +384,14 @@ class Model:
         """References have no cache either."""
         return 2 * self.features + HEAD_UPDATES * 137 * EAGER * 1e-6
 
-    def iteration(self, *, shared: bool = False) -> float:
-        return self.sampler(self.merged, shared=shared) + self.adversary + self.update(shared=shared)
+    @property
+    def first_visits(self) -> float:
+        """DINO's features of an iteration's references; other processes decode them while images are sampled."""
+        return REFERENCES * self.products(FEATURES, BACKBONE)
+
+    def iteration(self, *, shared: bool = False, fp8: bool = False) -> float:
+        sampler = self.sampler(self.merged_fp8 if fp8 else self.merged, shared=shared)
+        return sampler + self.first_visits + self.adversary + self.update(shared=shared)
 
     @property
     def b1_iteration(self) -> float:
@@ -383,70 +403,56 @@ class Model:
 
     def kernel_us(self, kernel: Kernel) -> float:
         moved = kernel.bytes / (FUSED * self.bytes) * 1e6
-        return max(moved, self.products(kernel.flops, HEAD) * 1e6, kernel.issue_us) + LAUNCH
+        return max(moved, self.products(kernel.flops, kernel.share) * 1e6, kernel.issue_us) + LAUNCH
 
     def eager_us(self, kernel: Kernel) -> float:
-        moved = kernel.eager_bytes / (STREAM * self.bytes) * 1e6 + self.products(kernel.flops, 2 * HEAD) * 1e6
-        return max(moved, kernel.eager_launches * EAGER)
+        moved = kernel.eager_bytes / (STREAM * self.bytes) * 1e6
+        return max(moved + self.products(kernel.flops, kernel.eager_share) * 1e6, kernel.eager_launches * EAGER)
+
+
+def _unit(name: str, amount: float, ours: float, b1: float, b0: float | None = None) -> dict[str, float]:
+    """Figures of a unit of bench.step: rates of all sides, ours over the others'; times in seconds of `amount`."""
+    sides = {"b1": b1} if b0 is None else {"b1": b1, "b0": b0}
+    ratios = {f"step.{name}.over_{side}.ratio": time / ours for side, time in sides.items()}
+    return ratios | {f"step.{name}.{side}": amount / time for side, time in {"ours": ours, **sides}.items()}
+
+
+def _whole_steps(m: Model) -> dict[str, float]:
+    """Of bench.step, with the same algorithm on all sides."""
+    found: dict[str, float] = {}
+    for precision, fp8 in (("", False), ("_fp8", True)):
+        ode = m.merged_fp8 if fp8 else m.merged
+        iterations = [m.iteration(shared=shared, fp8=fp8) for shared in (False, True)]
+        samplers = [m.sampler(ode, shared=shared) for shared in (False, True)]
+        found |= _unit(f"iteration{precision}", 1, iterations[0], m.b1_iteration, m.stock_iteration)
+        found |= _unit(f"iteration{precision}_shared", 1, iterations[1], m.b1_iteration)
+        found |= _unit(f"sampler{precision}", IMAGES, samplers[0], m.b1_sampler, m.stock_sampler)
+        found |= _unit(f"sampler{precision}_shared", IMAGES, samplers[1], m.b1_sampler)
+    found |= _unit("update", IMAGES, m.update(), m.b1_update, m.stock_update)
+    found |= _unit("update_shared", IMAGES, m.update(shared=True), m.b1_update)
+    found |= _unit("update_shared_eager", IMAGES, m.update(shared=True, captured=False), m.b1_update)
+    return found | _unit("adversary", IMAGES, m.adversary, m.b1_adversary, m.stock_adversary)
 
 
 def predict(machine: Machine = H200) -> dict[str, float]:
     """Every figure by its path: PART.KEY.KEY..., and kernels.CASE.KEY for a case of bench.kernels."""
     m = Model(machine)
-    own, fp8, iteration = m.sampler(m.merged), m.sampler(m.merged_fp8), m.iteration()
-    own_shared, update_shared, iteration_shared = (
-        m.sampler(m.merged, shared=True),
-        m.update(shared=True),
-        m.iteration(shared=True),
-    )
+    own, iteration = m.sampler(m.merged), m.iteration()
     found = {
         "step.calibration.copy_gb_s": machine.copy_gb_s,
         "step.calibration.matmul_tflop_s": machine.matmul_tflop_s,
-        "step.iteration.over_b1.ratio": m.b1_iteration / iteration,
-        "step.iteration.over_b0.ratio": m.stock_iteration / iteration,
-        "step.iteration.ours": 1 / iteration,
-        "step.iteration.b1": 1 / m.b1_iteration,
-        "step.iteration.b0": 1 / m.stock_iteration,
-        "step.iteration_shared.over_b1.ratio": m.b1_iteration / iteration_shared,
-        "step.iteration_shared.ours": 1 / iteration_shared,
-        "step.iteration_shared.b1": 1 / m.b1_iteration,
-        "step.sampler.over_b1.ratio": m.b1_sampler / own,
-        "step.sampler.over_b0.ratio": m.stock_sampler / own,
-        "step.sampler.ours": IMAGES / own,
-        "step.sampler.b1": IMAGES / m.b1_sampler,
-        "step.sampler.b0": IMAGES / m.stock_sampler,
-        "step.sampler_shared.over_b1.ratio": m.b1_sampler / own_shared,
-        "step.sampler_shared.ours": IMAGES / own_shared,
-        "step.sampler_shared.b1": IMAGES / m.b1_sampler,
-        "step.sampler_fp8.over_b1.ratio": m.b1_sampler / fp8,
-        "step.sampler_fp8.over_b0.ratio": m.stock_sampler / fp8,
-        "step.sampler_fp8.ours": IMAGES / fp8,
-        "step.sampler_fp8.b1": IMAGES / m.b1_sampler,
-        "step.sampler_fp8.b0": IMAGES / m.stock_sampler,
-        "step.update.over_b1.ratio": m.b1_update / m.update(),
-        "step.update.over_b0.ratio": m.stock_update / m.update(),
-        "step.update.ours": IMAGES / m.update(),
-        "step.update.b1": IMAGES / m.b1_update,
-        "step.update.b0": IMAGES / m.stock_update,
-        "step.update_shared.over_b1.ratio": m.b1_update / update_shared,
-        "step.update_shared.ours": IMAGES / update_shared,
-        "step.update_shared.b1": IMAGES / m.b1_update,
+        **_whole_steps(m),
         "step.waterfall.B0": IMAGES / m.stock_sampler,
         "step.waterfall.graph": IMAGES / own,
         "step.waterfall.side stream": IMAGES / (own - m.hidden()),
-        "step.waterfall.FP8": IMAGES / fp8,
-        "step.adversary.over_b1.ratio": m.b1_adversary / m.adversary,
-        "step.adversary.over_b0.ratio": m.stock_adversary / m.adversary,
-        "step.adversary.ours": IMAGES / m.adversary,
-        "step.adversary.b1": IMAGES / m.b1_adversary,
-        "step.adversary.b0": IMAGES / m.stock_adversary,
+        "step.waterfall.FP8": IMAGES / m.sampler(m.merged_fp8),
         "step.fp8_forward_over_roofline": m.merged_fp8 / m.products(STOCK.flops, 1.0),
         "step.sampler_mfu": IMAGES / own * STEPS * STOCK.flops / 8 / 989e12,
         "profile.iterations_per_second": 1 / iteration,
         "profile.phase_shares.sample": own / iteration,
         "profile.images_per_second": IMAGES / iteration,
         "profile.phase_shares.update": m.update() / iteration,
-        "profile.phase_shares.score": m.features / iteration,
+        "profile.phase_shares.score": (m.features + m.first_visits) / iteration,
         "profile.phase_shares.discriminator": (m.adversary - m.features) / iteration,
         "profile.trajectory.kernels": 2 * ADAPTED.launches + (STEPS - 2) * MERGED.launches + 3 * STEPS,
         "profile.trajectory.host_syncs": 0,
@@ -456,6 +462,8 @@ def predict(machine: Machine = H200) -> dict[str, float]:
     for name, kernel in KERNELS.items():
         found[f"kernels.{name}.ours_us"] = m.kernel_us(kernel)
         found[f"kernels.{name}.over_eager"] = m.eager_us(kernel) / m.kernel_us(kernel)
+        if not kernel.flops:  # else products may bound it
+            found[f"kernels.{name}.share_of_limit"] = kernel.bytes / (machine.copy_gb_s * 1e3) / m.kernel_us(kernel)
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
@@ -495,8 +503,9 @@ def measured(name: str, reports: Mapping[str, dict]) -> float | None:
         return None
     if part == "kernels":
         entry = next((e for e in report.get("entries", []) if e["case"] == path[0]), None)
-        key = {"ours_us": "median", "over_eager": "ratio"}[path[1]]
-        return None if entry is None else entry[path[1]][key]
+        if entry is None or path[1] == "share_of_limit":
+            return None if entry is None else entry["share_of_limit"]
+        return entry[path[1]]["median" if path[1] == "ours_us" else "ratio"]
     if name == "train.random.seconds":  # the first iterations capture and compile
         rows = [row["seconds"] for row in report.get("random", {}).get("rows", [])[3:]]
         return sorted(rows)[len(rows) // 2] if rows else None

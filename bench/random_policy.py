@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,11 +35,17 @@ class Size:
     latent_side: int
     text_tokens: int
     backbone: dict  # of Dinov2Config
+    prompts: int = 8  # of training, each with references
 
 
 FULL = Size(
-    SD35_MEDIUM, SD3_DECODER, 64, 205, {"image_size": 518, "patch_size": 14}
-)  # Dinov2Config's defaults are ViT-B
+    SD35_MEDIUM,
+    SD3_DECODER,
+    64,
+    205,
+    {"image_size": 518, "patch_size": 14},  # Dinov2Config's defaults are ViT-B
+    prompts=128,  # so that no iteration of a session meets one that another has seen
+)
 SMALL = Size(
     replace(TINY, num_layers=2, dual_attention_layers=(0,)),
     DecoderConfig(block_out_channels=(16, 16, 16), layers_per_block=1, norm_num_groups=8),
@@ -154,12 +162,16 @@ def save_backbone(size: Size, folder: Path, seed: int) -> None:
 def save_references(folder: Path, prompts: Sequence[str], side: int, seed: int) -> ReferenceSet:
     """Eight images of noise for every prompt, as the files that a run reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    index = {}
-    for number, prompt in enumerate(prompts):
+
+    def save(number: int, prompt: str) -> list[str]:
         generator = rng.generator(seed, f"bench_images:{prompt}")
         drawn = torch.randint(256, (8, side, side, 3), generator=generator, dtype=torch.uint8).numpy()
-        index[prompt] = [f"{number}-{i}.png" for i in range(len(drawn))]
-        for name, pixels in zip(index[prompt], drawn):
+        names = [f"{number}-{i}.png" for i in range(len(drawn))]
+        for name, pixels in zip(names, drawn):
             Image.fromarray(pixels).save(folder / name, compress_level=1)
+        return names
+
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:  # Pillow packs without the GIL
+        index = dict(zip(prompts, pool.map(save, range(len(prompts)), prompts)))
     (folder / "references.json").write_text(json.dumps(index))
     return ReferenceSet.load(folder, list(prompts))

@@ -3,9 +3,11 @@
 Times sampler, adversary, update and the whole iteration of our trainer, of B1 (the best that can be assembled without
 us) and of B0 (the released loop, `bench/baseline.py`), in one process, taking turns and with the same algorithm on all
 sides: a noise per image for the three of them; then, as `..._shared`, one noise per prompt for ours and B1, which both
-share a prompt's prefix. A contender that does not compute what we do (`bench/parity.py`) is refused, not timed, and the
-exit status is 1. Prints ours over B1 first, where the sampler's time goes (B0, then one change after the other), and
-the goals with what this machine can say about them.
+share a prompt's prefix. With that our update is captured in CUDA graphs, and `update_shared_eager` is it without them.
+`..._fp8` has our ODE steps in FP8, which the others have not. At full size ours decodes references in every iteration,
+since each meets new prompts. A contender that does not compute what we do (`bench/parity.py`) is refused, not timed,
+and the exit status is 1. Prints ours over B1 first, where the sampler's time goes (B0, then one change after the
+other), and the goals with what this machine can say about them.
 
 `--size tiny` is the shipped model with its weights; `--size full` is SD3.5-medium's exact configuration with random
 weights: no downloads and no diffusers, but a GPU; `--size small` is a random model of seconds, for rehearsals. The unit
@@ -43,7 +45,7 @@ from .contenders import Contenders, random, small, tiny
 from .parity import Check, check_adversary, check_sampler, check_update, tolerance
 from .random_policy import FULL
 
-SCHEMA = 3
+SCHEMA = 4
 REPEATS = {"cuda": 7, "cpu": 5}
 FORWARD_TFLOP = 35.579400290304  # one B=16 forward of SD3.5-medium, counted (tests/policy/test_stock_model.py)
 PEAK_TFLOP_S = 989  # dense bfloat16 of an H100 or H200, for MFU
@@ -55,12 +57,16 @@ ORDER = (
     "adversary",
     "peak memory",
     "iteration_shared",
-    "sampler FP8",
+    "sampler_fp8",
     "FP8 forward",
-    "sampler_shared",
     "update_shared",
+    "iteration_fp8",
+    "iteration_fp8_shared",
+    "sampler_shared",
+    "sampler_fp8_shared",
     "waterfall",
 )
+APART = 16  # iterations from where one of four trainers begins to where the next one does: no prompt is met twice
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,25 @@ def _their_units(c: Contenders, other: Baseline) -> dict[str, Callable[[], objec
         "update": partial(other.update, micro_batches, advantages),
         "iteration": partial(other.iteration, c.prompts, c.window),
     }
+
+
+def eager_update(c: Contenders) -> Callable[[], object] | None:
+    """Our update without its CUDA graphs; None where it has none."""
+    ours, captured, table = c.objective, c.trainer.updater.captured, c.table()
+    backend = captured.backend
+    if backend is None:
+        return None
+    rollout = ours.rollout(table, 0)
+    scored = ours.scorer.score(rollout, 0)
+
+    def run() -> None:
+        captured.backend = None
+        try:
+            ours.update(rollout, scored, table, c.trainer.begin(0))
+        finally:
+            captured.backend = backend
+
+    return run
 
 
 def verify(c: Contenders) -> dict[str, dict[str, Check]]:
@@ -198,6 +223,7 @@ class Session:
         started = time.monotonic()
         self.c: Contenders = builders[size](folder, device, compiled=options.compile, **changes)
         self.shared = self.c.with_noise("shared")
+        self.shared.trainer.iteration = APART
         self.building = time.monotonic() - started
         self.report.put("attention", self._attention_name())
         self.report.put("window", list(self.c.window))
@@ -224,8 +250,9 @@ class Session:
             parts["peak memory"] = self._peak_memory
         if self.size == "full":
             parts["FP8 forward"] = self._fp8_forward
-            if self._passed("sampler"):
-                parts["sampler FP8"] = self._sampler_fp8
+            for name in ("sampler", "iteration", f"sampler{SHARED}", f"iteration{SHARED}"):
+                if self._passed(name):
+                    parts[step_report.in_fp8(name)] = partial(self._measure_fp8, name)
         for name in ORDER:
             if name in parts:
                 self._attempt(name, parts[name], self._expected(name))
@@ -277,15 +304,19 @@ class Session:
 
         sampler, rows = seconds("sampler"), 7 / 3  # the waterfall's rows lie between ours and B0
         of_fp8 = self.building if self.size == "full" and "fp8" not in vars(self) else 0.0
+        in_fp8 = {step_report.in_fp8(name): of_fp8 + seconds(name) + seconds(name, "ours") for name in self.checks}
         shared = {f"{name}{SHARED}": 2 * seconds(name, "ours", "b1") for name in step_report.UNITS}
-        expected = shared | {  # one call to warm up and one that is timed
-            "iteration": 3 * sampler,
-            "update": sampler,
-            "peak memory": seconds("iteration"),
-            "sampler FP8": of_fp8 + sampler + seconds("sampler", "ours"),
-            "FP8 forward": of_fp8,
-            "waterfall": of_fp8 + 2 * rows * sampler,
-        }
+        expected = (
+            in_fp8
+            | shared
+            | {  # one call to warm up and one that is timed
+                "iteration": 3 * sampler,
+                "update": sampler,
+                "peak memory": seconds("iteration"),
+                "FP8 forward": of_fp8,
+                "waterfall": of_fp8 + 2 * rows * sampler,
+            }
+        )
         return expected.get(name, 0.0)
 
     def _say(self, name: str) -> None:
@@ -350,7 +381,18 @@ class Session:
     @cached_property
     def fp8(self) -> Contenders | None:
         """The same at full size with ODE steps in FP8; a second model, so it is built when it is needed."""
-        return random(self.folder, self.device, FULL, precision="fp8", **self.changes) if self.size == "full" else None
+        if self.size != "full":
+            return None
+        made = random(self.folder, self.device, FULL, precision="fp8", **self.changes)
+        made.trainer.iteration = 2 * APART
+        return made
+
+    @cached_property
+    def fp8_shared(self) -> Contenders:
+        """The same with shared noise."""
+        made = self.fp8.with_noise("shared")
+        made.trainer.iteration = 3 * APART
+        return made
 
     @cached_property
     def limits(self) -> timing.Calibration:
@@ -364,26 +406,36 @@ class Session:
         self._put("on_policy", {name: metrics[name] for name in names})
 
     def _measure(self, name: str) -> None:
-        unit = self.unit(name)
+        unit, eager = self.unit(name), self._eager(name)
 
         def put(times: dict[str, np.ndarray]) -> None:
-            self._put(name, figures(unit, times, self.repeats))
+            without = {side: values for side, values in times.items() if side != "eager"}
+            self._put(name, figures(unit, without, self.repeats))
+            if "eager" in times:
+                others = {side: values for side, values in without.items() if side != "ours"}
+                self._put(f"{name}_eager", figures(unit, {"ours": times["eager"], **others}, self.repeats))
             if self.size == "full" and name == "sampler":  # FLOPs of the algorithm: 16 rows are 8 guided images
                 steps, rate = self.c.config.rollout.num_steps, self.report["sampler"]["ours"]
                 self._put("sampler_mfu", rate * steps * FORWARD_TFLOP / 8 / PEAK_TFLOP_S)
 
-        self._play(name, unit.sides, put)
+        self._play(name, unit.sides | ({} if eager is None else {"eager": eager}), put)
 
-    def _sampler_fp8(self) -> None:
-        """P2. Not held to the others' numbers: FP8 rounds its ODE steps."""
-        fp8 = self.fp8
-        table, own = fp8.table(), self.unit("sampler")
-        unit = replace(own, sides=own.sides | {"ours": lambda: fp8.objective.rollout(table, 0)})
+    def _eager(self, name: str) -> Callable[[], object] | None:
+        """What the unit is without the update's CUDA graphs; None of others and where it has none."""
+        return eager_update(self.shared) if name == f"update{SHARED}" else None
+
+    def _measure_fp8(self, name: str) -> None:
+        """The unit `name` with ODE steps in FP8. Not held to the others' numbers: FP8 rounds."""
+        own, key = self.unit(name), step_report.in_fp8(name)
+        fp8 = self.fp8_shared if name.endswith(SHARED) else self.fp8
+        table = fp8.table()
+        runs = {"sampler": lambda: fp8.objective.rollout(table, 0), "iteration": fp8.trainer.iterate}
+        unit = replace(own, sides=own.sides | {"ours": runs[name.removesuffix(SHARED)]})
 
         def put(times: dict[str, np.ndarray]) -> None:
-            self._put("sampler_fp8", figures(unit, times, self.repeats))
+            self._put(key, figures(unit, times, self.repeats))
 
-        self._play("sampler FP8", unit.sides, put, warm=("ours",))
+        self._play(key, unit.sides, put, warm=("ours",))
 
     def _waterfall(self) -> None:
         """Sampler images/s of B0 and after each change in turn; None for what this device does not have."""

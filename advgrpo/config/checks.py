@@ -390,7 +390,7 @@ def _other_than_plain(config: Config, plain: Sequence[tuple[str, Any, str]], ask
     """The first of some settings, (name, what it must be, why), that is something else, as an error; "" for none."""
     for name, needed, why in plain:
         value = attrgetter(name)(config)
-        if value != needed:
+        if value not in (needed, "auto"):  # which asks for nothing
             return f"{name} = {shown(value)} {why}, but {asked}; set {name} = {shown(needed)}, {without}"
     return ""
 

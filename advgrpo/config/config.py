@@ -120,6 +120,19 @@ class Config(Section):
         return window.trained_of(window.of_image)
 
     @property
+    def why_update_is_not_captured(self) -> str:
+        """Why forward and backward of the update are not to be CUDA graphs, by the settings alone; "" where they are,
+        if the machine can."""
+        graphs, objective = self.update.graphs, self.update.objective
+        if graphs is False:
+            return "update.graphs = false"
+        if objective != "policy":
+            return f"update.objective = {objective}: only the policy gradient's is"
+        if graphs == "auto" and self.rollout.initial_noise == "per_image":
+            return "rollout.initial_noise = per_image: steps of all images hide the CPU's work"
+        return ""
+
+    @property
     def has_merged_copy(self) -> bool:
         """Whether each process has merged weights in FP8, whole, beside a base in parts."""
         return self.model.shard_base != "none" and self.rollout.precision == "fp8"

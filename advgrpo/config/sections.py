@@ -356,9 +356,10 @@ class UpdateSection(Section):
     """The gradient is scaled down to this norm; inf leaves it as it is."""
     optimizer: Literal["auto", "fused", "torch", "apex"] = "auto"
     """AdamW by our fused kernel (what auto takes with --fast), torch's, or NVIDIA Apex's FusedAdam when installed."""
-    graphs: bool = False
+    graphs: Literal["auto"] | bool = "auto"
     """With CUDA graphs, capture the update's forward and backward as well: fewer waits for the CPU, but a micro-batch's
-    activations stay in memory, twice over while graphs are made."""
+    activations stay in memory, twice over while graphs are made. auto: with rollout.initial_noise = shared, whose first
+    step is too small to hide the CPU's work, and where it is estimated to fit the GPU."""
     ema_decay: Decay = 0.9
     """Moving average of the adapters, which is what is evaluated and exported."""
     ema_rule: Literal["optimizer_step", "mini_batch"] = "optimizer_step"

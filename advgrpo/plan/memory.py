@@ -154,6 +154,11 @@ def plan_as_configured(config: Config, gpu_gb: float, *, processes: int = 1) -> 
     return next(each for each in _Estimate(config, processes).plans(gpu_gb) if each.knobs == wanted)
 
 
+def peak_with_captured_update(config: Config, *, processes: int = 1) -> float:
+    """GB that the settings as they are would keep with the update's steps in CUDA graphs; errors as of `plan`."""
+    return _Estimate(config, processes).peak_with_captured_update()
+
+
 def _accepted(config: Config, processes: int) -> list[int]:
     """Micro-batches up to the configured one that so many processes may train with, ascending."""
     sizes = micro_batches(config.rollout, config.update.minibatches)
@@ -226,6 +231,7 @@ class _Estimate:
         self.sharded = config.model.is_sharded(processes)
         self.is_ours = config.fast and self.pipeline.has_own_forward and _adapted_by_ours(config.model)
         self.fused = self.is_ours and not config.model.gathers_stock_blocks
+        self.captures = self.fused and config.model.sequence_parallel == 1 and not config.why_update_is_not_captured
         self.copied = config.has_merged_copy
         self.own_decoder = self.fused and not self.pipeline.is_qwen
         self.element = 2 if config.model.dtype == "bfloat16" else 4
@@ -259,18 +265,30 @@ class _Estimate:
 
     def plans(self, gpu_gb: float) -> list[MemoryPlan]:
         """One plan for every setting of the knobs."""
-        configured = self._peak_as_configured()
+        configured = self._plan(gpu_gb, self._as_configured, 0.0).peak_gb
         return [self._plan(gpu_gb, knobs, configured) for knobs in self._knobs()]
 
-    def _peak_as_configured(self) -> float:
-        return self.peak_gb(Knobs(self.config.rollout.micro_batch, self.config.model.gradient_checkpointing))
+    @property
+    def _as_configured(self) -> Knobs:
+        return Knobs(self.config.rollout.micro_batch, self.config.model.gradient_checkpointing)
 
     def peak_gb(self, knobs: Knobs) -> float:
-        return self._plan(math.inf, knobs, 0.0).peak_gb
+        """The least that these knobs need."""
+        return self._plan(0.0, knobs, 0.0).peak_gb
+
+    def peak_with_captured_update(self) -> float:
+        return self._plan(math.inf, self._as_configured, 0.0).peak_gb
 
     def _plan(self, gpu_gb: float, knobs: Knobs, configured_gb: float) -> MemoryPlan:
-        known = self.components(knobs), configured_gb, (), self.uncounted
-        return MemoryPlan(gpu_gb, knobs, *known, host_gb=self.host_gb())
+        """With graphs of the update where update.graphs = auto finds room for them."""
+
+        def planned(*, captured: bool) -> MemoryPlan:
+            known = self.components(knobs, captured=captured), configured_gb, (), self.uncounted
+            return MemoryPlan(gpu_gb, knobs, *known, host_gb=self.host_gb())
+
+        found = planned(captured=self.captures)
+        optional = self.captures and self.config.update.graphs == "auto"
+        return planned(captured=False) if optional and not found.fits else found
 
     def _knobs(self) -> Iterator[Knobs]:
         rollout, update = self.config.rollout, self.config.update
@@ -307,9 +325,10 @@ class _Estimate:
         """Of these, on the process that decodes and judges the most: those of a sequence group take turns."""
         return self.config.most_judged(self.processes, micro_batch=knobs.micro_batch)
 
-    def components(self, knobs: Knobs) -> tuple[Component, ...]:
+    def components(self, knobs: Knobs, *, captured: bool = False) -> tuple[Component, ...]:
+        """Those with bytes. `captured`: forward and backward of the update are CUDA graphs."""
         reward = self._dino(knobs) if self.dino else ()
-        return tuple(c for c in (*self._weights(), *reward, *self._activations(knobs)) if c.bytes)
+        return tuple(c for c in (*self._weights(), *reward, *self._activations(knobs, captured)) if c.bytes)
 
     def _weights(self) -> Iterator[Component]:
         config, weights = self.config, self.weights
@@ -473,7 +492,7 @@ class _Estimate:
         alive = round(14 * element * tokens * hidden * knobs.micro_batch)
         yield Component("DINO forward", alive, "rollout.micro_batch", ("score",))
 
-    def _activations(self, knobs: Knobs) -> Iterator[Component]:
+    def _activations(self, knobs: Knobs, captured: bool) -> Iterator[Component]:
         config, shape = self.config, self.shape
         sequences = knobs.micro_batch * self.guided
         decides = "rollout.micro_batch"
@@ -511,8 +530,7 @@ class _Estimate:
         yield Component("decoding", decode, decided, self._decoding_phases())
         both = "rollout.micro_batch, model.gradient_checkpointing, model.lora.blocks"
         saved = sequences * shape.saved_bytes(checkpointing=knobs.gradient_checkpointing)
-        captured = config.update.graphs and self.fused and config.objective.has_window  # in the graphs' pool, always
-        during = ("sample", *held) if captured else ("update",)
+        during = ("sample", *held) if captured else ("update",)  # in the graphs' pool, always
         yield Component("activations saved for the backward", saved, both, during)
         backward = sequences * shape.backward_bytes() + (self.element * self.weights.lora if self.fused else 0)
         yield Component("gradients within the backward", backward, decides, during)
@@ -530,6 +548,8 @@ def _changes(config: Config, processes: int) -> Iterator[tuple[str, Callable[[Co
         return f"{name} = {value}", lambda c: setattr(getattr(c, section), field, value)
 
     adversary, model = config.adversary, config.model
+    if config.update.graphs is True and not config.why_update_is_not_captured:
+        yield setting("update.graphs", False)
     if model.offload != "text_vae":
         yield setting("model.offload", "text_vae")
     if config.has_merged_copy:
@@ -622,7 +642,7 @@ def _least(config: Config, changes: list[Callable[[Config], None]], processes: i
     changed = config.model_copy(deep=True)
     for change in changes:
         change(changed)
-    return min((p.peak_gb for p in _Estimate(changed, processes).plans(math.inf)), default=math.inf)
+    return min((p.peak_gb for p in _Estimate(changed, processes).plans(0.0)), default=math.inf)
 
 
 def table(plans: list[MemoryPlan]) -> Table:
@@ -658,14 +678,16 @@ def _cell(component: Component | None, each: MemoryPlan) -> str:
 def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
     """What to change after torch.cuda.OutOfMemoryError, in this order, with this run's values.
 
-    The micro-batch first (it changes no result but rounding), then checkpointing (one more forward in the update), then
-    what changes the run: fewer cached patches, fewer images, adapters in fewer blocks.
+    Graphs of the update first (they change no bit), the micro-batch (no result but rounding), checkpointing (one more
+    forward in the update), then what changes the run: fewer cached patches, fewer images, adapters in fewer blocks.
 
     Args:
         error: the exception; its own text is quoted, and the card's capacity is read from it where it is given.
     """
     rollout, model = config.rollout, config.model
     steps = []
+    if config.fast and config.update.graphs == "auto" and not config.why_update_is_not_captured:
+        steps.append("update.graphs = false instead of auto")
     smaller = [micro for micro in _accepted(config, processes) if micro < rollout.micro_batch]
     if smaller:
         steps.append(f"rollout.micro_batch = {smaller[-1]} instead of {rollout.micro_batch}")

@@ -332,7 +332,7 @@ def build_trainer(
         config.advantage,
         reduce=_sum_over(distributed, config) if parts_of(policy) is None else _nothing_to_sum,
         fused=fast.fused_optimizer,
-        graphs=graphs,
+        graphs=graphs if fast.captured_update else None,
     )
     micro_batches = MicroBatches(
         prompts,

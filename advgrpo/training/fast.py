@@ -11,6 +11,7 @@ from rich.text import Text
 
 from advgrpo.config import Config, ModelSection
 from advgrpo.errors import UserError
+from advgrpo.plan.memory import GB, peak_with_captured_update
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.transformer import can_adapt
 from advgrpo.policy.pipelines import FAMILIES, pipeline_class
@@ -34,11 +35,16 @@ class FastPaths:
     fused: bool  # our transformer, and with it merged weights
     fused_optimizer: bool
     graphs: bool
+    captured_update: bool  # forward and backward of its steps are graphs as well
     table: tuple[FastPath, ...]
 
     @classmethod
-    def choose(cls, config: Config, device: torch.device) -> FastPaths:
-        """Raises UserError where a path is asked for that this machine or model does not have."""
+    def choose(cls, config: Config, device: torch.device, *, processes: int = 1) -> FastPaths:
+        """Raises UserError where a path is asked for that this machine or model does not have.
+
+        Args:
+            processes: share an iteration's images, which decides what each of them keeps in memory.
+        """
         gpu_only = "" if device.type == "cuda" else "no CUDA device"
         plain = "" if config.fast else "--no-fast"
         fused_off = plain or _why_not_fused(config.model)
@@ -61,6 +67,7 @@ class FastPaths:
             merged_off = plain or _why_not_ours(config.model)
             ode = "ODE steps, by a whole copy beside the base in parts,"
         no_graphs = fused_off or gpu_only or _why_no_graphs(config.model)
+        not_captured = no_graphs or config.why_update_is_not_captured or _why_no_room(config, device, processes)
         no_triton = _why_no_triton(device)
         no_cpu = (fused_off and merged_off) or _why_no_cpu_kernels(config.model, device)
         ours = not (no_triton and no_cpu)
@@ -91,7 +98,7 @@ class FastPaths:
             ),
             _row(
                 "captured update",
-                no_graphs or _why_not_captured(config),
+                not_captured,
                 "one launch per step of the window, forward and backward; its activations stay in memory",
             ),
             _row(
@@ -111,7 +118,8 @@ class FastPaths:
             ),
         )
         own_optimizer = config.fast and not config.model.in_parts
-        return cls(not (plain or own_noise), not fused_off, own_optimizer, not no_graphs, rows)
+        graphs = not no_graphs, not not_captured
+        return cls(not (plain or own_noise), not fused_off, own_optimizer, *graphs, rows)
 
     def print(self, console: Console) -> None:
         """A line for each path: what it saves, or why it is off."""
@@ -170,12 +178,22 @@ def _why_not_our_optimizer(config: Config) -> str:
     return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
 
 
-def _why_not_captured(config: Config) -> str:
-    """Why the update's forward and backward are no graphs, or ""."""
-    if not config.update.graphs:
-        return "update.graphs = false"
-    objective = config.update.objective
-    return "" if objective == "policy" else f"update.objective = {objective}: only the policy gradient's is"
+def _why_no_room(config: Config, device: torch.device, processes: int) -> str:
+    """Why update.graphs = auto does not capture the update on this GPU, or ""; true is taken at its word."""
+    if config.update.graphs != "auto":
+        return ""
+    try:
+        needed = peak_with_captured_update(config, processes=processes)
+    except UserError as unknown:
+        return f"update.graphs = auto cannot tell whether it fits ({unknown}); true captures it"
+    held = memory_gb(device)
+    fits = needed <= held
+    return "" if fits else f"update.graphs = auto: {needed:.1f} GB by the memory plan, and the GPU has {held:.1f}"
+
+
+def memory_gb(device: torch.device) -> float:
+    """Of a GPU, 10^9 bytes."""
+    return torch.cuda.get_device_properties(device).total_memory / GB
 
 
 def _why_no_triton(device: torch.device) -> str:

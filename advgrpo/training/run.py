@@ -155,7 +155,7 @@ class Run:
         preflight(config)
         check_reachable(config, distributed)
         keep_freed_memory(distributed.device)
-        fast = FastPaths.choose(config, distributed.device)
+        fast = FastPaths.choose(config, distributed.device, processes=distributed.world_size)
         if distributed.is_main:
             fast.print(self.console)
             if uneven := badly_shared(config, distributed.world_size):

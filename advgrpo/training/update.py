@@ -111,7 +111,7 @@ class Updater:
         ema: Ema | None = None,
         graphs: GraphBackend | None = None,
     ):
-        """`graphs` captures forward and backward of each step where `update.graphs` asks for it; None never."""
+        """`graphs` captures forward and backward of each step; None runs them eagerly."""
         self.policy, self.config, self.reduce = policy, _Sections(update, rollout, advantage), reduce
         self.step_weights = step_weights(policy, rollout, update.step_weights)
         self.named = list(policy.trainable_parameters())
@@ -121,8 +121,8 @@ class Updater:
         norm = None if parts is None else lambda gradients: parts.norm([*gradients, self.abort.value])
         self.stepper = build_optimizer([p for _, p in self.named], update, self.ema, fused=fused, norm=norm)
         self.optimizer = self.stepper.optimizer
-        storage = policy if update.graphs and graphs is not None and isinstance(policy, Capturable) else None
-        if update.graphs and graphs is not None and storage is None:
+        storage = policy if graphs is not None and isinstance(policy, Capturable) else None
+        if graphs is not None and storage is None:
             logger.warning("a %s is not Capturable: its update runs eagerly", type(policy).__name__)
         backend = None if storage is None else graphs
         # What a step reads, since a captured function takes no arguments (runtime/graphs.py).

@@ -240,8 +240,21 @@ def test_the_gate_holds_whole_steps_by_their_lower_ends(tmp_path, capsys):
     assert capsys.readouterr().out.count("TOO FEW ROUNDS") == len(held)
     file.write_text(json.dumps(step_report(**held) | {"refused": ["update of b1"]}))
     assert gate.main([str(file)]) == 1
-    with pytest.raises(SystemExit):
-        gate.main([str(file)] * 3)
+    for words in ([str(file)] * 3, [str(file), str(file), "--goals"]):
+        with pytest.raises(SystemExit):
+            gate.main(words)
+
+
+def test_the_committed_cpu_result_reaches_the_goals_and_one_below_them_would_not(tmp_path):
+    committed = ROOT / "bench" / "results" / "cpu" / "step.json"
+    assert gate.main([str(committed), "--goals"]) == 0
+    report = json.loads(committed.read_text())
+    for unit, side, at_least, goal in gate.HELD:
+        worse = copy.deepcopy(report)
+        worse[unit][f"over_{side}"]["low"] = goal - 0.01
+        assert goal - 0.01 > at_least
+        (tmp_path / "step.json").write_text(json.dumps(worse))
+        assert [gate.main([str(tmp_path / "step.json"), *words]) for words in ([], ["--goals"])] == [0, 1]
 
 
 def test_ratio_interval_covers_the_ratio_and_shrinks_with_the_noise():

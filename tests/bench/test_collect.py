@@ -1,14 +1,14 @@
 """What a session left becomes a page that hides nothing.
 
 Planted bugs that turned this file red: refused ops left out; a rehearsal's figures compared with predictions; the
-folders of two GPUs mixed; the earlier of two runs of a part kept.
+folders of two GPUs mixed; the earlier of two runs of a part kept; a goal of another part left at "see".
 """
 
 import json
 
 import pytest
 
-from bench import collect, model
+from bench import collect, model, step_report
 
 ENVIRONMENT = {"device": "cuda", "gpu": "NVIDIA H200", "torch": "2.11.0"}
 RATIO = {"ratio": 2.0, "low": 1.9, "high": 2.1}
@@ -27,7 +27,14 @@ STEP = {
     "b1_compiled": True,
     "sampler": UNIT,
     "sampler_shared": {name: value for name, value in UNIT.items() if "b0" not in name},
-    "goals": [{"id": "P1", "what": "sampler", "target": "1.9x", "measured": "1.83x", "met": False}],
+    "sampler_mfu": 0.481,
+    "goals": [
+        {"id": "P1c", "what": "sampler", "target": "2x", "measured": "1.83x", "met": False},
+        *(
+            {"id": name, "what": "other parts'", "target": "", "measured": f"see {part}", "met": None}
+            for name, part in step_report.ELSEWHERE.items()
+        ),
+    ],
     "refused": ["update"],
     "failed": {"waterfall": "RuntimeError: no\nmore"},
     "left_out": {"peak memory": "no time"},
@@ -44,9 +51,18 @@ KERNELS = {
             "over_compiled": None,
             "share_of_limit": 0.78,
             "limit": "copy",
-        }
+        },
+        {
+            "case": "gaussian_step",
+            "ours_us": {"median": 30.0},
+            "over_eager": RATIO,
+            "over_compiled": None,
+            "share_of_limit": 0.81,
+            "limit": "copy",
+        },
     ],
 }
+PROFILE = {"environment": ENVIRONMENT, "trajectory": {"kernels": 4446, "host_syncs": 0}, "idle_share": 0.04}
 ROW = {"seconds": 3.7, "log_prob_mismatch_max": 0.0, "held_gb": 45.0}
 TRAIN = {"environment": ENVIRONMENT, "failed": {}, "random": {"rows": [ROW], "planned_gb": {"update": 50.0}}}
 
@@ -62,7 +78,7 @@ def session(folder, gpu: str | None = "NVIDIA H200", **reports):
 
 def test_a_page_with_everything_that_was_measured_and_what_was_not(tmp_path):
     first = session(tmp_path / "a", step=STEP)
-    second = session(tmp_path / "b", kernels=KERNELS, train=TRAIN)
+    second = session(tmp_path / "b", kernels=KERNELS, train=TRAIN, profile=PROFILE)
     target = collect.collect([first, second], tmp_path / "results")
     assert target == tmp_path / "results" / "nvidia-h200"
     page = (target / "README.md").read_text()
@@ -70,7 +86,15 @@ def test_a_page_with_everything_that_was_measured_and_what_was_not(tmp_path):
     assert "B1's blocks are compiled" in page
     assert "| sampler | 1.10x [1.08, 1.12] | 1.83x [1.80, 1.90] | 11.000 images/s | 10.000 | 6.000 | 7 |" in page
     assert "| sampler, shared noise | 1.10x [1.08, 1.12] |  | 11.000 images/s | 10.000 |  | 7 |" in page
-    assert "| P1 | sampler | 1.9x | 1.83x | **missed** |" in page
+    assert "| P1c | sampler | 2x | 1.83x | **missed** |" in page
+    assert "images/s, MFU 48.1% of 989 TFLOP/s" in page
+    for row in (
+        "| P8 | other parts' |  | 4446, 0 | met |",
+        "| P9 | other parts' |  | 81% | met |",
+        "| P10 | other parts' |  | see tests/kernels/test_launch_counts.py |  |",
+        "| P11 | other parts' |  | 4.0% | **missed** |",
+    ):
+        assert row in page
     assert "| gated_residual | 60.0 | 2.00x [1.90, 2.10] |  | 78% of copy |" in page
     assert "planned 50.0 GB, held 45.0 GB (0.90 of the plan)" in page
     for line in (
@@ -82,8 +106,11 @@ def test_a_page_with_everything_that_was_measured_and_what_was_not(tmp_path):
     ):
         assert line in page
     names = {path.name for path in target.iterdir()}
-    assert names == {"README.md", "step.json", "kernels.json", "train.json", "session.json", "step.png", "kernels.png"}
-    assert json.loads((target / "session.json").read_text()).keys() == {"step", "kernels", "train"}
+    assert names == {
+        *("README.md", "session.json", "step.png", "kernels.png"),
+        *("step.json", "kernels.json", "train.json", "profile.json"),
+    }
+    assert json.loads((target / "session.json").read_text()).keys() == {"step", "kernels", "train", "profile"}
 
 
 def test_of_a_part_that_ran_twice_the_later_folder_counts(tmp_path):

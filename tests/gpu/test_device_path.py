@@ -1,6 +1,6 @@
-"""What only a GPU can run, on a GPU, without diffusers: captured steps, drift per attention backend, FP8 sampling and
-training, the update from foreign weights, discriminator updates, the decoder, collectives of one rank beside
-captured graphs, and that the host never waits.
+"""What only a GPU can run, on a GPU, without diffusers: captured steps of sampler and update, drift per attention
+backend, FP8 sampling and training, the update from foreign weights, discriminator updates, the decoder, collectives of
+one rank beside captured graphs, and that the host never waits.
 
 Marked `gpu` where they need one. The same tests run on a CPU with a model of milliseconds and the emulator of
 `graph_emulator.py`, so that what a lent GPU meets first is not a typing error. On a GPU: SD3.5-medium's width, heads
@@ -121,7 +121,25 @@ def test_before_the_first_step_the_drift_is_exactly_zero(device, attention, prec
         assert metrics["pre_update_clip_fraction"] == 0.0
         assert metrics["grad_norm"] > 0
     assert trainer.objective.sampler.captures == 1  # the trajectory
+    assert trainer.updater.captured.captures == 3  # by itself: two steps, and one with image 0's KL
     assert not torch.equal(trainer.policy.lora.master, before)
+
+
+@pytest.mark.parametrize(
+    ("device", "graphs", "precision"),
+    [
+        pytest.param("cpu", False, "model", marks=pytest.mark.weekly),
+        on_gpu("cuda", False, "model"),
+        on_gpu("cuda", True, "fp8"),
+    ],
+)
+def test_the_update_runs_without_its_graphs_and_captures_a_base_in_fp8(device, graphs, precision, tmp_path):
+    trainer = trainer_on(device, tmp_path, model={"base_precision": precision}, update={"graphs": graphs})
+    for _ in range(3):
+        metrics = trainer.iterate()
+        assert metrics["log_prob_mismatch_max"] == 0.0
+        assert metrics["grad_norm"] > 0
+    assert trainer.updater.captured.captures == (3 if graphs else 0)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,16 @@ from advgrpo.errors import UserError
 from advgrpo.plan import __main__ as command
 from advgrpo.plan import known_models
 from advgrpo.plan.activations import AliveBytes, TransformerShape, decode_bytes
-from advgrpo.plan.memory import PHASES, Knobs, _Estimate, advice, plan, plan_as_configured, table
+from advgrpo.plan.memory import (
+    PHASES,
+    Knobs,
+    _Estimate,
+    advice,
+    peak_with_captured_update,
+    plan,
+    plan_as_configured,
+    table,
+)
 from advgrpo.plan.work import drawn_steps, micro_batches
 from advgrpo.policy.adapters import LoraAdapters, block_names, target_modules
 from advgrpo.policy.fp8_base import quantize, quantized_blocks
@@ -489,6 +498,27 @@ def test_a_captured_update_holds_its_activations_in_every_phase(paper):
     saved = next(c.bytes for c in before.components if c.name.startswith("activations saved")) / 1e9
     assert after.phase_gb("decode") > before.phase_gb("decode") + saved
     assert after.peak_gb > before.peak_gb + saved  # a warm-up beside the graphs that there are
+
+
+def test_the_update_is_captured_by_itself_only_where_that_pays_and_fits(paper):
+    """auto: with shared noise, on a GPU that has room for the activations twice; the advice of a full GPU names it."""
+    apart = plan_as_configured(paper, 80)  # a noise per image
+    paper.rollout.initial_noise = "shared"
+    roomy, tight = (plan_as_configured(paper, size) for size in (80, 48))
+    names = [{c.name for c in each.components} for each in (apart, roomy, tight)]
+    made = "the same, while graphs of the update are made"
+    assert [made in each for each in names] == [False, True, False]
+    assert tight.fits
+    needed = peak_with_captured_update(paper)
+    assert needed == roomy.peak_gb > 48 > tight.peak_gb
+    full = RuntimeError("out of memory")
+    assert "1. update.graphs = false instead of auto; 2. rollout.micro_batch" in advice(full, paper)
+    paper.update.graphs = True
+    assert not plan_as_configured(paper, 48).fits
+    assert "update.graphs = False instead of True" in advice(full, paper)
+    paper.update.graphs = False
+    assert plan_as_configured(paper, 80).peak_gb == tight.peak_gb
+    assert "update.graphs" not in advice(full, paper)
 
 
 def test_a_side_stream_keeps_what_decoding_allocates(paper):

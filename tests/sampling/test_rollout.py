@@ -289,6 +289,7 @@ def test_the_table_does_not_claim_what_a_gpu_machine_lacks(unit_config, monkeypa
     monkeypatch.setattr("advgrpo.training.fast.DEFAULT_BACKEND", backend)
     monkeypatch.setattr("advgrpo.training.fast.library", lambda: None)
     monkeypatch.setattr("advgrpo.training.fast.choose_attention", lambda *_, **__: None)  # tries it out on the device
+    monkeypatch.setattr("advgrpo.training.fast.memory_gb", lambda device: 141.0)
     rows = {row.name: row for row in FastPaths.choose(unit_config, torch.device("cuda")).table}
     assert not rows["fused AdamW"].on
     assert "csrc/ is not built" in rows["fused AdamW"].why

@@ -345,11 +345,12 @@ def test_a_base_in_parts_may_be_sampled_from_a_copy_that_our_forward_can_run(uni
 
 def test_exchanges_of_tokens_are_not_captured(unit_config, monkeypatch):
     monkeypatch.setattr(fast, "choose_attention", lambda *given, **options: None)
+    monkeypatch.setattr(fast, "memory_gb", lambda device: 141.0)
     device = torch.device("cuda")
     assert FastPaths.choose(unit_config, device).graphs
     unit_config.model.sequence_parallel = 2
     paths = FastPaths.choose(unit_config, device)
-    assert (paths.fused, paths.graphs) == (True, False)
+    assert (paths.fused, paths.graphs, paths.captured_update) == (True, False, False)
     rows = {row.name: row for row in paths.table}
     for name in ("CUDA graphs", "captured update"):
         assert rows[name].why == "model.sequence_parallel = 2: exchanges are not captured"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from advgrpo import config
+from advgrpo.errors import UserError
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
@@ -22,15 +23,19 @@ PROMPTS, ROW = ["a small red star", "a large green ring"], torch.tensor([0, 0, 1
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """On a CPU some ops also check values, which is free there; a captured step must not."""
-    for module in ("gaussian_step", "_gaussian"):
+    for module in ("gaussian_step", "_gaussian", "clipped_policy_loss"):
         monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
+
+
+def policy_of(settings):
+    return SD3Policy(
+        settings.model, device=torch.device("cpu"), cache_dir=Path(settings.data.cache_dir), seed=0, fused=True
+    )
 
 
 def trained(settings, graphs=None, *, iterations: int = 4, window=(0, 1)):
     """(policy, updater, statistics of each minibatch) after optimizer steps on what the policy has drawn itself."""
-    policy = SD3Policy(
-        settings.model, device=torch.device("cpu"), cache_dir=Path(settings.data.cache_dir), seed=0, fused=True
-    )
+    policy = policy_of(settings)
     updater = updater_of(policy, settings, graphs)
     share = settings.rollout.initial_noise == "shared"
     sampler = Sampler(
@@ -46,8 +51,9 @@ def trained(settings, graphs=None, *, iterations: int = 4, window=(0, 1)):
             ids = torch.arange(4) + 4 * place
             text = policy.encode([f"{prompt} {number} {place}" for prompt in PROMPTS])
             initial = sampler.initial_latents(number, torch.arange(2) if share else ids)
-            latents, steps = sampler.run(table, text, initial, ROW, noise_seed=number, image_ids=ids)
-            micro_batch = MicroBatch(ids, PROMPTS, torch.arange(2), ROW, 0)
+            branch = place if table.branches else None
+            latents, steps = sampler.run(table.of(branch), text, initial, ROW, noise_seed=number, image_ids=ids)
+            micro_batch = MicroBatch(ids, PROMPTS, torch.arange(2), ROW, 0, branch=branch)
             rollouts.append(MicroBatchRollout(micro_batch, text, steps, latents))
         advantages = torch.linspace(-1, 1, 8).roll(number)
         stats = updater.accumulate(rollouts, advantages, table, total=8, watch_kl=True)
@@ -57,19 +63,56 @@ def trained(settings, graphs=None, *, iterations: int = 4, window=(0, 1)):
     return policy, updater, torch.stack(seen)
 
 
+# What a captured step may depend on, by which sections of a preset, beside the shapes that are part of its key.
+OF_ROLLOUT = ("dynamics", "likelihood", "eta", "guidance_scale")
+OF_UPDATE = (
+    *("trust_region", "max_divergence", "kl_weight", "kl_to", "kl_space", "kl_variance", "teacher"),
+    *("step_weights", "policy_weight", "old_log_prob", "clip_range"),
+)
+
+
+# Of those that capture their update on a GPU without being asked, one for each way of doing it.
+PRESETS = (
+    *("sd35m-dino-fast", "sd35m-tempflow", "tiny", "tiny-adv-ocr", "tiny-distill", "tiny-flow-dppo"),
+    *("tiny-flow-grpo-pickscore-kl", "tiny-grpo-guard", "tiny-tempflow"),
+)
+
+
+def of_preset(name: str) -> dict:
+    """What of a preset its captured steps may depend on, as settings; a teacher stands in for its own."""
+    preset = config.load(preset=name)
+    rollout = {field: getattr(preset.rollout, field) for field in OF_ROLLOUT}
+    if preset.rollout.window.branching:
+        rollout["window"] = {"branching": True, "steps": [0, 1], "order": "fixed"}
+    update = {field: getattr(preset.update, field) for field in OF_UPDATE}
+    model = {field: getattr(preset.model, field) for field in ("base_precision", "gradient_checkpointing")}
+    return {"rollout": rollout, "update": update, "model": model}
+
+
 CHANGES = {
     "shared noise": {},
     "noise per image, kl": {"rollout": {"initial_noise": "per_image"}, "update": {"kl_weight": 0.1}},
     "divergence, kl to the average": {
         "update": {"trust_region": "divergence", "kl_to": "ema", "kl_weight": 0.1, "max_divergence": 1e-3}
     },
+    "base in fp8": {"model": {"base_precision": "fp8"}},
+    "checkpointing": {"model": {"gradient_checkpointing": True}},
+    **dict.fromkeys(PRESETS),
 }
+USUAL = {"shared noise", "noise per image, kl"}
 
 
-@pytest.mark.parametrize("name", some_weekly(CHANGES, ["divergence, kl to the average"]))
-def test_captured_updates_have_the_eager_bits_and_graphs_are_kept(name, unit_config):
-    change = config.merge({"update": {"graphs": True, "learning_rate": 1e-2}}, CHANGES[name])
+@pytest.mark.parametrize("name", some_weekly(CHANGES, sorted(CHANGES.keys() - USUAL)))
+def test_captured_updates_have_the_eager_bits_and_graphs_are_kept(name, unit_config, tmp_path):
+    own = of_preset(name) if CHANGES[name] is None else CHANGES[name]
+    change = config.merge({"update": {"graphs": True, "learning_rate": 1e-2}}, own)
     settings = config.build(config.merge(unit_config.model_dump(), change), name)
+    if settings.update.kl_to == "teacher":
+        teacher = policy_of(settings)
+        with torch.no_grad():
+            teacher.network.lora.master.add_(0.1)
+        teacher.export(tmp_path / "teacher")
+        settings.update.teacher = str(tmp_path / "teacher")
     backend = EmulatedGraphs()
     eager, _, expected = trained(settings)
     captured, updater, found = trained(settings, backend)
@@ -77,29 +120,53 @@ def test_captured_updates_have_the_eager_bits_and_graphs_are_kept(name, unit_con
     for (label, own), (_, other) in zip(captured.trainable_parameters(), eager.trainable_parameters()):
         assert torch.equal(own, other), label
         assert own.grad.abs().max() > 0
-    kinds = 2 + (settings.update.kl_weight == 0)  # a graph for each step; another where only image 0's KL is watched
+    branching = settings.rollout.window.branching  # each micro-batch trains one step, a graph of its own
+    # else a graph for each step; another where only image 0's KL is watched
+    kinds = 2 if branching else 2 + (settings.update.kl_weight == 0)
     assert updater.captured.captures == kinds
-    assert backend.replays == 2 * 2 * 4 - 2 * kinds
+    assert backend.replays == (1 if branching else 2) * 2 * 4 - 2 * kinds
 
 
-def test_without_the_setting_nothing_is_captured(unit_config):
-    backend = EmulatedGraphs()
-    _, updater, _ = trained(unit_config, backend, iterations=3)
-    assert (updater.captured.captures, backend.replays) == (0, 0)
+@pytest.mark.weekly
+def test_every_preset_that_captures_its_update_by_itself_is_like_one_of_these():
+    presets = {name: config.load(preset=name) for name in config.preset_names()}
+    captured = [name for name, each in presets.items() if each.fast and not each.why_update_is_not_captured]
+    assert set(PRESETS) <= set(captured)
+    ways = [of_preset(name) for name in PRESETS]
+    assert [name for name in captured if of_preset(name) not in ways] == []
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "memory", "why"),
     [
-        ({}, "update.graphs = false"),
-        ({"graphs": True}, ""),
-        ({"graphs": True, "objective": "nft"}, "update.objective = nft: only the policy gradient's is"),
+        ({"update": {"graphs": False}}, 24.0, "update.graphs = false"),
+        ({"update": {"graphs": True, "objective": "nft"}}, 24.0, "update.objective = nft: only the policy gradient's"),
+        ({}, 24.0, ""),
+        ({}, 1.0, "update.graphs = auto: 1.3 GB by the memory plan, and the GPU has 1.0"),
+        ({"update": {"graphs": True}}, 1.0, ""),  # taken at its word
+        ({"rollout": {"initial_noise": "per_image"}}, 24.0, "rollout.initial_noise = per_image: steps of all images"),
+        ({"rollout": {"initial_noise": "per_image"}, "update": {"graphs": True}}, 24.0, ""),
     ],
 )
-def test_the_table_of_fast_paths_says_why_it_is_off(change, why, unit_config):
-    settings = config.build(config.merge(unit_config.model_dump(), {"update": change}), "test")
-    assert fast._why_not_captured(settings) == why
-    row = next(
-        row for row in fast.FastPaths.choose(settings, torch.device("cpu")).table if row.name == "captured update"
-    )
-    assert (row.on, row.why) == (False, "no CUDA device")
+def test_the_update_is_captured_where_it_pays_and_fits_or_the_table_says_why_not(
+    change, memory, why, unit_config, monkeypatch
+):
+    monkeypatch.setattr(fast, "memory_gb", lambda device: memory)
+    monkeypatch.setattr(fast, "choose_attention", lambda *given, **options: None)  # tries it out on the device
+    settings = config.build(config.merge(unit_config.model_dump(), change), "test")
+    for device, expected in (("cuda", why), ("cpu", "no CUDA device")):
+        paths = fast.FastPaths.choose(settings, torch.device(device))
+        row = next(row for row in paths.table if row.name == "captured update")
+        assert row.on == paths.captured_update == (expected == "")
+        assert row.why.startswith(expected or "one launch per step of the window")
+
+
+def test_an_unknown_model_is_captured_when_asked(unit_config, monkeypatch):
+    def unknown(settings, *, processes):
+        raise UserError("its architecture is not known")
+
+    monkeypatch.setattr(fast, "peak_with_captured_update", unknown)
+    why = fast._why_no_room(unit_config, torch.device("cuda"), 1)
+    assert why == "update.graphs = auto cannot tell whether it fits (its architecture is not known); true captures it"
+    unit_config.update.graphs = True
+    assert fast._why_no_room(unit_config, torch.device("cuda"), 1) == ""
