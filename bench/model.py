@@ -62,8 +62,9 @@ STREAM = 0.93  # PyTorch's elementwise operators on tensors of tens of MB
 FUSED = 0.85  # our streaming kernels
 # Microseconds.
 EAGER, CUSTOM = 5.0, 40.0  # host time of an ATen operator, of a custom op with its autograd function
-NODE = 2.5  # a kernel of a captured graph too small to fill the chip
+NODE = 2.5  # a kernel too small to fill the chip, of a captured graph or behind others in a stream
 WAITS = 50_000.0  # an iteration's, at the ends of phases: with a noise per image the host is ahead elsewhere; a guess
+QUEUE = 1024  # launches that a stream holds before the host waits
 LAUNCH = 3.0  # what events enclose around one kernel besides the kernel
 GAP = 1.0  # between kernels of a graph: one drains and the next fills the chip
 HOLES = 0.5  # of what a forward leaves idle that a second stream gets: its tiles end behind the hole they began in
@@ -387,7 +388,8 @@ class Model:
 
     def eager_us(self, kernel: Kernel) -> float:
         moved = kernel.eager_bytes / (STREAM * self.bytes) * 1e6 + self.products(kernel.flops, 2 * HEAD) * 1e6
-        return max(moved, kernel.eager_launches * EAGER)
+        beyond = max(0, kernel.eager_launches - QUEUE)  # the host is no further ahead than that
+        return max(moved, kernel.eager_launches * NODE, beyond * EAGER)
 
 
 def predict(machine: Machine = H200) -> dict[str, float]:
