@@ -206,6 +206,8 @@ class Streaming:
 NORM = {"elements": IMAGE * WIDTH, "program": 4 * WIDTH, "warps": 8, "lanes": 0.75}  # 1,536 of 2,048 lanes
 GELU = {"elements": IMAGE * 4 * WIDTH, "program": 4096, "warps": 4}
 SWIGLU = GELU | {"program": 2048}  # of what it gives
+QK = {"elements": 2 * JOINT * WIDTH, "program": 2 * 4096, "warps": 4}  # q's and k's; the backward copies v's gradient
+DECODER = {"elements": 128 * 512 * 512, "warps": 8}  # the widest image that the decoder norms, of 512 px
 # By the names of tests/kernels/ahead_of_time/budgets.json, which has their instructions and registers.
 STREAMING = {
     "ada_layer_norm/one": Streaming(bytes=4, **NORM),
@@ -223,8 +225,14 @@ STREAMING = {
     "gelu/backward": Streaming(bytes=6, **GELU),
     "swiglu/forward": Streaming(bytes=6, **SWIGLU),
     "swiglu/backward": Streaming(bytes=10, **SWIGLU),
+    "qk_rms_norm/joint": Streaming(bytes=4, **QK),
+    "qk_rms_norm/backward_joint": Streaming(bytes=8, **QK),
+    "fp8_quantize/rows": Streaming(bytes=3, elements=IMAGE * WIDTH, program=2 * WIDTH, warps=4, lanes=0.75),
+    "group_norm/moments": Streaming(bytes=2, program=16 * 4096, **DECODER),
+    "group_norm/forward": Streaming(bytes=4, program=4096, **DECODER),
     "gaussian_step/ode": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
     "gaussian_step/philox_host_seed": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
+    "gaussian_step/philox": Streaming(bytes=12, elements=16 * 64 * 64, program=16 * 64 * 64, warps=16),
 }
 
 
