@@ -111,6 +111,7 @@ gpu-carry: $(VENV)/.pip .rehearsal/.installed
 	  --dest .whl --requirement bench/gpu_wheels.txt
 	$(GPU_ENV) -m pip install --quiet --no-index --no-deps --upgrade --target .rehearsal/carried .whl/*.whl
 	PYTHONPATH=.:kernels:.rehearsal/carried $(GPU_ENV) -m bench.warm_cache --out .whl/triton-cache.tar.gz
+	PYTHONPATH=.:kernels:.rehearsal/carried $(GPU_ENV) -m bench.warm_cache --check .whl/triton-cache.tar.gz
 	git describe --always --dirty >.whl/commit
 	du -sh .whl
 

@@ -426,8 +426,12 @@ def _profile(session: Session, limit: float) -> Iterator[Step]:
 
 
 def _test(session: Session, limit: float) -> Iterator[Step]:
+    """First what takes seconds: of tests/policy the few that need a GPU."""
     yield from _csrc(session)
-    marks = ("-m", "not slow") if session.on_gpu else ("-m", "gpu", "--collect-only")  # a rehearsal: do they import?
+    only_gpu = ("-m", "gpu") if session.on_gpu else ("-m", "gpu", "--collect-only")  # a rehearsal: do they import?
+    policy = ("tests/policy/test_transformer.py", "tests/policy/test_attention.py")
+    yield Step("test-policy", ("-m", "pytest", *policy, "-q", *only_gpu, "-p", "no:cacheprovider"), 0.4)
+    marks = ("-m", "not slow") if session.on_gpu else only_gpu
     yield Step(
         "test",
         ("-m", "pytest", "tests/kernels", "tests/runtime/test_graphs.py", "-q", *marks, "-p", "no:cacheprovider"),

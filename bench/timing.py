@@ -1,10 +1,11 @@
 """Sceptical timing: cold L2, interleaved variants, medians with their spread, limits measured in the same run.
 
-On a GPU every call is timed by CUDA events behind the write of a buffer much larger than the L2 cache. That write takes
-about 0.25 ms, in which the host enqueues some 30 operators: of shorter calls the events enclose the kernels' time
-alone, of longer ones also what the host is behind by. It leaves the L2 full of lines that are still to be written back,
-up to 50 MB of which fall into the timed call: shares of the copy bandwidth, whose own copy of 4 GB does not feel that,
-are lower bounds for calls that move little more. Launches are counted elsewhere (tests/kernels/test_launch_counts.py).
+On a GPU every call is timed by CUDA events behind the read of a buffer much larger than the L2 cache, which leaves it
+full of lines that nothing has to write back. `interleave` lets the GPU sleep between that read and the first event for
+as long as the host took to enqueue the call in a warm-up, so the events enclose what the device does, back to back, of
+few launches and of many alike. A stream's queue ends that: of a call of more than some thousand launches the host still
+enqueues the rest while the first run. `Turns` does not sleep unless it is told to: of a whole iteration the host's time
+is part. Launches are counted elsewhere (tests/kernels/test_launch_counts.py).
 On a CPU the clock is the process's CPU time, which neighbours disturb less, and the figures are no more than a
 comparison of both sides there.
 """
@@ -26,7 +27,9 @@ from .budget import Budget, OutOfTime
 
 CARRIED = Path(__file__).parents[1] / ".whl"
 FEWEST = 3  # rounds, where time runs short
-FLUSH_BYTES = 2**30  # 20 times the L2 of an H200, ~0.25 ms to write
+FLUSH_BYTES = 2**30  # 20 times the L2 of an H200, ~0.25 ms to read
+CYCLES = 2e9  # of a second of a GPU's clock, rounded up: a slower one sleeps longer
+LONGEST_SLEEP = 0.05  # seconds: the first warm-up also compiles
 BOOTSTRAP_DRAWS = 2000
 
 
@@ -63,6 +66,7 @@ class Turns:
 
     Args:
         after_round: gets the times so far; reading them waits for the device, between the rounds.
+        host_ahead: on a GPU, time what the device does, without what it waits for the host's launches.
     """
 
     def __init__(
@@ -70,17 +74,22 @@ class Turns:
         variants: Mapping[str, Callable[[], object]],
         device: str,
         after_round: Callable[[dict[str, np.ndarray]], None] | None = None,
+        *,
+        host_ahead: bool = False,
     ) -> None:
         self.variants, self.device, self.after_round = dict(variants), device, after_round
         self.rounds, self.last = 0, 0.0  # last: seconds of the latest round, timed or of warm-up
-        self._clock = _cuda_clock if device == "cuda" else _host_clock
+        self.host_ahead = host_ahead
+        self._to_enqueue = dict.fromkeys(self.variants, 0.0)  # seconds of the host, in the latest warm-up
         self._readings: dict[str, list[Callable[[], float]]] = {name: [] for name in self.variants}
 
     def warm_up(self, names: Sequence[str] | None = None) -> None:
         """One call that is not timed of each, or of those that are named where the others have run before."""
         started = time.monotonic()
         for name in self.variants if names is None else names:
+            begun = time.monotonic()
             self.variants[name]()
+            self._to_enqueue[name] = time.monotonic() - begun
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.last = time.monotonic() - started
@@ -91,11 +100,16 @@ class Turns:
         while self.rounds < rounds and self.last <= budget.left:
             started, first = time.monotonic(), self.rounds % len(names)
             for name in names[first:] + names[:first]:
-                self._readings[name].append(self._clock(self.variants[name]))
+                self._readings[name].append(self._clock(name))
             self.rounds += 1
             if self.after_round is not None:
                 self.after_round(self.times)
             self.last = time.monotonic() - started
+
+    def _clock(self, name: str) -> Callable[[], float]:
+        if self.device != "cuda":
+            return _host_clock(self.variants[name])
+        return _cuda_clock(self.variants[name], self._to_enqueue[name] if self.host_ahead else 0.0)
 
     @property
     def times(self) -> dict[str, np.ndarray]:
@@ -114,6 +128,8 @@ def interleave(
 ) -> dict[str, np.ndarray]:
     """Time one call of each variant in turn, `repeats` rounds, each starting with another one: us [rounds] by name.
 
+    On a GPU it is the device's time: the host is ahead of it (see the top of this file).
+
     Args:
         budget: fewer rounds where its share runs short, and fewer calls of warm-up, but never under `FEWEST` rounds and
             two warm-up calls of each (the first of which compiles), as long as the whole run has the time.
@@ -122,7 +138,8 @@ def interleave(
     Raises:
         OutOfTime: after the warm-up not even `FEWEST` rounds fit into what the run has left.
     """
-    budget, fewest, turns = budget or Budget(None), min(repeats, FEWEST), Turns(variants, device, after_round)
+    budget, fewest = budget or Budget(None), min(repeats, FEWEST)
+    turns = Turns(variants, device, after_round, host_ahead=True)
     for number in range(warmup):
         if number >= 2 and (fewest + 1) * turns.last > budget.left:
             break
@@ -203,14 +220,19 @@ def free() -> None:
 
 @functools.cache
 def _flush_buffer() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
 
-def _cuda_clock(run: Callable[[], object]) -> Callable[[], float]:
-    """Events are read when somebody asks, so nothing waits for the device between the calls of a round."""
+def _cuda_clock(run: Callable[[], object], to_enqueue: float = 0.0) -> Callable[[], float]:
+    """Events are read when somebody asks, so nothing waits for the device between the calls of a round.
+
+    to_enqueue: seconds of the host that the GPU sleeps for twice before the call, which is then in its queue.
+    """
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flush_buffer().zero_()
+    _flush_buffer().sum()
+    if to_enqueue:
+        torch.cuda._sleep(round(2 * min(to_enqueue, LONGEST_SLEEP) * CYCLES))
     start.record()
     run()
     end.record()

@@ -5,8 +5,8 @@ stand-in for Triton's driver that names sm_90: each launch is compiled into Trit
 cache needs to be found (binaries and their metadata) is packed; `unpack` puts it where another machine looks, if that
 machine has the very same Triton: its version and files are part of every key, so a cache of another one is never read.
 
-Run it with the Python and Triton of the machine it is for. `--check FILE` unpacks an archive into an empty folder and
-fails if anything has to be compiled again.
+Run it with the Python and Triton of the machine it is for. `--check FILE`, in another process, unpacks an archive into
+an empty folder and fails if anything has to be compiled again.
 """
 
 from __future__ import annotations
@@ -162,11 +162,11 @@ def misses(archive: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.warm_cache", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the archive")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="unpack it elsewhere: nothing may be compiled again")
+    # One at a time: what a process has compiled it keeps, and never asks an archive for it.
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, metavar="FILE", help="write the archive")
+    what.add_argument("--check", type=Path, metavar="FILE", help="unpack it elsewhere: nothing may be compiled again")
     args = parser.parse_args(argv)
-    if not args.out and not args.check:
-        parser.error("want --out FILE, --check FILE or both")
     if args.out:
         with tempfile.TemporaryDirectory() as folder, compiling(Path(folder)) as launched:
             trace()

@@ -28,6 +28,31 @@ STACKS = {"cat", "stack", "_foreach_add", "_foreach_copy_"}  # refuse even scala
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}  # take the host's indices, and copy them
 READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
 READS |= {"unique_consecutive", "bincount"}
+COMPREHENSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>"}  # functions of their own before Python 3.12
+
+# What the host reads of an iteration. All of it lies between the phases or at their end: sampler, update and head
+# updates themselves read nothing.
+ITERATION_READS = {
+    "advgrpo/training/scoring.py:_check_finite": 1,  # a reward that is not finite stops the iteration at once
+    "advgrpo/training/scoring.py:score": 1,  # the mean similarity
+    "advgrpo/training/scoring.py:metrics": 1,
+    "advgrpo/adversary/trainer.py:evaluate": 1,  # the head's loss and accuracy
+    "advgrpo/adversary/trainer.py:check": 1,  # whether every discriminator update was finite
+    "advgrpo/adversary/trainer.py:learn": 1,  # for the schedule: means and pairs
+    "advgrpo/training/policy_gradient.py:update": 1,  # the share of groups without spread
+    "advgrpo/training/policy_gradient.py:_update_metrics": 1,  # the one place where the update waits
+    "advgrpo/monitor/image_statistics.py:measure": 2,  # the monitor's
+    "advgrpo/training/trainer.py:judge": 1,  # what merging loses, the monitor's
+}
+FIRST_VISITS = {  # copies that a prompt's first visit makes
+    "advgrpo/runtime/cache.py:_remember",  # features of its references
+    "advgrpo/training/scoring.py:_mean_scores",  # references for the fixed rewards
+}
+FIRST_FEATURES = {  # reads where the cache has no features of a prompt's references yet
+    "advgrpo/adversary/reference_features.py:_packed",
+    "advgrpo/adversary/reference_features.py:_store",
+    "advgrpo/runtime/cache.py:store",
+}
 
 
 class MixedDevices(RuntimeError):
@@ -146,12 +171,10 @@ class DeviceTwin(TorchDispatchMode):
             for _ in host:
                 self._wait("copy", name)
         elif name in STACKS or any(t.dim() > 0 for t in host):
-            raise MixedDevices(
-                f"{name}: {[list(t.shape) for t in host]} of the host beside the device's, in {_place()}"
-            )
+            raise MixedDevices(f"{name}: {[list(t.shape) for t in host]} of the host beside the device's, in {place()}")
 
     def _wait(self, what: str, name: str) -> None:
-        self.waits.append(Wait(what, name, _place()))
+        self.waits.append(Wait(what, name, place()))
 
 
 class _NoOperators(TorchFunctionMode):
@@ -185,9 +208,12 @@ def _real(value):
     return value.held if isinstance(value, TwinTensor) else value
 
 
-def _place() -> str:
+def place() -> str:
+    """FILE:FUNCTION of this repository that is running: the innermost one that is not in kernels/."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
+        if frame.name in COMPREHENSIONS:
+            continue
         if ROOT in path.parents and path.relative_to(ROOT).parts[0] in ("advgrpo", "bench"):
             return f"{path.relative_to(ROOT)}:{frame.name}"
     return "elsewhere"

@@ -8,6 +8,7 @@ reward's patches drawn alike for generations and references, or in every iterati
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from advgrpo.adversary.trainer import (
 )
 from advgrpo.config import AdversarySection
 from advgrpo.errors import UserError
+from advgrpo.training.rewarded import RewardedObjective
 from advgrpo.types import Features
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dino_adv_grpo.npz")
@@ -318,6 +320,31 @@ def test_the_head_is_judged_before_it_learns_from_the_same_images(unit_backbone)
     assert (metrics["discriminator_loss"], metrics["discriminator_accuracy"]) == before
     assert trainer.evaluate(batch, 0)[0] < before[0]
     assert len(trainer.replay) == 12, "what was generated is remembered"
+
+
+def test_the_first_process_decides_for_all_of_them(unit_backbone):
+    """By its own numbers this process would train nothing, and be missing in the collectives of the others' updates."""
+    firsts = {"generated": 1.0, "reference": 0.0, "paired accuracy": 0.25}
+    settings = {"schedule": "when_fooled", "warmup_iterations": 0, "updates_per_iteration": 2}
+    adversary = make_adversary(unit_backbone, **settings)
+    trainer = DiscriminatorTrainer(adversary, reduce=lambda t: None, rank=1, world_size=2)
+    batch = head_batch(torch.arange(12))
+    objective = SimpleNamespace(
+        discriminator_trainer=trainer,
+        settings=SimpleNamespace(images=12, group_size=6),
+        micro_batches=SimpleNamespace(minibatches=1),
+        distributed=SimpleNamespace(gather_json=lambda own: [[*firsts.values()], own], all_gather=lambda t: t),
+    )
+    scored = SimpleNamespace(
+        generated=batch.generated,
+        reference=batch.reference,
+        components={"adversary": torch.zeros(12)},
+        reference_rewards=torch.ones(12),
+    )
+    rollout = SimpleNamespace(image_ids=batch.image_ids)
+    plan, metrics = RewardedObjective.train_discriminator(objective, rollout, scored, 0)
+    assert plan.discriminator_updates == metrics["discriminator_updates"] == 2
+    assert metrics["discriminator_paired_accuracy"] == 0.25
 
 
 def test_features_do_not_depend_on_the_rest_of_the_batch(unit_backbone):

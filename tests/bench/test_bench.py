@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch
 import advgrpo_kernels
 from bench import gate, kernels, timing
 from bench.agreement import agreement, tensors
+from bench.budget import Budget
 from bench.registry import REGISTRY, UNTIMED, Op, lookup
 from bench.workload import TINY, Bench, Workload
 
@@ -272,6 +274,48 @@ def test_variants_take_turns():
     times = timing.interleave(variants, "cpu", repeats=3, warmup=1)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert all(len(values) == 3 for values in times.values())
+
+
+@pytest.fixture
+def cuda_by_hand(monkeypatch):
+    """What is asked of CUDA, in order, and a host whose clock the calls themselves move."""
+    done, now = [], [0.0]
+    event = lambda **_: SimpleNamespace(record=lambda: done.append("event"), synchronize=lambda: None)  # noqa: E731
+    buffer = SimpleNamespace(sum=lambda: done.append("read"), zero_=lambda: done.append("write"))
+    monkeypatch.setattr(timing, "_flush_buffer", lambda: buffer)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+    for name, call in {"synchronize": lambda: None, "Event": event}.items():
+        monkeypatch.setattr(torch.cuda, name, call)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles / timing.CYCLES:.3f}"))
+
+    def call(name: str, seconds: float):
+        def run():
+            done.append(name)
+            now[0] += seconds
+
+        return run
+
+    return done, call
+
+
+def test_a_call_is_timed_behind_a_clean_cache_with_the_host_ahead(cuda_by_hand):
+    done, call = cuda_by_hand
+    variants = {"ours": call("ours", 0.0001), "eager": call("eager", 0.002), "slow": call("slow", 3.0)}
+    turns = timing.Turns(variants, "cuda", host_ahead=True)
+    turns.warm_up()
+    done.clear()
+    turns.play(1, Budget(None))
+    slept = {"ours": "0.000", "eager": "0.004", "slow": "0.100"}  # twice what the host took, and no longer than that
+    assert done == [what for name in variants for what in ("read", f"sleep {slept[name]}", "event", name, "event")]
+
+
+def test_of_a_whole_step_the_hosts_time_counts(cuda_by_hand):
+    done, call = cuda_by_hand
+    turns = timing.Turns({"step": call("step", 0.002)}, "cuda")
+    turns.warm_up()
+    done.clear()
+    turns.play(1, Budget(None))
+    assert done == ["read", "event", "step", "event"]
 
 
 @pytest.mark.slow

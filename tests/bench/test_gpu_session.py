@@ -4,17 +4,21 @@ Bugs planted in a copy, each seen red: PYTHONPATH replaced; `python` instead of 
 side by side; no limit handed to a step; the report written only at the end; smoke without an end of its own; more parts
 than smoke and step by default; --attention not handed on; a sanitizer that cannot use the device run anyway; a bench
 module, or tests/gpu, that imports diffusers; a step that outlives a killed session; a watchdog that ends the process
-but not what it started.
+but not what it started; small size, or the CPU's tests, on a GPU; compiled kernels that are carried but not unpacked;
+Triton's interpreter left on; a test marked gpu in a file that no part names.
 """
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,10 +26,19 @@ from bench import gpu_session, rehearsal
 
 ROOT = Path(__file__).parents[2]
 STUB = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo '{"python": "3", "torch": "2", "triton": "3", "gpu": null}'; exit 0; fi
-echo "$PYTHONPATH|$PYTHONUNBUFFERED|$*" >>"$CALLS"
+if [ "$1" = -c ]; then
+    case $2 in *find_spec*) [ -z "${LACKS:-}" ] || [ -d "$LACKS" ]; exit ;; esac
+    echo '{"python": "3", "torch": "2", "triton": "3", "gpu": '"${GPU:-null}}"
+    exit 0
+fi
+settings="${TRITON_CACHE_DIR:-}|${ADVGRPO_KERNELS_LIBRARY:-}|${TRITON_INTERPRET:-}"
+echo "$PYTHONPATH|$PYTHONUNBUFFERED|$*|$settings" >>"$CALLS"
 while [ $# -gt 0 ]; do
-    case $1 in --json|--trace) echo '{}' >"$2" ;; esac
+    case $1 in
+        --json|--trace) echo '{}' >"$2" ;;
+        --target) mkdir -p "$2" ;;
+        csrc/build.py) touch "$2" ;;
+    esac
     if [ "$1" = tests/gpu ] && [ -n "${HANGS:-}" ]; then trap '' INT; sleep 60 & echo $! >"$HANGS"; wait; fi
     shift
 done
@@ -36,22 +49,47 @@ echo said something
 @pytest.fixture
 def stubbed(tmp_path):
     """Runs a command with a python3 that records how it is called: (calls, folder of results, what was said, exit)."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    (commands / "python3").write_text(STUB)
-    (commands / "python3").chmod(0o755)
+    program(tmp_path, "python3", STUB)
     out, calls = tmp_path / "out", tmp_path / "calls"
 
-    def run(*words: str, **settings: str) -> tuple[list[list[str]], Path, str, int]:
-        environment = {"PATH": f"{commands}:{os.environ['PATH']}", "OUT": str(out), "CALLS": str(calls)}
+    def run(*words: str, device="cpu", root: Path = ROOT, **settings: str) -> tuple[list[list[str]], Path, str, int]:
+        calls.unlink(missing_ok=True)
+        environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": str(out), "CALLS": str(calls)}
         environment |= {"PYTHONPATH": "/carried/site", **settings}
-        command = [sys.executable, "-m", "bench.gpu_session", *words, "--device", "cpu"]
-        environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        command = [sys.executable, "-m", "bench.gpu_session", *words, "--device", device]
+        environment["PYTHONPATH"] += f"{os.pathsep}{root}"
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=60)
         lines = calls.read_text().splitlines() if calls.exists() else []
         return [line.split("|") for line in lines], out, done.stdout + done.stderr, done.returncode
 
     return run
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """On the PATH of `stubbed`."""
+    file = folder / "bin" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def gpu_machine(tmp_path) -> Path:
+    """What a session needs of the tree, and what was carried, in a folder that may be written to."""
+    from bench.warm_cache import pack
+
+    root = tmp_path / "tree"
+    for name in ("bench/__init__.py", "bench/gpu_session.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    for name in ("csrc/merge.cu", ".whl/pydantic-2-none-any.whl", "home/ABC/_k.cubin", "home/ABC/__grp___k.json"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('{"child_paths": {"_k.cubin": "_k.cubin"}}')
+    pack(root / "home", root / ".whl/triton-cache.tar.gz")
+    program(tmp_path, "nvidia-smi", "#!/usr/bin/env bash\necho a fake nvidia-smi\n")
+    program(tmp_path, "nvcc", "#!/usr/bin/env bash\n")
+    program(tmp_path, "ncu", '#!/usr/bin/env bash\necho "||ncu ${*//|/ }" >>"$CALLS"\n')
+    return root
 
 
 def test_parts_leave_few_files_and_find_what_was_carried(stubbed):
@@ -64,7 +102,7 @@ def test_parts_leave_few_files_and_find_what_was_carried(stubbed):
         ["-m", "bench.step", "--device"],
         ["-m", "bench.profile", "--device"],
     ]
-    for path, unbuffered, _ in calls:
+    for path, unbuffered, *_ in calls:
         assert path.startswith(".:kernels:/carried/site")
         assert unbuffered == "1"
     names = {path.name for path in out.iterdir()}
@@ -76,6 +114,54 @@ def test_parts_leave_few_files_and_find_what_was_carried(stubbed):
     parts = json.loads((out / "session.json").read_text())["parts"]
     assert [step["exit"] for row in parts.values() for step in row["steps"]] == [0] * len(calls)
     assert all(row["seconds"] <= row["limit"] and row["predicted"] > 0 for row in parts.values())
+
+
+def test_on_a_gpu_everything_is_of_full_size_and_runs_what_was_carried(stubbed, gpu_machine):
+    """Not a rehearsal's words: `--device cuda` with programs that only say who they are."""
+    machine = {"device": "cuda", "root": gpu_machine, "GPU": '"a fake GPU"', "TRITON_INTERPRET": "1"}
+    machine["LACKS"] = str(gpu_machine / "build/gpu/site")
+    calls, out, said, code = stubbed("smoke", "step", "profile", "test", **machine)
+    assert code == 0, said
+    kept, ours = gpu_machine / "build/gpu", [call[2] for call in calls]
+    library, cache = str(kept / "advgrpo_cuda.so"), kept / "triton"
+    wheels, build = (next(words for words in ours if what in words) for what in ("pip install", "csrc/build.py"))
+    assert wheels.endswith(f"--target {kept / 'site'} {gpu_machine / '.whl/pydantic-2-none-any.whl'}")
+    assert build == f"csrc/build.py {library}"
+    wanted = (
+        "-m bench.kernels --device cuda --check",
+        "-m pytest tests/gpu -v -m gpu ",
+        "-m bench.step --device cuda ",
+        "-m bench.profile --device cuda --size full",
+        "ncu --clock-control none",
+        "-m pytest tests/policy/test_transformer.py tests/policy/test_attention.py -q -m gpu ",
+        "-m pytest tests/kernels tests/runtime/test_graphs.py -q -m not slow",
+    )
+    ran = [words for words in ours if words not in (wheels, build)]
+    assert len(ran) == len(wanted)
+    for words, start in zip(ran, wanted):
+        assert words.startswith(start)
+    assert "--size full" in ran[2]
+    assert "-m bench.smoke --device cuda --full" in ran[4]
+    for path, *settings in (call for call in calls if call[0]):
+        assert path.startswith(".:kernels:/carried/site")
+        assert path.endswith(str(kept / "site"))
+        assert [settings[0], *settings[2:]] == ["1", str(cache), library, ""]
+    assert "1 compiled kernels unpacked" in said
+    found = json.loads((cache / "ABC/__grp___k.json").read_text())["child_paths"]
+    assert found == {"_k.cubin": str(cache / "ABC/_k.cubin")}
+    with tarfile.open(out / "logs.tar.gz") as logs:
+        assert b"a fake nvidia-smi" in logs.extractfile("logs/nvidia-smi.log").read()
+    assert json.loads((out / "session.json").read_text())["machine"]["gpu"] == "a fake GPU"
+    again, _, said, code = stubbed("step", **machine)  # the machine is still held
+    assert code == 0, said
+    assert [call[2].split()[1] for call in again] == ["bench.step"]
+    assert "unpacked" not in said
+
+
+def test_a_machine_whose_gpu_torch_does_not_see_runs_nothing(stubbed, gpu_machine):
+    calls, _, said, code = stubbed("smoke", device="cuda", root=gpu_machine)
+    assert (calls, code) == ([], 1)
+    assert "torch sees no GPU: --device cpu rehearses without one" in said
 
 
 def test_whole_steps_know_how_long_they_may_take(stubbed):
@@ -120,6 +206,36 @@ def test_every_part_is_predicted_below_its_limit_and_leaves_what_comes_back():
     for parts in rehearsal.COMMANDS:
         gpu_session.parse([*parts, "--out", "somewhere"])
     assert {part for parts in rehearsal.COMMANDS for part in parts} == set(gpu_session.PARTS)
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A session on a GPU machine that has neither a compiler nor a profiler; what it says is in `said`."""
+    monkeypatch.setattr(gpu_session.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    args = SimpleNamespace(device="cuda", attention=None)
+    environment = {"ADVGRPO_KERNELS_LIBRARY": "advgrpo_cuda.so"}
+    session = SimpleNamespace(args=args, on_gpu=True, size="full", left=500.0, out=tmp_path, environment=environment)
+    session.said = []
+    session.say = session.said.append
+    return session
+
+
+def test_every_test_that_needs_a_gpu_is_run_by_some_part(bare):
+    steps = [step.words for part in gpu_session.PARTS.values() for step in part.steps(bare, 400)]
+    run = [word for words in steps if "pytest" in words for word in words if word.startswith("tests/")]
+    marked = [file for file in (ROOT / "tests").rglob("test_*.py") if re.search(r"mark\.gpu", file.read_text())]
+    assert len(marked) > 15
+    for file in marked:
+        name = file.relative_to(ROOT).as_posix()
+        assert any(f"{name}/".startswith(f"{place}/") for place in run), f"no part of bench/gpu_session.py runs {name}"
+
+
+def test_without_a_compiler_the_parts_run_without_csrc(bare):
+    (step,) = gpu_session.PARTS["step"].steps(bare, 400)
+    assert step.words[1] == "bench.step"
+    assert bare.environment == {}
+    assert bare.said == ["no nvcc: merge_lora and multi_tensor_adamw of csrc/ are refused"]
 
 
 def test_what_cannot_come_back_is_refused_or_said(stubbed, tmp_path, capsys, monkeypatch):

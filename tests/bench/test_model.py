@@ -22,11 +22,17 @@ from tests.training.test_step_time import ROWS
 ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "structure.json").read_text())
 BUDGETS = json.loads((ROOT / "tests/kernels/ahead_of_time/budgets.json").read_text())
-ELSEWHERE = {  # larger tensors, or others of the same kernel
-    *("group_norm/forward", "group_norm/forward_contiguous", "group_norm/forward_fp32", "gaussian_step/ode_unguided"),
+ELSEWHERE = {  # others of the same kernel
+    *("group_norm/forward_contiguous", "group_norm/forward_fp32", "group_norm/moments_contiguous"),
+    *("gaussian_step/ode_unguided", "gaussian_step/philox_fp32", "gaussian_step/noise_given"),
+    "gaussian_step/stored_bf16",
 }
-TO_FP8 = {"ada_layer_norm/fp8", "gated_residual/dual_fp8"}  # bound by their instructions, as the page says
-BELOW_A_WAVE = {"gaussian_step/ode", "gaussian_step/philox_host_seed"}  # at so few images: launches, not bandwidth
+# Bound by their instructions, and by how much, as the page says: they write e4m3, half of the bytes and a maximum of
+# each row; or a quarter of their lanes is idle.
+BY_INSTRUCTIONS = {"ada_layer_norm/fp8": 0.39, "gated_residual/dual_fp8": 0.68, "ada_layer_norm/one": 0.79}
+BELOW_A_WAVE = {  # at so few images: launches, not bandwidth
+    *("gaussian_step/ode", "gaussian_step/philox_host_seed", "gaussian_step/philox"),
+}
 UNCOUNTED = {"group_advantages", "merge_lora", "multi_tensor_adamw"}  # read values, or are lists of 191 tensors
 
 
@@ -109,12 +115,18 @@ def test_streaming_kernels_are_bound_by_memory_and_fill_the_chip():
         budget = BUDGETS[name]
         issued = kernel.by_instructions(model.H200, budget["instructions"])
         waves = [kernel.by_waves(count, budget["registers"] - 8) for count in (8, 16)]  # a budget has eight to spare
-        assert issued >= 0.79 or name in TO_FP8, name
+        assert issued >= BY_INSTRUCTIONS.get(name, 0.8), name
         assert min(waves) >= 0.8 or name in BELOW_A_WAVE, name
         rows.append(f"| `{name}` | {issued:.0%} | {waves[0]:.0%} | {waves[1]:.0%} |")
     assert "\n".join(rows) in (ROOT / "docs" / "performance.md").read_text(), "\n".join(rows)
     compiled = {name for name, budget in BUDGETS.items() if "instructions" in budget}
     assert compiled - model.STREAMING.keys() == ELSEWHERE
+
+
+def test_the_steps_time_by_its_instructions_is_what_the_machine_code_has():
+    """Of 128 images, as bench.kernels times it."""
+    issued = 128 * 16 * 64 * 64 * BUDGETS["gaussian_step/philox"]["instructions"] / (32 * model.SMS * model.ISSUE)
+    assert model.KERNELS["gaussian_step"].issue_us == pytest.approx(1e6 * issued, rel=0.02)
 
 
 def test_the_products_whose_last_waves_are_counted_are_the_forwards():

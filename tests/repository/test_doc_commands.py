@@ -42,6 +42,9 @@ NOT_CHECKED = {
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation 'apex @ git+https://github.com/NVIDIA/apex'": (
         "NVIDIA's own line; tests/repository/test_gpu_extra.py holds the one that errors name to it"
     ),
+    "pip install --no-build-isolation "
+    "'flash_attn_3 @ git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'": "hours of a compiler",
+    "pip install --pre flash-attn-4": "a package of others, which needs a GPU",
     "vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8000": "another server, on another machine",
     "hpsv3/bin/python examples/rewards/serve_elsewhere.py examples/rewards/hpsv3.py:HPSv3 --port 8001": (
         "in an environment of its own; tests/rewards/test_reward_recipes.py runs the file"

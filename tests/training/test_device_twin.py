@@ -25,26 +25,12 @@ from advgrpo.runtime import transfer
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
 from bench import contenders
-from tests.device_twin import DEVICE, DeviceTwin, MixedDevices
+from tests.device_twin import DEVICE, FIRST_FEATURES, FIRST_VISITS, ITERATION_READS, DeviceTwin, MixedDevices
 from tests.parts import some_weekly
 from tests.vision_models import write_clip, write_siglip
 
 pytestmark = pytest.mark.usefixtures("layers_by_pytorch")
 
-# What the host reads of an iteration. All of it lies between the phases or at their end: sampler, update and head
-# updates themselves read nothing.
-READS = {
-    "advgrpo/training/scoring.py:_check_finite": 1,  # a reward that is not finite stops the iteration at once
-    "advgrpo/training/scoring.py:score": 1,  # the mean similarity
-    "advgrpo/training/scoring.py:metrics": 1,
-    "advgrpo/adversary/trainer.py:evaluate": 1,  # the head's loss and accuracy
-    "advgrpo/adversary/trainer.py:check": 1,  # whether every discriminator update was finite
-    "advgrpo/adversary/trainer.py:learn": 1,  # for the schedule: means and pairs
-    "advgrpo/training/policy_gradient.py:update": 1,  # the share of groups without spread
-    "advgrpo/training/policy_gradient.py:_update_metrics": 1,  # the one place where the update waits
-    "advgrpo/monitor/image_statistics.py:measure": 2,  # the monitor's
-    "advgrpo/training/trainer.py:judge": 1,  # what merging loses, the monitor's
-}
 MORE_READS = {  # of the configurations below
     "advgrpo/rewards/pixels.py:check_images",  # the judge is on the CPU
     "advgrpo/rewards/checks.py:finite_scores",  # a reward that is not finite
@@ -57,10 +43,6 @@ MORE_READS = {  # of the configurations below
     "advgrpo/training/cheaper.py:agreement",  # the same by shortened tails
     "advgrpo/training/policy_gradient.py:_learned",  # which images are trained on
     "advgrpo/training/supervised.py:_encoded",  # its first visit of a reference, which it keeps on the host
-}
-FIRST_VISITS = {  # copies that a prompt's first visit makes
-    "advgrpo/runtime/cache.py:<dictcomp>",  # features of its references
-    "advgrpo/training/scoring.py:_mean_scores",  # references for the fixed rewards
 }
 WEEKLY = {  # their paths are longer, or mostly those of the others
     *("noise per image, kl, replay", "full fine-tuning, no adversary", "awm, kl to the average"),
@@ -175,7 +157,7 @@ def test_an_iteration_is_the_cpus_and_waits_only_where_it_says(unit_config, monk
     unit_config.model.attention = "math"
     waits = iterate_on_both(unit_config, monkeypatch)[1]
     assert not places(waits, "copy")
-    assert places(waits, "read") == READS
+    assert places(waits, "read") == ITERATION_READS
 
 
 @pytest.mark.parametrize("name", some_weekly(CONFIGURATIONS, WEEKLY))
@@ -189,7 +171,7 @@ def test_other_configurations_wait_nowhere_else(name, unit_config, monkeypatch, 
     first, second = iterate_on_both(configuration.build(made, name), monkeypatch)
     assert set(places(first, "copy")) <= FIRST_VISITS
     assert not places(second, "copy")
-    assert set(places(second, "read")) <= READS.keys() | MORE_READS
+    assert set(places(second, "read")) <= ITERATION_READS.keys() | MORE_READS
 
 
 def test_an_evaluation_is_the_cpus_and_copies_nothing_from_ordinary_memory(unit_config, monkeypatch):
@@ -208,6 +190,21 @@ def test_an_evaluation_is_the_cpus_and_copies_nothing_from_ordinary_memory(unit_
     assert base == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert {len(drawn) for _, drawn in images} == {4}
     assert not places(waits, "copy")
+
+
+@pytest.mark.weekly
+def test_the_iteration_that_a_gpu_is_asked_about_waits_nowhere_else(tmp_path, monkeypatch):
+    """tests/gpu/ asks CUDA itself, of the same settings at a larger size."""
+    monkeypatch.setattr(ReferenceFeatures, "prefetch", lambda self, prompts: None)
+    rollout = {"initial_noise": "shared", "num_steps": 5, "window": {"steps": [1, 2]}}
+    with DeviceTwin() as twin, mock.patch.object(contenders.Distributed, "start", return_value=place_on(DEVICE)):
+        trainer = contenders.small(tmp_path, "cpu", rollout=rollout, update={"learning_rate": 1e-4}).trainer
+        for _ in range(3):
+            trainer.iterate()
+        twin.waits.clear()
+        trainer.iterate()
+    assert {wait.place for wait in twin.waits} <= ITERATION_READS.keys() | FIRST_VISITS | FIRST_FEATURES
+    assert "advgrpo/training/policy_gradient.py:_update_metrics" in places(twin.waits, "read")
 
 
 @pytest.mark.parametrize("mode", [pytest.param("recompute", marks=pytest.mark.weekly), "truncated_importance"])

@@ -137,7 +137,7 @@ def spend(monkeypatch):
     """Runs a session of so many seconds; the session, and how long it took."""
     clock = Clock()
 
-    def timed(run):
+    def timed(run, to_enqueue=0.0):
         started = clock.now
         run()
         return lambda elapsed=clock.now - started: elapsed * 1e6

@@ -100,9 +100,18 @@ def measure(spec: Spec) -> dict[str, int]:
 
 
 def instructions(sass: str) -> int:
-    """Of one thread of a kernel without a loop: what is behind its end and its branches left out."""
-    names = re.findall(r"^[-0-9A-Z:]+\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]+)", sass, re.MULTILINE)
-    return sum(name not in ("NOP", "BRA", "EXIT") for name in names)
+    """Of one thread, in a turn of its longest loop where it has one: what is behind its end and its branches left
+    out."""
+    names, labels, turns = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"(\w+):$", line):
+            labels[label[1]] = len(names)
+        elif found := re.match(r"[-0-9A-Z:]+\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]+)(?: (\w+))?", line):
+            if found[1] == "BRA" and found[2] in labels:
+                turns.append(names[labels[found[2]] :])
+            elif found[1] not in ("NOP", "BRA", "EXIT"):
+                names.append(found[1])
+    return len(max(turns, key=len, default=[])) or len(names)
 
 
 def measure_or_error(spec: Spec) -> dict[str, int | str]:

@@ -63,7 +63,16 @@ def image_only(names: str) -> dict[str, str]:
     return pointers(" ".join(name for name in names.split() if not name.startswith("txt_")))
 
 
-def qk(name: str, given: dict[str, str], loads: int, stores: int = 3, *, backward: bool = False, dim: int = 64) -> Spec:
+def qk(
+    name: str,
+    given: dict[str, str],
+    loads: int,
+    stores: int = 3,
+    *,
+    backward: bool = False,
+    dim: int = 64,
+    counted: bool = False,
+) -> Spec:
     strides = "grad_stride_b grad_stride_h grad_stride_t x_grad_stride_b x_grad_stride_t"
     strides += " txt_x_grad_stride_b txt_x_grad_stride_t"
     strides = dict.fromkeys((strides if backward else "out_stride_b out_stride_t").split(), "i32:16")
@@ -75,6 +84,7 @@ def qk(name: str, given: dict[str, str], loads: int, stores: int = 3, *, backwar
         | absent(QK_BWD if backward else QK_FWD, given),
         vector_loads=loads,
         vector_stores=stores,
+        elements=2 * qk_rms_norm.tile_rows(dim) * dim // (32 * qk_rms_norm.WARPS) if counted else 0,  # of q and of k
     )
 
 
@@ -121,6 +131,7 @@ def group_norm_moments(name: str, channels_last: bool) -> Spec:
         constants=tile | {"TILES": group_norm.TILES_PER_STRETCH},
         warps=group_norm.WARPS,
         vector_loads=1,
+        elements=pixels * channels // (32 * group_norm.WARPS),
     )
 
 
@@ -158,9 +169,9 @@ SPECS = [
     norm("gated_residual/backward_plain", pointers("hidden_grad gate out_grad"), 2, 1, backward=True),
     norm("gated_residual/backward_dual", pointers(NORM_BWD), 8, 3, backward=True),
     qk("qk_rms_norm/two_tensors", pointers(plain(QK_FWD)), 5),
-    qk("qk_rms_norm/joint", pointers(plain(QK_FWD).replace(" value", "")), 4, 2),
+    qk("qk_rms_norm/joint", pointers(plain(QK_FWD).replace(" value", "")), 4, 2, counted=True),
     qk("qk_rms_norm/image", image_only(plain(QK_FWD).replace(" value", "")), 4, 2),
-    qk("qk_rms_norm/backward_joint", pointers(plain(QK_BWD)), 7, backward=True),
+    qk("qk_rms_norm/backward_joint", pointers(plain(QK_BWD)), 7, backward=True, counted=True),
     qk("qk_rms_norm/backward_image", image_only(plain(QK_BWD)), 7, backward=True),
     qk("qk_rms_norm/rotary_joint", with_turns(pointers(QK_FWD.replace(" value", ""))), 6, 2, dim=128),
     qk("qk_rms_norm/rotary_image", with_turns(image_only(QK_FWD.replace(" value", ""))), 6, 2, dim=128),
@@ -182,6 +193,7 @@ SPECS = [
         constants={"ROWS": 2, "BLOCK_K": 2048},
         vector_loads=1,
         vector_stores=1,
+        elements=2 * 2048 // (32 * 4),
     ),
     Spec(
         name="fp8_quantize/amax",

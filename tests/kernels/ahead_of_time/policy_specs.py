@@ -34,7 +34,7 @@ def gaussian_step(name: str, velocity: str, constants: dict, **more: str) -> Spe
         warps=WARPS,
         vector_loads=sum(key in types for key in ("latents_ptr", "velocity_ptr", "uncond_ptr", "noise_ptr")),
         vector_stores=1 + constants["STORE_MEAN"],
-        elements=LANES // (32 * WARPS) if constants["TILES"] == 1 else 0,  # else the tiles are a loop
+        elements=LANES // (32 * WARPS),  # of a tile
     )
 
 

@@ -20,4 +20,4 @@ class Spec:
     vector_loads: int = 0  # least number of 128-bit global loads: at least one per streaming tensor
     vector_stores: int = 0  # likewise
     has_dot: bool = False  # tensor-core instructions (HGMMA) must appear
-    elements: int = 0  # that a thread computes; the machine code's instructions for each are then counted
+    elements: int = 0  # that a thread computes, or in a turn of its loop; the instructions for each are then counted
