@@ -71,6 +71,7 @@ class Undisturbed:
         output = self._folder / "-".join(map(str, sizes))
         if (output / SUMMARY_FILE).exists():
             return output
+        shutil.rmtree(output, ignore_errors=True)  # of a command that was ended, with --keep
         same = len(list(itertools.takewhile(lambda size: size == sizes[-1], reversed(sizes))))
         done = len(sizes) - same
         if done:
