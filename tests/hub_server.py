@@ -18,9 +18,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
-import huggingface_hub
 import pytest
 import yaml
+from huggingface_hub import constants, hf_api
+from huggingface_hub.utils import close_session
 
 TOKEN = "hf_good"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -167,16 +168,15 @@ def hub_server() -> Iterator[Hub]:
 @contextlib.contextmanager
 def hub_for_this_process(monkeypatch: pytest.MonkeyPatch, token: str = "") -> Iterator[Hub]:
     """As with HF_ENDPOINT and HF_TOKEN in the environment when it began."""
-    constants = huggingface_hub.constants
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")  # what `hf auth login` has left on this machine
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its store is a protocol of its own
-    huggingface_hub.utils.close_session()
+    close_session()
     with hub_server() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # made when the package was imported
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # made when the package was imported
         yield hub
-    huggingface_hub.utils.close_session()
+    close_session()

@@ -56,7 +56,8 @@ class Undisturbed:
     """
 
     def __init__(self, flags: list[str], folder: Path):
-        self._flags, self._folder, self._one = flags, folder / "undisturbed", threading.Lock()
+        self._flags, self._folder = flags, folder / "undisturbed"
+        self._one, self._made = threading.Lock(), dict[tuple[int, ...], Path]()
 
     def by(self, sizes: Sequence[int]) -> Path:
         """The run whose iterations so many processes do: it ends where their number changes, and the others go on.
@@ -68,10 +69,10 @@ class Undisturbed:
             return self._by(tuple(sizes))
 
     def _by(self, sizes: tuple[int, ...]) -> Path:
+        if sizes in self._made:
+            return self._made[sizes]
         output = self._folder / "-".join(map(str, sizes))
-        if (output / SUMMARY_FILE).exists():
-            return output
-        shutil.rmtree(output, ignore_errors=True)  # of a command that was ended, with --keep
+        shutil.rmtree(output, ignore_errors=True)  # of another command, with --keep
         same = len(list(itertools.takewhile(lambda size: size == sizes[-1], reversed(sizes))))
         done = len(sizes) - same
         if done:
@@ -80,11 +81,13 @@ class Undisturbed:
             for each in checkpoints(output / "checkpoints"):
                 if iteration_of(each) > done:
                     shutil.rmtree(each)
-        arguments = [*self._flags, "--output-dir", str(output)]
+        # On a busy computer they may wait: nobody is to be found dead.
+        arguments = [*self._flags, "--output-dir", str(output), "--collective-timeout", "300"]
         how = {"processes": sizes[-1], "environment": job.environment(), "merged": True}
         ended = run_forked("advgrpo.train:main", arguments, **how)
         if ended.returncode:
             raise job.JobError(ended.stdout)
+        self._made[sizes] = output
         return output
 
 
@@ -94,7 +97,6 @@ def same_bits(ours: Path, theirs: Path) -> bool:
     def content(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
         tensors = load_file(run / LORA) | load_file(checkpoints(run / "checkpoints")[-1] / "tensors.safetensors")
-        tensors.pop("rng.torch")  # of what is drawn before the training
         return [{name: value for name, value in row.items() if "second" not in name} for row in rows], tensors
 
     (rows, tensors), (other_rows, others) = content(ours), content(theirs)

@@ -4,7 +4,7 @@ Where nobody is root, tests that cut a network are skipped and say so; with ADVG
 
 Planted bugs that turn it red: a cut that lets frames through; a fault that counts no iteration as lost; a fence that
 never closes (the job with a machine that is cut off does not go on in time where that machine had process 0); a machine
-that is lost and not started again; an iteration's noise drawn by the process's rank.
+that is lost and not started again; a comparison of bits without the moments.
 """
 
 import ctypes
@@ -13,9 +13,14 @@ import os
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from advgrpo.runtime.checkpoint import checkpoints
 from tests.faults import network, run
 from tests.faults.job import History, at_work
 from tests.faults.machine import Begun
@@ -54,6 +59,55 @@ def test_what_is_recorded_has_passed_and_would_not_with_an_iteration_less():
             assert not run.passed(found | {part: 1e-3}), "what a lost iteration of five changes"
         assert not run.passed(found | {"lost": [2]})
         assert not run.passed(found | {"same_bits": False})
+
+
+def make_run(folder, iterations=ITERATIONS):
+    """What `run.same_bits` reads of a run."""
+    for number in range(1, iterations + 1):
+        place = folder / "checkpoints" / f"iteration-{number:06d}"
+        if not place.exists():
+            place.mkdir(parents=True)
+            moments = torch.full((3,), float(number))
+            save_file({"moments": moments}, place / "tensors.safetensors")
+    rows = [{"iteration": number, "reward_generated": 0.1, "seconds": time.time()} for number in range(iterations)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / run.LORA).parent.mkdir(exist_ok=True)
+    save_file({"up": torch.ones(3)}, folder / run.LORA)
+    (folder / run.SUMMARY_FILE).write_text("{}")
+
+
+def test_a_bit_of_the_lora_of_the_moments_or_of_a_metric_is_another_run(tmp_path):
+    for name in ("one", "same", "lora", "moments", "metric"):
+        make_run(tmp_path / name)
+    other = torch.ones(3)
+    other[1] += torch.finfo(torch.float32).eps
+    save_file({"up": other}, tmp_path / "lora" / run.LORA)
+    newest = tmp_path / "moments" / "checkpoints" / f"iteration-{ITERATIONS:06d}" / "tensors.safetensors"
+    save_file({"moments": ITERATIONS * other}, newest)
+    file = tmp_path / "metric" / "metrics.jsonl"
+    file.write_text(file.read_text().replace("0.1", "0.10000000000000002", 1))
+    others = ("same", "lora", "moments", "metric")
+    assert [run.same_bits(tmp_path / "one", tmp_path / name) for name in others] == [True, False, False, False]
+
+
+def test_an_undisturbed_run_of_several_sizes_is_ended_where_they_change_and_gone_on_with(tmp_path, monkeypatch):
+    ran = []
+
+    def trained(entry, arguments, *, processes, **_how):
+        folder = Path(arguments[arguments.index("--output-dir") + 1])
+        begins = len(checkpoints(folder / "checkpoints")) if (folder / "checkpoints").exists() else 0
+        ran.append((processes, begins))
+        assert not (folder / run.SUMMARY_FILE).exists(), "then the trainer would say that all is done"
+        make_run(folder)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run, "run_forked", trained)
+    undisturbed = run.Undisturbed(["--resume", "auto"], tmp_path)
+    found = undisturbed.by([3, 2, 2, 3, 3])
+    assert ran == [(3, 0), (2, 1), (3, 3)]
+    assert undisturbed.by((3, 2, 2, 3, 3)) == found
+    assert undisturbed.by(run.ALL) != found
+    assert len(ran) == 3, "by three alone was made on the way"
 
 
 def test_a_command_that_was_ended_goes_on_with_what_is_not_recorded(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 The cluster is not there: that a scheduler does what the files ask of it is not tested, but that they ask in its words.
 
 Planted bugs that turn it red: `--output.checkpoint-evry`; `--rdzv-endpoints`; a job queued again that was told nothing;
-pods without the shared folder; `maxRestart`; `nprocPerNode: 8`; `job_recovery` beside `resources`; `$HOSTS` without
-quotes; another number in the page's table.
+pods without the shared folder; `maxRestart`; `nprocPerNode: 8`; `job_recovery` beside `resources`; `$SLURM_NNODES`
+without quotes; another number in the page's table.
 """
 
 import os
