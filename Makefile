@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint types docs golden mutants peers kernels-matrix kernel-hub wheels tiny-assets gpu-carry gpu-rehearsal clean
+.PHONY: train test lint types docs golden mutants peers ray kernels-matrix kernel-hub wheels tiny-assets gpu-carry gpu-rehearsal clean
 
 # Without ARGS the independent judge then looks at what was trained, on prompts of no training, and its verdict goes into
 # runs/tiny/report.html as well.
@@ -71,6 +71,12 @@ kernel-hub: $(VENV)/.dev
 peers: $(VENV)/.dev
 	$(BIN)/python -m tests.peers.checkouts .peers
 	ADVGRPO_PEERS=$(CURDIR)/.peers OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers $(ARGS)
+
+# Rewards' workers on a Ray cluster of this machine: the extra `ray`, some 200 MB, stays out of what `make test` installs,
+# which then runs this as well.
+ray: $(VENV)/.dev
+	@$(call install,--editable ".[dev,ray]")
+	ADVGRPO_RAY=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/rewards/test_pool.py -k ray $(ARGS)
 
 # Rebuild what advgrpo/tiny/assets ships; some four hours of one CPU core. The artists' files come from npm.
 ASSETS := advgrpo/tiny/assets

@@ -34,6 +34,7 @@ fi
 {
     echo "**bench.gate**: $(commit "$head") over $(commit "$base"): $([ $gate -eq 0 ] && echo holds || echo fails);" \
         "smoke and kernels of the session: $([ $session -eq 0 ] && echo pass || echo fail)"
+    # shellcheck disable=SC2016  # Markdown's fence
     printf '\n```\n%s\n```\n' "$said"
 } | tee "$OUT/verdict.md"
 [ $gate -eq 0 ] && [ $session -eq 0 ]

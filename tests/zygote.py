@@ -107,18 +107,21 @@ class _Zygote:
             stdout=subprocess.PIPE, bufsize=0,
         )  # fmt: skip
         self._codes: dict[int, int] = {}
+        self._one = threading.Lock()  # of several threads at the pipes
         atexit.register(self._process.stdin.close)
 
     def fork(self, what: dict[str, Any]) -> int:
-        self._process.stdin.write(json.dumps(what).encode() + b"\n")
-        while "pid" not in (said := self._read()):
-            pass
-        return said["pid"]
+        with self._one:
+            self._process.stdin.write(json.dumps(what).encode() + b"\n")
+            while "pid" not in (said := self._read()):
+                pass
+            return said["pid"]
 
     def code(self, pid: int) -> int | None:
-        while pid not in self._codes and select.select([self._process.stdout], [], [], 0)[0]:
-            self._read()
-        return self._codes.get(pid)
+        with self._one:
+            while pid not in self._codes and select.select([self._process.stdout], [], [], 0)[0]:
+                self._read()
+            return self._codes.get(pid)
 
     def _read(self) -> dict[str, int]:
         line = self._process.stdout.readline()
@@ -129,8 +132,16 @@ class _Zygote:
         return said
 
 
-@functools.cache
+_MADE = threading.Lock()
+
+
 def _zygote() -> _Zygote:
+    with _MADE:
+        return _only()
+
+
+@functools.cache
+def _only() -> _Zygote:
     return _Zygote()
 
 

@@ -102,9 +102,29 @@ def local_pipeline(path: str) -> Path | None:
     return local_folder(path)
 
 
+def behind_a_gate(error: BaseException | None, path: str) -> str:
+    """Where `error` is the hub's refusal of a model whose licence has to be accepted: that, and what to do. Else ""."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError
+
+    while error is not None and not isinstance(error, GatedRepoError):
+        error = error.__cause__ or error.__context__  # diffusers' own errors stand above it
+    if error is None:
+        return ""
+    why = "there is no token"
+    if error.response.status_code == 403:
+        why = "the account of this machine's token has not, or the token may not read it"
+    page = f"{constants.ENDPOINT}/{path}"
+    return (
+        f"is behind a licence: accept it at {page} and run `hf auth login`, or set HF_TOKEN, for that account ({why})"
+    )
+
+
 def _not_found(path: str, field: str, error: Exception) -> UserError:
     if Path(path).expanduser().exists():
         return UserError(f"{field} = {path!r} is a file; want a diffusers pipeline folder or a hub id")
+    if gate := behind_a_gate(error, path):
+        return UserError(f"{field} = {path!r} {gate}")
     return UserError(
         f"{field} = {path!r} is neither a folder nor a hub model that can be downloaded ({error}); correct it, or, for "
         "a model behind a licence such as Stable Diffusion 3.5 or FLUX.1-dev, accept that on its page and run "

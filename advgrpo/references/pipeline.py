@@ -16,7 +16,7 @@ import torch
 from advgrpo.data.prompt_lengths import CutPrompts, cut_prompts
 from advgrpo.errors import UserError
 from advgrpo.policy.model_files import pipeline_variant
-from advgrpo.policy.pipelines import QWEN_NEGATIVE_PROMPT
+from advgrpo.policy.pipelines import QWEN_NEGATIVE_PROMPT, behind_a_gate
 from advgrpo.references.builder import Recipe
 from advgrpo.runtime.fingerprint import folder_fingerprint
 from advgrpo.tiny import WORLDS
@@ -99,9 +99,8 @@ def _model_folder(model: str) -> Path:
         try:
             folder = Path(DiffusionPipeline.download(model, use_safetensors=True))
         except Exception as error:
-            raise UserError(
-                f"--model {model}: neither a folder nor a hub model that can be downloaded ({error})"
-            ) from error
+            other = f"neither a folder nor a hub model that can be downloaded ({error})"
+            raise UserError(f"--model {model}: {behind_a_gate(error, model) or other}") from error
     if not (folder / "model_index.json").is_file():
         raise UserError(f"--model {model}: {folder / 'model_index.json'} is missing; want a diffusers pipeline folder")
     return folder

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import heapq
+import itertools
 import os
 import random
 import select
@@ -22,6 +23,7 @@ from pathlib import Path
 _TUNSETIFF, _TAP_WITHOUT_HEADER = 0x400454CA, 0x0002 | 0x1000  # linux/if_tun.h
 _BROADCAST = 1  # this bit of a destination's first byte: to all
 MTU = 9000
+_SERIAL = itertools.count()  # networks that this process has made
 
 
 def missing() -> str:
@@ -48,7 +50,8 @@ class Network:
     def __init__(self, machines: int, seed: int):
         self.cut: set[int] = set()
         self.delay, self.loss = 0.0, 0.0
-        self._names = [f"advgrpo-{os.getpid()}-{machine}" for machine in range(machines)]
+        self._own = f"{os.getpid()}-{next(_SERIAL)}"
+        self._names = [f"advgrpo-{self._own}-{machine}" for machine in range(machines)]
         self._random = random.Random(seed)
         self._devices: list[int] = []
         self._wake, self._ends = os.pipe()
@@ -82,7 +85,7 @@ class Network:
 
     def _plug_in(self, machine: int, name: str) -> int:
         """The switch's end of a machine's cable."""
-        here = f"adv{os.getpid() % 100000}-{machine}"
+        here = f"adv{self._own}-{machine}"[-15:]  # the longest name that Linux takes
         device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", here.encode(), _TAP_WITHOUT_HEADER))
         _ip("link", "set", here, "netns", name, "name", self.interface(machine))

@@ -1,4 +1,4 @@
-"""Jobs on up to three machines that fail as seeds say, compared with a run that nothing happens to.
+"""Jobs on up to three machines that fail as seeds say, compared with runs that nothing happens to.
 
     python -m tests.faults.run                        those of schedules 0 to 49 that are not in results.json, into it
     python -m tests.faults.run --seeds 7 8            these, anew where they are there
@@ -18,7 +18,8 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,10 +27,12 @@ import torch
 from safetensors.torch import load_file
 
 from advgrpo.runtime.atomic import write_atomically
+from advgrpo.runtime.checkpoint import checkpoints, iteration_of
+from advgrpo.training.resuming import SUMMARY_FILE
 from tests.faults import job
 from tests.faults.machine import before_others
 from tests.faults.network import Network, missing
-from tests.faults.schedule import MACHINES, Schedule
+from tests.faults.schedule import ITERATIONS, MACHINES, Schedule
 from tests.faults.world import make_world
 from tests.zygote import run as run_forked
 
@@ -41,16 +44,64 @@ LORA = Path("lora") / "pytorch_lora_weights.safetensors"
 # Of a LoRA's norm, and of an iteration's mean reward: sums over other numbers of processes round otherwise (6e-8 in
 # results.json). A run that lacks one of the five iterations is 1e-3 of the norm away.
 TOLERANCE = 1e-5
+ALL = (MACHINES,) * ITERATIONS  # processes, by iteration, of a job whose machines are all there
 
 
-def undisturbed(flags: list[str], folder: Path) -> Path:
-    """The run of one process that all others are compared with."""
-    output = folder / "undisturbed"
-    arguments = [*flags, "--output-dir", str(output)]
-    done = run_forked("advgrpo.train:main", arguments, environment=job.environment(), merged=True)
-    if done.returncode:
-        raise job.JobError(done.stdout)
-    return output
+class Undisturbed:
+    """Runs that nothing happens to, each made when it is first asked for; for several threads.
+
+    Args:
+        flags: of the training.
+        folder: for the runs.
+    """
+
+    def __init__(self, flags: list[str], folder: Path):
+        self._flags, self._folder = flags, folder / "undisturbed"
+        self._one, self._made = threading.Lock(), dict[tuple[int, ...], Path]()
+
+    def by(self, sizes: Sequence[int]) -> Path:
+        """The run whose iterations so many processes do: it ends where their number changes, and the others go on.
+
+        Raises:
+            JobError: one of its parts failed.
+        """
+        with self._one:
+            return self._by(tuple(sizes))
+
+    def _by(self, sizes: tuple[int, ...]) -> Path:
+        if sizes in self._made:
+            return self._made[sizes]
+        output = self._folder / "-".join(map(str, sizes))
+        shutil.rmtree(output, ignore_errors=True)  # of another command, with --keep
+        same = len(list(itertools.takewhile(lambda size: size == sizes[-1], reversed(sizes))))
+        done = len(sizes) - same
+        if done:
+            shutil.copytree(self._by((*sizes[:done], *sizes[done - 1 : done] * same)), output)
+            (output / SUMMARY_FILE).unlink()
+            for each in checkpoints(output / "checkpoints"):
+                if iteration_of(each) > done:
+                    shutil.rmtree(each)
+        # On a busy computer they may wait: nobody is to be found dead.
+        arguments = [*self._flags, "--output-dir", str(output), "--collective-timeout", "300"]
+        how = {"processes": sizes[-1], "environment": job.environment(), "merged": True}
+        ended = run_forked("advgrpo.train:main", arguments, **how)
+        if ended.returncode:
+            raise job.JobError(ended.stdout)
+        self._made[sizes] = output
+        return output
+
+
+def same_bits(ours: Path, theirs: Path) -> bool:
+    """Whether two runs have the same LoRA, metrics, and newest checkpoint, to the bit."""
+
+    def content(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        tensors = load_file(run / LORA) | load_file(checkpoints(run / "checkpoints")[-1] / "tensors.safetensors")
+        return [{name: value for name, value in row.items() if "second" not in name} for row in rows], tensors
+
+    (rows, tensors), (other_rows, others) = content(ours), content(theirs)
+    alike = tensors.keys() == others.keys() and all(torch.equal(each, others[name]) for name, each in tensors.items())
+    return alike and rows == other_rows
 
 
 def difference(ours: Path, theirs: Path) -> float:
@@ -69,11 +120,12 @@ def rewards_apart(ours: Path, theirs: Path) -> float:
 
 
 def one(
-    schedule: Schedule, flags: list[str], folder: Path, reference: Path, *, network: bool, first: bool = False
+    schedule: Schedule, flags: list[str], folder: Path, undisturbed: Undisturbed, *, network: bool, first: bool = False
 ) -> dict:
     """What became of a schedule, as results.json has it.
 
     Args:
+        flags: of the training, as those of `undisturbed`.
         first: before whatever else the computer does, where that is allowed: for a busy computer, and not beside
             tests that cannot wait.
     """
@@ -85,25 +137,32 @@ def one(
         outcome = job.run_under(schedule, flags, folder, wires, first=first)
     found = asdict(outcome) | {"error": outcome.error[:20_000]}
     if outcome.ended:
-        found["lora_apart"] = difference(folder / "run", reference)
-        found["rewards_apart"] = rewards_apart(folder / "run", reference)
+        found["same_bits"] = same_bits(folder / "run", undisturbed.by(outcome.sizes))
+        found["lora_apart"] = difference(folder / "run", undisturbed.by(ALL))
+        found["rewards_apart"] = rewards_apart(folder / "run", undisturbed.by(ALL))
     return found
 
 
 def passed(found: dict) -> bool:
-    """Ended, with the undisturbed run's result, and at most one iteration was done twice for a blow."""
+    """Ended, with the bits of the undisturbed run by as many processes in every iteration and up to rounding those of
+    the one by all, and at most one iteration was done twice for a blow."""
     return (
         found["ended"]
         and not found["error"]
+        and found["same_bits"]
         and found["lora_apart"] <= TOLERANCE
         and found["rewards_apart"] <= TOLERANCE
         and max(found["lost"], default=0) <= 1
     )
 
 
+_BITS = {True: "the same", False: "**others**", None: "–"}
+
+
 def lines(results: dict[str, dict]) -> Iterator[str]:
     """The page's table, as Markdown."""
-    columns = ("seed", "blow (was that machine at work?)", "passed", "iterations done again", "s to go on", "processes")
+    columns = ("seed", "blow (was that machine at work?)", "passed", "iterations done again", "s to go on", "processes",
+               "bits")  # fmt: skip
     yield f"| {' | '.join(columns)} | LoRA apart |"
     yield f"|{'---|' * (len(columns) + 1)}"
     for seed, found in sorted(results.items(), key=lambda each: int(each[0])):
@@ -114,13 +173,18 @@ def lines(results: dict[str, dict]) -> Iterator[str]:
         lost = ", ".join(map(str, found["lost"])) or "none"
         yield (
             f"| {seed} | {'; '.join(blows)} | {'yes' if found['passed'] else '**no**'} | {lost} | {waits} | "
-            f"{' '.join(map(str, found['sizes']))} | {apart} |"
+            f"{' '.join(map(str, found['sizes']))} | {_BITS[found.get('same_bits')]} | {apart} |"
         )
 
 
-def missing_seeds(results: Collection[str]) -> list[int]:
-    """Of the schedules that are asked for, those that are not among the results."""
-    return [seed for seed in range(SCHEDULES) if str(seed) not in results]
+def missing_seeds(results: Mapping[str, dict]) -> list[int]:
+    """Of the schedules that are asked for, those that are not among the results, or are of an older program."""
+    return [seed for seed in range(SCHEDULES) if str(seed) not in results or outdated(results[str(seed)])]
+
+
+def outdated(found: dict) -> bool:
+    """Whether a job that ended was not compared bit by bit, as by an older program."""
+    return found["ended"] and "same_bits" not in found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,24 +208,26 @@ def main(argv: list[str] | None = None) -> int:
         print(f"machines on loopback, nothing happens to the network: {why}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     seeds = args.seeds or missing_seeds(results)
-    print(f"{len(seeds)} of {SCHEDULES} schedules to run, {len(results)} in {RESULTS.name}", flush=True)
+    done = SCHEDULES - len(missing_seeds(results))
+    print(f"{len(seeds)} of {SCHEDULES} schedules to run, {done} in {RESULTS.name}", flush=True)
     if not seeds:
         return 0
     folder = args.keep or Path(tempfile.mkdtemp(prefix="faults-"))
     flags = make_world(folder)
-    reference = undisturbed(flags, folder)
+    undisturbed = Undisturbed(flags, folder)
     failed = []
     for seed in seeds:
         schedule = Schedule.draw(seed, network=not why)
         shutil.rmtree(folder / str(seed), ignore_errors=True)  # of a command that was ended, with --keep
-        found = one(schedule, flags, folder / str(seed), reference, network=not why, first=True)
+        found = one(schedule, flags, folder / str(seed), undisturbed, network=not why, first=True)
         results[str(seed)] = found | {"network": not why, "passed": passed(found)}
         write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
         failed += [seed] * (not passed(found))
         kinds = " and ".join(f"{fault.kind} ({fault.machine})" for fault in schedule.faults)
         said = "passed" if passed(found) else "FAILED"
         print(f"{seed}: {kinds}: {said}, {found['seconds']} s, lost {found['lost']}, "
-              f"processes {found['sizes']}, apart {found.get('lora_apart')}", flush=True)  # fmt: skip
+              f"processes {found['sizes']}, same bits {found.get('same_bits')}, "
+              f"apart {found.get('lora_apart')}", flush=True)  # fmt: skip
     if args.keep is None:
         shutil.rmtree(folder, ignore_errors=True)
     return bool(failed)

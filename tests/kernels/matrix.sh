@@ -5,11 +5,12 @@
 # Each lane is installed once under .matrix/ and kept. A lane whose Python is not found is reported and left out; the
 # script fails if the tests of a lane fail, or if no lane ran.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit 1
 
 ran=0 failed=0
 for lane in "$@"; do
   IFS=: read -r python torch triton diffusers <<<"$lane"
+  IFS=, read -ra packages <<<"$diffusers"
   if ! command -v "$python" >/dev/null; then
     echo "torch $torch, triton $triton: left out, there is no $python"
     continue
@@ -19,7 +20,7 @@ for lane in "$@"; do
     echo "torch $torch, triton $triton: installing into $home"
     "$python" -m venv "$home" &&
       "$home/bin/python" -m pip install --quiet "torch==$torch" "triton==$triton" "numpy<3" packaging pytest \
-        "setuptools>=77,<83" ${diffusers//,/ } && touch "$home/installed" || exit 1
+        "setuptools>=77,<83" "${packages[@]}" && touch "$home/installed" || exit 1
   fi
   "$home/bin/python" -c 'import platform, torch, triton
 print(f"python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}:")'

@@ -1,19 +1,22 @@
 """recipes/: every script is run with programs that only note what they are asked, and torchrun and the trainer take it.
 
-The cluster is not there: that a scheduler does what the files ask of it is not tested.
+The cluster is not there: that a scheduler does what the files ask of it is not tested, but that they ask in its words.
 
 Planted bugs that turn it red: `--output.checkpoint-evry`; `--rdzv-endpoints`; a job queued again that was told nothing;
-pods without the shared folder; another number in the page's table.
+pods without the shared folder; `maxRestart`; `nprocPerNode: 8`; `job_recovery` beside `resources`; `$SLURM_NNODES`
+without quotes; another number in the page's table.
 """
 
 import os
 import re
-import shutil
 import signal
 import subprocess
+import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from torch.distributed.run import get_args_parser
@@ -22,7 +25,8 @@ from advgrpo import config
 from advgrpo.plan.work import efficiency
 from advgrpo.train import parse, resume_of
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 NOTE = """#!/bin/bash
 printf '%s\\0' "$(basename "$0")" "$@" >> "$NOTES"
 printf '\\n' >> "$NOTES"
@@ -39,6 +43,65 @@ SKYPILOT = {
     "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8",
     "SKYPILOT_TASK_ID": "sky-1",
 }  # fmt: skip
+
+
+def fields(required: str = "", **known: Any) -> dict[str, Any]:
+    """JSON schema of a mapping with no other keys."""
+    return {"type": "object", "additionalProperties": False, "properties": known, "required": required.split()}
+
+
+def list_of(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": 1}
+
+
+TEXT, COUNT, TEXTS = {"type": "string"}, {"type": "integer", "minimum": 0}, {"additionalProperties": {"type": "string"}}
+AMOUNT = {"type": ["integer", "string"]}  # a number, or text such as 16Gi
+# Of what these files use: manifests/base/crds/kubeflow.org_pytorchjobs.yaml of kubeflow/training-operator v1.9.0, whose
+# text "8" is no number, and sky/utils/schemas.py of SkyPilot 0.14.
+POD = fields(
+    "containers",
+    terminationGracePeriodSeconds=COUNT,
+    containers=list_of(
+        fields(
+            "name image",
+            name=TEXT, image=TEXT, command=list_of(TEXT), args=list_of(TEXT),
+            env=list_of(fields("name", name=TEXT, value=TEXT,
+                               valueFrom=fields(secretKeyRef=fields("key", name=TEXT, key=TEXT)))),
+            resources=fields(limits={"type": "object", "additionalProperties": AMOUNT}),
+            volumeMounts=list_of(fields("name mountPath", name=TEXT, mountPath=TEXT)),
+        )
+    ),
+    volumes=list_of(
+        fields("name", name=TEXT, persistentVolumeClaim=fields("claimName", claimName=TEXT),
+               emptyDir=fields(medium=TEXT, sizeLimit=AMOUNT))
+    ),
+)  # fmt: skip
+REPLICAS = fields(replicas=COUNT, template=fields(spec=POD),
+                  restartPolicy={"enum": ["Always", "OnFailure", "Never", "ExitCode"]})  # fmt: skip
+PYTORCH_JOB = fields(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "kubeflow.org/v1"}, kind={"const": "PyTorchJob"}, metadata=fields("name", name=TEXT),
+    spec=fields(
+        "pytorchReplicaSpecs",
+        nprocPerNode=TEXT,
+        elasticPolicy=fields(rdzvBackend=TEXT, minReplicas=COUNT, maxReplicas=COUNT, maxRestarts=COUNT),
+        runPolicy=fields(cleanPodPolicy={"enum": ["None", "Running", "All"]}),
+        pytorchReplicaSpecs={"type": "object", "additionalProperties": False,
+                             "properties": {"Master": REPLICAS, "Worker": REPLICAS}},
+    ),
+)  # fmt: skip
+SKYPILOT_TASK = fields(
+    name=TEXT, num_nodes={"type": "integer", "minimum": 1}, workdir=TEXT, setup=TEXT, run=TEXT,
+    resources=fields(accelerators=TEXT, use_spot={"type": "boolean"},
+                     job_recovery=fields(max_restarts_on_errors=COUNT)),
+    volumes={"type": "object", **TEXTS},
+    secrets={"type": "object", "additionalProperties": {"type": ["string", "null"]}},  # null: given by --secret
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "schema"), [("kubernetes.yaml", PYTORCH_JOB), ("skypilot.yaml", SKYPILOT_TASK)])
+def test_a_schedulers_file_has_its_fields_and_no_others(name, schema):
+    jsonschema.validate(yaml.safe_load((RECIPES / name).read_text()), schema)
 
 
 @pytest.fixture
@@ -141,15 +204,20 @@ def test_skypilot_mounts_what_the_run_reads_and_writes():
     assert "/volume/runs" in task["run"]
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
-@pytest.mark.parametrize("name", ["slurm.sh", "ssh.sh"])
-def test_shellcheck_finds_nothing(name):
-    subprocess.run(["shellcheck", str(RECIPES / name)], check=True)
+def test_shellcheck_finds_nothing(tmp_path):
+    """In the recipes and in all other scripts of a shell."""
+    _, skypilot = script_of("skypilot.yaml", tmp_path)
+    scripts = [file for folder in ("recipes", "bench", "tests") for file in (ROOT / folder).rglob("*.sh")]
+    assert len(scripts) >= 5
+    program = Path(sysconfig.get_path("scripts")) / "shellcheck"
+    command = [program, "--shell=bash", skypilot, ROOT / ".ci" / "run", *scripts]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_page_says_how_well_a_number_of_gpus_is_used():
     settings = config.load("sd35m-dino-paper")
-    rows = re.findall(r"^\| ([\d,]+) \| (.*%) \|$", (RECIPES.parent / "docs" / "clusters.md").read_text(), re.M)
+    rows = re.findall(r"^\| ([\d,]+) \| (.*%) \|$", (ROOT / "docs" / "clusters.md").read_text(), re.M)
     assert len(rows) > 10
     for gpus, shown in rows:
         found = [efficiency(settings, int(gpus.replace(",", "")), micro_batch=size) for size in (8, 4, 2, 1)]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -18,7 +19,7 @@ from advgrpo.export import main
 from advgrpo.policy.lora_file import write_lora
 from advgrpo.runtime.atomic import write_atomically
 from advgrpo.training.model_card import CARD, MARK, RunFacts, nearest_preset, write_card, write_samples
-from tests.hub_server import TOKEN, Hub, hub_server
+from tests.hub_server import TOKEN, Hub, hub_for_this_process, hub_server
 
 SUMMARY = {
     "iterations": 150,
@@ -189,15 +190,9 @@ def test_the_bad_is_refused(tmp_path, capsys):
 
 
 @pytest.fixture
-def hub(monkeypatch) -> Hub:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # its store is a protocol of its own
-    huggingface_hub.utils.close_session()
-    with hub_server() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+def hub(monkeypatch) -> Iterator[Hub]:
+    with hub_for_this_process(monkeypatch, TOKEN) as server:
         yield server
-    huggingface_hub.utils.close_session()
 
 
 def test_the_loras_files_are_listed_and_uploaded_and_no_others(tmp_path, hub, capsys):

@@ -1,10 +1,12 @@
 """A base in parts on 2 and 4 processes: the bits of the whole one, its runs, and going on with other numbers of them.
 
-Bugs planted in a copy, each seen red: adapters shared out as well; blocks kept after their forward. In tests/mutants:
-a block that is gathered when it runs; blocks kept after they were merged.
+Bugs planted in a copy, each seen red: adapters shared out as well; blocks kept after their forward; a run whose texts
+were encoded in other batches than those of the one with its bits. In tests/mutants: a block that is gathered when it
+runs; blocks kept after they were merged.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ RUNS = {
     "flux-fp8": {"data": {"held_out_prompts": ""}, "iterations": 2, "model": {"base_precision": "fp8"}},
 }
 WEEKLY = {"sd3-bfloat16", "qwen"}
+BY_FOUR = ("sd3", "flux", "qwen")
 
 
 def asked(request, tests: Collection[str], every: dict[str, dict]) -> dict[str, dict]:
@@ -55,10 +58,12 @@ def asked(request, tests: Collection[str], every: dict[str, dict]) -> dict[str, 
 
 NETWORK_TESTS = (
     "test_every_process_has_the_bits_of_the_whole_network",
+    "test_four_processes_have_the_bits_of_the_whole_network",
     "test_the_next_block_is_gathered_while_one_runs",
     "test_a_whole_copy_is_merged_block_by_block_and_gathers_nothing_to_sample",
 )
 RUN_TESTS = ("test_a_run_of_two_processes_has_the_losses_of_one",)
+WHOLE_TEST = "test_a_run_in_parts_has_the_bits_of_one_whose_processes_have_all_of_the_base"
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,9 @@ def runs(base, folder, request) -> dict[str, Path]:
         sharding_worker.train(whole, Distributed.start("cpu"))
         for other in (f"{name}-2", f"{name}-1-to-2", f"{name}-2-to-1"):
             changed(whole, folder, other)
-        changed(whole, folder, f"{name}-2", data={**whole.data.model_dump(), "cache_dir": str(folder / "empty")})
+        own = changed(whole, folder, f"{name}-2", data={**whole.data.model_dump(), "cache_dir": str(folder / "empty")})
+        if name == "sd3":  # with the texts that the other has encoded
+            changed(own, folder, "sd3-2-whole", model={**own.model.model_dump(), "shard_base": "none"})
     return {name: folder / f"{name}-1" for name in chosen}
 
 
@@ -134,18 +141,24 @@ def start(folder: Path, processes: int, networks: list[str], runs: dict[str, Pat
 
 
 @pytest.fixture(scope="module")
-def by_two(networks, runs, folder) -> dict[str, list[dict[str, torch.Tensor]]]:
+def by_two(networks, runs, folder, request) -> dict[str, list[dict[str, torch.Tensor]]]:
     """What each of two processes has seen, by network."""
     fresh = {f"{name}-2": None for name in runs}
     going_on = {f"{name}-1-to-2": runs[name] / FIRST for name in ("sd3", "flux-fp8") if name in runs}
+    if any(getattr(item, "originalname", "") == WHOLE_TEST for item in request.session.items):
+        fresh["sd3-2-whole"] = None
     start(folder, 2, list(networks), {**fresh, **going_on})
     return {name: [load_file(folder / f"{name}.{rank}.safetensors") for rank in range(2)] for name in networks}
 
 
 @pytest.fixture(scope="module")
-def by_four(by_two, folder) -> dict[str, list[dict[str, torch.Tensor]]]:
-    start(folder, 4, ["sd3"], {})
-    return {"sd3": [load_file(folder / f"sd3.{rank}.safetensors") for rank in range(4)]}
+def by_four(networks, folder) -> dict[str, list[dict[str, torch.Tensor]]]:
+    own, names = folder / "four", [name for name in BY_FOUR if name in networks]
+    own.mkdir()
+    for name in names:
+        shutil.copy(folder / f"{name}.yaml", own)
+    start(own, 4, names, {})
+    return {name: [load_file(own / f"{name}.{rank}.safetensors") for rank in range(4)] for name in names}
 
 
 def assert_the_bits_of_the_whole(expected: dict[str, torch.Tensor], by_process: list[dict[str, torch.Tensor]]) -> None:
@@ -162,8 +175,9 @@ def test_every_process_has_the_bits_of_the_whole_network(name, networks, by_two)
 
 
 @pytest.mark.weekly
-def test_four_processes_have_the_bits_of_the_whole_network(networks, by_four):
-    assert_the_bits_of_the_whole(networks["sd3"], by_four["sd3"])
+@pytest.mark.parametrize("name", BY_FOUR)
+def test_four_processes_have_the_bits_of_the_whole_network(name, networks, by_four):
+    assert_the_bits_of_the_whole(networks[name], by_four[name])
 
 
 @pytest.mark.parametrize("processes", ["by_two", pytest.param("by_four", marks=pytest.mark.weekly)])
@@ -233,6 +247,19 @@ def rounded_alike(
 @pytest.mark.parametrize("name", some_weekly(RUNS, {"flux", "flux-fp8"}))
 def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, by_two, folder):
     rounded_alike(folder / f"{name}-2", runs[name])
+
+
+@pytest.mark.weekly
+def test_a_run_in_parts_has_the_bits_of_one_whose_processes_have_all_of_the_base(by_two, folder):
+    ours, theirs = (
+        [{name: value for name, value in row.items() if "second" not in name} for row in metrics(folder / run)]
+        for run in ("sd3-2", "sd3-2-whole")
+    )
+    assert ours == theirs
+    assert ours[-1]["grad_norm"] > 0
+    own, whole = lora(folder / "sd3-2"), lora(folder / "sd3-2-whole")
+    assert own.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(own[name], whole[name])] == []
 
 
 def test_two_processes_go_on_with_what_one_began(runs, by_two, folder):

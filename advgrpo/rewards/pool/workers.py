@@ -142,7 +142,7 @@ def _value(answer: tuple[str, Any]) -> Any:
 def check_installed(kind: Kind, field: str) -> None:
     """UserError, naming `field`, where workers of this kind need a package that is not installed."""
     if kind == "ray" and importlib.util.find_spec("ray") is None:
-        raise UserError(f"{field} = ray: Ray is not installed; pip install ray, or want processes")
+        raise UserError(f"{field} = ray: Ray is not installed; pip install 'advgrpo[ray]', or want processes")
 
 
 def starter(kind: Kind, gpus: float) -> Callable[[], Worker]:
