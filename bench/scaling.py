@@ -48,7 +48,6 @@ from bench.model import (
     LAYERS,
     MERGED,
     ROWS,
-    TEXT,
     TRAINED,
     WIDTH,
     Model,
@@ -65,8 +64,6 @@ MARK = "<!-- python -m bench.scaling --write -->"
 DINO_WIDTH = 1024  # DINOv2-large: 24 blocks
 LARGE = 24 * DINO_WIDTH**2 / (12 * 768**2)  # over ViT-B, of which bench/model.py has FEATURES
 HEAD_UPDATE = 0.5e-3  # seconds of one update of the discriminator's head; assumed
-# T5's 128 beside CLIP's 77; T5's length; an assumed prompt.
-TEXT_TOKENS = {"sd35m-dino-paper": TEXT, "flux1-dino": 512, "qwen-image-dino": 64}
 
 
 @dataclass(frozen=True)
@@ -372,6 +369,11 @@ def _adapters(family: Family) -> int:
     return family.adapted.flops - family.merged.flops
 
 
+def text_tokens(config: Config) -> int:
+    """Of a row, padding included: every family pads to model.max_sequence_length, beside which SD3 has CLIP's."""
+    return known_pipeline(config.model.path).clip_tokens + config.model.max_sequence_length
+
+
 def _guided_rows(preset: str) -> int:
     """Of the network, to an image: FLUX.1's guidance is an input, the others' a second row."""
     return 1 if "flux" in preset else 2
@@ -383,7 +385,7 @@ def _exchanges_of(preset: str, resolution: int, members: int, images: int) -> Ex
     if members == 1:
         return Exchanges((), ())
     config = Config.load(preset, {"model.resolution": resolution})
-    one = exchanges(config, _in_bfloat16(config), resolution // 8, TEXT_TOKENS[preset], members)
+    one = exchanges(config, _in_bfloat16(config), resolution // 8, text_tokens(config), members)
     rows = images * _guided_rows(preset)
     return Exchanges(*(tuple(rows * size for size in sizes) for sizes in (one.drawn, one.trained)))
 
@@ -419,7 +421,7 @@ def family_of(preset: str, resolution: int = 512) -> Family:
             raise ValueError(f"{preset} was counted at 512 pixels, not at {resolution}")
         of_an_image = (_divided(work, ROWS // 2) for work in (MERGED, ADAPTED, TRAINED))
         return Family(*of_an_image, decode, sizes)
-    text, rows = TEXT_TOKENS[preset], _guided_rows(preset)
+    text, rows = text_tokens(config), _guided_rows(preset)
     flops, attention = _forward_flops(network, image, text)
     adapters = sum(
         2 * rank * (m.in_features + m.out_features) * _tokens(name, image, text) for name, m in linear.items()

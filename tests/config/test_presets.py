@@ -267,6 +267,50 @@ def test_awm_on_pickscore_is_the_public_codes():
     assert (settings.evaluation.every, settings.adversary.kind) == (20, "none")
 
 
+def assert_as_flow_grpo_runs_pickscore(settings, *, evaluated_steps: int) -> None:
+    """What its configurations for FLUX.1 and Qwen-Image have in common, in config/grpo.py and config/base.py."""
+    model, rollout, update, evaluation = settings.model, settings.rollout, settings.update, settings.evaluation
+    assert (model.resolution, model.lora.rank, model.lora.alpha, model.lora.init) == (512, 64, 128, "gaussian")
+    assert (rollout.dynamics, rollout.likelihood, rollout.initial_noise) == ("flow_sde", "gaussian", "per_image")
+    assert (settings.advantage.std, settings.advantage.clip) == ("global", 5)
+    assert (update.objective, update.kl_weight, update.minibatches, update.clip_range) == ("policy", 0, 2, 1e-4)
+    assert (update.learning_rate, update.betas, update.weight_decay) == (3e-4, (0.9, 0.999), 1e-4)
+    assert (evaluation.every, evaluation.num_steps) == (30, evaluated_steps)
+    assert evaluation.guidance_scale == rollout.guidance_scale
+    assert {name: reward.weight for name, reward in settings.rewards.fixed().items()} == {"pickscore": 1}
+    assert settings.adversary.kind == "none"
+
+
+def test_pickscore_on_flux1_is_the_public_codes():
+    """yifan123/flow_grpo 54809b5, config/grpo.py: pickscore_flux; 74db691, scripts/train_flux.py: adapters and text."""
+    settings = config.load("flux1-flow-grpo-pickscore")
+    assert_as_flow_grpo_runs_pickscore(settings, evaluated_steps=28)
+    model, rollout, update = settings.model, settings.rollout, settings.update
+    feed_forwards = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    assert (model.path, model.max_sequence_length) == ("black-forest-labs/FLUX.1-dev", 128)
+    assert set(model.lora.targets) == {*config.LORA_TARGETS, *feed_forwards}
+    assert (rollout.prompts_per_iteration, rollout.group_size, rollout.micro_batch) == (48, 24, 3)
+    assert (rollout.num_steps, rollout.guidance_scale, rollout.eta) == (6, 3.5, 0.9)
+    assert (rollout.window.steps, settings.trained_steps) == ((0, 1, 2, 3, 4, 5), 5)
+    assert (update.ema_decay, update.ema_rule) == (0.9, "mini_batch")
+
+
+def test_pickscore_on_qwen_image_is_the_public_codes():
+    """zhtmike/flow_grpo a1f47c5, config/grpo.py: pickscore_qwenimage; 27b6ef8, scripts/train_qwenimage.py: adapters and
+    text."""
+    settings = config.load("qwen-image-flow-grpo-pickscore")
+    assert_as_flow_grpo_runs_pickscore(settings, evaluated_steps=50)
+    model, rollout = settings.model, settings.rollout
+    feed_forwards = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    assert (model.path, model.max_sequence_length) == ("Qwen/Qwen-Image", 256)
+    assert set(model.lora.targets) == {*config.LORA_TARGETS, *feed_forwards}
+    assert (rollout.prompts_per_iteration, rollout.group_size, rollout.micro_batch) == (32, 16, 4)
+    assert (rollout.num_steps, rollout.guidance_scale, rollout.eta) == (10, 4, 1.2)
+    window = rollout.window
+    assert (window.chosen_order, window.size, window.noise_range) == ("contiguous", 2, (0.5, 1.0))  # steps 0 to 4
+    assert (settings.trained_steps, settings.update.ema_decay) == (2, 0)
+
+
 def test_jobs_differ_from_their_base_in_the_job_only():
     for job, base, fields in (
         ("sd35m-flow-grpo-pickscore-kl", "sd35m-flow-grpo-pickscore", {"update"}),
@@ -276,6 +320,7 @@ def test_jobs_differ_from_their_base_in_the_job_only():
         ("flux1-style", "flux1-dino", set()),
         ("qwen-image-style", "qwen-image-dino", set()),
         ("flux1-adv-ocr-dino", "flux1-dino", {"adversary", "rewards", "evaluation"}),
+        ("qwen-image-adv-ocr-dino", "qwen-image-dino", {"adversary", "rewards", "evaluation"}),
         ("tiny-sft", "tiny", {"update"}),
         ("tiny-nft", "tiny-flow-grpo-pickscore", {"update", "rollout"}),
         ("tiny-nft-adv", "tiny", {"update", "rollout"}),

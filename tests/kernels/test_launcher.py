@@ -20,6 +20,7 @@ import pytest
 
 from advgrpo_kernels.integrations import _launcher, _main_script, _patching, dance_grpo
 from advgrpo_kernels.integrations._import_hook import AfterImport
+from advgrpo_kernels.integrations.diffusers_transformers import FLUX, QWEN, SD3
 from tests.kernels import stand_ins
 
 ROOT = Path(__file__).parents[2]
@@ -396,3 +397,20 @@ def test_a_module_that_fails_is_not_patched_and_its_error_is_its_own(tmp_path, m
     importlib.reload(module)
     assert seen == [module, module]
     del sys.modules["is_fine"]
+
+
+def test_the_readme_has_every_codebase_and_the_blocks_that_are_replaced_for_it():
+    """Planted, each seen red: Qwen-Image's block left out of dance_grpo's, FLUX.1's of one stream out of mix_grpo's."""
+    readme = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    of_peer, of_blocks = (
+        [line.strip("| ").split(" | ") for line in text.split("\n\n")[0].splitlines()[2:]]
+        for text in readme.split("\n| PEER | ")[1:]
+    )
+    assert {peer.strip("`") for peer, *_ in of_peer} == set(_launcher.PEERS)
+    families = {"SD3": SD3, "FLUX.1": FLUX, "Qwen-Image": QWEN}
+    said = {peer: set() for peer in _launcher.PEERS}
+    for peers, names in of_blocks:
+        for peer in peers.replace("`", "").split(", "):
+            said[peer] = {block for name in names.split(", ") for block in families[name]}
+    modules = {peer: importlib.import_module(f"advgrpo_kernels.integrations.{peer}") for peer in _launcher.PEERS}
+    assert {peer: set(getattr(module, "BLOCKS", ())) for peer, module in modules.items()} == said

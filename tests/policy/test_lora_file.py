@@ -1,27 +1,34 @@
 """LoRA files: every loader applies the update that was trained, from the formats that ComfyUI, kohya's scripts and
 diffusers read; what comes back is what the file says, whatever alpha the configuration has.
 
-golden/lora_loaders.json holds what the loaders of ComfyUI and kohya's sd-scripts accept, with its sources.
+golden/lora_loaders.json holds what the loaders of ComfyUI and of kohya's sd-scripts and musubi-tuner accept, with its
+sources.
 
 Bugs planted in a copy, each seen red: alpha not folded; B of a fused q, k, v in the wrong rows; the last block's shift
 and scale not exchanged; `.alpha` of a fused module left at the rank of its parts; the configuration's alpha used for
 `start_from`; `.alpha` ignored on reading; metadata in the library's order; a header that leaves tensors unaligned; mode
-0600, of adapters and of full weights.
+0600, of adapters and of full weights; FLUX.1's streams swapped; its feed-forward's rows among v's; dots in Qwen-Image's
+names.
 """
+
+from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
+from diffusers import StableDiffusion3Pipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
 from advgrpo.export import main as export_command
-from advgrpo.policy.adapters import UNET_LORA_TARGETS, target_modules
+from advgrpo.plan import known_models
+from advgrpo.policy.adapters import UNET_LORA_TARGETS, block_of, target_modules
 from advgrpo.policy.lora_file import LORA_FILE, convert, read_lora, write_lora
 from advgrpo.policy.sd3 import SD3Policy
 from tests.unet_models import SDXL_UNET
@@ -40,29 +47,38 @@ def expand(ranges: dict) -> dict:
     }
 
 
-MEDIUM = LOADERS["sd35_medium"]
-CHECKPOINT = expand(MEDIUM["checkpoint"]["shapes"])
-COMFYUI = expand(MEDIUM["comfyui"]["keys"])
-KOHYA = expand(MEDIUM["kohya"]["keys"])
+FAMILIES = {
+    "sd35_medium": known_models.TRANSFORMERS["stabilityai/stable-diffusion-3.5-medium"],
+    "flux1": known_models.FLUX_TRANSFORMERS["black-forest-labs/FLUX.1-dev"],
+    "qwen_image": known_models.QWEN_TRANSFORMERS["Qwen/Qwen-Image"],
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A family's linear layers in diffusers, without their weights, and what the loaders know of them."""
+
+    layers: dict[str, torch.nn.Linear]  # of all blocks
+    checkpoint: dict[str, list[int]]  # shapes, by the original checkpoint's names
+    comfyui: dict[str, list]
+    kohya: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, family: str) -> Recorded:
+        network, found = known_models.meta_transformer(FAMILIES[family]), LOADERS[family]
+        linear = {name: module for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+        return cls(
+            {name: module for name, module in linear.items() if block_of(name) is not None},
+            expand(found["checkpoint"]["shapes"]),
+            expand(found["comfyui"]["keys"]),
+            expand(found["kohya"]["keys"]),
+        )
 
 
 @pytest.fixture(scope="module")
-def medium() -> dict[str, torch.nn.Linear]:
-    """Linear layers in the blocks of SD3.5-medium, without their weights."""
-    with torch.device("meta"):
-        model = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
-            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-            pos_embed_max_size=64, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-        )  # fmt: skip
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {name: module for name, module in linear.items() if name.startswith("transformer_blocks.")}
-
-
-@pytest.fixture(autouse=True)
-def _no_poison(request, monkeypatch):
-    if "medium" in request.fixturenames:
-        monkeypatch.undo()  # the root conftest's poisoned torch.empty would allocate weights on the meta device
+def recorded() -> dict[str, Recorded]:
+    """Made before the root conftest's poisoned torch.empty, which would allocate weights on the meta device."""
+    return {family: Recorded.of(family) for family in FAMILIES}
 
 
 def random_lora(layers: dict[str, torch.nn.Linear], rank: int) -> dict:
@@ -76,8 +92,9 @@ def random_lora(layers: dict[str, torch.nn.Linear], rank: int) -> dict:
     }
 
 
-def in_blocks(names, numbers) -> list[str]:
-    return [name for name in names if name.split(".")[1] in {str(n) for n in numbers}]
+def of_block(names: Iterable[str], number: int) -> list[str]:
+    """Of the blocks of that number, of all kinds."""
+    return [name for name in names if name.split(".")[1] == str(number)]
 
 
 def probe(inputs: int) -> torch.Tensor:
@@ -94,10 +111,10 @@ def on_probe(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     return up.double() @ (down.double() @ probe(down.shape[1]))
 
 
-def applied_by_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def applied_by_comfyui(known: Recorded, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """{weight of the checkpoint: its update on the probe}; fails for a key that ComfyUI does not know."""
     updates, used = {}, set()
-    for name, (weight, rows, swap) in COMFYUI.items():
+    for name, (weight, rows, swap) in known.comfyui.items():
         parts = {f"{name}.{part}" for part in ("lora_B.weight", "lora_A.weight", "alpha")} & tensors.keys()
         if not parts:
             continue
@@ -106,7 +123,7 @@ def applied_by_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         alpha = tensors.get(f"{name}.alpha")
         update = (1.0 if alpha is None else alpha.item() / len(down)) * on_probe(up, down)
         weight = weight.removeprefix("diffusion_model.")
-        whole = updates.setdefault(weight, torch.zeros(CHECKPOINT[weight][0], 3, dtype=torch.float64))
+        whole = updates.setdefault(weight, torch.zeros(known.checkpoint[weight][0], 3, dtype=torch.float64))
         if swap:
             update = update.roll(len(update) // 2, 0)
         start, count = (0, len(whole)) if rows is None else rows[1:]
@@ -115,13 +132,13 @@ def applied_by_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return updates
 
 
-def applied_by_kohya(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def applied_by_kohya(known: Recorded, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same by kohya's names; every module needs its alpha."""
-    original = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": name for name in CHECKPOINT}
+    original = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": name for name in known.checkpoint}
     updates = {}
     for module in dict.fromkeys(name.split(".")[0] for name in tensors):
         down, up = tensors[f"{module}.lora_down.weight"], tensors[f"{module}.lora_up.weight"]
-        assert KOHYA[module] == [len(up), down.shape[1]]
+        assert known.kohya[module] == [len(up), down.shape[1]]
         alpha = tensors[f"{module}.alpha"]
         assert alpha.shape == ()
         updates[original[module]] = alpha.item() / len(down) * on_probe(up, down)
@@ -129,43 +146,60 @@ def applied_by_kohya(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return updates
 
 
+@pytest.mark.parametrize(
+    ("family", "count"), [("sd35_medium", 385), ("flux1", 19 * 14 + 38 * 6), ("qwen_image", 60 * 14)]
+)
 @pytest.mark.parametrize("export_format", ["diffusers", "comfyui", "kohya"])
-def test_every_key_is_one_of_the_loaders_for_sd35_medium(medium, export_format):
+def test_every_key_is_one_of_the_loaders(recorded, family, count, export_format):
     """All linear layers of all blocks, of which the default targets are a part."""
-    assert len(medium) == len(COMFYUI) == 385
-    tensors, _ = convert(random_lora(medium, 1), "transformer", export_format)
+    known = recorded[family]
+    assert len(known.layers) == len(known.comfyui) == count
+    tensors, _ = convert(random_lora(known.layers, 1), "transformer", export_format)
     modules = {name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in tensors}
-    assert modules == set(KOHYA if export_format == "kohya" else COMFYUI)
+    assert modules == set(known.kohya if export_format == "kohya" else known.comfyui)
     assert any(name.endswith(".alpha") for name in tensors) == (export_format != "diffusers")
 
 
-@pytest.mark.parametrize("blocks", [[0], [13], [23]])  # with a second attention, without, and the last
-def test_both_loaders_apply_the_update_that_was_trained(medium, blocks):
-    scale = 1.3  # not a power of two: folding it rounds
-    modules = random_lora({name: medium[name] for name in in_blocks(medium, blocks)}, 2)
+@pytest.mark.parametrize(
+    ("family", "number"),
+    [
+        *[("sd35_medium", number) for number in (0, 13, 23)],  # with a second attention, without, and the last
+        *[("flux1", number) for number in (0, 37)],  # a block of two streams and one of one; the last
+        ("qwen_image", 59),
+    ],
+)
+def test_both_loaders_apply_the_update_that_was_trained(recorded, family, number):
+    known, scale = recorded[family], 1.3  # not a power of two: folding it rounds
+    modules = random_lora({name: known.layers[name] for name in of_block(known.layers, number)}, 2)
     folded = {name: (a, b * scale) for name, (a, b) in modules.items()}
-    by_comfyui = applied_by_comfyui(convert(folded, "transformer", "comfyui")[0])
+    by_comfyui = applied_by_comfyui(known, convert(folded, "transformer", "comfyui")[0])
     for name, (a, b) in modules.items():
-        weight, rows, swap = COMFYUI[f"transformer.{name}"]
+        weight, rows, swap = known.comfyui[f"transformer.{name}"]
         update = by_comfyui[weight.removeprefix("diffusion_model.")]
         update = update if rows is None else update[rows[1] : rows[1] + rows[2]]
         expected = scale * on_probe(b, a)
         assert close(update.roll(len(update) // 2, 0) if swap else update, expected)
     diffusers_file, _ = convert(folded, "transformer", "diffusers")  # ComfyUI reads that too, with no alpha at all
     kohya_file, _ = convert(folded, "transformer", "kohya")
-    for found in (applied_by_comfyui(diffusers_file), applied_by_kohya(kohya_file)):
+    for found in (applied_by_comfyui(known, diffusers_file), applied_by_kohya(known, kohya_file)):
         assert found.keys() == by_comfyui.keys()
         assert all(close(found[name], by_comfyui[name]) for name in found)
 
 
-def test_a_part_of_q_k_v_alone_leaves_the_others_as_they_are(medium):
-    modules = random_lora({name: medium[name] for name in ["transformer_blocks.3.attn.to_k"]}, 4)
-    kohya = applied_by_kohya(convert(modules, "transformer", "kohya")[0])
-    assert torch.equal(
-        kohya["joint_blocks.3.x_block.attn.qkv.weight"],
-        applied_by_comfyui(convert(modules, "transformer", "comfyui")[0])["joint_blocks.3.x_block.attn.qkv.weight"],
-    )
-    assert (kohya["joint_blocks.3.x_block.attn.qkv.weight"] != 0).any(1).sum() == 1536
+@pytest.mark.parametrize(
+    ("family", "module", "weight"),
+    [
+        ("sd35_medium", "transformer_blocks.3.attn.to_k", "joint_blocks.3.x_block.attn.qkv.weight"),
+        ("flux1", "transformer_blocks.3.attn.add_k_proj", "double_blocks.3.txt_attn.qkv.weight"),
+        ("flux1", "single_transformer_blocks.3.attn.to_k", "single_blocks.3.linear1.weight"),
+    ],
+)
+def test_a_part_of_q_k_v_alone_leaves_the_others_as_they_are(recorded, family, module, weight):
+    known = recorded[family]
+    modules = random_lora({module: known.layers[module]}, 4)
+    kohya = applied_by_kohya(known, convert(modules, "transformer", "kohya")[0])
+    assert torch.equal(kohya[weight], applied_by_comfyui(known, convert(modules, "transformer", "comfyui")[0])[weight])
+    assert (kohya[weight] != 0).any(1).sum() == known.layers[module].out_features
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

@@ -21,6 +21,14 @@ from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo.training.update import LogProbMismatchError
 from advgrpo.types import MicroBatch, MicroBatchRollout
+from tests.conftest import make_unit_pipeline
+from tests.families import (
+    ADVANTAGES,
+    assert_a_stopped_run_goes_on,
+    assert_gradients,
+    clipped_loss_written_out,
+    with_adapters_of,
+)
 from tests.parts import every_second, steps_of, train_adapters, updater_of
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top of a white background"]
@@ -58,13 +66,30 @@ def gradients(policy, settings, rollout, table, advantages, watch_kl=False):
     return stats, torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters()])
 
 
+@pytest.fixture(scope="session")
+def large_pipeline(tmp_path_factory, plain_curves) -> str:
+    """Of SD3.5-large's kind: no block attends twice."""
+    return make_unit_pipeline(tmp_path_factory.mktemp("models") / "large", dual_layers=0)
+
+
+@pytest.fixture
+def settings(unit_config, kind, request):
+    """The unit run on a model of SD3.5-medium's or SD3.5-large's kind."""
+    unit_config.model.path = request.getfixturevalue({"medium": "unit_pipeline", "large": "large_pipeline"}[kind])
+    return unit_config
+
+
+both_kinds = pytest.mark.parametrize("kind", ["medium", "large"])
+
+
+@both_kinds
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-def test_ode_images_equal_the_stock_pipelines(unit_config, unit_pipeline, guidance):
-    policy = load(unit_config)
+def test_ode_images_equal_the_stock_pipelines(settings, guidance):
+    policy = load(settings)
     sampler = Sampler(policy, guidance, "gaussian", share_prefix=True, merged=False)
     initial = sampler.initial_latents(0, torch.arange(2))
     latents, _ = sampler.run(step_table(policy, 10), policy.encode(PROMPTS), initial, torch.arange(2))
-    pipe = StableDiffusion3Pipeline.from_pretrained(unit_pipeline)
+    pipe = StableDiffusion3Pipeline.from_pretrained(settings.model.path)
     expected = pipe(
         PROMPTS, latents=initial.clone(), num_inference_steps=10, guidance_scale=guidance, height=32, width=32,
         max_sequence_length=12, output_type="pt",
@@ -73,8 +98,9 @@ def test_ode_images_equal_the_stock_pipelines(unit_config, unit_pipeline, guidan
     assert expected.std() > 0.01
 
 
-def test_merged_weights_equal_adapters_and_stock_diffusers_with_the_exported_lora(unit_config, unit_pipeline, tmp_path):
-    policy = load(unit_config)
+@both_kinds
+def test_merged_weights_equal_adapters_and_stock_diffusers_with_the_exported_lora(settings, tmp_path):
+    policy = load(settings)
     train_adapters(policy)
     policy.merge()
     table, conditioning = step_table(policy, 4), policy.encode(PROMPTS)
@@ -89,7 +115,7 @@ def test_merged_weights_equal_adapters_and_stock_diffusers_with_the_exported_lor
 
     policy.export(tmp_path / "lora")
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
-    pipe = StableDiffusion3Pipeline.from_pretrained(unit_pipeline)
+    pipe = StableDiffusion3Pipeline.from_pretrained(settings.model.path)
     pipe.load_lora_weights(tmp_path / "lora")
     stock = pipe(
         PROMPTS, latents=initial.clone(), num_inference_steps=4, guidance_scale=4.5, height=32, width=32,
@@ -126,14 +152,25 @@ def test_log_probs_before_the_first_step_are_exact(unit_config, share, dynamics,
     assert gradient.abs().max() > 0
 
 
-def test_drift_is_seen_when_the_window_runs_merged_weights(unit_config, monkeypatch):
-    policy = load(unit_config)
+@both_kinds
+def test_drift_is_seen_when_the_window_runs_merged_weights(settings, monkeypatch):
+    policy = load(settings)
     train_adapters(policy)
+    _, rollout, table = sample(policy, settings)
+    assert gradients(policy, settings, rollout, table, torch.ones(6))[0].max_mismatch() == 0
     with monkeypatch.context() as patch:
         patch.setattr(policy, "predict", policy.predict_merged)
-        _, rollout, table = sample(policy, unit_config)
-    stats, _ = gradients(policy, unit_config, rollout, table, torch.ones(6))
+        _, rollout, table = sample(policy, settings)
+    stats, _ = gradients(policy, settings, rollout, table, torch.ones(6))
     assert stats.max_mismatch() > 0
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize("kind", ["large"])
+def test_a_run_trains_and_goes_on_as_if_never_stopped(settings, tmp_path):
+    """Of a small SD3.5-medium all other tests of runs are."""
+    assert_a_stopped_run_goes_on(settings, tmp_path)
+    StableDiffusion3Pipeline.from_pretrained(settings.model.path).load_lora_weights(tmp_path / "whole" / "lora")
 
 
 def test_fast_and_plain_paths_agree(unit_config):
@@ -155,31 +192,32 @@ def test_fast_and_plain_paths_agree(unit_config):
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
 
 
-def test_gradients_equal_autograd_through_an_independent_loss(unit_config):
-    """The whole chain (guidance, step, log-prob, ratio, clip) written out plainly and differentiated by autograd."""
+def test_gradients_equal_autograd_through_an_independent_loss(unit_config, unit_pipeline):
+    """Stock call with PEFT's own adapters, guidance, step, likelihood, ratio and clip written out, by autograd."""
+    unit_config.update.clip_range = 0.5
     policy = load(unit_config)
     train_adapters(policy)
-    unit_config.update.clip_range = 0.5
-    advantages = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, -1.5])
     _, rollout, table = sample(policy, unit_config)
-    _, gradient = gradients(policy, unit_config, rollout, table, advantages)
-    for _, parameter in policy.trainable_parameters():
-        parameter.grad = None
-    conditioning = policy.encode(PROMPTS)
-    total = 0.0
-    for step in rollout.steps:
-        a, b, _ = table.coefficients[step.step]
-        latents = step.latents[ROW] if step.shared else step.latents
-        prepared = policy.prepare(conditioning, table.timesteps, guidance=2.0).rows(ROW)
-        cond, uncond = policy.predict(latents, table.numbers[step.step], prepared)
-        mean = a * latents + b * (uncond + 1.7 * (cond - uncond))
-        log_prob = -(step.next_latents - mean).square().flatten(1).mean(1)
-        ratio = (log_prob - log_prob.detach()).exp()
-        loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.5, 1.5))
-        total = total + loss.mean() / len(rollout.steps)
-    total.backward()
-    plain = torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters()])
-    torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item())
+    _, gradient = gradients(policy, unit_config, rollout, table, ADVANTAGES)
+    pipe = StableDiffusion3Pipeline.from_pretrained(unit_pipeline)
+    theirs = with_adapters_of(policy, pipe.transformer, unit_config)
+    text, empty, pooled, empty_pooled = pipe.encode_prompt(PROMPTS, None, None, max_sequence_length=12)
+
+    def velocity(latents, step):
+        both = [
+            pipe.transformer(
+                latents,
+                timestep=table.timesteps[step.step].expand(6),
+                encoder_hidden_states=each[ROW],
+                pooled_projections=vector[ROW],
+                return_dict=False,
+            )[0]
+            for each, vector in ((empty, empty_pooled), (text, pooled))
+        ]
+        return both[0] + 1.7 * (both[1] - both[0])
+
+    clipped_loss_written_out(rollout, table, velocity).backward()
+    assert_gradients(policy, gradient, theirs)
 
 
 def test_zero_advantages_give_exactly_zero_gradient(unit_config):

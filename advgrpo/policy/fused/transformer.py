@@ -591,12 +591,13 @@ class FusedTransformer:
 
     def _waves(self, values: torch.Tensor) -> torch.Tensor:
         """[K, 256] cosines and sines of times, or of another scalar between 0 and 1 times 1000, [K] float32."""
+        factor = 1
         if self.config.family == "flux":  # given over 1000 and taken times 1000 in its own dtype
             values = ((values / 1000).to(self.dtype) * 1000).float()
-        elif self.config.family == "qwen":  # the same, but taken times 1000 in float32
-            values = (values / 1000).to(self.dtype).float() * 1000
+        elif self.config.family == "qwen":  # the angles are, in float32: the order moves a cosine of 900 by 6e-5
+            values, factor = (values / 1000).to(self.dtype).float(), 1000
         half = torch.arange(128, dtype=torch.float32, device=self.device) * (-torch.log(torch.tensor(10000.0)) / 128)
-        angles = values[:, None] * torch.exp(half)
+        angles = factor * (values[:, None] * torch.exp(half))
         return torch.cat([angles.cos(), angles.sin()], dim=1).to(self.dtype)
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
