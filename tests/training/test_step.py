@@ -305,6 +305,7 @@ def test_no_iteration_of_a_session_meets_a_prompt_that_another_has_seen():
     assert len(set(seen)) == len(seen)
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["sampler", "iteration_shared"])
 def test_a_unit_in_fp8_is_timed_with_ours_alone_in_it(name, pair, tmp_path):
     given = ["--size", "small", "--device", "cpu"]
