@@ -29,19 +29,40 @@ def is_second(places: Iterable[int]) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Of a test of all combinations of the arguments that `every_second` names, every second one is weekly: of three
-    arguments and more any two values meet in CI.
+    """What the marks `every_second` and `in_ci` leave to the week is marked weekly.
 
     Files with slow tests first and the kernels', which are many and quick, last: no process is left alone at the end
     with minutes of work. (xdist would sort files by how many tests they have: the long ones come last.)"""
-    for item in items:
-        named = item.get_closest_marker("every_second")
-        if named:
-            assert len(named.args) >= 3, f"{item}: of fewer, two values would never meet in CI"
-            if is_second(item.callspec.indices[name] for name in named.args):
-                item.add_marker("weekly")
+    for variants in _by_test(items):
+        if named := variants[0].get_closest_marker("every_second"):
+            assert len(named.args) >= 3, f"{variants[0]}: of fewer, two values would never meet in CI"
+            _leave(variants, [is_second(each) for each in _places(variants, named.args)])
+        if few := variants[0].get_closest_marker("in_ci"):
+            _leave(variants, [number >= few.args[0] for number in range(len(variants))])
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: (item.path not in slow, "kernels" in item.path.parts))
+
+
+def _by_test(items) -> list[list]:
+    """Every test's variants, in their order."""
+    found: dict[str, list] = {}
+    for item in items:
+        if hasattr(item, "callspec"):
+            found.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return list(found.values())
+
+
+def _places(variants, names: Iterable[str]) -> list[tuple[int, ...]]:
+    """Of every variant: which of its argument's values each is. (pytest's own `indices` number the variants.)"""
+    places: dict[str, dict] = {name: {} for name in names}
+    every = [[(name, repr(item.callspec.params[name])) for name in names] for item in variants]
+    return [tuple(places[name].setdefault(value, len(places[name])) for name, value in each) for each in every]
+
+
+def _leave(variants, weekly: Iterable[bool]) -> None:
+    for item, left in zip(variants, weekly, strict=True):
+        if left:
+            item.add_marker("weekly")
 
 
 def pytest_collection_finish(session):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from advgrpo.experiments.plan import METRIC_LABELS
 from advgrpo.runtime.atomic import write_atomically
 
-_COLOURS = ("#1f6fb4", "#d95f0e", "#2a9d5c", "#7b4fa3", "#c2a000")
+_COLOURS = ("#1f6fb4", "#d95f0e", "#2a9d5c", "#7b4fa3", "#c2a000", "#c23b6b")
 _GREY = "#8a8a8a"  # the base model
 _IN_CURVES = ("retrieval", "dino_similarity", "pickscore")
 Points = Sequence[Mapping[str, float]]  # of one run

@@ -234,7 +234,7 @@ CONFLICTS = [
             "--model.train full --model.dtype float32 --update.optimizer fused": "update.optimizer = 'fused' clips by",
             "--model.attention math": "model.attention = 'math' is the fused transformer's",
             "--rollout.window_forward merged --update.old_log_prob recompute": "rollout.window_forward = 'merged' is",
-            "--update.graphs": "update.graphs = True captures the fused transformer",
+            "--update.graphs true": "update.graphs = True captures the fused transformer",
             "--update.skip_dead_groups": "update.skip_dead_groups = True leaves out forwards",
             "--rollout.window.branching --rollout.initial_noise shared --rollout.tail_steps 1": "rollout.tail_steps = 1",
         }.items()
@@ -255,7 +255,7 @@ CONFLICTS = [
             "--model.shard_base blocks --rollout.precision fp8": (
                 "rollout.precision = 'fp8' of a base in parts samples from a whole copy, which computes all tokens",
             ),
-            "--update.graphs": ("update.graphs = True captures a forward in whose middle", "or model.sequence_"),
+            "--update.graphs true": ("update.graphs = True captures a forward in whose middle", "or model.sequence_"),
         }.items()
     ),
     flagged("conflicts", "--no-fast --rollout.precision fp8", "rollout.precision = 'fp8' needs --fast"),

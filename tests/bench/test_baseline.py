@@ -86,6 +86,7 @@ def sample(policy, theirs, settings, window):
 @pytest.mark.parametrize(
     ("dynamics", "likelihood"), [("flow_cps", "squared_error"), ("flow_sde", "gaussian"), ("dance_sde", "gaussian")]
 )
+@pytest.mark.in_ci(3)
 def test_sampler_and_update_equal_the_trainers(unit_config, dynamics, likelihood, guidance):
     compare_sampler_and_update(unit_config, dynamics, likelihood, guidance, B0)
 
@@ -95,6 +96,7 @@ def test_so_do_b1s(unit_config):
     compare_sampler_and_update(unit_config, "flow_cps", "squared_error", 4.5, B1)
 
 
+@pytest.mark.weekly
 def test_compiled_blocks_compute_the_same_and_each_kind_is_compiled_once():
     """By the compiler's front end alone, which is what may refuse; with adapters, and merged."""
     config = StockConfig(3, 2, 8, 16, 32, 32, sample_size=8, dual_attention_layers=(0, 1), qk_norm="rms_norm")

@@ -93,6 +93,7 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["def test_it():\n    assert False, 'planted'\n", "", None])
+@pytest.mark.in_ci(1)
 def test_an_op_whose_tests_do_not_pass_is_not_timed(source, tmp_path, monkeypatch, capsys):
     """Tests that fail, a file without tests, and no file at all."""
     file = tmp_path / "test_planted.py"

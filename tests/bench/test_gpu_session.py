@@ -268,6 +268,7 @@ def test_a_sanitizer_that_cannot_use_the_device_costs_nothing(stubbed, tmp_path,
     assert [c[2].split()[1] for c in calls] == ["memcheck", "racecheck", "initcheck"][:runs]
 
 
+@pytest.mark.weekly
 def test_what_runs_there_imports_nothing_that_is_not_there():
     absent = ["diffusers", "peft", "tyro", "accelerate", "datasets", "tensorboard", "wandb", "scipy", "nvtx"]
     modules = [f"bench.{name}" for name in ("step", "kernels", "profile", "smoke", "gate", "train", "tune", "collect")]

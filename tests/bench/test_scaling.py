@@ -29,6 +29,7 @@ WAYS = [*CI, *(pytest.param(*each, marks=pytest.mark.weekly) for each in WEEKLY)
 
 
 @pytest.mark.parametrize(("processes", "members", "base"), WAYS)
+@pytest.mark.in_ci(1)
 def test_a_run_issues_the_collectives_that_are_counted(
     processes, members, base, unit_pipeline, unit_backbone, tmp_path
 ):

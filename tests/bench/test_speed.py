@@ -45,6 +45,7 @@ def verdicts(report: dict) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_shared_noise_holds_its_threshold(contenders):
     iteration = units(contenders.with_noise("shared"))["iteration"]
     report, _ = timed(iteration, iteration.sides)

@@ -17,7 +17,7 @@ from tests.parts import some_weekly
 
 ITERATIONS = 2
 CHAINS = {chain[0].arm: chain for chain in chains(list(EXPERIMENTS), [0]) if chain[0].made.trains}
-IN_CI = {"flow", "awm", "scouts", "head-ensemble"}  # of a kind each
+IN_CI = {"awm", "scouts", "head-ensemble"}  # of a kind each; chains are longer
 assert CHAINS.keys() >= IN_CI
 
 

@@ -218,7 +218,7 @@ def test_a_contradiction_is_said_plainly(made_up):
     said = "**Contradicts what the paper leads to expect:** default: retrieval rises. Found: -0.098"
     assert said in text
     assert "**contradicted**" in index(known)
-    assert "**Not run:** nft, sft," in index(known)
+    assert "**Not run:** nft, nft-preference, sft," in index(known)
 
 
 def test_arms_that_were_not_run_are_listed(made_up, tmp_path):

@@ -264,6 +264,7 @@ def alone_in_a_job():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.weekly
 def test_collectives_of_one_rank_beside_captured_graphs(device, tmp_path, alone_in_a_job):
     """NCCL watches its collectives from a thread of its own, which a capture must survive, and a replay as well."""
     alone = trainer_on(device, tmp_path / "alone").iterate()

@@ -39,6 +39,7 @@ def kernel_named(name, found):
 
 
 @pytest.mark.parametrize("kernel", BUDGETS)
+@pytest.mark.weekly
 def test_no_spills_and_registers_within_budget(kernel):
     _, report = nvcc_build()
     pattern = r"entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"

@@ -70,6 +70,7 @@ def test_every_op_is_registered_in_the_build_s_own_namespace(kernel):
     assert all(hasattr(kernel, name) for name in kernel.__all__)
 
 
+@pytest.mark.weekly
 def test_nothing_is_imported_by_the_name_of_the_package(hub):
     """In a process that cannot import advgrpo_kernels, nor anything but torch and triton."""
     code = (

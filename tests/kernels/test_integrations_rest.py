@@ -16,6 +16,7 @@ from tests.kernels.peers import batch, close, cps_mean, flow_mean, gaussian_log_
 
 @pytest.mark.parametrize("dynamics", unirl.STRATEGIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.in_ci(2)
 def test_unirl_takes_the_step_of_the_formula(dynamics, dtype):
     """At σ = 1 with the default σ_max of 0.99, not with the schedule's σ_1."""
     module = stand_ins.module(stand_ins.UNIRL)

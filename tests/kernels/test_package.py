@@ -145,6 +145,7 @@ def test_what_the_wheel_holds_and_says(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
     """Unpacked, and run from another folder."""
     wheel.extractall(tmp_path / "site")

@@ -86,6 +86,7 @@ def test_everywhere_can_be_switched_off(adv, caplog):
     adv_grpo.unpatch(home)
 
 
+@pytest.mark.weekly
 def test_an_importer_that_holds_ours_already_is_left_as_it_is_and_says_so(adv, caplog):
     home, pipeline = adv
     adv_grpo.patch(home)

@@ -119,6 +119,7 @@ def test_config_is_read_as_diffusers_reads_it():
     )
 
 
+@pytest.mark.weekly
 def test_full_size_sd3_is_built_without_diffusers():
     code = (
         "import sys; from advgrpo.policy.fused.decoder import *; "

@@ -87,6 +87,7 @@ def stock_images(pipe, initial, *, steps, guidance):
 @both_kinds
 @both_forwards
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
+@pytest.mark.in_ci(4)
 def test_ode_images_equal_the_stock_pipelines(settings, guidance, fused):
     policy = load(settings, fused=fused)
     initial, images = ode_images(policy, steps=5, guidance=guidance)

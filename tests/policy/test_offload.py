@@ -87,6 +87,7 @@ def computed(policy: DiffusersPolicy) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", some_weekly(FAMILIES, FAMILIES.keys() - {"SD3", "Qwen-Image"}))
+@pytest.mark.in_ci(1)
 def test_results_are_those_of_weights_that_stay_to_the_bit(family, folder_of, unit_config, tmp_path, monkeypatch):
     unit_config.model.max_sequence_length, folder = 24, folder_of(family)
     with DeviceTwin() as twin:

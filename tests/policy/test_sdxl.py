@@ -109,6 +109,7 @@ def accumulated(policy, settings, rollout, table):
 
 @both_kinds
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.in_ci(2)
 def test_images_without_a_window_equal_stock_ddim(settings, guidance):
     initial, images = ode_images(load(settings), steps=10, guidance=guidance)
     expected = stock_images(stock(settings), initial, steps=10, guidance=guidance)
@@ -155,6 +156,7 @@ def test_levels_are_those_of_the_timesteps_and_end_at_the_final_one(settings, tm
 
 @both_kinds
 @pytest.mark.parametrize(("share", "likelihood"), every_second([True, False], ["gaussian", "squared_error"]))
+@pytest.mark.in_ci(2)
 def test_log_probs_before_the_first_step_are_exact(settings, share, likelihood):
     settings.rollout.likelihood = likelihood
     policy = load(settings)
@@ -170,6 +172,7 @@ def test_log_probs_before_the_first_step_are_exact(settings, share, likelihood):
 
 @both_kinds
 @pytest.mark.parametrize("likelihood", ["gaussian", "squared_error"])
+@pytest.mark.in_ci(2)
 def test_gradients_equal_autograd_through_an_independent_loss(settings, likelihood):
     """Stock UNet call, DDIM of the paper, likelihood, ratio and clip written out, differentiated by autograd."""
     settings.rollout.likelihood, settings.update.clip_range = likelihood, 0.5
@@ -254,6 +257,7 @@ def test_only_the_windows_steps_are_noisy_and_never_the_last(settings):
 
 
 @both_kinds
+@pytest.mark.in_ci(1)
 def test_lora_loads_into_stock_diffusers_and_back(settings, tmp_path):
     policy = load(settings)
     untrained = ode_images(policy, steps=4, guidance=3.0)[1]
@@ -305,6 +309,7 @@ def test_lora_on_the_exact_sdxl_configuration(monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.in_ci(1)
 def test_bfloat16_base_with_float32_adapters_keeps_ratios_exact(settings, checkpointing):
     policy = load(settings, dtype="bfloat16", gradient_checkpointing=checkpointing)
     train_adapters(policy)

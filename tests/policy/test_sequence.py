@@ -115,6 +115,7 @@ def test_an_exchange_moves_bits_and_its_gradient_moves_them_back(processes, left
 
 
 @every_case
+@pytest.mark.in_ci(1)
 def test_a_velocity_has_the_bits_of_one_process_where_no_product_blocks_rows(key, by_one, processes, left):
     """What is exchanged, attention by heads and all that is computed token by token; a library's matrix product rounds
     by how many rows it has, which here it has one by one."""

@@ -162,6 +162,7 @@ def full():
     return model, inputs(SD35_MEDIUM, rows=16, side=64, text=205, device="meta", dtype=torch.bfloat16)
 
 
+@pytest.mark.weekly
 def test_full_size_forward():
     model, batch = full()
     assert sum(p.numel() for p in model.parameters()) == 2_243_171_520

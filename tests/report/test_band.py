@@ -103,6 +103,7 @@ def test_a_report_draws_the_band_and_says_what_is_outside(tmp_path, shipped):
         (lambda runs: _set(runs[1], "update", "learning_rate", 0.5), "update.learning_rate = 0.5 instead of 0.0003"),
     ],
 )
+@pytest.mark.in_ci(2)
 def test_runs_that_make_no_band_are_refused(tmp_path, spoil, said):
     runs = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2)]
     spoil(runs)

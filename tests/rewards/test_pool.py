@@ -173,6 +173,7 @@ def test_a_process_that_ends_is_replaced_and_its_images_are_scored_again(judges,
     assert not begun.parts[-1].done()
 
 
+@pytest.mark.weekly
 def test_a_worker_ends_with_a_trainer_that_was_killed(judges):
     program = (
         "import sys, time; from advgrpo.rewards.pool.workers import ProcessWorker; "

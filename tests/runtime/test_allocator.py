@@ -39,6 +39,7 @@ def run(argument: str, **variables: str) -> tuple[str, int]:
     return made, int(faults)
 
 
+@pytest.mark.weekly
 def test_freed_blocks_are_used_again():
     made, faults = run("keep")
     if made == "False":

@@ -60,6 +60,7 @@ def whole(settings, iteration: int) -> bool:
 
 
 @pytest.mark.parametrize("what", some_weekly(SPOILED, WEEKLY))
+@pytest.mark.in_ci(2)
 def test_it_is_named_and_the_checkpoint_from_before_can_be_continued(what, settings, monkeypatch):
     """In the last iteration, where the run would end with exit code 0."""
     plant, name = SPOILED[what]

@@ -118,6 +118,7 @@ BRANCHING = {"order": "fixed", "steps": [0, 2], "branching": True}
         {"tail_steps": 2, "tail_solver": "dpm2", "tail_agreement": 0.0},
     ],
 )
+@pytest.mark.in_ci(1)
 def test_a_run_that_branches_starts_on_policy_learns_and_resumes_bit_for_bit(unit_config, changes):
     unit_config.update.learning_rate = 1e-2
     unit_config.rollout.num_steps = 6

@@ -173,6 +173,7 @@ RESTRAINED |= {"gradient_penalty": 0.1, "spectral_norm": True}
 
 
 @pytest.mark.parametrize("kind", ["pickscore", "in_turn", "restrained"])
+@pytest.mark.in_ci(1)
 def test_of_other_kinds_too(kind, world, tmp_path):
     """Of PickScore, whose features depend on the prompt and which hears the mean rewards; references in turn; and all
     that restrains a head."""

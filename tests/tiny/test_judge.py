@@ -52,6 +52,7 @@ def test_the_nearest_artist_is_named(judge):
     assert judge.look(render(SCENES, artists), SCENES).artist == artists
 
 
+@pytest.mark.weekly
 def test_of_all_artists_the_nearest_is_named_and_what_one_has_not_drawn_is_nobodys(tmp_path, judge):
     """The artist of outline drew no key, star nor egg: on a background alone, nothing of theirs is near."""
     artists = ("noto", STYLE_ARTISTS["outline"])

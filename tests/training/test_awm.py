@@ -78,6 +78,7 @@ def literal(velocity, clean, noise, sigma, before, advantage, *, clip: float) ->
 
 
 @pytest.mark.parametrize(("kl_to", "fast"), [("base", True), ("ema", False)])
+@pytest.mark.in_ci(1)
 def test_gradients_are_those_of_the_loss_as_it_is_written(settings, kl_to, fast):
     """Image by image and level by level; log p_old of every second micro-batch is another policy's."""
     made = change(settings, fast=fast, update={"kl_weight": 0.05, "kl_to": kl_to, "minibatches": 1, "clip_range": 1e-4})

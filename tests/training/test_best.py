@@ -106,6 +106,7 @@ def test_what_is_kept_is_what_a_run_of_that_length_exports(settings, judged, tmp
     assert not (Path(short.output_dir) / "lora-best").exists()
 
 
+@pytest.mark.weekly
 def test_the_last_evaluation_counts_by_the_images_that_the_others_have(settings, judged):
     """The final evaluation has more images, whose mean is 0.05 higher here: it must not win by that."""
     settings.iterations = 4
@@ -143,6 +144,7 @@ def test_a_resumed_run_keeps_and_ends_as_one_that_never_stopped(settings, judged
     assert (ours / last).read_bytes() == (theirs / last).read_bytes()
 
 
+@pytest.mark.weekly
 def test_the_file_of_a_future_that_does_not_come_is_replaced(settings, judged, tmp_path):
     settings.output.checkpoint_every = 1
     settings.output.keep_checkpoints = 9
@@ -160,6 +162,7 @@ def test_the_file_of_a_future_that_does_not_come_is_replaced(settings, judged, t
     assert _bytes(folder / "lora-best") == _bytes(Path(fork.output_dir) / "lora-best")
 
 
+@pytest.mark.weekly
 def test_a_run_that_has_ended_goes_on_once_it_may_wait_longer(settings, judged):
     settings.evaluation.stop_after = 2
     make(settings, judged)

@@ -161,6 +161,7 @@ def test_an_iteration_is_the_cpus_and_waits_only_where_it_says(unit_config, monk
 
 
 @pytest.mark.parametrize("name", some_weekly(CONFIGURATIONS, WEEKLY))
+@pytest.mark.in_ci(1)
 def test_other_configurations_wait_nowhere_else(name, unit_config, monkeypatch, tmp_path):
     unit_config.model.attention = "math"
     made = configuration.merge(unit_config.model_dump(), CONFIGURATIONS[name])

@@ -117,6 +117,7 @@ def test_the_average_is_the_one_of_now(unit_config):
     assert all(parameter.grad.abs().max() == 0 for _, parameter in trainer.updater.named)
 
 
+@pytest.mark.weekly
 def test_distillation_alone_looks_at_no_advantage_and_comes_nearer_to_the_teacher(unit_config, teacher):
     alone = {"kl_to": "teacher", "teacher": str(teacher[0]), "kl_space": "velocity", "policy_weight": 0.0}
     trainer = pulled(unit_config, **alone, learning_rate=3e-3, clip_range=1e-3)

@@ -272,6 +272,7 @@ def test_a_wrong_token_no_token_and_no_network(tmp_path, hub, capsys, monkeypatc
     assert "HF_ENDPOINT" in error
 
 
+@pytest.mark.weekly
 def test_the_command_finds_the_hub_by_its_environment(tmp_path):
     """In a process of its own, as a user runs it."""
     lora = make_run(tmp_path / "run")

@@ -178,6 +178,7 @@ def written_out(trainer, rollout, advantages, iteration: int, minibatch: int) ->
 
 # A group in two micro-batches, and three groups in one.
 @pytest.mark.parametrize(("fast", "micro_batch"), every_second([True, False], [12, 2]))
+@pytest.mark.in_ci(1)
 def test_gradients_are_those_of_the_loss_as_it_is_written(settings, fast, micro_batch):
     minibatches = 1 if micro_batch == 12 else 2
     made = change(

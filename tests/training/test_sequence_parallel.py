@@ -133,6 +133,7 @@ def test_a_run_of_two_processes_with_blocks_in_parts_has_the_losses_of_one(name,
     rounded_and_evaluated_alike(folder / f"{name}-2-parts", runs[name], merged=False)
 
 
+@pytest.mark.weekly
 def test_a_run_of_two_sequence_groups_of_two_has_the_losses_of_one(runs, folder):
     start(folder, 4, dict.fromkeys(f"{name}-4" for name in FOUR))
     for name in FOUR:

@@ -44,6 +44,14 @@ def make(settings, *, resume=False) -> Run:
     return Run(settings, Distributed.start("cpu"), resume=resume, console=Console(quiet=True))
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    """Whoever runs the tests so has SIGHUP ignored, in this process and in its children."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def settings(unit_pipeline, unit_backbone, tmp_path_factory):
     """Two optimizer steps, discriminator updates and an evaluation in every iteration."""
@@ -132,6 +140,7 @@ PLACES = {  # what is begun when the signal comes: (signal, in iteration, what i
 
 
 @pytest.mark.parametrize("doing", some_weekly(PLACES, ["reward rule", "draw samples"]))
+@pytest.mark.in_ci(2)
 def test_a_signal_ends_the_run_where_it_is_and_nothing_is_lost(doing, own, undisturbed, monkeypatch):
     number, iteration, saved = PLACES[doing]
     run = make(own)

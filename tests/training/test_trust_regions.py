@@ -121,6 +121,7 @@ def test_a_step_of_ddim_has_no_length(unit_config):
 
 
 @pytest.mark.parametrize("region", REGIONS[1:])
+@pytest.mark.in_ci(1)
 def test_a_resumed_run_takes_the_same_steps(unit_config, region):
     going, resumed = (build(settings_of(unit_config, region)).trainer for _ in range(2))
     going.iterate()
