@@ -181,8 +181,8 @@ def predicted_rates(predicted: Mapping[str, float]) -> Iterator[str]:
     """Markdown rows of the predicted rates: ours, B1's and B0's, which has no shared noise."""
 
     def rates(unit: str, form: str, *sides: str) -> str:
-        shown = [f"{predicted[f'step.{unit}.{side}']:{form}}" if side in sides else "" for side in SIDES[1:]]
-        return " | ".join(shown).rstrip() + (" |" if shown[-1] else "|")
+        cells = (f" {predicted[f'step.{unit}.{side}']:{form}}" if side in sides else "" for side in SIDES[1:])
+        return "".join(f"|{cell} " for cell in cells) + "|"
 
     def ours(unit: str, form: str) -> str:
         return f"{predicted[f'step.{unit}.ours']:{form}}"
@@ -190,18 +190,18 @@ def predicted_rates(predicted: Mapping[str, float]) -> Iterator[str]:
     mfu, fast, slow = f"{100 * predicted['step.sampler_mfu']:.0f} %", ".1f", ".3f"
     yield (
         f"| sampler, SD3.5-medium at 512 px, ten steps, guided | **{ours('sampler', fast)} images/s, MFU {mfu}** of "
-        f"989 TFLOP/s | {rates('sampler', fast, 'b1', 'b0')}"
+        f"989 TFLOP/s {rates('sampler', fast, 'b1', 'b0')}"
     )
     yield f"| the same with FP8 on ODE steps | {ours('sampler_fp8', fast)} images/s | | |"
     both = f"{ours('sampler_shared', fast)} and {ours('sampler_fp8_shared', fast)}"
-    yield f"| sampler with shared noise, bf16 and FP8 | {both} images/s | {rates('sampler_shared', fast, 'b1')}"
-    yield f"| update with a noise per image | {ours('update', fast)} images/s | {rates('update', fast, 'b1', 'b0')}"
+    yield f"| sampler with shared noise, bf16 and FP8 | {both} images/s {rates('sampler_shared', fast, 'b1')}"
+    yield f"| update with a noise per image | {ours('update', fast)} images/s {rates('update', fast, 'b1', 'b0')}"
     both = f"{ours('update_shared', fast)} images/s; {ours('update_shared_eager', fast)} without its CUDA graphs"
-    yield f"| update with shared noise | {both} | {rates('update_shared', fast, 'b1')}"
+    yield f"| update with shared noise | {both} {rates('update_shared', fast, 'b1')}"
     both = f"{ours('iteration', slow)} and {ours('iteration_fp8', slow)}"
-    yield f"| iteration with a noise per image, bf16 and FP8 | {both}/s | {rates('iteration', slow, 'b1', 'b0')}"
+    yield f"| iteration with a noise per image, bf16 and FP8 | {both}/s {rates('iteration', slow, 'b1', 'b0')}"
     both = f"{ours('iteration_shared', slow)} and {ours('iteration_fp8_shared', slow)}"
-    yield f"| iteration with shared noise, bf16 and FP8 | {both}/s | {rates('iteration_shared', slow, 'b1')}"
+    yield f"| iteration with shared noise, bf16 and FP8 | {both}/s {rates('iteration_shared', slow, 'b1')}"
 
 
 def interval(gain: dict | None) -> str:
