@@ -478,7 +478,7 @@ PARTS: dict[str, Part] = {
     "step": Part(420, LONGEST_PART, ("step.json",), _step_part),
     "profile": Part(100, 150, ("profile.json", "trace.json.gz"), _profile),
     "train": Part(240, LONGEST_PART, ("train.json",), lambda s, limit: _figures("train", s, limit, "--size", s.size)),
-    "kernels": Part(260, LONGEST_PART, ("kernels.json",), lambda s, limit: _figures("kernels", s, limit)),
+    "kernels": Part(265, LONGEST_PART, ("kernels.json",), lambda s, limit: _figures("kernels", s, limit)),
     "tune": Part(240, LONGEST_PART, ("tune.json",), lambda s, limit: _figures("tune", s, limit)),
     "sanitize": Part(200, 300, (), _sanitize),
     "test": Part(400, LONGEST_PART, (), _test),

@@ -97,7 +97,7 @@ def goals(report: dict) -> list[dict]:
                 measured[goal.name] = found
         if "fp8_forward_over_roofline" in report:
             over = report["fp8_forward_over_roofline"]
-            measured["P3"] = (f"{over:.2f}x", over <= 1.10)
+            measured["P3"] = (f"{over:.3f}x", over <= 1.10)
         if "peak_memory_gb" in report:
             own, theirs = (report["peak_memory_gb"].get(side) for side in ("ours", "b0"))
             if theirs:
@@ -129,9 +129,15 @@ def _gain_of_row(report: dict, goal: Goal) -> tuple[str, bool] | None:
     return None if gain is None else (f"{gain:.2f}x (waterfall)", gain >= goal.target)
 
 
+def _of_a_gpu(report: dict) -> dict:
+    """`report`, or nothing of one that says nothing of a GPU at full size; `bench.kernels` has no other size there."""
+    on_gpu = report.get("environment", {}).get("device") == "cuda"
+    return report if on_gpu and report.get("size", "full") == "full" else {}
+
+
 def from_elsewhere(rows: Sequence[Mapping], reports: Mapping[str, dict]) -> list[dict]:
     """Rows of `goals` with what other parts of the same session have measured, by the names of `reports`."""
-    profile, kernels = (reports.get(name, {}) for name in ("profile", "kernels"))
+    profile, kernels = (_of_a_gpu(reports.get(name, {})) for name in ("profile", "kernels"))
     measured: dict[str, tuple[str, bool]] = {}
     if "trajectory" in profile:
         nodes, syncs = profile["trajectory"]["kernels"], profile["trajectory"]["host_syncs"]
@@ -139,7 +145,7 @@ def from_elsewhere(rows: Sequence[Mapping], reports: Mapping[str, dict]) -> list
     if "idle_share" in profile:
         measured["P11"] = (f"{profile['idle_share']:.1%}", profile["idle_share"] <= 0.03)
     for entry in kernels.get("entries", ()):
-        if entry["case"] == "gaussian_step":
+        if entry["case"] == "gaussian_step" and entry["limit"] == "copy":
             measured["P9"] = (f"{entry['share_of_limit']:.0%}", entry["share_of_limit"] >= 0.8)
     found = []
     for row in rows:
@@ -169,6 +175,33 @@ def predicted_goals(predicted: Mapping[str, float]) -> Iterator[str]:
         if name in found:
             value, met = found[name]
             yield f"| {name} | {what} | {target} | {value} | {'met' if met else 'missed'} |"
+
+
+def predicted_rates(predicted: Mapping[str, float]) -> Iterator[str]:
+    """Markdown rows of the predicted rates: ours, B1's and B0's, which has no shared noise."""
+
+    def rates(unit: str, form: str, *sides: str) -> str:
+        cells = (f" {predicted[f'step.{unit}.{side}']:{form}}" if side in sides else "" for side in SIDES[1:])
+        return "".join(f"|{cell} " for cell in cells) + "|"
+
+    def ours(unit: str, form: str) -> str:
+        return f"{predicted[f'step.{unit}.ours']:{form}}"
+
+    mfu, fast, slow = f"{100 * predicted['step.sampler_mfu']:.0f} %", ".1f", ".3f"
+    yield (
+        f"| sampler, SD3.5-medium at 512 px, ten steps, guided | **{ours('sampler', fast)} images/s, MFU {mfu}** of "
+        f"989 TFLOP/s {rates('sampler', fast, 'b1', 'b0')}"
+    )
+    yield f"| the same with FP8 on ODE steps | {ours('sampler_fp8', fast)} images/s | | |"
+    both = f"{ours('sampler_shared', fast)} and {ours('sampler_fp8_shared', fast)}"
+    yield f"| sampler with shared noise, bf16 and FP8 | {both} images/s {rates('sampler_shared', fast, 'b1')}"
+    yield f"| update with a noise per image | {ours('update', fast)} images/s {rates('update', fast, 'b1', 'b0')}"
+    both = f"{ours('update_shared', fast)} images/s; {ours('update_shared_eager', fast)} without its CUDA graphs"
+    yield f"| update with shared noise | {both} {rates('update_shared', fast, 'b1')}"
+    both = f"{ours('iteration', slow)} and {ours('iteration_fp8', slow)}"
+    yield f"| iteration with a noise per image, bf16 and FP8 | {both}/s {rates('iteration', slow, 'b1', 'b0')}"
+    both = f"{ours('iteration_shared', slow)} and {ours('iteration_fp8_shared', slow)}"
+    yield f"| iteration with shared noise, bf16 and FP8 | {both}/s {rates('iteration_shared', slow, 'b1')}"
 
 
 def interval(gain: dict | None) -> str:

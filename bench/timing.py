@@ -78,7 +78,7 @@ class Turns:
         host_ahead: bool = False,
     ) -> None:
         self.variants, self.device, self.after_round = dict(variants), device, after_round
-        self.rounds, self.last = 0, 0.0  # last: seconds of the latest round, timed or of warm-up
+        self.rounds, self.last = 0, 0.0  # last: seconds of the latest round, or by a warm-up of the next one
         self.host_ahead = host_ahead
         self._to_enqueue = dict.fromkeys(self.variants, 0.0)  # seconds of the host, in the latest warm-up
         self._readings: dict[str, list[Callable[[], float]]] = {name: [] for name in self.variants}
@@ -92,7 +92,7 @@ class Turns:
             self._to_enqueue[name] = time.monotonic() - begun
         if self.device == "cuda":
             torch.cuda.synchronize()
-        self.last = time.monotonic() - started
+        self.last = time.monotonic() - started + sum(map(self._sleep, self.variants))
 
     def play(self, rounds: int, budget: Budget) -> None:
         """Until there are `rounds` of them, as long as one that takes as long as the last still fits."""
@@ -106,10 +106,15 @@ class Turns:
                 self.after_round(self.times)
             self.last = time.monotonic() - started
 
+    def _sleep(self, name: str) -> float:
+        """Seconds that the GPU sleeps before a call that is timed: twice what the host took, in which it is ahead."""
+        ahead = self.host_ahead and self.device == "cuda"
+        return 2 * min(self._to_enqueue[name], LONGEST_SLEEP) if ahead else 0.0
+
     def _clock(self, name: str) -> Callable[[], float]:
         if self.device != "cuda":
             return _host_clock(self.variants[name])
-        return _cuda_clock(self.variants[name], self._to_enqueue[name] if self.host_ahead else 0.0)
+        return _cuda_clock(self.variants[name], self._sleep(name))
 
     @property
     def times(self) -> dict[str, np.ndarray]:
@@ -144,10 +149,11 @@ def interleave(
         if number >= 2 and (fewest + 1) * turns.last > budget.left:
             break
         turns.warm_up()
-    if fewest * turns.last > budget.run.left:
+    if fewest * turns.last <= budget.run.left:
+        turns.play(fewest, budget.run)
+    if turns.rounds < fewest:
         left = f"{budget.run.left:.1f} s that are left"
         raise OutOfTime(f"{fewest} rounds of {turns.last:.1f} s do not fit in the {left}")
-    turns.play(fewest, Budget(None))
     turns.play(repeats, budget)
     return turns.times
 
@@ -223,16 +229,16 @@ def _flush_buffer() -> torch.Tensor:
     return torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
 
-def _cuda_clock(run: Callable[[], object], to_enqueue: float = 0.0) -> Callable[[], float]:
+def _cuda_clock(run: Callable[[], object], sleep: float = 0.0) -> Callable[[], float]:
     """Events are read when somebody asks, so nothing waits for the device between the calls of a round.
 
-    to_enqueue: seconds of the host that the GPU sleeps for twice before the call, which is then in its queue.
+    sleep: seconds of the GPU before the call, which is then in its queue.
     """
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _flush_buffer().sum()
-    if to_enqueue:
-        torch.cuda._sleep(round(2 * min(to_enqueue, LONGEST_SLEEP) * CYCLES))
+    if sleep:
+        torch.cuda._sleep(round(sleep * CYCLES))
     start.record()
     run()
     end.record()

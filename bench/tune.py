@@ -35,7 +35,7 @@ from .cases_layers import ada_layer_norm, ada_layer_norm_backward, gated_residua
 from .cases_layers import qk_rms_norm as qk_case
 from .workload import SD35_MEDIUM_512, TINY, Bench, Workload
 
-SCHEMA = 1
+SCHEMA = 2
 WORTH = 1.02  # a proposal has to be faster by this
 REPEATS = {"cuda": 50, "cpu": 3}
 TABLE = Path(_tuning.__file__)

@@ -297,14 +297,15 @@ def _check_forward_process(config: Config) -> None:
 
 
 def _check_precision(config: Config) -> None:
-    """Merged and quantised weights exist on the fused path only, but for a frozen base in parts, which may be in FP8;
-    merged ones cost on-policy exactness in the window."""
+    """Merged and quantised weights and a captured update exist on the fused path only, but for a frozen base in parts,
+    which may be in FP8; merged ones cost on-policy exactness in the window."""
     fused = (config.fast, "--fast")
     fused_or_in_parts = (config.fast or config.model.shard_base != "none", "--fast or model.shard_base = blocks,")
     needs = {
         "rollout.precision": (config.rollout.precision, "model", fused),
         "rollout.window_forward": (config.rollout.window_forward, "trainer", fused),
         "model.base_precision": (config.model.base_precision, "model", fused_or_in_parts),
+        "update.graphs": (config.update.graphs or "auto", "auto", fused),
     }
     for name, (value, plain, (there, ways)) in needs.items():
         if value != plain and not (there and config.model.train == "lora"):

@@ -268,6 +268,10 @@ def _check_not_looked_at(config: Config) -> None:
                 f"update.{name} = {getattr(update, name)!r} is the policy gradient's, but {chosen}; set update.{name} "
                 f"= {plain}"
             )
+    if update.graphs is True and update.objective != "policy":
+        raise UserError(
+            f"update.graphs = True captures the policy gradient's update, but {chosen}; set update.graphs = auto"
+        )
     watches = config.objective.samples_images or "dino_similarity" in evaluation.metrics
     if evaluation.backbone and not watches:
         raise UserError(

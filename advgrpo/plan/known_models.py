@@ -233,6 +233,10 @@ class Pipeline:
         return FAMILIES[self.kind].own_forward
 
     @property
+    def captured_by_itself(self) -> bool:
+        return FAMILIES[self.kind].captured_by_itself
+
+    @property
     def is_gated(self) -> bool:
         """Whether its feed-forwards are SwiGLU: FLUX.2's."""
         return FAMILIES[self.kind].gated

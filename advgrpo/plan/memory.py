@@ -155,8 +155,15 @@ def plan_as_configured(config: Config, gpu_gb: float, *, processes: int = 1) -> 
 
 
 def peak_with_captured_update(config: Config, *, processes: int = 1) -> float:
-    """GB that the settings as they are would keep with the update's steps in CUDA graphs; errors as of `plan`."""
-    return _Estimate(config, processes).peak_with_captured_update()
+    """GB that the settings as they are would keep with the update's steps in CUDA graphs.
+
+    Raises:
+        UserError: as of `plan`, or the estimate leaves something out, so that nobody can say whether it fits.
+    """
+    estimate = _Estimate(config, processes)
+    if estimate.uncounted:
+        raise UserError(f"the memory plan does not count {', '.join(estimate.uncounted)}")
+    return estimate.peak_with_captured_update()
 
 
 def _accepted(config: Config, processes: int) -> list[int]:
@@ -231,7 +238,9 @@ class _Estimate:
         self.sharded = config.model.is_sharded(processes)
         self.is_ours = config.fast and self.pipeline.has_own_forward and _adapted_by_ours(config.model)
         self.fused = self.is_ours and not config.model.gathers_stock_blocks
-        self.captures = self.fused and config.model.sequence_parallel == 1 and not config.why_update_is_not_captured
+        by_itself = self.pipeline.captured_by_itself and not self.uncounted
+        wanted = not config.why_update_is_not_captured and (by_itself or config.update.graphs is True)
+        self.captures = self.fused and config.model.sequence_parallel == 1 and wanted
         self.copied = config.has_merged_copy
         self.own_decoder = self.fused and not self.pipeline.is_qwen
         self.element = 2 if config.model.dtype == "bfloat16" else 4
@@ -686,7 +695,7 @@ def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
     """
     rollout, model = config.rollout, config.model
     steps = []
-    if config.fast and config.update.graphs == "auto" and not config.why_update_is_not_captured:
+    if config.update.graphs == "auto" and _captures(config, _capacity_gb(error), processes):
         steps.append("update.graphs = false instead of auto")
     smaller = [micro for micro in _accepted(config, processes) if micro < rollout.micro_batch]
     if smaller:
@@ -700,6 +709,15 @@ def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
     return (
         f"out of GPU memory ({_first_sentence(error)}). Try in this order: {order}.{_planned(error, config, processes)}"
     )
+
+
+def _captures(config: Config, gpu_gb: float | None, processes: int) -> bool:
+    """Whether a run captures its update on a GPU of `gpu_gb`; of any size where that is not known."""
+    try:
+        estimate = _Estimate(config, processes)
+    except UserError:  # an architecture that is not known is not captured by itself
+        return False
+    return estimate.captures and (gpu_gb is None or estimate.peak_with_captured_update() <= gpu_gb)
 
 
 def _current(config: Config, change: str) -> str:
@@ -716,12 +734,18 @@ def _first_sentence(error: BaseException) -> str:
     return ". ".join(sentences[:2]).rstrip(".")
 
 
+def _capacity_gb(error: BaseException) -> float | None:
+    """Of the card that is full, where the error says it."""
+    found = re.search(r"total capacity of ([\d.]+) GiB", str(error))
+    return float(found[1]) * 2**30 / GB if found else None
+
+
 def _planned(error: BaseException, config: Config, processes: int) -> str:
     """The plan for this card, where its capacity is known."""
-    found = re.search(r"total capacity of ([\d.]+) GiB", str(error))
-    if not found:
+    capacity = _capacity_gb(error)
+    if capacity is None:
         return " `python -m advgrpo.plan` shows what fits which GPU"
     try:
-        return f" Plan for {plan(config, float(found[1]) * 2**30 / GB, processes=processes).line()}"
+        return f" Plan for {plan(config, capacity, processes=processes).line()}"
     except UserError as unknown:
         return f" No plan: {unknown}"

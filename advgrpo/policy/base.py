@@ -159,7 +159,7 @@ class LoraReader(Protocol):
 class Capturable(Protocol[P]):
     """Prepared prompts that can lie in static storage, where a captured graph reads them (runtime/graphs.py).
 
-    Nothing but the sampler asks for it, and only where it captures.
+    Sampler and updater ask for it, and only where they capture.
     """
 
     def prompt_tensors(self, prepared: P) -> dict[str, torch.Tensor]:

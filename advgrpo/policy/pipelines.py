@@ -18,10 +18,11 @@ class Family(NamedTuple):
     own_forward: bool = False  # whether ours (fused/transformer.py) computes its transformer
     gated: bool = False  # whether its feed-forwards are SwiGLU
     masked_text: bool = False  # whether some of its text tokens are not attended to
+    captured_by_itself: bool = False  # whether update.graphs = auto may: tests hold captured steps to the eager bits
 
 
 FAMILIES = {
-    "StableDiffusion3Pipeline": Family(own_forward=True),
+    "StableDiffusion3Pipeline": Family(own_forward=True, captured_by_itself=True),
     "FluxPipeline": Family(guidance=3.5, own_forward=True),
     "Flux2KleinPipeline": Family(guidance=4.0, gated=True),
     "QwenImagePipeline": Family(guidance=4.0, own_forward=True, masked_text=True),

@@ -27,12 +27,13 @@ from typing import Any, Protocol
 
 import torch
 
+from advgrpo.errors import RunFailure
 from advgrpo.runtime.phases import named_range
 
 Function = Callable[[], Any]
 
 
-class CaptureError(RuntimeError):
+class CaptureError(RunFailure):
     """A function could not be captured; nothing it does has happened."""
 
 
@@ -118,6 +119,7 @@ class CapturedFunction:
 
         Raises:
             CaptureError: the capture failed; the message names the function, the cause and the setting to change.
+            torch.cuda.OutOfMemoryError: the GPU was full while capturing, as it may be in an eager call.
         """
         with named_range(self.name):
             if self.backend is None:
@@ -141,6 +143,8 @@ class CapturedFunction:
             cause = error
             while cause.__context__ is not None:  # ending a capture that failed raises an error that says less
                 cause = cause.__context__
+            if isinstance(cause, torch.cuda.OutOfMemoryError):
+                raise cause from None
             raise CaptureError(
                 f"{self.name} cannot be captured as a CUDA graph: {type(cause).__name__}: {cause}. "
                 f"Turn graphs off with {self.switch}: the same function then runs eagerly, with the same results"

@@ -48,78 +48,21 @@ class FastPaths:
         gpu_only = "" if device.type == "cuda" else "no CUDA device"
         plain = "" if config.fast else "--no-fast"
         fused_off = plain or _why_not_fused(config.model)
-        if fused_off and config.rollout.window_forward == "merged":
-            raise UserError(f"rollout.window_forward = 'merged' needs the fused transformer ({fused_off}); use trainer")
-        if fused_off and config.model.attention != "auto":
-            raise UserError(
-                f"model.attention = {config.model.attention!r} is the fused transformer's ({fused_off}); use auto"
-            )
-        if fused_off and config.model.sequence_parallel > 1:
-            raise UserError(
-                f"model.sequence_parallel = {config.model.sequence_parallel} is the fused transformer's ({fused_off}); "
-                "use 1"
-            )
-        if not fused_off:  # an explicit backend that this machine lacks is an error now
-            masked = FAMILIES[pipeline_class(config.model.path)].masked_text
-            choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
+        _refuse_what_is_not_there(config, device, fused_off)
         merged_off, ode = fused_off or _why_not_merged(config.model), "ODE steps"
         if config.has_merged_copy:
             merged_off = plain or _why_not_ours(config.model)
             ode = "ODE steps, by a whole copy beside the base in parts,"
         no_graphs = fused_off or gpu_only or _why_no_graphs(config.model)
-        not_captured = no_graphs or config.why_update_is_not_captured or _why_no_room(config, device, processes)
-        no_triton = _why_no_triton(device)
-        no_cpu = (fused_off and merged_off) or _why_no_cpu_kernels(config.model, device)
-        ours = not (no_triton and no_cpu)
-        norms = "one kernel per norm and residual" if ours else "norms and residuals by PyTorch's operators"
+        not_captured = no_graphs or config.why_update_is_not_captured or _why_not_by_itself(config, device, processes)
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
             own_noise = "rollout.initial_noise = per_image: every image is its own trajectory"
-        of_sampler = "trajectory" if config.rollout.window.one_for_all else "sampling step"
-        rows = (
-            _row(
-                "shared prefix",
-                plain or own_noise,
-                "one trajectory per prompt up to the window",
-            ),
-            _row("fused transformer", fused_off, f"stacked matrix products, {norms}"),
-            _row("merged LoRA", merged_off, f"{ode} run merged weights: no adapter matmuls"),
-            _row(
-                "fused AdamW",
-                _why_not_our_optimizer(config) or _why_no_csrc(device),
-                "clipping, AdamW and EMA in three launches, no wait",
-            ),
-            _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
-            _row("CPU kernels", no_cpu, "norms, residuals, GELU and attention over few tokens, compiled for this CPU"),
-            _row(
-                "CUDA graphs",
-                no_graphs,
-                f"one launch per {of_sampler}; one per discriminator update, two on several GPUs",
-            ),
-            _row(
-                "captured update",
-                not_captured,
-                "one launch per step of the window, forward and backward; its activations stay in memory",
-            ),
-            _row(
-                "FP8 sampling",
-                _why_no_fp8(config.rollout.precision, "rollout.precision", device, merged_off),
-                _where_fp8(device, f"{ode} on FP8 tensor cores", f"{ode} in FP8"),
-            ),
-            _row(
-                "FP8 training",
-                _why_no_fp8(
-                    config.model.base_precision,
-                    "model.base_precision",
-                    device,
-                    "" if config.model.shard_base == "blocks" else fused_off,
-                ),
-                _where_fp8(device, "frozen weights quantised once, adapters never", "frozen weights in FP8"),
-            ),
-        )
+        off = _Off(plain or own_noise, fused_off, merged_off, no_graphs, not_captured)
+        rows = _rows(config, device, off, ode)
         own_optimizer = config.fast and not config.model.in_parts
         graphs = not no_graphs, not not_captured
-        return cls(not (plain or own_noise), not fused_off, own_optimizer, *graphs, rows)
+        return cls(not off.prefix, not fused_off, own_optimizer, *graphs, rows)
 
     def print(self, console: Console) -> None:
         """A line for each path: what it saves, or why it is off."""
@@ -131,6 +74,87 @@ class FastPaths:
             state = Text("on", "green") if row.on else Text("off", "dim")
             table.add_row(state, Text(row.name), Text(row.why))
         console.print(table)
+
+
+def _refuse_what_is_not_there(config: Config, device: torch.device, fused_off: str) -> None:
+    """UserError for a setting that asks for our forward where it is off, or for an attention that cannot run here."""
+    if fused_off and config.rollout.window_forward == "merged":
+        raise UserError(f"rollout.window_forward = 'merged' needs the fused transformer ({fused_off}); use trainer")
+    if fused_off and config.model.attention != "auto":
+        raise UserError(
+            f"model.attention = {config.model.attention!r} is the fused transformer's ({fused_off}); use auto"
+        )
+    if fused_off and config.model.sequence_parallel > 1:
+        raise UserError(
+            f"model.sequence_parallel = {config.model.sequence_parallel} is the fused transformer's ({fused_off}); "
+            "use 1"
+        )
+    if fused_off and config.update.graphs is True:
+        raise UserError(f"update.graphs = True captures the fused transformer ({fused_off}); use auto")
+    if not fused_off:  # an explicit backend that this machine lacks is an error now
+        masked = FAMILIES[pipeline_class(config.model.path)].masked_text
+        choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
+
+
+@dataclass(frozen=True)
+class _Off:
+    """Why each of these is off; "" where it is on."""
+
+    prefix: str
+    fused: str
+    merged: str
+    graphs: str
+    captured: str
+
+
+def _rows(config: Config, device: torch.device, off: _Off, ode: str) -> tuple[FastPath, ...]:
+    """The table; `ode` names the steps that merged weights run."""
+    no_triton = _why_no_triton(device)
+    no_cpu = (off.fused and off.merged) or _why_no_cpu_kernels(config.model, device)
+    ours = not (no_triton and no_cpu)
+    norms = "one kernel per norm and residual" if ours else "norms and residuals by PyTorch's operators"
+    of_sampler = "trajectory" if config.rollout.window.one_for_all else "sampling step"
+    return (
+        _row(
+            "shared prefix",
+            off.prefix,
+            "one trajectory per prompt up to the window",
+        ),
+        _row("fused transformer", off.fused, f"stacked matrix products, {norms}"),
+        _row("merged LoRA", off.merged, f"{ode} run merged weights: no adapter matmuls"),
+        _row(
+            "fused AdamW",
+            _why_not_our_optimizer(config) or _why_no_csrc(device),
+            "clipping, AdamW and EMA in three launches, no wait",
+        ),
+        _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
+        _row("CPU kernels", no_cpu, "norms, residuals, GELU and attention over few tokens, compiled for this CPU"),
+        _row(
+            "CUDA graphs",
+            off.graphs,
+            f"one launch per {of_sampler}; one per discriminator update, two on several GPUs",
+        ),
+        _row(
+            "captured update",
+            off.captured,
+            "one launch per step of the window, forward and backward; its activations stay in memory",
+        ),
+        _row(
+            "FP8 sampling",
+            _why_no_fp8(config.rollout.precision, "rollout.precision", device, off.merged),
+            _where_fp8(device, f"{ode} on FP8 tensor cores", f"{ode} in FP8"),
+        ),
+        _row(
+            "FP8 training",
+            _why_no_fp8(
+                config.model.base_precision,
+                "model.base_precision",
+                device,
+                "" if config.model.shard_base == "blocks" else off.fused,
+            ),
+            _where_fp8(device, "frozen weights quantised once, adapters never", "frozen weights in FP8"),
+        ),
+    )
 
 
 def _row(name: str, off_because: str, saves: str) -> FastPath:
@@ -178,22 +202,30 @@ def _why_not_our_optimizer(config: Config) -> str:
     return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
 
 
-def _why_no_room(config: Config, device: torch.device, processes: int) -> str:
-    """Why update.graphs = auto does not capture the update on this GPU, or ""; true is taken at its word."""
+def _why_not_by_itself(config: Config, device: torch.device, processes: int) -> str:
+    """Why update.graphs = auto does not capture the update of this model on this GPU, or ""; true captures it."""
     if config.update.graphs != "auto":
         return ""
+    name = pipeline_class(config.model.path)
+    if not FAMILIES[name].captured_by_itself:
+        return f"update.graphs = auto: no test holds captured steps of a {name} to the eager bits; true captures them"
+    return _why_no_room(config, device, processes)
+
+
+def _why_no_room(config: Config, device: torch.device, processes: int) -> str:
+    """Why this GPU is not known to hold the graphs of the update beside everything else, or ""."""
     try:
         needed = peak_with_captured_update(config, processes=processes)
     except UserError as unknown:
         return f"update.graphs = auto cannot tell whether it fits ({unknown}); true captures it"
     held = memory_gb(device)
     fits = needed <= held
-    return "" if fits else f"update.graphs = auto: {needed:.1f} GB by the memory plan, and the GPU has {held:.1f}"
+    return "" if fits else f"update.graphs = auto: {needed:.1f} GB by the memory plan, and the GPU has {held:.1f} free"
 
 
 def memory_gb(device: torch.device) -> float:
-    """Of a GPU, 10^9 bytes."""
-    return torch.cuda.get_device_properties(device).total_memory / GB
+    """Of a GPU, what is free or this process's own already, 10^9 bytes."""
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GB
 
 
 def _why_no_triton(device: torch.device) -> str:

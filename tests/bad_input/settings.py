@@ -292,6 +292,12 @@ CONFLICTS = [
     flagged("conflicts", "--data.style tiny:outline", "data.references and data.style are both set"),
     flagged("conflicts", "--model.train full --model.lora.start_from lora", "needs model.train = lora"),
     flagged("conflicts", "--no-fast --model.attention math", "is the fused transformer's"),
+    flagged("conflicts", "--no-fast --update.graphs true", "update.graphs = True needs --fast and model.train = lora"),
+    flagged(
+        "conflicts",
+        "--update.objective sft --update.graphs true",
+        "update.graphs = True captures the policy gradient's update, but update.objective = sft; set update.graphs = auto",
+    ),
     flagged("conflicts", "--rollout.dynamics ddim", "rollout.dynamics = 'ddim' needs a model that predicts noise"),
     flagged(
         "conflicts", "--update.objective sft --update.kl_weight 0.1", "update.kl_weight = 0.1 is the policy gradient's"

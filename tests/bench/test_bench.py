@@ -20,7 +20,7 @@ import torch
 import advgrpo_kernels
 from bench import gate, kernels, timing
 from bench.agreement import agreement, tensors
-from bench.budget import Budget
+from bench.budget import Budget, OutOfTime
 from bench.registry import REGISTRY, UNTIMED, Op, lookup
 from bench.workload import TINY, Bench, Workload
 
@@ -308,6 +308,16 @@ def test_a_call_is_timed_behind_a_clean_cache_with_the_host_ahead(cuda_by_hand):
     turns.play(1, Budget(None))
     slept = {"ours": "0.000", "eager": "0.004", "slow": "0.100"}  # twice what the host took, and no longer than that
     assert done == [what for name in variants for what in ("read", f"sleep {slept[name]}", "event", name, "event")]
+
+
+def test_what_a_round_takes_counts_the_sleep_before_there_was_one(cuda_by_hand):
+    """Where the warm-up alone would fit into what is left of the run, the rounds are not begun."""
+    done, call = cuda_by_hand
+    budget = Budget(None)
+    budget.end = 3 * 0.02 + 0.05  # seconds of this clock: of three rounds of 0.02 + 0.04, not one more than the warm-up
+    with pytest.raises(OutOfTime, match=r"3 rounds of 0\.1 s do not fit in the 0\.1 s"):
+        timing.interleave({"ours": call("ours", 0.02)}, "cuda", repeats=3, warmup=1, budget=budget)
+    assert done == ["ours"]
 
 
 def test_of_a_whole_step_the_hosts_time_counts(cuda_by_hand):

@@ -62,7 +62,12 @@ KERNELS = {
         },
     ],
 }
-PROFILE = {"environment": ENVIRONMENT, "trajectory": {"kernels": 4446, "host_syncs": 0}, "idle_share": 0.04}
+PROFILE = {
+    "size": "full",
+    "environment": ENVIRONMENT,
+    "trajectory": {"kernels": 4446, "host_syncs": 0},
+    "idle_share": 0.04,
+}
 ROW = {"seconds": 3.7, "log_prob_mismatch_max": 0.0, "held_gb": 45.0}
 TRAIN = {"environment": ENVIRONMENT, "failed": {}, "random": {"rows": [ROW], "planned_gb": {"update": 50.0}}}
 
@@ -111,6 +116,19 @@ def test_a_page_with_everything_that_was_measured_and_what_was_not(tmp_path):
         *("step.json", "kernels.json", "train.json", "profile.json"),
     }
     assert json.loads((target / "session.json").read_text()).keys() == {"step", "kernels", "train", "profile"}
+
+
+def test_goals_of_other_parts_are_of_a_gpu_at_full_size_and_of_the_limit_they_name():
+    rows = [{"id": name, "measured": "see", "met": None} for name in ("P8", "P9", "P11")]
+
+    def met(profile: dict, kernels: dict) -> list[bool | None]:
+        return [row["met"] for row in step_report.from_elsewhere(rows, {"profile": profile, "kernels": kernels})]
+
+    assert met(PROFILE, KERNELS) == [True, True, False]
+    on_cpu = {"environment": {"device": "cpu"}}
+    assert met(PROFILE | on_cpu, KERNELS | on_cpu) == [None] * 3
+    (step_entry,) = [entry for entry in KERNELS["entries"] if entry["case"] == "gaussian_step"]
+    assert met(PROFILE | {"size": "small"}, {**KERNELS, "entries": [step_entry | {"limit": "matmul"}]}) == [None] * 3
 
 
 def test_of_a_part_that_ran_twice_the_later_folder_counts(tmp_path):

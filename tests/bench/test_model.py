@@ -15,7 +15,7 @@ import torch
 from bench import model
 from bench.counters import ElementwiseBytes, Launches, on_gpu
 from bench.registry import REGISTRY
-from bench.step_report import GAINS, SHARED, SIDES, UNITS, predicted_goals
+from bench.step_report import GAINS, SHARED, SIDES, UNITS, predicted_goals, predicted_rates
 from bench.workload import SD35_MEDIUM_512, Bench
 from tests.training.test_step_time import ROWS
 
@@ -72,7 +72,25 @@ def test_the_page_says_what_is_predicted_of_the_goals():
     """Goals over B1 come first, and a prediction that misses its goal says so."""
     page, rows = (ROOT / "docs" / "performance.md").read_text(), list(predicted_goals(model.predict()))
     assert "\n".join(rows) in page, "\n".join(rows)
-    assert f"MFU {100 * model.predict()['step.sampler_mfu']:.0f} %" in page
+    rates = "\n".join(predicted_rates(model.predict()))
+    assert rates in page, rates
+
+
+def test_the_page_says_what_the_updates_graphs_are_predicted_to_give():
+    m, page = model.Model(model.H200), (ROOT / "docs" / "performance.md").read_text().replace("\n", " ")
+    launched = model.TRAINED.launches * model.CUSTOM * 1e-6
+    first, eager = m.trained * 2 / model.ROWS, m.update(shared=True, captured=False)
+    gained = eager - m.update(shared=True)
+    iteration = 1 + gained / m.iteration(shared=True)
+    for said in (
+        f"are {model.TRAINED.launches:,} launches, {1e3 * launched:.0f} ms of the host's time",
+        f"A step of 16 rows takes the GPU {1e3 * m.trained:.0f} ms",
+        f"on one prompt's two rows takes {1e3 * first:.0f} ms, and waits",
+        f"is {eager / m.update(shared=True):.2f} times as fast and an iteration {iteration:.2f} times",
+        f"`hinge_head_loss` is predicted at {model.predict()['kernels.hinge_head_loss.over_eager']:.2f}x of eager",
+    ):
+        assert said in page, said
+    assert f"{eager / m.update(shared=True):.2f}x for the update" in (ROOT / "docs" / "decisions.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("layers_by_pytorch")
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """On a CPU some ops also check values, which is free there; a captured step must not."""
-    for module in ("gaussian_step", "_gaussian", "patches"):
+    for module in ("gaussian_step", "_gaussian", "patches", "clipped_policy_loss"):
         monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
 
 
@@ -149,6 +149,26 @@ def test_the_update_runs_without_its_graphs_and_captures_a_base_in_fp8(device, g
         assert metrics["log_prob_mismatch_max"] == 0.0
         assert metrics["grad_norm"] > 0
     assert trainer.updater.captured.captures == (3 if graphs else 0)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.weekly), on_gpu("cuda")])
+def test_captured_updates_leave_the_eager_gradient_and_weights(device, tmp_path):
+    """Two trainers in step: eager calls, captures and replays; by an attention whose backward repeats its bits."""
+    attention = "math" if device == "cuda" else "auto"
+    trainers = [
+        trainer_on(device, tmp_path / str(graphs), model={"attention": attention}, update={"graphs": graphs})
+        for graphs in (True, False)
+    ]
+    captured, eager = (trainer.policy.lora.master for trainer in trainers)
+    for number in range(5):
+        before = captured.detach().clone()
+        for trainer in trainers:
+            trainer.iterate()
+        assert captured.grad.abs().max() > 0
+        assert torch.equal(captured.grad, eager.grad), f"gradients differ in iteration {number}"
+        assert torch.equal(captured, eager), f"weights differ in iteration {number}"
+        assert not torch.equal(captured, before)
+    assert [trainer.updater.captured.captures for trainer in trainers] == [3, 0]
 
 
 @pytest.mark.parametrize(
@@ -309,12 +329,17 @@ def test_sampler_and_update_never_wait(tmp_path):
 
 
 @contextlib.contextmanager
-def places_of_warnings():
-    """The places of this repository in which anything warns inside, as `device_twin.place` names them."""
+def places_of_waits():
+    """The places of this repository in which CUDA says that the host waits, as `device_twin.place` names them."""
     places: set[str] = set()
+
+    def note(message, *_, **__):  # called where the warning is given
+        if "synchroniz" in str(message):
+            places.add(device_twin.place())
+
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda *_, **__: places.add(device_twin.place())  # called where the warning is given
+        warnings.showwarning = note
         yield places
 
 
@@ -323,8 +348,9 @@ def test_an_iteration_waits_where_the_device_twin_says(tmp_path):
     trainer = trainer_on("cuda", tmp_path)
     for _ in range(3):
         trainer.iterate()
-    with places_of_warnings() as places, waits_are("warn"):
+    with places_of_waits() as places, waits_are("warn"):
         trainer.iterate()
+    assert "advgrpo/training/policy_gradient.py:_update_metrics" in places
     assert places <= ITERATION_READS.keys() | FIRST_VISITS | FIRST_FEATURES  # every iteration meets two new prompts
 
 

@@ -10,6 +10,7 @@ replay that does not poison the other graphs of the pool; `clear` keeping the gr
 import pytest
 import torch
 
+from advgrpo.errors import RunFailure
 from advgrpo.runtime.graphs import CapturedFunction, CaptureError, CudaGraphs, StaticBuffers
 from advgrpo_kernels import philox_normal
 from tests.graph_emulator import EmulatedGraphs
@@ -223,6 +224,21 @@ def test_what_needs_the_host_is_refused_and_nothing_has_happened(read):
     assert torch.equal(state, VALUES)
     assert str(error.value).startswith("sampler cannot be captured as a CUDA graph: HostReadError: ")
     assert "Turn graphs off with fast.cuda_graphs = false" in str(error.value)
+
+
+def test_a_gpu_that_is_full_while_capturing_is_said_to_be_full():
+    """Whoever catches it advises what to change; ending the capture fails as well, with an error that says less."""
+
+    class Full(EmulatedGraphs):
+        def capture(self, function):
+            try:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            finally:
+                raise RuntimeError("cudaErrorStreamCaptureInvalidated")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="Tried to allocate 2 GiB"):
+        CapturedFunction(lambda: None, name="update step", backend=Full(), warm_up_calls=0)()
+    assert issubclass(CaptureError, RunFailure)  # one line, no traceback
 
 
 def test_results_last_until_another_graph_of_the_pool_runs():

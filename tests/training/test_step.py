@@ -296,6 +296,19 @@ def test_the_update_is_timed_without_its_graphs_as_well(tmp_path):
     assert shared.trainer.updater.captured.backend is backend
 
 
+def test_peak_memory_counts_what_graphs_keep(monkeypatch):
+    segments = [
+        {"segment_pool_id": pool, "total_size": total, "allocated_size": live}
+        for pool, total, live in (
+            ((0, 0), 9_000_000_000, 0),
+            ((0, 1), 3_000_000_000, 1_000_000_000),
+            ((0, 1), 10**9, 0),
+        )
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert step.kept_by_graphs_gb() == 3.0  # live tensors are in the peak already
+
+
 def test_no_iteration_of_a_session_meets_a_prompt_that_another_has_seen():
     """Four trainers at full size, of which each has room for all rounds and what comes before them."""
     assert step.REPEATS["cuda"] + 4 < step.APART

@@ -28,9 +28,11 @@ def _as_on_a_gpu(monkeypatch):
 
 
 def policy_of(settings):
-    return SD3Policy(
+    policy = SD3Policy(
         settings.model, device=torch.device("cpu"), cache_dir=Path(settings.data.cache_dir), seed=0, fused=True
     )
+    policy.network.transformer.recompute_qk = True  # as on a GPU: by hooks of saved tensors, inside what is captured
+    return policy
 
 
 def trained(settings, graphs=None, *, iterations: int = 4, window=(0, 1)):
@@ -71,7 +73,8 @@ OF_UPDATE = (
 )
 
 
-# Of those that capture their update on a GPU without being asked, one for each way of doing it.
+UNCOUNTED = {"rewards": {"pickscore": {"weight": 1.0}}}  # a model that the memory plan leaves out
+# Of those whose settings let auto capture their update on a GPU, one for each way of doing it.
 PRESETS = (
     *("sd35m-dino-fast", "sd35m-tempflow", "tiny", "tiny-adv-ocr", "tiny-distill", "tiny-flow-dppo"),
     *("tiny-flow-grpo-pickscore-kl", "tiny-grpo-guard", "tiny-tempflow"),
@@ -140,9 +143,19 @@ def test_every_preset_that_captures_its_update_by_itself_is_like_one_of_these():
     ("change", "memory", "why"),
     [
         ({"update": {"graphs": False}}, 24.0, "update.graphs = false"),
-        ({"update": {"graphs": True, "objective": "nft"}}, 24.0, "update.objective = nft: only the policy gradient's"),
+        (
+            {"update": {"objective": "nft"}, "rollout": {"initial_noise": "per_image"}},
+            24.0,
+            "update.objective = nft: only the policy gradient's",
+        ),
         ({}, 24.0, ""),
-        ({}, 1.0, "update.graphs = auto: 1.3 GB by the memory plan, and the GPU has 1.0"),
+        ({}, 1.0, "update.graphs = auto: 1.3 GB by the memory plan, and the GPU has 1.0 free"),
+        (
+            UNCOUNTED,
+            24.0,
+            "update.graphs = auto cannot tell whether it fits (the memory plan does not count rewards.pick",
+        ),
+        (config.merge(UNCOUNTED, {"update": {"graphs": True}}), 24.0, ""),
         ({"update": {"graphs": True}}, 1.0, ""),  # taken at its word
         ({"rollout": {"initial_noise": "per_image"}}, 24.0, "rollout.initial_noise = per_image: steps of all images"),
         ({"rollout": {"initial_noise": "per_image"}, "update": {"graphs": True}}, 24.0, ""),
@@ -166,7 +179,23 @@ def test_an_unknown_model_is_captured_when_asked(unit_config, monkeypatch):
         raise UserError("its architecture is not known")
 
     monkeypatch.setattr(fast, "peak_with_captured_update", unknown)
-    why = fast._why_no_room(unit_config, torch.device("cuda"), 1)
+    why = fast._why_not_by_itself(unit_config, torch.device("cuda"), 1)
     assert why == "update.graphs = auto cannot tell whether it fits (its architecture is not known); true captures it"
     unit_config.update.graphs = True
-    assert fast._why_no_room(unit_config, torch.device("cuda"), 1) == ""
+    assert fast._why_not_by_itself(unit_config, torch.device("cuda"), 1) == ""
+
+
+def test_where_no_test_knows_captured_steps_they_are_asked_for(unit_config, monkeypatch):
+    """`policy_of` is SD3's; and what our forward does not compute cannot be captured by it at all."""
+    by_itself = [name for name, family in fast.FAMILIES.items() if family.captured_by_itself]
+    assert by_itself == ["StableDiffusion3Pipeline"]
+    monkeypatch.setattr(fast, "pipeline_class", lambda path: "FluxPipeline")
+    why = fast._why_not_by_itself(unit_config, torch.device("cuda"), 1)
+    assert (
+        why
+        == "update.graphs = auto: no test holds captured steps of a FluxPipeline to the eager bits; true captures them"
+    )
+    monkeypatch.setattr(fast, "pipeline_class", lambda path: "StableDiffusionXLPipeline")
+    unit_config.update.graphs = True
+    with pytest.raises(UserError, match=r"update\.graphs = True captures the fused transformer \(a Stable.*; use auto"):
+        fast.FastPaths.choose(unit_config, torch.device("cuda"))
