@@ -46,7 +46,9 @@ def collectives(job: Distributed, folder: Path) -> None:
     tensors = [torch.full((2, 2), rank + 1.0).t(), torch.nn.Parameter(torch.tensor([0.5])), torch.ones(3).bfloat16()]
     job.all_reduce_sum(tensors)
     result["all_reduce"] = [tensor.tolist() for tensor in tensors]
-    result["from rank 1"] = [part.decode() for part in job.from_rank(1, [b"ab" * rank, b"", b"c" * rank])]
+    with job.temporary_group() as group:
+        result["from rank 1"] = [part.decode() for part in job.from_rank(1, [b"ab" * rank, b"", b"c" * rank], group)]
+    result["nothing from rank 1"] = [part.decode() for part in job.from_rank(1, [b"", b"ab"[rank * 2 :]])]
     result["json"] = job.gather_json({"rank": rank, "text": "ü" * rank})
     result["mismatch"] = mismatch(job)
     with job.monitored("slow start", at_most_seconds=60.0):

@@ -29,7 +29,8 @@ class TextCache:
         return hashlib.sha256(f"{self.fingerprint}\0{prompt}".encode()).hexdigest()
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
-        return [p for p in dict.fromkeys(prompts) if self.key(p) not in self.tensors]
+        """Those neither in memory nor in the folder, each once."""
+        return self.absent([p for p in dict.fromkeys(prompts) if self.key(p) not in self.tensors])
 
     def absent(self, prompts: Sequence[str]) -> list[str]:
         """Those whose file is not in the folder, whatever this process has in memory: see `TensorCache.absent`."""
@@ -38,7 +39,7 @@ class TextCache:
 
     def fill(self, prompts: Sequence[str], tell: Callable[[int], None] = lambda done: None) -> None:
         """Encode and store the prompts that are missing; `tell` is called with how many of them are done."""
-        missing, done = self.absent(self.missing(prompts)), 0
+        missing, done = self.missing(prompts), 0
         if not missing:
             return
         for part in self.encode(missing):

@@ -96,16 +96,24 @@ class TensorCache:
         return [key for key in keys if self.path(key).name not in listed[self.path(key).parent]]
 
     def checksum(self, key: str) -> str:
-        """What the key's file says its content is, from its header alone; "" where there is no file or none is said."""
+        """What the key's file says its content is, by its header and length alone.
+
+        "" where there is none, or where these show damage (it is gone then); a flipped bit behind the header does not.
+        """
         try:
             with safe_open(self.path(key), "pt") as file:
-                return (file.metadata() or {}).get(_CHECKSUM, "")
-        except (FileNotFoundError, SafetensorError):
+                said = (file.metadata() or {}).get(_CHECKSUM, "")
+        except FileNotFoundError:
             return ""
+        except SafetensorError:
+            said = ""
+        if not said:
+            self._from_disk(key)  # which names and removes it
+        return said
 
     def file(self, key: str) -> bytes:
-        """The key's file as it is, for `store_file` of another cache; FileNotFoundError where there is none."""
-        return self.path(key).read_bytes()
+        """The key's file, for `store_file` of another cache; b"" where there is none that is sound, as in `load`."""
+        return b"" if self._from_disk(key) is None else self.path(key).read_bytes()
 
     def store_file(self, key: str, content: bytes) -> None:
         """Write what `file` of another cache gave, in place of what is there; UserError as `store`."""
@@ -118,19 +126,16 @@ class TensorCache:
             write_atomically(self.root / name, b"")
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors stored under `key`; None when there are none, or the file was damaged (it is gone then)."""
+        """The tensors stored under `key`; None when there are none, or the file was damaged (it is gone then).
+
+        Raises:
+            UserError: a damaged file cannot be removed.
+        """
         known = self._memory.load(key)
         if known is not None:
             return known
-        try:
-            tensors = _read(self.path(key), key)
-        except FileNotFoundError:
-            return None
-        except (_DamagedError, SafetensorError) as error:
-            logger.warning("cache file %s is damaged (%s); its content is computed again", self.path(key), error)
-            self.path(key).unlink(missing_ok=True)
-            return None
-        return self._remember(key, tensors)
+        tensors = self._from_disk(key)
+        return None if tensors is None else self._remember(key, tensors)
 
     def store(self, key: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Write `tensors` under `key` and hand them out as `load` would.
@@ -152,6 +157,18 @@ class TensorCache:
             raise UserError(
                 f"the cache {self.root} cannot be written ({error}); make room there or set data.cache_dir"
             ) from error
+
+    def _from_disk(self, key: str) -> dict[str, torch.Tensor] | None:
+        """As `load`, whatever is in memory."""
+        try:
+            return _read(self.path(key), key)
+        except FileNotFoundError:
+            return None
+        except (_DamagedError, SafetensorError) as error:
+            logger.warning("cache file %s is damaged (%s); its content is computed again", self.path(key), error)
+            with self._writing():
+                self.path(key).unlink(missing_ok=True)
+            return None
 
     def _remember(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self._memory.store(key, {name: tensor.to(self.device) for name, tensor in tensors.items()})

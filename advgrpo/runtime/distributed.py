@@ -182,6 +182,13 @@ class Distributed:
                 return dist.new_group(timeout=timeout)
             return dist.new_subgroups_by_enumeration(groups, timeout=timeout)[0]
 
+    @contextmanager
+    def temporary_group(self) -> Iterator[dist.ProcessGroup]:
+        """`patient_group` of all ranks, for as long as the block."""
+        group = self.patient_group()
+        yield group
+        dist.destroy_process_group(group)
+
     def gather_json(self, value: Any) -> list[Any]:
         """The JSON-serialisable `value` of every rank, in rank order, on all ranks."""
         if self.world_size == 1:
@@ -193,19 +200,22 @@ class Distributed:
         """The byte strings of rank `source`, on all ranks; the others pass as many, which are ignored.
 
         Args:
-            group: `patient_group`, where ranks come to this at different times.
+            group: `temporary_group` or `patient_group`, where ranks come to this at different times.
         """
         if self.world_size == 1 or not contents:
             return list(contents)
         with self.collective("from_rank"):
             lengths = torch.tensor([len(content) for content in contents], device=self.device)
             dist.broadcast(lengths, source, group=group)
+            sizes = lengths.tolist()
+            if not sum(sizes):  # no tensor can be made of no bytes
+                return [b""] * len(sizes)
             if self.rank == source:
                 payload = torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8).to(self.device)
             else:
-                payload = torch.empty(int(lengths.sum()), dtype=torch.uint8, device=self.device)
+                payload = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
             dist.broadcast(payload, source, group=group)
-            parts = payload.cpu().split(lengths.tolist())
+            parts = payload.cpu().split(sizes)
         return [part.numpy().tobytes() for part in parts]
 
     def progress(self, doing: str, *, within_seconds: float | None = None) -> None:

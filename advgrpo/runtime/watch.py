@@ -54,8 +54,8 @@ END_SECONDS = 2.0  # after the grace, for the error to be written down
 LINGER_SECONDS = 5.0  # a failed rank stays for the others to read its report: torchrun ends all once one exits
 TORCHRUN_SECONDS = 30.0  # between SIGTERM and SIGKILL, which alone ends a stopped process
 _WAIT_POLL_SECONDS = 0.05
-_REPORT_POLLS = 3  # until a rank that fails is taken not to report it
-_DIAGNOSIS_POLLS = 6  # until the rank that looks for the cause is taken not to report it: as long again, for the notes
+_REPORT_POLLS = 3  # until a rank that fails is taken not to report it, and one without a new note to be dead
+_DIAGNOSIS_POLLS = 8  # until the rank that looks for the cause is taken not to report it, alive or not
 
 
 def seconds_to_the_end(timeout: float) -> dict[str, float]:
@@ -348,9 +348,12 @@ class Watch(threading.Thread):
         return self._publish(hangs)
 
     def _notes(self) -> dict[int, Note]:
-        """The newest note of every other rank that still works."""
-        others = (rank for rank in range(self._world_size) if rank != self._rank)
-        return {rank: note for rank in others if (note := self._note_of(rank)) is not None}
+        """The newest note of every other rank that still works; two requests, once all have left one."""
+        keys = {f"alive/{rank}": rank for rank in range(self._world_size) if rank != self._rank}
+        if not self._store.check(list(keys)):
+            keys = {key: rank for key, rank in keys.items() if self._store.check([key])}
+        texts = self._store.multi_get(list(keys)) if keys else []
+        return {rank: Note.read(text) for rank, text in zip(keys.values(), texts) if text != b"done"}
 
     def _note_of(self, rank: int) -> Note | None:
         """The newest note of a rank; None before its first one, and after it has left."""
@@ -361,13 +364,13 @@ class Watch(threading.Thread):
     def _diagnose_once(self) -> tuple[str, tuple[int, ...]]:
         """`_diagnose` on the first rank that asks, after waiting for a report; the others wait for that rank's report.
 
-        All of them reading the notes of all would be a million requests of a job of a thousand ranks. Where no report
+        All of them reading the notes of all would be a million notes of a job of a thousand ranks. Where no report
         comes, because the one that diagnoses has died meanwhile, nothing is known.
         """
         try:
-            first = int(self._store.compare_set("diagnosing", "", str(self._rank))) == self._rank
-            if not first:
-                self._wait_until(lambda: self.failure is not None, _DIAGNOSIS_POLLS * POLL_SECONDS)
+            first = int(self._store.compare_set("diagnosing", "", str(self._rank)))
+            if first != self._rank:
+                self._wait_for_report_of(first)
                 return "", ()
             before = self._notes()
             self._wait_until(lambda: self.failure is not None, _REPORT_POLLS * POLL_SECONDS)
@@ -377,6 +380,20 @@ class Watch(threading.Thread):
         if diagnosis:
             tell(self._rank, diagnosis)
         return diagnosis, waits_for
+
+    def _wait_for_report_of(self, rank: int) -> None:
+        """Until a failure is known; no longer than `rank` leaves notes, and not for ever.
+
+        Who gives up reports what little it knows, and the first report counts.
+        """
+        seen, silent = None, 0
+        for _ in range(_DIAGNOSIS_POLLS):
+            self._wait_until(lambda: self.failure is not None, POLL_SECONDS)
+            note = self._note_of(rank)
+            silent = silent + 1 if note == seen else 0
+            seen = note
+            if self.failure is not None or silent == _REPORT_POLLS:
+                return
 
     def _diagnose(self, before: dict[int, Note], after: dict[int, Note]) -> tuple[str, tuple[int, ...]]:
         """Why a collective failed, from the notes around a few seconds of waiting: who is silent, or who is behind."""

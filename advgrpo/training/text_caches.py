@@ -1,8 +1,9 @@
 """Text embeddings of a run in the caches of all its processes: one folder that all see, or one on each machine's disk.
 
-What no cache holds is encoded, by each process a share, into its own cache. What only some hold, or hold with other
-last bits, is brought to the others, file by file: those bits depend on what was encoded beside a prompt, so that
-encoding it again would give other ones, and an image other bits on another machine.
+All look into their caches. What none holds is encoded, by each process a share, into its own cache. What only some
+hold, or hold with other last bits, is brought to the others, file by file: those bits depend on what was encoded beside
+a prompt, so that encoding it again would give other ones, and an image other bits on another machine. Then all look
+again, until nothing is absent or differs.
 
 Shapes: caches C, texts N.
 """
@@ -11,15 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from advgrpo.errors import UserError
@@ -31,6 +34,9 @@ from advgrpo.runtime.distributed import SLOW_SECONDS, Distributed
 from advgrpo.runtime.shares import share
 
 _FILES = 16  # that are brought at once; of 2 MB each with a T5 at 128 tokens
+_ROUNDS = 4  # a file that shows its damage when it is brought, is encoded again, and brought; and one to spare
+_OLD_SECONDS = 24 * 3600.0  # of a mark that a killed process has left
+_logger = logging.getLogger(__name__)
 
 
 def encode_prompts(
@@ -65,8 +71,8 @@ def fill_caches(
         folder: as in `encode_prompts`.
 
     Raises:
-        UserError: the text encoders or prompts of two processes differ; a cache cannot be written, or lacks in the end
-            what was stored in it.
+        UserError: the text encoders or prompts of two processes differ; what is to be stored in a cache cannot be
+            written, or is not found there afterwards.
     """
     if distributed.world_size == 1:
         encode_prompts(cache, texts, folder, display, distributed)
@@ -74,15 +80,17 @@ def fill_caches(
     texts = list(dict.fromkeys(texts))
     _check_alike(cache, texts, distributed)
     caches = _Caches(cache, texts, distributed)
-    there = caches.look(caches.is_there).bool()
-    nowhere = [text for text, held in zip(texts, there.any(0).tolist()) if not held]
-    with distributed.monitored("encode prompts", at_most_seconds=SLOW_SECONDS):
-        own = nowhere[distributed.rank :: distributed.world_size]
-        encode_prompts(cache, own, folder, display, distributed)
-    if len(caches.members) > 1:
-        caches.bring(display)
-    if not there.all():
-        caches.check(folder)
+    for _ in range(_ROUNDS):
+        content = caches.look()
+        agreed = _agreed(content)
+        if agreed.all() and (content == agreed).all():
+            return
+        nowhere = [text for text, held in zip(texts, agreed.tolist()) if not held]
+        with distributed.monitored("encode prompts", at_most_seconds=SLOW_SECONDS):
+            own = nowhere[distributed.rank :: distributed.world_size]
+            encode_prompts(cache, own, folder, display, distributed)
+        caches.bring(content, agreed, display)
+    caches.check(caches.look(), folder)
 
 
 def _check_alike(cache: TextCache, texts: list[str], distributed: Distributed) -> None:
@@ -117,14 +125,14 @@ class _Caches:
             self.members[number].append(rank)
         self.own = self.cache_of[distributed.rank]
 
-    def look(self, find: Callable[[list[str]], list[int]]) -> Tensor:
-        """[C, N] int64 of what `find` says of each text in each cache, which its processes share out.
+    def look(self) -> Tensor:
+        """[C, N] int64, a number for the content of each text's file in each cache; 0 where there is no sound one.
 
-        A share is of neighbouring keys, which lie in as few folders as can be.
+        A cache's processes share it out, by neighbouring keys, which lie in as few folders as can be.
         """
         distributed = self.distributed
         with distributed.monitored("look into the caches", at_most_seconds=SLOW_SECONDS):
-            found = find([self.texts[number] for number in self._share(distributed.rank)])
+            found = self._contents([self.texts[number] for number in self._share(distributed.rank)])
         gathered = distributed.all_gather(torch.tensor(found, dtype=torch.int64))
         result = torch.zeros(len(self.members), len(self.texts), dtype=torch.int64)
         shares = [self._share(rank) for rank in range(distributed.world_size)]
@@ -132,73 +140,60 @@ class _Caches:
             result[self.cache_of[rank], numbers] = part
         return result
 
+    def _contents(self, texts: list[str]) -> list[int]:
+        absent = set(self.cache.absent(texts))  # first: a file system that has denied a file goes on denying it
+        said = ["" if text in absent else self.cache.tensors.checksum(self.cache.key(text)) for text in texts]
+        return [int(hashlib.sha256(each.encode()).hexdigest()[:15], 16) if each else 0 for each in said]
+
     def _share(self, rank: int) -> list[int]:
         """Which texts a process looks for in its cache, by number."""
         ranks = self.members[self.cache_of[rank]]
         part = share(len(self.texts), 0, rank=ranks.index(rank), world_size=len(ranks))
         return self._by_key[part.start : part.stop]
 
-    def is_there(self, texts: list[str]) -> list[int]:
-        """For `look`: whether there is a file."""
-        absent = set(self.cache.absent(texts))
-        return [int(text not in absent) for text in texts]
+    def bring(self, content: Tensor, agreed: Tensor, display: Display) -> None:
+        """Each text's file from a cache that has what is `agreed` [N] to those that, by `content` [C, N], do not.
 
-    def content(self, texts: list[str]) -> list[int]:
-        """For `look`: a number that stands for the file's content; 0 where there is none."""
-        checksums = [self.cache.tensors.checksum(self.cache.key(text)) for text in texts]
-        return [int(hashlib.sha256(said.encode()).hexdigest()[:15], 16) if said else 0 for said in checksums]
-
-    def bring(self, display: Display) -> None:
-        """Each text's file from a cache that has it to those that lack it, or have another one."""
+        One whose file turns out to be damaged then has none, and sends none.
+        """
         distributed = self.distributed
-        content = self.look(self.content)
-        agreed = _agreed(content)
         differ = (content != agreed).any(0).nonzero().flatten().tolist()
         if not differ:
             return
-        senders = {number: self._sender(content[:, number] == agreed[number], number) for number in differ}
+        holders = (content == agreed).int().argmax(0).tolist()  # the first of each
+        senders = {number: self._whose_turn(number, holders[number]) for number in differ}
         lacking = (content[self.own] != agreed).tolist()
+        tensors, keys = self.cache.tensors, {number: self.cache.key(self.texts[number]) for number in differ}
         display.print_line(f"bringing {len(differ)} prompts' embeddings to the caches that lack them")
         with (
-            _patient(distributed) as group,
+            distributed.temporary_group() as group,
             distributed.monitored("bring embeddings", at_most_seconds=SLOW_SECONDS),
             display.steps("bringing embeddings", len(differ)) as show,
         ):
             done = 0
             for sender, numbers in _pieces(senders):
                 distributed.progress("bring embeddings", within_seconds=SLOW_SECONDS)
-                sends = distributed.rank == sender
-                contents = [self._file(number) if sends else b"" for number in numbers]
-                for number, file in zip(numbers, distributed.from_rank(sender, contents, group)):
-                    if lacking[number] and self._stores(number):
-                        self.cache.tensors.store_file(self.cache.key(self.texts[number]), file)
+                files = [tensors.file(keys[number]) if distributed.rank == sender else b"" for number in numbers]
+                for number, file in zip(numbers, distributed.from_rank(sender, files, group)):
+                    if file and lacking[number] and self._whose_turn(number, self.own) == distributed.rank:
+                        tensors.store_file(keys[number], file)
                 done += len(numbers)
                 show(done)
 
-    def _sender(self, holds: Tensor, number: int) -> int:
-        """Who sends a text: of the first cache that holds [C] the agreed content, its processes by turns."""
-        ranks = self.members[int(holds.nonzero()[0])]
+    def _whose_turn(self, number: int, cache: int) -> int:
+        """Which of the processes that see a cache reads or stores a text there."""
+        ranks = self.members[cache]
         return ranks[number % len(ranks)]
 
-    def _file(self, number: int) -> bytes:
-        """A text's file, which is sound: one that is damaged is made again here rather than spread."""
-        self.cache.load([self.texts[number]])
-        return self.cache.tensors.file(self.cache.key(self.texts[number]))
-
-    def _stores(self, number: int) -> bool:
-        """Whether this process is the one that stores a text for those that see its cache."""
-        ranks = self.members[self.own]
-        return ranks[number % len(ranks)] == self.distributed.rank
-
-    def check(self, folder: Path) -> None:
-        """UserError where a cache still lacks a text: somebody would load the encoders in the middle of training."""
-        there = self.look(self.is_there).bool()
-        for ranks, row in zip(self.members, there.tolist()):
-            absent = [text for text, held in zip(self.texts, row) if not held]
+    def check(self, content: Tensor, folder: Path) -> None:
+        """UserError where a cache lacks what was stored: somebody would load the encoders in the middle of training."""
+        lacking = (content != _agreed(content)) | (content == 0)
+        for ranks, row in zip(self.members, lacking.tolist()):
+            absent = [text for text, lacks in zip(self.texts, row) if lacks]
             if absent:
                 raise UserError(
                     f"data.cache_dir = {str(folder)!r}: process {ranks[0]} does not find {len(absent)} of "
-                    f"{len(self.texts)} prompts there although they have been stored, first {absent[0]!r}; name a "
+                    f"{len(self.texts)} prompts there as they have been stored, first {absent[0]!r}; name a "
                     "folder from which nothing is removed while a run uses it (--data.cache-dir)"
                 )
 
@@ -206,45 +201,56 @@ class _Caches:
 def _first_neighbours(cache: TensorCache, distributed: Distributed) -> list[int]:
     """[processes] the lowest rank of those that see the same folder.
 
-    Each leaves a file there and looks whose it sees: a folder's path or number says nothing across machines.
+    Each leaves a file there and looks whose it sees: a folder's path or number says nothing across machines. One that
+    cannot has a cache of its own, in which nothing may be missing.
     """
     name = f".{distributed.gather_json(secrets.token_hex(8))[0]}-"
     own = f"{name}{distributed.rank}{SUFFIX}"
+    seen = [distributed.rank]
     try:
         with distributed.monitored("see who has which cache", at_most_seconds=SLOW_SECONDS):
-            cache.leave(own)
-        seen = [file[len(name) : -len(SUFFIX)] for file in os.listdir(cache.root) if file.startswith(name)]
-        return distributed.gather_json(min(int(rank) for rank in seen))  # all have looked
+            writable = _leave(cache, own)
+        if writable:
+            seen = [int(file[len(name) : -len(SUFFIX)]) for file in os.listdir(cache.root) if file.startswith(name)]
+        return distributed.gather_json(min(seen))  # all have looked
     finally:
-        remove(cache.root / own)
+        with suppress(OSError):
+            remove(cache.root / own)
+        if distributed.rank == min(seen):
+            _remove_old_marks(cache.root)
+
+
+def _leave(cache: TensorCache, mark: str) -> bool:
+    """Whether it could."""
+    try:
+        cache.leave(mark)
+    except UserError as error:
+        _logger.warning("%s; it is read, until something has to be stored there", error)
+        return False
+    return True
+
+
+def _remove_old_marks(root: Path) -> None:
+    """What processes that were killed have left, but not what others leave now."""
+    for mark in root.glob(f".*-*{SUFFIX}"):
+        with suppress(OSError):
+            if time.time() - mark.stat().st_mtime > _OLD_SECONDS:
+                remove(mark)
 
 
 def _agreed(content: Tensor) -> Tensor:
-    """[N] int64, the content [C, N] that most caches have of each text, the lowest among equals; 0: none has any.
+    """[N] int64, the content [C, N] that most caches have of each text, the first one's among equals; 0: none has any.
 
-    A machine that joins a job thus takes over what the others have, whatever an earlier run has left on its disk.
+    A machine that joins two or more thus takes over what they have, whatever an earlier run has left on its disk; of
+    two, process 0's counts.
     """
-    agreed = content.max(0).values
-    for number in ((content != agreed) & (content != 0)).any(0).nonzero().flatten().tolist():
-        counts = Counter(value for value in content[:, number].tolist() if value)
-        agreed[number] = min(counts, key=lambda value: (-counts[value], value))
-    return agreed
+    counts = [Counter(value for value in column if value) for column in content.T.tolist()]
+    return torch.tensor([count.most_common(1)[0][0] if count else 0 for count in counts])  # the first of equals
 
 
-def _pieces(senders: dict[int, int]) -> list[tuple[int, list[int]]]:
+def _pieces(senders: dict[int, int]) -> Iterator[tuple[int, list[int]]]:
     """(sender, numbers of texts) of at most so many files each."""
-    of_sender: dict[int, list[int]] = {}
-    for number, sender in senders.items():
-        of_sender.setdefault(sender, []).append(number)
-    starts = (
-        (sender, numbers, start) for sender, numbers in of_sender.items() for start in range(0, len(numbers), _FILES)
-    )
-    return [(sender, numbers[start : start + _FILES]) for sender, numbers, start in starts]
-
-
-@contextmanager
-def _patient(distributed: Distributed) -> Iterator[dist.ProcessGroup]:
-    """A group whose processes wait for each other's disks."""
-    group = distributed.patient_group()
-    yield group
-    dist.destroy_process_group(group)
+    for sender, group in groupby(sorted(senders, key=senders.__getitem__), key=senders.__getitem__):
+        numbers = list(group)
+        for start in range(0, len(numbers), _FILES):
+            yield sender, numbers[start : start + _FILES]

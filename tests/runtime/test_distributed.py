@@ -75,6 +75,7 @@ def test_gathers_are_in_rank_order(results, rank):
     assert result["empty"] == [0, 2]
     assert result["some empty"] == [[7, 7]]
     assert result["from rank 1"] == ["ab", "", "c"]
+    assert result["nothing from rank 1"] == ["", ""]
     assert result["json"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ü"}]
 
 

@@ -4,14 +4,19 @@ Processes are threads here, but for the last test. The encoder's bits depend on 
 
 Bugs planted in a copy, each seen red: what is absent encoded again, by all or by whose cache lacks it, instead of
 brought; all of a machine's processes store every file; all files at once; the bits of the first cache, or those of the
-lowest or highest number, instead of those of most; holes brought and other bits left; every process looks into every
-folder; a damaged file spread; all caches taken for one, or for several; the marks left; the check in the end left out;
-prompts or encoders not compared.
+lowest or highest number, instead of those of most; of two caches those of the lowest or highest number; holes brought
+and other bits left; every process looks into every folder; a damaged file spread, or one with a damaged header left;
+what its sender has encoded again sent; all caches taken for one, or for several; a mark that cannot be left an error,
+or one that cannot be removed; the marks left, or those of others; the check in the end left out; prompts or encoders
+not compared; prompts announced that a file system only denies.
 """
 
+import errno
 import io
 import json
+import os
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from advgrpo import config
 from advgrpo.errors import UserError
@@ -30,12 +35,13 @@ from advgrpo.runtime import atomic
 from advgrpo.runtime import cache as tensor_cache
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.training import text_caches
-from advgrpo.training.text_caches import fill_caches
+from advgrpo.training.text_caches import encode_prompts, fill_caches
 from advgrpo.types import Conditioning
 from tests import zygote
 from tests.training.test_run import environment
 
 TEXTS = [f"prompt {number}" for number in range(11)]
+_MOST_SECONDS = 20  # that a process waits for another one
 
 
 class Job:
@@ -68,13 +74,14 @@ class Job:
                 errors[rank] = error
                 self.barrier.abort()
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(self.folders))]
+        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(len(self.folders))]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
-        found = [error for error in errors if not isinstance(error, (type(None), threading.BrokenBarrierError))]
-        return found
+            thread.join(_MOST_SECONDS + 10)
+        assert not any(thread.is_alive() for thread in threads)
+        found = [error for error in errors if error is not None]
+        return [error for error in found if not isinstance(error, threading.BrokenBarrierError)] or found
 
     def encode(self, rank: int, prompts: list[str]):
         for start in range(0, len(prompts), 2):
@@ -97,9 +104,9 @@ class Played(Distributed):
 
     def _all(self, value):
         self.job.slots[self.rank] = value
-        self.job.barrier.wait(20)
+        self.job.barrier.wait(_MOST_SECONDS)
         values = list(self.job.slots)
-        self.job.barrier.wait(20)
+        self.job.barrier.wait(_MOST_SECONDS)
         return values
 
     def all_gather(self, tensor):
@@ -113,6 +120,9 @@ class Played(Distributed):
             self.job.sent.append(len(contents))
         return self._all(contents)[source]
 
+    def temporary_group(self):
+        return nullcontext()
+
     @contextmanager
     def monitored(self, what, *, at_most_seconds=None):
         yield
@@ -120,8 +130,7 @@ class Played(Distributed):
 
 
 @pytest.fixture(autouse=True)
-def no_groups_and_no_power_cuts(monkeypatch):
-    monkeypatch.setattr(text_caches, "_patient", lambda distributed: nullcontext())
+def no_power_cuts(monkeypatch):
     monkeypatch.setattr(atomic, "force_to_disk", lambda path: None)
 
 
@@ -204,19 +213,104 @@ def test_a_cache_that_all_see_is_looked_through_once(tmp_path, monkeypatch):
     assert sum(listed.values()) <= 6 + 2  # a folder that two shares end in is listed by both
 
 
-def test_a_damaged_file_is_not_spread(two, tmp_path, caplog):
-    folder = two.folders[0]
-    file = next((folder / "text").rglob("*.safetensors"))
+def flip(file: Path, position: int) -> None:
     content = bytearray(file.read_bytes())
-    content[-3] ^= 1
+    content[position] ^= 1
     file.write_bytes(content)
-    later = Job([folder, tmp_path / "new"])
+
+
+DAMAGES = {
+    "body": lambda file: flip(file, -3),
+    "header": lambda file: flip(file, 8),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-3]),
+    "empty": lambda file: file.write_bytes(b""),
+    "no checksum": lambda file: save_file({name: each.clone() for name, each in load_file(file).items()}, file),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("others", [[1], [1, 2]], ids=["one", "two"])
+def test_a_damaged_file_counts_as_absent(damage, others, two, tmp_path, caplog):
+    """Process 0's, which sends it; machine 1 may have the same one, sound, and the one that joins then gets that."""
+    folders = machines(tmp_path, 0, *(others if len(others) > 1 else [2]))
+    sound = files_of(folders[0])
+    DAMAGES[damage](next((folders[0] / "text").rglob("*.safetensors")))
+    later = Job(folders)
     assert later.run() == []
-    assert len(later.all_encoded()) == 1
-    new = TextCache(tmp_path / "new" / "text", "key", lambda _: pytest.fail("encoded again"))
+    assert len(later.all_encoded()) == (len(others) == 1)
+    found = [files_of(folder) for folder in folders]
+    assert all(each == found[0] for each in found)
+    assert (found[0] == sound) or len(others) == 1
+    assert sum(later.sent) >= len(TEXTS)
     caplog.clear()
-    new.load(TEXTS)
+    TextCache(folders[-1] / "text", "key", lambda _: pytest.fail("encoded again")).load(TEXTS)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_in_a_cache_that_all_see_counts_as_absent(damage, tmp_path):
+    job = Job(machines(tmp_path, 0, 0))
+    assert job.run() == []
+    before = files_of(job.folders[0])
+    DAMAGES[damage](next((job.folders[0] / "text").rglob("*.safetensors")))
+    again = Job(job.folders)
+    assert again.run() == []
+    assert len(again.all_encoded()) == (damage != "body")  # which nobody reads
+    assert files_of(job.folders[0]).keys() == before.keys()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_caches_process_0s_bits_count(first, tmp_path):
+    folders = machines(tmp_path, first, 1 - first)
+    for number, texts in enumerate((TEXTS, TEXTS[:5])):
+        assert Job(machines(tmp_path, number)).run(texts=lambda rank, texts=texts: texts) == []
+    kept, lost = files_of(folders[0]), files_of(folders[1])
+    assert sum(kept[name] != lost[name] for name in kept.keys() & lost.keys()) == 1
+    assert Job(folders).run() == []
+    found = files_of(folders[0])
+    assert found == files_of(folders[1])
+    assert {name: found[name] for name in kept} == kept
+
+
+def refuse(*_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_cache_that_is_read_only_will_do_if_it_is_complete(tmp_path, monkeypatch):
+    job = Job(machines(tmp_path, 0, 0))
+    assert job.run() == []
+    monkeypatch.setattr(tensor_cache, "write_atomically", refuse)
+    monkeypatch.setattr(text_caches, "remove", refuse)
+    again = Job(job.folders)
+    assert again.run() == []
+    assert (again.sent, again.all_encoded()) == ([], [])
+    (error, *_) = Job(job.folders).run(texts=lambda rank: [*TEXTS, "prompt 99"])
+    assert isinstance(error, UserError)
+    assert "cannot be written" in str(error)
+
+
+def test_marks_of_killed_processes_are_removed_but_not_those_of_another_job(tmp_path):
+    job = Job(machines(tmp_path, 0, 0, 1))
+    for folder in set(job.folders):
+        (folder / "text").mkdir(parents=True)
+        for age, name in ((3600, ".0123456789abcdef-0.tmp"), (25 * 3600, ".0123456789abcdef-1.tmp")):
+            (folder / "text" / name).write_bytes(b"")
+            os.utime(folder / "text" / name, (time.time() - age,) * 2)
+    assert job.run() == []
+    for folder in set(job.folders):
+        assert [name for name in os.listdir(folder / "text") if name.endswith(".tmp")] == [".0123456789abcdef-0.tmp"]
+
+
+def test_what_a_file_system_only_denies_is_not_announced(tmp_path, monkeypatch):
+    job = Job(machines(tmp_path, 0))
+    assert job.run() == []
+    monkeypatch.setattr(tensor_cache.TensorCache, "__contains__", lambda self, key: False)
+    said, cache = (
+        io.StringIO(),
+        TextCache(tmp_path / "machine0" / "text", "key", lambda _: pytest.fail("encoded again")),
+    )
+    encode_prompts(cache, TEXTS, tmp_path, Display(Console(file=said)), Played(0, job))
+    assert said.getvalue() == ""
 
 
 def test_what_is_absent_in_the_end_is_named(tmp_path):
@@ -228,7 +322,7 @@ def test_what_is_absent_in_the_end_is_named(tmp_path):
 
     errors = Job(machines(tmp_path, 0, 1)).run(spoil=spoil)
     assert {type(error) for error in errors} == {UserError}
-    assert all("process 1 does not find 6 of 11 prompts there although they have been" in str(e) for e in errors)
+    assert all("process 1 does not find 6 of 11 prompts there as they have been" in str(e) for e in errors)
 
 
 def test_processes_that_read_other_prompts_or_encoders_are_told(tmp_path):
