@@ -123,11 +123,11 @@ class Config(Section):
     def why_update_is_not_captured(self) -> str:
         """Why forward and backward of the update are not to be CUDA graphs, by the settings alone; "" where they are,
         if the machine can."""
-        graphs, objective = self.update.graphs, self.update.objective
+        graphs = self.update.graphs
         if graphs is False:
             return "update.graphs = false"
-        if objective != "policy":
-            return f"update.objective = {objective}: only the policy gradient's is"
+        if not self.objective.has_window:
+            return f"update.objective = {self.update.objective}: only the policy gradient's is"
         if graphs == "auto" and self.rollout.initial_noise == "per_image":
             return "rollout.initial_noise = per_image: steps of all images hide the CPU's work"
         return ""

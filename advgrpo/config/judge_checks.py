@@ -268,7 +268,7 @@ def _check_not_looked_at(config: Config) -> None:
                 f"update.{name} = {getattr(update, name)!r} is the policy gradient's, but {chosen}; set update.{name} "
                 f"= {plain}"
             )
-    if update.graphs is True and update.objective != "policy":
+    if update.graphs is True and not config.objective.has_window:
         raise UserError(
             f"update.graphs = True captures the policy gradient's update, but {chosen}; set update.graphs = auto"
         )

@@ -28,8 +28,7 @@ from advgrpo.train import parse, resume_of
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 NOTE = """#!/bin/bash
-printf '%s\\0' "$(basename "$0")" "$@" >> "$NOTES"
-printf '\\n' >> "$NOTES"
+{ flock 9; printf '%s\\0' "$(basename "$0")" "$@" >&9; printf '\\n' >&9; } 9>>"$NOTES"
 """
 STUBS = {  # what a program does beside noting its arguments
     "torchrun": "",
