@@ -1,4 +1,5 @@
-"""Every arm of every experiment trains for two iterations, with its settings as they are but for sizes.
+"""Every arm of every experiment trains for two iterations, with its settings as they are but for sizes: weekly. CI has
+runs of every experiment (test_experiments.py) and the settings of every arm.
 
 Bugs planted in a copy, each seen red: an arm whose micro-batch has no group's half; one whose start is another arm's
 folder; a preset that names a reward which is not there.
@@ -13,12 +14,9 @@ from rich.console import Console
 import advgrpo
 from advgrpo.experiments.plan import EXPERIMENTS, chains, length, settings
 from advgrpo.reporting.tracking import METRICS_FILE, load_metrics
-from tests.parts import some_weekly
 
 ITERATIONS = 2
 CHAINS = {chain[0].arm: chain for chain in chains(list(EXPERIMENTS), [0]) if chain[0].made.trains}
-IN_CI = {"awm", "scouts", "head-ensemble"}  # of a kind each; chains are longer
-assert CHAINS.keys() >= IN_CI
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,8 @@ def sizes(unit_config, cache, tmp_path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("root", some_weekly(CHAINS, CHAINS.keys() - IN_CI))
+@pytest.mark.weekly
+@pytest.mark.parametrize("root", CHAINS)
 def test_an_arm_and_those_that_follow_it_train(root, sizes, tmp_path):
     for job in CHAINS[root]:
         result = advgrpo.train(settings(job, tmp_path, ITERATIONS, sizes), console=Console(quiet=True))

@@ -65,6 +65,7 @@ def machine_code():
     return dict(zip(parts[1::2], parts[2::2]))
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("kernel", BUDGETS)
 def test_streaming_tensors_are_read_and_written_128_bits_at_a_time(kernel, machine_code):
     sass = kernel_named(kernel, machine_code)

@@ -295,9 +295,8 @@ def test_children_are_patched_on_request_and_keep_their_sitecustomize(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher", ["torch.distributed.run", pytest.param("accelerate.commands.launch", marks=pytest.mark.weekly)]
-)
+@pytest.mark.weekly
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
 def test_under_the_launchers_that_start_these_trainers(launcher, tmp_path):
     pytest.importorskip(launcher.partition(".")[0])
     written(tmp_path, fastvideo__train_grpo_flux=TRAINER)
