@@ -3,8 +3,7 @@
 Where nobody is root, tests that cut a network are skipped and say so; with ADVGRPO_NETWORK=required they fail instead.
 
 Planted bugs that turn it red: a cut that lets frames through; a fault that counts no iteration as lost; a fence that
-never closes (the job with a machine that is cut off does not go on in time where that machine had process 0); a machine
-that is lost and not started again; a comparison of bits without the moments.
+never closes (the job with a machine that is cut off does not go on in time where that machine had process 0).
 """
 
 import ctypes

@@ -1,7 +1,4 @@
 """Models of the hub: one is downloaded, one behind a licence says what to do (tests/hub_server.py stands for the hub).
-
-Planted bugs that turn it red: the hub's refusal taken for an absent model; all files downloaded to look at the class;
-401 told as 403.
 """
 
 import os

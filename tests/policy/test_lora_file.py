@@ -7,8 +7,7 @@ sources.
 Bugs planted in a copy, each seen red: alpha not folded; B of a fused q, k, v in the wrong rows; the last block's shift
 and scale not exchanged; `.alpha` of a fused module left at the rank of its parts; the configuration's alpha used for
 `start_from`; `.alpha` ignored on reading; metadata in the library's order; a header that leaves tensors unaligned; mode
-0600, of adapters and of full weights; FLUX.1's streams swapped; its feed-forward's rows among v's; dots in Qwen-Image's
-names.
+0600, of adapters and of full weights.
 """
 
 from __future__ import annotations
