@@ -1,5 +1,4 @@
-"""Models of the hub: one is downloaded, one behind a licence says what to do (tests/hub_server.py stands for the hub).
-"""
+"""Models of the hub: one is downloaded, one behind a licence says what to do (tests/hub_server.py is the hub)."""
 
 import os
 import subprocess
