@@ -514,8 +514,10 @@ def measured(name: str, reports: Mapping[str, dict]) -> float | None:
         return None
     if part == "kernels":
         entry = next((e for e in report.get("entries", []) if e["case"] == path[0]), None)
-        if entry is None or path[1] == "share_of_limit":
-            return None if entry is None else entry["share_of_limit"]
+        if entry is None:
+            return None
+        if path[1] == "share_of_limit":
+            return entry["share_of_limit"]
         return entry[path[1]]["median" if path[1] == "ours_us" else "ratio"]
     if name == "train.random.seconds":  # the first iterations capture and compile
         rows = [row["seconds"] for row in report.get("random", {}).get("rows", [])[3:]]

@@ -370,8 +370,8 @@ def _adapters(family: Family) -> int:
 
 
 def text_tokens(config: Config) -> int:
-    """Of a row, padding included: every family pads to model.max_sequence_length, beside which SD3 has CLIP's."""
-    return known_pipeline(config.model.path).clip_tokens + config.model.max_sequence_length
+    """Of a row of the network."""
+    return known_pipeline(config.model.path).text_tokens(config.model.max_sequence_length)
 
 
 def _guided_rows(preset: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,13 @@ OTHERS = (
     ("P12", "peak memory over B0", "<= 1", "40 GB"),
     ("P13", "max |dlog p|, clip fraction before the first step", "0; 0", ""),
 )
+# What is said of a figure of OTHERS, and whether the goal is met.
+JUDGED: dict[str, Callable[..., tuple[str, bool]]] = {
+    "P3": lambda over: (f"{over:.3f}x", over <= 1.10),
+    "P8": lambda nodes, syncs: (f"{nodes:.0f}, {syncs:.0f}", nodes <= 6000 and syncs == 0),
+    "P9": lambda share: (f"{share:.0%}", share >= 0.8),
+    "P11": lambda idle: (f"{idle:.1%}", idle <= 0.03),
+}
 GOALS = (*((goal.name, goal.what, f">= {goal.target:g}x", "") for goal in GAINS), *OTHERS)
 
 
@@ -96,8 +103,7 @@ def goals(report: dict) -> list[dict]:
             if found:
                 measured[goal.name] = found
         if "fp8_forward_over_roofline" in report:
-            over = report["fp8_forward_over_roofline"]
-            measured["P3"] = (f"{over:.3f}x", over <= 1.10)
+            measured["P3"] = JUDGED["P3"](report["fp8_forward_over_roofline"])
         if "peak_memory_gb" in report:
             own, theirs = (report["peak_memory_gb"].get(side) for side in ("ours", "b0"))
             if theirs:
@@ -140,13 +146,12 @@ def from_elsewhere(rows: Sequence[Mapping], reports: Mapping[str, dict]) -> list
     profile, kernels = (_of_a_gpu(reports.get(name, {})) for name in ("profile", "kernels"))
     measured: dict[str, tuple[str, bool]] = {}
     if "trajectory" in profile:
-        nodes, syncs = profile["trajectory"]["kernels"], profile["trajectory"]["host_syncs"]
-        measured["P8"] = (f"{nodes}, {syncs}", nodes <= 6000 and syncs == 0)
+        measured["P8"] = JUDGED["P8"](profile["trajectory"]["kernels"], profile["trajectory"]["host_syncs"])
     if "idle_share" in profile:
-        measured["P11"] = (f"{profile['idle_share']:.1%}", profile["idle_share"] <= 0.03)
+        measured["P11"] = JUDGED["P11"](profile["idle_share"])
     for entry in kernels.get("entries", ()):
         if entry["case"] == "gaussian_step" and entry["limit"] == "copy":
-            measured["P9"] = (f"{entry['share_of_limit']:.0%}", entry["share_of_limit"] >= 0.8)
+            measured["P9"] = JUDGED["P9"](entry["share_of_limit"])
     found = []
     for row in rows:
         value, met = measured.get(row["id"], (row["measured"], row["met"]))
@@ -160,20 +165,15 @@ def predicted_goals(predicted: Mapping[str, float]) -> Iterator[str]:
         gain = predicted[f"step.{goal.unit}.over_{goal.side}.ratio"]
         verdict = "met" if gain >= goal.target else "missed"
         yield f"| {goal.name} | {goal.what} | {goal.target:g}x | {gain:.2f}x | {verdict} |"
-    over, nodes, idle = (
-        predicted[name]
-        for name in ("step.fp8_forward_over_roofline", "profile.trajectory.kernels", "profile.idle_share")
-    )
-    share, syncs = predicted["kernels.gaussian_step.share_of_limit"], predicted["profile.trajectory.host_syncs"]
-    found = {
-        "P3": (f"{over:.3f}x", over <= 1.10),
-        "P8": (f"{nodes:.0f}, {syncs:.0f}", nodes <= 6000 and not syncs),
-        "P9": (f"{share:.0%}", share >= 0.8),
-        "P11": (f"{idle:.1%}", idle <= 0.03),
+    figures = {
+        "P3": ("step.fp8_forward_over_roofline",),
+        "P8": ("profile.trajectory.kernels", "profile.trajectory.host_syncs"),
+        "P9": ("kernels.gaussian_step.share_of_limit",),
+        "P11": ("profile.idle_share",),
     }
     for name, what, target, _ in OTHERS:
-        if name in found:
-            value, met = found[name]
+        if name in figures:
+            value, met = JUDGED[name](*(predicted[figure] for figure in figures[name]))
             yield f"| {name} | {what} | {target} | {value} | {'met' if met else 'missed'} |"
 
 

@@ -260,8 +260,12 @@ class Pipeline:
         """Latents of an image token's side."""
         return 2 if self.is_flux else self.transformer["patch_size"]  # the first packs before its network
 
+    def text_tokens(self, max_sequence_length: int) -> int:
+        """Of a row of the network, padding included: every family pads to this length, beside which SD3 has CLIP's."""
+        return self._clip_tokens + max_sequence_length
+
     @property
-    def clip_tokens(self) -> int:
+    def _clip_tokens(self) -> int:
         """Tokens of the text that a CLIP gives: none for FLUX.1, which takes its pooled vector alone, or Qwen-Image."""
         if self.is_flux or self.is_qwen:
             return 0

@@ -262,7 +262,7 @@ class _Estimate:
             dual=frozenset(stock.get("dual_attention_layers") or ()),
             qk_norm=stock.get("qk_norm") is not None,
             image_tokens=(self.latent_side // self.pipeline.patch) ** 2,
-            text_tokens=self.pipeline.clip_tokens + model.max_sequence_length,
+            text_tokens=self.pipeline.text_tokens(model.max_sequence_length),
             element=self.element,
             rank=model.lora.rank if self.lora else 0,
             first_trained=0 if blocks == "all" or not self.lora else every - blocks,

@@ -118,11 +118,9 @@ def gates(figures: dict[str, dict]) -> dict[str, dict[str, float]]:
     asked = {}
     for name, part in figures.items():
         ceiling = sum(part["ceiling"].values()) / len(part["ceiling"])
-        references, base = (part["references"]["without_one"], part["base"][best]["without_one"])
-        asked[f"{name}: references"] = {"least": REFERENCES_LEAST, "found": references / ceiling}
-        asked[f"{name}: base"] = {
-            **{"least": BASE_LEAST, "most": BASE_MOST, "found": base / ceiling, "guidance": float(best)}
-        }
+        references, base = (each["without_one"] / ceiling for each in (part["references"], part["base"][best]))
+        of_base = {"least": BASE_LEAST, "most": BASE_MOST, "found": base, "guidance": float(best)}
+        asked |= {f"{name}: references": {"least": REFERENCES_LEAST, "found": references}, f"{name}: base": of_base}
     return asked
 
 
