@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 from rich.console import Console
@@ -23,7 +23,7 @@ from rich.table import Table
 from advgrpo import config as configuration
 from advgrpo.errors import UserError
 from advgrpo.evaluation.frontier import Difference, Front, Point, best_guidance, compare, kid
-from advgrpo.evaluation.judging import Prompts, TinyWitness, Witness, draw, point, refuse_shared
+from advgrpo.evaluation.judging import Accuracy, Prompts, TinyWitness, Witness, draw, point, refuse_shared
 from advgrpo.reporting.display import Display
 from advgrpo.reporting.plots import draw_front
 from advgrpo.runtime.atomic import write_atomically
@@ -55,9 +55,10 @@ class Frontier(ModelOptions):
     """Prompt file of what is reported; "tiny:report" and "tiny:names" for the shipped ones."""
     tuning_prompts: str = "tiny:tuning"
     """Prompt file on which every model's own best guidance is chosen: other prompts."""
-    judge: Literal["retrieval", "classifier_accuracy"] = "retrieval"
+    judge: Accuracy = "retrieval"
     """Whose verdict is the accuracy: the nearest drawing in EfficientNet-Lite0's features, in which the distance is
-    always measured, or the second judge's, a classifier."""
+    always measured, or whether one of the five nearest names is the prompt's, the colour of the background, or the
+    second judge's, a classifier."""
     images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = 2
     """Images of every prompt."""
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 4000

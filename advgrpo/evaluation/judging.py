@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from advgrpo.tiny.judge import Judge
 
 
+Accuracy = Literal["retrieval", "retrieval_top5", "background_accuracy", "classifier_accuracy"]
+
+
 class Witness(Protocol):
     """Who judges: nobody a reward, a backbone or a setting has seen."""
 
@@ -34,11 +37,12 @@ class Witness(Protocol):
 
 
 class TinyWitness:
-    """The tiny world's judges: is the nearest drawing of the prompt's name, or does the second judge name it so?"""
+    """The tiny world's judges: is the nearest drawing, or one of the five nearest names, the prompt's? Is the
+    background of its colour? Or does the second judge name the drawing so?"""
 
     distance = "KID x 1000 in EfficientNet-Lite0's features"
 
-    def __init__(self, cache: Path, accuracy: Literal["retrieval", "classifier_accuracy"] = "retrieval"):
+    def __init__(self, cache: Path, accuracy: Accuracy = "retrieval"):
         from advgrpo.tiny.judge import Judge
         from advgrpo.tiny.second_judge import SecondJudge
 
@@ -53,13 +57,17 @@ class TinyWitness:
         return Judge(EVERY_ARTIST, cache=self._cache)
 
     def look(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        from advgrpo.tiny.rules import background_right
         from advgrpo.tiny.scenes import Scene
 
         images, scenes = images.cpu(), [Scene.parse(prompt) for prompt in prompts]
         if self._second is not None:
             return self._second.look(images, scenes).float(), self._judge.features(images, scenes)
+        if self.accuracy == "background_accuracy":
+            return background_right(images, scenes).float(), self._judge.features(images, scenes)
         verdict = self._judge.look(images, scenes)
-        return verdict.top1.float(), verdict.features
+        right = verdict.top1 if self.accuracy == "retrieval" else verdict.top5
+        return right.float(), verdict.features
 
     def artists(self, features: torch.Tensor, prompts: list[str]) -> list[str]:
         """Who drew the drawing, of anything by anybody, that is nearest to each of the features [B, D] of `look`."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from advgrpo.errors import UserError
+from advgrpo.evaluation.judging import TinyWitness
 from advgrpo.rewards.retrieval import Ranks, Retrieval, judge_metrics
-from advgrpo.tiny.judge import GALLERY_ARTISTS, Judge, cut
+from advgrpo.tiny.judge import GALLERY_ARTISTS, Judge, Verdict, cut
 from advgrpo.tiny.scenes import (
     BACKGROUNDS,
     NAMES,
@@ -113,3 +114,23 @@ def test_the_judges_gallery_is_kept_where_the_run_says(tmp_path):
     assert metrics["retrieval"]._ranks is metrics["retrieval_top5"]._ranks
     assert metrics["retrieval"]._ranks.judge._cache.root == tmp_path / "judge"
     assert judge_metrics(["rule_accuracy"], tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "verdicts"),
+    [
+        ("retrieval", [1.0, 0.0, 0.0]),
+        ("retrieval_top5", [1.0, 1.0, 0.0]),
+        ("background_accuracy", [1.0, 1.0, 0.0]),
+    ],
+)
+def test_a_witness_says_what_its_accuracy_asks_for(tmp_path, monkeypatch, accuracy, verdicts):
+    scenes = [Scene("fox", "large", "", background) for background in ("blue", "blue", "white")]
+    images = render(scenes[:1] * 3, [GALLERY_ARTISTS[0]] * 3)
+    features = torch.arange(3 * 1280.0).view(3, 1280)
+    witness = TinyWitness(tmp_path, accuracy)
+    monkeypatch.setattr(witness._judge, "features", lambda *_: features)
+    monkeypatch.setattr(witness._judge, "look", lambda *_: Verdict(torch.tensor([0, 4, 5]), [""] * 3, features))
+    found, seen = witness.look(images, [scene.caption for scene in scenes])
+    assert found.tolist() == verdicts
+    assert torch.equal(seen, features)
