@@ -22,6 +22,7 @@ from advgrpo.sampling.dynamics import rows, step_table, taken_steps
 from advgrpo.training.cheaper import DisagreeingTail, ShortTail, best_and_worst, rank_agreement
 from advgrpo.training.informative import most_informative, without_dead
 from bench.counters import flops
+from tests import flux_models
 from tests.parts import every_second
 from tests.sampling.test_rollout import build, by_image, changed, rollout_of, without_times
 
@@ -251,7 +252,21 @@ def test_kept_scouts_have_the_bits_of_a_run_that_draws_all_exactly(unit_config, 
     """Latents, log-probabilities and images; the scouts themselves came by another path."""
     unit_config.fast = fast
     window = {"order": "fixed", "steps": [1, 2]}
-    base = changed(unit_config, num_steps=8, initial_noise=noise, window=window)
+    assert_kept_scouts_are_exact(changed(unit_config, num_steps=8, initial_noise=noise, window=window))
+
+
+@weekly
+def test_kept_scouts_are_exact_where_scouts_are_drawn_in_fp8(unit_config, tmp_path):
+    """ODE steps of the kept ones are in FP8 as well; the window's are not, and scouts have those in FP8, too."""
+    unit_config.fast, unit_config.rollout.precision = True, "fp8"
+    unit_config.model.path = str(flux_models.save_pipeline(tmp_path / "flux"))
+    unit_config.model.max_sequence_length = 16
+    window = {"order": "fixed", "steps": [1, 2]}
+    trainer = assert_kept_scouts_are_exact(changed(unit_config, num_steps=8, window=window))
+    assert sum(layer.merged_fp8 is not None for layer in trainer.policy.network.transformer.linears()) > 4
+
+
+def assert_kept_scouts_are_exact(base):
     everything = by_image(rollout_of(moved(build(changed(base, group_size=12)).trainer)))
     trainer = moved(build(changed(base, scouts=3, scout_tail_steps=2)).trainer)
     objective = trainer.objective
@@ -265,6 +280,7 @@ def test_kept_scouts_have_the_bits_of_a_run_that_draws_all_exactly(unit_config, 
     exact = objective.scorer.score(objective.rollout(objective.table(0), 0, chosen), 0).rewards
     assert not torch.equal(ranks.flatten(), exact)
     assert rank_agreement(ranks.flatten(), exact, 4) > 0.3
+    return trainer
 
 
 def test_scouts_on_the_exact_path_are_worth_what_they_become(unit_config):
