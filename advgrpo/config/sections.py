@@ -359,8 +359,8 @@ class UpdateSection(Section):
     graphs: Literal["auto"] | bool = "auto"
     """With CUDA graphs, capture the update's forward and backward as well: fewer waits for the CPU, but a micro-batch's
     activations stay in memory, twice over while graphs are made. auto: with rollout.initial_noise = shared, whose first
-    step is too small to hide the CPU's work, on SD3's family, where the memory plan counts all models and the GPU has
-    that much free."""
+    step is too small to hide the CPU's work, on SD3's family, where the memory plan counts all models and every
+    GPU of the job has that much free."""
     ema_decay: Decay = 0.9
     """Moving average of the adapters, which is what is evaluated and exported."""
     ema_rule: Literal["optimizer_step", "mini_batch"] = "optimizer_step"

@@ -15,6 +15,7 @@ from advgrpo.plan.memory import GB, peak_with_captured_update
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.transformer import can_adapt
 from advgrpo.policy.pipelines import FAMILIES, pipeline_class
+from advgrpo.runtime.distributed import Distributed
 from advgrpo_kernels import _cpu
 from advgrpo_kernels._runtime import DEFAULT_BACKEND, HAS_TRITON
 from advgrpo_kernels.ops._csrc import library
@@ -39,11 +40,14 @@ class FastPaths:
     table: tuple[FastPath, ...]
 
     @classmethod
-    def choose(cls, config: Config, device: torch.device, *, processes: int = 1) -> FastPaths:
+    def choose(
+        cls, config: Config, device: torch.device, *, processes: int = 1, free_gb: float | None = None
+    ) -> FastPaths:
         """Raises UserError where a path is asked for that this machine or model does not have.
 
         Args:
             processes: share an iteration's images, which decides what each of them keeps in memory.
+            free_gb: of the GPU with the least (`least_memory_gb`), so that all processes decide alike; None: of this.
         """
         gpu_only = "" if device.type == "cuda" else "no CUDA device"
         plain = "" if config.fast else "--no-fast"
@@ -54,7 +58,8 @@ class FastPaths:
             merged_off = plain or _why_not_ours(config.model)
             ode = "ODE steps, by a whole copy beside the base in parts,"
         no_graphs = fused_off or gpu_only or _why_no_graphs(config.model)
-        not_captured = no_graphs or config.why_update_is_not_captured or _why_not_by_itself(config, device, processes)
+        not_captured = no_graphs or config.why_update_is_not_captured
+        not_captured = not_captured or _why_not_by_itself(config, device, processes, free_gb)
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
             own_noise = "rollout.initial_noise = per_image: every image is its own trajectory"
@@ -202,25 +207,36 @@ def _why_not_our_optimizer(config: Config) -> str:
     return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
 
 
-def _why_not_by_itself(config: Config, device: torch.device, processes: int) -> str:
+def _why_not_by_itself(config: Config, device: torch.device, processes: int, free_gb: float | None = None) -> str:
     """Why update.graphs = auto does not capture the update of this model on this GPU, or ""; true captures it."""
     if config.update.graphs != "auto":
         return ""
     name = pipeline_class(config.model.path)
     if not FAMILIES[name].captured_by_itself:
         return f"update.graphs = auto: no test holds captured steps of a {name} to the eager bits; true captures them"
-    return _why_no_room(config, device, processes)
+    return _why_no_room(config, device, processes, free_gb)
 
 
-def _why_no_room(config: Config, device: torch.device, processes: int) -> str:
-    """Why this GPU is not known to hold the graphs of the update beside everything else, or ""."""
+def _why_no_room(config: Config, device: torch.device, processes: int, free_gb: float | None) -> str:
+    """Why the GPU is not known to hold the graphs of the update beside everything else, or ""."""
     try:
         needed = peak_with_captured_update(config, processes=processes)
     except UserError as unknown:
         return f"update.graphs = auto cannot tell whether it fits ({unknown}); true captures it"
-    held = memory_gb(device)
+    held = memory_gb(device) if free_gb is None else free_gb
     fits = needed <= held
     return "" if fits else f"update.graphs = auto: {needed:.1f} GB by the memory plan, and the GPU has {held:.1f} free"
+
+
+def least_memory_gb(distributed: Distributed) -> float | None:
+    """Of all processes' GPUs, the least of `memory_gb`; None on a CPU. All processes call it together.
+
+    Captured steps have the bits of eager ones, but not their seconds nor their memory: what one card of a job has no
+    room for, none does.
+    """
+    if distributed.device.type != "cuda":
+        return None
+    return min(distributed.gather_json(memory_gb(distributed.device)))
 
 
 def memory_gb(device: torch.device) -> float:

@@ -68,7 +68,7 @@ from advgrpo.training.build import (
     check_prompts,
 )
 from advgrpo.training.callbacks import Callback, Callbacks, Stage
-from advgrpo.training.fast import FastPaths
+from advgrpo.training.fast import FastPaths, least_memory_gb
 from advgrpo.training.model_card import CARD, RunFacts, newest_grid, write_card, write_samples
 from advgrpo.training.preflight import preflight
 from advgrpo.training.resuming import JUDGED_ON, SUMMARY_FILE, Resume, Resuming, Saved, differences, made_from
@@ -155,7 +155,8 @@ class Run:
         preflight(config)
         check_reachable(config, distributed)
         keep_freed_memory(distributed.device)
-        fast = FastPaths.choose(config, distributed.device, processes=distributed.world_size)
+        free_gb = least_memory_gb(distributed)
+        fast = FastPaths.choose(config, distributed.device, processes=distributed.world_size, free_gb=free_gb)
         if distributed.is_main:
             fast.print(self.console)
             if uneven := badly_shared(config, distributed.world_size):

@@ -1,6 +1,7 @@
 """The update's forward and backward as captured graphs, on the emulator: the eager bits, and graphs that are kept."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from advgrpo.errors import UserError
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
-from advgrpo.training import fast
+from advgrpo.training import fast, run
 from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.graph_emulator import EmulatedGraphs
 from tests.parts import some_weekly, updater_of
+from tests.sampling.test_rollout import build
 
 pytestmark = pytest.mark.usefixtures("layers_by_pytorch")
 
@@ -172,6 +174,26 @@ def test_the_update_is_captured_where_it_pays_and_fits_or_the_table_says_why_not
         row = next(row for row in paths.table if row.name == "captured update")
         assert row.on == paths.captured_update == (expected == "")
         assert row.why.startswith(expected or "one launch per step of the window")
+
+
+def test_what_the_smallest_card_of_a_job_has_no_room_for_none_captures(unit_config, monkeypatch):
+    """The process whose GPU has room asks the others."""
+    monkeypatch.setattr(fast, "memory_gb", lambda device: 24.0)
+    monkeypatch.setattr(fast, "choose_attention", lambda *given, **options: None)
+    job = SimpleNamespace(device=torch.device("cuda"), gather_json=lambda own: [own, 1.0])
+    assert fast.least_memory_gb(job) == 1.0
+    assert not fast.FastPaths.choose(unit_config, job.device, processes=2, free_gb=1.0).captured_update
+    assert fast.FastPaths.choose(unit_config, job.device, processes=2).captured_update
+    assert fast.least_memory_gb(SimpleNamespace(device=torch.device("cpu"))) is None
+
+
+def test_a_run_decides_by_the_smallest_card(unit_config, monkeypatch):
+    given = []
+    choose = fast.FastPaths.choose
+    monkeypatch.setattr(run, "least_memory_gb", lambda distributed: 1.5)
+    monkeypatch.setattr(run.FastPaths, "choose", lambda *args, **named: given.append(named) or choose(*args, **named))
+    build(unit_config)
+    assert given == [{"processes": 1, "free_gb": 1.5}]
 
 
 def test_an_unknown_model_is_captured_when_asked(unit_config, monkeypatch):
