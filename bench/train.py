@@ -3,7 +3,8 @@
 Two runs, their rows written after every iteration, so a command that is cut off keeps them:
 
 * the embedded world (`--world`), from the command's own function: loading, captured graphs, reward, evaluation, LoRA on
-  the disk. Needs diffusers;
+  the disk, and with `--lora` in a folder that comes back. Needs diffusers. What it is worth is judged at home, by
+  `python -m advgrpo.frontier`: the judge's packages are 17 MB, and nothing of it runs on a GPU;
 * SD3.5-medium's exact configuration with random weights (`--size small`: a model of milliseconds): twenty iterations
   whose weights move, with the most memory that was held beside what `python -m advgrpo.plan` says of these settings.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shutil
 import sys
 import tempfile
 import time
@@ -34,6 +36,7 @@ SCHEMA = 1
 ITERATIONS = {"full": 20, "small": 3}
 WORLD_ITERATIONS = {"full": 60, "small": 2}
 WORLD_SHARE = 0.4  # of the time, at most
+UNJUDGED = {"evaluation": {"metrics": ["dino_similarity"]}}
 KEPT = (
     "seconds",
     "grad_norm",
@@ -45,13 +48,7 @@ KEPT = (
 MOVING = configuration.merge(SETTINGS, {"update": {"learning_rate": 1e-4}})
 QUICK_WORLD = {
     "rollout": {"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 4},
-    "evaluation": {
-        "every": 0,
-        "images_per_prompt": 1,
-        "num_steps": 2,
-        "grid_prompts": 2,
-        "metrics": ["dino_similarity"],
-    },
+    "evaluation": {"every": 0, "images_per_prompt": 1, "num_steps": 2, "grid_prompts": 2},
     "adversary": {"updates_per_iteration": 2, "batch_size": 6, "warmup_iterations": 0},
 }
 
@@ -60,8 +57,10 @@ def kept(metrics: dict) -> dict[str, float]:
     return {name: metrics[name] for name in KEPT if name in metrics}
 
 
-def train_world(world: str, size: str, device: str, budget: Budget, report: Report, folder: Path) -> None:
-    """The embedded world as its command trains it, until the iterations or the time are over."""
+def train_world(
+    world: str, size: str, device: str, budget: Budget, report: Report, folder: Path, lora: Path | None = None
+) -> None:
+    """The embedded world as its command trains it, until the iterations or the time are over; its LoRA into `lora`."""
     from advgrpo import Callback, Config, train  # needs diffusers
 
     rows: list[dict] = []
@@ -74,6 +73,7 @@ def train_world(world: str, size: str, device: str, budget: Budget, report: Repo
             return "the time is over" if budget.left < 2 * metrics["seconds"] else None
 
     settings = {"iterations": WORLD_ITERATIONS[size], "output_dir": str(folder / "run"), "device": device}
+    settings |= UNJUDGED
     if size == "small":
         settings = configuration.merge(settings, QUICK_WORLD)
     started = time.monotonic()
@@ -83,14 +83,16 @@ def train_world(world: str, size: str, device: str, budget: Budget, report: Repo
         "seconds": time.monotonic() - started,
         "stopped": result.stopped,
         **{name: result.summary[name] for name in wanted if name in result.summary},
-        "lora_bytes": _size(result.lora),
+        "lora_bytes": sum(file.stat().st_size for file in _weights(result.lora)),
     }
     report.save()
+    for file in _weights(result.lora) if lora else ():
+        shutil.copy(file, lora)
 
 
-def _size(lora: Path | None) -> int:
-    """Bytes of an exported LoRA; none after a run that exported none."""
-    return 0 if lora is None else sum(path.stat().st_size for path in lora.glob("*.safetensors"))
+def _weights(lora: Path | None) -> list[Path]:
+    """Files of an exported LoRA; none after a run that exported none."""
+    return [] if lora is None else list(lora.glob("*.safetensors"))
 
 
 def train_random(size: str, device: str, budget: Budget, report: Report, folder: Path) -> None:
@@ -153,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=["small", "full"], default="small")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row, as soon as it is known")
+    parser.add_argument("--lora", type=Path, metavar="FOLDER", help="keep the embedded world's LoRA there")
     parser.add_argument("--seconds", type=float, help="end by then, with fewer iterations")
     parser.add_argument("--world", default="tiny", metavar="PRESET", help="the embedded world's preset")
     args = parser.parse_args(argv)
@@ -167,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             "world": lambda: train_world(
-                args.world, args.size, args.device, budget.share(WORLD_SHARE), report, Path(folder)
+                args.world, args.size, args.device, budget.share(WORLD_SHARE), report, Path(folder), args.lora
             ),
             "random": lambda: train_random(args.size, args.device, budget, report, Path(folder)),
         }

@@ -5,11 +5,14 @@ time that counts as done.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+import advgrpo
 from bench import contenders, train
 from bench.budget import Budget, Report
+from bench.gpu_session import LORA
 
 
 def test_random_weights_move_without_drift_and_every_row_is_kept(tmp_path):
@@ -27,6 +30,27 @@ def test_a_run_whose_weights_stand_still_fails(tmp_path, monkeypatch):
     monkeypatch.setitem(train.ITERATIONS, "small", 1)
     with pytest.raises(RuntimeError, match="the LoRA moved by 0 of its norm"):
         train.train_random("small", "cpu", Budget(None), Report(None, failed={}), tmp_path)
+
+
+def test_the_worlds_lora_comes_back_to_be_judged_at_home(tmp_path, monkeypatch):
+    trained, asked = tmp_path / "run" / "lora", []
+    trained.mkdir(parents=True)
+    (trained / LORA).write_bytes(b"12345")
+
+    def trains(config, callbacks):
+        asked.append(config)
+        return SimpleNamespace(stopped="", summary={"final": {}}, lora=trained)
+
+    monkeypatch.setattr(advgrpo, "train", trains)
+    report, back = Report(None, failed={}), tmp_path / "back"
+    back.mkdir()
+    for size in ("small", "full"):
+        train.train_world("tiny", size, "cpu", Budget(None), report, tmp_path, back)
+        assert [file.read_bytes() for file in back.iterdir()] == [b"12345"]
+        (back / LORA).unlink()
+    assert report["world"]["lora_bytes"] == 5
+    assert [config.evaluation.metrics for config in asked] == [("dino_similarity",)] * 2
+    assert asked[1].evaluation.every > 0
 
 
 def test_what_fails_is_named_and_the_other_run_goes_on(tmp_path, monkeypatch):
