@@ -41,6 +41,8 @@ WEEKLY = {  # a part of another spec, other types of it, or an argument in a reg
     *("ada_layer_norm/fp8", "ada_layer_norm/one", "fp8_quantize/given_scale", "gated_residual/backward_plain"),
     *("gated_residual/dual_fp32", "gated_residual/norm", "gated_residual/plain", "qk_rms_norm/backward_image"),
     *("qk_rms_norm/image", "qk_rms_norm/rotary_image", "qk_rms_norm/two_tensors"),
+    *("qk_rms_norm/rotary_half_joint", "qk_rms_norm/rotary_half_two_tensors", "qk_rms_norm/rotary_half_backward_joint"),
+    "qk_rms_norm/rotary_by_head_joint",
     *("gaussian_step/ode_unguided", "gaussian_step/philox_fp32"),
     *("gaussian_step/stored_bf16", "gaussian_log_prob/forward", "gaussian_log_prob/forward_stored_bf16"),
     *("gaussian_log_prob/forward_kl", "gaussian_log_prob/forward_kl_std", "gaussian_log_prob/forward_normalized_ratio"),
