@@ -2,10 +2,10 @@
 there is no compiler.
 
 Planted bugs that turned this file red: the mean not taken off before the squares; GELU's slope without the 3 of its
-cube; the text's tokens normed by the image's weights; weights of absent keys left at e^0; a row of keys too few in the
-gradient of v; the second norm's gradient dropped; a group's variance of one channel; the stream left out of Philox's
-key; a broken compiler passed over without a word; sixteen floats as one vector type on a CPU with registers of eight
-(27 times slower).
+cube; the text's tokens normed by the image's weights; neighbours turned where halves are pairs; the first head's table
+for all; weights of absent keys left at e^0; a row of keys too few in the gradient of v; the second norm's gradient
+dropped; a group's variance of one channel; the stream left out of Philox's key; a broken compiler passed over without a
+word; sixteen floats as one vector type on a CPU with registers of eight (27 times slower).
 """
 
 import functools

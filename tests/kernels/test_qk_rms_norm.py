@@ -4,7 +4,9 @@ Planted bugs that turned this file red: text tokens first; q weight on k; image 
 head dim; weight missing in the gradient; layout of the fused gradient ignored; strides of v not looked at; gradients
 of image and text swapped; results stored in another memory order (the process dies); text gradients at the first rows,
 or with another stride; gradients read with the strides of the first; k in place of v. Of the rotation: the same turn
-in the backward; turns of the first tokens for the text; halves as pairs.
+in the backward; turns of the first tokens for the text; halves as pairs. Of halves as pairs: the halves exchanged; the
+same turn in the backward; the second half of v not moved; neighbours turned by the reference. Of tables by head: the
+first head's for all; tables as long as the stream at hand.
 """
 
 import pytest
