@@ -110,7 +110,8 @@ if HAS_TRITON:
         mask = valid[:, None] & exists[None, :]
         load_at = (b * stride_b + t * stride_t + h * D)[:, None] + d[None, :]
         store_at = (b * out_stride_b + token * out_stride_t + h * D)[:, None] + d[None, :]
-        cos, sin = None, None
+        cos = None  # one by one: Triton 3.3 has no pairs of None
+        sin = None
         if cos_ptr is not None:
             turn = token + h * tokens if BY_HEAD else token
             cos, sin = turns_of_tile(cos_ptr, sin_ptr, turn, valid, D, BLOCK_D)
@@ -190,23 +191,25 @@ if HAS_TRITON:
         x_at = (b * stride_b + t * stride_t + h * D)[:, None] + d[None, :]
         load_at = (b * grad_stride_b + h * grad_stride_h + token * grad_stride_t)[:, None] + d[None, :]
         store_at = (b * x_grad_stride_b + t * x_grad_stride_t + h * D)[:, None] + d[None, :]
-        cos, sin = None, None
+        cos = None  # one by one: Triton 3.3 has no pairs of None
+        sin = None
         if cos_ptr is not None:
             turn = token + h * tokens if BY_HEAD else token
             cos, sin = turns_of_tile(cos_ptr, sin_ptr, turn, valid, D, BLOCK_D)
-        at = x_at, load_at, store_at
         if HALVES:
             norm_halves_bwd(
-                q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, cos, sin, at[0], at[1], at[2], mask, d, D, eps
+                q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, cos, sin, x_at, load_at, store_at, mask, d, D, eps
             )
             norm_halves_bwd(
-                k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, cos, sin, at[0], at[1], at[2], mask, d, D, eps
+                k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, cos, sin, x_at, load_at, store_at, mask, d, D, eps
             )
         else:
             norm_rows_bwd(
-                q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, cos, sin, at[0], at[1], at[2], mask, d, D, eps
+                q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, cos, sin, x_at, load_at, store_at, mask, d, D, eps
             )
-            norm_rows_bwd(k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, cos, sin, at[0], at[1], at[2], mask, d, D, eps)
+            norm_rows_bwd(
+                k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, cos, sin, x_at, load_at, store_at, mask, d, D, eps
+            )
         if value_grad_ptr is not None:
             copy_rows(value_grad_ptr, v_grad_ptr, load_at, store_at, mask, D, HALVES)
 
