@@ -80,6 +80,32 @@ def qk_rms_norm_rotary(bench: Bench) -> Workload:
     return Workload(ours, eager, 2 * nbytes(qkv[:, :, :2]) + nbytes(cos, sin))  # value stays where it is
 
 
+def qk_rms_norm_rotary_half(bench: Bench) -> Workload:
+    """The same of halves as pairs with tables by head, as LTX-2's (norms of each head here), by `rotate_half`."""
+    sizes = bench.sizes
+    tokens = sizes.tokens + sizes.text
+    qkv = bench.randn(sizes.batch, tokens, 3, sizes.heads, sizes.head_dim, dtype=bench.dtype)
+    weights = [bench.randn(sizes.head_dim, dtype=bench.dtype) for _ in range(2)]
+    angles = bench.randn(sizes.heads, tokens, sizes.head_dim // 2)
+    cos, sin = angles.cos(), angles.sin()
+    both = [torch.cat([turn, turn], dim=-1) for turn in (cos, sin)]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        swapped = torch.cat([-second, first], dim=-1)
+        return (x.to(bench.wide) * both[0] + swapped.to(bench.wide) * both[1]).to(x.dtype)
+
+    def eager():
+        q, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        normed = (F.rms_norm(x, x.shape[-1:], weight, 1e-6) for x, weight in zip((q, key), weights))
+        return [*map(turned, normed), value]
+
+    def ours():
+        return k.qk_rms_norm(qkv, weights, rotary=(cos, sin), rotary_pairs="half")
+
+    return Workload(ours, eager, 2 * nbytes(qkv[:, :, :2]) + nbytes(cos, sin))  # value stays where it is
+
+
 def ada_layer_norm(bench: Bench) -> Workload:
     """The two modulated norms of a dual-attention block."""
     x, (shift, scale, shift2, scale2) = _tokens(bench), _modulation(bench, 4)

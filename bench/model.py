@@ -180,6 +180,7 @@ KERNELS = {
     "group_norm": Kernel(1_610_612_736, 0, 3, 3_221_227_008),
     "fp8_quantize": Kernel(75_563_008, 0, 10, 982_122_496),
     "qk_rms_norm_rotary": Kernel(241_945_856, 0, 32, 5_581_430_016),
+    "qk_rms_norm_rotary_half": Kernel(249_182_208, 0, 34, 6_093_637_888),
     "fp8_linear": Kernel(235_929_600, 309_237_645_312, 1, 0, share=FP8_GEMM, eager_share=GEMM),
     "merge_lora": Kernel(1_877_606_400, 0, 573, 5_407_506_432, 900.0),
     "multi_tensor_adamw": Kernel(751_042_560, 0, 2310, 2_328_245_728),

@@ -35,7 +35,12 @@ REGISTRY: dict[str, Op] = {
         _op("sample_patches", cases_policy, test="patches"),
         _op("score_features", cases_policy),
         _op("hinge_head_loss", cases_policy),
-        _op("qk_rms_norm", cases_layers, qk_rms_norm_rotary=cases_layers.qk_rms_norm_rotary),
+        _op(
+            "qk_rms_norm",
+            cases_layers,
+            qk_rms_norm_rotary=cases_layers.qk_rms_norm_rotary,
+            qk_rms_norm_rotary_half=cases_layers.qk_rms_norm_rotary_half,
+        ),
         _op("ada_layer_norm", cases_layers, ada_layer_norm_backward=cases_layers.ada_layer_norm_backward),
         _op("gated_residual", cases_layers),
         _op("gelu", cases_layers),

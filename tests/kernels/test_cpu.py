@@ -2,10 +2,10 @@
 there is no compiler.
 
 Planted bugs that turned this file red: the mean not taken off before the squares; GELU's slope without the 3 of its
-cube; the text's tokens normed by the image's weights; weights of absent keys left at e^0; a row of keys too few in the
-gradient of v; the second norm's gradient dropped; a group's variance of one channel; the stream left out of Philox's
-key; a broken compiler passed over without a word; sixteen floats as one vector type on a CPU with registers of eight
-(27 times slower).
+cube; the text's tokens normed by the image's weights; neighbours turned where halves are pairs; the first head's table
+for all; weights of absent keys left at e^0; a row of keys too few in the gradient of v; the second norm's gradient
+dropped; a group's variance of one channel; the stream left out of Philox's key; a broken compiler passed over without a
+word; sixteen floats as one vector type on a CPU with registers of eight (27 times slower).
 """
 
 import functools
@@ -114,13 +114,16 @@ def test_gated_residual_within_error_budget(outs, sets, by_token):
 @compiled
 @pytest.mark.parametrize("by_token", [True, False])
 @pytest.mark.parametrize("head_dim", [32, 20])
-@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize(
+    ("pairs", "heads"), [(None, []), *((p, h) for p in ("interleaved", "half") for h in ([], [2]))]
+)
 @pytest.mark.parametrize("text", [0, 4])
-def test_qk_rms_norm_within_error_budget(head_dim, by_token, rotary, text):
+def test_qk_rms_norm_within_error_budget(head_dim, by_token, pairs, heads, text):
     qkv = laid_out((3, 9, 3, 2, head_dim), by_token)
     weights = [torch.randn(head_dim) for _ in range(4)]
-    angles = torch.randn(9, head_dim // 2)
-    more = {"rotary": (angles.cos(), angles.sin()) if rotary else None}
+    angles, more = torch.randn(*heads, 9, head_dim // 2), {}
+    if pairs:
+        more |= {"rotary": (angles.cos(), angles.sin()), "rotary_pairs": pairs}
     if text:
         more |= {"txt_weights": weights[2:], "txt_tokens": text}
 

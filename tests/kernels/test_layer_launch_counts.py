@@ -28,10 +28,13 @@ def launches(interpreted):
 def test_qk_norm_is_one_launch_each_way(launches):
     qkv, txt = (torch.zeros(2, n, 3, 2, 16, requires_grad=True) for n in (5, 3))
     weights, upstream = torch.zeros(4, 16).unbind(), [torch.ones(2, 2, 8, 16)] * 3
+    text = {"txt_qkv": txt, "txt_weights": weights[2:], "backend": "triton"}
+    by_head = {"rotary": [torch.zeros(2, 8, 8)] * 2, "rotary_pairs": "half"}
     with launches:
-        out = qk_rms_norm(qkv, weights[:2], txt_qkv=txt, txt_weights=weights[2:], backend="triton")
-        torch.autograd.grad(out, (qkv, txt), upstream)
-    assert launches.names == ["_qk_rms_norm_fwd_kernel", "_qk_rms_norm_bwd_kernel"]
+        for rotary in ({}, by_head):
+            out = qk_rms_norm(qkv, weights[:2], **text, **rotary)
+            torch.autograd.grad(out, (qkv, txt), upstream)
+    assert launches.names == 2 * ["_qk_rms_norm_fwd_kernel", "_qk_rms_norm_bwd_kernel"]
 
 
 def test_both_modulations_are_one_launch_each_way(launches):

@@ -4,11 +4,14 @@ Planted bugs that turned this file red: text tokens first; q weight on k; image 
 head dim; weight missing in the gradient; layout of the fused gradient ignored; strides of v not looked at; gradients
 of image and text swapped; results stored in another memory order (the process dies); text gradients at the first rows,
 or with another stride; gradients read with the strides of the first; k in place of v. Of the rotation: the same turn
-in the backward; turns of the first tokens for the text; halves as pairs.
+in the backward; turns of the first tokens for the text; halves as pairs. Of halves as pairs: the halves exchanged; the
+same turn in the backward; the second half of v not moved; neighbours turned by the reference. Of tables by head: the
+first head's for all; tables as long as the stream at hand.
 """
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from advgrpo_kernels import _runtime, qk_rms_norm, qk_rms_norm_ref
 from advgrpo_kernels.ops.qk_rms_norm import _qk_rms_norm_op
@@ -48,9 +51,9 @@ def image(function, weights, **settings):
     return lambda qkv, **more: torch.cat(function(qkv, weights[:2], **settings, **more))
 
 
-def turns(tokens, dim, device):
-    """cos and sin of a random angle for every token and pair of the head dim."""
-    angle = torch.randn(tokens, dim // 2, device=device)
+def turns(tokens, dim, device, *heads):
+    """cos and sin of a random angle for every token and pair of the head dim, and where `heads` are given for each."""
+    angle = torch.randn(*heads, tokens, dim // 2, device=device)
     return [angle.cos(), angle.sin()]
 
 
@@ -70,15 +73,17 @@ def test_forward_and_backward_within_error_budget(shape, dtype, form, device):
     assert_within_budget(form(qk_rms_norm, weights, backend="triton"), form(qk_rms_norm_ref, weights), args, dy)
 
 
-@pytest.mark.every_second("shape", "dtype", "form")
+@pytest.mark.every_second("shape", "dtype", "form", "pairs", "by_head")
 @pytest.mark.parametrize("form", [joint, one_tensor, image])
+@pytest.mark.parametrize("by_head", [False, True], ids=["one_table", "by_head"])
+@pytest.mark.parametrize("pairs", ["interleaved", "half"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rotated_forward_and_backward_within_error_budget(shape, dtype, form, device):
+def test_rotated_forward_and_backward_within_error_budget(shape, dtype, pairs, by_head, form, device):
     qkv, txt, weights = inputs(shape, dtype, device)
-    _, T, S, _, D = shape
+    _, T, S, H, D = shape
     args, tokens = ([qkv], T) if form is image else ([qkv, txt], T + S)
-    settings = {"rotary": turns(tokens, D, device)}
+    settings = {"rotary": turns(tokens, D, device, *[H] * by_head), "rotary_pairs": pairs}
     dy = gradient_like(shape, dtype, device, text=form is not image)
     kernel = form(qk_rms_norm, weights, backend="triton", **settings)
     assert_within_budget(kernel, form(qk_rms_norm_ref, weights, **settings), args, dy)
@@ -122,6 +127,80 @@ def test_attention_inputs_of_flux(backend, device, monkeypatch):
             got = qk_rms_norm(qkv, norms, rotary=rotary, **text, backend=backend)
         expected = [t.roll(-3, 2) for t in seen[-1]]
         torch.testing.assert_close(list(got), expected, rtol=1e-5, atol=3e-6)
+
+
+def assert_turned_as(stock, rotary, pairs, backend, device, shape=(2, 7, 3, 20)):
+    """query, key and the gradient of qkv as of PyTorch's norm and `stock`, which turns [B, H, T, D]."""
+    B, T, H, D = shape
+    qkv, weights = torch.randn(B, T, 3, H, D, device=device, requires_grad=True), torch.randn(2, D, device=device)
+    upstream = list(torch.randn(3, B, H, T, D, device=device))
+
+    def with_gradient(out):
+        return [*out, *torch.autograd.grad(out, qkv, upstream)]
+
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    q, k = (F.rms_norm(x, (D,), weight, 1e-6) for x, weight in zip((q, k), weights))
+    expected = with_gradient([*stock(q, k), v])
+    got = with_gradient(qk_rms_norm(qkv, weights.unbind(), rotary=rotary, rotary_pairs=pairs, backend=backend))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_halves_are_turned_as_llama_turns_them(backend, device):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    cos, sin = turns(7, 20, device)
+    both = [torch.cat([table, table], dim=-1)[None] for table in (cos, sin)]
+    assert_turned_as(lambda q, k: llama.apply_rotary_pos_emb(q, k, *both), (cos, sin), "half", backend, device)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("pairs", ["interleaved", "half"])
+def test_pairs_are_turned_as_diffusers_turns_them(pairs, backend, device):
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    cos, sin = turns(7, 20, device)
+    interleaved = pairs == "interleaved"
+    both = [t.repeat_interleave(2, dim=-1) if interleaved else torch.cat([t, t], dim=-1) for t in (cos, sin)]
+
+    def stock(*heads):
+        dim = -1 if interleaved else -2
+        return [embeddings.apply_rotary_emb(x, both, use_real_unbind_dim=dim) for x in heads]
+
+    assert_turned_as(stock, (cos, sin), pairs, backend, device)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("pairs", ["interleaved", "half"])
+def test_tables_by_head_turn_as_those_of_ltx2(pairs, backend, device):
+    """Its own tables, whose angles go on from head to head: [B, H, T, D/2] of halves, [B, T, H·D] of neighbours."""
+    ltx = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
+    H, D = 3, 20
+    form = {"rope_type": "split" if pairs == "half" else "interleaved", "num_attention_heads": H}
+    tables = ltx.LTX2AudioVideoRotaryPosEmbed(H * D, **form)(torch.rand(1, 3, 7, device=device) * 20)
+    if pairs == "half":
+        rotary = [table[0] for table in tables]
+        turn = ltx.apply_split_rotary_emb
+    else:
+        rotary = [table[0].unflatten(-1, (H, D))[..., ::2].transpose(0, 1) for table in tables]
+
+        def turn(x, tables):
+            side_by_side = x.transpose(1, 2).flatten(2)
+            return ltx.apply_interleaved_rotary_emb(side_by_side, tables).unflatten(-1, (H, D)).transpose(1, 2)
+
+    assert not torch.equal(rotary[0][0], rotary[0][1])
+    assert_turned_as(lambda *heads: [turn(x, tables) for x in heads], rotary, pairs, backend, device)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("pairs", ["interleaved", "half"])
+def test_equal_tables_by_head_give_the_bits_of_one_table(pairs, backend, device):
+    qkv, txt, weights = inputs((2, 6, 4, 3, 16), torch.float32, device)
+    one = turns(10, 16, device)
+    results = []
+    for rotary in (one, [table.expand(3, -1, -1) for table in one]):
+        settings = {"rotary": rotary, "rotary_pairs": pairs, "backend": backend}
+        out = joint(qk_rms_norm, weights, **settings)(qkv, txt)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (qkv, txt))])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.gpu
@@ -199,11 +278,12 @@ def test_memory_order_changes_no_bit_and_is_kept(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(t.permute(2, 0, 1, 3).is_contiguous() for t in found[:2])
     assert found[2].data_ptr() == one[:, :, 2].data_ptr()
-    rotary = turns(10, 16, device)
-    turned = with_gradients(qk_rms_norm(qkv, weights[:2], txt_qkv=txt, rotary=rotary, **text))
-    found = with_gradients(qk_rms_norm(one, weights[:2], txt_tokens=4, rotary=rotary, **text))
-    assert all(torch.equal(a, b) for a, b in zip(found, turned, strict=True))
-    assert all(t.permute(2, 0, 1, 3).is_contiguous() for t in found[:2])
+    for pairs, heads in (("interleaved", []), ("half", [2])):
+        turning = {"rotary": turns(10, 16, device, *heads), "rotary_pairs": pairs}
+        turned = with_gradients(qk_rms_norm(qkv, weights[:2], txt_qkv=txt, **turning, **text))
+        found = with_gradients(qk_rms_norm(one, weights[:2], txt_tokens=4, **turning, **text))
+        assert all(torch.equal(a, b) for a, b in zip(found, turned, strict=True))
+        assert all(t.permute(2, 0, 1, 3).is_contiguous() for t in found[:2])
     two = [t.transpose(0, 1) for t in token_first]
     found = with_gradients(qk_rms_norm(two[0], weights[:2], txt_qkv=two[1], **text))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -236,17 +316,19 @@ def test_views_and_mixed_dtypes(device):
 def test_opcheck(device):
     qkv, txt, weights = inputs((2, 3, 2, 2, 16), torch.float32, device)
     image_weights, text_weights = list(weights[:2]), list(weights[2:])
-    torch.library.opcheck(_qk_rms_norm_op, ([qkv], image_weights, [txt], text_weights, [], 0, 1e-6))
+    torch.library.opcheck(_qk_rms_norm_op, ([qkv], image_weights, [txt], text_weights, [], 0, 1e-6, False))
     parts = [part.detach().clone().requires_grad_() for part in qkv.unbind(2)]
-    torch.library.opcheck(_qk_rms_norm_op, (parts[:2], image_weights, [], [], [], 0, 1e-6))
+    torch.library.opcheck(_qk_rms_norm_op, (parts[:2], image_weights, [], [], [], 0, 1e-6, False))
     parts = [part.transpose(0, 1).contiguous().transpose(0, 1).detach().requires_grad_() for part in parts[:2]]
-    torch.library.opcheck(_qk_rms_norm_op, (parts, image_weights, [], text_weights, turns(3, 16, device), 1, 1e-6))
+    by_head = turns(3, 16, device, 2)
+    torch.library.opcheck(_qk_rms_norm_op, (parts, image_weights, [], text_weights, by_head, 1, 1e-6, True))
 
 
 def test_compiles_without_graph_break(device):
     qkv, txt, weights = inputs((2, 3, 2, 2, 16), torch.float32, device)
-    for form in (joint, one_tensor):
-        function = form(qk_rms_norm, weights, backend="triton")
+    turning = {"rotary": turns(5, 16, device, 2), "rotary_pairs": "half"}
+    for form, settings in ((joint, {}), (one_tensor, turning)):
+        function = form(qk_rms_norm, weights, backend="triton", **settings)
         compiled = torch.compile(lambda *a, f=function: f(*a).sin().sum(), fullgraph=True, backend="aot_eager")
         got = torch.autograd.grad(compiled(qkv, txt), (qkv, txt))
         torch.testing.assert_close(got, torch.autograd.grad(function(qkv, txt).sin().sum(), (qkv, txt)))
@@ -281,10 +363,23 @@ def test_bad_arguments_raise(device):
         qk_rms_norm(qkv, weights[:2], txt_qkv=txt[:1], **text)
     with pytest.raises(ValueError, match="q, k and v must have one dtype"):
         qk_rms_norm([qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2].half()], weights[:2])
-    with pytest.raises(ValueError, match=r"rotary\[1\] must be float32 \[3, 16/2\] on .*, got torch\.float16 \[3, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"rotary\[1\] must be float32 \[3, 16/2\], or .*, got torch\.float16 \[3, 8\]"
+    ):
         qk_rms_norm(qkv, weights[:2], rotary=(turns(3, 16, device)[0], turns(3, 16, device)[1].half()))
     with pytest.raises(ValueError, match=r"rotary\[0\] must be float32 \[5, 16/2\]"):
         qk_rms_norm(qkv, weights[:2], txt_qkv=txt, rotary=turns(3, 16, device), **text)
+    with pytest.raises(
+        ValueError, match=r"\[3, 16/2\], or \[2, 3, 16/2\] by head, on .*, got torch\.float32 \[3, 3, 8\]"
+    ):
+        qk_rms_norm(qkv, weights[:2], rotary=turns(3, 16, device, 3))
+    with pytest.raises(ValueError, match=r"cos and sin must have one shape, got \[\[3, 8\], \[2, 3, 8\]\]"):
+        qk_rms_norm(qkv, weights[:2], rotary=(turns(3, 16, device)[0], turns(3, 16, device, 2)[1]))
+    for function in (qk_rms_norm, qk_rms_norm_ref):
+        with pytest.raises(ValueError, match="rotary_pairs = 'halves': want one of 'interleaved', 'half'"):
+            function(qkv, weights[:2], rotary=turns(3, 16, device), rotary_pairs="halves")
+        with pytest.raises(ValueError, match="rotary_pairs = 'half' goes with rotary, which is missing"):
+            function(qkv, weights[:2], rotary_pairs="half")
     with pytest.raises(ValueError, match=r"rotary must be \(cos, sin\), got 1 tensors"):
         qk_rms_norm(qkv, weights[:2], rotary=turns(3, 16, device)[:1])
     with pytest.raises(RuntimeError, match="has no gradient for"):

@@ -69,6 +69,7 @@ def layer_ops(x: Tensor, row: Tensor, flag: bool) -> None:
     assert_type(k.gated_residual(x, x, row, shift=row, scale=row, quantize=flag), Residual)
     inputs = k.qk_rms_norm(x, (row, row))
     assert_type(inputs, k.AttentionInputs)
+    assert_type(k.qk_rms_norm(x, (row, row), rotary=(x, x), rotary_pairs="half"), k.AttentionInputs)
     assert_type(inputs.query, Tensor)
     assert_type(k.fp8_quantize(x), k.Fp8Tensor)
     assert_type(k.fp8_linear(x, k.fp8_quantize(x)), Tensor)
@@ -87,4 +88,5 @@ def refused(x: Tensor, row: Tensor, many: Sequence[Tensor]) -> None:
     k.gelu(many)  # ty: ignore[invalid-argument-type]
     k.gaussian_step(x, row)  # ty: ignore[missing-argument]
     k.fp8_linear(x, x)  # ty: ignore[invalid-argument-type]
+    k.qk_rms_norm(x, (row, row), rotary=(x, x), rotary_pairs="halves")  # ty: ignore[invalid-argument-type]
     k.transition_coefficients([1.0, 0.0], dynamics=torch.float32, noise_level=0.8)  # ty: ignore[invalid-argument-type]

@@ -6,6 +6,8 @@ using namespace advgrpo;
 
 struct Tokens {
   int64_t B, T, H, D, images;                        // of T tokens the first `images` are the image's, the others text
+  int64_t turn_stride_h;                             // of cos and sin, 0 where one table is all heads'
+  int64_t halves;                                    // whether pairs are (i, i + D/2), not neighbours
   int64_t x_stride_b, x_stride_t, x_stride_part;     // of q, k and v
   int64_t out_stride_b, out_stride_h, out_stride_t;  // of query and key, or of their and value's gradients
   int64_t grad_stride_b, grad_stride_t, grad_stride_part;  // of the gradients of q, k and v
@@ -34,11 +36,22 @@ INLINE float inverse_rms(const float *x, int64_t D, float eps) {
   return 1.0f / std::sqrt(sum(squares) / D + eps);
 }
 
-INLINE void turn(float *x, const float *cos, const float *sin, float direction, int64_t D) {
-  for (int64_t i = 0; i < D / 2; ++i) {
-    const float even = x[2 * i], odd = x[2 * i + 1], s = direction * sin[i];
-    x[2 * i] = even * cos[i] - odd * s;
-    x[2 * i + 1] = odd * cos[i] + even * s;
+template <int STEP>
+INLINE void turn_pairs(float *first, float *second, const float *cos, const float *sin, float direction, int64_t pairs) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float x = first[STEP * i], y = second[STEP * i], s = direction * sin[i];
+    first[STEP * i] = x * cos[i] - y * s;
+    second[STEP * i] = y * cos[i] + x * s;
+  }
+}
+
+// A head of token t, on by direction = 1 and back by -1.
+INLINE void turn(float *x, const float *cos, const float *sin, float direction, int64_t h, int64_t t, const Tokens &s) {
+  const int64_t pairs = s.D / 2, at = h * s.turn_stride_h + t * pairs;
+  if (s.halves) {
+    turn_pairs<1>(x, x + pairs, cos + at, sin + at, direction, pairs);
+  } else {
+    turn_pairs<2>(x, x + 1, cos + at, sin + at, direction, pairs);
   }
 }
 
@@ -52,18 +65,18 @@ extern "C" void advgrpo_qk_rms_norm(const float *x, const Weights *weights, cons
   const Weights w = *weights;
   each_token(s, 4 * s.H * s.D, threads, [=](int64_t b, int64_t t) {
     const bool image = t < s.images;
-    const auto norm = [=](const float *x, const float *weight, float *y) {
+    const auto norm = [=](const float *x, const float *weight, float *y, int64_t h) {
       const float inverse = inverse_rms(x, s.D, eps);
       pieces(s.D, [=](int64_t d, auto count) {
         store(y + d, load(x + d, count) * inverse * load(weight + d, count), count);
       });
-      if (cos) turn(y, cos + t * (s.D / 2), sin + t * (s.D / 2), 1.0f, s.D);
+      if (cos) turn(y, cos, sin, 1.0f, h, t, s);
     };
     for (int64_t h = 0; h < s.H; ++h) {
       const float *q = x + b * s.x_stride_b + t * s.x_stride_t + h * s.D;
       const int64_t to = b * s.out_stride_b + h * s.out_stride_h + t * s.out_stride_t;
-      norm(q, image ? w.q : w.text_q, query + to);
-      norm(q + s.x_stride_part, image ? w.k : w.text_k, key + to);
+      norm(q, image ? w.q : w.text_q, query + to, h);
+      norm(q + s.x_stride_part, image ? w.k : w.text_k, key + to, h);
     }
   });
 }
@@ -75,9 +88,9 @@ extern "C" void advgrpo_qk_rms_norm_backward(const float *x, const Weights *weig
   const Weights w = *weights;
   each_token(s, 8 * s.H * s.D, threads, [=](int64_t b, int64_t t) {
     const bool image = t < s.images;
-    const auto norm_backward = [=](const float *x, const float *weight, const float *y_grad, float *grad) {
+    const auto norm_backward = [=](const float *x, const float *weight, const float *y_grad, float *grad, int64_t h) {
       copy(y_grad, grad, s.D);
-      if (cos) turn(grad, cos + t * (s.D / 2), sin + t * (s.D / 2), -1.0f, s.D);
+      if (cos) turn(grad, cos, sin, -1.0f, h, t, s);
       const float inverse = inverse_rms(x, s.D, eps);
       Lanes products = {};
       pieces(s.D, [&](int64_t d, auto count) {
@@ -93,8 +106,8 @@ extern "C" void advgrpo_qk_rms_norm_backward(const float *x, const Weights *weig
       const float *q = x + b * s.x_stride_b + t * s.x_stride_t + h * s.D;
       float *q_grad = x_grad + b * s.grad_stride_b + t * s.grad_stride_t + h * s.D;
       const int64_t from = b * s.out_stride_b + h * s.out_stride_h + t * s.out_stride_t;
-      norm_backward(q, image ? w.q : w.text_q, query_grad + from, q_grad);
-      norm_backward(q + s.x_stride_part, image ? w.k : w.text_k, key_grad + from, q_grad + s.grad_stride_part);
+      norm_backward(q, image ? w.q : w.text_q, query_grad + from, q_grad, h);
+      norm_backward(q + s.x_stride_part, image ? w.k : w.text_k, key_grad + from, q_grad + s.grad_stride_part, h);
       copy(value_grad + from, q_grad + 2 * s.grad_stride_part, s.D);
     }
   });

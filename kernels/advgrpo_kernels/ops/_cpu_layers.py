@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .. import _cpu
 from ._layers import shared_stride
 from ._residual_norm import _ordered, _two, token_major
+from ._rotary import is_by_head
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
@@ -186,10 +188,17 @@ def group_norm(
     return y
 
 
+class Turns(NamedTuple):
+    """Rotary embedding: see `_rotary.py`."""
+
+    tables: Sequence[torch.Tensor]  # cos and sin [T, D/2], or [H, T, D/2] by head; or none, and nothing is turned
+    halves: bool  # pairs are (i, i + D/2), not neighbours
+
+
 def qk_rms_norm(
     qkv: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    rotary: Sequence[torch.Tensor],
+    turns: Turns,
     images: int,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -200,10 +209,9 @@ def qk_rms_norm(
     Args:
         qkv: [B, T, 3, H, D] with dense heads.
         weights: of the image's q and k, and of the text's where there are tokens beyond the first `images`; [D], dense.
-        rotary: cos and sin [T, D/2], or nothing.
     """
-    tokens = _tokens(qkv, images, query.stride(), (0, 0, 0))
-    pointers = map(address, (*_two(rotary), query, key))
+    tokens = _tokens(qkv, images, turns, query.stride(), (0, 0, 0))
+    pointers = map(address, (*_two(turns.tables), query, key))
     run = _cpu.library().advgrpo_qk_rms_norm
     run(qkv.data_ptr(), _addresses(weights), *pointers, tokens, eps, torch.get_num_threads())
 
@@ -211,23 +219,24 @@ def qk_rms_norm(
 def qk_rms_norm_backward(
     qkv: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    rotary: Sequence[torch.Tensor],
+    turns: Turns,
     images: int,
     grads: Sequence[torch.Tensor],
     qkv_grad: torch.Tensor,
     eps: float,
 ) -> None:
     """Write the gradient of qkv [B, T, 3, H, D] from those of query, key and value, of common strides."""
-    tokens = _tokens(qkv, images, grads[0].stride(), qkv_grad.stride())
-    pointers = map(address, (*_two(rotary), *grads, qkv_grad))
+    tokens = _tokens(qkv, images, turns, grads[0].stride(), qkv_grad.stride())
+    pointers = map(address, (*_two(turns.tables), *grads, qkv_grad))
     run = _cpu.library().advgrpo_qk_rms_norm_backward
     run(qkv.data_ptr(), _addresses(weights), *pointers, tokens, eps, torch.get_num_threads())
 
 
-def _tokens(qkv: torch.Tensor, images: int, out: Sequence[int], grad: Sequence[int]) -> ctypes.Array:
+def _tokens(qkv: torch.Tensor, images: int, turns: Turns, out: Sequence[int], grad: Sequence[int]) -> ctypes.Array:
     """The struct of that name, from the strides of query (or its gradient) and of the gradient of qkv."""
     B, T, _, H, D = qkv.shape
-    return integers(B, T, H, D, images, *qkv.stride()[:3], *out[:3], *grad[:3])
+    turn_stride_h = T * D // 2 if is_by_head(turns.tables) else 0
+    return integers(B, T, H, D, images, turn_stride_h, turns.halves, *qkv.stride()[:3], *out[:3], *grad[:3])
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array:

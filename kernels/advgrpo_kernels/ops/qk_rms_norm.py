@@ -1,8 +1,8 @@
 """RMSNorm of q and k over the head dim, with rotary embedding where it is given, ready for attention.
 
     n = x·w/sqrt(mean(x²) + eps)                 image tokens first, then text tokens
-    q[b, h, t, 2i]     = n[2i]·cos[t, i] - n[2i + 1]·sin[t, i]       (rotary; else q = n)
-    q[b, h, t, 2i + 1] = n[2i + 1]·cos[t, i] + n[2i]·sin[t, i]
+    q[b, h, t, j] = n[j]·cos[t, i] - n[k]·sin[t, i]       (rotary, of pair i = (j, k); else q = n)
+    q[b, h, t, k] = n[k]·cos[t, i] + n[j]·sin[t, i]
 
 One launch stands for the four norms, three concatenations and the transposes of SD3.5's joint attention (diffusers'
 JointAttnProcessor2_0), and for two rotations besides of FLUX.1's (FluxAttnProcessor; arXiv 2104.09864); without a
@@ -10,12 +10,12 @@ context it serves the image-only second attention of the dual blocks. v is moved
 tensors; where both streams' linears wrote into one, it is read in place.
 
 Legend:   B images, T image tokens, S text tokens, H heads, D head dim.
-          cos, sin [T + S, D/2] float32, of neighbouring elements as pairs.
+          Pairs (2i, 2i + 1), or of halves (i, i + D/2); cos, sin [T + S, D/2] float32, or [H, T + S, D/2] by head.
           qkv [B, T, 3, H, D] (one linear) or three [B, T, H, D] -> query, key, value [B, H, T + S, D]
 Memory:   heads lie side by side, as in qkv: query and key are views of [B, T + S, H, D], or of [T + S, B, H, D] where
           qkv is a transposed [T, B, ...]. Attention that keeps the order of its query needs no copy before to_out.
 Numerics: float32 inside, one rounding; diffusers rounds again before the product with a half-precision weight, and
-          before the rotation.
+          before the rotation. Of halves a sum adds both of a pair first, so its last bit may be another.
 Gradient: of the activations, in the layout they came in; the norm weights are frozen.
 """
 
@@ -32,6 +32,7 @@ from .._runtime import HAS_TRITON, check_tensors, device_guard
 from .._tuning import Launch, launch_of
 from . import _cpu_layers
 from ._layers import FLOATS, check_float, given, pick_layer_backend
+from ._rotary import RotaryPairs, check_pairs, check_rotary, is_by_head, turned_ref
 
 __all__ = ["AttentionInputs", "qk_rms_norm", "qk_rms_norm_ref"]
 
@@ -47,49 +48,16 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    @triton.jit
-    def _rotated(x, cos, sin):
-        """Tile [R, D] with its pairs of neighbours turned by [R, D/2]; the inverse turn with -sin."""
-        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (x.shape[0], x.shape[1]))
-
-    @triton.jit
-    def _turns_of_tile(cos_ptr, sin_ptr, token, valid, D, BLOCK_D: tl.constexpr):
-        """cos and sin [R, D/2] of each row's token."""
-        pair = tl.arange(0, BLOCK_D // 2)
-        at = (token * (D // 2))[:, None] + pair[None, :]
-        mask = valid[:, None] & (pair < D // 2)[None, :]
-        return tl.load(cos_ptr + at, mask=mask, other=1.0), tl.load(sin_ptr + at, mask=mask, other=0.0)
-
-    @triton.jit
-    def _norm_rows(x_ptr, weight_ptr, out_ptr, cos, sin, load_at, store_at, mask, d, D, eps):
-        x = tl.load(x_ptr + load_at, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        y = x * inverse * weight
-        if cos is not None:
-            y = _rotated(y, cos, sin)
-        tl.store(out_ptr + store_at, y.to(out_ptr.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _norm_rows_bwd(x_ptr, weight_ptr, grad_ptr, x_grad_ptr, cos, sin, at_x, at_grad, at_x_grad, mask, d, D, eps):
-        x = tl.load(x_ptr + at_x, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        grad = tl.load(grad_ptr + at_grad, mask=mask, other=0.0).to(tl.float32)
-        if cos is not None:
-            grad = _rotated(grad, cos, -sin)
-        grad = grad * weight
-        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        normed = x * inverse
-        x_grad = inverse * (grad - normed * (tl.sum(grad * normed, axis=1) / D)[:, None])
-        tl.store(x_grad_ptr + at_x_grad, x_grad.to(x_grad_ptr.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _rows_of_tile(tile, first_token, T, H, BLOCK_R: tl.constexpr):
-        """(token, head, token among image + text, valid) of a tile of (token, head) pairs, heads running fastest."""
-        row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        t = (row // H).to(tl.int64)
-        return t, row % H, first_token + t, row < T * H
+    from ._qk_rows import (
+        copy_rows,
+        lanes_of_tile,
+        norm_halves,
+        norm_halves_bwd,
+        norm_rows,
+        norm_rows_bwd,
+        rows_of_tile,
+        turns_of_tile,
+    )
 
     @triton.jit
     def _qk_rms_norm_fwd_kernel(
@@ -119,11 +87,13 @@ if HAS_TRITON:
         out_stride_b,
         out_stride_t,
         eps,
+        BY_HEAD: tl.constexpr,
+        HALVES: tl.constexpr,
         BLOCK_R: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
         b = tl.program_id(1).to(tl.int64)
-        tile, first_token = tl.program_id(0), 0
+        tile, first_token, tokens = tl.program_id(0), 0, T + S
         if txt_q_ptr is not None:
             txt = tile >= tl.cdiv(T * H, BLOCK_R)
             tile -= tl.where(txt, tl.cdiv(T * H, BLOCK_R), 0)
@@ -135,18 +105,24 @@ if HAS_TRITON:
             q_weight_ptr = tl.where(txt, txt_q_weight_ptr, q_weight_ptr)
             k_weight_ptr = tl.where(txt, txt_k_weight_ptr, k_weight_ptr)
             stride_b, stride_t = tl.where(txt, txt_stride_b, stride_b), tl.where(txt, txt_stride_t, stride_t)
-        t, h, token, valid = _rows_of_tile(tile, first_token, T, H, BLOCK_R)
-        d = tl.arange(0, BLOCK_D)
-        mask = valid[:, None] & (d < D)[None, :]
+        t, h, token, valid = rows_of_tile(tile, first_token, T, H, BLOCK_R)
+        d, exists = lanes_of_tile(D, HALVES, BLOCK_D)
+        mask = valid[:, None] & exists[None, :]
         load_at = (b * stride_b + t * stride_t + h * D)[:, None] + d[None, :]
         store_at = (b * out_stride_b + token * out_stride_t + h * D)[:, None] + d[None, :]
-        cos, sin = None, None
+        cos = None  # one by one: Triton 3.3 has no pairs of None
+        sin = None
         if cos_ptr is not None:
-            cos, sin = _turns_of_tile(cos_ptr, sin_ptr, token, valid, D, BLOCK_D)
-        _norm_rows(q_ptr, q_weight_ptr, query_ptr, cos, sin, load_at, store_at, mask, d, D, eps)
-        _norm_rows(k_ptr, k_weight_ptr, key_ptr, cos, sin, load_at, store_at, mask, d, D, eps)
+            turn = token + h * tokens if BY_HEAD else token
+            cos, sin = turns_of_tile(cos_ptr, sin_ptr, turn, valid, D, BLOCK_D)
+        if HALVES:
+            norm_halves(q_ptr, q_weight_ptr, query_ptr, cos, sin, load_at, store_at, mask, d, D, eps)
+            norm_halves(k_ptr, k_weight_ptr, key_ptr, cos, sin, load_at, store_at, mask, d, D, eps)
+        else:
+            norm_rows(q_ptr, q_weight_ptr, query_ptr, cos, sin, load_at, store_at, mask, d, D, eps)
+            norm_rows(k_ptr, k_weight_ptr, key_ptr, cos, sin, load_at, store_at, mask, d, D, eps)
         if value_ptr is not None:
-            tl.store(value_ptr + store_at, tl.load(v_ptr + load_at, mask=mask, other=0.0), mask=mask)
+            copy_rows(v_ptr, value_ptr, load_at, store_at, mask, D, HALVES)
 
     @triton.jit
     def _qk_rms_norm_bwd_kernel(
@@ -185,11 +161,13 @@ if HAS_TRITON:
         txt_x_grad_stride_b,
         txt_x_grad_stride_t,
         eps,
+        BY_HEAD: tl.constexpr,
+        HALVES: tl.constexpr,
         BLOCK_R: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
         b = tl.program_id(1).to(tl.int64)
-        tile, first_token = tl.program_id(0), 0
+        tile, first_token, tokens = tl.program_id(0), 0, T + S
         if txt_q_ptr is not None:
             txt = tile >= tl.cdiv(T * H, BLOCK_R)
             tile -= tl.where(txt, tl.cdiv(T * H, BLOCK_R), 0)
@@ -207,20 +185,33 @@ if HAS_TRITON:
             stride_b, stride_t = tl.where(txt, txt_stride_b, stride_b), tl.where(txt, txt_stride_t, stride_t)
             x_grad_stride_b = tl.where(txt, txt_x_grad_stride_b, x_grad_stride_b)
             x_grad_stride_t = tl.where(txt, txt_x_grad_stride_t, x_grad_stride_t)
-        t, h, token, valid = _rows_of_tile(tile, first_token, T, H, BLOCK_R)
-        d = tl.arange(0, BLOCK_D)
-        mask = valid[:, None] & (d < D)[None, :]
+        t, h, token, valid = rows_of_tile(tile, first_token, T, H, BLOCK_R)
+        d, exists = lanes_of_tile(D, HALVES, BLOCK_D)
+        mask = valid[:, None] & exists[None, :]
         x_at = (b * stride_b + t * stride_t + h * D)[:, None] + d[None, :]
         load_at = (b * grad_stride_b + h * grad_stride_h + token * grad_stride_t)[:, None] + d[None, :]
         store_at = (b * x_grad_stride_b + t * x_grad_stride_t + h * D)[:, None] + d[None, :]
-        cos, sin = None, None
+        cos = None  # one by one: Triton 3.3 has no pairs of None
+        sin = None
         if cos_ptr is not None:
-            cos, sin = _turns_of_tile(cos_ptr, sin_ptr, token, valid, D, BLOCK_D)
-        at = x_at, load_at, store_at
-        _norm_rows_bwd(q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, cos, sin, at[0], at[1], at[2], mask, d, D, eps)
-        _norm_rows_bwd(k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, cos, sin, at[0], at[1], at[2], mask, d, D, eps)
+            turn = token + h * tokens if BY_HEAD else token
+            cos, sin = turns_of_tile(cos_ptr, sin_ptr, turn, valid, D, BLOCK_D)
+        if HALVES:
+            norm_halves_bwd(
+                q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, cos, sin, x_at, load_at, store_at, mask, d, D, eps
+            )
+            norm_halves_bwd(
+                k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, cos, sin, x_at, load_at, store_at, mask, d, D, eps
+            )
+        else:
+            norm_rows_bwd(
+                q_ptr, q_weight_ptr, query_grad_ptr, q_grad_ptr, cos, sin, x_at, load_at, store_at, mask, d, D, eps
+            )
+            norm_rows_bwd(
+                k_ptr, k_weight_ptr, key_grad_ptr, k_grad_ptr, cos, sin, x_at, load_at, store_at, mask, d, D, eps
+            )
         if value_grad_ptr is not None:
-            tl.store(v_grad_ptr + store_at, tl.load(value_grad_ptr + load_at, mask=mask, other=0.0), mask=mask)
+            copy_rows(value_grad_ptr, v_grad_ptr, load_at, store_at, mask, D, HALVES)
 
 
 class AttentionInputs(NamedTuple):
@@ -287,11 +278,11 @@ def _pad(tensors: Sequence[torch.Tensor], count: int) -> list[torch.Tensor | Non
 @torch.library.custom_op(add_op_namespace_prefix("qk_rms_norm"), mutates_args=())
 def _qk_rms_norm_op(
     qkv: List[torch.Tensor], weights: List[torch.Tensor], txt_qkv: List[torch.Tensor], txt_weights: List[torch.Tensor],
-    rotary: List[torch.Tensor], txt_tokens: int, eps: float,
+    rotary: List[torch.Tensor], txt_tokens: int, eps: float, halves: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Query, key, value. Two tensors: one fused or three each. One stream or a joint one: (q, k), value empty.
 
-    `rotary` is cos and sin, or nothing.
+    `rotary` is cos and sin, of all heads or by head, or nothing; `halves`, that pairs are (i, i + D/2), goes with them.
     """
     query, key, value = _outputs(qkv, txt_qkv)
     parts, txt = _streams(qkv, txt_qkv, txt_tokens)
@@ -305,6 +296,8 @@ def _qk_rms_norm_op(
                 *_pad(rotary, 2),
                 *(query, key, value if txt_qkv else None),
                 *(*sizes, query.stride(0), query.stride(2), eps),
+                BY_HEAD=is_by_head(rotary),
+                HALVES=halves,
                 BLOCK_R=rows,
                 BLOCK_D=triton.next_power_of_2(sizes[3]),
                 num_warps=warps,
@@ -313,7 +306,7 @@ def _qk_rms_norm_op(
 
 
 @_qk_rms_norm_op.register_fake
-def _(qkv, weights, txt_qkv, txt_weights, rotary, txt_tokens, eps):
+def _(qkv, weights, txt_qkv, txt_weights, rotary, txt_tokens, eps, halves):
     return tuple(_outputs(qkv, txt_qkv))
 
 
@@ -329,7 +322,7 @@ def _with_common_strides(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 @torch.library.custom_op(add_op_namespace_prefix("qk_rms_norm_backward"), mutates_args=())
 def _qk_rms_norm_backward_op(
     grads: List[torch.Tensor], qkv: List[torch.Tensor], weights: List[torch.Tensor], txt_qkv: List[torch.Tensor],
-    txt_weights: List[torch.Tensor], rotary: List[torch.Tensor], txt_tokens: int, eps: float,
+    txt_weights: List[torch.Tensor], rotary: List[torch.Tensor], txt_tokens: int, eps: float, halves: bool,
 ) -> List[torch.Tensor]:  # fmt: skip
     """Gradients of the tensors in qkv, then of those in txt_qkv, in one launch; a fused qkv needs that of value."""
     results = _results(qkv, txt_qkv)
@@ -346,6 +339,8 @@ def _qk_rms_norm_backward_op(
                 *_pad(rotary, 2),
                 *(*_pad(grads, 3), *_pad(x_grads, 3), *_pad(txt_grads, 3)),
                 *(*sizes, *grads[0].stride()[:3], *_row_strides(x_grads, txt_grads), eps),
+                BY_HEAD=is_by_head(rotary),
+                HALVES=halves,
                 BLOCK_R=rows,
                 BLOCK_D=triton.next_power_of_2(sizes[3]),
                 num_warps=warps,
@@ -354,12 +349,12 @@ def _qk_rms_norm_backward_op(
 
 
 @_qk_rms_norm_backward_op.register_fake
-def _(grads, qkv, weights, txt_qkv, txt_weights, rotary, txt_tokens, eps):
+def _(grads, qkv, weights, txt_qkv, txt_weights, rotary, txt_tokens, eps, halves):
     return _results(qkv, txt_qkv)
 
 
 def _setup_context(ctx, inputs, output):
-    *groups, ctx.txt_tokens, ctx.eps = inputs
+    groups, ctx.settings = inputs[:5], inputs[5:]
     ctx.counts = [len(group) for group in groups]
     ctx.save_for_backward(*(tensor for group in groups for tensor in group))
 
@@ -370,9 +365,9 @@ def _backward(ctx, *grads):
         groups.append(saved[:count])
         saved = saved[count:]
     images, weights, texts, txt_weights, turns = ctx.counts
-    results = _qk_rms_norm_backward_op(list(grads[: 3 if texts else 2]), *groups, ctx.txt_tokens, ctx.eps)
+    results = _qk_rms_norm_backward_op(list(grads[: 3 if texts else 2]), *groups, *ctx.settings)
     nothing = [None] * weights, [None] * txt_weights, [None] * turns
-    return results[:images], nothing[0], results[images:], *nothing[1:], None, None
+    return results[:images], nothing[0], results[images:], *nothing[1:], None, None, None
 
 
 _qk_rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
@@ -382,12 +377,12 @@ class _ValueInPlace(torch.autograd.Function):
     """The op on q and k of a fused tensor, with v a view of it: one kernel then writes the whole gradient."""
 
     @staticmethod
-    def forward(ctx, qkv, txt_tokens, eps, turns, *tensors):
+    def forward(ctx, qkv, txt_tokens, eps, halves, turns, *tensors):
         """tensors: cos and sin where `turns` is 2, not 0, then the weights."""
-        ctx.txt_tokens, ctx.eps, ctx.turns = txt_tokens, eps, turns
+        ctx.settings, ctx.turns = (txt_tokens, eps, halves), turns
         ctx.save_for_backward(qkv, *tensors)
         q_and_k, rotary, weights = list(qkv.unbind(2)[:2]), list(tensors[:turns]), list(tensors[turns:])
-        query, key, _ = _qk_rms_norm_op(q_and_k, weights[:2], [], weights[2:], rotary, txt_tokens, eps)
+        query, key, _ = _qk_rms_norm_op(q_and_k, weights[:2], [], weights[2:], rotary, *ctx.settings)
         return query, key, qkv.select(2, 2).transpose(1, 2)
 
     @staticmethod
@@ -395,35 +390,37 @@ class _ValueInPlace(torch.autograd.Function):
         qkv, *tensors = ctx.saved_tensors
         weights = tensors[ctx.turns :]
         groups = [qkv], weights[:2], [], weights[2:], tensors[: ctx.turns]
-        (grad,) = _qk_rms_norm_backward_op(list(grads), *groups, ctx.txt_tokens, ctx.eps)
-        return grad, None, None, None, *[None] * len(tensors)
+        (grad,) = _qk_rms_norm_backward_op(list(grads), *groups, *ctx.settings)
+        return grad, None, None, None, None, *[None] * len(tensors)
 
 
 class _OnCpu(torch.autograd.Function):
     """The same by the CPU's kernel."""
 
     @staticmethod
-    def forward(ctx, qkv, txt_tokens, eps, turns, *tensors):
+    def forward(ctx, qkv, txt_tokens, eps, halves, turns, *tensors):
         """tensors: cos and sin where `turns` is 2, not 0, then the weights; all dense."""
-        ctx.txt_tokens, ctx.eps, ctx.turns = txt_tokens, eps, turns
+        ctx.txt_tokens, ctx.eps, ctx.halves, ctx.turns = txt_tokens, eps, halves, turns
         ctx.save_for_backward(qkv, *tensors)
-        return _forward_on_cpu(qkv, tensors[turns:], tensors[:turns], txt_tokens, eps)
+        return _forward_on_cpu(qkv, tensors[turns:], tensors[:turns], txt_tokens, eps, halves)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         qkv, *tensors = ctx.saved_tensors
         (qkv_grad,), grads = _results([qkv], []), _with_common_strides(grads)
-        weights, rotary, images = tensors[ctx.turns :], tensors[: ctx.turns], qkv.shape[1] - ctx.txt_tokens
-        _cpu_layers.qk_rms_norm_backward(_dense_heads(qkv), weights, rotary, images, grads, qkv_grad, ctx.eps)
-        return qkv_grad, None, None, None, *[None] * len(tensors)
+        turns, images = _cpu_layers.Turns(tensors[: ctx.turns], ctx.halves), qkv.shape[1] - ctx.txt_tokens
+        weights, qkv = tensors[ctx.turns :], _dense_heads(qkv)
+        _cpu_layers.qk_rms_norm_backward(qkv, weights, turns, images, grads, qkv_grad, ctx.eps)
+        return qkv_grad, None, None, None, None, *[None] * len(tensors)
 
 
-def _forward_on_cpu(qkv, weights, rotary, txt_tokens: int, eps: float) -> tuple[torch.Tensor, ...]:
+def _forward_on_cpu(qkv, weights, rotary, txt_tokens: int, eps: float, halves: bool) -> tuple[torch.Tensor, ...]:
     """Query, key and value of a fused qkv."""
     B, T, _, H, D = qkv.shape
     query, key = (_empty(qkv, (B, T, H, D)).transpose(1, 2) for _ in range(2))
-    _cpu_layers.qk_rms_norm(_dense_heads(qkv), weights, rotary, T - txt_tokens, query, key, eps)
+    turns = _cpu_layers.Turns(rotary, halves)
+    _cpu_layers.qk_rms_norm(_dense_heads(qkv), weights, turns, T - txt_tokens, query, key, eps)
     return query, key, qkv.select(2, 2).transpose(1, 2)
 
 
@@ -483,24 +480,6 @@ def _check_text(txt_qkv, txt_weights, txt_tokens, image, weights) -> tuple[list[
     return [] if txt_qkv is None else texts, text_weights
 
 
-def _check_rotary(rotary, tokens: int, qkv: torch.Tensor) -> list[torch.Tensor]:
-    """cos and sin, dense, or nothing; ValueError naming the one that does not fit."""
-    if rotary is None:
-        return []
-    turns = list(rotary)
-    check_tensors(**{f"rotary[{i}]": turn for i, turn in enumerate(turns)})
-    D = qkv.shape[-1]
-    for i, turn in enumerate(turns):
-        if turn.shape != (tokens, D // 2) or turn.dtype != torch.float32 or turn.device != qkv.device or D % 2:
-            raise ValueError(
-                f"rotary[{i}] must be float32 [{tokens}, {D}/2] on {qkv.device}, of an even head dim, got {turn.dtype} "
-                f"{list(turn.shape)} on {turn.device}"
-            )
-    if len(turns) != 2:
-        raise ValueError(f"rotary must be (cos, sin), got {len(turns)} tensors")
-    return [turn.contiguous() for turn in turns]
-
-
 def qk_rms_norm(
     qkv: torch.Tensor | Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
@@ -509,6 +488,7 @@ def qk_rms_norm(
     txt_weights: Sequence[torch.Tensor] | None = None,
     txt_tokens: int = 0,
     rotary: Sequence[torch.Tensor] | None = None,
+    rotary_pairs: RotaryPairs = "interleaved",
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> AttentionInputs:
@@ -520,7 +500,9 @@ def qk_rms_norm(
         txt_qkv: the text tokens, [B, S, 3, H, D] or three, in the dtype of qkv. Only then is v moved.
         txt_tokens: without txt_qkv: S, the last tokens of a fused qkv [B, T + S, 3, H, D], are text.
         txt_weights: norms of the text.
-        rotary: (cos, sin), [T + S, D/2] float32 each, of the tokens in the result's order; pairs are neighbours.
+        rotary: (cos, sin), [T + S, D/2] float32 each, of the tokens in the result's order, or [H, T + S, D/2] by head.
+        rotary_pairs: of which elements an angle turns: "interleaved" (2i, 2i + 1), or "half" (i, i + D/2) as
+            `rotate_half` does. Checkpoints are trained for one of them, and the other raises no error.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -531,26 +513,34 @@ def qk_rms_norm(
         raise ValueError("txt_tokens needs qkv as one tensor [B, T + S, 3, H, D]")
     texts, text_weights = _check_text(txt_qkv, txt_weights, txt_tokens, tensors[0], weights)
     tokens = tensors[0].shape[1] + (texts[0].shape[1] if texts else 0)
-    turns = _check_rotary(rotary, tokens, tensors[0])
+    check_pairs(rotary_pairs, rotary)
+    turns, halves = check_rotary(rotary, tokens, tensors[0]), rotary_pairs == "half"
     frozen = {f"norm weight {i}": weight for i, weight in enumerate([*weights, *text_weights])}
     frozen |= {f"rotary[{i}]": turn for i, turn in enumerate(turns)}
     fused = not texts and len(tensors) == 1
     chosen = pick_layer_backend(backend, [*tensors, *texts], frozen, cpu=fused)
     if chosen == "torch":
         return qk_rms_norm_ref(
-            qkv, weights, txt_qkv=txt_qkv, txt_weights=txt_weights, txt_tokens=txt_tokens, rotary=rotary, eps=eps
+            qkv,
+            weights,
+            txt_qkv=txt_qkv,
+            txt_weights=txt_weights,
+            txt_tokens=txt_tokens,
+            rotary=rotary,
+            rotary_pairs=rotary_pairs,
+            eps=eps,
         )
     if chosen == "cpu":
         own = [weight.contiguous() for weight in (*weights, *text_weights)]
         if not _cpu_layers.learns(tensors[0]):
-            return AttentionInputs(*_forward_on_cpu(tensors[0], own, turns, txt_tokens, eps))
-        return AttentionInputs(*_OnCpu.apply(tensors[0], txt_tokens, eps, len(turns), *turns, *own))
+            return AttentionInputs(*_forward_on_cpu(tensors[0], own, turns, txt_tokens, eps, halves))
+        return AttentionInputs(*_OnCpu.apply(tensors[0], txt_tokens, eps, halves, len(turns), *turns, *own))
     if fused:
         own = len(turns), *turns, *weights, *text_weights
-        return AttentionInputs(*_ValueInPlace.apply(tensors[0], txt_tokens, eps, *own))
+        return AttentionInputs(*_ValueInPlace.apply(tensors[0], txt_tokens, eps, halves, *own))
     if texts:
-        return AttentionInputs(*_qk_rms_norm_op(tensors, weights, texts, text_weights, turns, 0, eps))
-    query, key, _ = _qk_rms_norm_op(tensors[:2], weights, [], [], turns, 0, eps)
+        return AttentionInputs(*_qk_rms_norm_op(tensors, weights, texts, text_weights, turns, 0, eps, halves))
+    query, key, _ = _qk_rms_norm_op(tensors[:2], weights, [], [], turns, 0, eps, halves)
     return AttentionInputs(query, key, tensors[2].transpose(1, 2))
 
 
@@ -562,10 +552,12 @@ def qk_rms_norm_ref(
     txt_weights: Sequence[torch.Tensor] | None = None,
     txt_tokens: int = 0,
     rotary: Sequence[torch.Tensor] | None = None,
+    rotary_pairs: RotaryPairs = "interleaved",
     eps: float = 1e-6,
     compute_dtype: torch.dtype = torch.float32,
 ) -> AttentionInputs:
     """Plain PyTorch, differentiable in every input."""
+    check_pairs(rotary_pairs, rotary)
 
     def split(x):
         return list(x.unbind(2)) if isinstance(x, torch.Tensor) else list(x)
@@ -575,13 +567,6 @@ def qk_rms_norm_ref(
         mean_square = torch.linalg.vecdot(y, y).unsqueeze(-1) / y.shape[-1]  # half the time of square().mean() on a CPU
         y = y * torch.rsqrt(mean_square + eps) * weight.to(compute_dtype)
         return y if rotary is not None else y.to(x.dtype)
-
-    def turned(y, dtype):
-        cos, sin = (turn.to(compute_dtype) for turn in given("rotary", rotary))
-        cos, sin = torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)
-        cos, sin = (turn.flatten(-2)[:, None] for turn in (cos, sin))  # [T + S, 1, D], the same for all heads
-        partner = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return (y * cos + partner * sin).to(dtype)  # in y's memory order, which stacking two halves would lose
 
     if txt_tokens:  # one weight per token, so that nothing has to be joined
         if not isinstance(qkv, torch.Tensor):
@@ -596,5 +581,5 @@ def qk_rms_norm_ref(
         text[:2] = [normed(x, weight) for x, weight in zip(text, given("txt_weights", txt_weights))]
         joint = [torch.cat(pair, dim=1) for pair in zip(joint, text)]
     if rotary is not None:
-        joint[:2] = [turned(y, joint[2].dtype) for y in joint[:2]]
+        joint[:2] = [turned_ref(y, rotary, rotary_pairs, compute_dtype).to(joint[2].dtype) for y in joint[:2]]
     return AttentionInputs(*(x.transpose(1, 2) for x in joint))

@@ -72,6 +72,8 @@ def qk(
     backward: bool = False,
     dim: int = 64,
     counted: bool = False,
+    halves: bool = False,
+    by_head: bool = False,
 ) -> Spec:
     strides = "grad_stride_b grad_stride_h grad_stride_t x_grad_stride_b x_grad_stride_t"
     strides += " txt_x_grad_stride_b txt_x_grad_stride_t"
@@ -80,13 +82,16 @@ def qk(
         name=name,
         kernel=OPS + f"qk_rms_norm:_qk_rms_norm_{'bwd' if backward else 'fwd'}_kernel",
         types=given | QK_SCALARS | strides,
-        constants={"BLOCK_R": qk_rms_norm.tile_rows(dim), "BLOCK_D": dim}
+        constants={"BLOCK_R": qk_rms_norm.tile_rows(dim), "BLOCK_D": dim, "HALVES": halves, "BY_HEAD": by_head}
         | absent(QK_BWD if backward else QK_FWD, given),
         vector_loads=loads,
         vector_stores=stores,
         elements=2 * qk_rms_norm.tile_rows(dim) * dim // (32 * qk_rms_norm.WARPS) if counted else 0,  # of q and of k
     )
 
+
+TURNED_FWD, TURNED_BWD = with_turns(pointers(QK_FWD.replace(" value", ""))), with_turns(pointers(QK_BWD))
+HALVES = {"dim": 128, "halves": True}  # every row of q, k and v, and both weights, are two accesses each
 
 SWIGLU_STRIDE = {"x_stride": "i32:16"}
 QUANTIZED = pointers("y", FP8) | pointers("fp8_scale", "*fp32")
@@ -173,9 +178,15 @@ SPECS = [
     qk("qk_rms_norm/image", image_only(plain(QK_FWD).replace(" value", "")), 4, 2),
     qk("qk_rms_norm/backward_joint", pointers(plain(QK_BWD)), 7, backward=True, counted=True),
     qk("qk_rms_norm/backward_image", image_only(plain(QK_BWD)), 7, backward=True),
-    qk("qk_rms_norm/rotary_joint", with_turns(pointers(QK_FWD.replace(" value", ""))), 6, 2, dim=128),
+    qk("qk_rms_norm/rotary_joint", TURNED_FWD, 6, 2, dim=128),
     qk("qk_rms_norm/rotary_image", with_turns(image_only(QK_FWD.replace(" value", ""))), 6, 2, dim=128),
-    qk("qk_rms_norm/rotary_backward_joint", with_turns(pointers(QK_BWD)), 9, backward=True, dim=128),
+    qk("qk_rms_norm/rotary_backward_joint", TURNED_BWD, 9, backward=True, dim=128),
+    qk("qk_rms_norm/rotary_half_joint", TURNED_FWD, 10, 4, **HALVES),
+    qk("qk_rms_norm/rotary_half_by_head_joint", TURNED_FWD, 10, 4, **HALVES, by_head=True),
+    qk("qk_rms_norm/rotary_half_two_tensors", with_turns(pointers(QK_FWD)), 12, 6, **HALVES),
+    qk("qk_rms_norm/rotary_by_head_joint", TURNED_FWD, 6, 2, dim=128, by_head=True),
+    qk("qk_rms_norm/rotary_half_backward_joint", TURNED_BWD, 16, 6, backward=True, **HALVES),
+    qk("qk_rms_norm/rotary_half_by_head_backward_joint", TURNED_BWD, 16, 6, backward=True, by_head=True, **HALVES),
     elementwise("gelu/forward", gelu, pointers("x bias y"), 2, 1),
     elementwise("gelu/fp8", gelu, pointers("x bias") | QUANTIZED, 2, 1, whole_rows=(8192, 8)),
     elementwise("gelu/backward", gelu, pointers("x bias y_grad x_grad"), 3, 1),
