@@ -57,6 +57,7 @@ SIGNATURES = {
     "gelu_backward": [*[_pointer] * 4, _count, _count, _threads],
     "group_norm": [*[_pointer] * 5, _number, _threads],
     "philox_words": [*[_pointer] * 3, _threads],
+    "product": [*[_pointer] * 5, _threads],
     "residual_norm": [*[_pointer] * 13, _number, _threads],
     "residual_norm_backward": [*[_pointer] * 12, _number, _threads],
     "qk_rms_norm": [*[_pointer] * 7, _number, _threads],
@@ -137,6 +138,37 @@ def why_not() -> str:
     if not SOURCES.is_dir():
         return "this build came without their sources"
     return "" if usable() else "they could not be compiled"
+
+
+@functools.cache
+def gains_by_products() -> bool:
+    """Whether PyTorch's float32 products leave half of this CPU's registers unused, as MKL's do of AMD's AVX-512.
+
+    By facts, which are the same in every process of a machine, never by the clock: bits follow.
+    """
+    return not _why_products_are_mkls()
+
+
+def why_no_products() -> str:
+    """Why `auto` leaves matrix products to PyTorch here, or ""."""
+    return why_not() or _why_products_are_mkls()
+
+
+def _why_products_are_mkls() -> str:
+    if not torch.backends.mkl.is_available():
+        return "PyTorch's products are not MKL's here, and ours were measured against no other"
+    capability, vendor = torch.backends.cpu.get_cpu_capability(), _vendor()
+    if capability != "AVX512":
+        return f"PyTorch's products use all of this CPU ({capability})"
+    return "" if vendor == "AuthenticAMD" else f"MKL has kernels for AVX-512 of this CPU ({vendor or 'unknown'})"
+
+
+def _vendor() -> str:
+    """The CPU's maker as it names itself, "" where the system does not tell."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    return next((word for word in ("AuthenticAMD", "GenuineIntel") if word in platform.processor()), "")
 
 
 @functools.cache
