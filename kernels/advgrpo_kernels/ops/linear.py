@@ -68,7 +68,7 @@ def _on_cpu(requested: str, *given: _Maybe) -> bool:
         raise ValueError(f"backend must be one of ('auto', 'cpu', 'torch'), got {requested!r}")
     if requested == "torch" or _runtime.DEFAULT_BACKEND != "auto" or torch.compiler.is_compiling():
         return False
-    return _cpu.gains_by_products() and all(tensor.numel() for tensor in tensors) and _cpu.takes(*tensors)
+    return _cpu.gains_by_products() and _cpu.takes(*tensors) and all(tensor.numel() for tensor in tensors)
 
 
 def _check(name: str, tensor: _Maybe, shape: tuple[int, ...], like: torch.Tensor) -> None:
