@@ -47,6 +47,7 @@ FLAGS = (
 THREADED = ("-fopenmp",)  # torch's own OpenMP serves it: one pool of threads in the process
 MODES = ("auto", "required", "off")
 MODE = os.environ.get("ADVGRPO_KERNELS_CPU", "auto")
+ZEN_5 = 26  # the family; Zen 4 and older are 25 and below
 LONGEST = 300  # seconds that the compiler gets; it takes about five
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # a subclass may be sharded, or fake
@@ -142,7 +143,7 @@ def why_not() -> str:
 
 @functools.cache
 def gains_by_products() -> bool:
-    """Whether PyTorch's float32 products leave half of this CPU's registers unused, as MKL's do of AMD's AVX-512.
+    """Whether PyTorch's float32 products leave half of this CPU unused, as MKL's do of a Zen 5.
 
     By facts, which are the same in every process of a machine, never by the clock: bits follow.
     """
@@ -157,18 +158,21 @@ def why_no_products() -> str:
 def _why_products_are_mkls() -> str:
     if not torch.backends.mkl.is_available():
         return "PyTorch's products are not MKL's here, and ours were measured against no other"
-    capability, vendor = torch.backends.cpu.get_cpu_capability(), _vendor()
+    capability, (vendor, family) = torch.backends.cpu.get_cpu_capability(), _maker()
     if capability != "AVX512":
-        return f"PyTorch's products use all of this CPU ({capability})"
-    return "" if vendor == "AuthenticAMD" else f"MKL has kernels for AVX-512 of this CPU ({vendor or 'unknown'})"
+        return f"PyTorch uses no AVX-512 of this CPU ({capability})"
+    if vendor != "AuthenticAMD":
+        return f"MKL has kernels of AVX-512 for this CPU ({vendor or 'of an unknown maker'})"
+    return "" if family >= ZEN_5 else f"AMD's family {family} computes AVX-512 in halves, ours gain on {ZEN_5}"
 
 
-def _vendor() -> str:
-    """The CPU's maker as it names itself, "" where the system does not tell."""
+def _maker() -> tuple[str, int]:
+    """The CPU's vendor and family as it names them; ("", 0) where the system does not tell."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
-    return next((word for word in ("AuthenticAMD", "GenuineIntel") if word in platform.processor()), "")
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        told = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+        return told.get("vendor_id", ""), int(told.get("cpu family", 0))
+    return "", 0
 
 
 @functools.cache

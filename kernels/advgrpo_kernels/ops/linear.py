@@ -1,6 +1,6 @@
 """x·Wᵀ + b, and the product of two matrices behind it, for CPUs whose registers PyTorch's products do not use.
 
-PyTorch's float32 products are MKL's, and MKL runs its kernels of AVX2 on AMD's CPUs with AVX-512: half of the speed.
+PyTorch's float32 products are MKL's, and MKL runs its kernels of AVX2 on AMD's CPUs: half of the speed of a Zen 5.
 There, and nowhere else, `auto` takes ours (`cpu/product.cpp`); `_cpu.why_no_products` says why not. There is no kernel
 for a GPU.
 
