@@ -59,6 +59,8 @@ UNTIMED = {
     "ddim_coefficients": "float64 on the host, once per schedule",
     "step_coefficients": "a handful of scalars, for integrations whose callers hold no schedule",
     "step_std": "a handful of scalars, for integrations whose callers hold no schedule",
+    "linear": "a kernel for CPUs alone; on a GPU it is PyTorch's linear",
+    "matrix_product": "a kernel for CPUs alone; on a GPU it is PyTorch's product",
     "small_attention": "a kernel for CPUs alone; on a GPU it is PyTorch's attention",
     "philox_integers": "the PyTorch twin of what the kernels draw inside",
     "philox_normal": "the PyTorch twin of what the kernels draw inside",

@@ -79,7 +79,8 @@ def machine() -> dict[str, str]:
         platform.processor(),
     )
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": model, "capability": capability, "torch": torch.__version__, "layers": _cpu.why_not() or "compiled"}
+    layers = _cpu.why_not() or ("compiled" if _cpu.why_no_products() else "compiled, products too")
+    return {"cpu": model, "capability": capability, "torch": torch.__version__, "layers": layers}
 
 
 def main(names: list[str]) -> None:

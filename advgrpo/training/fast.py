@@ -135,6 +135,11 @@ def _rows(config: Config, device: torch.device, off: _Off, ode: str) -> tuple[Fa
         _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
         _row("CPU kernels", no_cpu, "norms, residuals, GELU and attention over few tokens, compiled for this CPU"),
         _row(
+            "CPU products",
+            no_cpu or _cpu.why_no_products(),
+            "our matrix products, of AVX-512, in place of MKL's of AVX2",
+        ),
+        _row(
             "CUDA graphs",
             off.graphs,
             f"one launch per {of_sampler}; one per discriminator update, two on several GPUs",

@@ -16,6 +16,7 @@ from .ops.gelu import gelu, gelu_ref
 from .ops.group_advantages import Advantages, group_advantages, group_advantages_ref
 from .ops.group_norm import group_norm, group_norm_ref
 from .ops.hinge_head_loss import HingeHeadLoss, hinge_head_loss
+from .ops.linear import linear, linear_ref, matrix_product, matrix_product_ref
 from .ops.merge_lora import merge_lora, merge_lora_ref
 from .ops.multi_tensor_adamw import multi_tensor_adamw, multi_tensor_adamw_ref
 from .ops.patches import PatchSample, sample_patches, sample_patches_ref
@@ -57,6 +58,10 @@ __all__ = [
     "group_norm_ref",
     "hinge_head_loss",
     "layers",
+    "linear",
+    "linear_ref",
+    "matrix_product",
+    "matrix_product_ref",
     "merge_lora",
     "merge_lora_ref",
     "multi_tensor_adamw",

@@ -47,6 +47,7 @@ FLAGS = (
 THREADED = ("-fopenmp",)  # torch's own OpenMP serves it: one pool of threads in the process
 MODES = ("auto", "required", "off")
 MODE = os.environ.get("ADVGRPO_KERNELS_CPU", "auto")
+ZEN_5 = 26  # the family; Zen 4 and older are 25 and below
 LONGEST = 300  # seconds that the compiler gets; it takes about five
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # a subclass may be sharded, or fake
@@ -57,6 +58,7 @@ SIGNATURES = {
     "gelu_backward": [*[_pointer] * 4, _count, _count, _threads],
     "group_norm": [*[_pointer] * 5, _number, _threads],
     "philox_words": [*[_pointer] * 3, _threads],
+    "product": [*[_pointer] * 5, _threads],
     "residual_norm": [*[_pointer] * 13, _number, _threads],
     "residual_norm_backward": [*[_pointer] * 12, _number, _threads],
     "qk_rms_norm": [*[_pointer] * 7, _number, _threads],
@@ -137,6 +139,40 @@ def why_not() -> str:
     if not SOURCES.is_dir():
         return "this build came without their sources"
     return "" if usable() else "they could not be compiled"
+
+
+@functools.cache
+def gains_by_products() -> bool:
+    """Whether PyTorch's float32 products leave half of this CPU unused, as MKL's do of a Zen 5.
+
+    By facts, which are the same in every process of a machine, never by the clock: bits follow.
+    """
+    return not _why_products_are_mkls()
+
+
+def why_no_products() -> str:
+    """Why `auto` leaves matrix products to PyTorch here, or ""."""
+    return why_not() or _why_products_are_mkls()
+
+
+def _why_products_are_mkls() -> str:
+    if not torch.backends.mkl.is_available():
+        return "PyTorch's products are not MKL's here, and ours were measured against no other"
+    capability, (vendor, family) = torch.backends.cpu.get_cpu_capability(), _maker()
+    if capability != "AVX512":
+        return f"PyTorch uses no AVX-512 of this CPU ({capability})"
+    if vendor != "AuthenticAMD":
+        return f"MKL has kernels of AVX-512 for this CPU ({vendor or 'of an unknown maker'})"
+    return "" if family >= ZEN_5 else f"AMD's family {family} computes AVX-512 in halves, ours gain on {ZEN_5}"
+
+
+def _maker() -> tuple[str, int]:
+    """The CPU's vendor and family as it names them; ("", 0) where the system does not tell."""
+    with contextlib.suppress(OSError):
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        told = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+        return told.get("vendor_id", ""), int(told.get("cpu family", 0))
+    return "", 0
 
 
 @functools.cache

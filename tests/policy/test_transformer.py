@@ -19,7 +19,8 @@ from advgrpo.policy.fused import attention, transformer
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.policy.fused.lora import LoraWeights
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig, can_adapt
-from advgrpo_kernels import _runtime, gelu
+from advgrpo_kernels import _cpu, _runtime, gelu
+from advgrpo_kernels.ops import linear as linear_op
 
 TARGETS = tuple(
     f".attn.{name}"
@@ -142,6 +143,29 @@ def test_gradients_and_recomputed_q_and_k_change_no_bit(kind):
         gradients.append(torch.autograd.grad(velocity.square().sum(), ours.lora.master)[0])
     assert torch.equal(*gradients)
     assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.skipif(bool(_cpu.why_not()), reason=_cpu.why_not() or "they are there")
+@pytest.mark.parametrize(("rank", "kind"), [(4, "sd35-medium"), (32, "sd3-medium")], ids=["low-rank", "folded"])
+def test_products_of_our_own_train_as_pytorch_s_do(rank, kind, monkeypatch):
+    """Ours keep a row's bits whatever rows are beside it, and whether there is a graph."""
+    ours, given, results, launches = fused(stock_model(kind), rank=rank), inputs(), [], []
+    train(ours.lora)
+    ours.prepare_merged(fp8=False)
+    ours.merge()
+    real = linear_op._product
+    monkeypatch.setattr(linear_op, "_product", lambda *args: launches.append(1) or real(*args))
+    for own in (False, True):
+        monkeypatch.setattr(_cpu, "gains_by_products", lambda own=own: own)
+        velocity, merged = run_ours(ours, given), run_ours(ours, given, "merged")
+        (gradient,) = torch.autograd.grad(velocity.square().sum(), ours.lora.master)
+        results.append((velocity, merged, gradient / gradient.abs().max()))
+        assert bool(launches) == own
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    first = {name: value if name == "timesteps" else value[:1] for name, value in given.items()}
+    with torch.no_grad():
+        assert torch.equal(run_ours(ours, first), velocity[:1])
+        assert torch.equal(run_ours(ours, first, "merged"), merged[:1])
 
 
 def test_q_and_k_are_computed_again_only_where_that_saves_memory(monkeypatch):

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 
+from advgrpo_kernels import _cpu
 from tests import golden_runs
 from tests.parts import some_weekly
 
@@ -22,8 +23,7 @@ def folder(tmp_path_factory):
 WEEKLY = {"adv-pickscore", "awm", "mixed", "nft", "style", "words", "adv-grpo-released"}
 
 
-@pytest.mark.parametrize("name", some_weekly(sorted(golden_runs.RUNS), WEEKLY))
-def test_a_run_repeats_its_committed_numbers(name, folder):
+def assert_repeated(name, folder):
     expected = json.loads((golden_runs.FOLDER / f"{name}.json").read_text())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -38,6 +38,22 @@ def test_a_run_repeats_its_committed_numbers(name, folder):
         for key, value in recorded.items():
             close = value if value is None else pytest.approx(value, rel=golden_runs.TOLERANCE, abs=1e-5)
             assert own[key] == close, key
+
+
+@pytest.mark.parametrize("name", some_weekly(sorted(golden_runs.RUNS), WEEKLY))
+def test_a_run_repeats_its_committed_numbers(name, folder):
+    assert_repeated(name, folder)
+
+
+@pytest.mark.weekly
+@pytest.mark.skipif(bool(_cpu.why_not()), reason=_cpu.why_not() or "they are there")
+@pytest.mark.parametrize("name", ["adv-grpo", "flow-grpo-kl", "sft"])
+def test_so_it_does_with_products_that_this_machine_would_not_choose(name, tmp_path, monkeypatch):
+    """PyTorch's where ours are faster, and ours elsewhere."""
+    chosen = _cpu.gains_by_products()
+    monkeypatch.setattr(_cpu, "gains_by_products", lambda: not chosen)
+    monkeypatch.setattr(golden_runs, "machine", dict)
+    assert_repeated(name, tmp_path)
 
 
 def test_every_file_belongs_to_a_run():

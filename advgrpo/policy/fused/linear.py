@@ -24,10 +24,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 
 from advgrpo.policy.fused.lora import Pair, StackedAdapter
-from advgrpo_kernels import Fp8Tensor, fp8_linear, fp8_quantize, gelu
+from advgrpo_kernels import Fp8Tensor, fp8_linear, fp8_quantize, gelu, linear, matrix_product
 
 _Both = tuple[torch.Tensor, torch.Tensor]  # of image and of text
 _Two = tuple["StackedLinear", "StackedLinear"]
@@ -149,7 +148,7 @@ class StackedLinear(torch.nn.Module):
     def run_base(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] of W alone."""
         if self.base_fp8 is None:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         return _Quantised.apply(x, self)
 
     def run_adapted(self, x: torch.Tensor, pair: Pair, scale: float) -> torch.Tensor:
@@ -162,7 +161,7 @@ class StackedLinear(torch.nn.Module):
         if self.merged_fp8 is not None:
             dtype = x.dtype if isinstance(x, torch.Tensor) else self.weight.dtype
             return fp8_linear(x, self.merged_fp8, self.bias, out_dtype=dtype)
-        return F.linear(x, self._merged_or_base(), self.bias)
+        return linear(x, self._merged_or_base(), self.bias)
 
     def run_merged_gelu(self, x: torch.Tensor) -> torch.Tensor:
         """gelu_tanh(x·Wᵀ + b) of merged weights in the model's dtype, no gradient.
@@ -172,7 +171,7 @@ class StackedLinear(torch.nn.Module):
         adds the bias.
         """
         if not x.is_cuda:
-            return gelu(F.linear(x, self._merged_or_base()), self.bias)
+            return gelu(linear(x, self._merged_or_base()), self.bias)
         y = torch._addmm_activation(self.bias, x.flatten(0, -2), self._merged_or_base().t(), use_gelu=True)
         return y.view(*x.shape[:-1], -1)
 
@@ -182,14 +181,14 @@ class StackedLinear(torch.nn.Module):
     def product(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x·Wᵀ + b of the base, into `out` where it is given: x [M, K] -> [M, N]."""
         if self.base_fp8 is None:
-            return torch.addmm(self.bias, x, self.weight.t(), out=out)
+            return matrix_product(x, self.weight.t(), self.bias, out=out)
         y = fp8_linear(x, self.base_fp8[0], self.bias, out_dtype=x.dtype)
         return y if out is None else out.copy_(y)
 
     def product_back(self, y: torch.Tensor) -> torch.Tensor:
         """y·W of the base."""
         if self.base_fp8 is None:
-            return y @ self.weight
+            return matrix_product(y, self.weight)
         return fp8_linear(y, self.base_fp8[1], out_dtype=y.dtype)
 
 
@@ -204,7 +203,7 @@ def run_joint_merged(layers: _Two, inputs: _Both) -> torch.Tensor:
     """Likewise with merged weights in the model's dtype; no gradient."""
     y, outs = _joint_output(layers, inputs)
     for layer, x, out in zip(layers, inputs, outs, strict=True):
-        torch.addmm(layer.bias, _as_rows(x), layer._merged_or_base().t(), out=out)
+        matrix_product(_as_rows(x), layer._merged_or_base().t(), layer.bias, out=out)
     return y
 
 
@@ -358,7 +357,7 @@ def _low_rank(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rows [M, K] -> (y [M, N], in `out` where it is given, and low = x·Aᵀ [M, g·r])."""
     y = layer.product(rows, out)
-    low = rows @ a.flatten(0, 1).t()
+    low = matrix_product(rows, a.flatten(0, 1).t())
     for part, y_part in _parts(layer, y):
         torch.baddbmm(y_part, _by_part(low, len(a))[part], b[part].transpose(1, 2), alpha=scale, out=y_part)
     return y, low
@@ -384,7 +383,7 @@ def _low_rank_gradients(
         torch.baddbmm(b_part, y_part.transpose(1, 2), _by_part(low, len(a))[part], beta=0, alpha=scale, out=b_part)
     if x_grad is not None:
         x_grad = x_grad.addmm_(low_grad, a.flatten(0, 1))
-    return x_grad, (low_grad.t() @ rows).view(a.shape), b_grad
+    return x_grad, matrix_product(low_grad.t(), rows).view(a.shape), b_grad
 
 
 def _folded(
@@ -397,7 +396,7 @@ def _folded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rows [M, K] -> (y [M, N], in `out` where it is given, and weight = W + scale·B·A [N, K])."""
     weight = layer.folded(a, b, scale)
-    return torch.addmm(layer.bias, rows, weight.t(), out=out), weight
+    return matrix_product(rows, weight.t(), layer.bias, out=out), weight
 
 
 def _folded_gradients(
@@ -412,8 +411,8 @@ def _folded_gradients(
     wants_x: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """dy [M, N] -> (dx [M, K] or None, dA [g, r, K], dB [g, n, r]) from rows [M, K] and weight [N, K]."""
-    x_grad = y_grad @ weight if wants_x else None
-    a_grad, b_grad = layer.folded_gradients(y_grad.t() @ rows, a, b, scale)
+    x_grad = matrix_product(y_grad, weight) if wants_x else None
+    a_grad, b_grad = layer.folded_gradients(matrix_product(y_grad.t(), rows), a, b, scale)
     return x_grad, a_grad, b_grad
 
 

@@ -43,7 +43,7 @@ from advgrpo.policy.fused.attention import Recomputed, choose_attention
 from advgrpo.policy.fused.linear import StackedLinear, run_joint, run_joint_merged
 from advgrpo.policy.fused.lora import LoraWeights, Pair, StackedAdapter
 from advgrpo.policy.fused.sequence import SequenceGroup
-from advgrpo_kernels import Fp8Tensor, ada_layer_norm, gated_residual, gelu, merge_lora, qk_rms_norm
+from advgrpo_kernels import Fp8Tensor, ada_layer_norm, gated_residual, gelu, linear, merge_lora, qk_rms_norm
 
 EPS = 1e-6  # of every norm in the family
 Weights = Literal["adapted", "base", "merged"]
@@ -601,7 +601,7 @@ class FusedTransformer:
         return torch.cat([angles.cos(), angles.sin()], dim=1).to(self.dtype)
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._small[f"{name}.weight"], self._small[f"{name}.bias"])
+        return linear(x, self._small[f"{name}.weight"], self._small[f"{name}.bias"])
 
     def _perceptron(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._linear(f"{name}.linear_2", F.silu(self._linear(f"{name}.linear_1", x)))
@@ -660,7 +660,7 @@ class FusedTransformer:
         patches = latents.to(self.dtype).view(rows, channels, height // p, p, width // p, p).permute(2, 4, 0, 1, 3, 5)
         name = self.config.names.embedder
         weight, bias = self._small[f"{name}.weight"], self._small[f"{name}.bias"]
-        patches = F.linear(self._own(patches.reshape(-1, rows, channels * p * p)), weight.flatten(1), bias)
+        patches = linear(self._own(patches.reshape(-1, rows, channels * p * p)), weight.flatten(1), bias)
         if self.config.is_rotary:
             return patches
         return (patches + self._own(self._position(height // p, width // p))).to(self.dtype)
