@@ -1,9 +1,12 @@
 """Numbers of an earlier report beside those of today: an arm can be added without making all others again.
 
-Nothing is compared across the two. Where an arm is kept, what it was compared with was of the same report.
+Nothing is compared across the two but costs. Where an arm is kept, what it was compared with was of the same report.
+Its CPU seconds become today's machine's: times what an arm takes today that was made for both, over what it took.
 """
 
 from __future__ import annotations
+
+from statistics import fmean
 
 from advgrpo.errors import UserError
 
@@ -26,7 +29,8 @@ def keep_earlier(found: dict, earlier: dict | None) -> dict:
                 f"--keep: {', '.join(sorted(kept))} of the earlier report had {name} {earlier[name]}, and it is "
                 f"{found[name]} now: make them again, or leave out --keep"
             )
-    arms = {arm: earlier["arms"][arm] if arm in kept else entry for arm, entry in found["arms"].items()}
+    scale = _cpu_scale(found["arms"], earlier["arms"], kept)
+    arms = {arm: _scaled(earlier["arms"][arm], scale) if arm in kept else entry for arm, entry in found["arms"].items()}
     return {
         **found,
         "arms": arms,
@@ -45,6 +49,32 @@ def _has_more(earlier: dict, now: dict | None) -> bool:
     """Of the arm as it is in the plan today; reports of before there were teachers and longer runs say neither."""
     same = now is not None and all(earlier.get(name, now[name]) == now[name] for name in _OF_AN_ARM)
     return same and len(earlier["runs"]) > len(now["runs"])
+
+
+def _cpu_scale(now: dict, earlier: dict, kept: set[str]) -> float:
+    """CPU seconds of today's machine for one of the earlier report's; 1 where no arm was made for both."""
+    pairs = [
+        tuple(fmean(run["cpu_seconds"] for run in arms[arm]["runs"].values()) for arms in (now, earlier))
+        for arm in now
+        if arm not in kept and now[arm]["runs"] and earlier.get(arm, {}).get("runs")
+    ]
+    return fmean(today / before for today, before in pairs) if pairs and all(min(pair) > 0 for pair in pairs) else 1.0
+
+
+def _scaled(arm: dict, scale: float) -> dict:
+    """With the CPU seconds of every run, and of its curve, times `scale`, which its runs remember."""
+    if scale == 1:
+        return arm
+    runs = {
+        seed: {
+            **run,
+            "cpu_seconds": scale * run["cpu_seconds"],
+            "cpu_scale": scale * run.get("cpu_scale", 1.0),
+            "curve": [{**point, "cpu_seconds": scale * point["cpu_seconds"]} for point in run["curve"]],
+        }
+        for seed, run in arm["runs"].items()
+    }
+    return {**arm, "runs": runs}
 
 
 def _of_both(found: list[dict], earlier: list[dict], kept: set[str], named_by: tuple[str, ...]) -> list[dict]:

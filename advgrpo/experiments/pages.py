@@ -287,7 +287,23 @@ def _costs(found: dict) -> str:
         after += " A repair's costs come on top of those of the run that it starts from."
     if _any(found, "teacher"):
         after += " Distillation's costs come on top of those of its teacher's run."
+    after += _scaled_costs(found)
     return "\n".join(lines) + "\n\nMeans over seeds. Between evaluations the curve is interpolated." + after
+
+
+def _scaled_costs(found: dict) -> str:
+    """Which arms' CPU seconds are of another machine or day, and how they were made comparable; "" for none."""
+    scales: dict[str, list[str]] = {}
+    for arm in found["arms"].values():
+        for scale in {f"{run['cpu_scale']:.2f}" for run in arm["runs"].values() if "cpu_scale" in run}:
+            scales.setdefault(scale, []).append(arm["label"])
+    if not scales:
+        return ""
+    parts = "; ".join(f"times {scale} for {', '.join(labels)}" for scale, labels in scales.items())
+    return (
+        " CPU seconds of runs of another machine or day are what they would be beside the other arms, by how much an "
+        f"arm that was run on both took on each: {parts}."
+    )
 
 
 def _any(found: dict, follows: str) -> bool:
@@ -356,7 +372,7 @@ def _how(name: str, found: dict) -> str:
     runs = [run for arm in found["arms"].values() for run in arm["runs"].values()]
     machines = sorted({_machine(run["machine"]) for run in runs})
     versions = sorted({", ".join(f"{name} {v}" for name, v in run["versions"].items()) for run in runs})
-    minutes = sum(run["cpu_seconds"] for run in runs) / 60
+    minutes = sum(run["cpu_seconds"] / run.get("cpu_scale", 1.0) for run in runs) / 60
     days = sorted({run["finished"][:10] for run in runs})
     made = (
         f"{len(runs)} runs of {_lengths(found)} iterations, {minutes:.1f} CPU minutes of training in total, "

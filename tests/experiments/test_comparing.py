@@ -16,7 +16,7 @@ from PIL import Image
 from advgrpo.errors import UserError
 from advgrpo.evaluation.frontier import Resampled, kid
 from advgrpo.experiments import figures as experiment_figures
-from advgrpo.experiments import report
+from advgrpo.experiments import pages, report
 from advgrpo.experiments import runs as experiment_runs
 from advgrpo.experiments.comparing import Evidence, Pair, difference, evidence, level, verdicts
 from advgrpo.experiments.earlier import keep_earlier
@@ -336,6 +336,36 @@ def test_an_arm_that_was_not_made_again_keeps_all_that_was_said_of_it(made_up):
     again = {**without(earlier, "flow"), "arms": earlier["arms"]}
     assert keep_earlier(again, earlier) is again  # as many runs: today's
     assert keep_earlier(again, None) is again
+
+
+def test_an_arm_that_is_kept_costs_what_it_would_on_todays_machine(made_up):
+    """Today's is four times as fast, by the arm that was made on both."""
+    earlier = numbers(made_up("hacking"))
+    found = without(earlier, "flow")
+    for run in found["arms"]["adv-preference"]["runs"].values():
+        run["cpu_seconds"] /= 4
+    kept = keep_earlier(found, earlier)
+    for seed, run in kept["arms"]["flow"]["runs"].items():
+        before = earlier["arms"]["flow"]["runs"][seed]
+        assert (run["cpu_seconds"], run["cpu_scale"]) == (before["cpu_seconds"] / 4, 0.25)
+        assert [point["cpu_seconds"] for point in run["curve"]] == [p["cpu_seconds"] / 4 for p in before["curve"]]
+        assert run["front"] == before["front"]
+    assert "by how much an arm that was run on both took on each: times 0.25 for Flow-GRPO." in pages._costs(kept)
+    assert "times" not in pages._costs(earlier)
+    again = without(kept, "flow")
+    for run in again["arms"]["adv-preference"]["runs"].values():
+        run["cpu_seconds"] *= 2
+    twice = keep_earlier(again, kept)["arms"]["flow"]["runs"]["0"]
+    assert (twice["cpu_scale"], twice["cpu_seconds"]) == (0.5, earlier["arms"]["flow"]["runs"]["0"]["cpu_seconds"] / 2)
+    spent = {"kept": kept, "made": found}
+    minutes = {
+        name: sum(run["cpu_seconds"] for arm in each["arms"].values() for run in arm["runs"].values()) / 60
+        for name, each in (spent | {"earlier": earlier}).items()
+    }
+    of_flow = sum(run["cpu_seconds"] for run in earlier["arms"]["flow"]["runs"].values()) / 60
+    assert f"{minutes['made'] + of_flow:.1f} CPU minutes" in pages._how("hacking", kept), (
+        "what was spent, not what it is worth"
+    )
 
 
 def test_what_an_arm_that_is_kept_lacked_is_still_said(made_up):
