@@ -363,9 +363,7 @@ def test_an_arm_that_is_kept_costs_what_it_would_on_todays_machine(made_up):
         for name, each in (spent | {"earlier": earlier}).items()
     }
     of_flow = sum(run["cpu_seconds"] for run in earlier["arms"]["flow"]["runs"].values()) / 60
-    assert f"{minutes['made'] + of_flow:.1f} CPU minutes" in pages._how("hacking", kept), (
-        "what was spent, not what it is worth"
-    )
+    assert f"{minutes['made'] + of_flow:.1f} CPU minutes" in pages._how("hacking", kept), "what was spent"
 
 
 def test_what_an_arm_that_is_kept_lacked_is_still_said(made_up):
