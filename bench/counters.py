@@ -44,6 +44,8 @@ ATTENTION = {
 }
 NOT_ELEMENTWISE = MATRIX_PRODUCTS | CONVOLUTIONS | ATTENTION
 GATHERS = {"index_select", "gather", "index", "embedding"}  # read as much as they write
+SHAPED_LIKE = {f"{made}_like" for made in ("zeros", "ones", "full", "rand", "randn")}  # which read nothing of it
+SHAPED_LIKE |= {"new_zeros", "new_ones", "new_full"}
 OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"}
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
 COPIES = {"_to_copy", "copy_", "_copy_from"}
@@ -60,7 +62,7 @@ class _OnGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _IS_CUDA and args[0].is_meta:
             return True
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
+        if func is F.scaled_dot_product_attention and (args[0] if args else kwargs["query"]).is_meta:
             return _flash_attention(*args, **kwargs)
         if func is Tensor.backward:
             func = _backward
@@ -201,6 +203,8 @@ def _traffic(name: str, func, args, kwargs, result) -> tuple[int, int]:
         read += 0 if overwritten else size
     fresh = sum(_size(value) for value, place in _returns(func, result) if place.alias_info is None)
     written += fresh
+    if name in SHAPED_LIKE:
+        read = 0
     if name in GATHERS:
         read = fresh + _size(values[1:])
     return read, written

@@ -164,13 +164,13 @@ class Kernel:
 
 
 KERNELS = {
-    "gaussian_step": Kernel(100_663_296, 0, 43, 1_140_851_212, 19.2),
+    "gaussian_step": Kernel(100_663_296, 0, 43, 1_107_296_780, 19.2),
     "gaussian_step_ode": Kernel(100_663_296, 0, 8, 570_425_352),
     "gaussian_log_prob": Kernel(14_680_064, 0, 77, 103_285_196),
-    "clipped_policy_loss": Kernel(14_680_064, 0, 129, 105_385_280),
+    "clipped_policy_loss": Kernel(14_680_064, 0, 129, 103_288_124),
     "sample_patches": Kernel(18_923_520, 0, 8, 134_896_512, 28.8),
     "score_features": Kernel(11_210_756, 4_907_335_680, 11, 111_602_688),
-    "hinge_head_loss": Kernel(22_323_208, 9_814_671_360, 81, 149_056_036),
+    "hinge_head_loss": Kernel(22_323_208, 9_814_671_360, 81, 149_056_032),
     "qk_rms_norm": Kernel(362_446_848, 0, 35, 2_438_965_760, 33.1),
     "ada_layer_norm": Kernel(150_994_944, 0, 7, 503_840_768, 34.3),
     "ada_layer_norm_backward": Kernel(352_321_536, 0, 11, 1_007_386_624),

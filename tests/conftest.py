@@ -143,13 +143,13 @@ def unit_backbone(tmp_path_factory) -> str:
     return make_unit_backbone(tmp_path_factory.mktemp("models") / "backbone")
 
 
-def make_unit_pipeline(folder, dual_layers: int = 1) -> str:
+def make_unit_pipeline(folder, dual_layers: int = 1, layers: int = 2) -> str:
     """Without dual attention it is of SD3.5-large's kind, with it of SD3.5-medium's."""
     from advgrpo.tiny import architecture
     from advgrpo.tiny.assets import save_half_precision
     from tests.unit_size import UNIT
 
-    pipe = architecture.pipeline(seed=0, width=64, layers=2, dual_layers=dual_layers, size=UNIT)
+    pipe = architecture.pipeline(seed=0, width=64, layers=layers, dual_layers=dual_layers, size=UNIT)
     pipe.vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
     with torch.no_grad():  # an untrained MMDiT outputs zeros: give its last layer something to say
         generator = torch.Generator().manual_seed(1)
@@ -157,6 +157,11 @@ def make_unit_pipeline(folder, dual_layers: int = 1) -> str:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     save_half_precision(pipe, folder)
     return str(folder)
+
+
+def make_large_pipeline(folder) -> str:
+    """Of SD3.5-large's kind, with blocks between the first and the last, which FP8 quantises."""
+    return make_unit_pipeline(folder, dual_layers=0, layers=4)
 
 
 def make_unit_backbone(folder) -> str:

@@ -39,6 +39,7 @@ _SD3 = {"patch_size": 2, "num_layers": 3, "caption_projection_dim": 64, "pos_emb
 _ROTARY = {"in_channels": 64, "axes_dims_rope": (4, 6, 6)}
 STOCK = {
     "sd35-medium": (SD3Transformer2DModel, {**_SD3, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}),
+    "sd35-large": (SD3Transformer2DModel, {**_SD3, "qk_norm": "rms_norm"}),
     "sd3-medium": (SD3Transformer2DModel, _SD3),
     "flux": (FluxTransformer2DModel, {**_ROTARY, "num_layers": 2, "num_single_layers": 2, "guidance_embeds": False}),
     "qwen": (QwenImageTransformer2DModel, {**_ROTARY, "out_channels": 16, "num_layers": 3}),

@@ -2,9 +2,9 @@
 
 Planted bugs that turned this file red: views counted; `_unsafe_view` counted; copies inside our operators not seen;
 the optimizer's three launches counted as one; a gather that reads its whole table; broadcast dimensions read in full;
-what `copy_` overwrites counted as read; matrix products counted as elementwise; `tolist` not seen; host tensors
-counted as the device's; a saved storage counted per view; parameters counted as saved; scalars left out of the trace;
-recomputation left out of the backward pass.
+what `copy_` overwrites counted as read; a tensor read that another is made like; matrix products counted as
+elementwise; `tolist` not seen; host tensors counted as the device's; a saved storage counted per view; parameters
+counted as saved; scalars left out of the trace; recomputation left out of the backward pass.
 """
 
 import pytest
@@ -163,6 +163,8 @@ def test_elementwise_bytes():
     assert bytes_of(lambda: x + row.expand(4, 8)) == 128 + 16 + 128  # a broadcast row is read once
     assert bytes_of(lambda: x.mul_(2)) == 2 * 128  # read and written
     assert bytes_of(lambda: x.zero_()) == 128  # only written
+    assert bytes_of(lambda: x.new_zeros(3)) == 12
+    assert bytes_of(lambda: torch.zeros_like(x)) == 128  # reads nothing of what it is like
     assert bytes_of(lambda: x.copy_(row)) == 16 + 128
     assert bytes_of(lambda: torch.cat([x, x])) == 4 * 128
     assert bytes_of(lambda: x.index_select(0, index)) == 64 + 64 + 16  # rows it picks, not the table
@@ -170,7 +172,9 @@ def test_elementwise_bytes():
     assert bytes_of(lambda: F.conv2d(x.view(1, 1, 4, 8), meta(1, 1, 3, 3))) == 0
     with on_gpu():
         assert bytes_of(lambda: gelu(x)) == 2 * 128
-        assert bytes_of(lambda: F.scaled_dot_product_attention(*[meta(1, 1, 4, 16)] * 3)) == 0
+        q = meta(1, 1, 4, 16)
+        assert bytes_of(lambda: F.scaled_dot_product_attention(q, q, q)) == 0
+        assert bytes_of(lambda: F.scaled_dot_product_attention(query=q, key=q, value=q)) == 0
 
 
 def test_flops():

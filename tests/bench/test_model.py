@@ -97,7 +97,7 @@ def test_the_page_says_what_the_updates_graphs_are_predicted_to_give():
     ("name", "work"), [("merged", model.MERGED), ("adapted", model.ADAPTED), ("train", model.TRAINED)]
 )
 def test_our_work_is_what_the_structure_tests_count(name, work):
-    golden = GOLDEN[name]
+    golden = GOLDEN["sd35-medium"][name]
     assert (work.flops, work.bytes, work.launches) == tuple(
         golden[k] for k in ("flops", "elementwise_bytes", "launches")
     )

@@ -1048,6 +1048,28 @@ def test_the_documents_say_what_fits(processes):
 
 
 @pytest.mark.weekly
+def test_the_families_tables_and_the_presets_say_what_the_command_says():
+    """Of one GPU where they say no more; a preset's file names the smallest card that 8 of are enough."""
+    page = (ROOT / "docs" / "families.md").read_text()
+    said = re.findall(r"`python -m advgrpo\.plan --preset (\S+)` says at least (\d+) GB", page)
+    assert {preset.split("-")[0] for preset, _ in said} == {"flux1", "flux2", "qwen"}
+    for preset, gb in said:
+        refused = plan(configuration.load(preset), 10)
+        assert f"at least {refused.peak_gb:.1f} GB" in refused.line()
+        assert f"{refused.peak_gb:.0f}" == gb, preset
+    assert "21 GB on each of 8 GPUs" in page
+    assert plan_as_configured(configuration.load("flux2-dino"), 24, processes=8).peak_gb == pytest.approx(21, abs=0.5)
+    cards, named = (24, 40, 48, 80, 96, 141), 0
+    for preset in configuration.preset_names():
+        comment = re.sub(r"\s*\n#\s*", " ", (ROOT / "advgrpo" / "presets" / f"{preset}.yaml").read_text())
+        for card in map(int, re.findall(r"(\d+) GB by (?:its|the plan's) estimate", comment)):
+            assert plan(configuration.load(preset), card, processes=8).fits, preset
+            assert not plan(configuration.load(preset), cards[cards.index(card) - 1], processes=8).fits, preset
+            named += 1
+    assert named == 4
+
+
+@pytest.mark.weekly
 def test_the_documents_say_what_a_whole_copy_takes():
     page = (ROOT / "docs" / "families.md").read_text()
     assert "| model | the copy | in parts | with the copy | in parts, FP8 | with the copy |" in page

@@ -14,6 +14,7 @@ from advgrpo.policy.fp8_base import Fp8Linear, quantize
 from advgrpo.policy.loading import load_policy
 from advgrpo_kernels import fp8_quantize
 from tests import flux_models, qwen_models
+from tests.conftest import make_large_pipeline
 from tests.families import PROMPTS
 from tests.parts import some_weekly
 
@@ -42,11 +43,12 @@ def test_modulation_trained_layers_and_other_sizes_stay():
     assert [name for name, module in block.named_modules() if isinstance(module, Fp8Linear)] == ["ff"]
 
 
-@pytest.mark.parametrize("family", some_weekly(["flux", "qwen"], ["qwen"]))
+@pytest.mark.parametrize("family", some_weekly(["flux", "qwen", "sd35-large"], ["qwen", "sd35-large"]))
 def test_the_layers_and_their_rounding_are_those_of_our_forward(family, unit_config, tmp_path):
     """Up to codes that a rounding of other sums has tipped over: far nearer than to the model in its dtype. Adapters
     are at their start, where they add nothing."""
-    made = {"flux": flux_models, "qwen": qwen_models}[family].save_pipeline(tmp_path / family)
+    saved = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline, "sd35-large": make_large_pipeline}
+    made = saved[family](tmp_path / family)
     unit_config.model.path, unit_config.model.max_sequence_length = str(made), 16
     velocities = []
     for fused, precision in ((False, "fp8"), (True, "fp8"), (False, "model")):

@@ -16,15 +16,17 @@ from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
 from advgrpo_kernels import Fp8Tensor
 from tests import flux_models, qwen_models
+from tests.conftest import make_large_pipeline
 from tests.families import PROMPTS, load
 from tests.parts import some_weekly, train_adapters
 
 ROW = torch.tensor([0, 0, 1])
+WEEKLY = ["flux", "qwen", "large"]  # the last: SD3.5-large's kind
 
 
 def settings_of(family: str, unit_config, folder: Path):
-    made = {"flux": flux_models, "qwen": qwen_models}
-    path = made[family].save_pipeline(folder / family) if family in made else "tiny"
+    made = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline, "large": make_large_pipeline}
+    path = made[family](folder / family) if family in made else "tiny"
     unit_config.model.path, unit_config.model.max_sequence_length = str(path), 16
     return unit_config
 
@@ -45,7 +47,7 @@ def as_trained(ours: DiffusersPolicy, trained: DiffusersPolicy) -> None:
             parameter.copy_(theirs[name.replace(".weight", ".default.weight")])
 
 
-@pytest.mark.parametrize("name", some_weekly(["sd3", "flux-bfloat16", "flux", "qwen"], ["flux", "qwen"]))
+@pytest.mark.parametrize("name", some_weekly(["sd3", "flux-bfloat16", *WEEKLY], WEEKLY))
 def test_a_copy_samples_the_bits_of_a_whole_model_in_fp8(name, unit_config, tmp_path):
     """From merged weights, also when the adapters have moved on, and loses as much of them to rounding."""
     family, _, dtype = name.partition("-")

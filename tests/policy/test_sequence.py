@@ -24,6 +24,8 @@ from tests.zygote import run as run_forked
 MODELS = {
     "sd35-medium": ("sd35-medium", {}),
     "sd3-medium": ("sd3-medium", {}),
+    "sd35-large": ("sd35-large", {}),
+    f"sd35-large{IN_PARTS}": ("sd35-large", {}),
     "flux": ("flux", {}),
     "flux-checkpointing": ("flux", {"checkpointing": True}),
     "qwen": ("qwen", {}),
@@ -33,7 +35,7 @@ MODELS = {
     f"flux{IN_PARTS}": ("flux", {}),
     f"qwen{IN_PARTS}": ("qwen", {}),
 }
-WEEKLY = {f"sd35-medium{IN_PARTS}", f"flux{IN_PARTS}"}
+WEEKLY = {f"sd35-medium{IN_PARTS}", f"flux{IN_PARTS}", "sd35-large", f"sd35-large{IN_PARTS}"}
 FOUR = {"sd35-medium", "qwen", f"qwen{IN_PARTS}"}  # by four processes in CI: both kinds of text, and a head to each
 CASES = [pytest.param(2, key, marks=[pytest.mark.weekly] * (key in WEEKLY)) for key in MODELS]
 CASES += [pytest.param(4, key, marks=[pytest.mark.weekly] * (key not in FOUR)) for key in MODELS]
@@ -46,10 +48,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_one() -> dict[str, dict[str, torch.Tensor]]:
-    """What one process gives that has all tokens."""
-    found = {}
+def by_one(request) -> dict[str, dict[str, torch.Tensor]]:
+    """What one process gives that has all tokens, of the models that this session asks for."""
+    cases = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
+    asked, found = {case.params.get("key") for case in cases if case}, {}
     for key, (name, settings) in MODELS.items():
+        if key not in asked:
+            continue
         ours = sequence_worker.model(name, **sequence_worker.options(settings))
         given = sequence_worker.seen(ours, name) | sequence_worker.by_rows(ours, name)
         merged = not key.endswith(IN_PARTS)

@@ -21,6 +21,7 @@ from advgrpo.policy.fused.lora import LoraWeights
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig, can_adapt
 from advgrpo_kernels import _cpu, _runtime, gelu
 from advgrpo_kernels.ops import linear as linear_op
+from tests.parts import some_weekly
 
 TARGETS = tuple(
     f".attn.{name}"
@@ -32,6 +33,7 @@ MODELS = {
     "sd3-medium": {"dual_attention_layers": (), "qk_norm": None},
 }
 STEP = torch.tensor([1])
+large_weekly = pytest.mark.parametrize("kind", some_weekly(["sd35-medium", "sd35-large"], ["sd35-large"]))
 
 
 def stock_model(kind: str, device="cpu", layers=3) -> SD3Transformer2DModel:
@@ -270,10 +272,11 @@ def test_merged_weights_follow_the_adapters_in_place_and_never_accumulate():
     assert torch.equal(run_ours(ours, given, "base"), base)
 
 
+@large_weekly
 @pytest.mark.parametrize(("dtype", "fp8"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
-def test_what_merging_takes_from_a_young_adapter_is_measured(dtype, fp8):
+def test_what_merging_takes_from_a_young_adapter_is_measured(dtype, fp8, kind):
     """In bfloat16 a change below half a unit in the last place vanishes, in e4m3 the base's own rounding is larger."""
-    ours = fused(stock_model("sd35-medium", layers=3).to(getattr(torch, dtype)))
+    ours = fused(stock_model(kind, layers=3).to(getattr(torch, dtype)))
     ours.prepare_merged(fp8=fp8)
     ours.merge()
     assert ours.merge_error() == 0  # no change yet
@@ -290,8 +293,9 @@ def test_what_merging_takes_from_a_young_adapter_is_measured(dtype, fp8):
     assert grown < (0.5 if fp8 else 0.05)
 
 
-def test_fp8_sampling_weights_stay_close_and_leave_the_outer_blocks_alone():
-    model, given = stock_model("sd35-medium", layers=4), inputs()
+@large_weekly
+def test_fp8_sampling_weights_stay_close_and_leave_the_outer_blocks_alone(kind):
+    model, given = stock_model(kind, layers=4), inputs()
     ours = fused(model)
     train(ours.lora)
     ours.prepare_merged(fp8=True)
@@ -304,8 +308,9 @@ def test_fp8_sampling_weights_stay_close_and_leave_the_outer_blocks_alone():
     ]  # fmt: skip
 
 
-def test_fp8_frozen_weights_train_adapters_along_nearly_the_same_gradient():
-    model, given = stock_model("sd35-medium", layers=4), inputs()
+@large_weekly
+def test_fp8_frozen_weights_train_adapters_along_nearly_the_same_gradient(kind):
+    model, given = stock_model(kind, layers=4), inputs()
     ours = fused(model)
     train(ours.lora)
     gradients, values = [], []

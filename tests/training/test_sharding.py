@@ -21,7 +21,7 @@ from advgrpo.config import Config
 from advgrpo.runtime.distributed import Distributed
 from advgrpo.training.run import Run
 from tests import flux_models, qwen_models, sharding_worker
-from tests.conftest import make_unit_config
+from tests.conftest import make_large_pipeline, make_unit_config
 from tests.families import PROMPTS, metrics
 from tests.parts import some_weekly
 from tests.training.test_run import environment
@@ -36,16 +36,20 @@ NETWORKS = {
     "flux": {"gradient_checkpointing": True},
     "flux-fp8": {"base_precision": "fp8", "gradient_checkpointing": True},
     "qwen": {},
+    "large": {"gradient_checkpointing": True},  # SD3.5-large's kind: no block attends twice
+    "large-fp8": {"base_precision": "fp8"},
 }
-COPIED = {"flux", "flux-fp8"}  # of which every process has merged weights in FP8 as well, whole
+COPIED = {"flux", "flux-fp8", "large", "large-fp8"}  # of which every process has merged weights in FP8 as well, whole
 RUNS = {
     "sd3": {"iterations": 2},
     "flux": {"data": {"held_out_prompts": ""}},
     "flux-copied": {"data": {"held_out_prompts": ""}, "fast": True, "rollout": {"precision": "fp8"}},
     "flux-fp8": {"data": {"held_out_prompts": ""}, "iterations": 2, "model": {"base_precision": "fp8"}},
+    "large-fp8": {"data": {"held_out_prompts": ""}, "iterations": 2, "model": {"base_precision": "fp8"}},
 }
-WEEKLY = {"sd3-bfloat16", "qwen"}
-BY_FOUR = ("sd3", "flux", "qwen")
+WEEKLY = {"sd3-bfloat16", "qwen", "large", "large-fp8"}
+GOING_ON = ("sd3", "flux-fp8", "large-fp8")
+BY_FOUR = ("sd3", "flux", "qwen", "large")
 
 
 def asked(request, tests: Collection[str], every: dict[str, dict]) -> dict[str, dict]:
@@ -80,6 +84,8 @@ def base(unit_pipeline, unit_backbone, folder, request) -> dict[str, Config]:
     made = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline}
     pipelines = {name: made[name](folder / name, shard="300KB") for name in made.keys() & families}
     pipelines["sd3"] = unit_pipeline
+    if "large" in families:
+        pipelines["large"] = make_large_pipeline(folder / "large")
     settings = make_unit_config(unit_pipeline, unit_backbone, folder).model_dump()
     changes = {
         "fast": False,
@@ -144,7 +150,7 @@ def start(folder: Path, processes: int, networks: list[str], runs: dict[str, Pat
 def by_two(networks, runs, folder, request) -> dict[str, list[dict[str, torch.Tensor]]]:
     """What each of two processes has seen, by network."""
     fresh = {f"{name}-2": None for name in runs}
-    going_on = {f"{name}-1-to-2": runs[name] / FIRST for name in ("sd3", "flux-fp8") if name in runs}
+    going_on = {f"{name}-1-to-2": runs[name] / FIRST for name in GOING_ON if name in runs}
     if any(getattr(item, "originalname", "") == WHOLE_TEST for item in request.session.items):
         fresh["sd3-2-whole"] = None
     start(folder, 2, list(networks), {**fresh, **going_on})
@@ -203,7 +209,7 @@ def test_the_next_block_is_gathered_while_one_runs(name, networks, by_two, folde
         assert found["before"] == [1 + min(number + 2, blocks) for number in range(blocks)]
 
 
-@pytest.mark.parametrize("name", sorted(COPIED))
+@pytest.mark.parametrize("name", some_weekly(sorted(COPIED), WEEKLY))
 def test_a_whole_copy_is_merged_block_by_block_and_gathers_nothing_to_sample(name, networks, by_two, folder):
     for rank, found in enumerate(counts(folder, name)):
         assert found["merged"] == 0
@@ -244,7 +250,7 @@ def rounded_alike(
     assert max((own[n] - t).abs().max() for n, t in others.items()) < 1e-5
 
 
-@pytest.mark.parametrize("name", some_weekly(RUNS, {"flux", "flux-fp8"}))
+@pytest.mark.parametrize("name", some_weekly(RUNS, {"flux", "flux-fp8", "large-fp8"}))
 def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, by_two, folder):
     rounded_alike(folder / f"{name}-2", runs[name])
 
@@ -263,7 +269,7 @@ def test_a_run_in_parts_has_the_bits_of_one_whose_processes_have_all_of_the_base
 
 
 def test_two_processes_go_on_with_what_one_began(runs, by_two, folder):
-    for name in ("sd3", "flux-fp8"):
+    for name in GOING_ON:
         if name in runs:
             rounded_alike(folder / f"{name}-1-to-2", runs[name], from_iteration=1)
 

@@ -25,8 +25,8 @@ A mask of keys, as Qwen-Image's text has, is taken by cudnn, efficient, cpu and 
 or -∞, so that masked keys weigh exactly 0, whatever they and their values hold (finite).
 
 Shapes: q [B, H, Sq, D], k and v [B, H, S, D], mask [B, S] bool -> [B, Sq, H·D]. Any strides with dense heads. The
-result lies in memory in q's order of images and tokens; not with flash3, which puts image after image, so that to_out
-copies its input.
+result lies in memory in q's order of images and tokens; not with flash3 and efficient, which put image after image, so
+that to_out copies its input or is two operators.
 """
 
 from __future__ import annotations
