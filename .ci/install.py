@@ -18,11 +18,23 @@ from pathlib import Path
 from pip._internal.commands import create_command
 
 UV = "uv>=0.13,<0.14"
-TOLD = set("index-url extra-index-url find-links constraint no-index trusted-host cert timeout default-timeout".split())
-NO_MATTER = set(
-    "break-system-packages cache-dir disable-pip-version-check no-cache-dir no-compile no-input no-python-version-warning "
-    "no-warn-script-location progress-bar quiet retries root-user-action verbose".split()
-)
+TOLD = {
+    *("index-url", "extra-index-url", "find-links", "constraint", "no-index"),
+    *("trusted-host", "cert", "timeout", "default-timeout"),
+}
+NO_MATTER = {
+    *(
+        "break-system-packages",
+        "cache-dir",
+        "config-file",
+        "disable-pip-version-check",
+        "no-cache-dir",
+        "no-compile",
+        "no-input",
+    ),
+    *("no-python-version-warning", "no-warn-script-location", "progress-bar", "quiet", "retries", "root-user-action"),
+    "verbose",
+}
 
 
 class UsePip(Exception):
