@@ -125,10 +125,11 @@ gpu-carry: $(VENV)/.pip .rehearsal/.installed
 gpu-rehearsal: $(VENV)/.dev gpu-carry
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.rehearsal --python $(GPU_ENV) $(ARGS)
 
-# What an installation prints is kept beside it and shown only when it fails. INSTALL="..." is passed to pip.
+# What an installation prints is kept beside it and shown only when it fails. INSTALLER="..." does it in pip's place, in
+# an environment that has pip.
 LOG := $(VENV)/install.log
-INSTALL :=
-install = $(BIN)/python -m pip install $(1) >$(LOG) 2>&1 || { cat $(LOG); exit 1; }
+INSTALLER := $(BIN)/python -m pip install
+install = $(INSTALLER) $(1) >$(LOG) 2>&1 || { cat $(LOG); exit 1; }
 
 $(VENV)/.pip:
 	@$(PYTHON) -m venv $(VENV)
@@ -137,12 +138,12 @@ $(VENV)/.pip:
 
 $(VENV)/.train: $(VENV)/.pip pyproject.toml
 	@echo "installing into $(VENV), a few minutes the first time"
-	@$(call install,$(INSTALL) --editable ".[train]")
+	@$(call install,--editable ".[train]")
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.pip pyproject.toml
 	@echo "installing into $(VENV), a few minutes the first time"
-	@$(call install,$(INSTALL) --editable ".[dev]")
+	@$(call install,--editable ".[dev]")
 	@touch $@ $(VENV)/.train
 
 clean:

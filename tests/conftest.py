@@ -1,5 +1,6 @@
 """Settings every test needs before torch and triton are first used."""
 
+import atexit
 import gc
 import os
 from collections.abc import Iterable
@@ -71,7 +72,8 @@ def pytest_collection_finish(session):
 
 
 def pytest_unconfigure():
-    gc.unfreeze()  # or extension modules complain of leaks
+    """Later than pytest's own five collections, which come now; extension modules complain of leaks without."""
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture
