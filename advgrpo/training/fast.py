@@ -133,12 +133,7 @@ def _rows(config: Config, device: torch.device, off: _Off, ode: str) -> tuple[Fa
             "clipping, AdamW and EMA in three launches, no wait",
         ),
         _row("Triton kernels", no_triton, "fused step, loss, advantages, patches and head, with --no-fast as well"),
-        _row("CPU kernels", no_cpu, "norms, residuals, GELU and attention over few tokens, compiled for this CPU"),
-        _row(
-            "CPU products",
-            no_cpu or _cpu.why_no_products(),
-            "our matrix products, of AVX-512, in place of MKL's of AVX2",
-        ),
+        _row("CPU kernels", no_cpu, "" if no_cpu else _what_the_cpu_runs()),
         _row(
             "CUDA graphs",
             off.graphs,
@@ -274,6 +269,13 @@ def _why_no_cpu_kernels(model: ModelSection, device: torch.device) -> str:
         return "" if _cpu.usable() else f"{_cpu.why_not()}: PyTorch's operators instead"
     except (_cpu.CpuKernelsUnavailable, ValueError) as error:
         raise UserError(str(error)) from error
+
+
+def _what_the_cpu_runs() -> str:
+    """Of the kernels compiled for it; matrix products are among them where PyTorch's leave half of it unused."""
+    norms = "norms, residuals, GELU and attention over few tokens, compiled for this CPU"
+    why_not = _cpu.why_no_products()
+    return f"{norms}; matrix products are PyTorch's: {why_not}" if why_not else f"matrix products, {norms}"
 
 
 def _why_no_csrc(device: torch.device) -> str:

@@ -1,7 +1,13 @@
 """`linear` and `matrix_product` (`cpu/product.cpp`): error budgets in every layout, no bit that depends on other rows,
 and where `auto` takes them.
+
+Planted bugs that turned this file red: the bias left out of part of a panel, and added first for a lone row; blocks of
+depth written over each other; panels packed for the call before; the last of a transposed depth left out; `out` taken
+for dense; the weight transposed in the backward, and its gradient's factors exchanged; the bias without a gradient; x
+kept that nothing reads; any vendor; no question whether tensors fit.
 """
 
+import functools
 import platform
 import time
 
@@ -23,6 +29,7 @@ except _cpu.CpuKernelsUnavailable as unavailable:
     WHY_NOT = str(unavailable)
 compiled = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "they are there")
 
+LAYOUTS = ["dense", "transposed", "sparse"]
 # Whole tiles, parts of tiles in every direction, several blocks of depth, and rows beyond a chunk.
 SHAPES = [(1, 1, 1), (6, 16, 64), (5, 17, 33), (13, 300, 70), (250, 64, 130), (31, 700, 129)]
 
@@ -46,8 +53,8 @@ def test_linear_within_error_budget(shape, biased):
 
 @compiled
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
-@pytest.mark.parametrize("left", ["dense", "transposed", "sparse"])
-@pytest.mark.parametrize("right", ["dense", "transposed", "sparse"])
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
 def test_products_of_any_layout_have_the_bits_of_dense_ones(shape, left, right):
     M, K, N = shape
     a, b, bias = matrix(M, K, left), matrix(K, N, right), torch.randn(N)
@@ -93,6 +100,23 @@ def test_no_bit_depends_on_other_rows_or_on_the_number_of_threads(K):
 
 
 @compiled
+@pytest.mark.weekly
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64's compilers")
+@pytest.mark.parametrize("narrower", ["-mno-avx512f", "-mno-avx"])
+def test_no_bit_depends_on_how_wide_registers_are(narrower, monkeypatch, tmp_path):
+    """But for products that are added in one rounding where the CPU can."""
+    monkeypatch.setenv("ADVGRPO_KERNELS_CACHE", str(tmp_path))
+    given = [(matrix(M, K, "dense"), matrix(K, N, way), torch.randn(N)) for M, K, N in SHAPES for way in LAYOUTS]
+    found = []
+    for flags in ((), (narrower,)):
+        with monkeypatch.context() as patch:
+            patch.setattr(_cpu, "FLAGS", (*_cpu.FLAGS, "-ffp-contract=off", *flags))
+            patch.setattr(_cpu, "library", functools.cache(_cpu.library.__wrapped__))
+            found.append([k.matrix_product(*matrices, backend="cpu") for matrices in given])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@compiled
 def test_a_weight_that_is_written_to_is_read_anew():
     x, weight = torch.randn(7, 40), torch.randn(30, 40)
     k.linear(x, weight, backend="cpu")
@@ -119,6 +143,8 @@ def gains(monkeypatch):
 @compiled
 def test_auto_takes_it_where_it_fits_and_nowhere_else(gains, monkeypatch):
     calls, real = [], _cpu.library()
+    monkeypatch.setattr(_cpu, "MODE", "auto")
+    monkeypatch.setattr(_cpu, "usable", lambda: True)
     monkeypatch.setattr(_cpu, "library", lambda: calls.append(1) or real)
     x, weight = torch.randn(3, 16), torch.randn(8, 16)
 
