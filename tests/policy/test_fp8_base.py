@@ -1,7 +1,7 @@
 """Frozen layers in e4m3 by diffusers' forward: which, what they compute, and that it is what our forward computes.
 
 Bugs planted in a copy, each seen red (tests/mutants): the gradient of codes without their scales; the last block's
-layers quantised as well.
+layers quantised as well. Not there: another result of diffusers' layers where a gradient is wanted.
 """
 
 from pathlib import Path
