@@ -8,7 +8,7 @@ of bench/model.py; the links' are `Links`, assumptions with their reasons.
 
 Not in it: waiting for a slower machine, disks, evaluation, checkpoints, the host between launches, and whatever
 overlaps: communication is added to the work. Elementwise traffic of FLUX.1 and Qwen-Image is SD3.5-medium's per token,
-width and block, which was counted; theirs was not.
+width and block; how near that is to their own, which is counted for some shapes, docs/scaling.md says.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from advgrpo.plan.known_models import (
 from advgrpo.policy.adapters import block_names, target_modules
 from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo.policy.fused.transformer import FusedTransformer, TransformerConfig
+from bench.counters import on_gpu
 from bench.model import (
     ADAPTED,
     BACKBONE,
@@ -457,7 +458,8 @@ def _forward_flops(network: Any, image: int, text: int) -> tuple[int, int]:
     from torch.utils.flop_counter import FlopCounterMode
 
     settings = network.config
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    # As a GPU runs it, attention is one operator; else it would be counted among the other products.
+    with on_gpu(), torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         inputs = {
             "hidden_states": torch.empty(1, image, settings.in_channels),
             "encoder_hidden_states": torch.empty(1, text, settings.joint_attention_dim),

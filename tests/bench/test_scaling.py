@@ -2,7 +2,7 @@
 
 Planted bugs that turn it red: a sum of the LoRA's gradient an iteration instead of one a minibatch; rows of the mean
 process instead of the busiest one's; three columns of statistics; a latency that does not grow with the processes; an
-Ethernet divided by a machine's GPUs.
+Ethernet divided by a machine's GPUs; attention counted among the other products.
 """
 
 import json
@@ -23,6 +23,7 @@ from tests.faults.job import environment
 from tests.unit_size import UNIT
 from tests.zygote import run
 
+STRUCTURE = Path(__file__).parents[1] / "golden" / "structure.json"
 CI = [(2, 2, "none"), (2, 1, "blocks")]
 WEEKLY = [(2, 1, "none"), (3, 1, "none"), (4, 2, "none"), (2, 2, "blocks"), (4, 2, "blocks")]
 WAYS = [*CI, *(pytest.param(*each, marks=pytest.mark.weekly) for each in WEEKLY)]
@@ -127,6 +128,22 @@ def test_efficiency_is_that_of_the_shares_where_talk_is_free():
         cost = scaling.predict(preset, gpus, free)
         assert cost.images == most
         assert cost.efficiency(one) == pytest.approx(efficiency(Config.load(preset), gpus), abs=0.02)
+
+
+@pytest.mark.weekly
+def test_the_page_says_how_near_the_assumed_traffic_is_to_what_is_counted():
+    """tests/golden/structure.json: 8 images of each, of 512 pixels and 128 text tokens."""
+    counted, said = json.loads(STRUCTURE.read_text()), []
+    for preset, kind in (("flux1-dino", "flux1-dev"), ("qwen-image-dino", "qwen-image")):
+        family = scaling.family_of(preset)
+        assumed = {"merged": family.merged, "adapted": family.adapted, "train": family.trained}
+        shares = [8 * work.bytes / counted[kind][name]["elementwise_bytes"] for name, work in assumed.items()]
+        said.append(f"{min(shares):.2f} to {max(shares):.2f} of")
+        for name, work in assumed.items():  # with what is of a prompt, which our forward computes once
+            assert 1 < 8 * work.flops / counted[kind][name]["flops"] < 1.01
+    page = scaling.PAGE.read_text(encoding="utf-8")
+    assert f"which is {said[0]} what is" in page, said
+    assert f"of FLUX.1 and {said[1]} Qwen-Image" in page, said
 
 
 @pytest.mark.weekly

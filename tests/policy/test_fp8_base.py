@@ -1,7 +1,7 @@
 """Frozen layers in e4m3 by diffusers' forward: which, what they compute, and that it is what our forward computes.
 
 Bugs planted in a copy, each seen red (tests/mutants): the gradient of codes without their scales; the last block's
-layers quantised as well.
+layers quantised as well. Not there: another result of diffusers' layers where a gradient is wanted.
 """
 
 from pathlib import Path
@@ -15,10 +15,11 @@ from advgrpo.policy.loading import load_policy
 from advgrpo_kernels import fp8_quantize
 from tests import flux_models, qwen_models
 from tests.conftest import make_large_pipeline
-from tests.families import PROMPTS
+from tests.families import PROMPTS, assert_on_policy, load
 from tests.parts import some_weekly
 
 CPU = torch.device("cpu")
+SAVED = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline, "sd35-large": make_large_pipeline}
 
 
 def test_a_layer_is_the_product_of_what_it_holds_and_so_is_its_gradient():
@@ -47,8 +48,7 @@ def test_modulation_trained_layers_and_other_sizes_stay():
 def test_the_layers_and_their_rounding_are_those_of_our_forward(family, unit_config, tmp_path):
     """Up to codes that a rounding of other sums has tipped over: far nearer than to the model in its dtype. Adapters
     are at their start, where they add nothing."""
-    saved = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline, "sd35-large": make_large_pipeline}
-    made = saved[family](tmp_path / family)
+    made = SAVED[family](tmp_path / family)
     unit_config.model.path, unit_config.model.max_sequence_length = str(made), 16
     velocities = []
     for fused, precision in ((False, "fp8"), (True, "fp8"), (False, "model")):
@@ -62,3 +62,15 @@ def test_the_layers_and_their_rounding_are_those_of_our_forward(family, unit_con
     stock, ours, plain = velocities
     assert (stock - ours).norm() < 0.05 * (stock - plain).norm()
     assert (stock - plain).norm() > 1e-3 * plain.norm()
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize("fused", [True, False], ids=["ours", "diffusers"])
+@pytest.mark.parametrize("family", ["flux", "sd35-large"])
+def test_ratios_are_exact_before_the_first_step(family, fused, unit_config, tmp_path):
+    """Qwen-Image's are in test_qwen.py."""
+    unit_config.model.path, unit_config.model.max_sequence_length = str(SAVED[family](tmp_path / family)), 16
+    policy = load(unit_config, fused=fused, base_precision="fp8")
+    modules = policy.network.transformer.linears() if fused else policy.transformer.modules()
+    assert any(isinstance(each, Fp8Linear) or getattr(each, "base_fp8", None) is not None for each in modules)
+    assert_on_policy(policy, unit_config, window=(1, 2))
