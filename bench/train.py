@@ -73,7 +73,7 @@ def train_world(
             return "the time is over" if budget.left < 2 * metrics["seconds"] else None
 
     settings = {"iterations": WORLD_ITERATIONS[size], "output_dir": str(folder / "run"), "device": device}
-    settings |= UNJUDGED
+    settings = configuration.merge(settings, UNJUDGED)
     if size == "small":
         settings = configuration.merge(settings, QUICK_WORLD)
     started = time.monotonic()
@@ -86,8 +86,9 @@ def train_world(
         "lora_bytes": sum(file.stat().st_size for file in _weights(result.lora)),
     }
     report.save()
-    for file in _weights(result.lora) if lora else ():
-        shutil.copy(file, lora)
+    if lora is not None:
+        for file in _weights(result.lora):
+            shutil.copy(file, lora)
 
 
 def _weights(lora: Path | None) -> list[Path]:
