@@ -1,4 +1,4 @@
-"""What CI puts in pip's place, because it resolves and unpacks in a third of the time: uv, told all that pip is told.
+"""What CI puts in pip's place, because it resolves and unpacks in a third of the time: uv, told what pip is told.
 
     .venv/bin/python .ci/install.py WHAT...      # as pip install WHAT...
 
@@ -71,7 +71,8 @@ def settings_for_uv(python: str) -> tuple[list[str], dict[str, str]]:
 
 def uv_program(python: str, folder: Path) -> str:
     """uv by pip, beside the packages and not among them: nothing that is tested may find it."""
-    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), UV]
+    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--target", str(folder), UV]
     if subprocess.run(command).returncode:
         raise UsePip(f"pip found no {UV}")
     return str(folder / "bin" / "uv")
@@ -101,7 +102,7 @@ def by_uv(python: str, what: list[str]) -> None:
 def main(what: list[str]) -> int:
     try:
         by_uv(sys.executable, what)
-    except UsePip as why:
+    except (UsePip, OSError, subprocess.CalledProcessError) as why:
         print(f"installing by pip and not by uv, because {why}", flush=True)
         return subprocess.run([sys.executable, "-m", "pip", "install", "--no-compile", *what]).returncode
     return 0

@@ -124,7 +124,7 @@ def _train(report: dict) -> Iterator[str]:
             drift = max(row["log_prob_mismatch_max"] for row in rows)
             yield f"- {what}: {len(rows)} iterations, median {middle:.3g} s, largest drift before a step {drift:g}"
             if report[name].get("lora_bytes"):
-                yield "  - its LoRA is in the session's folder, for `python -m advgrpo.frontier --loras FOLDER`"
+                yield "  - its LoRA is in the session's folder, for `advgrpo.frontier --loras FOLDER --output DIR`"
             held = [row["held_gb"] for row in rows if "held_gb" in row]
             planned = report[name].get("planned_gb")
             if held and planned:

@@ -87,6 +87,7 @@ def train_world(
     }
     report.save()
     if lora is not None:
+        lora.mkdir(parents=True, exist_ok=True)
         for file in _weights(result.lora):
             shutil.copy(file, lora)
 

@@ -1,7 +1,8 @@
 """Numbers of an earlier report beside those of today: an arm can be added without making all others again.
 
 Nothing is compared across the two but costs. Where an arm is kept, what it was compared with was of the same report.
-Its CPU seconds become today's machine's: times what an arm takes today that was made for both, over what it took.
+Its CPU seconds become today's machine's: times what an arm takes today that was made for both, over what it took; where
+there is none they stay, and say that they are of another report.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def keep_earlier(found: dict, earlier: dict | None) -> dict:
                 f"{found[name]} now: make them again, or leave out --keep"
             )
     scale = _cpu_scale(found["arms"], earlier["arms"], kept)
-    arms = {arm: _scaled(earlier["arms"][arm], scale) if arm in kept else entry for arm, entry in found["arms"].items()}
+    arms = {
+        arm: _at_todays_costs(earlier["arms"][arm], scale) if arm in kept else entry
+        for arm, entry in found["arms"].items()
+    }
     return {
         **found,
         "arms": arms,
@@ -47,24 +51,33 @@ def keep_earlier(found: dict, earlier: dict | None) -> dict:
 
 def _has_more(earlier: dict, now: dict | None) -> bool:
     """Of the arm as it is in the plan today; reports of before there were teachers and longer runs say neither."""
-    same = now is not None and all(earlier.get(name, now[name]) == now[name] for name in _OF_AN_ARM)
-    return same and len(earlier["runs"]) > len(now["runs"])
+    return now is not None and _is_same(earlier, now) and len(earlier["runs"]) > len(now["runs"])
 
 
-def _cpu_scale(now: dict, earlier: dict, kept: set[str]) -> float:
-    """CPU seconds of today's machine for one of the earlier report's; 1 where no arm was made for both."""
+def _is_same(earlier: dict, now: dict) -> bool:
+    return all(earlier.get(name, now[name]) == now[name] for name in _OF_AN_ARM)
+
+
+def _cpu_scale(now: dict, earlier: dict, kept: set[str]) -> float | None:
+    """CPU seconds of today's machine for one of the earlier report's, by runs of one arm and seed in both; None without
+    any."""
     pairs = [
-        tuple(fmean(run["cpu_seconds"] for run in arms[arm]["runs"].values()) for arms in (now, earlier))
-        for arm in now
-        if arm not in kept and now[arm]["runs"] and earlier.get(arm, {}).get("runs")
+        (run["cpu_seconds"], earlier[arm]["runs"][seed]["cpu_seconds"])
+        for arm, entry in now.items()
+        if arm not in kept and arm in earlier and _is_same(earlier[arm], entry)
+        for seed, run in entry["runs"].items()
+        if seed in earlier[arm]["runs"]
     ]
-    return fmean(today / before for today, before in pairs) if pairs and all(min(pair) > 0 for pair in pairs) else 1.0
+    pairs = [pair for pair in pairs if min(pair) > 0]
+    return fmean(today / before for today, before in pairs) if pairs else None
 
 
-def _scaled(arm: dict, scale: float) -> dict:
+def _at_todays_costs(arm: dict, scale: float | None) -> dict:
     """With the CPU seconds of every run, and of its curve, times `scale`, which its runs remember."""
     if scale == 1:
         return arm
+    if scale is None:
+        return {**arm, "runs": {seed: {**run, "cpu_elsewhere": True} for seed, run in arm["runs"].items()}}
     runs = {
         seed: {
             **run,

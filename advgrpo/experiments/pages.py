@@ -297,10 +297,12 @@ def _scaled_costs(found: dict) -> str:
     for arm in found["arms"].values():
         for scale in {f"{run['cpu_scale']:.2f}" for run in arm["runs"].values() if "cpu_scale" in run}:
             scales.setdefault(scale, []).append(arm["label"])
+    apart = [arm["label"] for arm in found["arms"].values() if any("cpu_elsewhere" in r for r in arm["runs"].values())]
+    said = f" CPU seconds of {', '.join(apart)} are of another report, and cannot be compared." if apart else ""
     if not scales:
-        return ""
+        return said
     parts = "; ".join(f"times {scale} for {', '.join(labels)}" for scale, labels in scales.items())
-    return (
+    return said + (
         " CPU seconds of runs of another machine or day are what they would be beside the other arms, by how much an "
         f"arm that was run on both took on each: {parts}."
     )

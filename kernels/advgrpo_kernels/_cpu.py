@@ -143,7 +143,7 @@ def why_not() -> str:
 
 @functools.cache
 def gains_by_products() -> bool:
-    """Whether PyTorch's float32 products leave half of this CPU unused, as MKL's do of a Zen 5.
+    """Whether PyTorch's float32 products are MKL's kernels of AVX2 on a CPU that PyTorch uses AVX-512 of: a Zen 5.
 
     By facts, which are the same in every process of a machine, never by the clock: bits follow.
     """
@@ -161,8 +161,10 @@ def _why_products_are_mkls() -> str:
     capability, (vendor, family) = torch.backends.cpu.get_cpu_capability(), _maker()
     if capability != "AVX512":
         return f"PyTorch uses no AVX-512 of this CPU ({capability})"
+    if vendor == "GenuineIntel":
+        return "MKL has kernels of AVX-512 for Intel's CPUs"
     if vendor != "AuthenticAMD":
-        return f"MKL has kernels of AVX-512 for this CPU ({vendor or 'of an unknown maker'})"
+        return f"ours were measured on AMD's CPUs alone, and this one's maker is {vendor or 'not told by the system'}"
     return "" if family >= ZEN_5 else f"AMD's family {family} computes AVX-512 in halves, ours gain on {ZEN_5}"
 
 

@@ -357,6 +357,11 @@ def test_an_arm_that_is_kept_costs_what_it_would_on_todays_machine(made_up):
         run["cpu_seconds"] *= 2
     twice = keep_earlier(again, kept)["arms"]["flow"]["runs"]["0"]
     assert (twice["cpu_scale"], twice["cpu_seconds"]) == (0.5, earlier["arms"]["flow"]["runs"]["0"]["cpu_seconds"] / 2)
+    other = without(earlier, "flow")
+    other["arms"]["adv-preference"] |= {"overrides": {"update": {"kl_weight": 1.0}}}
+    strange = keep_earlier(other, earlier)
+    assert strange["arms"]["flow"]["runs"]["0"]["cpu_seconds"] == earlier["arms"]["flow"]["runs"]["0"]["cpu_seconds"]
+    assert "CPU seconds of Flow-GRPO are of another report, and cannot be compared." in pages._costs(strange)
     spent = {"kept": kept, "made": found}
     minutes = {
         name: sum(run["cpu_seconds"] for arm in each["arms"].values() for run in arm["runs"].values()) / 60

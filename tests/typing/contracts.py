@@ -55,6 +55,8 @@ def adversary(cls: Tensor, patches: Tensor, head: dict[str, Tensor]) -> None:
 
 
 def layer_ops(x: Tensor, row: Tensor, flag: bool) -> None:
+    assert_type(k.linear(x, x, row), Tensor)
+    assert_type(k.matrix_product(x, x, out=x), Tensor)
     assert_type(k.gelu(x), Tensor)
     assert_type(k.gelu(x, row, quantize=flag), Tensor | k.Fp8Tensor)
     assert_type(k.swiglu(x), Tensor)

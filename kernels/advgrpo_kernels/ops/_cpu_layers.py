@@ -19,7 +19,12 @@ from ._rotary import is_by_head
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    """Raises RuntimeError for a view of negated values, as a gradient may be: memory does not show the sign."""
+    if tensor is None:
+        return None
+    if tensor.is_neg():
+        raise RuntimeError("the CPU's kernels do not read views of negated values: call resolve_neg() on it")
+    return tensor.data_ptr()
 
 
 def integers(*values: int) -> ctypes.Array:

@@ -33,6 +33,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: _Maybe = None, out: _Maybe 
     product = integers(rows, columns, depth, *a.stride(), *b.stride(), out.stride(0))
     pointers = map(address, (a, b, bias, out))
     _cpu.library().advgrpo_product(*pointers, product, torch.get_num_threads())
+    torch.autograd.graph.increment_version(out)  # as PyTorch's `out=` does: who saved it for a backward is told
     return out
 
 
@@ -47,8 +48,9 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, y_grad: torch.Tensor):
         (x, weight), rows_grad = ctx.saved_tensors, y_grad.reshape(-1, y_grad.shape[-1])
-        x_grad = None if weight is None else _product(rows_grad, weight).view(*y_grad.shape[:-1], -1)
-        weight_grad = None if x is None else _product(rows_grad.t(), x.reshape(-1, x.shape[-1]))
+        product = _product if _cpu.takes(rows_grad) else torch.mm  # a gradient may be a view of negated values
+        x_grad = None if weight is None else product(rows_grad, weight).view(*y_grad.shape[:-1], -1)
+        weight_grad = None if x is None else product(rows_grad.t(), x.reshape(-1, x.shape[-1]))
         return x_grad, weight_grad, rows_grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -83,6 +85,16 @@ def _check(name: str, tensor: _Maybe, shape: tuple[int, ...], like: torch.Tensor
         )
 
 
+def _is_cast(device: torch.device) -> bool:
+    """Whether autocast chooses the dtype of products, whatever their factors have."""
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+
+
+def _has_rows_apart(out: torch.Tensor) -> bool:
+    rows, columns = out.shape
+    return (columns < 2 or out.stride(1) == 1) and (rows < 2 or out.stride(0) >= columns)
+
+
 def matrix_product(
     a: torch.Tensor, b: torch.Tensor, bias: _Maybe = None, *, out: _Maybe = None, backend: str = "auto"
 ) -> torch.Tensor:
@@ -93,12 +105,16 @@ def matrix_product(
         bias: [N].
         out: [M, N] that shares no memory with the others; of dense rows, which may lie apart.
 
+    Under autocast it is PyTorch's, as all products are.
+
     Raises:
         ValueError: names the argument that does not fit.
         RuntimeError: a gradient is required; or backend="cpu" for tensors that its kernel does not take, or where it
             cannot be compiled.
     """
     check_tensors(a=a, b=b)
+    if _is_cast(a.device):
+        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     if a.dim() != 2 or not a.is_floating_point():
         raise ValueError(f"a must be floating point [M, K], got {a.dtype} {list(a.shape)}")
     _check("b", b, (a.shape[1], b.shape[-1] if b.dim() else 1), a)
@@ -106,15 +122,15 @@ def matrix_product(
     _check("out", out, (a.shape[0], b.shape[1]), a)
     if learns(*(tensor for tensor in (a, b, bias, out) if tensor is not None)):
         raise RuntimeError("matrix_product has no gradient: use linear, or call it in an autograd function's backward")
-    if out is not None and out.stride(1) != 1 and out.shape[1] > 1:
-        raise ValueError(f"out must have dense rows, got strides {list(out.stride())}")
+    if out is not None and not _has_rows_apart(out):
+        raise ValueError(f"out must have dense rows that do not overlap, got strides {list(out.stride())}")
     if _on_cpu(backend, a, b, bias, out):
         return _product(a, b, bias, out)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: _Maybe = None, *, backend: str = "auto") -> torch.Tensor:
-    """x·weightᵀ + bias [..., N], differentiable in every input, by the CPU's kernel once.
+    """x·weightᵀ + bias [..., N], differentiable in every input, by the CPU's kernel once; PyTorch's under autocast.
 
     Args:
         x: [..., K] of a floating dtype.
@@ -123,9 +139,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: _Maybe = None, *, backen
 
     Raises:
         ValueError: names the argument that does not fit.
-        RuntimeError: backend="cpu" for tensors that its kernel does not take, or where it cannot be compiled.
+        RuntimeError: backend="cpu" for tensors that its kernel does not take, or where it cannot be compiled; a
+            gradient of its gradient, where the kernel ran.
     """
     check_tensors(x=x, weight=weight)
+    if _is_cast(x.device):
+        return F.linear(x, weight, bias)
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [..., K], got {x.dtype} {list(x.shape)}")
     _check("weight", weight, (weight.shape[0] if weight.dim() else 1, x.shape[-1]), x)
