@@ -255,7 +255,6 @@ def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, by_two, folder
     rounded_alike(folder / f"{name}-2", runs[name])
 
 
-@pytest.mark.weekly
 def test_a_run_in_parts_has_the_bits_of_one_whose_processes_have_all_of_the_base(by_two, folder):
     ours, theirs = (
         [{name: value for name, value in row.items() if "second" not in name} for row in metrics(folder / run)]
