@@ -42,6 +42,15 @@ def brightness(images, prompts):
 def asleep(images, prompts):
     time.sleep(600)
 
+def late(images, prompts):
+    """What is drawn first not before something else is; a trial at once."""
+    until = time.monotonic() + 30
+    while sum(name.startswith("drawn") for name in os.listdir(os.path.dirname(__file__))) == 1:
+        if time.monotonic() > until:
+            raise TimeoutError("nothing else was drawn")
+        time.sleep(0.01)
+    return brightness(images, prompts)
+
 def drawn(images, prompts):
     return torch.rand(len(prompts)) + torch.tensor(np.random.rand(len(prompts))) + random.random()
 
@@ -330,6 +339,26 @@ def test_a_run_with_workers_has_the_numbers_of_one_without_and_scores_while_it_d
         {k: v for k, v in row.items() if k not in timed} for row in rows[False]
     ]
     assert order[:4] == ["sample", "begin", "sample", "begin"]  # and not after the last
+
+
+def test_images_are_scored_while_the_next_ones_are_drawn(unit_config, judges, threads, monkeypatch):
+    """The judge gives no score of the first micro-batch before the second is begun."""
+    sample, drawn = RewardedObjective._sample, []
+
+    def noticed(*arguments, **named):
+        drawn.append(1)
+        judges.with_name(f"drawn-{len(drawn)}").touch()
+        return sample(*arguments, **named)
+
+    monkeypatch.setattr(RewardedObjective, "_sample", noticed)
+    entry = {"name": "mine", "import": f"{judges}:late", "weight": 1.0}
+    change = {"adversary": {"kind": "none"}, "evaluation": {"metrics": ["mine"]}}
+    change["rewards"] = {"custom": [entry], "pools": [{"reward": "mine", "workers": 1, "batch_size": 4}]}
+    change["rollout"] = {"micro_batch": unit_config.rollout.group_size}
+    settings = config.build(config.merge(unit_config.model_dump(mode="json"), change), "test")
+    trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer
+    assert trainer.iterate()["reward_mean"] > 0
+    assert len(drawn) == 2
 
 
 def noted(order: list[str], what: str, function):
