@@ -26,14 +26,15 @@ def cache(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def sizes(unit_config, cache, tmp_path) -> Path:
+def sizes(root, unit_config, cache, tmp_path) -> Path:
     """--config for runs of a second: the unit model, and no more pictures than every arm's groups need."""
+    prompts = 4 if root == "tempflow" else 2  # a group at least for each of its window's four steps
     plain = unit_config.model_dump(mode="json")
     content = {
         "model": {"path": plain["model"]["path"], "lora": {"rank": 4, "alpha": 8}},
         "data": {"held_out_prompts": plain["data"]["held_out_prompts"], "cache_dir": cache},
         "rollout": {
-            **{"prompts_per_iteration": 2, "group_size": 4, "micro_batch": 2, "num_steps": 8},
+            **{"prompts_per_iteration": prompts, "group_size": 4, "micro_batch": 2, "num_steps": 8},
             "tail_agreement": 0.0,  # an untrained model's rewards do not agree
         },
         "adversary": {"updates_per_iteration": 1, "warmup_updates": 1, "batch_size": 4, "replay_capacity": 8},

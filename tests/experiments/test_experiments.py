@@ -156,7 +156,7 @@ def references_stand_beside_the_last_arm_that_shows_them(plan: Plan) -> None:
     styles = Results("style", plan, (0,), resamples=100)
     labels = [label for label, _ in sample_rows(styles, styles.arms)[0][1]]
     arms = [*EXPERIMENTS["style"].arms.values()]
-    for with_references in (4, 2):  # after the last of the two arms that share them
+    for with_references in (5, 3):  # after the last of the arms that share them, three of ink and two of outline
         arms.insert(with_references, f"{arms[with_references - 1]}: references")
     assert labels == ["base", *arms]
 

@@ -65,7 +65,7 @@ def test_the_trainer_says_so_in_one_line(unit_pipeline, tmp_path):
     with hub_server() as hub:
         hub.hold(NAME, Path(unit_pipeline), gated=set())
         own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path)}
-        command = [sys.executable, "-m", "advgrpo.train", "--preset", "sd35m-dino-paper", "--model.path", NAME]
+        command = [sys.executable, "-m", "advgrpo.train", "--preset", "tiny", "--model.path", NAME]
         command += ["--output-dir", str(tmp_path / "run"), "--device", "cpu"]
         done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
