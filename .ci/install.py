@@ -23,17 +23,9 @@ TOLD = {
     *("trusted-host", "cert", "timeout", "default-timeout"),
 }
 NO_MATTER = {
-    *(
-        "break-system-packages",
-        "cache-dir",
-        "config-file",
-        "disable-pip-version-check",
-        "no-cache-dir",
-        "no-compile",
-        "no-input",
-    ),
-    *("no-python-version-warning", "no-warn-script-location", "progress-bar", "quiet", "retries", "root-user-action"),
-    "verbose",
+    *("break-system-packages", "cache-dir", "config-file", "disable-pip-version-check", "no-cache-dir", "no-compile"),
+    *("no-input", "no-python-version-warning", "no-warn-script-location", "progress-bar", "quiet", "retries"),
+    *("root-user-action", "verbose"),
 }
 
 

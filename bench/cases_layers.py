@@ -54,14 +54,19 @@ def qk_rms_norm(bench: Bench) -> Workload:
     return Workload(ours, eager, 2 * nbytes(qkv, txt))
 
 
-def qk_rms_norm_rotary(bench: Bench) -> Workload:
-    """Two norms and two rotations of FLUX.1's blocks of one stream, whose q, k and v are one product."""
+def _rotary(bench: Bench, *by_head: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """qkv as one product, the norms of q and k, and cos and sin, for all heads or by so many."""
     sizes = bench.sizes
     tokens = sizes.tokens + sizes.text
     qkv = bench.randn(sizes.batch, tokens, 3, sizes.heads, sizes.head_dim, dtype=bench.dtype)
     weights = [bench.randn(sizes.head_dim, dtype=bench.dtype) for _ in range(2)]
-    angles = bench.randn(tokens, sizes.head_dim // 2)
-    cos, sin = angles.cos(), angles.sin()
+    angles = bench.randn(*by_head, tokens, sizes.head_dim // 2)
+    return qkv, weights, angles.cos(), angles.sin()
+
+
+def qk_rms_norm_rotary(bench: Bench) -> Workload:
+    """Two norms and two rotations of FLUX.1's blocks of one stream, whose q, k and v are one product."""
+    qkv, weights, cos, sin = _rotary(bench)
     both = [turn.repeat_interleave(2, dim=1)[:, None] for turn in (cos, sin)]
 
     def turned(x: torch.Tensor) -> torch.Tensor:
@@ -82,12 +87,7 @@ def qk_rms_norm_rotary(bench: Bench) -> Workload:
 
 def qk_rms_norm_rotary_half(bench: Bench) -> Workload:
     """The same of halves as pairs with tables by head, as LTX-2's (norms of each head here), by `rotate_half`."""
-    sizes = bench.sizes
-    tokens = sizes.tokens + sizes.text
-    qkv = bench.randn(sizes.batch, tokens, 3, sizes.heads, sizes.head_dim, dtype=bench.dtype)
-    weights = [bench.randn(sizes.head_dim, dtype=bench.dtype) for _ in range(2)]
-    angles = bench.randn(sizes.heads, tokens, sizes.head_dim // 2)
-    cos, sin = angles.cos(), angles.sin()
+    qkv, weights, cos, sin = _rotary(bench, bench.sizes.heads)
     both = [torch.cat([turn, turn], dim=-1) for turn in (cos, sin)]
 
     def turned(x: torch.Tensor) -> torch.Tensor:

@@ -85,6 +85,10 @@ def _check(name: str, tensor: _Maybe, shape: tuple[int, ...], like: torch.Tensor
         )
 
 
+def _pytorchs(a: torch.Tensor, b: torch.Tensor, bias: _Maybe, out: _Maybe) -> torch.Tensor:
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
 def _is_cast(device: torch.device) -> bool:
     """Whether autocast chooses the dtype of products, whatever their factors have."""
     return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
@@ -114,7 +118,7 @@ def matrix_product(
     """
     check_tensors(a=a, b=b)
     if _is_cast(a.device):
-        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+        return _pytorchs(a, b, bias, out)
     if a.dim() != 2 or not a.is_floating_point():
         raise ValueError(f"a must be floating point [M, K], got {a.dtype} {list(a.shape)}")
     _check("b", b, (a.shape[1], b.shape[-1] if b.dim() else 1), a)
@@ -126,7 +130,7 @@ def matrix_product(
         raise ValueError(f"out must have dense rows that do not overlap, got strides {list(out.stride())}")
     if _on_cpu(backend, a, b, bias, out):
         return _product(a, b, bias, out)
-    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+    return _pytorchs(a, b, bias, out)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: _Maybe = None, *, backend: str = "auto") -> torch.Tensor:
