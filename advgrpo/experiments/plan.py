@@ -152,6 +152,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "tail-3": {"rollout": {"tail_steps": 3}},  # two are refused by the run itself: rewards rank otherwise (tau .67)
     "scouts": {"rollout": {"scouts": 2, "scout_tail_steps": 2}},
     "informative": {"update": {"informative_share": 0.5}, "rollout": {"micro_batch": 4}},  # half a group
+    "fp8-sampling": {"rollout": {"precision": "fp8"}},
+    "fp8-everywhere": {"rollout": {"precision": "fp8"}, "model": {"base_precision": "fp8"}},
 }
 
 ARMS = {
@@ -458,6 +460,15 @@ EXPERIMENTS = {
             "scouts": "twice the scouts, by two steps",
             "informative": "the more informative half, in micro-batches of 4",
         },
+    ),
+    "precision": _beside_default(
+        title="Levers: FP8",
+        question="The default computes in float32 here. Sampling in FP8 runs the ODE steps, which have no likelihood, "
+        "with merged weights and activations in e4m3; FP8 everywhere runs the window's steps and the update, forward and "
+        "backward, with a frozen base in e4m3 as well. Adapters never are.",
+        note=f"{_EXPLORED} On a CPU the products of e4m3 are emulated, with the tensor cores' roundings of inputs and "
+        "weights but float32 sums, and are slower than without; a GPU's speed is no part of this page.",
+        arms={"fp8-sampling": "sampling in FP8", "fp8-everywhere": "sampling and training in FP8"},
     ),
     "head": _beside_default(
         title="Levers: what the head sees and how it is held back",
