@@ -52,6 +52,10 @@ COPIES = {"_to_copy", "copy_", "_copy_from"}
 HOST_READS = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.__array__: "__array__"}  # no operator on a CPU
 _IS_CUDA = getattr(Tensor, "is_cuda").__get__  # noqa: B009  the property itself, which stubs call a bool
 
+_META_PRODUCT = "aten::_scaled_mm.out"  # with a result that is given; torch knows it without on meta tensors alone
+if not torch._C._dispatch_has_kernel_for_dispatch_key(_META_PRODUCT, "Meta"):
+    torch.library.impl(_META_PRODUCT, "Meta", lambda *_given, out, **_options: out)
+
 
 class HostSyncError(AssertionError):
     """Code that must not wait for the device read one of its tensors on the host."""

@@ -15,9 +15,11 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from .step_report import IN_FP8, SHARED, Precision, in_precision
 
 # Figures of a session that nothing is predicted of, and why.
 UNPREDICTED = {
@@ -108,6 +110,10 @@ class Work:
 MERGED = Work(35_488_560_218_112, OWN_ATTENTION, 21_554_097_544, 394)
 ADAPTED = Work(35_859_060_916_224, OWN_ATTENTION, 33_184_443_784, 632)
 TRAINED = Work(78_373_116_100_608, OWN_ATTENTION, 96_094_823_816, 1500)  # forward and backward
+# The same with e4m3: merged weights, or the frozen base of what is trained.
+MERGED_FP8 = replace(MERGED, bytes=30_804_888_456, launches=494)
+ADAPTED_FP8 = replace(ADAPTED, bytes=48_959_081_352, launches=832)
+TRAINED_FP8 = replace(TRAINED, bytes=133_436_662_152, launches=1900)
 STOCK = Work(35_579_400_290_304, STOCK_ATTENTION, 139_382_903_680, 2348)
 STOCK_ADAPTED = Work(35_949_900_988_416, STOCK_ATTENTION, 168_328_270_720, 3112)
 STOCK_BACKWARD = Work(42_755_424_387_072, STOCK_ATTENTION, 277_352_212_228, 4090)
@@ -259,19 +265,27 @@ class Model:
     def products(self, flops: float, share: float) -> float:
         return flops / (share * self.flops)
 
-    def forward(self, work: Work, *, adapters: int = 0, fp8: bool = False) -> float:
-        """A pass without gradients; `adapters` are FLOPs of LoRA's products among `work`'s."""
-        dense = work.flops - work.attention - adapters
-        moved, gemm = work.bytes / STREAM, self.products(dense, GEMM)
-        if fp8:
-            moved = (work.bytes - RESIDUAL) / STREAM + RESIDUAL_FP8 / FUSED_FP8
-            gemm = self.products(FP8_PART * dense, FP8_GEMM) + (1 - FP8_PART) * gemm
-        small = self.products(adapters, ADAPTERS) + moved / self.bytes
-        return max(gemm + self.products(work.attention, ATTENTION) + small, work.launches * NODE * 1e-6)
+    def dense(self, flops: float, *, fp8: bool) -> float:
+        """Products with frozen weights."""
+        part = FP8_PART if fp8 else 0.0
+        return self.products(part * flops, FP8_GEMM) + self.products((1 - part) * flops, GEMM)
 
-    def backward(self, flops: int, attention: int, moved: int) -> float:
-        """Attention's backward is 2.5 of its forwards."""
-        gemm = self.products(flops - 2.5 * attention, GEMM)
+    def forward(self, work: Work, *, adapters: int = 0, fp8: bool = False, fp8_norms: int = 0) -> float:
+        """A pass without gradients.
+
+        Args:
+            adapters: FLOPs of LoRA's products among `work`'s.
+            fp8: whether frozen weights are e4m3.
+            fp8_norms: bytes among `work`'s of kernels with a norm that writes e4m3.
+        """
+        dense = self.dense(work.flops - work.attention - adapters, fp8=fp8)
+        moved = (work.bytes - fp8_norms) / STREAM + fp8_norms / FUSED_FP8
+        small = self.products(adapters, ADAPTERS) + moved / self.bytes
+        return max(dense + self.products(work.attention, ATTENTION) + small, work.launches * NODE * 1e-6)
+
+    def backward(self, flops: int, attention: int, moved: int, *, in_fp8: int = 0) -> float:
+        """Attention's backward is 2.5 of its forwards; `in_fp8` are FLOPs of products with frozen weights in e4m3."""
+        gemm = self.products(flops - 2.5 * attention - in_fp8, GEMM) + self.dense(in_fp8, fp8=True)
         return gemm + self.products(2.5 * attention, ATTENTION_BACKWARD) + moved / (STREAM * self.bytes)
 
     @property
@@ -284,7 +298,7 @@ class Model:
 
     @property
     def merged_fp8(self) -> float:
-        return self.forward(MERGED, fp8=True)
+        return self.forward(MERGED_FP8, fp8=True, fp8_norms=RESIDUAL_FP8)
 
     @property
     def adapted(self) -> float:
@@ -293,6 +307,17 @@ class Model:
     @property
     def trained(self) -> float:
         return self.adapted + self.backward(TRAINED.flops - ADAPTED.flops, OWN_ATTENTION, TRAINED.bytes - ADAPTED.bytes)
+
+    @property
+    def adapted_fp8(self) -> float:
+        return self.forward(ADAPTED_FP8, adapters=self.lora, fp8=True)
+
+    @property
+    def trained_fp8(self) -> float:
+        """The gradient of every linear's input is one more product with the same weights."""
+        flops, moved = TRAINED_FP8.flops - ADAPTED_FP8.flops, TRAINED_FP8.bytes - ADAPTED_FP8.bytes
+        frozen = MERGED.flops - MERGED.attention
+        return self.adapted_fp8 + self.backward(flops, OWN_ATTENTION, moved, in_fp8=frozen)
 
     @property
     def stock_adapted(self) -> float:
@@ -315,10 +340,14 @@ class Model:
         work = COMPILED_BACKWARD
         return self.compiled_adapted + self.backward(work.flops, STOCK_ATTENTION, work.bytes)
 
-    @property
-    def branching(self) -> float:
+    def window(self, precision: Precision) -> tuple[float, Work]:
+        """A step of the window, and its work."""
+        return (self.adapted_fp8, ADAPTED_FP8) if precision == "everywhere" else (self.adapted, ADAPTED)
+
+    def branching(self, precision: Precision = "model") -> float:
         """A step on one prompt's two guided rows, replayed: bound by its nodes."""
-        return max(self.adapted * 2 / ROWS, ADAPTED.launches * NODE * 1e-6)
+        step, work = self.window(precision)
+        return max(step * 2 / ROWS, work.launches * NODE * 1e-6)
 
     def decode(self, share: float, moved: int) -> float:
         """One image."""
@@ -342,12 +371,13 @@ class Model:
         decoded = MICRO * self.decode(CONVOLUTION, DECODED_BYTES)
         return micro_batches * min(decoded, share * STEPS * self.idle)
 
-    def sampler(self, ode: float, *, shared: bool = False) -> float:
+    def sampler(self, precision: Precision = "model", *, shared: bool = False) -> float:
         """An iteration's images of ours: two window steps, the rest merged; and the decoder.
 
         With shared noise the first of them is the branching step; before the window {0, 1} there is no prefix.
         """
-        micro_batch = (self.branching if shared else self.adapted) + self.adapted + (STEPS - 2) * ode
+        step, ode = self.window(precision)[0], self.merged if precision == "model" else self.merged_fp8
+        micro_batch = (self.branching(precision) if shared else step) + step + (STEPS - 2) * ode
         return IMAGES / MICRO * micro_batch + IMAGES * self.decode(CONVOLUTION, DECODED_BYTES)
 
     @property
@@ -360,12 +390,14 @@ class Model:
     def stock_sampler(self) -> float:
         return IMAGES / MICRO * STEPS * self.stock_adapted + IMAGES * self.decode(CONVOLUTION_TF32, STOCK_DECODED_BYTES)
 
-    def update(self, *, shared: bool = False, captured: bool = True) -> float:
+    def update(self, precision: Precision = "model", *, shared: bool = False, captured: bool = True) -> float:
         """Both of the window's steps; with shared noise the first on one prompt's rows, which the host is slower than
         where the step is not captured."""
-        launched = TRAINED.launches * (NODE if captured else CUSTOM) * 1e-6
-        first = max(self.trained * 2 / ROWS, launched) if shared else self.trained
-        return IMAGES / MICRO * (self.trained + first)
+        fp8 = precision == "everywhere"
+        step, work = (self.trained_fp8, TRAINED_FP8) if fp8 else (self.trained, TRAINED)
+        launched = work.launches * (NODE if captured else CUSTOM) * 1e-6
+        first = max(step * 2 / ROWS, launched) if shared else step
+        return IMAGES / MICRO * (step + first)
 
     @property
     def b1_update(self) -> float:
@@ -399,9 +431,9 @@ class Model:
         """DINO's features of an iteration's references; other processes decode them while images are sampled."""
         return REFERENCES * self.products(FEATURES, BACKBONE)
 
-    def iteration(self, *, shared: bool = False, fp8: bool = False) -> float:
-        sampler = self.sampler(self.merged_fp8 if fp8 else self.merged, shared=shared)
-        return sampler + self.first_visits + self.adversary + self.update(shared=shared)
+    def iteration(self, precision: Precision = "model", *, shared: bool = False) -> float:
+        drawn, trained = self.sampler(precision, shared=shared), self.update(precision, shared=shared)
+        return drawn + self.first_visits + self.adversary + trained
 
     @property
     def b1_iteration(self) -> float:
@@ -432,16 +464,16 @@ def _unit(name: str, amount: float, ours: float, b1: float, b0: float | None = N
 def _whole_steps(m: Model) -> dict[str, float]:
     """Of bench.step, with the same algorithm on all sides."""
     found: dict[str, float] = {}
-    for precision, fp8 in (("", False), ("_fp8", True)):
-        ode = m.merged_fp8 if fp8 else m.merged
-        iterations = [m.iteration(shared=shared, fp8=fp8) for shared in (False, True)]
-        samplers = [m.sampler(ode, shared=shared) for shared in (False, True)]
-        found |= _unit(f"iteration{precision}", 1, iterations[0], m.b1_iteration, m.stock_iteration)
-        found |= _unit(f"iteration{precision}_shared", 1, iterations[1], m.b1_iteration)
-        found |= _unit(f"sampler{precision}", IMAGES, samplers[0], m.b1_sampler, m.stock_sampler)
-        found |= _unit(f"sampler{precision}_shared", IMAGES, samplers[1], m.b1_sampler)
-    found |= _unit("update", IMAGES, m.update(), m.b1_update, m.stock_update)
-    found |= _unit("update_shared", IMAGES, m.update(shared=True), m.b1_update)
+    units: dict[str, tuple[float, Callable[..., float], float, float]] = {
+        "sampler": (IMAGES, m.sampler, m.b1_sampler, m.stock_sampler),
+        "update": (IMAGES, m.update, m.b1_update, m.stock_update),
+        "iteration": (1, m.iteration, m.b1_iteration, m.stock_iteration),
+    }
+    for unit, (amount, ours, b1, b0) in units.items():
+        for precision in ("model", *(each for each, has in IN_FP8.items() if unit in has)):
+            name = in_precision(unit, precision)
+            found |= _unit(name, amount, ours(precision), b1, b0)
+            found |= _unit(f"{name}{SHARED}", amount, ours(precision, shared=True), b1)
     found |= _unit("update_shared_eager", IMAGES, m.update(shared=True, captured=False), m.b1_update)
     return found | _unit("adversary", IMAGES, m.adversary, m.b1_adversary, m.stock_adversary)
 
@@ -449,7 +481,7 @@ def _whole_steps(m: Model) -> dict[str, float]:
 def predict(machine: Machine = H200) -> dict[str, float]:
     """Every figure by its path: PART.KEY.KEY..., and kernels.CASE.KEY for a case of bench.kernels."""
     m = Model(machine)
-    own, iteration = m.sampler(m.merged), m.iteration()
+    own, iteration = m.sampler(), m.iteration()
     found = {
         "step.calibration.copy_gb_s": machine.copy_gb_s,
         "step.calibration.matmul_tflop_s": machine.matmul_tflop_s,
@@ -457,7 +489,7 @@ def predict(machine: Machine = H200) -> dict[str, float]:
         "step.waterfall.B0": IMAGES / m.stock_sampler,
         "step.waterfall.graph": IMAGES / own,
         "step.waterfall.side stream": IMAGES / (own - m.hidden()),
-        "step.waterfall.FP8": IMAGES / m.sampler(m.merged_fp8),
+        "step.waterfall.FP8": IMAGES / m.sampler("sampling"),
         "step.fp8_forward_over_roofline": m.merged_fp8 / m.products(STOCK.flops, 1.0),
         "step.sampler_mfu": IMAGES / own * STEPS * STOCK.flops / 8 / 989e12,
         "profile.iterations_per_second": 1 / iteration,

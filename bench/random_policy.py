@@ -44,7 +44,7 @@ FULL = Size(
     64,
     205,
     {"image_size": 518, "patch_size": 14},  # Dinov2Config's defaults are ViT-B
-    prompts=128,  # so that no iteration of a session meets one that another has seen
+    prompts=192,  # so that no iteration of a session meets one that another has seen
 )
 SMALL = Size(
     replace(TINY, num_layers=2, dual_attention_layers=(0,)),

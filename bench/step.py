@@ -4,7 +4,8 @@ Times sampler, adversary, update and the whole iteration of our trainer, of B1 (
 us) and of B0 (the released loop, `bench/baseline.py`), in one process, taking turns and with the same algorithm on all
 sides: a noise per image for the three of them; then, as `..._shared`, one noise per prompt for ours and B1, which both
 share a prompt's prefix. With that our update is captured in CUDA graphs, and `update_shared_eager` is it without them.
-`..._fp8` has our ODE steps in FP8, which the others have not. At full size ours decodes references in every iteration,
+`..._fp8` has our ODE steps in FP8, and `..._fp8_everywhere` the window's steps and the update as well, forward and
+backward; the others have neither. At full size ours decodes references in every iteration,
 since each meets new prompts. A contender that does not compute what we do (`bench/parity.py`) is refused, not timed,
 and the exit status is 1. Prints ours over B1 first, where the sampler's time goes (B0, then one change after the
 other), and the goals with what this machine can say about them.
@@ -25,17 +26,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from advgrpo.config import merge
 from advgrpo.policy.fused.attention import choose_attention
 from advgrpo.runtime.streams import SideStream, Stream
 from advgrpo.sampling.sampler import Sampler
+from advgrpo.training.scoring import Scored
 from advgrpo.types import Rollout
 
 from . import step_report, timing
@@ -44,6 +47,7 @@ from .budget import Budget, OutOfTime, Report
 from .contenders import Contenders, random, small, tiny
 from .parity import Check, check_adversary, check_sampler, check_update, tolerance
 from .random_policy import FULL
+from .step_report import Precision
 
 SCHEMA = 4
 REPEATS = {"cuda": 7, "cpu": 5}
@@ -61,12 +65,16 @@ ORDER = (
     "FP8 forward",
     "update_shared",
     "iteration_fp8",
-    "iteration_fp8_shared",
+    "iteration_fp8_everywhere_shared",
     "sampler_shared",
+    "iteration_fp8_shared",
+    "update_fp8_everywhere_shared",
+    "iteration_fp8_everywhere",
+    "update_fp8_everywhere",
     "sampler_fp8_shared",
     "waterfall",
 )
-APART = 16  # iterations from where one of four trainers begins to where the next one does: no prompt is met twice
+APART = 16  # iterations from where one of six trainers begins to where the next one does: no prompt is met twice
 
 
 @dataclass(frozen=True)
@@ -79,22 +87,35 @@ class Unit:
 
 
 def units(c: Contenders) -> dict[str, Unit]:
-    """What is timed; rollouts that adversary and update start from are made here, once."""
-    ours, table = c.objective, c.table()
-    rollout = ours.rollout(table, 0)
-    scored = ours.scorer.score(rollout, 0)
-    sides: dict[str, dict[str, Callable[[], object]]] = {
-        "sampler": {"ours": lambda: ours.rollout(table, 0)},
-        "adversary": {"ours": lambda: ours.train_discriminator(rollout, ours.scorer.score(rollout, 0), 0)},
-        "update": {"ours": lambda: ours.update(rollout, scored, table, c.trainer.begin(0))},
-        "iteration": {"ours": c.trainer.iterate},
-    }
+    """What is timed; rollouts that the others' adversary and update start from are made here, once."""
+    sides: dict[str, dict[str, Callable[[], object]]] = {name: {"ours": run} for name, run in own_units(c).items()}
     for name, other in c.baselines.items():
         for unit, run in _their_units(c, other).items():
             sides[unit][name] = run
     return {
         name: Unit(own, *((1, "iterations/s") if name == "iteration" else (c.images, "images/s")))
         for name, own in sides.items()
+    }
+
+
+def own_units(c: Contenders) -> dict[str, Callable[[], object]]:
+    """Ours of each unit. The rollout that adversary and update start from is made when one of them first runs."""
+    ours, table = c.objective, c.table()
+
+    @cache
+    def drawn() -> tuple[Rollout, Scored]:
+        rollout = ours.rollout(table, 0)
+        return rollout, ours.scorer.score(rollout, 0)
+
+    def adversary() -> object:
+        rollout, _ = drawn()
+        return ours.train_discriminator(rollout, ours.scorer.score(rollout, 0), 0)
+
+    return {
+        "sampler": lambda: ours.rollout(table, 0),
+        "adversary": adversary,
+        "update": lambda: ours.update(*drawn(), table, c.trainer.begin(0)),
+        "iteration": c.trainer.iterate,
     }
 
 
@@ -256,9 +277,9 @@ class Session:
             parts["peak memory"] = self._peak_memory
         if self.size == "full":
             parts["FP8 forward"] = self._fp8_forward
-            for name in ("sampler", "iteration", f"sampler{SHARED}", f"iteration{SHARED}"):
+            for precision, name in self._in_fp8():
                 if self._passed(name):
-                    parts[step_report.in_fp8(name)] = partial(self._measure_fp8, name)
+                    parts[step_report.in_precision(name, precision)] = partial(self._measure_fp8, name, precision)
         for name in ORDER:
             if name in parts:
                 self._attempt(name, parts[name], self._expected(name))
@@ -309,8 +330,13 @@ class Session:
             return sum(each["median"] for each in timed if each)
 
         sampler, rows = seconds("sampler"), 7 / 3  # the waterfall's rows lie between ours and B0
-        of_fp8 = self.building if self.size == "full" and "fp8" not in vars(self) else 0.0
-        in_fp8 = {step_report.in_fp8(name): of_fp8 + seconds(name) + seconds(name, "ours") for name in self.checks}
+        missing = {"sampling": "fp8", "everywhere": "fp8_everywhere"}
+        building = {each: 0.0 if name in vars(self) else self.building for each, name in missing.items()}
+        in_fp8 = {
+            step_report.in_precision(name, each): building[each] + seconds(name) + seconds(name, "ours")
+            for each, name in self._in_fp8()
+        }
+        of_fp8 = building["sampling"] if self.size == "full" else 0.0
         shared = {f"{name}{SHARED}": 2 * seconds(name, "ours", "b1") for name in step_report.UNITS}
         shared[f"update{SHARED}"] += 2 * seconds("update", "ours")  # without its graphs as well
         expected = (
@@ -385,21 +411,48 @@ class Session:
         unit = own[name.removesuffix(SHARED)]
         return replace(unit, sides={side: unit.sides[side] for side in ("ours", *self._passed(name))})
 
+    @staticmethod
+    def _in_fp8() -> Iterator[tuple[Precision, str]]:
+        """What is timed in FP8, of both noises."""
+        for precision, names in step_report.IN_FP8.items():
+            yield from ((precision, f"{name}{noise}") for noise in ("", SHARED) for name in names)
+
     @cached_property
     def fp8(self) -> Contenders | None:
         """The same at full size with ODE steps in FP8; a second model, so it is built when it is needed."""
-        if self.size != "full":
-            return None
-        made = random(self.folder, self.device, FULL, precision="fp8", **self.changes)
-        made.trainer.iteration = 2 * APART
-        return made
+        return self._another(2, "model") if self.size == "full" else None
 
     @cached_property
     def fp8_shared(self) -> Contenders:
-        """The same with shared noise."""
-        made = self.fp8.with_noise("shared")
-        made.trainer.iteration = 3 * APART
+        return self._with_shared_noise(self.fp8, 3)
+
+    @cached_property
+    def fp8_everywhere(self) -> Contenders:
+        """With the frozen base in FP8 as well; a third model."""
+        return self._another(4, "fp8")
+
+    @cached_property
+    def fp8_everywhere_shared(self) -> Contenders:
+        return self._with_shared_noise(self.fp8_everywhere, 5)
+
+    def _another(self, number: int, base_precision: str) -> Contenders:
+        """Ours alone, sampling in FP8."""
+        changes = merge(self.changes, {"model": {"base_precision": base_precision}})
+        made = random(self.folder, self.device, FULL, precision="fp8", **changes)
+        made.baselines.clear()
+        made.trainer.iteration = number * APART
         return made
+
+    @staticmethod
+    def _with_shared_noise(c: Contenders, number: int) -> Contenders:
+        made = c.with_noise("shared")
+        made.trainer.iteration = number * APART
+        return made
+
+    def _ours_in(self, precision: Precision, name: str) -> Contenders:
+        if precision == "sampling":
+            return self.fp8_shared if name.endswith(SHARED) else self.fp8
+        return self.fp8_everywhere_shared if name.endswith(SHARED) else self.fp8_everywhere
 
     @cached_property
     def limits(self) -> timing.Calibration:
@@ -431,13 +484,11 @@ class Session:
         """What the unit is without the update's CUDA graphs; None of others and where it has none."""
         return eager_update(self.shared) if name == f"update{SHARED}" else None
 
-    def _measure_fp8(self, name: str) -> None:
-        """The unit `name` with ODE steps in FP8. Not held to the others' numbers: FP8 rounds."""
-        own, key = self.unit(name), step_report.in_fp8(name)
-        fp8 = self.fp8_shared if name.endswith(SHARED) else self.fp8
-        table = fp8.table()
-        runs = {"sampler": lambda: fp8.objective.rollout(table, 0), "iteration": fp8.trainer.iterate}
-        unit = replace(own, sides=own.sides | {"ours": runs[name.removesuffix(SHARED)]})
+    def _measure_fp8(self, name: str, precision: Precision) -> None:
+        """The unit `name` with ours in FP8. Not held to the others' numbers: FP8 rounds."""
+        own, key = self.unit(name), step_report.in_precision(name, precision)
+        ours = own_units(self._ours_in(precision, name))[name.removesuffix(SHARED)]
+        unit = replace(own, sides=own.sides | {"ours": ours})
 
         def put(times: dict[str, np.ndarray]) -> None:
             self._put(key, figures(unit, times, self.repeats))

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from .timing import FEWEST
 
 UNITS = ("sampler", "adversary", "update", "iteration")
 SIDES = ("ours", "b1", "b0")
 SHARED = "_shared"  # what a unit's name ends with where the images of a prompt start from one noise
+# What of ours computes in FP8: nothing; the ODE steps; the window's steps and the update as well. And what the name of
+# such a unit has at its end, before `SHARED`. Which units there are of each:
+Precision = Literal["model", "sampling", "everywhere"]
+PRECISIONS: dict[Precision, str] = {"model": "", "sampling": "_fp8", "everywhere": "_fp8_everywhere"}
+IN_FP8: dict[Precision, tuple[str, ...]] = {"sampling": ("sampler", "iteration"), "everywhere": ("update", "iteration")}
 UNMEASURED = "unmeasured"
 ELSEWHERE = {
     "P8": "python -m bench.profile",
@@ -20,15 +26,17 @@ ELSEWHERE = {
 }
 
 
-def in_fp8(name: str) -> str:
-    """The name of a unit with ODE steps in FP8."""
+def in_precision(name: str, precision: Precision) -> str:
+    """The name of a unit where ours computes so."""
     unit, shared = name.removesuffix(SHARED), name.endswith(SHARED)
-    return f"{unit}_fp8{SHARED if shared else ''}"
+    return f"{unit}{PRECISIONS[precision]}{SHARED if shared else ''}"
 
 
 def label(name: str) -> str:
     """A unit's name for people."""
-    return name.replace("_fp8", " FP8").replace(SHARED, ", shared noise").replace("_eager", ", not captured")
+    for end, said in ((SHARED, ", shared noise"), ("_eager", ", not captured"), ("_fp8", " FP8"), ("_", " ")):
+        name = name.replace(end, said)
+    return name
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Goal:
     """At least how many times as fast as a contender a unit is on one H200, with the same algorithm on both sides.
 
     Args:
-        name: of the goal; the second letter tells over whom and with which noise.
+        name: of the goal; the letter at its end tells over whom, with which noise and in which precision.
         unit: key of the report.
         side: "b1" or "b0".
         row: of the waterfall that says it as well; "" for none.
@@ -64,11 +72,17 @@ GAINS = (
     Goal("P7b", "iteration_shared", "b1", 1.35),
     Goal("P14a", "iteration_fp8", "b1", 1.6),
     Goal("P14b", "iteration_fp8_shared", "b1", 1.6),
+    Goal("P5d", "update_fp8_everywhere", "b1", 1.6),
+    Goal("P5e", "update_fp8_everywhere_shared", "b1", 1.6),
+    Goal("P14d", "iteration_fp8_everywhere", "b1", 1.6),
+    Goal("P14e", "iteration_fp8_everywhere_shared", "b1", 1.6),
     Goal("P1c", "sampler", "b0", 2.0, "graph"),
     Goal("P2c", "sampler_fp8", "b0", 2.6, "FP8"),
     Goal("P5c", "update", "b0", 2.8),
     Goal("P7c", "iteration", "b0", 2.2),
     Goal("P14c", "iteration_fp8", "b0", 2.6),
+    Goal("P5f", "update_fp8_everywhere", "b0", 2.8),
+    Goal("P14f", "iteration_fp8_everywhere", "b0", 2.6),
 )
 OTHERS = (
     ("P3", "FP8 forward over the bf16 roofline", "<= 1.10x", "< 1.00x"),
@@ -198,10 +212,14 @@ def predicted_rates(predicted: Mapping[str, float]) -> Iterator[str]:
     yield f"| update with a noise per image | {ours('update', fast)} images/s {rates('update', fast, 'b1', 'b0')}"
     both = f"{ours('update_shared', fast)} images/s; {ours('update_shared_eager', fast)} without its CUDA graphs"
     yield f"| update with shared noise | {both} {rates('update_shared', fast, 'b1')}"
-    both = f"{ours('iteration', slow)} and {ours('iteration_fp8', slow)}"
-    yield f"| iteration with a noise per image, bf16 and FP8 | {both}/s {rates('iteration', slow, 'b1', 'b0')}"
-    both = f"{ours('iteration_shared', slow)} and {ours('iteration_fp8_shared', slow)}"
-    yield f"| iteration with shared noise, bf16 and FP8 | {both}/s {rates('iteration_shared', slow, 'b1')}"
+    trained = ours("update_fp8_everywhere", fast), ours("update_fp8_everywhere_shared", fast)
+    yield f"| update in FP8, with a noise per image and with shared noise | {trained[0]} and {trained[1]} images/s | | |"
+    for noise, end, sides in (("a noise per image", "", ("b1", "b0")), ("shared noise", SHARED, ("b1",))):
+        found = [ours(in_precision(f"iteration{end}", precision), slow) for precision in PRECISIONS]
+        yield (
+            f"| iteration with {noise}: bf16, FP8 on ODE steps, FP8 everywhere | {found[0]}, {found[1]} and {found[2]}/s "
+            f"{rates(f'iteration{end}', slow, *sides)}"
+        )
 
 
 def interval(gain: dict | None) -> str:
@@ -260,7 +278,8 @@ def tables(report: dict) -> str:
 
 def measured_units(report: dict) -> list[str]:
     """Those with figures: with a noise per image, then with one per prompt, and what of them has another form."""
-    names = [f"{unit}{end}" for end in ("", "_fp8", SHARED, f"_fp8{SHARED}", f"{SHARED}_eager") for unit in UNITS]
+    ends = [f"{precision}{noise}" for noise in ("", SHARED) for precision in PRECISIONS.values()]
+    names = [f"{unit}{end}" for end in (*ends, f"{SHARED}_eager") for unit in UNITS]
     return [name for name in names if name in report]
 
 

@@ -15,7 +15,7 @@ import torch
 from bench import model
 from bench.counters import ElementwiseBytes, Launches, on_gpu
 from bench.registry import REGISTRY
-from bench.step_report import GAINS, SHARED, SIDES, UNITS, predicted_goals, predicted_rates
+from bench.step_report import GAINS, IN_FP8, SHARED, SIDES, UNITS, in_precision, predicted_goals, predicted_rates
 from bench.workload import SD35_MEDIUM_512, Bench
 from tests.training.test_step_time import ROWS
 
@@ -47,7 +47,7 @@ def test_predictions_are_the_committed_ones():
 
 
 def test_every_figure_of_whole_steps_is_predicted():
-    in_fp8 = ("sampler_fp8", "iteration_fp8")
+    in_fp8 = [in_precision(unit, precision) for precision, own in IN_FP8.items() for unit in own]
     named = {f"{unit}.{side}" for unit in (*UNITS, *in_fp8) for side in SIDES}
     shared = [f"{unit}{SHARED}" for unit in (*UNITS, *in_fp8) if unit != "adversary"]
     named |= {f"{unit}.{side}" for unit in (*shared, f"update{SHARED}_eager") for side in ("ours", "b1")}
@@ -94,10 +94,18 @@ def test_the_page_says_what_the_updates_graphs_are_predicted_to_give():
 
 
 @pytest.mark.parametrize(
-    ("name", "work"), [("merged", model.MERGED), ("adapted", model.ADAPTED), ("train", model.TRAINED)]
+    ("case", "name", "work"),
+    [
+        ("sd35-medium", "merged", model.MERGED),
+        ("sd35-medium", "adapted", model.ADAPTED),
+        ("sd35-medium", "train", model.TRAINED),
+        ("sd35-medium-fp8", "merged", model.MERGED_FP8),
+        ("sd35-medium-fp8", "adapted", model.ADAPTED_FP8),
+        ("sd35-medium-fp8", "train", model.TRAINED_FP8),
+    ],
 )
-def test_our_work_is_what_the_structure_tests_count(name, work):
-    golden = GOLDEN["sd35-medium"][name]
+def test_our_work_is_what_the_structure_tests_count(case, name, work):
+    golden = GOLDEN[case][name]
     assert (work.flops, work.bytes, work.launches) == tuple(
         golden[k] for k in ("flops", "elementwise_bytes", "launches")
     )
@@ -122,7 +130,8 @@ def test_the_work_of_a_kernel_and_of_its_baseline_is_counted(name, monkeypatch):
 def test_a_machine_twice_as_fast_halves_what_it_computes():
     machine = model.Machine(2 * model.H200.copy_gb_s, 2 * model.H200.matmul_tflop_s)
     once, twice = model.Model(model.H200), model.Model(machine)
-    for figure in ("merged", "merged_fp8", "adapted", "trained", "stock_adapted", "stock_trained"):
+    ours = [f"{name}{precision}" for name in ("merged", "adapted", "trained") for precision in ("", "_fp8")]
+    for figure in (*ours, "stock_adapted", "stock_trained"):
         assert getattr(twice, figure) == pytest.approx(getattr(once, figure) / 2)
 
 
@@ -171,13 +180,33 @@ def test_a_forward_in_fp8_pays_for_norms_that_write_it():
     assert 0.8 < model.RESIDUAL_FP8 / model.RESIDUAL < 0.9
 
 
+def test_the_page_says_what_fp8_moves_and_takes():
+    m, page = model.Model(model.H200), (ROOT / "docs" / "performance.md").read_text().replace("\n", " ")
+    pairs = ((model.MERGED, model.MERGED_FP8), (model.ADAPTED, model.ADAPTED_FP8), (model.TRAINED, model.TRAINED_FP8))
+    for plain, fp8 in pairs:
+        told = (f"{work.launches:,} / {work.bytes / 1e9:.1f} GB" for work in (plain, fp8))
+        assert f"| {' | '.join(told)} |" in page
+    times = [f"{1e3 * each:.0f}" for each in (m.merged_fp8, m.merged, m.adapted_fp8, m.adapted, m.trained_fp8, m.trained)]
+    said = "a merged forward takes {} ms instead of {}, one with LoRA {} instead of {}, a training step {} instead of {}"
+    assert said.format(*times) in page
+    more = [(fp8.bytes - plain.bytes) / (model.STREAM * m.bytes) for plain, fp8 in pairs]
+    assert "{:.1f}, {:.1f} and {:.1f} ms of these".format(*(1e3 * each for each in more)) in page
+    inner = model.LAYERS - 2  # blocks whose image and text are quantised; of the text's last block nothing is
+    tokens = model.ROWS * model.WIDTH * inner * model.JOINT
+    both = 2 * (4 * tokens + 2 * tokens + model.ROWS * model.WIDTH * model.IMAGE * (model.DUAL - 1))
+    assert f"{both / 1e9:.1f} GB less, {1e3 * both / (model.STREAM * m.bytes):.1f} ms" in page
+    assert f"{1e3 * 4 * 4 * tokens / (model.STREAM * m.bytes):.1f} ms of a forward of" in page
+
+
 def test_orders_that_must_hold():
     m = model.Model(model.H200)
     assert m.update(shared=True) < m.update(shared=True, captured=False) < m.update()
     assert m.update(captured=False) == m.update()  # a step of all images hides the host
-    assert m.iteration(fp8=True) < m.iteration()
-    assert m.merged_fp8 < m.merged < m.adapted < m.stock_adapted
-    assert m.branching < m.adapted / 4
+    assert m.iteration("everywhere") < m.iteration("sampling") < m.iteration()
+    assert m.update("everywhere") < m.update("sampling") == m.update()
+    assert m.merged_fp8 < m.adapted_fp8 < m.merged < m.adapted < m.stock_adapted
+    assert m.trained_fp8 < m.trained
+    assert m.branching() < m.adapted / 4
     assert m.products(model.MERGED.flops, model.FP8_GEMM) < m.merged_fp8  # attention and the ends stay in bf16
     assert m.trained < m.stock_trained
     assert m.merged < m.compiled_merged < m.compiled_adapted < m.stock_adapted

@@ -40,7 +40,7 @@ from tests.parts import some_weekly
 
 EVERY = json.loads((Path(__file__).parents[1] / "golden" / "structure.json").read_text())
 GOLDEN = EVERY["sd35-medium"]
-OTHERS = {"flux1-dev", "qwen-image"}
+OTHERS = {"flux1-dev", "qwen-image", "sd35-medium-fp8"}
 FLUX1_DEV, QWEN_IMAGE = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image"
 ROWS, TEXT, IMAGE, WIDTH, MODULATION = 16, 205, 1024, 1536, 325 * 1536
 # Not in a step of ours: embedding the text, the modulation of all norms and the embeddings of time and pooled text are
@@ -82,10 +82,12 @@ class Case:
     pooled: int  # its width
     guidance: float | None = None
     masked: bool = False
+    fp8: bool = False  # merged weights, and the frozen base, as e4m3
 
 
 CASES = {
     "sd35-medium": Case(sd35_medium, 16, 2, (TEXT, 4096), 2048),
+    "sd35-medium-fp8": Case(sd35_medium, 16, 2, (TEXT, 4096), 2048, fp8=True),
     "flux1-dev": Case(partial(by_diffusers, FLUX1_DEV), 8, 1, (128, 4096), 768, guidance=3.5),
     "qwen-image": Case(partial(by_diffusers, QWEN_IMAGE), 16, 2, (128, 3584), 0, masked=True),
 }
@@ -102,7 +104,9 @@ class Counted:
         self.model._attend = attention._cudnn if case.masked else attend
         targets = tuple(f".attn.{target}" for target in LORA_TARGETS)
         self.model.adapt(lambda name: name.endswith(targets), rank=32, alpha=64, init="gaussian", seed=0)
-        self.model.prepare_merged(fp8=False)
+        self.model.prepare_merged(fp8=case.fp8)
+        if case.fp8:
+            self.model.prepare_fp8_base()
         half = {"device": "meta", "dtype": torch.bfloat16}
         self.latents = torch.empty(case.rows, 16, 64, 64, device="meta")
         prompts = torch.empty(case.prompts, *case.text, **half), torch.empty(case.prompts, case.pooled, **half)

@@ -115,6 +115,10 @@ def test_linear_is_the_product_of_the_dequantised(granularity, biased, device):
     budget = 2 * (eager.double() - gold).abs().max() + 2**-8 * gold.abs().max()
     assert (got.double() - gold).abs().max() <= budget
     assert torch.equal(got, fp8_linear(inputs, quantised, bias))
+    rows = torch.full((3, 16, 48), 7.0, device=device, dtype=torch.bfloat16)  # of a larger tensor
+    assert fp8_linear(inputs, quantised, bias, out=rows[1:]).data_ptr() == rows[1:].data_ptr()
+    assert torch.equal(rows[1:], got)
+    assert rows[0].eq(7).all()
     # And of the product it stands for: e4m3 errors of 2⁻⁴ average out over K.
     exact = torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
     assert (got - exact).norm() < 0.05 * exact.norm()
@@ -156,6 +160,10 @@ def test_bad_arguments_raise(device):
         fp8_linear(fp8_quantize(x, granularity="tensor", backend="torch"), weight)
     with pytest.raises(ValueError, match=r"bias must be floating point \[16\]"):
         fp8_linear(x, weight, x[0])
+    wide = torch.empty(2, 32, device=device, dtype=torch.bfloat16)
+    for out in (wide[:, :16], wide[:1, :16], wide.float().view(4, 16)[:2]):
+        with pytest.raises(ValueError, match=r"out must be contiguous torch.bfloat16 \[2, 16\]"):
+            fp8_linear(x, weight, out=out)
 
 
 def test_explicit_backend_never_falls_back(monkeypatch):

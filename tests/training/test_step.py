@@ -8,17 +8,19 @@ by a share instead of by the run; --attention ignored.
 import gzip
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from advgrpo import config as configuration
 from advgrpo.data.prompts import GroupSampler
 from advgrpo.training.policy_gradient import PolicyGradient
 from bench import contenders, parity, profile, step, step_report, timing
 from bench.budget import Budget, OutOfTime, Report
 from bench.parity import Check
-from bench.random_policy import FULL
+from bench.random_policy import FULL, SMALL
 from tests.graph_emulator import EmulatedGraphs
 
 
@@ -117,8 +119,8 @@ def test_report(report):
     missing = {row["step"] for row in report["waterfall"] if row["images_per_second"] is None}
     assert missing == {"attention", "graph", "side stream", "FP8"}
     goals = {row["id"]: row for row in report["goals"]}
-    over_b1 = ["P1a", "P1b", "P2a", "P2b", "P5a", "P5b", "P7a", "P7b", "P14a", "P14b"]
-    over_b0 = ["P1c", "P2c", "P5c", "P7c", "P14c"]
+    over_b1 = ["P1a", "P1b", "P2a", "P2b", "P5a", "P5b", "P7a", "P7b", "P14a", "P14b", "P5d", "P5e", "P14d", "P14e"]
+    over_b0 = ["P1c", "P2c", "P5c", "P7c", "P14c", "P5f", "P14f"]
     assert list(goals) == [*over_b1, *over_b0, "P3", "P8", "P9", "P10", "P11", "P12", "P13"]
     assert all("over B1" in goals[name]["what"] for name in over_b1)
     assert goals["P13"]["met"] is True
@@ -265,6 +267,7 @@ def test_goals_are_judged_by_the_lower_end(report):
         "P1a": True, "P1b": True, "P1c": False, "P2a": False, "P2b": None, "P2c": False, "P5a": False, "P5b": True,
         "P5c": False, "P7a": False, "P7b": True, "P7c": True, "P14a": None, "P14b": True, "P14c": None, "P3": True,
         "P8": None, "P9": None, "P10": None, "P11": None, "P12": True, "P13": True,
+        **dict.fromkeys(("P5d", "P5e", "P5f", "P14d", "P14e", "P14f")),
     }  # fmt: skip
     gpu["on_policy"]["log_prob_mismatch_max"] = 1e-7
     gpu["update"]["over_b0"]["low"] = 2.9
@@ -310,32 +313,49 @@ def test_peak_memory_counts_what_graphs_keep(monkeypatch):
 
 
 def test_no_iteration_of_a_session_meets_a_prompt_that_another_has_seen():
-    """Four trainers at full size, of which each has room for all rounds and what comes before them."""
+    """Six trainers at full size, of which each has room for all rounds and what comes before them."""
     assert step.REPEATS["cuda"] + 4 < step.APART
     groups = contenders.FULL_SETTINGS["rollout"]["prompts_per_iteration"]
     drawn = GroupSampler(FULL.prompts, groups, 0)
-    seen = [number for iteration in range(4 * step.APART) for number in drawn.next(iteration)]
+    seen = [number for iteration in range(6 * step.APART) for number in drawn.next(iteration)]
     assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.weekly
-@pytest.mark.parametrize("name", ["sampler", "iteration_shared"])
-def test_a_unit_in_fp8_is_timed_with_ours_alone_in_it(name, pair, tmp_path):
-    given = ["--size", "small", "--device", "cpu"]
-    session = step.Session("small", "cpu", 1, step.parse(given), tmp_path)
-    drawn = []
-    fp8 = contenders.small(tmp_path / "fp8", "cpu", precision="fp8", **session.changes)
-    vars(session).update(fp8=fp8, checks={name: {"b1": Check(0.0, 1.0, "all")}})
-    rollout = PolicyGradient.rollout
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            PolicyGradient, "rollout", lambda self, *given: drawn.append(self.policy) or rollout(self, *given)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("sampler", "sampling"),
+        ("iteration_shared", "sampling"),
+        ("update", "everywhere"),
+        ("update_shared", "everywhere"),
+        ("iteration", "everywhere"),
+    ],
+)
+def test_a_unit_in_fp8_is_timed_with_ours_alone_in_it(name, precision, pair, tmp_path, monkeypatch):
+    session = step.Session("small", "cpu", 1, step.parse(["--size", "small", "--device", "cpu"]), tmp_path)
+    session.checks = {name: {"b1": Check(0.0, 1.0, "all")}}
+    three = replace(SMALL, transformer=replace(SMALL.transformer, num_layers=3))  # the first and the last never are
+    monkeypatch.setattr(step, "FULL", three)
+    monkeypatch.setattr(session, "changes", configuration.merge(contenders.SMALL_SETTINGS, session.changes))
+    session.size = "full"  # FP8 is of it alone
+    policies = []
+    for method in ("rollout", "update"):
+        run = getattr(PolicyGradient, method)
+        monkeypatch.setattr(
+            PolicyGradient, method, lambda self, *given, run=run: policies.append(self.policy) or run(self, *given)
         )
-        session._measure_fp8(name)
-    entry = session.report[step_report.in_fp8(name)]
+    session._measure_fp8(name, precision)
+    entry = session.report[step_report.in_precision(name, precision)]
     assert entry["over_b1"]["ratio"] > 0
-    assert drawn[-1] is fp8.trainer.policy
-    assert (session.fp8_shared.trainer.iteration > 3 * step.APART) == (name == "iteration_shared")
+    ours = session._ours_in(precision, name)
+    assert policies[-1] is ours.trainer.policy is not session.c.trainer.policy
+    forms = [(each.merged_fp8, each.base_fp8) for each in ours.trainer.policy.network.linears()]
+    assert any(merged is not None for merged, _ in forms)
+    assert any(base is not None for _, base in forms) == (precision == "everywhere")
+    numbers = {"sampling": 2, "everywhere": 4}
+    first = (numbers[precision] + name.endswith("_shared")) * step.APART
+    assert ours.trainer.iteration == first + (2 if "iteration" in name else 0)  # one to warm up
 
 
 def test_attention_is_the_one_that_was_asked_for(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ import torch
 from advgrpo.policy.fused.lora import Pair, StackedAdapter
 from advgrpo_kernels import Fp8Tensor, fp8_linear, fp8_quantize, gelu, linear, matrix_product
 
+Activations = torch.Tensor | Fp8Tensor  # the latter between merged linears in e4m3
 _Both = tuple[torch.Tensor, torch.Tensor]  # of image and of text
 _Two = tuple["StackedLinear", "StackedLinear"]
 
@@ -157,11 +158,19 @@ class StackedLinear(torch.nn.Module):
         way = _Folded if self.folds(a.shape[1]) else _LowRank
         return way.apply(x, a, b, self, scale)
 
-    def run_merged(self, x: torch.Tensor | Fp8Tensor) -> torch.Tensor:
+    def run_merged(self, x: Activations) -> torch.Tensor:
         if self.merged_fp8 is not None:
             dtype = x.dtype if isinstance(x, torch.Tensor) else self.weight.dtype
             return fp8_linear(x, self.merged_fp8, self.bias, out_dtype=dtype)
         return linear(x, self._merged_or_base(), self.bias)
+
+    def merged_into(self, x: Activations, out: torch.Tensor) -> None:
+        """`run_merged` of x [..., K] into out [M, N]."""
+        if self.merged_fp8 is None:
+            matrix_product(_as_rows(x), self._merged_or_base().t(), self.bias, out=out)
+            return
+        rows = Fp8Tensor(*map(_as_rows, x)) if isinstance(x, Fp8Tensor) else _as_rows(x)
+        fp8_linear(rows, self.merged_fp8, self.bias, out_dtype=out.dtype, out=out)
 
     def run_merged_gelu(self, x: torch.Tensor) -> torch.Tensor:
         """gelu_tanh(x·Wᵀ + b) of merged weights in the model's dtype, no gradient.
@@ -182,8 +191,7 @@ class StackedLinear(torch.nn.Module):
         """x·Wᵀ + b of the base, into `out` where it is given: x [M, K] -> [M, N]."""
         if self.base_fp8 is None:
             return matrix_product(x, self.weight.t(), self.bias, out=out)
-        y = fp8_linear(x, self.base_fp8[0], self.bias, out_dtype=x.dtype)
-        return y if out is None else out.copy_(y)
+        return fp8_linear(x, self.base_fp8[0], self.bias, out_dtype=x.dtype, out=out)
 
     def product_back(self, y: torch.Tensor) -> torch.Tensor:
         """y·W of the base."""
@@ -199,18 +207,20 @@ def run_joint(layers: _Two, inputs: _Both, pairs: tuple[Pair | None, Pair | None
     return _Joint.apply(inputs[0], image_a, image_b, inputs[1], text_a, text_b, layers, scale)
 
 
-def run_joint_merged(layers: _Two, inputs: _Both) -> torch.Tensor:
-    """Likewise with merged weights in the model's dtype; no gradient."""
-    y, outs = _joint_output(layers, inputs)
+def run_joint_merged(layers: _Two, inputs: tuple[Activations, Activations]) -> torch.Tensor:
+    """Likewise with merged weights; no gradient."""
+    image, text = inputs
+    y, outs = _joint_output(layers, (image.data, text.data))
     for layer, x, out in zip(layers, inputs, outs, strict=True):
-        matrix_product(_as_rows(x), layer._merged_or_base().t(), layer.bias, out=out)
+        layer.merged_into(x, out)
     return y
 
 
 def _joint_output(layers: _Two, inputs: _Both) -> tuple[torch.Tensor, _Both]:
-    """Uninitialised [T + S, R, N], and its parts as matrices [T·R, N] and [S·R, N]."""
+    """Uninitialised [T + S, R, N] in the model's dtype, and its parts as matrices [T·R, N] and [S·R, N]."""
     image, text = inputs
-    y = image.new_empty(len(image) + len(text), *image.shape[1:-1], len(layers[0].weight))
+    shape = len(image) + len(text), *image.shape[1:-1], len(layers[0].weight)
+    y = image.new_empty(shape, dtype=layers[0].weight.dtype)
     image_out, text_out = (part.flatten(0, -2) for part in y.split([len(image), len(text)]))
     return y, (image_out, text_out)
 
@@ -275,7 +285,7 @@ class _Folded(torch.autograd.Function):
 
 
 class _Joint(torch.autograd.Function):
-    """Image and text layer one below the other; never with W as e4m3, whose product is a tensor of its own."""
+    """Image and text layer one below the other."""
 
     @staticmethod
     def forward(

@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.attention import Recomputed, choose_attention
-from advgrpo.policy.fused.linear import StackedLinear, run_joint, run_joint_merged
+from advgrpo.policy.fused.linear import Activations, StackedLinear, run_joint, run_joint_merged
 from advgrpo.policy.fused.lora import LoraWeights, Pair, StackedAdapter
 from advgrpo.policy.fused.sequence import SequenceGroup
 from advgrpo_kernels import Fp8Tensor, ada_layer_norm, gated_residual, gelu, linear, merge_lora, qk_rms_norm
@@ -48,7 +48,6 @@ from advgrpo_kernels import Fp8Tensor, ada_layer_norm, gated_residual, gelu, lin
 EPS = 1e-6  # of every norm in the family
 Weights = Literal["adapted", "base", "merged"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
-Activations = torch.Tensor | Fp8Tensor  # the latter between merged linears in e4m3
 _NormWeights = tuple[torch.Tensor, torch.Tensor]
 _PACK = 2  # latents of a token's side that FLUX.1's and Qwen-Image's pipelines pack before their networks
 _THETA = 10000.0  # of the slowest rotation
@@ -807,7 +806,7 @@ class _Forward:
             quantize = self._fp8(block.attention.qkv)
             normed = _swapped(ada_layer_norm(_swapped(x), *mod.attention, eps=EPS, quantize=quantize))
         qkv = self._split(self.linear(block.attention.qkv, normed))
-        out = self._attention([qkv], block.attention.norms, queries=only)
+        out = self._attention(qkv, block.attention.norms, queries=only)
         if only is not None:
             x, normed = x[:only], _first(normed, only)
         wide, after = block.feed_forward
@@ -924,10 +923,7 @@ class _Forward:
         """
         heads, text_heads = block.image.attention, block.text.attention
         layers, tokens = (heads.qkv, text_heads.qkv), len(image.data)
-        if any(self._quantised(layer) for layer in layers):  # that product gives a tensor of its own
-            qkv = [self._split(self.linear(layer, x)) for layer, x in zip(layers, (image, text), strict=True)]
-        else:
-            qkv = [self._split(self._joint_linear(layers, (image, text)))]
+        qkv = self._split(self._joint_linear(layers, (image, text)))
         attend = partial(self._attention, qkv, heads.norms, txt_norms=text_heads.norms, tokens=tokens)
         if text_heads.out is None:
             return self.linear(heads.out, attend(queries=tokens)), None
@@ -937,13 +933,10 @@ class _Forward:
 
     def _self_attention(self, heads: _Heads, x: Activations) -> torch.Tensor:
         """[T, R, D] of the modulated norm x [T, R, D]: image tokens among themselves."""
-        return self.linear(heads.out, self._attention([self._split(self.linear(heads.qkv, x))], heads.norms))
-
-    def _quantised(self, layer: StackedLinear) -> bool:
-        return (layer.merged_fp8 if self.weights == "merged" else layer.base_fp8) is not None
+        return self.linear(heads.out, self._attention(self._split(self.linear(heads.qkv, x)), heads.norms))
 
     def _joint_linear(
-        self, layers: tuple[StackedLinear, StackedLinear], streams: tuple[torch.Tensor, torch.Tensor]
+        self, layers: tuple[StackedLinear, StackedLinear], streams: tuple[Activations, Activations]
     ) -> torch.Tensor:
         """[T + S, R, N] of image [T, R, K] and text [S, R, K]."""
         if self.weights == "merged":
@@ -958,14 +951,14 @@ class _Forward:
 
     def _attention(
         self,
-        qkv: list[torch.Tensor],
+        qkv: torch.Tensor,
         norms: _NormWeights | None,
         *,
         txt_norms: _NormWeights | None = None,
         tokens: int = 0,
         queries: int | None = None,
     ) -> torch.Tensor:
-        """[Tq, R, D] from the products [R, T, 3, H, head_dim] of image and text, one tensor or two.
+        """[Tq, R, D] from the product [R, T, 3, H, head_dim] of the image, or of image and text.
 
         Args:
             norms, txt_norms: of q and k of the image, and of a text that attends with it.
@@ -979,22 +972,22 @@ class _Forward:
     def _exchanged_attention(
         self,
         sequence: SequenceGroup,
-        qkv: list[torch.Tensor],
+        qkv: torch.Tensor,
         norms: _NormWeights | None,
         txt_norms: _NormWeights | None,
         queries: int | None,
     ) -> torch.Tensor:
         """As `_attention`, of this process's tokens of each stream, whose heads attend among all tokens."""
-        x, tokens = qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=1), self.streams[0]
-        streams = self.streams if x.shape[1] > sequence.count(tokens) else self.streams[:1]  # text, too, or images
-        every = _swapped(sequence.heads(_swapped(x), streams))
-        out = self._all_tokens([every], norms, txt_norms, tokens, None if queries is None else tokens)
+        tokens = self.streams[0]
+        streams = self.streams if qkv.shape[1] > sequence.count(tokens) else self.streams[:1]  # text, too, or images
+        every = _swapped(sequence.heads(_swapped(qkv), streams))
+        out = self._all_tokens(every, norms, txt_norms, tokens, None if queries is None else tokens)
         attending = streams if queries is None else streams[:1]
         return sequence.tokens(out.unflatten(2, (1, 1, -1)), attending).flatten(2)  # a process's heads as a wide one
 
     def _all_tokens(
         self,
-        qkv: list[torch.Tensor],
+        qkv: torch.Tensor,
         norms: _NormWeights | None,
         txt_norms: _NormWeights | None,
         tokens: int,
@@ -1009,18 +1002,13 @@ class _Forward:
             return _swapped(self.model._attend(q if queries is None else q[:, :, :queries], k, v, *self.masks))
 
     def _attention_inputs(
-        self, qkv: list[torch.Tensor], norms: _NormWeights | None, txt_norms: _NormWeights | None, tokens: int
+        self, qkv: torch.Tensor, norms: _NormWeights | None, txt_norms: _NormWeights | None, tokens: int
     ) -> Sequence[torch.Tensor]:
         """q, k and v [R, H, T, head_dim] of all tokens; see `_attention`."""
         if norms is None:
-            joint = qkv[0] if len(qkv) == 1 else torch.cat(list(map(_swapped, qkv))).transpose(0, 1)
-            return [t.transpose(1, 2) for t in joint.unbind(2)]
-        text = {} if txt_norms is None else {"txt_weights": txt_norms}
-        if len(qkv) == 2:
-            text["txt_qkv"] = qkv[1]
-        elif text:
-            text["txt_tokens"] = qkv[0].shape[1] - tokens
-        return qk_rms_norm(qkv[0], norms, **text, rotary=self.rotary, eps=EPS)
+            return [t.transpose(1, 2) for t in qkv.unbind(2)]
+        text = {} if txt_norms is None else {"txt_weights": txt_norms, "txt_tokens": qkv.shape[1] - tokens}
+        return qk_rms_norm(qkv, norms, **text, rotary=self.rotary, eps=EPS)
 
 
 def merge_error(weight: torch.Tensor, pair: Pair, scale: float, merged: torch.Tensor | Fp8Tensor) -> torch.Tensor:

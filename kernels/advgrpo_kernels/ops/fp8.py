@@ -167,6 +167,7 @@ def fp8_linear(
     bias: torch.Tensor | None = None,
     *,
     out_dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """x·weightᵀ + bias with `torch._scaled_mm` (on a CPU `fp8_linear_ref`), in `out_dtype`. No gradient.
@@ -177,6 +178,7 @@ def fp8_linear(
         weight: data [N, K]; K and N multiples of 16.
         bias: [N]; on a GPU added in `out_dtype` by the matrix product's epilogue.
         out_dtype: by row, the GPU library has bfloat16 only.
+        out: contiguous [..., N] of `out_dtype` to write and return, such as rows of a larger tensor.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -191,8 +193,14 @@ def fp8_linear(
     if tuple(x.scale.shape) != ((*x.data.shape[:-1], 1) if by_row else ()):
         want = "one scale per row" if by_row else "a scalar scale"
         raise ValueError(f"x.scale: the weight's granularity wants {want}, got {list(x.scale.shape)}")
+    shape = (*x.data.shape[:-1], N)
+    if out is not None:
+        check_tensors(x=x.data, out=out)
+        if tuple(out.shape) != shape or out.dtype != out_dtype or not out.is_contiguous():
+            raise ValueError(f"out must be contiguous {out_dtype} {list(shape)}, got {out.dtype} {list(out.shape)}")
     if x.data.device.type == "cpu":  # torch 2.6 has no such product there, 2.11 none with a scale per row
-        return fp8_linear_ref(x, weight, bias, out_dtype=out_dtype)
+        y = fp8_linear_ref(x, weight, bias, out_dtype=out_dtype)
+        return y if out is None else out.copy_(y)
     rows = x.data.reshape(math.prod(x.data.shape[:-1]), K)
     y = torch._scaled_mm(
         rows,
@@ -202,8 +210,9 @@ def fp8_linear(
         bias=None if bias is None else bias.to(out_dtype),
         out_dtype=out_dtype,
         use_fast_accum=True,
+        out=None if out is None else out.view(-1, N),
     )
-    return y.view(*x.data.shape[:-1], N)
+    return y.view(shape) if out is None else out
 
 
 def _check_linear(weight: Fp8Tensor, bias: torch.Tensor | None) -> None:
