@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
       amax[i] = fmaxf(amax[i], kFp8Floor);
       inverse[i] = __fdiv_rn(kFp8Max, amax[i]);
       const int64_t row = row0 + warp * 4 + i;
-      if (lane == 0 && row < m.rows) in_global(m.fp8_scale)[row] = __fdiv_rn(amax[i], kFp8Max);
+      if (lane == 0 && row < m.rows) in_global(m.fp8_scale)[row] = amax[i] * (1.0f / kFp8Max);
     }
   }
 }

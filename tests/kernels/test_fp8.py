@@ -39,7 +39,18 @@ def test_scales_have_the_bits_of_the_reference(shape, dtype, granularity, device
     assert got.data.shape == expected.data.shape
     assert got.data.dtype == torch.float8_e4m3fn
     amax = x.float().abs().amax(-1, keepdim=True) if granularity == "row" else x.float().abs().amax()
-    assert torch.equal(got.scale, amax / 448)
+    assert torch.equal(got.scale, amax * (1 / 448))
+
+
+def test_a_maximum_that_float32_leaves_above_448_is_448(device):
+    """By an ulp, for one row in six; e4m3's next number would be 480, which is its NaN."""
+    amax = torch.rand(4096, 1, device=device) + 0.5
+    above = amax[amax * (448 / amax) > 448]
+    assert len(above) > 400
+    x = above[:, None] * torch.tensor([1.0, -1.0, 0.25, 0.0], device=device)
+    for backend in ("torch", "triton"):
+        data = fp8_quantize(x, backend=backend).data.float()
+        assert torch.equal(data, torch.tensor([448.0, -448.0, 112.0, 0.0], device=device).expand_as(data))
 
 
 @pytest.mark.gpu

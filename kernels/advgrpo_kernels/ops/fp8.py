@@ -1,6 +1,6 @@
 """e4m3 quantisation by row or by tensor, and the linear layer on it. For sampling steps: nothing here has a gradient.
 
-    data = e4m3(x·448/amax),  scale = amax/448,  x ≈ data·scale        amax over a row or over the whole tensor
+    data = e4m3(x·(448/amax)),  scale = amax·(1/448),  x ≈ data·scale    amax over a row or over the whole tensor
 
 Shapes:   x [..., K] -> data [..., K] float8_e4m3fn, scale [..., 1] (row) or [] (tensor) float32.
 Numerics: float32 inside; a maximum has one result in any order, so the scales do not depend on the launch. amax is at
@@ -30,7 +30,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._residual_norm import quantize_rows, row_scales
+    from ._residual_norm import LARGEST, quantize_rows, row_scales
 
     @triton.jit
     def _fp8_rows_kernel(x_ptr, data_ptr, scale_ptr, M, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -67,7 +67,8 @@ if HAS_TRITON:
             tl.store(scale_ptr, scale)
         offsets = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
         x = tl.load(x_ptr + offsets, mask=offsets < N, other=0.0).to(tl.float32)
-        tl.store(data_ptr + offsets, quantize_rows(x, inverse), mask=offsets < N)
+        scaled = tl.minimum(tl.maximum(x * inverse, -LARGEST), LARGEST)  # a given scale may be too small
+        tl.store(data_ptr + offsets, scaled.to(tl.float8e4nv), mask=offsets < N)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("fp8_quantize"), mutates_args=())
@@ -157,7 +158,7 @@ def fp8_quantize_ref(
         inverse = 1.0 / scale.to(compute_dtype)
     else:
         amax = (x.abs().amax(-1, keepdim=True) if granularity == "row" else x.abs().amax()).clamp(min=FP8_FLOOR)
-        scale, inverse = amax / FP8_MAX, FP8_MAX / amax
+        scale, inverse = amax * (1 / FP8_MAX), FP8_MAX / amax
     return Fp8Tensor((x * inverse).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale.float())
 
 
