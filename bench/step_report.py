@@ -213,12 +213,12 @@ def predicted_rates(predicted: Mapping[str, float]) -> Iterator[str]:
     both = f"{ours('update_shared', fast)} images/s; {ours('update_shared_eager', fast)} without its CUDA graphs"
     yield f"| update with shared noise | {both} {rates('update_shared', fast, 'b1')}"
     trained = ours("update_fp8_everywhere", fast), ours("update_fp8_everywhere_shared", fast)
-    yield f"| update in FP8, with a noise per image and with shared noise | {trained[0]} and {trained[1]} images/s | | |"
+    yield f"| update in FP8, a noise per image and shared noise | {trained[0]} and {trained[1]} images/s | | |"
     for noise, end, sides in (("a noise per image", "", ("b1", "b0")), ("shared noise", SHARED, ("b1",))):
         found = [ours(in_precision(f"iteration{end}", precision), slow) for precision in PRECISIONS]
         yield (
-            f"| iteration with {noise}: bf16, FP8 on ODE steps, FP8 everywhere | {found[0]}, {found[1]} and {found[2]}/s "
-            f"{rates(f'iteration{end}', slow, *sides)}"
+            f"| iteration with {noise}: bf16, FP8 on ODE steps, FP8 everywhere | "
+            f"{found[0]}, {found[1]} and {found[2]}/s {rates(f'iteration{end}', slow, *sides)}"
         )
 
 

@@ -464,8 +464,8 @@ EXPERIMENTS = {
     "precision": _beside_default(
         title="Levers: FP8",
         question="The default computes in float32 here. Sampling in FP8 runs the ODE steps, which have no likelihood, "
-        "with merged weights and activations in e4m3; FP8 everywhere runs the window's steps and the update, forward and "
-        "backward, with a frozen base in e4m3 as well. Adapters never are.",
+        "with merged weights and activations in e4m3; training in FP8 as well runs the window's steps and the update, "
+        "forward and backward, with a frozen base in e4m3. Adapters never are.",
         note=f"{_EXPLORED} On a CPU the products of e4m3 are emulated, with the tensor cores' roundings of inputs and "
         "weights but float32 sums, and are slower than without; a GPU's speed is no part of this page.",
         arms={"fp8-sampling": "sampling in FP8", "fp8-everywhere": "sampling and training in FP8"},

@@ -186,9 +186,9 @@ def test_the_page_says_what_fp8_moves_and_takes():
     for plain, fp8 in pairs:
         told = (f"{work.launches:,} / {work.bytes / 1e9:.1f} GB" for work in (plain, fp8))
         assert f"| {' | '.join(told)} |" in page
-    times = [f"{1e3 * each:.0f}" for each in (m.merged_fp8, m.merged, m.adapted_fp8, m.adapted, m.trained_fp8, m.trained)]
-    said = "a merged forward takes {} ms instead of {}, one with LoRA {} instead of {}, a training step {} instead of {}"
-    assert said.format(*times) in page
+    steps = (m.merged_fp8, m.merged, m.adapted_fp8, m.adapted, m.trained_fp8, m.trained)
+    said = "forward takes {} ms instead of {}, one with LoRA {} instead of {}, a training step {} instead of {}"
+    assert said.format(*(round(1e3 * each) for each in steps)) in page
     more = [(fp8.bytes - plain.bytes) / (model.STREAM * m.bytes) for plain, fp8 in pairs]
     assert "{:.1f}, {:.1f} and {:.1f} ms of these".format(*(1e3 * each for each in more)) in page
     inner = model.LAYERS - 2  # blocks whose image and text are quantised; of the text's last block nothing is
