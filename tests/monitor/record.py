@@ -7,7 +7,7 @@ did not see.
 Of runs that were made before evaluations were kept prompt by prompt only means are known. `python -m
 tests.monitor.record reconstruct` makes series of these: the means that were published, straight lines between them, and
 48 prompts around them that differ by 0.3 and move by 0.065 from evaluation to evaluation: 80 iterations of a rerun of
-the review's run showed 0.09 for a judge's verdict on two images, which is 0.065 on four.
+one of them showed 0.09 for a judge's verdict on two images, which is 0.065 on four.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def reconstruct_all() -> None:
     for arm, (after, hacked) in of_shapes.items():  # a world of shapes that the project had
         why = f"docs/results, {arm}, seed 0: the judge's mean before and after; the reward rose"
         reconstruct(f"results-{arm}", {0: before, 120: after}, over_optimised=hacked, why=why)
-    why = "a review's run at margin 0 without warm-up: its judge before, at its best and at the end; the reward rose"
-    reconstruct("review-d6", {0: 0.599, 50: 0.734, 150: 0.682}, over_optimised=True, why=why)
+    why = "the shapes, margin 0, no warm-up: a judge's mean before, at its best and at the end; the reward rose"
+    reconstruct("margin-0", {0: 0.599, 50: 0.734, 150: 0.682}, over_optimised=True, why=why)
 
 
 if __name__ == "__main__":

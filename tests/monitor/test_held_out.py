@@ -100,7 +100,7 @@ def share(count, make_run) -> float:
 
 FLAT = [0.6] * 16
 SATURATES = [0.6 + 0.1 * (1 - 0.7**t) for t in range(16)]
-# As D6 of the review: a judge from .60 to .734 in a third of the run, then down; here to where it began.
+# As recorded/margin-0.json: a judge from .60 to .734 in a third of the run, then down; here to where it began.
 OVER_OPTIMISED = [0.6 + 0.134 * t / 5 for t in range(6)] + [0.734 - 0.0134 * t for t in range(1, 11)]
 
 
