@@ -436,7 +436,8 @@ class Session:
         return self._with_shared_noise(self.fp8_everywhere, 5)
 
     def _another(self, number: int, base_precision: str) -> Contenders:
-        """Ours alone, sampling in FP8."""
+        """Ours alone, sampling in FP8. All models stay until the end, 96 GB by the plan, of which 19 for each captured
+        update; B0's saved activations, 32 GB, come on top."""
         changes = merge(self.changes, {"model": {"base_precision": base_precision}})
         made = random(self.folder, self.device, FULL, precision="fp8", **changes)
         made.baselines.clear()
