@@ -63,7 +63,7 @@ COMPILED = 0.20  # what inductor leaves of them: 28 of 139 GB, estimated from wh
 # Shares of the copy.
 STREAM = 0.93  # PyTorch's elementwise operators on tensors of tens of MB
 FUSED = 0.85  # our streaming kernels
-FUSED_FP8 = 0.80  # those with a norm that writes e4m3: what their instructions leave of it (`STREAMING`)
+FUSED_FP8 = 0.80  # those that write e4m3 behind a norm or GELU: what their instructions leave of it (`STREAMING`)
 # Microseconds.
 EAGER, CUSTOM = 5.0, 40.0  # host time of an ATen operator, of a custom op with its autograd function
 NODE = 2.5  # a kernel too small to fill the chip, of a captured graph or behind others in a stream
@@ -82,6 +82,7 @@ OWN_ATTENTION = STOCK_ATTENTION - 4 * ROWS * WIDTH * TEXT * JOINT  # the last bl
 # write stream and norm; dual attention adds an update to one and a norm to the other. Text's last block has neither.
 RESIDUAL = 2 * ROWS * WIDTH * (IMAGE * (8 * LAYERS + 2 * DUAL) + TEXT * 8 * (LAYERS - 1))
 RESIDUAL_FP8 = RESIDUAL - ROWS * WIDTH * (IMAGE * (2 * LAYERS + DUAL) + TEXT * 2 * (LAYERS - 1))  # norms of one byte
+GELU_FP8 = 3 * ROWS * 4 * WIDTH * (LAYERS - 2) * JOINT  # inner blocks' GELU in FP8: a product read, e4m3 written
 SMS, REGISTERS, WARPS = 132, 65536, 64  # multiprocessors, and what each has room for
 ISSUE = 2.5 * 1.93e9  # instructions of a warp that a multiprocessor issues in a second: 2.5 a cycle
 TILES = ((128, 256), (256, 128), (128, 128))  # rows and columns that one of them computes of a product
@@ -226,7 +227,11 @@ NORM = {"elements": IMAGE * WIDTH, "program": 4 * WIDTH, "warps": 8, "lanes": 0.
 GELU = {"elements": IMAGE * 4 * WIDTH, "program": 4096, "warps": 4}
 SWIGLU = GELU | {"program": 2048}  # of what it gives
 QK = {"elements": 2 * JOINT * WIDTH, "program": 2 * 4096, "warps": 4}  # q's and k's; the backward copies v's gradient
+ROTARY = QK | {"elements": 2 * (IMAGE + 128) * 2 * WIDTH}  # FLUX.1's and Qwen-Image's; tables are read from L2
 DECODER = {"elements": 128 * 512 * 512, "warps": 8}  # the widest image that the decoder norms, of 512 px
+LATENTS = {"elements": 16 * 64 * 64, "program": 16 * 64 * 64, "warps": 16}  # a program for each image
+TILE = LATENTS | {"program": 4096}
+WIDE = {"elements": IMAGE * 4 * WIDTH, "program": 8192, "warps": 8}
 # By the names of tests/kernels/ahead_of_time/budgets.json, which has their instructions and registers.
 STREAMING = {
     "ada_layer_norm/one": Streaming(bytes=4, **NORM),
@@ -242,16 +247,32 @@ STREAMING = {
     "gated_residual/backward_dual": Streaming(bytes=14, **NORM),
     "gelu/forward": Streaming(bytes=4, **GELU),
     "gelu/backward": Streaming(bytes=6, **GELU),
+    "gelu/fp8": Streaming(bytes=3, elements=IMAGE * 4 * WIDTH, program=4 * WIDTH, warps=2),
     "swiglu/forward": Streaming(bytes=6, **SWIGLU),
     "swiglu/backward": Streaming(bytes=10, **SWIGLU),
+    "swiglu/fp8": Streaming(bytes=5, elements=IMAGE * 9216, program=9216, warps=4),
     "qk_rms_norm/joint": Streaming(bytes=4, **QK),
     "qk_rms_norm/backward_joint": Streaming(bytes=8, **QK),
+    "qk_rms_norm/rotary_joint": Streaming(bytes=4, **ROTARY),
+    "qk_rms_norm/rotary_by_head_joint": Streaming(bytes=4, **ROTARY),
+    "qk_rms_norm/rotary_backward_joint": Streaming(bytes=8, **ROTARY),
+    "qk_rms_norm/rotary_half_joint": Streaming(bytes=4, **ROTARY),
+    "qk_rms_norm/rotary_half_by_head_joint": Streaming(bytes=4, **ROTARY),
+    "qk_rms_norm/rotary_half_backward_joint": Streaming(bytes=8, **ROTARY),
+    "qk_rms_norm/rotary_half_by_head_backward_joint": Streaming(bytes=8, **ROTARY),
     "fp8_quantize/rows": Streaming(bytes=3, elements=IMAGE * WIDTH, program=2 * WIDTH, warps=4, lanes=0.75),
+    "fp8_quantize/given_scale": Streaming(bytes=3, **WIDE),
+    "fp8_quantize/tensor": Streaming(bytes=3, **WIDE),
+    "fp8_quantize/amax": Streaming(bytes=2, **(WIDE | {"program": 12 * 8192})),
     "group_norm/moments": Streaming(bytes=2, program=16 * 4096, **DECODER),
     "group_norm/forward": Streaming(bytes=4, program=4096, **DECODER),
-    "gaussian_step/ode": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
-    "gaussian_step/philox_host_seed": Streaming(bytes=12, elements=16 * 64 * 64, program=4096, warps=16),
-    "gaussian_step/philox": Streaming(bytes=12, elements=16 * 64 * 64, program=16 * 64 * 64, warps=16),
+    "gaussian_step/ode": Streaming(bytes=12, **TILE),
+    "gaussian_step/philox_host_seed": Streaming(bytes=12, **TILE),
+    "gaussian_step/philox": Streaming(bytes=12, **LATENTS),
+    "gaussian_log_prob/forward": Streaming(bytes=12, **LATENTS),
+    "gaussian_log_prob/forward_kl": Streaming(bytes=16, **LATENTS),
+    "gaussian_log_prob/backward": Streaming(bytes=16, **TILE),
+    "clipped_policy_loss": Streaming(bytes=20, **TILE),
 }
 
 
@@ -270,16 +291,16 @@ class Model:
         part = FP8_PART if fp8 else 0.0
         return self.products(part * flops, FP8_GEMM) + self.products((1 - part) * flops, GEMM)
 
-    def forward(self, work: Work, *, adapters: int = 0, fp8: bool = False, fp8_norms: int = 0) -> float:
+    def forward(self, work: Work, *, adapters: int = 0, fp8: bool = False, e4m3: int = 0) -> float:
         """A pass without gradients.
 
         Args:
             adapters: FLOPs of LoRA's products among `work`'s.
             fp8: whether frozen weights are e4m3.
-            fp8_norms: bytes among `work`'s of kernels with a norm that writes e4m3.
+            e4m3: bytes among `work`'s of kernels that write it behind a norm or GELU.
         """
         dense = self.dense(work.flops - work.attention - adapters, fp8=fp8)
-        moved = (work.bytes - fp8_norms) / STREAM + fp8_norms / FUSED_FP8
+        moved = (work.bytes - e4m3) / STREAM + e4m3 / FUSED_FP8
         small = self.products(adapters, ADAPTERS) + moved / self.bytes
         return max(dense + self.products(work.attention, ATTENTION) + small, work.launches * NODE * 1e-6)
 
@@ -298,7 +319,7 @@ class Model:
 
     @property
     def merged_fp8(self) -> float:
-        return self.forward(MERGED_FP8, fp8=True, fp8_norms=RESIDUAL_FP8)
+        return self.forward(MERGED_FP8, fp8=True, e4m3=RESIDUAL_FP8 + GELU_FP8)
 
     @property
     def adapted(self) -> float:

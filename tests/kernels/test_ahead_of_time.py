@@ -48,7 +48,6 @@ WEEKLY = {  # a part of another spec, other types of it, or an argument in a reg
     *("gaussian_log_prob/forward_kl", "gaussian_log_prob/forward_kl_std", "gaussian_log_prob/forward_normalized_ratio"),
     *("clipped_policy_loss", "clipped_policy_loss/divergence", "clipped_policy_loss/kl_std_value"),
     *("sample_patches/host_seed", "score_features/rows_fp32", "hinge_head_loss/backward_bf16"),
-    *("swiglu/fp8",),
     *("group_norm/moments_contiguous", "group_norm/forward_fp32", "group_norm/forward_contiguous"),
 }
 

@@ -106,8 +106,8 @@ def test_quantisation_fused_or_by_row_is_one_launch_and_by_tensor_two(launches):
     assert launches.names == [
         "_residual_norm_fwd_kernel",
         "_residual_norm_fwd_kernel",
-        "_gelu_fwd_kernel",
-        "_swiglu_fwd_kernel",
+        "_gelu_fp8_kernel",
+        "_swiglu_fp8_kernel",
         "_fp8_rows_kernel",
         "_fp8_tensor_kernel",
         "_fp8_amax_kernel",

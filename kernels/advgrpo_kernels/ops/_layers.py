@@ -44,6 +44,20 @@ def pick_layer_backend(
     return "torch"
 
 
+def parts_of_row(width: int) -> tuple[int, int, int]:
+    """(part, rest, warps) of a program with a whole row: the largest power of two within it, the smallest that holds
+    what is left, 0 for nothing, and 96 elements a thread.
+
+    One power of two for all would leave up to half of the lanes idle, a quarter of 6144; and what a program does once,
+    its maximum and a division, costs each element half as much as with 48.
+    """
+    part = 1 << (width.bit_length() - 1)
+    left = width - part
+    rest = 1 << (left - 1).bit_length() if left else 0
+    threads = -(-(part + rest) // 96)
+    return part, rest, min(16, max(2, 1 << (-(-threads // 32) - 1).bit_length()))
+
+
 def check_float(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise unless `tensor` is a float tensor of `shape` on `device`; shapes are never broadcast."""
     if (

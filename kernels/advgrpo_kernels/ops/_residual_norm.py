@@ -73,6 +73,18 @@ if HAS_TRITON:
             tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
+    def store_quantized(y_ptr, scale_ptr, F, f, y, rest_f, rest):
+        """A row as e4m3 with its scale: y at f, all within it, and `rest`, 0 beyond it, at `rest_f`, or None."""
+        amax = tl.max(tl.abs(y), axis=0)
+        if rest is not None:
+            amax = tl.maximum(amax, tl.max(tl.abs(rest), axis=0))
+        scale, inverse = row_scales(amax)
+        tl.store(scale_ptr, scale)
+        tl.store(y_ptr + f, quantize_rows(y, inverse))
+        if rest is not None:
+            tl.store(y_ptr + rest_f, quantize_rows(rest, inverse), mask=rest_f < F)
+
+    @triton.jit
     def _residual_norm_fwd_kernel(
         x_ptr,
         out_ptr,

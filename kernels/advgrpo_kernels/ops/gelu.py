@@ -19,7 +19,7 @@ from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, check_tensors, device_guard
 from .._tuning import Launch, launch_of
 from . import _cpu_layers
-from ._layers import FLOATS, check_float, pick_layer_backend
+from ._layers import FLOATS, check_float, parts_of_row, pick_layer_backend
 from .fp8 import Fp8Tensor, empty_fp8, fp8_quantize_ref
 
 __all__ = ["gelu", "gelu_ref"]
@@ -30,7 +30,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._residual_norm import load_vector, store_rows
+    from ._residual_norm import load_vector, store_quantized
 
     @triton.jit
     def _load_biased(x_ptr, bias_ptr, offsets, mask, f, F):
@@ -53,16 +53,33 @@ if HAS_TRITON:
         return inverse_of_one_plus(tl.exp2(_exponent(u)))
 
     @triton.jit
-    def _gelu_fwd_kernel(
-        x_ptr, bias_ptr, y_ptr, fp8_scale_ptr, M, F, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
-    ):  # fmt: skip
+    def _gelu_fwd_kernel(x_ptr, bias_ptr, y_ptr, M, F, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
         mask = (row < M)[:, None] & (f < F)[None, :]
         offsets = row.to(tl.int64)[:, None] * F + f[None, :]
         u = _load_biased(x_ptr, bias_ptr, offsets, mask, f, F)
-        y = u * _sigmoid_of_2z(u)
-        store_rows(y_ptr, offsets, mask, y, fp8_scale_ptr, row, row < M)
+        tl.store(y_ptr + offsets, (u * _sigmoid_of_2z(u)).to(y_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _gelu_of_part(x_ptr, bias_ptr, f, F):
+        u = tl.load(x_ptr + f, mask=f < F, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            u += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)
+        return u * _sigmoid_of_2z(u)
+
+    @triton.jit
+    def _gelu_fp8_kernel(
+        x_ptr, bias_ptr, y_ptr, fp8_scale_ptr, F, BLOCK_F: tl.constexpr, REST_F: tl.constexpr
+    ):  # fmt: skip
+        """A row, in two parts (`parts_of_row`)."""
+        row = tl.program_id(0).to(tl.int64)
+        f, rest_f, rest = tl.arange(0, BLOCK_F), None, None
+        y = _gelu_of_part(x_ptr + row * F, bias_ptr, f, F)
+        if REST_F > 0:
+            rest_f = BLOCK_F + tl.arange(0, REST_F)
+            rest = _gelu_of_part(x_ptr + row * F, bias_ptr, rest_f, F)
+        store_quantized(y_ptr + row * F, fp8_scale_ptr + row, F, f, y, rest_f, rest)
 
     @triton.jit
     def _gelu_bwd_kernel(
@@ -84,7 +101,7 @@ if HAS_TRITON:
 @torch.library.custom_op(add_op_namespace_prefix("gelu"), mutates_args=())
 def _gelu_op(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(_gelu_fwd_kernel, x, bias, y, None)
+    _launch(_gelu_fwd_kernel, x, bias, y)
     return y
 
 
@@ -109,7 +126,13 @@ def _(y_grad, x, bias):
 def _gelu_fp8_op(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3 values, row scales [..., 1])."""
     y, scales = empty_fp8(x, x.shape)
-    _launch(_gelu_fwd_kernel, x, bias, y, scales, whole_rows=True)
+    F = x.shape[-1]
+    block, rest, warps = parts_of_row(F)
+    bias = None if bias is None else bias.contiguous()
+    if x.numel():
+        with device_guard(x):
+            args = (x.contiguous(), bias, y, scales, F, block, rest)
+            _gelu_fp8_kernel[(x.numel() // F,)](*args, num_warps=warps)
     return y, scales
 
 
@@ -118,19 +141,16 @@ def _(x, bias):
     return empty_fp8(x, x.shape)
 
 
-def _launch(kernel, x, bias, third, fourth, *, whole_rows: bool = False) -> None:
+def _launch(kernel, x, bias, *others: torch.Tensor) -> None:
     F = x.shape[-1]
     M = x.numel() // F
-    block = triton.next_power_of_2(F)
-    rows, warps = 1, 8 if block > 4096 else 4
-    if not whole_rows:
-        rows, warps = launch_of("gelu", x, Launch(ROWS, WARPS))
-        block = min(BLOCK_F, block)
+    rows, warps = launch_of("gelu", x, Launch(ROWS, WARPS))
+    block = min(BLOCK_F, triton.next_power_of_2(F))
     bias = None if bias is None else bias.contiguous()
     if M:
         with device_guard(x):
             kernel[(triton.cdiv(M, rows), triton.cdiv(F, block))](
-                *(x.contiguous(), bias, third, fourth, M, F),
+                *(x.contiguous(), bias, *others, M, F),
                 ROWS=rows,
                 BLOCK_F=block,
                 num_warps=warps,

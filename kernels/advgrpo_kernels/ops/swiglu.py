@@ -22,7 +22,7 @@ import torch
 from .._ops import add_op_namespace_prefix
 from .._runtime import HAS_TRITON, check_tensors, device_guard
 from .._tuning import Launch, launch_of
-from ._layers import FLOATS, pick_layer_backend
+from ._layers import FLOATS, parts_of_row, pick_layer_backend
 from .fp8 import Fp8Tensor, empty_fp8, fp8_quantize_ref
 
 __all__ = ["swiglu", "swiglu_ref"]
@@ -33,7 +33,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._residual_norm import store_rows
+    from ._residual_norm import store_quantized
     from .gelu import inverse_of_one_plus
 
     @triton.jit
@@ -45,18 +45,33 @@ if HAS_TRITON:
         return g * inverse_of_one_plus(_exp_of_minus(g))
 
     @triton.jit
-    def _swiglu_fwd_kernel(
-        x_ptr, y_ptr, fp8_scale_ptr, M, F, x_stride, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
-    ):  # fmt: skip
+    def _swiglu_fwd_kernel(x_ptr, y_ptr, M, F, x_stride, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
         mask = (row < M)[:, None] & (f < F)[None, :]
         gates = row.to(tl.int64)[:, None] * x_stride + f[None, :]
         g = tl.load(x_ptr + gates, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(x_ptr + gates + F, mask=mask, other=0.0).to(tl.float32)
-        y = silu(g) * u
         offsets = row.to(tl.int64)[:, None] * F + f[None, :]
-        store_rows(y_ptr, offsets, mask, y, fp8_scale_ptr, row, row < M)
+        tl.store(y_ptr + offsets, (silu(g) * u).to(y_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _swiglu_of_part(x_ptr, f, F):
+        g = tl.load(x_ptr + f, mask=f < F, other=0.0).to(tl.float32)
+        return silu(g) * tl.load(x_ptr + F + f, mask=f < F, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _swiglu_fp8_kernel(
+        x_ptr, y_ptr, fp8_scale_ptr, F, x_stride, BLOCK_F: tl.constexpr, REST_F: tl.constexpr
+    ):  # fmt: skip
+        """A row, in two parts (`parts_of_row`)."""
+        row = tl.program_id(0).to(tl.int64)
+        f, rest_f, rest = tl.arange(0, BLOCK_F), None, None
+        y = _swiglu_of_part(x_ptr + row * x_stride, f, F)
+        if REST_F > 0:
+            rest_f = BLOCK_F + tl.arange(0, REST_F)
+            rest = _swiglu_of_part(x_ptr + row * x_stride, rest_f, F)
+        store_quantized(y_ptr + row * F, fp8_scale_ptr + row, F, f, y, rest_f, rest)
 
     @triton.jit
     def _swiglu_bwd_kernel(
@@ -84,7 +99,7 @@ if HAS_TRITON:
 def _swiglu_op(x: torch.Tensor) -> torch.Tensor:
     y = x.new_empty(_shape(x))
     rows = _rows(x)
-    _launch(_swiglu_fwd_kernel, (rows, y, None), rows.stride(0), like=y)
+    _launch(_swiglu_fwd_kernel, (rows, y), rows.stride(0), like=y)
     return y
 
 
@@ -110,8 +125,12 @@ def _(y_grad, x):
 def _swiglu_fp8_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3 values, row scales [..., 1])."""
     y, scales = empty_fp8(x, _shape(x))
-    rows = _rows(x)
-    _launch(_swiglu_fwd_kernel, (rows, y, scales), rows.stride(0), like=y, whole_rows=True)
+    rows, F = _rows(x), y.shape[-1]
+    block, rest, warps = parts_of_row(F)
+    if y.numel():
+        with device_guard(y):
+            args = (rows, y, scales, F, rows.stride(0), block, rest)
+            _swiglu_fp8_kernel[(len(rows),)](*args, num_warps=warps)
     return y, scales
 
 
@@ -130,15 +149,12 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _launch(kernel, tensors, *strides: int, like: torch.Tensor, whole_rows: bool = False) -> None:
+def _launch(kernel, tensors, *strides: int, like: torch.Tensor) -> None:
     """`like` is [..., F] with a row for each of y."""
     F = like.shape[-1]
     M = like.numel() // F
-    block = triton.next_power_of_2(F)
-    rows, warps = 1, min(16, max(4, block // 1024))
-    if not whole_rows:
-        rows, warps = launch_of("swiglu", like, Launch(ROWS, WARPS))
-        block = min(BLOCK_F, block)
+    rows, warps = launch_of("swiglu", like, Launch(ROWS, WARPS))
+    block = min(BLOCK_F, triton.next_power_of_2(F))
     if M:
         with device_guard(like):
             kernel[(triton.cdiv(M, rows), triton.cdiv(F, block))](

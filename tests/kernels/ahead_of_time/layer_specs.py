@@ -8,6 +8,7 @@ from types import ModuleType
 from spec import Spec
 
 from advgrpo_kernels.ops import _residual_norm, fp8, gelu, group_norm, qk_rms_norm, swiglu
+from advgrpo_kernels.ops._layers import parts_of_row
 
 OPS = "advgrpo_kernels.ops."
 MODULATED = {"ROWS": _residual_norm.ROWS, "BLOCK_C": 2048}
@@ -71,7 +72,6 @@ def qk(
     *,
     backward: bool = False,
     dim: int = 64,
-    counted: bool = False,
     halves: bool = False,
     by_head: bool = False,
 ) -> Spec:
@@ -86,7 +86,7 @@ def qk(
         | absent(QK_BWD if backward else QK_FWD, given),
         vector_loads=loads,
         vector_stores=stores,
-        elements=2 * qk_rms_norm.tile_rows(dim) * dim // (32 * qk_rms_norm.WARPS) if counted else 0,  # of q and of k
+        elements=2 * qk_rms_norm.tile_rows(dim) * dim // (32 * qk_rms_norm.WARPS),  # of q and of k
     )
 
 
@@ -94,30 +94,35 @@ TURNED_FWD, TURNED_BWD = with_turns(pointers(QK_FWD.replace(" value", ""))), wit
 HALVES = {"dim": 128, "halves": True}  # every row of q, k and v, and both weights, are two accesses each
 
 SWIGLU_STRIDE = {"x_stride": "i32:16"}
-QUANTIZED = pointers("y", FP8) | pointers("fp8_scale", "*fp32")
 
 
-def elementwise(
-    name: str,
-    op: ModuleType,
-    given: dict[str, str],
-    loads: int,
-    stores: int,
-    *,
-    whole_rows: tuple[int, int] | None = None,
-) -> Spec:
-    """A kernel of `gelu` or `swiglu`: a tile of rows, or, to quantise these, one whole row of (lanes, warps)."""
+def elementwise(name: str, op: ModuleType, given: dict[str, str], loads: int, stores: int) -> Spec:
+    """A kernel of `gelu` or `swiglu`: a tile of rows."""
     kernel = "bwd" if name.endswith("/backward") else "fwd"
-    tile = {"ROWS": op.ROWS, "BLOCK_F": op.BLOCK_F} if whole_rows is None else {"ROWS": 1, "BLOCK_F": whole_rows[0]}
     return Spec(
         name=name,
         kernel=f"{op.__name__}:_{name.split('/')[0]}_{kernel}_kernel",
         types=given | {"M": "i32:16", "F": "i32:16"},
-        constants=tile | (absent("fp8_scale", given) if kernel == "fwd" else {}),
-        warps=op.WARPS if whole_rows is None else whole_rows[1],
+        constants={"ROWS": op.ROWS, "BLOCK_F": op.BLOCK_F},
+        warps=op.WARPS,
         vector_loads=loads,
         vector_stores=stores,
-        elements=op.ROWS * op.BLOCK_F // (32 * op.WARPS) if whole_rows is None else 0,
+        elements=op.ROWS * op.BLOCK_F // (32 * op.WARPS),
+    )
+
+
+def quantized(name: str, op: ModuleType, given: dict[str, str], loads: int, width: int) -> Spec:
+    """One whole row."""
+    block, rest, warps = parts_of_row(width)
+    return Spec(
+        name=name,
+        kernel=f"{op.__name__}:_{name.split('/')[0]}_fp8_kernel",
+        types=given | pointers("y", FP8) | pointers("fp8_scale", "*fp32") | {"F": "i32:16"},
+        constants={"BLOCK_F": block, "REST_F": rest},
+        warps=warps,
+        vector_loads=2 * loads,  # of two parts
+        vector_stores=2,
+        elements=(block + rest) // (32 * warps),
     )
 
 
@@ -174,9 +179,9 @@ SPECS = [
     norm("gated_residual/backward_plain", pointers("hidden_grad gate out_grad"), 2, 1, backward=True),
     norm("gated_residual/backward_dual", pointers(NORM_BWD), 8, 3, backward=True),
     qk("qk_rms_norm/two_tensors", pointers(plain(QK_FWD)), 5),
-    qk("qk_rms_norm/joint", pointers(plain(QK_FWD).replace(" value", "")), 4, 2, counted=True),
+    qk("qk_rms_norm/joint", pointers(plain(QK_FWD).replace(" value", "")), 4, 2),
     qk("qk_rms_norm/image", image_only(plain(QK_FWD).replace(" value", "")), 4, 2),
-    qk("qk_rms_norm/backward_joint", pointers(plain(QK_BWD)), 7, backward=True, counted=True),
+    qk("qk_rms_norm/backward_joint", pointers(plain(QK_BWD)), 7, backward=True),
     qk("qk_rms_norm/backward_image", image_only(plain(QK_BWD)), 7, backward=True),
     qk("qk_rms_norm/rotary_joint", TURNED_FWD, 6, 2, dim=128),
     qk("qk_rms_norm/rotary_image", with_turns(image_only(QK_FWD.replace(" value", ""))), 6, 2, dim=128),
@@ -188,12 +193,10 @@ SPECS = [
     qk("qk_rms_norm/rotary_half_backward_joint", TURNED_BWD, 16, 6, backward=True, **HALVES),
     qk("qk_rms_norm/rotary_half_by_head_backward_joint", TURNED_BWD, 16, 6, backward=True, by_head=True, **HALVES),
     elementwise("gelu/forward", gelu, pointers("x bias y"), 2, 1),
-    elementwise("gelu/fp8", gelu, pointers("x bias") | QUANTIZED, 2, 1, whole_rows=(8192, 8)),
+    quantized("gelu/fp8", gelu, pointers("x bias"), 2, 6144),
     elementwise("gelu/backward", gelu, pointers("x bias y_grad x_grad"), 3, 1),
     elementwise("swiglu/forward", swiglu, pointers("x y") | SWIGLU_STRIDE, 2, 1),
-    elementwise(
-        "swiglu/fp8", swiglu, pointers("x") | QUANTIZED | SWIGLU_STRIDE, 2, 1, whole_rows=(16384, 16)
-    ),  # FLUX.2 klein's 9216
+    quantized("swiglu/fp8", swiglu, pointers("x") | SWIGLU_STRIDE, 2, 9216),  # FLUX.2 klein's
     elementwise(
         "swiglu/backward", swiglu, pointers("x y_grad x_grad") | SWIGLU_STRIDE | {"y_grad_stride": "i32:16"}, 3, 2
     ),
@@ -213,6 +216,7 @@ SPECS = [
         constants={"TILES": 12, "LANES": fp8.LANES},  # [16, 1024, 6144]
         warps=8,
         vector_loads=1,
+        elements=fp8.LANES // (32 * 8),
     ),
     Spec(
         name="fp8_quantize/tensor",
@@ -222,6 +226,7 @@ SPECS = [
         warps=8,
         vector_loads=1,
         vector_stores=1,
+        elements=fp8.LANES // (32 * 8),
     ),
     Spec(
         name="fp8_quantize/given_scale",
@@ -231,6 +236,7 @@ SPECS = [
         warps=8,
         vector_loads=1,
         vector_stores=1,
+        elements=fp8.LANES // (32 * 8),
     ),
     group_norm_moments("group_norm/moments", True),
     group_norm_moments("group_norm/moments_contiguous", False),

@@ -12,6 +12,7 @@ OPS = "advgrpo_kernels.ops."
 STEP = {"latents_ptr": "*fp32", "velocity_ptr": "*bf16", "uncond_ptr": "*bf16", "coefficients_ptr": "*fp32"}
 SCALARS = {"N": "i32:16", "coefficients_stride": "i32", "guidance_scale": "fp32", "uncond_scale": "fp32"}
 LANES, TILES, WARPS = tiling(16 * 64 * 64)
+OF_A_TILE = LANES // (32 * WARPS)
 TILE = {"LANES": LANES, "GUIDED": True}
 
 
@@ -34,7 +35,7 @@ def gaussian_step(name: str, velocity: str, constants: dict, **more: str) -> Spe
         warps=WARPS,
         vector_loads=sum(key in types for key in ("latents_ptr", "velocity_ptr", "uncond_ptr", "noise_ptr")),
         vector_stores=1 + constants["STORE_MEAN"],
-        elements=LANES // (32 * WARPS),  # of a tile
+        elements=OF_A_TILE,
     )
 
 
@@ -130,6 +131,7 @@ def log_prob_kl(name: str, trust_region: int = 0, **kl_std: str) -> Spec:
         | kl_std_constants(kl_std),
         warps=WARPS,
         vector_loads=6 if trust_region else 5,
+        elements=OF_A_TILE,
     )
 
 
@@ -146,6 +148,7 @@ def policy_loss(name: str, trust_region: int = 0, **kl_std: str) -> Spec:
         warps=WARPS,
         vector_loads=6 if trust_region == 1 else 5,  # the divergence's own gradient does not look at μ_old
         vector_stores=2,
+        elements=OF_A_TILE,
     )
 
 
@@ -167,6 +170,7 @@ SPECS = [
         | NOT_MOVED,
         warps=WARPS,
         vector_loads=4,
+        elements=OF_A_TILE,
     ),
     Spec(
         name="gaussian_log_prob/forward_stored_bf16",
@@ -178,6 +182,7 @@ SPECS = [
         | NOT_MOVED,
         warps=WARPS,
         vector_loads=4,
+        elements=OF_A_TILE,
     ),
     log_prob_kl("gaussian_log_prob/forward_kl"),
     log_prob_kl("gaussian_log_prob/forward_kl_std", kl_std="*fp32"),
@@ -191,6 +196,7 @@ SPECS = [
         warps=WARPS,
         vector_loads=4,
         vector_stores=2,
+        elements=OF_A_TILE,
     ),
     policy_loss("clipped_policy_loss"),
     policy_loss("clipped_policy_loss/kl_std", kl_std="*fp32"),
