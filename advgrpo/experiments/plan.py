@@ -453,9 +453,9 @@ EXPERIMENTS = {
         question="Options that draw or train fewer rows (docs/performance.md): fewer steps after the window, twice "
         "as many images drawn cheaply of which half are kept, and the half with the larger advantages trained on.",
         note=f"{_EXPLORED} Two steps after the window are refused by the run itself: in its first iteration rewards "
-        "rank images otherwise than by all steps (Kendall's tau .67, at most .84, where .85 is asked for). The default's "
-        "60 iterations have as many rows of the sampler as 33 with scouts, 10 and 18 an image; decoding and scoring three "
-        "images for each that is kept are not in it.",
+        "rank images otherwise than by all steps (Kendall's tau .67, at most .84, where .85 is asked for). The "
+        "default's 60 iterations have as many rows of the sampler as 33 with scouts, 10 and 18 an image; decoding and "
+        "scoring three images for each that is kept are not in it.",
         arms={
             "tail-4": "four steps after the window",
             "tail-3": "three steps after the window",

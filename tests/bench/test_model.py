@@ -6,6 +6,7 @@ kernel whose registers let half as many programs run; a holes' share that counts
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +209,20 @@ def test_the_page_says_what_fp8_moves_and_takes():
     both = 2 * (4 * tokens + 2 * tokens + model.ROWS * model.WIDTH * model.IMAGE * (model.DUAL - 1))
     assert f"{both / 1e9:.1f} GB less, {1e3 * both / (model.STREAM * m.bytes):.1f} ms" in page
     assert f"{1e3 * 4 * 4 * tokens / (model.STREAM * m.bytes):.1f} ms of a forward of" in page
+
+
+def test_the_page_says_what_lora_as_more_columns_would_save():
+    """Times of today's arrangement are the model's; an iteration's saving is that of its steps."""
+    m, page = model.Model(model.H200), (ROOT / "docs" / "performance.md").read_text()
+    found = {}
+    for name, own in (("a forward", m.adapted), ("a training step, forward and backward", m.trained)):
+        row = re.search(rf"^\| {name} \| ([\d.]+) ms \| ([\d.]+) ms \|$", page, re.MULTILINE)
+        assert float(row[1]) == round(1e3 * own, 1)
+        found[name] = (float(row[1]) - float(row[2])) * 1e-3
+    saved = model.IMAGES / model.MICRO * 2 * sum(found.values())  # both steps of the window, drawn and trained
+    whole = m.iteration()
+    assert f"| an iteration, a noise per image | {whole:.2f} s | {whole - saved:.2f} s |" in page
+    assert f"So {saved / whole:.1%} of an iteration".replace("%", " %") in page
 
 
 def test_orders_that_must_hold():
