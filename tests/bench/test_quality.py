@@ -10,6 +10,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from advgrpo.reporting.tracking import load_metrics, metrics_line
 from bench import quality, quality_report
 from bench.quality import OURS, OVER, RELEASED, Plan
 
+ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
 STEP = {"ratio": 1.5, "low": 1.25, "high": 1.75}
 # What the released contender has of the world instead of the released run's.
@@ -233,3 +235,27 @@ def test_a_step_file_without_b1_is_refused(tmp_path, capsys):
     (tmp_path / "step.json").write_text("{}")
     assert quality.main(["--report", "--step", str(tmp_path / "step.json")]) == 2
     assert "want what bench.step wrote, with iteration_shared over_b1" in capsys.readouterr().err
+
+
+def test_the_page_and_the_committed_table_say_what_was_measured():
+    """Rows of docs/performance.md by numbers, since it has them in other columns."""
+    folder = ROOT / "bench" / "results" / "cpu"
+    report = json.loads((folder / "quality.json").read_text())
+    assert (folder / "quality.md").read_text() == "\n".join(quality_report.lines(report)) + "\n"
+    page = (ROOT / "docs" / "performance.md").read_text()
+    page = page[page.index("## Time to quality") : page.index("## What a CPU says")].replace("\n", " ")
+    ours, theirs = (report["contenders"][name] for name in (OURS, RELEASED))
+    over, step = report["released_over_ours"], report["b1_seconds_over_ours"]
+    reached, seconds = ours["reached"]["pictures"], ours["reached"]["seconds"]
+    for said in (
+        f"{reached['value']:,.0f} [{reached['low']:,.0f}, {reached['high']:,.0f}]",
+        f"{seconds['value']:.0f} [{seconds['low']:.0f}, {seconds['high']:.0f}]",
+        f"{ours['trained']['pictures']:,.0f} pictures, {ours['trained']['seconds']:.0f} CPU seconds",
+        f"{theirs['trained']['pictures']:,.0f} pictures, {theirs['trained']['seconds']:,.0f} CPU seconds",
+        f"{seconds['value'] * step['ratio']:.0f}, by a step",
+        f"{step['ratio']:.2f}x ours [{step['low']:.2f}, {step['high']:.2f}]",
+        f"at least {over['pictures']['value']:.1f} times [{over['pictures']['low']:.1f}, –]",
+        f"at least {over['seconds']['value']:.1f} times [{over['seconds']['low']:.1f}, –]",
+        *("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**each["trained"]["gain"]) for each in (ours, theirs)),
+    ):
+        assert said in page, said
