@@ -2,7 +2,7 @@
 
 Bugs planted in a copy, each seen red (tests/mutants): the mask left out; the rescaling left out of the gradient; rows
 counted from the columns' middle; the template's first tokens kept; the empty prompt instead of a space; latents
-decoded without their deviations.
+decoded without their deviations; what padding adds to attention made by every block, or of the first prompts alone.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_qwen_lora_to_diffusers
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from advgrpo.config import LORA_TARGETS, LoraSection
 from advgrpo.errors import UserError
@@ -25,6 +26,8 @@ from advgrpo.policy.packing import pack
 from advgrpo.policy.pipelines import native_guidance
 from advgrpo.policy.qwen import QwenPolicy
 from advgrpo.sampling.drawing import Drawn
+from advgrpo.sampling.dynamics import step_table
+from advgrpo.sampling.sampler import Sampler
 from advgrpo.sampling.stock import draw_stock
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.preflight import preflight
@@ -47,6 +50,7 @@ from tests.families import (
     stock,
     with_adapters_of,
 )
+from tests.graph_emulator import EmulatedGraphs
 from tests.parts import assert_generate_draws, train_adapters
 from tests.qwen_models import save_pipeline
 
@@ -214,6 +218,52 @@ def test_what_stands_beside_a_row_and_in_its_padding_changes_none_of_its_bits(se
     torch.testing.assert_close(velocity_at(policy, latents[1:], second)[0], expected[1], rtol=1e-5, atol=1e-5)
     second.mask[0, 12:] = True  # padding that is attended to is another prompt
     assert (velocity_at(policy, latents[1:], second)[0] - expected[1]).abs().max() > 1e-4
+
+
+@pytest.mark.usefixtures("layers_by_pytorch")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_padding_adds_to_attention_is_made_once_for_all_blocks(settings, checkpointing):
+    """Of a forward and its backward; numbers of rows and keys, not of heads or queries."""
+    policy = load(settings, gradient_checkpointing=checkpointing)
+    prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([500.0]), guidance=1.0)
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket == torch.ops.aten.masked_fill_:
+                made.append(args[0].untyped_storage().nbytes())
+            return function(*args, **(kwargs or {}))
+
+    with Made():
+        policy.predict(torch.randn(2, *policy.latent_shape()), torch.tensor([0]), prepared)[0].sum().backward()
+    assert made == [2 * 48 * 4]  # 36 keys, in rows of 16
+    assert len(policy.network.transformer.blocks) == 3
+
+
+@pytest.mark.usefixtures("layers_by_pytorch")
+def test_captured_steps_follow_the_lengths_of_the_prompts_at_hand(settings, monkeypatch):
+    """Texts of 16, 12 and 6 tokens in the same static storage, of which a replay makes what padding adds."""
+    for module in ("gaussian_step", "_gaussian"):  # which on a CPU look at values, as no captured step may
+        monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
+    backend, table = EmulatedGraphs(), step_table(load(settings), 4, (1, 2), rollout=settings.rollout)
+
+    def drawn(sampler: Sampler, prompts: list[str]):
+        text, initial = sampler.policy.encode(prompts), sampler.initial_latents(7, torch.arange(2))
+        return sampler.run(table, text, initial, ROW, noise_seed=3, image_ids=torch.arange(6))
+
+    def sampler(graphs: EmulatedGraphs | None) -> Sampler:
+        policy = load(settings)
+        policy.merge()
+        return Sampler(policy, GUIDANCE, "squared_error", share_prefix=True, merged=True, graphs=graphs)
+
+    captured, replays = sampler(backend), []
+    for prompts in (PROMPTS, PROMPTS, PROMPTS, PROMPTS[::-1], [*PROMPTS[1:], "a"]):
+        found, expected = drawn(captured, prompts), drawn(sampler(None), prompts)
+        assert torch.equal(found[0], expected[0])
+        for own, other in zip(found[1], expected[1], strict=True):
+            assert torch.equal(own.log_prob, other.log_prob)
+        replays.append(backend.replays)
+    assert replays[-1] > replays[-2] > replays[-3] > 0  # the last prompts by graphs of the first
 
 
 def test_rotations_are_the_stock_embeddings_for_any_size(settings):
