@@ -49,6 +49,38 @@ def stock(settings: Config) -> DiffusionPipeline:
     return pipe
 
 
+def assert_an_embedding_is_of_its_prompt_alone(policy: DiffusersPolicy, rounded: str = "") -> None:
+    """To the bit, but for the tensor `rounded`: as encoded beside prompts of other lengths, and by itself."""
+    prompts = [*PROMPTS, "a"]
+    together, *alone = (next(iter(policy.text_cache.encode(each))) for each in (prompts, *([one] for one in prompts)))
+    for name, tensor in together.tensors().items():
+        own = torch.cat([one.tensors()[name] for one in alone])
+        if name == rounded:
+            torch.testing.assert_close(own, tensor, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(own, tensor), name
+    assert len(together.text.flatten(1).unique(dim=0)) == 3
+
+
+def assert_a_rows_bits_are_of_its_text_alone(policy: DiffusersPolicy, *, guidance: float) -> None:
+    """Another text beside a row changes none of its bits; a library's product may block another number of rows
+    otherwise, so that without others it is the same up to rounding."""
+    latents, times, step = torch.randn(2, *policy.latent_shape()), torch.tensor([900.0, 500.0]), torch.tensor([1])
+
+    def velocity(prompts: list[str]) -> torch.Tensor:
+        prepared = policy.prepare(policy.encode(prompts), times, guidance=guidance)
+        with torch.no_grad():
+            both = policy.predict(latents[-len(prompts) :], step, prepared)
+        return torch.stack([each for each in both if each is not None], dim=1)
+
+    expected = velocity(PROMPTS)
+    for other in ("a", PROMPTS[1], ""):
+        changed = velocity([other, PROMPTS[1]])
+        assert torch.equal(changed[1], expected[1])
+        assert not torch.equal(changed[0], expected[0])
+    torch.testing.assert_close(velocity(PROMPTS[1:])[0], expected[1], rtol=1e-5, atol=1e-5)
+
+
 def ode_images(policy: DiffusersPolicy, *, steps: int, guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(initial noise, images) of PROMPTS without a window."""
     sampler = Sampler(policy, guidance, "gaussian", share_prefix=True, merged=False)

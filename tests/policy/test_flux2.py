@@ -24,7 +24,9 @@ from tests.families import (
     PROMPTS,
     ROW,
     accumulated,
+    assert_a_rows_bits_are_of_its_text_alone,
     assert_a_stopped_run_goes_on,
+    assert_an_embedding_is_of_its_prompt_alone,
     assert_gradients,
     assert_on_policy,
     assert_preset_trains,
@@ -141,6 +143,13 @@ def test_lora_gradients_equal_those_of_the_stock_transformer(settings):
 
     clipped_loss_written_out(rollout, table, velocity).backward()
     assert_gradients(policy, gradient, theirs)
+
+
+@pytest.mark.weekly
+def test_an_embedding_and_a_rows_bits_are_of_its_text_alone(settings):
+    policy = policy_of(settings)
+    assert_an_embedding_is_of_its_prompt_alone(policy)
+    assert_a_rows_bits_are_of_its_text_alone(policy, guidance=GUIDANCE)
 
 
 @pytest.mark.weekly

@@ -24,7 +24,9 @@ from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.conftest import make_unit_pipeline
 from tests.families import (
     ADVANTAGES,
+    assert_a_rows_bits_are_of_its_text_alone,
     assert_a_stopped_run_goes_on,
+    assert_an_embedding_is_of_its_prompt_alone,
     assert_gradients,
     clipped_loss_written_out,
     with_adapters_of,
@@ -298,6 +300,13 @@ def test_text_is_encoded_once_and_survives_a_torn_cache_file(unit_config, monkey
     monkeypatch.setattr(torn.text_cache, "encode", lambda prompts: calls.append(prompts) or real(prompts))
     assert torch.equal(torn.encode(PROMPTS).text, first.text)
     assert calls == [PROMPTS[:1]]
+
+
+def test_an_embedding_and_a_rows_bits_are_of_its_text_alone(unit_config):
+    """CLIP projects its pooled vectors, by a product with a row for each prompt that is encoded at once."""
+    assert_an_embedding_is_of_its_prompt_alone(load(unit_config), rounded="pooled")
+    for fused in (True, False):
+        assert_a_rows_bits_are_of_its_text_alone(load(unit_config, fused=fused), guidance=1.7)
 
 
 def test_text_matches_the_stock_pipeline_without_t5(unit_config, unit_pipeline, tmp_path):

@@ -36,6 +36,7 @@ from tests.families import (
     ROW,
     accumulated,
     assert_a_stopped_run_goes_on,
+    assert_an_embedding_is_of_its_prompt_alone,
     assert_gradients,
     assert_on_policy,
     assert_preset_trains,
@@ -195,12 +196,8 @@ def test_text_is_the_encoders_last_state_without_the_templates_beginning(setting
     assert short.mask.all()
 
 
-def test_an_embedding_is_the_same_to_the_bit_alone_and_with_others(settings, tmp_path):
-    together = load(settings).encode(PROMPTS)
-    settings.data.cache_dir = str(tmp_path / "other")
-    alone = load(settings).encode(PROMPTS[1:])
-    assert torch.equal(alone.text[0], together.text[1])
-    assert torch.equal(alone.mask[0], together.mask[1])
+def test_an_embedding_is_the_same_to_the_bit_alone_and_with_others(settings):
+    assert_an_embedding_is_of_its_prompt_alone(load(settings))
 
 
 @both_forwards
