@@ -34,6 +34,7 @@ from tests.families import (
     assert_a_rows_bits_are_of_its_text_alone,
     assert_a_stopped_run_goes_on,
     assert_an_embedding_is_of_its_prompt_alone,
+    assert_captured_steps_follow_the_prompts,
     assert_gradients,
     assert_on_policy,
     assert_preset_trains,
@@ -89,7 +90,7 @@ def stock_images(pipe, initial, *, steps, guidance):
 
 @both_kinds
 @both_forwards
-@pytest.mark.parametrize("guidance", [1.0, 3.5])
+@pytest.mark.parametrize("guidance", [3.5, 1.0])  # schnell takes the second row above 1
 @pytest.mark.in_ci(4)
 def test_ode_images_equal_the_stock_pipelines(settings, guidance, fused):
     policy = load(settings, fused=fused)
@@ -308,6 +309,13 @@ def test_what_is_prepared_can_lie_in_static_storage(settings):
     assert torch.equal(policy.predict(latents, step, again)[0], expected[0])
     swapped = policy.predict(latents.flip(0), step, prepared.rows(torch.tensor([1, 0])))[0]
     torch.testing.assert_close(swapped.flip(0), expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.weekly
+@both_kinds
+@pytest.mark.usefixtures("layers_by_pytorch")
+def test_captured_steps_follow_the_prompts_at_hand(settings, monkeypatch):
+    assert_captured_steps_follow_the_prompts(settings, monkeypatch)
 
 
 def test_latents_of_an_image_are_what_decodes_to_it(settings):

@@ -26,8 +26,6 @@ from advgrpo.policy.packing import pack
 from advgrpo.policy.pipelines import native_guidance
 from advgrpo.policy.qwen import QwenPolicy
 from advgrpo.sampling.drawing import Drawn
-from advgrpo.sampling.dynamics import step_table
-from advgrpo.sampling.sampler import Sampler
 from advgrpo.sampling.stock import draw_stock
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.preflight import preflight
@@ -37,6 +35,7 @@ from tests.families import (
     accumulated,
     assert_a_stopped_run_goes_on,
     assert_an_embedding_is_of_its_prompt_alone,
+    assert_captured_steps_follow_the_prompts,
     assert_gradients,
     assert_on_policy,
     assert_preset_trains,
@@ -51,7 +50,6 @@ from tests.families import (
     stock,
     with_adapters_of,
 )
-from tests.graph_emulator import EmulatedGraphs
 from tests.parts import assert_generate_draws, train_adapters
 from tests.qwen_models import save_pipeline
 
@@ -240,27 +238,7 @@ def test_what_padding_adds_to_attention_is_made_once_for_all_blocks(settings, ch
 @pytest.mark.usefixtures("layers_by_pytorch")
 def test_captured_steps_follow_the_lengths_of_the_prompts_at_hand(settings, monkeypatch):
     """Texts of 16, 12 and 6 tokens in the same static storage, of which a replay makes what padding adds."""
-    for module in ("gaussian_step", "_gaussian"):  # which on a CPU look at values, as no captured step may
-        monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
-    backend, table = EmulatedGraphs(), step_table(load(settings), 4, (1, 2), rollout=settings.rollout)
-
-    def drawn(sampler: Sampler, prompts: list[str]):
-        text, initial = sampler.policy.encode(prompts), sampler.initial_latents(7, torch.arange(2))
-        return sampler.run(table, text, initial, ROW, noise_seed=3, image_ids=torch.arange(6))
-
-    def sampler(graphs: EmulatedGraphs | None) -> Sampler:
-        policy = load(settings)
-        policy.merge()
-        return Sampler(policy, GUIDANCE, "squared_error", share_prefix=True, merged=True, graphs=graphs)
-
-    captured, replays = sampler(backend), []
-    for prompts in (PROMPTS, PROMPTS, PROMPTS, PROMPTS[::-1], [*PROMPTS[1:], "a"]):
-        found, expected = drawn(captured, prompts), drawn(sampler(None), prompts)
-        assert torch.equal(found[0], expected[0])
-        for own, other in zip(found[1], expected[1], strict=True):
-            assert torch.equal(own.log_prob, other.log_prob)
-        replays.append(backend.replays)
-    assert replays[-1] > replays[-2] > replays[-3] > 0  # the last prompts by graphs of the first
+    assert_captured_steps_follow_the_prompts(settings, monkeypatch)
 
 
 def test_rotations_are_the_stock_embeddings_for_any_size(settings):
