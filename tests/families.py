@@ -28,6 +28,7 @@ from advgrpo.sampling.sampler import Sampler
 from advgrpo.train import main as train
 from advgrpo.training.run import Run
 from advgrpo.types import MicroBatch, MicroBatchRollout, WindowStep
+from tests.graph_emulator import EmulatedGraphs
 from tests.parts import train_adapters, updater_of
 
 PROMPTS = ["a small red star on the left of a blue background", "a large green ring at the top"]
@@ -47,6 +48,38 @@ def stock(settings: Config) -> DiffusionPipeline:
     pipe = DiffusionPipeline.from_pretrained(settings.model.path)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def assert_an_embedding_is_of_its_prompt_alone(policy: DiffusersPolicy, rounded: str = "") -> None:
+    """To the bit, but for the tensor `rounded`: as encoded beside prompts of other lengths, and by itself."""
+    prompts = [*PROMPTS, "a"]
+    together, *alone = (next(iter(policy.text_cache.encode(each))) for each in (prompts, *([one] for one in prompts)))
+    for name, tensor in together.tensors().items():
+        own = torch.cat([one.tensors()[name] for one in alone])
+        if name == rounded:
+            torch.testing.assert_close(own, tensor, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(own, tensor), name
+    assert len(together.text.flatten(1).unique(dim=0)) == 3
+
+
+def assert_a_rows_bits_are_of_its_text_alone(policy: DiffusersPolicy, *, guidance: float) -> None:
+    """Another text beside a row changes none of its bits; a library's product may block another number of rows
+    otherwise, so that without others it is the same up to rounding."""
+    latents, times, step = torch.randn(2, *policy.latent_shape()), torch.tensor([900.0, 500.0]), torch.tensor([1])
+
+    def velocity(prompts: list[str]) -> torch.Tensor:
+        prepared = policy.prepare(policy.encode(prompts), times, guidance=guidance)
+        with torch.no_grad():
+            both = policy.predict(latents[-len(prompts) :], step, prepared)
+        return torch.stack([each for each in both if each is not None], dim=1)
+
+    expected = velocity(PROMPTS)
+    for other in ("a", PROMPTS[1], ""):
+        changed = velocity([other, PROMPTS[1]])
+        assert torch.equal(changed[1], expected[1])
+        assert not torch.equal(changed[0], expected[0])
+    torch.testing.assert_close(velocity(PROMPTS[1:])[0], expected[1], rtol=1e-5, atol=1e-5)
 
 
 def ode_images(policy: DiffusersPolicy, *, steps: int, guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +108,33 @@ def accumulated(policy, settings, rollout, table, advantages=ADVANTAGES):
     """(stats, gradient) of one minibatch."""
     stats = updater_of(policy, settings).accumulate([rollout], advantages, table, total=6, watch_kl=True)
     return stats, torch.cat([p.grad.flatten() for _, p in policy.trainable_parameters()])
+
+
+def assert_captured_steps_follow_the_prompts(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays have the bits of eager steps of a model that has seen no other prompts, whose lengths differ. Run without
+    the CPU's own kernels, as `layers_by_pytorch` says."""
+    for module in ("gaussian_step", "_gaussian"):  # which on a CPU look at values, as no captured step may
+        monkeypatch.setattr(f"advgrpo_kernels.ops.{module}.can_look_at", lambda tensor: False)
+    backend, table = EmulatedGraphs(), step_table(load(settings), 4, (1, 2), rollout=settings.rollout)
+
+    def sampler(graphs: EmulatedGraphs | None) -> Sampler:
+        policy = load(settings)
+        policy.merge()
+        likelihood, guidance = settings.rollout.likelihood, settings.rollout.guidance_scale
+        return Sampler(policy, guidance, likelihood, share_prefix=True, merged=True, graphs=graphs)
+
+    def drawn(sampler: Sampler, prompts: list[str]):
+        text, initial = sampler.policy.encode(prompts), sampler.initial_latents(7, torch.arange(2))
+        return sampler.run(table, text, initial, ROW, noise_seed=3, image_ids=torch.arange(6))
+
+    captured, replays = sampler(backend), []
+    for prompts in (PROMPTS, PROMPTS, PROMPTS, PROMPTS[::-1], [*PROMPTS[1:], "a"]):
+        found, expected = drawn(captured, prompts), drawn(sampler(None), prompts)
+        assert torch.equal(found[0], expected[0])
+        for own, other in zip(found[1], expected[1], strict=True):
+            assert torch.equal(own.log_prob, other.log_prob)
+        replays.append(backend.replays)
+    assert replays[-1] > replays[-2] > replays[-3] > 0  # the last prompts by graphs of the first
 
 
 def assert_on_policy(policy: DiffusersPolicy, settings: Config, *, window: tuple[int, ...], share: bool = True) -> None:

@@ -1,9 +1,9 @@
 """What our forward and training step ask of a GPU, counted on the exact public configurations without one.
 
 1024 image tokens, bfloat16, LoRA of rank 32 on the default targets. SD3.5-medium: 16 rows of two prompts with 205 text
-tokens, 191 modules, attention by PyTorch's flash kernel. FLUX.1-dev: 8 rows of one prompt, since guidance is an input,
-with the presets' 128 text tokens, 266 modules. Qwen-Image: 16 rows with 128, 480 modules, by cuDNN's attention, which
-`auto` takes first of those with a mask. These two are weekly.
+tokens, 191 modules, attention by PyTorch's flash kernel. SD3.5-large: as many rows and tokens, 303 modules. FLUX.1-dev:
+8 rows of one prompt, since guidance is an input, with the presets' 128 text tokens, 266 modules. Qwen-Image: 16 rows
+with 128, 480 modules, by cuDNN's attention, which `auto` takes first of those with a mask. These three are weekly.
 The numbers are in golden/structure.json: FLOPs must be equal; launches, elementwise bytes and saved bytes are limits.
 
 A goal of SD3.5-medium's that is not met: at most 20 GB of elementwise traffic. 12.8 GB read each stream and its
@@ -35,12 +35,12 @@ from advgrpo.policy.fused.transformer import FusedTransformer, Prepared, Transfo
 from advgrpo_kernels._runtime import reference_only
 from bench.counters import ElementwiseBytes, HostSyncError, HostSyncs, Launches, Recorder, Trace, flops, on_gpu
 from bench.scaling import _forward_flops
-from bench.stock_model import LORA_TARGETS, SD35_MEDIUM, StockTransformer
+from bench.stock_model import LORA_TARGETS, SD35_LARGE, SD35_MEDIUM, StockConfig, StockTransformer
 from tests.parts import some_weekly
 
 EVERY = json.loads((Path(__file__).parents[1] / "golden" / "structure.json").read_text())
 GOLDEN = EVERY["sd35-medium"]
-OTHERS = {"flux1-dev", "qwen-image", "sd35-medium-fp8"}
+OTHERS = {"sd35-medium-fp8", "sd35-large", "flux1-dev", "qwen-image"}
 FLUX1_DEV, QWEN_IMAGE = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image"
 ROWS, TEXT, IMAGE, WIDTH, MODULATION = 16, 205, 1024, 1536, 325 * 1536
 # Not in a step of ours: embedding the text, the modulation of all norms and the embeddings of time and pooled text are
@@ -59,9 +59,9 @@ def attend(q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def sd35_medium():
+def by_ourselves(config: StockConfig):
     with torch.device("meta"):
-        return StockTransformer(SD35_MEDIUM).to(torch.bfloat16).requires_grad_(False), asdict(SD35_MEDIUM)
+        return StockTransformer(config).to(torch.bfloat16).requires_grad_(False), asdict(config)
 
 
 def by_diffusers(path: str):
@@ -86,8 +86,9 @@ class Case:
 
 
 CASES = {
-    "sd35-medium": Case(sd35_medium, 16, 2, (TEXT, 4096), 2048),
-    "sd35-medium-fp8": Case(sd35_medium, 16, 2, (TEXT, 4096), 2048, fp8=True),
+    "sd35-medium": Case(partial(by_ourselves, SD35_MEDIUM), 16, 2, (TEXT, 4096), 2048),
+    "sd35-medium-fp8": Case(partial(by_ourselves, SD35_MEDIUM), 16, 2, (TEXT, 4096), 2048, fp8=True),
+    "sd35-large": Case(partial(by_ourselves, SD35_LARGE), 16, 2, (TEXT, 4096), 2048),
     "flux1-dev": Case(partial(by_diffusers, FLUX1_DEV), 8, 1, (128, 4096), 768, guidance=3.5),
     "qwen-image": Case(partial(by_diffusers, QWEN_IMAGE), 16, 2, (128, 3584), 0, masked=True),
 }
@@ -193,8 +194,14 @@ def test_forwards_leave_out_only_what_a_step_need_not_compute():
 
 
 @pytest.mark.weekly
-def test_forwards_of_rotary_families_leave_out_only_what_a_step_need_not_compute():
-    """By diffusers' forwards, counted: what is of a prompt, and the text of the last block, which has no output."""
+def test_forwards_of_other_models_leave_out_only_what_a_step_need_not_compute():
+    """By diffusers' forwards, or its twin's, counted: what is of a prompt, and the last block's text, which nothing
+    reads."""
+    width, kept = 2432, (38 * 12 - 4 + 2) * 2432  # of SD3.5-large, whose last text block has two vectors of six
+    of_prompt = TEXT * 4096 * width + width * kept + (256 + 2048 + 2 * width) * width
+    assert large_forward_flops() - EVERY["sd35-large"]["merged"]["flops"] == 2 * 16 * (
+        of_prompt + 2 * TEXT * (IMAGE + TEXT) * width
+    )
     image, text, width = IMAGE, 128, 3072
     tokens = text * (image + text)
     kept = (12 * 19 + 3 * 38 + 2) * width, (12 * 60 + 2) * width  # modulation
@@ -204,6 +211,15 @@ def test_forwards_of_rotary_families_leave_out_only_what_a_step_need_not_compute
     of_prompt = text * 3584 * width + width * kept[1] + (256 + width) * width
     last = 2 * tokens * width + text * (1 + 4 + 4) * width**2
     assert left_out("qwen-image", QWEN_IMAGE) == 2 * 16 * (of_prompt + last)
+
+
+def large_forward_flops() -> int:
+    """Of the stock network, with 16 rows."""
+    network, _ = by_ourselves(SD35_LARGE)
+    shapes = (ROWS, 16, 64, 64), (ROWS, TEXT, 4096), (ROWS, 2048), (ROWS,)
+    given = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    with on_gpu(), torch.no_grad():
+        return flops(lambda: network(*given))
 
 
 def left_out(kind: str, path: str) -> int:

@@ -6,6 +6,7 @@ checkout that fails, stubs that other packages see.
 
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -45,6 +46,23 @@ def test_without_a_checkout_a_test_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("ADVGRPO_PEERS", str(tmp_path))
     with pytest.raises(pytest.skip.Exception, match="has no checkout of Adv-GRPO"):
         checkouts.checkout("adv_grpo")
+
+
+@pytest.mark.parametrize(
+    ("integration", "words", "where"),
+    [
+        ("mix_grpo", "qwen", []),
+        ("flow_grpo", "fluxpipeline|fluxtransformer|qwenimage", []),
+        ("verl_omni", "fluxpipeline|fluxtransformer", ["examples/diffusionnft_trainer/minimax_h3/gen_flux_images.py"]),
+    ],
+)
+def test_models_that_a_peer_has_not_are_in_none_of_its_files(integration, words, where):
+    """What kernels/README.md says of them, at these commits."""
+    folder, kinds = checkouts.checkout(integration), {".py", ".sh", ".yaml", ".yml", ".md", ".toml"}
+    texts = {path: path.read_text(errors="replace") for path in folder.rglob("*") if path.suffix in kinds}
+    found = [path for path, text in texts.items() if re.search(words, text, re.IGNORECASE)]
+    assert [str(path.relative_to(folder)) for path in sorted(found)] == where
+    assert any(re.search("sd3|stablediffusion3", text, re.IGNORECASE) for text in texts.values())
 
 
 def test_every_commit_belongs_to_a_recipe_and_is_a_full_one():

@@ -2,7 +2,7 @@
 
 Each client runs in the peer's own code where ADVGRPO_PEERS has a checkout, and in any case in a stand-in for it with
 the same calls. Bugs planted, each seen red: a new name for every attempt, evaluation collected, channels swapped, the
-weight left out, a refusal tried again, no token.
+weight left out, a refusal tried again, no token, a batch's images in another order.
 """
 
 import asyncio
@@ -28,9 +28,11 @@ from advgrpo.data.references import ReferenceSet
 from advgrpo.service.collecting import AdversaryService, Asked, Sizes
 from advgrpo.service.server import make_adversary_server
 from advgrpo.tiny import reference_dir
+from tests import flux_models, qwen_models
 from tests.conftest import make_unit_config
 from tests.judges import serving
 from tests.peers import checkouts
+from tests.peers.test_transformers import Qwen
 
 CLIENTS = Path(__file__).parents[2] / "examples" / "clients"
 PROMPTS = list(json.loads((reference_dir() / "references.json").read_text()))[:4]
@@ -174,7 +176,9 @@ class _RealProcessor:
         self.sample = samples.T2ISample
 
     def rewards(self, images, prompts):
-        samples = [self.sample(prompt=p, image=image.float() / 255) for p, image in zip(prompts, images)]
+        return self.of([self.sample(prompt=p, image=image.float() / 255) for p, image in zip(prompts, images)])
+
+    def of(self, samples):
         return self.processor.compute_rewards(samples)["adversary"]
 
 
@@ -228,6 +232,60 @@ def test_flow_factory(flow_factory, service):
         rewards = torch.cat([each.result() for each in found])
     assert rewards.shape == (IMAGES,)
     assert rewards.isfinite().all()
+    wait_for(lambda: service.iteration == 1)
+    assert service.newest["images"] == IMAGES
+
+
+# Of a model: the module of its adapter, the adapter, a small pipeline, what its samples hold beside the others', and
+# what the adapter is told.
+_MODELS = {
+    "FLUX.1": ("flux.flux1", "Flux1Adapter", flux_models.pipeline, ("pooled_prompt_embeds", "img_ids"), {}),
+    "Qwen-Image": (
+        "qwen_image.qwen_image",
+        "QwenImageAdapter",
+        qwen_models.pipeline,
+        ("prompt_embeds_mask", "negative_prompt_embeds_mask", "img_shapes"),
+        {"negative_prompt": [" "] * 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("model", _MODELS)
+@pytest.mark.parametrize("flow_factory", ["real"], indirect=True)
+def test_flow_factorys_own_adapters_draw_what_is_scored(model, flow_factory, service):
+    """Two prompts, encoded, drawn and decoded by its adapter on a small pipeline, and scored by its processor."""
+    module, kind, pipeline, own, given = _MODELS[model]
+    adapters = importlib.import_module(f"flow_factory.models.{module}")
+    scheduling = importlib.import_module("flow_factory.scheduler.flow_match_euler_discrete")
+    pipe, accelerator = pipeline(), SimpleNamespace(device=torch.device("cpu"))
+    pipe.scheduler = scheduling.FlowMatchEulerDiscreteSDEScheduler.from_config(pipe.scheduler.config)
+    if model == "Qwen-Image":
+        pipe.transformer.__class__ = Qwen
+
+    class Adapter(getattr(adapters, kind)):
+        """Without what loads a model and shares it out over processes."""
+
+        transformer, latent_storage_dtype = pipe.transformer, None
+        text_encoder = pipe.text_encoder if model == "Qwen-Image" else pipe.text_encoder_2
+
+        def __init__(self):
+            self.pipeline, self.accelerator = pipe, accelerator
+
+    samples = []
+    for number in range(IMAGES // 2):
+        drawing = torch.Generator().manual_seed(number)
+        settings = {"num_inference_steps": 2, "height": 32, "width": 32, "compute_log_prob": True}
+        samples += Adapter().inference(PROMPTS[:2], generator=drawing, **settings, **given)
+    assert all(getattr(sample, name) is not None for sample in samples for name in own)
+    assert len({sample.prompt for sample in samples}) == 2
+    expected = torch.stack([(255 * sample.image).round().byte() for sample in samples])
+    assert len(expected.flatten(1).unique(dim=0)) == IMAGES
+    before = scores_of(service, expected[:1])
+    rewards = flow_factory("train").of(samples[:-1])
+    assert rewards.shape == (IMAGES - 1,)
+    assert rewards[:1].tolist() == before.tolist()
+    torch.testing.assert_close(collected(service), expected[:-1], rtol=0, atol=1)  # its processor's rounding
+    flow_factory("train").of(samples[-1:])
     wait_for(lambda: service.iteration == 1)
     assert service.newest["images"] == IMAGES
 

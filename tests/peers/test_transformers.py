@@ -1,8 +1,9 @@
-"""The peers' own rollouts and training steps of FLUX.1 and Qwen-Image, with small transformers of diffusers as a LoRA
-trains them: as the launcher starts them, and without it.
+"""The peers' own rollouts and training steps of FLUX.1, Qwen-Image and SD3.5, with small transformers of diffusers as
+a LoRA trains them: as the launcher starts them, and without it.
 
 Needs checkouts (`ADVGRPO_PEERS`). flow_grpo's code of these models is the copy that miles_diffusion ships: the commit
-of flow_grpo itself has SD3 alone. A planted bug that turned this file red: the launcher's blocks left out.
+of flow_grpo itself has SD3 alone. Planted bugs that turned this file red: the launcher's blocks left out,
+also of one family alone.
 """
 
 import importlib
@@ -14,14 +15,17 @@ import torch
 from advgrpo_kernels.integrations import (
     _blocks,
     _launcher,
+    _sd3_blocks,
     _self_check,
     diffusers_transformers,
 )
+from tests.kernels.test_integrations_diffusers_sd3 import transformer as sd35
 from tests.kernels.test_integrations_diffusers_transformers import MODULES, diffusers, transformer
 from tests.peers import checkouts
 from tests.peers.test_programs import launched
 
 TOKENS, TEXT = 16, 5
+LATENTS = {"flux": (TOKENS, 8), "qwenimage": (TOKENS, 8), "sd3": (4, 8, 8)}
 
 
 class Qwen(diffusers.QwenImageTransformer2DModel):
@@ -34,7 +38,7 @@ class Qwen(diffusers.QwenImageTransformer2DModel):
 def trained(family):
     """A small transformer with a LoRA on its attention, as all of these scripts add one."""
     peft = pytest.importorskip("peft")
-    model = transformer(family)
+    model = sd35() if family == "sd3" else transformer(family)
     if family == "qwenimage":
         model.__class__ = Qwen
     model.add_adapter(
@@ -60,6 +64,8 @@ def places():
 
 def text_of(family):
     text = {"encoder_hidden_states": randn(2, TEXT, 24)}
+    if family == "sd3":
+        return text | {"pooled_prompt_embeds": randn(2, 20)}
     if family == "flux":
         return text | {"pooled_prompt_embeds": randn(2, 20), "text_ids": torch.zeros(1, 3), "image_ids": places()}
     mask = torch.arange(TEXT) < torch.tensor([TEXT, 2])[:, None]
@@ -108,18 +114,22 @@ def factory(module, family):
     model = trained(family)
     scheduler = scheduling.FlowMatchEulerDiscreteSDEScheduler(shift=3.0)
     scheduler.set_timesteps(4)
-    adapter = module.Flux1Adapter if family == "flux" else module.QwenImageAdapter
+    names = {"flux": "Flux1Adapter", "qwenimage": "QwenImageAdapter", "sd3": "SD3_5Adapter"}
+    adapter = getattr(module, names[family])
     stand_in = SimpleNamespace(transformer=model, scheduler=scheduler, pipeline=SimpleNamespace(transformer=model))
     stand_in._pad_batch_prompt = lambda **named: ([5, 2], named["prompt_embeds_mask"], named["prompt_embeds"], None)
     text = text_of(family)
     inputs = {"prompt_embeds": text["encoder_hidden_states"], "noise_level": 0.7}
     if family == "flux":
         inputs |= {"pooled_prompt_embeds": text["pooled_prompt_embeds"], "img_ids": places()}
+    elif family == "sd3":
+        inputs |= {"pooled_prompt_embeds": text["pooled_prompt_embeds"]}
+        inputs |= {f"negative_{name}": inputs[name] / 2 for name in ("prompt_embeds", "pooled_prompt_embeds")}
     else:
         inputs |= {"prompt_embeds_mask": text["mask"], "img_shapes": text["img_shapes"]}
         inputs |= {"negative_prompt_embeds": randn(2, TEXT, 24) / 2, "negative_prompt_embeds_mask": text["mask"]}
     t, after = scheduler.timesteps[1], scheduler.timesteps[2]
-    latents = randn(2, TOKENS, 8)
+    latents = randn(2, *LATENTS[family])
     torch.manual_seed(0)
     with torch.no_grad():
         drawn = adapter.forward(stand_in, t, latents, **inputs)
@@ -136,17 +146,17 @@ def verl(module, family):
     scheduler.set_timesteps(4)
     pipeline = SimpleNamespace(guidance_scale=4.0, true_cfg_scale=4.0)
     config = SimpleNamespace(pipeline=pipeline, algo=SimpleNamespace(noise_level=0.7, sde_type="sde"))
-    latents, times = randn(2, 3, TOKENS, 8), scheduler.timesteps[:2].expand(2, 2)
-    sizes = {"height": 64, "width": 64, "vae_scale_factor": 8}
+    latents, times = randn(2, 3, *LATENTS[family]), scheduler.timesteps[:2].expand(2, 2)
+    adapter = module.QwenImage if family == "qwenimage" else module.StableDiffusion3FlowGRPO
+    batch = {"height": 64, "width": 64, "vae_scale_factor": 8}
     module.tu = SimpleNamespace(get_non_tensor_data=lambda data, key, default: data[key])  # verl's, not installed
-    embeds, mask = text["encoder_hidden_states"], text["mask"]
-    inputs = module.QwenImage.prepare_model_inputs(
-        model, config, latents, times, embeds, mask, embeds / 2, mask, sizes, step=1
-    )
+    embeds, mask = text["encoder_hidden_states"], text.get("mask")
+    if family == "sd3":
+        batch = {"pooled_prompt_embeds": text["pooled_prompt_embeds"]}
+        batch["negative_pooled_prompt_embeds"] = batch["pooled_prompt_embeds"] / 2
+    inputs = adapter.prepare_model_inputs(model, config, latents, times, embeds, mask, embeds / 2, mask, batch, step=1)
     recorded = {"all_latents": latents, "all_timesteps": times}
-    log_prob, mean, *_ = module.QwenImage.forward_and_sample_previous_step(
-        model, scheduler, config, *inputs, recorded, step=1
-    )
+    log_prob, mean, *_ = adapter.forward_and_sample_previous_step(model, scheduler, config, *inputs, recorded, step=1)
     return [log_prob.detach(), mean.detach(), gradients(model, log_prob)]
 
 
@@ -156,11 +166,16 @@ def grpo(module, family):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(4)
     text = text_of(family)
-    sample = {"latents": randn(2, 2, TOKENS, 8), "next_latents": randn(2, 3, TOKENS, 8)[:, :2]}
+    shape = LATENTS[family]
+    sample = {"latents": randn(2, 2, *shape), "next_latents": randn(2, 3, *shape)[:, :2]}
     sample |= {"timesteps": scheduler.timesteps[1].expand(2, 2), "prompt_embeds": text["encoder_hidden_states"]}
     settings = SimpleNamespace(guidance_scale=3.5, noise_level=0.7)
     config, pipeline = SimpleNamespace(sample=settings, resolution=64), SimpleNamespace(scheduler=scheduler)
-    if family == "flux":
+    if family == "sd3":
+        config.train = SimpleNamespace(cfg=True)
+        embeds = [torch.cat([text[name] / 2, text[name]]) for name in ("encoder_hidden_states", "pooled_prompt_embeds")]
+        result = module.compute_log_prob(model, pipeline, sample, 0, *embeds, config)
+    elif family == "flux":
         sample |= {"pooled_prompt_embeds": text["pooled_prompt_embeds"], "image_ids": places()[None]}
         result = module.compute_log_prob(Called(model), pipeline, sample, 0, config)
     else:
@@ -189,7 +204,12 @@ RUNS = {
     ("mix_grpo", "flux"): (mix, "fastvideo.utils.sampling_utils"),
     ("flow_factory", "flux"): (factory, "flow_factory.models.flux.flux1"),
     ("flow_factory", "qwenimage"): (factory, "flow_factory.models.qwen_image.qwen_image"),
+    ("flow_factory", "sd3"): (factory, "flow_factory.models.stable_diffusion.sd3_5"),
     ("verl_omni", "qwenimage"): (verl, "verl_omni.pipelines.qwen_image_flow_grpo.diffusers_training_adapter"),
+    ("verl_omni", "sd3"): (verl, "verl_omni.pipelines.sd3_flow_grpo.diffusers_training_adapter"),
+    ("flow_grpo", "sd3"): (grpo, "scripts.train_sd3"),
+    ("adv_grpo", "sd3"): (grpo, "scripts.train_sd3_fast_dino_patch"),
+    ("miles_diffusion", "sd3"): (grpo, "scripts.train_sd3"),
     ("miles_diffusion", "flux"): (grpo, "scripts.train_flux"),
     ("miles_diffusion", "qwenimage"): (grpo, "scripts.train_qwenimage"),
 }
@@ -204,8 +224,8 @@ def test_rollouts_and_training_steps_are_as_without(peer, family, monkeypatch):
         theirs = run(module, family)
         _launcher.Session(peer).install()
         try:
-            op = _blocks.qk_rms_norm
-            monkeypatch.setattr(_blocks, "qk_rms_norm", lambda *args, **kwargs: calls.append(1) or op(*args, **kwargs))
+            holder, op = (_sd3_blocks if family == "sd3" else _blocks), _blocks.qk_rms_norm
+            monkeypatch.setattr(holder, "qk_rms_norm", lambda *args, **kwargs: calls.append(1) or op(*args, **kwargs))
             torch.manual_seed(0)
             ours = run(module, family)
         finally:

@@ -2,7 +2,8 @@
 
 Bugs planted in a copy, each seen red: rows and columns of a patch swapped in `pack` and back; image ids without
 columns, or counted in latents; a fixed shift; guidance times 1000 twice, or left out of `rows`; a second row for
-embedded guidance; T5's text where CLIP's vector belongs; latents not unscaled; single blocks left out of the LoRA.
+embedded guidance; T5's text where CLIP's vector belongs; latents not unscaled; single blocks left out of the LoRA;
+prompts padded to the longest that is encoded with them; the first row's pooled vector for all.
 """
 
 import math
@@ -30,7 +31,10 @@ from tests.families import (
     PROMPTS,
     ROW,
     accumulated,
+    assert_a_rows_bits_are_of_its_text_alone,
     assert_a_stopped_run_goes_on,
+    assert_an_embedding_is_of_its_prompt_alone,
+    assert_captured_steps_follow_the_prompts,
     assert_gradients,
     assert_on_policy,
     assert_preset_trains,
@@ -86,7 +90,7 @@ def stock_images(pipe, initial, *, steps, guidance):
 
 @both_kinds
 @both_forwards
-@pytest.mark.parametrize("guidance", [1.0, 3.5])
+@pytest.mark.parametrize("guidance", [3.5, 1.0])  # schnell takes the second row above 1
 @pytest.mark.in_ci(4)
 def test_ode_images_equal_the_stock_pipelines(settings, guidance, fused):
     policy = load(settings, fused=fused)
@@ -96,6 +100,17 @@ def test_ode_images_equal_the_stock_pipelines(settings, guidance, fused):
     assert expected.std() > 0.01
     other = ode_images(policy, steps=5, guidance=guidance + 1)[1]
     assert (images - other).abs().max() > 1e-3
+
+
+def test_an_embedding_is_the_same_to_the_bit_alone_and_with_others(settings):
+    assert_an_embedding_is_of_its_prompt_alone(load(settings))
+
+
+@both_forwards
+@both_kinds
+@pytest.mark.in_ci(2)
+def test_what_stands_beside_a_row_changes_none_of_its_bits(settings, fused):
+    assert_a_rows_bits_are_of_its_text_alone(load(settings, fused=fused), guidance=3.5)
 
 
 def test_packing_is_the_pipelines_and_undone():
@@ -294,6 +309,13 @@ def test_what_is_prepared_can_lie_in_static_storage(settings):
     assert torch.equal(policy.predict(latents, step, again)[0], expected[0])
     swapped = policy.predict(latents.flip(0), step, prepared.rows(torch.tensor([1, 0])))[0]
     torch.testing.assert_close(swapped.flip(0), expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.weekly
+@both_kinds
+@pytest.mark.usefixtures("layers_by_pytorch")
+def test_captured_steps_follow_the_prompts_at_hand(settings, monkeypatch):
+    assert_captured_steps_follow_the_prompts(settings, monkeypatch)
 
 
 def test_latents_of_an_image_are_what_decodes_to_it(settings):

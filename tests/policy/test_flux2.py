@@ -5,6 +5,7 @@ packed, and the rotation of text left at 0.
 """
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,22 @@ from advgrpo import config as configuration
 from advgrpo.config import LORA_TARGETS, LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.adapters import stored_network, target_modules
-from advgrpo.policy.flux2 import Flux2Policy
-from advgrpo.policy.pipelines import native_guidance
+from advgrpo.policy.flux import FluxPolicy, PackedNetwork
+from advgrpo.policy.flux2 import Flux2Network, Flux2Policy
+from advgrpo.policy.networks import StockNetwork
+from advgrpo.policy.packed import PackedPolicy
+from advgrpo.policy.pipelines import Family, native_guidance
+from advgrpo.policy.qwen import QwenNetwork, QwenPolicy
+from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.training.fast import FastPaths
 from advgrpo.training.preflight import preflight
 from tests.families import (
     PROMPTS,
     ROW,
     accumulated,
+    assert_a_rows_bits_are_of_its_text_alone,
     assert_a_stopped_run_goes_on,
+    assert_an_embedding_is_of_its_prompt_alone,
     assert_gradients,
     assert_on_policy,
     assert_preset_trains,
@@ -42,6 +50,8 @@ from tests.parts import assert_generate_draws, some_weekly, train_adapters
 
 GUIDANCE = 4.0
 MOST_TOKENS = 24
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+NETWORKS = {SD3Policy: StockNetwork, FluxPolicy: PackedNetwork, QwenPolicy: QwenNetwork, Flux2Policy: Flux2Network}
 TARGETS = (*LORA_TARGETS, "attn.to_qkv_mlp_proj", "attn.to_out")
 
 
@@ -141,6 +151,13 @@ def test_lora_gradients_equal_those_of_the_stock_transformer(settings):
 
     clipped_loss_written_out(rollout, table, velocity).backward()
     assert_gradients(policy, gradient, theirs)
+
+
+@pytest.mark.weekly
+def test_an_embedding_and_a_rows_bits_are_of_its_text_alone(settings):
+    policy = policy_of(settings)
+    assert_an_embedding_is_of_its_prompt_alone(policy)
+    assert_a_rows_bits_are_of_its_text_alone(policy, guidance=GUIDANCE)
 
 
 @pytest.mark.weekly
@@ -246,6 +263,33 @@ def test_each_kind_is_drawn_at_the_guidance_of_its_card(flux2_pipelines):
         "base": 4.0,
         "distilled": 1.0,
     }
+
+
+def named_on_the_page(row: str) -> set[str]:
+    """Names in what `row` matches of the tables of docs/families.md, on how to add a family."""
+    section = PAGE.read_text().split("## Adding a family\n")[1].split("\n## ")[0]
+    return set(re.findall(r"`(?:\w+\.)*(\w+)`", "\n".join(re.findall(row, section, re.MULTILINE))))
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_the_page_names_what_a_family_overrides(family):
+    """Of the policy and of its network."""
+    named = named_on_the_page(r"^\|.*")
+    for kind in (family, NETWORKS[family]):
+        inherited = {
+            name for base in kind.__mro__[1:] for name in (*vars(base), *vars(base).get("__annotations__", {}))
+        }
+        own = {name for name in vars(kind) if not name.startswith(("__", "_abc_"))}
+        assert own & inherited - named == set()
+    assert set(Family._fields) <= named
+
+
+def test_what_the_page_says_to_write_is_there_to_be_overridden():
+    written = named_on_the_page(r"^\| [^|]*`[^|]*\|")
+    bases = {each for kind in (PackedPolicy, StockNetwork) for each in kind.__mro__}
+    known = {name for base in bases for name in (*vars(base), *vars(base).get("__annotations__", {}))}
+    assert len(written) > 10
+    assert written - known == {"FAMILIES", "POLICIES"}
 
 
 def test_what_fast_switches_on(settings):

@@ -5,9 +5,9 @@ golden/lora_loaders.json holds what the loaders of ComfyUI and of kohya's sd-scr
 sources.
 
 Bugs planted in a copy, each seen red: alpha not folded; B of a fused q, k, v in the wrong rows; the last block's shift
-and scale not exchanged; `.alpha` of a fused module left at the rank of its parts; the configuration's alpha used for
-`start_from`; `.alpha` ignored on reading; metadata in the library's order; a header that leaves tensors unaligned; mode
-0600, of adapters and of full weights.
+and scale not exchanged, or those of block 23 whichever is the last; SD3.5-large taken for FLUX.1; `.alpha` of a fused
+module left at the rank of its parts; the configuration's alpha used for `start_from`; `.alpha` ignored on reading;
+metadata in the library's order; a header that leaves tensors unaligned; mode 0600, of adapters and of full weights.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def expand(ranges: dict) -> dict:
 
 FAMILIES = {
     "sd35_medium": known_models.TRANSFORMERS["stabilityai/stable-diffusion-3.5-medium"],
+    "sd35_large": known_models.TRANSFORMERS["stabilityai/stable-diffusion-3.5-large"],
     "flux1": known_models.FLUX_TRANSFORMERS["black-forest-labs/FLUX.1-dev"],
     "qwen_image": known_models.QWEN_TRANSFORMERS["Qwen/Qwen-Image"],
 }
@@ -146,7 +147,8 @@ def applied_by_kohya(known: Recorded, tensors: dict[str, torch.Tensor]) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("family", "count"), [("sd35_medium", 385), ("flux1", 19 * 14 + 38 * 6), ("qwen_image", 60 * 14)]
+    ("family", "count"),
+    [("sd35_medium", 385), ("sd35_large", 37 * 14 + 11), ("flux1", 19 * 14 + 38 * 6), ("qwen_image", 60 * 14)],
 )
 @pytest.mark.parametrize("export_format", ["diffusers", "comfyui", "kohya"])
 def test_every_key_is_one_of_the_loaders(recorded, family, count, export_format):
@@ -163,6 +165,7 @@ def test_every_key_is_one_of_the_loaders(recorded, family, count, export_format)
     ("family", "number"),
     [
         *[("sd35_medium", number) for number in (0, 13, 23)],  # with a second attention, without, and the last
+        *[("sd35_large", number) for number in (36, 37)],
         *[("flux1", number) for number in (0, 37)],  # a block of two streams and one of one; the last
         ("qwen_image", 59),
     ],
@@ -189,6 +192,7 @@ def test_both_loaders_apply_the_update_that_was_trained(recorded, family, number
     ("family", "module", "weight"),
     [
         ("sd35_medium", "transformer_blocks.3.attn.to_k", "joint_blocks.3.x_block.attn.qkv.weight"),
+        ("sd35_large", "transformer_blocks.36.attn.add_v_proj", "joint_blocks.36.context_block.attn.qkv.weight"),
         ("flux1", "transformer_blocks.3.attn.add_k_proj", "double_blocks.3.txt_attn.qkv.weight"),
         ("flux1", "single_transformer_blocks.3.attn.to_k", "single_blocks.3.linear1.weight"),
     ],

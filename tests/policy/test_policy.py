@@ -14,6 +14,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from advgrpo import config
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
+from advgrpo.plan import known_models
 from advgrpo.policy.adapters import target_modules
 from advgrpo.policy.fused.decoder import ImageQualityError
 from advgrpo.policy.sd3 import SD3Policy
@@ -24,8 +25,11 @@ from advgrpo.types import MicroBatch, MicroBatchRollout
 from tests.conftest import make_unit_pipeline
 from tests.families import (
     ADVANTAGES,
+    assert_a_rows_bits_are_of_its_text_alone,
     assert_a_stopped_run_goes_on,
+    assert_an_embedding_is_of_its_prompt_alone,
     assert_gradients,
+    assert_on_policy,
     clipped_loss_written_out,
     with_adapters_of,
 )
@@ -150,6 +154,13 @@ def test_log_probs_before_the_first_step_are_exact(unit_config, share, dynamics,
     assert stats.sums()[2] == 0
     assert stats.sums()[1] == 6 * len(window)
     assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["large"])
+@pytest.mark.parametrize("share", [True, False])
+def test_log_probs_of_a_model_without_dual_attention_are_exact(settings, share):
+    """Of SD3.5-large's kind; of SD3.5-medium's the test above is."""
+    assert_on_policy(load(settings), settings, window=(1, 2), share=share)
 
 
 @both_kinds
@@ -300,6 +311,13 @@ def test_text_is_encoded_once_and_survives_a_torn_cache_file(unit_config, monkey
     assert calls == [PROMPTS[:1]]
 
 
+def test_an_embedding_and_a_rows_bits_are_of_its_text_alone(unit_config):
+    """CLIP projects its pooled vectors, by a product with a row for each prompt that is encoded at once."""
+    assert_an_embedding_is_of_its_prompt_alone(load(unit_config), rounded="pooled")
+    for fused in (True, False):
+        assert_a_rows_bits_are_of_its_text_alone(load(unit_config, fused=fused), guidance=1.7)
+
+
 def test_text_matches_the_stock_pipeline_without_t5(unit_config, unit_pipeline, tmp_path):
     """A folder whose T5 is absent loads, with the zeros stock diffusers uses in its place."""
     stock = StableDiffusion3Pipeline.from_pretrained(unit_pipeline, text_encoder_3=None, tokenizer_3=None)
@@ -330,19 +348,18 @@ def test_lora_scope(unit_config):
         load(unit_config, lora=LoraSection(targets=("attn.to_query",)))
 
 
-def test_lora_on_the_exact_sd35_medium_configuration(monkeypatch):
-    """docs/method.md section 8: 191 modules, 18,776,064 parameters (meta device: no memory, no weights)."""
+@pytest.mark.parametrize(
+    ("kind", "modules", "parameters"), [("medium", 191, 18_776_064), ("large", 303, 303 * 32 * 2 * 2432)]
+)
+def test_lora_on_the_exact_sd35_configurations(kind, modules, parameters, monkeypatch):
+    """docs/method.md section 8, of SD3.5-medium (meta device: no memory, no weights)."""
     monkeypatch.undo()  # conftest's NaN poisoning would allocate the weights
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
-            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-            pos_embed_max_size=64, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-        )  # fmt: skip
+        transformer = SD3Transformer2DModel(**known_models.TRANSFORMERS[f"stabilityai/stable-diffusion-3.5-{kind}"])
         names = target_modules(transformer, config.load("sd35m-dino-paper").model.lora)
         layers = [transformer.get_submodule(name) for name in names]
-    assert len(names) == 191
-    assert sum(32 * (layer.in_features + layer.out_features) for layer in layers) == 18_776_064
+    assert len(names) == modules
+    assert sum(32 * (layer.in_features + layer.out_features) for layer in layers) == parameters
 
 
 def test_full_fine_tuning_warns_and_keeps_the_base(unit_config, caplog):

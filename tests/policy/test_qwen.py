@@ -2,7 +2,7 @@
 
 Bugs planted in a copy, each seen red (tests/mutants): the mask left out; the rescaling left out of the gradient; rows
 counted from the columns' middle; the template's first tokens kept; the empty prompt instead of a space; latents
-decoded without their deviations.
+decoded without their deviations; what padding adds to attention made by every block, or of the first prompts alone.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_qwen_lora_to_diffusers
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from advgrpo.config import LORA_TARGETS, LoraSection
 from advgrpo.errors import UserError
@@ -33,6 +34,8 @@ from tests.families import (
     ROW,
     accumulated,
     assert_a_stopped_run_goes_on,
+    assert_an_embedding_is_of_its_prompt_alone,
+    assert_captured_steps_follow_the_prompts,
     assert_gradients,
     assert_on_policy,
     assert_preset_trains,
@@ -191,12 +194,8 @@ def test_text_is_the_encoders_last_state_without_the_templates_beginning(setting
     assert short.mask.all()
 
 
-def test_an_embedding_is_the_same_to_the_bit_alone_and_with_others(settings, tmp_path):
-    together = load(settings).encode(PROMPTS)
-    settings.data.cache_dir = str(tmp_path / "other")
-    alone = load(settings).encode(PROMPTS[1:])
-    assert torch.equal(alone.text[0], together.text[1])
-    assert torch.equal(alone.mask[0], together.mask[1])
+def test_an_embedding_is_the_same_to_the_bit_alone_and_with_others(settings):
+    assert_an_embedding_is_of_its_prompt_alone(load(settings))
 
 
 @both_forwards
@@ -214,6 +213,32 @@ def test_what_stands_beside_a_row_and_in_its_padding_changes_none_of_its_bits(se
     torch.testing.assert_close(velocity_at(policy, latents[1:], second)[0], expected[1], rtol=1e-5, atol=1e-5)
     second.mask[0, 12:] = True  # padding that is attended to is another prompt
     assert (velocity_at(policy, latents[1:], second)[0] - expected[1]).abs().max() > 1e-4
+
+
+@pytest.mark.usefixtures("layers_by_pytorch")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_padding_adds_to_attention_is_made_once_for_all_blocks(settings, checkpointing):
+    """Of a forward and its backward; numbers of rows and keys, not of heads or queries."""
+    policy = load(settings, gradient_checkpointing=checkpointing)
+    prepared = policy.prepare(policy.encode(PROMPTS), torch.tensor([500.0]), guidance=1.0)
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket == torch.ops.aten.masked_fill_:
+                made.append(args[0].untyped_storage().nbytes())
+            return function(*args, **(kwargs or {}))
+
+    with Made():
+        policy.predict(torch.randn(2, *policy.latent_shape()), torch.tensor([0]), prepared)[0].sum().backward()
+    assert made == [2 * 48 * 4]  # 36 keys, in rows of 16
+    assert len(policy.network.transformer.blocks) == 3
+
+
+@pytest.mark.usefixtures("layers_by_pytorch")
+def test_captured_steps_follow_the_lengths_of_the_prompts_at_hand(settings, monkeypatch):
+    """Texts of 16, 12 and 6 tokens in the same static storage, of which a replay makes what padding adds."""
+    assert_captured_steps_follow_the_prompts(settings, monkeypatch)
 
 
 def test_rotations_are_the_stock_embeddings_for_any_size(settings):

@@ -22,9 +22,10 @@ PyTorch decides by whether there is a gradient; here they are always computed, s
 Training that must repeat bit for bit on a GPU needs one whose backward does too.
 
 A mask of keys, as Qwen-Image's text has, is taken by cudnn, efficient, cpu and math. It is added to the logarithms, 0
-or -∞, so that masked keys weigh exactly 0, whatever they and their values hold (finite).
+or -∞, so that masked keys weigh exactly 0, whatever they and their values hold (finite). `key_bias` makes what is
+added, once for all attentions of a forward.
 
-Shapes: q [B, H, Sq, D], k and v [B, H, S, D], mask [B, S] bool -> [B, Sq, H·D]. Any strides with dense heads. The
+Shapes: q [B, H, Sq, D], k and v [B, H, S, D], bias [B, 1, 1, S] -> [B, Sq, H·D]. Any strides with dense heads. The
 result lies in memory in q's order of images and tokens; not with flash3 and efficient, which put image after image, so
 that to_out copies its input or is two operators.
 """
@@ -47,7 +48,7 @@ from advgrpo.errors import UserError
 from advgrpo_kernels import small_attention
 
 _logger = logging.getLogger(__name__)
-Attention = Callable[..., torch.Tensor]  # q, k, v and, where one was asked for, the mask
+Attention = Callable[..., torch.Tensor]  # q, k, v and, where keys are masked, their bias
 
 
 class Recomputed(saved_tensors_hooks):
@@ -95,39 +96,49 @@ def _flash_package(module: str) -> Attention:
     return attend
 
 
-def _bias(q: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, H, Sq, S] view of 0 and -∞ in q's dtype; rows are aligned to 16 elements, as the kernels want them."""
-    if mask is None:
-        return None
-    rows, keys = mask.shape
-    bias = q.new_zeros(rows, 1, 1, -(-keys // 16) * 16)[..., :keys]
-    bias.masked_fill_(~mask[:, None, None], -torch.inf)
-    return bias.expand(-1, q.shape[1], q.shape[2], -1)
+def key_bias(mask: torch.Tensor, before: int, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, 1, before + S] of 0 and -∞ in q's `dtype`, for `before` keys that all attend to and S masked ones.
+
+    Rows are aligned to 16 elements, as the kernels want them. B rows of keys are all the memory it takes: heads and
+    queries see it through strides of 0.
+
+    Args:
+        mask: [B, S] bool, the keys that are attended to.
+    """
+    rows, keys = len(mask), before + mask.shape[1]
+    bias = torch.zeros(rows, 1, 1, -(-keys // 16) * 16, dtype=dtype, device=mask.device)[..., :keys]
+    bias[..., before:].masked_fill_(~mask[:, None, None], -torch.inf)
+    return bias
 
 
-def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def _for_all(q: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, H, Sq, S] view of a bias [B, 1, 1, S]."""
+    return None if bias is None else bias.expand(-1, q.shape[1], q.shape[2], -1)
+
+
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention
-    return attend(q, k, v, _bias(q, mask), compute_log_sumexp=True)[0].transpose(1, 2).flatten(2)
+    return attend(q, k, v, _for_all(q, bias), compute_log_sumexp=True)[0].transpose(1, 2).flatten(2)
 
 
-def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attend(q, k, v, _bias(q, mask), compute_log_sumexp=True)[0].transpose(1, 2).flatten(2)
+    return attend(q, k, v, _for_all(q, bias), compute_log_sumexp=True)[0].transpose(1, 2).flatten(2)
 
 
 def _torch_backend(backend: SDPBackend) -> Attention:
-    def attend(q, k, v, mask=None):
+    def attend(q, k, v, bias=None):
         with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=_bias(q, mask))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=_for_all(q, bias))
         return out.transpose(1, 2).flatten(2)
 
     return attend
 
 
-def _cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    if mask is None:
+def _cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if bias is None:
         return small_attention(q, k, v).transpose(1, 2).flatten(2)
-    return _torch_backend(SDPBackend.FLASH_ATTENTION)(q, k, v, mask)
+    return _torch_backend(SDPBackend.FLASH_ATTENTION)(q, k, v, bias)
 
 
 class _TorchFlash:
@@ -224,7 +235,7 @@ def choose_attention(
     """(name, function) for `model.attention`.
 
     Args:
-        masked: some keys are not attended to; the function then takes their mask after q, k and v.
+        masked: some keys are not attended to; the function then takes their `key_bias` after q, k and v.
 
     Raises:
         UserError: an unknown name, or an explicit one that this device, dtype or installation does not support.
@@ -255,10 +266,10 @@ def _made(name: str, device: torch.device, dtype: torch.dtype, masked: bool) -> 
 
 def _try(name: str, attend: Attention, device: torch.device, dtype: torch.dtype, masked: bool) -> None:
     """One small product: what lacks code for this GPU, or does not fit this PyTorch, fails here and not later."""
-    q = torch.ones(1, 1, 64, 64, device=device, dtype=dtype)
+    q, mask = torch.ones(1, 1, 64, 64, device=device, dtype=dtype), torch.ones(1, 64, dtype=torch.bool, device=device)
     try:
         with torch.no_grad():
-            attend(q, q, q, *([torch.ones(1, 64, dtype=torch.bool, device=device)] if masked else []))
+            attend(q, q, q, *([key_bias(mask, 0, dtype)] if masked else []))
     except Exception as error:
         raise _Unusable(f"a product of 64 tokens fails ({_said(error)})") from error
 

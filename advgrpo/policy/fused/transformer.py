@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from advgrpo.errors import UserError
-from advgrpo.policy.fused.attention import Recomputed, choose_attention
+from advgrpo.policy.fused.attention import Recomputed, choose_attention, key_bias
 from advgrpo.policy.fused.linear import Activations, StackedLinear, run_joint, run_joint_merged
 from advgrpo.policy.fused.lora import LoraWeights, Pair, StackedAdapter
 from advgrpo.policy.fused.sequence import SequenceGroup
@@ -612,7 +612,8 @@ class FusedTransformer:
     def _predict(self, latents: torch.Tensor, step: torch.Tensor, prepared: Prepared, weights: Weights) -> torch.Tensor:
         rotary = self._rotary(latents.shape[-2:], prepared.text.shape[1])
         streams = self._image_tokens(latents), prepared.text.shape[1]
-        forward = _Forward(self, weights, prepared.at(step), streams, rotary, self._mask(latents, prepared.mask))
+        bias = None if prepared.mask is None else key_bias(prepared.mask, streams[0], self.dtype)
+        forward = _Forward(self, weights, prepared.at(step), streams, rotary, bias)
         x, text, normed = self._embed(latents), self._own(prepared.text.transpose(0, 1)).contiguous(), None
         for block, following, unit in zip(
             self.blocks, [*self.blocks[1:], None], self._units[: len(self.blocks)], strict=True
@@ -705,12 +706,6 @@ class FusedTransformer:
             self._turns[key] = angles.cos().float(), angles.sin().float()
         return self._turns[key]
 
-    def _mask(self, latents: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor | None:
-        """[R, T + S] bool, the tokens that are attended to, of the text's [R, S]; None: all."""
-        if text is None:
-            return None
-        return torch.cat([text.new_ones(len(text), self._image_tokens(latents)), text], dim=1)
-
     def _image_tokens(self, latents: torch.Tensor) -> int:
         """T of latents [R, C, h, w], on all processes together."""
         return latents.shape[-2] * latents.shape[-1] // self.config.patch_size**2
@@ -726,8 +721,8 @@ class FusedTransformer:
 
 class _Forward:
     """One pass: the weights it runs, the modulation of its step, how many tokens image and text have on all processes
-    together, the turns of q and k where positions are rotary, and the tokens [R, T + S] that are attended to where not
-    all are."""
+    together, the turns of q and k where positions are rotary, and what every attention adds for the tokens that are
+    not attended to, [R, 1, 1, T + S], where there are any."""
 
     def __init__(
         self,
@@ -736,13 +731,13 @@ class _Forward:
         modulation: torch.Tensor,
         streams: tuple[int, ...],
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        mask: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ):
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
         self.model, self.weights, self.modulation, self.rotary = model, weights, modulation, rotary
         self.streams = streams
-        self.masks = () if mask is None else (mask,)  # attention's further argument
+        self.biases = () if bias is None else (bias,)  # attention's further argument
         self.pairs = model.lora.pairs(model.dtype) if weights == "adapted" and model.lora else []
         self._vectors: dict[int, Modulation] = {}  # by where they start: a block's are read by the one before as well
 
@@ -999,7 +994,7 @@ class _Forward:
         recompute = self.model.recompute_qk and not self.model.checkpointing  # which recomputes the whole block
         recompute = recompute and norms is not None and torch.is_grad_enabled()
         with Recomputed((q, k), lambda: inputs()[:2]) if recompute else nullcontext():
-            return _swapped(self.model._attend(q if queries is None else q[:, :, :queries], k, v, *self.masks))
+            return _swapped(self.model._attend(q if queries is None else q[:, :, :queries], k, v, *self.biases))
 
     def _attention_inputs(
         self, qkv: torch.Tensor, norms: _NormWeights | None, txt_norms: _NormWeights | None, tokens: int
