@@ -1,14 +1,15 @@
 """A process of the jobs that tests/training/test_sharding.py and test_full_in_parts.py start in forks (zygote.py).
 
 FOLDER/job.json names networks, of each of which every process leaves FOLDER/NAME.RANK.safetensors (`seen`) and
-FOLDER/NAME.RANK.json (`counted`), and runs, each with the checkpoint that it goes on from or null, which leave
-FOLDER/NAME. Settings are in FOLDER/NAME.yaml. The last process asks those that it calls "stopped" to stop, in their
-first iteration.
+FOLDER/NAME.RANK.json (`counted`, `counted_export`), and runs, each with the checkpoint that it goes on from or null,
+which leave FOLDER/NAME. Settings are in FOLDER/NAME.yaml. The last process asks those that it calls "stopped" to stop,
+in their first iteration.
 """
 
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,12 +20,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.policy.adapters import block_names
 from advgrpo.policy.diffusers_policy import DiffusersPolicy
 from advgrpo.policy.loading import load_policy
+from advgrpo.policy.parts import Parts
 from advgrpo.policy.sharding import BlockSharding, _Gather
 from advgrpo.runtime.checkpoint_parts import Cut
 from advgrpo.runtime.distributed import Distributed
@@ -116,6 +119,36 @@ def counted(policy: DiffusersPolicy) -> dict[str, Any]:
     return found
 
 
+class Collectives(TorchDispatchMode):
+    """Notes every collective inside, by whatever function it is asked for: [c10d's operator, bytes of its tensors]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.issued: list[tuple[str, list[int]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.issued.append((str(function), [each.nbytes for each in given if isinstance(each, torch.Tensor)]))
+        return function(*given, **(named or {}))
+
+
+@contextmanager
+def counted_export() -> Iterator[dict[str, Any]]:
+    """Inside, what an export issues, as "issued", and the most bytes of gathered parameters that are here at a time, as
+    "held", are noted."""
+    found, alive, gathered = {"issued": [], "held": 0}, [], Parts.gathered
+
+    def weighed(parts: Parts, name: str, part: torch.Tensor) -> torch.Tensor:
+        whole = gathered(parts, name, part)
+        alive.append(weakref.ref(whole))
+        found["held"] = max(found["held"], sum(each.nbytes for ref in alive if (each := ref()) is not None))
+        return whole
+
+    with mock.patch.object(Parts, "gathered", weighed), Collectives() as collectives:
+        yield found
+    found["issued"] = collectives.issued
+
+
 def most_held_while_merging(policy: DiffusersPolicy) -> int:
     held, gathered = [], policy.network.copy._gathered
     with torch.no_grad():
@@ -140,10 +173,19 @@ def frozen_bytes(policy: DiffusersPolicy) -> int:
 
 
 def train(settings: Config, job: Distributed, checkpoint: str | None = None) -> Run:
-    """A whole run."""
+    """A whole run. What each of its exports issues is left in OUT.RANK.exports.json."""
     resume = Resume("checkpoint", Path(checkpoint)) if checkpoint else False
     made = Run(settings, job, resume=resume, console=Console(quiet=True))
-    made.train()
+    exports, export = [], made.export
+
+    def counted_one() -> None:
+        with counted_export() as found:
+            export()
+        exports.append(found)
+
+    with mock.patch.object(made, "export", counted_one):
+        made.train()
+    Path(f"{settings.output_dir}.{job.rank}.exports.json").write_text(json.dumps(exports))
     return made
 
 
@@ -169,7 +211,10 @@ def main(arguments: list[str]) -> int:
         for name in asked["networks"]:
             policy = loaded(configuration.load(file=folder / f"{name}.yaml"), sharding)
             save_file(seen(policy), folder / f"{name}.{job.rank}.safetensors")
-            (folder / f"{name}.{job.rank}.json").write_text(json.dumps(counted(policy)))
+            found = counted(policy)
+            with counted_export() as found["export"]:
+                policy.export(folder / f"{name}.{job.rank}.export")
+            (folder / f"{name}.{job.rank}.json").write_text(json.dumps(found))
         for name, checkpoint in asked["runs"].items():
             asks = name.endswith("-stopped") and checkpoint is None and job.rank == job.world_size - 1
             with stopping(job) if asks else nullcontext():

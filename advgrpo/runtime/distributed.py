@@ -55,7 +55,7 @@ START_SECONDS = 600.0  # machines of one job come up minutes apart
 SLOW_SECONDS = 600.0  # for one step of work that waits for a disk or network, or compiles kernels the first time
 _NCCL_EXTRA_SECONDS = 20.0  # until NCCL's watchdog ends the process: the watches have said more by then
 _SAY_WHO_IS_LATE_SECONDS = 30.0
-_LONGEST_POLL_SECONDS = 0.05
+_FIRST_PATIENCE_SECONDS = 0.05  # for the answer to a token that may be old; the next ones are longer
 
 
 class Distributed:
@@ -442,7 +442,7 @@ class Distributed:
         of its work."""
         began = said = time.monotonic()
         seen: dict[int, tuple[tuple[int, int], float]] = {}
-        while not watch.comes(self._store, everybody_is_here, watch.POLL_SECONDS):
+        while not watch.all_come(self._store, [everybody_is_here], watch.POLL_SECONDS):
             if self._watch.failure is not None:
                 raise self._watch.failure.as_exception()
             if self._watch.has_stopped:
@@ -498,24 +498,31 @@ def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     """
     own, deadline = secrets.token_hex(8), time.monotonic() + START_SECONDS
     if rank == 0:
-        for other in range(1, world_size):  # one after the other, while the rest sleep in the store
-            _welcome(store, own, other, deadline)
+        _welcome(store, own, range(1, world_size), deadline)
         return own
     store.set(f"hello/{rank}", own)
-    while not watch.comes(store, f"welcome/{own}", watch.POLL_SECONDS):
+    while not watch.all_come(store, [f"welcome/{own}"], watch.POLL_SECONDS):
         _check_start(deadline)
     attempt = store.get(f"welcome/{own}").decode()
     store.set(f"{attempt}/here/{rank}", "")
     return attempt
 
 
-def _welcome(store: dist.Store, attempt: str, rank: int, deadline: float) -> None:
-    """Answer a rank's newest token until that rank says, in the attempt's name, that it has read the answer."""
+def _welcome(store: dist.Store, attempt: str, ranks: Sequence[int], deadline: float) -> None:
+    """Answer all ranks' newest tokens until all have said, in the attempt's name, that they have read the answer.
+
+    A round asks the store for all ranks at once, four requests for however many: one that has left an old token, or
+    comes again with another, costs one more round, and not of its own.
+    """
+    tokens, here = ([f"{kind}/{rank}" for rank in ranks] for kind in ("hello", f"{attempt}/here"))
+    patience = _FIRST_PATIENCE_SECONDS
     while True:
-        if store.check([f"hello/{rank}"]):
-            store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", attempt)
-        if watch.comes(store, f"{attempt}/here/{rank}", _LONGEST_POLL_SECONDS):
-            return
+        if watch.all_come(store, tokens, watch.POLL_SECONDS):
+            answers = [f"welcome/{token.decode()}" for token in store.multi_get(tokens)]
+            store.multi_set(answers, [attempt] * len(answers))
+            if watch.all_come(store, here, patience):
+                return
+            patience = min(2 * patience, watch.POLL_SECONDS)
         _check_start(deadline)
 
 

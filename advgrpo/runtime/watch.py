@@ -6,17 +6,8 @@ process that waits can say who keeps it waiting, and where; who stops leaving no
 
 What torchrun and c10d do already is not done here: an agent sees at once that a process of its own machine has ended,
 and starts all again; a collective of gloo's ends at its time-out, and NCCL's watchdog kills a process whose does not; a
-store whose machine answers "connection reset" raises. What is left to this thread, and why:
-
-- notes, and the neighbour's silence: an agent takes a process that is stopped, or whose machine is gone, for healthy,
-  and its own keep-alive only takes machines from the list of who may meet next (`_look`);
-- a neighbour that is behind: c10d's time-outs end a job without a word about who was late, at what, and with NCCL
-  without an exception, in which rank 0 saves (`_look_for_a_hang`, `late`, `_diagnose`, `_tell_stacks`);
-- reports of errors: torchrun knows the exit code of the other machines' processes, not the error (`report`);
-- the wish to stop: torchrun passes a signal to its own machine's processes alone (`wanted_stop`, `stop_reason`);
-- the end of a main thread that is stuck, and saving before it: SIGTERM does not end what waits inside NCCL
-  (`_leave_after_failure`, `_leave_after_stop`);
-- the end of a process that is cut off: torchrun's client of the store waits for its answer like ours (`_fence`).
+store whose machine answers "connection reset" raises. docs/reliability.md has, for all that is here, what torch does in
+that case, what it does not, and the test that goes red without it.
 """
 
 from __future__ import annotations
@@ -29,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -245,7 +236,7 @@ class Watch(threading.Thread):
         faulthandler.dump_traceback_later(most, exit=True, file=sys.__stderr__)
         self._store.set(f"alive/{self._rank}", "done")
         if self.goes_on:
-            comes(self._store, "saved", LONGEST_SAVE_SECONDS)
+            all_come(self._store, ["saved"], LONGEST_SAVE_SECONDS)
         self._store.add("goodbyes", 1)
         faulthandler.cancel_dump_traceback_later()
 
@@ -479,10 +470,10 @@ class Watch(threading.Thread):
             time.sleep(_WAIT_POLL_SECONDS)
 
 
-def comes(store: dist.Store, key: str, seconds: float) -> bool:
-    """Whether somebody sets the key within so many seconds; one request, which the store answers when it is there."""
+def all_come(store: dist.Store, keys: Sequence[str], seconds: float) -> bool:
+    """Whether all keys are set within so many seconds; one request, which the store answers when they are there."""
     try:
-        store.wait([key], timedelta(seconds=seconds))
+        store.wait(list(keys), timedelta(seconds=seconds))
     except dist.DistStoreError:  # also where the store is gone, which the next request to it says
         return False
     return True

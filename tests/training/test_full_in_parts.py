@@ -1,12 +1,14 @@
 """Every weight trained, in parts on several processes: the bits of the whole network, its runs, and going on with them.
 
 Bugs planted in a copy, each seen red: a mean of the gradients instead of their sum, a norm of this process's rows,
-weights that stay where the base's should be, an export of one process's rows.
+weights that stay where the base's should be, an export of one process's rows, one that gathers each parameter twice,
+all processes that keep what is gathered, averages gathered beside the weights.
 
 CI has the network alone; whole runs, of seconds on each of three processes, are weekly.
 """
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 from advgrpo import config
 from advgrpo.config import Config
+from advgrpo.policy.adapters import stored_network
 from advgrpo.runtime import checkpoint as checkpoints
 from advgrpo.runtime.distributed import Distributed
 from tests import sharding_worker
@@ -108,6 +111,41 @@ def test_every_process_holds_its_share_alone(when, whole, by_two):
     shares = [int(found[when]) for found in by_two]
     assert sum(shares) == int(whole[when])
     assert max(shares) < 1.1 * sum(shares) / 2
+
+
+def parameters(base: Config) -> dict[str, torch.Size]:
+    """Shapes of the whole network's, by name, in its order."""
+    return {name: each.shape for name, each in stored_network(Path(base.model.path)).named_parameters()}
+
+
+def assert_gathered_once(base: Config, found: list[dict]) -> None:
+    """What each of two processes has noted of an export (`counted_export`), against the model's own parameters: of each
+    a collective of the counts of its rows, and one of the rows, as many from both; nothing else. Process 0 has all
+    in the end, the other never more than the one that comes and the one before."""
+    shapes, expected, header, float32 = parameters(base), [], 2 * 8, 4
+    for shape in shapes.values():
+        rows = math.ceil(shape[0] / 2) * shape[1:].numel() * float32
+        expected += [[2 * header, header], [2 * rows, rows]]
+    for each in found:
+        assert {operator for operator, _ in each["issued"]} == {"c10d._allgather_base_.default"}
+        assert [sizes for _, sizes in each["issued"]] == expected
+    sizes = sorted(shape.numel() * float32 for shape in shapes.values())
+    assert found[0]["held"] == sum(sizes)
+    assert found[1]["held"] <= sum(sizes[-2:]) < sum(sizes) / 4
+
+
+def test_an_export_gathers_each_parameter_once_and_process_0_alone_keeps_it(base, by_two, folder):
+    assert_gathered_once(base, [json.loads((folder / f"network.{rank}.json").read_text())["export"] for rank in (0, 1)])
+    assert load_file(folder / "network.0.export" / Path(TRANSFORMER).name).keys() >= parameters(base).keys()
+    assert not (folder / "network.1.export").exists()
+
+
+@pytest.mark.weekly
+def test_a_run_exports_its_averages_without_gathering_the_weights(base, runs, folder):
+    """Once, in its end."""
+    exports = [json.loads((folder / f"kl-2.{rank}.exports.json").read_text()) for rank in (0, 1)]
+    assert [len(each) for each in exports] == [1, 1]
+    assert_gathered_once(base, [each[0] for each in exports])
 
 
 @pytest.mark.weekly

@@ -1,8 +1,8 @@
 """A base in parts on 2 and 4 processes: the bits of the whole one, its runs, and going on with other numbers of them.
 
 Bugs planted in a copy, each seen red: adapters shared out as well; blocks kept after their forward; a run whose texts
-were encoded in other batches than those of the one with its bits. In tests/mutants: a block that is gathered when it
-runs; blocks kept after they were merged.
+were encoded in other batches than those of the one with its bits; an export that gathers a block. In tests/mutants: a
+block that is gathered when it runs; blocks kept after they were merged.
 """
 
 import json
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 FIRST = "checkpoints/iteration-000001"
 NETWORKS = {
-    "sd3": {},
+    "sd3": {"lora": {"export_format": "kohya"}},
     "sd3-bfloat16": {"dtype": "bfloat16"},
     "flux": {"gradient_checkpointing": True},
     "flux-fp8": {"base_precision": "fp8", "gradient_checkpointing": True},
@@ -65,6 +65,7 @@ NETWORK_TESTS = (
     "test_four_processes_have_the_bits_of_the_whole_network",
     "test_the_next_block_is_gathered_while_one_runs",
     "test_a_whole_copy_is_merged_block_by_block_and_gathers_nothing_to_sample",
+    "test_an_export_of_adapters_gathers_nothing",
 )
 RUN_TESTS = ("test_a_run_of_two_processes_has_the_losses_of_one",)
 WHOLE_TEST = "test_a_run_in_parts_has_the_bits_of_one_whose_processes_have_all_of_the_base"
@@ -215,6 +216,15 @@ def test_a_whole_copy_is_merged_block_by_block_and_gathers_nothing_to_sample(nam
         assert found["merged"] == 0
         share, total = int(by_two[name][rank]["held"]), int(networks[name]["held"])
         assert share < found["held"] < share + (total - share) / 2  # four blocks, of which one is here
+
+
+@pytest.mark.parametrize("name", some_weekly(NETWORKS, WEEKLY))
+def test_an_export_of_adapters_gathers_nothing(name, networks, by_two, folder):
+    """They lie whole on every process: process 0 writes them alone, in each format."""
+    kinds = {"pytorch_lora_weights", *({"kohya"} if name == "sd3" else ())}
+    for rank, found in enumerate(counts(folder, name)):
+        assert found["export"] == {"issued": [], "held": 0}
+        assert {file.stem for file in (folder / f"{name}.{rank}.export").iterdir()} == kinds
 
 
 def lora(folder: Path) -> dict[str, torch.Tensor]:
