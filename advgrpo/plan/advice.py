@@ -6,6 +6,7 @@ import re
 
 from advgrpo.config import Config
 from advgrpo.errors import UserError
+from advgrpo.plan.captured import needs_room
 from advgrpo.plan.estimate import GB, Estimate, accepted
 from advgrpo.plan.memory import plan
 from advgrpo.plan.remedies import changes
@@ -22,7 +23,7 @@ def advice(error: BaseException, config: Config, *, processes: int = 1) -> str:
     """
     rollout, model = config.rollout, config.model
     steps = []
-    if config.update.graphs == "auto" and _captures(config, _capacity_gb(error), processes):
+    if needs_room(config) and _captures(config, _capacity_gb(error), processes):
         steps.append("update.graphs = false instead of auto")
     smaller = [micro for micro in accepted(config, processes) if micro < rollout.micro_batch]
     if smaller:

@@ -7,8 +7,6 @@ asks adds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from advgrpo.config import Config, ModelSection
 from advgrpo.policy.fused.transformer import can_adapt
 from advgrpo.policy.pipelines import FAMILIES
@@ -42,20 +40,15 @@ def why_no_graphs(model: ModelSection) -> str:
     return "" if members == 1 else f"model.sequence_parallel = {members}: exchanges are not captured"
 
 
-def why_not_captured(config: Config, kind: str, uncounted: Sequence[str] = ()) -> str:
-    """Why forward and backward of the update's steps are no CUDA graphs, or "": on a GPU they are then, and with
-    update.graphs = auto where there is room for them besides.
-
-    Args:
-        kind: class of the pipeline.
-        uncounted: what the memory plan leaves out, so that nobody can say whether there is room.
-    """
+def why_not_captured(config: Config, kind: str) -> str:
+    """Why forward and backward of the update's steps of a pipeline of class `kind` are no CUDA graphs, or "": they are
+    then on a GPU, that has room for them where `needs_room` says so."""
     why = why_not_fused(config, kind) or why_no_graphs(config.model) or config.why_update_is_not_captured
-    if why or config.update.graphs != "auto":
-        return why
-    if not FAMILIES[kind].captured_by_itself:
+    if not why and config.update.graphs == "auto" and not FAMILIES[kind].captured_by_itself:
         return f"update.graphs = auto: no test holds captured steps of a {kind} to the eager bits; true captures them"
-    if uncounted:
-        left_out = f"the memory plan does not count {', '.join(uncounted)}"
-        return f"update.graphs = auto cannot tell whether it fits ({left_out}); true captures it"
-    return ""
+    return why
+
+
+def needs_room(config: Config) -> bool:
+    """Whether what could be captured is only where the memory plan counts everything and finds room for the graphs."""
+    return config.update.graphs == "auto"

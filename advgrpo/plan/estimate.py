@@ -16,7 +16,7 @@ import torch
 from advgrpo.config import Config, unevenly_sharded
 from advgrpo.plan import known_models
 from advgrpo.plan.activations import TransformerShape, decode_bytes
-from advgrpo.plan.captured import why_not_captured, why_not_fused, why_not_ours
+from advgrpo.plan.captured import needs_room, why_not_captured, why_not_fused, why_not_ours
 from advgrpo.plan.work import drawn_steps, efficiency, learning, micro_batches
 from advgrpo.policy.fused.decoder import GATED_IMAGES, decoded_at_once
 
@@ -119,7 +119,8 @@ class Estimate:
         self.sharded = config.model.is_sharded(processes)
         self.is_ours = config.fast and not why_not_ours(config.model, self.pipeline.kind)
         self.fused = not why_not_fused(config, self.pipeline.kind)
-        self.captures = not why_not_captured(config, self.pipeline.kind, self.uncounted)
+        unknown = bool(self.uncounted) and needs_room(config)
+        self.captures = not why_not_captured(config, self.pipeline.kind) and not unknown
         self.copied = config.has_merged_copy
         self.own_decoder = self.fused and not self.pipeline.is_qwen
         self.element = 2 if config.model.dtype == "bfloat16" else 4
@@ -175,7 +176,7 @@ class Estimate:
             return MemoryPlan(gpu_gb, knobs, *known, host_gb=self.host_gb())
 
         found = planned(captured=self.captures)
-        optional = self.captures and self.config.update.graphs == "auto"
+        optional = self.captures and needs_room(self.config)
         return planned(captured=False) if optional and not found.fits else found
 
     def _knobs(self) -> Iterator[Knobs]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from advgrpo.config import Config, ModelSection
 from advgrpo.errors import UserError
-from advgrpo.plan.captured import why_no_graphs, why_not_captured, why_not_fused, why_not_ours
+from advgrpo.plan.captured import needs_room, why_no_graphs, why_not_captured, why_not_fused, why_not_ours
 from advgrpo.plan.estimate import GB
 from advgrpo.plan.memory import peak_with_captured_update
 from advgrpo.policy.fused.attention import choose_attention
@@ -183,7 +183,7 @@ def _why_not_our_optimizer(config: Config) -> str:
 
 def _why_no_room(config: Config, device: torch.device, processes: int, free_gb: float | None) -> str:
     """Why update.graphs = auto does not find room for the graphs of the update beside everything else, or ""."""
-    if config.update.graphs != "auto":
+    if not needs_room(config):
         return ""
     try:
         needed = peak_with_captured_update(config, processes=processes)
