@@ -33,6 +33,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -127,6 +128,11 @@ class TransformerShape:
 
     def saved_bytes(self, *, checkpointing: bool) -> int:
         """Saved by a training forward of one sequence; with checkpointing, while one block is recomputed."""
+        return max(self.saved_at(checkpointing=checkpointing))
+
+    def saved_at(self, *, checkpointing: bool) -> list[int]:
+        """Of one sequence, when the gradient of each trained block is computed: what it and those before it have saved,
+        with checkpointing at their boundaries, and what it has recomputed."""
         trained = range(self.first_trained, self.layers)
         if self.single_layers is not None:
             trained = range(self.first_trained, self.layers + self.single_layers)
@@ -135,12 +141,23 @@ class TransformerShape:
             duals = (i in self.dual and i > self.first_trained for i in trained)
             blocks = [self.block_bytes(dual, recomputed=checkpointing) for dual in duals]
         if not checkpointing:
-            return sum(blocks)
-        return self.boundary_bytes() + max(blocks)
+            return list(accumulate(blocks))
+        return [number * self._boundary + block for number, block in enumerate(blocks, 1)]
+
+    def kept_after(self, *, checkpointing: bool) -> list[int]:
+        """Of one sequence, when each block has run forward: what it and those before it have saved."""
+        kept = self.saved_at(checkpointing=False)
+        if checkpointing:
+            kept = [number * self._boundary for number in range(1, self.trained_layers + 1)]
+        return [0] * self.first_trained + kept
 
     def boundary_bytes(self) -> int:
         """What checkpointing keeps at the block boundaries."""
-        return self.trained_layers * self.tokens * self.width * self.element
+        return self.trained_layers * self._boundary
+
+    @property
+    def _boundary(self) -> int:
+        return self.tokens * self.width * self.element
 
     @property
     def _rotary_alive(self) -> tuple[float, float]:

@@ -368,10 +368,15 @@ class ShareCount:
     """Bytes of a transformer that is shared out over processes (policy/sharding.py)."""
 
     held: int  # by a process at rest, padded to equal shares
-    block: int  # of the largest block, gathered
-    pair: int  # of the two blocks that follow each other and are largest together, or of the only one
+    blocks: tuple[int, ...]  # of each block, gathered, in the order in which they run
+    prepared: tuple[int, ...]  # of each block's modulation, which our forward gathers before a trajectory
     outside: int  # of blocks, gathered while the network runs; 0 by our forward, which has it whole
     largest_fp8: int  # of the largest weight that is quantised, 0 where none is
+
+    @property
+    def block(self) -> int:
+        """Of the largest block."""
+        return max(self.blocks)
 
 
 @functools.lru_cache(maxsize=64)
@@ -385,9 +390,9 @@ def _count_share(config: str, processes: int, dtype: torch.dtype, fp8: bool, fus
         held, outside = held + outside, 0
     else:
         held += sum(share_bytes(p, processes) for p in outside_of(transformer, units))
-    blocks = [sum(p.nbytes for p in unit) for unit in units]
-    pair = max(map(sum, itertools.pairwise(blocks)), default=blocks[0])
-    return ShareCount(held, max(blocks), pair, outside, largest)
+    sizes = [sum(p.nbytes for p in unit) for unit in units]
+    blocks = len(sizes) // 2 if fused else len(sizes)  # and the modulation of each
+    return ShareCount(held, tuple(sizes[:blocks]), tuple(sizes[blocks:]), outside, largest)
 
 
 def share_bytes(parameter: torch.Tensor, processes: int) -> int:

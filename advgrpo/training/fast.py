@@ -11,9 +11,10 @@ from rich.text import Text
 
 from advgrpo.config import Config, ModelSection
 from advgrpo.errors import UserError
-from advgrpo.plan.memory import GB, peak_with_captured_update
+from advgrpo.plan.captured import needs_room, why_no_graphs, why_not_captured, why_not_fused, why_not_ours
+from advgrpo.plan.estimate import GB
+from advgrpo.plan.memory import peak_with_captured_update
 from advgrpo.policy.fused.attention import choose_attention
-from advgrpo.policy.fused.transformer import can_adapt
 from advgrpo.policy.pipelines import FAMILIES, pipeline_class
 from advgrpo.runtime.distributed import Distributed
 from advgrpo_kernels import _cpu
@@ -50,16 +51,15 @@ class FastPaths:
             free_gb: of the GPU with the least (`least_memory_gb`), so that all processes decide alike; None: of this.
         """
         gpu_only = "" if device.type == "cuda" else "no CUDA device"
-        plain = "" if config.fast else "--no-fast"
-        fused_off = plain or _why_not_fused(config.model)
-        _refuse_what_is_not_there(config, device, fused_off)
+        plain, kind = "" if config.fast else "--no-fast", pipeline_class(config.model.path)
+        fused_off = why_not_fused(config, kind)
+        _refuse_what_is_not_there(config, device, fused_off, kind)
         merged_off, ode = fused_off or _why_not_merged(config.model), "ODE steps"
         if config.has_merged_copy:
-            merged_off = plain or _why_not_ours(config.model)
+            merged_off = plain or why_not_ours(config.model, kind)
             ode = "ODE steps, by a whole copy beside the base in parts,"
-        no_graphs = fused_off or gpu_only or _why_no_graphs(config.model)
-        not_captured = no_graphs or config.why_update_is_not_captured
-        not_captured = not_captured or _why_not_by_itself(config, device, processes, free_gb)
+        no_graphs = fused_off or gpu_only or why_no_graphs(config.model)
+        not_captured = no_graphs or why_not_captured(config, kind) or _why_no_room(config, device, processes, free_gb)
         own_noise = ""
         if config.rollout.initial_noise == "per_image":
             own_noise = "rollout.initial_noise = per_image: every image is its own trajectory"
@@ -81,7 +81,7 @@ class FastPaths:
         console.print(table)
 
 
-def _refuse_what_is_not_there(config: Config, device: torch.device, fused_off: str) -> None:
+def _refuse_what_is_not_there(config: Config, device: torch.device, fused_off: str, kind: str) -> None:
     """UserError for a setting that asks for our forward where it is off, or for an attention that cannot run here."""
     if fused_off and config.rollout.window_forward == "merged":
         raise UserError(f"rollout.window_forward = 'merged' needs the fused transformer ({fused_off}); use trainer")
@@ -97,7 +97,7 @@ def _refuse_what_is_not_there(config: Config, device: torch.device, fused_off: s
     if fused_off and config.update.graphs is True:
         raise UserError(f"update.graphs = True captures the fused transformer ({fused_off}); use auto")
     if not fused_off:  # an explicit backend that this machine lacks is an error now
-        masked = FAMILIES[pipeline_class(config.model.path)].masked_text
+        masked = FAMILIES[kind].masked_text
         choose_attention(config.model.attention, device, getattr(torch, config.model.dtype), masked=masked)
 
 
@@ -166,36 +166,10 @@ def _row(name: str, off_because: str, saves: str) -> FastPath:
     return FastPath(name, not off_because, off_because or saves)
 
 
-def _why_not_fused(model: ModelSection) -> str:
-    """Why the fused transformer cannot train this model, or ""; reads no more of it than model_index.json."""
-    if model.gathers_stock_blocks and model.train == "lora":
-        return f"model.shard_base = {model.shard_base}: diffusers' blocks are gathered one by one"
-    return _why_not_ours(model)
-
-
-def _why_not_ours(model: ModelSection) -> str:
-    """Why our forward cannot run this model, with the adapters of its settings, or ""."""
-    name = pipeline_class(model.path)
-    if FAMILIES[name].prediction_type != "flow_prediction":
-        return f"a {name} has a UNet; the fused forward is of transformers"
-    if not FAMILIES[name].own_forward:
-        return f"a {name} has blocks that it does not compute"
-    if model.train != "lora":
-        return "full fine-tuning trains the stock modules"
-    outside = [target for target in model.lora.targets if not can_adapt(target)]
-    return f"it has no adapters on {outside[0]} (model.lora.targets)" if outside else ""
-
-
 def _why_not_merged(model: ModelSection) -> str:
     """Why sampling runs the weights that are trained, by our forward, or ""."""
     whole = model.shard_base == "none"
     return "" if whole else f"model.shard_base = {model.shard_base}: merged weights would be whole on each process"
-
-
-def _why_no_graphs(model: ModelSection) -> str:
-    """Why no forward of this model is captured, or ""."""
-    members = model.sequence_parallel
-    return "" if members == 1 else f"model.sequence_parallel = {members}: exchanges are not captured"
 
 
 def _why_not_our_optimizer(config: Config) -> str:
@@ -207,18 +181,10 @@ def _why_not_our_optimizer(config: Config) -> str:
     return "" if optimizer == "fused" else f"update.optimizer = {optimizer}"
 
 
-def _why_not_by_itself(config: Config, device: torch.device, processes: int, free_gb: float | None = None) -> str:
-    """Why update.graphs = auto does not capture the update of this model on this GPU, or ""; true captures it."""
-    if config.update.graphs != "auto":
-        return ""
-    name = pipeline_class(config.model.path)
-    if not FAMILIES[name].captured_by_itself:
-        return f"update.graphs = auto: no test holds captured steps of a {name} to the eager bits; true captures them"
-    return _why_no_room(config, device, processes, free_gb)
-
-
 def _why_no_room(config: Config, device: torch.device, processes: int, free_gb: float | None) -> str:
-    """Why the GPU is not known to hold the graphs of the update beside everything else, or ""."""
+    """Why update.graphs = auto does not find room for the graphs of the update beside everything else, or ""."""
+    if not needs_room(config):
+        return ""
     try:
         needed = peak_with_captured_update(config, processes=processes)
     except UserError as unknown:

@@ -26,7 +26,7 @@ from advgrpo.data.sources import Sources
 from advgrpo.engine.engine import check_reachable
 from advgrpo.errors import RunFailure, UserError
 from advgrpo.evaluation.evaluator import Evaluator
-from advgrpo.plan.memory import advice
+from advgrpo.plan.advice import advice
 from advgrpo.plan.work import badly_shared
 from advgrpo.policy.base import LoraReader
 from advgrpo.policy.parts import Parts, parts_of

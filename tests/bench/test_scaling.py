@@ -14,7 +14,7 @@ import torch
 
 from advgrpo import config as configuration
 from advgrpo.config import Config
-from advgrpo.plan.memory import _Estimate
+from advgrpo.plan.estimate import Estimate
 from advgrpo.plan.work import efficiency
 from advgrpo.policy.adapters import stored_network
 from bench import scaling
@@ -103,7 +103,7 @@ def _tensors(file: Path) -> list[torch.Tensor]:
 def test_a_row_has_as_many_text_tokens_as_the_plan_gives_it(preset):
     """128 of T5 and CLIP's 77, T5's 128, Qwen2.5-VL's 128: the presets', not the families' most."""
     config = Config.load(preset)
-    assert scaling.text_tokens(config) == _Estimate(config, 8).shape.text_tokens
+    assert scaling.text_tokens(config) == Estimate(config, 8).shape.text_tokens
     assert scaling.text_tokens(config) == {"sd35m-dino-paper": 205}.get(preset, 128)
 
 

@@ -104,6 +104,29 @@ def test_a_run_goes_on_with_an_engine_that_was_started_anew(settings, url, stand
     assert all(torch.equal(a, b) for a, b in zip(parameters_of(whole), parameters_of(second.trainer)))
 
 
+class LiesWhenItDraws(Engine):
+    """Passes every probe, of two images; then its images stray from the policy's, before the window."""
+
+    strayed = 0
+
+    def trajectory(self, request, seeds):
+        found, sigmas = super().trajectory(request, seeds)
+        if len(seeds) > 2:
+            self.strayed += 1
+            found = [found[0], *(1.1 * each for each in found[1:])]
+        return found, sigmas
+
+
+def test_likelihoods_are_recomputed_whatever_the_engine_has_drawn(settings, url, standing, tmp_path):
+    """By the trainer's own forward, of the very latents that it gave: the window begins elsewhere, without a mismatch
+    between the likelihoods of the rollout and the update's."""
+    own_noise = {"rollout": {"window": {"steps": [2]}, "initial_noise": "per_image"}}
+    with acting(standing, LiesWhenItDraws):
+        found = build(with_engine(change(settings, own_noise), url, tmp_path / "run")).trainer.iterate()
+        assert standing.strayed == 2, "micro-batches"
+    assert found["log_prob_mismatch_max"] == 0
+
+
 def test_a_run_goes_on_without_its_engine_and_with_one_that_it_had_not():
     asked = [
         {"rollout": {"engine": each}} for each in ({"kind": "none", "urls": []}, {"kind": "sglang", "urls": ["x"]})

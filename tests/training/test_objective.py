@@ -2,7 +2,7 @@
 
 Bugs planted in a copy, each seen red: an objective's state left out of the checkpoint, or not loaded; the monitor
 asked for images that nobody drew; tensors of an objective taken for nobody's; an objective's name asked for in
-plan/memory.py; a trait missing from the registry of traits.
+the plan; a trait missing from the registry of traits.
 """
 
 import json
@@ -139,5 +139,5 @@ def test_nobody_asks_for_an_objective_by_name():
 
 def test_nobody_asks_for_a_kind_of_adversary():
     """But who builds one, checks its settings, or counts its bytes."""
-    who_may = ("config/", "adversary/build.py", "training/preflight.py", "plan/memory.py")
+    who_may = ("config/", "adversary/build.py", "training/preflight.py", "plan/estimate.py", "plan/remedies.py")
     assert not asked(r"""adversary\.kind (==|!=|in) |\bkind (==|!=) ["'](dino|siglip|pickscore|none)["']""", who_may)

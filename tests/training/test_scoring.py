@@ -21,7 +21,7 @@ from advgrpo.adversary.augmentation import Augmentation
 from advgrpo.config import RewardSection
 from advgrpo.data.sources import Sources
 from advgrpo.errors import UserError
-from advgrpo.plan.memory import advice
+from advgrpo.plan.advice import advice
 from advgrpo.rewards import REWARDS, reward_class
 from advgrpo.rewards.compose import compose, normalized
 from advgrpo.rewards.remote import RemoteReward

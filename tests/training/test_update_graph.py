@@ -8,6 +8,7 @@ import torch
 
 from advgrpo import config
 from advgrpo.errors import UserError
+from advgrpo.plan.captured import why_not_captured
 from advgrpo.policy.sd3 import SD3Policy
 from advgrpo.sampling.dynamics import step_table
 from advgrpo.sampling.sampler import Sampler
@@ -201,20 +202,18 @@ def test_an_unknown_model_is_captured_when_asked(unit_config, monkeypatch):
         raise UserError("its architecture is not known")
 
     monkeypatch.setattr(fast, "peak_with_captured_update", unknown)
-    why = fast._why_not_by_itself(unit_config, torch.device("cuda"), 1)
+    why = fast._why_no_room(unit_config, torch.device("cuda"), 1, None)
     assert why == "update.graphs = auto cannot tell whether it fits (its architecture is not known); true captures it"
     unit_config.update.graphs = True
-    assert fast._why_not_by_itself(unit_config, torch.device("cuda"), 1) == ""
+    assert fast._why_no_room(unit_config, torch.device("cuda"), 1, None) == ""
 
 
 def test_where_no_test_knows_captured_steps_they_are_asked_for(unit_config, monkeypatch):
     """`policy_of` is SD3's; and what our forward does not compute cannot be captured by it at all."""
     by_itself = [name for name, family in fast.FAMILIES.items() if family.captured_by_itself]
     assert by_itself == ["StableDiffusion3Pipeline"]
-    monkeypatch.setattr(fast, "pipeline_class", lambda path: "FluxPipeline")
-    why = fast._why_not_by_itself(unit_config, torch.device("cuda"), 1)
     assert (
-        why
+        why_not_captured(unit_config, "FluxPipeline")
         == "update.graphs = auto: no test holds captured steps of a FluxPipeline to the eager bits; true captures them"
     )
     monkeypatch.setattr(fast, "pipeline_class", lambda path: "StableDiffusionXLPipeline")
