@@ -2,7 +2,8 @@
 
 Bugs planted in a copy, each seen red: a held-out name in a training prompt; a prompt in two lists; a prompt without
 references; references by another artist; a backbone that is no better than an untrained one; a file only its owner may
-read; a page on which a run's end is another's, or with other ends of the diversity's intervals.
+read; a page on which a run's end is another's, or with other ends of the diversity's intervals; a probe on the
+backgrounds that it was fitted on.
 """
 
 import json
