@@ -53,10 +53,10 @@ def ratio(found: dict) -> str:
 
 
 def ends(record: dict, what: str, guidance: list[float]) -> tuple[float, float]:
-    """(the base's, the mean of the LoRAs') at a guidance each."""
+    """(the base's, the mean of the LoRAs'), at `guidance` [the LoRAs', the base's]."""
     at = lambda front, scale: next(point[what] for point in front if point["guidance"] == scale)  # noqa: E731
-    trained = statistics.fmean(at(front, guidance[1]) for front in record["models"].values())
-    return at(record["base"], guidance[0]), trained
+    trained = statistics.fmean(at(front, guidance[0]) for front in record["models"].values())
+    return at(record["base"], guidance[1]), trained
 
 
 def cells(record: dict, row: dict) -> list[str]:
@@ -89,7 +89,7 @@ def test_the_tables_of_the_tiny_world_are_the_recorded_ones():
     expected = []
     for name in ROWS:
         record = read(name)
-        base, lora = record["best"]["guidance"]
+        lora, base = record["best"]["guidance"]
         labelled = [(f"{row['guidance'][0]:g}", row) for row in record["equal"]]
         labelled = [(f"{label}, as trained" if label == "2" else label, row) for label, row in labelled]
         labelled.append((f"own best: base {base:g}, LoRAs {lora:g}", record["best"]))
