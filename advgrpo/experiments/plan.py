@@ -195,7 +195,8 @@ BASES = {
 }
 
 _EXPLORED = "There is no claim: nothing was expected of a change, and nothing was chosen by what is found here."
-_UNTUNED = "Every method has the settings of its preset (docs/jobs/objectives.md), none of which was tuned."
+_UNTUNED = "None was tuned."
+_OF_PRESETS = "have the settings of their presets (docs/jobs/objectives.md)"
 _INDEPENDENT: tuple[Metric, ...] = ("retrieval", "kid", "diversity")
 _HACKING: tuple[Metric, ...] = ("pickscore", "retrieval", "kid", "diversity", "saturation_distance")
 
@@ -389,7 +390,8 @@ EXPERIMENTS = {
         question="The default clips PPO's ratio. GRPO-Guard clips a normalised one, Flow-DPPO masks by a divergence; a "
         "KL of velocities pulls towards the base model, another towards the policy's own average.",
         default="PPO's clip, the default",
-        note=_UNTUNED,
+        note=f"GRPO-Guard and Flow-DPPO {_OF_PRESETS}. KL of velocities and KL to the average are the default with one "
+        f"change. {_UNTUNED}",
         arms={
             "guard": "GRPO-Guard",
             "dppo": "Flow-DPPO",
@@ -402,7 +404,8 @@ EXPERIMENTS = {
         title="Which steps are noisy and learned from",
         question="The default draws two of the noisier half anew in every iteration. TempFlow-GRPO gives each of four "
         "steps groups of its own, MixGRPO moves two in a row from noise to image.",
-        note=f"{_UNTUNED} TempFlow-GRPO draws two prompts in an iteration instead of eight, at four steps each. "
+        note=f"TempFlow-GRPO, MixGRPO and MixGRPO-Flash {_OF_PRESETS}. {_UNTUNED} TempFlow-GRPO draws two prompts in "
+        "an iteration instead of eight, at four steps each. The default, two in a row, differs from it by that alone. "
         "MixGRPO's window moves over the four pairs of the noisier half and has begun anew when 60 iterations end.",
         arms={
             "tempflow": "TempFlow-GRPO",
@@ -417,7 +420,8 @@ EXPERIMENTS = {
         question="AWM has no likelihoods, GDPO adds the fixed preference model, each reward normalised by itself, "
         "distillation learns from the default's LoRA of the same seed instead of a reward, and DiffusionNFT from the "
         "fixed preference model alone.",
-        note=_UNTUNED,
+        note=f"GDPO, distillation and DiffusionNFT {_OF_PRESETS}. AWM has not: tiny-awm learns from the fixed "
+        f"preference model, so this arm is tiny-nft-adv, which has the adversary, with tiny-awm's loss. {_UNTUNED}",
         arms={
             "awm": "AWM",
             "gdpo": "GDPO, with the preference model",

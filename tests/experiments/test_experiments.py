@@ -1,8 +1,8 @@
 """The experiments end to end on untrained unit models, and the rules of their plan.
 
 Bugs planted in a copy, each seen red: "2 pictures" on every page; a figure of the note on over-optimisation; a note
-that is not on its page; one that is not in the index; a run that is taken for finished before it is judged; a judge's
-file of other weights that is kept.
+that is not on its page; one that does not name AWM; one that is not in the index; a run that is taken for finished
+before it is judged; a judge's file of other weights that is kept.
 """
 
 import copy
@@ -377,6 +377,18 @@ def test_the_note_on_references_counts_them_right():
     said = re.findall(r"(\d+) means (\d+)(?: prompts)? with (\d[\d,]*\d)", EXPERIMENTS["references"].note)
     whole = {count: -(-count // 3) for count in (100, 200, 500, 1000)}
     assert said == [(str(count), str(prompts), f"{3 * prompts:,}") for count, prompts in whole.items()]
+
+
+def test_notes_name_the_arms_that_are_no_preset_as_it_is():
+    said = []
+    for name, experiment in EXPERIMENTS.items():
+        if "have the settings of their presets" in experiment.note:
+            changed = [label for arm, label in experiment.arms.items() if ARMS[arm].overrides]
+            assert changed
+            for label in changed:
+                assert label.partition(", β")[0].lower() in experiment.note.lower(), (name, label)
+            said.append(name)
+    assert said == ["trust-region", "stochastic-steps", "signal"]
 
 
 COMMITTED = json.loads((ROOT / "docs" / "results" / "results.json").read_text())

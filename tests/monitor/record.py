@@ -2,12 +2,13 @@
 
 It becomes tests/monitor/recorded/NAME.json, which test_held_out.py plays to the monitor, with what the run logged of
 rewards and images. Whether the run was over-optimised is for a person to say, by the images or by a judge that the run
-did not see.
+did not see. `--missed` is for a run that was and that the flag does not see: a finding (docs/troubleshooting.md), which
+the test keeps true.
 
 Of runs that were made before evaluations were kept prompt by prompt only means are known. `python -m
 tests.monitor.record reconstruct` makes series of these: the means that were published, straight lines between them, and
 48 prompts around them that differ by 0.3 and move by 0.065 from evaluation to evaluation: 80 iterations of a rerun of
-one of them showed 0.09 for a judge's verdict on two images, which is 0.065 on four.
+one of them showed 0.09 for a judge's verdict on two images, which is 0.065 on four. Such files say "reconstructed".
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _NOT_READ = ("monitor_merge_error", "monitor_gradient_rms", "reward_std")
 FOLDER = Path(__file__).parent / "recorded"
 
 
-def record(out: Path, name: str, *, over_optimised: bool, why: str) -> Path:
+def record(out: Path, name: str, *, over_optimised: bool, why: str, missed: bool = False) -> Path:
     settings = config.load(file=out / "config.yaml")
     metrics = independent(settings.evaluation.metrics, settings.rewards)
     lines = load_evaluations(out / EVALUATIONS_FILE)
@@ -45,7 +46,8 @@ def record(out: Path, name: str, *, over_optimised: bool, why: str) -> Path:
     ]
     preset, changed = nearest_preset(settings)
     known = [change for change in changed if change.name.startswith(_OF_THE_FLAG)]
-    more = {"preset": preset, "changes": {change.name: change.here for change in known}, "rows": rows(out)}
+    more = {"missed": True} if missed else {}
+    more |= {"preset": preset, "changes": {change.name: change.here for change in known}, "rows": rows(out)}
     return write(name, over_optimised, why, settings.iterations, evaluations, **more)
 
 
@@ -85,7 +87,7 @@ def reconstruct(name: str, means: Mapping[int, float], *, over_optimised: bool, 
         values = [round(mean + prompt + draw.gauss(0, 0.065), 6) for prompt in prompts]
         rewards = {"reward": iteration / 100} if iteration else {}
         evaluations.append({"iteration": iteration, "scores": {"judge": values}, "rewards": rewards})
-    return write(name, over_optimised, why, places[-1], evaluations[:-1])
+    return write(name, over_optimised, why, places[-1], evaluations[:-1], reconstructed=True)
 
 
 def reconstruct_all() -> None:
@@ -105,6 +107,10 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("name")
     parser.add_argument("--over-optimised", action="store_true")
+    parser.add_argument("--missed", action="store_true")
     parser.add_argument("--why", required=True)
     given = parser.parse_args()
-    print(record(given.out, given.name, over_optimised=given.over_optimised, why=given.why))
+    if given.missed and not given.over_optimised:
+        parser.error("--missed: only a run that was over-optimised can be missed; add --over-optimised")
+    how = {"over_optimised": given.over_optimised, "missed": given.missed}
+    print(record(given.out, given.name, why=given.why, **how))

@@ -1,12 +1,15 @@
 """reward_hacking by evaluations: it fires in time on runs that were over-optimised, stays silent on healthy ones, and
 is wrong as rarely as its setting says.
 
-Recorded runs are recorded/*.json (record.py makes them): {name, over_optimised, iterations, evaluations: [{iteration,
-scores: {metric: [per prompt]}, rewards: {name: level}}]}, and of a whole run its settings and `rows`, what it logged.
-Any file that is dropped there is played. Simulated ones have a known truth.
+Runs are recorded/*.json (record.py makes them): {name, over_optimised, iterations, evaluations: [{iteration, scores:
+{metric: [per prompt]}, rewards: {name: level}}]}. Recorded ones are whole, with their settings and `rows`, what they
+logged. Three are reconstructed and say so ("reconstructed": true): of these runs only published means are left, and
+what lies between means and around them is drawn at random, with a spread that was measured elsewhere. One was
+over-optimised and is "missed". Any file that is dropped there is played. Simulated runs have a known truth.
 
 Planted bugs that turn it red (tests/mutants/monitor-held-out-*): prompts not paired; the reward not looked at; pairs
-that share an evaluation; no correction for looking again.
+that share an evaluation; no correction for looking again. And of the files and pages: another iteration in README.md, a
+reconstruction that does not say so, a missed run that no page names, a drift at which it is found.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from advgrpo.monitor.monitor import Knobs, Monitor
 from tests.monitor.test_monitor import feed, images, make, series, settings
 
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.json"))
+DOCS = Path(__file__).parents[2] / "docs"
 IN_TIME = 0.8  # of the run
 PROMPTS = 48
 LEVEL = settings().monitor.hacking_level
@@ -63,11 +67,15 @@ def play_all(run: dict) -> list[int]:
 
 @pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)
 def test_recorded_runs(file):
-    """Of runs whose images are not recorded, only evaluations have a say."""
+    """Of reconstructed runs, which have no images, only evaluations have a say."""
     run = json.loads(file.read_text())
     assert run["name"] == file.stem
+    assert run.get("reconstructed", False) == ("rows" not in run)
     up = play_all(run) if "rows" in run else play(run)
-    if run["over_optimised"]:
+    if run.get("missed"):
+        assert run["over_optimised"]
+        assert not up, "found at last: take `missed` out of the file and the run out of docs/troubleshooting.md"
+    elif run["over_optimised"]:
         assert up, "silent"
         assert up[0] <= IN_TIME * run["iterations"], "too late"
     else:
@@ -75,9 +83,24 @@ def test_recorded_runs(file):
 
 
 def test_there_are_recorded_runs_of_both_kinds():
-    kinds = [json.loads(file.read_text())["over_optimised"] for file in RECORDED]
+    kinds = [run["over_optimised"] for file in RECORDED if "rows" in (run := json.loads(file.read_text()))]
     assert True in kinds
     assert False in kinds
+
+
+def test_the_pages_say_what_the_recorded_runs_show():
+    runs = {file.stem: json.loads(file.read_text()) for file in RECORDED}
+    hacked = [runs[name] for name in ("flow-grpo-200", "flow-grpo-200-seed-1", "flow-grpo-200-seed-2")]
+    first = [str(play_all(run)[0]) for run in hacked]
+    alone = [play(run) for run in hacked]
+    readme, advice = (" ".join((DOCS / page).read_text().split()) for page in ("../README.md", "troubleshooting.md"))
+    assert f"is up at iteration {', '.join(first[:2])} and {first[2]} of the hacked runs" in readme
+    assert f"the first was up at {', '.join(first[:2])} and {first[2]}" in advice
+    late = f"the second was up only at {alone[0][0]} in one of them and {alone[1][0]} in another"
+    assert late in advice
+    assert alone[2] == []
+    for name, run in runs.items():
+        assert (f"`{name}`" in advice) or not run.get("missed")
 
 
 def simulated(seed, truth, *, noise=0.2, drift=0.03, metrics=1, reward=lambda t: float(t)) -> dict:

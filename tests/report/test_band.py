@@ -1,12 +1,15 @@
 """Bands of recorded runs: which runs are compared, what is outside, and that it is said once.
 
-Planted bugs that turn it red (tests/mutants/band-*): another method compared; said again after every evaluation.
+Planted bugs that turn it red (tests/mutants/band-*): another method compared; said again after every evaluation. And of
+docs/report.md: a preset without a band left out, another number of runs, a band that was removed.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -177,3 +180,28 @@ def _set(run, section, name, value):
     settings = config.load(file=run / "config.yaml")
     setattr(getattr(settings, section), name, value)
     (run / "config.yaml").write_text(config.dump(settings))
+
+
+def test_the_page_names_the_presets_with_a_band_and_those_without():
+    """Made from the files: docs/report.md must have these two sentences word by word."""
+    root = Path(__file__).parents[2]
+    presets = sorted(file.stem for file in (root / "advgrpo" / "presets").glob("*.yaml"))
+    shipped = {file.stem: read_band(file) for file in sorted(bands._folder().glob("*.json"))}
+    assert shipped.keys() < set(presets)
+
+    def length(band: Band) -> int:
+        return max(iteration for curve in band.curves for points in curve.values() for iteration, _ in points)
+
+    names = sorted(shipped)
+    have = ", ".join(f"`{name}` ({len(shipped[name].curves)} of {length(shipped[name])})" for name in names)
+    none = [name for name in presets if name not in shipped]
+    small = ", ".join(f"`{name}`" for name in none if name.startswith("tiny-"))
+    families = sorted({re.match(r"[a-z]+[0-9]*m?(-image)?", name)[0] for name in none if not name.startswith("tiny")})
+    assert all(not name.startswith(family) for name in shipped for family in families), "name what is left of a family"
+    full = ", ".join(f"`{family}-*`" for family in families)
+    page = " ".join((root / "docs" / "report.md").read_text().split())
+    assert f"These do, by the number of runs and the iterations they have: {have}." in page
+    without = (
+        f"**These have none**, so a run of theirs is compared with nothing: {small}, and every preset at full size"
+    )
+    assert f"{without}: {full}." in page

@@ -2,10 +2,11 @@
 
 Planted bugs that turned this file red: no means kept for a trust region that needs them; the ratio's bound for the
 divergence; the rollout's mean left after reweighing; weights by the step's place in the window; noise weights relative
-to the noisiest step.
+to the noisiest step; the advantages' bound without the weight; weights that are the noise's square.
 """
 
 import copy
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from advgrpo import config
 from advgrpo.errors import UserError
 from advgrpo.sampling.dynamics import step_weights
 from tests.parts import every_second
+from tests.sampling.test_branching import tempflow
 from tests.sampling.test_rollout import build, changed, rollout_of, without_times
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -66,26 +68,39 @@ def test_a_window_of_merged_weights_is_compared_with_the_trainers_own_mean(unit_
     assert metrics.get("policy_divergence", 0) == 0
 
 
-def test_steps_weigh_as_much_as_they_are_short(unit_config):
-    """SD3's schedule of 4 steps, shift 3: loss and gradient of a step are the unweighted ones over sigma - sigma'."""
+def noise_of_steps(levels: list[float], eta: float) -> list[float]:
+    """Flow-GRPO's sigma_t * sqrt(-dt) of every step, where the first level's 1 - sigma is the second's."""
+    at = [levels[1] if level == 1 else level for level in levels]
+    return [eta * (a / (1 - b) * (a - c)) ** 0.5 for a, b, c in zip(levels, at, levels[1:])]
+
+
+@pytest.mark.parametrize("weights", ["inverse_length", "noise"])
+def test_steps_weigh_as_much_as_they_are_short(unit_config, weights):
+    """SD3's schedule of 4 steps, shift 3: loss and gradient of a step are the unweighted ones over sigma - sigma',
+    which is GRPO-Guard's, or times its noise over the mean of all steps', TempFlow-GRPO's."""
     losses, gradients = {}, {}
-    for weights in ("uniform", "inverse_length"):
-        window = {"order": "fixed", "steps": [0, 2]}
-        settings = settings_of(unit_config, "normalized_ratio", weights, **SDE, window=window)
+    region = "normalized_ratio" if weights == "inverse_length" else "ratio"
+    for which in ("uniform", weights):
+        settings = settings_of(unit_config, region, which, **SDE, window={"order": "fixed", "steps": [0, 2]})
         trainer = build(settings).trainer
         micro_batch, table = rollout_of(trainer).micro_batches[0], trainer.objective.table(0)
         for step in list(micro_batch.steps):
             micro_batch.steps = [step]
             advantages = torch.linspace(-3, 7, 8)  # clipped to 5 before they are weighed
             stats = trainer.updater.accumulate([micro_batch], advantages, table, total=4, watch_kl=False)
-            losses[weights, step.step] = stats.sums()[0].item()
-            gradients[weights, step.step] = torch.cat([p.grad.flatten() for _, p in trainer.updater.named])
+            losses[which, step.step] = stats.sums()[0].item()
+            gradients[which, step.step] = torch.cat([p.grad.flatten() for _, p in trainer.updater.named])
     levels = trainer.policy.schedule(4)[0].tolist()
+    noise = noise_of_steps(levels, SDE["eta"])
     for step in (0, 2):
-        length = levels[step] - levels[step + 1]
-        assert losses["inverse_length", step] == pytest.approx(losses["uniform", step] / length, rel=1e-5)
-        plain, weighed = gradients["uniform", step], gradients["inverse_length", step]
-        torch.testing.assert_close(weighed * length, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+        expected = (
+            1 / (levels[step] - levels[step + 1]) if weights == "inverse_length" else 4 * noise[step] / sum(noise)
+        )
+        assert abs(expected - 1) > 0.1
+        assert losses[weights, step] == pytest.approx(expected * losses["uniform", step], rel=1e-5)
+        plain, weighed = gradients["uniform", step], gradients[weights, step]
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(weighed / expected, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
 def test_weights_are_of_the_step_and_not_of_its_place(unit_config):
@@ -95,6 +110,35 @@ def test_weights_are_of_the_step_and_not_of_its_place(unit_config):
     assert trainer.updater.step_weights == pytest.approx(expected)
     assert len(set(expected)) == 4
     assert step_weights(trainer.policy, trainer.objective.settings, "uniform") == (1.0,) * 4
+
+
+def test_the_weighed_loss_is_tempflows_on_recorded_rows(unit_config):
+    """Its loss is Flow-GRPO's on a step's rows times 2.25 std_dev_t: the recorded loss and gradient (Adv-GRPO's lines,
+    16 rows beyond the clip and beyond the advantages' bound among them), times the deviations that TempFlow's own
+    rollout recorded, over those of its first step."""
+    golden = {name: torch.from_numpy(np.asarray(value)) for name, value in np.load(GOLDEN / "policy_loss.npz").items()}
+    recorded, policy, rollout = tempflow()
+    settings = settings_of(unit_config, **SDE)
+    settings.update.clip_range = float(golden["clip_range"])
+    settings.advantage.clip = float(golden["adv_clip_max"])
+    updater = build(settings).trainer.updater
+    updater.step_weights = step_weights(policy, rollout, "noise")
+    s = math.exp(-0.5 * math.log(2 * math.pi) - 0.05)  # log p = 0.05 - d²/(2s²), which reaches the recorded values
+    next_latents = (s * torch.sqrt(2 * (0.05 - golden["log_prob"].double()))).float()[:, None]
+    table = SimpleNamespace(coefficients=torch.tensor([1.0, 1.0, s]).expand(4, 3), lengths=(0.2,) * 4)
+    assert (golden["advantages"].abs() > settings.advantage.clip).any()
+    assert ((golden["ratio"] - 1).abs() > settings.update.clip_range).any()
+    first = updater.step_weights[0]
+    for branch, deviation in enumerate(recorded["std_dev_t"] / recorded["std_dev_t"][0]):
+        velocity = torch.zeros_like(next_latents, requires_grad=True)
+        step = SimpleNamespace(
+            step=branch, weight=None, next_latents=next_latents, log_prob=golden["old_log_prob"], mean=None
+        )
+        found = updater._loss(step, torch.zeros_like(velocity), (velocity, None), golden["advantages"], table, None)
+        torch.testing.assert_close(found.loss.detach() / first, deviation * golden["loss"], rtol=1e-5, atol=1e-6)
+        (gradient,) = torch.autograd.grad(found.loss, velocity)
+        by_log_prob = gradient[:, 0] * s**2 / next_latents[:, 0]  # d log p / dv = d / s²
+        torch.testing.assert_close(by_log_prob / first, deviation * golden["grad_log_prob"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dynamics", ["flow_sde", "flow_cps"])
