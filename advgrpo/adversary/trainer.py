@@ -176,10 +176,15 @@ class _Draw:
         return _Draw(*filled, self.seeds, torch.cat(counted).long())
 
 
+def usual_rows(most: int, mean: float) -> int:
+    """Rows for the images of a process that holds about `mean` of a draw, at most `most`: six standard deviations more,
+    which a draw exceeds once in 10^8 times."""
+    return min(most, math.ceil(mean + 6 * math.sqrt(mean)))
+
+
 def _room(drawn: int, most: int, mean: float) -> int:
-    """Rows for `drawn` images of a process that holds about `mean` of a draw, at most `most`: six standard deviations
-    more, which a draw exceeds once in 10^8 times, and then by as much as it can."""
-    usual = min(most, math.ceil(mean + 6 * math.sqrt(mean)))
+    """`usual_rows`, or where a draw exceeds them as many as it can have."""
+    usual = usual_rows(most, mean)
     return usual if drawn <= usual else most
 
 

@@ -64,7 +64,8 @@ def test_the_page_says_what_a_captured_update_takes():
 def test_a_model_that_is_not_counted_is_no_reason_to_capture(preset):
     """Nobody knows whether it fits: not by itself, and planned where it is asked for."""
     settings = configuration.load(preset)
-    with pytest.raises(UserError, match=r"the memory plan does not count .*pickscore"):
+    settings.rewards.pickscore.path = settings.adversary.backbone = "someone/clip"
+    with pytest.raises(UserError, match=r"the memory plan does not count .* = someone/clip"):
         peak_with_captured_update(settings)
     made = "the same, while graphs of the update are made"
     for graphs in ("auto", True):
@@ -73,7 +74,8 @@ def test_a_model_that_is_not_counted_is_no_reason_to_capture(preset):
         assert "update.graphs = false instead of auto" not in advice(RuntimeError("out of memory"), settings)
 
 
-UNCOUNTED = {"rewards": {"pickscore": {"weight": 1.0}}}
+UNCOUNTED = {"rewards": {"pickscore": {"weight": 1.0, "path": "someone/clip"}}}
+PICKSCORE = {"rewards": {"pickscore": {"weight": 1.0}}}
 AUTO, ASKED = {"rollout": {"initial_noise": "shared"}}, {"update": {"graphs": True}}
 DECISIONS = [
     ("sd35m-dino-paper", {}, False),
@@ -87,6 +89,7 @@ DECISIONS = [
     ("sd35m-dino-paper", {**AUTO, "model": {"lora": {"targets": ["norm1.linear"]}}}, False),
     ("sd35m-dino-paper", {**AUTO, "model": {"train": "full", "dtype": "float32"}}, False),
     ("sd35m-dino-paper", {**AUTO, **UNCOUNTED}, False),
+    ("sd35m-dino-paper", {**AUTO, **PICKSCORE}, True),
     ("sd35m-dino-paper", {**ASKED, **UNCOUNTED}, True),
     ("flux1-dino", AUTO, False),
     ("flux1-dino", ASKED, True),
