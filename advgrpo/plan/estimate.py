@@ -392,12 +392,12 @@ class Estimate:
         graphs = self.graphs  # a captured one keeps its pool for as long as it may run
         name = "sampler's forward, in the CUDA graphs' pool" if graphs else "sampler's forward"
         yield Component(name, forward, decides, ("sample", *held) if graphs else ("sample",))
-        decode = self._decoding_bytes(knobs.micro_batch)
-        decided = "model.resolution, rollout.micro_batch, rollout.decode_stream"
-        yield Component("decoding", decode, decided, self._decoding_phases())
         if config.objective.learns_from_references:  # one image at a time (training/supervised.py)
             encode = encode_bytes(self.pipeline.decoder, resolution)
             yield Component("encoding a reference", encode, "model.resolution", ("update",))
+        decode = self._decoding_bytes(knobs.micro_batch)
+        decided = "model.resolution, rollout.micro_batch, rollout.decode_stream"
+        yield Component("decoding", decode, decided, self._decoding_phases())
         both = "rollout.micro_batch, model.gradient_checkpointing, model.lora.blocks"
         saved = sequences * shape.saved_bytes(checkpointing=knobs.gradient_checkpointing)
         during = ("sample", *held) if captured else ("update",)  # in the graphs' pool, always

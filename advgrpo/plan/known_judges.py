@@ -160,8 +160,8 @@ def _look_bytes(network: Network, resolution: int) -> int:
 
 @functools.cache
 def last_layers_bytes(network: Network, layers: int, *, trains: bool) -> tuple[int, int]:
-    """(bytes whatever the batch, bytes of an image) alive at once while a CLIP's last vision layers, float32, compute in
-    the network's dtype; with `trains` until their gradients are there."""
+    """(bytes whatever the batch, bytes of an image) alive at once while a CLIP's last vision layers, which are float32,
+    compute in the network's dtype; with `trains` until their gradients are there."""
 
     def most(images: int) -> int:
         tail, low = network.last_layers(layers), network.dtype if network.dtype != torch.float32 else None

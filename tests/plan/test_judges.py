@@ -8,6 +8,7 @@ import torch
 
 from advgrpo import config as configuration
 from advgrpo.adversary.build import build_adversary
+from advgrpo.adversary.pickscore import PickScoreAdversary
 from advgrpo.errors import UserError
 from advgrpo.plan.activations import encode_bytes
 from advgrpo.plan.estimate import Estimate, Knobs
@@ -34,7 +35,9 @@ def test_counts_are_the_known_totals():
     }
     for (kind, path), count in known.items():
         for dtype, size in (("bfloat16", 2), ("float32", 4)):
-            assert known_network(kind, path, side=518, dtype=dtype).weights == size * count, path
+            network = known_network(kind, path, side=518, dtype=dtype)
+            assert network is not None
+            assert network.weights == size * count, path
 
 
 @pytest.mark.parametrize("preset", configuration.preset_names())
@@ -154,7 +157,8 @@ def test_workers_of_a_reward_keep_nothing_here(paper):
 
 
 def test_a_reward_of_the_users_own_is_named(paper):
-    paper.rewards.custom = (configuration.CustomReward(**{"name": "red", "import": "red.py:red", "weight": 1.0}),)
+    own = {"name": "red", "import": "red.py:red", "weight": 1.0}
+    paper.rewards.custom = (configuration.CustomReward.model_validate(own),)
     assert Judges(paper, 8, graphs=True).uncounted == ("rewards.custom[0]",)
 
 
@@ -184,6 +188,7 @@ def test_a_pickscore_adversary_has_what_is_planned():
     section = configuration.load("tiny-adv-pickscore").adversary
     config = configuration.load("tiny-adv-pickscore")
     built = build_adversary(section, device=torch.device("cpu"), seed=1)
+    assert isinstance(built, PickScoreAdversary)
     loaded = [*built.clip.model.parameters(), *built.tail.parameters()]
     loaded += [*built._norm.parameters(), *built._projection.parameters(), *(p.grad for p in built.parameters())]
     planned = names(config, 1)
@@ -195,8 +200,8 @@ def test_a_pickscore_adversary_has_what_is_planned():
 
 
 def test_encoding_references_is_counted(paper):
-    """One image at a time, as training/supervised.py does: at its largest five tensors of the first blocks' 128 channels
-    in float32."""
+    """One image at a time, as training/supervised.py does: at its largest five tensors of the first blocks' 128
+    channels in float32."""
     paper.update.objective = "sft"
     sizes = {c.name: c for c in Estimate(paper, 8).components(KNOBS)}
     assert sizes["encoding a reference"].phases == ("update",)
