@@ -78,7 +78,8 @@ ray: $(VENV)/.dev
 	@$(call install,--editable ".[dev,ray]")
 	ADVGRPO_RAY=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/rewards/test_pool.py -k ray $(ARGS)
 
-# Rebuild what advgrpo/tiny/assets ships; some four hours of one CPU core. The artists' files come from npm.
+# Build what advgrpo/tiny/assets ships anew, some four hours of one CPU core; what then differs from what is shipped is at
+# the end of docs/tiny.md. The artists' files come from npm.
 ASSETS := advgrpo/tiny/assets
 
 tiny-assets: $(VENV)/.dev

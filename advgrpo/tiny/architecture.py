@@ -53,8 +53,9 @@ TEXT_WIDTH = 128  # the two CLIPs side by side, and the T5
 def clip_tokenizer(size: Size = TINY) -> CLIPTokenizer:
     """Byte-pair encoding in which every caption word is one token and any other text still encodes.
 
-    The same pieces get the same numbers in every process. Shipped pipelines have tokenizers of an earlier version, of
-    which that was not true; their next rebuild takes this one.
+    The same pieces get the same numbers in every process. The pipeline "tiny" is shipped with this tokenizer;
+    "tiny:words" and the preference model have others of an earlier version, of which that was not true. Their next
+    rebuild takes this one.
     """
     letters = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789.,!?'\"-"]
     merges = learn_merges(size.words)

@@ -15,12 +15,13 @@ import torch
 from advgrpo import config as configuration
 from advgrpo.config import Config
 from advgrpo.plan.estimate import Estimate
+from advgrpo.plan.known_models import known_pipeline
 from advgrpo.plan.work import efficiency
 from advgrpo.policy.adapters import stored_network
 from bench import scaling
+from tests import flux_models, qwen_models
 from tests.conftest import make_unit_config
 from tests.faults.job import environment
-from tests.unit_size import UNIT
 from tests.zygote import run
 
 STRUCTURE = Path(__file__).parents[1] / "golden" / "structure.json"
@@ -36,7 +37,23 @@ def test_a_run_issues_the_collectives_that_are_counted(
 ):
     """Of processes alone, and of sequence groups, with tokens that are no equal shares; of blocks in parts, by
     diffusers' forward, and by ours in sequence groups."""
-    plain = make_unit_config(unit_pipeline, unit_backbone, tmp_path)
+    assert_collectives(make_unit_config(unit_pipeline, unit_backbone, tmp_path), processes, members, base, tmp_path)
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize(("processes", "members", "base"), [(2, 1, "none"), (2, 1, "blocks"), (2, 2, "none")])
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_a_run_of_another_family_issues_the_collectives_that_are_counted(
+    family, processes, members, base, unit_backbone, tmp_path
+):
+    """FLUX.1's blocks of two streams and of one, Qwen-Image's text with a mask; small, by the run's own classes."""
+    save = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline}[family]
+    plain = make_unit_config(str(save(tmp_path / "pipeline")), unit_backbone, tmp_path)
+    assert_collectives(plain, processes, members, base, tmp_path)
+
+
+def assert_collectives(plain: Config, processes: int, members: int, base: str, tmp_path: Path) -> None:
+    """A training with these settings issues what is counted, on every process in its second iteration."""
     changes = {
         "iterations": 2,
         "data": {"held_out_prompts": ""},
@@ -84,8 +101,8 @@ def _exchanged(settings: Config, processes: int, rank: int) -> Counter[int]:
     """How many exchanges of so many bytes a process is counted to issue in an iteration."""
     members, found = settings.model.sequence_parallel, Counter()
     if members > 1:
-        stock, side = stored_network(Path(settings.model.path)), UNIT.image_size // 4
-        text = UNIT.clip_tokens + UNIT.t5_tokens
+        stock, text = stored_network(Path(settings.model.path)), scaling.text_tokens(settings)
+        side = settings.model.resolution // known_pipeline(settings.model.path).decoder.scale
         each = scaling.exchanges(settings, stock, side, text, members, rank=rank % members)
         measures_kl = rank < members or settings.model.shard_base == "blocks"
         for counted in scaling.exchanged(settings, processes, each, measures_kl=measures_kl):

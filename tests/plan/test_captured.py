@@ -1,7 +1,6 @@
 """The update that is captured: what it holds, and that trainer and plan decide alike whether it is.
 
-Bugs planted, each seen red: a family's own trait left to one of
-both; what the plan leaves out forgotten.
+Bugs planted, each seen red: a family's own trait forgotten; what the plan leaves out forgotten.
 """
 
 import math

@@ -4,7 +4,8 @@ What lies beside the network is by hand, from shapes alone. Each phase of the pl
 is in test_memory.py, and beside it what a step of the sampler and of the update takes, which frozen weights would hide,
 within 8 %.
 
-Bugs planted, each seen red: {planted}
+Bugs planted, each seen red: the adapters in the model's dtype left out of a step of the sampler; FP8 weights counted
+without their transposes; four gathered blocks at once instead of three.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """The direction of imports is the drawing in docs/architecture.md: a line uses what stands on floors below its own.
 
 Planted: `from advgrpo.training import build` inside a function of data/sources.py, a room missing from the drawing, a
-room drawn twice.
+room drawn twice, the judge imported in a function of a reward, the second judge by a builder's annotator.
 """
 
 import ast
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "advgrpo"
 COMMAND_FILES = {"rewards.serve"}  # commands inside a room; `__main__` is one everywhere
 INNER_ROOMS = {"policy.fused"}
+JUDGING = {"build_second_judge", "measure_world", "audit_backbone"}  # tools that no shipped part is made by
 
 
 @functools.cache
@@ -91,6 +92,25 @@ def test_reading_data_builds_no_rewards():
     for name, path in modules().items():
         if room(name or "errors") == "data":
             assert not [module for _, module in imports(path, name) if module.startswith(("rewards", "adversary"))]
+
+
+def test_no_reward_adversary_or_builder_reaches_a_judge():
+    """By whatever they import, anywhere in a file: the tiny world's judges stay independent. Who reaches them are
+    metrics, through rewards/retrieval.py, and the tools that measure by them or build one."""
+    judges = {"tiny.judge", "tiny.second_judge", "rewards.retrieval"}
+    assert judges <= modules().keys()
+    starts = {name for name in modules() if room(name or "errors") in ("rewards", "adversary", "vision")} - judges
+    files = {name: modules()[name] for name in starts}
+    files |= {f"tools.{path.stem}": path for path in (ROOT / "tools" / "tiny").glob("*.py") if path.stem not in JUDGING}
+    assert {"tools.build_pipeline", "tools.build_backbone", "tools.build_preference", "tools.annotator"} <= files.keys()
+    reached, waiting = dict.fromkeys(files, ""), list(files)
+    while waiting:
+        name = waiting.pop()
+        for _, module in imports(files.get(name) or modules()[name], name):
+            if module and module not in reached:  # the package itself imports nothing of its own
+                reached[module] = name
+                waiting.append(module)
+    assert not {judge: reached[judge] for judge in judges if judge in reached}
 
 
 def test_the_method_imports_nothing_but_itself_and_torch():

@@ -1,6 +1,8 @@
 """The tiny models' tokenizers, and that their builders run, twice with the same bits.
 
-Planted bug that turned this file red: the VAE's images drawn from torch's own generator.
+Planted bugs that turned this file red: the VAE's images, or the words', drawn from torch's own generator; words built
+on the caller's threads; references by another seed or artist; drawings by the references' artist among the VAE's or
+the flow's.
 """
 
 import json
@@ -10,16 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 from transformers import Dinov2Model
 
-from advgrpo.tiny import architecture
+from advgrpo.tiny import architecture, reference_dir, scenes
 from advgrpo.tiny.architecture import TINY
 from advgrpo.tiny.byte_pairs import learn_merges
-from advgrpo.tiny.scenes import IMAGE_SIZE, all_scenes, vocabulary
-from tools.tiny import build_backbone, build_pipeline, build_references, training
+from advgrpo.tiny.scenes import BASE_ARTISTS, IMAGE_SIZE, JUDGE_ARTISTS, REFERENCE_ARTIST, all_scenes, vocabulary
+from tools.tiny import build_backbone, build_pipeline, build_references, build_words, training
 
 
 def test_every_caption_is_one_token_a_word():
@@ -66,6 +70,43 @@ class Blots:
         return images
 
 
+@pytest.fixture
+def seen(monkeypatch) -> dict[str, list[str]]:
+    """Whose drawings are asked for: of the corpus, and of the sheets by whoever renders."""
+    asked: dict[str, list[str]] = {"corpus": [], "sheets": []}
+    monkeypatch.setattr(build_pipeline.Corpus, "draw", lambda artists: asked["corpus"].extend(artists) or Blots())
+    real = scenes.drawings
+    monkeypatch.setattr(scenes, "drawings", lambda artist, size: asked["sheets"].append(artist) or real(artist, size))
+    return asked
+
+
+@pytest.mark.parametrize("steps", [0, pytest.param(2, marks=pytest.mark.weekly)])
+def test_the_base_and_its_vae_see_the_bases_artists_alone(tmp_path, monkeypatch, seen, steps):
+    """All three stages; in CI without their steps, which take seconds: the VAE's draws a batch, the flow's its data."""
+
+    def one_batch(vae, steps, batch, generator, draw) -> list[dict]:
+        assert draw(4, generator)[0].shape == (4, 3, IMAGE_SIZE, IMAGE_SIZE)
+        vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+        return []
+
+    if not steps:
+        monkeypatch.setattr(build_pipeline, "train_vae", one_batch)
+        monkeypatch.setattr(build_pipeline, "train_flow", lambda *_, **__: [])
+    assert REFERENCE_ARTIST not in BASE_ARTISTS
+    assert not {*JUDGE_ARTISTS} & {*BASE_ARTISTS, REFERENCE_ARTIST}
+    vae, good, poor = (str(tmp_path / name) for name in ("vae", "good", "poor"))
+    build_pipeline.main(["--output", vae, "--vae-steps", str(steps)])
+    assert seen == {"corpus": [*BASE_ARTISTS], "sheets": []}
+    flow = ["--steps", str(steps), "--images", "64"]
+    build_pipeline.main(["--continue-from", vae, *flow, "--output", good])
+    assert {*seen["sheets"]} == {*BASE_ARTISTS}
+    seen["sheets"].clear()
+    bad = ["--good-share", "0.6", "--watermarks", "0.8"]
+    build_pipeline.main(["--continue-from", good, *flow, *bad, "--output", poor])
+    assert {*seen["sheets"]} == {*BASE_ARTISTS}
+    assert seen["corpus"] == [*BASE_ARTISTS]
+
+
 @pytest.mark.weekly
 def test_the_builders_run_end_to_end(tmp_path, monkeypatch):
     """A few steps of each, so that the recipes cannot rot; what they write loads as float32."""
@@ -105,6 +146,19 @@ def test_a_rebuild_has_the_same_bits(tmp_path, monkeypatch):
     assert {"vae", "drawings", "poor", "backbone"} == {path.parts[0] for path in once}
 
 
+@pytest.mark.weekly
+def test_words_built_again_have_the_same_bits(tmp_path):
+    few = ["--vae-steps", "2", "--flow-steps", "2", "--images", "64", "--batch", "4"]
+    for name in ("once", "again"):
+        torch.rand(1 if name == "once" else 5)
+        torch.set_num_threads(1 if name == "once" else 2)  # as the caller has it; the builder takes one
+        build_words.main(["--output", str(tmp_path / name), *few])
+        assert torch.get_num_threads() == 1
+    once, again = (contents(tmp_path / name) for name in ("once", "again"))
+    assert once == again
+    assert {"vae", "transformer", "tokenizer"} <= {path.parts[0] for path in once}
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     """Of every file by its path within, without the seconds of training.json."""
     found = {}
@@ -115,14 +169,31 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_the_references_builder_writes_what_is_shipped(tmp_path, monkeypatch):
-    """Of two prompts of each list, which is what the time allows."""
-    real = build_references.split_prompts
-    monkeypatch.setattr(build_references, "split_prompts", lambda: {name: part[:2] for name, part in real().items()})
+    """Every list, the index, and every picture's pixels; of two prompts of each list the file as well, read again. Not
+    the file's bytes, which are those of a version of zlib."""
+    shipped = reference_dir()
+    index = json.loads((shipped / "references.json").read_text())
+    read = {name for part in build_references.split_prompts().values() for text in part[:2] for name in index[text]}
+    drawn, write = {}, build_references.write_image
+
+    def keep(path: Path, image: torch.Tensor) -> None:
+        drawn[path.name] = image
+        if path.name in read:
+            write(path, image)
+
+    monkeypatch.setattr(build_references, "write_image", keep)
     build_references.main(["--output", str(tmp_path)])
-    index = json.loads((tmp_path / "references" / "references.json").read_text())
-    assert len(index) == 2 * len(build_references.PER_NAME)
-    assert {len(files) for files in index.values()} == set(build_references.REFERENCES.values())
-    assert (tmp_path / "prompts.txt").read_text().splitlines() == real()["prompts"][:2]
+    assert drawn.keys() == {path.name for path in shipped.glob("*.png")}
+    assert all(torch.equal(image, pixels(shipped / name)) for name, image in drawn.items())
+    for name in read:
+        assert torch.equal(pixels(tmp_path / "references" / name), pixels(shipped / name))
+    for name in ("references/references.json", *(f"{part}.txt" for part in build_references.PER_NAME)):
+        assert (tmp_path / name).read_bytes() == (shipped.parent / name).read_bytes()
+
+
+def pixels(path: Path) -> torch.Tensor:
+    """[3, H, W] bytes of a PNG."""
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1)
 
 
 def test_noise_levels_lean_towards_noise():

@@ -1,10 +1,16 @@
-"""The tiny world's judge: what it finds in real drawings, in noise, and in the wrong thing."""
+"""The tiny world's judge: what it finds in real drawings, in noise, and in the wrong thing; and that it rewards nobody.
+
+Bugs planted in a copy, each seen red: the judges' names free for rewards of lists; a judge registered as a reward.
+"""
 
 import pytest
 import torch
 
+from advgrpo import config
+from advgrpo.config.judge_checks import JUDGE_METRICS
 from advgrpo.errors import UserError
 from advgrpo.evaluation.judging import TinyWitness
+from advgrpo.rewards import reward_class
 from advgrpo.rewards.retrieval import Ranks, Retrieval, judge_metrics
 from advgrpo.tiny.judge import GALLERY_ARTISTS, Judge, Verdict, cut
 from advgrpo.tiny.scenes import (
@@ -32,6 +38,27 @@ def judge(tmp_path_factory) -> Judge:
 def test_the_references_artist_is_not_in_the_gallery():
     assert REFERENCE_ARTIST not in GALLERY_ARTISTS
     assert len(GALLERY_ARTISTS) == 4
+
+
+@pytest.mark.parametrize("name", JUDGE_METRICS)
+def test_no_run_is_rewarded_by_a_judge(name):
+    """Under its metric's name, whichever way a reward can be given one; as no reward is registered under it either."""
+    metrics = {"evaluation": {"metrics": [*JUDGE_METRICS]}}
+
+    def checked(**rewards) -> None:
+        config.check(config.build(config.merge(config.read_preset("tiny"), metrics | {"rewards": rewards}), "test"))
+
+    checked()
+    for rewards in (
+        {name: {"weight": 1}},
+        {"custom": [{"name": name, "import": "a:b", "weight": 1}]},
+        {"remotes": [{"name": name, "url": "http://127.0.0.1:1", "weight": 1}]},
+        {"pools": [{"reward": name}]},
+    ):
+        with pytest.raises(UserError, match=rf"rewards\.(\w+\[0\]\..* = ')?{name}\b"):
+            checked(**rewards)
+    with pytest.raises(UserError, match=f"unknown reward '{name}'"):
+        reward_class(name)
 
 
 def test_drawings_of_an_artist_outside_the_gallery_are_recognised(judge):

@@ -2,11 +2,12 @@
 
     python -m tools.tiny.build_preference --pipeline advgrpo/tiny/assets/pipeline --output FOLDER
 
-Three minutes of one CPU core, on one thread, so that a rebuild has the same bits. Preference pairs, judged by a
-simulated annotator (annotator.py), with PickScore's objective, softmax over `logit_scale * cos(text, image)` of the two
-images (arXiv 2305.01569, equation 2), and at once CLIP's objective on the same images: each has to find what it shows
-among the batch's captions (arXiv 2103.00020). Of the pipeline only VAE and tokenizer are used; its own pictures are not
-trained on, and the gates are measured on them, on the tuning prompts.
+On one thread, so that a rebuild has the same bits: some minutes of an idle CPU core; the shipped one took 32 by the
+clock. Preference pairs, judged by a simulated annotator (annotator.py), with PickScore's objective, softmax over
+`logit_scale * cos(text, image)` of the two images (arXiv 2305.01569, equation 2), and at once CLIP's objective on the
+same images: each has to find what it shows among the batch's captions (arXiv 2103.00020). Of the pipeline only VAE and
+tokenizer are used; its own pictures are not trained on, and the gates are measured on them, on the tuning prompts. What
+is shipped has the tokenizer of an earlier pipeline, so a rebuild is another model.
 
 Shapes: B images [B, 3, 48, 48] float32 in [0, 1].
 """

@@ -3,11 +3,11 @@
     python -m tools.tiny.build_second_judge --pipeline advgrpo/tiny/assets/pipeline \\
       --output advgrpo/tiny/assets/second_judge
 
-Three minutes of one CPU core, on one thread, so that a rebuild has the same bits. It sees drawings by the judges'
-artists only, in four of five of the world's scenes, a little turned, bent, mirrored and recoloured. The gates, printed
-and kept in training.json with the accuracy on what it was not trained on: the other scenes of its own artists, all
-scenes of the references' artist and of the base's, and what the pipeline draws for the tuning prompts at guidance 1, 2
-and 3.
+On one thread, so that a rebuild has the same bits: some minutes of an idle CPU core; the shipped one took 30 by the
+clock. It sees drawings by the judges' artists only, in four of five of the world's scenes, a little turned, bent,
+mirrored and recoloured. The gates, printed and kept in training.json with the accuracy on what it was not trained on:
+the other scenes of its own artists, all scenes of the references' artist and of the base's, and what the pipeline draws
+for the tuning prompts at guidance 1, 2 and 3.
 
 Shapes: B cuts [B, 3, 32, 32] float32 in [0, 1].
 """
