@@ -19,6 +19,7 @@ from advgrpo.errors import UserError
 from advgrpo.runtime import rng
 from advgrpo.runtime.checkpoint import pack_optimizer
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
+from advgrpo.runtime.shares import usual_rows
 from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Features
 
@@ -174,12 +175,6 @@ class _Draw:
         counted = [torch.arange(size) < len(own) for own, size in zip(rows, sizes)]
         filled = [torch.cat([own, own.new_zeros(size - len(own))]) for own, size in zip(rows, sizes)]
         return _Draw(*filled, self.seeds, torch.cat(counted).long())
-
-
-def usual_rows(most: int, mean: float) -> int:
-    """Rows for the images of a process that holds about `mean` of a draw, at most `most`: six standard deviations more,
-    which a draw exceeds once in 10^8 times."""
-    return min(most, math.ceil(mean + 6 * math.sqrt(mean)))
 
 
 def _room(drawn: int, most: int, mean: float) -> int:

@@ -13,17 +13,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from advgrpo.adversary.augmentation import REFERENCE_VIEWS
-from advgrpo.adversary.trainer import usual_rows
 from advgrpo.config import Config
 from advgrpo.errors import UserError
 from advgrpo.plan.component import AFTER_ENCODING, Component
 from advgrpo.plan.known_judges import CLIP, DINO, SIGLIP, Network, known_network, last_layers_bytes
 from advgrpo.plan.known_models import BACKBONES
+from advgrpo.runtime.shares import usual_rows
 
 _REFERENCES_PER_PROMPT = 8  # docs/method.md section 8
 _PROMPTS_IN_MEMORY = 512  # of adversary/reference_features.py
 _TEXTS_IN_MEMORY = 65_536  # of vision/clip.py
+_REFERENCE_VIEWS = 4  # of adversary/augmentation.py
 _AFTER, _SCORING = ("score", "update"), ("score",)
 _OF_REWARD = {  # what a fixed reward looks through; None: nothing on this GPU
     "pickscore": CLIP,
@@ -163,7 +163,7 @@ class Judges:
         yield Component("features of an iteration's images", judged * per_image, _ITERATION, _AFTER)
         yield Component("the same, while joined", judged * per_image, _ITERATION, _SCORING)
         yield Component("features of their references", judged * kept, decided, _AFTER)
-        views = 1 if self.config.adversary.augment == "none" else REFERENCE_VIEWS
+        views = 1 if self.config.adversary.augment == "none" else _REFERENCE_VIEWS
         cached = _PROMPTS_IN_MEMORY * _REFERENCES_PER_PROMPT * stored * views
         yield Component("reference features in memory, at most", cached, decided, _AFTER)
 
