@@ -3,6 +3,8 @@
 Bugs planted in a copy, each seen red: {planted}
 """
 
+import json
+
 import pytest
 import torch
 
@@ -145,6 +147,47 @@ def test_metrics_of_held_out_prompts_are_loaded_besides(paper):
     assert names(paper)["reward pickscore, of evaluation"] == 2 * 986_109_441
     paper.rewards.pickscore.weight = 1.0
     assert {"reward pickscore", "reward pickscore, of evaluation"} < set(names(paper))
+
+
+@pytest.mark.parametrize(
+    ("reward", "parameters", "reads"),
+    [
+        ("pickscore", 986_109_441, True),
+        ("clip_similarity", 427_616_513, True),
+        ("clip_reference_similarity", 427_616_513, False),
+        ("aesthetic", 427_616_513, False),
+        ("dino_similarity", 86_580_480, False),
+        ("ocr", 0, False),
+        ("rule", 0, False),
+        ("remote", 0, False),
+        ("vlm_judge", 0, False),
+    ],
+)
+def test_every_reward_looks_through_its_own_network(reward, parameters, reads, paper):
+    before = names(paper)
+    getattr(paper.rewards, reward).weight = 1.0
+    paper.adversary.dtype = "float32"
+    found = names(paper)
+    assert found.get(f"reward {reward}", 0) == 4 * parameters
+    assert (f"prompts as reward {reward} reads them, at most" in found) == reads
+    assert Judges(paper, 8, graphs=True).uncounted == ()
+    assert f"reward {reward}" not in before
+
+
+def test_a_folder_of_ones_own_is_read(paper, tmp_path):
+    """A SigLIP's whole or of its vision model alone."""
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for name, config in (("whole", {"vision_config": vision, "text_config": {}}), ("alone", vision)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        paper.adversary.kind, paper.adversary.backbone = "siglip", str(tmp_path / name)
+        paper.adversary.image_size = 512
+        found = names(paper)
+        assert 0 < found["SigLIP backbone"] < 2e6
+        assert found["features of an iteration's images"] == 96 * 4 * (32 * 32 + 1) * 64
+    (tmp_path / "alone" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        names(paper)
 
 
 def test_workers_of_a_reward_keep_nothing_here(paper):
