@@ -19,6 +19,7 @@ from advgrpo.errors import UserError
 from advgrpo.runtime import rng
 from advgrpo.runtime.checkpoint import pack_optimizer
 from advgrpo.runtime.graphs import CapturedFunction, GraphBackend, StaticBuffers
+from advgrpo.runtime.shares import usual_rows
 from advgrpo.runtime.transfer import to_device
 from advgrpo.types import Features
 
@@ -177,9 +178,8 @@ class _Draw:
 
 
 def _room(drawn: int, most: int, mean: float) -> int:
-    """Rows for `drawn` images of a process that holds about `mean` of a draw, at most `most`: six standard deviations
-    more, which a draw exceeds once in 10^8 times, and then by as much as it can."""
-    usual = min(most, math.ceil(mean + 6 * math.sqrt(mean)))
+    """`usual_rows`, or where a draw exceeds them as many as it can have."""
+    usual = usual_rows(most, mean)
     return usual if drawn <= usual else most
 
 

@@ -166,6 +166,13 @@ class Config(Section):
             return ObserverSettings(adversary.backbone, adversary.image_size, adversary.dtype, fields)
         return None
 
+    @property
+    def loaded_observer(self) -> ObserverSettings | None:
+        """`observer`, where it has something to look at. Where no images are drawn while the generator trains, only
+        evaluation looks through it."""
+        measured = self.data.held_out_prompts and "dino_similarity" in self.evaluation.metrics
+        return self.observer if self.objective.samples_images or measured else None
+
 
 def build(settings: dict[str, Any], source: str) -> Config:
     """A Config of valid values; UserError naming each wrong field, its value and what is wanted (`explain`)."""

@@ -37,10 +37,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from advgrpo.plan.known_models import Vae, VideoVae
+from advgrpo.plan.known_models import Vae, VideoVae, meta_vae
 from advgrpo.policy.fused.decoder import Decoder
 
 _FLOAT32 = 4
@@ -217,6 +219,28 @@ class AliveBytes(TorchDispatchMode):
         self.alive -= self._known.pop(key)
 
 
+class OnGpu(TorchFunctionMode):
+    """Operations on the meta device as a GPU runs them: attention without its matrix, and what `torch.autocast` casts
+    in the layers of a vision network, without its weight cache.
+
+    Args:
+        autocast: to which precision; None: not at all.
+    """
+
+    def __init__(self, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.autocast = autocast
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None):
+        kwargs = kwargs or {}
+        if self.autocast is not None and function in (F.linear, F.scaled_dot_product_attention, F.layer_norm):
+            dtype = torch.float32 if function is F.layer_norm else self.autocast
+            args, kwargs = tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return function(*args, **kwargs)
+
+
 @functools.cache
 def decode_bytes(config: Vae, dtype: torch.dtype, side: int) -> int:
     """Most bytes alive while one image of `side` latents is decoded, counted on meta."""
@@ -227,4 +251,15 @@ def decode_bytes(config: Vae, dtype: torch.dtype, side: int) -> int:
         decode = Decoder(config, dtype=dtype, device="meta")
     with torch.no_grad(), AliveBytes() as counted:
         decode(latents)
+    return counted.peak
+
+
+@functools.cache
+def encode_bytes(config: Vae, resolution: int) -> int:
+    """Most bytes alive while the stock VAE encodes one image of so many pixels a side in float32, counted on meta."""
+    image = torch.empty((1, 3, resolution, resolution), device="meta")
+    image = image.unsqueeze(2) if isinstance(config, VideoVae) else image
+    vae: Any = meta_vae(config)
+    with torch.no_grad(), OnGpu(), AliveBytes() as counted:
+        vae.encode(image * 2 - 1).latent_dist.mode()
     return counted.peak

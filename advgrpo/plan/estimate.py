@@ -15,18 +15,16 @@ import torch
 
 from advgrpo.config import Config, unevenly_sharded
 from advgrpo.plan import known_models
-from advgrpo.plan.activations import TransformerShape, decode_bytes
-from advgrpo.plan.captured import needs_room, why_not_captured, why_not_fused, why_not_ours
+from advgrpo.plan.activations import TransformerShape, decode_bytes, encode_bytes
+from advgrpo.plan.captured import needs_room, why_no_graphs, why_not_captured, why_not_fused, why_not_ours
+from advgrpo.plan.component import PHASES, Component
+from advgrpo.plan.judges import Judges
 from advgrpo.plan.work import drawn_steps, efficiency, learning, micro_batches
 from advgrpo.policy.fused.decoder import GATED_IMAGES, decoded_at_once
 
 GB = 1e9
-PHASES = ("encode", "sample", "decode", "score", "update")
 CONTEXT = 1.2  # GB: CUDA context, cuBLAS and cuDNN workspaces, NCCL
 SLACK = 0.05  # of what is allocated: the allocator's rounding and fragmentation
-_REFERENCES_PER_PROMPT = 8  # docs/method.md section 8
-_PROMPTS_IN_MEMORY = 512  # of adversary/reference_features.py
-_REFERENCE_VIEWS = 4  # of adversary/augmentation.py
 _SMS = 132  # streaming multiprocessors of an H100 or H200
 _TILE = (128, 256)  # rows and columns of a matrix product that one of them computes at a time
 
@@ -41,14 +39,6 @@ class Knobs:
     def __str__(self) -> str:
         checkpointing = "true" if self.gradient_checkpointing else "false"
         return f"rollout.micro_batch = {self.micro_batch}, model.gradient_checkpointing = {checkpointing}"
-
-
-@dataclass(frozen=True)
-class Component:
-    name: str
-    bytes: int
-    decided_by: str
-    phases: tuple[str, ...] = PHASES  # in which it is held
 
 
 @dataclass(frozen=True)
@@ -107,18 +97,13 @@ class Estimate:
     def __init__(self, config: Config, processes: int):
         self.config, self.processes = config, processes
         self.pipeline = known_models.known_pipeline(config.model.path)
-        learned = config.adversary.kind if config.learns_adversary else "none"
-        self.dino = learned == "dino"
-        other = [] if learned in ("dino", "none") else [f"adversary.kind = {learned}"]
-        entries = config.rewards.entries()
-        fixed = [entries[name].owner for name in config.fixed_rewards if config.rewards.pool(name) is None]
-        observer = ["evaluation.backbone"] if config.evaluation.backbone else []
-        encoder = ["the VAE's encoder"] if config.objective.learns_from_references else []
-        self.uncounted = (*other, *fixed, *observer, *encoder)
         self.lora = config.model.train == "lora"
         self.sharded = config.model.is_sharded(processes)
         self.is_ours = config.fast and not why_not_ours(config.model, self.pipeline.kind)
         self.fused = not why_not_fused(config, self.pipeline.kind)
+        self.graphs = self.fused and not why_no_graphs(config.model)
+        self.judges = Judges(config, processes, graphs=self.graphs)
+        self.uncounted = self.judges.uncounted
         unknown = bool(self.uncounted) and needs_room(config)
         self.captures = not why_not_captured(config, self.pipeline.kind) and not unknown
         self.copied = config.has_merged_copy
@@ -216,8 +201,8 @@ class Estimate:
 
     def components(self, knobs: Knobs, *, captured: bool = False) -> tuple[Component, ...]:
         """Those with bytes. `captured`: forward and backward of the update are CUDA graphs."""
-        reward = self._dino(knobs) if self.dino else ()
-        return tuple(c for c in (*self._weights(), *reward, *self._activations(knobs, captured)) if c.bytes)
+        judges = self.judges.components(knobs.micro_batch, self.judged(knobs))
+        return tuple(c for c in (*self._weights(), *judges, *self._activations(knobs, captured)) if c.bytes)
 
     def _weights(self) -> Iterator[Component]:
         config, weights = self.config, self.weights
@@ -372,38 +357,6 @@ class Estimate:
         gated = min(at_once, GATED_IMAGES) * decode_bytes(decoder, torch.float32, self.latent_side)
         return max(micro_batch, gated + 4 * known_models.count_decoder(decoder))
 
-    def _dino(self, knobs: Knobs) -> Iterator[Component]:
-        adversary = self.config.adversary
-        backbone = known_models.known_backbone(adversary.backbone)
-        hidden = backbone["hidden_size"]
-        width = hidden * max(1, len(adversary.feature_layers))
-        element = 2 if adversary.dtype == "bfloat16" else 4
-        tokens = (adversary.image_size // backbone["patch_size"]) ** 2 + 1
-        per_image = 4 * tokens * width
-        iteration = "rollout.prompts_per_iteration, group_size, processes"
-        kept = 4 * width * (min(adversary.cached_patches, tokens - 1) + 1)
-        stored = kept * element // 4  # reference_features.py packs what a bfloat16 backbone gives
-        count = known_models.count_backbone(backbone)
-        yield Component("DINO backbone", count * element, f"adversary.backbone = {adversary.backbone}")
-        after = ("score", "update")
-        images = self.judged(knobs)
-        yield Component("features of an iteration's images", images * per_image, iteration, after)
-        yield Component("the same, while joined", images * per_image, iteration, ("score",))
-        yield Component("features of their references", images * kept, "adversary.cached_patches", after)
-        views = 1 if adversary.augment == "none" else _REFERENCE_VIEWS
-        cached = _PROMPTS_IN_MEMORY * _REFERENCES_PER_PROMPT * stored * views
-        yield Component(
-            "reference features in memory, at most", cached, "adversary.cached_patches", ("score", "update")
-        )
-        replay = 4 * width * adversary.replay_capacity * (adversary.num_patches * adversary.heads + 1)
-        yield Component("replay buffer", replay, "adversary.replay_capacity", ("sample", "decode", "score", "update"))
-        if self.lora:
-            yield Component("copy of the replay buffer", replay, "adversary.replay_capacity", ("score", "update"))
-        drawn = min(adversary.batch_size, self.config.images_per_iteration) * per_image
-        yield Component("rows of a discriminator update", drawn, "adversary.batch_size", ("score",))
-        alive = round(14 * element * tokens * hidden * knobs.micro_batch)
-        yield Component("DINO forward", alive, "rollout.micro_batch", ("score",))
-
     def _activations(self, knobs: Knobs, captured: bool) -> Iterator[Component]:
         config, shape = self.config, self.shape
         sequences = knobs.micro_batch * self.guided
@@ -436,9 +389,12 @@ class Estimate:
         adapters = self.element * self.weights.lora if self.fused else 0  # theirs in the model's dtype, while they run
         forward = sequences * (max(path.forward_bytes() for path in paths) + 4 * latents) + modulation
         forward += adapters if self._draws_with_adapters else 0
-        graphs = self.fused and shape.processes == 1  # a captured graph keeps its pool for as long as it may run
+        graphs = self.graphs  # a captured one keeps its pool for as long as it may run
         name = "sampler's forward, in the CUDA graphs' pool" if graphs else "sampler's forward"
         yield Component(name, forward, decides, ("sample", *held) if graphs else ("sample",))
+        if config.objective.learns_from_references:  # one image at a time (training/supervised.py)
+            encode = encode_bytes(self.pipeline.decoder, resolution)
+            yield Component("encoding a reference", encode, "model.resolution", ("update",))
         decode = self._decoding_bytes(knobs.micro_batch)
         decided = "model.resolution, rollout.micro_batch, rollout.decode_stream"
         yield Component("decoding", decode, decided, self._decoding_phases())

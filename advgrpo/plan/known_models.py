@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from advgrpo import tiny
 from advgrpo.config import LoraSection
 from advgrpo.errors import UserError
 from advgrpo.policy.fused.decoder import SD3_DECODER, Decoder, DecoderConfig
@@ -292,31 +291,19 @@ def known_pipeline(path: str) -> Pipeline:
             f"model.path = {path!r} is not known without a network; pass a downloaded pipeline's folder, tiny, or one "
             f"of {', '.join(KNOWN)}"
         )
-    encoders = [_read(folder / name / "config.json") for name in _TEXT_FOLDERS if (folder / name).is_dir()]
-    kind = _read(folder / "model_index.json").get("_class_name", "StableDiffusion3Pipeline")
+    encoders = [read_config(folder / name / "config.json") for name in _TEXT_FOLDERS if (folder / name).is_dir()]
+    kind = read_config(folder / "model_index.json").get("_class_name", "StableDiffusion3Pipeline")
     vae = VideoVae if kind == "QwenImagePipeline" else DecoderConfig
     return Pipeline(
-        _read(folder / "transformer" / "config.json"),
-        vae.from_mapping(_read(folder / "vae" / "config.json")),
+        read_config(folder / "transformer" / "config.json"),
+        vae.from_mapping(read_config(folder / "vae" / "config.json")),
         tuple((config["architectures"][0], config) for config in encoders),
         kind,
     )
 
 
-def known_backbone(path: str) -> dict[str, Any]:
-    """config.json of a DINOv2 by hub id in `BACKBONES`, "tiny" or local folder; UserError otherwise."""
-    if path in BACKBONES:
-        return BACKBONES[path]
-    folder = tiny.BACKBONES[path] if path in tiny.BACKBONES else Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"adversary.backbone = {path!r} is not known without a network; pass a downloaded folder, tiny, or one of "
-            f"{', '.join(BACKBONES)}"
-        )
-    return _read(folder / "config.json")
-
-
-def _read(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A model folder's JSON file; UserError where it cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -493,7 +480,7 @@ def count_largest_text_layer(pipeline: Pipeline) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _count_largest_layer(class_name: str, config: str) -> int:
-    modules = _meta_transformers_model(class_name, config).modules()
+    modules = meta_transformers_model(class_name, config).modules()
     return max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules)
 
 
@@ -509,11 +496,12 @@ def count_decoder(config: Vae) -> int:
 @functools.lru_cache(maxsize=8)
 def count_vae(config: Vae) -> int:
     """Parameters of the whole stock VAE around such a decoder."""
-    return sum(p.numel() for p in _meta_vae(config).parameters())
+    return sum(p.numel() for p in meta_vae(config).parameters())
 
 
 @functools.lru_cache(maxsize=8)
-def _meta_vae(config: Vae) -> torch.nn.Module:
+def meta_vae(config: Vae) -> torch.nn.Module:
+    """The stock VAE on the meta device; one for all who ask."""
     from diffusers import AutoencoderKL
 
     if isinstance(config, VideoVae):
@@ -541,7 +529,7 @@ def pinned_text_encoders(pipeline: Pipeline, element: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _pinned_encoder(class_name: str, config: str, element: int) -> int:
-    return _pinned(_meta_transformers_model(class_name, config), element)
+    return _pinned(meta_transformers_model(class_name, config), element)
 
 
 @functools.lru_cache(maxsize=16)
@@ -550,7 +538,7 @@ def pinned_vae(config: Vae, decoder_element: int | None) -> int:
 
     None: there is no decoder of ours.
     """
-    stock = _pinned(_meta_vae(config), 4)
+    stock = _pinned(meta_vae(config), 4)
     return stock if decoder_element is None else stock + _pinned(Decoder(config, device="meta"), decoder_element)
 
 
@@ -558,18 +546,14 @@ def _pinned(module: torch.nn.Module, element: int) -> int:
     return sum(pinned_bytes(p.numel() * element) for p in module.parameters())
 
 
-def count_backbone(config: dict[str, Any]) -> int:
-    """Parameters of a Dinov2Model."""
-    return _count_transformers_model("Dinov2Model", json.dumps(config))
-
-
 @functools.lru_cache(maxsize=16)
 def _count_transformers_model(class_name: str, config: str) -> int:
-    return sum(p.numel() for p in _meta_transformers_model(class_name, config).parameters())
+    return sum(p.numel() for p in meta_transformers_model(class_name, config).parameters())
 
 
 @functools.lru_cache(maxsize=16)
-def _meta_transformers_model(class_name: str, config: str) -> torch.nn.Module:
+def meta_transformers_model(class_name: str, config: str) -> torch.nn.Module:
+    """transformers' module of a class on the meta device, by its config.json's text; one for all who ask."""
     import transformers
 
     kind = getattr(transformers, class_name)

@@ -7,6 +7,7 @@ from round to round, so that all rounds together are dealt as evenly as they can
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -68,3 +69,9 @@ class Balance:
         """
         most = together * self.most + by_round * self.rounds * self.most_of_a_round
         return (together + by_round) * self.total / self.processes / most
+
+
+def usual_rows(most: int, mean: float) -> int:
+    """Rows for the images of a process that holds about `mean` of a draw, at most `most`: six standard deviations more,
+    which a draw exceeds once in 10^8 times."""
+    return min(most, math.ceil(mean + 6 * math.sqrt(mean)))

@@ -164,14 +164,13 @@ def _build_reward(
 
 
 def build_observer(config: Config, adversary: Adversary | None, device: torch.device) -> DinoObserver | None:
-    """Who looks at images for statistics: the DINO that `config.observer` names; None where there is none, or no use.
+    """Who looks at images for statistics: the DINO that `config.loaded_observer` names; None where there is none, or
+    no use.
 
-    One that the adversary has loaded already, at the same size, is shared. Where no images are drawn while it trains,
-    only evaluation looks through it.
+    One that the adversary has loaded already, at the same size, is shared.
     """
-    wanted = config.observer
-    measured = config.data.held_out_prompts and "dino_similarity" in config.evaluation.metrics
-    if wanted is None or not (config.objective.samples_images or measured):
+    wanted = config.loaded_observer
+    if wanted is None:
         return None
     own = None if adversary is None else adversary.backbone
     if isinstance(own, DinoBackbone):

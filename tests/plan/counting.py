@@ -102,7 +102,12 @@ def on_meta(monkeypatch, counting: Counting) -> None:
     monkeypatch.setattr(torch, "meta", torch.cpu, raising=False)
     monkeypatch.setattr(_fully_shard, "_get_device_from_mesh", lambda mesh: META)
     monkeypatch.setattr(_fsdp_param_group.FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
-    resize = torch.UntypedStorage.resize_
+    resize, product = torch.UntypedStorage.resize_, torch._scaled_mm
+
+    def product_into(*operands, out=None, **settings):  # which PyTorch cannot on the meta device
+        return product(*operands, **settings) if out is None else out
+
+    monkeypatch.setattr(torch, "_scaled_mm", product_into)
 
     def resize_and_count(storage, size):
         found = resize(storage, size)

@@ -51,9 +51,11 @@ def test_advice_names_the_knobs_in_order_with_this_runs_values(paper):
 
 def test_models_that_are_not_counted_are_named(paper):
     assert plan(paper, 80).uncounted == ()
-    paper.adversary.kind, paper.rewards.pickscore.weight = "siglip", 1.0
+    paper.adversary.kind, paper.adversary.backbone = "siglip", "someone/siglip"
+    paper.rewards.pickscore.weight, paper.rewards.pickscore.path = 1.0, "someone/clip"
     chosen = plan(paper, 80)
-    assert "not counted: adversary.kind = siglip, rewards.pickscore" in chosen.line()
+    named = "adversary.backbone = someone/siglip, rewards.pickscore.path = someone/clip"
+    assert f"not counted: {named}" in chosen.line()
     assert not any("DINO" in c.name for c in chosen.components)
     assert "cached_patches" not in advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
 
@@ -61,7 +63,7 @@ def test_models_that_are_not_counted_are_named(paper):
 def test_supervised_fine_tuning_loads_no_adversary(paper):
     paper.update.objective = "sft"
     chosen = plan(paper, 80)
-    assert chosen.uncounted == ("the VAE's encoder",)
+    assert chosen.uncounted == ()
     assert not any("DINO" in c.name for c in chosen.components)
     assert "dinov2" not in advice(torch.cuda.OutOfMemoryError("CUDA out of memory."), paper)
 

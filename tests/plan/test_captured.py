@@ -53,17 +53,20 @@ def test_the_update_is_captured_by_itself_only_where_that_pays_and_fits(paper):
 
 
 def test_the_page_says_what_a_captured_update_takes():
-    fast, page = configuration.load("sd35m-dino-fast"), (ROOT / "docs" / "performance.md").read_text()
-    captured, without = peak_with_captured_update(fast), plan_as_configured(fast, 48).peak_gb
-    said = f"`sd35m-dino-fast` on one GPU takes {captured:.0f} GB, and {without:.0f} without"
-    assert said in page.replace("\n", " "), said
+    page = (ROOT / "docs" / "performance.md").read_text().replace("\n", " ")
+    for preset, takes in (("sd35m-dino-fast", "on one GPU takes "), ("sd35m-adv-pickscore-fast", "")):
+        fast = configuration.load(preset)
+        captured, without = peak_with_captured_update(fast), plan_as_configured(fast, 48).peak_gb
+        said = f"`{preset}` {takes}{captured:.0f} GB, and {without:.0f} without"
+        assert said in page, said
 
 
 @pytest.mark.parametrize("preset", ["sd35m-adv-pickscore-fast", "sd35m-tempflow"])
 def test_a_model_that_is_not_counted_is_no_reason_to_capture(preset):
     """Nobody knows whether it fits: not by itself, and planned where it is asked for."""
     settings = configuration.load(preset)
-    with pytest.raises(UserError, match=r"the memory plan does not count .*pickscore"):
+    settings.rewards.pickscore.path = settings.adversary.backbone = "someone/clip"
+    with pytest.raises(UserError, match=r"the memory plan does not count .* = someone/clip"):
         peak_with_captured_update(settings)
     made = "the same, while graphs of the update are made"
     for graphs in ("auto", True):
@@ -72,7 +75,8 @@ def test_a_model_that_is_not_counted_is_no_reason_to_capture(preset):
         assert "update.graphs = false instead of auto" not in advice(RuntimeError("out of memory"), settings)
 
 
-UNCOUNTED = {"rewards": {"pickscore": {"weight": 1.0}}}
+UNCOUNTED = {"rewards": {"pickscore": {"weight": 1.0, "path": "someone/clip"}}}
+PICKSCORE = {"rewards": {"pickscore": {"weight": 1.0}}}
 AUTO, ASKED = {"rollout": {"initial_noise": "shared"}}, {"update": {"graphs": True}}
 DECISIONS = [
     ("sd35m-dino-paper", {}, False),
@@ -86,6 +90,7 @@ DECISIONS = [
     ("sd35m-dino-paper", {**AUTO, "model": {"lora": {"targets": ["norm1.linear"]}}}, False),
     ("sd35m-dino-paper", {**AUTO, "model": {"train": "full", "dtype": "float32"}}, False),
     ("sd35m-dino-paper", {**AUTO, **UNCOUNTED}, False),
+    ("sd35m-dino-paper", {**AUTO, **PICKSCORE}, True),
     ("sd35m-dino-paper", {**ASKED, **UNCOUNTED}, True),
     ("flux1-dino", AUTO, False),
     ("flux1-dino", ASKED, True),

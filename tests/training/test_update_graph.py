@@ -76,7 +76,8 @@ OF_UPDATE = (
 )
 
 
-UNCOUNTED = {"rewards": {"pickscore": {"weight": 1.0}}}  # a model that the memory plan leaves out
+# A model that the memory plan leaves out.
+UNCOUNTED = {"rewards": {"pickscore": {"weight": 1.0, "path": "someone/clip"}}}
 # Of those whose settings let auto capture their update on a GPU, one for each way of doing it.
 PRESETS = (
     *("sd35m-dino-fast", "sd35m-tempflow", "tiny", "tiny-adv-ocr", "tiny-distill", "tiny-flow-dppo"),
