@@ -22,6 +22,7 @@ from bench import scaling
 from tests import flux_models, qwen_models
 from tests.conftest import make_unit_config
 from tests.faults.job import environment
+from tests.unit_size import UNIT
 from tests.zygote import run
 
 STRUCTURE = Path(__file__).parents[1] / "golden" / "structure.json"
@@ -37,7 +38,8 @@ def test_a_run_issues_the_collectives_that_are_counted(
 ):
     """Of processes alone, and of sequence groups, with tokens that are no equal shares; of blocks in parts, by
     diffusers' forward, and by ours in sequence groups."""
-    assert_collectives(make_unit_config(unit_pipeline, unit_backbone, tmp_path), processes, members, base, tmp_path)
+    plain, text = make_unit_config(unit_pipeline, unit_backbone, tmp_path), UNIT.clip_tokens + UNIT.t5_tokens
+    assert_collectives(plain, text, processes, members, base, tmp_path)
 
 
 @pytest.mark.weekly
@@ -49,11 +51,12 @@ def test_a_run_of_another_family_issues_the_collectives_that_are_counted(
     """FLUX.1's blocks of two streams and of one, Qwen-Image's text with a mask; small, by the run's own classes."""
     save = {"flux": flux_models.save_pipeline, "qwen": qwen_models.save_pipeline}[family]
     plain = make_unit_config(str(save(tmp_path / "pipeline")), unit_backbone, tmp_path)
-    assert_collectives(plain, processes, members, base, tmp_path)
+    assert_collectives(plain, scaling.text_tokens(plain), processes, members, base, tmp_path)
 
 
-def assert_collectives(plain: Config, processes: int, members: int, base: str, tmp_path: Path) -> None:
-    """A training with these settings issues what is counted, on every process in its second iteration."""
+def assert_collectives(plain: Config, text: int, processes: int, members: int, base: str, tmp_path: Path) -> None:
+    """A training with these settings and so many text tokens issues what is counted, on every process in its second
+    iteration."""
     changes = {
         "iterations": 2,
         "data": {"held_out_prompts": ""},
@@ -83,7 +86,7 @@ def assert_collectives(plain: Config, processes: int, members: int, base: str, t
         ]
         assert wrong == []
         together = Counter(size for kind, size in by_iteration["1"] if kind == "all_to_all")
-        assert together == _exchanged(settings, processes, rank)
+        assert together == _exchanged(settings, text, processes, rank)
         assert Counter(size for kind, size in by_iteration["1"] if kind == "block") == _gathered(settings, processes)
 
 
@@ -97,11 +100,11 @@ def _gathered(settings: Config, processes: int) -> Counter[int]:
     return found
 
 
-def _exchanged(settings: Config, processes: int, rank: int) -> Counter[int]:
+def _exchanged(settings: Config, text: int, processes: int, rank: int) -> Counter[int]:
     """How many exchanges of so many bytes a process is counted to issue in an iteration."""
     members, found = settings.model.sequence_parallel, Counter()
     if members > 1:
-        stock, text = stored_network(Path(settings.model.path)), scaling.text_tokens(settings)
+        stock = stored_network(Path(settings.model.path))
         side = settings.model.resolution // known_pipeline(settings.model.path).decoder.scale
         each = scaling.exchanges(settings, stock, side, text, members, rank=rank % members)
         measures_kl = rank < members or settings.model.shard_base == "blocks"

@@ -238,19 +238,22 @@ def rounded_alike(
     from_iteration: int = 0,
     weights: Callable[[Path], dict[str, torch.Tensor]] = lora,
     merged: bool = True,
+    e4m3: bool = False,
 ) -> None:
     """Metrics and weights of two runs differ by the order of their sums alone, and none drifts; `merged` False: the
-    first has no merged weights, whose error the second measures."""
+    first has no merged weights, whose error the second measures. `e4m3`: from the second iteration on, adapters that
+    differ in a last place round single activations to the next number, a sixteenth away."""
     ours, theirs = metrics(found), metrics(expected)[from_iteration:]
     assert len(ours) == len(theirs)
-    for one, both in zip(theirs, ours, strict=True):
+    for iteration, (one, both) in enumerate(zip(theirs, ours, strict=True), from_iteration):
         if "log_prob_mismatch_max" in one:
             assert both["log_prob_mismatch_max"] == one["log_prob_mismatch_max"] == 0
         names = [n for n in one if "second" not in n and not n.endswith(("flags", "dark_share", "edge_density"))]
         if not merged:
             assert "monitor_merge_error" not in both
             names.remove("monitor_merge_error")
-        assert {n: both[n] for n in names} == pytest.approx({n: one[n] for n in names}, abs=1e-6, rel=1e-5)
+        allowed = {"abs": 1e-4, "rel": 1e-3} if e4m3 and iteration else {"abs": 1e-6, "rel": 1e-5}
+        assert {n: both[n] for n in names} == pytest.approx({n: one[n] for n in names}, **allowed)
         assert one["grad_norm"] > 0
     own, others = weights(found), weights(expected)
     assert own.keys() == others.keys()
@@ -262,7 +265,7 @@ def rounded_alike(
 
 @pytest.mark.parametrize("name", some_weekly(RUNS, {"flux", "flux-fp8", "large-fp8"}))
 def test_a_run_of_two_processes_has_the_losses_of_one(name, runs, by_two, folder):
-    rounded_alike(folder / f"{name}-2", runs[name])
+    rounded_alike(folder / f"{name}-2", runs[name], e4m3=name.endswith("fp8"))
 
 
 def test_a_run_in_parts_has_the_bits_of_one_whose_processes_have_all_of_the_base(by_two, folder):
@@ -280,7 +283,7 @@ def test_a_run_in_parts_has_the_bits_of_one_whose_processes_have_all_of_the_base
 def test_two_processes_go_on_with_what_one_began(runs, by_two, folder):
     for name in GOING_ON:
         if name in runs:
-            rounded_alike(folder / f"{name}-1-to-2", runs[name], from_iteration=1)
+            rounded_alike(folder / f"{name}-1-to-2", runs[name], from_iteration=1, e4m3=name.endswith("fp8"))
 
 
 def test_one_process_goes_on_with_what_two_began(runs, by_two, folder):
