@@ -340,6 +340,7 @@ def test_arms_are_what_they_say():
         assert made.data.held_out_prompts == WORLD
         assert (made.seed, made.evaluation.every) == (1, 8)
         longer = {"flow-long": 213, "adv-preference-long": 213, "style-ink-nft": 107, "released-steps": 97}
+        longer["scouts-equal"] = 35
         assert made.iterations == longer.get(arm, 64)
         assert made.evaluation.guidance_scale == GUIDANCE
         without = arm == "guidance-1" or made.objective.forward_process

@@ -120,8 +120,8 @@ def test_two_versions_in_one_process_keep_their_own_kernels(kernel, tmp_path, de
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     source = (package / "ops/gelu.py").read_text()
-    assert source.count("y = u * _sigmoid_of_2z(u)") == 1
-    (package / "ops/gelu.py").write_text(source.replace("y = u * _sigmoid_of_2z(u)", "y = 3 * u * _sigmoid_of_2z(u)"))
+    assert source.count("(u * _sigmoid_of_2z(u))") == 1
+    (package / "ops/gelu.py").write_text(source.replace("(u * _sigmoid_of_2z(u))", "(3 * u * _sigmoid_of_2z(u))"))
     generate(tmp_path / "hub", package=package)
     other = load(tmp_path / "hub")
 

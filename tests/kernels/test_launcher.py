@@ -408,8 +408,8 @@ def test_the_readme_has_every_codebase_and_the_blocks_that_are_replaced_for_it()
     assert {peer.strip("`") for peer, *_ in of_peer} == set(_launcher.PEERS)
     families = {"SD3": SD3, "FLUX.1": FLUX, "Qwen-Image": QWEN}
     said = {peer: set() for peer in _launcher.PEERS}
-    for peers, names in of_blocks:
+    for peers, names, _ in of_blocks:
         for peer in peers.replace("`", "").split(", "):
-            said[peer] = {block for name in names.split(", ") for block in families[name]}
+            said[peer] = {block for name in names.split(";")[0].split(", ") for block in families[name]}
     modules = {peer: importlib.import_module(f"advgrpo_kernels.integrations.{peer}") for peer in _launcher.PEERS}
     assert {peer: set(getattr(module, "BLOCKS", ())) for peer, module in modules.items()} == said

@@ -139,5 +139,5 @@ def test_nobody_asks_for_an_objective_by_name():
 
 def test_nobody_asks_for_a_kind_of_adversary():
     """But who builds one, checks its settings, or counts its bytes."""
-    who_may = ("config/", "adversary/build.py", "training/preflight.py", "plan/estimate.py", "plan/remedies.py")
+    who_may = ("config/", "adversary/build.py", "training/preflight.py", "plan/judges.py", "plan/remedies.py")
     assert not asked(r"""adversary\.kind (==|!=|in) |\bkind (==|!=) ["'](dino|siglip|pickscore|none)["']""", who_may)
