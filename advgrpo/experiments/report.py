@@ -72,11 +72,6 @@ def _draw_samples(results: Results, reported: dict[str, dict], earlier: dict[str
     elif new := [arm for arm in results.arms if reported[arm]["runs"] != earlier.get(arm, {}).get("runs")]:
         with Image.open(file) as picture:
             draw_below(picture, sample_rows(results, new), file)
-    else:
-        return
-    with Image.open(file) as picture:  # in 256 colours, a third of the bytes
-        few = picture.convert("RGB").quantize(256)
-    write_atomically(file, lambda to: few.save(to, format="png", optimize=True))
 
 
 def read_numbers(output: Path) -> dict[str, dict]:
