@@ -225,6 +225,11 @@ def kept_by_graphs_gb() -> float:
     return sum(each["total_size"] - each["allocated_size"] for each in pools) / 1e9
 
 
+def _holder(precision: Precision) -> str:
+    """The session's property that has ours in FP8, with a noise per image; with one per prompt `SHARED` follows."""
+    return step_report.PRECISIONS[precision].removeprefix("_")
+
+
 class Session:
     """A run: the contenders, how much time is left, and the report."""
 
@@ -330,8 +335,7 @@ class Session:
             return sum(each["median"] for each in timed if each)
 
         sampler, rows = seconds("sampler"), 7 / 3  # the waterfall's rows lie between ours and B0
-        missing = {"sampling": "fp8", "everywhere": "fp8_everywhere"}
-        building = {each: 0.0 if name in vars(self) else self.building for each, name in missing.items()}
+        building = {each: 0.0 if _holder(each) in vars(self) else self.building for each in step_report.IN_FP8}
         in_fp8 = {
             step_report.in_precision(name, each): building[each] + seconds(name) + seconds(name, "ours")
             for each, name in self._in_fp8()
@@ -451,9 +455,7 @@ class Session:
         return made
 
     def _ours_in(self, precision: Precision, name: str) -> Contenders:
-        if precision == "sampling":
-            return self.fp8_shared if name.endswith(SHARED) else self.fp8
-        return self.fp8_everywhere_shared if name.endswith(SHARED) else self.fp8_everywhere
+        return getattr(self, f"{_holder(precision)}{SHARED if name.endswith(SHARED) else ''}")
 
     @cached_property
     def limits(self) -> timing.Calibration:
